@@ -1,0 +1,220 @@
+r"""What every code is: a linear encoder, and a linear decoder for every received set."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from ..linear import LinearMap
+
+__all__ = ["Code", "CurveCode", "NotEnoughResults"]
+
+_CACHED_DECODERS = 256
+
+
+class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
+    """Fewer results arrived than the code can decode from.
+
+    Attributes:
+        received: the workers whose results arrived, in increasing order.
+        required: how many the code needs.
+        missing: the workers whose results did not arrive, in increasing order.
+    """
+
+    def __init__(self, received: Sequence[int], required: int, num_workers: int) -> None:
+        self.received = tuple(sorted(received))
+        self.required = required
+        self.num_workers = num_workers
+        self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
+        super().__init__(
+            f"decoding needs at least {required} of {num_workers} results, "
+            f"got {len(self.received)}; missing workers: {list(self.missing)}"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.received, self.required, self.num_workers)
+
+
+class Code(abc.ABC):
+    """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
+
+    Subclasses implement :meth:`_make_encoder`, :meth:`_make_decoder` and, where one result is not
+    enough, :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and
+    kept; decoders in a bounded cache. Codes may be shared between threads, pickled and copied.
+
+    Args:
+        num_data: K, the number of inputs coded together, at least 1.
+        num_workers: N, the number of workers, at least 1.
+    """
+
+    def __init__(self, num_data: int, num_workers: int) -> None:
+        self.num_data = self._count("num_data", num_data)
+        self.num_workers = self._count("num_workers", num_workers)
+        self._decoders: OrderedDict[tuple[int, ...], LinearMap] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def min_received(self) -> int:
+        """The least number of results that can be decoded."""
+        return 1
+
+    @functools.cached_property
+    def encoder(self) -> LinearMap:
+        """The map from K inputs to N coded inputs."""
+        return self._make_encoder()
+
+    def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
+        """The map from the results of the ``received`` workers to the K answers.
+
+        Args:
+            received: the indices of the workers that answered, strictly increasing.
+
+        Raises:
+            ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
+            NotEnoughResults: fewer than :attr:`min_received` results.
+        """
+        key = self._received(received)
+        if any(a >= b for a, b in zip(key, key[1:], strict=False)):
+            raise ValueError(
+                f"{type(self).__name__}: received must be strictly increasing, got {list(key)}"
+            )
+        if len(key) < self.min_received:
+            raise NotEnoughResults(key, self.min_received, self.num_workers)
+        with self._lock:
+            decoder = self._decoders.get(key)
+            if decoder is not None:
+                self._decoders.move_to_end(key)
+                return decoder
+        decoder = self._make_decoder(key)
+        with self._lock:
+            self._decoders[key] = decoder
+            if len(self._decoders) > _CACHED_DECODERS:
+                self._decoders.popitem(last=False)
+        return decoder
+
+    def encode(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
+        return self.encoder(values, dim)
+
+    def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
+        """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
+
+        Args:
+            results: the results that arrived, stacked along ``dim``.
+            received: the worker of each result, in any order, no worker twice. The answers do not
+                depend on the order, bit for bit.
+            dim: the dimension of the results that counts workers.
+
+        Raises:
+            TypeError, ValueError: as :class:`~coded_torch.linear.LinearMap`; a worker twice.
+            NotEnoughResults: fewer than :attr:`min_received` results.
+        """
+        workers = self._received(received)
+        order = sorted(range(len(workers)), key=workers.__getitem__)
+        decoder = self.decoder([workers[i] for i in order])
+        if order != list(range(len(order))):
+            if results.shape[dim] != len(order):
+                raise ValueError(
+                    f"{type(self).__name__}: results must have size {len(order)} along dim {dim}, "
+                    f"one per received worker, got shape {tuple(results.shape)}"
+                )
+            results = results.index_select(dim, torch.tensor(order, device=results.device))
+        return decoder(results, dim)
+
+    @abc.abstractmethod
+    def _make_encoder(self) -> LinearMap: ...
+
+    @abc.abstractmethod
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        """The decoder for a valid, strictly increasing received set of enough workers."""
+
+    def _received(self, received: Sequence[int] | Tensor) -> tuple[int, ...]:
+        name = type(self).__name__
+        items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
+        try:
+            workers = tuple(map(operator.index, items))
+        except TypeError:
+            raise TypeError(
+                f"{name}: received must be a sequence of worker indices, got {received!r}"
+            ) from None
+        for worker in workers:
+            if not 0 <= worker < self.num_workers:
+                raise ValueError(
+                    f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
+                )
+        return workers
+
+    def _count(self, argument: str, value: int, least: int = 1) -> int:
+        try:
+            count = operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"{type(self).__name__}: {argument} must be an integer, got {value!r}"
+            ) from None
+        if count < least:
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be at least {least}, got {count}"
+            )
+        return count
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_data={self.num_data}, num_workers={self.num_workers})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The maps are cheap to plan again, and a lock cannot travel.
+        dropped = ("_decoders", "_lock", "encoder")
+        return {k: v for k, v in self.__dict__.items() if k not in dropped}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._decoders = OrderedDict()
+        self._lock = threading.Lock()
+
+
+class CurveCode(Code):
+    r"""A code that lays a curve through the inputs and reads coded inputs off it.
+
+    Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
+    at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
+    :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
+
+    Args:
+        num_data: K, at least 1.
+        num_workers: N, at least 1.
+        data_points: ``[K]``, finite, strictly increasing.
+        worker_points: ``[N]``, finite, strictly increasing.
+    """
+
+    def __init__(
+        self, num_data: int, num_workers: int, data_points: ArrayLike, worker_points: ArrayLike
+    ) -> None:
+        super().__init__(num_data, num_workers)
+        self.data_points = self._points("data_points", data_points, self.num_data)
+        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+
+    def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
+        array = np.array(points, dtype=np.float64)
+        if array.shape != (size,):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
+            )
+        # Negated, so that NaN fails.
+        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be finite and strictly increasing, "
+                f"got {array.tolist()}"
+            )
+        array.flags.writeable = False
+        return array
