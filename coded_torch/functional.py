@@ -1,0 +1,155 @@
+r"""Stateless mathematics on tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .linear import SplineMap, accumulation_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["smoothing_spline", "smoothing_spline_matrix"]
+
+
+def smoothing_spline(
+    values: Tensor,
+    knots: ArrayLike | Tensor,
+    points: ArrayLike | Tensor,
+    *,
+    smoothing: float | Tensor = 0.0,
+    weights: ArrayLike | Tensor | None = None,
+    dim: int = 0,
+) -> Tensor:
+    r"""Fit natural cubic smoothing splines and evaluate them.
+
+    Every column of ``values`` is the data :math:`y` of one curve, the minimiser of
+
+    .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
+
+    continued as its tangent beyond the first and the last knot. This is the mean convention of the
+    paper; ``scipy.interpolate.make_smoothing_spline`` has a plain sum, ``lam = n * smoothing``.
+    Smoothing 0 interpolates, infinity would be the least-squares line, and straight lines are
+    reproduced for every smoothing.
+
+    Args:
+        values: ``[..., n, ...]``, :math:`y`, float64, float32, bfloat16 or float16.
+        knots: ``[n]``, :math:`t`, finite, strictly increasing, ``n >= 1``.
+        points: ``[N]``, where to evaluate, finite, in any order.
+        smoothing: :math:`\lambda`, finite, at least 0.
+        weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
+        dim: the dimension of ``values`` that counts knots.
+
+    Returns:
+        ``[..., N, ...]``, in the dtype and on the device of ``values``.
+
+    Raises:
+        TypeError: ``values`` is not a tensor of a supported dtype, or an argument is not real.
+        ValueError: an argument violates its requirement; the message names both and the value.
+
+    Note:
+        :math:`O(n + N \log n)` to plan and :math:`O(n + N)` per column, see
+        :class:`~coded_torch.linear.SplineMap`, which plans once for many calls. Differentiable any
+        number of times with respect to ``values``. Where knots, points, smoothing or weights are
+        tensors that require a gradient, the curve goes through its dense matrix,
+        :func:`smoothing_spline_matrix`, at :math:`O(n^3 + n N)` plus :math:`O(n N)` per column.
+
+    References:
+        Green and Silverman, *Nonparametric Regression and Generalized Linear Models*, 1994.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.functional import smoothing_spline
+        >>> t = torch.linspace(0, 1, 5)
+        >>> smoothing_spline(t.square(), t, [0.3, 0.6]).round(decimals=2)
+        tensor([0.0900, 0.3600])
+    """
+    curve = SplineMap(
+        _host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights)
+    )
+    parameters = (knots, points, smoothing, weights)
+    learned = any(isinstance(a, Tensor) and a.requires_grad for a in parameters)
+    if not (learned and torch.is_grad_enabled()):
+        return curve(values, dim)
+    curve(values.detach(), dim)  # checks the values as every other call does
+    matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing, weights=weights)
+    matrix = matrix.to(device=values.device, dtype=accumulation_dtype(values.dtype))
+    out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
+    return out.movedim(0, dim).to(values.dtype)
+
+
+def smoothing_spline_matrix(
+    knots: ArrayLike | Tensor,
+    points: ArrayLike | Tensor,
+    *,
+    smoothing: float | Tensor = 0.0,
+    weights: ArrayLike | Tensor | None = None,
+) -> Tensor:
+    r"""The matrix ``[N, n]`` of :func:`smoothing_spline`, differentiable in every argument.
+
+    Solves for the values :math:`g` and the second derivatives :math:`\gamma` at the knots together,
+
+    .. math::
+        \begin{pmatrix} R & -Q^T \\ L Q & I \end{pmatrix}
+        \begin{pmatrix} \gamma \\ g \end{pmatrix} = \begin{pmatrix} 0 \\ y \end{pmatrix} ,
+
+    because eliminating either squares the condition of the system.
+
+    Args:
+        knots, points, smoothing, weights: as in :func:`smoothing_spline`.
+
+    Returns:
+        ``[N, n]``, float64, on the host.
+
+    Note:
+        :math:`O(n^3 + n N)`; for learning smoothing or points. To apply a fixed spline, use
+        :class:`~coded_torch.linear.SplineMap`.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.functional import smoothing_spline_matrix
+        >>> smoothing = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        >>> fit = smoothing_spline_matrix([0.0, 1.0, 2.0], [1.0], smoothing=smoothing)
+        >>> fit @ torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
+        tensor([0.5135], dtype=torch.float64, grad_fn=<MvBackward0>)
+    """
+    SplineMap(_host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights))
+    t, z, lam = (_double(a) for a in (knots, points, smoothing))
+    n, h = len(t), t.diff()
+    identity = torch.eye(n, dtype=t.dtype)
+    g, gamma = identity, torch.zeros_like(identity)
+    if n > 2:
+        penalties = n * lam / (torch.ones_like(t) if weights is None else _double(weights))
+        # Q' y is the second difference of y: the jump of slope at each inner knot. [n - 2, n]
+        slopes = identity.diff(dim=0) / h[:, None]
+        q = slopes.diff(dim=0)
+        r = torch.diag((h[:-1] + h[1:]) / 3)
+        r = r + torch.diag(h[1:-1] / 6, 1) + torch.diag(h[1:-1] / 6, -1)
+        system = torch.cat(
+            [torch.cat([r, -q], dim=1), torch.cat([penalties[:, None] * q.T, identity], dim=1)]
+        )
+        solved = torch.linalg.solve(system, pad(identity, (0, 0, n - 2, 0)))
+        gamma, g = pad(solved[: n - 2], (0, 0, 1, 1)), solved[n - 2 :]
+    if n == 1:
+        return identity.expand(len(z), 1)
+    i = (torch.searchsorted(t.detach(), z.detach(), right=True) - 1).clamp(0, n - 2)
+    left, right, gap = (v[:, None] for v in (z - t[i], t[i + 1] - z, h[i]))
+    chord = (g[i + 1] - g[i]) / gap
+    bend = (1 + left / gap) * gamma[i + 1] + (1 + right / gap) * gamma[i]
+    inside = g[i] + left * chord - left * right / 6 * bend
+    before = g[i] + left * (chord - gap * (2 * gamma[i] + gamma[i + 1]) / 6)
+    after = g[i + 1] - right * (chord + gap * (gamma[i] + 2 * gamma[i + 1]) / 6)
+    return torch.where(left < 0, before, torch.where(right < 0, after, inside))
+
+
+def _double(argument: ArrayLike | float | Tensor) -> Tensor:
+    return torch.as_tensor(argument, dtype=torch.float64, device="cpu")
+
+
+def _host(argument: Any) -> Any:
+    """What the planner takes: the numbers of a tensor, anything else as it is."""
+    return argument.detach().cpu().numpy() if isinstance(argument, Tensor) else argument

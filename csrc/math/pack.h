@@ -1,0 +1,46 @@
+// A few columns side by side: what one step of a sweep works on.
+#pragma once
+
+#if defined(__CUDACC__)
+#define CODED_TORCH_HD __host__ __device__ __forceinline__
+#define CODED_TORCH_UNROLL _Pragma("unroll")
+#else
+#define CODED_TORCH_HD inline __attribute__((always_inline))
+#define CODED_TORCH_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace coded_torch {
+
+// `Lane` is a scalar, or on the CPU a vector of the compiler's extension.
+template <class Lane, int kSize>
+struct Pack {
+  Lane lane[kSize];
+
+  CODED_TORCH_HD friend Pack operator+(const Pack& a, const Pack& b) {
+    Pack out;
+    CODED_TORCH_UNROLL
+    for (int i = 0; i < kSize; ++i) out.lane[i] = a.lane[i] + b.lane[i];
+    return out;
+  }
+  CODED_TORCH_HD friend Pack operator-(const Pack& a, const Pack& b) {
+    Pack out;
+    CODED_TORCH_UNROLL
+    for (int i = 0; i < kSize; ++i) out.lane[i] = a.lane[i] - b.lane[i];
+    return out;
+  }
+  template <class Scalar>
+  CODED_TORCH_HD friend Pack operator*(Scalar a, const Pack& b) {
+    Pack out;
+    CODED_TORCH_UNROLL
+    for (int i = 0; i < kSize; ++i) out.lane[i] = a * b.lane[i];
+    return out;
+  }
+  CODED_TORCH_HD static Pack zero() {
+    Pack out;
+    CODED_TORCH_UNROLL
+    for (int i = 0; i < kSize; ++i) out.lane[i] = Lane{};
+    return out;
+  }
+};
+
+}  // namespace coded_torch

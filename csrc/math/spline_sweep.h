@@ -1,0 +1,154 @@
+// The two sweeps of the smoothing spline over a pack of columns, with the evaluation fused into the
+// second, and their adjoint. Host and device, for any pack that adds, subtracts and scales.
+//
+// A column costs 6 operations a knot forward and 9 backward, 4 a point, and two stored numbers a
+// knot; each value is read once and each result written once.
+#pragma once
+
+#include <cstdint>
+
+#include "pack.h"
+#include "spline_plan.h"
+
+namespace coded_torch {
+
+// A plan as the kernels see it (layout: spline_plan.h), in the accumulation type.
+template <class Coefficient>
+struct SplinePlan {
+  const Coefficient* knots;   // [n, 12]
+  const Coefficient* points;  // [N, 4]
+  const int32_t* first;       // [n + 1]
+  const int32_t* order;       // [N]
+  int64_t num_knots;
+
+  CODED_TORCH_HD SplinePlan(const Coefficient* coefficients, const int32_t* schedule, int64_t n)
+      : knots(coefficients),
+        points(coefficients + kKnotCoefficients * n),
+        first(schedule),
+        order(schedule + n + 1),
+        num_knots(n) {}
+};
+
+// (value, slope) of the curve at a knot, or their adjoints.
+template <class Columns>
+struct SplineState {
+  Columns v, s;
+};
+
+// States kept between the sweeps, `stride` packs apart: registers of the caller's choice cannot be
+// indexed, so they live in a cache, in shared memory, or in a workspace.
+template <class Columns>
+struct StateStack {
+  Columns* base;
+  int64_t stride;
+
+  CODED_TORCH_HD void put(int64_t i, const SplineState<Columns>& state) const {
+    base[2 * i * stride] = state.v;
+    base[(2 * i + 1) * stride] = state.s;
+  }
+  CODED_TORCH_HD SplineState<Columns> get(int64_t i) const {
+    return {base[2 * i * stride], base[(2 * i + 1) * stride]};
+  }
+};
+
+// How many states are kept: all but those of the first and the last knot.
+CODED_TORCH_HD int64_t num_kept_states(int64_t num_knots) {
+  return num_knots > 2 ? num_knots - 2 : 0;
+}
+
+// result(order, .) = spline through (knots, values) at the points.
+// load(i) reads values row i, store(j, columns) writes result row j.
+template <class Columns, class Coefficient, class Load, class Store>
+CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
+                                 const StateStack<Columns>& kept, const Load& load,
+                                 const Store& store) {
+  using State = SplineState<Columns>;
+  const int64_t n = plan.num_knots;
+  const Columns first_value = load(0);
+  State state{first_value, Columns::zero()};
+  if (n > 1) {
+    state.v = load(1);
+    state.s = plan.knots[kFirstInverseH] * (state.v - first_value);
+  }
+  for (int64_t i = 1; i + 1 < n; ++i) {  // filter: from knot i to knot i + 1
+    const Coefficient* k = plan.knots + kKnotCoefficients * i;
+    kept.put(i - 1, state);
+    const Columns value = load(i + 1);
+    const Columns slope = k[kKs] * state.s + k[kK2] * (value - state.v);
+    state.v = k[kK0] * (state.v + k[kH] * state.s) + k[kK1] * value;
+    state.s = slope;
+  }
+  State upper = state;
+  for (int64_t i = n - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
+    if (i == 0 && n > 1) {
+      const Columns tangent = upper.v - plan.knots[kFirstH] * upper.s;
+      state.v = plan.knots[kFirstA] * first_value + plan.knots[kFirstC] * tangent;
+      state.s = upper.s + plan.knots[kFirstB] * (tangent - first_value);
+    } else if (i + 1 < n) {
+      const Coefficient* k = plan.knots + kKnotCoefficients * i;
+      const State here = kept.get(i - 1);
+      state.v = k[kA00] * here.v + k[kA01] * here.s + k[kC00] * upper.v + k[kC01] * upper.s;
+      state.s = k[kA11] * here.s + k[kC10] * (upper.v - here.v) + k[kC11] * upper.s;
+    }
+    for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
+      const Coefficient* w = plan.points + kPointCoefficients * j;
+      store(plan.order[j], w[0] * state.v + w[1] * state.s + w[2] * upper.v + w[3] * upper.s);
+    }
+    upper = state;
+  }
+}
+
+// The transpose of spline_sweep: both sweeps reversed, with the same coefficients.
+// load(j) reads gradient row j of the results, store(i, columns) writes gradient row i of the values.
+template <class Columns, class Coefficient, class Load, class Store>
+CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan,
+                                         const StateStack<Columns>& kept, const Load& load,
+                                         const Store& store) {
+  using State = SplineState<Columns>;
+  const int64_t n = plan.num_knots;
+  Columns first_value = Columns::zero();
+  State state{Columns::zero(), Columns::zero()};
+  for (int64_t i = 0; i < n; ++i) {
+    State upper{Columns::zero(), Columns::zero()};
+    for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
+      const Coefficient* w = plan.points + kPointCoefficients * j;
+      const Columns gradient = load(plan.order[j]);
+      state.v = state.v + w[0] * gradient;
+      state.s = state.s + w[1] * gradient;
+      upper.v = upper.v + w[2] * gradient;
+      upper.s = upper.s + w[3] * gradient;
+    }
+    if (i + 1 == n) break;
+    if (i == 0) {
+      const Columns slope = plan.knots[kFirstB] * state.s;
+      const Columns tangent = plan.knots[kFirstC] * state.v + slope;
+      first_value = plan.knots[kFirstA] * state.v - slope;
+      upper.v = upper.v + tangent;
+      upper.s = upper.s + state.s - plan.knots[kFirstH] * tangent;
+    } else {
+      const Coefficient* k = plan.knots + kKnotCoefficients * i;
+      const Columns slope = k[kC10] * state.s;
+      kept.put(i - 1, {k[kA00] * state.v - slope, k[kA01] * state.v + k[kA11] * state.s});
+      upper.v = upper.v + k[kC00] * state.v + slope;
+      upper.s = upper.s + k[kC01] * state.v + k[kC11] * state.s;
+    }
+    state = upper;
+  }
+  for (int64_t i = n - 2; i >= 1; --i) {
+    const Coefficient* k = plan.knots + kKnotCoefficients * i;
+    const State lower = kept.get(i - 1);
+    const Columns value = k[kK0] * state.v, slope = k[kK2] * state.s;
+    store(i + 1, k[kK1] * state.v + slope);
+    state.s = lower.s + k[kH] * value + k[kKs] * state.s;
+    state.v = lower.v + value - slope;
+  }
+  if (n > 1) {
+    const Columns slope = plan.knots[kFirstInverseH] * state.s;
+    store(1, state.v + slope);
+    store(0, first_value - slope);
+  } else {
+    store(0, state.v);
+  }
+}
+
+}  // namespace coded_torch

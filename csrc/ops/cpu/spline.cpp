@@ -1,0 +1,121 @@
+// spline_apply on the CPU: tiles of columns over threads. A column's result depends on nothing but
+// the column, so neither on the number of threads.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <atomic>
+#include <memory>
+
+#include "../../math/half.h"
+#include "../../math/spline_sweep.h"
+#include "../checks.h"
+#include "tiles.h"
+
+namespace coded_torch {
+
+struct Capability {
+  std::string name;
+  const TileKernels* kernels;
+};
+
+static std::vector<Capability> find_capabilities() {
+  std::vector<Capability> found;
+#ifdef CODED_TORCH_X86_TILES
+  if (__builtin_cpu_supports("x86-64-v4")) found.push_back({"avx512", &kAvx512Tiles});
+  if (__builtin_cpu_supports("x86-64-v3")) found.push_back({"avx2", &kAvx2Tiles});
+#endif
+  found.push_back({"baseline", &kBaselineTiles});
+  return found;
+}
+
+static const std::vector<Capability>& capabilities() {
+  static const std::vector<Capability> found = find_capabilities();
+  return found;
+}
+
+// Results of at least this many bytes go past the cache.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+// A thread is worth waking for this many values read and written.
+constexpr int64_t kValuesPerThread = int64_t{1} << 15;
+// States of a tile that fit here are kept on the stack.
+constexpr int64_t kStackBytes = int64_t{64} << 10;
+
+static bool can_stream(const SplineArgs& args, int64_t out_rows, int64_t value_bytes) {
+  const auto aligned = [](int64_t bytes) { return bytes % 64 == 0; };
+  return out_rows * args.num_groups * args.num_columns * value_bytes >= kStreamBytes &&
+         aligned(reinterpret_cast<intptr_t>(args.out)) &&
+         aligned(args.out_row_stride * value_bytes) &&
+         aligned(args.out_group_stride * value_bytes);
+}
+
+static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
+                         const Tensor& coefficients, const Tensor& schedule, bool transpose) {
+  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose);
+  const SplineArgs& args = call.args;
+  if (args.num_groups == 0 || args.num_columns == 0) return call.out;
+
+  const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
+  const int64_t acc_bytes = std::max<int64_t>(value_bytes, sizeof(float));
+  const int64_t columns = kernels.tile_bytes / acc_bytes;
+  const int64_t tiles = args.num_groups * ((args.num_columns + columns - 1) / columns);
+  const int64_t rows = call.values.size(0) + call.out.size(0);
+  const int64_t grain = std::max<int64_t>(1, kValuesPerThread / (rows * columns));
+  const bool stream = can_stream(args, call.out.size(0), value_bytes);
+  const TileFunction run = kernels.run[static_cast<int>(call.dtype)][transpose];
+  const int64_t kept_bytes = num_kept_states(args.num_knots) * 2 * kernels.tile_bytes;
+
+  std::atomic<bool> out_of_memory{false};  // an exception must not leave a parallel body
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) char stack[kStackBytes];
+    if (kept_bytes <= kStackBytes) {
+      run(args, begin, end, stack, stream);
+      return;
+    }
+    const std::unique_ptr<void, decltype(&std::free)> kept(std::aligned_alloc(64, kept_bytes),
+                                                           &std::free);
+    if (kept) {
+      run(args, begin, end, kept.get(), stream);
+    } else {
+      out_of_memory = true;
+    }
+  });
+  STD_TORCH_CHECK(!out_of_memory, "spline_apply: out of memory for ", kept_bytes,
+                  " bytes of states per thread");
+  return call.out;
+}
+
+Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                        bool transpose) {
+  return run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose);
+}
+
+Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
+                             const Tensor& schedule, bool transpose,
+                             const std::string& capability) {
+  for (const Capability& found : capabilities()) {
+    if (found.name == capability) {
+      return run_spline(*found.kernels, values, coefficients, schedule, transpose);
+    }
+  }
+  STD_TORCH_CHECK(false, "spline_apply_with: capability must be one of this machine's, got ",
+                  capability);
+}
+
+std::string cpu_capabilities() {
+  std::string names;
+  for (const Capability& found : capabilities()) names += (names.empty() ? "" : " ") + found.name;
+  return names;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
+  m.impl("spline_apply", TORCH_BOX(&spline_apply_cpu));
+  m.impl("spline_apply_with", TORCH_BOX(&spline_apply_with_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coded_torch, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capabilities", TORCH_BOX(&cpu_capabilities));
+}
+
+}  // namespace coded_torch

@@ -1,0 +1,36 @@
+"""Marks, handled in one place."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = pytest.mark.skip(reason="a long run: give --slow")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(slow)
+    if not torch.cuda.is_available():
+        required = os.environ.get("CODED_TORCH_REQUIRE_CUDA") == "1"
+        for item in items:
+            if "cuda" in item.keywords:
+                if required:
+                    item.add_marker(pytest.mark.usefixtures("missing_cuda"))
+                else:
+                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def missing_cuda():
+    pytest.fail("CODED_TORCH_REQUIRE_CUDA=1, but torch sees no CUDA device")
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)

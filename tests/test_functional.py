@@ -1,0 +1,203 @@
+"""smoothing_spline against exact arithmetic, SciPy, and its own limits."""
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import scipy.interpolate
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from coded_torch import reference
+from coded_torch.functional import smoothing_spline, smoothing_spline_matrix
+
+from .splines import KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
+
+
+def exact(values, knots, points, smoothing, weights=None):
+    """In 50 digits, rounded to float64 once."""
+    with mpmath.workdps(50):
+        result = reference.smoothing_spline(
+            values, knots, points, smoothing=smoothing, weights=weights, number=mpmath.mpf
+        )
+    return result.astype(np.float64)
+
+
+@pytest.mark.parametrize("kind", KNOTS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 128, 512])
+def test_agrees_with_exact_arithmetic(kind, n):
+    rng = np.random.default_rng([n, KNOTS.index(kind)])
+    knots = make_knots(kind, n, rng)
+    points = make_points(knots, rng)
+    # Multiples of 2^-8: the same numbers in every dtype but the half precisions' own.
+    values = np.round(rng.standard_normal((n, 2)) * 2**8) / 2**8
+    dtypes = [torch.float64] if kind == "random4" else [torch.float64, torch.float32]
+    for smoothing in SMOOTHINGS:
+        want = exact(values, knots, points, smoothing)
+        # Far outside, the tangent multiplies whatever error the slope has.
+        largest = max(np.abs(values).max(), np.abs(want).max())
+        for dtype in dtypes:
+            got = smoothing_spline(
+                torch.tensor(values, dtype=dtype), knots, points, smoothing=smoothing
+            )
+            error = np.abs(got.double().numpy() - want).max()
+            assert error <= TOLERANCES[dtype] * largest, (smoothing, dtype, error / largest)
+
+
+@pytest.mark.parametrize("kind", ["equidistant", "chebyshev", "random3"])
+@pytest.mark.parametrize("n", [2, 5, 40])
+def test_weights(kind, n):
+    rng = np.random.default_rng(n)
+    knots = make_knots(kind, n, rng)
+    points = make_points(knots, rng)
+    values, weights = rng.standard_normal((n, 1)), 10 ** rng.uniform(-3, 3, n)
+    for smoothing in SMOOTHINGS:
+        want = exact(values, knots, points, smoothing, weights)
+        got = smoothing_spline(
+            torch.from_numpy(values), knots, points, smoothing=smoothing, weights=weights
+        )
+        largest = max(np.abs(values).max(), np.abs(want).max())
+        assert np.abs(got.numpy() - want).max() <= TOLERANCES[torch.float64] * largest
+
+
+@pytest.mark.parametrize("n", [5, 20, 100])
+@pytest.mark.parametrize("penalty", [0.0, 1e-9, 1e-6, 1e-3])
+def test_agrees_with_scipy_where_scipy_is_exact(n, penalty):
+    rng = np.random.default_rng(n)
+    knots = np.linspace(-1, 1, n) + rng.uniform(-0.2, 0.2, n) / n
+    points = rng.uniform(knots[0], knots[-1], 50)  # outside, SciPy continues the cubic
+    values, weights = rng.standard_normal(n), rng.uniform(0.5, 2, n)
+    want = scipy.interpolate.make_smoothing_spline(knots, values, w=weights, lam=penalty)(points)
+    got = smoothing_spline(
+        torch.from_numpy(values), knots, points, smoothing=penalty / n, weights=weights
+    )
+    assert np.abs(got.numpy() - want).max() <= 1e-10 * np.abs(values).max()
+
+
+@pytest.mark.parametrize("kind", KNOTS)
+@pytest.mark.parametrize("n", [2, 3, 17, 256])
+@pytest.mark.parametrize("smoothing", [*SMOOTHINGS, 1e12])
+def test_reproduces_straight_lines(kind, n, smoothing):
+    rng = np.random.default_rng(n)
+    knots = make_knots(kind, n, rng)
+    points = torch.from_numpy(make_points(knots, rng))
+    got = smoothing_spline(torch.from_numpy(1 + 3 * knots), knots, points, smoothing=smoothing)
+    # The end gaps amplify the rounding of the values where the line is continued.
+    torch.testing.assert_close(got, 1 + 3 * points, rtol=0, atol=1e-11)
+
+
+def test_zero_smoothing_passes_through_every_value_bit_for_bit():
+    rng = np.random.default_rng(0)
+    knots = make_knots("random3", 64, rng)
+    for dtype in (torch.float64, torch.float32):
+        values = torch.from_numpy(rng.standard_normal((64, 3))).to(dtype)
+        assert torch.equal(smoothing_spline(values, knots, knots), values)
+
+
+def test_large_smoothing_is_the_least_squares_line():
+    rng = np.random.default_rng(0)
+    knots, values = make_knots("thinned", 50, rng), rng.standard_normal(50)
+    got = smoothing_spline(torch.from_numpy(values), knots, [-1.0, 0.3], smoothing=1e13)
+    want = np.polyval(np.polyfit(knots, values, 1), [-1.0, 0.3])
+    np.testing.assert_allclose(got.numpy(), want, rtol=0, atol=1e-11)
+
+
+def test_tails_are_linear():
+    values = torch.randn(9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    knots = np.linspace(0, 1, 9)
+    for points in ([0.0, -1.0, -2.0], [1.0, 2.0, 3.0]):
+        tail = smoothing_spline(values, knots, points, smoothing=1e-3)
+        assert abs(tail[0] - 2 * tail[1] + tail[2]) < 1e-13
+
+
+def test_dim():
+    values = torch.randn(2, 6, 3, dtype=torch.float64)
+    knots, points = np.linspace(0, 1, 6), [0.1, 0.9]
+    want = torch.stack([smoothing_spline(v, knots, points) for v in values])
+    for dim in (1, -2):
+        assert torch.equal(smoothing_spline(values, knots, points, dim=dim), want)
+
+
+def test_gradients_with_respect_to_everything():
+    t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([-0.1, 0.2, 0.5, 1.2], dtype=torch.float64, requires_grad=True)
+    lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    w = torch.tensor([1.0, 2.0, 1.0, 0.5], dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+
+    def curve(y, t, z, lam, w):
+        return smoothing_spline(y, t, z, smoothing=lam, weights=w, dim=1)
+
+    assert gradcheck(curve, (y, t, z, lam, w))
+    assert gradgradcheck(curve, (y, t, z, lam, w))
+
+
+@pytest.mark.parametrize("kind", ["equidistant", "chebyshev", "random3"])
+@pytest.mark.parametrize("n", [1, 2, 3, 60])
+def test_the_differentiable_matrix_is_the_same_map(kind, n):
+    rng = np.random.default_rng(n)
+    knots = make_knots(kind, n, rng)
+    points = make_points(knots, rng)
+    for smoothing in SMOOTHINGS:
+        matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing)
+        planned = smoothing_spline(torch.eye(n).double(), knots, points, smoothing=smoothing)
+        torch.testing.assert_close(matrix, planned, rtol=0, atol=1e-10 * matrix.abs().max())
+
+
+def test_the_differentiable_path_keeps_the_dtype_and_checks_the_values():
+    lam = torch.tensor(0.1, requires_grad=True)
+    knots = [0.0, 1.0, 2.0]
+    got = smoothing_spline(torch.ones(3, 2, dtype=torch.bfloat16), knots, [0.5], smoothing=lam)
+    assert got.dtype == torch.bfloat16
+    assert got.requires_grad
+    with pytest.raises(ValueError, match="values must have size 3 along dim 0"):
+        smoothing_spline(torch.ones(4), knots, [0.5], smoothing=lam)
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"knots": [0.0, 2.0, 1.0]},
+            ValueError,
+            r"knots must be strictly increasing, got knots\[1\] = 2.0",
+        ),
+        ({"knots": [0.0, 1.0, 1.0]}, ValueError, r"strictly increasing, .*knots\[2\] = 1.0"),
+        ({"knots": [0.0, NAN, 1.0]}, ValueError, r"knots must be finite, got knots\[1\] = nan"),
+        ({"knots": [0.0, 1.0, INF]}, ValueError, r"knots must be finite, got knots\[2\] = inf"),
+        (
+            {"knots": [[0.0, 1.0, 2.0]]},
+            ValueError,
+            r"knots must have one dimension, got .*\(1, 3\)",
+        ),
+        ({"knots": []}, ValueError, "knots must hold at least one number"),
+        ({"knots": ["a", "b", "c"]}, TypeError, "knots must be real numbers, got"),
+        ({"points": [NAN]}, ValueError, r"points must be finite, got points\[0\] = nan"),
+        ({"points": 0.5}, ValueError, r"points must have one dimension, got shape \(\)"),
+        ({"smoothing": -1.0}, ValueError, "smoothing must be finite and >= 0, got -1.0"),
+        ({"smoothing": NAN}, ValueError, "smoothing must be finite and >= 0, got nan"),
+        ({"smoothing": INF}, ValueError, "smoothing must be finite and >= 0, got inf"),
+        ({"smoothing": "much"}, TypeError, "smoothing must be a real number, got 'much'"),
+        ({"weights": [1.0, 1.0]}, ValueError, r"weights must have the shape .*\(3,\), got \(2,\)"),
+        ({"weights": [1.0, 0.0, 1.0]}, ValueError, "weights must be positive, got 0.0"),
+        ({"weights": [1.0, NAN, 1.0]}, ValueError, "weights must be finite"),
+        (
+            {"values": torch.ones(4)},
+            ValueError,
+            r"values must have size 3 along dim 0, got .*\(4,\)",
+        ),
+        ({"values": torch.ones(3, dtype=torch.int64)}, TypeError, "values must be float64.*int64"),
+        ({"values": torch.ones(3, dtype=torch.complex64)}, TypeError, "values must be .*complex64"),
+        ({"values": [1.0, 2.0, 3.0]}, TypeError, "values must be a tensor, got list"),
+        ({"values": torch.tensor(1.0)}, ValueError, "dim must be a dimension of values, got dim 0"),
+        ({"dim": 1}, ValueError, "dim must be a dimension of values, got dim 1"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    arguments = {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0], "points": [0.5]} | change
+    with pytest.raises(error, match=message):
+        smoothing_spline(**arguments)

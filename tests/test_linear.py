@@ -1,0 +1,131 @@
+"""What every LinearMap promises."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.autograd import gradcheck, gradgradcheck
+
+from coded_torch.linear import MatrixMap, SplineMap
+
+from .splines import DTYPES, TOLERANCES
+
+
+def spline_map(num_inputs, num_outputs):
+    return SplineMap(
+        np.linspace(-1, 1, num_inputs), np.linspace(-1.2, 1, num_outputs), smoothing=1e-3
+    )
+
+
+def matrix_map(num_inputs, num_outputs):
+    return MatrixMap(np.random.default_rng(0).standard_normal((num_outputs, num_inputs)))
+
+
+@pytest.mark.parametrize("make", [spline_map, matrix_map])
+class TestLinearMaps:
+    @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1, 3), (5, 5), (7, 4), (40, 90)])
+    def test_is_its_matrix(self, make, num_inputs, num_outputs):
+        map = make(num_inputs, num_outputs)
+        matrix = map.matrix()
+        assert matrix.shape == (map.num_outputs, map.num_inputs) == (num_outputs, num_inputs)
+        assert matrix.dtype == torch.float64
+        values = torch.randn(num_inputs, 6, dtype=torch.float64)
+        torch.testing.assert_close(map(values), matrix @ values)
+        results = torch.randn(num_outputs, 6, dtype=torch.float64)
+        torch.testing.assert_close(map.adjoint(results), matrix.T @ results)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_dtypes(self, make, dtype):
+        map = make(8, 20)
+        values = torch.randn(8, 33, dtype=torch.float64).to(dtype)
+        want = map.matrix() @ values.double()
+        got = map(values)
+        assert got.dtype == dtype
+        error = (got.double() - want).abs().max()
+        assert error <= TOLERANCES[dtype] * want.abs().max()
+
+    @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
+    def test_any_dim(self, make, batch):
+        map = make(4, 6)
+        values = torch.randn(*batch, 4, 5, dtype=torch.float64)
+        got = map(values, dim=-2)
+        assert got.shape == (*batch, 6, 5)
+        torch.testing.assert_close(got, map.matrix() @ values)
+        last = values.transpose(-1, -2)
+        torch.testing.assert_close(map(last, dim=-1), got.transpose(-1, -2))
+
+    def test_gradients(self, make):
+        map = make(5, 7)
+        values = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda v: map(v, 1), (values,))
+        assert gradgradcheck(lambda v: map(v, 1).square(), (values,))
+        results = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(map.adjoint, (results,))
+
+    def test_expanded_gradients(self, make):
+        values = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+        map = make(5, 7)
+        map(values).sum().backward()  # sends a gradient whose strides are all 0
+        torch.testing.assert_close(values.grad, map.matrix().sum(0)[:, None].expand(5, 3))
+
+    @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
+    def test_compiles_into_one_frame(self, make):
+        map = make(4, 6)
+        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(
+            lambda v: map(v, 1).sin(), fullgraph=True, dynamic=True, backend=counter
+        )
+        for columns in (3, 5, 8):
+            values = torch.randn(2, 4, columns)
+            torch.testing.assert_close(compiled(values), map(values, 1).sin())
+        assert counter.frame_count == 1
+
+    def test_vmap(self, make):
+        map = make(4, 6)
+        values = torch.randn(3, 4, 5)
+        torch.testing.assert_close(torch.vmap(map)(values), map(values, 1))
+
+    def test_pickles_and_copies(self, make):
+        map = make(4, 6)
+        values = torch.randn(4)
+        for other in (pickle.loads(pickle.dumps(map)), copy.deepcopy(map)):
+            assert torch.equal(other(values), map(values))
+
+    def test_autocast_changes_nothing(self, make):
+        map = make(4, 6)
+        values = torch.randn(4, 5)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = map(values)
+        assert torch.equal(got, map(values))
+
+    def test_results_do_not_depend_on_the_number_of_threads(self, make):
+        map = make(20, 100)
+        values = torch.randn(20, 50_001)
+        threads = torch.get_num_threads()
+        try:
+            results = []
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(map(values))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+    def test_repr(self, make):
+        assert "num_inputs=4, num_outputs=6" in repr(make(4, 6))
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        ([1.0, 2.0], r"matrix must have two dimensions, got shape \(2,\)"),
+        ([[float("nan")]], "matrix must be finite"),
+    ],
+)
+def test_bad_matrices(matrix, message):
+    with pytest.raises(ValueError, match=message):
+        MatrixMap(matrix)
