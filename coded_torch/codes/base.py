@@ -146,9 +146,11 @@ class Code(abc.ABC):
         try:
             workers = tuple(map(operator.index, items))
         except TypeError:
+            workers = None
+        if workers is None or any(isinstance(item, bool) for item in items):
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
-            ) from None
+            )
         for worker in workers:
             if not 0 <= worker < self.num_workers:
                 raise ValueError(

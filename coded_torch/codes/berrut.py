@@ -1,0 +1,149 @@
+r"""Berrut's rational code (BACC), and its Floater-Hormann generalisation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..linear import LinearMap, MatrixMap
+from ..points import chebyshev_first, chebyshev_second
+from .base import CurveCode
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["BerrutCode"]
+
+
+class BerrutCode(CurveCode):
+    r"""Berrut approximated coded computing: rational interpolants without poles, both ways.
+
+    .. math:: u(z) = \sum_j \frac{w_j}{z - t_j} y_j \Big/ \sum_j \frac{w_j}{z - t_j},
+              \qquad w_j = (-1)^j
+
+    where :math:`j` is the position among the nodes *in use*: the decoder's signs alternate over the
+    received workers in order, not over their own indices, which would put poles between them. An
+    ``order`` d > 0 takes Floater-Hormann weights instead, which reproduce polynomials of degree d.
+
+    Args:
+        num_data: K, at least 1.
+        num_workers: N, at least 1.
+        order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder with no more than d
+            results uses as many as it has, order ``|F| - 1``.
+        data_points: ``[K]``, finite, strictly increasing; by default
+            :func:`~coded_torch.points.chebyshev_first`.
+        worker_points: ``[N]``, finite, strictly increasing; by default
+            :func:`~coded_torch.points.chebyshev_second`.
+
+    Raises:
+        TypeError: a count or the order is not an integer.
+        ValueError: a count, the order, or the points are out of range.
+
+    Note:
+        Any one result can be decoded. Planning a decoder costs :math:`O(|F| (K + d^2))`.
+
+    Reference:
+        T. Jahani-Nezhad, M. A. Maddah-Ali, *Berrut approximated coded computing: straggler
+        resistance beyond polynomial computing*, arXiv 2009.08327. M. S. Floater, K. Hormann,
+        *Barycentric rational interpolation with no poles and high rates of approximation*, Numer.
+        Math. 107 (2007).
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import BerrutCode
+        >>> code = BerrutCode(num_data=2, num_workers=8)
+        >>> coded = code.encode(torch.tensor([1.0, 2.0]))
+        >>> code.decode(coded[:7], received=range(7)).round(decimals=1)
+        tensor([1.1000, 2.0000])
+    """
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        order: int = 0,
+        data_points: ArrayLike | None = None,
+        worker_points: ArrayLike | None = None,
+    ) -> None:
+        num_data = self._count("num_data", num_data)
+        num_workers = self._count("num_workers", num_workers)
+        super().__init__(
+            num_data,
+            num_workers,
+            chebyshev_first(num_data) if data_points is None else data_points,
+            chebyshev_second(num_workers) if worker_points is None else worker_points,
+        )
+        self.order = self._count("order", order, least=0)
+        if self.order >= num_data:
+            raise ValueError(
+                f"BerrutCode: order must be less than num_data, {num_data}, got {self.order}"
+            )
+
+    def _make_encoder(self) -> LinearMap:
+        weights = _floater_hormann_weights(self.data_points, self.order)
+        return MatrixMap(_interpolation_matrix(self.data_points, weights, self.worker_points))
+
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        nodes = self.worker_points[list(received)]
+        weights = _floater_hormann_weights(nodes, min(self.order, nodes.size - 1))
+        return MatrixMap(_interpolation_matrix(nodes, weights, self.data_points))
+
+
+def _floater_hormann_weights(nodes: NDArray[np.float64], order: int) -> NDArray[np.float64]:
+    r"""Barycentric weights of the Floater-Hormann interpolant, up to a common factor.
+
+    .. math:: w_j = (-1)^j \sum_i \prod_{l = i, l \ne j}^{i + d} \frac{1}{|t_j - t_l|}
+
+    over the windows :math:`i, \dots, i + d` that contain :math:`j`: equation 18 of Floater and
+    Hormann. Order 0 is Berrut's alternating signs, order n - 1 the polynomial through all n nodes.
+
+    Args:
+        nodes: ``[n]``, strictly increasing.
+        order: d, in ``0 .. n - 1``.
+
+    Returns:
+        ``[n]``, float64, alternating in sign, the first positive.
+
+    Note:
+        :math:`O((n - d) d^2)`.
+    """
+    n, width = nodes.size, order + 1
+    signs = np.where(np.arange(n) % 2, -1.0, 1.0)
+    if order == 0:
+        return signs
+    window = np.arange(n - order)[:, None] + np.arange(width)  # [windows, d + 1], indices of nodes
+    # On an interval of length 4 the products neither overflow nor underflow as the order grows.
+    scaled = nodes * (4 / (nodes[-1] - nodes[0]))
+    distances = np.abs(scaled[window][:, :, None] - scaled[window][:, None, :])
+    distances[:, range(width), range(width)] = 1
+    weights = np.zeros(n)
+    np.add.at(weights, window, 1 / distances.prod(axis=2))
+    return signs * weights
+
+
+def _interpolation_matrix(
+    nodes: NDArray[np.float64], weights: NDArray[np.float64], points: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    r"""The matrix that takes values at ``nodes`` to the interpolant's values at ``points``.
+
+    .. math:: u(z) = \sum_j \frac{w_j}{z - t_j} y_j \Big/ \sum_j \frac{w_j}{z - t_j},
+              \qquad u(t_j) = y_j
+
+    Args:
+        nodes: ``[n]``, distinct.
+        weights: ``[n]``, not zero.
+        points: ``[N]``.
+
+    Returns:
+        ``[N, n]``, float64; every row sums to one, a row of a point that is a node is one-hot.
+    """
+    offsets = points[:, None] - nodes
+    nearest = np.abs(offsets).min(axis=1, keepdims=True)
+    # 1 / offset, relative to the nearest node so that no offset is too small to divide by; a
+    # nearest offset of 0 is an exact hit, where that node alone counts.
+    ratios = np.divide(nearest, offsets, out=(offsets == 0).astype(np.float64), where=nearest > 0)
+    terms = weights * ratios
+    matrix: NDArray[np.float64] = terms / terms.sum(axis=1, keepdims=True)
+    return matrix

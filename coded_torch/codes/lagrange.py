@@ -1,0 +1,144 @@
+r"""Lagrange's polynomial code (LCC), in floating point."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from ..linear import LinearMap, MatrixMap
+from ..points import chebyshev_first
+from .base import CurveCode
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["LagrangeCode"]
+
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+class LagrangeCode(CurveCode):
+    r"""Lagrange coded computing over the reals: exact for polynomial models.
+
+    The encoder is the polynomial of degree K - 1 through the inputs. If the model is a polynomial
+    of ``degree``, the results lie on one of degree :math:`D = (K - 1)\,\mathrm{degree}`, which the
+    decoder recovers: by interpolation from D + 1 results, from more by least squares
+
+    .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
+
+    For a model that is no polynomial, give ``decoder_degree``, D itself: the adapted code, where D
+    is to be tuned on validation data.
+
+    Args:
+        num_data: K, at least 1.
+        num_workers: N, at least D + 1.
+        degree: the degree of the model as a polynomial, at least 1; by default 1, a linear model.
+        decoder_degree: D, at least 0; excludes ``degree``.
+        data_points: ``[K]``, finite, strictly increasing; by default
+            :func:`~coded_torch.points.chebyshev_first`.
+        worker_points: ``[N]``, finite, strictly increasing; by default
+            :func:`~coded_torch.points.chebyshev_first`.
+
+    Raises:
+        TypeError: a count or a degree is not an integer.
+        ValueError: a count, a degree, or the points are out of range, ``degree`` and
+            ``decoder_degree`` are both given, or N workers can never give D + 1 results.
+
+    Note:
+        :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
+        The error of an exact recovery is the rounding error of the results times the norm of the
+        decoder, which grows exponentially with the run of workers missing in one place: for a
+        cubic, K = 5 and 13 of 20 results it is below 1e5 for 99 % of the received sets, and 4e7 if
+        the 7 outermost workers on one side are missing.
+
+    Reference:
+        Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,
+        V. R. Cadambe, *Numerically stable polynomially coded computing*, arXiv 1903.08326.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import LagrangeCode
+        >>> code = LagrangeCode(num_data=3, num_workers=8, degree=2)
+        >>> results = code.encode(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) ** 2
+        >>> code.decode(results[2:7], received=range(2, 7)).round(decimals=9)
+        tensor([1., 4., 9.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        degree: int | None = None,
+        decoder_degree: int | None = None,
+        data_points: ArrayLike | None = None,
+        worker_points: ArrayLike | None = None,
+    ) -> None:
+        num_data = self._count("num_data", num_data)
+        num_workers = self._count("num_workers", num_workers)
+        super().__init__(
+            num_data,
+            num_workers,
+            chebyshev_first(num_data) if data_points is None else data_points,
+            chebyshev_first(num_workers) if worker_points is None else worker_points,
+        )
+        if decoder_degree is None:
+            degree = self._count("degree", 1 if degree is None else degree)
+            self.decoder_degree = (num_data - 1) * degree
+        elif degree is None:
+            self.decoder_degree = self._count("decoder_degree", decoder_degree, least=0)
+        else:
+            raise ValueError(
+                "LagrangeCode: degree and decoder_degree exclude each other, "
+                f"got {degree} and {decoder_degree}"
+            )
+        if num_workers < self.min_received:
+            raise ValueError(
+                f"LagrangeCode: num_workers must be at least {self.min_received} to recover a "
+                f"polynomial of degree {self.decoder_degree}, got {num_workers}"
+            )
+
+    @property
+    def min_received(self) -> int:
+        """D + 1, the number of results that determine a polynomial of degree D."""
+        return self.decoder_degree + 1
+
+    def _make_encoder(self) -> LinearMap:
+        return MatrixMap(_through(self.data_points, self.worker_points))
+
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        nodes = self.worker_points[list(received)]
+        if nodes.size == self.min_received:
+            return MatrixMap(_through(nodes, self.data_points))
+        return MatrixMap(_least_squares(nodes, self.data_points, self.decoder_degree))
+
+
+def _through(nodes: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The matrix of the polynomial through all nodes, ``[points, nodes]``."""
+    # Lagrange's products as they stand keep every entry to a few units in the last place, also
+    # where the polynomial is extrapolated; there the sum in the barycentric form cancels, down to
+    # an exact 0. Golden-ratio steps through the nodes keep partial products moderate.
+    matrix = np.ones((points.size, nodes.size))
+    for i in np.argsort(np.arange(nodes.size) * _GOLDEN % 1):
+        distances = nodes - nodes[i]
+        distances[i] = 1
+        factors = (points[:, None] - nodes[i]) / distances
+        factors[:, i] = 1
+        matrix *= factors
+    return matrix
+
+
+def _least_squares(
+    nodes: NDArray[np.float64], points: NDArray[np.float64], degree: int
+) -> NDArray[np.float64]:
+    """The matrix of the least-squares polynomial of a degree, ``[points, nodes]``."""
+    # Chebyshev polynomials of the nodes' own interval: on any other they are nearly dependent.
+    centre, half = (nodes[0] + nodes[-1]) / 2, (nodes[-1] - nodes[0]) / 2
+    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [nodes, D + 1]
+    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [points, D + 1]
+    q, r = np.linalg.qr(at_nodes)
+    # at_points @ inverse(r) @ q.T, row by row backward stable.
+    matrix: NDArray[np.float64] = np.linalg.solve(r.T, at_points.T).T @ q.T
+    return matrix

@@ -1,0 +1,76 @@
+r"""Replication: every input goes to several workers as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..linear import LinearMap, MatrixMap
+from .base import Code
+
+__all__ = ["ReplicationCode"]
+
+
+class ReplicationCode(Code):
+    r"""Replication, the baseline without mixing: worker n computes input ``n mod K``.
+
+    Answered inputs come back bit for bit as their first received worker, in the order of workers,
+    computed them. Inputs that nobody answered get the mean of the answered ones, every input
+    counted once. ``ReplicationCode(K, K)`` is uncoded inference.
+
+    Args:
+        num_data: K, at least 1.
+        num_workers: N, at least K, so that every input has a worker.
+
+    Raises:
+        TypeError: a count is not an integer.
+        ValueError: a count is out of range.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import ReplicationCode
+        >>> code = ReplicationCode(num_data=3, num_workers=6)
+        >>> code.encode(torch.tensor([1.0, 2.0, 6.0]))
+        tensor([1., 2., 6., 1., 2., 6.])
+        >>> code.decode(torch.tensor([6.0, 1.0, 2.0]), received=[2, 3, 4])
+        tensor([1., 2., 6.])
+        >>> code.decode(torch.tensor([6.0, 2.0]), received=[2, 4])
+        tensor([4., 2., 6.])
+        >>> code.answered([2, 4])
+        tensor([False,  True,  True])
+    """
+
+    def __init__(self, num_data: int, num_workers: int) -> None:
+        super().__init__(num_data, num_workers)
+        if self.num_workers < self.num_data:
+            raise ValueError(
+                f"ReplicationCode: num_workers must be at least num_data, {self.num_data}, "
+                f"got {self.num_workers}"
+            )
+
+    def answered(self, received: Sequence[int] | Tensor) -> Tensor:
+        """Which inputs have an exact answer: a boolean tensor ``[K]``.
+
+        Args:
+            received: the indices of the workers that answered, in any order.
+
+        Raises:
+            TypeError, ValueError: ``received`` is not a sequence of worker indices.
+        """
+        answered = torch.zeros(self.num_data, dtype=torch.bool)
+        answered[[worker % self.num_data for worker in self._received(received)]] = True
+        return answered
+
+    def _make_encoder(self) -> LinearMap:
+        return MatrixMap(np.eye(self.num_data)[np.arange(self.num_workers) % self.num_data])
+
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        inputs, first = np.unique(np.array(received) % self.num_data, return_index=True)
+        matrix = np.zeros((self.num_data, len(received)))
+        matrix[:, first] = 1 / inputs.size
+        matrix[inputs] = 0
+        matrix[inputs, first] = 1
+        return MatrixMap(matrix)

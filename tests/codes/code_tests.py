@@ -1,0 +1,209 @@
+"""What every code must do: inherit :class:`CodeTests` and give ``make``."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from coded_torch.codes import NotEnoughResults, base
+from coded_torch.linear import accumulation_dtype
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_is_product(got, matrix, values, dim=0):
+    """``got`` is ``matrix @ values`` along ``dim``, to the rounding of the dtype of ``values``.
+
+    A dot product of n terms computed in a dtype of unit eps is off by at most n eps times the
+    product of the absolute values, the matrix is rounded to that dtype first, and the result once
+    more to the dtype of the values (Higham, Accuracy and Stability, section 3.1).
+    """
+    exact_values = values.double().movedim(dim, 0)  # [n, ...]
+    expected = torch.tensordot(matrix, exact_values, dims=1)
+    magnitude = torch.tensordot(matrix.abs(), exact_values.abs(), dims=1)
+    eps, acc = torch.finfo(values.dtype).eps, torch.finfo(accumulation_dtype(values.dtype)).eps
+    bound = eps * expected.abs() + 2 * (matrix.shape[1] + 2) * acc * magnitude
+    assert got.dtype == values.dtype
+    error = (got.double().movedim(dim, 0) - expected).abs()
+    assert bool((error <= bound + torch.finfo(values.dtype).smallest_normal).all())
+
+
+class CodeTests:
+    """The suite. The code should have at least 20 workers, and be well conditioned."""
+
+    def make(self):
+        raise NotImplementedError
+
+    @pytest.fixture
+    def code(self):
+        return self.make()
+
+    @pytest.fixture
+    def received(self, code):
+        """The smallest set that keeps the workers evenly spread, at least 60 % of them."""
+        count = max(code.min_received, -(-3 * code.num_workers // 5))
+        return [(2 * i + 1) * code.num_workers // (2 * count) for i in range(count)]
+
+    # Shapes and values.
+
+    @pytest.mark.parametrize(
+        ("before", "after"),
+        [((), ()), ((), (3,)), ((2,), ()), ((2, 3), (4,)), ((0,), (2,)), ((), (2, 0))],
+    )
+    def test_maps_along_any_dim(self, code, received, before, after):
+        for dim in (len(before), -1 - len(after)):
+            values = normal(*before, code.num_data, *after)
+            coded = code.encode(values, dim)
+            assert coded.shape == (*before, code.num_workers, *after)
+            assert_is_product(coded, code.encoder.matrix(), values, dim)
+            results = coded.index_select(dim, torch.tensor(received))
+            answers = code.decode(results, received, dim)
+            assert answers.shape == values.shape
+            assert_is_product(answers, code.decoder(received).matrix(), results, dim)
+
+    def test_layout_of_the_values_does_not_matter(self, code, received):
+        values = normal(4, 6, code.num_data)
+        matrix = code.encoder.matrix()
+        for strided in (values.movedim(2, 0), values.expand(3, 4, 6, -1).movedim(3, 0)[:, 1, ::2]):
+            assert_is_product(code.encode(strided), matrix, strided)
+        results = normal(4, 6, len(received)).movedim(2, 0)
+        assert_is_product(code.decode(results, received), code.decoder(received).matrix(), results)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_dtypes(self, code, received, dtype):
+        values = normal(code.num_data, 50, dtype=dtype)
+        assert_is_product(code.encode(values), code.encoder.matrix(), values)
+        results = normal(len(received), 50, seed=1, dtype=dtype)
+        assert_is_product(code.decode(results, received), code.decoder(received).matrix(), results)
+
+    def test_constants_are_reproduced(self, code, received):
+        everybody = range(code.num_workers)
+        for map_ in (code.encoder, code.decoder(received), code.decoder(everybody)):
+            matrix = map_.matrix()
+            assert_is_product(
+                torch.ones(len(matrix)).double(), matrix, torch.ones(matrix.shape[1]).double()
+            )
+
+    def test_adjoint_is_the_transpose(self, code, received):
+        for map_ in (code.encoder, code.decoder(received)):
+            weights = normal(3, map_.num_outputs, 2)
+            assert_is_product(map_.adjoint(weights, 1), map_.matrix().T, weights, dim=1)
+
+    def test_gradients(self, code, received):
+        values = normal(code.num_data, 2).requires_grad_()
+        results = normal(len(received), 2).requires_grad_()
+        decode = lambda results: code.decode(results, received)  # noqa: E731
+        assert torch.autograd.gradcheck(code.encode, (values,))
+        assert torch.autograd.gradcheck(decode, (results,))
+        assert torch.autograd.gradgradcheck(code.encode, (values,))
+        assert torch.autograd.gradgradcheck(decode, (results,))
+
+    # The received set.
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.parametrize("columns", [1, 7, 33])
+    def test_order_of_the_received_does_not_matter_bit_for_bit(self, code, received, dim, columns):
+        results = normal(len(received), columns).movedim(0, dim).contiguous()
+        expected = code.decode(results, received, dim)
+        for seed in range(5):
+            order = list(range(len(received)))
+            random.Random(seed).shuffle(order)
+            shuffled = results.index_select(dim, torch.tensor(order))
+            answers = code.decode(shuffled, [received[i] for i in order], dim)
+            assert torch.equal(answers, expected)
+
+    def test_nor_does_it_in_strided_results(self, code, received):
+        results = normal(33, len(received)).T
+        answers = code.decode(results.flip(0), received[::-1])
+        assert torch.equal(answers, code.decode(results, received))
+
+    def test_received_in_any_form(self, code, received):
+        results = normal(len(received), 3)
+        expected = code.decode(results, received)
+        for form in (tuple(received), torch.tensor(received), np.array(received, dtype=np.int32)):
+            assert torch.equal(code.decode(results, form), expected)
+            assert code.decoder(form) is code.decoder(received)
+
+    def test_a_worker_twice(self, code, received):
+        twice = [received[0], *received]
+        with pytest.raises(ValueError, match="received must be strictly increasing"):
+            code.decode(normal(len(twice)), twice)
+
+    def test_decoder_wants_the_workers_in_order(self, code, received):
+        with pytest.raises(ValueError, match="received must be strictly increasing"):
+            code.decoder(received[::-1])
+
+    def test_a_worker_that_does_not_exist(self, code):
+        for worker in (-1, code.num_workers):
+            message = f"received must lie in 0..{code.num_workers - 1}, got {worker}"
+            with pytest.raises(ValueError, match=message):
+                code.decoder([worker])
+
+    def test_received_that_are_no_indices(self, code):
+        for received in ([0.5], ["0"], torch.tensor([0.0]), 3, torch.zeros(2, 2, dtype=int)):
+            with pytest.raises(TypeError, match="received must be a sequence of worker indices"):
+                code.decoder(received)
+
+    def test_too_few_results(self, code):
+        few = list(range(1, code.min_received))
+        with pytest.raises(NotEnoughResults, match="missing workers") as caught:
+            code.decode(normal(len(few), 2), few)
+        assert caught.value.received == tuple(few)
+        assert caught.value.required == code.min_received
+        assert caught.value.missing == (0, *range(code.min_received, code.num_workers))
+        code.decoder([0, *few])
+
+    def test_results_that_do_not_fit(self, code, received):
+        for workers in (received, received[::-1]):
+            with pytest.raises(ValueError, match=f"must have size {len(received)} along dim"):
+                code.decode(normal(len(received) + 1, 2), workers)
+        with pytest.raises(ValueError, match=f"must have size {code.num_data} along dim"):
+            code.encode(normal(code.num_data + 1))
+        with pytest.raises(TypeError, match=r"got torch\.int64"):
+            code.encode(torch.zeros(code.num_data, dtype=torch.int64))
+
+    # The object.
+
+    def test_travels(self, code, received):
+        values, results = normal(code.num_data, 3), normal(len(received), 3)
+        code.encode(values), code.decode(results, received)
+        for twin in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), copy.copy(code)):
+            assert repr(twin) == repr(code)
+            assert torch.equal(twin.encode(values), code.encode(values))
+            assert torch.equal(twin.decode(results, received), code.decode(results, received))
+
+    def test_repr_says_what_it_is(self, code):
+        assert repr(code).startswith(
+            f"{type(code).__name__}(num_data={code.num_data}, num_workers="
+        )
+
+    def test_maps_are_made_once(self, code, received):
+        assert code.encoder is code.encoder
+        assert code.decoder(received) is code.decoder(received)
+
+    def test_decoders_do_not_pile_up(self, code):
+        choose = random.Random(0)
+        for _ in range(10_000):
+            count = choose.randint(code.min_received, min(code.min_received + 2, code.num_workers))
+            code.decoder(sorted(choose.sample(range(code.num_workers), count)))
+        assert len(code._decoders) == base._CACHED_DECODERS
+
+    def test_shared_between_threads(self, code):
+        choose = random.Random(0)
+        count = max(code.min_received, code.num_workers - 3)
+        sets = [sorted(choose.sample(range(code.num_workers), count)) for _ in range(300)]
+        results = normal(count, 4)
+        expected = [self.make().decode(results, received) for received in sets]
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda received: code.decode(results, received), sets))
+        assert all(map(torch.equal, answers, expected))

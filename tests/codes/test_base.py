@@ -1,0 +1,82 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from coded_torch.codes import Code, CurveCode, NotEnoughResults, base
+from coded_torch.linear import MatrixMap
+
+
+class Nearest(CurveCode):
+    """Every worker gets the first input, and every answer is the first result."""
+
+    def _make_encoder(self):
+        return MatrixMap(np.eye(1, self.num_data).repeat(self.num_workers, 0))
+
+    def _make_decoder(self, received):
+        return MatrixMap(np.eye(1, len(received)).repeat(self.num_data, 0))
+
+
+def test_not_enough_results_says_who_is_missing():
+    error = NotEnoughResults([4, 1], required=3, num_workers=6)
+    assert str(error) == (
+        "decoding needs at least 3 of 6 results, got 2; missing workers: [0, 2, 3, 5]"
+    )
+    assert (error.received, error.required, error.missing) == ((1, 4), 3, (0, 2, 3, 5))
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), twin.missing) == (str(error), error.missing)
+
+
+def test_a_code_needs_its_maps():
+    with pytest.raises(TypeError, match="abstract"):
+        Code(1, 1)
+
+
+@pytest.mark.parametrize("argument", ["num_data", "num_workers"])
+def test_counts(argument):
+    counts = {"num_data": 1, "num_workers": 1, "data_points": [0.0], "worker_points": [0.0]}
+    for wrong, error, message in [
+        (0, ValueError, f"Nearest: {argument} must be at least 1, got 0"),
+        (1.0, TypeError, f"Nearest: {argument} must be an integer, got 1.0"),
+    ]:
+        with pytest.raises(error, match=message):
+            Nearest(**(counts | {argument: wrong}))
+
+
+@pytest.mark.parametrize("argument", ["data_points", "worker_points"])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([0.0], r"must have shape \(2,\), got \(1,\)"),
+        ([[0.0, 1.0]], r"must have shape \(2,\), got \(1, 2\)"),
+        ([1.0, 0.0], "must be finite and strictly increasing"),
+        ([0.0, 0.0], "must be finite and strictly increasing"),
+        ([0.0, float("nan")], "must be finite and strictly increasing"),
+        ([0.0, float("inf")], "must be finite and strictly increasing"),
+    ],
+)
+def test_points(argument, wrong, message):
+    points = {"data_points": [0.0, 1.0], "worker_points": [0.0, 1.0]} | {argument: wrong}
+    with pytest.raises(ValueError, match=f"Nearest: {argument} {message}"):
+        Nearest(2, 2, **points)
+
+
+def test_points_cannot_change_under_the_decoders():
+    points = np.array([0.0, 1.0])
+    code = Nearest(2, 2, points, points)
+    points[0] = 9
+    assert code.data_points.tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match="read-only"):
+        code.data_points[0] = 9
+
+
+def test_the_least_recently_used_decoder_goes_first():
+    size = base._CACHED_DECODERS
+    code = Nearest(1, size + 1, [0.0], np.arange(size + 1.0))
+    kept, dropped = code.decoder([0]), code.decoder([1])
+    for worker in range(2, size):
+        code.decoder([worker])
+    assert code.decoder([0]) is kept
+    code.decoder([size])
+    assert code.decoder([0]) is kept
+    assert code.decoder([1]) is not dropped

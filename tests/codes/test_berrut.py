@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.interpolate import FloaterHormannInterpolator
+
+from coded_torch import points
+from coded_torch.codes import BerrutCode
+
+from .code_tests import CodeTests
+
+
+class TestBerrutCode(CodeTests):
+    def make(self):
+        return BerrutCode(8, 24)
+
+
+class TestFloaterHormannCode(CodeTests):
+    def make(self):
+        return BerrutCode(8, 25, order=3)
+
+
+def berrut(nodes, values, z):
+    """The formula as it is written."""
+    if z in nodes:
+        return values[list(nodes).index(z)]
+    terms = [(-1) ** j / (z - t) for j, t in enumerate(nodes)]
+    return sum(w * y for w, y in zip(terms, values, strict=True)) / sum(terms)
+
+
+@pytest.mark.parametrize(("num_data", "num_workers"), [(1, 1), (1, 5), (5, 16), (7, 21), (20, 41)])
+def test_order_zero_is_the_formula(num_data, num_workers):
+    code = BerrutCode(num_data, num_workers)
+    rng = np.random.default_rng(0)
+    alpha, beta = points.chebyshev_first(num_data), points.chebyshev_second(num_workers)
+    inputs = rng.standard_normal(num_data)
+    expected = [berrut(alpha, inputs, z) for z in beta]
+    np.testing.assert_allclose(code.encode(torch.tensor(inputs)), expected, rtol=1e-11, atol=1e-13)
+    for count in {1, (num_workers + 1) // 2, num_workers}:
+        received = np.sort(rng.choice(num_workers, count, replace=False))
+        results = rng.standard_normal(count)
+        expected = [berrut(beta[received], results, z) for z in alpha]
+        answers = code.decode(torch.tensor(results), received)
+        np.testing.assert_allclose(answers, expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3, 7])
+def test_floater_hormann_is_scipys(order):
+    code = BerrutCode(8, 30, order=order)
+    rng = np.random.default_rng(order)
+    for count in (1, 3, 6, 20, 30):
+        received = np.sort(rng.choice(30, count, replace=False))
+        results = rng.standard_normal((count, 2))
+        oracle = FloaterHormannInterpolator(
+            code.worker_points[received], results, d=min(order, count - 1)
+        )
+        answers = code.decode(torch.tensor(results), received)
+        expected = oracle(code.data_points)
+        np.testing.assert_allclose(answers, expected, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 5])
+def test_polynomials_of_the_order_are_reproduced(order):
+    code = BerrutCode(6, 24, order=order)
+    polynomial = np.polynomial.Chebyshev(np.arange(1.0, order + 2))
+    coded = code.encode(torch.tensor(polynomial(code.data_points)))
+    np.testing.assert_allclose(coded, polynomial(code.worker_points), rtol=1e-12, atol=1e-12)
+    received = [0, 3, 4, 5, 9, 11, 12, 15, 18, 20, 23]
+    answers = code.decode(torch.tensor(polynomial(code.worker_points[received])), received)
+    np.testing.assert_allclose(answers, polynomial(code.data_points), rtol=1e-11, atol=1e-11)
+
+
+@given(
+    st.integers(1, 12),
+    st.sets(st.integers(0, 40), min_size=1).map(sorted),
+    st.integers(0, 11),
+)
+def test_no_received_set_has_a_pole(num_data, received, order):
+    # Signs by the workers' own indices give norms of 100 to 2000 already for thinned-out sets;
+    # those in order stay near the gap ratio, and order d grows at most like 2^d times it.
+    code = BerrutCode(num_data, 41, order=min(order, num_data - 1))
+    matrix = code.decoder(received).matrix()
+    assert bool(torch.isfinite(matrix).all())
+    assert torch.allclose(matrix.sum(1), torch.ones(num_data, dtype=torch.float64), atol=1e-6)
+
+
+def test_signs_alternate_over_the_received_workers():
+    rng = np.random.default_rng(0)
+    code = BerrutCode(20, 100)
+    norms = [
+        float(code.decoder(np.sort(rng.choice(100, 40, replace=False))).matrix().abs().sum(1).max())
+        for _ in range(200)
+    ]
+    assert np.median(norms) < 20
+
+
+def test_exact_hits_are_copied():
+    code = BerrutCode(3, 5, data_points=[-0.5, 0.0, 0.5], worker_points=[-1, -0.5, 0, 0.5, 1])
+    inputs = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    assert torch.equal(code.encode(inputs)[1:4], inputs)
+    results = torch.tensor([5.0, 0.1, 0.7, -3.0], dtype=torch.float64)
+    assert torch.equal(code.decode(results, [0, 1, 3, 4])[[0, 2]], results[[1, 2]])
+
+
+def test_a_node_too_near_to_divide_by():
+    code = BerrutCode(1, 2, data_points=[5e-324], worker_points=[0.0, 1.0])
+    assert code.decoder([0, 1]).matrix().tolist() == [[1.0, 5e-324]]
+
+
+def test_a_higher_order_converges_faster():
+    errors = {}
+    for order in (0, 3):
+        code = BerrutCode(8, 200, order=order)
+        results = np.sin(3 * code.worker_points)
+        answers = code.decode(torch.tensor(results), range(200))
+        errors[order] = np.abs(answers.numpy() - np.sin(3 * code.data_points)).max()
+    assert errors[3] < 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize(
+    ("order", "error", "message"),
+    [
+        (-1, ValueError, "BerrutCode: order must be at least 0, got -1"),
+        (4, ValueError, "BerrutCode: order must be less than num_data, 4, got 4"),
+        (0.5, TypeError, "BerrutCode: order must be an integer, got 0.5"),
+    ],
+)
+def test_bad_orders(order, error, message):
+    with pytest.raises(error, match=message):
+        BerrutCode(4, 8, order=order)
+
+
+def test_bad_counts_come_before_default_points():
+    with pytest.raises(ValueError, match="BerrutCode: num_data must be at least 1, got 0"):
+        BerrutCode(0, 4)
+    with pytest.raises(TypeError, match=r"BerrutCode: num_workers must be an integer, got 4\.5"):
+        BerrutCode(2, 4.5)

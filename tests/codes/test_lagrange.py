@@ -1,0 +1,147 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from coded_torch import points
+from coded_torch.codes import LagrangeCode, NotEnoughResults
+
+from .code_tests import CodeTests, normal
+
+
+class TestLagrangeCode(CodeTests):
+    def make(self):
+        return LagrangeCode(4, 20, degree=2)
+
+
+class TestLagrangeCodeOfAGivenDegree(CodeTests):
+    def make(self):
+        return LagrangeCode(8, 24, decoder_degree=5)
+
+
+def cubic(x):
+    return 0.7 * x**3 - x**2 + 0.3 * x - 1
+
+
+def relative_error(code, model, inputs, received):
+    results = model(code.encode(inputs))[received]
+    exact = model(inputs)
+    return float((code.decode(results, received) - exact).abs().max() / exact.abs().max())
+
+
+def contiguous(num_workers, missing):
+    """Every received set that lacks a block of neighbours, with the first after the last."""
+    for start in range(num_workers):
+        yield [n for n in range(num_workers) if (n - start) % num_workers >= missing]
+
+
+def test_a_cubic_from_any_13_of_20_results():
+    code = LagrangeCode(5, 20, degree=3)
+    assert code.min_received == 13
+    inputs = normal(5, 8)
+    rng = np.random.default_rng(0)
+    drawn = [np.sort(rng.choice(20, 13, replace=False)).tolist() for _ in range(500)]
+    worst = max(
+        relative_error(code, cubic, inputs, received) for received in [*contiguous(20, 7), *drawn]
+    )
+    assert worst < 1e-8
+
+
+def test_a_cubic_from_more_than_13_results():
+    code = LagrangeCode(5, 20, degree=3)
+    inputs = normal(5, 8)
+    for missing in range(7):
+        for received in contiguous(20, missing):
+            assert relative_error(code, cubic, inputs, received) < 1e-9
+
+
+def test_a_cubic_not_from_12_results():
+    code = LagrangeCode(5, 20, degree=3)
+    with pytest.raises(NotEnoughResults, match="at least 13 of 20 results, got 12"):
+        code.decode(torch.zeros(12), range(12))
+
+
+@pytest.mark.parametrize("num_workers", [136, 150])
+def test_degree_15_with_10_inputs(num_workers):
+    code = LagrangeCode(10, num_workers, degree=15)
+    inputs = 2 * torch.rand(10, 8, generator=torch.Generator().manual_seed(0)).double() - 1
+    everybody = list(range(num_workers))
+    assert relative_error(code, lambda x: x**15, inputs, everybody) < 1e-11
+
+
+def test_linear_models_by_default():
+    code = LagrangeCode(4, 9)
+    assert code.min_received == 4
+    assert relative_error(code, lambda x: 3 * x - 1, normal(4, 5), [0, 2, 5, 8]) < 1e-13
+
+
+@pytest.mark.parametrize("received", [[1, 3, 4, 6, 8], [0, 1, 2, 3, 4]])
+def test_interpolation_in_rational_arithmetic(received):
+    code = LagrangeCode(3, 9, degree=2)
+    nodes = [Fraction(t) for t in code.worker_points[received].tolist()]
+    expected = []
+    for z in map(Fraction, code.data_points.tolist()):
+        row = []
+        for j, t in enumerate(nodes):
+            entry = Fraction(1)
+            for other in nodes[:j] + nodes[j + 1 :]:
+                entry *= (z - other) / (t - other)
+            row.append(float(entry))
+        expected.append(row)
+    # Four products of rounded differences and quotients each.
+    np.testing.assert_allclose(code.decoder(received).matrix(), expected, rtol=20 * 2.0**-53)
+
+
+@pytest.mark.parametrize("degree", [0, 1, 4, 9])
+def test_least_squares_is_numpys(degree):
+    code = LagrangeCode(7, 30, decoder_degree=degree)
+    rng = np.random.default_rng(degree)
+    for count in (degree + 2, 15, 30):
+        received = np.sort(rng.choice(30, count, replace=False))
+        results = rng.standard_normal(count)
+        fit = np.polynomial.Chebyshev.fit(code.worker_points[received], results, degree)
+        answers = code.decode(torch.tensor(results), received).numpy()
+        norm = float(code.decoder(received).matrix().abs().sum(1).max())
+        np.testing.assert_allclose(answers, fit(code.data_points), atol=1e-11 * norm)
+
+
+def test_many_nodes_neither_overflow_nor_underflow():
+    code = LagrangeCode(1, 2001, decoder_degree=2000, data_points=[0.3])
+    nodes = code.worker_points
+    answer = code.decode(torch.tensor(np.cos(500 * nodes)), range(2001))
+    assert float(answer[0]) == pytest.approx(np.cos(150), abs=1e-9)
+
+
+def test_exact_hits_are_copied():
+    code = LagrangeCode(3, 9)
+    assert set(code.data_points) <= set(code.worker_points)
+    hits = np.isin(code.worker_points, code.data_points)
+    inputs = normal(3)
+    assert torch.equal(code.encode(inputs)[torch.tensor(hits)], inputs)
+
+
+def test_default_points():
+    code = LagrangeCode(5, 20)
+    assert np.array_equal(code.data_points, points.chebyshev_first(5))
+    assert np.array_equal(code.worker_points, points.chebyshev_first(20))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "error", "message"),
+    [
+        ({"degree": 0}, ValueError, "degree must be at least 1, got 0"),
+        ({"degree": 1.5}, TypeError, "degree must be an integer, got 1.5"),
+        ({"decoder_degree": -1}, ValueError, "decoder_degree must be at least 0, got -1"),
+        (
+            {"degree": 1, "decoder_degree": 4},
+            ValueError,
+            "degree and .* exclude each other, got 1 and 4",
+        ),
+        ({"degree": 3}, ValueError, "num_workers must be at least 13 .* degree 12, got 12"),
+        ({"decoder_degree": 12}, ValueError, "num_workers must be at least 13 .* degree 12, got"),
+    ],
+)
+def test_bad_degrees(degrees, error, message):
+    with pytest.raises(error, match=f"LagrangeCode: {message}"):
+        LagrangeCode(5, 12, **degrees)

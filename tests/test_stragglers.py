@@ -1,0 +1,286 @@
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from coded_torch import stragglers
+
+LAWS = {
+    "uniform": lambda seed: stragglers.Uniform(3, seed=seed),
+    "contiguous": lambda seed: stragglers.Contiguous(3, seed=seed),
+    "bernoulli": lambda seed: stragglers.Bernoulli(0.3, seed=seed),
+    "exponential": lambda seed: stragglers.ShiftedExponential(1.0, 2.0, seed=seed),
+    "pareto": lambda seed: stragglers.Pareto(1.5, 0.1, seed=seed),
+    "markov": lambda seed: stragglers.Markov(0.2, 0.5, good=0.1, seed=seed),
+}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def draws(law, num_workers, count):
+    return torch.stack([law.sample(num_workers) for _ in range(count)])
+
+
+@pytest.fixture(params=LAWS.values(), ids=LAWS)
+def make(request):
+    return request.param
+
+
+# What every law does.
+
+
+def test_latencies(make):
+    for num_workers in (3, 20):
+        latencies = make(0).sample(num_workers)
+        assert latencies.dtype == torch.float64
+        assert latencies.shape == (num_workers,)
+        assert bool((latencies >= 0).all())
+
+
+def test_a_seed_repeats(make):
+    assert torch.equal(draws(make(7), 20, 5), draws(make(7), 20, 5))
+    assert not torch.equal(draws(make(7), 20, 5), draws(make(8), 20, 5))
+
+
+def test_without_a_seed_laws_differ(make):
+    assert not torch.equal(draws(make(None), 20, 20), draws(make(None), 20, 20))
+
+
+def test_a_given_generator_is_drawn_from(make):
+    law, given = make(0), generator(3)
+    got = torch.stack([law.sample(20, given) for _ in range(5)])
+    assert torch.equal(got, draws(make(3), 20, 5))
+    assert torch.equal(law._generator.get_state(), make(0)._generator.get_state())
+
+
+def test_global_random_state_is_left_alone(make):
+    before = torch.get_rng_state()
+    draws(make(None), 20, 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_copies_go_on_alike(make):
+    law = make(0)
+    draws(law, 20, 3)
+    twins = [pickle.loads(pickle.dumps(law)), copy.deepcopy(law)]
+    expected = draws(law, 20, 5)
+    for twin in twins:
+        assert torch.equal(draws(twin, 20, 5), expected)
+
+
+def test_bad_number_of_workers(make):
+    with pytest.raises(ValueError, match=r"num_workers must be at least \d, got 0"):
+        make(0).sample(0)
+    with pytest.raises(TypeError, match=r"num_workers must be an integer, got 4\.0"):
+        make(0).sample(4.0)
+
+
+def test_bad_seed(make):
+    with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
+        make(0.5)
+
+
+# Each law.
+
+
+def test_uniform():
+    law = stragglers.Uniform(3, seed=0)
+    lost = draws(law, 10, 4000).isinf()
+    assert law.num_stragglers == 3
+    assert bool((lost.sum(1) == 3).all())
+    # Workers are lost equally often, and independently of their neighbours: pairs too.
+    pairs = (lost.double().T @ lost.double())[np.triu_indices(10, 1)]
+    assert stats.chisquare(pairs).pvalue > 1e-3
+    assert bool((draws(law, 10, 1)[0].sort().values[:7] == 0).all())
+
+
+@pytest.mark.parametrize("law", [stragglers.Uniform, stragglers.Contiguous])
+def test_all_or_none_lost(law):
+    assert bool((law(0).sample(4) == 0).all())
+    assert bool(law(4).sample(4).isinf().all())
+    with pytest.raises(ValueError, match=f"{law.__name__}: num_workers must be at least 4, got 3"):
+        law(4).sample(3)
+    with pytest.raises(ValueError, match=f"{law.__name__}: num_stragglers must be at least 0"):
+        law(-1)
+    with pytest.raises(TypeError, match=f"{law.__name__}: num_stragglers must be an integer"):
+        law(1.5)
+
+
+def test_contiguous():
+    law = stragglers.Contiguous(3, seed=0)
+    lost = draws(law, 10, 2000).isinf()
+    assert law.num_stragglers == 3
+    starts = lost & ~lost.roll(1, 1)  # lost, and the neighbour before is not
+    assert bool((lost.sum(1) == 3).all())
+    assert bool((starts.sum(1) == 1).all())
+    assert stats.chisquare(starts.sum(0)).pvalue > 1e-3
+
+
+def test_bernoulli():
+    law = stragglers.Bernoulli(0.3, seed=0)
+    lost = draws(law, 10, 2000).isinf()
+    assert law.num_stragglers is None
+    assert stats.binomtest(int(lost.sum()), lost.numel(), 0.3).pvalue > 1e-3
+    counts = torch.bincount(lost.sum(1), minlength=11)[:8]
+    expected = stats.binom.pmf(range(8), 10, 0.3)
+    assert stats.chisquare(counts, expected / expected.sum() * float(counts.sum())).pvalue > 1e-3
+    assert bool(stragglers.Bernoulli(1.0).sample(50).isinf().all())
+
+
+def test_shifted_exponential():
+    latencies = draws(stragglers.ShiftedExponential(0.5, 4.0, seed=0), 10, 500).flatten()
+    assert stats.kstest(latencies, stats.expon(0.5, 0.25).cdf).pvalue > 1e-3
+
+
+def test_pareto():
+    latencies = draws(stragglers.Pareto(1.5, 0.2, seed=0), 10, 500).flatten()
+    assert stats.kstest(latencies, stats.pareto(1.5, scale=0.2).cdf).pvalue > 1e-3
+
+
+def test_markov_is_stationary_and_persistent():
+    law = stragglers.Markov(0.1, 0.3, good=0.2, bad=3.0, seed=0)
+    latencies = draws(law, 500, 40)
+    assert set(latencies.unique().tolist()) == {0.2, 3.0}
+    bad = latencies == 3.0
+    for request in (0, 39):
+        assert stats.binomtest(int(bad[request].sum()), 500, 0.25).pvalue > 1e-3
+    before, after = bad[:-1], bad[1:]
+    fails, recoveries = after[~before], ~after[before]
+    assert stats.binomtest(int(fails.sum()), len(fails), 0.1).pvalue > 1e-3
+    assert stats.binomtest(int(recoveries.sum()), len(recoveries), 0.3).pvalue > 1e-3
+
+
+def test_markov_state():
+    law = stragglers.Markov(0.5, 0.5, seed=0)
+    assert law.state is None
+    latencies = law.sample(8)
+    assert torch.equal(law.state, latencies.isinf())
+    with pytest.raises(ValueError, match="num_workers must be 8, as at the last request, got 9"):
+        law.sample(9)
+    law.reset()
+    assert law.state is None
+    assert len(law.sample(9)) == 9
+
+
+def test_markov_limits():
+    forever = stragglers.Markov(0.0, 1.0, seed=0)
+    assert bool((draws(forever, 20, 5) == 0).all())
+    flips = draws(stragglers.Markov(1.0, 1.0, seed=0), 20, 4).isinf()
+    assert torch.equal(flips[0], ~flips[1])
+    assert torch.equal(flips[0], flips[2])
+    assert 0 < int(flips[0].sum()) < 20
+
+
+@pytest.mark.parametrize("name", ["path", "string", "rows", "array", "tensor"])
+def test_trace(tmp_path, name):
+    rows = [[0.5, 1.0, math.inf], [0.25, 2.0, 3e-3]]
+    path = tmp_path / "trace.txt"
+    path.write_text("0.5 1.0,inf\n\n 0.25\t2, 3e-3 \n")
+    sources = {
+        "path": path,
+        "string": str(path),
+        "rows": rows,
+        "array": np.array(rows),
+        "tensor": torch.tensor(rows, dtype=torch.float64),
+    }
+    law = stragglers.Trace(sources[name])
+    got = draws(law, 3, 5)
+    assert got.dtype == torch.float64
+    assert got.tolist() == [rows[0], rows[1], rows[0], rows[1], rows[0]]
+    assert (law.num_requests, law.num_workers, law.position) == (2, 3, 1)
+    twin = copy.deepcopy(law)
+    law.reset()
+    assert law.sample(3).tolist() == rows[0]
+    assert twin.sample(3).tolist() == rows[1]
+    with pytest.raises(ValueError, match="Trace: num_workers must be 3, as in the trace, got 4"):
+        law.sample(4)
+
+
+def test_a_drawn_trace_cannot_be_changed():
+    law = stragglers.Trace([[1.0, 2.0]])
+    law.sample(2).zero_()
+    assert law.sample(2).tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("1 x", "is not latencies: could not convert string to float: 'x'"),
+        ("1 -2", r"must be latencies of at least 0, got \[1.0, -2.0\]"),
+        ("1 nan", r"must be latencies of at least 0, got \[1.0, nan\]"),
+        ("1 2 3", "must have 2 latencies as the first has, got 3"),
+        (",", None),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    path = tmp_path / "trace.txt"
+    path.write_text(f"1 2\n\n{line}\n")
+    if message is None:  # separators alone are a blank line
+        assert stragglers.Trace(path).num_requests == 1
+        return
+    with pytest.raises(ValueError, match=f"Trace: line 3 of .*trace.txt {message}"):
+        stragglers.Trace(path)
+
+
+def test_bad_traces(tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    for source in (empty, []):
+        with pytest.raises(ValueError, match="Trace: source must have at least one request"):
+            stragglers.Trace(source)
+    for row, message in [
+        ([], "row 2 must be latencies"),
+        ([1.0], "row 2 must have 2 latencies as the first has, got 1"),
+        (3.0, "row 2 is not latencies"),
+        ([None, 1.0], "row 2 is not latencies"),
+    ]:
+        with pytest.raises(ValueError, match=f"Trace: {message}"):
+            stragglers.Trace([[1.0, 2.0], row])
+    with pytest.raises(FileNotFoundError):
+        stragglers.Trace(tmp_path / "nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: stragglers.Bernoulli(1.5), ValueError, "p must be a probability .* got 1.5"),
+        (lambda: stragglers.Bernoulli(math.nan), ValueError, "p must be a probability .* got nan"),
+        (lambda: stragglers.Bernoulli("0.5"), TypeError, "p must be a probability .* got '0.5'"),
+        (lambda: stragglers.ShiftedExponential(-1, 1), ValueError, "shift must be at least 0"),
+        (lambda: stragglers.ShiftedExponential(math.inf, 1), ValueError, "shift must be at least"),
+        (lambda: stragglers.ShiftedExponential(0, 0), ValueError, "rate must be positive and fin"),
+        (lambda: stragglers.Pareto(0, 1), ValueError, "shape must be positive and finite, got 0"),
+        (lambda: stragglers.Pareto(1, math.nan), ValueError, "scale must be positive and finite"),
+        (lambda: stragglers.Markov(2, 0.1), ValueError, "fail must be a probability"),
+        (lambda: stragglers.Markov(0.1, -1), ValueError, "recover must be a probability"),
+        (lambda: stragglers.Markov(0, 0), ValueError, "fail and recover must not both be 0"),
+        (lambda: stragglers.Markov(1, 1, good=-1), ValueError, "good must be at least 0, got -1"),
+        (lambda: stragglers.Markov(1, 1, bad=math.nan), ValueError, "bad must be at least 0"),
+    ],
+)
+def test_bad_arguments(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_law_says_what_it_is():
+    assert repr(stragglers.Uniform(3)) == "Uniform(num_stragglers=3)"
+    assert repr(stragglers.Pareto(1.5, 0.1)) == "Pareto(shape=1.5, scale=0.1)"
+    assert repr(stragglers.Markov(0.1, 0.2)) == "Markov(fail=0.1, recover=0.2, good=0.0, bad=inf)"
+    trace = stragglers.Trace([[1.0, 2.0]])
+    assert repr(trace) == "Trace(num_requests=1, num_workers=2, position=0)"
+
+
+def test_a_law_of_ones_own():
+    class Last(stragglers.Stragglers):
+        def _draw(self, num_workers, generator):
+            return torch.arange(num_workers, dtype=torch.float64)
+
+    assert Last().sample(3).tolist() == [0.0, 1.0, 2.0]
+    assert Last().num_stragglers is None
