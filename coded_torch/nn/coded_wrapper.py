@@ -1,0 +1,361 @@
+r"""A module that runs any other module on coded workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from ..codes.base import Code, NotEnoughResults
+from ..workers.base import Task, Workers, broadcast_dims, check_batch, leaf_name
+from ..workers.local import LocalWorkers
+from ._ballot import CONSTANTS, Ballot, Result
+
+if TYPE_CHECKING:
+    from ..stragglers import Stragglers
+
+__all__ = ["CodedWrapper", "RunReport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunReport:
+    """How one call of a :class:`CodedWrapper` went.
+
+    Attributes:
+        num_workers: N.
+        num_groups: G, into how many groups the batch was cut.
+        received: the workers whose results were decoded, in increasing order.
+        latencies: seconds until each worker that replied had done so, in order of arrival.
+        rejected: what was wrong with each reply that was not used.
+        encode_seconds: time spent on grouping and encoding.
+        compute_seconds: time spent on waiting for the workers and checking their results.
+        decode_seconds: time spent on decoding and ungrouping.
+    """
+
+    num_workers: int
+    num_groups: int
+    received: tuple[int, ...]
+    latencies: Mapping[int, float]
+    rejected: Mapping[int, str]
+    encode_seconds: float
+    compute_seconds: float
+    decode_seconds: float
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The workers whose results were not decoded: late, not waited for, or rejected."""
+        return tuple(n for n in range(self.num_workers) if n not in self.received)
+
+
+class CodedWrapper(nn.Module):
+    r"""Run a module on N workers, and answer from whichever N - S of them reply first.
+
+    With the code's encoder :math:`E` (N x K) and, for the received set :math:`F`, its decoder
+    :math:`D_F` (K x |F|), every group of K consecutive inputs :math:`X` is answered by
+
+    .. math:: D_F \, [\, f(E_n X) \,]_{n \in F},
+
+    exactly :math:`f(X)` where the code is exact, else close to it. Each worker gets one coded input
+    of every group, in one batch; the last group is filled up with copies of the last input.
+
+    The wrapper stands in for the module: the keys of its state dict are those of the module, and
+    ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
+
+    Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
+    finite, or unlike most in structure, shape or dtype, counts as missing, and is named in
+    :attr:`last_run`.
+
+    Args:
+        module: the module; its outputs are floating-point tensors with a batch dimension, and
+            plain constants that are the same for every worker, such as None.
+        code: the code; it says K and N.
+        workers: who computes; by default :class:`~coded_torch.workers.LocalWorkers`.
+        stragglers: shorthand for ``workers=LocalWorkers(stragglers, generator=generator)``.
+        num_stragglers: S: N - S good results are waited for. By default as many as the law of the
+            workers' stragglers makes late, or 0; never so many that nothing could be decoded.
+        deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
+            no more to give.
+        in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
+            of each, an integer, None for the same on every worker, or a pytree prefix of such.
+            Tensors in keyword arguments are coded along dimension 0. What is not a tensor is the
+            same for every worker.
+        out_dims: the batch dimension of the outputs, likewise; at None, the result of the first
+            worker received is passed through.
+        generator: for ``stragglers``; None: the law's own.
+
+    Attributes:
+        last_run: the :class:`RunReport` of the call that ended last; None before the first.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: both ``workers`` and ``stragglers``, or ``workers`` and ``generator``;
+            ``num_stragglers`` negative, or more than the code can lose; ``deadline`` not positive.
+
+    Calling raises:
+        TypeError: a tensor to be coded is not floating-point, or an output cannot be decoded.
+        ValueError: coded inputs differ in batch size or have not the dimension, there are none, or
+            an output has not the batch size.
+        NotEnoughResults: fewer good results than the code needs; its cause is the error of the
+            first worker that had one.
+
+    Note:
+        :math:`N / K` times the module's work. The answers depend on which workers were received,
+        not on the order in which they replied, bit for bit. An empty batch goes to the module
+        itself.
+
+    Reference:
+        Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
+        Learning-Theoretic Framework", NeurIPS 2024, arXiv:2406.00300.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import ReplicationCode
+        >>> from coded_torch.nn import CodedWrapper
+        >>> from coded_torch.stragglers import Uniform
+        >>> double = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(double.weight, 2.0)
+        >>> coded = CodedWrapper(double, ReplicationCode(2, 6), stragglers=Uniform(2))
+        >>> coded(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist()
+        [2.0, 4.0, 6.0]
+        >>> len(coded.last_run.received), len(coded.last_run.missing), coded.last_run.num_groups
+        (4, 2, 2)
+    """
+
+    last_run: RunReport | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        code: Code,
+        *,
+        workers: Workers | None = None,
+        stragglers: Stragglers | None = None,
+        num_stragglers: int | None = None,
+        deadline: float | None = None,
+        in_dims: Any = 0,
+        out_dims: Any = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for argument, value, kind in (
+            ("module", module, nn.Module),
+            ("code", code, Code),
+            ("workers", workers, Workers),
+            ("num_stragglers", num_stragglers, int),
+        ):
+            if not isinstance(value, kind) and (value is not None or kind in (nn.Module, Code)):
+                raise TypeError(
+                    f"CodedWrapper: {argument} must be of type {kind.__name__}, "
+                    f"got {type(value).__name__}"
+                )
+        if workers is not None and not (stragglers is None and generator is None):
+            raise ValueError(
+                "CodedWrapper: stragglers and generator must be given to the workers "
+                "where workers is given, got both"
+            )
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f"CodedWrapper: deadline must be positive seconds, got {deadline}")
+        self.module = module
+        self.code = code
+        self.workers = workers or LocalWorkers(stragglers, generator=generator)
+        self.num_stragglers = self._num_stragglers(num_stragglers)
+        self.deadline = deadline
+        self.in_dims = in_dims
+        self.out_dims = out_dims
+        self.last_run = None
+        self._warned = False
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._warn_of_batch_statistics()
+        start = time.perf_counter()
+        inputs = _Inputs(args, kwargs, self.in_dims)
+        if inputs.batch_size == 0:
+            output = self.module(*args, **kwargs)
+            spent = time.perf_counter() - start
+            self.last_run = RunReport(self.code.num_workers, 0, (), {}, {}, 0.0, spent, 0.0)
+            return output
+        task = self._encode(inputs)
+        encoded = time.perf_counter()
+        ballot = self._compute(task)
+        results, rejected = ballot.count()
+        received = tuple(result.worker for result in results)
+        computed = time.perf_counter()
+        try:
+            if len(received) < self.code.min_received:
+                raise NotEnoughResults(received, self.code.min_received, self.code.num_workers)
+            return self._decode(results, received, task, inputs.batch_size)
+        except NotEnoughResults as error:
+            raise error from (rejected[0] if rejected else None)
+        finally:
+            self.last_run = RunReport(
+                num_workers=self.code.num_workers,
+                num_groups=task.num_groups,
+                received=received,
+                latencies=ballot.latencies,
+                rejected={error.worker: error.reason for error in rejected},
+                encode_seconds=encoded - start,
+                compute_seconds=computed - encoded,
+                decode_seconds=time.perf_counter() - computed,
+            )
+
+    def _encode(self, inputs: _Inputs) -> Task:
+        num_data, coded = self.code.num_data, []
+        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
+            if dim is not None:
+                groups = _group(leaf.movedim(dim, 0), num_data)  # [G, K, ...]
+                leaf = self.code.encode(groups, dim=1).transpose(0, 1).contiguous()  # [N, G, ...]
+            coded.append(leaf)
+        return Task(
+            coded,
+            inputs.dims,
+            inputs.spec,
+            num_workers=self.code.num_workers,
+            num_groups=-(-inputs.batch_size // num_data),
+            device=inputs.device,
+            out_dims=self.out_dims,
+        )
+
+    def _compute(self, task: Task) -> Ballot:
+        ballot, quorum = Ballot(), task.num_workers - self.num_stragglers
+        with contextlib.closing(
+            self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
+        ) as replies:
+            for reply in replies:
+                ballot.add(reply)
+                if ballot.agreed >= quorum:
+                    break
+        return ballot
+
+    def _decode(
+        self, results: Sequence[Result], received: Sequence[int], task: Task, batch_size: int
+    ) -> Any:
+        spec, answers = results[0].spec, []
+        output = pytree.tree_unflatten(results[0].leaves, spec)
+        dims = broadcast_dims("out_dims", self.out_dims, spec)
+        columns = zip(*(result.leaves for result in results), strict=True)
+        for i, (dim, column) in enumerate(zip(dims, columns, strict=True)):
+            leaf = column[0]
+            if dim is None or isinstance(leaf, CONSTANTS):
+                answers.append(leaf)
+                continue
+            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"CodedWrapper: {leaf_name('output', output, i)} must be a floating-point "
+                    f"tensor to be decoded, got {kind}; return logits or scores instead, register "
+                    "containers with torch.utils._pytree, or say None in out_dims"
+                )
+            check_batch(output, i, leaf, dim, task.num_groups)
+            stacked = torch.stack([leaf.movedim(dim, 0) for leaf in column])  # [F, G, ...]
+            decoded = self.code.decode(stacked, received)  # [K, G, ...]
+            answers.append(_ungroup(decoded, batch_size).movedim(0, dim))
+        return pytree.tree_unflatten(answers, spec)
+
+    def _num_stragglers(self, given: int | None) -> int:
+        most = self.code.num_workers - self.code.min_received
+        if given is None:
+            law = self.workers.stragglers
+            return max(0, min(most, (law and law.num_stragglers) or 0))
+        if not 0 <= given <= most:
+            raise ValueError(
+                f"CodedWrapper: num_stragglers must lie in 0..{most}, as {self.code} needs "
+                f"{self.code.min_received} results, got {given}"
+            )
+        return given
+
+    def _warn_of_batch_statistics(self) -> None:
+        if not self.training or self._warned:
+            return
+        for name, part in self.module.named_modules():
+            if part.training and isinstance(part, _BatchNorm):
+                self._warned = True
+                warnings.warn(
+                    f"CodedWrapper: {name or 'the module'} is in training mode and takes its "
+                    "statistics from the coded inputs, not from the batch; call eval() on it",
+                    UserWarning,
+                    stacklevel=4,
+                )
+                return
+
+    # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
+    # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key in list(state_dict):
+            state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.code}, {self.workers}, num_stragglers={self.num_stragglers}"
+
+
+class _Inputs:
+    """The arguments of one call: their leaves, where each has its batch, and its size."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any) -> None:
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args))
+        num_positional = len(dims)
+        dims += [0] * (len(self.leaves) - num_positional)
+        self.dims = [
+            dim if isinstance(leaf, Tensor) else None
+            for leaf, dim in zip(self.leaves, dims, strict=True)
+        ]
+
+        def name(i: int) -> str:
+            if i < num_positional:
+                return leaf_name("args", args, i)
+            return leaf_name("kwargs", kwargs, i - num_positional)
+
+        coded = [(i, self.leaves[i], dim) for i, dim in enumerate(self.dims) if dim is not None]
+        if not coded:
+            raise ValueError("CodedWrapper: inputs must hold a tensor to be coded, got none")
+        for i, leaf, dim in coded:
+            if not leaf.is_floating_point():
+                raise TypeError(
+                    f"CodedWrapper: {name(i)} must be floating-point to be coded, got "
+                    f"{leaf.dtype}; code what it is turned into instead (the embeddings of "
+                    "tokens), or pass it by position with None in in_dims to give every worker "
+                    "the same"
+                )
+            if not -leaf.dim() <= dim < leaf.dim():
+                raise ValueError(
+                    f"CodedWrapper: {name(i)} must have the batch dimension {dim} that in_dims "
+                    f"says, got shape {tuple(leaf.shape)}"
+                )
+        sizes = {i: leaf.shape[dim] for i, leaf, dim in coded}
+        if len(set(sizes.values())) > 1:
+            got = ", ".join(f"{size} in {name(i)}" for i, size in sizes.items())
+            raise ValueError(f"CodedWrapper: coded inputs must have one batch size, got {got}")
+        self.batch_size: int = coded[0][1].shape[coded[0][2]]
+        self.device: torch.device = coded[0][1].device
+
+
+def _group(rows: Tensor, num_data: int) -> Tensor:
+    """``[B, ...] -> [G, K, ...]``, filled up with copies of the last row."""
+    lacking = -len(rows) % num_data
+    if lacking:
+        rows = torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])
+    return rows.reshape(len(rows) // num_data, num_data, *rows.shape[1:])
+
+
+def _ungroup(groups: Tensor, batch_size: int) -> Tensor:
+    """``[K, G, ...] -> [B, ...]``, without what was filled up."""
+    return groups.transpose(0, 1).flatten(0, 1)[:batch_size]

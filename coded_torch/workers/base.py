@@ -1,0 +1,280 @@
+r"""What every pool of workers does: take one task, and yield the workers' results as they come."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from ..stragglers import Stragglers
+
+__all__ = ["Ambient", "Reply", "Task", "WorkerError", "Workers", "broadcast_dims"]
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class WorkerError(RuntimeError):
+    """What is wrong with one worker's result; where the worker raised, that is the cause.
+
+    Attributes:
+        worker: the worker.
+        reason: what happened to it.
+    """
+
+    def __init__(self, worker: int, reason: str) -> None:
+        self.worker = worker
+        self.reason = reason
+        super().__init__(f"worker {worker} {reason}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.worker, self.reason)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reply:
+    """One worker's answer: a value, or the error that stands in for it.
+
+    Attributes:
+        worker: the worker, ``0 .. N - 1``.
+        latency: seconds from the request to this reply, on the clock of the pool.
+        value: what the module returned, a pytree; tensors lie on the device of the task.
+        error: what went wrong, or None.
+    """
+
+    worker: int
+    latency: float
+    value: Any = None
+    error: WorkerError | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """The module call that N workers make, each on its own coded inputs.
+
+    Attributes:
+        leaves: the leaves of ``(args, kwargs)``: a coded one is ``[N, G, ...]``, one coded input
+            per worker and group, any other is the same for every worker.
+        dims: per leaf, the dimension at which the module expects the batch; None: not coded.
+        spec: the structure of ``(args, kwargs)``.
+        num_workers: N.
+        num_groups: G, the size of the batch that one worker computes.
+        out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
+        device: where the coded inputs are, and the results go.
+    """
+
+    leaves: Sequence[Any]
+    dims: Sequence[int | None]
+    spec: pytree.TreeSpec
+    num_workers: int
+    num_groups: int
+    device: torch.device
+    out_dims: Any = 0
+
+    def payload(self, worker: int) -> Arguments:
+        """The ``(args, kwargs)`` of one worker: views of its coded inputs, a batch of G."""
+        return self._arguments(
+            leaf if dim is None else leaf[worker]
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        )
+
+    def stack(
+        self, workers: Sequence[int], max_batch_size: int | None = None
+    ) -> Iterator[Arguments]:
+        """The ``(args, kwargs)`` of several workers as one batch, in their order.
+
+        Args:
+            workers: at least one worker.
+            max_batch_size: the most rows of a batch; several batches where one is not enough.
+        """
+        whole = list(workers) == list(range(self.num_workers))
+        rows = [  # [N, G, ...] -> [len(workers) G, ...]
+            leaf
+            if dim is None
+            else (
+                leaf if whole else leaf.index_select(0, torch.tensor(workers, device=leaf.device))
+            ).flatten(0, 1)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+        ]
+        size = len(workers) * self.num_groups
+        step = max_batch_size or size
+        for start in range(0, size, step):
+            yield self._arguments(
+                row if dim is None else row[start : start + step]
+                for row, dim in zip(rows, self.dims, strict=True)
+            )
+
+    def unstack(self, outputs: Sequence[Any], num_workers: int) -> list[Any]:
+        """Cut the outputs on the batches of :meth:`stack` into one output per worker.
+
+        Raises:
+            ValueError: the batches' outputs differ in structure, or a tensor has not one row per
+                row of the batch.
+        """
+        flat, specs = zip(*map(pytree.tree_flatten, outputs), strict=True)
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError(
+                "Task: the module must return the same structure for every batch, got "
+                f"{' and '.join(sorted(set(map(str, specs))))}"
+            )
+        size = num_workers * self.num_groups
+        columns: list[Sequence[Any]] = []
+        for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
+            parts = [leaves[i] for leaves in flat]
+            if dim is None or not isinstance(parts[0], Tensor):
+                columns.append(parts[:1] * num_workers)
+                continue
+            check_batch(outputs[0], i, parts[0], dim)
+            leaf = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+            check_batch(outputs[0], i, leaf, dim, size)
+            leaf = leaf.movedim(dim, 0)  # [N G, ...]
+            by_worker = leaf.reshape(num_workers, self.num_groups, *leaf.shape[1:])
+            columns.append([rows.movedim(0, dim) for rows in by_worker])
+        return [
+            pytree.tree_unflatten([column[n] for column in columns], specs[0])
+            for n in range(num_workers)
+        ]
+
+    def _arguments(self, leaves: Iterable[Any]) -> Arguments:
+        placed = [
+            leaf if not dim else leaf.movedim(0, dim)
+            for leaf, dim in zip(leaves, self.dims, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(placed, self.spec)
+        return args, kwargs
+
+
+class Workers(abc.ABC):
+    """A pool that runs a module on N coded inputs, and yields each result when it is there.
+
+    The number of workers is that of the task: a pool with fewer machines gives some of them several
+    coded inputs. A machine starts a task when its last one has ended, wanted or not, and a result
+    that nobody waited for is dropped, never delivered to a later request. The caller's grad mode,
+    inference mode and autocast hold wherever the module runs.
+
+    Pools may be shared between threads and wrappers. Subclasses implement :meth:`run`, and
+    :meth:`close` if they hold anything.
+    """
+
+    #: The law by which the pool delays its workers, if it does.
+    stragglers: Stragglers | None = None
+
+    @abc.abstractmethod
+    def run(
+        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
+    ) -> Generator[Reply, None, None]:
+        """Run ``module`` on the payload of every worker.
+
+        Args:
+            module: what to run.
+            task: on what.
+            quorum: how many results are expected to be enough; a hint, the caller may take more.
+            deadline: seconds to wait for replies; None: as long as the pool itself allows.
+
+        Yields:
+            Replies in order of arrival, at most one per worker, until no more will come. Closing
+            the generator gives up the rest.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most pools hold nothing
+        """Let go of everything the pool holds; twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ambient:
+    """The caller's modes that a module call depends on, to hold in another thread as well."""
+
+    grad: bool
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    autocast_cache: bool
+    default_device: torch.device
+
+    @classmethod
+    def capture(cls) -> Ambient:
+        """The modes of this thread."""
+        accelerator = torch.accelerator.current_accelerator()
+        return cls(
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            tuple(
+                (kind, torch.get_autocast_dtype(kind))
+                for kind in ("cpu", *([accelerator.type] if accelerator else []))
+                if torch.is_autocast_enabled(kind)
+            ),
+            torch.is_autocast_cache_enabled(),
+            torch.get_default_device(),
+        )
+
+    @contextlib.contextmanager
+    def restored(self, device: torch.device) -> Iterator[None]:
+        """Let the modes hold in this thread, for a module on ``device``."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self.inference))
+            stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too
+            for kind, dtype in self.autocast:
+                stack.enter_context(
+                    torch.autocast(kind, dtype=dtype, cache_enabled=self.autocast_cache)
+                )
+            # Who creates tensors on an accelerator by default means the one the module is on.
+            if self.default_device.type != "cpu":
+                stack.enter_context(device)
+            yield
+
+
+def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int | None]:
+    """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
+
+    Raises:
+        TypeError: ``dims`` has a leaf that is neither an integer nor None.
+        ValueError: ``dims`` is not a prefix.
+    """
+    flat: list[int | None] = []
+    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+
+    def repeat(dim: Any, subtree: Any) -> None:
+        if not (dim is None or (isinstance(dim, int) and not isinstance(dim, bool))):
+            raise TypeError(f"CodedWrapper: {argument} must hold integers and None, got {dim!r}")
+        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
+
+    try:
+        pytree.tree_map_(repeat, dims, tree)
+    except ValueError:
+        raise ValueError(
+            f"CodedWrapper: {argument} must be a pytree prefix of the values, "
+            f"got {dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
+        ) from None
+    return flat
+
+
+def leaf_name(root: str, tree: Any, index: int) -> str:
+    """The name of a leaf of ``tree``, as one would write it in Python."""
+    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
+    return root + pytree.keystr(path)
+
+
+def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
+    """Raise a ValueError unless ``leaf`` has a dimension ``dim``, of ``size`` if that is given.
+
+    ``output`` and ``index`` say which leaf of the module's output it is.
+    """
+    if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
+        rows = "a batch dimension" if size is None else f"size {size}, that of the batch,"
+        raise ValueError(
+            f"CodedWrapper: {leaf_name('output', output, index)} must have {rows} at dim {dim}, "
+            f"got shape {tuple(leaf.shape)}"
+        )

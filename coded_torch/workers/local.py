@@ -1,0 +1,107 @@
+r"""Workers in this process, whose lateness is simulated on a virtual clock."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..stragglers import Stragglers
+from .base import Reply, Task, Workers
+
+__all__ = ["LocalWorkers"]
+
+
+class LocalWorkers(Workers):
+    r"""Workers that are simulated in this process, all in one batch.
+
+    Latencies are drawn first; then only the workers whose results are wanted are computed. Nobody
+    waits: latencies and the deadline are times on a virtual clock, on which the module itself takes
+    no time. All workers run the same code, so an exception of the module is the caller's.
+
+    Args:
+        stragglers: the law of the latencies; None: everybody answers at once.
+        max_batch_size: the most rows in one call of the module, to bound memory; None: one call.
+        generator: where latencies are drawn from; None: the law's own generator.
+
+    Raises:
+        TypeError: ``stragglers`` is not a law, or ``max_batch_size`` not an integer.
+        ValueError: ``max_batch_size`` is less than 1.
+
+    Note:
+        The results of a set of workers do not depend on their latencies, bit for bit: they are
+        computed in the order of the workers and yielded in that of the latencies.
+
+    Example:
+        >>> from coded_torch.workers import LocalWorkers
+        >>> LocalWorkers(max_batch_size=256)
+        LocalWorkers(stragglers=None, max_batch_size=256)
+    """
+
+    def __init__(
+        self,
+        stragglers: Stragglers | None = None,
+        *,
+        max_batch_size: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not isinstance(stragglers, Stragglers | None):
+            raise TypeError(
+                f"LocalWorkers: stragglers must be a law of stragglers or None, got {stragglers!r}"
+            )
+        if max_batch_size is not None and not isinstance(max_batch_size, int):
+            raise TypeError(
+                f"LocalWorkers: max_batch_size must be an integer or None, got {max_batch_size!r}"
+            )
+        if max_batch_size is not None and max_batch_size < 1:
+            raise ValueError(
+                f"LocalWorkers: max_batch_size must be at least 1, got {max_batch_size}"
+            )
+        self.stragglers = stragglers
+        self.max_batch_size = max_batch_size
+        self.generator = generator
+
+    def run(
+        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
+    ) -> Generator[Reply, None, None]:
+        """Run ``module`` for the first ``quorum`` workers, then for one more at a time."""
+        latencies = self._latencies(task.num_workers)
+        bound = math.inf if deadline is None else deadline
+        arriving = sorted(
+            (n for n, latency in enumerate(latencies) if latency <= bound and latency < math.inf),
+            key=latencies.__getitem__,
+        )
+        wanted = max(quorum, 1)
+        while arriving:
+            batch, arriving, wanted = arriving[:wanted], arriving[wanted:], 1
+            values = self._compute(module, task, sorted(batch))
+            for worker in batch:
+                yield Reply(worker, latencies[worker], values.pop(worker))
+
+    def _latencies(self, num_workers: int) -> list[float]:
+        if self.stragglers is None:
+            return [0.0] * num_workers
+        return self.stragglers.sample(num_workers, self.generator).tolist()
+
+    def _compute(self, module: nn.Module, task: Task, workers: Sequence[int]) -> dict[int, Any]:
+        outputs = []
+        for args, kwargs in task.stack(workers, self.max_batch_size):
+            try:
+                outputs.append(module(*args, **kwargs))
+            except Exception as error:
+                if sys.version_info >= (3, 11):
+                    error.add_note(
+                        f"LocalWorkers: raised by the module on the coded inputs of workers "
+                        f"{list(workers)}, {task.num_groups} rows each"
+                    )
+                raise
+        return dict(zip(workers, task.unstack(outputs, len(workers)), strict=True))
+
+    def __repr__(self) -> str:
+        return (
+            f"LocalWorkers(stragglers={self.stragglers!r}, max_batch_size={self.max_batch_size!r})"
+        )

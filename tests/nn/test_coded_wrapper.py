@@ -1,0 +1,629 @@
+"""The wrapper: any module, any pytree, any batch, and every answer from the first N - S workers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import math
+import pickle
+import re
+import warnings
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from coded_torch.codes import NotEnoughResults, ReplicationCode
+from coded_torch.nn import CodedWrapper, RunReport
+from coded_torch.nn._ballot import Ballot
+from coded_torch.stragglers import ShiftedExponential, Uniform
+from coded_torch.workers import DeviceWorkers, LocalWorkers, Reply
+
+from ..workers.test_local import Fixed
+from ..workers.workers_tests import CopyCode, PolynomialCode
+
+EXACT = {"rtol": 1e-8, "atol": 1e-8}  # codes of degree up to 4, from any K of up to 9 results
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def linear(inputs: int = 3, outputs: int = 2, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, dtype=dtype)
+
+
+class Call(nn.Module):
+    """A module from a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+@dataclasses.dataclass
+class Output:
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    loss: Tensor | None = None
+
+
+pytree.register_dataclass(Output)
+
+
+class Tower(nn.Module):
+    """Affine in its inputs, nested in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = linear(3, 2), linear(4, 2)
+
+    def forward(self, pair: Pair, other: dict[str, Any], *, extra: Tensor) -> Output:
+        left = self.left(pair.first) + other["shift"]
+        return Output(left + self.right(other["x"][0]), (left, pair.second.flatten(1)), None), [
+            extra,
+            "constant",
+            7,
+        ]
+
+
+# ------------------------------------------------------------------ any batch, any code, exactly
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), num_data=st.integers(1, 5), extra=st.integers(0, 4))
+def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, extra):
+    code = PolynomialCode(num_data, num_data + extra)
+    lost = data.draw(st.integers(0, extra))
+    batch = data.draw(st.integers(0, 3 * num_data + 1))
+    seed = data.draw(st.integers(0, 1000))
+    coded = CodedWrapper(linear(), code, stragglers=Uniform(lost, seed=seed))
+    x = rand(batch, 3, seed=seed)
+    out = coded(x)
+    torch.testing.assert_close(out, coded.module(x), **EXACT)
+    run = coded.last_run
+    assert run.num_groups == math.ceil(batch / num_data)
+    assert len(run.received) == (code.num_workers - lost if batch else 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(0, 10), num_data=st.integers(1, 4))
+def test_pytrees_and_in_dims(data, batch, num_data):
+    """Nested arguments, each with its batch at a dimension of its own, or none."""
+    pair_dims = data.draw(st.sampled_from([0, Pair(0, 0), Pair(1, 0), Pair(0, -1), Pair(1, 2)]))
+    x_dim = data.draw(st.sampled_from([0, 1, -1]))
+    first_dim, second_dim = pair_dims if isinstance(pair_dims, Pair) else (pair_dims, pair_dims)
+
+    class Moved(Tower):
+        """Takes the batch where it is said to be."""
+
+        def forward(self, pair, other, *, extra):
+            pair = Pair(pair.first.movedim(first_dim, 0), pair.second.movedim(second_dim, 0))
+            other = {"x": [other["x"][0].movedim(x_dim, 0)], "shift": other["shift"]}
+            return super().forward(pair, other, extra=extra)
+
+    args = (
+        Pair(
+            rand(batch, 3).movedim(0, first_dim), rand(batch, 2, 3, seed=1).movedim(0, second_dim)
+        ),
+        {"x": [rand(batch, 4, seed=2).movedim(0, x_dim)], "shift": rand(2, seed=3)},
+    )
+    extra = rand(batch, seed=4)
+    coded = CodedWrapper(
+        Moved(),
+        PolynomialCode(num_data, num_data + 2),
+        stragglers=Uniform(1, seed=0),
+        in_dims=(pair_dims, {"x": x_dim, "shift": None}),
+    )
+    got, wanted = coded(*args, extra=extra), coded.module(*args, extra=extra)
+    assert isinstance(got[0], Output)
+    torch.testing.assert_close(
+        pytree.tree_map(lambda leaf: leaf, list(vars(got[0]).values())),
+        list(vars(wanted[0]).values()),
+        **EXACT,
+    )
+    torch.testing.assert_close(got[1][0], wanted[1][0], **EXACT)
+    assert got[1][1:] == ["constant", 7]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 4, 5, 12])
+def test_batches_around_the_size_of_a_group(batch):
+    x = rand(batch, 3)
+    for code in (PolynomialCode(4, 6), ReplicationCode(4, 8)):
+        coded = CodedWrapper(linear(), code)
+        torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
+
+
+def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
+    seen = []
+    coded = CodedWrapper(Call(lambda x: seen.append(x) or x), CopyCode(3, 3))
+    x = torch.arange(1.0, 6.0)
+    assert torch.equal(coded(x), x)
+    # Worker after worker, its inputs of every group.
+    assert seen[0].tolist() == [1.0, 4.0, 2.0, 5.0, 3.0, 5.0]
+
+
+def test_a_worker_gets_contiguous_views_of_one_encoded_tensor():
+    seen = []
+    with DeviceWorkers(["cpu"]) as pool:
+        CodedWrapper(Call(lambda x: seen.append(x) or x), PolynomialCode(2, 3), workers=pool)(
+            rand(5, 4).T.contiguous().T
+        )
+    assert [tuple(x.shape) for x in seen] == [(3, 4)] * 3
+    assert all(x.is_contiguous() for x in seen)
+    assert len({x.untyped_storage().data_ptr() for x in seen}) == 1
+
+
+def test_inputs_that_are_not_contiguous():
+    wide = rand(3, 2, 7).transpose(0, 2)
+    coded = CodedWrapper(linear(), PolynomialCode(3, 5))
+    for x in (wide[:, 0], wide[::2, 1], rand(1, 3).expand(5, 3), rand(7, 3).flip(0)):
+        torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
+
+
+def test_features_of_size_zero_and_inputs_of_one_dimension():
+    coded = CodedWrapper(Call(lambda x: 2 * x), PolynomialCode(2, 3))
+    assert coded(torch.zeros(5, 0)).shape == (5, 0)
+    torch.testing.assert_close(coded(rand(5)), 2 * rand(5), **EXACT)
+
+
+def test_out_dims():
+    torch.manual_seed(0)
+    gru, x = nn.GRU(3, 2).double(), rand(4, 5, 3)  # the batch is the second dimension
+    coded = CodedWrapper(gru, CopyCode(2, 2), in_dims=1, out_dims=1)
+    torch.testing.assert_close(coded(x), gru(x))
+    both = Call(lambda x: (2 * x, torch.arange(3), x.T))
+    out = CodedWrapper(both, PolynomialCode(2, 4), out_dims=(0, None, -1))(rand(3, 2))
+    torch.testing.assert_close(out, both(rand(3, 2)), **EXACT)
+
+
+# ------------------------------------------------------------------ who answers
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 9))
+def test_answers_do_not_depend_on_the_order_of_replies(seed, batch):
+    """The same received set in another order: the same bits."""
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))
+    latencies = (order + 1).double()
+    latencies[order >= 3] = math.inf
+    in_order = torch.where(latencies < math.inf, torch.arange(5).double(), math.inf)
+    torch.manual_seed(seed)
+    module, x = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), rand(batch, 3).float()
+    first, second = (
+        CodedWrapper(module, PolynomialCode(2, 5), stragglers=Fixed(*times.tolist()))
+        for times in (latencies, in_order)
+    )
+    assert torch.equal(first(x), second(x))
+    assert first.last_run.received == second.last_run.received
+    assert first.last_run.latencies != second.last_run.latencies or latencies.equal(in_order)
+
+
+def test_the_report():
+    coded = CodedWrapper(
+        linear(),
+        PolynomialCode(2, 5),
+        stragglers=Fixed(0.5, 0.1, math.inf, 0.3, 0.2),
+        num_stragglers=2,
+    )
+    assert coded.last_run is None
+    coded(rand(5, 3))
+    run = coded.last_run
+    assert isinstance(run, RunReport)
+    assert run.received == (1, 3, 4)
+    assert run.missing == (0, 2)
+    assert list(run.latencies.items()) == [(1, 0.1), (4, 0.2), (3, 0.3)]
+    assert run.rejected == {}
+    assert run.num_groups == 3
+    assert min(run.encode_seconds, run.compute_seconds, run.decode_seconds) > 0
+    coded(rand(0, 3))
+    assert coded.last_run.num_groups == 0
+    assert coded.last_run.received == ()
+
+
+def test_the_number_of_stragglers_is_the_laws_or_the_given_one():
+    code = PolynomialCode(3, 8)
+
+    def lost(**options: Any) -> int:
+        coded = CodedWrapper(linear(), code, **options)
+        coded(rand(3, 3))
+        return 8 - len(coded.last_run.received)
+
+    assert lost() == 0
+    assert lost(stragglers=Uniform(2)) == 2
+    assert lost(workers=LocalWorkers(Uniform(2))) == 2
+    assert lost(stragglers=Uniform(2), num_stragglers=4) == 4
+    assert lost(stragglers=Uniform(2), num_stragglers=0) == 2  # no more will come
+    assert lost(stragglers=ShiftedExponential(0.0, 1.0)) == 0
+    assert lost(stragglers=ShiftedExponential(0.0, 1.0), num_stragglers=5) == 5
+
+
+def test_a_law_that_loses_more_than_the_code_can():
+    coded = CodedWrapper(linear(), PolynomialCode(3, 5), stragglers=Uniform(3))
+    with pytest.raises(NotEnoughResults, match="at least 3 of 5 results, got 2"):
+        coded(rand(3, 3))
+    assert len(coded.last_run.received) == 2
+    assert coded.last_run.rejected == {}
+
+
+def test_the_deadline_is_on_the_clock_of_the_workers():
+    law = Fixed(1.0, 2.0, 3.0, 4.0, 5.0)
+    coded = CodedWrapper(linear(), PolynomialCode(2, 5), stragglers=law, deadline=3.5)
+    x = rand(4, 3)
+    torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
+    assert coded.last_run.received == (0, 1, 2)
+    coded.deadline = 1.5
+    with pytest.raises(NotEnoughResults, match=r"got 1; missing workers: \[1, 2, 3, 4\]"):
+        coded(x)
+
+
+def test_all_results_rejected():
+    coded = CodedWrapper(Call(lambda x: x * math.nan), PolynomialCode(2, 3))
+    with pytest.raises(NotEnoughResults, match="got 0") as info:
+        coded(rand(2, 2))
+    assert str(info.value.__cause__) == "worker 0 returned values that are not finite in output"
+    assert set(coded.last_run.rejected) == {0, 1, 2}
+
+
+class Liar(nn.Module):
+    """Returns something else at the inputs ``at``."""
+
+    def __init__(self, lies: dict[float, Any]) -> None:
+        super().__init__()
+        self.lies = lies
+
+    def forward(self, x: Tensor) -> Any:
+        value = {"y": x * 1.0, "kind": "good"}
+        lie = self.lies.get(float(x[0, 0]))
+        return value if lie is None else lie(value)
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (lambda v: v | {"y": v["y"][:, :0]}, r"float32 \(1, 0\).*most.*float32 \(1, 1\)"),
+        (lambda v: v | {"y": v["y"].double()}, "float64.*most.*float32"),
+        (lambda v: v | {"y": v["y"].long()}, "int64.*most.*float32"),
+        (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
+        (lambda v: v | {"more": None}, "more.*most"),
+        (lambda v: v["y"], r"returned torch.float32 \(1, 1\), where most returned {"),
+        (lambda v: None, "returned .*None.*most"),
+        (lambda v: v | {"y": v["y"] - math.inf}, r"not finite in output\['y'\]"),
+        (lambda v: v | {"y": v["y"] * math.nan}, r"not finite in output\['y'\]"),
+    ],
+)
+@pytest.mark.parametrize("at", [0.0, 2.0])
+def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
+    x = torch.arange(4.0).reshape(4, 1)
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(Liar({at: lie}), CopyCode(4, 4), workers=pool)
+        out = coded(x)
+    assert out["kind"] == "good"
+    assert torch.equal(out["y"], torch.where(x == at, 0.0, x))
+    assert list(coded.last_run.rejected) == [int(at)]
+    assert coded.last_run.missing == (int(at),)
+    assert re.search(reason, coded.last_run.rejected[int(at)])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
+def test_of_two_camps_of_one_size_the_first_workers_is_taken(order):
+    ballot = Ballot()
+    for worker in order:
+        ballot.add(Reply(worker, 0.0, torch.zeros(1 + worker % 2)))
+    assert ballot.agreed == 2
+    good, rejected = ballot.count()
+    assert [result.worker for result in good] == [0, 2]
+    assert [error.worker for error in rejected] == [1, 3]
+
+
+# ------------------------------------------------------------------ a stand-in for the module
+
+
+def network(**options: Any) -> CodedWrapper:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    return CodedWrapper(module, PolynomialCode(2, 4), **options).eval()
+
+
+def test_the_state_dict_is_that_of_the_module_both_ways():
+    coded, bare = network(), copy.deepcopy(network().module)
+    with torch.no_grad():
+        for tensor in bare.state_dict().values():
+            tensor.add_(1)
+    assert list(coded.state_dict()) == list(bare.state_dict())
+    assert coded.state_dict()._metadata == bare.state_dict()._metadata
+    assert (
+        str(coded.load_state_dict(bare.state_dict(), strict=True))
+        == "<All keys matched successfully>"
+    )
+    for a, b in zip(coded.module.state_dict().values(), bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        coded.module[0].weight.zero_()
+    bare.load_state_dict(coded.state_dict(), strict=True)
+    assert not bare[0].weight.any()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"2\.bias"'):
+        coded.load_state_dict({k: v for k, v in bare.state_dict().items() if k != "2.bias"})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"module\.x"'):
+        coded.load_state_dict(bare.state_dict() | {"module.x": torch.zeros(1)})
+
+
+def test_the_state_dict_as_a_part_of_a_bigger_module():
+    def bigger(part: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"head": nn.Linear(2, 2).double(), "module": part})
+
+    bare, coded = bigger(network().module), bigger(network())
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.add_(1)
+    assert list(coded.state_dict()) == list(bare.state_dict())
+    coded.load_state_dict(bare.state_dict(), strict=True)
+    for a, b in zip(coded.state_dict().values(), bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    bare.load_state_dict(coded.state_dict(), strict=True)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        coded.load_state_dict({k: v for k, v in bare.state_dict().items() if "2.bias" not in k})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        coded.load_state_dict(bare.state_dict() | {"module.9.x": torch.zeros(1)})
+
+
+def test_a_state_dict_survives_a_file():
+    coded, file = network(), io.BytesIO()
+    torch.save(coded.state_dict(), file)
+    file.seek(0)
+    network().module.load_state_dict(torch.load(file, weights_only=True), strict=True)
+
+
+def test_modes_devices_and_dtypes_reach_the_module():
+    coded = CodedWrapper(linear(), PolynomialCode(2, 4))
+    assert coded.training
+    assert not CodedWrapper(linear().eval(), PolynomialCode(2, 4)).training
+    assert coded.train().module.training
+    assert not coded.eval().module.training
+    assert coded.half().module.weight.dtype == torch.float16
+    assert coded.to(torch.float32).module.weight.dtype == torch.float32
+    assert coded.to("meta").module.weight.device.type == "meta"
+    assert [name for name, _ in coded.named_parameters()] == ["module.weight", "module.bias"]
+
+
+def test_hooks_of_the_module_and_of_the_wrapper_run():
+    coded, calls = CodedWrapper(linear(), PolynomialCode(2, 4)), []
+    coded.module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    coded.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    coded(rand(5, 3))
+    assert calls == [12, 5]
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict,
+        lambda: {"stragglers": Uniform(1), "generator": torch.Generator()},
+        lambda: {"workers": DeviceWorkers(["cpu", "cpu"]), "deadline": 60.0, "in_dims": (0,)},
+    ],
+)
+def test_copies_and_pickles(twin, options):
+    coded, x = network(**options()), rand(5, 3)
+    wanted = coded(x)
+    other = twin(coded)
+    with coded.workers, other.workers:
+        torch.testing.assert_close(other(x), wanted, **EXACT)
+        assert other.module[0].weight is not coded.module[0].weight
+        assert other.deadline == coded.deadline
+        assert other.last_run.received
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+def test_gradients_reach_inputs_and_weights(devices):
+    workers = None if devices is None else DeviceWorkers(devices)
+    coded = CodedWrapper(linear(), PolynomialCode(3, 6), workers=workers, num_stragglers=2)
+    x = rand(7, 3).requires_grad_()
+    wanted = torch.autograd.grad(coded.module(x).pow(2).sum(), [x, *coded.module.parameters()])
+    coded(x).pow(2).sum().backward()
+    torch.testing.assert_close(
+        [x.grad, *(p.grad for p in coded.parameters())], list(wanted), rtol=1e-7, atol=1e-7
+    )
+    coded.workers.close()
+
+
+def test_gradients_are_those_of_finite_differences():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    coded = CodedWrapper(
+        module, PolynomialCode(2, 4), stragglers=Fixed(0.0, math.inf, 2.0, 1.0), num_stragglers=1
+    )
+    x = rand(3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(coded, (x,))
+    assert torch.autograd.gradgradcheck(coded, (x,))
+
+
+def test_no_graph_without_gradients():
+    coded, x = CodedWrapper(linear(), PolynomialCode(2, 4)), rand(3, 3).requires_grad_()
+    with torch.no_grad():
+        assert not coded(x).requires_grad
+    with torch.inference_mode():
+        assert coded(x).is_inference()
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
+def test_autocast(devices):
+    workers = None if devices is None else DeviceWorkers(devices)
+    coded = CodedWrapper(linear(dtype=torch.float32), ReplicationCode(2, 4), workers=workers)
+    x = rand(5, 3).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = coded(x)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(out, coded.module(x))
+    assert coded(x).dtype == torch.float32
+    coded.workers.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    coded = CodedWrapper(linear(dtype=dtype), PolynomialCode(2, 4))
+    x = rand(5, 3).to(dtype)
+    out = coded(x)
+    assert out.dtype == dtype
+    # Coded inputs and results are rounded once each; the decoder at most triples that.
+    torch.testing.assert_close(out, coded.module(x), rtol=0, atol=12 * torch.finfo(dtype).eps)
+
+
+def test_concurrent_calls_keep_their_reports_whole():
+    law = ShiftedExponential(0.0, 1.0)
+    coded = CodedWrapper(linear(), PolynomialCode(2, 6), stragglers=law, num_stragglers=3)
+    reports = []
+
+    def call(i: int) -> bool:
+        x = rand(1 + i % 5, 3, seed=i)
+        right = torch.allclose(coded(x), coded.module(x), **EXACT)
+        reports.append(coded.last_run)
+        return right
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(call, range(80)))
+    for run in reports:
+        assert len(run.received) == 3
+        assert set(run.latencies) == set(run.received)
+        assert list(run.latencies.values()) == sorted(run.latencies.values())
+
+
+def test_batch_statistics_in_training_get_one_warning():
+    coded = network().train()
+    with pytest.warns(UserWarning, match="1 is in training mode and takes its statistics"):
+        coded(rand(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coded(rand(4, 3))
+        quiet = network().train()
+        quiet.module[1].eval()
+        quiet(rand(4, 3))
+        network()(rand(4, 3))
+        CodedWrapper(linear(), PolynomialCode(2, 4)).train()(rand(4, 3))
+
+
+def test_the_global_random_state_is_not_touched():
+    state = torch.get_rng_state()
+    CodedWrapper(Call(lambda x: x), PolynomialCode(2, 4), stragglers=Uniform(1))(rand(3, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_representation():
+    text = repr(CodedWrapper(linear(), ReplicationCode(2, 4), num_stragglers=1))
+    assert "ReplicationCode(num_data=2, num_workers=4)" in text
+    assert "num_stragglers=1" in text
+    assert "(module): Linear" in text
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_integer_inputs_are_named_with_the_remedy():
+    coded = CodedWrapper(Call(lambda *args, **kwargs: args[0]["x"]), PolynomialCode(2, 4))
+    ids = torch.arange(4)
+    with pytest.raises(
+        TypeError, match=r"args\[0\]\['ids'\] must be floating-point .*int64.*embed"
+    ):
+        coded({"x": rand(4, 1), "ids": ids})
+    with pytest.raises(TypeError, match=r"kwargs\['mask'\] must be .* torch.bool.*None in in_dims"):
+        coded({"x": rand(4, 1)}, mask=ids > 2)
+    shared = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=({"x": 0, "ids": None},))
+    torch.testing.assert_close(shared({"x": rand(4, 1), "ids": ids}), rand(4, 1), **EXACT)
+
+
+def test_bad_inputs():
+    coded = CodedWrapper(Call(lambda *args: args[0]), PolynomialCode(2, 4))
+    with pytest.raises(
+        ValueError, match=r"one batch size, got 4 in args\[0\], 3 in args\[1\]\[0\]"
+    ):
+        coded(rand(4, 1), [rand(3, 1)])
+    with pytest.raises(ValueError, match=r"a tensor to be coded, got none"):
+        coded(3, None)
+    with pytest.raises(ValueError, match=r"args\[0\] must have the batch dimension 0 .*shape \(\)"):
+        coded(torch.tensor(1.0))
+    for in_dims in ((0,), (0, 0, 0), [0, 0], {"a": 0}):
+        wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
+        with pytest.raises(ValueError, match="in_dims must be a pytree prefix"):
+            wrong(rand(4, 1), rand(4, 1))
+    for in_dims in ("rows", 1.0, True):
+        wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
+        with pytest.raises(TypeError, match="in_dims must hold integers and None, got"):
+            wrong(rand(4, 1))
+    everywhere = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=None)
+    with pytest.raises(ValueError, match="got none"):
+        everywhere(rand(4, 1))
+
+
+@dataclasses.dataclass
+class Unregistered:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "match"),
+    [
+        (
+            lambda x: {"a": x, "top": x.argmax(1)},
+            TypeError,
+            r"output\['top'\].*got torch.int64.*logits",
+        ),
+        (lambda x: (x, x > 0), TypeError, r"output\[1\].*got torch.bool; return logits"),
+        (lambda x: x.to(torch.complex64), TypeError, "output must be.*complex64"),
+        (lambda x: Unregistered(x), TypeError, "output must be.*Unregistered.*register"),
+        (lambda x: x.mean(), ValueError, "output must have a batch dimension at dim 0"),
+        (lambda x: x[1:], ValueError, "output must have size"),
+    ],
+)
+@pytest.mark.parametrize("devices", [None, ["cpu"]])
+def test_outputs_that_cannot_be_decoded(output, error, match, devices):
+    workers = None if devices is None else DeviceWorkers(devices)
+    coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=workers)
+    if devices is not None and error is ValueError:
+        match = "output must have size 2, that of the batch, at dim 0"
+    with coded.workers, pytest.raises(error, match=match):
+        coded(rand(4, 3))
+
+
+def test_outputs_without_any_tensor():
+    assert CodedWrapper(Call(lambda x: None), PolynomialCode(2, 4))(rand(4, 3)) is None
+    assert CodedWrapper(Call(lambda x: ()), PolynomialCode(2, 4))(rand(4, 3)) == ()
+
+
+def test_bad_construction():
+    module, code = linear(), PolynomialCode(3, 5)
+    with pytest.raises(ValueError, match="stragglers and generator must be given to the workers"):
+        CodedWrapper(module, code, workers=LocalWorkers(), stragglers=Uniform(1))
+    with pytest.raises(ValueError, match="stragglers and generator must be given to the workers"):
+        CodedWrapper(module, code, workers=LocalWorkers(), generator=torch.Generator())
+    for lost in (-1, 3, 5):
+        with pytest.raises(
+            ValueError, match=r"num_stragglers must lie in 0..2, .* needs 3 results"
+        ):
+            CodedWrapper(module, code, num_stragglers=lost)
+    for deadline in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="deadline must be positive"):
+            CodedWrapper(module, code, deadline=deadline)
+    with pytest.raises(TypeError, match="module must be of type Module, got function"):
+        CodedWrapper(lambda x: x, code)
+    with pytest.raises(TypeError, match="code must be of type Code, got int"):
+        CodedWrapper(module, 3)
+    with pytest.raises(TypeError, match="workers must be of type Workers, got str"):
+        CodedWrapper(module, code, workers="cpu")
+    with pytest.raises(TypeError, match="num_stragglers must be of type int, got float"):
+        CodedWrapper(module, code, num_stragglers=1.0)
+    with pytest.raises(TypeError, match="stragglers must be a law"):
+        CodedWrapper(module, code, stragglers=3)

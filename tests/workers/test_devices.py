@@ -1,0 +1,335 @@
+"""Workers on devices; two replicas on the CPU stand for two devices."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coded_torch.codes import NotEnoughResults
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import DeviceWorkers, WorkerError
+
+from .workers_tests import (
+    CopyCode,
+    FailsAt,
+    PolynomialCode,
+    WorkersTests,
+    divide_by_zero,
+    task_of,
+)
+
+WAIT = 30.0  # bounds waits that end at once unless something is broken
+
+
+class TestDeviceWorkers(WorkersTests):
+    def make(self) -> DeviceWorkers:
+        return DeviceWorkers(["cpu", "cpu"])
+
+
+class TestOneDevice(WorkersTests):
+    def make(self) -> DeviceWorkers:
+        return DeviceWorkers([torch.device("cpu")])
+
+
+@pytest.mark.cuda
+class TestCudaDeviceWorkers(WorkersTests):
+    def make(self) -> DeviceWorkers:
+        return DeviceWorkers(["cuda", "cuda", "cpu"])
+
+
+class InOrder(nn.Module):
+    """Identity that lets the inputs n through in a given order."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.before = dict(zip(order, [-1, *order[:-1]], strict=True))
+        self.passed = {n: threading.Event() for n in [-1, *order]}
+        self.passed[-1].set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        worker = int(x[0, 0])
+        assert self.passed[self.before[worker]].wait(WAIT)
+        self.passed[worker].set()
+        return torch.sin(x * 1.1)
+
+
+class Blocking(nn.Module):
+    """Identity that blocks on inputs of ``value`` until it is released."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value, self.entered, self.release = value, threading.Event(), threading.Event()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x == self.value).any():
+            self.entered.set()
+            assert self.release.wait(WAIT)
+        return x.clone()
+
+
+def column(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
+
+
+def test_answers_do_not_depend_on_the_order_of_replies():
+    x, answers = column(0, 1, 2, 3), []
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
+        with DeviceWorkers(["cpu"] * 4) as pool:
+            coded = CodedWrapper(InOrder(order), CopyCode(4, 4), workers=pool)
+            answers.append(coded(x))
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])
+
+
+def test_a_worker_that_raises_is_missing_and_the_others_answer():
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(
+            FailsAt(2.0, divide_by_zero), CopyCode(4, 4), workers=pool, num_stragglers=1
+        )
+        task = task_of(column(0, 1, 2, 3).reshape(4, 1, 1))
+        replies = {r.worker: r for r in pool.run(coded.module, task, quorum=4)}
+        assert [n for n, r in replies.items() if r.error] == [2]
+        assert isinstance(replies[2].error, WorkerError)
+        assert isinstance(replies[2].error.__cause__, ZeroDivisionError)
+        assert str(replies[2].error) == ("worker 2 failed on cpu: ZeroDivisionError: boom at [2.0]")
+        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 1.0, 0.0, 3.0]
+
+
+def test_too_few_results_are_an_error_caused_by_the_worker():
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(FailsAt(7.0, divide_by_zero), PolynomialCode(2, 4), workers=pool)
+        with pytest.raises(NotEnoughResults, match="at least 2 of 4 results, got 0") as info:
+            coded(column(7, 7))
+        assert isinstance(info.value.__cause__, WorkerError)
+        assert isinstance(info.value.__cause__.__cause__, ZeroDivisionError)
+        assert set(coded.last_run.rejected) == {0, 1, 2, 3}
+        assert coded.last_run.received == ()
+
+
+def test_even_an_exit_in_a_worker_ends_no_thread():
+    def leave(x: Tensor) -> Tensor:
+        raise SystemExit("bye")
+
+    with DeviceWorkers(["cpu"]) as pool:
+        task = task_of(column(0, 1).reshape(2, 1, 1))
+        for _ in range(3):
+            replies = list(pool.run(FailsAt(1.0, leave), task, quorum=2))
+            assert [str(r.error) for r in replies if r.error] == [
+                "worker 1 failed on cpu: SystemExit: bye"
+            ]
+
+
+def test_a_hanging_worker_holds_back_only_its_own_task():
+    module = Blocking(1.0)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, num_stragglers=1)
+        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
+        # One thread still hangs: it is not used, its late result reaches nobody.
+        assert module.entered.wait(WAIT)
+        coded.num_stragglers = 0
+        assert coded(column(5, 6, 7, 8)).flatten().tolist() == [5.0, 6.0, 7.0, 8.0]
+        module.release.set()
+        for i in range(10):
+            x = column(i, i + 10, i + 20, i + 30) + 100
+            assert torch.equal(coded(x), x)
+
+
+def test_the_deadline_bounds_the_wait():
+    module = Blocking(1.0)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(module, CopyCode(3, 3), workers=pool, deadline=1.0)
+        start = time.monotonic()
+        assert coded(column(0, 1, 2)).flatten().tolist() == [0.0, 0.0, 2.0]
+        with pytest.raises(NotEnoughResults):
+            CodedWrapper(module, PolynomialCode(1, 1), workers=pool, deadline=0.05)(column(1))
+        assert 1.0 <= time.monotonic() - start < WAIT / 2
+        module.release.set()
+
+
+def test_the_timeout_bounds_a_wait_without_deadline():
+    module = Blocking(1.0)
+    with DeviceWorkers(["cpu"], timeout=0.05) as pool:
+        assert list(pool.run(module, task_of(column(1).reshape(1, 1, 1)), quorum=1)) == []
+        module.release.set()
+
+
+def test_tasks_given_up_are_not_run():
+    blocking, calls = Blocking(0.0), []
+    blocking.register_forward_pre_hook(lambda module, args: calls.append(args))
+    with DeviceWorkers(["cpu"]) as pool:
+        values = torch.zeros(3, 1, 1)
+        assert list(pool.run(blocking, task_of(values), quorum=3, deadline=0.05)) == []
+        blocking.release.set()
+        assert len(list(pool.run(nn.Identity(), task_of(values), quorum=3))) == 3
+    assert len(calls) <= 1
+
+
+def test_closing_ends_a_waiting_request():
+    module = Blocking(0.0)
+    pool = DeviceWorkers(["cpu"])
+    replies: list[object] = []
+    task = task_of(column(0, 1, 2).reshape(3, 1, 1))
+    waiting = threading.Thread(target=lambda: replies.extend(pool.run(module, task, quorum=3)))
+    waiting.start()
+    assert module.entered.wait(WAIT)
+    threading.Timer(0.05, module.release.set).start()
+    pool.close()
+    waiting.join(WAIT)
+    assert sorted(str(r.error) for r in replies) == [
+        "None",
+        "worker 1 was never asked: the pool was closed",
+        "worker 2 was never asked: the pool was closed",
+    ]
+    with pytest.raises(RuntimeError, match="DeviceWorkers: the pool is closed"):
+        next(pool.run(module, task, quorum=3))
+
+
+def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
+        kept = [weakref.ref(module), weakref.ref(values)]
+        replies = list(pool.run(module, task_of(values), quorum=4))
+        del module, values, replies
+        deadline = time.monotonic() + WAIT
+        while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
+            gc.collect()
+        assert [ref() for ref in kept] == [None, None]
+
+
+def test_replicas_see_the_module_as_it_is():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.weight = 1.0, nn.Parameter(torch.ones(1))
+            self.empty = nn.Sequential()  # falsy
+            self.absent = None
+            self.register_parameter("bias", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.empty is not None
+            assert self.bias is None
+            return self.empty(x * self.scale * next(self.parameters())) * (
+                2 if self.training else 1
+            )
+
+    module, seen = Scale(), []
+    module.register_forward_hook(lambda _, args, out: seen.append(out))
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(module, CopyCode(2, 2), workers=pool).eval()
+        assert coded(column(1, 2)).flatten().tolist() == [1.0, 2.0]
+        assert len(seen) == 2
+        module.scale = 3.0
+        assert coded(column(1, 2)).flatten().tolist() == [3.0, 6.0]
+        with torch.no_grad():
+            module.weight.mul_(2.0)
+        assert coded(column(1, 2)).flatten().tolist() == [6.0, 12.0]
+        module.weight = nn.Parameter(torch.zeros(1))
+        coded.train()
+        assert coded(column(1, 2)).flatten().tolist() == [0.0, 0.0]
+
+
+def test_attributes_assigned_by_a_replica_stay_in_it():
+    class Remembers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.memory = x
+            return self.memory * 2
+
+    module = nn.Sequential(Remembers())
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        x = torch.arange(64.0).reshape(64, 1)
+        assert torch.equal(CodedWrapper(module, CopyCode(64, 64), workers=pool)(x), x * 2)
+    assert not hasattr(module[0], "memory")
+
+
+def test_recurrent_modules_have_replicas():
+    torch.manual_seed(0)
+    lstm, x = nn.LSTM(3, 2, batch_first=True), torch.randn(4, 5, 3)
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(lstm, CopyCode(4, 4), workers=pool, out_dims=(0, 1))
+        torch.testing.assert_close(coded(x), lstm(x))
+
+
+class TestCopies:
+    """Tensors elsewhere are copied when needed: seen on the meta device, which costs nothing."""
+
+    @pytest.fixture
+    def replica(self):
+        from coded_torch.workers.devices import _Replica
+
+        return _Replica(torch.device("meta"), None)
+
+    def test_a_copy_is_kept_while_the_original_stays(self, replica):
+        module = nn.Linear(2, 2)
+        with torch.no_grad():
+            first, second = replica._replicate(module), replica._replicate(module)
+            assert first.weight.device.type == "meta"
+            assert first.weight is second.weight
+            module.weight.add_(1)
+            third = replica._replicate(module)
+            assert third.weight is not first.weight
+            assert third.bias is first.bias
+            third.bias.add_(1)  # a buffer that a replica changes
+            assert replica._replicate(module).bias is not third.bias
+            module.weight.data = torch.zeros(2, 2)
+            assert replica._replicate(module).weight is not third.weight
+
+    def test_gradients_flow_through_a_copy_of_its_own(self, replica):
+        module = nn.Linear(2, 2)
+        module.bias.requires_grad_(False)
+        first, second = replica._replicate(module), replica._replicate(module)
+        assert first.weight.grad_fn is not None
+        assert first.weight is not second.weight
+        assert first.bias is second.bias
+
+    def test_tied_parameters_stay_tied(self, replica):
+        module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        module[1].weight = module[0].weight
+        copy = replica._replicate(module)
+        assert copy[0].weight is copy[1].weight
+        assert copy[1].weight.device.type == "meta"
+
+    def test_copies_made_in_inference_mode_serve_outside_of_it(self, replica):
+        module = nn.Linear(2, 2).requires_grad_(False)
+        with torch.inference_mode():
+            inside = replica._replicate(module)
+            assert not inside.weight.is_inference()
+        assert replica._replicate(module).weight is inside.weight
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="devices must name at least one device"):
+        DeviceWorkers([])
+    with pytest.raises(ValueError, match="timeout must be positive, got nan"):
+        DeviceWorkers(["cpu"], timeout=float("nan"))
+    with pytest.raises(RuntimeError, match="nonsense"):
+        DeviceWorkers(["nonsense"])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_answers_and_gradients_on_cuda(home):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).double().to(home)
+    stream = torch.cuda.Stream()
+    with DeviceWorkers(["cuda", "cuda", "cpu"]) as pool, torch.cuda.stream(stream):
+        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, num_stragglers=1)
+        for seed in range(20):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(500, 64, generator=generator).double().to(home).requires_grad_()
+            wanted = module(x)
+            gradients = torch.autograd.grad(wanted.sum(), [x, *module.parameters()])
+            out = coded(x)
+            assert out.device == x.device
+            torch.testing.assert_close(out, wanted, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(
+                torch.autograd.grad(out.sum(), [x, *module.parameters()]),
+                gradients,
+                rtol=1e-7,
+                atol=1e-7,
+            )
