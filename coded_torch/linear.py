@@ -240,7 +240,8 @@ class SplineMap(LinearMap):
                 f"smoothing spline: knots must be strictly increasing, "
                 f"got knots[{i}] = {t[i]} and knots[{i + 1}] = {t[i + 1]}"
             )
-        penalties = np.full_like(t, t.size * _smoothing(smoothing))
+        smoothing = check_smoothing("smoothing spline: smoothing", smoothing)
+        penalties = np.full_like(t, t.size * smoothing)
         if weights is not None:
             w = _vector("weights", weights)
             if w.shape != t.shape:
@@ -278,13 +279,12 @@ def _vector(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
     return array
 
 
-def _smoothing(smoothing: float) -> float:
+def check_smoothing(argument: str, smoothing: float) -> float:
+    """The smoothing as a float; ``argument`` is the operation and the name of what was given."""
     try:
         number = float(smoothing)
     except (TypeError, ValueError):
-        raise TypeError(
-            f"smoothing spline: smoothing must be a real number, got {smoothing!r}"
-        ) from None
+        raise TypeError(f"{argument} must be a real number, got {smoothing!r}") from None
     if not 0 <= number < np.inf:
-        raise ValueError(f"smoothing spline: smoothing must be finite and >= 0, got {number}")
+        raise ValueError(f"{argument} must be finite and >= 0, got {number}")
     return number

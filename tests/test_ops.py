@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from coded_torch._plan import spline_plan
 from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch import ops
-from coded_torch._plan import spline_plan
 
 from .splines import DTYPES, TOLERANCES, Sample, make_knots, make_points, make_samples
 

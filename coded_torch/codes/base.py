@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import itertools
 import operator
 import threading
 from collections import OrderedDict
@@ -86,7 +87,7 @@ class Code(abc.ABC):
             NotEnoughResults: fewer than :attr:`min_received` results.
         """
         key = self._received(received)
-        if any(a >= b for a, b in zip(key, key[1:], strict=False)):
+        if any(a >= b for a, b in itertools.pairwise(key)):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {list(key)}"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..linear import LinearMap, SplineMap
+from ..linear import LinearMap, SplineMap, check_smoothing
 from ..points import chebyshev_first, chebyshev_second
 from .base import CurveCode
 
@@ -70,8 +70,8 @@ class SplineCode(CurveCode):
             chebyshev_first(num_data) if data_points is None else data_points,
             chebyshev_second(num_workers) if worker_points is None else worker_points,
         )
-        self.encoder_smoothing = encoder_smoothing
-        self.decoder_smoothing = decoder_smoothing
+        self.encoder_smoothing = check_smoothing("SplineCode: encoder_smoothing", encoder_smoothing)
+        self.decoder_smoothing = check_smoothing("SplineCode: decoder_smoothing", decoder_smoothing)
 
     def _make_encoder(self) -> LinearMap:
         return SplineMap(self.data_points, self.worker_points, smoothing=self.encoder_smoothing)

@@ -11,9 +11,14 @@
 
 namespace coded_torch {
 
-// `Lane` is a scalar, or on the CPU a vector of the compiler's extension.
+constexpr int pack_alignment(int lane_alignment, int bytes) {
+  return bytes > 16 ? (lane_alignment > 16 ? lane_alignment : 16) : bytes;
+}
+
+// `Lane` is a scalar, or on the CPU a vector of the compiler's extension; `kSize` a power of two.
+// Aligned for accesses of 16 bytes, the widest that a GPU has.
 template <class Lane, int kSize>
-struct Pack {
+struct alignas(pack_alignment(alignof(Lane), sizeof(Lane) * kSize)) Pack {
   Lane lane[kSize];
 
   CODED_TORCH_HD friend Pack operator+(const Pack& a, const Pack& b) {

@@ -1,0 +1,238 @@
+"""The CUDA operator: compiled and linked everywhere, its body run on the host, and on a GPU."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
+from coded_torch import ops
+from coded_torch.linear import SplineMap
+
+from .splines import DTYPES, TOLERANCES
+from .test_ops import make_plan
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
+SHARED_PER_MULTIPROCESSOR = 233_472  # of an H100
+MAX_BLOCKS = 2**31 - 1
+
+
+class SplineArgs(ctypes.Structure):
+    """csrc/ops/spline_args.h."""
+
+    _fields_ = (
+        ("input", ctypes.c_void_p),
+        ("in_row_stride", ctypes.c_int64),
+        ("in_group_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_row_stride", ctypes.c_int64),
+        ("out_group_stride", ctypes.c_int64),
+        ("coefficients", ctypes.c_void_p),
+        ("coefficients_stride", ctypes.c_int64),
+        ("schedule", ctypes.c_void_p),
+        ("schedule_stride", ctypes.c_int64),
+        ("num_knots", ctypes.c_int64),
+        ("num_groups", ctypes.c_int64),
+        ("num_columns", ctypes.c_int64),
+    )
+
+
+class SplineGrid(ctypes.Structure):
+    """csrc/ops/cuda/spline_block.h."""
+
+    _fields_ = (
+        ("packs", ctypes.c_int64),
+        ("blocks", ctypes.c_int64),
+        ("threads", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int64),
+        ("workspace_bytes", ctypes.c_int64),
+    )
+
+
+@pytest.fixture(scope="module")
+def grid_library(tmp_path_factory):
+    """The kernel's body, compiled for the host."""
+    library = tmp_path_factory.mktemp("grid") / "grid.so"
+    source = Path(__file__).parent / "csrc" / "spline_grid.cpp"
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True, timeout=300)
+    loaded = ctypes.CDLL(str(library))
+    loaded.coded_torch_run_grid.restype = SplineGrid
+    loaded.coded_torch_run_grid.argtypes = [
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, ctypes.c_int64,
+    ]  # fmt: skip
+    loaded.coded_torch_plan_grid.restype = SplineGrid
+    loaded.coded_torch_plan_grid.argtypes = [
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_int64, ctypes.c_int64,
+    ]  # fmt: skip
+    loaded.coded_torch_half_to_float.restype = ctypes.c_float
+    loaded.coded_torch_half_to_float.argtypes = [ctypes.c_uint16]
+    for name in ("coded_torch_float_to_half", "coded_torch_float_to_bfloat16"):
+        getattr(loaded, name).restype = ctypes.c_uint16
+        getattr(loaded, name).argtypes = [ctypes.c_float]
+    return loaded
+
+
+def run_grid(library, values, coefficients, schedule, transpose, shared=SHARED_PER_MULTIPROCESSOR):
+    rows, groups, columns = values.shape
+    out_rows = schedule.shape[1] - 1 - rows
+    out = torch.full((out_rows, groups, columns), torch.nan, dtype=values.dtype)
+    many = len(coefficients) > 1
+    args = SplineArgs(
+        values.data_ptr(), values.stride(0), values.stride(1),
+        out.data_ptr(), out.stride(0), out.stride(1),
+        coefficients.data_ptr(), coefficients.stride(0) if many else 0,
+        schedule.data_ptr(), schedule.stride(0) if many else 0,
+        out_rows if transpose else rows, groups, columns,
+    )  # fmt: skip
+    grid = library.coded_torch_run_grid(
+        ctypes.byref(args), DTYPES.index(values.dtype), transpose, shared
+    )
+    return out, grid
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 17, 128])
+# One column; a wide pack; one more; one more than a block of narrow and of wide packs.
+@pytest.mark.parametrize("columns", [1, 8, 9, 129, 1032])
+def test_the_kernel_body_over_a_whole_grid(grid_library, n, dtype, transpose, columns):
+    coefficients, schedule, (matrix,) = make_plan(n, dtype)
+    matrix = matrix.T if transpose else matrix
+    values = torch.randn(3, matrix.shape[1], columns, dtype=torch.float64).to(dtype)
+    values = values.transpose(0, 1)  # group major
+    got, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    largest = torch.einsum("oi,igm->ogm", matrix.abs(), values.double().abs()).max()
+    assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * largest
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_plan_for_each_group_on_a_grid(grid_library, transpose):
+    coefficients, schedule, matrices = make_plan(9, plans=4)
+    values = torch.randn(12 if transpose else 9, 4, 7, dtype=torch.float64)
+    got, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    equation = "gio,igm->ogm" if transpose else "goi,igm->ogm"
+    torch.testing.assert_close(got, torch.einsum(equation, matrices, values))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shared", [0, 40_000, SHARED_PER_MULTIPROCESSOR])
+def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpose):
+    coefficients, schedule, _ = make_plan(17, torch.float32)
+    values = torch.randn(12 if transpose else 17, 2, 260)
+    got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, shared)
+    assert (grid.workspace_bytes > 0) == (shared == 0)
+    assert 2 * grid.shared_bytes <= shared
+    want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("width", [1, 4, 8])
+@pytest.mark.parametrize("num_columns", [8, 2**31, 2**37])
+@pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
+def test_launch_configurations(grid_library, width, num_columns, num_knots):
+    args = SplineArgs(num_knots=num_knots, num_groups=1, num_columns=num_columns)
+    grid = grid_library.coded_torch_plan_grid(
+        ctypes.byref(args), width, 4, SHARED_PER_MULTIPROCESSOR
+    )
+    per_thread = max(num_knots - 2, 0) * 2 * width * 4
+    assert grid.packs == num_columns // width
+    assert 32 <= grid.threads <= 128
+    assert (grid.blocks - 1) * grid.threads < grid.packs <= grid.blocks * grid.threads
+    assert grid.blocks <= MAX_BLOCKS
+    # In one place or the other, and two blocks of shared memory to a multiprocessor.
+    kept = grid.shared_bytes * grid.blocks + grid.workspace_bytes
+    assert kept == per_thread * grid.threads * grid.blocks
+    assert not (grid.shared_bytes and grid.workspace_bytes)
+    assert 2 * grid.shared_bytes <= SHARED_PER_MULTIPROCESSOR
+
+
+def test_half_precision_conversions(grid_library):
+    """All of float16, and every float32 that lies at or beside a rounding boundary."""
+    halves = np.arange(2**16, dtype=np.uint16)
+    floats = halves.view(np.float16).astype(np.float32)
+    got = np.array([grid_library.coded_torch_half_to_float(int(h)) for h in halves], np.float32)
+    np.testing.assert_array_equal(got, floats)
+    finite = np.sort(floats[np.isfinite(floats)])
+    middle = (finite[1:] + finite[:-1]) / 2
+    edges = np.concatenate(
+        [finite, middle, np.nextafter(middle, np.float32(np.inf)),
+         np.nextafter(middle, np.float32(-np.inf)),
+         np.float32([65519.9, 65520, 65521, 1e30, np.inf, -np.inf, np.nan, 1e-40, -0.0])]
+    )[::3]  # fmt: skip
+    for value in edges:
+        half = np.uint16(grid_library.coded_torch_float_to_half(float(value)))
+        brain = np.int16(np.uint16(grid_library.coded_torch_float_to_bfloat16(float(value))))
+        single = torch.tensor(value)
+        if np.isnan(value):
+            assert np.isnan(half.view(np.float16))
+            assert torch.tensor(brain).view(torch.bfloat16).isnan()
+        else:
+            assert half == single.half().view(torch.int16).numpy().view(np.uint16), value
+            assert brain == single.bfloat16().view(torch.int16).item(), value
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_compiles_links_and_does_not_spill(tmp_path):
+    """Against the torch that is installed, CPU build or not: the stable ABI makes it possible."""
+    library = tmp_path / "spline.so"
+    command = [
+        NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+        "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", *(f"-isystem={p}" for p in include_paths()),
+        str(CSRC / "ops" / "cuda" / "spline.cu"), "-o", str(library),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert library.exists()
+    kernels = re.findall(
+        r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", done.stderr
+    )
+    # Four dtypes, narrow and wide, forward and transposed, on each architecture.
+    assert {a: kernels.count(a) for a in kernels} == {"sm_80": 16, "sm_90": 16}
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", done.stderr
+    )
+    assert len(spills) == 32
+    assert set(spills) == {("0", "0", "0")}
+    registers = [int(r) for r in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(registers) == 32
+    assert max(registers) <= 128  # four blocks of 128 threads to a multiprocessor
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 17, 128, 2000])
+@pytest.mark.parametrize("columns", [1, 9, 1032])
+def test_agrees_with_the_cpu(n, dtype, transpose, columns):
+    coefficients, schedule, (matrix,) = make_plan(n, dtype)
+    rows = matrix.shape[0] if transpose else n
+    values = torch.randn(rows, 3, columns).to(dtype)
+    want = ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+    got = ops.spline_apply(
+        values.cuda(), coefficients.cuda(), schedule.cuda(), transpose=transpose
+    ).cpu()
+    tolerance = 2 * TOLERANCES[dtype] * want.double().abs().max()
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=float(tolerance))
+
+
+@pytest.mark.cuda
+def test_runs_on_the_current_stream_and_in_a_graph():
+    map = SplineMap(np.linspace(-1, 1, 20), np.linspace(-1, 1, 50))
+    values = torch.randn(20, 1000, device="cuda")
+    want = map(values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = map(values)
+    values.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, 2 * want)
