@@ -3,10 +3,10 @@
 // The natural cubic smoothing spline through (t_i, y_i) with penalties L_i minimises
 //     sum_i (y_i - g(t_i))^2 / L_i + integral g''(t)^2 dt .
 // It is the posterior mean of an integrated Wiener process, so the banded system in the unknowns
-// (value, slope) at each knot is block tridiagonal with 2 x 2 blocks, and its block factorisation is
-// a Kalman filter followed by the Rauch-Tung-Striebel sweep (Wecker and Ansley, 1983). Unlike the
-// pentadiagonal form in second derivatives, whose condition grows like n^4, it keeps its digits.
-// L = 0 interpolates and needs no case of its own.
+// (value, slope) at each knot is block tridiagonal with 2 x 2 blocks, and its block factorisation
+// is a Kalman filter followed by the Rauch-Tung-Striebel sweep (Wecker and Ansley, 1983). Unlike
+// the pentadiagonal form in second derivatives, whose condition grows like n^4, it keeps its
+// digits. L = 0 interpolates and needs no case of its own.
 #pragma once
 
 #include <algorithm>
@@ -39,10 +39,10 @@ enum KnotCoefficient { kH, kK0, kK1, kK2, kKs, kA00, kA01, kA11, kC00, kC01, kC1
 enum FirstKnotCoefficient { kFirstH, kFirstInverseH, kFirstA, kFirstB, kFirstC };
 
 // The gains are expanded until no two large terms are subtracted, and `det` is carried along rather
-// than computed as vv ss - vs^2: every coefficient keeps its relative accuracy, for any smoothing and
-// any gap ratio, where the usual expressions lose all digits at large smoothing. For the same reason
-// the steps above are combinations of states, not corrections to a state: a filtered slope may be
-// thousands of times larger than the smoothed one.
+// than computed as vv ss - vs^2: every coefficient keeps its relative accuracy, for any smoothing
+// and any gap ratio, where the usual expressions lose all digits at large smoothing. For the same
+// reason the steps above are combinations of states, not corrections to a state: a filtered slope
+// may be thousands of times larger than the smoothed one.
 struct SplineCovariance {
   double vv, vs, ss, det;  // of (value, slope) at a knot, given the values up to it
 };
@@ -92,7 +92,8 @@ inline void plan_knots(const double* knots, const double* penalties, int64_t n,
 }
 
 // Four weights of a point on (value, slope) at the lower and at the upper knot of its slot.
-inline void plan_point(const double* knots, int64_t n, int64_t slot, double point, double* weights) {
+inline void plan_point(const double* knots, int64_t n, int64_t slot, double point,
+                       double* weights) {
   const double x = point - knots[slot];
   weights[0] = 1;
   weights[1] = x;

@@ -99,7 +99,8 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
 }
 
 // The transpose of spline_sweep: both sweeps reversed, with the same coefficients.
-// load(j) reads gradient row j of the results, store(i, columns) writes gradient row i of the values.
+// load(j) reads gradient row j of the results, store(i, columns) writes gradient row i of the
+// values.
 template <class Columns, class Coefficient, class Load, class Store>
 CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan,
                                          const StateStack<Columns>& kept, const Load& load,

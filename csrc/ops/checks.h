@@ -1,5 +1,5 @@
-// From tensors to SplineArgs: the checks that both backends share. User errors are raised in Python;
-// these are the last line, and keep a kernel from reading or writing out of bounds.
+// From tensors to SplineArgs: the checks that both backends share. User errors are raised in
+// Python; these are the last line, and keep a kernel from reading or writing out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -63,16 +63,16 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   STD_TORCH_CHECK(schedule.scalar_type() == ScalarType::Int,
                   "spline_apply: schedule must be int32, got ",
                   torch::headeronly::toString(schedule.scalar_type()));
-  STD_TORCH_CHECK(
-      coefficients.device() == values.device() && schedule.device() == values.device(),
-      "spline_apply: coefficients and schedule must be on the device of the values");
+  STD_TORCH_CHECK(coefficients.device() == values.device() && schedule.device() == values.device(),
+                  "spline_apply: coefficients and schedule must be on the device of the values");
   const int64_t rows = values.size(0), groups = values.size(1), columns = values.size(2);
-  STD_TORCH_CHECK(coefficients.dim() == 2 && schedule.dim() == 2 && coefficients.is_contiguous() &&
-                      schedule.is_contiguous() && coefficients.size(0) == schedule.size(0) &&
-                      (coefficients.size(0) == 1 || coefficients.size(0) == groups),
-                  "spline_apply: coefficients and schedule must be contiguous, a row for all groups ",
-                  "or one for each of ", groups, ", got ", shape_str(coefficients), " and ",
-                  shape_str(schedule));
+  STD_TORCH_CHECK(
+      coefficients.dim() == 2 && schedule.dim() == 2 && coefficients.is_contiguous() &&
+          schedule.is_contiguous() && coefficients.size(0) == schedule.size(0) &&
+          (coefficients.size(0) == 1 || coefficients.size(0) == groups),
+      "spline_apply: coefficients and schedule must be contiguous, a row for all groups ",
+      "or one for each of ", groups, ", got ", shape_str(coefficients), " and ",
+      shape_str(schedule));
   // A schedule row holds n + 1 + N numbers; the rows of the values are n, or N for the transpose.
   const int64_t out_rows = schedule.size(1) - 1 - rows;
   const int64_t num_knots = transpose ? out_rows : rows;
@@ -84,8 +84,8 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
                   " do not fit together", transpose ? " (transpose)" : "");
   if (columns > 1 && values.stride(2) != 1) values = torch::stable::contiguous(values);
 
-  Tensor out = torch::stable::empty({out_rows, groups, columns}, values.scalar_type(),
-                                    std::nullopt, values.device());
+  Tensor out = torch::stable::empty({out_rows, groups, columns}, values.scalar_type(), std::nullopt,
+                                    values.device());
   SplineArgs args{};
   args.in = values.const_data_ptr();
   args.in_row_stride = values.stride(0);

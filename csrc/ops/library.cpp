@@ -5,7 +5,8 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   // values [n, G, m] -> [N, G, m], or [N, G, m] -> [n, G, m] where `transpose`.
   // coefficients [P, 12 n + 4 N], schedule [P, n + 1 + N]: csrc/math/spline_plan.h; P is 1 or G.
   m.def(
-      "spline_apply(Tensor values, Tensor coefficients, Tensor schedule, bool transpose) -> Tensor");
+      "spline_apply(Tensor values, Tensor coefficients, Tensor schedule, bool transpose) -> "
+      "Tensor");
   // The same on the CPU, with the kernels of one of cpu_capabilities().
   m.def(
       "spline_apply_with(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "

@@ -22,18 +22,18 @@ static py::tuple spline_plan(const Array& knots, const Array& penalties, const A
   py::array_t<double> coefficients({plans, row});
   py::array_t<int32_t> schedule({plans, entries});
   for (int64_t p = 0; p < plans; ++p) {
-    coded_torch::plan_spline(knots.data() + p * n, penalties.data() + p * n, n,
-                             points.data() + p * num_points, num_points,
-                             coefficients.mutable_data() + p * row,
-                             schedule.mutable_data() + p * entries);
+    coded_torch::plan_spline(
+        knots.data() + p * n, penalties.data() + p * n, n, points.data() + p * num_points,
+        num_points, coefficients.mutable_data() + p * row, schedule.mutable_data() + p * entries);
   }
   return py::make_tuple(coefficients, schedule);
 }
 
 PYBIND11_MODULE(_plan, m) {
   m.doc() = "Plans of smoothing splines, in float64 on the host.";
-  m.def("spline_plan", &spline_plan, py::arg("knots"), py::arg("penalties"), py::arg("points"),
-        "Coefficients [P, 12 n + 4 N] and schedule [P, n + 1 + N] of P splines: knots [P, n],\n"
-        "penalties [P, n] (weights of integral g''^2 against each squared residual), points [P, N].\n"
-        "Layout: csrc/math/spline_plan.h.");
+  m.def(
+      "spline_plan", &spline_plan, py::arg("knots"), py::arg("penalties"), py::arg("points"),
+      "Coefficients [P, 12 n + 4 N] and schedule [P, n + 1 + N] of P splines: knots [P, n],\n"
+      "penalties [P, n] (weights of integral g''^2 against each squared residual), points [P, N].\n"
+      "Layout: csrc/math/spline_plan.h.");
 }

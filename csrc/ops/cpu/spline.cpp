@@ -3,10 +3,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "../../math/half.h"
 #include "../../math/spline_sweep.h"
@@ -46,8 +46,7 @@ static bool can_stream(const SplineArgs& args, int64_t out_rows, int64_t value_b
   const auto aligned = [](int64_t bytes) { return bytes % 64 == 0; };
   return out_rows * args.num_groups * args.num_columns * value_bytes >= kStreamBytes &&
          aligned(reinterpret_cast<intptr_t>(args.out)) &&
-         aligned(args.out_row_stride * value_bytes) &&
-         aligned(args.out_group_stride * value_bytes);
+         aligned(args.out_row_stride * value_bytes) && aligned(args.out_group_stride * value_bytes);
 }
 
 static Tensor run_spline(const TileKernels& kernels, const Tensor& values,

@@ -16,7 +16,7 @@ using TileFunction = void (*)(const SplineArgs& args, int64_t begin, int64_t end
                               bool stream);
 
 struct TileKernels {
-  int tile_bytes;  // of one row of a tile, in the accumulation type
+  int tile_bytes;          // of one row of a tile, in the accumulation type
   TileFunction run[4][2];  // [DType][transpose]
 };
 

@@ -21,8 +21,7 @@ static void launch(const SplineCall& call, int device_index) {
   int shared_per_multiprocessor = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_per_multiprocessor,
                                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_index));
-  const SplineGrid grid =
-      plan_grid(call.args, kWidth, sizeof(acc_t<T>), shared_per_multiprocessor);
+  const SplineGrid grid = plan_grid(call.args, kWidth, sizeof(acc_t<T>), shared_per_multiprocessor);
   STD_TORCH_CHECK(grid.blocks <= kMaxBlocks, "spline_apply: at most ", kMaxBlocks,
                   " blocks fit a grid, got ", grid.blocks);
   const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,

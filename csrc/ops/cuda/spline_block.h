@@ -22,7 +22,7 @@ struct alignas(sizeof(T) * kWidth) RowPack {
 };
 
 struct SplineGrid {
-  int64_t packs;            // of kWidth columns, over all groups
+  int64_t packs;  // of kWidth columns, over all groups
   int64_t blocks;
   int threads;              // a block
   int64_t shared_bytes;     // a block; 0 where the states live in the workspace
@@ -42,8 +42,7 @@ inline SplineGrid plan_grid(const SplineArgs& args, int width, int64_t acc_bytes
   grid.packs = args.num_groups * (args.num_columns / width);
   const int64_t per_thread = num_kept_states(args.num_knots) * 2 * width * acc_bytes;
   grid.threads = kMaxThreads;
-  while (grid.threads > kMinThreads &&
-         2 * grid.threads * per_thread > shared_per_multiprocessor) {
+  while (grid.threads > kMinThreads && 2 * grid.threads * per_thread > shared_per_multiprocessor) {
     grid.threads /= 2;
   }
   if (2 * grid.threads * per_thread <= shared_per_multiprocessor) {

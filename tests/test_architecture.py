@@ -1,0 +1,60 @@
+"""Arrows between modules run down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import coded_torch
+
+PACKAGE = Path(coded_torch.__file__).parent
+# Each module may import those of the groups after its own, and its own group.
+LAYERS = (
+    {"cli"},
+    {"demo"},
+    {"nn"},
+    {"workers", "codes"},
+    {"functional"},
+    {"linear"},
+    {"ops"},
+    {"_extension", "points", "metrics", "stragglers", "reference"},
+)
+GROUND = {"_extension", "points", "metrics", "stragglers", "reference"}
+ALL = set().union(*LAYERS)
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path != PACKAGE / "__init__.py":
+            yield path
+
+
+def imported(path):
+    """The top-level modules of this package that a file imports, wherever the import stands."""
+    depth = len(path.relative_to(PACKAGE).parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == depth:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from (name.split(".")[0] for name in names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coded_torch."):
+            yield node.module.split(".")[1]
+
+
+@pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_down(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    level = next((i for i, layer in enumerate(LAYERS) if own in layer), None)
+    assert level is not None, f"{own} has no place among the layers"
+    below = set().union(*LAYERS[level + 1 :]) | {own}
+    if own in GROUND:
+        below = {own}
+    if own in ("workers", "codes"):
+        below -= {"workers", "codes"} - {own}
+    wrong = {name for name in imported(path) if name in ALL} - below
+    assert not wrong, f"{own} imports {wrong}"
+
+
+def test_the_arithmetic_knows_no_torch():
+    csrc = Path(__file__).resolve().parents[1] / "csrc"
+    for header in (csrc / "math").iterdir():
+        assert "#include <torch" not in header.read_text(), header
