@@ -10,8 +10,8 @@ SMOOTHINGS = (0.0, 1e-12, 1e-8, 1e-4, 1.0, 1e3)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Against exact arithmetic, relative to the largest value. float64 and float32: some fifty times
-# what rounding amounts to at 512 knots. Half precision: one rounding of the result, half an ulp of the
-# largest result, plus float32's error.
+# what rounding amounts to at 512 knots. Half precision: one rounding of the result, half an ulp of
+# the largest result, plus float32's error.
 TOLERANCES = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,

@@ -23,8 +23,7 @@ static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
 template <class T>
 static SplineGrid run(const SplineArgs& args, bool transpose, int64_t shared_bytes) {
   const bool wide = fits_wide<T>(args);
-  const SplineGrid grid =
-      plan_grid(args, wide ? kWidePack<T> : 1, sizeof(acc_t<T>), shared_bytes);
+  const SplineGrid grid = plan_grid(args, wide ? kWidePack<T> : 1, sizeof(acc_t<T>), shared_bytes);
   if (wide) {
     transpose ? run_grid<T, kWidePack<T>, true>(args, grid)
               : run_grid<T, kWidePack<T>, false>(args, grid);

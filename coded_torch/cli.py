@@ -1,0 +1,212 @@
+"""The command ``coded-torch``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+import coded_torch
+
+from . import _extension
+
+__all__ = ["main"]
+
+_TUNING = 500  # digits, the first; codes are compared on the others
+_TABLE_BATCHES = 50
+_SWEEP_BATCHES = 20
+_SWEEP_POINTS = 10
+
+
+class _UsageError(Exception):
+    """What the user must change, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command ``coded-torch``; returns its exit code.
+
+    Args:
+        argv: the arguments; by default those of the process.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        args.run(args)
+    except _UsageError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="coded-torch",
+        description="Coded computing for PyTorch: answers from whichever workers reply first.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"coded_torch {coded_torch.__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="lose workers of a wrapped LeNet-5 and compare the codes",
+        description="Wrap LeNet-5, lose workers while it reads real MNIST test digits, and compare "
+        "codes in a table and a picture. Without --num-data, --num-workers and --num-stragglers: "
+        "for (N, K, S) = (100, 20, 60), which is also drawn, and (24, 20, 4).",
+    )
+    demo.add_argument("--num-data", type=int, metavar="K", help="inputs coded together [20]")
+    demo.add_argument("--num-workers", type=int, metavar="N", help="workers [100]")
+    demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
+    demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
+    demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("coded-torch-demo.png"),
+        metavar="FILE",
+        help="the picture, .png, .pdf or .svg [coded-torch-demo.png]",
+    )
+    demo.set_defaults(run=_demo)
+
+    info = commands.add_parser(
+        "info",
+        help="print versions, build, devices and threads",
+        description="Print versions, build, devices and threads, for a bug report.",
+    )
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> None:
+    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _UsageError(
+            f"coded-torch demo needs {' and '.join(missing)}: pip install 'coded_torch[demo]'"
+        )
+    settings, output = _settings(args), _output(args.output)
+    _in_range("--seed", args.seed, 0, 2**63 - 1)
+    device = _device(args.device)
+
+    from tqdm import tqdm
+
+    from .demo.comparison import Row, Setting, compare
+    from .demo.lenet5 import digits, lenet5
+    from .demo.report import LEGEND, draw_picture, format_table
+
+    model = lenet5().to(device)
+    images, labels = (tensor.to(device) for tensor in digits())
+    tuning, images, labels = images[:_TUNING], images[_TUNING:], labels[_TUNING:]
+
+    def rows(setting: Setting, num_batches: int) -> list[Row]:
+        return compare(
+            model, setting, images, labels, tuning, num_batches=num_batches, seed=args.seed
+        )
+
+    print(
+        f"LeNet-5 reads {len(labels):,} MNIST test digits it was not trained on, and every code\n"
+        f"the same {_TABLE_BATCHES} batches of K of them; "
+        f"the same S of N workers are late. Seed {args.seed}.\n"
+    )
+    for setting in (Setting(*values) for values in settings):
+        print(format_table(setting, rows(setting, _TABLE_BATCHES)), end="\n\n", flush=True)
+    print(LEGEND, flush=True)
+
+    n, k, _ = settings[0]
+    lost = range(0, n, -(-n // _SWEEP_POINTS))
+    sweep = {
+        s: rows(Setting(n, k, s), _SWEEP_BATCHES)
+        for s in tqdm(lost, desc="sweep over late workers", disable=None)  # silent in a file
+    }
+    try:
+        draw_picture(Setting(n, k, 0), sweep).savefig(output, dpi=150)
+    except OSError as error:
+        raise _UsageError(f"coded-torch demo: --output cannot be written: {error}") from None
+    print(f"\nError against late workers, a line a code: {output.resolve()}")
+
+
+def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
+    """N, K and S of every table."""
+    n, k, s = args.num_workers, args.num_data, args.num_stragglers
+    if n is None and k is None and s is None:
+        return [(100, 20, 60), (24, 20, 4)]
+    n = 100 if n is None else n
+    k = 20 if k is None else k
+    s = 3 * n // 5 if s is None else s
+    _in_range("--num-workers", n, 1)
+    _in_range("--num-data", k, 1, _TUNING, ", the digits kept for tuning")
+    _in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
+    return [(n, k, s)]
+
+
+def _in_range(flag: str, value: int, least: int, most: float = math.inf, why: str = "") -> None:
+    if value < least:
+        raise _UsageError(f"coded-torch demo: {flag} must be at least {least}, got {value}")
+    if value > most:
+        raise _UsageError(f"coded-torch demo: {flag} must be at most {most}{why}, got {value}")
+
+
+def _device(name: str) -> torch.device:
+    kernels = _extension.build_info()["cuda kernels"]
+    available = ["cpu"]
+    if kernels == "loaded" and torch.cuda.is_available():
+        available += ["cuda", *_cuda_devices()]
+    if name not in available:
+        raise _UsageError(
+            f"coded-torch demo: --device must be one of {', '.join(available)}, got {name!r}; "
+            f"cuda kernels: {kernels}"
+        )
+    return torch.device(name)
+
+
+def _cuda_devices() -> dict[str, str]:
+    """What each of torch's CUDA devices is."""
+    count = torch.cuda.device_count()
+    return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(count)}
+
+
+def _output(path: Path) -> Path:
+    from .demo.report import SUFFIXES
+
+    folder = path.parent
+    if path.suffix.lower() not in SUFFIXES:
+        reason = f"must end in {', '.join(SUFFIXES)}"
+    elif not folder.is_dir():
+        reason = "must be in a folder that exists"
+    elif path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        reason = "must be a file that can be written"
+    else:
+        return path
+    raise _UsageError(f"coded-torch demo: --output {reason}, got {path}")
+
+
+def _info(args: argparse.Namespace) -> None:
+    devices = (f"{name} {what}" for name, what in _cuda_devices().items())
+    lines = {
+        "coded_torch": coded_torch.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        **_extension.build_info(),
+        "devices": ", ".join(("cpu", *devices)),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+    }
+    width = max(map(len, lines)) + 2
+    for name, value in lines.items():
+        print(f"{name:<{width}}{value}")

@@ -1,0 +1,152 @@
+"""The command ``coded-torch``: what it prints, where, and its exit codes."""
+
+import sys
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import coded_torch
+from coded_torch import _extension
+from coded_torch.cli import main
+from coded_torch.demo import comparison
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "the following arguments are required: COMMAND"),
+        ("fly", "invalid choice: 'fly'"),
+        ("demo --wings 2", "unrecognized arguments: --wings 2"),
+        ("demo --num-data two", "--num-data: invalid int value: 'two'"),
+        ("demo --num-data 0", "--num-data must be at least 1, got 0"),
+        ("demo --num-data 501", "--num-data must be at most 500, "),
+        ("demo --num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("demo --num-stragglers -1", "--num-stragglers must be at least 0, got -1"),
+        ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
+        ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
+        ("demo --seed -1", "--seed must be at least 0, got -1"),
+        ("demo --seed 9223372036854775808", "--seed must be at most 9223372036854775807, "),
+        ("demo --device abacus", "--device must be one of cpu"),
+        ("demo --device meta", "--device must be one of cpu"),
+        ("demo --device cuda:99", "got 'cuda:99'; cuda kernels: "),
+        ("demo --output nowhere/demo.png", "--output must be in a folder that exists"),
+        ("demo --output demo", "--output must end in .pdf, .png, .svg, got demo"),
+        ("demo --output folder.png", "--output must be a file that can be written"),
+    ],
+)
+def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    assert main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("coded-torch")
+    assert message in err
+
+
+@pytest.mark.parametrize("available", [False, True])
+def test_cuda_needs_a_device_and_its_kernels(available, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    kernels = "not built" if available else "loaded"
+    monkeypatch.setattr(_extension, "build_info", lambda: {"cuda kernels": kernels})
+    assert main(["demo", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == (
+        f"coded-torch demo: --device must be one of cpu, got 'cuda'; cuda kernels: {kernels}\n"
+    )
+
+
+@pytest.mark.parametrize("extra", ["matplotlib", "tqdm"])
+def test_a_missing_extra_says_how_to_get_it(extra, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, extra, None)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        f"coded-torch demo needs {extra}: pip install 'coded_torch[demo]'\n"
+    )
+
+
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for flag in ("num-data", "num-workers", "num-stragglers", "seed", "device", "output"):
+        assert f"--{flag}" in out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"coded_torch {coded_torch.__version__}\n"
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["coded_torch"] == coded_torch.__version__
+    assert lines["torch"] == torch.__version__
+    assert lines["python"].startswith(sys.version.split()[0])
+    assert lines["devices"].startswith("cpu")
+    assert lines["threads"].startswith(f"{torch.get_num_threads()} of ")
+    for built in ("cpu", "cuda"):
+        assert lines[built].startswith("kernels")
+
+
+def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
+    output = tmp_path / "picture.png"
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    assert main(f"demo --num-workers 6 --num-data 3 --seed 5 --output {output}".split()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""  # the progress bar is for terminals
+    assert "Seed 5." in out
+    assert "N = 6 workers, K = 3 inputs coded together, S = 3 workers late" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    for code in ("spline", "Berrut", "Lagrange", "replication", "uncoded"):
+        assert f"\n  {code}" in out
+    assert out.endswith(f": {output}\n")
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_demo_compares_the_two_settings_and_draws_the_first(tmp_path, monkeypatch):
+    seen = []
+    compare = comparison.compare
+
+    def small(model, setting, *data, num_batches, seed):
+        seen.append((setting, num_batches))
+        return compare(model, comparison.Setting(6, 3, 2), *data, num_batches=2, seed=seed)
+
+    monkeypatch.setattr(comparison, "compare", small)
+    assert main(["demo", "--output", str(tmp_path / "picture.svg")]) == 0
+    assert [setting for setting, _ in seen[:2]] == [
+        comparison.Setting(100, 20, 60),
+        comparison.Setting(24, 20, 4),
+    ]
+    assert [setting for setting, _ in seen[2:]] == [
+        comparison.Setting(100, 20, late) for late in range(0, 100, 10)
+    ]
+    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+
+
+def test_a_picture_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    arguments = f"demo --num-workers 2 --num-data 1 --output {tmp_path / 'picture.png'}"
+    assert main(arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--output cannot be written: [Errno 28] No space left on device" in err
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "compare", interrupt)
+    assert main(["demo"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
