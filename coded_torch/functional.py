@@ -78,7 +78,8 @@ def smoothing_spline(
     curve(values.detach(), dim)  # checks the values as every other call does
     matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing, weights=weights)
     matrix = matrix.to(device=values.device, dtype=accumulation_dtype(values.dtype))
-    out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
+    with torch.autocast(values.device.type, enabled=False):  # as for every map
+        out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
     return out.movedim(0, dim).to(values.dtype)
 
 
@@ -152,4 +153,7 @@ def _double(argument: ArrayLike | float | Tensor) -> Tensor:
 
 def _host(argument: Any) -> Any:
     """What the planner takes: the numbers of a tensor, anything else as it is."""
-    return argument.detach().cpu().numpy() if isinstance(argument, Tensor) else argument
+    if not isinstance(argument, Tensor):
+        return argument
+    argument = argument.detach().cpu()
+    return argument.double().numpy() if argument.is_floating_point() else argument.numpy()

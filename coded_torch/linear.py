@@ -31,9 +31,12 @@ _HOST = torch.device("cpu")
 def _place(
     operands: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype) for t in operands
-    )
+    # Copies, and no inference tensors: a map made or placed in inference mode must still train.
+    with torch.inference_mode(False):
+        return tuple(
+            t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True)
+            for t in operands
+        )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -113,8 +116,12 @@ class LinearMap(abc.ABC):
         on_host = {key: operands for key, operands in self._placed.items() if key[1] == _HOST}
         return {**self.__dict__, "_placed": on_host}
 
-    def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
-        name, size = type(self).__name__, self.num_outputs if transpose else self.num_inputs
+    def check(self, values: Tensor, dim: int = 0) -> None:
+        """Raise what :meth:`__call__` raises for values that the map cannot be applied to."""
+        self._dimension(values, dim, self.num_inputs)
+
+    def _dimension(self, values: Tensor, dim: int, size: int) -> int:
+        name = type(self).__name__
         if not isinstance(values, Tensor):
             raise TypeError(f"{name}: values must be a tensor, got {type(values).__name__}")
         if values.dtype not in _VALUE_DTYPES:
@@ -133,9 +140,13 @@ class LinearMap(abc.ABC):
                 f"{name}: values must have size {size} along dim {dim}, "
                 f"got shape {tuple(values.shape)}"
             )
+        return dim
+
+    def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
+        dim = self._dimension(values, dim, self.num_outputs if transpose else self.num_inputs)
         before, after = values.shape[:dim], values.shape[dim + 1 :]
         # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
-        grouped = values.reshape(before.numel(), size, after.numel()).transpose(0, 1)
+        grouped = values.reshape(before.numel(), values.shape[dim], after.numel()).transpose(0, 1)
         out = self._apply(grouped, transpose)
         return out.transpose(0, 1).reshape(*before, out.shape[0], *after)
 
@@ -161,14 +172,12 @@ class MatrixMap(LinearMap):
     """
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
-        array = torch.as_tensor(np.array(matrix, dtype=np.float64))
-        if array.dim() != 2:
-            raise ValueError(
-                f"MatrixMap: matrix must have two dimensions, got shape {tuple(array.shape)}"
-            )
-        if not bool(torch.isfinite(array).all()):
+        array = real_array("MatrixMap: matrix", matrix)
+        if array.ndim != 2:
+            raise ValueError(f"MatrixMap: matrix must have two dimensions, got shape {array.shape}")
+        if not np.isfinite(array).all():
             raise ValueError("MatrixMap: matrix must be finite, got NaN or infinity")
-        super().__init__(array.shape[1], array.shape[0], array)
+        super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         (matrix,) = self._operands(values)
@@ -177,7 +186,7 @@ class MatrixMap(LinearMap):
         # Autocast would round the matrix to half precision, which decoders cannot afford.
         with torch.autocast(values.device.type, enabled=False):
             # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-            columns = values.reshape(values.shape[0], -1).to(matrix.dtype).contiguous()
+            columns = values.flatten(1).to(matrix.dtype).contiguous()
             out = (matrix @ columns).to(values.dtype)
         return out.reshape(matrix.shape[0], *values.shape[1:])
 
@@ -251,8 +260,15 @@ class SplineMap(LinearMap):
                 )
             if not (w > 0).all():
                 raise ValueError(f"smoothing spline: weights must be positive, got {w.min()}")
-            penalties /= w
+            with np.errstate(over="ignore"):
+                penalties /= w
         coefficients, schedule = spline_plan(t[None], penalties[None], z[None])
+        if not np.isfinite(coefficients).all():
+            raise ValueError(
+                "smoothing spline: knots, smoothing and weights must be of a scale that float64 "
+                f"can plan, got gaps from {gaps.min(initial=np.inf):.1e} to {gaps.max(initial=0):.1e} "
+                f"and smoothing {smoothing:.1e}"
+            )
         super().__init__(t.size, z.size, torch.from_numpy(coefficients), torch.from_numpy(schedule))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
@@ -260,13 +276,19 @@ class SplineMap(LinearMap):
         return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
 
 
-def _vector(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
+def real_array(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
+    """The numbers as a float64 array of their own; ``argument`` is the operation and its name."""
     try:
-        array = np.asarray(numbers, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"smoothing spline: {argument} must be real numbers, got {numbers!r}"
-        ) from None
+        array = np.array(numbers)
+    except ValueError:  # ragged
+        array = np.array(None)
+    if array.size and array.dtype.kind not in "fiu":
+        raise TypeError(f"{argument} must be real numbers, got {numbers!r}")
+    return array.astype(np.float64)
+
+
+def _vector(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
+    array = real_array(f"smoothing spline: {argument}", numbers)
     if array.ndim != 1:
         raise ValueError(
             f"smoothing spline: {argument} must have one dimension, got shape {array.shape}"
@@ -281,10 +303,10 @@ def _vector(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
 
 def check_smoothing(argument: str, smoothing: float) -> float:
     """The smoothing as a float; ``argument`` is the operation and the name of what was given."""
-    try:
-        number = float(smoothing)
-    except (TypeError, ValueError):
-        raise TypeError(f"{argument} must be a real number, got {smoothing!r}") from None
+    array = real_array(argument, smoothing)
+    if array.size != 1:
+        raise TypeError(f"{argument} must be a real number, got {smoothing!r}")
+    number = float(array.item())
     if not 0 <= number < np.inf:
         raise ValueError(f"{argument} must be finite and >= 0, got {number}")
     return number

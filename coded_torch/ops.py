@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension  # noqa: F401 - loads the operators
 
@@ -30,9 +31,17 @@ def spline_apply(
 
     Note:
         :math:`O(n + N)` per column. The call with the other ``transpose`` is the gradient with
-        respect to the values, so every derivative exists. The plan has no gradient:
+        respect to the values, so every derivative exists, in reverse and forward mode. The
+        plan has no gradient:
         :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
     """
+    primal, tangent = forward_ad.unpack_dual(values)
+    if tangent is not None:  # linear, so the tangent is mapped as the value is
+        dual: Tensor = forward_ad.make_dual(
+            spline_apply(primal, coefficients, schedule, transpose=transpose),
+            spline_apply(tangent, coefficients, schedule, transpose=transpose),
+        )
+        return dual
     out: Tensor = torch.ops.coded_torch.spline_apply(values, coefficients, schedule, transpose)
     return out
 

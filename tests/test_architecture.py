@@ -1,6 +1,7 @@
 """Arrows between modules run down only."""
 
 import ast
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -30,14 +31,17 @@ def modules():
 
 
 def imported(path):
-    """The top-level modules of this package that a file imports, wherever the import stands."""
-    depth = len(path.relative_to(PACKAGE).parts)
+    """The modules of this package that a file imports, wherever the import stands."""
+    package = ".".join(["coded_torch", *path.relative_to(PACKAGE).parts[:-1]])
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == depth:
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            yield from (name.split(".")[0] for name in names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("coded_torch."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("coded_torch."))
 
 
 @pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -181,7 +181,21 @@ NAN, INF = math.nan, math.inf
         ({"smoothing": -1.0}, ValueError, "smoothing must be finite and >= 0, got -1.0"),
         ({"smoothing": NAN}, ValueError, "smoothing must be finite and >= 0, got nan"),
         ({"smoothing": INF}, ValueError, "smoothing must be finite and >= 0, got inf"),
-        ({"smoothing": "much"}, TypeError, "smoothing must be a real number, got 'much'"),
+        ({"knots": [0.0, 1.0, 2.0j]}, TypeError, "knots must be real numbers"),
+        ({"knots": ["0", "1", "2"]}, TypeError, "knots must be real numbers"),
+        ({"smoothing": [0.1, 0.2]}, TypeError, "smoothing must be a real number"),
+        ({"smoothing": 1e170}, ValueError, "must be of a scale that float64 can plan"),
+        (
+            {"knots": [0.0, 1e-120, 2e-120]},
+            ValueError,
+            "scale that float64 can plan, got gaps from",
+        ),
+        (
+            {"weights": [1.0, 1e-320, 1.0], "smoothing": 1},
+            ValueError,
+            "scale that float64 can plan",
+        ),
+        ({"smoothing": "much"}, TypeError, "smoothing must be real numbers, got 'much'"),
         ({"weights": [1.0, 1.0]}, ValueError, r"weights must have the shape .*\(3,\), got \(2,\)"),
         ({"weights": [1.0, 0.0, 1.0]}, ValueError, "weights must be positive, got 0.0"),
         ({"weights": [1.0, NAN, 1.0]}, ValueError, "weights must be finite"),
@@ -201,3 +215,13 @@ def test_bad_arguments(change, error, message):
     arguments = {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0], "points": [0.5]} | change
     with pytest.raises(error, match=message):
         smoothing_spline(**arguments)
+
+
+def test_half_precision_knots_and_autocast():
+    knots = torch.tensor([0.0, 1.0, 2.0], dtype=torch.bfloat16)
+    smoothing = torch.tensor(0.1, requires_grad=True)
+    values = torch.tensor([0.0, 1000.0, 10.0])
+    want = smoothing_spline(values, [0.0, 1.0, 2.0], [0.3], smoothing=0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = smoothing_spline(values, knots, [0.3], smoothing=smoothing)
+    torch.testing.assert_close(got.detach(), want)

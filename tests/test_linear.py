@@ -65,6 +65,21 @@ class TestLinearMaps:
         results = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
         assert gradcheck(map.adjoint, (results,))
 
+    @pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
+    def test_forward_mode(self, make):
+        map = make(5, 7)
+        values, tangent = torch.randn(2, 5, 3, dtype=torch.float64)
+        got = torch.func.jvp(map, (values,), (tangent,))
+        torch.testing.assert_close(got, (map(values), map(tangent)))
+
+    def test_made_in_inference_mode_it_still_trains(self, make):
+        with torch.inference_mode():
+            map = make(5, 7)
+            map(torch.randn(5))
+        values = torch.randn(5, requires_grad=True)
+        map(values).sum().backward()
+        assert values.grad is not None
+
     def test_expanded_gradients(self, make):
         values = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         map = make(5, 7)
@@ -124,8 +139,15 @@ class TestLinearMaps:
     [
         ([1.0, 2.0], r"matrix must have two dimensions, got shape \(2,\)"),
         ([[float("nan")]], "matrix must be finite"),
+        ("ab", "matrix must be real numbers, got 'ab'"),
+        ([[1.0], [1.0, 2.0]], "matrix must be real numbers"),
     ],
 )
 def test_bad_matrices(matrix, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MatrixMap(matrix)
+
+
+def test_maps_from_and_to_nothing():
+    assert torch.equal(MatrixMap(np.zeros((2, 0)))(torch.zeros(0, 3)), torch.zeros(2, 3))
+    assert MatrixMap(np.zeros((0, 2)))(torch.zeros(2, 3)).shape == (0, 3)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..linear import LinearMap, real_array
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
-
-    from ..linear import LinearMap
 
 __all__ = ["Code", "CurveCode", "NotEnoughResults"]
 
@@ -125,12 +125,8 @@ class Code(abc.ABC):
         workers = self._received(received)
         order = sorted(range(len(workers)), key=workers.__getitem__)
         decoder = self.decoder([workers[i] for i in order])
+        decoder.check(results, dim)
         if order != list(range(len(order))):
-            if results.shape[dim] != len(order):
-                raise ValueError(
-                    f"{type(self).__name__}: results must have size {len(order)} along dim {dim}, "
-                    f"one per received worker, got shape {tuple(results.shape)}"
-                )
             results = results.index_select(dim, torch.tensor(order, device=results.device))
         return decoder(results, dim)
 
@@ -208,7 +204,7 @@ class CurveCode(Code):
         self.worker_points = self._points("worker_points", worker_points, self.num_workers)
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
-        array = np.array(points, dtype=np.float64)
+        array = real_array(f"{type(self).__name__}: {argument}", points)
         if array.shape != (size,):
             raise ValueError(
                 f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
@@ -221,3 +217,8 @@ class CurveCode(Code):
             )
         array.flags.writeable = False
         return array
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for points in (self.data_points, self.worker_points):
+            points.flags.writeable = False
