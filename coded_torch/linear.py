@@ -266,8 +266,8 @@ class SplineMap(LinearMap):
         if not np.isfinite(coefficients).all():
             raise ValueError(
                 "smoothing spline: knots, smoothing and weights must be of a scale that float64 "
-                f"can plan, got gaps from {gaps.min(initial=np.inf):.1e} to {gaps.max(initial=0):.1e} "
-                f"and smoothing {smoothing:.1e}"
+                f"can plan, got gaps of {gaps.min(initial=np.inf):.1e} to "
+                f"{gaps.max(initial=0):.1e} and smoothing {smoothing:.1e}"
             )
         super().__init__(t.size, z.size, torch.from_numpy(coefficients), torch.from_numpy(schedule))
 

@@ -188,7 +188,7 @@ NAN, INF = math.nan, math.inf
         (
             {"knots": [0.0, 1e-120, 2e-120]},
             ValueError,
-            "scale that float64 can plan, got gaps from",
+            "scale that float64 can plan, got gaps of",
         ),
         (
             {"weights": [1.0, 1e-320, 1.0], "smoothing": 1},
