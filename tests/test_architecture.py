@@ -16,11 +16,11 @@ LAYERS = (
     {"nn"},
     {"workers", "codes"},
     {"functional"},
-    {"linear"},
+    {"linear", "grouping"},
     {"ops"},
-    {"_extension", "points", "metrics", "stragglers", "reference"},
+    {"_extension", "points", "metrics", "stragglers", "reference", "geometry"},
 )
-GROUND = {"_extension", "points", "metrics", "stragglers", "reference"}
+GROUND = {"_extension", "points", "metrics", "stragglers", "reference", "geometry"}
 ALL = set().union(*LAYERS)
 
 

@@ -1,8 +1,9 @@
-// coded_torch._plan: spline plans, numpy arrays in and out. No torch header here: pybind11 and the
-// stable ABI do not mix in one translation unit.
+// coded_torch._plan: spline plans and paths, numpy arrays in and out. No torch header here:
+// pybind11 and the stable ABI do not mix in one translation unit.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "../math/short_path.h"
 #include "../math/spline_plan.h"
 
 namespace py = pybind11;
@@ -29,11 +30,30 @@ static py::tuple spline_plan(const Array& knots, const Array& penalties, const A
   return py::make_tuple(coefficients, schedule);
 }
 
+template <typename T>
+static py::array_t<int64_t> short_path(const py::array_t<T, py::array::c_style>& distances) {
+  if (distances.ndim() != 2 || distances.shape(0) != distances.shape(1)) {
+    throw py::value_error("short_path: distances must be [B, B]");
+  }
+  const int64_t n = distances.shape(0);
+  py::array_t<int64_t> order(n);
+  const T* from = distances.data();
+  int64_t* to = order.mutable_data();
+  py::gil_scoped_release release;
+  coded_torch::short_path(from, n, to);
+  return order;
+}
+
 PYBIND11_MODULE(_plan, m) {
-  m.doc() = "Plans of smoothing splines, in float64 on the host.";
+  m.doc() = "Plans of smoothing splines and paths through points, on the host.";
   m.def(
       "spline_plan", &spline_plan, py::arg("knots"), py::arg("penalties"), py::arg("points"),
       "Coefficients [P, 12 n + 4 N] and schedule [P, n + 1 + N] of P splines: knots [P, n],\n"
       "penalties [P, n] (weights of integral g''^2 against each squared residual), points [P, N].\n"
       "Layout: csrc/math/spline_plan.h.");
+  const char* doc =
+      "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
+      "C-contiguous. How: csrc/math/short_path.h.";
+  m.def("short_path", &short_path<float>, py::arg("distances").noconvert(), doc);
+  m.def("short_path", &short_path<double>, py::arg("distances").noconvert(), doc);
 }
