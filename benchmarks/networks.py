@@ -1,13 +1,14 @@
 """Train the networks of the benchmarks: ``python benchmarks/networks.py lenet5``.
 
-Weights go to a cache outside the repository; ``--write-package`` writes the files that ship in the
-package instead: the weights in half precision and every fifth test digit.
+Weights go to a cache outside the repository, where :func:`load` finds them. ``--write-package``
+writes the files that ship in the package instead: the weights in half precision and every fifth
+test digit.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -16,14 +17,124 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data import DataSet, MissingDataError, mnist
+from data import CACHE, DataSet, MissingDataError, fashion_mnist, mnist
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
 
+__all__ = ["RECIPES", "Images", "Network", "RepVGG", "ViT", "load"]
+
 PACKAGE_DATA = Path(coded_torch.__file__).parent / "data"
 SHIPPED_DIGITS = slice(None, None, 5)  # of all: the halves of the test set are not equally hard
+NUM_TUNING = 5_000  # the last training images: no gradient sees them, benchmarks tune on them
+
+
+class Branches(nn.Module):
+    """A 3x3 and a 1x1 convolution and, where it fits, the identity: each normalised, then added.
+
+    In evaluation mode that is one 3x3 convolution, :meth:`fused` (Ding et al., "RepVGG: Making
+    VGG-style ConvNets Great Again", 2021).
+    """
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        kernels: list[nn.Module] = [
+            nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False),
+            nn.Conv2d(num_in, num_out, 1, stride, bias=False),
+        ]
+        if num_in == num_out and stride == 1:
+            kernels.append(nn.Identity())
+        self.branches = nn.ModuleList(nn.Sequential(k, nn.BatchNorm2d(num_out)) for k in kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functools.reduce(torch.add, (branch(x) for branch in self.branches))
+
+    @torch.no_grad()
+    def fused(self) -> nn.Conv2d:
+        """The 3x3 convolution that equals the sum of the branches in evaluation mode."""
+        first = self.branches[0][0]
+        weights, biases = [], []
+        for kernel, norm in self.branches:
+            if isinstance(kernel, nn.Identity):
+                weight = torch.eye(first.in_channels).to(first.weight)[:, :, None, None]
+            else:
+                weight = kernel.weight
+            margin = (3 - weight.shape[-1]) // 2
+            weight, bias = fuse_conv_bn_weights(
+                nn.functional.pad(weight, [margin] * 4),
+                None,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
+            )
+            weights.append(weight)
+            biases.append(bias)
+        with torch.device("meta"):  # or it would draw first weights from the global random state
+            fused = nn.Conv2d(first.in_channels, first.out_channels, 3, first.stride, padding=1)
+        fused.weight = nn.Parameter(functools.reduce(torch.add, weights))
+        fused.bias = nn.Parameter(functools.reduce(torch.add, biases))
+        return fused
+
+
+class RepVGG(nn.Sequential):
+    """A small RepVGG in its training form: images ``[B, 1, 28, 28]`` to 10 logits."""
+
+    def __init__(self) -> None:
+        shapes = ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1))
+        layers = [layer for shape in shapes for layer in (Branches(*shape), nn.ReLU())]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Replace, in place, every :class:`Branches` by its one convolution."""
+    for name, child in model.named_children():
+        if isinstance(child, Branches):
+            setattr(model, name, child.fused())
+    return model
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and a two-layer perceptron, each normalised first and added to its input."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, tokens, width]
+        qkv = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, tokens, width / heads]
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.project(mixed.transpose(1, 2).flatten(2))
+        return x + self.perceptron(x)
+
+
+class ViT(nn.Module):
+    """A small vision transformer: images ``[B, 1, 28, 28]`` in 16 patches of 7x7 to 10 logits.
+
+    Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, with the mean over the patches in
+    place of a class token.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, width, kernel_size=7, stride=7)
+        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.embed(x).flatten(2).mT  # [B, 16, width]
+        return self.head(self.blocks(patches + self.positions).mean(1))
 
 
 class Recipe(NamedTuple):
@@ -34,12 +145,77 @@ class Recipe(NamedTuple):
     epochs: int
     learning_rate: float
     weight_decay: float
+    bfloat16: bool = False  # twice as fast where convolutions take most of the time
     shippable: bool = False
 
 
 RECIPES = {
-    "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1, shippable=True)
+    "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1, shippable=True),
+    "repvgg": Recipe(
+        RepVGG, fashion_mnist, epochs=3, learning_rate=4e-3, weight_decay=1e-3, bfloat16=True
+    ),
+    "vit": Recipe(ViT, fashion_mnist, epochs=10, learning_rate=2e-3, weight_decay=1e-3),
 }
+
+
+class Images(NamedTuple):
+    """Images ``float32 [n, 1, h, w]`` in 0..1 and labels ``int64 [n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Network(NamedTuple):
+    """A trained network in evaluation mode, and images that no gradient has seen.
+
+    Choose every parameter on ``tuning``; report on ``held_out``, the official test set.
+    """
+
+    name: str
+    model: nn.Module
+    tuning: Images
+    held_out: Images
+
+
+def load(name: str, seed: int = 0) -> Network:
+    """The network from the cache; trained first, in minutes, where the cache does not have it.
+
+    Raises:
+        MissingDataError: the package with its data is not installed.
+    """
+    recipe = RECIPES[name]
+    data = recipe.load()
+    path = weights_file(name, seed)
+    if not path.exists():
+        print(f"training {name}: {path} does not exist", flush=True)
+        save(train(recipe, *training_images(data), seed), path)
+    with torch.device("meta"):  # or it would draw first weights from the global random state
+        model = fuse(recipe.build())
+    with np.load(path) as arrays:
+        weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+    model.load_state_dict(weights, assign=True)
+    tuning, held_out = tuning_images(data), (data.test_images, data.test_labels)
+    return Network(
+        name,
+        model.eval(),
+        Images(pixels(tuning[0]), tuning[1]),
+        Images(pixels(held_out[0]), held_out[1]),
+    )
+
+
+def weights_file(name: str, seed: int) -> Path:
+    """Where the weights are cached."""
+    return CACHE / f"{name}-seed{seed}.npz"
+
+
+def training_images(data: DataSet) -> tuple[Tensor, Tensor]:
+    """The images and labels that networks learn from."""
+    return data.train_images[:-NUM_TUNING], data.train_labels[:-NUM_TUNING]
+
+
+def tuning_images(data: DataSet) -> tuple[Tensor, Tensor]:
+    """The images and labels kept back to tune codes on."""
+    return data.train_images[-NUM_TUNING:], data.train_labels[-NUM_TUNING:]
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -47,13 +223,13 @@ def pixels(images: Tensor) -> Tensor:
     return images.unsqueeze(1).float() / 255
 
 
-def train(recipe: Recipe, data: DataSet, seed: int) -> nn.Module:
-    """Train on the training images alone, with Adam and a one-cycle learning rate."""
+def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
+    """Train with Adam and a one-cycle learning rate; fused, in evaluation mode, half precision."""
     with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
         torch.manual_seed(seed)
         model = recipe.build()
     shuffle = torch.Generator().manual_seed(seed)
-    images, labels, batch = pixels(data.train_images), data.train_labels, 128
+    images, batch = pixels(images), 128
     optimiser = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser,
@@ -65,7 +241,9 @@ def train(recipe: Recipe, data: DataSet, seed: int) -> nn.Module:
         start, total = time.perf_counter(), 0.0
         model.train()
         for rows in torch.randperm(len(labels), generator=shuffle).split(batch):
-            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
+                logits = model(images[rows])
+            loss = nn.functional.cross_entropy(logits.float(), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -75,7 +253,9 @@ def train(recipe: Recipe, data: DataSet, seed: int) -> nn.Module:
         print(
             f"epoch {epoch}: training loss {total / len(labels):.4f}, {seconds:.1f} s", flush=True
         )
-    return model.eval()
+    model = fuse(model.eval())
+    round_to_half(model)
+    return model
 
 
 def round_to_half(model: nn.Module) -> None:
@@ -104,11 +284,9 @@ def save(model: nn.Module, path: Path) -> None:
 
 
 def main() -> int:
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "coded_torch"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("network", choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--cache", type=Path, default=cache, help="default: %(default)s")
     parser.add_argument(
         "--write-package", action="store_true", help="write the files that ship in coded_torch/data"
     )
@@ -121,21 +299,25 @@ def main() -> int:
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
-    model = train(recipe, data, args.seed)
-    round_to_half(model)
-    shipped = data.test_images[SHIPPED_DIGITS], data.test_labels[SHIPPED_DIGITS]
-    for what, images, labels in (
-        ("test images", data.test_images, data.test_labels),
-        ("every fifth of them", *shipped),
-    ):
-        print(f"{len(labels)} {what}: {accuracy(model, images, labels):.2%} right")
-    folder = PACKAGE_DATA if args.write_package else args.cache
-    save(model, folder / f"{args.network}.npz")
-    print(f"wrote {folder / args.network}.npz")
+    test = data.test_images, data.test_labels
+    if args.write_package:  # no code is tuned on images that ship, so all the others may teach
+        learn_from, path = (
+            (data.train_images, data.train_labels),
+            PACKAGE_DATA / f"{args.network}.npz",
+        )
+        other, images = "every fifth of them", tuple(tensor[SHIPPED_DIGITS] for tensor in test)
+    else:
+        learn_from, path = training_images(data), weights_file(args.network, args.seed)
+        other, images = "tuning images", tuning_images(data)
+    model = train(recipe, *learn_from, args.seed)
+    for what, (x, labels) in (("test images", test), (other, images)):
+        print(f"{len(labels)} {what}: {accuracy(model, x, labels):.2%} right")
+    save(model, path)
+    print(f"wrote {path}")
     if args.write_package:
-        images, labels = (tensor.numpy().astype(np.uint8) for tensor in shipped)
-        np.savez_compressed(folder / "digits.npz", images=images, labels=labels)
-        print(f"wrote {folder / 'digits.npz'}")
+        digits, labels = (tensor.numpy().astype(np.uint8) for tensor in images)
+        np.savez_compressed(PACKAGE_DATA / "digits.npz", images=digits, labels=labels)
+        print(f"wrote {PACKAGE_DATA / 'digits.npz'}")
     return 0
 
 
