@@ -9,6 +9,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
+HEADERS = [str(p) for p in (ROOT / "csrc").rglob("*.[hi]*")]
 # The oldest torch that the operators run on: the stable ABI promises all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Vectors wider than the baseline's cross no function boundary, which is all that -Wpsabi is about.
@@ -45,13 +46,17 @@ def operators(name: str, sources: list[str], libraries: list[str], cuda: bool) -
         language="c++",
         py_limited_api=True,
         extra_compile_args={"cxx": [*CXX, STABLE_ABI], "nvcc": NVCC},
-        depends=[str(p) for p in (ROOT / "csrc").rglob("*.[hi]*")],
+        depends=HEADERS,
     )
 
 
 extensions = [
     Pybind11Extension(
-        "coded_torch._plan", ["csrc/plan/bindings.cpp"], cxx_std=17, extra_compile_args=["-O3"]
+        "coded_torch._plan",
+        ["csrc/plan/bindings.cpp"],
+        cxx_std=17,
+        extra_compile_args=["-O3"],
+        depends=HEADERS,
     ),
     operators(
         "coded_torch._ops_cpu",

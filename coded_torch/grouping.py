@@ -14,7 +14,7 @@ from ._extension import short_path
 __all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 
 #: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
-Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], "Tensor | Sequence[int]"]
+Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
 
 
 class Grouping:
@@ -143,9 +143,10 @@ def order_of(
         >>> import torch
         >>> from coded_torch.grouping import order_of
         >>> x = torch.tensor([3.0, 0.0, 1.0])
-        >>> order_of("similarity", [x], lambda: (x[:, None] - x).abs())
+        >>> distances = lambda: (x[:, None] - x).abs()
+        >>> order_of("similarity", [x], distances)
         tensor([0, 2, 1])
-        >>> order_of(lambda inputs: inputs[0].argsort(), [x], None)
+        >>> order_of(lambda inputs: inputs[0].argsort(), [x], distances)
         tensor([1, 2, 0])
     """
     batch_size = len(inputs[0])
