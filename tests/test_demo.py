@@ -155,6 +155,8 @@ def test_table_fits_a_terminal(small):
         assert line.startswith(f"  {row.code}")
         assert f"{row.outcome.relative_accuracy:.3f} ± {row.outcome.interval:.3f}" in line
         assert f" {row.outcome.rmse:.2f} " in line
+        unmixed = row.code in ("replication", "uncoded")
+        assert line.endswith(f" {row.outcome.answered:.1%}" if unmixed else " mixed")
     assert len({len(line) for line in lines[2:]}) == 1
 
 

@@ -17,12 +17,13 @@ SUFFIXES = (".pdf", ".png", ".svg")
 LEGEND = """\
 RelAcc    right answers, relative to those of the bare network; 95 % interval
 RMSE      root of the mean squared distance of decoded from exact logit vectors
-answered  inputs that went, alone or mixed, to a worker in time; replication and
-          uncoded answer the others with the mean of their answers
+answered  inputs that a worker in time computed; the rest get the mean of these;
+          a code that has mixed the inputs answers all of them, if not exactly
 Lagrange  adapted to a network, which is no polynomial: least squares of the
           degree that is best, for RMSE or for RelAcc, on digits not used here"""
 
 _EXACT = 1e-4
+_UNMIXED = ("replication", "uncoded")
 
 # Okabe and Ito's colours, told apart by the colour-blind, and a marker each for print.
 _STYLES = {
@@ -45,9 +46,9 @@ def format_table(setting: Setting, rows: Sequence[Row]) -> str:
         line = f"  {f'{code}, {note}' if note else code:<34}"
         if outcome is not None:
             rmse = f"{outcome.rmse:.2f}" if outcome.rmse < 1e6 else f"{outcome.rmse:.1e}"
+            answered = f"{outcome.answered:.1%}" if code in _UNMIXED else "mixed"
             line += (
-                f"{outcome.relative_accuracy:.3f} ± {outcome.interval:.3f}"
-                f"{rmse:>12}{outcome.answered:>14.1%}"
+                f"{outcome.relative_accuracy:.3f} ± {outcome.interval:.3f}{rmse:>12}{answered:>14}"
             )
         lines.append(line.rstrip())
     return "\n".join(lines)

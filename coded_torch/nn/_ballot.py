@@ -2,7 +2,6 @@ r"""Telling good results from bad ones, without knowing what the module should r
 
 from __future__ import annotations
 
-import enum
 import math
 from typing import Any
 
@@ -10,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..workers.base import Reply, WorkerError, leaf_name
+from ..workers.base import Reply, WorkerError, kind, leaf_name, show
 
-__all__ = ["CONSTANTS", "Ballot", "Result"]
-
-#: Kinds of leaves that pass through, if every worker returns the same.
-CONSTANTS = (type(None), bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)
+__all__ = ["Ballot", "Result"]
 
 
 class Result:
@@ -24,7 +20,10 @@ class Result:
     def __init__(self, worker: int, value: Any) -> None:
         self.worker = worker
         self.leaves, self.spec = pytree.tree_flatten(value)
-        self.looks = [_look(leaf) for leaf in self.leaves]
+        self.looks = [
+            (*kind(leaf), leaf.shape) if isinstance(leaf, Tensor) else kind(leaf)
+            for leaf in self.leaves
+        ]
 
     def problem(self) -> str | None:
         for i, leaf in enumerate(self.leaves):
@@ -34,8 +33,7 @@ class Result:
         return None
 
     def __str__(self) -> str:
-        kinds = [f"{look[1]} {look[2]}" if look[0] is Tensor else str(look) for look in self.looks]
-        return str(pytree.tree_unflatten(kinds, self.spec))
+        return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
 
     def resembles(self, other: Result) -> bool:
         return self.looks == other.looks and self.spec == other.spec
@@ -85,11 +83,11 @@ class Ballot:
         return good, sorted(self._errors + outvoted, key=lambda error: error.worker)
 
 
-def _look(leaf: Any) -> tuple[Any, ...]:
-    """What must be the same for every worker: all of a constant, else the kind."""
-    if isinstance(leaf, Tensor):
-        return Tensor, leaf.dtype, tuple(leaf.shape)
-    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
+class _Text(str):
+    """What a container prints without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
 
 
 def _finite(leaf: Tensor) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import numbers
+import operator
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,9 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from ..codes.base import Code, NotEnoughResults
-from ..workers.base import Task, Workers, broadcast_dims, check_batch, leaf_name
+from ..workers.base import CONSTANTS, Task, Workers, broadcast_dims, check_batch, leaf_name
 from ..workers.local import LocalWorkers
-from ._ballot import CONSTANTS, Ballot, Result
+from ._ballot import Ballot, Result
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
@@ -33,8 +36,8 @@ class RunReport:
         num_workers: N.
         num_groups: G, into how many groups the batch was cut.
         received: the workers whose results were decoded, in increasing order.
-        latencies: seconds until each worker that replied had done so, in order of arrival.
-        rejected: what was wrong with each reply that was not used.
+        latencies: seconds until each worker that replied or failed had done so, in order.
+        rejected: what was wrong with each of them that was not used.
         encode_seconds: time spent on grouping and encoding.
         compute_seconds: time spent on waiting for the workers and checking their results.
         decode_seconds: time spent on decoding and ungrouping.
@@ -68,10 +71,13 @@ class CodedWrapper(nn.Module):
 
     The wrapper stands in for the module: the keys of its state dict are those of the module, and
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
+    The names of its parameters begin with ``module.``, so :func:`torch.func.functional_call` takes
+    ``dict(coded.named_parameters())``, not the state dict; state-dict hooks belong to the module.
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
     finite, or unlike most in structure, shape or dtype, counts as missing, and is named in
-    :attr:`last_run`.
+    :attr:`last_run`. So mask with a large negative number, or logits after decoding, not with
+    ``-inf``: neither can it be coded, nor do results that hold it count.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
@@ -80,7 +86,9 @@ class CodedWrapper(nn.Module):
         workers: who computes; by default :class:`~coded_torch.workers.LocalWorkers`.
         stragglers: shorthand for ``workers=LocalWorkers(stragglers, generator=generator)``.
         num_stragglers: S: N - S good results are waited for. By default as many as the law of the
-            workers' stragglers makes late, or 0; never so many that nothing could be decoded.
+            workers' stragglers makes late; never so many that nothing could be decoded. Where the
+            law names no number, or there is none, 0: all that ever reply are waited for, however
+            late, so there say S or a deadline.
         deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
             no more to give.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
@@ -96,13 +104,14 @@ class CodedWrapper(nn.Module):
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: both ``workers`` and ``stragglers``, or ``workers`` and ``generator``;
+        ValueError: ``stragglers`` or ``generator`` beside ``workers``;
             ``num_stragglers`` negative, or more than the code can lose; ``deadline`` not positive.
 
     Calling raises:
         TypeError: a tensor to be coded is not floating-point, or an output cannot be decoded.
-        ValueError: coded inputs differ in batch size or have not the dimension, there are none, or
-            an output has not the batch size.
+        ValueError: coded inputs differ in batch size or have not the dimension, there are none, an
+            output has not the batch size, or too few good results are due to an input that is not
+            finite.
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
             first worker that had one.
 
@@ -149,23 +158,24 @@ class CodedWrapper(nn.Module):
             ("module", module, nn.Module),
             ("code", code, Code),
             ("workers", workers, Workers),
-            ("num_stragglers", num_stragglers, int),
+            ("deadline", deadline, numbers.Real),
         ):
             if not isinstance(value, kind) and (value is not None or kind in (nn.Module, Code)):
                 raise TypeError(
                     f"CodedWrapper: {argument} must be of type {kind.__name__}, "
                     f"got {type(value).__name__}"
                 )
-        if workers is not None and not (stragglers is None and generator is None):
-            raise ValueError(
-                "CodedWrapper: stragglers and generator must be given to the workers "
-                "where workers is given, got both"
-            )
+        for argument, option in (("stragglers", stragglers), ("generator", generator)):
+            if workers is not None and option is not None:
+                raise ValueError(
+                    f"CodedWrapper: {argument} must be given to the workers themselves, "
+                    f"got workers and {argument}"
+                )
         if deadline is not None and not deadline > 0:
             raise ValueError(f"CodedWrapper: deadline must be positive seconds, got {deadline}")
         self.module = module
         self.code = code
-        self.workers = workers or LocalWorkers(stragglers, generator=generator)
+        self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
         self.num_stragglers = self._num_stragglers(num_stragglers)
         self.deadline = deadline
         self.in_dims = in_dims
@@ -173,6 +183,7 @@ class CodedWrapper(nn.Module):
         self.last_run = None
         self._warned = False
         self.training = module.training
+        self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._warn_of_batch_statistics()
@@ -194,6 +205,7 @@ class CodedWrapper(nn.Module):
                 raise NotEnoughResults(received, self.code.min_received, self.code.num_workers)
             return self._decode(results, received, task, inputs.batch_size)
         except NotEnoughResults as error:
+            inputs.check_finite()
             raise error from (rejected[0] if rejected else None)
         finally:
             self.last_run = RunReport(
@@ -251,8 +263,8 @@ class CodedWrapper(nn.Module):
                 kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {leaf_name('output', output, i)} must be a floating-point "
-                    f"tensor to be decoded, got {kind}; return logits or scores instead, register "
-                    "containers with torch.utils._pytree, or say None in out_dims"
+                    f"tensor to be decoded, got {kind}; return a tensor of logits or scores "
+                    "instead, register containers with torch.utils._pytree, or say None in out_dims"
                 )
             check_batch(output, i, leaf, dim, task.num_groups)
             stacked = torch.stack([leaf.movedim(dim, 0) for leaf in column])  # [F, G, ...]
@@ -265,6 +277,12 @@ class CodedWrapper(nn.Module):
         if given is None:
             law = self.workers.stragglers
             return max(0, min(most, (law and law.num_stragglers) or 0))
+        try:
+            given = operator.index(given)
+        except TypeError:
+            raise TypeError(
+                f"CodedWrapper: num_stragglers must be an integer, got {given!r}"
+            ) from None
         if not 0 <= given <= most:
             raise ValueError(
                 f"CodedWrapper: num_stragglers must lie in 0..{most}, as {self.code} needs "
@@ -295,57 +313,74 @@ class CodedWrapper(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.module.load_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in list(state_dict):
             state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._loading = prefix, args[-3:]  # for _name_keys, when the module has been loaded too
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.code}, {self.workers}, num_stragglers={self.num_stragglers}"
+
+
+def _name_keys(coded: CodedWrapper, _: Any) -> None:
+    """Name missing, unexpected and bad keys as they are in the state dict, without ``module.``."""
+    prefix, complaints = vars(coded).pop("_loading")
+    pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
+    for texts in complaints:
+        texts[:] = [pattern.sub(prefix, text) for text in texts]
 
 
 class _Inputs:
     """The arguments of one call: their leaves, where each has its batch, and its size."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any) -> None:
+        self.args, self.kwargs = args, kwargs
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args))
-        num_positional = len(dims)
-        dims += [0] * (len(self.leaves) - num_positional)
+        self.num_positional = len(dims)
+        dims += [0] * (len(self.leaves) - self.num_positional)
         self.dims = [
             dim if isinstance(leaf, Tensor) else None
             for leaf, dim in zip(self.leaves, dims, strict=True)
         ]
-
-        def name(i: int) -> str:
-            if i < num_positional:
-                return leaf_name("args", args, i)
-            return leaf_name("kwargs", kwargs, i - num_positional)
-
         coded = [(i, self.leaves[i], dim) for i, dim in enumerate(self.dims) if dim is not None]
         if not coded:
             raise ValueError("CodedWrapper: inputs must hold a tensor to be coded, got none")
         for i, leaf, dim in coded:
             if not leaf.is_floating_point():
                 raise TypeError(
-                    f"CodedWrapper: {name(i)} must be floating-point to be coded, got "
+                    f"CodedWrapper: {self.name(i)} must be floating-point to be coded, got "
                     f"{leaf.dtype}; code what it is turned into instead (the embeddings of "
                     "tokens), or pass it by position with None in in_dims to give every worker "
                     "the same"
                 )
             if not -leaf.dim() <= dim < leaf.dim():
                 raise ValueError(
-                    f"CodedWrapper: {name(i)} must have the batch dimension {dim} that in_dims "
-                    f"says, got shape {tuple(leaf.shape)}"
+                    f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} that "
+                    f"in_dims says, got shape {tuple(leaf.shape)}"
                 )
         sizes = {i: leaf.shape[dim] for i, leaf, dim in coded}
         if len(set(sizes.values())) > 1:
-            got = ", ".join(f"{size} in {name(i)}" for i, size in sizes.items())
+            got = ", ".join(f"{size} in {self.name(i)}" for i, size in sizes.items())
             raise ValueError(f"CodedWrapper: coded inputs must have one batch size, got {got}")
         self.batch_size: int = coded[0][1].shape[coded[0][2]]
         self.device: torch.device = coded[0][1].device
+
+    def name(self, i: int) -> str:
+        if i < self.num_positional:
+            return leaf_name("args", self.args, i)
+        return leaf_name("kwargs", self.kwargs, i - self.num_positional)
+
+    def check_finite(self) -> None:
+        """Raise a ValueError if an input that is coded is not finite: it spoils its whole group."""
+        for i, dim in enumerate(self.dims):
+            bad = [] if dim is None else (~self.leaves[i].isfinite()).nonzero().tolist()
+            if bad:
+                raise ValueError(
+                    f"CodedWrapper: {self.name(i)} must be finite to be coded, "
+                    f"got {self.leaves[i][tuple(bad[0])].item()} at {bad[0]}"
+                )
 
 
 def _group(rows: Tensor, num_data: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import enum
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["Ambient", "Reply", "Task", "WorkerError", "Workers", "broadcast_dims"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+#: Kinds of outputs that pass through, if they are the same wherever the module runs. A float is
+#: none of them: it is a loss or a score, which depends on the inputs.
+CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 class WorkerError(RuntimeError):
@@ -116,8 +121,8 @@ class Task:
         """Cut the outputs on the batches of :meth:`stack` into one output per worker.
 
         Raises:
-            ValueError: the batches' outputs differ in structure, or a tensor has not one row per
-                row of the batch.
+            ValueError: the batches' outputs differ in structure, kind or a constant, or a tensor
+                has not one row per row of the batch.
         """
         flat, specs = zip(*map(pytree.tree_flatten, outputs), strict=True)
         if any(spec != specs[0] for spec in specs):
@@ -129,6 +134,12 @@ class Task:
         columns: list[Sequence[Any]] = []
         for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
             parts = [leaves[i] for leaves in flat]
+            if dim is not None and any(kind(part) != kind(parts[0]) for part in parts):
+                got = " and ".join(sorted({show(part) for part in parts}))
+                raise ValueError(
+                    f"CodedWrapper: {leaf_name('output', outputs[0], i)} must be the same for "
+                    f"every batch, or a tensor of one dtype, got {got}"
+                )
             if dim is None or not isinstance(parts[0], Tensor):
                 columns.append(parts[:1] * num_workers)
                 continue
@@ -177,7 +188,8 @@ class Workers(abc.ABC):
             module: what to run.
             task: on what.
             quorum: how many results are expected to be enough; a hint, the caller may take more.
-            deadline: seconds to wait for replies; None: as long as the pool itself allows.
+            deadline: seconds to wait for replies; who is later is a straggler, which is no error.
+                None: as long as the pool itself allows; who is later has failed.
 
         Yields:
             Replies in order of arrival, at most one per worker, until no more will come. Closing
@@ -259,6 +271,20 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int 
             f"got {dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
         ) from None
     return flat
+
+
+def kind(leaf: Any) -> tuple[Any, ...]:
+    """What must be the same wherever the module runs: all of a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return Tensor, leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
+
+
+def show(leaf: Any) -> str:
+    """A leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
 def leaf_name(root: str, tree: Any, index: int) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import queue
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Generator, MutableMapping, Sequence
 from typing import Any
@@ -34,14 +35,21 @@ class DeviceWorkers(Workers):
     its attributes, hooks and modes as they are. Tensors that already lie on the device are shared;
     copies of the others are kept, and made again when the original has changed (an in-place change
     through ``.data`` goes unnoticed) or when gradients have to flow through the copy. What a
-    replica assigns to its attributes is lost, as with :class:`torch.nn.DataParallel`.
+    replica assigns to its attributes is lost, as with :class:`torch.nn.DataParallel`. What
+    ``torch.compile(module)`` and ``module.compile()`` make is tied to the original and refused; a
+    ``forward`` that is decorated with ``torch.compile`` is compiled once for all replicas.
 
     Args:
         devices: one entry per replica; a device may occur more than once.
-        timeout: seconds after which a request without a deadline stops waiting.
+        timeout: seconds after which, in a request without a deadline, who has not replied failed.
 
     Raises:
+        TypeError: ``devices`` is a single one.
         ValueError: no device, or ``timeout`` not positive.
+
+    Running raises:
+        TypeError: a part of the module is compiled as a whole.
+        RuntimeError: the pool is closed, or the module runs on this pool itself.
 
     Note:
         Which workers answer first depends on timing; what their results decode to does not.
@@ -60,6 +68,10 @@ class DeviceWorkers(Workers):
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
+        if isinstance(devices, str | torch.device):
+            raise TypeError(
+                f"DeviceWorkers: devices must be a sequence of devices, got {str(devices)!r}"
+            )
         # An empty tensor tells the index of "cuda", and fails here where there is no such device.
         self.devices = tuple(torch.empty(0, device=device).device for device in devices)
         if not self.devices:
@@ -80,15 +92,26 @@ class DeviceWorkers(Workers):
         self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
     ) -> Generator[Reply, None, None]:
         """Run ``module`` for every worker, on whichever device is free first."""
-        wait = self.timeout if deadline is None else deadline
+        _refuse_compiled(module)
+        if threading.current_thread() in self._threads:
+            raise RuntimeError(
+                "DeviceWorkers: run must not be called from a thread of the pool, which would wait "
+                "for itself; give a wrapper inside of a wrapper a pool of its own"
+            )
+        wait, waiting = self.timeout if deadline is None else deadline, set(range(task.num_workers))
         request = _Request(module, task, Ambient.capture(), _events((task.device, *self.devices)))
         try:
             self._submit(request)
-            for _ in range(task.num_workers):
+            while waiting:
                 try:
                     reply = request.replies.get(timeout=max(wait - request.age(), 0.0))
                 except queue.Empty:
+                    if deadline is None:
+                        for worker in sorted(waiting):
+                            error = WorkerError(worker, f"did not reply within {wait:g} s")
+                            yield Reply(worker, request.age(), error=error)
                     return
+                waiting.remove(reply.worker)
                 for leaf in pytree.tree_leaves(reply.value):
                     if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
                         # It was allocated on the worker's stream, and is read on ours from now on.
@@ -172,7 +195,9 @@ class _Replica:
         return Reply(worker, request.age(), value)
 
     def _failure(self, worker: int, cause: BaseException) -> WorkerError:
-        error = WorkerError(worker, f"failed on {self.device}: {type(cause).__name__}: {cause}")
+        # Not str(cause), which may raise.
+        what = "".join(traceback.format_exception_only(cause)).strip()
+        error = WorkerError(worker, f"failed on {self.device}: {what}")
         error.__cause__ = cause
         return error
 
@@ -238,6 +263,18 @@ class _Replica:
         if device not in self._streams:
             self._streams[device] = torch.Stream(device)
         return self._streams[device]
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        # What torch.compile(module) returns hands attributes on to the original: replicating it
+        # would take that apart. It is told by its context: its class would import the compiler.
+        if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
+            raise TypeError(
+                f"DeviceWorkers: {name or 'the module'} must not be compiled as a whole, as its "
+                f"replicas would run the original, got {type(part).__name__}; decorate the forward "
+                "of its class with torch.compile instead"
+            )
 
 
 def _to(device: torch.device, tree: Any) -> Any:

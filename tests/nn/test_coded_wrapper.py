@@ -13,6 +13,7 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -247,6 +248,8 @@ def test_the_number_of_stragglers_is_the_laws_or_the_given_one():
     assert lost(stragglers=Uniform(2)) == 2
     assert lost(workers=LocalWorkers(Uniform(2))) == 2
     assert lost(stragglers=Uniform(2), num_stragglers=4) == 4
+    assert lost(num_stragglers=np.int64(3)) == 3
+    assert repr(lost(num_stragglers=torch.tensor(1))) == "1"
     assert lost(stragglers=Uniform(2), num_stragglers=0) == 2  # no more will come
     assert lost(stragglers=ShiftedExponential(0.0, 1.0)) == 0
     assert lost(stragglers=ShiftedExponential(0.0, 1.0), num_stragglers=5) == 5
@@ -279,6 +282,19 @@ def test_all_results_rejected():
     assert set(coded.last_run.rejected) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("devices", [None, ["cpu"]])
+def test_an_input_that_is_not_finite_is_named_not_the_workers(devices):
+    x = rand(4, 3)
+    x[2, 1] = -math.inf
+    options = {} if devices is None else {"workers": DeviceWorkers(devices)}
+    coded = CodedWrapper(Call(lambda a, **b: a + b["mask"]), PolynomialCode(2, 4), **options)
+    with coded.workers:
+        with pytest.raises(ValueError, match=r"args\[0\] must be finite .* got -inf at \[2, 1\]"):
+            coded(x, mask=rand(4, 3))
+        with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be finite .* got nan at"):
+            coded(rand(4, 3), mask=x * math.nan)
+
+
 class Liar(nn.Module):
     """Returns something else at the inputs ``at``."""
 
@@ -300,7 +316,11 @@ class Liar(nn.Module):
         (lambda v: v | {"y": v["y"].long()}, "int64.*most.*float32"),
         (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
         (lambda v: v | {"more": None}, "more.*most"),
-        (lambda v: v["y"], r"returned torch.float32 \(1, 1\), where most returned {"),
+        (
+            lambda v: v["y"],
+            r"^returned float32 \(1, 1\), where most returned "
+            r"{'y': float32 \(1, 1\), 'kind': 'good'}$",
+        ),
         (lambda v: None, "returned .*None.*most"),
         (lambda v: v | {"y": v["y"] - math.inf}, r"not finite in output\['y'\]"),
         (lambda v: v | {"y": v["y"] * math.nan}, r"not finite in output\['y'\]"),
@@ -375,10 +395,32 @@ def test_the_state_dict_as_a_part_of_a_bigger_module():
     for a, b in zip(coded.state_dict().values(), bare.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     bare.load_state_dict(coded.state_dict(), strict=True)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        coded.load_state_dict({k: v for k, v in bare.state_dict().items() if "2.bias" not in k})
-    with pytest.raises(RuntimeError, match="Unexpected key"):
-        coded.load_state_dict(bare.state_dict() | {"module.9.x": torch.zeros(1)})
+    twice = bigger(CodedWrapper(network(), PolynomialCode(2, 4)))
+    state = bare.state_dict()
+    del state["module.2.bias"]
+    state |= {"module.9.x": torch.zeros(1), "module.0.bias": torch.zeros(7)}
+    for model in (coded, twice, copy.deepcopy(twice), pickle.loads(pickle.dumps(twice))):
+        with pytest.raises(RuntimeError) as info:
+            model.load_state_dict(state)
+        for complaint in (
+            'Missing key(s) in state_dict: "module.2.bias".',
+            'Unexpected key(s) in state_dict: "module.9.x".',
+            "size mismatch for module.0.bias:",
+        ):
+            assert complaint in str(info.value)
+    del state["module.0.bias"]
+    assert coded.load_state_dict(state, strict=False) == (
+        ["module.0.bias", "module.2.bias"],
+        ["module.9.x"],
+    )
+
+
+def test_functional_call_takes_the_names_of_the_parameters():
+    coded, x = network(), rand(4, 3)
+    tensors = {k: v + 1 for k, v in [*coded.named_parameters(), *coded.named_buffers()]}
+    wanted = copy.deepcopy(coded.module)
+    wanted.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items()})
+    torch.testing.assert_close(torch.func.functional_call(coded, tensors, x), wanted(x), **EXACT)
 
 
 def test_a_state_dict_survives_a_file():
@@ -581,7 +623,16 @@ class Unregistered:
             TypeError,
             r"output\['top'\].*got torch.int64.*logits",
         ),
-        (lambda x: (x, x > 0), TypeError, r"output\[1\].*got torch.bool; return logits"),
+        (
+            lambda x: (x, x > 0),
+            TypeError,
+            r"output\[1\].*got torch.bool; return a tensor of logits",
+        ),
+        (
+            lambda x: (x, x.sum().item()),
+            TypeError,
+            r"output\[1\].*got float; return a tensor .*None in out_dims",
+        ),
         (lambda x: x.to(torch.complex64), TypeError, "output must be.*complex64"),
         (lambda x: Unregistered(x), TypeError, "output must be.*Unregistered.*register"),
         (lambda x: x.mean(), ValueError, "output must have a batch dimension at dim 0"),
@@ -605,10 +656,10 @@ def test_outputs_without_any_tensor():
 
 def test_bad_construction():
     module, code = linear(), PolynomialCode(3, 5)
-    with pytest.raises(ValueError, match="stragglers and generator must be given to the workers"):
-        CodedWrapper(module, code, workers=LocalWorkers(), stragglers=Uniform(1))
-    with pytest.raises(ValueError, match="stragglers and generator must be given to the workers"):
-        CodedWrapper(module, code, workers=LocalWorkers(), generator=torch.Generator())
+    for option in ({"stragglers": Uniform(1)}, {"generator": torch.Generator()}):
+        (name,) = option
+        with pytest.raises(ValueError, match=f"{name} must be given .* got workers and {name}$"):
+            CodedWrapper(module, code, workers=LocalWorkers(), **option)
     for lost in (-1, 3, 5):
         with pytest.raises(
             ValueError, match=r"num_stragglers must lie in 0..2, .* needs 3 results"
@@ -623,7 +674,9 @@ def test_bad_construction():
         CodedWrapper(module, 3)
     with pytest.raises(TypeError, match="workers must be of type Workers, got str"):
         CodedWrapper(module, code, workers="cpu")
-    with pytest.raises(TypeError, match="num_stragglers must be of type int, got float"):
+    with pytest.raises(TypeError, match=r"num_stragglers must be an integer, got 1.0"):
         CodedWrapper(module, code, num_stragglers=1.0)
+    with pytest.raises(TypeError, match="deadline must be of type Real, got str"):
+        CodedWrapper(module, code, deadline="a")
     with pytest.raises(TypeError, match="stragglers must be a law"):
         CodedWrapper(module, code, stragglers=3)

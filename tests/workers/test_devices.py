@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +127,73 @@ def test_even_an_exit_in_a_worker_ends_no_thread():
             ]
 
 
+def test_even_an_exception_that_cannot_be_printed_ends_no_thread():
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def fail(x: Tensor) -> Tensor:
+        raise MuteError
+
+    with DeviceWorkers(["cpu"]) as pool:
+        task = task_of(column(0, 1).reshape(2, 1, 1))
+        replies = {r.worker: r for r in pool.run(FailsAt(0.0, fail), task, quorum=2, deadline=WAIT)}
+        assert re.match("worker 0 failed on cpu: .*MuteError: <.*failed>", str(replies[0].error))
+        assert replies[1].error is None
+
+
+@pytest.mark.parametrize("path", ["", "0"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_module_that_is_compiled_as_a_whole_is_refused_unharmed(path, in_place):
+    linear = nn.Linear(1, 1)
+    if in_place:
+        linear.compile(backend="eager")
+    compiled = linear if in_place else torch.compile(linear, backend="eager")
+    module = nn.Sequential(compiled) if path else compiled
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(module, CopyCode(2, 2), workers=pool, deadline=WAIT)
+        with pytest.raises(TypeError, match=f"{path or 'the module'} must not be compiled"):
+            coded(column(0, 1))
+    assert len(list(linear.parameters())) == 2
+    assert module(column(0, 1)).shape == (2, 1)
+
+
+def test_a_compiled_forward_is_compiled_once_for_all_replicas():
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    class Double(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((1,), 2.0))
+
+        @torch.compile(backend=backend)
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(Double(), CopyCode(2, 2), workers=pool)
+        for _ in range(4):
+            assert coded(column(1, 2)).flatten().tolist() == [2.0, 4.0]
+    assert len(graphs) == 1
+
+
+def test_a_pool_does_not_wait_for_itself():
+    with DeviceWorkers(["cpu"]) as pool, DeviceWorkers(["cpu"]) as other:
+        inner = CodedWrapper(nn.Identity(), CopyCode(1, 1), workers=pool)
+        outer = CodedWrapper(inner, PolynomialCode(1, 1), workers=pool, deadline=WAIT)
+        with pytest.raises(NotEnoughResults) as info:
+            outer(column(1))
+        assert "RuntimeError: DeviceWorkers: run must not be called from a thread of the pool" in (
+            str(info.value.__cause__)
+        )
+        outer.workers = other
+        assert outer(column(1)).item() == pytest.approx(1.0)
+
+
 def test_a_hanging_worker_holds_back_only_its_own_task():
     module = Blocking(1.0)
     with DeviceWorkers(["cpu", "cpu"]) as pool:
@@ -149,13 +218,20 @@ def test_the_deadline_bounds_the_wait():
         with pytest.raises(NotEnoughResults):
             CodedWrapper(module, PolynomialCode(1, 1), workers=pool, deadline=0.05)(column(1))
         assert 1.0 <= time.monotonic() - start < WAIT / 2
+        assert coded.last_run.rejected == {}  # to be late is no error
         module.release.set()
 
 
 def test_the_timeout_bounds_a_wait_without_deadline():
     module = Blocking(1.0)
-    with DeviceWorkers(["cpu"], timeout=0.05) as pool:
-        assert list(pool.run(module, task_of(column(1).reshape(1, 1, 1)), quorum=1)) == []
+    with DeviceWorkers(["cpu", "cpu"], timeout=0.5) as pool:
+        coded = CodedWrapper(module, PolynomialCode(2, 2), workers=pool)
+        coded.code.encode = lambda values, dim: values  # worker 1 hangs
+        with pytest.raises(NotEnoughResults) as info:
+            coded(column(0, 1))
+        assert str(info.value.__cause__) == "worker 1 did not reply within 0.5 s"
+        assert coded.last_run.received == (0,)
+        assert coded.last_run.latencies[1] >= 0.5
         module.release.set()
 
 
@@ -307,6 +383,9 @@ def test_bad_arguments():
         DeviceWorkers([])
     with pytest.raises(ValueError, match="timeout must be positive, got nan"):
         DeviceWorkers(["cpu"], timeout=float("nan"))
+    for device in ("cpu", torch.device("cpu")):
+        with pytest.raises(TypeError, match="devices must be a sequence of devices, got 'cpu'"):
+            DeviceWorkers(device)
     with pytest.raises(RuntimeError, match="nonsense"):
         DeviceWorkers(["nonsense"])
 

@@ -132,6 +132,26 @@ def test_the_structure_must_be_the_same_for_every_batch():
         list(LocalWorkers(max_batch_size=4).run(Fickle(), task_of(values(3)), quorum=3))
 
 
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: {"size": len(x)}, "2 and 4"),
+        (lambda x: {"size": x if len(x) == 4 else None}, r"None and float32 \(4, 1\)"),
+        (
+            lambda x: {"size": x if len(x) == 4 else x.long()},
+            r"float32 \(4, 1\) and int64 \(2, 1\)",
+        ),
+    ],
+)
+def test_constants_and_dtypes_must_be_the_same_for_every_batch(output, got):
+    class Varied(nn.Module):
+        def forward(self, x: Tensor) -> object:
+            return output(x)
+
+    with pytest.raises(ValueError, match=rf"output\['size'\] must be the same .* got {got}"):
+        list(LocalWorkers(max_batch_size=4).run(Varied(), task_of(values(3)), quorum=3))
+
+
 def test_latencies_come_from_the_given_generator():
     def draw(pool: LocalWorkers) -> list[float]:
         return [r.latency for r in pool.run(nn.Identity(), task_of(values(3)), quorum=3)]
