@@ -28,6 +28,7 @@ class Grouping:
         num_data: K, at least 1.
 
     Attributes:
+        order: ``[B]``, int64.
         num_data: K.
         batch_size: B.
         num_groups: G, B / K rounded up.
@@ -58,6 +59,7 @@ class Grouping:
         if self.num_data < 1:
             raise ValueError(f"Grouping: num_data must be at least 1, got {self.num_data}")
         order = _permutation(order)
+        self.order = order
         self.batch_size = len(order)
         self.num_groups = -(-self.batch_size // self.num_data)
         # Filled up, group after group: [G, K] seen as [K, G].
@@ -82,7 +84,7 @@ class Grouping:
         if device not in self._copies:
             copy = object.__new__(type(self))
             copy.__dict__.update(self.__dict__, _copies={})
-            for name in ("rows", "targets", "_inverse"):
+            for name in ("order", "rows", "targets", "_inverse"):
                 setattr(copy, name, getattr(self, name).to(device))
             self._copies[device] = copy
         return self._copies[device]
@@ -124,7 +126,7 @@ class Grouping:
 
 
 def order_of(
-    ordering: Ordering, inputs: Sequence[Tensor], distances: Callable[[], Tensor]
+    ordering: Ordering, inputs: Sequence[Tensor], distances: Callable[[], Tensor] | None
 ) -> Tensor | Sequence[int]:
     """The order of one batch, to be given to :class:`Grouping`, which validates it.
 
@@ -152,6 +154,7 @@ def order_of(
     batch_size = len(inputs[0])
     if isinstance(ordering, str):
         if ordering == "similarity":
+            assert distances is not None
             return similarity_order(distances())
         if ordering == "arrival":
             return torch.arange(batch_size)

@@ -20,7 +20,7 @@ from ._extension import spline_plan
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["LinearMap", "MatrixMap", "SplineMap"]
+__all__ = ["LinearMap", "MatrixMap", "SelectMap", "SplineMap"]
 
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -181,14 +181,66 @@ class MatrixMap(LinearMap):
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         (matrix,) = self._operands(values)
-        if transpose:
-            matrix = matrix.T
-        # Autocast would round the matrix to half precision, which decoders cannot afford.
-        with torch.autocast(values.device.type, enabled=False):
-            # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-            columns = values.flatten(1).to(matrix.dtype).contiguous()
-            out = (matrix @ columns).to(values.dtype)
-        return out.reshape(matrix.shape[0], *values.shape[1:])
+        return _product(matrix.T if transpose else matrix, values)
+
+
+def _product(matrix: Tensor, values: Tensor) -> Tensor:
+    """``[N, n] x [n, G, m] -> [N, G, m]`` in the dtype of the matrix."""
+    # Autocast would round the matrix to half precision, which decoders cannot afford.
+    with torch.autocast(values.device.type, enabled=False):
+        # Contiguous, because BLAS rounds a strided view of the same numbers differently.
+        columns = values.flatten(1).to(matrix.dtype).contiguous()
+        out = (matrix @ columns).to(values.dtype)
+    return out.reshape(matrix.shape[0], *values.shape[1:])
+
+
+class SelectMap(LinearMap):
+    """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
+
+    Args:
+        num_inputs: n.
+        source: ``[N]``, the input that each output is, or -1 where it is combined.
+        used: ``[M]``, the inputs that combinations are made of.
+        weights: ``[L, M]``, of the L outputs with a source of -1, in order.
+
+    Note:
+        One copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations may
+        depend on the number of threads, as those of matrix products do.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.linear import SelectMap
+        >>> map = SelectMap(2, torch.tensor([1, -1, 0]), torch.tensor([0, 1]), [[0.5, 0.5]])
+        >>> map(torch.tensor([1.0, 2.0]))
+        tensor([2.0000, 1.5000, 1.0000])
+    """
+
+    def __init__(
+        self, num_inputs: int, source: Tensor, used: Tensor, weights: ArrayLike | Tensor
+    ) -> None:
+        combined = (source < 0).nonzero().flatten()
+        matrix = torch.as_tensor(weights, dtype=torch.float64)
+        if matrix.shape != (len(combined), len(used)):
+            raise ValueError(
+                f"SelectMap: weights must have shape ({len(combined)}, {len(used)}), a row for "
+                f"each combined output, got {tuple(matrix.shape)}"
+            )
+        super().__init__(num_inputs, len(source), source.clamp(min=0), combined, used, matrix)
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        source, combined, used, matrix = self._operands(values)
+        if not transpose:
+            out = values.index_select(0, source)
+            if len(combined):
+                parts = _product(matrix, values.index_select(0, used))
+                out = out.index_copy(0, combined, parts)
+            return out
+        chosen = values.index_fill(0, combined, 0) if len(combined) else values
+        zeros = values.new_zeros(self.num_inputs, *values.shape[1:])
+        out = zeros.index_add(0, source, chosen)
+        if len(combined):
+            out = out.index_add(0, used, _product(matrix.T, values.index_select(0, combined)))
+        return out
 
 
 class SplineMap(LinearMap):
@@ -278,6 +330,8 @@ class SplineMap(LinearMap):
 
 def real_array(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
     """The numbers as a float64 array of their own; ``argument`` is the operation and its name."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().cpu().numpy()
     try:
         array = np.array(numbers)
     except ValueError:  # ragged

@@ -12,15 +12,16 @@ PACKAGE = Path(coded_torch.__file__).parent
 # Each module may import those of the groups after its own, and its own group.
 LAYERS = (
     {"cli"},
+    {"tuning", "calibration"},
     {"demo"},
     {"nn"},
     {"workers", "codes"},
     {"functional"},
     {"linear", "grouping"},
     {"ops"},
-    {"_extension", "points", "metrics", "stragglers", "reference", "geometry"},
+    {"_extension", "points", "metrics", "stragglers", "reference", "geometry", "decoders"},
 )
-GROUND = {"_extension", "points", "metrics", "stragglers", "reference", "geometry"}
+GROUND = LAYERS[-1]
 ALL = set().union(*LAYERS)
 
 

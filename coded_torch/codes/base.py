@@ -20,7 +20,10 @@ from ..linear import LinearMap, real_array
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Code", "CurveCode", "NotEnoughResults"]
+    from ..geometry import Geometry
+    from ..grouping import Grouping
+
+__all__ = ["BatchPlan", "Code", "CurveCode", "FixedCode", "NotEnoughResults"]
 
 _CACHED_DECODERS = 256
 
@@ -49,6 +52,62 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
 
 class Code(abc.ABC):
+    """How a batch becomes coded inputs for N workers, and their results become its answers.
+
+    Subclasses implement :meth:`fit` and, where one result is not enough, :attr:`min_received`.
+    Codes may be shared between threads, pickled and copied.
+
+    Args:
+        num_data: K, the number of inputs coded together, at least 1.
+        num_workers: N, the number of workers, at least 1.
+    """
+
+    #: Whether :meth:`fit` looks at the distances between the inputs.
+    uses_geometry: bool = False
+    #: How the distances are measured, see :class:`~coded_torch.geometry.Geometry`.
+    shrinkage: float = 0.01
+    #: The most inputs to order and to fit at once; memory and time grow with its square.
+    max_run: int = 4096
+
+    def __init__(self, num_data: int, num_workers: int) -> None:
+        self.num_data = self._count("num_data", num_data)
+        self.num_workers = self._count("num_workers", num_workers)
+
+    @property
+    def min_received(self) -> int:
+        """The least number of results that can be decoded."""
+        return 1
+
+    @abc.abstractmethod
+    def fit(
+        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
+    ) -> BatchPlan:
+        """Plan the coding of one batch, before any of its values is touched.
+
+        Args:
+            grouping: how the batch is cut into groups of K.
+            geometry: the distances between its inputs; needed if :attr:`uses_geometry`.
+            num_stragglers: how many workers are expected to be late, at least 0.
+        """
+
+    def _count(self, argument: str, value: int, least: int = 1) -> int:
+        try:
+            count = operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"{type(self).__name__}: {argument} must be an integer, got {value!r}"
+            ) from None
+        if count < least:
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be at least {least}, got {count}"
+            )
+        return count
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(num_data={self.num_data}, num_workers={self.num_workers})"
+
+
+class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
     Subclasses implement :meth:`_make_encoder`, :meth:`_make_decoder` and, where one result is not
@@ -61,15 +120,9 @@ class Code(abc.ABC):
     """
 
     def __init__(self, num_data: int, num_workers: int) -> None:
-        self.num_data = self._count("num_data", num_data)
-        self.num_workers = self._count("num_workers", num_workers)
+        super().__init__(num_data, num_workers)
         self._decoders: OrderedDict[tuple[int, ...], LinearMap] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def min_received(self) -> int:
-        """The least number of results that can be decoded."""
-        return 1
 
     @functools.cached_property
     def encoder(self) -> LinearMap:
@@ -130,6 +183,12 @@ class Code(abc.ABC):
             results = results.index_select(dim, torch.tensor(order, device=results.device))
         return decoder(results, dim)
 
+    def fit(
+        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
+    ) -> BatchPlan:
+        """Every group for itself, all alike; the geometry is not looked at."""
+        return _GroupwisePlan(self, grouping)
+
     @abc.abstractmethod
     def _make_encoder(self) -> LinearMap: ...
 
@@ -155,22 +214,6 @@ class Code(abc.ABC):
                 )
         return workers
 
-    def _count(self, argument: str, value: int, least: int = 1) -> int:
-        try:
-            count = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{type(self).__name__}: {argument} must be an integer, got {value!r}"
-            ) from None
-        if count < least:
-            raise ValueError(
-                f"{type(self).__name__}: {argument} must be at least {least}, got {count}"
-            )
-        return count
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_data={self.num_data}, num_workers={self.num_workers})"
-
     def __getstate__(self) -> dict[str, Any]:
         # The maps are cheap to plan again, and a lock cannot travel.
         dropped = ("_decoders", "_lock", "encoder")
@@ -182,7 +225,58 @@ class Code(abc.ABC):
         self._lock = threading.Lock()
 
 
-class CurveCode(Code):
+class BatchPlan(abc.ABC):
+    """A code fitted to one batch: how its inputs are mixed, and its answers found.
+
+    Attributes:
+        code: the code.
+        num_groups: G.
+    """
+
+    code: Code
+    num_groups: int
+
+    @abc.abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """From the batch ``[B, ...]`` to every worker's coded inputs, ``[N, G, ...]``."""
+
+    @abc.abstractmethod
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        """From results ``[|F|, G, ...]`` to the answers of the batch, ``[B, ...]``.
+
+        Args:
+            results: in the order of ``received``.
+            received: the workers whose results these are, strictly increasing.
+        """
+
+    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
+        """The root mean squared error to expect of the answers, if the code can tell, else None.
+
+        Args:
+            received: as in :meth:`decode`; it may be tried out before any result is there.
+            results: as in :meth:`decode`; without, the error is in units of the outputs' standard
+                deviation (of an output vector's, root of the sum of the variances); with, it is
+                comparable to :func:`coded_torch.metrics.rmse`.
+        """
+        return None
+
+
+class _GroupwisePlan(BatchPlan):
+    """The plan of a fixed code: every group for itself, all alike."""
+
+    def __init__(self, code: FixedCode, grouping: Grouping) -> None:
+        self.code: FixedCode = code
+        self.num_groups = grouping.num_groups
+        self._grouping = grouping
+
+    def encode(self, values: Tensor) -> Tensor:
+        return self.code.encode(self._grouping.gather(values))
+
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        return self._grouping.scatter(self.code.decode(results, received))
+
+
+class CurveCode(FixedCode):
     r"""A code that lays a curve through the inputs and reads coded inputs off it.
 
     Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value

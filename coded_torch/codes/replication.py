@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..linear import LinearMap, MatrixMap
-from .base import Code
+from ..linear import LinearMap, SelectMap
+from .base import FixedCode
 
 __all__ = ["ReplicationCode"]
 
 
-class ReplicationCode(Code):
+class ReplicationCode(FixedCode):
     r"""Replication, the baseline without mixing: worker n computes input ``n mod K``.
 
     Answered inputs come back bit for bit as their first received worker, in the order of workers,
@@ -65,12 +65,12 @@ class ReplicationCode(Code):
         return answered
 
     def _make_encoder(self) -> LinearMap:
-        return MatrixMap(np.eye(self.num_data)[np.arange(self.num_workers) % self.num_data])
+        source = torch.arange(self.num_workers) % self.num_data
+        return SelectMap(self.num_data, source, source[:0], torch.zeros(0, 0))
 
     def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
         inputs, first = np.unique(np.array(received) % self.num_data, return_index=True)
-        matrix = np.zeros((self.num_data, len(received)))
-        matrix[:, first] = 1 / inputs.size
-        matrix[inputs] = 0
-        matrix[inputs, first] = 1
-        return MatrixMap(matrix)
+        source = torch.full((self.num_data,), -1)
+        source[inputs] = torch.from_numpy(first)
+        mean = torch.ones(self.num_data - inputs.size, inputs.size, dtype=torch.float64)
+        return SelectMap(len(received), source, torch.from_numpy(first), mean / inputs.size)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..codes import BerrutCode, Code, LagrangeCode, ReplicationCode, SplineCode
+from ..codes import BerrutCode, FixedCode, LagrangeCode, ReplicationCode, SplineCode
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 
@@ -138,7 +138,7 @@ def tune_degrees(
 
 def _codes(
     setting: Setting, degrees: tuple[int, int]
-) -> Iterator[tuple[str, str, Code | None, int]]:
+) -> Iterator[tuple[str, str, FixedCode | None, int]]:
     """The name, note, code and number of late workers of every row."""
     n, k, s = setting.num_workers, setting.num_data, setting.num_stragglers
     yield "spline", "", SplineCode(k, n), s
@@ -156,11 +156,23 @@ def _codes(
 
 @torch.inference_mode()
 def _measure(
-    model: nn.Module, code: Code, num_stragglers: int, batches: Tensor, labels: Tensor, seed: int
+    model: nn.Module,
+    code: FixedCode,
+    num_stragglers: int,
+    batches: Tensor,
+    labels: Tensor,
+    seed: int,
 ) -> Outcome:
     # Every code draws from its own generator with the same seed: the same workers are late.
     late = torch.Generator().manual_seed(seed)
-    coded = CodedWrapper(model, code, stragglers=Uniform(num_stragglers), generator=late)
+    coded = CodedWrapper(
+        model,
+        code,
+        stragglers=Uniform(num_stragglers),
+        generator=late,
+        ordering="arrival",
+        shuffle=False,
+    )
     involved = code.encoder.matrix() != 0  # [N, K]
     answers, received, answered = [], [], []
     for images in batches:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import numbers
 import operator
+import random
 import re
 import time
 import warnings
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from ..codes.base import Code, NotEnoughResults
+from ..codes.base import BatchPlan, Code, NotEnoughResults
 from ..workers.base import CONSTANTS, Task, Workers, broadcast_dims, check_batch, leaf_name
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
+from ._runs import fit_batch
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
@@ -38,7 +40,10 @@ class RunReport:
         received: the workers whose results were decoded, in increasing order.
         latencies: seconds until each worker that replied or failed had done so, in order.
         rejected: what was wrong with each of them that was not used.
-        encode_seconds: time spent on grouping and encoding.
+        expected_rmse: the root mean squared error of the answers that the code expects, comparable
+            to :func:`coded_torch.metrics.rmse` of the first decoded output; None where it cannot
+            tell.
+        encode_seconds: time spent on ordering, planning and encoding.
         compute_seconds: time spent on waiting for the workers and checking their results.
         decode_seconds: time spent on decoding and ungrouping.
     """
@@ -48,6 +53,7 @@ class RunReport:
     received: tuple[int, ...]
     latencies: Mapping[int, float]
     rejected: Mapping[int, str]
+    expected_rmse: float | None
     encode_seconds: float
     compute_seconds: float
     decode_seconds: float
@@ -61,13 +67,16 @@ class RunReport:
 class CodedWrapper(nn.Module):
     r"""Run a module on N workers, and answer from whichever N - S of them reply first.
 
-    With the code's encoder :math:`E` (N x K) and, for the received set :math:`F`, its decoder
-    :math:`D_F` (K x |F|), every group of K consecutive inputs :math:`X` is answered by
+    The batch is put in order and cut into groups :math:`X` of K inputs. With the code's encoder
+    :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x |F|), a
+    group is answered by
 
     .. math:: D_F \, [\, f(E_n X) \,]_{n \in F},
 
-    exactly :math:`f(X)` where the code is exact, else close to it. Each worker gets one coded input
-    of every group, in one batch; the last group is filled up with copies of the last input.
+    exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
+    batch decode all groups together. Each worker gets one coded input of every group, in one batch;
+    the last group is filled up with copies of its last input. Answers come back in the caller's
+    order.
 
     The wrapper stands in for the module: the keys of its state dict are those of the module, and
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
@@ -91,6 +100,15 @@ class CodedWrapper(nn.Module):
             late, so there say S or a deadline.
         deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
             no more to give.
+        ordering: in which order the batch is laid out before it is cut into groups of K:
+            "similarity", so that neighbours resemble each other; "arrival", as the paper does; a
+            permutation of the batch, a sequence or an integer tensor; or a callable that is given
+            the coded inputs, a list of ``[B, ...]``, and returns one.
+        shuffle: deal the coded inputs to the workers anew for every call, so that neighbouring
+            workers that are late together do not lose neighbours on the curve. The wrapper's own
+            sequence, the same for every wrapper.
+        link: "softmax" where the outputs are probabilities over their last dimension: they are
+            decoded on the scale of logits, where they bend least, and come back as probabilities.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer, None for the same on every worker, or a pytree prefix of such.
             Tensors in keyword arguments are coded along dimension 0. What is not a tensor is the
@@ -149,6 +167,9 @@ class CodedWrapper(nn.Module):
         stragglers: Stragglers | None = None,
         num_stragglers: int | None = None,
         deadline: float | None = None,
+        ordering: Any = "similarity",
+        shuffle: bool = True,
+        link: str | None = None,
         in_dims: Any = 0,
         out_dims: Any = 0,
         generator: torch.Generator | None = None,
@@ -178,9 +199,15 @@ class CodedWrapper(nn.Module):
         self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
         self.num_stragglers = self._num_stragglers(num_stragglers)
         self.deadline = deadline
+        if link not in (None, "softmax"):
+            raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
+        self.ordering = ordering
+        self.shuffle = shuffle
+        self.link = link
         self.in_dims = in_dims
         self.out_dims = out_dims
         self.last_run = None
+        self._shuffler = random.Random(0)
         self._warned = False
         self.training = module.training
         self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
@@ -192,18 +219,21 @@ class CodedWrapper(nn.Module):
         if inputs.batch_size == 0:
             output = self.module(*args, **kwargs)
             spent = time.perf_counter() - start
-            self.last_run = RunReport(self.code.num_workers, 0, (), {}, {}, 0.0, spent, 0.0)
+            self.last_run = RunReport(self.code.num_workers, 0, (), {}, {}, None, 0.0, spent, 0.0)
             return output
-        task = self._encode(inputs)
+        plan = fit_batch(self.code, self.ordering, inputs.rows(), self.num_stragglers)
+        task = self._encode(inputs, plan)
         encoded = time.perf_counter()
         ballot = self._compute(task)
         results, rejected = ballot.count()
         received = tuple(result.worker for result in results)
         computed = time.perf_counter()
+        expected = None
         try:
             if len(received) < self.code.min_received:
                 raise NotEnoughResults(received, self.code.min_received, self.code.num_workers)
-            return self._decode(results, received, task, inputs.batch_size)
+            answers, expected = self._decode(results, task, plan)
+            return answers
         except NotEnoughResults as error:
             inputs.check_finite()
             raise error from (rejected[0] if rejected else None)
@@ -214,26 +244,26 @@ class CodedWrapper(nn.Module):
                 received=received,
                 latencies=ballot.latencies,
                 rejected={error.worker: error.reason for error in rejected},
+                expected_rmse=expected,
                 encode_seconds=encoded - start,
                 compute_seconds=computed - encoded,
                 decode_seconds=time.perf_counter() - computed,
             )
 
-    def _encode(self, inputs: _Inputs) -> Task:
-        num_data, coded = self.code.num_data, []
-        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True):
-            if dim is not None:
-                groups = _group(leaf.movedim(dim, 0), num_data)  # [G, K, ...]
-                leaf = self.code.encode(groups, dim=1).transpose(0, 1).contiguous()  # [N, G, ...]
-            coded.append(leaf)
+    def _encode(self, inputs: _Inputs, plan: BatchPlan) -> Task:
+        n = self.code.num_workers
         return Task(
-            coded,
+            [
+                leaf if dim is None else plan.encode(leaf.movedim(dim, 0))  # [N, G, ...]
+                for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+            ],
             inputs.dims,
             inputs.spec,
-            num_workers=self.code.num_workers,
-            num_groups=-(-inputs.batch_size // num_data),
+            num_workers=n,
+            num_groups=plan.num_groups,
             device=inputs.device,
             out_dims=self.out_dims,
+            positions=self._shuffler.sample(range(n), n) if self.shuffle else None,
         )
 
     def _compute(self, task: Task) -> Ballot:
@@ -248,9 +278,12 @@ class CodedWrapper(nn.Module):
         return ballot
 
     def _decode(
-        self, results: Sequence[Result], received: Sequence[int], task: Task, batch_size: int
-    ) -> Any:
-        spec, answers = results[0].spec, []
+        self, results: Sequence[Result], task: Task, plan: BatchPlan
+    ) -> tuple[Any, float | None]:
+        """The answers, and the error to expect of the first decoded one."""
+        results = sorted(results, key=lambda result: task.position(result.worker))
+        received = [task.position(result.worker) for result in results]
+        spec, answers, expected = results[0].spec, [], None
         output = pytree.tree_unflatten(results[0].leaves, spec)
         dims = broadcast_dims("out_dims", self.out_dims, spec)
         columns = zip(*(result.leaves for result in results), strict=True)
@@ -268,9 +301,16 @@ class CodedWrapper(nn.Module):
                 )
             check_batch(output, i, leaf, dim, task.num_groups)
             stacked = torch.stack([leaf.movedim(dim, 0) for leaf in column])  # [F, G, ...]
-            decoded = self.code.decode(stacked, received)  # [K, G, ...]
-            answers.append(_ungroup(decoded, batch_size).movedim(0, dim))
-        return pytree.tree_unflatten(answers, spec)
+            if self.link == "softmax":
+                # Of probabilities that are 0 in floating point, no logarithm is left.
+                stacked = stacked.clamp(min=torch.finfo(stacked.dtype).tiny).log()
+            if expected is None:
+                expected = plan.expected_rmse(received, stacked)
+            decoded = plan.decode(stacked, received)  # [B, ...]
+            if self.link == "softmax":
+                decoded = decoded.softmax(dim=-1)
+            answers.append(decoded.movedim(0, dim))
+        return pytree.tree_unflatten(answers, spec), expected
 
     def _num_stragglers(self, given: int | None) -> int:
         most = self.code.num_workers - self.code.min_received
@@ -382,15 +422,10 @@ class _Inputs:
                     f"got {self.leaves[i][tuple(bad[0])].item()} at {bad[0]}"
                 )
 
-
-def _group(rows: Tensor, num_data: int) -> Tensor:
-    """``[B, ...] -> [G, K, ...]``, filled up with copies of the last row."""
-    lacking = -len(rows) % num_data
-    if lacking:
-        rows = torch.cat([rows, rows[-1:].expand(lacking, *rows.shape[1:])])
-    return rows.reshape(len(rows) // num_data, num_data, *rows.shape[1:])
-
-
-def _ungroup(groups: Tensor, batch_size: int) -> Tensor:
-    """``[K, G, ...] -> [B, ...]``, without what was filled up."""
-    return groups.transpose(0, 1).flatten(0, 1)[:batch_size]
+    def rows(self) -> list[Tensor]:
+        """The coded inputs, ``[B, ...]`` each."""
+        return [
+            leaf.movedim(dim, 0)
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+            if dim is not None
+        ]

@@ -74,6 +74,7 @@ class Task:
         num_groups: G, the size of the batch that one worker computes.
         out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
         device: where the coded inputs are, and the results go.
+        positions: per worker, which of the N coded inputs is its own; by default its own number.
     """
 
     leaves: Sequence[Any]
@@ -83,11 +84,16 @@ class Task:
     num_groups: int
     device: torch.device
     out_dims: Any = 0
+    positions: Sequence[int] | None = None
+
+    def position(self, worker: int) -> int:
+        """Which of the N coded inputs a worker gets."""
+        return worker if self.positions is None else self.positions[worker]
 
     def payload(self, worker: int) -> Arguments:
         """The ``(args, kwargs)`` of one worker: views of its coded inputs, a batch of G."""
         return self._arguments(
-            leaf if dim is None else leaf[worker]
+            leaf if dim is None else leaf[self.position(worker)]
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
         )
 
@@ -100,13 +106,16 @@ class Task:
             workers: at least one worker.
             max_batch_size: the most rows of a batch; several batches where one is not enough.
         """
-        whole = list(workers) == list(range(self.num_workers))
-        rows = [  # [N, G, ...] -> [len(workers) G, ...]
-            leaf
-            if dim is None
-            else (
-                leaf if whole else leaf.index_select(0, torch.tensor(workers, device=leaf.device))
-            ).flatten(0, 1)
+        positions = [self.position(worker) for worker in workers]
+        whole = positions == list(range(self.num_workers))
+
+        def chosen(leaf: Tensor) -> Tensor:  # [N, G, ...] -> [len(workers) G, ...]
+            if not whole:
+                leaf = leaf.index_select(0, torch.tensor(positions, device=leaf.device))
+            return leaf.flatten(0, 1)
+
+        rows = [
+            leaf if dim is None else chosen(leaf)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
         ]
         size = len(workers) * self.num_groups

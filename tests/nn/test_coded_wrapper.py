@@ -151,7 +151,9 @@ def test_batches_around_the_size_of_a_group(batch):
 
 def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
     seen = []
-    coded = CodedWrapper(Call(lambda x: seen.append(x) or x), CopyCode(3, 3))
+    coded = CodedWrapper(
+        Call(lambda x: seen.append(x) or x), CopyCode(3, 3), ordering="arrival", shuffle=False
+    )
     x = torch.arange(1.0, 6.0)
     assert torch.equal(coded(x), x)
     # Worker after worker, its inputs of every group.
@@ -330,7 +332,9 @@ class Liar(nn.Module):
 def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     x = torch.arange(4.0).reshape(4, 1)
     with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(Liar({at: lie}), CopyCode(4, 4), workers=pool)
+        coded = CodedWrapper(
+            Liar({at: lie}), CopyCode(4, 4), workers=pool, ordering="arrival", shuffle=False
+        )
         out = coded(x)
     assert out["kind"] == "good"
     assert torch.equal(out["y"], torch.where(x == at, 0.0, x))
@@ -487,7 +491,12 @@ def test_gradients_are_those_of_finite_differences():
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     coded = CodedWrapper(
-        module, PolynomialCode(2, 4), stragglers=Fixed(0.0, math.inf, 2.0, 1.0), num_stragglers=1
+        module,
+        PolynomialCode(2, 4),
+        stragglers=Fixed(0.0, math.inf, 2.0, 1.0),
+        num_stragglers=1,
+        ordering="arrival",
+        shuffle=False,
     )
     x = rand(3, 2).requires_grad_()
     assert torch.autograd.gradcheck(coded, (x,))

@@ -225,8 +225,10 @@ def test_the_deadline_bounds_the_wait():
 def test_the_timeout_bounds_a_wait_without_deadline():
     module = Blocking(1.0)
     with DeviceWorkers(["cpu", "cpu"], timeout=0.5) as pool:
-        coded = CodedWrapper(module, PolynomialCode(2, 2), workers=pool)
-        coded.code.encode = lambda values, dim: values  # worker 1 hangs
+        coded = CodedWrapper(
+            module, PolynomialCode(2, 2), workers=pool, ordering="arrival", shuffle=False
+        )
+        coded.code.encode = lambda values, dim=0: values  # worker 1 hangs
         with pytest.raises(NotEnoughResults) as info:
             coded(column(0, 1))
         assert str(info.value.__cause__) == "worker 1 did not reply within 0.5 s"

@@ -90,6 +90,8 @@ def test_a_rejected_result_makes_it_compute_one_more():
         CopyCode(4, 4),
         workers=LocalWorkers(Fixed(0.4, 0.1, 0.2, 0.3)),
         num_stragglers=2,
+        ordering="arrival",
+        shuffle=False,
     )
     x = torch.arange(4.0).reshape(4, 1)
     assert coded(x).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]

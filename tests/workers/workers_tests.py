@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import Code, NotEnoughResults
+from coded_torch.codes import FixedCode, NotEnoughResults
 from coded_torch.linear import MatrixMap
 from coded_torch.nn import CodedWrapper
 from coded_torch.workers import Task, Workers
 from coded_torch.workers.base import Reply
 
 
-class PolynomialCode(Code):
+class PolynomialCode(FixedCode):
     """A curve of degree K - 1 through the inputs: exact for affine modules, from any K results."""
 
     @property
@@ -43,7 +43,7 @@ class PolynomialCode(Code):
         return MatrixMap(np.linalg.pinv(self.encoder.matrix().numpy()[list(received)]))
 
 
-class CopyCode(Code):
+class CopyCode(FixedCode):
     """Worker n gets input n, and what is missing is zero: N = K."""
 
     def _make_encoder(self) -> MatrixMap:
@@ -214,7 +214,12 @@ class WorkersTests(abc.ABC):
     def test_a_result_that_is_not_finite_is_missing_and_named(self, pool):
         n = self.num_workers
         coded = CodedWrapper(
-            FailsAt(2.0, nan_at_two), CopyCode(n, n), workers=pool, num_stragglers=1
+            FailsAt(2.0, nan_at_two),
+            CopyCode(n, n),
+            workers=pool,
+            num_stragglers=1,
+            ordering="arrival",
+            shuffle=False,
         )
         x = torch.arange(float(n)).reshape(n, 1)
         out = coded(x)

@@ -1,0 +1,317 @@
+r"""The code that looks at the batch: placed by distances, decoded by regression in input space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._extension import spline_plan
+from ..decoders.kernel import KernelRegression
+from ..linear import SelectMap, accumulation_dtype
+from ..points import chord_length, placed
+from .base import BatchPlan, Code
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ..geometry import Geometry
+    from ..grouping import Grouping
+
+__all__ = ["KernelCode"]
+
+# Predicting an input from more than its neighbours on the path changes its variance little.
+_NEIGHBOURHOOD = 512
+# Outputs that the outputs' variance is estimated from: as exact as all of them, and cheaper.
+_COLUMNS = 64
+
+
+class KernelCode(Code):
+    r"""Coding by the distances between inputs: the default way to use this package.
+
+    The paper lays a curve through the inputs in the order of their arrival and interpolates the
+    results of each group along it. But whoever encodes knows every input that was sent, so results
+    can be interpolated in *input space*, over all groups at once: the answers are the posterior
+    means of a Gaussian process, given the results at the coded inputs,
+    :class:`~coded_torch.decoders.kernel.KernelRegression`. Inputs whose own result arrived are
+    answered by that result, bit for bit.
+
+    ``placement`` says how far inputs are mixed, along the spline through a group's inputs, by how
+    the worker points move from 0, *repeated*: data points only, so no mixing, the extra N - K
+    workers repeating the inputs that the others tell least about; over 1/2, *systematic*: every
+    data point, and the extra ones in the largest gaps; to 1, *spread*: evenly. One decoder serves
+    all of them. Without mixing, a batch is answered exactly up to the inputs that nobody answered.
+
+    Args:
+        num_data: K, at least 1.
+        num_workers: N, at least K.
+        placement: in [0, 1].
+        exponent: of the distances between inputs that data points are placed at: 0 equidistant,
+            0.5 centripetal, 1 chord length. It matters where inputs are mixed.
+        shrinkage: of the metric, at least 0, see :class:`~coded_torch.geometry.Geometry`.
+        length: of the kernel, positive, in median distances between neighbours on the path through
+            the batch. The error is flat around the default: some 5 % more at half and at twice.
+
+    Raises:
+        TypeError: a count is not an integer, or another argument not real.
+        ValueError: an argument violates its requirement.
+
+    Note:
+        Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
+        :class:`~coded_torch.nn.CodedWrapper` cuts large batches into runs of at most 4,096 results.
+        What is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder
+        without a batch to look at.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import KernelCode
+        >>> from coded_torch.nn import CodedWrapper
+        >>> from coded_torch.stragglers import Uniform
+        >>> x = torch.linspace(0, 3, 64, dtype=torch.float64)[:, None]
+        >>> coded = CodedWrapper(torch.nn.Tanh(), KernelCode(8, 12), stragglers=Uniform(4, seed=0))
+        >>> bool((coded(x) - x.tanh()).abs().max() < 0.03)
+        True
+    """
+
+    uses_geometry = True
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        placement: float = 0.0,
+        exponent: float = 0.5,
+        shrinkage: float = 0.01,
+        length: float = 2.0,
+    ) -> None:
+        super().__init__(num_data, num_workers)
+        if self.num_workers < self.num_data:
+            raise ValueError(
+                f"KernelCode: num_workers must be at least num_data, {self.num_data}, "
+                f"got {self.num_workers}"
+            )
+        if not 0 <= placement <= 1:
+            raise ValueError(f"KernelCode: placement must lie in [0, 1], got {placement}")
+        if not 0 <= exponent <= 1:
+            raise ValueError(f"KernelCode: exponent must lie in [0, 1], got {exponent}")
+        if not shrinkage >= 0:
+            raise ValueError(f"KernelCode: shrinkage must be at least 0, got {shrinkage}")
+        if not 0 < length < math.inf:
+            raise ValueError(f"KernelCode: length must be positive and finite, got {length}")
+        self.placement = float(placement)
+        self.exponent = float(exponent)
+        self.shrinkage = float(shrinkage)
+        self.length = float(length)
+        if self.placement > 0:  # results that mix are all distinct, N / K times as many
+            self.max_run = max(1, self.max_run // self.num_workers) * self.num_data
+
+    def fit(
+        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
+    ) -> BatchPlan:
+        """Place the workers of every group by the geometry of the batch."""
+        if geometry is None:
+            raise ValueError("KernelCode: geometry must be given to fit, got None")
+        return _KernelPlan(self, grouping, geometry, num_stragglers)
+
+    def __repr__(self) -> str:
+        return (
+            f"KernelCode(num_data={self.num_data}, num_workers={self.num_workers}, "
+            f"placement={self.placement}, exponent={self.exponent}, shrinkage={self.shrinkage}, "
+            f"length={self.length})"
+        )
+
+
+class _KernelPlan(BatchPlan):
+    """One batch on :class:`KernelCode`.
+
+    A coded input is a row of weights over the batch; ``_pure [N, G]`` is the input that it is, or
+    -1 where it mixes several of its group, with weights ``_mixing [N, G, K]``.
+    """
+
+    def __init__(
+        self, code: KernelCode, grouping: Grouping, geometry: Geometry, num_stragglers: int
+    ) -> None:
+        self.code: KernelCode = code
+        self.num_groups = grouping.num_groups
+        self._grouping = grouping
+        self._squared = geometry.squared_distances()  # [B, B]
+        self._gram = geometry.gram
+        self._length = code.length * path_step(self._squared, grouping.order)
+        self._spline: list[Tensor] | None = None
+        copies = self._copies(num_stragglers)  # [G, K]
+        if code.placement == 0:
+            points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])
+            at = torch.from_numpy(_rotated(points)).T  # [N, G], data points
+            self._pure = grouping.rows.gather(0, at)
+        else:
+            self._place(copies)
+        self._last: tuple[tuple[int, ...], _Received, KernelRegression | None] | None = None
+
+    def encode(self, values: Tensor) -> Tensor:
+        if self._spline is None:
+            rows = self._pure.to(values.device)
+            return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
+        coefficients, schedule = (t.to(values.device) for t in self._spline)
+        groups = self._grouping.gather(values)  # [K, G, ...]
+        coded = ops.spline_apply(
+            groups.reshape(*groups.shape[:2], groups.shape[2:].numel()),
+            coefficients.to(accumulation_dtype(values.dtype)),
+            schedule,
+        )
+        return coded.reshape(self.code.num_workers, *groups.shape[1:])
+
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        found, regression = self._regression(tuple(received))
+        weights = torch.zeros(0, len(found.used), dtype=torch.float64)
+        if regression is not None:
+            weights = regression.weights(self._to_inputs(found.used_coded, found.lost))
+        map = SelectMap(results.shape[0] * results.shape[1], found.source, found.used, weights)
+        return map(results.flatten(0, 1))
+
+    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
+        found, regression = self._regression(tuple(received))
+        if regression is None:
+            return 0.0
+        variances = regression.variances(self._to_inputs(found.used_coded, found.lost))
+        share = float(variances.sum()) / self._grouping.batch_size
+        if results is None:
+            return math.sqrt(share)
+        columns = results.detach().flatten(0, 1)
+        columns = columns.reshape(len(columns), -1)  # [F G, C]
+        step = max(1, columns.shape[1] // _COLUMNS)
+        sample = columns[:, ::step].index_select(0, found.used.to(columns.device))
+        variance = regression.output_variance(sample.to("cpu", torch.float64))
+        return math.sqrt(share * variance * columns.shape[1])
+
+    def _copies(self, num_stragglers: int) -> NDArray[np.int64]:
+        """How many workers each data point gets if every worker sits at one, ``[G, K]``.
+
+        Greedy, one at a time, where it lowers the expected squared error most: the probability that
+        all copies are lost times the variance given all other inputs. It is convex in the copies,
+        so greedy is best.
+        """
+        n, grouping = self.code.num_workers, self._grouping
+        lost = np.ones(n + 2)
+        for i in range(n):
+            lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (n - i)
+        gain = lost[:-1] - lost[1:]
+        variances = self._leave_one_out_variances()[grouping.rows.T].numpy()  # [G, K]
+        real = (grouping.targets.T >= 0).numpy()
+        copies = real.astype(np.int64)
+        groups = np.arange(len(copies))
+        while (active := copies.sum(axis=1) < n).any():
+            # Between equals, the one with fewer copies.
+            score = np.where(real, gain[copies] * variances - 1e-12 * copies, -np.inf)
+            copies[groups, score.argmax(axis=1)] += active
+        return copies
+
+    def _leave_one_out_variances(self) -> Tensor:
+        variances = torch.empty(len(self._squared), dtype=torch.float64)
+        for rows in self._grouping.order.split(_NEIGHBOURHOOD):
+            block = self._squared[rows][:, rows]
+            variances[rows] = KernelRegression(block, self._length).leave_one_out_variances
+        return variances
+
+    def _place(self, copies: NDArray[np.int64]) -> None:
+        num_data, rows = self.code.num_data, self._grouping.rows.T  # [G, K]
+        steps = self._squared[rows[:, :-1], rows[:, 1:]].sqrt().numpy()
+        knots = np.stack([chord_length(s, self.code.exponent) for s in steps])
+        points = np.stack(
+            [placed(t, c, self.code.placement) for t, c in zip(knots, copies, strict=True)]
+        )
+        coefficients, schedule = spline_plan(knots, np.zeros_like(knots), _rotated(points))
+        self._spline = [torch.from_numpy(coefficients), torch.from_numpy(schedule)]
+        eye = torch.eye(num_data, dtype=torch.float64)[:, None].expand(-1, len(rows), -1)
+        self._mixing = ops.spline_apply(eye, *self._spline)  # [N, G, K]
+        # At zero smoothing a curve passes through its values bit for bit.
+        hits = self._mixing == 1
+        pure = hits.any(dim=2) & ((self._mixing != 0).sum(dim=2) == 1)
+        at = hits.to(torch.int64).argmax(dim=2)  # [N, G]
+        self._pure = torch.where(pure, self._grouping.rows.gather(0, at), -1)
+
+    def _regression(self, received: tuple[int, ...]) -> tuple[_Received, KernelRegression | None]:
+        if self._last is None or self._last[0] != received:
+            found = _Received(self._pure, received, self._grouping.batch_size)
+            regression = None
+            if len(found.lost):
+                regression = KernelRegression(self._among(found.used_coded), self._length)
+            # For outputs of several leaves, and the error to expect of them; not a history.
+            self._last = received, found, regression
+        return self._last[1:]
+
+    def _weights(self, coded: Tensor) -> Tensor:
+        """Coded inputs, as flat indices of ``[N, G]``, over the batch: ``[M, B]``."""
+        groups = coded % self._grouping.num_groups
+        weights = torch.zeros(len(coded), len(self._squared), dtype=torch.float64)
+        members = self._grouping.rows.T[groups]  # [M, K]
+        return weights.scatter_add_(1, members, self._mixing.flatten(0, 1)[coded])
+
+    def _among(self, coded: Tensor) -> Tensor:
+        """Squared distances among coded inputs, ``[M, M]``."""
+        pure = self._pure.flatten()[coded]
+        if bool((pure >= 0).all()):
+            return self._squared[pure][:, pure]
+        weights = self._weights(coded)
+        inner = weights @ self._gram @ weights.T
+        squares = inner.diagonal()
+        distances = (squares[:, None] + squares - 2 * inner).clamp(min=0)
+        return distances.fill_diagonal_(0)
+
+    def _to_inputs(self, coded: Tensor, inputs: Tensor) -> Tensor:
+        """Squared distances of inputs from coded inputs, ``[L, M]``."""
+        pure = self._pure.flatten()[coded]
+        if bool((pure >= 0).all()):
+            return self._squared[inputs][:, pure]
+        half = self._weights(coded) @ self._gram  # [M, B]
+        squares = (half * self._weights(coded)).sum(dim=1)
+        own = self._gram.diagonal()[inputs]
+        return (own[:, None] + squares - 2 * half[:, inputs].T).clamp(min=0)
+
+
+class _Received:
+    """What arrived: which result answers which input, and which ones to predict the others from.
+
+    Attributes:
+        source: ``[B]``, the flat index ``[|F|, G]`` of the result that is an input's own, or -1.
+        lost: ``[L]``, the inputs without one.
+        used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results.
+        used_coded: ``[M]``, the same as flat indices ``[N, G]``.
+    """
+
+    def __init__(self, pure: Tensor, received: Sequence[int], batch_size: int) -> None:
+        num_groups = pure.shape[1]
+        workers = torch.tensor(received)
+        arrived = pure[workers].flatten()  # [F G]
+        index = torch.arange(len(arrived))
+        # The first result of each input, whoever else repeats it.
+        own = arrived >= 0
+        first = torch.full((batch_size,), len(arrived), dtype=torch.int64)
+        first.scatter_reduce_(0, arrived[own], index[own], "amin")
+        answered = first < len(arrived)
+        self.source = torch.where(answered, first, -1)
+        self.lost = (~answered).nonzero().flatten()
+        self.used = torch.cat([first[answered], index[~own]])
+        self.used_coded = workers[self.used // num_groups] * num_groups + self.used % num_groups
+
+
+def path_step(squared_distances: Tensor, order: Tensor) -> float:
+    """The median distance between neighbours on the path; 1 where that says nothing."""
+    steps = squared_distances[order[:-1], order[1:]].sqrt()
+    steps = steps[(steps > 0) & steps.isfinite()]
+    return float(steps.median()) if len(steps) else 1.0
+
+
+def _rotated(points: NDArray[Any]) -> NDArray[Any]:
+    """``[G, N]``, each group's points dealt to other workers, so that a late one is late elsewhere.
+
+    Golden-ratio steps keep any few consecutive groups well apart.
+    """
+    groups, n = points.shape
+    shift = np.floor(np.arange(groups) * (math.sqrt(5) - 1) / 2 % 1 * n).astype(np.int64)
+    return np.take_along_axis(points, (np.arange(n) + shift[:, None]) % n, axis=1)

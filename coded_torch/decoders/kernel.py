@@ -1,0 +1,112 @@
+r"""Kernel regression in input space: answers from results by the distances of their inputs."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+__all__ = ["NUGGET", "KernelRegression", "matern52"]
+
+#: Variance of a result that its input does not explain, relative to the outputs' variance.
+NUGGET = 1e-4
+
+
+def matern52(squared_distances: Tensor, length: float) -> Tensor:
+    r"""The Matern kernel of smoothness 5/2.
+
+    .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
+
+    Args:
+        squared_distances: :math:`r^2`, any shape, at least 0; infinite gives 0.
+        length: :math:`l`, positive.
+    """
+    # Bounded, or an infinite distance would be infinity times 0.
+    s = (squared_distances * (5 / length**2)).sqrt().clamp(max=700)
+    return (1 + s + s * s / 3) * (-s).exp()
+
+
+class KernelRegression:
+    r"""The Gaussian process of an unknown constant mean, given results at M inputs.
+
+    With :math:`C = k(Z, Z) + \nu I`, the prediction at an input of covariances :math:`k` with the
+    results :math:`y` is the best linear unbiased one,
+
+    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
+
+    linear in the results, so any number of outputs shares one factorisation.
+
+    Args:
+        squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
+        length: of the :func:`matern52` kernel, positive.
+        nugget: :math:`\nu`; it also keeps repeated inputs apart.
+
+    Note:
+        :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
+
+    References:
+        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.decoders.kernel import KernelRegression
+        >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+        >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
+        >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
+        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
+    """
+
+    def __init__(self, squared_distances: Tensor, length: float, nugget: float = NUGGET) -> None:
+        self.length = length
+        self.nugget = nugget
+        covariance = matern52(squared_distances, length)
+        covariance.diagonal().add_(nugget)
+        self._factor = torch.linalg.cholesky(covariance)
+        ones = torch.ones(len(covariance), 1, dtype=covariance.dtype)
+        self._mean = torch.cholesky_solve(ones, self._factor)  # [M, 1], C^-1 1
+        self._precision = float(self._mean.sum())
+
+    def weights(self, squared_distances: Tensor) -> Tensor:
+        """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
+
+        Every row sums to one.
+        """
+        k = matern52(squared_distances, self.length)
+        solved: Tensor = torch.cholesky_solve(k.T, self._factor).T
+        return solved + (1 - k @ self._mean) * (self._mean.T / self._precision)
+
+    def variances(self, squared_distances: Tensor) -> Tensor:
+        """The predictions' variances, ``[L]``, in units of the outputs' variance."""
+        k = matern52(squared_distances, self.length)
+        half = torch.linalg.solve_triangular(self._factor, k.T, upper=False)
+        left = (1 - k @ self._mean).squeeze(1)
+        explained: Tensor = half.square().sum(0) - left.square() / self._precision
+        return 1 + self.nugget - explained
+
+    @functools.cached_property
+    def leave_one_out_variances(self) -> Tensor:
+        """The variance of each result predicted from all others, ``[M]``, likewise."""
+        return 1 / self._projected.diagonal()
+
+    def leave_one_out_residuals(self, results: Tensor) -> Tensor:
+        """``results [M, C]`` less the prediction of each from all others, ``[M, C]``."""
+        residuals: Tensor = (self._projected @ results) / self._projected.diagonal()[:, None]
+        return residuals
+
+    def output_variance(self, results: Tensor) -> float:
+        """The outputs' variance: the maximum of the restricted likelihood of ``results [M, C]``.
+
+        0 where there is one result only, of which nothing can be told.
+        """
+        if len(results) < 2:
+            return 0.0
+        solved = torch.cholesky_solve(results, self._factor)  # [M, C]
+        mean = (self._mean * results).sum(0) / self._precision
+        residual = (results * solved).sum(0) - self._precision * mean.square()
+        return max(float(residual.mean()), 0.0) / (len(results) - 1)
+
+    @functools.cached_property
+    def _projected(self) -> Tensor:
+        inverse = torch.cholesky_inverse(self._factor)
+        return inverse - self._mean @ self._mean.T / self._precision
