@@ -2,18 +2,35 @@
 
 from importlib.metadata import version
 
-from . import codes, functional, linear, metrics, nn, points, stragglers, workers
+from . import (
+    calibration,
+    codes,
+    functional,
+    geometry,
+    grouping,
+    linear,
+    metrics,
+    nn,
+    points,
+    stragglers,
+    tuning,
+    workers,
+)
 from .codes import NotEnoughResults
 
 __version__ = version("coded_torch")
 __all__ = [
     "NotEnoughResults",
+    "calibration",
     "codes",
     "functional",
+    "geometry",
+    "grouping",
     "linear",
     "metrics",
     "nn",
     "points",
     "stragglers",
+    "tuning",
     "workers",
 ]
