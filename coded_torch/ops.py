@@ -14,20 +14,43 @@ __all__ = ["spline_apply"]
 
 
 def spline_apply(
-    values: Tensor, coefficients: Tensor, schedule: Tensor, *, transpose: bool = False
+    values: Tensor,
+    coefficients: Tensor,
+    schedule: Tensor,
+    *,
+    transpose: bool = False,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> Tensor:
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
+    With ``gather`` and ``scatter`` the groups are rows of a flat batch, read and written where they
+    lie: the same as ``values[gather]`` before and ``out[scatter] = result`` after, without copies.
+
     Args:
         values: ``[n, G, m]``, values at the knots for G groups of m columns, any strides; or
-            ``[N, G, m]`` where ``transpose``. float64, float32, bfloat16 or float16.
+            ``[N, G, m]`` where ``transpose``; or ``[R, m]`` with ``gather``. float64, float32,
+            bfloat16 or float16.
         coefficients: ``[P, 12 n + 4 N]``, float64 for float64 values, else float32; one plan for
             all groups (P = 1) or one for each (P = G).
         schedule: ``[P, n + 1 + N]``, int32. Both come from ``_plan.spline_plan``.
         transpose: apply the transpose.
+        gather: ``[n, G]`` (``[N, G]`` where ``transpose``), int64: row i of group g is
+            ``values[gather[i, g]]``. Rows may repeat; -1 stands for a row of zeros.
+        scatter: ``[N, G]`` (``[n, G]`` where ``transpose``), int64: row j of group g becomes
+            row ``scatter[j, g]`` of the result. No row may be named twice; -1 drops the row; rows
+            of the result that are not named are 0.
+        num_rows: with ``scatter``, the number of rows of the result.
 
     Returns:
-        ``[N, G, m]``, contiguous; or ``[n, G, m]`` where ``transpose``.
+        ``[N, G, m]``, contiguous; or ``[n, G, m]`` where ``transpose``; or ``[num_rows, m]`` with
+        ``scatter``.
+
+    Raises:
+        RuntimeError: the arguments do not fit together, or an index is out of bounds or names a row
+            of the result twice. The entries of indices are checked on the CPU only: elsewhere, one
+            out of bounds counts as -1, and of rows named twice either is kept.
 
     Note:
         :math:`O(n + N)` per column. The call with the other ``transpose`` is the gradient with
@@ -35,36 +58,56 @@ def spline_apply(
         plan has no gradient:
         :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
     """
+    indices: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
     primal, tangent = forward_ad.unpack_dual(values)
     if tangent is not None:  # linear, so the tangent is mapped as the value is
         dual: Tensor = forward_ad.make_dual(
-            spline_apply(primal, coefficients, schedule, transpose=transpose),
-            spline_apply(tangent, coefficients, schedule, transpose=transpose),
+            spline_apply(primal, coefficients, schedule, transpose=transpose, **indices),
+            spline_apply(tangent, coefficients, schedule, transpose=transpose, **indices),
         )
         return dual
-    out: Tensor = torch.ops.coded_torch.spline_apply(values, coefficients, schedule, transpose)
+    out: Tensor = torch.ops.coded_torch.spline_apply(
+        values, coefficients, schedule, transpose, gather, scatter, num_rows
+    )
     return out
 
 
-def _fake(values: Tensor, coefficients: Tensor, schedule: Tensor, transpose: bool) -> Tensor:
-    rows = schedule.shape[-1] - 1 - values.shape[0]
-    return values.new_empty((rows, values.shape[1], values.shape[2]))
+def _fake(
+    values: Tensor,
+    coefficients: Tensor,
+    schedule: Tensor,
+    transpose: bool,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    if scatter is not None:
+        return values.new_empty((num_rows, values.shape[-1]))
+    rows, groups = (values if gather is None else gather).shape[:2]
+    return values.new_empty((schedule.shape[-1] - 1 - rows, groups, values.shape[-1]))
 
 
 torch.library.register_fake("coded_torch::spline_apply", _fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, coefficients, schedule, ctx.transpose = inputs
+    values, coefficients, schedule, ctx.transpose, gather, scatter, _ = inputs
     if coefficients.requires_grad:
         raise ValueError("spline_apply: coefficients must not require a gradient, they have none")
-    ctx.save_for_backward(coefficients, schedule)
+    ctx.rows_in = values.shape[0]
+    ctx.save_for_backward(coefficients, schedule, gather, scatter)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    coefficients, schedule = ctx.saved_tensors
-    grad = spline_apply(grad, coefficients, schedule, transpose=not ctx.transpose)
-    return grad, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, schedule, gather, scatter = ctx.saved_tensors
+    grad = spline_apply(
+        grad, coefficients, schedule, transpose=not ctx.transpose, gather=scatter
+    )  # [n, G, m]
+    if gather is not None:  # rows may repeat, so they add up; one more row takes those of -1
+        rows = torch.where(gather < 0, ctx.rows_in, gather).flatten()
+        total = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
+        grad = total.index_add(0, rows, grad.flatten(0, 1))[:-1]
+    return grad, None, None, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -79,7 +122,24 @@ def _vmap(
     coefficients: Tensor,
     schedule: Tensor,
     transpose: bool,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
 ) -> tuple[Tensor, int]:
+    if gather is not None or scatter is not None:
+        if in_dims[0] is None or any(in_dim is not None for in_dim in in_dims[1:]):
+            raise NotImplementedError(
+                "spline_apply: vmap over plans or indices is not supported with gather or scatter"
+            )
+        # A row's columns stay together: the batch becomes further columns.
+        last = values.dim() - 2
+        v = values.movedim(in_dims[0], last)  # [..., B, m]
+        out = spline_apply(
+            v.flatten(last), coefficients, schedule,
+            transpose=transpose, gather=gather, scatter=scatter, num_rows=num_rows,
+        )  # fmt: skip
+        return out.unflatten(-1, v.shape[-2:]), out.dim() - 1
+
     size = info.batch_size
 
     def batched(tensor: Tensor, in_dim: int | None, at: int) -> Tensor:

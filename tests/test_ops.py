@@ -74,6 +74,119 @@ def test_a_column_depends_on_nothing_but_itself(dtype):
         assert torch.equal(part, whole[..., begin:end])
 
 
+def make_indices(rows, out_rows, groups, generator):
+    """Rows of a batch in any order, some missing, one twice; results likewise, but none twice."""
+    gather = torch.randint(0, 2 * rows, (rows, groups), generator=generator)
+    gather[0, 0] = -1
+    gather[-1, -1] = gather[0, -1]
+    num_rows = out_rows * groups + 2
+    scatter = torch.randperm(num_rows, generator=generator)[: out_rows * groups]
+    scatter[::5] = -1
+    return gather, scatter.view(out_rows, groups), num_rows
+
+
+def gathered(values, gather):
+    return torch.where((gather < 0)[..., None], 0, values[gather.clamp(min=0)])
+
+
+def scattered(result, scatter, num_rows):
+    out = result.new_zeros(num_rows + 1, result.shape[2])  # the last row takes what is dropped
+    out[torch.where(scatter < 0, num_rows, scatter)] = result
+    return out[:-1]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plans", [1, 3])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_indexed_rows_are_read_and_written_where_they_lie(capability, plans, dtype, transpose):
+    coefficients, schedule, _ = make_plan(9, dtype, plans=plans)
+    rows, out_rows, groups = (12, 9, 3) if transpose else (9, 12, 3)
+    generator = torch.Generator().manual_seed(0)
+    gather, scatter, num_rows = make_indices(rows, out_rows, groups, generator)
+
+    def apply(values, *indices):
+        return torch.ops.coded_torch.spline_apply_with(
+            values, coefficients, schedule, transpose, capability, *indices
+        )
+
+    for columns in (1, 70, 192):
+        batch = torch.randn(2 * rows, columns + 3, generator=generator).to(dtype)
+        batches = {
+            "contiguous": batch[:, :columns].contiguous(),
+            "padded rows": batch[:, :columns],
+            "expanded": batch[:, :1].expand(-1, columns),
+            "strided columns": batch.repeat_interleave(2, 1)[:, : 2 * columns : 2],
+        }
+        for name, values in batches.items():
+            want = apply(gathered(values, gather))
+            assert torch.equal(apply(values, gather), want), name
+            got = apply(values, gather, scatter, num_rows)
+            assert torch.equal(got, scattered(want, scatter, num_rows)), name
+            got = apply(gathered(values, gather), None, scatter, num_rows)
+            assert torch.equal(got, scattered(want, scatter, num_rows)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_indexed_rows_past_the_cache(dtype):
+    coefficients, schedule, _ = make_plan(5, dtype)
+    values = torch.randn(10, 100_032).to(dtype)
+    gather, scatter = torch.randperm(10).view(5, 2), torch.randperm(24).view(12, 2)
+    want = ops.spline_apply(values[gather], coefficients, schedule)
+    got = ops.spline_apply(
+        values, coefficients, schedule, gather=gather, scatter=scatter, num_rows=24
+    )
+    assert torch.equal(got[scatter], want)
+
+
+def test_indices_of_nothing():
+    coefficients, schedule, _ = make_plan(5)
+    empty = torch.empty(5, 0, dtype=torch.int64)
+    values = torch.randn(7, 3, dtype=torch.float64)
+    got = ops.spline_apply(values, coefficients, schedule, gather=empty)
+    assert got.shape == (12, 0, 3)
+    got = ops.spline_apply(
+        values, coefficients, schedule, gather=empty, scatter=empty.new_empty(12, 0), num_rows=4
+    )
+    assert torch.equal(got, torch.zeros(4, 3, dtype=torch.float64))
+    got = ops.spline_apply(values[:0], coefficients, schedule, gather=torch.full((5, 2), -1))
+    assert torch.equal(got, torch.zeros(12, 2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_opcheck_and_gradients_of_indexed_rows(transpose):
+    coefficients, schedule, _ = make_plan(5)
+    rows, out_rows = (12, 5) if transpose else (5, 12)
+    gather, scatter, num_rows = make_indices(rows, out_rows, 2, torch.Generator().manual_seed(1))
+    operator = torch.ops.coded_torch.spline_apply.default
+    flat = torch.randn(2 * rows, 3, dtype=torch.float64, requires_grad=True)
+    grouped = torch.randn(rows, 2, 3, dtype=torch.float64, requires_grad=True)
+    for values, indices in (
+        (flat, {"gather": gather}),
+        (grouped, {"scatter": scatter, "num_rows": num_rows}),
+        (flat, {"gather": gather, "scatter": scatter, "num_rows": num_rows}),
+    ):
+        torch.library.opcheck(operator, (values, coefficients, schedule, transpose), indices)
+
+        def apply(v, indices=indices):
+            return ops.spline_apply(v, coefficients, schedule, transpose=transpose, **indices)
+
+        assert gradcheck(apply, (values,))
+        assert gradgradcheck(lambda v, apply=apply: apply(v).square(), (values,))
+        batch = torch.stack([values, 2 * values, values.square()], 1).detach()
+        got = torch.vmap(apply, 1, 1)(batch)
+        for b in range(3):
+            assert torch.equal(got[:, b], apply(batch[:, b]))
+
+
+def test_vmap_over_plans_of_indexed_rows_says_no():
+    coefficients, schedule, _ = make_plan(5)
+    values, gather = torch.randn(5, 3, dtype=torch.float64), torch.zeros(5, 2, dtype=torch.int64)
+    run = torch.vmap(lambda c: ops.spline_apply(values, c, schedule, gather=gather), in_dims=0)
+    with pytest.raises(NotImplementedError, match="vmap over plans or indices is not supported"):
+        run(coefficients[None])
+
+
 def test_a_plan_for_each_group():
     coefficients, schedule, matrices = make_plan(9, plans=4)
     values = torch.randn(9, 4, 7, dtype=torch.float64)
@@ -188,6 +301,31 @@ def test_last_line_checks():
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.spline_apply(values, c, s)
+    flat = torch.randn(6, 3, dtype=torch.float64)
+    gather, scatter = torch.zeros(4, 2, dtype=torch.int64), torch.arange(24).view(12, 2)
+    for values, indices, message in (
+        (
+            good,
+            {"gather": gather},
+            r"values must be \[rows, columns\] with gather, got \[4, 2, 3\]",
+        ),
+        (flat, {"gather": gather[0]}, r"gather must be int64 \[rows, groups\], got Long \[2\]"),
+        (flat, {"gather": gather.int()}, "gather must be int64 .* got Int"),
+        (flat, {"gather": gather[:3]}, r"gather \[3, 2\], coefficients .* do not fit together"),
+        (flat, {"gather": gather + 6}, r"gather must lie in -1\.\.5, got 6"),
+        (flat, {"gather": gather - 2}, r"gather must lie in -1\.\.5, got -2"),
+        (good, {"scatter": scatter}, "scatter and num_rows >= 0 must be given together"),
+        (good, {"num_rows": 24}, "scatter and num_rows >= 0 must be given together"),
+        (
+            good,
+            {"scatter": scatter[:4], "num_rows": 24},
+            r"scatter must be \[12, 2\], got \[4, 2\]",
+        ),
+        (good, {"scatter": scatter, "num_rows": 23}, r"scatter must lie in -1\.\.22, got 23"),
+        (good, {"scatter": scatter // 2, "num_rows": 24}, "name no row twice, got 0 again"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.spline_apply(values, coefficients, schedule, **indices)
 
 
 def test_the_planner_checks_shapes():

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -42,26 +43,56 @@ constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 // States of a tile that fit here are kept on the stack.
 constexpr int64_t kStackBytes = int64_t{64} << 10;
 
-static bool can_stream(const SplineArgs& args, int64_t out_rows, int64_t value_bytes) {
+static bool can_stream(const SplineArgs& args, int64_t out_bytes, int64_t value_bytes) {
   const auto aligned = [](int64_t bytes) { return bytes % 64 == 0; };
-  return out_rows * args.num_groups * args.num_columns * value_bytes >= kStreamBytes &&
-         aligned(reinterpret_cast<intptr_t>(args.out)) &&
+  return out_bytes >= kStreamBytes && aligned(reinterpret_cast<intptr_t>(args.out)) &&
          aligned(args.out_row_stride * value_bytes) && aligned(args.out_group_stride * value_bytes);
 }
 
+static void check_gather(const RowIndex& gather, int64_t entries) {
+  for (int64_t i = 0; i < entries; ++i) {
+    STD_TORCH_CHECK(gather.rows[i] >= -1 && gather.rows[i] < gather.num_rows,
+                    "spline_apply: gather must lie in -1..", gather.num_rows - 1, ", got ",
+                    gather.rows[i]);
+  }
+}
+
+// Also zeroes the rows of the result that nothing is written to.
+static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, int64_t row_bytes) {
+  std::vector<bool> written(scatter.num_rows, false);
+  for (int64_t i = 0; i < entries; ++i) {
+    const int64_t row = scatter.rows[i];
+    STD_TORCH_CHECK(row >= -1 && row < scatter.num_rows, "spline_apply: scatter must lie in -1..",
+                    scatter.num_rows - 1, ", got ", row);
+    if (row < 0) continue;
+    STD_TORCH_CHECK(!written[row], "spline_apply: scatter must name no row twice, got ", row,
+                    " again");
+    written[row] = true;
+  }
+  for (int64_t row = 0; row < scatter.num_rows; ++row) {
+    if (!written[row]) std::memset(out + row * row_bytes, 0, row_bytes);
+  }
+}
+
 static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
-                         const Tensor& coefficients, const Tensor& schedule, bool transpose) {
-  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose);
+                         const Tensor& coefficients, const Tensor& schedule, bool transpose,
+                         const RowIndices& indices) {
+  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices);
   const SplineArgs& args = call.args;
+  if (indices.gather) check_gather(args.gather, indices.gather->numel());
+  if (indices.scatter) {
+    check_scatter(args.scatter, indices.scatter->numel(), static_cast<char*>(args.out),
+                  args.num_columns * static_cast<int64_t>(call.out.element_size()));
+  }
   if (args.num_groups == 0 || args.num_columns == 0) return call.out;
 
   const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
   const int64_t acc_bytes = std::max<int64_t>(value_bytes, sizeof(float));
   const int64_t columns = kernels.tile_bytes / acc_bytes;
   const int64_t tiles = args.num_groups * ((args.num_columns + columns - 1) / columns);
-  const int64_t rows = call.values.size(0) + call.out.size(0);
+  const int64_t rows = schedule.size(1) - 1;  // read and written
   const int64_t grain = std::max<int64_t>(1, kValuesPerThread / (rows * columns));
-  const bool stream = can_stream(args, call.out.size(0), value_bytes);
+  const bool stream = can_stream(args, call.out.numel() * value_bytes, value_bytes);
   const TileFunction run = kernels.run[static_cast<int>(call.dtype)][transpose];
   const int64_t kept_bytes = num_kept_states(args.num_knots) * 2 * kernels.tile_bytes;
 
@@ -86,16 +117,21 @@ static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
 }
 
 Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                        bool transpose) {
-  return run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose);
+                        bool transpose, const std::optional<Tensor>& gather,
+                        const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+  return run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose,
+                    {gather, scatter, num_rows});
 }
 
 Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
-                             const Tensor& schedule, bool transpose,
-                             const std::string& capability) {
+                             const Tensor& schedule, bool transpose, const std::string& capability,
+                             const std::optional<Tensor>& gather,
+                             const std::optional<Tensor>& scatter,
+                             std::optional<int64_t> num_rows) {
   for (const Capability& found : capabilities()) {
     if (found.name == capability) {
-      return run_spline(*found.kernels, values, coefficients, schedule, transpose);
+      return run_spline(*found.kernels, values, coefficients, schedule, transpose,
+                        {gather, scatter, num_rows});
     }
   }
   STD_TORCH_CHECK(false, "spline_apply_with: capability must be one of this machine's, got ",

@@ -16,14 +16,18 @@ __global__ void __launch_bounds__(kMaxThreads)
                                        shared, workspace);
 }
 
+static void check_blocks(int64_t blocks) {
+  STD_TORCH_CHECK(blocks <= kMaxBlocks, "spline_apply: at most ", kMaxBlocks,
+                  " blocks fit a grid, got ", blocks);
+}
+
 template <class T, int kWidth, bool kTranspose>
 static void launch(const SplineCall& call, int device_index) {
   int shared_per_multiprocessor = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_per_multiprocessor,
                                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_index));
   const SplineGrid grid = plan_grid(call.args, kWidth, sizeof(acc_t<T>), shared_per_multiprocessor);
-  STD_TORCH_CHECK(grid.blocks <= kMaxBlocks, "spline_apply: at most ", kMaxBlocks,
-                  " blocks fit a grid, got ", grid.blocks);
+  check_blocks(grid.blocks);
   const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,
                                                 std::nullopt, call.values.device());
   const auto kernel = spline_kernel<T, kWidth, kTranspose>;
@@ -34,6 +38,43 @@ static void launch(const SplineCall& call, int device_index) {
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            current_stream(device_index)>>>(call.args, grid, workspace.mutable_data_ptr());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+static __global__ void mark_written(RowIndex scatter, int64_t entries, char* written) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= entries) return;
+  const int64_t row = scatter.at(i / scatter.num_groups, i % scatter.num_groups);
+  if (row >= 0) written[row] = 1;
+}
+
+// A block for each row.
+static __global__ void zero_unwritten(const char* written, char* out, int64_t row_bytes) {
+  if (written[blockIdx.x]) return;
+  for (int64_t i = threadIdx.x; i < row_bytes; i += blockDim.x) out[blockIdx.x * row_bytes + i] = 0;
+}
+
+// Zeroes the rows of the result that nothing is scattered to, and only those.
+static void launch_zero_unwritten(const SplineCall& call, int device_index) {
+  const RowIndex& scatter = call.args.scatter;
+  const int64_t entries = call.indices.scatter->numel();
+  const int64_t row_bytes = call.out.size(1) * static_cast<int64_t>(call.out.element_size());
+  if (scatter.num_rows == 0 || row_bytes == 0) return;
+  check_blocks(scatter.num_rows);
+  const cudaStream_t stream = current_stream(device_index);
+  const Tensor written = torch::stable::empty({scatter.num_rows}, ScalarType::Byte, std::nullopt,
+                                              call.values.device());
+  char* flags = static_cast<char*>(written.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemsetAsync(flags, 0, scatter.num_rows, stream));
+  if (entries > 0) {
+    const int64_t blocks = (entries + kMaxThreads - 1) / kMaxThreads;
+    check_blocks(blocks);
+    mark_written<<<static_cast<unsigned>(blocks), kMaxThreads, 0, stream>>>(scatter, entries,
+                                                                            flags);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+  zero_unwritten<<<static_cast<unsigned>(scatter.num_rows), kMaxThreads, 0, stream>>>(
+      flags, static_cast<char*>(call.args.out), row_bytes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -48,10 +89,13 @@ static void launch(const SplineCall& call, bool transpose, int device_index) {
 }
 
 Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                         bool transpose) {
+                         bool transpose, const std::optional<Tensor>& gather,
+                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
   const int device_index = values.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose);
+  const SplineCall call =
+      prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
+  if (scatter) launch_zero_unwritten(call, device_index);
   if (call.args.num_groups == 0 || call.args.num_columns == 0) return call.out;
   switch (call.dtype) {
     case DType::kFloat64:

@@ -82,17 +82,21 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
   const T* in = static_cast<const T*>(args.in) + group * args.in_group_stride + column;
   T* out = static_cast<T*>(args.out) + group * args.out_group_stride + column;
   const auto load = [&](int64_t i) {
-    const Row row = *reinterpret_cast<const Row*>(in + i * args.in_row_stride);
+    const int64_t at = args.gather.at(i, group);
+    if (at < 0) return Columns::zero();
+    const Row row = *reinterpret_cast<const Row*>(in + at * args.in_row_stride);
     Columns columns;
     CODED_TORCH_UNROLL
     for (int k = 0; k < kWidth; ++k) columns.lane[k] = to_float(row.value[k]);
     return columns;
   };
   const auto store = [&](int64_t j, const Columns& columns) {
+    const int64_t at = args.scatter.at(j, group);
+    if (at < 0) return;
     Row row;
     CODED_TORCH_UNROLL
     for (int k = 0; k < kWidth; ++k) from_float(columns.lane[k], &row.value[k]);
-    *reinterpret_cast<Row*>(out + j * args.out_row_stride) = row;
+    *reinterpret_cast<Row*>(out + at * args.out_row_stride) = row;
   };
   // Neighbouring threads' states lie side by side: no bank conflicts, and coalesced in a workspace.
   const StateStack<Columns> kept =
