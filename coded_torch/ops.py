@@ -81,7 +81,7 @@ def _fake(
     scatter: Tensor | None = None,
     num_rows: int | None = None,
 ) -> Tensor:
-    if scatter is not None:
+    if num_rows is not None:
         return values.new_empty((num_rows, values.shape[-1]))
     rows, groups = (values if gather is None else gather).shape[:2]
     return values.new_empty((schedule.shape[-1] - 1 - rows, groups, values.shape[-1]))
