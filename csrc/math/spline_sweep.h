@@ -1,8 +1,11 @@
 // The two sweeps of the smoothing spline over a pack of columns, with the evaluation fused into the
 // second, and their adjoint. Host and device, for any pack that adds, subtracts and scales.
 //
-// A column costs 6 operations a knot forward and 9 backward, 4 a point, and two stored numbers a
-// knot; each value is read once and each result written once.
+// A column costs 6 operations a knot forward and 8 backward, 3 a point, and two stored numbers a
+// knot; each value is read once and each result written once. Where two coefficients add up to 1,
+// as they must for constants to stay constant, the sweep scales a difference by one of them: the
+// one that is 0 without smoothing, so that interpolation is exact. The adjoint needs both, since
+// its results may be as small as the smaller of the two.
 #pragma once
 
 #include <cstdint>
@@ -74,9 +77,9 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
     const Coefficient* k = plan.knots + kKnotCoefficients * i;
     kept.put(i - 1, state);
     const Columns value = load(i + 1);
-    const Columns slope = k[kKs] * state.s + k[kK2] * (value - state.v);
-    state.v = k[kK0] * (state.v + k[kH] * state.s) + k[kK1] * value;
-    state.s = slope;
+    const Columns predicted = state.v + k[kH] * state.s;
+    state.s = k[kKs] * state.s + k[kK2] * (value - state.v);
+    state.v = value + k[kK0] * (predicted - value);
   }
   State upper = state;
   for (int64_t i = n - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
@@ -87,12 +90,14 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
     } else if (i + 1 < n) {
       const Coefficient* k = plan.knots + kKnotCoefficients * i;
       const State here = kept.get(i - 1);
-      state.v = k[kA00] * here.v + k[kA01] * here.s + k[kC00] * upper.v + k[kC01] * upper.s;
-      state.s = k[kA11] * here.s + k[kC10] * (upper.v - here.v) + k[kC11] * upper.s;
+      const Columns rise = upper.v - here.v;
+      state.v = here.v + k[kC00] * rise + k[kA01] * here.s + k[kC01] * upper.s;
+      state.s = k[kC10] * rise + k[kA11] * here.s + k[kC11] * upper.s;
     }
+    const Columns rise = upper.v - state.v;
     for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
       const Coefficient* w = plan.points + kPointCoefficients * j;
-      store(plan.order[j], w[0] * state.v + w[1] * state.s + w[2] * upper.v + w[3] * upper.s);
+      store(plan.order[j], state.v + w[1] * state.s + w[2] * rise + w[3] * upper.s);
     }
     upper = state;
   }
