@@ -143,10 +143,14 @@ class LinearMap(abc.ABC):
         return dim
 
     def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
-        dim = self._dimension(values, dim, self.num_outputs if transpose else self.num_inputs)
+        size = self.num_outputs if transpose else self.num_inputs
+        dim = self._dimension(values, dim, size)
         before, after = values.shape[:dim], values.shape[dim + 1 :]
+        if dim == 0:  # as below, in as few calls as a decoder of a few microseconds can afford
+            out = self._apply(values.reshape(size, 1, after.numel()), transpose)
+            return out.view(out.shape[0], *after)
         # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
-        grouped = values.reshape(before.numel(), values.shape[dim], after.numel()).transpose(0, 1)
+        grouped = values.reshape(before.numel(), size, after.numel()).transpose(0, 1)
         out = self._apply(grouped, transpose)
         return out.transpose(0, 1).reshape(*before, out.shape[0], *after)
 
@@ -294,7 +298,7 @@ class SplineMap(LinearMap):
         z = _vector("points", points)
         if t.size < 1:
             raise ValueError("smoothing spline: knots must hold at least one number, got none")
-        gaps = np.diff(t)
+        gaps = t[1:] - t[:-1]
         if not (gaps > 0).all():
             i = int(np.argmin(gaps > 0))
             raise ValueError(
@@ -302,7 +306,7 @@ class SplineMap(LinearMap):
                 f"got knots[{i}] = {t[i]} and knots[{i + 1}] = {t[i + 1]}"
             )
         smoothing = check_smoothing("smoothing spline: smoothing", smoothing)
-        penalties = np.full_like(t, t.size * smoothing)
+        penalties = np.full(t.size, t.size * smoothing)
         if weights is not None:
             w = _vector("weights", weights)
             if w.shape != t.shape:

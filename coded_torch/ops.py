@@ -13,6 +13,9 @@ from . import _extension  # noqa: F401 - loads the operators
 __all__ = ["spline_apply"]
 
 
+_OPERATOR = torch.ops.coded_torch.spline_apply.default
+
+
 def spline_apply(
     values: Tensor,
     coefficients: Tensor,
@@ -58,17 +61,22 @@ def spline_apply(
         plan has no gradient:
         :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
     """
-    indices: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
     primal, tangent = forward_ad.unpack_dual(values)
     if tangent is not None:  # linear, so the tangent is mapped as the value is
+        indices: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
         dual: Tensor = forward_ad.make_dual(
             spline_apply(primal, coefficients, schedule, transpose=transpose, **indices),
             spline_apply(tangent, coefficients, schedule, transpose=transpose, **indices),
         )
         return dual
-    out: Tensor = torch.ops.coded_torch.spline_apply(
-        values, coefficients, schedule, transpose, gather, scatter, num_rows
-    )
+    out: Tensor
+    if torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (values.requires_grad or coefficients.requires_grad)
+    ):
+        out = _OPERATOR(values, coefficients, schedule, transpose, gather, scatter, num_rows)
+    else:  # what the operator's own autograd layer would do, without its microseconds
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _OPERATOR(values, coefficients, schedule, transpose, gather, scatter, num_rows)
     return out
 
 
