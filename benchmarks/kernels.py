@@ -1,0 +1,234 @@
+"""How fast maps are applied: against a copy of the same bytes, a matrix product, and SciPy."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import scipy.interpolate
+import torch
+from common import Timing, last_level_cache, measure, reuse_memory, rotate, write_json
+from torch import Tensor
+
+from coded_torch import ops
+from coded_torch.codes import SplineCode
+from coded_torch.linear import SplineMap
+from coded_torch.points import chebyshev_first, chebyshev_second
+
+# (K, N, columns): times faster than torch.matmul at least, times slower than the copy at most.
+BARS = {
+    (8, 10, 150_528): (1.3, 1.6),
+    (20, 100, 150_528): (5.0, 1.3),
+    (64, 128, 65_536): (8.0, 1.4),
+    (256, 320, 32_768): (14.0, 2.0),
+    (1024, 1280, 8_192): (40.0, 1.8),
+}
+# A layout or dtype and what it is compared with: times slower at most.
+RELATIVE_BARS = {
+    "transpose": ("forward", 1.3),
+    "bfloat16": ("forward", 1.0),
+    "float16": ("forward", 1.0),
+    "strided": ("forward", 1.15),
+    "indexed": ("forward", 1.15),
+}
+SMOOTHING = 1e-6
+TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 + 3e-5, torch.float16: 2.0**-11 + 3e-5}
+
+
+def check(what: str, got: Tensor, want: Tensor) -> None:
+    """Correctness first: relative to the largest value, on the columns that ``want`` has."""
+    got = got[..., : want.shape[-1]]
+    error = ((got.double() - want).abs().max() / want.abs().max()).item()
+    if not error <= TOLERANCES[got.dtype]:
+        raise AssertionError(f"{what}: the error is {error:.1e}")
+
+
+def contestants(num_data: int, num_workers: int, columns: int, device: str) -> dict[str, Any]:
+    """By name, functions that apply the map, or do what it is compared with, to the next buffer."""
+    spline = SplineMap(
+        chebyshev_first(num_data), chebyshev_second(num_workers), smoothing=SMOOTHING
+    )
+    matrix = spline.matrix(device=device)
+    dense = matrix.float()
+    cache = last_level_cache(device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    def over(
+        apply: Callable[[Tensor], Tensor], operator: Tensor, make: Callable[[], Tensor]
+    ) -> Callable[[], Tensor]:
+        values = make()
+        checked = values[..., :512].double()
+        got, want = apply(values), operator @ checked.reshape(operator.shape[1], -1)
+        check(f"{num_data} -> {num_workers}", got.reshape(len(want), -1)[:, : want.shape[1]], want)
+        size = values.numel() * values.element_size()
+        buffers = rotate(make, size, cache)
+        return lambda: apply(next(buffers))
+
+    # Rows of two groups in any order, in a batch with as many rows again between them.
+    order = torch.randperm(2 * num_data, generator=generator, device=device)
+    gather = order[:num_data, None].contiguous()
+    scatter = torch.randperm(num_workers, generator=generator, device=device)[:, None].contiguous()
+    plan = spline._operands(dense)
+
+    def indexed(batch: Tensor) -> Tensor:
+        return ops.spline_apply(batch, *plan, gather=gather, scatter=scatter, num_rows=num_workers)
+
+    batch = randn(2 * num_data, columns)
+    want = matrix @ batch[gather[:, 0], :512].double()
+    check("indexed", indexed(batch)[scatter[:, 0]], want)
+    batches = rotate(lambda: randn(2 * num_data, columns), num_data * columns * 4, cache)
+    halves = (num_data + num_workers) * columns // 2
+    copies = rotate(lambda: (randn(halves), randn(halves)), 4 * halves, cache)
+
+    def copy() -> Tensor:
+        source, target = next(copies)
+        return target.copy_(source)
+
+    return {
+        "copy": copy,
+        "forward": over(spline, matrix, lambda: randn(num_data, columns)),
+        "matmul": over(dense.__matmul__, matrix, lambda: randn(num_data, columns)),
+        "transpose": over(spline.adjoint, matrix.T, lambda: randn(num_workers, columns)),
+        "bfloat16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.bfloat16)),
+        "float16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.float16)),
+        "strided": over(spline, matrix, lambda: randn(num_data, columns + 64)[:, :columns]),
+        "indexed": lambda: indexed(next(batches)),
+    }
+
+
+def scipy_seconds_per_column(num_data: int, num_workers: int, runs: int) -> float:
+    """``make_smoothing_spline`` and its evaluation, float64, 64 columns at once, from C order."""
+    knots, points = chebyshev_first(num_data), chebyshev_second(num_workers)
+    values = np.random.default_rng(0).standard_normal((num_data, 64))
+
+    def run() -> Any:
+        spline = scipy.interpolate.make_smoothing_spline(knots, values, lam=num_data * SMOOTHING)
+        return spline(points)
+
+    return measure({"scipy": run}, runs=runs)["scipy"].median / values.shape[1]
+
+
+def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
+    rows = []
+    for (num_data, num_workers, all_columns), (over_matmul, over_copy) in BARS.items():
+        columns = all_columns // shrink
+        functions = contestants(num_data, num_workers, columns, device)
+        timings = measure(functions, runs=runs, device=device)
+        medians = {name: timing.median for name, timing in timings.items()}
+        moved = (num_data + num_workers) * columns * 4
+        row: dict[str, Any] = {
+            "num_data": num_data,
+            "num_workers": num_workers,
+            "columns": columns,
+            "bytes": moved,
+            "copy_gb_per_s": moved / medians["copy"] / 1e9,
+            "seconds": {name: timing._asdict() for name, timing in timings.items()},
+            "over_copy": medians["forward"] / medians["copy"],
+            "over_copy_bar": over_copy,
+            "faster_than_matmul": medians["matmul"] / medians["forward"],
+            "faster_than_matmul_bar": over_matmul,
+            "relative": {
+                name: {"ratio": medians[name] / medians[base], "bar": bar}
+                for name, (base, bar) in RELATIVE_BARS.items()
+            },
+        }
+        if device == "cpu":
+            scipy = scipy_seconds_per_column(num_data, num_workers, runs)
+            row["faster_than_scipy"] = scipy / (medians["forward"] / columns)
+        rows.append(row)
+        print(
+            f"{num_data:5d} -> {num_workers:<5d} x {columns:<7d} "
+            f"copy {row['copy_gb_per_s']:6.1f} GB/s | "
+            f"{row['over_copy']:5.2f}x copy (<= {over_copy}) | "
+            f"{row['faster_than_matmul']:6.1f}x matmul (>= {over_matmul}) | "
+            + " ".join(f"{n} {r['ratio']:.2f}" for n, r in row["relative"].items())
+            + (f" | {row['faster_than_scipy']:.0f}x SciPy" if "faster_than_scipy" in row else ""),
+            flush=True,
+        )
+    return rows
+
+
+def crossover(device: str, runs: int) -> list[dict[str, Any]]:
+    """From which size on the sweeps beat a matrix product, columns in and out of cache."""
+    rows = []
+    for columns, n in itertools.product((256, 65_536), (2, 3, 4, 6, 8, 12, 16)):
+        spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, n + max(1, n // 4)))
+        dense = spline.matrix(torch.float32, device)
+        values = torch.ones(n, columns, device=device)
+        timings = measure(
+            {"sweeps": lambda s=spline, v=values: s(v), "matmul": lambda d=dense, v=values: d @ v},
+            runs=runs, device=device, calls=50,
+        )  # fmt: skip
+        ratio = timings["matmul"].median / timings["sweeps"].median
+        rows.append({"num_data": n, "columns": columns, "faster_than_matmul": ratio})
+        print(f"{n:5d} x {columns}: {ratio:.2f}x matmul", flush=True)
+    return rows
+
+
+def small(runs: int, calls: int) -> dict[str, Any]:
+    """What serving pays per decode of logits: 80 of 100 results, 20 answers, 10 columns."""
+    code = SplineCode(20, 100)
+    rng = np.random.default_rng(0)
+    sets = [sorted(rng.choice(100, 80, replace=False).tolist()) for _ in range(4096)]
+    new = itertools.cycle(sets)  # far more than are kept
+    results = torch.randn(80, 10, generator=torch.Generator().manual_seed(0))
+    knots, points = code.worker_points[sets[0]], code.data_points
+    values = results.double().numpy()
+
+    def scipy_map() -> Any:
+        return scipy.interpolate.make_smoothing_spline(knots, values, lam=0.0)(points)
+
+    check("decode", code.decode(results, sets[0]), torch.from_numpy(scipy_map()))
+    thousand = np.sort(rng.uniform(-1, 1, 1000))
+    timings: dict[str, Timing] = measure(
+        {
+            "seen": lambda: code.decode(results, sets[0]),
+            "new": lambda: code.decode(results, next(new)),
+            "plan of 1000": lambda: SplineMap(thousand, thousand),
+        },
+        runs=runs, calls=calls,
+    )  # fmt: skip
+    timings |= measure({"scipy": scipy_map}, runs=runs, calls=max(1, calls // 20))
+    bars = {"seen": 30e-6, "new": 80e-6, "plan of 1000": 100e-6}
+    for name, bar in bars.items():
+        print(f"{name}: {timings[name].median * 1e6:.1f} us (<= {bar * 1e6:.0f})")
+    faster = timings["scipy"].median / timings["new"].median
+    print(f"new: {faster:.1f}x SciPy (>= 20)", flush=True)
+    return {
+        "seconds": {name: timing._asdict() for name, timing in timings.items()},
+        "bars": bars,
+        "new_faster_than_scipy": faster,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--runs", type=int, default=21, help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="small and rough; writes nothing")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device")
+    reuse_memory()
+    torch.set_num_threads(args.threads)
+    runs = 3 if args.quick else args.runs
+    results = {
+        "large": large(args.device, runs, shrink=16 if args.quick else 1),
+        "crossover": crossover(args.device, runs),
+        "small": small(runs, calls=50 if args.quick else 1000),
+    }
+    if not args.quick:
+        print("wrote", write_json(f"kernels-{args.device}", args.device, results).name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
