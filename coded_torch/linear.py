@@ -31,12 +31,12 @@ _HOST = torch.device("cpu")
 def _place(
     operands: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    # Copies, and no inference tensors: a map made or placed in inference mode must still train.
-    with torch.inference_mode(False):
-        return tuple(
-            t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype, copy=True)
-            for t in operands
-        )
+    if torch.is_inference_mode_enabled():  # no inference tensors: the map must still train
+        with torch.inference_mode(False):
+            return _place(tuple(t.clone() for t in operands), dtype, device)
+    return tuple(
+        t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype) for t in operands
+    )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
