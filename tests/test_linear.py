@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 
-from .splines import DTYPES, TOLERANCES
+from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 
 
 def spline_map(num_inputs, num_outputs):
@@ -162,3 +162,22 @@ def test_bad_matrices(matrix, message):
 def test_maps_from_and_to_nothing():
     assert torch.equal(MatrixMap(np.zeros((2, 0)))(torch.zeros(0, 3)), torch.zeros(2, 3))
     assert MatrixMap(np.zeros((0, 2)))(torch.zeros(2, 3)).shape == (0, 3)
+
+
+@pytest.mark.parametrize("kind", ["chebyshev", "thinned"])
+@pytest.mark.parametrize(("n", "tolerance"), [(128, 3e-5), (1024, 3e-5), (4096, 1e-4)])
+def test_float32_is_enough_for_the_sweeps(n, tolerance, kind):
+    """Against float64, which test_functional.py holds to exact arithmetic."""
+    rng = np.random.default_rng(n)
+    knots, points = make_knots(kind, n, rng), rng.uniform(-1, 1, n // 2)
+    roundings = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+    for smoothing in SMOOTHINGS:
+        map = SplineMap(knots, points, smoothing=smoothing)
+        for apply, rows in ((map, n), (map.adjoint, n // 2)):
+            # Multiples of 1/8 that every dtype holds, so that only the map rounds.
+            values = torch.from_numpy(rng.integers(-16, 17, (rows, 20)) / 8)
+            want = apply(values)
+            for dtype, rounding in roundings.items():
+                error = (apply(values.to(dtype)).double() - want).abs()
+                allowed = rounding * want.abs() + tolerance * want.abs().max()
+                assert (error <= allowed).all(), (smoothing, dtype, apply, error.max())

@@ -2,10 +2,13 @@
 // second, and their adjoint. Host and device, for any pack that adds, subtracts and scales.
 //
 // A column costs 6 operations a knot forward and 8 backward, 3 a point, and two stored numbers a
-// knot; each value is read once and each result written once. Where two coefficients add up to 1,
-// as they must for constants to stay constant, the sweep scales a difference by one of them: the
-// one that is 0 without smoothing, so that interpolation is exact. The adjoint needs both, since
-// its results may be as small as the smaller of the two.
+// knot; each value is read once and each result written once.
+//
+// Where two coefficients add up to 1, as they must for constants to stay constant, smoother and
+// evaluation scale a difference by one of them: the one that is 0 without smoothing, so that
+// interpolation is exact. The filter does not, since with much smoothing its errors add up over the
+// knots (four times the error in float32), nor does the adjoint, whose results may be as small as
+// the smaller of the two.
 #pragma once
 
 #include <cstdint>
@@ -77,9 +80,9 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
     const Coefficient* k = plan.knots + kKnotCoefficients * i;
     kept.put(i - 1, state);
     const Columns value = load(i + 1);
-    const Columns predicted = state.v + k[kH] * state.s;
-    state.s = k[kKs] * state.s + k[kK2] * (value - state.v);
-    state.v = value + k[kK0] * (predicted - value);
+    const Columns slope = k[kKs] * state.s + k[kK2] * (value - state.v);
+    state.v = k[kK0] * (state.v + k[kH] * state.s) + k[kK1] * value;
+    state.s = slope;
   }
   State upper = state;
   for (int64_t i = n - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
