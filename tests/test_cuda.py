@@ -1,9 +1,12 @@
 """The CUDA operator: compiled and linked everywhere, its body run on the host, and on a GPU."""
 
 import ctypes
+import mmap
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +76,7 @@ def grid_library(tmp_path_factory):
     library = tmp_path_factory.mktemp("grid") / "grid.so"
     source = Path(__file__).parent / "csrc" / "spline_grid.cpp"
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    flags += os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()  # .ci/sanitizers
     subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))
     loaded.coded_torch_run_grid.restype = SplineGrid
@@ -177,6 +181,25 @@ def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpo
     assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves memory that it does not use")
+def test_indices_beyond_2_to_the_31(grid_library):
+    """Rows 2^31 elements apart, in address space of which only a few pages exist."""
+    coefficients, schedule, (matrix,) = make_plan(5, torch.bfloat16)
+    stride, columns = 2**31, 9
+    no_reserve = 0x4000  # MAP_NORESERVE, which mmap names from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    space = mmap.mmap(-1, 2 * 5 * stride, flags=flags)
+    flat = torch.frombuffer(space, dtype=torch.bfloat16)
+    values = flat.as_strided((5, 1, columns), (stride, columns, 1))
+    values.copy_(torch.randn(5, 1, columns))
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    tolerance = TOLERANCES[torch.bfloat16] * want.abs().max()
+    on_cpu = ops.spline_apply(values, coefficients, schedule)
+    on_grid, _ = run_grid(grid_library, values, coefficients, schedule, transpose=False)
+    assert (on_cpu.double() - want).abs().max() <= tolerance
+    assert (on_grid.double() - want).abs().max() <= tolerance
+
+
 @pytest.mark.parametrize("width", [1, 4, 8])
 @pytest.mark.parametrize("num_columns", [8, 2**31, 2**37])
 @pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
@@ -222,30 +245,55 @@ def test_half_precision_conversions(grid_library):
             assert brain == single.bfloat16().view(torch.int16).item(), value
 
 
+def run_nvcc(*options):
+    command = [
+        NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        *options, *(f"-isystem={p}" for p in include_paths()),
+        str(CSRC / "ops" / "cuda" / "spline.cu"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_wide_kernels_move_16_bytes_at_once(tmp_path):
+    ptx = tmp_path / "spline.ptx"
+    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(ptx))
+    kernels = re.findall(
+        r"\.entry \w*spline_kernelI\w+Li(\d)ELb[01]E\w*\((.*?)\n}", ptx.read_text(), re.S
+    )
+    assert len(kernels) == 16
+    for width, body in kernels:
+        stores = set(re.findall(r"st\.global\S*", body))
+        if width == "1":
+            assert not any(".v" in store for store in stores)
+        else:
+            assert stores == {"st.global.cs.v4.u32"}
+            # Of values; the coefficients are the same for all threads and loaded one by one.
+            wide = re.findall(r"ld\.global\.v(\d)\.\w(\d+)", body)
+            assert wide
+            assert {int(n) * int(bits) for n, bits in wide} == {128}
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_compiles_links_and_does_not_spill(tmp_path):
     """Against the torch that is installed, CPU build or not: the stable ABI makes it possible."""
     library = tmp_path / "spline.so"
-    command = [
-        NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    log = run_nvcc(
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-        "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", *(f"-isystem={p}" for p in include_paths()),
-        str(CSRC / "ops" / "cuda" / "spline.cu"), "-o", str(library),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+        "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", "-o", str(library),
+    )  # fmt: skip
     assert library.exists()
-    kernels = re.findall(
-        r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", done.stderr
-    )
+    kernels = re.findall(r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", log)
     # Four dtypes, narrow and wide, forward and transposed, on each architecture; two small others.
     assert {a: kernels.count(a) for a in kernels} == {"sm_80": 16, "sm_90": 16}
     spills = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", done.stderr
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     )
     assert len(spills) == 2 * (16 + 2)
     assert set(spills) == {("0", "0", "0")}
-    registers = [int(r) for r in re.findall(r"Used (\d+) registers", done.stderr)]
+    registers = [int(r) for r in re.findall(r"Used (\d+) registers", log)]
     assert len(registers) == len(spills)
     assert max(registers) <= 128  # four blocks of 128 threads to a multiprocessor
 

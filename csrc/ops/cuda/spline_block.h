@@ -21,6 +21,21 @@ struct alignas(sizeof(T) * kWidth) RowPack {
   T value[kWidth];
 };
 
+// As one access of 16 bytes, into which nvcc does not join a pack's stores by itself, and first to
+// leave the cache: results are not read again here.
+template <class Row>
+CODED_TORCH_HD void store_row(void* to, const Row& row) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Row) == sizeof(uint4)) {
+    uint4 bits;
+    memcpy(&bits, &row, sizeof bits);
+    __stcs(static_cast<uint4*>(to), bits);
+    return;
+  }
+#endif
+  *static_cast<Row*>(to) = row;
+}
+
 struct SplineGrid {
   int64_t packs;  // of kWidth columns, over all groups
   int64_t blocks;
@@ -96,7 +111,7 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
     Row row;
     CODED_TORCH_UNROLL
     for (int k = 0; k < kWidth; ++k) from_float(columns.lane[k], &row.value[k]);
-    *reinterpret_cast<Row*>(out + at * args.out_row_stride) = row;
+    store_row(out + at * args.out_row_stride, row);
   };
   // Neighbouring threads' states lie side by side: no bank conflicts, and coalesced in a workspace.
   const StateStack<Columns> kept =
