@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 import platform
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,9 +25,11 @@ __all__ = [
     "environment",
     "last_level_cache",
     "measure",
+    "read_results",
     "reuse_memory",
     "rotate",
     "write_json",
+    "write_results",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -136,10 +139,24 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What :func:`write_results` wrote; empty if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all, with lists of numbers on one line."""
+    text = re.sub(
+        r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), json.dumps(results, indent=1)
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
+
+
 def write_json(name: str, device: str, results: dict[str, Any]) -> Path:
     """Write results beside their environment, as ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    content = {"environment": environment(device), **results}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_results(path, {"environment": environment(device), **results})
     return path

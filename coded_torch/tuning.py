@@ -30,7 +30,7 @@ def tune(
     *,
     shrinkages: Sequence[float] = (0.0, 0.00125, 0.004, 0.0125, 0.04, math.inf),
     lengths: Sequence[float] = (1.5, 2.0, 3.0),
-    placements: Sequence[float] = (0.0, 0.5, 1.0),
+    placements: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.5, 1.0),
 ) -> KernelCode:
     r"""Choose shrinkage, length and placement of a :class:`~coded_torch.codes.KernelCode`.
 
@@ -66,7 +66,7 @@ def tune(
         >>> from coded_torch.tuning import tune
         >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         >>> coded = CodedWrapper(torch.nn.Tanh(), KernelCode(10, 15), stragglers=Uniform(4, seed=0))
-        >>> coded.code = tune(coded, [x])
+        >>> coded.code = tune(coded, [x], placements=[0.0, 1.0])
         >>> coded.code.placement, coded.code.num_workers
         (0.0, 15)
     """
