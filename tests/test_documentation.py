@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 
@@ -27,6 +28,19 @@ def test_readme():
     result = doctest.testfile(str(readme), module_relative=False, optionflags=OPTIONS)
     assert result.attempted > 5
     assert result.failed == 0
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    root = Path(__file__).resolve().parents[1]
+    results = json.loads((root / "benchmarks" / "results" / "batches.json").read_text())
+    readme = (root / "README.md").read_text()
+    for setting, case in results["networks"]["lenet5"]["main"].items():
+        cells = [
+            "{:.3f} ± {:.3f}".format(*case["codes"][code]["relative_accuracy"])
+            for code in ("paper", "replication", "default")
+        ]
+        error = case["codes"]["default"]["against paper"]["mse"][0]
+        assert f"| {setting} | {' | '.join(cells)} | {error:.3f} |" in readme
 
 
 def test_public_names_are_documented():
