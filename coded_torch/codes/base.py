@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import itertools
 import operator
 import threading
 from collections import OrderedDict
@@ -139,24 +138,31 @@ class FixedCode(Code):
             ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
             NotEnoughResults: fewer than :attr:`min_received` results.
         """
-        key = self._received(received)
-        if any(a >= b for a, b in itertools.pairwise(key)):
+        return self._decoder(self._received(received))
+
+    def _decoder(self, key: tuple[int, ...]) -> LinearMap:
+        decoder = self._cached(key)
+        if decoder is not None:
+            return decoder
+        if not all(map(operator.lt, key, key[1:])):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {list(key)}"
             )
         if len(key) < self.min_received:
             raise NotEnoughResults(key, self.min_received, self.num_workers)
-        with self._lock:
-            decoder = self._decoders.get(key)
-            if decoder is not None:
-                self._decoders.move_to_end(key)
-                return decoder
         decoder = self._make_decoder(key)
         with self._lock:
             self._decoders[key] = decoder
             if len(self._decoders) > _CACHED_DECODERS:
                 self._decoders.popitem(last=False)
         return decoder
+
+    def _cached(self, key: tuple[int, ...]) -> LinearMap | None:
+        with self._lock:
+            decoder = self._decoders.get(key)
+            if decoder is not None:
+                self._decoders.move_to_end(key)
+            return decoder
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
         """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
@@ -176,8 +182,13 @@ class FixedCode(Code):
             NotEnoughResults: fewer than :attr:`min_received` results.
         """
         workers = self._received(received)
+        decoder = self._cached(workers)  # whose keys are in increasing order
+        if decoder is None and all(map(operator.lt, workers, workers[1:])):
+            decoder = self._decoder(workers)
+        if decoder is not None:
+            return decoder(results, dim)
         order = sorted(range(len(workers)), key=workers.__getitem__)
-        decoder = self.decoder([workers[i] for i in order])
+        decoder = self._decoder(tuple(map(workers.__getitem__, order)))
         decoder.check(results, dim)
         if order != list(range(len(order))):
             results = results.index_select(dim, torch.tensor(order, device=results.device))
@@ -203,15 +214,15 @@ class FixedCode(Code):
             workers = tuple(map(operator.index, items))
         except TypeError:
             workers = None
-        if workers is None or any(isinstance(item, bool) for item in items):
+        if workers is None or bool in map(type, items):
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
             )
-        for worker in workers:
-            if not 0 <= worker < self.num_workers:
-                raise ValueError(
-                    f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
-                )
+        if workers and not 0 <= min(workers) <= max(workers) < self.num_workers:
+            worker = next(worker for worker in workers if not 0 <= worker < self.num_workers)
+            raise ValueError(
+                f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
+            )
         return workers
 
     def __getstate__(self) -> dict[str, Any]:
