@@ -102,7 +102,10 @@ class CodeTests:
     def test_gradients(self, code, received):
         values = normal(code.num_data, 2).requires_grad_()
         results = normal(len(received), 2).requires_grad_()
-        decode = lambda results: code.decode(results, received)  # noqa: E731
+
+        def decode(results):
+            return code.decode(results, received)
+
         assert torch.autograd.gradcheck(code.encode, (values,))
         assert torch.autograd.gradcheck(decode, (results,))
         assert torch.autograd.gradgradcheck(code.encode, (values,))
