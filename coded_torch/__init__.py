@@ -1,5 +1,6 @@
 """Coded computing: every answer of a batch from whichever workers reply first."""
 
+import logging
 from importlib.metadata import version
 
 from . import (
@@ -17,6 +18,9 @@ from . import (
     workers,
 )
 from .codes import NotEnoughResults
+
+# Silent unless the application says where to.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = version("coded_torch")
 __all__ = [

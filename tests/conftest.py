@@ -1,9 +1,14 @@
 """Marks, handled in one place."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+# Worker processes import the modules of the tests from where they are.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,6 @@
 """Modules that answer although workers are lost."""
 
-from .coded_wrapper import CodedWrapper, RunReport
+from .coded_wrapper import CodedWrapper
+from .run_report import RunReport
 
 __all__ = ["CodedWrapper", "RunReport"]

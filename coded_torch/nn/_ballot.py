@@ -64,9 +64,9 @@ class Ballot:
         self._camps.append([result])
 
     @property
-    def agreed(self) -> int:
-        """How many results resemble each other."""
-        return max(map(len, self._camps), default=0)
+    def agreed(self) -> list[Result]:
+        """The most results that resemble each other."""
+        return max(self._camps, key=len, default=[])
 
     def count(self) -> tuple[list[Result], list[WorkerError]]:
         """The good results, and the errors of the other replies, in the order of the workers."""

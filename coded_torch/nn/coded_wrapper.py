@@ -3,14 +3,14 @@ r"""A module that runs any other module on coded workers."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import logging
 import numbers
 import operator
 import random
 import re
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,49 +19,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from ..codes.base import BatchPlan, Code, NotEnoughResults
-from ..workers.base import CONSTANTS, Task, Workers, broadcast_dims, check_batch, leaf_name
+from ..workers.base import (
+    CONSTANTS,
+    Task,
+    Workers,
+    broadcast_dims,
+    check_batch,
+    leaf_name,
+)
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
+from ._inputs import Inputs
 from ._runs import fit_batch
+from .run_report import RunReport
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
 
-__all__ = ["CodedWrapper", "RunReport"]
+__all__ = ["CodedWrapper"]
 
-
-@dataclasses.dataclass(frozen=True)
-class RunReport:
-    """How one call of a :class:`CodedWrapper` went.
-
-    Attributes:
-        num_workers: N.
-        num_groups: G, into how many groups the batch was cut.
-        received: the workers whose results were decoded, in increasing order.
-        latencies: seconds until each worker that replied or failed had done so, in order.
-        rejected: what was wrong with each of them that was not used.
-        expected_rmse: the root mean squared error of the answers that the code expects, comparable
-            to :func:`coded_torch.metrics.rmse` of the first decoded output; None where it cannot
-            tell.
-        encode_seconds: time spent on ordering, planning and encoding.
-        compute_seconds: time spent on waiting for the workers and checking their results.
-        decode_seconds: time spent on decoding and ungrouping.
-    """
-
-    num_workers: int
-    num_groups: int
-    received: tuple[int, ...]
-    latencies: Mapping[int, float]
-    rejected: Mapping[int, str]
-    expected_rmse: float | None
-    encode_seconds: float
-    compute_seconds: float
-    decode_seconds: float
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """The workers whose results were not decoded: late, not waited for, or rejected."""
-        return tuple(n for n in range(self.num_workers) if n not in self.received)
+logger = logging.getLogger("coded_torch.nn")
 
 
 class CodedWrapper(nn.Module):
@@ -100,6 +77,11 @@ class CodedWrapper(nn.Module):
             late, so there say S or a deadline.
         deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
             no more to give.
+        tolerance: the error that is good enough, as a share of the outputs' standard deviation:
+            while the code expects a greater one of N - S results or more, one more is waited for.
+            None, and for codes that cannot tell: N - S are enough.
+        degraded: "mean" to answer with the mean of the results, and say so in the report, where
+            some arrived but too few to be decoded. None: :class:`NotEnoughResults` is raised.
         ordering: in which order the batch is laid out before it is cut into groups of K:
             "similarity", so that neighbours resemble each other; "arrival", as the paper does; a
             permutation of the batch, a sequence or an integer tensor; or a callable that is given
@@ -115,15 +97,18 @@ class CodedWrapper(nn.Module):
             same for every worker.
         out_dims: the batch dimension of the outputs, likewise; at None, the result of the first
             worker received is passed through.
+        on_run: called with the :class:`RunReport` of every call, in its thread, when it has ended.
         generator: for ``stragglers``; None: the law's own.
 
     Attributes:
-        last_run: the :class:`RunReport` of the call that ended last; None before the first.
+        last_run: the :class:`RunReport` of the call that ended last; None before the first. Where
+            several threads call, ``on_run`` tells each its own.
 
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: ``stragglers`` or ``generator`` beside ``workers``;
-            ``num_stragglers`` negative, or more than the code can lose; ``deadline`` not positive.
+            ``num_stragglers`` negative, or more than the code can lose; ``deadline`` or
+            ``tolerance`` not positive; another name of ``link`` or ``degraded``.
 
     Calling raises:
         TypeError: a tensor to be coded is not floating-point, or an output cannot be decoded.
@@ -167,11 +152,14 @@ class CodedWrapper(nn.Module):
         stragglers: Stragglers | None = None,
         num_stragglers: int | None = None,
         deadline: float | None = None,
+        tolerance: float | None = None,
+        degraded: str | None = None,
         ordering: Any = "similarity",
         shuffle: bool = True,
         link: str | None = None,
         in_dims: Any = 0,
         out_dims: Any = 0,
+        on_run: Callable[[RunReport], None] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -180,6 +168,7 @@ class CodedWrapper(nn.Module):
             ("code", code, Code),
             ("workers", workers, Workers),
             ("deadline", deadline, numbers.Real),
+            ("tolerance", tolerance, numbers.Real),
         ):
             if not isinstance(value, kind) and (value is not None or kind in (nn.Module, Code)):
                 raise TypeError(
@@ -192,20 +181,27 @@ class CodedWrapper(nn.Module):
                     f"CodedWrapper: {argument} must be given to the workers themselves, "
                     f"got workers and {argument}"
                 )
-        if deadline is not None and not deadline > 0:
-            raise ValueError(f"CodedWrapper: deadline must be positive seconds, got {deadline}")
+        for argument, number in (("deadline", deadline), ("tolerance", tolerance)):
+            if number is not None and not number > 0:
+                raise ValueError(f"CodedWrapper: {argument} must be positive, got {number}")
+        for argument, name, known in (("link", link, "softmax"), ("degraded", degraded, "mean")):
+            if name not in (None, known):
+                raise ValueError(
+                    f"CodedWrapper: {argument} must be None or {known!r}, got {name!r}"
+                )
         self.module = module
         self.code = code
         self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
         self.num_stragglers = self._num_stragglers(num_stragglers)
         self.deadline = deadline
-        if link not in (None, "softmax"):
-            raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
+        self.tolerance = tolerance
+        self.degraded = degraded
         self.ordering = ordering
         self.shuffle = shuffle
         self.link = link
         self.in_dims = in_dims
         self.out_dims = out_dims
+        self.on_run = on_run
         self.last_run = None
         self._shuffler = random.Random(0)
         self._warned = False
@@ -215,42 +211,57 @@ class CodedWrapper(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._warn_of_batch_statistics()
         start = time.perf_counter()
-        inputs = _Inputs(args, kwargs, self.in_dims)
+        inputs = Inputs(args, kwargs, self.in_dims)
         if inputs.batch_size == 0:
             output = self.module(*args, **kwargs)
             spent = time.perf_counter() - start
-            self.last_run = RunReport(self.code.num_workers, 0, (), {}, {}, None, 0.0, spent, 0.0)
+            self._report(RunReport(self.code.num_workers, 0, (), {}, {}, None, 0.0, spent, 0.0))
             return output
         plan = fit_batch(self.code, self.ordering, inputs.rows(), self.num_stragglers)
         task = self._encode(inputs, plan)
         encoded = time.perf_counter()
-        ballot = self._compute(task)
+        ballot = self._compute(task, plan)
         results, rejected = ballot.count()
         received = tuple(result.worker for result in results)
         computed = time.perf_counter()
-        expected = None
+        expected, enough = None, len(received) >= self.code.min_received
+        degraded = bool(received) and not enough and self.degraded is not None
         try:
-            if len(received) < self.code.min_received:
-                raise NotEnoughResults(received, self.code.min_received, self.code.num_workers)
-            answers, expected = self._decode(results, task, plan)
+            if degraded:
+                answers, _ = self._decode(results, task, _Mean(plan, inputs.batch_size))
+            elif enough:
+                answers, expected = self._decode(results, task, plan)
+            else:
+                inputs.check_finite()
+                shortage = received, self.code.min_received, self.code.num_workers
+                raise NotEnoughResults(*shortage) from (rejected[0] if rejected else None)
             return answers
-        except NotEnoughResults as error:
-            inputs.check_finite()
-            raise error from (rejected[0] if rejected else None)
         finally:
-            self.last_run = RunReport(
-                num_workers=self.code.num_workers,
-                num_groups=task.num_groups,
-                received=received,
-                latencies=ballot.latencies,
-                rejected={error.worker: error.reason for error in rejected},
-                expected_rmse=expected,
-                encode_seconds=encoded - start,
-                compute_seconds=computed - encoded,
-                decode_seconds=time.perf_counter() - computed,
+            self._report(
+                RunReport(
+                    num_workers=self.code.num_workers,
+                    num_groups=task.num_groups,
+                    received=received,
+                    latencies=ballot.latencies,
+                    rejected={error.worker: error.reason for error in rejected},
+                    expected_rmse=expected,
+                    encode_seconds=encoded - start,
+                    compute_seconds=computed - encoded,
+                    decode_seconds=time.perf_counter() - computed,
+                    degraded=degraded,
+                )
             )
 
-    def _encode(self, inputs: _Inputs, plan: BatchPlan) -> Task:
+    def _report(self, run: RunReport) -> None:
+        self.last_run = run
+        for worker, reason in run.rejected.items():
+            logger.warning("worker %d %s", worker, reason)
+        if run.degraded:
+            logger.warning("answered with the mean of %d results", len(run.received))
+        if self.on_run is not None:
+            self.on_run(run)
+
+    def _encode(self, inputs: Inputs, plan: BatchPlan) -> Task:
         n = self.code.num_workers
         return Task(
             [
@@ -266,16 +277,23 @@ class CodedWrapper(nn.Module):
             positions=self._shuffler.sample(range(n), n) if self.shuffle else None,
         )
 
-    def _compute(self, task: Task) -> Ballot:
+    def _compute(self, task: Task, plan: BatchPlan) -> Ballot:
         ballot, quorum = Ballot(), task.num_workers - self.num_stragglers
         with contextlib.closing(
             self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
         ) as replies:
             for reply in replies:
                 ballot.add(reply)
-                if ballot.agreed >= quorum:
+                if len(ballot.agreed) >= quorum and self._suffices(ballot.agreed, task, plan):
                     break
         return ballot
+
+    def _suffices(self, results: Sequence[Result], task: Task, plan: BatchPlan) -> bool:
+        """Whether the error to expect is tolerable."""
+        if self.tolerance is None:
+            return True
+        expected = plan.expected_rmse(sorted(task.position(result.worker) for result in results))
+        return expected is None or expected <= self.tolerance
 
     def _decode(
         self, results: Sequence[Result], task: Task, plan: BatchPlan
@@ -371,61 +389,15 @@ def _name_keys(coded: CodedWrapper, _: Any) -> None:
         texts[:] = [pattern.sub(prefix, text) for text in texts]
 
 
-class _Inputs:
-    """The arguments of one call: their leaves, where each has its batch, and its size."""
+class _Mean(BatchPlan):
+    """Answers everything with the mean of the results: what can be done with too few of them."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any) -> None:
-        self.args, self.kwargs = args, kwargs
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args))
-        self.num_positional = len(dims)
-        dims += [0] * (len(self.leaves) - self.num_positional)
-        self.dims = [
-            dim if isinstance(leaf, Tensor) else None
-            for leaf, dim in zip(self.leaves, dims, strict=True)
-        ]
-        coded = [(i, self.leaves[i], dim) for i, dim in enumerate(self.dims) if dim is not None]
-        if not coded:
-            raise ValueError("CodedWrapper: inputs must hold a tensor to be coded, got none")
-        for i, leaf, dim in coded:
-            if not leaf.is_floating_point():
-                raise TypeError(
-                    f"CodedWrapper: {self.name(i)} must be floating-point to be coded, got "
-                    f"{leaf.dtype}; code what it is turned into instead (the embeddings of "
-                    "tokens), or pass it by position with None in in_dims to give every worker "
-                    "the same"
-                )
-            if not -leaf.dim() <= dim < leaf.dim():
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} that "
-                    f"in_dims says, got shape {tuple(leaf.shape)}"
-                )
-        sizes = {i: leaf.shape[dim] for i, leaf, dim in coded}
-        if len(set(sizes.values())) > 1:
-            got = ", ".join(f"{size} in {self.name(i)}" for i, size in sizes.items())
-            raise ValueError(f"CodedWrapper: coded inputs must have one batch size, got {got}")
-        self.batch_size: int = coded[0][1].shape[coded[0][2]]
-        self.device: torch.device = coded[0][1].device
+    def __init__(self, plan: BatchPlan, batch_size: int) -> None:
+        self.code, self.num_groups = plan.code, plan.num_groups
+        self._batch_size = batch_size
 
-    def name(self, i: int) -> str:
-        if i < self.num_positional:
-            return leaf_name("args", self.args, i)
-        return leaf_name("kwargs", self.kwargs, i - self.num_positional)
+    def encode(self, values: Tensor) -> Tensor:
+        raise NotImplementedError("results are decoded only")
 
-    def check_finite(self) -> None:
-        """Raise a ValueError if an input that is coded is not finite: it spoils its whole group."""
-        for i, dim in enumerate(self.dims):
-            bad = [] if dim is None else (~self.leaves[i].isfinite()).nonzero().tolist()
-            if bad:
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must be finite to be coded, "
-                    f"got {self.leaves[i][tuple(bad[0])].item()} at {bad[0]}"
-                )
-
-    def rows(self) -> list[Tensor]:
-        """The coded inputs, ``[B, ...]`` each."""
-        return [
-            leaf.movedim(dim, 0)
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
-            if dim is not None
-        ]
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        return results.mean((0, 1)).expand(self._batch_size, *results.shape[2:]).clone()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .faults import Fault
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -75,6 +77,7 @@ class Task:
         out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
         device: where the coded inputs are, and the results go.
         positions: per worker, which of the N coded inputs is its own; by default its own number.
+        faults: per worker, what goes wrong on purpose; None: nothing does.
     """
 
     leaves: Sequence[Any]
@@ -85,10 +88,15 @@ class Task:
     device: torch.device
     out_dims: Any = 0
     positions: Sequence[int] | None = None
+    faults: Sequence[Fault] | None = None
 
     def position(self, worker: int) -> int:
         """Which of the N coded inputs a worker gets."""
         return worker if self.positions is None else self.positions[worker]
+
+    def fault(self, worker: int) -> Fault:
+        """What goes wrong with a worker's call on purpose, if anything does."""
+        return Fault() if self.faults is None else self.faults[worker]
 
     def payload(self, worker: int) -> Arguments:
         """The ``(args, kwargs)`` of one worker: views of its coded inputs, a batch of G."""

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .base import Ambient, Reply, Task, WorkerError, Workers
+from ._request import Request
+from .base import Reply, Task, WorkerError, Workers
 
 __all__ = ["DeviceWorkers"]
 
@@ -98,20 +99,10 @@ class DeviceWorkers(Workers):
                 "DeviceWorkers: run must not be called from a thread of the pool, which would wait "
                 "for itself; give a wrapper inside of a wrapper a pool of its own"
             )
-        wait, waiting = self.timeout if deadline is None else deadline, set(range(task.num_workers))
-        request = _Request(module, task, Ambient.capture(), _events((task.device, *self.devices)))
+        request = _Request(module, task, ready=_events((task.device, *self.devices)))
         try:
             self._submit(request)
-            while waiting:
-                try:
-                    reply = request.replies.get(timeout=max(wait - request.age(), 0.0))
-                except queue.Empty:
-                    if deadline is None:
-                        for worker in sorted(waiting):
-                            error = WorkerError(worker, f"did not reply within {wait:g} s")
-                            yield Reply(worker, request.age(), error=error)
-                    return
-                waiting.remove(reply.worker)
+            for reply in request.collect(deadline, self.timeout):
                 for leaf in pytree.tree_leaves(reply.value):
                     if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
                         # It was allocated on the worker's stream, and is read on ours from now on.
@@ -150,20 +141,11 @@ class DeviceWorkers(Workers):
 
 
 @dataclasses.dataclass(eq=False)
-class _Request:
-    """One call of :meth:`DeviceWorkers.run`, as the threads see it."""
+class _Request(Request):
+    """A request with what the devices need: when its inputs are ready, and a replica for each."""
 
-    module: nn.Module
-    task: Task
-    ambient: Ambient
-    ready: list[torch.Event]
-    started: float = dataclasses.field(default_factory=time.monotonic)
-    replies: queue.SimpleQueue[Reply] = dataclasses.field(default_factory=queue.SimpleQueue)
+    ready: list[torch.Event] = dataclasses.field(default_factory=list)
     replicas: dict[_Replica, nn.Module] = dataclasses.field(default_factory=dict)
-    given_up: bool = False
-
-    def age(self) -> float:
-        return time.monotonic() - self.started
 
 
 class _Replica:
@@ -183,16 +165,17 @@ class _Replica:
         while (job := self._jobs.get()) is not None:
             request, worker = job
             if not request.given_up:
-                request.replies.put(self._answer(request, worker))
+                self._answer(request, worker)
             # An idle thread must keep no batch alive.
             del job, request
 
-    def _answer(self, request: _Request, worker: int) -> Reply:
+    def _answer(self, request: _Request, worker: int) -> None:
         try:
             value = self._call(request, worker)
         except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
-            return Reply(worker, request.age(), error=self._failure(worker, cause))
-        return Reply(worker, request.age(), value)
+            request.answer(worker, error=self._failure(worker, cause))
+        else:
+            request.answer(worker, value)
 
     def _failure(self, worker: int, cause: BaseException) -> WorkerError:
         # Not str(cause), which may raise.
@@ -215,7 +198,8 @@ class _Replica:
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             args, kwargs = _to(self.device, request.task.payload(worker))
-            value = _to(home, self._module(request)(*args, **kwargs))
+            module, fault = self._module(request), request.task.fault(worker)
+            value = _to(home, fault.around(lambda: module(*args, **kwargs)))
             for stream in streams:
                 stream.synchronize()  # a result has arrived when it can be read
         return value
@@ -297,7 +281,7 @@ def _close(
         while job := jobs.get_nowait():
             request, worker = job
             error = WorkerError(worker, "was never asked: the pool was closed")
-            request.replies.put(Reply(worker, request.age(), error=error))
+            request.answer(worker, error=error)
     for _ in threads:
         jobs.put(None)
     end = time.monotonic() + _CLOSING_SECONDS

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..stragglers import Stragglers
-from .base import Reply, Task, Workers
+from .base import Reply, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
 
@@ -69,7 +69,11 @@ class LocalWorkers(Workers):
         self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
     ) -> Generator[Reply, None, None]:
         """Run ``module`` for the first ``quorum`` workers, then for one more at a time."""
-        latencies = self._latencies(task.num_workers)
+        faults = [task.fault(worker) for worker in range(task.num_workers)]
+        latencies = [
+            latency + fault.delay
+            for latency, fault in zip(self._latencies(task.num_workers), faults, strict=True)
+        ]
         bound = math.inf if deadline is None else deadline
         arriving = sorted(
             (n for n, latency in enumerate(latencies) if latency <= bound and latency < math.inf),
@@ -78,9 +82,15 @@ class LocalWorkers(Workers):
         wanted = max(quorum, 1)
         while arriving:
             batch, arriving, wanted = arriving[:wanted], arriving[wanted:], 1
-            values = self._compute(module, task, sorted(batch))
+            alive = sorted(worker for worker in batch if faults[worker].kind != "crash")
+            values = self._compute(module, task, alive) if alive else {}
             for worker in batch:
-                yield Reply(worker, latencies[worker], values.pop(worker))
+                if worker in values:
+                    value = faults[worker].spoil(values.pop(worker))
+                    yield Reply(worker, latencies[worker], value)
+                else:
+                    error = WorkerError(worker, "died of an injected crash")
+                    yield Reply(worker, latencies[worker], error=error)
 
     def _latencies(self, num_workers: int) -> list[float]:
         if self.stragglers is None:

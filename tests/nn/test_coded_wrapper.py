@@ -348,7 +348,7 @@ def test_of_two_camps_of_one_size_the_first_workers_is_taken(order):
     ballot = Ballot()
     for worker in order:
         ballot.add(Reply(worker, 0.0, torch.zeros(1 + worker % 2)))
-    assert ballot.agreed == 2
+    assert len(ballot.agreed) == 2
     good, rejected = ballot.count()
     assert [result.worker for result in good] == [0, 2]
     assert [error.worker for error in rejected] == [1, 3]

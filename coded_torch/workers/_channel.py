@@ -1,0 +1,238 @@
+r"""Messages between two processes of one machine, with their tensors in shared memory.
+
+Pickling a tensor copies it twice and writes it through a pipe; :mod:`torch.multiprocessing` moves
+its storage to a file of its own and sends the descriptor, for every tensor and message. Here a side
+writes all of a message into memory that the other has mapped already, and sends 40 bytes. What the
+other reads are views of that memory; when they are gone, the memory is used again.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+import socket
+import struct
+import tempfile
+import weakref
+from collections import deque
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Channel", "Contents", "Message", "Parcel"]
+
+_HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, parcel, parcels to reuse
+_MOST_PARCELS = 64  # bits of the last field
+_ALIGNMENT = 64
+_LEAST = 1 << 16
+_DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
+_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(_DTYPES)}
+
+
+class Parcel:
+    """Anonymous shared memory that holds a pickle, and behind it the bytes of its tensors.
+
+    Args:
+        size: bytes to reserve.
+        descriptor: of memory that another process has reserved; None: new memory.
+        private: whether what is written here stays unseen by others.
+    """
+
+    def __init__(self, size: int = 0, descriptor: int | None = None, private: bool = False) -> None:
+        new = descriptor is None
+        self.descriptor = _anonymous_file() if descriptor is None else descriptor
+        self._finalizer = weakref.finalize(self, os.close, self.descriptor)
+        if new:
+            os.ftruncate(self.descriptor, size)
+        access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
+        self.memory = mmap.mmap(self.descriptor, 0, access=access)
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    @classmethod
+    def of(cls, value: Any) -> tuple[Parcel, int]:
+        """A parcel just large enough for ``value``, and the length of its pickle."""
+        contents = Contents(value)
+        parcel = cls(contents.size)
+        contents.write(parcel.memory)
+        return parcel, len(contents.pickled)
+
+
+class Message(NamedTuple):
+    """What came through a channel: a kind, a number, and where the value is."""
+
+    kind: int
+    number: int
+    memory: memoryview
+    length: int
+
+    def value(self) -> Any:
+        """The object; its tensors are views of the memory, which is kept as long as they are."""
+        return _Unpickler(self.memory, self.length).load()
+
+
+class Channel:
+    """One end of a connection. Each end is used by one thread at a time.
+
+    Args:
+        sock: a stream socket of the Unix domain.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self._made = 0
+        self._free: list[tuple[int, Parcel]] = []  # to write into
+        self._lent: dict[int, Parcel] = {}  # written, and read by the other side
+        self._known: dict[int, Parcel] = {}  # the other side's
+        self._done: deque[int] = deque()  # of these, those that are read
+
+    def fileno(self) -> int:
+        """The descriptor to wait for."""
+        return self.socket.fileno()
+
+    def send(self, kind: int, number: int, contents: Contents) -> None:
+        """Send an object.
+
+        Raises:
+            OSError: nobody reads any more.
+        """
+        descriptors: list[int] = []
+        parcel: Parcel | None = None
+        if self._free:
+            index, parcel = self._free.pop()
+        else:
+            index = self._made
+            self._made += 1
+        if parcel is None or len(parcel) < contents.size:
+            parcel = Parcel(max(_LEAST, 1 << (contents.size - 1).bit_length()))
+            descriptors.append(parcel.descriptor)
+        contents.write(parcel.memory)
+        if index < _MOST_PARCELS:  # any further ones are used once
+            self._lent[index] = parcel
+        self._send(kind, number, len(contents.pickled), index, descriptors)
+
+    def send_parcel(self, kind: int, number: int, parcel: Parcel, length: int) -> None:
+        """Send a parcel as it is: the reader maps the same memory, for itself."""
+        self._send(kind, number, length, -1, [parcel.descriptor])
+
+    def receive(self) -> Message | None:
+        """The next message; None: the other side has ended."""
+        try:
+            # A header is one write and one read: too short to be cut, even by a sudden death.
+            data, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
+        except ConnectionError:
+            return None
+        if len(data) < _HEADER.size:
+            return None
+        kind, number, length, index, reusable = _HEADER.unpack(data)
+        while reusable:
+            lowest = (reusable & -reusable).bit_length() - 1
+            self._free.append((lowest, self._lent.pop(lowest)))
+            reusable &= reusable - 1
+        if not 0 <= index < _MOST_PARCELS:
+            parcel = Parcel(descriptor=descriptors[0], private=True)
+            return Message(kind, number, memoryview(parcel.memory), length)
+        if descriptors:
+            self._known[index] = Parcel(descriptor=descriptors[0])
+        memory = memoryview(self._known[index].memory)
+        weakref.finalize(memory, self._done.append, index).atexit = False
+        return Message(kind, number, memory, length)
+
+    def close(self) -> None:
+        """Let go of the connection and of all memory that is not being read."""
+        self.socket.close()
+        self._free, self._lent, self._known = [], {}, {}
+
+    def _send(
+        self, kind: int, number: int, length: int, index: int, descriptors: list[int]
+    ) -> None:
+        reusable = 0
+        while self._done:
+            reusable |= 1 << self._done.popleft()
+        header = _HEADER.pack(kind, number, length, index, reusable)
+        socket.send_fds(self.socket, [header], list(descriptors))
+
+
+class Contents:
+    """An object as its pickle, without the tensors, and the tensors with their places.
+
+    Raises:
+        Exception: whatever keeps ``value`` from being pickled.
+    """
+
+    def __init__(self, value: Any) -> None:
+        stream = io.BytesIO()
+        pickler = _Pickler(stream)
+        pickler.dump(value)
+        self.pickled = stream.getbuffer()
+        self.tensors = pickler.tensors
+        self.start = _aligned(len(self.pickled))
+        self.size = self.start + pickler.size
+
+    def write(self, memory: mmap.mmap) -> None:
+        """Write all of it to the beginning of ``memory``."""
+        memory[: len(self.pickled)] = self.pickled
+        for tensor, offset in self.tensors:
+            place = torch.frombuffer(
+                memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.start + offset
+            )
+            place.view(tensor.shape).copy_(tensor.detach())
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles everything but plain tensors, of which it notes dtype, shape and place."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[tuple[Tensor, int]] = []
+        self.size = 0
+
+    def reducer_override(self, obj: Any) -> Any:
+        # Parameters come here as the plain tensors inside of them, tied ones once.
+        if type(obj) is not Tensor or obj.layout is not torch.strided or obj.is_quantized:
+            return NotImplemented
+        count = obj.numel()
+        if obj.device.type == "meta" or not count:
+            return NotImplemented
+        offset = self.size
+        self.tensors.append((obj, offset))
+        self.size += _aligned(count * obj.element_size())
+        return _tensor_at, (_DTYPE_NUMBERS[obj.dtype], count, tuple(obj.shape), offset)
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, memory: memoryview, length: int) -> None:
+        super().__init__(io.BytesIO(memory[:length]))
+        self._memory, self._start = memory, _aligned(length)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == _tensor_at.__name__ and module == __name__:
+            return self._tensor_at
+        return super().find_class(module, name)
+
+    def _tensor_at(self, dtype: int, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
+        flat = torch.frombuffer(
+            self._memory, dtype=_DTYPES[dtype], count=count, offset=self._start + offset
+        )
+        return flat.view(shape)
+
+
+def _tensor_at(*_: Any) -> Tensor:
+    """Stands in a pickle for what reads a tensor from the memory behind it."""
+    raise pickle.UnpicklingError("a parcel must be read where its memory is")
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _anonymous_file() -> int:
+    """A descriptor of memory without a name: it ends with the last process that holds it."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("coded_torch")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -1,0 +1,170 @@
+r"""Pools whose workers may hang and die, whatever they are."""
+
+from __future__ import annotations
+
+import abc
+import os
+import threading
+import weakref
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ._crew import START_SECONDS, Crew
+from ._request import Request
+from .base import Ambient, Reply, Task, WorkerError, Workers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SupervisedWorkers"]
+
+_CLOSING_SECONDS = 10.0
+
+
+class SupervisedWorkers(Workers):
+    """A pool whose machines are started, watched and replaced by a thread of their own.
+
+    Subclasses say what a :class:`~coded_torch.workers._crew.Crew` of theirs is.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        grace: float = 30.0,
+        timeout: float = 600.0,
+        max_requests: int = 64,
+    ) -> None:
+        name = type(self).__name__
+        for argument, count in (("num_workers", num_workers), ("max_requests", max_requests)):
+            if not isinstance(count, int) or isinstance(count, bool):
+                raise TypeError(f"{name}: {argument} must be an integer, got {count!r}")
+            if count < 1:
+                raise ValueError(f"{name}: {argument} must be at least 1, got {count}")
+        for argument, seconds in (("grace", grace), ("timeout", timeout)):
+            if not 0 < seconds < float("inf"):
+                raise ValueError(
+                    f"{name}: {argument} must be positive and finite seconds, got {seconds}"
+                )
+        self.num_workers = num_workers
+        self.grace = grace
+        self.timeout = timeout
+        self.max_requests = max_requests
+        self._open()
+
+    @abc.abstractmethod
+    def _crew_of(self) -> Crew:
+        """A new crew."""
+
+    def _open(self) -> None:
+        self._lock = threading.Lock()
+        self._crew: Crew | None = None
+        self._room = threading.BoundedSemaphore(self.max_requests)
+        self._closed = False
+
+    def run(
+        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
+    ) -> Generator[Reply, None, None]:
+        """Run ``module`` for every worker, on whichever machine is free first."""
+        self._refuse_gradients(task)
+        crew = self._started()
+        ambient = Ambient.capture()
+        request = Request(crew.prepare(module, ambient), task, ambient)
+        wait = self.timeout if deadline is None else deadline
+        if self._room.acquire(timeout=wait):
+            try:
+                crew.submit(request)
+                for reply in request.collect(deadline, self.timeout):
+                    yield _to(task, reply)
+            finally:
+                request.given_up = True
+                self._room.release()
+        else:
+            for worker in range(task.num_workers):
+                what = f"was never asked: {self.max_requests} requests were waiting"
+                yield Reply(worker, request.age(), error=WorkerError(worker, what))
+
+    def start(self, timeout: float = START_SECONDS) -> Self:
+        """Start all workers and wait until they are up; else the first request starts them.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            RuntimeError: not all of them were up in time.
+        """
+        crew = self._started()
+        if not crew.wait_until_ready(timeout):
+            raise RuntimeError(
+                f"{type(self).__name__}: all {self.num_workers} workers must be up within "
+                f"{timeout:g} s, got {self.num_ready}; {crew.trouble or 'they are still starting'}"
+            )
+        return self
+
+    @property
+    def num_ready(self) -> int:
+        """How many workers are up now."""
+        return 0 if self._crew is None else len(self._crew.machines)
+
+    def close(self) -> None:
+        """End all workers at once, whatever they are at; twice is fine."""
+        with self._lock:
+            self._closed = True
+            if self._crew is not None:
+                self._finalizer()
+
+    def _started(self) -> Crew:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+            if self._crew is None:
+                crew, name = self._crew_of(), f"coded_torch-{type(self).__name__}"
+                thread = threading.Thread(target=crew.serve, name=name, daemon=True)
+                # The thread knows the crew, not the pool: a pool that nobody holds is closed.
+                self._finalizer = weakref.finalize(self, _close, crew, thread)
+                self._crew, self._pid = crew, os.getpid()
+                thread.start()
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"{type(self).__name__}: the pool must be used in the process that started it; "
+                "give a forked process one of its own"
+            )
+        return self._crew
+
+    def _refuse_gradients(self, task: Task) -> None:
+        for leaf in task.leaves:
+            if isinstance(leaf, Tensor) and leaf.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{type(self).__name__}: inputs must not require gradients, which do not pass "
+                    "through other processes; call under torch.no_grad(), or use DeviceWorkers"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_lock", "_crew", "_room", "_finalizer", "_closed", "_pid")
+        return {name: value for name, value in vars(self).items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_workers})"
+
+
+def _to(task: Task, reply: Reply) -> Reply:
+    """The reply with its tensors on the device of the task."""
+    if task.device.type == "cpu" or reply.value is None:
+        return reply
+    value = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(task.device), reply.value)
+    return Reply(reply.worker, reply.latency, value, reply.error)
+
+
+def _close(crew: Crew, thread: threading.Thread) -> None:
+    crew.closed = True
+    crew.wake()
+    if thread is not threading.current_thread():
+        thread.join(_CLOSING_SECONDS)

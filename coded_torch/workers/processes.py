@@ -1,0 +1,323 @@
+r"""Workers in processes of this machine, which may hang and die."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import multiprocessing.process
+import pickle
+import selectors
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ._channel import Channel, Contents, Message, Parcel
+from ._crew import Crew, Job, Machine
+from ._serving import JOB, MODULE, READY, RESULT, serve
+from ._supervised import SupervisedWorkers
+from .base import Ambient, WorkerError
+
+__all__ = ["ProcessWorkers"]
+
+_DYING_SECONDS = 5.0  # that the kernel may take to end a killed process
+
+
+class ProcessWorkers(SupervisedWorkers):
+    r"""A process per worker, each with the module; each takes the next task when it is free.
+
+    Inputs and results pass through shared memory. A process that dies is replaced at once, one that
+    is at a task for longer than ``grace`` is killed and replaced; the task has failed, the request
+    goes on. Since any process takes any coded input, those that are slow, stopped or starting hold
+    up none of the later requests while others are free.
+
+    The module is sent to each process once, and again when a parameter or buffer has been replaced
+    or changed in place, or ``train`` or ``eval`` was called; all processes share one copy of its
+    weights. Changes of other attributes go unnoticed, until :meth:`forget` is called; what a call
+    changes in its process stays there. Gradients do not pass through processes.
+
+    Args:
+        num_workers: how many processes. As many as the code has workers, where each is to run on
+            a core of its own.
+        devices: where each process computes, in turn; None: on the CPU. Devices are first touched
+            by the processes, never by this one.
+        threads: how many threads each process uses for one operation.
+        grace: seconds that a task may take.
+        timeout: seconds after which, in a request without a deadline, who has not replied failed.
+        max_requests: how many requests may wait at once; others wait for room as long as for
+            replies.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: a number is not positive, or no device is given.
+
+    Running raises:
+        RuntimeError: the pool is closed, an input requires gradients, or this process was forked
+            from the one that started the pool.
+        TypeError: the module cannot be pickled.
+
+    Note:
+        Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
+        the module's class from there; a class that was defined in an interactive session cannot be
+        found. Needs sockets of the Unix domain, so not Windows. The first process takes seconds to
+        start, later ones some 20 ms (they are forked from a server that has imported torch, which
+        Python keeps until this process ends).
+
+    Example:
+        .. code-block:: python
+
+            import torch
+            from coded_torch.codes import KernelCode
+            from coded_torch.nn import CodedWrapper
+            from coded_torch.workers import ProcessWorkers
+
+            if __name__ == "__main__":
+                with ProcessWorkers(6).start() as workers, torch.no_grad():
+                    coded = CodedWrapper(
+                        torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers, num_stragglers=2
+                    )
+                    print(coded(torch.randn(8, 3)).shape)
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        devices: Sequence[torch.device | str] | None = None,
+        threads: int = 1,
+        grace: float = 30.0,
+        timeout: float = 600.0,
+        max_requests: int = 64,
+    ) -> None:
+        if isinstance(devices, str | torch.device):
+            raise TypeError(
+                f"ProcessWorkers: devices must be a sequence of devices, got {str(devices)!r}"
+            )
+        if devices is not None and not len(devices):
+            raise ValueError("ProcessWorkers: devices must name at least one device, got none")
+        if not isinstance(threads, int) or isinstance(threads, bool):
+            raise TypeError(f"ProcessWorkers: threads must be an integer, got {threads!r}")
+        if threads < 1:
+            raise ValueError(f"ProcessWorkers: threads must be at least 1, got {threads}")
+        self.devices = tuple(torch.device(device) for device in devices or ("cpu",))
+        self.threads = threads
+        super().__init__(num_workers, grace=grace, timeout=timeout, max_requests=max_requests)
+
+    def _crew_of(self) -> Crew:
+        return _Processes(self.num_workers, self.grace, self.devices, self.threads)
+
+    def forget(self, module: nn.Module) -> None:
+        """Send ``module`` to the processes again when it is needed next."""
+        if isinstance(self._crew, _Processes):
+            self._crew.forget(module)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers that are up."""
+        machines = [] if self._crew is None else self._crew.machines
+        return [machine.pid for machine in machines if isinstance(machine, _Process)]
+
+
+class _Sent(NamedTuple):
+    """A module as processes get it, and what it looked like."""
+
+    number: int
+    parcel: Parcel
+    length: int
+    looks: tuple[Any, ...]
+
+
+class _Question(NamedTuple):
+    """What is the same for all jobs of a request: the module, and the rest as a pickle."""
+
+    sent: _Sent
+    alive: frozenset[int]
+    head: bytes
+
+
+class _Process(Machine):
+    """One process, and what it has been sent."""
+
+    def __init__(
+        self, index: int, process: multiprocessing.process.BaseProcess, channel: Channel
+    ) -> None:
+        super().__init__(index)
+        self.process, self.channel = process, channel
+        self.pid: int = process.pid or 0
+        self.modules: set[int] = set()
+
+    def __str__(self) -> str:
+        return f"process {self.pid}"
+
+
+class _Processes(Crew):
+    """The processes of a pool."""
+
+    def __init__(
+        self, size: int, grace: float, devices: Sequence[torch.device], threads: int
+    ) -> None:
+        super().__init__(size, grace)
+        self._devices = devices
+        self._threads = threads
+        methods = multiprocessing.get_all_start_methods()
+        self._context = multiprocessing.get_context(
+            "forkserver" if "forkserver" in methods else "spawn"
+        )
+        self._sent: Any = WeakIdKeyDictionary()
+        self._sending = threading.Lock()
+        self._module_numbers = itertools.count()
+        self._selector = selectors.DefaultSelector()
+        self._alarm, self._bell = socket.socketpair()
+        for end in (self._alarm, self._bell):
+            end.setblocking(False)
+        self._selector.register(self._alarm, selectors.EVENT_READ)
+
+    def prepare(self, module: nn.Module, ambient: Ambient) -> _Question:
+        looks = _looks(module)
+        with self._sending:
+            sent = self._sent.get(module)
+            if sent is None or sent.looks != looks:
+                sent = self._sent[module] = self._pack(module, looks)
+            alive = frozenset(other.number for other in self._sent.values())
+        return _Question(sent, alive, pickle.dumps((sent.number, alive, ambient)))
+
+    def _pack(self, module: nn.Module, looks: tuple[Any, ...]) -> _Sent:
+        try:
+            return _Sent(next(self._module_numbers), *Parcel.of(module), looks)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                "ProcessWorkers: the module must be picklable to be sent to a process, "
+                f"got {type(module).__name__}: {error}"
+            ) from error
+
+    def forget(self, module: nn.Module) -> None:
+        with self._sending:
+            self._sent.pop(module, None)
+
+    def launch(self, index: int) -> Machine:
+        if self._context.get_start_method() == "forkserver":
+            self._context.set_forkserver_preload([serve.__module__])
+        ours, theirs = socket.socketpair()
+        device = self._devices[index % len(self._devices)]
+        with theirs:
+            # Daemonic, so that it outlives us in no case.
+            process = self._context.Process(  # type: ignore[attr-defined]
+                target=serve, args=(theirs, device, self._threads), daemon=True
+            )
+            process.start()
+        machine = _Process(index, process, Channel(ours))
+        self._selector.register(machine.channel, selectors.EVENT_READ, machine)
+        return machine
+
+    def send(self, machine: Machine, job: Job) -> None:
+        assert isinstance(machine, _Process)
+        task, question = job.request.task, job.request.module
+        assert isinstance(question, _Question)
+        fault = None if task.faults is None else task.fault(job.worker)
+        contents = Contents((question.head, fault, task.payload(job.worker)))
+        sent = question.sent
+        with contextlib.suppress(OSError):  # it has died: we will be told so
+            if sent.number not in machine.modules:
+                machine.channel.send_parcel(MODULE, sent.number, sent.parcel, sent.length)
+            machine.modules = machine.modules & question.alive | {sent.number}
+            machine.channel.send(JOB, job.number, contents)
+
+    def end(self, machine: Machine) -> None:
+        assert isinstance(machine, _Process)
+        machine.process.kill()
+        self._bury(machine)
+
+    def wait(self, seconds: float) -> None:
+        for key, _ in self._selector.select(seconds):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    while self._alarm.recv(4096):
+                        pass
+            else:
+                self._hear(key.data)
+
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError, OSError):  # rung already, or nobody there
+            self._bell.send(b"!")
+
+    def let_go(self) -> None:
+        self._selector.close()
+        self._alarm.close()
+        self._bell.close()
+        with self._sending:
+            self._sent.clear()
+
+    def _hear(self, machine: _Process) -> None:
+        message = machine.channel.receive()
+        if message is None:
+            self.lost(machine, self._bury(machine))
+        elif message.kind == READY:
+            self.ready(machine)
+        else:
+            value, error = self._read(machine, message)
+            self.deliver(machine, message.number, value, error)
+
+    def _read(self, machine: _Process, message: Message) -> tuple[Any, WorkerError | None]:
+        job = machine.job
+        if job is None or job.request.given_up:
+            return None, None
+        try:
+            value = message.value()
+        except Exception as cause:
+            error = WorkerError(job.worker, f"sent what cannot be read, from {machine}: {cause}")
+            error.__cause__ = cause
+            return None, error
+        if message.kind == RESULT:
+            return value, None
+        what, trace, raised = value
+        error = WorkerError(job.worker, f"failed in {machine}: {what}")
+        error.__cause__ = raised or RuntimeError(what)
+        error.__cause__.__cause__ = _RemoteTraceback(trace)
+        return None, error
+
+    def _bury(self, machine: _Process) -> str:
+        """Let go of a process that ends, and say how it did."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(machine.channel)
+        machine.process.join(_DYING_SECONDS)
+        code = machine.process.exitcode
+        machine.channel.close()
+        if code is None:
+            machine.process.kill()  # it let go of us, and lives: it is of no use
+            return "closed its connection, and was killed"
+        machine.process.close()
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        if machine.ready:
+            return f"ended with exit code {code}"
+        return (
+            f"ended with exit code {code} before it was up; its output says why (does the script "
+            'guard its main part by: if __name__ == "__main__"?)'
+        )
+
+
+class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that it holds
+    def __init__(self, trace: str) -> None:
+        self.trace = trace
+        super().__init__(trace)
+
+    def __str__(self) -> str:
+        return f"\n{self.trace}"
+
+
+def _looks(module: nn.Module) -> tuple[Any, ...]:
+    """What tells that a module has changed."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return (
+        *(
+            (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+        ),
+        *(part.training for part in module.modules()),
+    )

@@ -1,0 +1,100 @@
+"""Modules for worker processes, which import them from here."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Scale(nn.Module):
+    """Multiplies by a parameter and an attribute."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([factor]))
+        self.register_buffer("offset", torch.zeros(1))
+        self.attribute = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            x * self.factor.detach() * self.attribute + self.offset + (0 if self.training else 0.5)
+        )
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and a view of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.first.weight is self.second.weight
+        with torch.no_grad():
+            self.first.weight += 1  # in its own memory, not in that of other processes
+        return x + (self.second.weight.sum() - self.first.weight.sum())
+
+
+class Pid(nn.Module):
+    """The process that answers, beside the input."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, torch.full_like(x, os.getpid(), dtype=torch.float64)
+
+
+class Sleepy(nn.Module):
+    """Takes the seconds that the input says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(float(x.max()))
+        return x.clone()
+
+
+class Exits(nn.Module):
+    """Ends its process where the input is 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x == 1).any()):
+            sys.exit(7)
+        return x.clone()
+
+
+class Unreadable(nn.Module):
+    """Returns what can be pickled, and not be read."""
+
+    def forward(self, x: Tensor) -> Any:
+        return _Trap()
+
+
+class Unpicklable(nn.Module):
+    """Returns what cannot be pickled."""
+
+    def forward(self, x: Tensor) -> Any:
+        return lambda: x
+
+
+class Remembers(nn.Module):
+    """Returns the input of the call before, which it has kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, self.last = self.last, x
+        return x if last is None else last
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _spring, ()
+
+
+def _spring() -> None:
+    raise ValueError("the trap is sprung")

@@ -1,0 +1,414 @@
+"""Workers in processes: the inherited tests, and what only processes do."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import NotEnoughResults
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Trace
+from coded_torch.workers import FaultyWorkers, ProcessWorkers
+
+from .modules import Exits, Pid, Remembers, Scale, Sleepy, Tied, Unpicklable, Unreadable
+from .workers_tests import CopyCode, PolynomialCode, WorkersTests, by_worker, task_of
+
+WAIT = 60.0  # bounds waits that end at once unless something is broken
+
+
+class TestProcessWorkers(WorkersTests):
+    differentiable = False
+
+    def make(self) -> ProcessWorkers:
+        return ProcessWorkers(self.num_workers)
+
+
+class TestFewerProcessesThanWorkers(WorkersTests):
+    differentiable = False
+
+    def make(self) -> ProcessWorkers:
+        return ProcessWorkers(2)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
+        yield pool
+
+
+def answers(pool, module, values, **options):
+    options = {"quorum": len(values), "deadline": WAIT} | options
+    with torch.no_grad():
+        return list(pool.run(module, task_of(values), **options))
+
+
+def until(condition) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(3, 2, 5), (3, 1, 0), (3, 2, 70_001)], ids=str)
+def test_tensors_pass_bit_for_bit(pool, dtype, shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for x in (values, values.movedim(0, 1).contiguous().movedim(0, 1), values[:, :1].expand(shape)):
+        for reply in answers(pool, nn.Identity(), x):
+            assert reply.error is None
+            assert reply.value.dtype == dtype
+            assert torch.equal(reply.value, x[reply.worker])
+
+
+def test_results_stay_what_they_are_while_they_are_held(pool):
+    held = []
+    for i in range(70):  # more than there are parcels to lend
+        values = torch.full((3, 1, 20_000), float(i))
+        held += [(i, reply.value) for reply in answers(pool, nn.Identity(), values)]
+    assert all((value == i).all() for i, value in held)
+
+
+def test_inputs_that_a_module_keeps_stay_what_they_are():
+    module = Remembers()
+    with ProcessWorkers(1) as pool:
+        seen = [
+            float(answers(pool, module, torch.full((1, 1, 1000), float(i)))[0].value[0, 0])
+            for i in range(5)
+        ]
+    assert seen == [0.0, 0.0, 1.0, 2.0, 3.0]
+
+
+def test_changes_of_the_module_are_noticed(pool):
+    module, one = Scale(2.0), torch.ones(3, 1, 1)
+
+    def got() -> set[float]:
+        return {float(reply.value) for reply in answers(pool, module, one)}
+
+    assert got() == {2.0}
+    with torch.no_grad():
+        module.factor.fill_(3.0)
+    assert got() == {3.0}
+    module.offset.add_(10)
+    assert got() == {13.0}
+    module.eval()
+    assert got() == {13.5}
+    module.factor = nn.Parameter(torch.tensor([1.0]))
+    assert got() == {11.5}
+    module.attribute = 2.0
+    assert got() == {11.5}
+    pool.forget(module)
+    assert got() == {12.5}
+
+
+def test_weights_are_shared_and_what_a_call_changes_is_not(pool):
+    module, values = Tied(), torch.zeros(3, 1, 3)
+    before = module.first.weight.detach().clone()
+    for _ in range(4):
+        assert all((reply.value == 0).all() for reply in answers(pool, module, values))
+    assert torch.equal(module.first.weight, before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux tells")
+def test_modules_that_are_gone_are_forgotten(pool):
+    def mapped() -> int:
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (os.getpid(), *pool.pids)]
+        return sum(text.count("memfd:coded_torch") for text in maps)
+
+    answers(pool, Scale(1.0), torch.ones(3, 1, 1))
+    before = mapped()
+    for _ in range(12):
+        answers(pool, Scale(1.0), torch.ones(3, 1, 1))
+    assert mapped() - before <= 4  # one for each, as it was before
+
+
+def test_a_dead_process_is_named_and_replaced():
+    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
+        victims = set(pool.pids)
+        replies = answers(pool, Exits(), torch.tensor([[[0.0]], [[1.0]], [[2.0]]]))
+        errors = [reply.error for reply in replies if reply.error is not None]
+        assert [error.worker for error in errors] == [1]
+        assert "ended with exit code 7" in errors[0].reason
+        until(lambda: pool.num_ready == 3)
+        assert len(set(pool.pids) - victims) == 1
+        assert all(reply.error is None for reply in answers(pool, Exits(), torch.zeros(3, 1, 1)))
+
+
+def test_redundancy_returns_within_a_second_of_a_kill():
+    with ProcessWorkers(3).start(WAIT) as pool:
+        for _ in range(3):
+            before, victim = pool.pids, pool.pids[0]
+            os.kill(victim, signal.SIGKILL)
+            start = time.monotonic()
+            until(lambda victim=victim: victim not in pool.pids)
+            until(lambda: pool.num_ready == 3)
+            assert len(set(pool.pids) - set(before)) == 1
+            assert time.monotonic() - start < 10  # 1 s on a machine that has nothing else to do
+
+
+def test_a_hung_process_is_killed_after_its_grace():
+    with ProcessWorkers(2, grace=0.3).start(WAIT) as pool:
+        replies = answers(pool, Sleepy(), torch.tensor([[[0.0]], [[3600.0]]]))
+        reasons = {reply.worker: reply.error and reply.error.reason for reply in replies}
+        assert reasons[0] is None
+        assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
+        until(lambda: pool.num_ready == 2)
+
+
+def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
+    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
+        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 3), workers=pool, num_stragglers=1)
+        stopped = pool.pids[0]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            for i in range(20):
+                x = torch.full((2, 1), float(i), dtype=torch.float64)
+                torch.testing.assert_close(coded(x), x)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        for i in range(20, 40):
+            x = torch.full((2, 1), float(i), dtype=torch.float64)
+            torch.testing.assert_close(coded(x), x)
+        assert stopped in pool.pids
+
+
+def test_too_many_stopped_processes_end_at_the_deadline():
+    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
+        coded = CodedWrapper(
+            nn.Identity(), PolynomialCode(2, 3), workers=pool, num_stragglers=1, deadline=0.3
+        )
+        stopped = pool.pids
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            start = time.monotonic()
+            with pytest.raises(NotEnoughResults):
+                coded(torch.ones(2, 1))
+            assert 0.3 <= time.monotonic() - start < 0.3 + 5
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("module", "match"),
+    [(Unreadable(), "the trap is sprung"), (Unpicklable(), "Can't (pickle|get) local object")],
+    ids=["unreadable", "unpicklable"],
+)
+def test_results_that_cannot_travel_are_named(pool, module, match):
+    replies = answers(pool, module, torch.ones(3, 1, 1))
+    assert len(replies) == 3
+    for reply in replies:
+        assert reply.error is not None
+        with pytest.raises(Exception, match=match):
+            raise reply.error
+
+
+def test_a_module_that_cannot_travel_is_refused(pool):
+    module = nn.Identity()
+    module.hook = lambda x: x
+    with pytest.raises(TypeError, match=r"module must be picklable .* got Identity"):
+        answers(pool, module, torch.ones(3, 1, 1))
+
+
+def test_inputs_that_require_gradients_are_refused(pool):
+    coded = CodedWrapper(nn.Identity(), CopyCode(3, 3), workers=pool)
+    with pytest.raises(RuntimeError, match="inputs must not require gradients"):
+        coded(torch.ones(3, 1, requires_grad=True))
+    with torch.no_grad():
+        assert coded(torch.ones(3, 1, requires_grad=True)).shape == (3, 1)
+
+
+def test_processes_share_the_work_and_free_ones_take_it(pool):
+    values = torch.zeros(12, 1, 1)
+    got = by_worker(answers(pool, Pid(), values))
+    assert {int(pid) for _, pid in got.values()} <= set(pool.pids)
+    assert len(got) == 12
+
+
+def test_a_full_pool_says_so():
+    with ProcessWorkers(1, max_requests=1, grace=WAIT).start(WAIT) as pool:
+        slow = pool.run(Sleepy(), task_of(torch.full((1, 1, 1), 1.0)), quorum=1)
+        thread = threading.Thread(target=lambda: list(slow), daemon=True)
+        thread.start()
+        until(lambda: pool._room._value == 0)
+        replies = answers(pool, nn.Identity(), torch.ones(1, 1, 1), deadline=0.05)
+        assert "was never asked: 1 requests were waiting" in replies[0].error.reason
+        thread.join(WAIT)
+
+
+@pytest.mark.parametrize("kind", ["nan", "infinity", "shape", "dtype", "structure", "crash"])
+def test_every_fault_is_rejected_and_spoils_nothing(kind):
+    n = 7
+    with FaultyWorkers(ProcessWorkers(n).start(WAIT), rates={kind: 0.1}, seed=0) as pool:
+        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, n), workers=pool, num_stragglers=0)
+        rejected = 0
+        for i in range(10):
+            x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
+            torch.testing.assert_close(coded(x), x)
+            rejected += len(coded.last_run.rejected)
+        assert rejected >= 4
+
+
+def test_delays_keep_processes_busy():
+    law = Trace([[0.0, 0.0, math.inf], [0.0, 0.0, 0.0]])
+    with FaultyWorkers(ProcessWorkers(3, grace=0.5).start(WAIT), delays=law, seed=0) as pool:
+        replies = answers(pool, nn.Identity(), torch.ones(3, 1, 1))
+        assert [reply.worker for reply in replies if reply.error is not None] == [2]
+
+
+def test_start_and_close():
+    pool = ProcessWorkers(2)
+    assert (pool.num_ready, pool.pids) == (0, [])
+    assert pool.start(WAIT) is pool
+    assert pool.num_ready == 2
+    pids = pool.pids
+    pool.close()
+    pool.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    with pytest.raises(RuntimeError, match="the pool is closed"):
+        answers(pool, nn.Identity(), torch.ones(2, 1, 1))
+
+
+def test_closing_ends_requests_that_wait():
+    with ProcessWorkers(1, grace=WAIT).start(WAIT) as pool:
+        threading.Timer(0.2, pool.close).start()
+        replies = answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
+    assert len(replies) == 2
+    assert all("the pool was closed" in reply.error.reason for reply in replies)
+
+
+def test_a_forked_process_is_refused():
+    with ProcessWorkers(1).start(WAIT) as pool:
+        pool._pid += 1  # as it would look from there
+        with pytest.raises(RuntimeError, match="in the process that started it"):
+            answers(pool, nn.Identity(), torch.ones(1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"num_workers": 0}, ValueError, "num_workers must be at least 1, got 0"),
+        ({"num_workers": 2.0}, TypeError, "num_workers must be an integer, got 2.0"),
+        ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
+        ({"threads": "1"}, TypeError, "threads must be an integer, got '1'"),
+        ({"grace": 0.0}, ValueError, "grace must be positive and finite seconds, got 0.0"),
+        ({"timeout": math.nan}, ValueError, "timeout must be positive and finite seconds, got nan"),
+        ({"max_requests": 0}, ValueError, "max_requests must be at least 1, got 0"),
+        ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        ({"devices": []}, ValueError, "devices must name at least one device, got none"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        ProcessWorkers(**{"num_workers": 2, **options})
+
+
+_UNGUARDED = """
+import torch
+from coded_torch.workers import ProcessWorkers
+ProcessWorkers(2).start()
+"""
+
+_AT_EXIT = """
+import torch
+from coded_torch.codes import ReplicationCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import ProcessWorkers
+
+if __name__ == "__main__":
+    pool = ProcessWorkers(2).start()
+    coded = CodedWrapper(torch.nn.ReLU(), ReplicationCode(2, 2), workers=pool)
+    with torch.no_grad():
+        print(coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist(), *pool.pids, flush=True)
+    {end}
+"""
+
+
+def _script(tmp_path, text: str, timeout: float = WAIT) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    return subprocess.run(
+        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=timeout
+    )
+
+
+def test_a_script_without_a_guard_is_told(tmp_path):
+    done = _script(tmp_path, _UNGUARDED)
+    assert done.returncode != 0
+    assert "got 0; process" in done.stderr
+    assert 'does the script guard its main part by: if __name__ == "__main__"?' in done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "del pool, coded", "pool.close()"])
+def test_exit_is_clean(tmp_path, end):
+    done = _script(tmp_path, _AT_EXIT.format(end=end))
+    assert (done.returncode, done.stderr) == (0, "")
+    answer, pids = done.stdout.strip().rsplit("]", 1)
+    assert answer == "[0.0, 2.0"
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
+
+
+def test_an_interrupt_is_clean(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_AT_EXIT.format(end="import time; time.sleep(3600)"))
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        line = process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to all of them
+        _, errors = process.communicate(timeout=WAIT)
+    finally:
+        process.kill()
+        process.wait(WAIT)
+    assert errors.count("Traceback") == 1
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+    pids = line.strip().rsplit("]", 1)[1].split()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux tells")
+def test_nothing_is_left():
+    def inventory() -> tuple[int, int, int]:
+        gc.collect()
+        threads = threading.active_count()
+        children = [Path(f"/proc/{pid}") for pid in _children()]
+        return len(os.listdir("/proc/self/fd")), threads, len(children)
+
+    def session() -> None:
+        with ProcessWorkers(3).start(WAIT) as pool:
+            coded = CodedWrapper(Scale(2.0), CopyCode(3, 3), workers=pool)
+            for _ in range(30):
+                coded(torch.ones(3, 1000))
+            os.kill(pool.pids[0], signal.SIGKILL)
+            until(lambda: pool.num_ready == 3)
+
+    session()  # the server that processes are forked from stays
+    before, files = inventory(), set(os.listdir("/dev/shm"))
+    for _ in range(3):
+        session()
+    assert inventory() == before
+    assert set(os.listdir("/dev/shm")) <= files
+
+
+def _children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
