@@ -6,6 +6,7 @@ from .faults import Fault
 from .faulty import FaultyWorkers
 from .local import LocalWorkers
 from .processes import ProcessWorkers
+from .ray import RayWorkers
 
 __all__ = [
     "DeviceWorkers",
@@ -13,6 +14,7 @@ __all__ = [
     "FaultyWorkers",
     "LocalWorkers",
     "ProcessWorkers",
+    "RayWorkers",
     "Reply",
     "Task",
     "WorkerError",

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Channel", "Contents", "Message", "Parcel"]
+__all__ = ["Channel", "Contents", "Message", "Parcel", "TensorPickler"]
 
 _HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, parcel, parcels to reuse
 _MOST_PARCELS = 64  # bits of the last field
@@ -160,20 +160,24 @@ class Channel:
 class Contents:
     """An object as its pickle, without the tensors, and the tensors with their places.
 
+    Args:
+        value: the object.
+        pickler: how to pickle it.
+
     Raises:
         Exception: whatever keeps ``value`` from being pickled.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, pickler: type[TensorPickler] | None = None) -> None:
         stream = io.BytesIO()
-        pickler = _Pickler(stream)
-        pickler.dump(value)
+        writer = (pickler or _Pickler)(stream, pickle.HIGHEST_PROTOCOL)
+        writer.dump(value)
         self.pickled = stream.getbuffer()
-        self.tensors = pickler.tensors
+        self.tensors = writer.tensors
         self.start = _aligned(len(self.pickled))
-        self.size = self.start + pickler.size
+        self.size = self.start + writer.size
 
-    def write(self, memory: mmap.mmap) -> None:
+    def write(self, memory: mmap.mmap | memoryview) -> None:
         """Write all of it to the beginning of ``memory``."""
         memory[: len(self.pickled)] = self.pickled
         for tensor, offset in self.tensors:
@@ -183,25 +187,37 @@ class Contents:
             place.view(tensor.shape).copy_(tensor.detach())
 
 
-class _Pickler(pickle.Pickler):
-    """Pickles everything but plain tensors, of which it notes dtype, shape and place."""
+class TensorPickler:
+    """Mixed into a pickler: of plain tensors, it notes dtype, shape and place instead."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.tensors: list[tuple[Tensor, int]] = []
         self.size = 0
 
     def reducer_override(self, obj: Any) -> Any:
         # Parameters come here as the plain tensors inside of them, tied ones once.
         if type(obj) is not Tensor or obj.layout is not torch.strided or obj.is_quantized:
-            return NotImplemented
+            return self.reduce_other(obj)
         count = obj.numel()
         if obj.device.type == "meta" or not count:
-            return NotImplemented
+            return self.reduce_other(obj)
         offset = self.size
         self.tensors.append((obj, offset))
         self.size += _aligned(count * obj.element_size())
         return _tensor_at, (_DTYPE_NUMBERS[obj.dtype], count, tuple(obj.shape), offset)
+
+    def reduce_other(self, obj: Any) -> Any:
+        """How to pickle anything else."""
+        return NotImplemented
+
+    def dump(self, obj: Any) -> None:
+        """Pickle ``obj``."""
+        super().dump(obj)  # type: ignore[misc]
+
+
+class _Pickler(TensorPickler, pickle.Pickler):
+    pass
 
 
 class _Unpickler(pickle.Unpickler):

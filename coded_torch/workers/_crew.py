@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ._modules import Modules
 from ._request import Request
-from .base import Ambient, WorkerError
+from .base import Arguments, WorkerError
+from .faults import Fault
 
 __all__ = ["START_SECONDS", "Crew", "Job", "Machine"]
 
@@ -31,6 +33,12 @@ class Job(NamedTuple):
     number: int
     request: Request
     worker: int
+
+    def contents(self) -> tuple[bytes, Fault | None, Arguments]:
+        """What a :class:`~coded_torch.workers._serving.Desk` answers."""
+        task = self.request.task
+        fault = None if task.faults is None else task.fault(self.worker)
+        return self.request.module.head, fault, task.payload(self.worker)
 
 
 class Machine:
@@ -74,6 +82,7 @@ class Crew(abc.ABC):
         self.size = size
         self.grace = grace
         self.closed = False
+        self.modules = Modules(self.pack)
         self._clock = clock
         self._changed = threading.Condition()
         self._machines: list[Machine] = []
@@ -87,8 +96,8 @@ class Crew(abc.ABC):
     # What a kind of machine does.
 
     @abc.abstractmethod
-    def prepare(self, module: nn.Module, ambient: Ambient) -> Any:
-        """What machines are given to run ``module``, kept as :attr:`Request.module`."""
+    def pack(self, module: nn.Module) -> Any:
+        """A module as machines get it."""
 
     @abc.abstractmethod
     def launch(self, index: int) -> Machine:
@@ -241,6 +250,7 @@ class Crew(abc.ABC):
             for job in jobs:
                 error = WorkerError(job.worker, "was never asked: the pool was closed")
                 job.request.answer(job.worker, error=error)
+            self.modules.clear()
             self.let_go()
 
     def _due(self, machine: Machine) -> float:

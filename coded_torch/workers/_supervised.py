@@ -73,7 +73,7 @@ class SupervisedWorkers(Workers):
         self._refuse_gradients(task)
         crew = self._started()
         ambient = Ambient.capture()
-        request = Request(crew.prepare(module, ambient), task, ambient)
+        request = Request(crew.modules.question(module, ambient), task, ambient)
         wait = self.timeout if deadline is None else deadline
         if self._room.acquire(timeout=wait):
             try:
@@ -104,6 +104,11 @@ class SupervisedWorkers(Workers):
                 f"{timeout:g} s, got {self.num_ready}; {crew.trouble or 'they are still starting'}"
             )
         return self
+
+    def forget(self, module: nn.Module) -> None:
+        """Send ``module`` to the workers again when it is needed next."""
+        if self._crew is not None:
+            self._crew.modules.forget(module)
 
     @property
     def num_ready(self) -> int:

@@ -3,26 +3,22 @@ r"""Workers in processes of this machine, which may hang and die."""
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import multiprocessing.process
-import pickle
 import selectors
 import signal
 import socket
-import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ._channel import Channel, Contents, Message, Parcel
 from ._crew import Crew, Job, Machine
-from ._serving import JOB, MODULE, READY, RESULT, serve
+from ._serving import JOB, MODULE, READY, RESULT, failed, serve
 from ._supervised import SupervisedWorkers
-from .base import Ambient, WorkerError
+from .base import WorkerError
 
 __all__ = ["ProcessWorkers"]
 
@@ -112,33 +108,11 @@ class ProcessWorkers(SupervisedWorkers):
     def _crew_of(self) -> Crew:
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)
 
-    def forget(self, module: nn.Module) -> None:
-        """Send ``module`` to the processes again when it is needed next."""
-        if isinstance(self._crew, _Processes):
-            self._crew.forget(module)
-
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that are up."""
         machines = [] if self._crew is None else self._crew.machines
         return [machine.pid for machine in machines if isinstance(machine, _Process)]
-
-
-class _Sent(NamedTuple):
-    """A module as processes get it, and what it looked like."""
-
-    number: int
-    parcel: Parcel
-    length: int
-    looks: tuple[Any, ...]
-
-
-class _Question(NamedTuple):
-    """What is the same for all jobs of a request: the module, and the rest as a pickle."""
-
-    sent: _Sent
-    alive: frozenset[int]
-    head: bytes
 
 
 class _Process(Machine):
@@ -169,36 +143,14 @@ class _Processes(Crew):
         self._context = multiprocessing.get_context(
             "forkserver" if "forkserver" in methods else "spawn"
         )
-        self._sent: Any = WeakIdKeyDictionary()
-        self._sending = threading.Lock()
-        self._module_numbers = itertools.count()
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
             end.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
-    def prepare(self, module: nn.Module, ambient: Ambient) -> _Question:
-        looks = _looks(module)
-        with self._sending:
-            sent = self._sent.get(module)
-            if sent is None or sent.looks != looks:
-                sent = self._sent[module] = self._pack(module, looks)
-            alive = frozenset(other.number for other in self._sent.values())
-        return _Question(sent, alive, pickle.dumps((sent.number, alive, ambient)))
-
-    def _pack(self, module: nn.Module, looks: tuple[Any, ...]) -> _Sent:
-        try:
-            return _Sent(next(self._module_numbers), *Parcel.of(module), looks)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                "ProcessWorkers: the module must be picklable to be sent to a process, "
-                f"got {type(module).__name__}: {error}"
-            ) from error
-
-    def forget(self, module: nn.Module) -> None:
-        with self._sending:
-            self._sent.pop(module, None)
+    def pack(self, module: nn.Module) -> tuple[Parcel, int]:
+        return Parcel.of(module)
 
     def launch(self, index: int) -> Machine:
         if self._context.get_start_method() == "forkserver":
@@ -217,15 +169,12 @@ class _Processes(Crew):
 
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, _Process)
-        task, question = job.request.task, job.request.module
-        assert isinstance(question, _Question)
-        fault = None if task.faults is None else task.fault(job.worker)
-        contents = Contents((question.head, fault, task.payload(job.worker)))
-        sent = question.sent
+        contents = Contents(job.contents())
+        question = job.request.module
         with contextlib.suppress(OSError):  # it has died: we will be told so
-            if sent.number not in machine.modules:
-                machine.channel.send_parcel(MODULE, sent.number, sent.parcel, sent.length)
-            machine.modules = machine.modules & question.alive | {sent.number}
+            if question.number not in machine.modules:
+                machine.channel.send_parcel(MODULE, question.number, *question.package)
+            machine.modules = machine.modules & question.alive | {question.number}
             machine.channel.send(JOB, job.number, contents)
 
     def end(self, machine: Machine) -> None:
@@ -250,8 +199,6 @@ class _Processes(Crew):
         self._selector.close()
         self._alarm.close()
         self._bell.close()
-        with self._sending:
-            self._sent.clear()
 
     def _hear(self, machine: _Process) -> None:
         message = machine.channel.receive()
@@ -275,11 +222,7 @@ class _Processes(Crew):
             return None, error
         if message.kind == RESULT:
             return value, None
-        what, trace, raised = value
-        error = WorkerError(job.worker, f"failed in {machine}: {what}")
-        error.__cause__ = raised or RuntimeError(what)
-        error.__cause__.__cause__ = _RemoteTraceback(trace)
-        return None, error
+        return None, failed(job.worker, str(machine), value)
 
     def _bury(self, machine: _Process) -> str:
         """Let go of a process that ends, and say how it did."""
@@ -300,24 +243,3 @@ class _Processes(Crew):
             f"ended with exit code {code} before it was up; its output says why (does the script "
             'guard its main part by: if __name__ == "__main__"?)'
         )
-
-
-class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that it holds
-    def __init__(self, trace: str) -> None:
-        self.trace = trace
-        super().__init__(trace)
-
-    def __str__(self) -> str:
-        return f"\n{self.trace}"
-
-
-def _looks(module: nn.Module) -> tuple[Any, ...]:
-    """What tells that a module has changed."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return (
-        *(
-            (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in tensors
-        ),
-        *(part.training for part in module.modules()),
-    )

@@ -1,0 +1,94 @@
+r"""Modules on their way to other processes."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .base import Ambient
+
+__all__ = ["Modules", "Question"]
+
+
+class Question(NamedTuple):
+    """What is the same for all jobs of a request.
+
+    Attributes:
+        number: of the module, so that it is sent once.
+        package: the module, as it is sent.
+        alive: the numbers of all modules that may still be needed.
+        head: number, alive and the caller's modes, pickled.
+    """
+
+    number: int
+    package: Any
+    alive: frozenset[int]
+    head: bytes
+
+
+class Modules:
+    """The modules that have been packed, each until it has changed or nobody else holds it.
+
+    Args:
+        pack: makes a package of a module.
+    """
+
+    def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
+        self._pack = pack
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        # module -> (what it looked like, its number, the package)
+        self._packed: Any = WeakIdKeyDictionary()
+
+    def question(self, module: nn.Module, ambient: Ambient) -> Question:
+        """What all jobs of a request for ``module`` are asked.
+
+        Raises:
+            TypeError: the module cannot be pickled.
+        """
+        looks = _looks(module)
+        with self._lock:
+            packed = self._packed.get(module)
+            if packed is None or packed[0] != looks:
+                packed = looks, next(self._numbers), self._package(module)
+                self._packed[module] = packed
+            alive = frozenset(number for _, number, _ in self._packed.values())
+        _, number, package = packed
+        return Question(number, package, alive, pickle.dumps((number, alive, ambient)))
+
+    def forget(self, module: nn.Module) -> None:
+        """Pack ``module`` again when it is needed next."""
+        with self._lock:
+            self._packed.pop(module, None)
+
+    def clear(self) -> None:
+        """Let go of all packages."""
+        with self._lock:
+            self._packed.clear()
+
+    def _package(self, module: nn.Module) -> Any:
+        try:
+            return self._pack(module)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                "Workers: the module must be picklable to be sent to another process, "
+                f"got {type(module).__name__}: {error}"
+            ) from error
+
+
+def _looks(module: nn.Module) -> tuple[Any, ...]:
+    """What tells that a module has changed."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return (
+        *(
+            (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for tensor in tensors
+        ),
+        *(part.training for part in module.modules()),
+    )

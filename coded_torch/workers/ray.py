@@ -1,0 +1,314 @@
+r"""Workers on other machines: the actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import tempfile
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ._channel import Contents, Message, TensorPickler
+from ._crew import Crew, Job, Machine
+from ._modules import Question
+from ._serving import RESULT, Desk, failed
+from ._supervised import SupervisedWorkers
+from .base import WorkerError
+
+__all__ = ["RayWorkers"]
+
+Packed = tuple[Any, int]  # bytes as an array, which Ray shares instead of copying; and a length
+
+
+class RayWorkers(SupervisedWorkers):
+    r"""An actor per worker, on as many machines as a Ray cluster has.
+
+    As :class:`~coded_torch.workers.ProcessWorkers`, but for where the workers are: any of them
+    takes any coded input, who dies or takes longer than ``grace`` is replaced, the module is sent
+    once, and gradients do not pass. Modules that are defined in a script or a session need not be
+    importable elsewhere.
+
+    Needs the extra ``ray``: ``pip install 'coded_torch[ray]'``.
+
+    Args:
+        num_workers: how many actors.
+        address: of the cluster, as :func:`ray.init` takes it. None: the one that this process is
+            connected to, else one of its own on this machine, on the loopback interface, without
+            dashboard and usage report; it ends with the last pool that uses it.
+        threads: how many threads each actor uses for one operation.
+        grace: seconds that a task may take.
+        timeout: seconds after which, in a request without a deadline, who has not replied failed.
+        max_requests: how many requests may wait at once; others wait for room as long as for
+            replies.
+        actor_options: what Ray is to know of each actor, such as ``num_gpus=1``, ``resources``,
+            ``scheduling_strategy``; by default ``num_cpus=0``, so that any number of them runs
+            anywhere. With ``num_gpus``, the actor computes on the first of them.
+
+    Raises:
+        ImportError: Ray is not installed.
+        TypeError: an argument is of another kind than said.
+        ValueError: a number is not positive.
+
+    Note:
+        Some milliseconds a request, ten times what processes take on one machine. Ray restarts no
+        actor: this pool does, as it knows sooner. An actor of which Ray itself hears nothing (one
+        that is stopped) is ended after ``grace``.
+
+    Example:
+        .. code-block:: python
+
+            import torch
+            from coded_torch.codes import KernelCode
+            from coded_torch.nn import CodedWrapper
+            from coded_torch.workers import RayWorkers
+
+            with RayWorkers(6, address="auto", num_gpus=1).start() as workers, torch.no_grad():
+                coded = CodedWrapper(
+                    torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers, num_stragglers=2
+                )
+                print(coded(torch.randn(8, 3)).shape)
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        address: str | None = None,
+        threads: int = 1,
+        grace: float = 30.0,
+        timeout: float = 600.0,
+        max_requests: int = 64,
+        **actor_options: Any,
+    ) -> None:
+        _ray()
+        self.address = address
+        self.threads = threads
+        self.actor_options = {"num_cpus": 0, **actor_options}
+        super().__init__(num_workers, grace=grace, timeout=timeout, max_requests=max_requests)
+
+    def _crew_of(self) -> Crew:
+        return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the actors that are up, on whatever machine."""
+        machines = [] if self._crew is None else self._crew.machines
+        return [machine.pid for machine in machines if isinstance(machine, _Actor)]
+
+
+class _Actor(Machine):
+    """One actor."""
+
+    def __init__(self, index: int, handle: Any) -> None:
+        super().__init__(index)
+        self.handle = handle
+        self.pid = 0
+
+    def __str__(self) -> str:
+        return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
+
+
+class _Actors(Crew):
+    """The actors of a pool. What Ray reports comes through a queue."""
+
+    def __init__(
+        self,
+        size: int,
+        grace: float,
+        address: str | None,
+        threads: int,
+        options: dict[str, Any],
+    ) -> None:
+        super().__init__(size, grace)
+        self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
+        self._cluster = _Cluster.join(address)
+        self._threads = threads
+        self._class = _ray().remote(
+            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
+        )(_Serving)
+
+    def pack(self, module: nn.Module) -> Any:
+        return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call
+
+    def launch(self, index: int) -> Machine:
+        machine = _Actor(index, self._class.remote(self._threads))
+        self._listen(machine, None, machine.handle.hello.remote())
+        return machine
+
+    def send(self, machine: Machine, job: Job) -> None:
+        assert isinstance(machine, _Actor)
+        question: Question = job.request.module
+        packed = _pack(job.contents())
+        reply = machine.handle.answer.remote(question.number, question.package, *packed)
+        self._listen(machine, job.number, reply)
+
+    def end(self, machine: Machine) -> None:
+        assert isinstance(machine, _Actor)
+        _ray().kill(machine.handle, no_restart=True)
+
+    def wait(self, seconds: float) -> None:
+        try:
+            news = self._news.get(timeout=seconds)
+        except queue.Empty:
+            return
+        while news is not None:
+            self._hear(*news)
+            try:
+                news = self._news.get_nowait()
+            except queue.Empty:
+                return
+
+    def wake(self) -> None:
+        self._news.put(None)
+
+    def let_go(self) -> None:
+        self._cluster.leave()
+
+    def _listen(self, machine: _Actor, number: int | None, reference: Any) -> None:
+        reference.future().add_done_callback(
+            lambda future: self._news.put((machine, number, future))
+        )
+
+    def _hear(self, machine: _Actor, number: int | None, future: Any) -> None:
+        try:
+            said = future.result()
+        except _ray().exceptions.RayActorError as error:
+            self.lost(machine, f"has ended: {str(error).splitlines()[0]}")
+        except Exception as cause:
+            if number is None:
+                self.lost(machine, f"did not come up: {cause}")
+            else:
+                self.deliver(machine, number, error=self._failure(machine, cause))
+        else:
+            if number is not None:
+                self.deliver(machine, number, *self._read(machine, *said))
+            elif not machine.ready:
+                machine.pid = said
+                end = machine.handle.end.options(concurrency_group="end").remote()
+                self._listen(machine, None, end)
+                self.ready(machine)
+
+    def _read(self, machine: _Actor, kind: int, packed: Packed) -> tuple[Any, WorkerError | None]:
+        job = machine.job
+        if job is None or job.request.given_up:
+            return None, None
+        try:
+            value = _unpack(*packed)
+        except Exception as cause:
+            return None, self._failure(machine, cause)
+        return (value, None) if kind == RESULT else (None, failed(job.worker, str(machine), value))
+
+    def _failure(self, machine: _Actor, cause: Exception) -> WorkerError:
+        worker = -1 if machine.job is None else machine.job.worker
+        error = WorkerError(worker, f"sent what cannot be read, from {machine}: {cause}")
+        error.__cause__ = cause
+        return error
+
+
+class _Cluster:
+    """The connection of this process to Ray, and how many pools use it."""
+
+    _lock = threading.Lock()
+    _own: _Cluster | None = None
+
+    def __init__(self, folder: str | None) -> None:
+        self._folder = folder
+        self._pools = 0
+
+    @classmethod
+    def join(cls, address: str | None) -> _Cluster:
+        ray = _ray()
+        with cls._lock:
+            if cls._own is None or not ray.is_initialized():
+                cls._own = cls(None) if ray.is_initialized() else cls._begin(address)
+            cls._own._pools += 1
+            return cls._own
+
+    @classmethod
+    def _begin(cls, address: str | None) -> _Cluster:
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        if address is not None:
+            _ray().init(address=address, **quiet)
+            return cls("")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        folder = tempfile.mkdtemp(prefix="ray-")
+        _ray().init(
+            include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet
+        )
+        return cls(folder)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._pools -= 1
+            if self._pools or self._folder is None:
+                return
+            type(self)._own = None
+            _ray().shutdown()
+            if self._folder:
+                shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Serving:
+    """What runs in an actor."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
+        self._desk = Desk(device, _cloud_pickler())
+
+    def hello(self) -> int:
+        return os.getpid()
+
+    def answer(
+        self, number: int, package: list[Any], array: Any, length: int
+    ) -> tuple[int, Packed]:
+        if number not in self._desk:
+            self._desk.add(number, lambda: _unpack(*_ray().get(package[0])))
+        kind, contents = self._desk.answer(lambda: _unpack(array, length))
+        return kind, _packed(contents)
+
+    def end(self) -> None:
+        """Never returns: whoever waits for it learns that the actor has ended."""
+        while True:
+            time.sleep(3600)
+
+
+def _pack(value: Any) -> Packed:
+    return _packed(Contents(value, _cloud_pickler()))
+
+
+def _packed(contents: Contents) -> Packed:
+    array = np.empty(contents.size, np.uint8)
+    contents.write(array.data)
+    return array, len(contents.pickled)
+
+
+def _unpack(array: Any, length: int) -> Any:
+    # Ray's arrays are views of memory that others read: a write would end the process.
+    return Message(0, 0, np.array(array).data, length).value()
+
+
+def _cloud_pickler() -> type[TensorPickler]:
+    base = _ray().cloudpickle.CloudPickler
+
+    class CloudPickler(TensorPickler, base):  # type: ignore[misc, valid-type]
+        def reduce_other(self, obj: Any) -> Any:
+            return base.reducer_override(self, obj)
+
+    return CloudPickler
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "RayWorkers: Ray must be installed, got none; pip install 'coded_torch[ray]'"
+        ) from error
+    return ray
