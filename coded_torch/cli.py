@@ -89,6 +89,36 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(run=_demo)
 
+    latency = commands.add_parser(
+        "latency",
+        help="measure what stragglers cost: uncoded, hedged and coded, at equal workers",
+        description="Send requests to LeNet-5 on worker processes, some of whose calls are "
+        "delayed, at their own pace, and compare the latencies of three schemes on the same "
+        "workers: uncoded, where the slowest of K shares is waited for; hedged, where shares that "
+        "are late are sent once more; and coded.",
+    )
+    for flag, kind, default, text in (
+        ("num-data", int, 4, "K, shares of a request"),
+        ("num-workers", int, 6, "N, workers of each scheme"),
+        ("num-stragglers", int, 1, "S, results that the coded scheme does without"),
+        ("batch-size", int, 64, "digits of a request"),
+        ("rate", float, 20.0, "requests per second"),
+        ("num-requests", int, 1000, "requests for each scheme"),
+        ("share", float, 0.02, "of the calls that are delayed"),
+        ("delay", float, 0.05, "seconds"),
+        ("seed", int, 0, "of arrivals, digits and delays"),
+    ):
+        latency.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
+    latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
+    latency.add_argument(
+        "--output",
+        type=Path,
+        default=Path("coded-torch-latency.png"),
+        metavar="FILE",
+        help="the picture, .png, .pdf or .svg [coded-torch-latency.png]",
+    )
+    latency.set_defaults(run=_latency)
+
     info = commands.add_parser(
         "info",
         help="print versions, build, devices and threads",
@@ -99,12 +129,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise _UsageError(
-            f"coded-torch demo needs {' and '.join(missing)}: pip install 'coded_torch[demo]'"
-        )
-    settings, output = _settings(args), _output(args.output)
+    _need("demo", "demo", "matplotlib", "tqdm")
+    settings, output = _settings(args), _output("demo", args.output)
     _in_range("--seed", args.seed, 0, 2**63 - 1)
     device = _device(args.device)
 
@@ -145,6 +171,63 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\nError against late workers, a line a code: {output.resolve()}")
 
 
+def _latency(args: argparse.Namespace) -> None:
+    _need("latency", "demo", "matplotlib", "tqdm")
+    if args.ray:
+        _need("latency", "ray", "ray")
+    output = _output("latency", args.output)
+    at_least_1 = ("num_data", "num_workers", "batch_size", "num_requests")
+    limits = dict.fromkeys(at_least_1, (1, math.inf)) | {
+        "num_data": (1, args.num_workers),
+        "num_stragglers": (0, args.num_workers - 1),
+        "batch_size": (args.num_data, 2000),
+        "num_requests": (100, math.inf),
+        "rate": (1e-3, math.inf),
+        "share": (0, 1),
+        "delay": (0, 60),
+        "seed": (0, 2**63 - 1),
+    }
+    for name, (least, most) in limits.items():
+        _in_range(f"--{name.replace('_', '-')}", getattr(args, name), least, most, of="latency")
+
+    from tqdm import tqdm
+
+    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure
+    from .demo.lenet5 import digits, lenet5
+    from .workers import ProcessWorkers, RayWorkers
+
+    try:
+        load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+    except ValueError as error:
+        raise _UsageError(f"coded-torch latency: {error}") from None
+    print(
+        f"LeNet-5 reads {load.batch_size} digits a request, at {load.rate:g} requests a second, on "
+        f"{load.num_workers} workers;\n{load.share:.1%} of the calls take {load.delay * 1e3:g} ms "
+        f"longer. Seed {load.seed}.\n",
+        flush=True,
+    )
+    torch.set_num_threads(1)  # as the workers do: the cores are theirs
+    kind = RayWorkers if args.ray else ProcessWorkers
+    with kind(load.num_workers).start() as pool:
+        rounds = measure(pool, lenet5(), *digits(), load)
+        *_, outcomes = tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)
+    print(format_outcomes(outcomes))
+    try:
+        draw(load, outcomes).savefig(output, dpi=150)
+    except OSError as error:
+        raise _UsageError(f"coded-torch latency: --output cannot be written: {error}") from None
+    print(f"\nShare of slower requests against latency: {output.resolve()}")
+
+
+def _need(command: str, extra: str, *packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise _UsageError(
+            f"coded-torch {command} needs {' and '.join(missing)}: "
+            f"pip install 'coded_torch[{extra}]'"
+        )
+
+
 def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     """N, K and S of every table."""
     n, k, s = args.num_workers, args.num_data, args.num_stragglers
@@ -159,11 +242,19 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     return [(n, k, s)]
 
 
-def _in_range(flag: str, value: int, least: int, most: float = math.inf, why: str = "") -> None:
-    if value < least:
-        raise _UsageError(f"coded-torch demo: {flag} must be at least {least}, got {value}")
-    if value > most:
-        raise _UsageError(f"coded-torch demo: {flag} must be at most {most}{why}, got {value}")
+def _in_range(
+    flag: str,
+    value: float,
+    least: float,
+    most: float = math.inf,
+    why: str = "",
+    of: str = "demo",
+) -> None:
+    # Negated, so that NaN fails.
+    if not value >= least:
+        raise _UsageError(f"coded-torch {of}: {flag} must be at least {least}, got {value}")
+    if not value <= most:
+        raise _UsageError(f"coded-torch {of}: {flag} must be at most {most}{why}, got {value}")
 
 
 def _device(name: str) -> torch.device:
@@ -185,7 +276,7 @@ def _cuda_devices() -> dict[str, str]:
     return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(count)}
 
 
-def _output(path: Path) -> Path:
+def _output(command: str, path: Path) -> Path:
     from .demo.report import SUFFIXES
 
     folder = path.parent
@@ -197,7 +288,7 @@ def _output(path: Path) -> Path:
         reason = "must be a file that can be written"
     else:
         return path
-    raise _UsageError(f"coded-torch demo: --output {reason}, got {path}")
+    raise _UsageError(f"coded-torch {command}: --output {reason}, got {path}")
 
 
 def _info(args: argparse.Namespace) -> None:

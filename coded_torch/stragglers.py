@@ -173,15 +173,16 @@ class Contiguous(_FixedNumber):
 
 
 class Bernoulli(Stragglers):
-    r"""Every worker, independently, never answers with probability p, else it answers at once.
+    r"""Every worker, independently, is late with probability p, else it answers at once.
 
     Args:
         p: the probability, in [0, 1].
+        latency: of those that are late, in seconds, at least 0; by default they never answer.
         seed: of the law's own generator; by default a new one for every law.
 
     Raises:
-        TypeError: ``p`` is not a number, or ``seed`` not an integer.
-        ValueError: ``p`` is no probability.
+        TypeError: ``p`` or ``latency`` is not a number, or ``seed`` not an integer.
+        ValueError: ``p`` is no probability, or ``latency`` negative.
 
     Example:
         >>> from coded_torch import stragglers
@@ -189,12 +190,14 @@ class Bernoulli(Stragglers):
         tensor([0., 0., 0.], dtype=torch.float64)
     """
 
-    def __init__(self, p: float, *, seed: int | None = None) -> None:
+    def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
         super().__init__(seed)
         self.p = self._probability("p", p)
+        self.latency = self._real("latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self._lost(num_workers, _uniform(num_workers, generator) < self.p)
+        late = _uniform(num_workers, generator) < self.p
+        return torch.where(late, self.latency, 0.0).to(torch.float64)
 
 
 class ShiftedExponential(Stragglers):

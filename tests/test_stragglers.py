@@ -35,6 +35,14 @@ def make(request):
 # What every law does.
 
 
+def test_bernoulli_is_late_by_its_latency():
+    latencies = stragglers.Bernoulli(0.25, latency=0.5, seed=0).sample(4000)
+    assert set(latencies.tolist()) == {0.0, 0.5}
+    assert abs(float((latencies > 0).double().mean()) - 0.25) < 0.03
+    with pytest.raises(ValueError, match=r"latency must be at least 0, got -1"):
+        stragglers.Bernoulli(0.5, latency=-1.0)
+
+
 def test_latencies(make):
     for num_workers in (3, 20):
         latencies = make(0).sample(num_workers)
