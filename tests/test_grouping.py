@@ -451,10 +451,47 @@ def test_geometry_leaves_gradients_and_autocast_alone():
     assert torch.equal(geometry.gram, Geometry([x.detach()]).gram)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_distances_to_order_by(dtype):
+    inputs = [randn(30, 4, 64, dtype=dtype) * 5 + 3, randn(30, 7, seed=1, dtype=dtype)]
+    want = [naive_distances(x.flatten(1) / x.std(0).norm()).square() for x in inputs]
+    got = Geometry(inputs).distances()
+    assert got.dtype == dtype
+    torch.testing.assert_close(got / got[0, 1], (sum(want) / sum(want)[0, 1]).sqrt().to(dtype))
+
+
+def test_neighbouring_features_are_added_up_for_an_order():
+    x = randn(30, 2, 257)  # of 514, three each, and one is left over
+    sums = torch.nn.functional.pad(x.flatten(1), (0, 2)).view(30, 172, 3).sum(2)
+    torch.testing.assert_close(Geometry([x]).distances(), Geometry([sums]).distances())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 1000])
+def test_order_of_equal_rows_and_of_rows_that_are_not_finite(dtype, width):
+    x = (randn(40, width) + 5).to(dtype).repeat(2, 1)
+    x[[7, 60]] = math.nan
+    distances = Geometry([x]).distances()
+    order = similarity_order(distances)
+    assert order[-2:].tolist() == [7, 60]
+    assert distances[7].isinf().all()
+    partner = dict(itertools.pairwise(order.tolist()))
+    pairs = [i for i in range(40) if i not in (7, 20)]
+    assert all(partner.get(i) == i + 40 or partner.get(i + 40) == i for i in pairs)
+
+
+@pytest.mark.parametrize("batch_size", [0, 1, 3])
+def test_no_distances_without_spread(batch_size):
+    got = Geometry([torch.full((batch_size, 300), 0.1)]).distances()
+    assert torch.equal(got, torch.zeros(batch_size, batch_size))
+
+
 @pytest.mark.cuda
 def test_geometry_on_cuda():
     x = randn(30, 3, 60, 60, dtype=torch.float32)
-    torch.testing.assert_close(Geometry([x.cuda()]).gram, Geometry([x]).gram, atol=1e-3, rtol=0)
+    got, want = Geometry([x.cuda()]), Geometry([x])
+    torch.testing.assert_close(got.gram, want.gram, atol=1e-3, rtol=0)
+    torch.testing.assert_close(got.distances(), want.distances(), atol=1e-3, rtol=0)
 
 
 def test_bad_geometries():

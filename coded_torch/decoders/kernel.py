@@ -22,9 +22,11 @@ def matern52(squared_distances: Tensor, length: float) -> Tensor:
         squared_distances: :math:`r^2`, any shape, at least 0; infinite gives 0.
         length: :math:`l`, positive.
     """
-    # Bounded, or an infinite distance would be infinity times 0.
-    s = (squared_distances * (5 / length**2)).sqrt().clamp(max=700)
-    return (1 + s + s * s / 3) * (-s).exp()
+    # Bounded, or an infinite distance would be infinity times 0. In place, as fresh memory costs
+    # more than the arithmetic.
+    s = (squared_distances * (5 / length**2)).sqrt_().clamp_(max=700)
+    polynomial = (s / 3).add_(1).mul_(s).add_(1)
+    return polynomial.mul_(s.neg_().exp_())
 
 
 class KernelRegression:

@@ -15,6 +15,7 @@
 namespace coded_torch {
 
 constexpr int64_t kPathNeighbours = 10;
+constexpr int64_t kPathStrips = 32;  // a multiple of the widest vector register's lanes
 constexpr int64_t kPathSegment = 3;  // the longest segment that Or-opt moves
 // Around one move a point is usual. The bound is there for distances that are not symmetric, where
 // a reversal changes more than its ends and moves could go round in circles.
@@ -27,7 +28,8 @@ class ShortPath {
  public:
   // distances [n, n], row-major, symmetric; the diagonal is not read. order [n] receives the path.
   ShortPath(const T* distances, int64_t n, int64_t* order)
-      : distances_(distances), n_(n), path_(order), position_(n), neighbours_(n) {
+      : distances_(distances), n_(n), path_(order), position_(n), neighbours_(n), near_(n) {
+    row_.assign((n + kPathStrips - 1) / kPathStrips * kPathStrips, kInfinity);
     for (int64_t a = 0; a < n_; ++a) find_neighbours(a);
     start_greedily();
     improve();
@@ -57,12 +59,31 @@ class ShortPath {
   static bool worthwhile(T gain, T removed) { return gain > removed * static_cast<T>(1e-6); }
 
   void find_neighbours(int64_t a) {
-    std::array<T, kPathNeighbours> nearest;
-    Neighbours& found = neighbours_[a];
-    T farthest = kInfinity;
+    std::copy(row(a), row(a) + n_, row_.begin());
+    row_[a] = kInfinity;
+    // As many as are wanted lie within a bound that few exceed: the nearest points of the strips of
+    // every 32nd one, found without branches, and of these the tenth.
+    std::array<T, kPathStrips> bounds;
+    bounds.fill(kInfinity);
+    for (size_t b = 0; b < row_.size(); b += kPathStrips) {
+      for (int64_t i = 0; i < kPathStrips; ++i) {
+        bounds[i] = row_[b + i] < bounds[i] ? row_[b + i] : bounds[i];
+      }
+    }
+    const auto bound = bounds.begin() + kPathNeighbours - 1;
+    std::nth_element(bounds.begin(), bound, bounds.end());
+    int64_t count = 0;
     for (int64_t b = 0; b < n_; ++b) {
-      const T d = row(a)[b];
-      if (!(d < farthest) || a == b) continue;
+      near_[count] = b;
+      count += row_[b] <= *bound;
+    }
+    std::array<T, kPathNeighbours> nearest;
+    Neighbours found;
+    T farthest = kInfinity;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t b = near_[k];
+      const T d = row_[b];
+      if (!(d < farthest)) continue;
       int64_t i = found.size < kPathNeighbours ? found.size++ : kPathNeighbours - 1;
       for (; i > 0 && d < nearest[i - 1]; --i) {
         nearest[i] = nearest[i - 1];
@@ -72,6 +93,7 @@ class ShortPath {
       found.points[i] = b;
       if (found.size == kPathNeighbours) farthest = nearest[kPathNeighbours - 1];
     }
+    neighbours_[a] = found;
   }
 
   // Columns are summed, not rows, because independent sums go into vector registers.
@@ -208,8 +230,10 @@ class ShortPath {
   const T* distances_;
   int64_t n_, placed_ = 0;
   int64_t* path_;
+  std::vector<T> row_;             // distances from one point, and infinity
   std::vector<int64_t> position_;  // of each point on the path
   std::vector<Neighbours> neighbours_;
+  std::vector<int64_t> near_;  // candidates
   std::vector<int64_t> queue_;
   std::vector<char> queued_;
 };
