@@ -130,8 +130,8 @@ class KernelCode(Code):
 class _KernelPlan(BatchPlan):
     """One batch on :class:`KernelCode`.
 
-    A coded input is a row of weights over the batch; ``_pure [N, G]`` is the input that it is, or
-    -1 where it mixes several of its group, with weights ``_mixing [N, G, K]``.
+    Coded inputs are points, ``_point [N, G]``: an input of the batch, 0..B-1, or one of the points
+    behind these, each a mixture of its group. ``_squared [P, P]`` are the points' distances.
     """
 
     def __init__(
@@ -141,21 +141,20 @@ class _KernelPlan(BatchPlan):
         self.num_groups = grouping.num_groups
         self._grouping = grouping
         self._squared = geometry.squared_distances()  # [B, B]
-        self._gram = geometry.gram
         self._length = code.length * path_step(self._squared, grouping.order)
         self._spline: list[Tensor] | None = None
         copies = self._copies(num_stragglers)  # [G, K]
         if code.placement == 0:
             points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])
             at = torch.from_numpy(_rotated(points)).T  # [N, G], data points
-            self._pure = grouping.rows.gather(0, at)
+            self._point = grouping.rows.gather(0, at)
         else:
-            self._place(copies)
+            self._place(copies, geometry.gram)
         self._last: tuple[tuple[int, ...], _Received, KernelRegression | None] | None = None
 
     def encode(self, values: Tensor) -> Tensor:
         if self._spline is None:
-            rows = self._pure.to(values.device)
+            rows = self._point.to(values.device)
             return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
         coefficients, schedule = (t.to(values.device) for t in self._spline)
         groups = self._grouping.gather(values)  # [K, G, ...]
@@ -170,7 +169,7 @@ class _KernelPlan(BatchPlan):
         found, regression = self._regression(tuple(received))
         weights = torch.zeros(0, len(found.used), dtype=torch.float64)
         if regression is not None:
-            weights = regression.weights(self._to_inputs(found.used_coded, found.lost))
+            weights = regression.weights(self._to_inputs(found))
         map = SelectMap(results.shape[0] * results.shape[1], found.source, found.used, weights)
         return map(results.flatten(0, 1))
 
@@ -178,7 +177,7 @@ class _KernelPlan(BatchPlan):
         found, regression = self._regression(tuple(received))
         if regression is None:
             return 0.0
-        variances = regression.variances(self._to_inputs(found.used_coded, found.lost))
+        variances = regression.variances(self._to_inputs(found))
         share = float(variances.sum()) / self._grouping.batch_size
         if results is None:
             return math.sqrt(share)
@@ -218,7 +217,7 @@ class _KernelPlan(BatchPlan):
             variances[rows] = KernelRegression(block, self._length).leave_one_out_variances
         return variances
 
-    def _place(self, copies: NDArray[np.int64]) -> None:
+    def _place(self, copies: NDArray[np.int64], gram: Tensor) -> None:
         num_data, rows = self.code.num_data, self._grouping.rows.T  # [G, K]
         steps = self._squared[rows[:, :-1], rows[:, 1:]].sqrt().numpy()
         knots = np.stack([chord_length(s, self.code.exponent) for s in steps])
@@ -228,50 +227,35 @@ class _KernelPlan(BatchPlan):
         coefficients, schedule = spline_plan(knots, np.zeros_like(knots), _rotated(points))
         self._spline = [torch.from_numpy(coefficients), torch.from_numpy(schedule)]
         eye = torch.eye(num_data, dtype=torch.float64)[:, None].expand(-1, len(rows), -1)
-        self._mixing = ops.spline_apply(eye, *self._spline)  # [N, G, K]
+        mixing = ops.spline_apply(eye, *self._spline)  # [N, G, K]
         # At zero smoothing a curve passes through its values bit for bit.
-        hits = self._mixing == 1
-        pure = hits.any(dim=2) & ((self._mixing != 0).sum(dim=2) == 1)
-        at = hits.to(torch.int64).argmax(dim=2)  # [N, G]
-        self._pure = torch.where(pure, self._grouping.rows.gather(0, at), -1)
+        hits = mixing == 1
+        mixed = ~hits.any(dim=2) | ((mixing != 0).sum(dim=2) > 1)  # [N, G]
+        self._point = self._grouping.rows.gather(0, hits.to(torch.int64).argmax(dim=2))
+        self._point[mixed] = len(gram) + torch.arange(int(mixed.sum()))
+        # Inner products group by group, as the weights are zero in all others.
+        inner = torch.einsum("ngk,gkb->ngb", mixing, gram[rows])[mixed]  # [P - B, B]
+        among = torch.einsum("pgk,ngk->png", inner[:, rows], mixing)[:, mixed]  # [P - B, P - B]
+        squares = among.diagonal()
+        inner = (squares[:, None] + gram.diagonal()).sub_(inner, alpha=2).clamp_(min=0)
+        among = (squares[:, None] + squares).sub_(among, alpha=2).clamp_(min=0).fill_diagonal_(0)
+        upper, lower = torch.cat([self._squared, inner.T], 1), torch.cat([inner, among], 1)
+        self._squared = torch.cat([upper, lower])
 
     def _regression(self, received: tuple[int, ...]) -> tuple[_Received, KernelRegression | None]:
         if self._last is None or self._last[0] != received:
-            found = _Received(self._pure, received, self._grouping.batch_size)
+            found = _Received(self._point, received, self._grouping.batch_size)
             regression = None
             if len(found.lost):
-                regression = KernelRegression(self._among(found.used_coded), self._length)
+                among = self._squared[found.points][:, found.points]
+                regression = KernelRegression(among, self._length)
             # For outputs of several leaves, and the error to expect of them; not a history.
             self._last = received, found, regression
         return self._last[1:]
 
-    def _weights(self, coded: Tensor) -> Tensor:
-        """Coded inputs, as flat indices of ``[N, G]``, over the batch: ``[M, B]``."""
-        groups = coded % self._grouping.num_groups
-        weights = torch.zeros(len(coded), len(self._squared), dtype=torch.float64)
-        members = self._grouping.rows.T[groups]  # [M, K]
-        return weights.scatter_add_(1, members, self._mixing.flatten(0, 1)[coded])
-
-    def _among(self, coded: Tensor) -> Tensor:
-        """Squared distances among coded inputs, ``[M, M]``."""
-        pure = self._pure.flatten()[coded]
-        if bool((pure >= 0).all()):
-            return self._squared[pure][:, pure]
-        weights = self._weights(coded)
-        inner = weights @ self._gram @ weights.T
-        squares = inner.diagonal()
-        distances = (squares[:, None] + squares - 2 * inner).clamp(min=0)
-        return distances.fill_diagonal_(0)
-
-    def _to_inputs(self, coded: Tensor, inputs: Tensor) -> Tensor:
-        """Squared distances of inputs from coded inputs, ``[L, M]``."""
-        pure = self._pure.flatten()[coded]
-        if bool((pure >= 0).all()):
-            return self._squared[inputs][:, pure]
-        half = self._weights(coded) @ self._gram  # [M, B]
-        squares = (half * self._weights(coded)).sum(dim=1)
-        own = self._gram.diagonal()[inputs]
-        return (own[:, None] + squares - 2 * half[:, inputs].T).clamp(min=0)
+    def _to_inputs(self, found: _Received) -> Tensor:
+        """Squared distances of the lost inputs from those of the results, ``[L, M]``."""
+        return self._squared[found.lost][:, found.points]
 
 
 class _Received:
@@ -281,23 +265,21 @@ class _Received:
         source: ``[B]``, the flat index ``[|F|, G]`` of the result that is an input's own, or -1.
         lost: ``[L]``, the inputs without one.
         used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results.
-        used_coded: ``[M]``, the same as flat indices ``[N, G]``.
+        points: ``[M]``, the points that these are results of.
     """
 
-    def __init__(self, pure: Tensor, received: Sequence[int], batch_size: int) -> None:
-        num_groups = pure.shape[1]
-        workers = torch.tensor(received)
-        arrived = pure[workers].flatten()  # [F G]
+    def __init__(self, point: Tensor, received: Sequence[int], batch_size: int) -> None:
+        arrived = point[torch.tensor(received)].flatten()  # [F G]
         index = torch.arange(len(arrived))
         # The first result of each input, whoever else repeats it.
-        own = arrived >= 0
+        own = arrived < batch_size
         first = torch.full((batch_size,), len(arrived), dtype=torch.int64)
         first.scatter_reduce_(0, arrived[own], index[own], "amin")
         answered = first < len(arrived)
         self.source = torch.where(answered, first, -1)
         self.lost = (~answered).nonzero().flatten()
         self.used = torch.cat([first[answered], index[~own]])
-        self.used_coded = workers[self.used // num_groups] * num_groups + self.used % num_groups
+        self.points = arrived[self.used]
 
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:
