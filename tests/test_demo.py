@@ -6,10 +6,12 @@ import math
 import pytest
 import torch
 
-from coded_torch import codes
+from coded_torch import codes, metrics
 from coded_torch.demo.comparison import Row, Setting, compare, draw_batches, tune_degrees
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
 from coded_torch.demo.report import LEGEND, draw_picture, format_table
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Uniform
 
 SMALL = Setting(num_workers=12, num_data=4, num_stragglers=5)
 BATCHES = 6
@@ -68,8 +70,10 @@ def test_every_code_loses_the_same_workers(small):
     assert len(received) == BATCHES
     assert len(set(received)) > 1
     assert all(len(workers) == 12 - 5 for workers in received)
-    for code in ("Berrut", "Lagrange for RMSE", "Lagrange for RelAcc", "replication"):
+    for code in ("kernel", "Berrut", "Lagrange for RMSE", "Lagrange for RelAcc", "replication"):
         assert small[code].outcome.received == received
+    # Six batches are five and one: the law is the same, the calls are fewer.
+    assert small["kernel on 5 batches"].outcome.received == received[:2]
     uncoded = small["uncoded"]
     assert uncoded.note == "2 of 4 late"
     assert all(len(workers) == 2 for workers in uncoded.outcome.received)
@@ -78,10 +82,27 @@ def test_every_code_loses_the_same_workers(small):
 def test_share_of_inputs_answered(small):
     assert small["spline"].outcome.answered == 1
     assert small["uncoded"].outcome.answered == 0.5
+    assert small["kernel"].outcome.answered is None
     replication = codes.ReplicationCode(4, 12)
     received = small["replication"].outcome.received
     answered = torch.stack([replication.answered(workers) for workers in received])
     assert small["replication"].outcome.answered == pytest.approx(answered.double().mean().item())
+
+
+def test_kernel_numbers_are_those_of_the_wrapper(shipped):
+    model, images, labels = shipped
+    images = images[50:]
+    rows = draw_batches(len(labels) - 50, 4, BATCHES, torch.Generator().manual_seed(3))
+    coded = CodedWrapper(
+        model, codes.KernelCode(4, 5), stragglers=Uniform(2, seed=3), shuffle=False
+    )
+    with torch.inference_mode():
+        decoded = torch.cat([coded(images[batch.flatten()]) for batch in rows.split(5)])
+        exact = model(images[rows.flatten()])
+    error = metrics.rmse(decoded, exact)
+    outcome = _compare(shipped, Setting(5, 4, 2), seed=3)["kernel on 5 batches"].outcome
+    assert outcome.rmse == pytest.approx(error, rel=1e-4)
+    assert error > 1
 
 
 @pytest.mark.parametrize("code", [codes.SplineCode(4, 12), codes.BerrutCode(4, 12)])
@@ -110,17 +131,16 @@ def test_a_seed_repeats_and_another_does_not(shipped, small):
 
 def test_nobody_late(shipped):
     rows = _compare(shipped, Setting(12, 4, 0), seed=0)
-    for code in ("replication", "uncoded"):
+    for code in ("kernel", "kernel on 5 batches", "replication", "uncoded"):
         outcome = rows[code].outcome
-        assert (outcome.relative_accuracy, outcome.interval, outcome.answered) == (1, 0, 1)
+        assert (outcome.relative_accuracy, outcome.interval) == (1, 0)
         assert outcome.rmse < 1e-4  # a float32 product rounds differently in another batch size
 
 
 def test_where_codes_do_not_apply(shipped):
     rows = _compare(shipped, Setting(num_workers=3, num_data=4, num_stragglers=1), seed=0)
-    assert rows["replication"] == Row(
-        "replication", "not applicable: fewer workers than inputs", None
-    )
+    for code in ("kernel", "replication"):
+        assert rows[code] == Row(code, "not applicable: fewer workers than inputs", None)
     assert rows["spline"].outcome is not None
     rows = _compare(shipped, Setting(num_workers=10, num_data=1, num_stragglers=9), seed=0)
     assert rows["uncoded"].outcome is None
@@ -155,8 +175,11 @@ def test_table_fits_a_terminal(small):
         assert line.startswith(f"  {row.code}")
         assert f"{row.outcome.relative_accuracy:.3f} ± {row.outcome.interval:.3f}" in line
         assert f" {row.outcome.rmse:.2f} " in line
-        unmixed = row.code in ("replication", "uncoded")
-        assert line.endswith(f" {row.outcome.answered:.1%}" if unmixed else " mixed")
+        if row.code.startswith("kernel"):
+            assert line.endswith(" predicted")
+        else:
+            unmixed = row.code in ("replication", "uncoded")
+            assert line.endswith(f" {row.outcome.answered:.1%}" if unmixed else " mixed")
     assert len({len(line) for line in lines[2:]}) == 1
 
 
@@ -174,6 +197,8 @@ def test_picture_leaves_out_exact_answers_and_missing_codes(small, shipped):
     figure = draw_picture(SMALL, {0: nobody_late, 5: rows, 9: missing})
     lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
     assert lines == {
+        "kernel on 5 batches": [],  # of 3 copies of each input, one was always in time
+        "kernel": [],
         "spline": [0, 5],
         "Berrut": [0, 5],
         "Lagrange for RMSE": [5],  # of 3 K workers, K get an input itself
@@ -197,3 +222,7 @@ def test_the_paper_setting(shipped):
     outcome = {row.code: row.outcome for row in rows}
     assert outcome["spline"].relative_accuracy >= 0.92  # measured: 0.942
     assert outcome["spline"].rmse <= 0.9 * outcome["Berrut"].rmse  # measured: 0.855
+    kernel = outcome["kernel"]
+    assert kernel.rmse <= 0.9 * outcome["replication"].rmse
+    assert outcome["kernel on 5 batches"].rmse <= 0.8 * kernel.rmse
+    assert outcome["kernel on 5 batches"].relative_accuracy > kernel.relative_accuracy

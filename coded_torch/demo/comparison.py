@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import metrics
-from ..codes import BerrutCode, FixedCode, LagrangeCode, ReplicationCode, SplineCode
+from ..codes import (
+    BerrutCode,
+    Code,
+    FixedCode,
+    KernelCode,
+    LagrangeCode,
+    ReplicationCode,
+    SplineCode,
+)
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
 
@@ -19,6 +27,7 @@ __all__ = ["Outcome", "Row", "Setting", "compare", "draw_batches", "tune_degrees
 
 _TUNING_BATCHES = 25
 _DEGREES = 25
+_AT_ONCE = 5  # batches of K that a code that looks at the inputs may see together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,14 +52,15 @@ class Outcome:
         relative_accuracy: right answers, relative to the right answers of the bare network.
         interval: half the width of the 95 % interval of ``relative_accuracy``, over batches.
         rmse: the root of the mean squared Euclidean distance between decoded and exact outputs.
-        answered: the share of inputs that went, alone or mixed, to a worker in time.
-        received: per batch, the workers in time.
+        answered: the share of inputs that went, alone or mixed, to a worker in time; None for a
+            code that decides batch by batch what goes where.
+        received: per call, the workers in time.
     """
 
     relative_accuracy: float
     interval: float
     rmse: float
-    answered: float
+    answered: float | None
     received: tuple[tuple[int, ...], ...]
 
 
@@ -74,6 +84,9 @@ def compare(
 ) -> list[Row]:
     """Run the wrapped network with every code on the same batches and the same late workers.
 
+    The kernel code runs a second time on five batches at once, with five groups of K and the same
+    workers late for all of them: it predicts from all results.
+
     Args:
         model: the network, in evaluation mode; ``model(images)`` is ``[n, classes]``.
         setting: N, K and S.
@@ -89,11 +102,11 @@ def compare(
     degrees = tune_degrees(model, setting, tuning_images[tuning], generator)
     batches, truth = images[rows], labels[rows]
     table = []
-    for name, note, code, num_stragglers in _codes(setting, degrees):
+    for name, note, code, num_stragglers, at_once in _codes(setting, degrees):
         if code is None or code.num_workers - num_stragglers < code.min_received:
             table.append(Row(name, f"not applicable: {note}", None))
         else:
-            outcome = _measure(model, code, num_stragglers, batches, truth, seed)
+            outcome = _measure(model, code, num_stragglers, batches, truth, seed, at_once)
             table.append(Row(name, note, outcome))
     return table
 
@@ -138,30 +151,32 @@ def tune_degrees(
 
 def _codes(
     setting: Setting, degrees: tuple[int, int]
-) -> Iterator[tuple[str, str, FixedCode | None, int]]:
-    """The name, note, code and number of late workers of every row."""
+) -> Iterator[tuple[str, str, Code | None, int, int]]:
+    """Name, note, code, number of late workers and of batches coded at once, of every row."""
     n, k, s = setting.num_workers, setting.num_data, setting.num_stragglers
-    yield "spline", "", SplineCode(k, n), s
-    yield "Berrut", "", BerrutCode(k, n), s
+    repeats = n >= k
+    note = "" if repeats else "fewer workers than inputs"
+    yield f"kernel on {_AT_ONCE} batches", note, KernelCode(k, n) if repeats else None, s, _AT_ONCE
+    yield "kernel", note, KernelCode(k, n) if repeats else None, s, 1
+    yield "spline", "", SplineCode(k, n), s, 1
+    yield "Berrut", "", BerrutCode(k, n), s, 1
     for aim, degree in zip(("RMSE", "RelAcc"), degrees, strict=True):
         lagrange = LagrangeCode(k, n, decoder_degree=degree)
-        yield f"Lagrange for {aim}", f"degree {degree}", lagrange, s
-    if n >= k:
-        yield "replication", "", ReplicationCode(k, n), s
-    else:
-        yield "replication", "fewer workers than inputs", None, s
+        yield f"Lagrange for {aim}", f"degree {degree}", lagrange, s, 1
+    yield "replication", note, ReplicationCode(k, n) if repeats else None, s, 1
     lost = setting.num_lost_uncoded
-    yield "uncoded", f"{lost} of {k} late", ReplicationCode(k, k), lost
+    yield "uncoded", f"{lost} of {k} late", ReplicationCode(k, k), lost, 1
 
 
 @torch.inference_mode()
 def _measure(
     model: nn.Module,
-    code: FixedCode,
+    code: Code,
     num_stragglers: int,
     batches: Tensor,
     labels: Tensor,
     seed: int,
+    at_once: int,
 ) -> Outcome:
     # Every code draws from its own generator with the same seed: the same workers are late.
     late = torch.Generator().manual_seed(seed)
@@ -170,17 +185,20 @@ def _measure(
         code,
         stragglers=Uniform(num_stragglers),
         generator=late,
-        ordering="arrival",
+        ordering="similarity" if code.uses_geometry else "arrival",
         shuffle=False,
     )
-    involved = code.encoder.matrix() != 0  # [N, K]
-    answers, received, answered = [], [], []
-    for images in batches:
-        answers.append(coded(images))
+    answers, received = [], []
+    for images in batches.split(at_once):
+        answers.append(coded(images.flatten(0, 1)))
         assert coded.last_run is not None
         received.append(coded.last_run.received)
-        answered.append(involved[list(received[-1])].any(dim=0))
-    decoded = torch.stack(answers)  # [batches, K, classes]
+    answered = None
+    if isinstance(code, FixedCode):
+        involved = code.encoder.matrix() != 0  # [N, K]
+        shares = [involved[list(workers)].any(dim=0) for workers in received]
+        answered = torch.stack(shares).double().mean().item()
+    decoded = torch.cat(answers).unflatten(0, batches.shape[:2])  # [batches, K, classes]
     exact = model(batches.flatten(0, 1)).view_as(decoded)
     right = (decoded.argmax(-1) == labels).sum(-1).double()  # [batches]
     right_exact = (exact.argmax(-1) == labels).sum(-1).double()
@@ -191,6 +209,6 @@ def _measure(
         relative_accuracy=ratio,
         interval=1.96 * error.item(),
         rmse=metrics.rmse(decoded, exact),
-        answered=torch.stack(answered).double().mean().item(),
+        answered=answered,
         received=tuple(received),
     )

@@ -19,6 +19,8 @@ RelAcc    right answers, relative to those of the bare network; 95 % interval
 RMSE      root of the mean squared distance of decoded from exact logit vectors
 answered  inputs that a worker in time computed; the rest get the mean of these;
           a code that has mixed the inputs answers all of them, if not exactly
+kernel    predicts the rest from similar inputs; the more of them it can see
+          together, the better
 Lagrange  adapted to a network, which is no polynomial: least squares of the
           degree that is best, for RMSE or for RelAcc, on digits not used here"""
 
@@ -27,6 +29,8 @@ _UNMIXED = ("replication", "uncoded")
 
 # Okabe and Ito's colours, told apart by the colour-blind, and a marker each for print.
 _STYLES = {
+    "kernel on 5 batches": ("#E69F00", "v"),
+    "kernel": ("#56B4E9", "P"),
     "spline": ("#0072B2", "o"),
     "Berrut": ("#D55E00", "s"),
     "Lagrange for RMSE": ("#CC79A7", "^"),
@@ -47,6 +51,7 @@ def format_table(setting: Setting, rows: Sequence[Row]) -> str:
         if outcome is not None:
             rmse = f"{outcome.rmse:.2f}" if outcome.rmse < 1e6 else f"{outcome.rmse:.1e}"
             answered = f"{outcome.answered:.1%}" if code in _UNMIXED else "mixed"
+            answered = "predicted" if outcome.answered is None else answered
             line += (
                 f"{outcome.relative_accuracy:.3f} ± {outcome.interval:.3f}{rmse:>12}{answered:>14}"
             )
