@@ -27,7 +27,7 @@ __all__ = ["KernelCode"]
 
 # Predicting an input from more than its neighbours on the path changes its variance little.
 _NEIGHBOURHOOD = 512
-# Outputs that the outputs' variance is estimated from: as exact as all of them, and cheaper.
+# Outputs that the outputs' variance and trust are estimated from: as exact as all, and cheaper.
 _COLUMNS = 64
 
 
@@ -39,7 +39,9 @@ class KernelCode(Code):
     can be interpolated in *input space*, over all groups at once: the answers are the posterior
     means of a Gaussian process, given the results at the coded inputs,
     :class:`~coded_torch.decoders.kernel.KernelRegression`. Inputs whose own result arrived are
-    answered by that result, bit for bit.
+    answered by that result, bit for bit. Where the batch's own results are predicted badly from
+    each other, predictions are shrunk towards the mean of the results:
+    :meth:`~coded_torch.decoders.kernel.KernelRegression.trust`.
 
     ``placement`` says how far inputs are mixed, along the spline through a group's inputs, by how
     the worker points move from 0, *repeated*: data points only, so no mixing, the extra N - K
@@ -65,7 +67,7 @@ class KernelCode(Code):
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
         :class:`~coded_torch.nn.CodedWrapper` cuts large batches into runs of at most 4,096 results.
         What is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder
-        without a batch to look at.
+        without a batch to look at. Gradients take the trust as constant.
 
     Example:
         >>> import torch
@@ -169,7 +171,9 @@ class _KernelPlan(BatchPlan):
         found, regression = self._regression(tuple(received))
         weights = torch.zeros(0, len(found.used), dtype=torch.float64)
         if regression is not None:
-            weights = regression.weights(self._to_inputs(found))
+            trust = regression.trust(_sample(results, found))
+            mean = (1 - trust) / len(found.used)
+            weights = regression.weights(self._to_inputs(found)).mul_(trust).add_(mean)
         map = SelectMap(results.shape[0] * results.shape[1], found.source, found.used, weights)
         return map(results.flatten(0, 1))
 
@@ -181,12 +185,8 @@ class _KernelPlan(BatchPlan):
         share = float(variances.sum()) / self._grouping.batch_size
         if results is None:
             return math.sqrt(share)
-        columns = results.detach().flatten(0, 1)
-        columns = columns.reshape(len(columns), -1)  # [F G, C]
-        step = max(1, columns.shape[1] // _COLUMNS)
-        sample = columns[:, ::step].index_select(0, found.used.to(columns.device))
-        variance = regression.output_variance(sample.to("cpu", torch.float64))
-        return math.sqrt(share * variance * columns.shape[1])
+        variance = regression.output_variance(_sample(results, found))
+        return math.sqrt(share * variance * results.shape[2:].numel())
 
     def _copies(self, num_stragglers: int) -> NDArray[np.int64]:
         """How many workers each data point gets if every worker sits at one, ``[G, K]``.
@@ -280,6 +280,14 @@ class _Received:
         self.lost = (~answered).nonzero().flatten()
         self.used = torch.cat([first[answered], index[~own]])
         self.points = arrived[self.used]
+
+
+def _sample(results: Tensor, found: _Received) -> Tensor:
+    """Some columns of the distinct results, ``[M, C]``, float64 on the host."""
+    columns = results.detach().reshape(results.shape[:2].numel(), -1)  # [F G, C]
+    step = max(1, columns.shape[1] // _COLUMNS)
+    sample = columns[:, ::step].index_select(0, found.used.to(columns.device))
+    return sample.to("cpu", torch.float64)
 
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:

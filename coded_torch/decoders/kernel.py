@@ -96,6 +96,19 @@ class KernelRegression:
         residuals: Tensor = (self._projected @ results) / self._projected.diagonal()[:, None]
         return residuals
 
+    def trust(self, results: Tensor) -> float:
+        r"""How far to follow predictions away from the mean, in [0, 1], as ``results [M, C]`` tell.
+
+        The slope of the regression, through 0, of every result on its prediction from all others,
+        both less the mean of the others: about 1 where the kernel describes the outputs, 0 where
+        the inputs tell nothing of them.
+        """
+        centred = results - results.mean(0)
+        deviations = centred * (len(results) / max(len(results) - 1, 1))
+        predicted = deviations - self.leave_one_out_residuals(centred)
+        square = float(predicted.square().sum())
+        return min(max(float((predicted * deviations).sum()) / square, 0), 1) if square > 0 else 1.0
+
     def output_variance(self, results: Tensor) -> float:
         """The outputs' variance: the maximum of the restricted likelihood of ``results [M, C]``.
 

@@ -148,6 +148,23 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
     assert errors[1] < 1.25 * errors[0]
 
 
+def test_inputs_that_tell_nothing_are_answered_by_the_mean(generator):
+    """Outputs that change from each input to the next: no worse than replication's fill."""
+    x = torch.randn(240, 300, dtype=torch.float64, generator=generator)
+    exact = torch.randn(240, 10, dtype=torch.float64, generator=generator)
+    geometry = Geometry([x])
+    plan = KernelCode(20, 24).fit(Grouping.arrival(240, 20), geometry, num_stragglers=4)
+    received = list(range(20))
+    results = plan.encode(exact)[received]
+    got = plan.decode(results, received)
+    rows = plan.encode(torch.arange(240.0))[received].unique().long()
+    lost = torch.ones(240, dtype=torch.bool)
+    lost[rows] = False
+    mean = exact[rows].mean(0).expand_as(exact)
+    assert metrics.rmse(got[lost], exact[lost]) < 1.02 * metrics.rmse(mean[lost], exact[lost])
+    assert torch.equal(got[rows], exact[rows])
+
+
 def test_gradients_reach_the_inputs(generator):
     x = inputs(12, generator).requires_grad_()
     coded = CodedWrapper(Smooth(), KernelCode(4, 6, placement=1.0), stragglers=Uniform(1, seed=0))

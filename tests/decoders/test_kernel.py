@@ -56,6 +56,33 @@ def test_leaving_one_out_is_leaving_one_out(problem):
         torch.testing.assert_close(fit.leave_one_out_residuals(y)[i], left)
 
 
+def test_trust_is_the_slope_of_leaving_one_out(problem):
+    at, among, _ = problem
+    fit = KernelRegression(among, 1.3)
+    noise = torch.randn(30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    results = torch.cat([at.sin(), noise], dim=1)
+    above, below = 0.0, 0.0
+    for i in range(30):
+        rest = [j for j in range(30) if j != i]
+        without = KernelRegression(among[rest][:, rest], 1.3).weights(among[i : i + 1, rest])
+        mean = results[rest].mean(0)
+        predicted = (without @ results[rest])[0] - mean
+        above += float((predicted * (results[i] - mean)).sum())
+        below += float(predicted.square().sum())
+    assert 0.1 < above / below < 0.9
+    assert fit.trust(results) == pytest.approx(above / below)
+    assert fit.trust(at.sin()) > 0.8
+    assert fit.trust(torch.ones(30, 1, dtype=torch.float64)) == 1
+
+
+def test_trust_lies_within_0_and_1():
+    at = torch.arange(4, dtype=torch.float64)
+    fit = KernelRegression((at[:, None] - at).square(), 3.0)
+    zigzag = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    assert fit.trust(zigzag) == 0
+    assert fit.trust(at[:, None]) == 1
+
+
 def test_the_outputs_variance(generator):
     """Drawn from the model with variance 9, it is estimated as 9."""
     at = torch.randn(200, 2, dtype=torch.float64, generator=generator)
@@ -71,6 +98,7 @@ def test_one_result_and_repeated_inputs():
     one = KernelRegression(torch.zeros(1, 1, dtype=torch.float64), 1.0)
     assert one.weights(torch.tensor([[4.0]], dtype=torch.float64)).item() == pytest.approx(1)
     assert one.output_variance(torch.ones(1, 2, dtype=torch.float64)) == 0
+    assert one.trust(torch.ones(1, 2, dtype=torch.float64)) == 1
     same = KernelRegression(torch.zeros(4, 4, dtype=torch.float64), 1.0)
     weights = same.weights(torch.zeros(1, 4, dtype=torch.float64))
     torch.testing.assert_close(weights, torch.full((1, 4), 0.25, dtype=torch.float64))
