@@ -38,6 +38,12 @@ def tune(
     each left out in turn. The placement is the one at which the wrapper's answers, under its own
     straggler law, are closest to the module's. No labels are needed.
 
+    It is worth its module calls where many are lost of many workers, N at least 2 K: there mixing
+    inputs a little, a placement of 0.02 to 0.1, has had a seventh to a fifth less squared error for
+    LeNet-5 on MNIST, but 5 to 50 % more for a RepVGG on Fashion-MNIST. The error that a plan
+    expects cannot choose: it knows distances, not how the module takes to mixtures, and would have
+    mixed for both. Otherwise the default placement, 0, was within 5 % of the best.
+
     Args:
         wrapper: a wrapped module with a ``KernelCode``. It is not changed: assign the new code to
             ``wrapper.code``.

@@ -52,7 +52,8 @@ class KernelCode(Code):
     Args:
         num_data: K, at least 1.
         num_workers: N, at least K.
-        placement: in [0, 1].
+        placement: in [0, 1]. Where many of many workers are lost, a little mixing helps some
+            modules and harms others; :func:`coded_torch.tuning.tune` finds out which.
         exponent: of the distances between inputs that data points are placed at: 0 equidistant,
             0.5 centripetal, 1 chord length. It matters where inputs are mixed.
         shrinkage: of the metric, at least 0, see :class:`~coded_torch.geometry.Geometry`.
