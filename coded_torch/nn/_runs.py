@@ -33,7 +33,7 @@ def fit_batch(
 
     def fit_run(inputs: Sequence[Tensor], ordering: Ordering) -> BatchPlan:
         geometry = Geometry(inputs, shrinkage=code.shrinkage)
-        order = order_of(ordering, inputs, lambda: geometry.squared_distances().sqrt())
+        order = order_of(ordering, inputs, geometry.distances)
         return code.fit(Grouping(order, code.num_data), geometry, num_stragglers)
 
     inputs = [leaf.detach() for leaf in inputs]
