@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, kind, default, text in (
         ("num-data", int, 4, "K, shares of a request"),
         ("num-workers", int, 6, "N, workers of each scheme"),
-        ("num-stragglers", int, 1, "S, results that the coded scheme does without"),
+        ("num-stragglers", int, 2, "S, results that the coded scheme does without"),
         ("batch-size", int, 64, "digits of a request"),
         ("rate", float, 20.0, "requests per second"),
         ("num-requests", int, 1000, "requests for each scheme"),

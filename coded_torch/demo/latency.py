@@ -59,7 +59,7 @@ class Load:
     batch_size: int = 64
     num_data: int = 4
     num_workers: int = 6
-    num_stragglers: int = 1
+    num_stragglers: int = 2
     share: float = 0.02
     delay: float = 0.05
     seed: int = 0
