@@ -1,0 +1,165 @@
+"""How long a wrapper waits, what it does with too little, and whom it tells."""
+
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import BatchPlan, Code, NotEnoughResults
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Trace
+from coded_torch.workers import LocalWorkers
+
+from ..workers.test_local import Fixed
+from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, nan_at_two
+
+
+class Promising(Code):
+    """Expects the error that a table says for the number of results; answers with their mean."""
+
+    def __init__(self, errors: dict[int, float | None]) -> None:
+        super().__init__(1, 6)
+        self.errors = errors
+
+    def fit(self, grouping, geometry=None, num_stragglers=0):
+        return _Plan(self, grouping)
+
+
+class _Plan(BatchPlan):
+    def __init__(self, code, grouping):
+        self.code, self.num_groups, self.grouping = code, grouping.num_groups, grouping
+
+    def encode(self, values):
+        return values.expand(self.code.num_workers, *values.shape)
+
+    def decode(self, results, received):
+        assert list(received) == sorted(received)
+        return results.mean(0)
+
+    def expected_rmse(self, received, results=None):
+        return self.code.errors.get(len(received))
+
+
+def arriving_in_order() -> LocalWorkers:
+    return LocalWorkers(Trace([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "wanted"), [(None, 2), (2.0, 2), (0.5, 3), (0.3, 4), (0.2, 4), (0.01, 6)]
+)
+def test_one_more_is_waited_for_while_the_expected_error_is_too_great(tolerance, wanted):
+    code = Promising({2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05})
+    coded = CodedWrapper(
+        nn.Identity(), code, workers=arriving_in_order(), num_stragglers=4, tolerance=tolerance
+    )
+    coded(torch.ones(3, 2))
+    assert coded.last_run.received == tuple(range(wanted))
+
+
+def test_a_code_that_cannot_tell_is_not_waited_for():
+    coded = CodedWrapper(
+        nn.Identity(),
+        Promising({}),
+        workers=arriving_in_order(),
+        num_stragglers=4,
+        tolerance=1e-3,
+    )
+    coded(torch.ones(3, 2))
+    assert len(coded.last_run.received) == 2
+
+
+def test_the_deadline_ends_all_waiting():
+    coded = CodedWrapper(
+        nn.Identity(),
+        Promising(dict.fromkeys(range(7), 1.0)),
+        workers=arriving_in_order(),
+        num_stragglers=4,
+        tolerance=1e-3,
+        deadline=0.35,
+    )
+    coded(torch.ones(3, 2))
+    assert coded.last_run.received == (0, 1, 2)
+
+
+def too_few(**options) -> CodedWrapper:
+    late = Fixed(0.0, math.inf, math.inf, math.inf)
+    return CodedWrapper(nn.Identity(), PolynomialCode(2, 4), workers=LocalWorkers(late), **options)
+
+
+def test_too_few_results_are_answered_with_their_mean_if_that_is_asked_for():
+    x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    with pytest.raises(NotEnoughResults):
+        too_few()(x)
+    coded = too_few(degraded="mean", ordering="arrival")
+    answer = coded(x)
+    assert answer.shape == x.shape
+    assert coded.last_run.degraded
+    assert coded.last_run.expected_rmse is None
+    (worker,) = coded.last_run.received
+    coded_inputs = coded.code.encode(x.view(2, 2, 1).transpose(0, 1))
+    positions = [n for n in range(4) if torch.isclose(coded_inputs[n].mean(), answer[0, 0])]
+    assert worker == 0
+    assert len(positions) == 1  # dealt to whichever worker was in time
+    assert (answer == answer[0]).all()
+
+
+def test_enough_results_are_not_degraded():
+    coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 4), degraded="mean")
+    x = torch.ones(2, 1, dtype=torch.float64)
+    torch.testing.assert_close(coded(x), x)
+    assert not coded.last_run.degraded
+
+
+def test_of_no_result_there_is_no_mean():
+    nobody = Fixed(*[math.inf] * 4)
+    coded = CodedWrapper(
+        nn.Identity(), PolynomialCode(2, 4), workers=LocalWorkers(nobody), degraded="mean"
+    )
+    with pytest.raises(NotEnoughResults):
+        coded(torch.ones(2, 1))
+
+
+def test_every_call_is_reported_in_its_thread():
+    runs = []
+    coded = CodedWrapper(nn.Identity(), CopyCode(2, 2), on_run=runs.append)
+    coded(torch.ones(2, 1))
+    assert runs == [coded.last_run]
+    coded(torch.ones(0, 1))
+    assert runs[1] is coded.last_run
+    with pytest.raises(NotEnoughResults):
+        too_few(on_run=runs.append)(torch.ones(2, 1))
+    assert runs[2].received == (0,)
+    assert len(runs) == 3
+
+
+def test_what_goes_wrong_is_logged(caplog):
+    coded = CodedWrapper(
+        FailsAt(2.0, nan_at_two), CopyCode(3, 3), ordering="arrival", shuffle=False
+    )
+    with caplog.at_level(logging.WARNING, "coded_torch"):
+        coded(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert [record.name for record in caplog.records] == ["coded_torch.nn"]
+    assert "worker 1 returned values that are not finite" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"tolerance": 0.0}, ValueError, "tolerance must be positive, got 0.0"),
+        ({"tolerance": math.nan}, ValueError, "tolerance must be positive, got nan"),
+        ({"tolerance": "a bit"}, TypeError, "tolerance must be of type Real, got str"),
+        ({"degraded": "median"}, ValueError, "degraded must be None or 'mean', got 'median'"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=match):
+        CodedWrapper(nn.Identity(), CopyCode(2, 2), **options)
+
+
+def test_the_options_travel():
+    coded = too_few(degraded="mean", tolerance=0.5)
+    twin = pickle.loads(pickle.dumps(coded))
+    assert (twin.degraded, twin.tolerance) == ("mean", 0.5)

@@ -1,0 +1,98 @@
+"""The load generator, on workers whose latency is known."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.demo import latency
+from coded_torch.demo.latency import Load, draw, format_outcomes, measure
+from coded_torch.workers import DeviceWorkers
+
+LOAD = Load(rate=200.0, num_requests=50, batch_size=8, share=0.0)
+
+
+class Slow(nn.Module):
+    """Labels are the first feature; takes two milliseconds."""
+
+    def forward(self, x):
+        time.sleep(0.002)
+        return nn.functional.one_hot(x[:, 0].long(), 10).float()
+
+
+@pytest.fixture
+def data():
+    labels = torch.arange(40) % 10
+    return labels[:, None].float(), labels
+
+
+def outcomes(load, data):
+    with DeviceWorkers(["cpu"] * load.num_workers) as pool:
+        *_, found = measure(pool, Slow(), *data, load)
+    return found
+
+
+def test_every_request_of_every_scheme_is_answered(data):
+    found = outcomes(LOAD, data)
+    assert list(found) == ["uncoded", "hedged", "coded"]
+    for outcome in found.values():
+        assert (len(outcome.latencies), outcome.failed) == (50, 0)
+        assert outcome.latencies[0] >= 0.002
+        assert (np.diff(outcome.latencies) >= 0).all()
+    assert found["uncoded"].accuracy == found["hedged"].accuracy == 1
+    assert found["uncoded"].calls == 4
+    assert found["coded"].calls == 6
+
+
+def test_delays_reach_uncoded_requests_in_full(data):
+    load = dataclasses.replace(LOAD, share=0.2, delay=0.2, num_requests=20, rate=20.0)
+    found = outcomes(load, data)
+    assert found["uncoded"].percentile(99) >= 200
+    assert found["hedged"].calls > 4
+
+
+def test_latency_counts_from_the_arrival_not_from_the_start():
+    """A server that does one request at a time, slower than they arrive: each waits longer."""
+    lock, requests = threading.Lock(), []
+    for i in range(10):
+        requests.append(latency._Request(i * 0.001, torch.zeros(1, 1), torch.zeros(1)))
+
+    def serve(images):
+        with lock:
+            time.sleep(0.02)
+        return torch.ones(1, 2)
+
+    latencies = sorted(record.latency for record in latency._drive(serve, requests))
+    assert latencies[0] >= 0.02
+    assert latencies[-1] >= 10 * 0.02 - 9 * 0.001
+
+
+def test_arrivals_are_poisson():
+    load = dataclasses.replace(LOAD, rate=50.0, num_requests=20_000)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(8, 1)
+    arrivals = [r.arrival for r in latency._requests(images, images[:, 0], load, generator)]
+    gaps = np.diff(arrivals)
+    assert np.mean(gaps) == pytest.approx(1 / 50, rel=0.06)
+    assert np.std(gaps) == pytest.approx(1 / 50, rel=0.08)
+
+
+def test_the_table_and_the_picture_hold_every_scheme(data):
+    found = outcomes(LOAD, data)
+    table = format_outcomes(found)
+    assert max(map(len, table.splitlines())) <= 80
+    figure = draw(LOAD, found)
+    (axes,) = figure.axes
+    assert [line.get_label() for line in axes.lines] == list(found)
+    for name, line in zip(found, axes.lines, strict=True):
+        assert name in table
+        assert (np.diff(line.get_ydata()) <= 0).all()
+
+
+def test_a_batch_must_be_cut_evenly():
+    with pytest.raises(ValueError, match="batch_size must be a multiple of num_data, 4, got 6"):
+        Load(batch_size=6)
