@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["build_info", "short_path", "spline_plan"]
+__all__ = ["build_info", "curve_plan", "short_path", "spline_plan"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "build it with `pip install .` in the source folder (needs a C++17 compiler)"
 
 try:
-    from ._plan import short_path, spline_plan
+    from ._plan import curve_plan, short_path, spline_plan
 except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 

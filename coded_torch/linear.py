@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._extension import spline_plan
+from ._extension import curve_plan
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -34,9 +34,7 @@ def _place(
     if torch.is_inference_mode_enabled():  # no inference tensors: the map must still train
         with torch.inference_mode(False):
             return _place(tuple(t.clone() for t in operands), dtype, device)
-    return tuple(
-        t.to(device=device, dtype=dtype if t.is_floating_point() else t.dtype) for t in operands
-    )
+    return tuple(t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -53,16 +51,23 @@ class LinearMap(abc.ABC):
     in float32.
 
     Subclasses implement :meth:`_apply` and pass the tensors it needs to ``__init__``, on the host
-    and in float64; :meth:`_operands` hands them out in the dtype and on the device of the values.
+    and in float64 (``rounded``: the same in float32, where they are at hand); :meth:`_operands`
+    hands them out in the dtype and on the device of the values.
     """
 
-    def __init__(self, num_inputs: int, num_outputs: int, *operands: Tensor) -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        *operands: Tensor,
+        rounded: tuple[Tensor, ...] | None = None,
+    ) -> None:
         self.num_inputs = num_inputs
         self.num_outputs = num_outputs
         # Both dtypes at once: a map that changed on first use would be compiled twice.
         self._placed = {
-            (dtype, _HOST): _place(operands, dtype, _HOST)
-            for dtype in (torch.float64, torch.float32)
+            (torch.float64, _HOST): _place(operands, torch.float64, _HOST),
+            (torch.float32, _HOST): _place(rounded or operands, torch.float32, _HOST),
         }
 
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -294,38 +299,11 @@ class SplineMap(LinearMap):
         smoothing: float = 0.0,
         weights: ArrayLike | None = None,
     ) -> None:
-        t = _vector("knots", knots)
-        z = _vector("points", points)
-        if t.size < 1:
-            raise ValueError("smoothing spline: knots must hold at least one number, got none")
-        gaps = t[1:] - t[:-1]
-        if not (gaps > 0).all():
-            i = int(np.argmin(gaps > 0))
-            raise ValueError(
-                f"smoothing spline: knots must be strictly increasing, "
-                f"got knots[{i}] = {t[i]} and knots[{i + 1}] = {t[i + 1]}"
-            )
         smoothing = check_smoothing("smoothing spline: smoothing", smoothing)
-        penalties = np.full(t.size, t.size * smoothing)
-        if weights is not None:
-            w = _vector("weights", weights)
-            if w.shape != t.shape:
-                raise ValueError(
-                    f"smoothing spline: weights must have the shape of the knots, {t.shape}, "
-                    f"got {w.shape}"
-                )
-            if not (w > 0).all():
-                raise ValueError(f"smoothing spline: weights must be positive, got {w.min()}")
-            with np.errstate(over="ignore"):
-                penalties /= w
-        coefficients, schedule = spline_plan(t[None], penalties[None], z[None])
-        if not np.isfinite(coefficients).all():
-            raise ValueError(
-                "smoothing spline: knots, smoothing and weights must be of a scale that float64 "
-                f"can plan, got gaps of {gaps.min(initial=np.inf):.1e} to "
-                f"{gaps.max(initial=0):.1e} and smoothing {smoothing:.1e}"
-            )
-        super().__init__(t.size, z.size, torch.from_numpy(coefficients), torch.from_numpy(schedule))
+        t, z = _numbers("knots", knots), _numbers("points", points)
+        w = None if weights is None else _numbers("weights", weights)
+        exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
+        super().__init__(len(t), len(z), exact, schedule, rounded=(rounded, schedule))
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         coefficients, schedule = self._operands(values)
@@ -345,22 +323,16 @@ def real_array(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
     return array.astype(np.float64)
 
 
-def _vector(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
-    array = real_array(f"smoothing spline: {argument}", numbers)
-    if array.ndim != 1:
-        raise ValueError(
-            f"smoothing spline: {argument} must have one dimension, got shape {array.shape}"
-        )
-    if not np.isfinite(array).all():
-        i = int(np.argmin(np.isfinite(array)))
-        raise ValueError(
-            f"smoothing spline: {argument} must be finite, got {argument}[{i}] = {array[i]}"
-        )
-    return array
+def _numbers(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
+    if type(numbers) is np.ndarray and numbers.dtype == np.float64:
+        return numbers  # as it is: the planner only reads it
+    return real_array(f"smoothing spline: {argument}", numbers)
 
 
 def check_smoothing(argument: str, smoothing: float) -> float:
     """The smoothing as a float; ``argument`` is the operation and the name of what was given."""
+    if type(smoothing) is float and 0 <= smoothing < np.inf:
+        return smoothing
     array = real_array(argument, smoothing)
     if array.size != 1:
         raise TypeError(f"{argument} must be a real number, got {smoothing!r}")

@@ -27,6 +27,10 @@ __all__ = ["BatchPlan", "Code", "CurveCode", "FixedCode", "NotEnoughResults"]
 _CACHED_DECODERS = 256
 
 
+def _increasing(workers: tuple[int, ...]) -> bool:
+    return all(map(operator.lt, workers, workers[1:]))
+
+
 class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
     """Fewer results arrived than the code can decode from.
 
@@ -140,14 +144,17 @@ class FixedCode(Code):
         """
         return self._decoder(self._received(received))
 
-    def _decoder(self, key: tuple[int, ...]) -> LinearMap:
-        decoder = self._cached(key)
+    def _decoder(self, workers: tuple[int, ...]) -> LinearMap:
+        decoder = self._cached(workers)
         if decoder is not None:
             return decoder
-        if not all(map(operator.lt, key, key[1:])):
+        if not _increasing(workers):
             raise ValueError(
-                f"{type(self).__name__}: received must be strictly increasing, got {list(key)}"
+                f"{type(self).__name__}: received must be strictly increasing, got {list(workers)}"
             )
+        return self._new_decoder(workers)
+
+    def _new_decoder(self, key: tuple[int, ...]) -> LinearMap:
         if len(key) < self.min_received:
             raise NotEnoughResults(key, self.min_received, self.num_workers)
         decoder = self._make_decoder(key)
@@ -183,14 +190,12 @@ class FixedCode(Code):
         """
         workers = self._received(received)
         decoder = self._cached(workers)  # whose keys are in increasing order
-        if decoder is None and all(map(operator.lt, workers, workers[1:])):
-            decoder = self._decoder(workers)
-        if decoder is not None:
-            return decoder(results, dim)
-        order = sorted(range(len(workers)), key=workers.__getitem__)
-        decoder = self._decoder(tuple(map(workers.__getitem__, order)))
-        decoder.check(results, dim)
-        if order != list(range(len(order))):
+        if decoder is None and _increasing(workers):
+            decoder = self._new_decoder(workers)
+        elif decoder is None:
+            order = sorted(range(len(workers)), key=workers.__getitem__)
+            decoder = self._decoder(tuple(map(workers.__getitem__, order)))
+            decoder.check(results, dim)
             results = results.index_select(dim, torch.tensor(order, device=results.device))
         return decoder(results, dim)
 
@@ -211,10 +216,11 @@ class FixedCode(Code):
         name = type(self).__name__
         items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
-            workers = tuple(map(operator.index, items))
+            kinds = set(map(type, items))
+            workers = tuple(items if kinds == {int} else map(operator.index, items))
         except TypeError:
             workers = None
-        if workers is None or bool in map(type, items):
+        if workers is None or bool in kinds:
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
             )

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace coded_torch {
 
@@ -120,11 +121,15 @@ inline void plan_spline(const double* knots, const double* penalties, int64_t n,
     return std::max<int64_t>(std::upper_bound(knots, knots + n, point) - knots - 1, 0);
   };
   std::fill(first, first + n + 1, 0);
-  for (int64_t j = 0; j < num_points; ++j) ++first[slot_of(points[j]) + 1];
+  std::vector<int32_t> slots(num_points);
+  for (int64_t j = 0; j < num_points; ++j) {
+    slots[j] = static_cast<int32_t>(slot_of(points[j]));
+    ++first[slots[j] + 1];
+  }
   for (int64_t i = 0; i < n; ++i) first[i + 1] += first[i];
   double* weights = coefficients + kKnotCoefficients * n;
   for (int64_t j = 0; j < num_points; ++j) {
-    const int64_t slot = slot_of(points[j]);
+    const int32_t slot = slots[j];
     const int32_t position = first[slot]++;
     order[position] = static_cast<int32_t>(j);
     plan_point(knots, n, slot, points[j], weights + kPointCoefficients * position);

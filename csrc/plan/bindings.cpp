@@ -2,6 +2,15 @@
 // pybind11 and the stable ABI do not mix in one translation unit.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "../math/short_path.h"
 #include "../math/spline_plan.h"
@@ -30,6 +39,85 @@ static py::tuple spline_plan(const Array& knots, const Array& penalties, const A
   return py::make_tuple(coefficients, schedule);
 }
 
+static std::string text(double number) { return py::str(py::float_(number)); }
+
+[[noreturn]] static void refuse(const std::string& argument, const std::string& reason) {
+  throw py::value_error("smoothing spline: " + argument + " must " + reason);
+}
+
+static void check_vector(const std::string& name, const Array& numbers) {
+  if (numbers.ndim() != 1) {
+    const std::string shape = py::str(numbers.attr("shape"));
+    refuse(name, "have one dimension, got shape " + shape);
+  }
+  for (int64_t i = 0; i < numbers.size(); ++i) {
+    const double number = numbers.data()[i];
+    if (std::isfinite(number)) continue;
+    refuse(name, "be finite, got " + name + "[" + std::to_string(i) + "] = " + text(number));
+  }
+}
+
+static void check_knots(const Array& knots) {
+  check_vector("knots", knots);
+  if (knots.size() < 1) refuse("knots", "hold at least one number, got none");
+  const double* t = knots.data();
+  for (int64_t i = 1; i < knots.size(); ++i) {
+    if (t[i] > t[i - 1]) continue;
+    refuse("knots", "be strictly increasing, got knots[" + std::to_string(i - 1) + "] = " +
+                        text(t[i - 1]) + " and knots[" + std::to_string(i) + "] = " + text(t[i]));
+  }
+}
+
+static void check_weights(const Array& weights, const Array& knots) {
+  check_vector("weights", weights);
+  if (weights.size() != knots.size()) {
+    refuse("weights", "have the shape of the knots, (" + std::to_string(knots.size()) +
+                          ",), got (" + std::to_string(weights.size()) + ",)");
+  }
+  const double least = *std::min_element(weights.data(), weights.data() + weights.size());
+  if (!(least > 0)) refuse("weights", "be positive, got " + text(least));
+}
+
+[[noreturn]] static void refuse_scale(const Array& knots, double smoothing) {
+  const double* t = knots.data();
+  double least = std::numeric_limits<double>::infinity(), largest = 0;
+  for (int64_t i = 1; i < knots.size(); ++i) {
+    least = std::min(least, t[i] - t[i - 1]);
+    largest = std::max(largest, t[i] - t[i - 1]);
+  }
+  char got[128];
+  std::snprintf(got, sizeof got, "%.1e to %.1e and smoothing %.1e", least, largest, smoothing);
+  refuse("knots, smoothing and weights",
+         std::string("be of a scale that float64 can plan, got gaps of ") + got);
+}
+
+// As spline_plan for one curve, from what a caller gives: everything but the kinds and the
+// smoothing is validated here, where it costs nothing, and the coefficients are rounded to float32,
+// too.
+static py::tuple curve_plan(const Array& knots, const Array& points, double smoothing,
+                            const std::optional<Array>& weights) {
+  check_knots(knots);
+  check_vector("points", points);
+  const int64_t n = knots.size(), num_points = points.size();
+  std::vector<double> penalties(n, static_cast<double>(n) * smoothing);
+  if (weights) {
+    check_weights(*weights, knots);
+    for (int64_t i = 0; i < n; ++i) penalties[i] /= weights->data()[i];
+  }
+  const int64_t row = coded_torch::coefficients_size(n, num_points);
+  py::array_t<double> coefficients({int64_t{1}, row});
+  py::array_t<float> rounded({int64_t{1}, row});
+  py::array_t<int32_t> schedule({int64_t{1}, coded_torch::schedule_size(n, num_points)});
+  double* exact = coefficients.mutable_data();
+  coded_torch::plan_spline(knots.data(), penalties.data(), n, points.data(), num_points, exact,
+                           schedule.mutable_data());
+  const bool finite = std::all_of(exact, exact + row, [](double c) { return std::isfinite(c); });
+  if (!finite) refuse_scale(knots, smoothing);
+  float* single = rounded.mutable_data();
+  for (int64_t i = 0; i < row; ++i) single[i] = static_cast<float>(exact[i]);
+  return py::make_tuple(coefficients, rounded, schedule);
+}
+
 template <typename T>
 static py::array_t<int64_t> short_path(const py::array_t<T, py::array::c_style>& distances) {
   if (distances.ndim() != 2 || distances.shape(0) != distances.shape(1)) {
@@ -51,6 +139,11 @@ PYBIND11_MODULE(_plan, m) {
       "Coefficients [P, 12 n + 4 N] and schedule [P, n + 1 + N] of P splines: knots [P, n],\n"
       "penalties [P, n] (weights of integral g''^2 against each squared residual), points [P, N].\n"
       "Layout: csrc/math/spline_plan.h.");
+  m.def(
+      "curve_plan", &curve_plan, py::arg("knots"), py::arg("points"), py::arg("smoothing"),
+      py::arg("weights"),
+      "Coefficients [1, 12 n + 4 N] in float64, the same in float32, and schedule [1, n + 1 + N]\n"
+      "of a smoothing spline; ValueError for what SplineMap does not allow.");
   const char* doc =
       "Order [B] of B points along a short open path: distances [B, B], float32 or float64,\n"
       "C-contiguous. How: csrc/math/short_path.h.";
