@@ -20,12 +20,17 @@ from ._extension import curve_plan
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
+    from .grouping import Grouping
+
 __all__ = ["LinearMap", "MatrixMap", "SelectMap", "SplineMap"]
 
 _VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 _HOST = torch.device("cpu")
+# With rows of indices the columns of each group fill tiles of their own, where groups side by side
+# share them. For fewer columns than these, copying the rows costs less than tiles half empty.
+_FUSED_COLUMNS = 256
 
 
 def _place(
@@ -92,6 +97,38 @@ class LinearMap(abc.ABC):
         Raises as :meth:`__call__` does.
         """
         return self._along(values, dim, transpose=True)
+
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+        """Apply the map to the groups of a batch: ``map(grouping.gather(batch))``.
+
+        Args:
+            batch: ``[B, ...]``.
+            grouping: of B rows in groups of ``num_inputs``.
+
+        Returns:
+            ``[num_outputs, G, ...]``.
+
+        Raises:
+            TypeError: as :meth:`__call__`.
+            ValueError: the batch has another size than the grouping.
+        """
+        return self(grouping.gather(batch))
+
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+        """Apply the map and put its results in a batch's order: ``grouping.scatter(map(groups))``.
+
+        Args:
+            groups: ``[num_inputs, G, ...]``.
+            grouping: of B rows in G groups of ``num_outputs``.
+
+        Returns:
+            ``[B, ...]``.
+
+        Raises:
+            TypeError: as :meth:`__call__`.
+            ValueError: the groups have other sizes than the map and the grouping.
+        """
+        return grouping.scatter(self(groups))
 
     def matrix(
         self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
@@ -308,6 +345,32 @@ class SplineMap(LinearMap):
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         coefficients, schedule = self._operands(values)
         return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+        """As :meth:`LinearMap.gathered`, reading the rows where they lie."""
+        self._dimension(batch, 0, grouping.batch_size)
+        num_columns = batch.shape[1:].numel()
+        if num_columns < _FUSED_COLUMNS:
+            return super().gathered(batch, grouping)
+        coefficients, schedule = self._operands(batch)
+        rows = batch.reshape(len(batch), num_columns)
+        gather = grouping.to(batch.device).rows
+        out = ops.spline_apply(rows, coefficients, schedule, gather=gather)  # [N, G, m]
+        return out.view(*out.shape[:2], *batch.shape[1:])
+
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+        """As :meth:`LinearMap.scattered`, writing the rows where they belong."""
+        for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
+            self._dimension(groups, dim, size)
+        num_columns = groups.shape[2:].numel()
+        if num_columns < _FUSED_COLUMNS:
+            return super().scattered(groups, grouping)
+        coefficients, schedule = self._operands(groups)
+        out = ops.spline_apply(
+            groups.reshape(*groups.shape[:2], num_columns), coefficients, schedule,
+            scatter=grouping.to(groups.device).targets, num_rows=grouping.batch_size,
+        )  # fmt: skip
+        return out.view(len(out), *groups.shape[2:])
 
 
 def real_array(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:

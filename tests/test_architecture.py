@@ -17,7 +17,8 @@ LAYERS = (
     {"nn"},
     {"workers", "codes"},
     {"functional"},
-    {"linear", "grouping"},
+    {"linear"},
+    {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "reference", "geometry", "decoders"},
 )

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
+from coded_torch.grouping import Grouping
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
@@ -140,6 +141,35 @@ class TestLinearMaps:
                 torch.testing.assert_close(other, results[0])
             else:
                 assert torch.equal(other, results[0])
+
+    @pytest.mark.parametrize("shape", [(), (3, 100), (0,)])
+    def test_groups_of_a_batch(self, make, shape):
+        """Nine rows in any order make three groups of four, the last filled up."""
+        to, back = make(4, 6), make(6, 4)
+        grouping = Grouping(np.random.default_rng(0).permutation(9), 4)
+        batch = torch.randn(9, *shape, dtype=torch.float64, requires_grad=True)
+        coded = to.gathered(batch, grouping)
+        assert torch.equal(coded, to(grouping.gather(batch)))
+        answers = back.scattered(coded, grouping)
+        assert torch.equal(answers, grouping.scatter(back(coded)))
+        weights = torch.randn(answers.shape, dtype=torch.float64)
+        got, want = (
+            torch.autograd.grad(out, batch, weights, retain_graph=True)[0]
+            for out in (answers, grouping.scatter(back(to(grouping.gather(batch)))))
+        )
+        torch.testing.assert_close(got, want)
+
+    @pytest.mark.parametrize("columns", [2, 300])
+    def test_groups_that_do_not_fit(self, make, columns):
+        to, back, grouping = make(4, 6), make(6, 4), Grouping(range(9), 4)
+        with pytest.raises(ValueError, match="must have size 9 along dim 0"):
+            to.gathered(torch.ones(12, columns), grouping)
+        with pytest.raises(ValueError, match="must have size 6 along dim 0"):
+            back.scattered(torch.ones(7, 3, columns), grouping)
+        with pytest.raises(ValueError, match=r"must have sizes? .*3"):
+            back.scattered(torch.ones(6, 4, columns), grouping)
+        with pytest.raises(TypeError, match="values must be float64"):
+            to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
 
     def test_repr(self, make):
         assert "num_inputs=4, num_outputs=6" in repr(make(4, 6))

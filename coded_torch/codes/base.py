@@ -287,10 +287,10 @@ class _GroupwisePlan(BatchPlan):
         self._grouping = grouping
 
     def encode(self, values: Tensor) -> Tensor:
-        return self.code.encode(self._grouping.gather(values))
+        return self.code.encoder.gathered(values, self._grouping)
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return self._grouping.scatter(self.code.decode(results, received))
+        return self.code.decoder(received).scattered(results, self._grouping)
 
 
 class CurveCode(FixedCode):
