@@ -28,6 +28,8 @@ _VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 _HOST = torch.device("cpu")
+# Bytes, as wide as the widest access.
+_ALIGNMENT = 16
 # With rows of indices the columns of each group fill tiles of their own, where groups side by side
 # share them. For fewer columns than these, copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
@@ -36,10 +38,28 @@ _FUSED_COLUMNS = 256
 def _place(
     operands: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    if torch.is_inference_mode_enabled():  # no inference tensors: the map must still train
+    if torch.is_inference_mode_enabled():  # as in LinearMap.__init__
         with torch.inference_mode(False):
-            return _place(tuple(t.clone() for t in operands), dtype, device)
+            return _place(operands, dtype, device)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _in_one_copy(operands, device, pin=True)  # from the host, of this dtype already
     return tuple(t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)
+
+
+def _in_one_copy(
+    operands: tuple[Tensor, ...], device: torch.device, pin: bool
+) -> tuple[Tensor, ...]:
+    """Host tensors on ``device``: from pinned memory in one copy, for which nobody waits."""
+    sizes = [t.numel() * t.element_size() for t in operands]
+    spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    staged = torch.empty(sum(spans), dtype=torch.uint8, pin_memory=pin)
+    for span, size, t in zip(staged.split(spans), sizes, operands, strict=True):
+        span[:size].copy_(t.contiguous().view(-1).view(torch.uint8))
+    parts = staged.to(device, non_blocking=True).split(spans)
+    return tuple(
+        part[:size].view(t.dtype).view(t.shape)
+        for part, size, t in zip(parts, sizes, operands, strict=True)
+    )
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,12 +87,16 @@ class LinearMap(abc.ABC):
         *operands: Tensor,
         rounded: tuple[Tensor, ...] | None = None,
     ) -> None:
+        if torch.is_inference_mode_enabled():  # no inference tensors: the map must still train
+            with torch.inference_mode(False):
+                LinearMap.__init__(self, num_inputs, num_outputs, *(t.clone() for t in operands))
+            return
         self.num_inputs = num_inputs
         self.num_outputs = num_outputs
         # Both dtypes at once: a map that changed on first use would be compiled twice.
-        self._placed = {
-            (torch.float64, _HOST): _place(operands, torch.float64, _HOST),
-            (torch.float32, _HOST): _place(rounded or operands, torch.float32, _HOST),
+        self._placed: dict[tuple[object, ...], tuple[Tensor, ...]] = {
+            (torch.float64, _HOST): operands,
+            (torch.float32, _HOST): rounded or _place(operands, torch.float32, _HOST),
         }
 
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
@@ -147,11 +171,28 @@ class LinearMap(abc.ABC):
         """Apply the map or its transpose to ``values [n, G, m]``; returns ``[N, G, m]``."""
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
-        key = (accumulation_dtype(values.dtype), values.device)
+        dtype, device = accumulation_dtype(values.dtype), values.device
+        key: tuple[object, ...] = (dtype, device)
+        if device.type == "cuda" and not torch.compiler.is_compiling():
+            if torch.cuda.is_current_stream_capturing():
+                return self._operands_of_warm_up(dtype, device)
+            # Each stream has its own: its order is all that separates the copy from its uses, and
+            # the last use from the memory's next.
+            key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
         operands = self._placed.get(key)
         if operands is None:
-            operands = self._placed[key] = _place(self._placed[key[0], _HOST], *key)
+            operands = self._placed[key] = _place(self._placed[dtype, _HOST], dtype, device)
         return operands
+
+    def _operands_of_warm_up(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """What an earlier call placed: a copy made during capture would be part of the graph."""
+        for key, operands in list(self._placed.items()):
+            if key[:2] == (dtype, device):
+                return operands
+        raise RuntimeError(
+            f"{type(self).__name__}: the map must have been applied to {dtype} values on {device} "
+            "before it is captured in a CUDA graph, got none"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on other devices are made again where the map arrives.

@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
+from coded_torch import linear
 from coded_torch.grouping import Grouping
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 
@@ -211,3 +212,47 @@ def test_float32_is_enough_for_the_sweeps(n, tolerance, kind):
                 error = (apply(values.to(dtype)).double() - want).abs()
                 allowed = rounding * want.abs() + tolerance * want.abs().max()
                 assert (error <= allowed).all(), (smoothing, dtype, apply, error.max())
+
+
+def test_operands_travel_in_one_copy():
+    operands = (
+        torch.randn(1, 7, dtype=torch.float64), torch.randn(3, 2).T, torch.zeros(0, 4),
+        torch.arange(5, dtype=torch.int32), torch.arange(3), torch.tensor(2.0),
+    )  # fmt: skip
+    placed = linear._in_one_copy(operands, torch.device("cpu"), pin=False)
+    assert all(map(torch.equal, placed, operands))
+    assert [t.dtype for t in placed] == [t.dtype for t in operands]
+    assert len({t.untyped_storage().data_ptr() for t in placed}) == 1
+    assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in placed if t.numel())
+
+
+@pytest.mark.cuda
+class TestOnCuda:
+    def test_a_new_map_waits_for_nothing(self):
+        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
+        want = spline_map(20, 50)(values.cpu())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            got = map(values)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(got.cpu(), want)
+
+    def test_every_stream_has_its_own_operands(self):
+        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
+        want = map(values)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            got = map(values)
+        torch.cuda.synchronize()
+        assert torch.equal(got, want)
+        assert len(map._placed) == 4  # two dtypes on the host, two streams
+
+    def test_a_graph_needs_a_call_before(self):
+        map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
+        with (
+            pytest.raises(RuntimeError, match=r"must have been applied to torch\.float32"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            map(values)

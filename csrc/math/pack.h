@@ -4,9 +4,12 @@
 #if defined(__CUDACC__)
 #define CODED_TORCH_HD __host__ __device__ __forceinline__
 #define CODED_TORCH_UNROLL _Pragma("unroll")
+#define CODED_TORCH_PRAGMA(text) _Pragma(#text)
+#define CODED_TORCH_UNROLL_BY(times) CODED_TORCH_PRAGMA(unroll times)
 #else
 #define CODED_TORCH_HD inline __attribute__((always_inline))
 #define CODED_TORCH_UNROLL _Pragma("GCC unroll 16")
+#define CODED_TORCH_UNROLL_BY(times)
 #endif
 
 namespace coded_torch {

@@ -41,10 +41,10 @@ struct SplineState {
   Columns v, s;
 };
 
-// States kept between the sweeps, `stride` packs apart: registers of the caller's choice cannot be
-// indexed, so they live in a cache, in shared memory, or in a workspace.
+// States kept between the sweeps, `stride` packs apart: in a cache, shared memory, or a workspace.
 template <class Columns>
 struct StateStack {
+  static constexpr int kUnroll = 1;
   Columns* base;
   int64_t stride;
 
@@ -57,26 +57,40 @@ struct StateStack {
   }
 };
 
+// States of at most kKnots knots in registers, which cannot be indexed: the sweeps are unrolled.
+template <class Columns, int kKnots>
+struct StateRegisters {
+  static constexpr int kUnroll = kKnots;
+  SplineState<Columns> states[kKnots - 2];
+
+  CODED_TORCH_HD void put(int64_t i, const SplineState<Columns>& state) { states[i] = state; }
+  CODED_TORCH_HD SplineState<Columns> get(int64_t i) const { return states[i]; }
+};
+
 // How many states are kept: all but those of the first and the last knot.
 CODED_TORCH_HD int64_t num_kept_states(int64_t num_knots) {
   return num_knots > 2 ? num_knots - 2 : 0;
 }
 
+// With states in registers a sweep is unrolled for the most knots there may be, and skips those
+// there are not (by `continue`: loops with a `break` keep nvcc from seeing the indices).
+//
 // result(order, .) = spline through (knots, values) at the points.
-// load(i) reads values row i, store(j, columns) writes result row j.
-template <class Columns, class Coefficient, class Load, class Store>
-CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
-                                 const StateStack<Columns>& kept, const Load& load,
+// load(i) reads values row i, called for 0, 1, .. in turn; store(j, columns) writes result row j.
+template <class Columns, class Kept, class Coefficient, class Load, class Store>
+CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan, Kept& kept, Load& load,
                                  const Store& store) {
   using State = SplineState<Columns>;
-  const int64_t n = plan.num_knots;
+  const int64_t n = plan.num_knots, bound = Kept::kUnroll > 1 ? Kept::kUnroll : n;
   const Columns first_value = load(0);
   State state{first_value, Columns::zero()};
   if (n > 1) {
     state.v = load(1);
     state.s = plan.knots[kFirstInverseH] * (state.v - first_value);
   }
-  for (int64_t i = 1; i + 1 < n; ++i) {  // filter: from knot i to knot i + 1
+  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
+  for (int64_t i = 1; i + 1 < bound; ++i) {  // filter: from knot i to knot i + 1
+    if (i + 1 >= n) continue;
     const Coefficient* k = plan.knots + kKnotCoefficients * i;
     kept.put(i - 1, state);
     const Columns value = load(i + 1);
@@ -85,7 +99,9 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
     state.s = slope;
   }
   State upper = state;
-  for (int64_t i = n - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
+  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
+  for (int64_t i = bound - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
+    if (i >= n) continue;
     if (i == 0 && n > 1) {
       const Columns tangent = upper.v - plan.knots[kFirstH] * upper.s;
       state.v = plan.knots[kFirstA] * first_value + plan.knots[kFirstC] * tangent;
@@ -107,17 +123,17 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan,
 }
 
 // The transpose of spline_sweep: both sweeps reversed, with the same coefficients.
-// load(j) reads gradient row j of the results, store(i, columns) writes gradient row i of the
-// values.
-template <class Columns, class Coefficient, class Load, class Store>
-CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan,
-                                         const StateStack<Columns>& kept, const Load& load,
-                                         const Store& store) {
+// load(j) reads gradient row j of the results, in the order of the points; store(i, columns) writes
+// gradient row i of the values.
+template <class Columns, class Kept, class Coefficient, class Load, class Store>
+CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan, Kept& kept,
+                                         Load& load, const Store& store) {
   using State = SplineState<Columns>;
-  const int64_t n = plan.num_knots;
+  const int64_t n = plan.num_knots, bound = Kept::kUnroll > 1 ? Kept::kUnroll : n;
   Columns first_value = Columns::zero();
   State state{Columns::zero(), Columns::zero()};
-  for (int64_t i = 0; i < n; ++i) {
+  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
+  for (int64_t i = 0; i < bound; ++i) {
     State upper{Columns::zero(), Columns::zero()};
     for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
       const Coefficient* w = plan.points + kPointCoefficients * j;
@@ -143,7 +159,9 @@ CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan,
     }
     state = upper;
   }
-  for (int64_t i = n - 2; i >= 1; --i) {
+  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
+  for (int64_t i = bound - 2; i >= 1; --i) {
+    if (i > n - 2) continue;
     const Coefficient* k = plan.knots + kKnotCoefficients * i;
     const State lower = kept.get(i - 1);
     const Columns value = k[kK0] * state.v, slope = k[kK2] * state.s;

@@ -7,30 +7,27 @@
 
 using namespace coded_torch;
 
-template <class T, int kWidth, bool kTranspose>
-static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
+template <class T, int kWidth, bool kRegisters>
+static SplineGrid run_grid(const SplineArgs& args, bool transpose, int64_t shared_bytes) {
+  const SplineGrid grid = plan_grid(args, kWidth, sizeof(acc_t<T>), kRegisters, shared_bytes);
   const auto shared = std::make_unique<char[]>(grid.shared_bytes);
   const auto workspace = std::make_unique<char[]>(grid.workspace_bytes);
+  const auto run = transpose ? &spline_thread<T, kWidth, true, kRegisters>
+                             : &spline_thread<T, kWidth, false, kRegisters>;
   for (int64_t block = 0; block < grid.blocks; ++block) {
     std::memset(shared.get(), 0xff, grid.shared_bytes);  // NaN: nothing may be read unwritten
     for (int thread = 0; thread < grid.threads; ++thread) {
-      spline_thread<T, kWidth, kTranspose>(args, grid, block, thread, shared.get(),
-                                           workspace.get());
+      run(args, grid, block, thread, shared.get(), workspace.get());
     }
   }
+  return grid;
 }
 
 template <class T>
 static SplineGrid run(const SplineArgs& args, bool transpose, int64_t shared_bytes) {
-  const bool wide = fits_wide<T>(args);
-  const SplineGrid grid = plan_grid(args, wide ? kWidePack<T> : 1, sizeof(acc_t<T>), shared_bytes);
-  if (wide) {
-    transpose ? run_grid<T, kWidePack<T>, true>(args, grid)
-              : run_grid<T, kWidePack<T>, false>(args, grid);
-  } else {
-    transpose ? run_grid<T, 1, true>(args, grid) : run_grid<T, 1, false>(args, grid);
-  }
-  return grid;
+  if (!fits_wide<T>(args)) return run_grid<T, 1, false>(args, transpose, shared_bytes);
+  return fits_registers<T>(args) ? run_grid<T, kWidePack<T>, true>(args, transpose, shared_bytes)
+                                 : run_grid<T, kWidePack<T>, false>(args, transpose, shared_bytes);
 }
 
 extern "C" {
@@ -52,7 +49,7 @@ SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpos
 // The launch configuration alone, for sizes that no memory holds.
 SplineGrid coded_torch_plan_grid(const SplineArgs* args, int width, int64_t acc_bytes,
                                  int64_t shared_bytes) {
-  return plan_grid(*args, width, acc_bytes, shared_bytes);
+  return plan_grid(*args, width, acc_bytes, false, shared_bytes);
 }
 
 float coded_torch_half_to_float(uint16_t bits) { return to_float(float16{bits}); }

@@ -8,12 +8,12 @@
 
 namespace coded_torch {
 
-template <class T, int kWidth, bool kTranspose>
+template <class T, int kWidth, bool kTranspose, bool kRegisters>
 __global__ void __launch_bounds__(kMaxThreads)
     spline_kernel(SplineArgs args, SplineGrid grid, void* workspace) {
   extern __shared__ __align__(16) char shared[];
-  spline_thread<T, kWidth, kTranspose>(args, grid, blockIdx.x, static_cast<int>(threadIdx.x),
-                                       shared, workspace);
+  spline_thread<T, kWidth, kTranspose, kRegisters>(
+      args, grid, blockIdx.x, static_cast<int>(threadIdx.x), shared, workspace);
 }
 
 static void check_blocks(int64_t blocks) {
@@ -21,16 +21,17 @@ static void check_blocks(int64_t blocks) {
                   " blocks fit a grid, got ", blocks);
 }
 
-template <class T, int kWidth, bool kTranspose>
+template <class T, int kWidth, bool kTranspose, bool kRegisters>
 static void launch(const SplineCall& call, int device_index) {
   int shared_per_multiprocessor = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_per_multiprocessor,
                                         cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_index));
-  const SplineGrid grid = plan_grid(call.args, kWidth, sizeof(acc_t<T>), shared_per_multiprocessor);
+  const SplineGrid grid =
+      plan_grid(call.args, kWidth, sizeof(acc_t<T>), kRegisters, shared_per_multiprocessor);
   check_blocks(grid.blocks);
   const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,
                                                 std::nullopt, call.values.device());
-  const auto kernel = spline_kernel<T, kWidth, kTranspose>;
+  const auto kernel = spline_kernel<T, kWidth, kTranspose, kRegisters>;
   constexpr int kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -78,13 +79,20 @@ static void launch_zero_unwritten(const SplineCall& call, int device_index) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+template <class T, int kWidth, bool kRegisters>
+static void launch(const SplineCall& call, bool transpose, int device_index) {
+  transpose ? launch<T, kWidth, true, kRegisters>(call, device_index)
+            : launch<T, kWidth, false, kRegisters>(call, device_index);
+}
+
 template <class T>
 static void launch(const SplineCall& call, bool transpose, int device_index) {
-  if (fits_wide<T>(call.args)) {
-    transpose ? launch<T, kWidePack<T>, true>(call, device_index)
-              : launch<T, kWidePack<T>, false>(call, device_index);
+  if (!fits_wide<T>(call.args)) {
+    launch<T, 1, false>(call, transpose, device_index);
+  } else if (fits_registers<T>(call.args)) {
+    launch<T, kWidePack<T>, true>(call, transpose, device_index);
   } else {
-    transpose ? launch<T, 1, true>(call, device_index) : launch<T, 1, false>(call, device_index);
+    launch<T, kWidePack<T>, false>(call, transpose, device_index);
   }
 }
 

@@ -21,6 +21,40 @@ struct alignas(sizeof(T) * kWidth) RowPack {
   T value[kWidth];
 };
 
+// Rows asked for before they are needed: what a thread keeps in flight.
+constexpr int kRowsAhead = 3;
+
+// At most so many knots have their states in registers: 64 of them.
+template <class T>
+constexpr int kRegisterKnots = 128 / (kWidePack<T> * sizeof(acc_t<T>));
+
+// The rows of a sweep in its order, each fetched `kAhead` rows before it is handed out.
+template <class Row, int kAhead, class Fetch>
+class RowsAhead {
+ public:
+  // fetch(k) reads the k-th row of `count`.
+  CODED_TORCH_HD RowsAhead(const Fetch& fetch, int32_t count) : fetch_(fetch), count_(count) {
+    CODED_TORCH_UNROLL
+    for (int k = 0; k < kAhead; ++k) fetch_next(&rows_[k]);
+  }
+  CODED_TORCH_HD Row next() {
+    const Row row = rows_[0];
+    CODED_TORCH_UNROLL
+    for (int k = 1; k < kAhead; ++k) rows_[k - 1] = rows_[k];
+    fetch_next(&rows_[kAhead - 1]);
+    return row;
+  }
+
+ private:
+  CODED_TORCH_HD void fetch_next(Row* row) {
+    if (fetched_ < count_) *row = fetch_(fetched_++);
+  }
+
+  const Fetch& fetch_;
+  int32_t count_, fetched_ = 0;
+  Row rows_[kAhead];
+};
+
 // As one access of 16 bytes, into which nvcc does not join a pack's stores by itself, and first to
 // leave the cache: results are not read again here.
 template <class Row>
@@ -49,13 +83,21 @@ constexpr int kMinThreads = 32;  // a warp
 // The x dimension of a grid holds 2^31 - 1 blocks.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
+// Where the states of a thread live. Registers, where they are enough, leave the shared memory
+// empty and all rows of the values in flight at once.
+template <class T>
+bool fits_registers(const SplineArgs& args) {
+  return args.num_knots <= kRegisterKnots<T>;
+}
+
 // States go to shared memory as long as it holds two blocks of a warp per multiprocessor: fewer
 // could not keep enough loads in flight. Beyond that, to global memory.
-inline SplineGrid plan_grid(const SplineArgs& args, int width, int64_t acc_bytes,
+inline SplineGrid plan_grid(const SplineArgs& args, int width, int64_t acc_bytes, bool registers,
                             int64_t shared_per_multiprocessor) {
   SplineGrid grid{};
   grid.packs = args.num_groups * (args.num_columns / width);
-  const int64_t per_thread = num_kept_states(args.num_knots) * 2 * width * acc_bytes;
+  const int64_t kept = registers ? 0 : num_kept_states(args.num_knots);
+  const int64_t per_thread = kept * 2 * width * acc_bytes;
   grid.threads = kMaxThreads;
   while (grid.threads > kMinThreads && 2 * grid.threads * per_thread > shared_per_multiprocessor) {
     grid.threads /= 2;
@@ -80,7 +122,8 @@ bool fits_wide(const SplineArgs& args) {
          args.out_row_stride % kWidth == 0 && args.out_group_stride % kWidth == 0;
 }
 
-template <class T, int kWidth, bool kTranspose>
+// kRegisters: the states live in registers, which fits_registers() allows.
+template <class T, int kWidth, bool kTranspose, bool kRegisters>
 CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block,
                                   int thread, void* shared, void* workspace) {
   using Acc = acc_t<T>;
@@ -96,10 +139,15 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
       args.schedule + group * args.schedule_stride, args.num_knots);
   const T* in = static_cast<const T*>(args.in) + group * args.in_group_stride + column;
   T* out = static_cast<T*>(args.out) + group * args.out_group_stride + column;
-  const auto load = [&](int64_t i) {
-    const int64_t at = args.gather.at(i, group);
-    if (at < 0) return Columns::zero();
-    const Row row = *reinterpret_cast<const Row*>(in + at * args.in_row_stride);
+  const auto fetch = [&](int32_t k) {
+    const int64_t at = args.gather.at(kTranspose ? plan.order[k] : k, group);
+    if (at < 0) return Row{};
+    return *reinterpret_cast<const Row*>(in + at * args.in_row_stride);
+  };
+  RowsAhead<Row, kRegisters && !kTranspose ? kRegisterKnots<T> : kRowsAhead, decltype(fetch)> rows(
+      fetch, kTranspose ? plan.first[args.num_knots] : static_cast<int32_t>(args.num_knots));
+  const auto load = [&](int64_t) {
+    const Row row = rows.next();
     Columns columns;
     CODED_TORCH_UNROLL
     for (int k = 0; k < kWidth; ++k) columns.lane[k] = to_float(row.value[k]);
@@ -113,16 +161,24 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
     for (int k = 0; k < kWidth; ++k) from_float(columns.lane[k], &row.value[k]);
     store_row(out + at * args.out_row_stride, row);
   };
-  // Neighbouring threads' states lie side by side: no bank conflicts, and coalesced in a workspace.
-  const StateStack<Columns> kept =
-      grid.workspace_bytes > 0
-          ? StateStack<Columns>{static_cast<Columns*>(workspace) + index,
-                                grid.blocks * grid.threads}
-          : StateStack<Columns>{static_cast<Columns*>(shared) + thread, grid.threads};
-  if constexpr (kTranspose) {
-    spline_sweep_adjoint(plan, kept, load, store);
+  const auto sweep = [&](auto& kept) {
+    if constexpr (kTranspose) {
+      spline_sweep_adjoint<Columns>(plan, kept, load, store);
+    } else {
+      spline_sweep<Columns>(plan, kept, load, store);
+    }
+  };
+  if constexpr (kRegisters) {
+    StateRegisters<Columns, kRegisterKnots<T>> kept;
+    sweep(kept);
   } else {
-    spline_sweep(plan, kept, load, store);
+    // Neighbouring threads' states lie side by side: no bank conflicts, coalesced in a workspace.
+    const StateStack<Columns> kept =
+        grid.workspace_bytes > 0
+            ? StateStack<Columns>{static_cast<Columns*>(workspace) + index,
+                                  grid.blocks * grid.threads}
+            : StateStack<Columns>{static_cast<Columns*>(shared) + thread, grid.threads};
+    sweep(kept);
   }
 }
 
