@@ -35,6 +35,10 @@ RELATIVE_BARS = {
     "strided": ("forward", 1.15),
     "indexed": ("forward", 1.15),
 }
+# Times faster than SciPy's map, a new received set at least.
+SCIPY_BAR = 20
+# A bar missed by this factor is a regression, whatever else the machine was doing.
+REGRESSION = 1.6
 SMOOTHING = 1e-6
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 + 3e-5, torch.float16: 2.0**-11 + 3e-5}
 
@@ -187,6 +191,9 @@ def small(runs: int, calls: int) -> dict[str, Any]:
     def scipy_map() -> Any:
         return scipy.interpolate.make_smoothing_spline(knots, values, lam=0.0)(points)
 
+    def scipy_interpolation() -> Any:  # what it has for no smoothing only
+        return scipy.interpolate.CubicSpline(knots, values, bc_type="natural")(points)
+
     check("decode", code.decode(results, sets[0]), torch.from_numpy(scipy_map()))
     thousand = np.sort(rng.uniform(-1, 1, 1000))
     timings: dict[str, Timing] = measure(
@@ -197,39 +204,79 @@ def small(runs: int, calls: int) -> dict[str, Any]:
         },
         runs=runs, calls=calls,
     )  # fmt: skip
-    timings |= measure({"scipy": scipy_map}, runs=runs, calls=max(1, calls // 20))
+    timings |= measure(
+        {"scipy": scipy_map, "scipy interpolation": scipy_interpolation},
+        runs=runs, calls=max(1, calls // 20),
+    )  # fmt: skip
     bars = {"seen": 30e-6, "new": 80e-6, "plan of 1000": 100e-6}
     for name, bar in bars.items():
         print(f"{name}: {timings[name].median * 1e6:.1f} us (<= {bar * 1e6:.0f})")
-    faster = timings["scipy"].median / timings["new"].median
-    print(f"new: {faster:.1f}x SciPy (>= 20)", flush=True)
+    faster = {
+        name: timings[name].median / timings["new"].median
+        for name in ("scipy", "scipy interpolation")
+    }
+    print(
+        f"new: {faster['scipy']:.1f}x make_smoothing_spline (>= {SCIPY_BAR}), "
+        f"{faster['scipy interpolation']:.1f}x CubicSpline",
+        flush=True,
+    )
     return {
         "seconds": {name: timing._asdict() for name, timing in timings.items()},
         "bars": bars,
-        "new_faster_than_scipy": faster,
+        "new_faster_than_scipy": faster["scipy"],
+        "new_faster_than_scipy_bar": SCIPY_BAR,
+        "new_faster_than_scipy_interpolation": faster["scipy interpolation"],
     }
+
+
+def regressions(results: dict[str, Any]) -> list[str]:
+    """Which ratios miss their bars by more than noise; absolute times depend on the machine."""
+    found = []
+
+    def compare(what: str, times_slower: float) -> None:
+        if not times_slower <= REGRESSION:
+            found.append(f"{what}: {times_slower:.2f} times its bar")
+
+    for threads, rows in results["large"].items():
+        for row in rows:
+            what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}"
+            compare(f"{what}, of the copy", row["over_copy_best"] / row["over_copy_bar"])
+            matmul = row["faster_than_matmul_bar"] / row["faster_than_matmul"]
+            compare(f"{what}, against matmul", matmul)
+            for name, relative in row["relative"].items():
+                compare(f"{what}, {name}", relative["ratio"] / relative["bar"])
+    small = results["small"]
+    compare("a new set, SciPy", small["new_faster_than_scipy_bar"] / small["new_faster_than_scipy"])
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], help="default: %(default)s"
+    )
     parser.add_argument("--runs", type=int, default=21, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="small and rough; writes nothing")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     reuse_memory()
-    torch.set_num_threads(args.threads)
     runs = 3 if args.quick else args.runs
-    results = {
-        "large": large(args.device, runs, shrink=16 if args.quick else 1),
-        "crossover": crossover(args.device, runs),
-        "small": small(runs, calls=50 if args.quick else 1000),
-    }
-    if not args.quick:
-        print("wrote", write_json(f"kernels-{args.device}", args.device, results).name)
-    return 0
+    results: dict[str, Any] = {"large": {}}
+    for threads in args.threads if args.device == "cpu" else [1]:
+        torch.set_num_threads(threads)
+        print(f"{threads} threads")
+        results["large"][threads] = large(args.device, runs, shrink=16 if args.quick else 1)
+    torch.set_num_threads(1)
+    results["crossover"] = crossover(args.device, runs)
+    results["small"] = small(runs, calls=50 if args.quick else 1000)
+    if args.quick:
+        return 0
+    print("wrote", write_json(f"kernels-{args.device}", args.device, results).name)
+    missed = regressions(results)
+    print("\n".join(missed), end="\n" if missed else "")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
