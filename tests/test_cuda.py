@@ -260,9 +260,7 @@ def run_nvcc(*options):
 def test_wide_kernels_move_16_bytes_at_once(tmp_path):
     ptx = tmp_path / "spline.ptx"
     run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(ptx))
-    kernels = re.findall(
-        r"\.entry \w*spline_kernelI\w+Li(\d)E\w*\((.*?)\n}", ptx.read_text(), re.S
-    )
+    kernels = re.findall(r"\.entry \w*spline_kernelI\w+Li(\d)E\w*\((.*?)\n}", ptx.read_text(), re.S)
     assert len(kernels) == 24
     for width, body in kernels:
         stores = set(re.findall(r"st\.global\S*", body))
