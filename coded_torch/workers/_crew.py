@@ -23,6 +23,7 @@ __all__ = ["START_SECONDS", "Crew", "Job", "Machine"]
 logger = logging.getLogger("coded_torch.workers")
 
 START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a while
+_CLOSING_SECONDS = 10.0
 _FAILED_STARTS = 3  # in a row, until requests are told instead of kept waiting
 _LONGEST_PAUSE = 5.0  # between attempts to start
 
@@ -83,6 +84,7 @@ class Crew(abc.ABC):
         self.grace = grace
         self.closed = False
         self.modules = Modules(self.pack)
+        self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self._clock = clock
         self._changed = threading.Condition()
         self._machines: list[Machine] = []
@@ -252,6 +254,13 @@ class Crew(abc.ABC):
                 job.request.answer(job.worker, error=error)
             self.modules.clear()
             self.let_go()
+
+    def close(self) -> None:
+        """End the machines and the thread; twice is fine."""
+        self.closed = True
+        self.wake()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(_CLOSING_SECONDS)
 
     def _due(self, machine: Machine) -> float:
         if not machine.ready:

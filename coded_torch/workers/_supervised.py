@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SupervisedWorkers"]
 
-_CLOSING_SECONDS = 10.0
-
 
 class SupervisedWorkers(Workers):
     """A pool whose machines are started, watched and replaced by a thread of their own.
@@ -127,12 +125,10 @@ class SupervisedWorkers(Workers):
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the pool is closed")
             if self._crew is None:
-                crew, name = self._crew_of(), f"coded_torch-{type(self).__name__}"
-                thread = threading.Thread(target=crew.serve, name=name, daemon=True)
+                self._crew, self._pid = self._crew_of(), os.getpid()
                 # The thread knows the crew, not the pool: a pool that nobody holds is closed.
-                self._finalizer = weakref.finalize(self, _close, crew, thread)
-                self._crew, self._pid = crew, os.getpid()
-                thread.start()
+                self._finalizer = weakref.finalize(self, self._crew.close)
+                self._crew.thread.start()
         if self._pid != os.getpid():
             raise RuntimeError(
                 f"{type(self).__name__}: the pool must be used in the process that started it; "
@@ -166,10 +162,3 @@ def _to(task: Task, reply: Reply) -> Reply:
         return reply
     value = pytree.tree_map_only(Tensor, lambda leaf: leaf.to(task.device), reply.value)
     return Reply(reply.worker, reply.latency, value, reply.error)
-
-
-def _close(crew: Crew, thread: threading.Thread) -> None:
-    crew.closed = True
-    crew.wake()
-    if thread is not threading.current_thread():
-        thread.join(_CLOSING_SECONDS)

@@ -2,6 +2,8 @@ r"""Workers on other machines: the actors of a Ray cluster."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import queue
 import shutil
@@ -127,7 +129,7 @@ class _Actors(Crew):
     ) -> None:
         super().__init__(size, grace)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
-        self._cluster = _Cluster.join(address)
+        self._cluster = _Cluster.join(address, self)
         self._threads = threads
         self._class = _ray().remote(
             concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
@@ -150,7 +152,9 @@ class _Actors(Crew):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Actor)
-        _ray().kill(machine.handle, no_restart=True)
+        # An actor that Ray does not know any more has ended with its cluster.
+        with contextlib.suppress(_ray().exceptions.ActorHandleNotFoundError):
+            _ray().kill(machine.handle, no_restart=True)
 
     def wait(self, seconds: float) -> None:
         try:
@@ -168,7 +172,7 @@ class _Actors(Crew):
         self._news.put(None)
 
     def let_go(self) -> None:
-        self._cluster.leave()
+        self._cluster.leave(self)
 
     def _listen(self, machine: _Actor, number: int | None, reference: Any) -> None:
         reference.future().add_done_callback(
@@ -179,7 +183,8 @@ class _Actors(Crew):
         try:
             said = future.result()
         except _ray().exceptions.RayActorError as error:
-            self.lost(machine, f"has ended: {str(error).splitlines()[0]}")
+            lines = str(error).strip().splitlines()
+            self.lost(machine, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
         except Exception as cause:
             if number is None:
                 self.lost(machine, f"did not come up: {cause}")
@@ -212,46 +217,59 @@ class _Actors(Crew):
 
 
 class _Cluster:
-    """The connection of this process to Ray, and how many pools use it."""
+    """The connection of this process to Ray, and the crews that use it.
 
-    _lock = threading.Lock()
-    _own: _Cluster | None = None
+    Args:
+        folder: of the cluster's files, where it is ours; None: we joined it.
+    """
 
-    def __init__(self, folder: str | None) -> None:
-        self._folder = folder
-        self._pools = 0
+    _lock = threading.RLock()
+    _current: _Cluster | None = None
+
+    def __init__(self, folder: str | None, connected: bool) -> None:
+        self._folder, self._connected = folder, connected
+        self._crews: list[_Actors] = []
+        # Before Ray's own, which is older: it would leave crews that cannot end their actors.
+        atexit.register(self._exit)
 
     @classmethod
-    def join(cls, address: str | None) -> _Cluster:
-        ray = _ray()
+    def join(cls, address: str | None, crew: _Actors) -> _Cluster:
+        """The cluster for one more crew."""
         with cls._lock:
-            if cls._own is None or not ray.is_initialized():
-                cls._own = cls(None) if ray.is_initialized() else cls._begin(address)
-            cls._own._pools += 1
-            return cls._own
+            if cls._current is None or not _ray().is_initialized():
+                cls._current = cls._connect(address)
+            cls._current._crews.append(crew)
+            return cls._current
 
     @classmethod
-    def _begin(cls, address: str | None) -> _Cluster:
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    def _connect(cls, address: str | None) -> _Cluster:
+        ray, quiet = _ray(), {"log_to_driver": False, "logging_level": "ERROR"}
+        if ray.is_initialized():
+            return cls(None, connected=False)
         if address is not None:
-            _ray().init(address=address, **quiet)
-            return cls("")
+            ray.init(address=address, **quiet)
+            return cls(None, connected=True)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         folder = tempfile.mkdtemp(prefix="ray-")
-        _ray().init(
-            include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet
-        )
-        return cls(folder)
+        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet)
+        return cls(folder, connected=True)
 
-    def leave(self) -> None:
+    def leave(self, crew: _Actors) -> None:
+        """A crew has ended; with the last one ends what was begun for the first."""
         with self._lock:
-            self._pools -= 1
-            if self._pools or self._folder is None:
+            self._crews.remove(crew)
+            if self._crews:
                 return
-            type(self)._own = None
-            _ray().shutdown()
-            if self._folder:
+            atexit.unregister(self._exit)
+            type(self)._current = None
+            if self._connected:
+                _ray().shutdown()
+            if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _exit(self) -> None:
+        for crew in list(self._crews):
+            crew.close()
 
 
 class _Serving:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -148,6 +150,36 @@ def test_a_pool_that_nobody_holds_ends_its_actors(cluster):
     del pool
     gc.collect()
     until(lambda: not any(map(_runs, pids)))
+
+
+_AT_EXIT = """
+import torch
+from coded_torch.codes import ReplicationCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import RayWorkers
+
+class Double(torch.nn.Module):  # of the script itself
+    def forward(self, x):
+        return 2 * x
+
+pool = RayWorkers(2).start()
+coded = CodedWrapper(Double(), ReplicationCode(2, 2), workers=pool)
+with torch.no_grad():
+    print(coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist(), *pool.pids, flush=True)
+"""
+
+
+def test_exit_is_clean(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_AT_EXIT)
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=2 * WAIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    answer, pids = done.stdout.strip().rsplit("]", 1)
+    assert answer == "[-2.0, 4.0"
+    until(lambda: not any(map(_runs, map(int, pids.split()))))
 
 
 def _runs(pid: int) -> bool:
