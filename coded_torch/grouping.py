@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,8 +74,8 @@ class Grouping:
 
     @classmethod
     def arrival(cls, batch_size: int, num_data: int) -> Grouping:
-        """The batch in the order in which it came."""
-        return cls(torch.arange(batch_size), num_data)
+        """The batch in the order in which it came. The last ones made are kept."""
+        return _arrival(batch_size, num_data)
 
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its indices on ``device``; each device's is kept."""
@@ -222,6 +223,11 @@ def similarity_order(distances: Tensor) -> Tensor:
     dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
     host = distances.detach().to("cpu", dtype).contiguous()
     return torch.from_numpy(short_path(host.numpy()))
+
+
+@functools.lru_cache(32)
+def _arrival(batch_size: int, num_data: int) -> Grouping:
+    return Grouping(torch.arange(batch_size), num_data)
 
 
 def _permutation(order: Tensor | Sequence[int]) -> Tensor:

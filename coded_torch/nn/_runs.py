@@ -28,8 +28,11 @@ def fit_batch(
     """
     by_similarity = isinstance(ordering, str) and ordering == "similarity"
     if not (by_similarity or code.uses_geometry):
-        order = order_of(ordering, inputs, None)
-        return code.fit(Grouping(order, code.num_data), None, num_stragglers)
+        if isinstance(ordering, str) and ordering == "arrival":
+            grouping = Grouping.arrival(len(inputs[0]), code.num_data)
+        else:
+            grouping = Grouping(order_of(ordering, inputs, None), code.num_data)
+        return code.fit(grouping, None, num_stragglers)
 
     def fit_run(inputs: Sequence[Tensor], ordering: Ordering) -> BatchPlan:
         geometry = Geometry(inputs, shrinkage=code.shrinkage)

@@ -34,6 +34,10 @@ class Fault:
     delay: float = 0.0
     kind: str | None = None
 
+    def __bool__(self) -> bool:
+        """Whether anything goes wrong."""
+        return self.delay > 0 or self.kind is not None
+
     def around(self, call: Callable[[], Any], die: Callable[[], None] | None = None) -> Any:
         """What a worker returns instead of ``call()``; ``die`` ends it, by default by an error."""
         if self.delay > 0:

@@ -34,7 +34,7 @@ class LocalWorkers(Workers):
 
     Note:
         The results of a set of workers do not depend on their latencies, bit for bit: they are
-        computed in the order of the workers and yielded in that of the latencies.
+        computed in the order of the coded inputs and yielded in that of the latencies.
 
     Example:
         >>> from coded_torch.workers import LocalWorkers
@@ -82,12 +82,13 @@ class LocalWorkers(Workers):
         wanted = max(quorum, 1)
         while arriving:
             batch, arriving, wanted = arriving[:wanted], arriving[wanted:], 1
-            alive = sorted(worker for worker in batch if faults[worker].kind != "crash")
-            values = self._compute(module, task, alive) if alive else {}
+            alive = [worker for worker in batch if faults[worker].kind != "crash"]
+            # In the order of the coded inputs, which are not copied if all of them are wanted.
+            values = self._compute(module, task, sorted(alive, key=task.position))
             for worker in batch:
                 if worker in values:
-                    value = faults[worker].spoil(values.pop(worker))
-                    yield Reply(worker, latencies[worker], value)
+                    value, fault = values.pop(worker), faults[worker]
+                    yield Reply(worker, latencies[worker], fault.spoil(value) if fault else value)
                 else:
                     error = WorkerError(worker, "died of an injected crash")
                     yield Reply(worker, latencies[worker], error=error)
@@ -98,7 +99,9 @@ class LocalWorkers(Workers):
         return self.stragglers.sample(num_workers, self.generator).tolist()
 
     def _compute(self, module: nn.Module, task: Task, workers: Sequence[int]) -> dict[int, Any]:
-        outputs = []
+        outputs: list[Any] = []
+        if not workers:
+            return {}
         for args, kwargs in task.stack(workers, self.max_batch_size):
             try:
                 outputs.append(module(*args, **kwargs))
@@ -106,7 +109,7 @@ class LocalWorkers(Workers):
                 if sys.version_info >= (3, 11):
                     error.add_note(
                         f"LocalWorkers: raised by the module on the coded inputs of workers "
-                        f"{list(workers)}, {task.num_groups} rows each"
+                        f"{sorted(workers)}, {task.num_groups} rows each"
                     )
                 raise
         return dict(zip(workers, task.unstack(outputs, len(workers)), strict=True))
