@@ -96,12 +96,16 @@ class Grouping:
         Raises:
             ValueError: ``batch`` has another batch size.
         """
+        self.check(batch)
+        return batch[self.to(batch.device).rows]
+
+    def check(self, batch: Tensor) -> None:
+        """Raise what :meth:`gather` raises for a batch of another size."""
         if batch.shape[:1] != (self.batch_size,):
             raise ValueError(
                 f"Grouping: batch must have size {self.batch_size} along dim 0, "
                 f"got shape {tuple(batch.shape)}"
             )
-        return batch[self.to(batch.device).rows]
 
     def scatter(self, groups: Tensor) -> Tensor:
         """Answers of groups into the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.

@@ -156,17 +156,18 @@ class _KernelPlan(BatchPlan):
         self._last: tuple[tuple[int, ...], _Received, KernelRegression | None] | None = None
 
     def encode(self, values: Tensor) -> Tensor:
+        self._grouping.check(values)
         if self._spline is None:
             rows = self._point.to(values.device)
             return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
         coefficients, schedule = (t.to(values.device) for t in self._spline)
-        groups = self._grouping.gather(values)  # [K, G, ...]
-        coded = ops.spline_apply(
-            groups.reshape(*groups.shape[:2], groups.shape[2:].numel()),
+        coded = ops.spline_apply(  # reads the rows where they lie
+            values.reshape(len(values), values.shape[1:].numel()),
             coefficients.to(accumulation_dtype(values.dtype)),
             schedule,
+            gather=self._grouping.to(values.device).rows,
         )
-        return coded.reshape(self.code.num_workers, *groups.shape[1:])
+        return coded.reshape(*coded.shape[:2], *values.shape[1:])
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         found, regression = self._regression(tuple(received))
