@@ -1,39 +1,49 @@
-"""What all benchmarks share: timing side by side, the environment, JSON."""
+"""What all benchmarks share: timing side by side, the environment, JSON, runs that go on."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import functools
 import itertools
 import json
 import math
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from data import MissingDataError
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 
 from coded_torch import _extension
 
 __all__ = [
     "RESULTS",
+    "Measurement",
     "Timing",
     "environment",
     "last_level_cache",
     "measure",
+    "progress",
     "read_results",
     "reuse_memory",
     "rotate",
+    "run_measurements",
     "write_json",
     "write_results",
 ]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
+#: Where its numbers go in the file, and what makes them.
+Measurement = tuple[tuple[str, ...], Callable[[], dict[str, Any]]]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
@@ -160,3 +170,90 @@ def write_json(name: str, device: str, results: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_results(path, {"environment": environment(device), **results})
     return path
+
+
+def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterator[_T]:
+    """A progress bar over ``items``, on terminals only."""
+    return iter(tqdm(items, desc=what, total=total, leave=False, disable=None))
+
+
+def run_measurements(
+    script: str,
+    settings: Callable[[bool], dict[str, Any]],
+    measurements: Callable[[bool, str], Iterable[Measurement]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run what a script measures, one after the other, and keep the numbers of each as it is done.
+
+    A run that was stopped is gone on with by the next one: what is in the file is not measured
+    again. What needs data that are not installed is left out, and the message says how to get them.
+
+    Args:
+        script: the ``__file__`` of the script; its results go to ``results/<its name>.json``.
+        settings: what the numbers depend on beside the code; given whether the run is quick.
+        measurements: given whether the run is quick, and the device.
+        argv: the arguments; by default those of the process.
+
+    Returns:
+        The exit code: 0, or 130 if the run was interrupted.
+    """
+    name = Path(script).stem
+    parser = argparse.ArgumentParser(prog=f"python benchmarks/{name}.py")
+    parser.add_argument(
+        "--quick", action="store_true", help="small and rough, with data that ship in the package"
+    )
+    parser.add_argument("--only", nargs="+", default=(), metavar="WORD", help="of what is measured")
+    parser.add_argument(
+        "--output", type=Path, help=f"default: results/{name}.json; nothing if --quick"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="[%(default)s]"
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    path = args.output or (None if args.quick else RESULTS / f"{name}.json")
+    head = {
+        "command": parser.prog + (" --quick" if args.quick else ""),
+        "settings": settings(args.quick),
+    }
+    results = read_results(path) if path else {}
+    if results and any(results.get(key) != value for key, value in head.items()):
+        parser.error(f"{path} was measured with other settings; move it away or name another")
+    todo = [
+        (key, measurement)
+        for key, measurement in measurements(args.quick, args.device)
+        if set(args.only) <= set(key) and not _found(results.get("measured", {}), key)
+    ]
+    try:
+        for key, measurement in progress(todo, name):
+            start = time.perf_counter()
+            try:
+                numbers = measurement()
+            except MissingDataError as error:
+                print(f"{', '.join(key)}: left out. {error}", file=sys.stderr)
+                continue
+            numbers["seconds"] = round(time.perf_counter() - start, 1)
+            print(f"{name}: {', '.join(key)} in {numbers['seconds']} s", flush=True)
+            # Read again: another run may have added to the file meanwhile.
+            results = {
+                **head,
+                "environment": environment(args.device),
+                "measured": {},
+                **(read_results(path) if path else results),
+            }
+            place = functools.reduce(lambda at, x: at.setdefault(x, {}), key, results["measured"])
+            place.update(numbers)
+            if path:
+                write_results(path, results)
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept, and a second run goes on from there")
+        return 130
+    return 0
+
+
+def _found(measured: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
+    """What is in the results under a key; empty if nothing is."""
+    for part in key:
+        measured = measured.get(part, {})
+    return measured

