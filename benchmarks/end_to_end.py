@@ -1,0 +1,143 @@
+"""Where the time goes, code by code: ``python benchmarks/end_to_end.py --threads 1``.
+
+Milliseconds, median and quartiles, for one batch of 240: measuring distances and ordering; fitting
+the code to the batch; encoding; decoding from a received set seen for the first time, and again.
+All codes take the same batch and received sets and begin with nothing cached. Beside them the
+network itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda``
+network and batch are on the GPU, and what codes plan on the host counts in full.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from common import Measurement, progress, run_measurements
+from schemes import BATCH_SIZE, Case, Interval, Scheme, received_by, rounded, unmixed
+from subjects import SEED, Batch, subject
+
+from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode
+from coded_torch.geometry import Geometry
+from coded_torch.grouping import similarity_order
+from coded_torch.stragglers import Uniform
+
+CASES = ((24, 20, 4), (100, 20, 60))
+NETWORKS = ("lenet5", "vit", "repvgg")
+PARTS = ("order", "fit", "encode", "decode", "decode again")
+
+
+def schemes(case: Case) -> dict[str, Scheme]:
+    n, k, _ = case
+    fixed = {
+        "paper": SplineCode(k, n, decoder_smoothing=1e-6),
+        "Berrut": BerrutCode(k, n),
+        "Floater-Hormann": BerrutCode(k, n, order=1),
+        "Lagrange (adapted)": LagrangeCode(k, n, decoder_degree=k // 2),
+    }
+    return {
+        **{name: Scheme(code, "arrival") for name, code in fixed.items()},
+        "paper, ordered": Scheme(SplineCode(k, n)),
+        **unmixed(case),
+        "systematic": Scheme(KernelCode(k, n, placement=0.5)),
+        "spread": Scheme(KernelCode(k, n, placement=1.0)),
+    }
+
+
+def stopwatch(device: str) -> Callable[[], float]:
+    """Seconds, once the device has done all that was asked of it."""
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def time_code(scheme: Scheme, batch: Batch, received: list[int], s: int, device: str) -> np.ndarray:
+    """Seconds for each of ``PARTS``."""
+    now, code = stopwatch(device), copy.deepcopy(scheme.code)  # with nothing cached
+    fresh = Batch(batch.images, batch.exact, batch.labels)
+    start = now()
+    if code.uses_geometry or scheme.ordering == "similarity":
+        fresh.order(scheme.ordering, code.shrinkage)
+    ordered = now()
+    plan = scheme._replace(code=code).fit(fresh, s)
+    fitted = now()
+    plan.encode(batch.images)
+    encoded = now()
+    results = plan.encode(batch.exact)[received]  # numbers of the right shape
+    clocks = [now()]
+    for _ in range(2):
+        plan.decode(results, received)
+        clocks.append(now())
+    return np.array([ordered - start, fitted - ordered, encoded - fitted, *np.diff(clocks)])
+
+
+@torch.no_grad()
+def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any]:
+    n, k, s = case
+    of, law, runs = subject(name, quick), Uniform(s, seed=SEED), settings(quick)["runs"]
+    whole, model = next(of.batches("held_out", BATCH_SIZE, 1)), of.model.to(device)
+    batch = Batch(whole.images.to(device), whole.exact.to(device), whole.labels)
+    every, seconds = schemes(case), {}
+    for received in progress([received_by(law, n) for _ in range(runs)], "runs"):
+        for code, scheme in every.items():  # in turns: what slows the machine slows all alike
+            spent = time_code(scheme, batch, received, s, device)
+            seconds.setdefault(code, []).append(spent)
+    groups = -(-BATCH_SIZE // k)
+    coded = batch.images[torch.arange(n * groups) % BATCH_SIZE]
+    contestants: dict[str, Callable[[], object]] = {
+        "the batch": lambda: model(batch.images),
+        "one worker's inputs": lambda: model(coded[:groups]),
+        "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
+        "distances": lambda: Geometry([batch.images]).squared_distances(),
+    }
+    distances = Geometry([batch.images]).squared_distances().sqrt()
+    contestants["path"] = lambda: similarity_order(distances)
+    table: dict[str, Any] = {
+        "codes": {
+            code: dict(zip(PARTS, quartiles(each), strict=True)) for code, each in seconds.items()
+        },
+        "network": {
+            what: quartiles([[seconds_of(run, device)] for _ in range(runs)])[0]
+            for what, run in contestants.items()
+        },
+    }
+    of.model.to("cpu")
+    return table
+
+
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    now = stopwatch(device)
+    start = now()
+    run()
+    return now() - start
+
+
+def quartiles(rows: Sequence[Sequence[float]] | list[np.ndarray]) -> list[Interval]:
+    """Median, lower and upper quartile of every column, in milliseconds."""
+    return [rounded(*column) for column in np.percentile(rows, (50, 25, 75), axis=0).T * 1e3]
+
+
+def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+    for name in NETWORKS[:1] if quick else NETWORKS:
+        for case in CASES[:1] if quick else CASES:
+            yield (
+                (device, name, str(case)),
+                functools.partial(end_to_end, name, case, quick, device),
+            )
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {"seed": SEED, "batch size": BATCH_SIZE, "runs": 3 if quick else 21}
+
+
+if __name__ == "__main__":
+    sys.exit(run_measurements(__file__, settings, measurements))
