@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,16 @@ _TUNING = 500  # digits, the first; codes are compared on the others
 _TABLE_BATCHES = 50
 _SWEEP_BATCHES = 20
 _SWEEP_POINTS = 10
+_INTERRUPTED = 130  # the exit code
+_BENCHMARKS = (
+    "accuracy",
+    "batches",
+    "levers",
+    "convergence",
+    "smoothing",
+    "lagrange",
+    "end_to_end",
+)
 
 
 class _UsageError(Exception):
@@ -51,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except BrokenPipeError:  # as into `head`; or the interpreter would fail to flush at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -118,6 +129,23 @@ def _parser() -> argparse.ArgumentParser:
         help="the picture, .png, .pdf or .svg [coded-torch-latency.png]",
     )
     latency.set_defaults(run=_latency)
+    bench = commands.add_parser(
+        "bench",
+        help="run the benchmarks of a checkout",
+        description="Run benchmarks, each a question, and keep their numbers in "
+        "benchmarks/results; those that are there are not measured again. "
+        f"In this order: {', '.join(_BENCHMARKS)}.",
+    )
+    bench.add_argument("names", nargs="*", metavar="NAME", help="which ones [all]")
+    bench.add_argument("--quick", action="store_true", help="small and rough; keeps nothing")
+    bench.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("benchmarks"),
+        metavar="FOLDER",
+        help="where the benchmarks are [benchmarks, of the checkout one is in]",
+    )
+    bench.set_defaults(run=_bench)
 
     info = commands.add_parser(
         "info",
@@ -289,6 +317,28 @@ def _output(command: str, path: Path) -> Path:
     else:
         return path
     raise _UsageError(f"coded-torch {command}: --output {reason}, got {path}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    for name in args.names:
+        if name not in _BENCHMARKS:
+            raise _UsageError(
+                f"coded-torch bench: NAME must be one of {', '.join(_BENCHMARKS)}, got {name!r}"
+            )
+    names = args.names or _BENCHMARKS
+    missing = [name for name in names if not (args.folder / f"{name}.py").is_file()]
+    if missing:
+        raise _UsageError(
+            f"coded-torch bench: there is no {missing[0]}.py in {args.folder}; run it in a "
+            "checkout of the repository, or give --folder"
+        )
+    for name in names:
+        script = [sys.executable, str(args.folder / f"{name}.py")]
+        code = subprocess.run([*script, *(["--quick"] if args.quick else [])]).returncode
+        if code == _INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            raise _UsageError(f"coded-torch bench: {name} failed with exit code {code}")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -1,0 +1,209 @@
+"""The benchmarks: runs that go on where they were stopped, what they compare, and the command."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coded_torch import cli, codes, stragglers
+from coded_torch.nn import CodedWrapper
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def load():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module
+
+
+@pytest.fixture
+def measure(load, tmp_path):
+    """Run these measurements of a script; its exit code and its file."""
+    common, path = load("common"), tmp_path / "thing.json"
+
+    def run(measurements, *arguments, settings=None):
+        code = common.run_measurements(
+            "thing.py",
+            lambda quick: settings or {"seed": 0},
+            lambda quick, device: measurements,
+            ["--output", str(path), *arguments],
+        )
+        return code, json.loads(path.read_text()) if path.exists() else None
+
+    return run
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def forbidden():
+    raise AssertionError("measured again")
+
+
+def test_a_run_that_was_stopped_is_gone_on_with(measure, capsys):
+    first, second, third = ("net", "a"), ("net", "b"), ("other", "a")
+    jobs = [(first, lambda: {"value": 1}), (second, interrupt), (third, forbidden)]
+    code, results = measure(jobs)
+    assert code == 130
+    assert "what is done is kept" in capsys.readouterr().out
+    assert results["measured"] == {"net": {"a": {"value": 1, "seconds": 0.0}}}
+    assert results["environment"]["torch"] == torch.__version__
+    jobs = [(first, forbidden), (second, lambda: {"value": 2}), (third, lambda: {"value": 3})]
+    code, results = measure(jobs)
+    assert code == 0
+    values = [results["measured"][x][y]["value"] for x, y in (first, second, third)]
+    assert values == [1, 2, 3]
+
+
+def test_other_settings_do_not_mix(measure, capsys):
+    measure([(("a",), lambda: {"value": 1})])
+    with pytest.raises(SystemExit):
+        measure([(("a",), forbidden)], settings={"seed": 1})
+    assert "measured with other settings" in capsys.readouterr().err
+
+
+def test_only_what_is_asked_for_is_measured(measure):
+    _, results = measure([(("a", "x"), forbidden), (("b", "x"), dict)], "--only", "b")
+    assert list(results["measured"]) == ["b"]
+
+
+def test_what_has_no_data_is_left_out(measure, load, capsys):
+    def no_data():
+        raise load("data").MissingDataError("get it with: pip install it")
+
+    code, results = measure([(("a",), no_data), (("b",), dict)])
+    assert code == 0
+    assert list(results["measured"]) == ["b"]
+    assert "a: left out. get it with: pip install it" in capsys.readouterr().err
+
+
+@pytest.fixture
+def of(load):
+    return load("subjects").subject("lenet5", quick=True)
+
+
+@pytest.mark.parametrize("name", ["paper", "fill", "default", "spread"])
+@torch.no_grad()
+def test_a_scheme_answers_as_the_wrapper_does(load, of, name):
+    schemes = load("schemes")
+    scheme = {
+        "paper": schemes.Scheme(codes.SplineCode(8, 10), "arrival"),
+        "fill": schemes.unmixed((10, 8, 3))["replication + fill"]._replace(num_stragglers=None),
+        "default": schemes.Scheme(codes.KernelCode(8, 10)),
+        "spread": schemes.Scheme(codes.KernelCode(8, 10, placement=1.0)),
+    }[name]
+    batch = next(of.batches("held_out", 40, 1))
+    received = schemes.received_by(stragglers.Uniform(3, seed=5), 10)
+    answers, _ = schemes.Round(of.model, batch, {"law": received}).answers(scheme, 3, "law")
+    wrapper = CodedWrapper(
+        of.model,
+        scheme.code,
+        stragglers=stragglers.Uniform(3, seed=5),
+        ordering=scheme.ordering,
+        shuffle=False,
+    )
+    scale = batch.exact.abs().max()
+    torch.testing.assert_close(answers, wrapper(batch.images), rtol=0, atol=1e-4 * scale)
+
+
+def test_uncoded_answers_are_the_models_own_or_missing(load, of):
+    schemes = load("schemes")
+    batch = next(of.batches("held_out", 24, 1))
+    trial = schemes.Round(of.model, batch, {"law": [0, 2, 9, 11]})
+    answers, _ = trial.answers(schemes.Scheme(schemes.Uncoded(8, 12), "arrival"), 8, "law")
+    answered = torch.arange(24) % 8 < 3
+    answered &= torch.arange(24) % 8 != 1
+    torch.testing.assert_close(answers[answered], batch.exact[answered])
+    assert answers[~answered].isnan().all()
+    scores = schemes.Scores()
+    scores.add(answers, batch.exact, batch.labels, None)
+    assert scores.summary()["agreement"][0] == 0.25
+    assert scores.summary()["rmse"] == [None, None]
+
+
+def test_received_sets_are_nested_and_of_the_right_size(load, generator):
+    accuracy = load("accuracy")
+    sets = accuracy.received_sets(12, (2, 5, 9), generator)
+    for law in accuracy.LAWS:
+        two, five, nine = (set(sets[law, s]) for s in (2, 5, 9))
+        assert nine < five < two
+        assert [len(x) for x in (two, five, nine)] == [10, 7, 3]
+    lost = np.setdiff1d(np.arange(12), sets["contiguous", 5])
+    shifted = [sorted((lost + i) % 12) for i in range(12)]
+    assert list(range(5)) in shifted
+
+
+def test_intervals_of_scores_are_those_of_a_ratio(load):
+    schemes = load("schemes")
+    a, b = np.array([3.0, 5.0, 4.0, 8.0]), np.array([4.0, 5.0, 5.0, 6.0])
+    value, half = schemes.ratio(a, b)
+    assert value == 1.0
+    assert half == pytest.approx(1.96 * (a - b).std(ddof=1) / 2 / 5, rel=1e-3)
+    assert schemes.rounded(math.nan, 1.23456) == [None, 1.235]
+
+
+def test_quick_runs_need_no_data(load, tmp_path, monkeypatch):
+    """The smallest of them as a whole; all of them are run by the command."""
+    monkeypatch.setattr(load("networks"), "load", forbidden)
+    lagrange, path = load("lagrange"), tmp_path / "lagrange.json"
+    arguments = ["--quick", "--output", str(path)]
+    common = load("common")
+    script = str(BENCHMARKS / "lagrange.py")
+    assert common.run_measurements(script, lagrange.settings, lagrange.measurements, arguments) == 0
+    for kinds in json.loads(path.read_text())["measured"].values():
+        for found in kinds.values():
+            exact = dict(zip(found["received"], found["median error"]["Lagrange"], strict=True))
+            for count, (error, *_) in exact.items():
+                if count < found["threshold"]:
+                    assert error is None
+                else:
+                    assert error < 1e-9
+            spline = [error for error, *_ in found["median error"]["spline"]]
+            assert spline[-1] < 0.1 * spline[0]
+
+
+def test_bench_runs_the_scripts_of_a_folder(tmp_path, monkeypatch, capfd):
+    for name in cli._BENCHMARKS:
+        script = f"import sys; print({name!r}, *sys.argv[1:]); sys.exit({name == 'levers'})"
+        (tmp_path / f"{name}.py").write_text(script)
+    assert cli.main(["bench", "--quick", "--folder", str(tmp_path), "lagrange", "accuracy"]) == 0
+    assert capfd.readouterr().out == "lagrange --quick\naccuracy --quick\n"
+    assert cli.main(["bench", "--folder", str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "accuracy\nbatches\nlevers\n"
+    assert err == "coded-torch bench: levers failed with exit code 1\n"
+
+
+def test_bench_is_interrupted_with_its_script(tmp_path, capfd):
+    (tmp_path / "lagrange.py").write_text("raise SystemExit(130)")
+    assert cli.main(["bench", "--folder", str(tmp_path), "lagrange"]) == 130
+    assert capfd.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench"], "there is no accuracy.py in benchmarks; run it in a checkout"),
+        (["bench", "speed"], "NAME must be one of accuracy, batches,"),
+    ],
+)
+def test_bench_needs_a_checkout_and_names_it_knows(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_the_command_runs_what_is_in_the_folder():
+    for name in cli._BENCHMARKS:
+        assert (BENCHMARKS / f"{name}.py").is_file()
