@@ -8,7 +8,7 @@ A code with something to choose is used at its own best: on tuning batches that 
 seen, under uniform stragglers, once for each S, output and aim. What has the least squared error
 gives the errors, and what names most of the network's own classes the accuracy and the agreement.
 
-- spline: the paper's, in the order of arrival; decoder smoothing tuned;
+- spline: the paper's, in the order of arrival; both smoothings tuned;
 - Berrut: in the order of arrival; Floater-Hormann: the same with the order of the weights tuned;
 - Lagrange (adapted): decoded by least squares of a tuned degree, as a network has no degree;
 - replication: lost inputs get the mean; replication + fill: they are predicted by the kernel;
@@ -39,13 +39,14 @@ from schemes import (
     Scores,
     Uncoded,
     rounded,
+    splines,
     tuned_kernel,
     unmixed,
 )
 from subjects import PHOTOGRAPHS, SEED, Subject, subject
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, LagrangeCode, SplineCode
+from coded_torch.codes import BerrutCode, LagrangeCode
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S
 CURVES: dict[str, tuple[Curve, ...]] = {
@@ -58,25 +59,31 @@ CURVES: dict[str, tuple[Curve, ...]] = {
     PHOTOGRAPHS: ((24, 20, (1, 2, 4, 6, 8)),),
 }
 QUICK: dict[str, tuple[Curve, ...]] = {"lenet5": ((20, 8, (1, 3, 8)),)}
-BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 20, PHOTOGRAPHS: 10}
-TUNING = {"lenet5": (10, 4), "vit": (10, 4), "repvgg": (5, 2), PHOTOGRAPHS: (5, 1)}  # codes, kernel
+BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15, PHOTOGRAPHS: 10}
+TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2), PHOTOGRAPHS: (3, 1)}  # codes, kernel
 ORDERS = (1, 2, 3, 4)
 DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)  # times that of the encoder
 OUTPUTS = {"softmax": lambda x: x.softmax(-1), "logits": lambda x: x}
 LAWS = ("uniform", "contiguous")
 AIMS = ("squared error", "agreement")
 
+TUNED = {
+    "spline": ("encoder_smoothing", "decoder_smoothing"),
+    "Floater-Hormann": ("order",),
+    "Lagrange (adapted)": ("decoder_degree",),
+    "tuned": ("placement", "shrinkage", "length"),
+}
+
 Picks = dict[tuple[str, int, str], dict[str, Scheme]]  # output, S and aim: every code's scheme
 
 
 def families(n: int, k: int) -> dict[str, list[Scheme]]:
     """Every code, with all that its numbers may be."""
-    splines = [SplineCode(k, n, decoder_smoothing=x) for x in SMOOTHINGS]
     berruts = [BerrutCode(k, n, order=d) for d in ORDERS]
     degrees = sorted({round(x * (k - 1)) for x in DEGREES})
     lagranges = [LagrangeCode(k, n, decoder_degree=d) for d in degrees if d < n]
     return {
-        "spline": [Scheme(code, "arrival") for code in splines],
+        "spline": [Scheme(code, "arrival") for code in splines(n, k)],
         "Berrut": [Scheme(BerrutCode(k, n), "arrival")],
         "Floater-Hormann": [Scheme(code, "arrival") for code in berruts],
         "Lagrange (adapted)": [Scheme(code, "arrival") for code in lagranges],
@@ -191,29 +198,18 @@ def _curves(
 
 
 def _chosen(picks: Picks, stragglers: Sequence[int]) -> dict[str, Any]:
-    """The tuned numbers: an attribute of the code for each output and aim, S by S."""
-    attributes = {
-        "spline": "decoder_smoothing",
-        "Floater-Hormann": "order",
-        "Lagrange (adapted)": "decoder_degree",
-    }
-    kernels = [picks["logits", s, AIMS[0]]["tuned"].code for s in stragglers]
+    """The tuned numbers of every code, for each output and aim, S by S."""
     return {
-        **{
-            name: {
-                f"{output}, {aim}": [
-                    getattr(picks[output, s, aim][name].code, attribute) for s in stragglers
-                ]
-                for output in OUTPUTS
-                for aim in AIMS
-            }
-            for name, attribute in attributes.items()
-        },
-        "tuned": {x: [str(getattr(code, x)) for code in kernels] for x in KERNEL_NUMBERS},
+        code: {
+            f"{attribute}; {output}, {aim}": [
+                str(getattr(picks[output, s, aim][code].code, attribute)) for s in stragglers
+            ]
+            for attribute in attributes
+            for output in OUTPUTS
+            for aim in AIMS
+        }
+        for code, attributes in TUNED.items()
     }
-
-
-KERNEL_NUMBERS = ("placement", "shrinkage", "length")
 
 
 def fidelity(scores: Mapping[Any, Scores], stragglers: Sequence[int]) -> dict[str, Any]:
@@ -269,7 +265,7 @@ def settings(quick: bool) -> dict[str, Any]:
         "batches": 2 if quick else BATCHES,
         "tuning batches, of codes and of the kernel": {x: list(y) for x, y in TUNING.items()},
         "received sets per tuning batch": TUNING_SETS,
-        "smoothings": list(SMOOTHINGS),
+        "smoothings": {part: list(values) for part, values in SMOOTHINGS.items()},
         "orders": list(ORDERS),
         "degrees, times that of the encoder": list(DEGREES),
     }

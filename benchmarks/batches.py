@@ -5,8 +5,8 @@ the model's own. Batches come from the official test images; every number that i
 training images that no gradient has seen. One batch a case goes through
 :class:`~coded_torch.nn.CodedWrapper` too, which must give the same answers to rounding.
 
-The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, its decoder
-smoothing tuned, "ordered" the same by similarity; "default" is
+The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, both its
+smoothings tuned, "ordered" the same by similarity; "default" is
 :class:`~coded_torch.codes.KernelCode`, "tuned" what :func:`coded_torch.tuning.tune` makes of it,
 "systematic" and "spread" the same at placements 1/2 and 1. "replication + fill" repeats all inputs
 equally and predicts lost ones by the kernel in the Euclidean metric.
@@ -34,7 +34,7 @@ from schemes import (
     Case,
     Scheme,
     Scores,
-    best_smoothing,
+    best_spline,
     evaluate,
     ratio,
     received_by,
@@ -60,7 +60,8 @@ class Bench:
     """One network's measurements."""
 
     def __init__(self, name: str, quick: bool) -> None:
-        self.name, self.quick, self.count = name, quick, counts(quick)
+        self.name, self.quick, self.count = name, quick, counts(quick)[name]
+        self.paper = functools.cache(self._paper)
 
     @property
     def subject(self) -> Subject:
@@ -73,13 +74,13 @@ class Bench:
     def tuning_batches(self, count: int) -> Iterator[Batch]:
         return progress(self.subject.batches("tuning", BATCH_SIZE, count), "tuning", count)
 
-    def paper(self, case: Case, ordering: str) -> Scheme:
-        batches = self.tuning_batches(self.count["tuning batches"])
-        return Scheme(best_smoothing(self.subject, batches, case, ordering), ordering)
+    def _paper(self, case: Case, ordering: str) -> Scheme:
+        batches = self.tuning_batches(self.count["tuning"])
+        return best_spline(self.subject, batches, case, ordering)
 
     def schemes(self, case: Case) -> dict[str, Scheme]:
         n, k, _ = case
-        batches = self.tuning_batches(self.count["tuning batches, kernel"])
+        batches = self.tuning_batches(self.count["tuning, kernel"])
         return {
             "paper": self.paper(case, "arrival"),
             "Berrut": Scheme(BerrutCode(k, n), "arrival"),
@@ -103,13 +104,13 @@ class Bench:
     def main(self, case: Case) -> dict[str, Any]:
         schemes = self.schemes(case)
         self.check(case, schemes)
-        batches = self.batches(self.count["batches, main"])
+        batches = self.batches(self.count["main"])
         scores = evaluate(self.subject, batches, schemes, case[2], uniform(case))
-        tuned = {
-            "smoothing": schemes["paper"].code.decoder_smoothing,
-            "smoothing, ordered": schemes["paper, ordered"].code.decoder_smoothing,
-            "kernel": repr(schemes["tuned"].code),
+        tuned: dict[str, Any] = {
+            name: [schemes[name].code.encoder_smoothing, schemes[name].code.decoder_smoothing]
+            for name in ("paper", "paper, ordered")
         }
+        tuned["tuned"] = repr(schemes["tuned"].code)
         return {"tuned": tuned, "codes": summaries(scores["uniform"], REFERENCES)}
 
     @torch.no_grad()
@@ -169,7 +170,7 @@ class Bench:
             }
 
         schemes = self.some(case) if case in (FEW, MANY) else unmixed(case)
-        batches = self.batches(self.count["batches, contiguous"])
+        batches = self.batches(self.count["contiguous"])
         scores = evaluate(self.subject, batches, schemes, s, received)
         table: dict[str, Any] = {law: summaries(found, REFERENCES) for law, found in scores.items()}
         for name in schemes:
@@ -214,22 +215,23 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
         yield (PHOTOGRAPHS, "batch", "photographs"), Bench(PHOTOGRAPHS, quick).photographs
 
 
-def counts(quick: bool) -> dict[str, int]:
-    return {
-        "batches, main": 2 if quick else 50,
-        "batches, contiguous": 2 if quick else 25,
-        "tuning batches": 1 if quick else 10,
-        "tuning batches, kernel": 1 if quick else 4,
-    }
+def counts(quick: bool) -> dict[str, dict[str, int]]:
+    """How many batches of what, by network."""
+    many = {"main": 50, "contiguous": 25, "tuning": 8, "tuning, kernel": 4}
+    few = {"main": 20, "contiguous": 10, "tuning": 3, "tuning, kernel": 2}
+    some = {"main": 2, "contiguous": 2, "tuning": 1, "tuning, kernel": 1}
+    if quick:
+        return {"lenet5": some}
+    return {"lenet5": many, "vit": many, "repvgg": few, PHOTOGRAPHS: few}
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
         "batch size": BATCH_SIZE,
-        **counts(quick),
+        "batches": counts(quick),
         "batches by size": {str(size): count for size, count in SIZES.items()},
-        "smoothings": list(SMOOTHINGS),
+        "smoothings": {part: list(values) for part, values in SMOOTHINGS.items()},
     }
 
 

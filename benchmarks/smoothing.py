@@ -12,7 +12,9 @@ outputs', as where workers compute with few bits: then smoothing has something t
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,44 +25,56 @@ from schemes import BATCH_SIZE, Case, half_width, received_by, rounded
 from subjects import SEED, run, subject
 
 from coded_torch import metrics
-from coded_torch.codes import SplineCode
+from coded_torch.codes import BatchPlan, SplineCode
 from coded_torch.grouping import Grouping
 from coded_torch.stragglers import Uniform
 
 GRID = (0.0, *(10.0**x for x in range(-12, -1)))
 CASES = ((100, 20, 20), (100, 20, 60), (24, 20, 4))
+NOISES = (0.0, 0.01)  # of the outputs' variance
 OUTPUTS = {"logits": lambda x: x, "softmax": lambda x: x.softmax(-1)}
 
 
 @torch.no_grad()
-def surface(name: str, case: Case, output: str, noise: float, quick: bool) -> dict[str, Any]:
+def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
     n, k, s = case
     of, generator = subject(name, quick), torch.Generator().manual_seed(SEED)
-    law, stage, count = Uniform(s, seed=SEED), OUTPUTS[output], settings(quick)["batches"]
-    codes = [
-        [SplineCode(k, n, encoder_smoothing=e, decoder_smoothing=d) for d in GRID] for e in GRID
-    ]
-    squares = []
+    law, count = Uniform(s, seed=SEED), settings(quick)["batches"]
+    grouping = Grouping.arrival(BATCH_SIZE, k)
+    squares: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
     for batch in progress(of.batches("held_out", BATCH_SIZE, count), "batches", count):
-        received, exact = received_by(law, n), stage(batch.exact)
-        grouping = Grouping.arrival(BATCH_SIZE, k)
-        shape = len(received), grouping.num_groups, exact.shape[-1]
-        errors = torch.randn(shape, generator=generator) * (noise * exact.var(0).mean()).sqrt()
-        squares.append([])
-        for row in codes:
-            coded = row[0].fit(grouping).encode(batch.images)[received]
-            results = stage(run(of.model, coded.flatten(0, 1)).view(shape)) + errors
-            answers = [code.fit(grouping).decode(results, received) for code in row]
-            squares[-1].append([metrics.rmse(answer, exact) ** 2 for answer in answers])
-    squares = np.array(squares)  # [batches, encoder, decoder]
+        received = received_by(law, n)
+        each: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
+        for smoothing in GRID:
+            encoder = SplineCode(k, n, encoder_smoothing=smoothing)
+            coded = encoder.fit(grouping).encode(batch.images)[received]
+            outputs = run(of.model, coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
+            errors = torch.randn(outputs.shape, generator=generator)
+            for (output, stage), noise in itertools.product(OUTPUTS.items(), NOISES):
+                exact = stage(batch.exact)
+                results = stage(outputs) + errors * (noise * exact.var(0).mean()).sqrt()
+                decoded = [plan.decode(results, received) for plan in _decoders(n, k, grouping)]
+                each[output, noise].append([metrics.rmse(x, exact) ** 2 for x in decoded])
+        for what, table in each.items():
+            squares[what].append(np.array(table))
+    found: dict[str, Any] = {}
+    for (output, noise), tables in squares.items():
+        found.setdefault(output, {})[f"noise {noise}"] = _surface(np.array(tables))
+    return found
+
+
+@functools.cache
+def _decoders(n: int, k: int, grouping: Grouping) -> list[BatchPlan]:
+    return [SplineCode(k, n, decoder_smoothing=x).fit(grouping) for x in GRID]
+
+
+def _surface(squares: np.ndarray) -> dict[str, Any]:
+    """From squared errors ``[batches, encoder, decoder]``."""
     rmse = np.sqrt(squares.mean(0))
     best = np.unravel_index(rmse.argmin(), rmse.shape)
     return {
-        "best": {
-            "encoder": GRID[best[0]],
-            "decoder": GRID[best[1]],
-            "rmse": rounded(rmse.min())[0],
-        },
+        "best": {"encoder": GRID[best[0]], "decoder": GRID[best[1]]},
+        "rmse": rounded(rmse.min())[0],
         "rmse to best": [rounded(*row) for row in rmse / rmse.min()],
         "a factor of ten off": {
             "encoder": _neighbours(squares, best, 0),
@@ -86,10 +100,7 @@ def _neighbours(squares: np.ndarray, best: tuple[int, int], axis: int) -> dict[s
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
     for name in ("lenet5",) if quick else ("lenet5", "vit"):
         for case in CASES[-1:] if quick else CASES:
-            for output in OUTPUTS:
-                for noise in (0.0, 0.01):
-                    key = name, str(case), output, f"noise {noise}"
-                    yield key, functools.partial(surface, name, case, output, noise, quick)
+            yield (name, str(case)), functools.partial(smoothing, name, case, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -1,0 +1,159 @@
+"""The pictures of the results, from the JSON alone; ``report.py`` writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+__all__ = ["FIGURES", "NAMES"]
+
+NAMES = {
+    "lenet5": "LeNet-5, MNIST",
+    "vit": "ViT, Fashion-MNIST",
+    "repvgg": "RepVGG, Fashion-MNIST",
+    "efficientnet-lite0": "EfficientNet-Lite0, 20 photographs",
+}
+STYLES = {  # of a code, the same in every picture
+    "uncoded": {"color": "0.6", "linestyle": ":"},
+    "Lagrange (adapted)": {"color": "tab:brown", "linestyle": "--"},
+    "Floater-Hormann": {"color": "tab:pink", "linestyle": "--"},
+    "Berrut": {"color": "tab:purple", "linestyle": "--"},
+    "spline": {"color": "tab:red"},
+    "replication": {"color": "tab:orange", "marker": "s"},
+    "replication + fill": {"color": "tab:green", "marker": "^"},
+    "default": {"color": "tab:blue", "marker": "o"},
+    "tuned": {"color": "black", "marker": "."},
+}
+LABELS = {
+    "spline": "spline (the paper)",
+    "default": "KernelCode (default)",
+    "tuned": "KernelCode, tuned",
+    "replication + fill": "replication + kernel fill",
+}
+LEAST_LOSS = 1e-4  # shown where nothing is lost, as a logarithm has no zero
+
+Results = Mapping[str, Any]
+
+
+def curve(axes: Axes, x: Any, intervals: list[list[float | None]], name: str) -> None:
+    """A code's line, with its interval as a band."""
+    value, half = np.array(intervals, dtype=float).T
+    style = {"markersize": 4, "linewidth": 1.3, **STYLES[name]}
+    axes.plot(x, value, label=LABELS.get(name, name), **style)
+    axes.fill_between(x, value - half, value + half, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> Figure:
+    """The accuracy that is lost, against stragglers, a line a code."""
+    panels = [
+        (name, case, found)
+        for name, cases in results["accuracy"].items()
+        for case, found in cases.items()
+    ]
+    figure = Figure(figsize=(10, 3.1 * -(-len(panels) // 2)), layout="constrained")
+    grid = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
+    for axes, (name, case, found) in zip(grid, panels, strict=False):
+        photographs = name not in ("lenet5", "vit", "repvgg")
+        measure = "agreement" if photographs else "relative_accuracy"
+        for code in STYLES:
+            values = found[output][law][code][measure]
+            lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
+            curve(axes, found["stragglers"], lost, code)
+        axes.set_yscale("log")
+        axes.set_ylim(0.8 * LEAST_LOSS, 1.2)
+        axes.set_yticks([1, 0.1, 0.01, 0.001, LEAST_LOSS], ["all", "10 %", "1 %", "0.1 %", "none"])
+        axes.set_title(f"{NAMES[name]}, (N, K) = {case}", fontsize=9)
+        axes.set_xlabel("workers lost", fontsize=8)
+        axes.set_ylabel("answers changed" if photographs else "accuracy lost", fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    for axes in list(grid):
+        axes.axis("off")  # more places than panels
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if len(panels) % 2:
+        figure.axes[-1].axis("off")
+        figure.axes[-1].legend(handles, labels, loc="center", fontsize=9)
+    else:
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    return figure
+
+
+def convergence(results: Results) -> Figure:
+    """Squared error against workers, with the theorems' slopes."""
+    found = results["convergence"]
+    panels = [(task, noise) for task in found for noise in ("no noise", "noise")]
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    for axes, (task, noise) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        each = found[task]["S fixed"][noise]
+        n = np.array(each["workers"])
+        for code in ("spline", "Berrut"):
+            curve(axes, n, each[code]["mse"], code)
+        first, bound = each["spline"]["mse"][0][0], each["bound of the slope"]
+        axes.plot(n, first * (n / n[0]) ** bound, color="0.5", linestyle=":", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_title(f"{NAMES.get(task, task)}, {noise}", fontsize=8)
+        axes.set_xlabel(f"N, {each['stragglers'][0]} lost; dotted: N^{bound:g}", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].set_ylabel("mean squared error", fontsize=8)
+    return figure
+
+
+def smoothing(results: Results) -> Figure:
+    """Error relative to the best on the grid of encoder and decoder smoothing."""
+    grid = results["settings"]["smoothing"]["grid"]
+    labels = ["0", *(f"{value:.0e}".replace("e-0", "e-") for value in grid[1:])]
+    cases = results["smoothing"]["lenet5"]
+    panels = [(case, noise) for case in cases for noise in ("noise 0.0", "noise 0.01")]
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    for axes, (case, noise) in zip(figure.subplots(2, len(cases)).T.flat, panels, strict=True):
+        surface = np.array(cases[case]["logits"][noise]["rmse to best"])
+        image = axes.imshow(np.log10(surface), vmin=0, vmax=1, cmap="viridis", origin="lower")
+        axes.set_title(f"(N, K, S) = {case}, {noise}", fontsize=8)
+        axes.set_xticks(range(len(grid)), labels, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(grid)), labels, fontsize=6)
+    figure.supxlabel("smoothing of the decoder", fontsize=8)
+    figure.supylabel("of the encoder", fontsize=8)
+    bar = figure.colorbar(image, ax=figure.axes, ticks=[0, np.log10(2), np.log10(5), 1])
+    bar.set_ticklabels(["best", "2 x", "5 x", "10 x"], fontsize=7)
+    return figure
+
+
+def lagrange(results: Results) -> Figure:
+    """Error against the number of results, for polynomial models."""
+    panels = [
+        (case, kind, found)
+        for case, kinds in results["lagrange"].items()
+        for kind, found in kinds.items()
+    ]
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    for axes, (case, kind, found) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for code, name in (("Lagrange", "Lagrange (adapted)"), ("spline", "spline")):
+            median, low, high = np.array(found["median error"][code], dtype=float).T
+            color = STYLES[name]["color"]
+            axes.plot(found["received"], median, label=code, color=color, marker=".")
+            axes.fill_between(found["received"], low, high, color=color, alpha=0.15, linewidth=0)
+        axes.axvline(found["threshold"], color="0.5", linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_ylim(1e-16, 1e3)
+        axes.set_title(f"{case}, {kind}", fontsize=8)
+        axes.set_xlabel("results; dotted: Lagrange's threshold", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.axes[0].legend(fontsize=7)
+    figure.axes[0].set_ylabel("relative error", fontsize=8)
+    return figure
+
+
+FIGURES = {
+    "accuracy": accuracy,
+    "accuracy-softmax": lambda results: accuracy(results, output="softmax"),
+    "accuracy-contiguous": lambda results: accuracy(results, law="contiguous"),
+    "convergence": convergence,
+    "smoothing": smoothing,
+    "lagrange": lagrange,
+}
