@@ -45,7 +45,7 @@ from schemes import (
 )
 from subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
 
-from coded_torch.codes import BerrutCode, KernelCode, SplineCode
+from coded_torch.codes import BerrutCode, KernelCode
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 
@@ -183,13 +183,14 @@ class Bench:
         return table
 
     def photographs(self) -> dict[str, Any]:
-        """One batch of 20, and many received sets."""
+        """One batch of 20, and many received sets; tuned on 20 smaller ones of other things."""
         n, k, s = FEW
         law = Uniform(s, seed=SEED)
         sets = {str(i): received_by(law, n) for i in range(50)}
+        tuning = list(self.subject.batches("tuning", k, self.count["tuning"]))
         schemes = {
-            "paper": Scheme(SplineCode(k, n), "arrival"),
-            "paper, ordered": Scheme(SplineCode(k, n)),
+            "paper": best_spline(self.subject, tuning, FEW, "arrival"),
+            "paper, ordered": best_spline(self.subject, tuning, FEW, "similarity"),
             **unmixed(FEW),
             **self.mixed(FEW),
         }

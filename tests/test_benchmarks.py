@@ -128,6 +128,60 @@ def test_uncoded_answers_are_the_models_own_or_missing(load, of):
     assert scores.summary()["rmse"] == [None, None]
 
 
+def test_the_network_runs_once_for_all_codes_with_one_encoder(load, of):
+    schemes = load("schemes")
+    images = []
+
+    class Watched(torch.nn.Module):
+        def forward(self, x):
+            images.append(len(x))
+            return of.model(x)
+
+    batch = next(of.batches("held_out", 16, 1))
+    sets = {"few": [0, 3, 4, 7, 9], "many": [0, 1, 3, 4, 5, 7, 8, 9]}
+    trial = schemes.Round(Watched(), batch, sets)
+    unmixed = [*schemes.unmixed((10, 8, 2)).values()]
+    splines = [codes.SplineCode(8, 10, decoder_smoothing=x) for x in (0.0, 1e-6, 1e-3)]
+    smoothed = codes.SplineCode(8, 10, encoder_smoothing=1e-3)
+    for scheme in (*unmixed, *(schemes.Scheme(code, "arrival") for code in (*splines, smoothed))):
+        for law in sets:
+            trial.answers(scheme, 2, law, lambda x: x.softmax(-1))
+    assert images == [16, 16]  # the eight workers that are in a set, two groups; two encoders
+
+
+def test_fidelity_is_the_gain_over_berrut_averaged_over_stragglers(load, generator):
+    accuracy, schemes = load("accuracy"), load("schemes")
+    exact = torch.eye(4, dtype=torch.float64).repeat(5, 1)
+    labels = exact.argmax(1)
+    scores = {
+        ("softmax", "uniform", s, code, aim): schemes.Scores()
+        for s in (1, 2)
+        for code in ("spline", "Berrut")
+        for aim in accuracy.AIMS
+    }
+    for _ in range(6):
+        error = 0.01 * torch.randn(exact.shape, generator=generator, dtype=torch.float64)
+        for (_, _, s, code, _), of_code in scores.items():
+            answers = exact + error * (1 if code == "Berrut" else {1: 0.9, 2: 0.7}[s])
+            if code == "Berrut":
+                answers[:s] = answers[:s].roll(1, dims=1)  # wrong classes
+            of_code.add(answers, exact, labels, None)
+    found = accuracy.fidelity(scores, (1, 2))
+    points, half = found["relative accuracy higher by points"]["averaged"]
+    assert points == pytest.approx(100 * 1.5 / 20)
+    assert half == pytest.approx(0, abs=1e-9)
+    for measure, column, power in (("rmse", 3, 0.5), ("rmse_mean", 4, 1)):
+        errors = {
+            (s, code): of_code.columns[column].mean() ** power
+            for (_, _, s, code, aim), of_code in scores.items()
+            if aim == "squared error"
+        }
+        gains = [100 * (1 - errors[s, "spline"] / errors[s, "Berrut"]) for s in (1, 2)]
+        value, half = found[f"{measure} lower by %"]["averaged"]
+        assert value == pytest.approx(np.mean(gains), rel=1e-3)
+        assert half > 0
+
+
 def test_received_sets_are_nested_and_of_the_right_size(load, generator):
     accuracy = load("accuracy")
     sets = accuracy.received_sets(12, (2, 5, 9), generator)
