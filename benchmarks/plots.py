@@ -112,8 +112,10 @@ def smoothing(results: Results) -> Figure:
     panels = [(case, noise) for case in cases for noise in ("noise 0.0", "noise 0.01")]
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     for axes, (case, noise) in zip(figure.subplots(2, len(cases)).T.flat, panels, strict=True):
-        surface = np.array(cases[case]["logits"][noise]["rmse to best"])
-        image = axes.imshow(np.log10(surface), vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        surface = np.array(cases[case]["surfaces"]["logits"][noise]["rmse to best"])
+        image = axes.imshow(
+            np.log10(surface), vmin=0, vmax=1, cmap="viridis", origin="lower", aspect="auto"
+        )
         axes.set_title(f"(N, K, S) = {case}, {noise}", fontsize=8)
         axes.set_xticks(range(len(grid)), labels, rotation=90, fontsize=6)
         axes.set_yticks(range(len(grid)), labels, fontsize=6)

@@ -187,27 +187,21 @@ def convergence(results: Results) -> Iterable[Sequence[str]]:
 
 
 def smoothing(results: Results) -> Iterable[Sequence[str]]:
-    yield (
-        "",
-        "(N, K, S)",
-        "outputs",
-        "noise",
-        "best encoder",
-        "best decoder",
-        "a tenth",
-        "ten times",
-    )
+    def cell(found: Mapping[str, Any], part: str) -> str:
+        """The best smoothing, and what a tenth of it and ten times of it add to the RMSE."""
+        off = found["a factor of ten off"][part]
+        costs = [
+            f"{100 * off[x][0] - 100:+.0f} %" if x in off else "-" for x in ("a tenth", "ten times")
+        ]
+        return f"{found['best'][part]:g}" + (f" ({', '.join(costs)})" if off else "")
+
+    yield "", "(N, K, S)", "outputs", "noise", "encoder", "decoder"
     for name, cases in results["smoothing"].items():
-        for case, outputs in cases.items():
-            for output, noises in outputs.items():
+        for case, measured in cases.items():
+            for output, noises in measured["surfaces"].items():
                 for noise, found in noises.items():
-                    off = found["a factor of ten off"]["decoder"]
-                    costs = [
-                        f"{100 * off[x][0] - 100:+.0f} %" if x in off else ""
-                        for x in ("a tenth", "ten times")
-                    ]
-                    best = [f"{x:g}" for x in found["best"].values()][:2]
-                    yield NAMES[name], case, output, noise.split()[1], *best, *costs
+                    cells = [cell(found, part) for part in ("encoder", "decoder")]
+                    yield NAMES[name], case, output, noise.split()[1], *cells
 
 
 def lagrange(results: Results) -> Iterable[Sequence[str]]:

@@ -60,7 +60,7 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for (output, noise), tables in squares.items():
         found.setdefault(output, {})[f"noise {noise}"] = _surface(np.array(tables))
-    return found
+    return {"surfaces": found}
 
 
 @functools.cache
