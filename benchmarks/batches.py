@@ -219,7 +219,7 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 def counts(quick: bool) -> dict[str, dict[str, int]]:
     """How many batches of what, by network."""
     many = {"main": 50, "contiguous": 25, "tuning": 8, "tuning, kernel": 4}
-    few = {"main": 20, "contiguous": 10, "tuning": 3, "tuning, kernel": 2}
+    few = {"main": 50, "contiguous": 10, "tuning": 3, "tuning, kernel": 2}
     some = {"main": 2, "contiguous": 2, "tuning": 1, "tuning, kernel": 1}
     if quick:
         return {"lenet5": some}

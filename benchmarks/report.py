@@ -54,7 +54,7 @@ def pm(interval: Sequence[float | None], digits: int = 3, scale: float = 1) -> s
     if value is None:
         return ""
     text = f"{scale * value:.{digits}f}"
-    return text if half is None else f"{text} ± {scale * half:.{digits}f}"
+    return text if half is None else f"{text} ± {abs(scale) * half:.{digits}f}"
 
 
 def of(code: str) -> str:
@@ -95,24 +95,30 @@ def fidelity(results: Results) -> Iterable[Sequence[str]]:
     yield (
         "",
         "S",
-        "RMSE lower by",
-        "the other RMSE",
+        "RMSE lower by, %",
+        "at single S",
         "the paper",
-        "RelAcc higher by",
+        "the other RMSE",
+        "RelAcc higher by, points",
+        "at single S",
         "the paper",
     )
     for name, (rmse, points) in PAPER.items():
         for case, found in results["accuracy"][name].items():
-            gains = [pm(gain["averaged"], 1) for gain in found["fidelity"].values()]
-            lost = found["stragglers"]
+            root, mean, accuracy = (gain["averaged"] for gain in found["fidelity"].values())
+            at_root, _, at_accuracy = (
+                [value for value, _ in gain["by stragglers"]] for gain in found["fidelity"].values()
+            )
             yield (
                 f"{NAMES[name]} {case}",
-                f"{lost[0]} to {lost[-1]}",
-                f"{gains[0]} %",
-                f"{gains[1]} %",
-                f"{rmse} %",
-                f"{gains[2]} points",
-                f"{points} points",
+                f"{found['stragglers'][0]} to {found['stragglers'][-1]}",
+                pm(root, 1),
+                f"{min(at_root):.0f} to {max(at_root):.0f}",
+                str(rmse),
+                pm(mean, 1),
+                pm(accuracy, 1),
+                f"{min(at_accuracy):.1f} to {max(at_accuracy):.1f}",
+                str(points),
             )
 
 
@@ -268,7 +274,8 @@ def main() -> int:
     for path in READMES:
         path.write_text(fill(path.read_text(), results))
     for name, draw in FIGURES.items():
-        draw(results).savefig(FOLDER / "results" / f"{name}.png", dpi=100)
+        picture = FOLDER / "results" / f"{name}.png"
+        draw(results).savefig(picture, dpi=80, pil_kwargs={"optimize": True})
     return 0
 
 

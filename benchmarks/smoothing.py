@@ -44,12 +44,13 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
     squares: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
     for batch in progress(of.batches("held_out", BATCH_SIZE, count), "batches", count):
         received = received_by(law, n)
+        shape = len(received), grouping.num_groups, batch.exact.shape[-1]
+        errors = torch.randn(shape, generator=generator)
         each: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
         for smoothing in GRID:
             encoder = SplineCode(k, n, encoder_smoothing=smoothing)
             coded = encoder.fit(grouping).encode(batch.images)[received]
-            outputs = run(of.model, coded.flatten(0, 1)).unflatten(0, coded.shape[:2])
-            errors = torch.randn(outputs.shape, generator=generator)
+            outputs = run(of.model, coded.flatten(0, 1)).view(shape)
             for (output, stage), noise in itertools.product(OUTPUTS.items(), NOISES):
                 exact = stage(batch.exact)
                 results = stage(outputs) + errors * (noise * exact.var(0).mean()).sqrt()
