@@ -182,6 +182,8 @@ def run_measurements(
     settings: Callable[[bool], dict[str, Any]],
     measurements: Callable[[bool, str], Iterable[Measurement]],
     argv: Sequence[str] | None = None,
+    *,
+    devices: Sequence[str] = ("cpu",),
 ) -> int:
     """Run what a script measures, one after the other, and keep the numbers of each as it is done.
 
@@ -189,10 +191,12 @@ def run_measurements(
     again. What needs data that are not installed is left out, and the message says how to get them.
 
     Args:
-        script: the ``__file__`` of the script; its results go to ``results/<its name>.json``.
+        script: the ``__file__`` of the script; its results go to ``results/<its name>.json``, or
+            ``<its name>-cuda.json``.
         settings: what the numbers depend on beside the code; given whether the run is quick.
         measurements: given whether the run is quick, and the device.
         argv: the arguments; by default those of the process.
+        devices: what it can be run on.
 
     Returns:
         The exit code: 0, or 130 if the run was interrupted.
@@ -206,13 +210,14 @@ def run_measurements(
     parser.add_argument(
         "--output", type=Path, help=f"default: results/{name}.json; nothing if --quick"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=devices, default="cpu")
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="[%(default)s]"
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    path = args.output or (None if args.quick else RESULTS / f"{name}.json")
+    file = name if args.device == "cpu" else f"{name}-{args.device}"
+    path = args.output or (None if args.quick else RESULTS / f"{file}.json")
     head = {
         "command": parser.prog + (" --quick" if args.quick else ""),
         "settings": settings(args.quick),

@@ -140,4 +140,4 @@ def settings(quick: bool) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))
+    sys.exit(run_measurements(__file__, settings, measurements, devices=("cpu", "cuda")))

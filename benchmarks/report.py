@@ -42,10 +42,11 @@ Table = Callable[[Results], Iterable[Sequence[str]]]
 def load_results(folder: Path = FOLDER / "results") -> dict[str, Any]:
     """What every script measured, by its name, and the settings of all of them."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in SCRIPTS}
-    return {
-        **{name: file["measured"] for name, file in files.items()},
-        "settings": {name: file["settings"] for name, file in files.items()},
-    }
+    results = {name: file["measured"] for name, file in files.items()}
+    on_gpu = folder / "end_to_end-cuda.json"  # where there was one
+    if on_gpu.exists():
+        results["end_to_end"] |= json.loads(on_gpu.read_text())["measured"]
+    return {**results, "settings": {name: file["settings"] for name, file in files.items()}}
 
 
 def pm(interval: Sequence[float | None], digits: int = 3, scale: float = 1) -> str:
