@@ -99,7 +99,7 @@ def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any
         "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
         "distances": lambda: Geometry([batch.images]).squared_distances(),
     }
-    distances = Geometry([batch.images]).squared_distances().sqrt()
+    distances = Geometry([batch.images]).distances()
     contestants["path"] = lambda: similarity_order(distances)
     table: dict[str, Any] = {
         "codes": {

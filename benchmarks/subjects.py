@@ -43,7 +43,7 @@ class Batch:
 
     def _order(self, ordering: str, shrinkage: float) -> Tensor:
         def distances() -> Tensor:
-            return self.geometry(shrinkage).squared_distances().sqrt()
+            return self.geometry(shrinkage).distances()
 
         return torch.as_tensor(order_of(ordering, [self.images], distances))
 
