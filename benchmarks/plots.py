@@ -151,6 +151,27 @@ def lagrange(results: Results) -> Figure:
     return figure
 
 
+def latency(results: Results) -> Figure:
+    """Percentiles of every scheme, a panel for each case."""
+    cases = results["latency"]
+    figure = Figure(figsize=(3 * len(cases), 2.8), layout="constrained")
+    colors = {"uncoded": "0.6", "hedged": "tab:green", "coded": "tab:blue"}
+    for axes, (case, found) in zip(
+        figure.subplots(1, len(cases), sharey=True, squeeze=False).flat, cases.items(), strict=True
+    ):
+        for i, (scheme, numbers) in enumerate(found["schemes"].items()):
+            heights = [numbers[at] for at in ("p50", "p99", "p99.9")]
+            places = np.arange(3) + 0.27 * (i - 1)
+            axes.bar(places, heights, 0.25, label=scheme, color=colors[scheme])
+        axes.set_xticks(range(3), ["p50", "p99", "p99.9"], fontsize=8)
+        axes.set_yscale("log")
+        axes.set_title(case, fontsize=8)
+        axes.tick_params(axis="y", labelsize=7)
+    figure.axes[0].set_ylabel("latency from arrival, ms", fontsize=8)
+    figure.axes[0].legend(fontsize=7)
+    return figure
+
+
 FIGURES = {
     "accuracy": accuracy,
     "accuracy-softmax": lambda results: accuracy(results, output="softmax"),
@@ -158,4 +179,5 @@ FIGURES = {
     "convergence": convergence,
     "smoothing": smoothing,
     "lagrange": lagrange,
+    "latency": latency,
 }

@@ -29,6 +29,8 @@ SCRIPTS = (
     "smoothing",
     "lagrange",
     "end_to_end",
+    "latency",
+    "resilience",
 )
 # The gains of the spline over Berrut's code that the paper states, averaged over stragglers: by how
 # many percent RMSE is lower, and by how many points RelAcc is higher. RepVGG on CIFAR-10 and a ViT
@@ -241,6 +243,24 @@ def network_times(results: Results) -> Iterable[Sequence[str]]:
                 yield device, NAMES[name], case, *spent
 
 
+def latency(results: Results) -> Iterable[Sequence[str]]:
+    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "calls a request", "right answers"
+    for case, found in results["latency"].items():
+        for scheme, numbers in found["schemes"].items():
+            times = (f"{numbers[at]:.1f}" for at in ("p50", "p99", "p99.9"))
+            accuracy = f"{100 * numbers['accuracy']:.1f} %"
+            yield case, scheme, *times, f"{numbers['calls per request']:.2f}", accuracy
+
+
+def resilience(results: Results) -> Iterable[Sequence[str]]:
+    """What was to be at most its bar; minus signs turn it around."""
+    yield "", "", "measured", "bar", ""
+    for scenario, found in results["resilience"].items():
+        for name, (value, most) in found["bars"].items():
+            numbers = f"{abs(value):g}", f"{abs(most):g}"
+            yield scenario, name, *numbers, "" if value <= most else "missed"
+
+
 TABLES: dict[str, Table] = {
     "main": main_table,
     "kept": kept,
@@ -254,6 +274,8 @@ TABLES: dict[str, Table] = {
     "lagrange": lagrange,
     "times": times,
     "network_times": network_times,
+    "latency": latency,
+    "resilience": resilience,
 }
 
 

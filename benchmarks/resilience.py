@@ -1,6 +1,6 @@
 """Do requests still answer, right and in time, while workers die?
 
-``python benchmarks/resilience.py [scenario ...]``. Every scenario runs real processes, the
+``python benchmarks/resilience.py``. Every scenario runs real processes, the
 disturbed and the undisturbed requests in turns or one after the other in one process, and checks
 every answer against what the received results decode to.
 Times are milliseconds. What is measured, and the bars that it is to reach:
@@ -18,26 +18,25 @@ Times are milliseconds. What is measured, and the bars that it is to reach:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import gc
-import json
 import os
 import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, environment, read_results, write_results
+from common import Measurement, run_measurements
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from coded_torch.codes import NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, RunReport
@@ -47,6 +46,7 @@ from coded_torch.workers import (
     LocalWorkers,
     ProcessWorkers,
     RayWorkers,
+    Task,
     Workers,
 )
 
@@ -266,11 +266,7 @@ class Replicated:
         replies.close()
 
 
-def task_of(values: Tensor) -> Any:
-    from torch.utils import _pytree as pytree
-
-    from coded_torch.workers import Task
-
+def task_of(values: Tensor) -> Task:
     leaves, spec = pytree.tree_flatten(((values,), {}))
     return Task(leaves, [0], spec, values.shape[0], values.shape[1], values.device)
 
@@ -460,29 +456,23 @@ SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", choices=[[], *SCENARIOS], help="default: all")
-    parser.add_argument("--quick", action="store_true", help="a few requests each, no file")
-    parser.add_argument("--output", type=Path, default=RESULTS / "resilience.json")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    for name in args.scenarios or SCENARIOS:
-        start = time.perf_counter()
-        with torch.no_grad():
-            found = SCENARIOS[name](args.quick)
-        found["seconds"] = round(time.perf_counter() - start, 1)
-        print(f"\n{name}, seed {SEED}")
-        print(json.dumps({k: v for k, v in found.items() if k != "bars"}, indent=1))
-        for bar, (value, most) in found["bars"].items():
-            print(f"  {'met   ' if value <= most else 'MISSED'} {bar}: {value} (at most {most})")
-        if not args.quick:
-            head = {"command": "python benchmarks/resilience.py", "seed": SEED}
-            old = read_results(args.output).get("scenarios", {})
-            results = {**head, "environment": environment(), "scenarios": old | {name: found}}
-            write_results(args.output, results)
-    return 0
+def run(name: str, quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)  # the cores are the workers'
+    with torch.no_grad():
+        found = SCENARIOS[name](quick)
+    for bar, (value, most) in found["bars"].items():
+        print(f"  {'met   ' if value <= most else 'MISSED'} {bar}: {value} (at most {most})")
+    return found
+
+
+def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+    for name in SCENARIOS:
+        yield (name,), functools.partial(run, name, quick)
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {"seed": SEED, "N, K, S": [N, K, S], "delay": DELAY}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_measurements(__file__, settings, measurements))

@@ -35,6 +35,8 @@ _BENCHMARKS = (
     "smoothing",
     "lagrange",
     "end_to_end",
+    "latency",
+    "resilience",
 )
 
 
