@@ -223,18 +223,22 @@ class _Pickler(TensorPickler, pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     def __init__(self, memory: memoryview, length: int) -> None:
         super().__init__(io.BytesIO(memory[:length]))
-        self._memory, self._start = memory, _aligned(length)
+        start = _aligned(length)
+
+        # Not a method: the unpickler remembers it, and a cycle would hold the memory until the
+        # next garbage collection.
+        def tensor_at(dtype: int, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
+            flat = torch.frombuffer(
+                memory, dtype=_DTYPES[dtype], count=count, offset=start + offset
+            )
+            return flat.view(shape)
+
+        self._tensor_at = tensor_at
 
     def find_class(self, module: str, name: str) -> Any:
         if name == _tensor_at.__name__ and module == __name__:
             return self._tensor_at
         return super().find_class(module, name)
-
-    def _tensor_at(self, dtype: int, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
-        flat = torch.frombuffer(
-            self._memory, dtype=_DTYPES[dtype], count=count, offset=self._start + offset
-        )
-        return flat.view(shape)
 
 
 def _tensor_at(*_: Any) -> Tensor:

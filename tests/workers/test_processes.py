@@ -83,6 +83,19 @@ def test_results_stay_what_they_are_while_they_are_held(pool):
     assert all((value == i).all() for i, value in held)
 
 
+def test_memory_is_used_again_without_the_garbage_collector():
+    with ProcessWorkers(1).start(WAIT) as pool:
+        gc.disable()
+        try:
+            for _ in range(30):
+                answers(pool, nn.Identity(), torch.ones(1, 1, 1))
+        finally:
+            gc.enable()
+        (machine,) = pool._crew.machines
+        assert machine.channel._made <= 4
+        assert len(machine.channel._known) <= 4
+
+
 def test_inputs_that_a_module_keeps_stay_what_they_are():
     module = Remembers()
     with ProcessWorkers(1) as pool:
