@@ -8,7 +8,8 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .base import Ambient
@@ -43,7 +44,7 @@ class Modules:
         self._pack = pack
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        # module -> (what it looked like, its number, the package)
+        # module -> (what it looked like, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
     def question(self, module: nn.Module, ambient: Ambient) -> Question:
@@ -52,14 +53,14 @@ class Modules:
         Raises:
             TypeError: the module cannot be pickled.
         """
-        looks = _looks(module)
+        tensors, looks = _looks(module)
         with self._lock:
             packed = self._packed.get(module)
             if packed is None or packed[0] != looks:
-                packed = looks, next(self._numbers), self._package(module)
+                packed = looks, next(self._numbers), self._package(module), tensors
                 self._packed[module] = packed
-            alive = frozenset(number for _, number, _ in self._packed.values())
-        _, number, package = packed
+            alive = frozenset(number for _, number, *_ in self._packed.values())
+        _, number, package, _ = packed
         return Question(number, package, alive, pickle.dumps((number, alive, ambient)))
 
     def forget(self, module: nn.Module) -> None:
@@ -82,13 +83,18 @@ class Modules:
             ) from error
 
 
-def _looks(module: nn.Module) -> tuple[Any, ...]:
-    """What tells that a module has changed."""
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return (
-        *(
-            (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in tensors
-        ),
-        *(part.training for part in module.modules()),
-    )
+def _looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """What tells that a module has changed, as long as the tensors beside it are kept.
+
+    They keep their memory from being used for other weights, which would look the same.
+    """
+    kept, looks = [], []
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        version = 0 if tensor.is_inference() else tensor._version
+        if tensor.layout is torch.strided:
+            tensor = tensor.detach()  # follows no later assignment to data
+            looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
+        else:
+            looks.append((id(tensor), version))
+        kept.append(tensor)
+    return kept, (*looks, *(part.training for part in module.modules()))

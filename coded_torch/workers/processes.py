@@ -35,8 +35,9 @@ class ProcessWorkers(SupervisedWorkers):
 
     The module is sent to each process once, and again when a parameter or buffer has been replaced
     or changed in place, or ``train`` or ``eval`` was called; all processes share one copy of its
-    weights. Changes of other attributes go unnoticed, until :meth:`forget` is called; what a call
-    changes in its process stays there. Gradients do not pass through processes.
+    weights. Changes of other attributes, and in-place ones through ``.data`` or of tensors made in
+    inference mode, go unnoticed, until :meth:`forget` is called; what a call changes in its process
+    stays there. Gradients do not pass through processes.
 
     Args:
         num_workers: how many processes. As many as the code has workers, where each is to run on

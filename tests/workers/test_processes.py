@@ -21,7 +21,7 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Trace
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
-from .modules import Exits, Pid, Remembers, Scale, Sleepy, Tied, Unpicklable, Unreadable
+from .modules import Exits, Pid, Remembers, Scale, Sleepy, Sparse, Tied, Unpicklable, Unreadable
 from .workers_tests import CopyCode, PolynomialCode, WorkersTests, by_worker, task_of
 
 WAIT = 60.0  # bounds waits that end at once unless something is broken
@@ -126,6 +126,24 @@ def test_changes_of_the_module_are_noticed(pool):
     assert got() == {11.5}
     pool.forget(module)
     assert got() == {12.5}
+
+
+def test_weights_in_memory_that_others_were_in_are_noticed(pool):
+    module, one = Scale(0.0), torch.ones(3, 1, 1)
+    for i in range(1, 8):
+        answers(pool, module, one)
+        module.factor.data = torch.tensor([-1.0])
+        module.factor.data = torch.tensor([float(i)])  # often where the first one was
+        assert {float(reply.value) for reply in answers(pool, module, one)} == {float(i)}
+
+
+def test_modules_with_sparse_buffers_can_be_sent(pool):
+    module, values = Sparse(), torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    for reply in answers(pool, module, values):
+        torch.testing.assert_close(reply.value, module(values[reply.worker]))
+    module.matrix = (2 * torch.eye(2)).to_sparse()
+    for reply in answers(pool, module, values):
+        torch.testing.assert_close(reply.value, 2 * values[reply.worker])
 
 
 def test_weights_are_shared_and_what_a_call_changes_is_not(pool):
