@@ -5,8 +5,8 @@ from __future__ import annotations
 import abc
 import os
 import threading
-import weakref
 from collections.abc import Generator
+from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +127,9 @@ class SupervisedWorkers(Workers):
             if self._crew is None:
                 self._crew, self._pid = self._crew_of(), os.getpid()
                 # The thread knows the crew, not the pool: a pool that nobody holds is closed.
-                self._finalizer = weakref.finalize(self, self._crew.close)
+                # At exit it is closed before multiprocessing waits for the processes to end, which
+                # one that is stopped never does.
+                self._finalizer = Finalize(self, self._crew.close, exitpriority=0)
                 self._crew.thread.start()
         if self._pid != os.getpid():
             raise RuntimeError(

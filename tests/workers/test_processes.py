@@ -394,6 +394,13 @@ def test_exit_is_clean(tmp_path, end):
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids.split()))
 
 
+def test_exit_waits_for_no_stopped_process(tmp_path):
+    first = "import weakref; weakref.finalize(weakref.WeakSet, int)\n"  # before multiprocessing's
+    end = "import os, signal; os.kill(pool.pids[0], signal.SIGSTOP)"
+    done = _script(tmp_path, first + _AT_EXIT.format(end=end))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_an_interrupt_is_clean(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_AT_EXIT.format(end="import time; time.sleep(3600)"))
