@@ -175,7 +175,9 @@ class Crew(abc.ABC):
                 self.trouble = f"{name} {reason}"
                 pause = min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
                 self._start_again = self._clock() + pause
-                if self._failed_starts >= _FAILED_STARTS:
+                if self._failed_starts >= _FAILED_STARTS and not any(
+                    other.ready for other in self._machines
+                ):
                     failed += self._jobs
                     self._jobs.clear()
             self._changed.notify_all()

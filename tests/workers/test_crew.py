@@ -288,6 +288,23 @@ def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_requests
     assert replies(another)[0].value == "up again"
 
 
+def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
+    crew, one = InMemory(2), request(2)
+    crew.tend()
+    good, bad = crew.launched
+    crew.ready(good)
+    crew.submit(one)
+    for _ in range(5):
+        crew.lost(bad, "ended before it was up")
+        crew.clock.now += crew.pause()
+        crew.tend()
+        bad = crew.launched[-1]
+    assert replies(one) == []
+    for _ in range(2):
+        crew.deliver(good, good.job.number, "good")
+    assert [reply.value for reply in replies(one)] == ["good", "good"]
+
+
 def test_what_cannot_be_sent_is_the_jobs_error():
     crew, one = started(1), request(1)
 
