@@ -58,6 +58,9 @@ class Machine:
         self.since = 0.0
         self.ready = False
 
+    def __str__(self) -> str:
+        return f"machine {self.index}"
+
 
 class Crew(abc.ABC):
     """The machines of a pool and the jobs that wait for them.
@@ -148,6 +151,12 @@ class Crew(abc.ABC):
         self, machine: Machine, number: int, value: Any = None, error: WorkerError | None = None
     ) -> None:
         """A machine has ended a job. What is not about the job that it is at is dropped."""
+        self._end_job(machine, number, value, error)
+        self._assign()
+
+    def _end_job(
+        self, machine: Machine, number: int, value: Any = None, error: WorkerError | None = None
+    ) -> None:
         with self._changed:
             job = machine.job
             if job is None or job.number != number or machine not in self._machines:
@@ -157,7 +166,6 @@ class Crew(abc.ABC):
             self._idle.append(machine)
         if not job.request.given_up:
             job.request.answer(job.worker, value, error)
-        self._assign()
 
     def lost(self, machine: Machine, reason: str) -> None:
         """A machine has ended; ``reason`` goes on after its name."""
@@ -189,21 +197,22 @@ class Crew(abc.ABC):
 
     def _assign(self) -> None:
         """Give idle machines what waits."""
-        pairs = []
-        with self._changed:
-            while self._jobs and self._idle:
-                job = self._jobs.popleft()
-                if not job.request.given_up:
-                    machine = self._idle.popleft()
-                    machine.job, machine.since = job, self._clock()
-                    pairs.append((machine, job))
-        for machine, job in pairs:
+        while True:
+            with self._changed:
+                while self._jobs and self._jobs[0].request.given_up:
+                    self._jobs.popleft()
+                if not (self._jobs and self._idle):
+                    return
+                job, machine = self._jobs.popleft(), self._idle.popleft()
+                machine.job, machine.since = job, self._clock()
             try:
                 self.send(machine, job)
-            except Exception as cause:
+            except BaseException as cause:
                 error = WorkerError(job.worker, f"could not be asked: {cause}")
                 error.__cause__ = cause
-                self.deliver(machine, job.number, error=error)
+                self._end_job(machine, job.number, error=error)
+                if not isinstance(cause, Exception):  # an interrupt
+                    raise
 
     # What the one thread does.
 
@@ -220,7 +229,14 @@ class Crew(abc.ABC):
         if now < self._start_again:
             return
         for index in sorted(set(range(self.size)) - {m.index for m in self._machines}):
-            machine = self.launch(index)
+            try:
+                machine = self.launch(index)
+            except Exception as cause:  # too many processes, files: it may be better later
+                machine = Machine(index)
+                with self._changed:
+                    self._machines.append(machine)
+                self.lost(machine, f"could not be started: {type(cause).__name__}: {cause}")
+                return
             machine.since = self._clock()
             with self._changed:
                 self._machines.append(machine)

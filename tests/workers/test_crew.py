@@ -305,6 +305,55 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
+def test_a_machine_that_cannot_be_launched_is_tried_again():
+    crew, one = InMemory(2), request(2)
+    crew.submit(one)
+    launch = crew.launch
+
+    def refuse(index: int) -> Numbered:
+        raise OSError("too many open files")
+
+    crew.launch = refuse
+    for _ in range(3):
+        crew.tend()
+        crew.clock.now += crew.pause()
+    for reply in replies(one):
+        assert "could not be started: OSError: too many open files" in reply.error.reason
+    crew.launch = launch
+    crew.tend()
+    assert len(crew.launched) == 2
+
+
+def test_any_number_of_jobs_may_be_unsendable():
+    crew, many = started(1), request(2000)
+
+    def refuse(machine: Machine, job: Job) -> None:
+        raise ValueError("too heavy")
+
+    crew.send = refuse
+    crew.submit(many)
+    assert len(replies(many)) == 2000
+
+
+def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
+    crew, one = started(2), request(2)
+    send = crew.send
+
+    def interrupted(machine: Machine, job: Job) -> None:
+        crew.send = send
+        raise KeyboardInterrupt
+
+    crew.send = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        crew.submit(one)
+    one.given_up = True
+    another = request(2)
+    crew.submit(another)
+    for machine in crew.launched:
+        crew.deliver(machine, machine.job.number, "good")
+    assert [reply.value for reply in replies(another)] == ["good", "good"]
+
+
 def test_what_cannot_be_sent_is_the_jobs_error():
     crew, one = started(1), request(1)
 
