@@ -88,7 +88,8 @@ def _looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
 
     They keep their memory from being used for other weights, which would look the same.
     """
-    kept, looks = [], []
+    kept: list[Tensor] = []
+    looks: list[tuple[Any, ...]] = []
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         version = 0 if tensor.is_inference() else tensor._version
         if tensor.layout is torch.strided:
