@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.process
+import os
 import selectors
 import signal
 import socket
@@ -158,12 +159,14 @@ class _Processes(Crew):
             self._context.set_forkserver_preload([serve.__module__])
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
-        with theirs:
+        with theirs, contextlib.ExitStack() as unless_started:
+            unless_started.enter_context(ours)
             # Daemonic, so that it outlives us in no case.
             process = self._context.Process(  # type: ignore[attr-defined]
                 target=serve, args=(theirs, device, self._threads), daemon=True
             )
             process.start()
+            unless_started.pop_all()
         machine = _Process(index, process, Channel(ours))
         self._selector.register(machine.channel, selectors.EVENT_READ, machine)
         return machine
@@ -180,7 +183,9 @@ class _Processes(Crew):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Process)
-        machine.process.kill()
+        # Not process.kill(), which does nothing where the server that forked it has died.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(machine.pid, signal.SIGKILL)
         self._bury(machine)
 
     def wait(self, seconds: float) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -198,6 +199,18 @@ def test_a_hung_process_is_killed_after_its_grace():
         assert reasons[0] is None
         assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
         until(lambda: pool.num_ready == 2)
+
+
+def test_hung_processes_are_killed_though_their_server_has_died():
+    with ProcessWorkers(2, grace=1.0).start(WAIT) as pool:
+        if pool._crew._context.get_start_method() != "forkserver":
+            pytest.skip("there is no server")
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+        first, hung = pool.pids
+        os.kill(first, signal.SIGKILL)
+        until(lambda: pool.num_ready == 2 and first not in pool.pids)  # by a new server
+        answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
+        until(lambda: not Path(f"/proc/{hung}").exists())
 
 
 def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
