@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import numbers
 import operator
 import random
@@ -182,8 +183,10 @@ class CodedWrapper(nn.Module):
                     f"got workers and {argument}"
                 )
         for argument, number in (("deadline", deadline), ("tolerance", tolerance)):
-            if number is not None and not number > 0:
-                raise ValueError(f"CodedWrapper: {argument} must be positive, got {number}")
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(
+                    f"CodedWrapper: {argument} must be positive and finite, got {number}"
+                )
         for argument, name, known in (("link", link, "softmax"), ("degraded", degraded, "mean")):
             if name not in (None, known):
                 raise ValueError(

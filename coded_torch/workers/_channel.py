@@ -28,8 +28,6 @@ _HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, parcel, 
 _MOST_PARCELS = 64  # bits of the last field
 _ALIGNMENT = 64
 _LEAST = 1 << 16
-_DTYPES = sorted({v for v in vars(torch).values() if isinstance(v, torch.dtype)}, key=str)
-_DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(_DTYPES)}
 
 
 class Parcel:
@@ -98,7 +96,8 @@ class Channel:
         """Send an object.
 
         Raises:
-            OSError: nobody reads any more.
+            ConnectionError: nobody reads any more.
+            OSError: there is no memory to be had.
         """
         descriptors: list[int] = []
         parcel: Parcel | None = None
@@ -120,7 +119,7 @@ class Channel:
         self._send(kind, number, length, -1, [parcel.descriptor])
 
     def receive(self) -> Message | None:
-        """The next message; None: the other side has ended."""
+        """The next message; None: the other side has ended, or its memory could not be had."""
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -133,7 +132,10 @@ class Channel:
             lowest = (reusable & -reusable).bit_length() - 1
             self._free.append((lowest, self._lent.pop(lowest)))
             reusable &= reusable - 1
-        if not 0 <= index < _MOST_PARCELS:
+        shared = 0 <= index < _MOST_PARCELS
+        if not descriptors and not (shared and index in self._known):
+            return None  # the kernel drops descriptors that are one too many for this process
+        if not shared:
             parcel = Parcel(descriptor=descriptors[0], private=True)
             return Message(kind, number, memoryview(parcel.memory), length)
         if descriptors:
@@ -154,7 +156,10 @@ class Channel:
         while self._done:
             reusable |= 1 << self._done.popleft()
         header = _HEADER.pack(kind, number, length, index, reusable)
-        socket.send_fds(self.socket, [header], list(descriptors))
+        try:
+            socket.send_fds(self.socket, [header], descriptors)
+        except OSError as error:
+            raise ConnectionError(f"nobody reads any more: {error}") from error
 
 
 class Contents:
@@ -205,7 +210,7 @@ class TensorPickler:
         offset = self.size
         self.tensors.append((obj, offset))
         self.size += _aligned(count * obj.element_size())
-        return _tensor_at, (_DTYPE_NUMBERS[obj.dtype], count, tuple(obj.shape), offset)
+        return _tensor_at, (str(obj.dtype).removeprefix("torch."), count, tuple(obj.shape), offset)
 
     def reduce_other(self, obj: Any) -> Any:
         """How to pickle anything else."""
@@ -227,9 +232,9 @@ class _Unpickler(pickle.Unpickler):
 
         # Not a method: the unpickler remembers it, and a cycle would hold the memory until the
         # next garbage collection.
-        def tensor_at(dtype: int, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
+        def tensor_at(dtype: str, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
             flat = torch.frombuffer(
-                memory, dtype=_DTYPES[dtype], count=count, offset=start + offset
+                memory, dtype=getattr(torch, dtype), count=count, offset=start + offset
             )
             return flat.view(shape)
 

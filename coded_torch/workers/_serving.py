@@ -52,7 +52,7 @@ class Desk:
     def __init__(self, device: torch.device, pickler: type[TensorPickler] | None = None) -> None:
         self.device = device
         self._pickler = pickler
-        self._modules: dict[int, nn.Module | Exception] = {}
+        self._modules: dict[int, nn.Module | Contents] = {}
         self._head = b""
         self._open: tuple[int, Ambient]
 
@@ -64,13 +64,15 @@ class Desk:
         try:
             self._modules[number] = read().to(self.device)
         except Exception as error:
-            self._modules[number] = error
+            self._modules[number] = Contents(_failure(error))
 
     def answer(self, read: Callable[[], Any]) -> tuple[int, Contents]:
         """The kind and the contents of the answer to a job: a head, a fault, and the arguments."""
         try:
             head, fault, (args, kwargs) = read()
             module, ambient = self._look_up(head)
+            if isinstance(module, Contents):
+                return FAILURE, module
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     args, kwargs = pytree.tree_map_only(
@@ -84,16 +86,14 @@ class Desk:
         except Exception as cause:
             return FAILURE, Contents(_failure(cause))
 
-    def _look_up(self, head: bytes) -> tuple[nn.Module, Ambient]:
+    def _look_up(self, head: bytes) -> tuple[nn.Module | Contents, Ambient]:
         if head != self._head:
             number, alive, ambient = pickle.loads(head)
             for gone in self._modules.keys() - alive - {number}:
                 del self._modules[gone]
             self._head, self._open = head, (number, ambient)
-        module = self._modules[self._open[0]]
-        if isinstance(module, Exception):
-            raise module
-        return module, self._open[1]
+        number, ambient = self._open
+        return self._modules[number], ambient
 
 
 def failed(worker: int, where: str, contents: tuple[str, str, Exception | None]) -> WorkerError:

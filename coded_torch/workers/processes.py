@@ -23,7 +23,7 @@ from .base import WorkerError
 
 __all__ = ["ProcessWorkers"]
 
-_DYING_SECONDS = 5.0  # that the kernel may take to end a killed process
+_DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait
 
 
 class ProcessWorkers(SupervisedWorkers):
@@ -175,7 +175,7 @@ class _Processes(Crew):
         assert isinstance(machine, _Process)
         contents = Contents(job.contents())
         question = job.request.module
-        with contextlib.suppress(OSError):  # it has died: we will be told so
+        with contextlib.suppress(ConnectionError):  # it has died: we will be told so
             if question.number not in machine.modules:
                 machine.channel.send_parcel(MODULE, question.number, *question.package)
             machine.modules = machine.modules & question.alive | {question.number}
@@ -183,9 +183,7 @@ class _Processes(Crew):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Process)
-        # Not process.kill(), which does nothing where the server that forked it has died.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(machine.pid, signal.SIGKILL)
+        self._kill(machine)
         self._bury(machine)
 
     def wait(self, seconds: float) -> None:
@@ -230,6 +228,11 @@ class _Processes(Crew):
             return value, None
         return None, failed(job.worker, str(machine), value)
 
+    def _kill(self, machine: _Process) -> None:
+        # Not process.kill(), which does nothing where the server that forked it has died.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(machine.pid, signal.SIGKILL)
+
     def _bury(self, machine: _Process) -> str:
         """Let go of a process that ends, and say how it did."""
         with contextlib.suppress(KeyError):
@@ -238,7 +241,7 @@ class _Processes(Crew):
         code = machine.process.exitcode
         machine.channel.close()
         if code is None:
-            machine.process.kill()  # it let go of us, and lives: it is of no use
+            self._kill(machine)  # it let go of us, and lives: it is of no use
             return "closed its connection, and was killed"
         machine.process.close()
         if code < 0:

@@ -129,11 +129,11 @@ class _Actors(Crew):
     ) -> None:
         super().__init__(size, grace)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
-        self._cluster = _Cluster.join(address, self)
         self._threads = threads
         self._class = _ray().remote(
             concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
         )(_Serving)
+        self._cluster = _Cluster.join(address, self)  # last: it is left when this crew ends
 
     def pack(self, module: nn.Module) -> Any:
         return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call

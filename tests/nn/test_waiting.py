@@ -148,8 +148,9 @@ def test_what_goes_wrong_is_logged(caplog):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"tolerance": 0.0}, ValueError, "tolerance must be positive, got 0.0"),
-        ({"tolerance": math.nan}, ValueError, "tolerance must be positive, got nan"),
+        ({"tolerance": 0.0}, ValueError, "tolerance must be positive and finite, got 0.0"),
+        ({"tolerance": math.nan}, ValueError, "tolerance must be positive and finite, got nan"),
+        ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
         ({"tolerance": "a bit"}, TypeError, "tolerance must be of type Real, got str"),
         ({"degraded": "median"}, ValueError, "degraded must be None or 'mean', got 'median'"),
     ],

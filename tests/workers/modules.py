@@ -80,7 +80,7 @@ class Unreadable(nn.Module):
     """Returns what can be pickled, and not be read."""
 
     def forward(self, x: Tensor) -> Any:
-        return _Trap()
+        return Trap()
 
 
 class Unpicklable(nn.Module):
@@ -102,7 +102,7 @@ class Remembers(nn.Module):
         return x if last is None else last
 
 
-class _Trap:
+class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return _spring, ()
 

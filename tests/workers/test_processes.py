@@ -22,7 +22,18 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Trace
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
-from .modules import Exits, Pid, Remembers, Scale, Sleepy, Sparse, Tied, Unpicklable, Unreadable
+from .modules import (
+    Exits,
+    Pid,
+    Remembers,
+    Scale,
+    Sleepy,
+    Sparse,
+    Tied,
+    Trap,
+    Unpicklable,
+    Unreadable,
+)
 from .workers_tests import CopyCode, PolynomialCode, WorkersTests, by_worker, task_of
 
 WAIT = 60.0  # bounds waits that end at once unless something is broken
@@ -267,6 +278,17 @@ def test_a_module_that_cannot_travel_is_refused(pool):
     module.hook = lambda x: x
     with pytest.raises(TypeError, match=r"module must be picklable .* got Identity"):
         answers(pool, module, torch.ones(3, 1, 1))
+
+
+def test_a_module_that_cannot_be_read_there_says_so_in_as_many_words_every_time(pool):
+    module = nn.Identity()
+    module.trap = Trap()
+    texts = set()
+    for _ in range(3):
+        for reply in answers(pool, module, torch.ones(3, 1, 1)):
+            assert "the trap is sprung" in reply.error.reason
+            texts.add(str(reply.error.__cause__.__cause__))
+    assert len(texts) == 1
 
 
 def test_inputs_that_require_gradients_are_refused(pool):
