@@ -97,7 +97,7 @@ def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any
         "the batch": lambda: model(batch.images),
         "one worker's inputs": lambda: model(coded[:groups]),
         "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
-        "distances": lambda: Geometry([batch.images]).squared_distances(),
+        "distances": lambda: Geometry([batch.images]).distances(),
     }
     distances = Geometry([batch.images]).distances()
     contestants["path"] = lambda: similarity_order(distances)
