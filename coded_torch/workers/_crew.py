@@ -160,7 +160,7 @@ class Crew(abc.ABC):
         with self._changed:
             job = machine.job
             if job is None or job.number != number or machine not in self._machines:
-                logger.warning("%s: dropped a result that nobody waits for", self._name(machine))
+                logger.warning("%s: dropped a result that nobody waits for", machine)
                 return
             machine.job = None
             self._idle.append(machine)
@@ -175,7 +175,7 @@ class Crew(abc.ABC):
             self._machines.remove(machine)
             if machine in self._idle:
                 self._idle.remove(machine)
-            name, job, failed = self._name(machine), machine.job, []
+            name, job, failed = str(machine), machine.job, []
             if job is not None:
                 failed.append(job)
             if not machine.ready:
@@ -284,9 +284,6 @@ class Crew(abc.ABC):
         if not machine.ready:
             return machine.since + START_SECONDS
         return float("inf") if machine.job is None else machine.since + self.grace
-
-    def _name(self, machine: Machine) -> str:
-        return str(machine)
 
     # What others want to know.
 

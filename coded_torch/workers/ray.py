@@ -9,7 +9,7 @@ import queue
 import shutil
 import tempfile
 import threading
-import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,7 +132,7 @@ class _Actors(Crew):
         self._threads = threads
         self._class = _ray().remote(
             concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
-        )(_Serving)
+        )(_actor_class())
         self._cluster = _Cluster.join(address, self)  # last: it is left when this crew ends
 
     def pack(self, module: nn.Module) -> Any:
@@ -272,7 +272,7 @@ class _Cluster:
             crew.close()
 
 
-class _Serving:
+class Serving:
     """What runs in an actor."""
 
     def __init__(self, threads: int) -> None:
@@ -280,21 +280,50 @@ class _Serving:
         device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
         self._desk = Desk(device, _cloud_pickler())
 
-    def hello(self) -> int:
-        return os.getpid()
-
     def answer(
         self, number: int, package: list[Any], array: Any, length: int
     ) -> tuple[int, Packed]:
+        """Answer a job, as :class:`Desk` does."""
         if number not in self._desk:
             self._desk.add(number, lambda: _unpack(*_ray().get(package[0])))
         kind, contents = self._desk.answer(lambda: _unpack(array, length))
         return kind, _packed(contents)
 
-    def end(self) -> None:
-        """Never returns: whoever waits for it learns that the actor has ended."""
-        while True:
-            time.sleep(3600)
+
+def _actor_class() -> type:
+    """The class of the actors, which is sent to them whole, and finds this package by itself.
+
+    Ray puts the folder that the driver is in before all others, where there may be the sources.
+    """
+    home = str(Path(__file__).resolve().parents[2])
+
+    class CodedTorchWorker:
+        def __init__(self, threads: int) -> None:
+            import sys
+
+            sys.path.insert(0, home)  # on other machines, where there is none, this does nothing
+            try:
+                from coded_torch.workers.ray import Serving
+            finally:
+                sys.path.remove(home)
+            self.serving = Serving(threads)
+
+        def hello(self) -> int:
+            import os
+
+            return os.getpid()
+
+        def answer(self, *question: Any) -> Any:
+            return self.serving.answer(*question)
+
+        def end(self) -> None:
+            """Never returns: whoever waits for it learns that the actor has ended."""
+            import time
+
+            while True:
+                time.sleep(3600)
+
+    return CodedTorchWorker
 
 
 def _pack(value: Any) -> Packed:

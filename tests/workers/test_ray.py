@@ -170,10 +170,13 @@ with torch.no_grad():
 
 
 def test_exit_is_clean(tmp_path):
-    script = tmp_path / "script.py"
+    script, folder = tmp_path / "script.py", tmp_path / "sources"
     script.write_text(_AT_EXIT)
+    # The folder that one is in comes first for actors; they must not take the package from there.
+    (folder / "coded_torch").mkdir(parents=True)
+    (folder / "coded_torch" / "__init__.py").write_text("raise ImportError('not built')")
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=2 * WAIT
+        [sys.executable, script], capture_output=True, text=True, timeout=2 * WAIT, cwd=folder
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
