@@ -29,6 +29,9 @@ __all__ = ["KernelCode"]
 _NEIGHBOURHOOD = 512
 # Outputs that the outputs' variance and trust are estimated from: as exact as all, and cheaper.
 _COLUMNS = 64
+# Errors grow more slowly than the variances that distances tell: with their power 1.0 for a LeNet-5
+# on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
+_GROWTH = 0.75
 
 
 class KernelCode(Code):
@@ -194,21 +197,21 @@ class _KernelPlan(BatchPlan):
         """How many workers each data point gets if every worker sits at one, ``[G, K]``.
 
         Greedy, one at a time, where it lowers the expected squared error most: the probability that
-        all copies are lost times the variance given all other inputs. It is convex in the copies,
-        so greedy is best.
+        all copies are lost times what the variance given all other inputs lets expect. It is convex
+        in the copies, so greedy is best.
         """
         n, grouping = self.code.num_workers, self._grouping
         lost = np.ones(n + 2)
         for i in range(n):
             lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (n - i)
         gain = lost[:-1] - lost[1:]
-        variances = self._leave_one_out_variances()[grouping.rows.T].numpy()  # [G, K]
+        errors = self._leave_one_out_variances()[grouping.rows.T].numpy() ** _GROWTH  # [G, K]
         real = (grouping.targets.T >= 0).numpy()
         copies = real.astype(np.int64)
         groups = np.arange(len(copies))
         while (active := copies.sum(axis=1) < n).any():
             # Between equals, the one with fewer copies.
-            score = np.where(real, gain[copies] * variances - 1e-12 * copies, -np.inf)
+            score = np.where(real, gain[copies] * errors - 1e-12 * copies, -np.inf)
             copies[groups, score.argmax(axis=1)] += active
         return copies
 
