@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..workers.base import Reply, WorkerError, kind, leaf_name, show
+from ..workers.base import Reply, WorkerError, flatten, kind, leaf_name, show
 
 __all__ = ["Ballot", "Result"]
 
@@ -19,7 +19,7 @@ class Result:
 
     def __init__(self, worker: int, value: Any) -> None:
         self.worker = worker
-        self.leaves, self.spec = pytree.tree_flatten(value)
+        self.leaves, self.spec = flatten(value)
         self.looks = [
             (*kind(leaf), leaf.shape) if isinstance(leaf, Tensor) else kind(leaf)
             for leaf in self.leaves

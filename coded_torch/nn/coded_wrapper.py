@@ -321,7 +321,7 @@ class CodedWrapper(nn.Module):
                     "instead, register containers with torch.utils._pytree, or say None in out_dims"
                 )
             check_batch(output, i, leaf, dim, task.num_groups)
-            stacked = torch.stack([leaf.movedim(dim, 0) for leaf in column])  # [F, G, ...]
+            stacked = torch.stack(column).movedim(dim + (dim >= 0), 1)  # [F, G, ...]
             if self.link == "softmax":
                 # Of probabilities that are 0 in floating point, no logarithm is left.
                 stacked = stacked.clamp(min=torch.finfo(stacked.dtype).tiny).log()

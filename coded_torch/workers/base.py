@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ambient", "Reply", "Task", "WorkerError", "Workers", "broadcast_dims"]
 
+_LEAF = pytree.tree_structure(0)
+_NO_FAULT = Fault()
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 #: Kinds of outputs that pass through, if they are the same wherever the module runs. A float is
@@ -96,7 +99,7 @@ class Task:
 
     def fault(self, worker: int) -> Fault:
         """What goes wrong with a worker's call on purpose, if anything does."""
-        return Fault() if self.faults is None else self.faults[worker]
+        return _NO_FAULT if self.faults is None else self.faults[worker]
 
     def payload(self, worker: int) -> Arguments:
         """The ``(args, kwargs)`` of one worker: views of its coded inputs, a batch of G."""
@@ -141,7 +144,7 @@ class Task:
             ValueError: the batches' outputs differ in structure, kind or a constant, or a tensor
                 has not one row per row of the batch.
         """
-        flat, specs = zip(*map(pytree.tree_flatten, outputs), strict=True)
+        flat, specs = zip(*map(flatten, outputs), strict=True)
         if any(spec != specs[0] for spec in specs):
             raise ValueError(
                 "Task: the module must return the same structure for every batch, got "
@@ -165,7 +168,7 @@ class Task:
             check_batch(outputs[0], i, leaf, dim, size)
             leaf = leaf.movedim(dim, 0)  # [N G, ...]
             by_worker = leaf.reshape(num_workers, self.num_groups, *leaf.shape[1:])
-            columns.append([rows.movedim(0, dim) for rows in by_worker])
+            columns.append(by_worker.movedim(1, dim + (dim >= 0)).unbind())
         return [
             pytree.tree_unflatten([column[n] for column in columns], specs[0])
             for n in range(num_workers)
@@ -265,6 +268,11 @@ class Ambient:
             yield
 
 
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As ``pytree.tree_flatten``, without its microseconds for a tree that is one tensor."""
+    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+
+
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int | None]:
     """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
@@ -272,6 +280,8 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int 
         TypeError: ``dims`` has a leaf that is neither an integer nor None.
         ValueError: ``dims`` is not a prefix.
     """
+    if dims is None or type(dims) is int:  # the same for all
+        return [dims] * spec.num_leaves
     flat: list[int | None] = []
     tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
 
