@@ -8,11 +8,12 @@ A code with something to choose is used at its own best: on tuning batches that 
 seen, under uniform stragglers, once for each S, output and aim. What has the least squared error
 gives the errors, and what names most of the network's own classes the accuracy and the agreement.
 
-- spline: the paper's, in the order of arrival; both smoothings tuned;
-- Berrut: in the order of arrival; Floater-Hormann: the same with the order of the weights tuned;
-- Lagrange (adapted): decoded by least squares of a tuned degree, as a network has no degree;
-- replication: lost inputs get the mean; replication + fill: they are predicted by the kernel;
+- spline: the paper's, in the order of arrival, with both smoothings tuned; Berrut: likewise;
+- both by similarity, "ordered", as everything below; Floater-Hormann: with the order of the weights
+  tuned; Lagrange (adapted): decoded by least squares of a tuned degree, as a network has none;
 - uncoded: K workers, an input each; an input whose worker is late has no answer, which is wrong;
+- replication: lost inputs get the mean of the batch; replication + fill: they are predicted by the
+  kernel, tuned as the last;
 - default: ``KernelCode``; tuned: as :func:`coded_torch.tuning.tune` makes it, on logits.
 
 Of 20 photographs (EfficientNet-Lite0) only the agreement with the network means something; there,
@@ -38,8 +39,10 @@ from schemes import (
     Scheme,
     Scores,
     Uncoded,
+    equal_copies,
     rounded,
     splines,
+    student,
     tuned_kernel,
     unmixed,
 )
@@ -59,18 +62,19 @@ CURVES: dict[str, tuple[Curve, ...]] = {
     PHOTOGRAPHS: ((24, 20, (1, 2, 4, 6, 8)),),
 }
 QUICK: dict[str, tuple[Curve, ...]] = {"lenet5": ((20, 8, (1, 3, 8)),)}
-BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15, PHOTOGRAPHS: 10}
-TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2), PHOTOGRAPHS: (3, 1)}  # codes, kernel
+BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15, PHOTOGRAPHS: 5}
+TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2), PHOTOGRAPHS: (2, 1)}  # codes, kernel
 ORDERS = (1, 2, 3, 4)
-DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5)  # times that of the encoder
+DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)  # times that of the encoder
 OUTPUTS = {"softmax": lambda x: x.softmax(-1), "logits": lambda x: x}
 LAWS = ("uniform", "contiguous")
 AIMS = ("squared error", "agreement")
 
 TUNED = {
     "spline": ("encoder_smoothing", "decoder_smoothing"),
-    "Floater-Hormann": ("order",),
-    "Lagrange (adapted)": ("decoder_degree",),
+    "spline, ordered": ("encoder_smoothing", "decoder_smoothing"),
+    "Floater-Hormann, ordered": ("order",),
+    "Lagrange (adapted), ordered": ("decoder_degree",),
     "tuned": ("placement", "shrinkage", "length"),
 }
 
@@ -79,14 +83,15 @@ Picks = dict[tuple[str, int, str], dict[str, Scheme]]  # output, S and aim: ever
 
 def families(n: int, k: int) -> dict[str, list[Scheme]]:
     """Every code, with all that its numbers may be."""
-    berruts = [BerrutCode(k, n, order=d) for d in ORDERS]
     degrees = sorted({round(x * (k - 1)) for x in DEGREES})
     lagranges = [LagrangeCode(k, n, decoder_degree=d) for d in degrees if d < n]
     return {
         "spline": [Scheme(code, "arrival") for code in splines(n, k)],
         "Berrut": [Scheme(BerrutCode(k, n), "arrival")],
-        "Floater-Hormann": [Scheme(code, "arrival") for code in berruts],
-        "Lagrange (adapted)": [Scheme(code, "arrival") for code in lagranges],
+        "spline, ordered": [Scheme(code) for code in splines(n, k)],
+        "Berrut, ordered": [Scheme(BerrutCode(k, n))],
+        "Floater-Hormann, ordered": [Scheme(BerrutCode(k, n, order=d)) for d in ORDERS],
+        "Lagrange (adapted), ordered": [Scheme(code) for code in lagranges],
         "uncoded": [Scheme(Uncoded(k, n), "arrival")],
         **{name: [scheme] for name, scheme in unmixed((n, k, 0)).items()},
     }
@@ -127,8 +132,8 @@ def pick(of: Subject, size: int, curve: Curve, counts: tuple[int, int]) -> Picks
                     answers, _ = trial.answers(scheme, s, (i, s), stage)
                     of_scheme = scores[output, s, scheme]
                     of_scheme.add(answers, stage(batch.exact), batch.labels, None)
-    tuned = {
-        s: Scheme(tuned_kernel(of, of.batches("tuning", size, counts[1]), (n, k, s)))
+    kernels = {
+        s: tuned_kernel(of, of.batches("tuning", size, counts[1]), (n, k, s))
         for s in progress(stragglers, "tuning the kernel")
     }
 
@@ -144,7 +149,8 @@ def pick(of: Subject, size: int, curve: Curve, counts: tuple[int, int]) -> Picks
     return {
         (output, s, aim): {
             **{code: best(output, s, aim, candidates) for code, candidates in every.items()},
-            "tuned": tuned[s],
+            "replication + fill": equal_copies(kernels[s]),
+            "tuned": Scheme(kernels[s]),
         }
         for output in OUTPUTS
         for s in stragglers
@@ -238,7 +244,7 @@ def fidelity(scores: Mapping[Any, Scores], stragglers: Sequence[int]) -> dict[st
     every = gains(np.arange(count))
 
     def half(each: np.ndarray) -> np.ndarray:
-        return 1.96 * np.sqrt((count - 1) * each.var(0))
+        return student(count) * np.sqrt((count - 1) * each.var(0))
 
     measures = ("rmse lower by %", "rmse_mean lower by %", "relative accuracy higher by points")
     return {

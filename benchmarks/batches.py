@@ -8,8 +8,8 @@ training images that no gradient has seen. One batch a case goes through
 The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, both its
 smoothings tuned, "ordered" the same by similarity; "default" is
 :class:`~coded_torch.codes.KernelCode`, "tuned" what :func:`coded_torch.tuning.tune` makes of it,
-"systematic" and "spread" the same at placements 1/2 and 1. "replication + fill" repeats all inputs
-equally and predicts lost ones by the kernel in the Euclidean metric.
+"systematic" and "spread" the same at placements 1/2 and 1. "replication" repeats all inputs equally
+and fills in the mean of the batch's results, "replication + fill" the default's prediction.
 
 Sections, each network's every case on its own:
 
@@ -127,6 +127,7 @@ class Bench:
                 scheme.code,
                 stragglers=law,
                 ordering=scheme.ordering,
+                num_stragglers=scheme.num_stragglers,
                 shuffle=False,
             )
             again = Scores()

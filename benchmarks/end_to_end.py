@@ -22,7 +22,7 @@ from common import Measurement, progress, run_measurements
 from schemes import BATCH_SIZE, Case, Interval, Scheme, received_by, rounded, unmixed
 from subjects import SEED, Batch, subject
 
-from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode
+from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import similarity_order
 from coded_torch.stragglers import Uniform
@@ -44,6 +44,7 @@ def schemes(case: Case) -> dict[str, Scheme]:
         **{name: Scheme(code, "arrival") for name, code in fixed.items()},
         "paper, ordered": Scheme(SplineCode(k, n)),
         **unmixed(case),
+        "replication": Scheme(ReplicationCode(k, n), "arrival"),
         "systematic": Scheme(KernelCode(k, n, placement=0.5)),
         "spread": Scheme(KernelCode(k, n, placement=1.0)),
     }

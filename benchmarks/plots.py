@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "NAMES"]
+__all__ = ["FIGURES", "LABELS", "NAMES", "SHOWN", "STYLES", "curve"]
 
 NAMES = {
     "lenet5": "LeNet-5, MNIST",
@@ -19,31 +19,37 @@ NAMES = {
 }
 STYLES = {  # of a code, the same in every picture
     "uncoded": {"color": "0.6", "linestyle": ":"},
-    "Lagrange (adapted)": {"color": "tab:brown", "linestyle": "--"},
-    "Floater-Hormann": {"color": "tab:pink", "linestyle": "--"},
-    "Berrut": {"color": "tab:purple", "linestyle": "--"},
-    "spline": {"color": "tab:red"},
+    "spline": {"color": "tab:red", "linestyle": ":"},
+    "Berrut": {"color": "tab:purple", "linestyle": ":"},
+    "Lagrange (adapted), ordered": {"color": "tab:brown", "linestyle": "--"},
+    "Floater-Hormann, ordered": {"color": "tab:pink", "linestyle": "--"},
+    "Berrut, ordered": {"color": "tab:purple", "linestyle": "--"},
+    "spline, ordered": {"color": "tab:red", "linestyle": "--"},
     "replication": {"color": "tab:orange", "marker": "s"},
     "replication + fill": {"color": "tab:green", "marker": "^"},
     "default": {"color": "tab:blue", "marker": "o"},
     "tuned": {"color": "black", "marker": "."},
 }
 LABELS = {
-    "spline": "spline (the paper)",
+    "spline": "spline, as in the paper",
+    "Berrut": "Berrut, as in the paper",
     "default": "KernelCode (default)",
     "tuned": "KernelCode, tuned",
     "replication + fill": "replication + kernel fill",
 }
+SHOWN = [code for code in STYLES if code != "Berrut"]  # which would hide the spline of the paper
 LEAST_LOSS = 1e-4  # shown where nothing is lost, as a logarithm has no zero
 
 Results = Mapping[str, Any]
 
 
-def curve(axes: Axes, x: Any, intervals: list[list[float | None]], name: str) -> None:
+def curve(
+    axes: Axes, x: Any, intervals: list[list[float | None]], name: str, label: str | None = None
+) -> None:
     """A code's line, with its interval as a band."""
     value, half = np.array(intervals, dtype=float).T
     style = {"markersize": 4, "linewidth": 1.3, **STYLES[name]}
-    axes.plot(x, value, label=LABELS.get(name, name), **style)
+    axes.plot(x, value, label=label or LABELS.get(name, name), **style)
     axes.fill_between(x, value - half, value + half, color=style["color"], alpha=0.12, linewidth=0)
 
 
@@ -59,7 +65,7 @@ def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> 
     for axes, (name, case, found) in zip(grid, panels, strict=False):
         photographs = name not in ("lenet5", "vit", "repvgg")
         measure = "agreement" if photographs else "relative_accuracy"
-        for code in STYLES:
+        for code in SHOWN:
             values = found[output][law][code][measure]
             lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
             curve(axes, found["stragglers"], lost, code)
@@ -91,7 +97,7 @@ def convergence(results: Results) -> Figure:
         each = found[task]["S fixed"][noise]
         n = np.array(each["workers"])
         for code in ("spline", "Berrut"):
-            curve(axes, n, each[code]["mse"], code)
+            curve(axes, n, each[code]["mse"], code, label=code)
         first, bound = each["spline"]["mse"][0][0], each["bound of the slope"]
         axes.plot(n, first * (n / n[0]) ** bound, color="0.5", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -122,7 +128,7 @@ def smoothing(results: Results) -> Figure:
     figure.supxlabel("smoothing of the decoder", fontsize=8)
     figure.supylabel("of the encoder", fontsize=8)
     bar = figure.colorbar(image, ax=figure.axes, ticks=[0, np.log10(2), np.log10(5), 1])
-    bar.set_ticklabels(["best", "2 x", "5 x", "10 x"], fontsize=7)
+    bar.set_ticklabels(["best", "2 x", "5 x", "10 x or more"], fontsize=7)
     return figure
 
 
@@ -135,15 +141,14 @@ def lagrange(results: Results) -> Figure:
     ]
     figure = Figure(figsize=(10, 2.6), layout="constrained")
     for axes, (case, kind, found) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for code, name in (("Lagrange", "Lagrange (adapted)"), ("spline", "spline")):
+        for code, color in (("Lagrange", "tab:brown"), ("spline", "tab:red")):
             median, low, high = np.array(found["median error"][code], dtype=float).T
-            color = STYLES[name]["color"]
             axes.plot(found["received"], median, label=code, color=color, marker=".")
             axes.fill_between(found["received"], low, high, color=color, alpha=0.15, linewidth=0)
         axes.axvline(found["threshold"], color="0.5", linestyle=":", linewidth=1)
         axes.set_yscale("log")
         axes.set_ylim(1e-16, 1e3)
-        axes.set_title(f"{case}, {kind}", fontsize=8)
+        axes.set_title(f"{case}\n{kind} inputs", fontsize=8)
         axes.set_xlabel("results; dotted: Lagrange's threshold", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.axes[0].legend(fontsize=7)
@@ -153,22 +158,21 @@ def lagrange(results: Results) -> Figure:
 
 def latency(results: Results) -> Figure:
     """Percentiles of every scheme, a panel for each case."""
-    cases = results["latency"]
+    cases, at = results["latency"], ("p50", "p99", "p99.9")
     figure = Figure(figsize=(3 * len(cases), 2.8), layout="constrained")
     colors = {"uncoded": "0.6", "hedged": "tab:green", "coded": "tab:blue"}
     for axes, (case, found) in zip(
         figure.subplots(1, len(cases), sharey=True, squeeze=False).flat, cases.items(), strict=True
     ):
-        for i, (scheme, numbers) in enumerate(found["schemes"].items()):
-            heights = [numbers[at] for at in ("p50", "p99", "p99.9")]
-            places = np.arange(3) + 0.27 * (i - 1)
-            axes.bar(places, heights, 0.25, label=scheme, color=colors[scheme])
-        axes.set_xticks(range(3), ["p50", "p99", "p99.9"], fontsize=8)
+        for scheme, numbers in found["schemes"].items():
+            label = f"{scheme}, {100 * numbers['accuracy']:.1f} % right"
+            axes.plot(at, [numbers[x] for x in at], "o-", label=label, color=colors[scheme])
         axes.set_yscale("log")
         axes.set_title(case, fontsize=8)
-        axes.tick_params(axis="y", labelsize=7)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
     figure.axes[0].set_ylabel("latency from arrival, ms", fontsize=8)
-    figure.axes[0].legend(fontsize=7)
     return figure
 
 
