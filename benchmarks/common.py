@@ -221,10 +221,11 @@ def run_measurements(
     head = {
         "command": parser.prog + (" --quick" if args.quick else ""),
         "settings": settings(args.quick),
+        "environment": environment(args.device),
     }
     results = read_results(path) if path else {}
-    if results and any(results.get(key) != value for key, value in head.items()):
-        parser.error(f"{path} was measured with other settings; move it away or name another")
+    if results and (others := [key for key in head if results.get(key) != head[key]]):
+        parser.error(f"{path} was measured with other {others[0]}; move it away or name another")
     todo = [
         (key, measurement)
         for key, measurement in measurements(args.quick, args.device)
@@ -243,7 +244,6 @@ def run_measurements(
             # Read again: another run may have added to the file meanwhile.
             results = {
                 **head,
-                "environment": environment(args.device),
                 "measured": {},
                 **(read_results(path) if path else results),
             }

@@ -51,11 +51,11 @@ class Task:
         self.draws = 3 if quick else 40 if name == "x sin x" else 15
         self.workers = (32, 64, 128) if quick else (32, 64, 128, 256, 512)
 
-    def inputs(self, draw: int) -> Tensor:
+    def inputs(self, part: str, draw: int) -> Tensor:
         """``[K, G, ...]``: groups side by side."""
         if self.name == "x sin x":
             return torch.linspace(0, 10, self.k, dtype=torch.float64)[:, None, None]
-        images = subject("lenet5", self.quick).held_out.images
+        images = getattr(subject("lenet5", self.quick), part).images
         generator = torch.Generator().manual_seed(SEED + draw)
         rows = torch.randperm(len(images), generator=generator)[: 3 * self.k]
         return images[rows].unflatten(0, (self.k, 3))
@@ -68,13 +68,14 @@ class Task:
 
 
 def errors(
-    task: Task, make: Callable[[int, int], list[FixedCode]], growth: str, noisy: bool, seed: int
+    task: Task, make: Callable[[int, int], list[FixedCode]], growth: str, noisy: bool, part: str
 ) -> np.ndarray:
     """The mean squared errors, ``[draws, N, codes]``, of codes with one encoder."""
+    seed = SEED + (10_000 if part == "tuning" else 0)
     table = []
     for draw in progress(range(task.draws), "draws"):
         generator = torch.Generator().manual_seed(seed + draw)
-        inputs, rows = task.inputs(seed + draw), []
+        inputs, rows = task.inputs(part, seed + draw), []
         exact = task.outputs(inputs)
         spread = (NOISE * exact.var()).sqrt() if noisy else 0.0
         for n in task.workers:
@@ -100,11 +101,14 @@ def convergence(name: str, growth: str, noisy: bool, quick: bool) -> dict[str, A
     best = 0
     if noisy:
         # The same c for every N: that of the least product of their errors.
-        tuning = errors(task, splines, growth, noisy, SEED + 10_000)
+        tuning = errors(task, splines, growth, noisy, "tuning")
         best = int(np.log(tuning.mean(0)).mean(0).argmin())
     found = {
-        "spline": errors(task, splines, growth, noisy, SEED)[:, :, best],
-        "Berrut": errors(task, lambda n, s: [BerrutCode(task.k, n)], growth, noisy, SEED)[:, :, 0],
+        name: errors(task, make, growth, noisy, "held_out")[:, :, which]
+        for name, make, which in (
+            ("spline", splines, best),
+            ("Berrut", lambda n, s: [BerrutCode(task.k, n)], 0),
+        )
     }
     table: dict[str, Any] = {
         "workers": list(task.workers),

@@ -25,7 +25,7 @@ CASES = {
     "processes, none delayed": (ProcessWorkers, Load(share=0.0)),
     "processes, 1 % delayed": (ProcessWorkers, Load(share=0.01)),
     "processes, 3 % delayed": (ProcessWorkers, Load(share=0.03)),
-    "Ray, 3 % delayed": (RayWorkers, Load(share=0.03, rate=5.0, num_requests=500)),
+    "Ray, 3 % delayed": (RayWorkers, Load(share=0.03, rate=10.0, num_requests=500)),
 }
 QUICK = "processes, 3 % delayed"
 

@@ -9,7 +9,9 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,17 +29,9 @@ _TABLE_BATCHES = 50
 _SWEEP_BATCHES = 20
 _SWEEP_POINTS = 10
 _INTERRUPTED = 130  # the exit code
-_BENCHMARKS = (
-    "accuracy",
-    "batches",
-    "levers",
-    "convergence",
-    "smoothing",
-    "lagrange",
-    "end_to_end",
-    "latency",
-    "resilience",
-)
+_ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
+_TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
+_BENCHMARKS = _ERRORS + _TIMES
 
 
 class _UsageError(Exception):
@@ -140,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("names", nargs="*", metavar="NAME", help="which ones [all]")
     bench.add_argument("--quick", action="store_true", help="small and rough; keeps nothing")
+    bench.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="how many to run at once, a thread each, of those that measure no times [1]",
+    )
     bench.add_argument(
         "--folder",
         type=Path,
@@ -334,13 +334,28 @@ def _bench(args: argparse.Namespace) -> None:
             f"coded-torch bench: there is no {missing[0]}.py in {args.folder}; run it in a "
             "checkout of the repository, or give --folder"
         )
-    for name in names:
-        script = [sys.executable, str(args.folder / f"{name}.py")]
+    _in_range("--jobs", args.jobs, 1, math.inf, of="bench")
+
+    stopped = threading.Event()
+
+    def run(name: str) -> None:
+        if stopped.is_set():
+            return
+        script = [sys.executable, str(args.folder / f"{name}.py"), "--threads", "1"]
         code = subprocess.run([*script, *(["--quick"] if args.quick else [])]).returncode
+        if code:
+            stopped.set()
         if code == _INTERRUPTED:
             raise KeyboardInterrupt
         if code:
             raise _UsageError(f"coded-torch bench: {name} failed with exit code {code}")
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for _ in pool.map(run, (name for name in names if name in _ERRORS)):
+            pass
+    for name in names:
+        if name in _TIMES:
+            run(name)
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -69,6 +69,14 @@ def test_other_settings_do_not_mix(measure, capsys):
     assert "measured with other settings" in capsys.readouterr().err
 
 
+def test_other_environments_do_not_mix(measure, load, monkeypatch, capsys):
+    measure([(("a",), lambda: {"value": 1})])
+    monkeypatch.setattr(load("common"), "environment", lambda device: {"threads": 99})
+    with pytest.raises(SystemExit):
+        measure([(("b",), forbidden)])
+    assert "measured with other environment" in capsys.readouterr().err
+
+
 def test_only_what_is_asked_for_is_measured(measure):
     _, results = measure([(("a", "x"), forbidden), (("b", "x"), dict)], "--only", "b")
     assert list(results["measured"]) == ["b"]
@@ -199,7 +207,7 @@ def test_intervals_of_scores_are_those_of_a_ratio(load):
     a, b = np.array([3.0, 5.0, 4.0, 8.0]), np.array([4.0, 5.0, 5.0, 6.0])
     value, half = schemes.ratio(a, b)
     assert value == 1.0
-    assert half == pytest.approx(1.96 * (a - b).std(ddof=1) / 2 / 5, rel=1e-3)
+    assert half == pytest.approx(schemes.student(4) * (a - b).std(ddof=1) / 2 / 5, rel=1e-3)
     assert schemes.rounded(math.nan, 1.23456) == [None, 1.235]
 
 
@@ -228,11 +236,35 @@ def test_bench_runs_the_scripts_of_a_folder(tmp_path, monkeypatch, capfd):
         script = f"import sys; print({name!r}, *sys.argv[1:]); sys.exit({name == 'levers'})"
         (tmp_path / f"{name}.py").write_text(script)
     assert cli.main(["bench", "--quick", "--folder", str(tmp_path), "lagrange", "accuracy"]) == 0
-    assert capfd.readouterr().out == "lagrange --quick\naccuracy --quick\n"
+    common = "--threads 1 --quick"
+    assert capfd.readouterr().out == f"lagrange {common}\naccuracy {common}\n"
     assert cli.main(["bench", "--folder", str(tmp_path)]) == 2
     out, err = capfd.readouterr()
-    assert out == "accuracy\nbatches\nlevers\n"
+    assert out == "".join(f"{name} --threads 1\n" for name in ("accuracy", "batches", "levers"))
     assert err == "coded-torch bench: levers failed with exit code 1\n"
+
+
+def test_bench_runs_several_at_once_but_those_that_measure_times(tmp_path, capfd):
+    # Those at once wait for each other; times are measured when they have ended.
+    meet = """
+import sys, time
+from pathlib import Path
+Path(__file__).with_suffix(".here").touch()
+for _ in range(3000):
+    if len(list(Path(__file__).parent.glob("*.here"))) == 2:
+        break
+    time.sleep(0.01)
+else:
+    sys.exit("nobody came")
+"""
+    for name in ("accuracy", "batches"):
+        (tmp_path / f"{name}.py").write_text(f"{meet}\nprint('met')")
+    (tmp_path / "latency.py").write_text("print('alone')")
+    names = ["latency", "accuracy", "batches"]
+    assert cli.main(["bench", "--jobs", "2", "--folder", str(tmp_path), *names]) == 0
+    assert capfd.readouterr().out == "met\nmet\nalone\n"
+    assert cli.main(["bench", "--jobs", "0", "--folder", str(tmp_path), *names]) == 2
+    assert "--jobs must be at least 1, got 0" in capfd.readouterr().err
 
 
 def test_bench_is_interrupted_with_its_script(tmp_path, capfd):
