@@ -2,6 +2,8 @@ r"""Stateless mathematics on tensors."""
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,7 +100,8 @@ def smoothing_spline_matrix(
         \begin{pmatrix} R & -Q^T \\ L Q & I \end{pmatrix}
         \begin{pmatrix} \gamma \\ g \end{pmatrix} = \begin{pmatrix} 0 \\ y \end{pmatrix} ,
 
-    because eliminating either squares the condition of the system.
+    because eliminating either squares the condition of the system, in a unit of length near the
+    knots' gaps.
 
     Args:
         knots, points, smoothing, weights: as in :func:`smoothing_spline`.
@@ -120,7 +123,10 @@ def smoothing_spline_matrix(
     """
     SplineMap(_host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights))
     t, z, lam = (_double(a) for a in (knots, points, smoothing))
-    n, h = len(t), t.diff()
+    n, scale = len(t), _scale(t.detach())
+    # One factor after the other, as the cube of the scale may not be a float64.
+    t, z, lam = t * scale, z * scale, lam * scale * scale * scale
+    h = t.diff()
     identity = torch.eye(n, dtype=t.dtype)
     g, gamma = identity, torch.zeros_like(identity)
     if n > 2:
@@ -149,6 +155,14 @@ def smoothing_spline_matrix(
 
 def _double(argument: ArrayLike | float | Tensor) -> Tensor:
     return torch.as_tensor(argument, dtype=torch.float64, device="cpu")
+
+
+def _scale(knots: Tensor) -> float:
+    """A power of two that makes the mean gap about 1, as csrc/math/spline_plan.h plans."""
+    if len(knots) < 2:
+        return 1.0
+    length = min(float(knots[-1] - knots[0]), sys.float_info.max)
+    return float(2.0 ** -max(math.frexp(length / (len(knots) - 1))[1], -1023))
 
 
 def _host(argument: Any) -> Any:

@@ -349,7 +349,9 @@ class SplineMap(LinearMap):
 
     Raises:
         TypeError: an argument is not an array of real numbers.
-        ValueError: an argument violates its requirement; the message names it and the value.
+        ValueError: an argument violates its requirement; the message names it and the value. So
+            does a plan that float32 cannot hold: gaps, or distances of points from the knots, some
+            1e38 times the mean gap or its inverse, smoothing of 1e150 times its cube.
 
     Note:
         Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column in

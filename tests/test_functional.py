@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from coded_torch import reference
 from coded_torch.functional import smoothing_spline, smoothing_spline_matrix
 
-from .splines import KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
+from .splines import DTYPES, KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
 
 
 def exact(values, knots, points, smoothing, weights=None):
@@ -111,6 +111,40 @@ def test_tails_are_linear():
         assert abs(tail[0] - 2 * tail[1] + tail[2]) < 1e-13
 
 
+@pytest.mark.parametrize(
+    ("exponent", "smoothing"), [(-130, 0.1), (130, 0.1), (-1000, 0.0), (1000, 0.0)]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_units_change_nothing(dtype, exponent, smoothing):
+    """Not even where float32 holds neither the gaps nor their inverses."""
+    knots, points = np.array([0.0, 0.3, 0.7, 1.0]), np.array([-0.1, 0.2, 0.3, 1.2])
+    values = torch.randn(4, 3, dtype=torch.float64).to(dtype)
+    want = smoothing_spline(values, knots, points, smoothing=smoothing)
+    matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing)
+    scaled = knots * 2.0**exponent, points * 2.0**exponent
+    smoothing *= 2.0 ** (3 * exponent) if smoothing else 0
+    assert torch.equal(smoothing_spline(values, *scaled, smoothing=smoothing), want)
+    assert torch.equal(smoothing_spline_matrix(*scaled, smoothing=smoothing), matrix)
+
+
+def test_gradients_in_units_beyond_float32():
+    values = torch.randn(4, dtype=torch.float64)
+    grads = []
+    for unit in (1.0, 2.0**-130):
+        t = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64, requires_grad=True)
+        lam = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+        curve = smoothing_spline(values, t * unit, t * unit + unit / 8, smoothing=lam * unit**3)
+        grads.append(torch.autograd.grad(curve.square().sum(), (t, lam)))
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_knot_is_a_constant_everywhere(dtype):
+    values = torch.randn(1, 3).to(dtype)
+    got = smoothing_spline(values, [-1e308], [1e39, -1e39, 1e308])
+    assert torch.equal(got, values.expand(3, 3))
+
+
 def test_dim():
     values = torch.randn(2, 6, 3, dtype=torch.float64)
     knots, points = np.linspace(0, 1, 6), [0.1, 0.9]
@@ -184,16 +218,17 @@ NAN, INF = math.nan, math.inf
         ({"knots": [0.0, 1.0, 2.0j]}, TypeError, "knots must be real numbers"),
         ({"knots": ["0", "1", "2"]}, TypeError, "knots must be real numbers"),
         ({"smoothing": [0.1, 0.2]}, TypeError, "smoothing must be a real number"),
-        ({"smoothing": 1e170}, ValueError, "must be of a scale that float64 can plan"),
+        ({"smoothing": 1e170}, ValueError, "must be of a scale that float32 can plan"),
         (
-            {"knots": [0.0, 1e-120, 2e-120]},
+            {"knots": [0.0, 1e-39, 1.0]},
             ValueError,
-            "scale that float64 can plan, got gaps of",
+            r"float32 can plan, got gaps of 1\.0e-39 to 1\.0e\+00, points 5\.0e-01 from .* 0",
         ),
+        ({"points": [0.5, -1e39]}, ValueError, r"float32 can plan, .* points 1\.0e\+39 from"),
         (
             {"weights": [1.0, 1e-320, 1.0], "smoothing": 1},
             ValueError,
-            "scale that float64 can plan",
+            r"smoothing 1\.0e\+00, weights of 1\.0e-320 to 1\.0e\+00",
         ),
         ({"smoothing": "much"}, TypeError, "smoothing must be real numbers, got 'much'"),
         ({"weights": [1.0, 1.0]}, ValueError, r"weights must have the shape .*\(3,\), got \(2,\)"),

@@ -10,7 +10,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace coded_torch {
@@ -97,7 +99,7 @@ inline void plan_point(const double* knots, int64_t n, int64_t slot, double poin
                        double* weights) {
   const double x = point - knots[slot];
   weights[0] = 1;
-  weights[1] = x;
+  weights[1] = n > 1 ? x : 0;  // one knot gives a constant
   weights[2] = weights[3] = 0;
   if (slot + 1 == n || x < 0) return;  // beyond the ends the natural spline is its tangent
   const double h = knots[slot + 1] - knots[slot];
@@ -109,21 +111,38 @@ inline void plan_point(const double* knots, int64_t n, int64_t slot, double poin
   weights[3] = -h * u * u * w;
 }
 
+// What lengths are multiplied by to make the mean gap about 1. The curve is the same in every unit
+// of length, with penalties in its cube, but only in one near the gaps does float32 hold the
+// coefficients. A power of two, so that nothing is rounded.
+inline double plan_scale(const double* knots, int64_t n) {
+  if (n < 2) return 1;
+  const double length = std::min(knots[n - 1] - knots[0], std::numeric_limits<double>::max());
+  return std::ldexp(1.0, -std::max(std::ilogb(length / static_cast<double>(n - 1)), -1023));
+}
+
 // Plans a spline with `n` >= 1 strictly increasing knots and `num_points` points in any order.
 inline void plan_spline(const double* knots, const double* penalties, int64_t n,
                         const double* points, int64_t num_points, double* coefficients,
                         int32_t* schedule) {
-  plan_knots(knots, penalties, n, coefficients);
+  const double scale = plan_scale(knots, n);
+  std::vector<double> scaled(2 * n + num_points);
+  double* t = scaled.data();
+  double* l = t + n;
+  double* z = l + n;
+  for (int64_t i = 0; i < n; ++i) t[i] = knots[i] * scale;
+  for (int64_t i = 0; i < n; ++i) l[i] = penalties[i] * scale * scale * scale;
+  for (int64_t j = 0; j < num_points; ++j) z[j] = points[j] * scale;
+  plan_knots(t, l, n, coefficients);
   // Counting sort by slot; the scatter below advances first[slot] to the end of the slot.
   int32_t* first = schedule;
   int32_t* order = schedule + n + 1;
   const auto slot_of = [&](double point) {
-    return std::max<int64_t>(std::upper_bound(knots, knots + n, point) - knots - 1, 0);
+    return std::max<int64_t>(std::upper_bound(t, t + n, point) - t - 1, 0);
   };
   std::fill(first, first + n + 1, 0);
   std::vector<int32_t> slots(num_points);
   for (int64_t j = 0; j < num_points; ++j) {
-    slots[j] = static_cast<int32_t>(slot_of(points[j]));
+    slots[j] = static_cast<int32_t>(slot_of(z[j]));
     ++first[slots[j] + 1];
   }
   for (int64_t i = 0; i < n; ++i) first[i + 1] += first[i];
@@ -132,7 +151,7 @@ inline void plan_spline(const double* knots, const double* penalties, int64_t n,
     const int32_t slot = slots[j];
     const int32_t position = first[slot]++;
     order[position] = static_cast<int32_t>(j);
-    plan_point(knots, n, slot, points[j], weights + kPointCoefficients * position);
+    plan_point(t, n, slot, z[j], weights + kPointCoefficients * position);
   }
   for (int64_t i = n; i > 0; --i) first[i] = first[i - 1];
   first[0] = 0;

@@ -78,17 +78,28 @@ static void check_weights(const Array& weights, const Array& knots) {
   if (!(least > 0)) refuse("weights", "be positive, got " + text(least));
 }
 
-[[noreturn]] static void refuse_scale(const Array& knots, double smoothing) {
+[[noreturn]] static void refuse_scale(const Array& knots, const Array& points, double smoothing,
+                                      const std::optional<Array>& weights) {
   const double* t = knots.data();
-  double least = std::numeric_limits<double>::infinity(), largest = 0;
+  double least = std::numeric_limits<double>::infinity(), largest = 0, farthest = 0;
   for (int64_t i = 1; i < knots.size(); ++i) {
     least = std::min(least, t[i] - t[i - 1]);
     largest = std::max(largest, t[i] - t[i - 1]);
   }
-  char got[128];
-  std::snprintf(got, sizeof got, "%.1e to %.1e and smoothing %.1e", least, largest, smoothing);
-  refuse("knots, smoothing and weights",
-         std::string("be of a scale that float64 can plan, got gaps of ") + got);
+  for (int64_t j = 0; j < points.size(); ++j) {
+    farthest = std::max(farthest, std::abs(points.data()[j] - t[0]));
+  }
+  char got[192];
+  int size = std::snprintf(got, sizeof got,
+                           "gaps of %.1e to %.1e, points %.1e from the first knot, smoothing %.1e",
+                           least, largest, farthest, smoothing);
+  if (weights) {
+    const auto [low, high] =
+        std::minmax_element(weights->data(), weights->data() + weights->size());
+    std::snprintf(got + size, sizeof got - size, ", weights of %.1e to %.1e", *low, *high);
+  }
+  refuse("knots, points, smoothing and weights",
+         std::string("be of a scale that float32 can plan, got ") + got);
 }
 
 // As spline_plan for one curve, from what a caller gives: everything but the kinds and the
@@ -111,10 +122,10 @@ static py::tuple curve_plan(const Array& knots, const Array& points, double smoo
   double* exact = coefficients.mutable_data();
   coded_torch::plan_spline(knots.data(), penalties.data(), n, points.data(), num_points, exact,
                            schedule.mutable_data());
-  const bool finite = std::all_of(exact, exact + row, [](double c) { return std::isfinite(c); });
-  if (!finite) refuse_scale(knots, smoothing);
   float* single = rounded.mutable_data();
   for (int64_t i = 0; i < row; ++i) single[i] = static_cast<float>(exact[i]);
+  const bool finite = std::all_of(single, single + row, [](float c) { return std::isfinite(c); });
+  if (!finite) refuse_scale(knots, points, smoothing, weights);
   return py::make_tuple(coefficients, rounded, schedule);
 }
 
