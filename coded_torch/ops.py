@@ -51,9 +51,10 @@ def spline_apply(
         ``scatter``.
 
     Raises:
-        RuntimeError: the arguments do not fit together, or an index is out of bounds or names a row
-            of the result twice. The entries of indices are checked on the CPU only: elsewhere, one
-            out of bounds counts as -1, and of rows named twice either is kept.
+        RuntimeError: the arguments do not fit together, the schedule leads out of bounds, or an
+            index is out of bounds or names a row of the result twice. Entries are checked on the
+            CPU only. Elsewhere, an index out of bounds counts as -1, and of rows named twice either
+            is kept; but a schedule that the planner did not make may lead anywhere in memory.
 
     Note:
         :math:`O(n + N)` per column. The call with the other ``transpose`` is the gradient with

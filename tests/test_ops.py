@@ -328,6 +328,22 @@ def test_last_line_checks():
             ops.spline_apply(values, coefficients, schedule, **indices)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_schedules_that_lead_out_of_bounds(transpose):
+    coefficients, schedule, _ = make_plan(4, plans=2)
+    values = torch.randn(12 if transpose else 4, 2, 3, dtype=torch.float64)
+    for column in range(schedule.shape[1]):  # slots of 4 knots, 5, then the order of 12 points
+        for entry in (-1, 13, 5_000_000):
+            bad = schedule.clone()
+            bad[1, column] = entry
+            with pytest.raises(RuntimeError, match="schedule must hold slots .* got others in row"):
+                ops.spline_apply(values, coefficients, bad, transpose=transpose)
+    falling = schedule.clone()
+    falling[1, 1:4] = torch.tensor([12, 0, 12])
+    with pytest.raises(RuntimeError, match="slots rising from 0 to 12 .* in row 1"):
+        ops.spline_apply(values, coefficients, falling, transpose=transpose)
+
+
 def test_the_planner_checks_shapes():
     with pytest.raises(ValueError, match="knots and penalties must be"):
         spline_plan(np.zeros(3), np.zeros(3), np.zeros(3))

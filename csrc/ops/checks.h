@@ -1,5 +1,7 @@
 // From tensors to SplineArgs: the checks that both backends share. User errors are raised in
-// Python; these are the last line, and keep a kernel from reading or writing out of bounds.
+// Python; these are the last line, and keep a kernel from reading or writing out of bounds. What
+// the schedule and the indices hold, only the CPU operator looks at: on a device it would have to
+// wait.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -49,6 +49,22 @@ static bool can_stream(const SplineArgs& args, int64_t out_bytes, int64_t value_
          aligned(args.out_row_stride * value_bytes) && aligned(args.out_group_stride * value_bytes);
 }
 
+// All that keeps a sweep in bounds: slots that share out the points, and results in the rows there
+// are. Without a branch an entry, so that it costs nothing beside a sweep of few columns.
+static void check_schedule(const int32_t* schedule, int64_t plans, int64_t num_knots,
+                           int64_t num_points) {
+  for (int64_t p = 0; p < plans; ++p) {
+    const int32_t* first = schedule + p * schedule_size(num_knots, num_points);
+    const int32_t* order = first + num_knots + 1;
+    int32_t bad = first[0] != 0 || first[num_knots] != num_points;
+    for (int64_t i = 0; i < num_knots; ++i) bad |= first[i] > first[i + 1];
+    const auto points = static_cast<uint32_t>(num_points);
+    for (int64_t j = 0; j < num_points; ++j) bad |= static_cast<uint32_t>(order[j]) >= points;
+    STD_TORCH_CHECK(!bad, "spline_apply: schedule must hold slots rising from 0 to ", num_points,
+                    " and an order of as many points, got others in row ", p);
+  }
+}
+
 static void check_gather(const RowIndex& gather, int64_t entries) {
   for (int64_t i = 0; i < entries; ++i) {
     STD_TORCH_CHECK(gather.rows[i] >= -1 && gather.rows[i] < gather.num_rows,
@@ -79,6 +95,8 @@ static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
                          const RowIndices& indices) {
   const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices);
   const SplineArgs& args = call.args;
+  check_schedule(args.schedule, schedule.size(0), args.num_knots,
+                 schedule.size(1) - 1 - args.num_knots);
   if (indices.gather) check_gather(args.gather, indices.gather->numel());
   if (indices.scatter) {
     check_scatter(args.scatter, indices.scatter->numel(), static_cast<char*>(args.out),
