@@ -153,6 +153,15 @@ def test_indices_of_nothing():
     assert torch.equal(got, torch.zeros(12, 2, 3, dtype=torch.float64))
 
 
+def test_no_column_costs_nothing_however_many_rows():
+    coefficients, schedule, _ = make_plan(5)
+    values, scatter = torch.ones(5, 2, 0, dtype=torch.float64), torch.arange(24).view(12, 2)
+    got = ops.spline_apply(values, coefficients, schedule, scatter=scatter, num_rows=2**40)
+    assert got.shape == (2**40, 0)
+    with pytest.raises(RuntimeError, match=r"scatter must lie in -1\.\.22, got 23"):
+        ops.spline_apply(values, coefficients, schedule, scatter=scatter, num_rows=23)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_opcheck_and_gradients_of_indexed_rows(transpose):
     coefficients, schedule, _ = make_plan(5)

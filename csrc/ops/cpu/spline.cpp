@@ -75,11 +75,15 @@ static void check_gather(const RowIndex& gather, int64_t entries) {
 
 // Also zeroes the rows of the result that nothing is written to.
 static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, int64_t row_bytes) {
-  std::vector<bool> written(scatter.num_rows, false);
   for (int64_t i = 0; i < entries; ++i) {
     const int64_t row = scatter.rows[i];
     STD_TORCH_CHECK(row >= -1 && row < scatter.num_rows, "spline_apply: scatter must lie in -1..",
                     scatter.num_rows - 1, ", got ", row);
+  }
+  if (row_bytes == 0) return;  // no memory bounds the number of rows, and none of them is written
+  std::vector<bool> written(scatter.num_rows, false);
+  for (int64_t i = 0; i < entries; ++i) {
+    const int64_t row = scatter.rows[i];
     if (row < 0) continue;
     STD_TORCH_CHECK(!written[row], "spline_apply: scatter must name no row twice, got ", row,
                     " again");
