@@ -34,8 +34,10 @@ static void launch(const SplineCall& call, int device_index) {
   const auto kernel = spline_kernel<T, kWidth, kTranspose, kRegisters>;
   constexpr int kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
+    // The most that plan_grid() hands out: the kernel keeps the number, and a smaller one from
+    // another thread would make the launch below fail.
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(grid.shared_bytes)));
+                                        shared_per_multiprocessor / 2));
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            current_stream(device_index)>>>(call.args, grid, workspace.mutable_data_ptr());
