@@ -58,26 +58,31 @@ def spline_apply(
 
     Note:
         :math:`O(n + N)` per column. The call with the other ``transpose`` is the gradient with
-        respect to the values, so every derivative exists, in reverse and forward mode. The
-        plan has no gradient:
-        :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
+        respect to the values, so every derivative exists, in reverse and forward mode, under
+        ``torch.func`` too (compiled, ``torch.func`` has forward mode and ``vmap`` only). The plan
+        has no gradient: :func:`coded_torch.functional.smoothing_spline` has, with respect to points
+        and smoothing.
     """
+    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    out: Tensor
+    compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._are_functorch_transforms_active():
+        out = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
+        return out
     primal, tangent = forward_ad.unpack_dual(values)
     if tangent is not None:  # linear, so the tangent is mapped as the value is
-        indices: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
-        dual: Tensor = forward_ad.make_dual(
-            spline_apply(primal, coefficients, schedule, transpose=transpose, **indices),
-            spline_apply(tangent, coefficients, schedule, transpose=transpose, **indices),
+        rest: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
+        out = forward_ad.make_dual(
+            spline_apply(primal, coefficients, schedule, transpose=transpose, **rest),
+            spline_apply(tangent, coefficients, schedule, transpose=transpose, **rest),
         )
-        return dual
-    out: Tensor
-    if torch.compiler.is_compiling() or (
+    elif compiling or (
         torch.is_grad_enabled() and (values.requires_grad or coefficients.requires_grad)
     ):
-        out = _OPERATOR(values, coefficients, schedule, transpose, gather, scatter, num_rows)
+        out = _OPERATOR(*inputs)
     else:  # what the operator's own autograd layer would do, without its microseconds
         with torch._C._AutoDispatchBelowAutograd():
-            out = _OPERATOR(values, coefficients, schedule, transpose, gather, scatter, num_rows)
+            out = _OPERATOR(*inputs)
     return out
 
 
@@ -100,11 +105,12 @@ torch.library.register_fake("coded_torch::spline_apply", _fake)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    values, coefficients, schedule, ctx.transpose, gather, scatter, _ = inputs
+    values, coefficients, schedule, ctx.transpose, gather, scatter, ctx.num_rows = inputs
     if coefficients.requires_grad:
         raise ValueError("spline_apply: coefficients must not require a gradient, they have none")
     ctx.rows_in = values.shape[0]
     ctx.save_for_backward(coefficients, schedule, gather, scatter)
+    ctx.save_for_forward(coefficients, schedule, gather, scatter)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,3 +176,24 @@ def _vmap(
 
 
 torch.library.register_vmap("coded_torch::spline_apply", _vmap)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under ``torch.func``, which cannot use the gradient that is registered."""
+
+    backward = staticmethod(_backward)
+    setup_context = staticmethod(_setup_context)
+    vmap = staticmethod(_vmap)
+
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        out: Tensor = _OPERATOR(*inputs)
+        return out
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        coefficients, schedule, gather, scatter = ctx.saved_tensors
+        return spline_apply(
+            tangent, coefficients, schedule,
+            transpose=ctx.transpose, gather=gather, scatter=scatter, num_rows=ctx.num_rows,
+        )  # fmt: skip

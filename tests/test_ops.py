@@ -1,5 +1,7 @@
 """The operators themselves: every layout, dtype, kernel and transformation."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -261,6 +263,42 @@ def test_vmap_of_the_gradient():
     torch.testing.assert_close(jacobian[..., 0, 0], matrix)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # which torch itself uses here
+@pytest.mark.parametrize("indexed", [False, True])
+def test_derivatives_by_torch_func(indexed):
+    coefficients, schedule, _ = make_plan(5)
+    gather, scatter, num_rows = make_indices(5, 12, 2, torch.Generator().manual_seed(1))
+    indices = {"gather": gather, "scatter": scatter, "num_rows": num_rows} if indexed else {}
+    values = torch.randn(*((10, 2) if indexed else (5, 2, 2)), dtype=torch.float64)
+
+    def apply(v):
+        return ops.spline_apply(v, coefficients, schedule, **indices)
+
+    def loss(v):
+        return apply(v).sin().sum()
+
+    jacobian = torch.autograd.functional.jacobian(apply, values)
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+    close(torch.func.jacrev(apply)(values), jacobian)
+    close(torch.func.jacfwd(apply)(values), jacobian)
+    close(torch.func.grad(loss)(values), torch.autograd.functional.jacobian(loss, values))
+    hessian = torch.autograd.functional.hessian(loss, values)
+    close(torch.func.hessian(loss)(values), hessian)
+    close(torch.func.jacrev(torch.func.grad(loss))(values), hessian)
+    close(torch.func.jacrev(torch.func.jacfwd(loss))(values), hessian)
+    each = torch.stack([values, 2 * values])
+    close(torch.vmap(torch.func.grad(loss))(each)[1], torch.func.grad(loss)(each[1]))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
+def test_forward_mode_compiles():
+    coefficients, schedule, _ = make_plan(5)
+    values = torch.randn(5, 1, 2, dtype=torch.float64)
+    tangent_of = torch.func.jacfwd(lambda v: ops.spline_apply(v, coefficients, schedule))
+    compiled = torch.compile(tangent_of, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values), tangent_of(values))
+
+
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
 def test_compiles_into_one_frame():
     coefficients, schedule, _ = make_plan(6, torch.float32)
@@ -345,11 +383,13 @@ def test_schedules_that_lead_out_of_bounds(transpose):
         for entry in (-1, 13, 5_000_000):
             bad = schedule.clone()
             bad[1, column] = entry
-            with pytest.raises(RuntimeError, match="schedule must hold slots .* got others in row"):
+            with pytest.raises(
+                RuntimeError, match=r"schedule must hold slots .* got others in row"
+            ):
                 ops.spline_apply(values, coefficients, bad, transpose=transpose)
     falling = schedule.clone()
     falling[1, 1:4] = torch.tensor([12, 0, 12])
-    with pytest.raises(RuntimeError, match="slots rising from 0 to 12 .* in row 1"):
+    with pytest.raises(RuntimeError, match=r"slots rising from 0 to 12 .* in row 1"):
         ops.spline_apply(values, coefficients, falling, transpose=transpose)
 
 
