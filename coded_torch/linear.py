@@ -75,6 +75,9 @@ class LinearMap(abc.ABC):
     the device of their values, and return the dtype of their values; half precision is accumulated
     in float32.
 
+    A CUDA graph may capture a map that was applied before, on the same device to the same dtype. It
+    reads the map's memory at every replay: keep the map, and the grouping if any, for as long.
+
     Subclasses implement :meth:`_apply` and pass the tensors it needs to ``__init__``, on the host
     and in float64 (``rounded``: the same in float32, where they are at hand); :meth:`_operands`
     hands them out in the dtype and on the device of the values.

@@ -141,6 +141,10 @@ class FixedCode(Code):
         Raises:
             ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
             NotEnoughResults: fewer than :attr:`min_received` results.
+
+        Note:
+            The code keeps the last 256 decoders used. A CUDA graph that decodes needs its own for
+            as long as it is replayed: keep what this returns.
         """
         return self._decoder(self._received(received))
 
