@@ -17,6 +17,8 @@ __all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 #: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
 Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
 
+_INDICES = ("order", "rows", "targets", "_inverse")
+
 
 class Grouping:
     """A permutation of a batch, cut into groups of K consecutive rows. Immutable.
@@ -80,15 +82,19 @@ class Grouping:
     def to(self, device: torch.device | str) -> Grouping:
         """The same grouping with its indices on ``device``; each device's is kept."""
         device = torch.device(device)
-        if device == self.rows.device:
-            return self
-        if device not in self._copies:
-            copy = object.__new__(type(self))
-            copy.__dict__.update(self.__dict__, _copies={})
-            for name in ("order", "rows", "targets", "_inverse"):
-                setattr(copy, name, getattr(self, name).to(device))
-            self._copies[device] = copy
-        return self._copies[device]
+        placed = self if device == self.rows.device else self._copies.get(device)
+        if placed is None:
+            placed = object.__new__(type(self))
+            placed.__dict__.update(self.__dict__, _copies={})
+            for name in _INDICES:
+                setattr(placed, name, getattr(self, name).to(device))
+            self._copies[device] = placed
+        if placed.rows.is_cuda and not torch.compiler.is_compiling():
+            # Freed before this stream has read them, they must not be another tensor's already: the
+            # allocator only knows of the stream on which they were made.
+            for name in _INDICES:
+                getattr(placed, name).record_stream(torch.cuda.current_stream(device))
+        return placed
 
     def gather(self, batch: Tensor) -> Tensor:
         """Rows of a batch into groups: ``[B, ...] -> [K, G, ...]``, differentiable.

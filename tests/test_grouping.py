@@ -114,6 +114,22 @@ def test_grouping_moves_and_travels():
 
 
 @pytest.mark.cuda
+def test_a_stream_reads_its_indices_after_the_grouping_is_gone():
+    batch = torch.randn(4096, 8, device="cuda")
+    grouping = Grouping(torch.randperm(4096), 4)
+    want = grouping.gather(batch)  # places the indices, on this stream
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        got = grouping.gather(batch)
+    del grouping
+    _others = [torch.zeros(4096, dtype=torch.int64, device="cuda") for _ in range(64)]
+    torch.cuda.synchronize()
+    assert torch.equal(got, want)
+
+
+@pytest.mark.cuda
 def test_grouping_on_cuda():
     grouping, batch = Grouping([2, 0, 1], 2), randn(3, 4)
     groups = grouping.gather(batch.cuda())
