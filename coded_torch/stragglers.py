@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import abc
 import math
-import numbers
-import operator
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ._arguments import count, instance, positive, probability, real
 
 __all__ = [
     "Bernoulli",
@@ -48,7 +48,7 @@ class Stragglers(abc.ABC):
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(self._integer("seed", seed))
+            self._generator.manual_seed(count(self, "seed", seed, least=None))
 
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the latencies of one request.
@@ -61,44 +61,16 @@ class Stragglers(abc.ABC):
             ``[N]``, float64, seconds; infinite for workers that never answer.
 
         Raises:
-            TypeError: ``num_workers`` is not an integer.
+            TypeError: ``num_workers`` is not an integer, or ``generator`` is no generator.
             ValueError: ``num_workers`` is less than 1, or not what the law is for.
         """
-        num_workers = self._integer("num_workers", num_workers, least=1)
+        instance(self, "generator", generator, torch.Generator, optional=True)
+        num_workers = count(self, "num_workers", num_workers)
         return self._draw(num_workers, self._generator if generator is None else generator)
 
     @abc.abstractmethod
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         """The latencies of one request, ``[num_workers]``, float64."""
-
-    def _integer(self, argument: str, value: int, least: int | None = None) -> int:
-        try:
-            integer = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{type(self).__name__}: {argument} must be an integer, got {value!r}"
-            ) from None
-        if least is not None and integer < least:
-            raise ValueError(
-                f"{type(self).__name__}: {argument} must be at least {least}, got {integer}"
-            )
-        return integer
-
-    def _real(
-        self, argument: str, value: float, requirement: str, valid: Callable[[float], bool]
-    ) -> float:
-        message = f"{type(self).__name__}: {argument} must be {requirement}, got {value!r}"
-        if not isinstance(value, numbers.Real):
-            raise TypeError(message)
-        if not valid(float(value)):
-            raise ValueError(message)
-        return float(value)
-
-    def _probability(self, argument: str, value: float) -> float:
-        return self._real(argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
-
-    def _positive(self, argument: str, value: float) -> float:
-        return self._real(argument, value, "positive and finite", lambda x: 0 < x < math.inf)
 
     def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
         """Latencies of 0, and infinite for ``workers``, indices or a mask."""
@@ -116,10 +88,10 @@ class _FixedNumber(Stragglers):
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.num_stragglers: int = self._integer("num_stragglers", num_stragglers, least=0)
+        self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, least=0)
 
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
-        num_workers = self._integer("num_workers", num_workers, least=max(1, self.num_stragglers))
+        num_workers = count(self, "num_workers", num_workers, least=max(1, self.num_stragglers))
         return super().sample(num_workers, generator)
 
 
@@ -192,8 +164,8 @@ class Bernoulli(Stragglers):
 
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.p = self._probability("p", p)
-        self.latency = self._real("latency", latency, "at least 0", lambda x: x >= 0)
+        self.p = probability(self, "p", p)
+        self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         late = _uniform(num_workers, generator) < self.p
@@ -226,10 +198,10 @@ class ShiftedExponential(Stragglers):
 
     def __init__(self, shift: float, rate: float, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.shift = self._real(
-            "shift", shift, "at least 0 and finite", lambda x: 0 <= x < math.inf
+        self.shift = real(
+            self, "shift", shift, "at least 0 and finite", lambda x: 0 <= x < math.inf
         )
-        self.rate = self._positive("rate", rate)
+        self.rate = positive(self, "rate", rate)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
@@ -257,8 +229,8 @@ class Pareto(Stragglers):
 
     def __init__(self, shape: float, scale: float, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.shape = self._positive("shape", shape)
-        self.scale = self._positive("scale", scale)
+        self.shape = positive(self, "shape", shape)
+        self.scale = positive(self, "scale", scale)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         return self.scale * (1 - _uniform(num_workers, generator)) ** (-1 / self.shape)
@@ -302,12 +274,12 @@ class Markov(Stragglers):
         seed: int | None = None,
     ) -> None:
         super().__init__(seed)
-        self.fail = self._probability("fail", fail)
-        self.recover = self._probability("recover", recover)
+        self.fail = probability(self, "fail", fail)
+        self.recover = probability(self, "recover", recover)
         if self.fail + self.recover == 0:
             raise ValueError("Markov: fail and recover must not both be 0")
-        self.good = self._real("good", good, "at least 0", lambda x: x >= 0)
-        self.bad = self._real("bad", bad, "at least 0", lambda x: x >= 0)
+        self.good = real(self, "good", good, "at least 0", lambda x: x >= 0)
+        self.bad = real(self, "bad", bad, "at least 0", lambda x: x >= 0)
         self._state: Tensor | None = None
 
     @property

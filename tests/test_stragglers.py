@@ -89,6 +89,11 @@ def test_bad_number_of_workers(make):
         make(0).sample(4.0)
 
 
+def test_bad_generator(make):
+    with pytest.raises(TypeError, match="generator must be of type Generator or None, got int"):
+        make(0).sample(4, generator=5)
+
+
 def test_bad_seed(make):
     with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
         make(0.5)

@@ -3,7 +3,7 @@ r"""Planning a batch of any size: in runs, each small enough to compare all of i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import torch
 from torch import Tensor
@@ -12,7 +12,22 @@ from ..codes.base import BatchPlan, Code
 from ..geometry import Geometry
 from ..grouping import Grouping, Ordering, order_of
 
-__all__ = ["fit_batch"]
+__all__ = ["check_ordering", "fit_batch"]
+
+
+def check_ordering(ordering: Ordering) -> None:
+    """Raise an error for what can order no batch at all."""
+    if isinstance(ordering, str):
+        if ordering not in ("similarity", "arrival"):
+            raise ValueError(
+                "CodedWrapper: ordering must be 'similarity', 'arrival', a permutation or a "
+                f"callable, got {ordering!r}"
+            )
+    elif not (callable(ordering) or isinstance(ordering, Sized)):
+        raise TypeError(
+            "CodedWrapper: ordering must be a name, a permutation or a callable that returns one, "
+            f"got {ordering!r}"
+        )
 
 
 def fit_batch(
@@ -26,6 +41,7 @@ def fit_batch(
         inputs: the coded inputs, each ``[B, ...]``, B at least 1.
         num_stragglers: how many workers are expected to be late.
     """
+    check_ordering(ordering)
     by_similarity = isinstance(ordering, str) and ordering == "similarity"
     if not (by_similarity or code.uses_geometry):
         if isinstance(ordering, str) and ordering == "arrival":

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import numbers
-import operator
 import random
 import re
 import time
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from .._arguments import count, instance, positive
 from ..codes.base import BatchPlan, Code, NotEnoughResults
 from ..workers.base import (
     CONSTANTS,
@@ -31,7 +29,7 @@ from ..workers.base import (
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
-from ._runs import fit_batch
+from ._runs import check_ordering, fit_batch
 from .run_report import RunReport
 
 if TYPE_CHECKING:
@@ -72,10 +70,10 @@ class CodedWrapper(nn.Module):
         code: the code; it says K and N.
         workers: who computes; by default :class:`~coded_torch.workers.LocalWorkers`.
         stragglers: shorthand for ``workers=LocalWorkers(stragglers, generator=generator)``.
-        num_stragglers: S: N - S good results are waited for. By default as many as the law of the
-            workers' stragglers makes late; never so many that nothing could be decoded. Where the
-            law names no number, or there is none, 0: all that ever reply are waited for, however
-            late, so there say S or a deadline.
+        num_stragglers: S: N - S good results are waited for. None: as many as the law of the
+            workers' stragglers makes late. Where the law names no number, or there is none, 0: all
+            that ever reply are waited for, however late, so there say S or a deadline. Of another
+            code that is assigned later, at most as many as that one can lose.
         deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
             no more to give.
         tolerance: the error that is good enough, as a share of the outputs' standard deviation:
@@ -109,7 +107,7 @@ class CodedWrapper(nn.Module):
         TypeError: an argument is of another kind than said.
         ValueError: ``stragglers`` or ``generator`` beside ``workers``;
             ``num_stragglers`` negative, or more than the code can lose; ``deadline`` or
-            ``tolerance`` not positive; another name of ``link`` or ``degraded``.
+            ``tolerance`` not positive; another name of ``ordering``, ``link`` or ``degraded``.
 
     Calling raises:
         TypeError: a tensor to be coded is not floating-point, or an output cannot be decoded.
@@ -164,40 +162,37 @@ class CodedWrapper(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        for argument, value, kind in (
-            ("module", module, nn.Module),
-            ("code", code, Code),
-            ("workers", workers, Workers),
-            ("deadline", deadline, numbers.Real),
-            ("tolerance", tolerance, numbers.Real),
-        ):
-            if not isinstance(value, kind) and (value is not None or kind in (nn.Module, Code)):
-                raise TypeError(
-                    f"CodedWrapper: {argument} must be of type {kind.__name__}, "
-                    f"got {type(value).__name__}"
-                )
+        instance(self, "module", module, nn.Module)
+        instance(self, "code", code, Code)
+        instance(self, "workers", workers, Workers, optional=True)
+        instance(self, "generator", generator, torch.Generator, optional=True)
+        instance(self, "on_run", on_run, Callable, optional=True)
         for argument, option in (("stragglers", stragglers), ("generator", generator)):
             if workers is not None and option is not None:
                 raise ValueError(
                     f"CodedWrapper: {argument} must be given to the workers themselves, "
                     f"got workers and {argument}"
                 )
-        for argument, number in (("deadline", deadline), ("tolerance", tolerance)):
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(
-                    f"CodedWrapper: {argument} must be positive and finite, got {number}"
-                )
         for argument, name, known in (("link", link, "softmax"), ("degraded", degraded, "mean")):
             if name not in (None, known):
                 raise ValueError(
                     f"CodedWrapper: {argument} must be None or {known!r}, got {name!r}"
                 )
+        check_ordering(ordering)
         self.module = module
         self.code = code
         self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
-        self.num_stragglers = self._num_stragglers(num_stragglers)
-        self.deadline = deadline
-        self.tolerance = tolerance
+        if num_stragglers is not None:
+            num_stragglers = count(self, "num_stragglers", num_stragglers, least=None)
+            most = code.num_workers - code.min_received
+            if not 0 <= num_stragglers <= most:
+                raise ValueError(
+                    f"CodedWrapper: num_stragglers must lie in 0..{most}, as {code} needs "
+                    f"{code.min_received} results, got {num_stragglers}"
+                )
+        self.num_stragglers = num_stragglers
+        self.deadline = None if deadline is None else positive(self, "deadline", deadline)
+        self.tolerance = None if tolerance is None else positive(self, "tolerance", tolerance)
         self.degraded = degraded
         self.ordering = ordering
         self.shuffle = shuffle
@@ -220,7 +215,7 @@ class CodedWrapper(nn.Module):
             spent = time.perf_counter() - start
             self._report(RunReport(self.code.num_workers, 0, (), {}, {}, None, 0.0, spent, 0.0))
             return output
-        plan = fit_batch(self.code, self.ordering, inputs.rows(), self.num_stragglers)
+        plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
         task = self._encode(inputs, plan)
         encoded = time.perf_counter()
         ballot = self._compute(task, plan)
@@ -281,7 +276,7 @@ class CodedWrapper(nn.Module):
         )
 
     def _compute(self, task: Task, plan: BatchPlan) -> Ballot:
-        ballot, quorum = Ballot(), task.num_workers - self.num_stragglers
+        ballot, quorum = Ballot(), task.num_workers - self._spared()
         with contextlib.closing(
             self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
         ) as replies:
@@ -333,23 +328,13 @@ class CodedWrapper(nn.Module):
             answers.append(decoded.movedim(0, dim))
         return pytree.tree_unflatten(answers, spec), expected
 
-    def _num_stragglers(self, given: int | None) -> int:
-        most = self.code.num_workers - self.code.min_received
-        if given is None:
+    def _spared(self) -> int:
+        """S, for the code and the workers that are there now."""
+        lost = self.num_stragglers
+        if lost is None:
             law = self.workers.stragglers
-            return max(0, min(most, (law and law.num_stragglers) or 0))
-        try:
-            given = operator.index(given)
-        except TypeError:
-            raise TypeError(
-                f"CodedWrapper: num_stragglers must be an integer, got {given!r}"
-            ) from None
-        if not 0 <= given <= most:
-            raise ValueError(
-                f"CodedWrapper: num_stragglers must lie in 0..{most}, as {self.code} needs "
-                f"{self.code.min_received} results, got {given}"
-            )
-        return given
+            lost = (law and law.num_stragglers) or 0
+        return max(0, min(lost, self.code.num_workers - self.code.min_received))
 
     def _warn_of_batch_statistics(self) -> None:
         if not self.training or self._warned:
@@ -381,7 +366,7 @@ class CodedWrapper(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return f"{self.code}, {self.workers}, num_stragglers={self.num_stragglers}"
+        return f"{self.code}, {self.workers}, num_stragglers={self._spared()}"
 
 
 def _name_keys(coded: CodedWrapper, _: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._arguments import count, positive
 from ._crew import START_SECONDS, Crew
 from ._request import Request
 from .base import Ambient, Reply, Task, WorkerError, Workers
@@ -33,25 +34,16 @@ class SupervisedWorkers(Workers):
         self,
         num_workers: int,
         *,
-        grace: float = 30.0,
-        timeout: float = 600.0,
-        max_requests: int = 64,
+        threads: int,
+        grace: float,
+        timeout: float,
+        max_requests: int,
     ) -> None:
-        name = type(self).__name__
-        for argument, count in (("num_workers", num_workers), ("max_requests", max_requests)):
-            if not isinstance(count, int) or isinstance(count, bool):
-                raise TypeError(f"{name}: {argument} must be an integer, got {count!r}")
-            if count < 1:
-                raise ValueError(f"{name}: {argument} must be at least 1, got {count}")
-        for argument, seconds in (("grace", grace), ("timeout", timeout)):
-            if not 0 < seconds < float("inf"):
-                raise ValueError(
-                    f"{name}: {argument} must be positive and finite seconds, got {seconds}"
-                )
-        self.num_workers = num_workers
-        self.grace = grace
-        self.timeout = timeout
-        self.max_requests = max_requests
+        self.num_workers = count(self, "num_workers", num_workers)
+        self.threads = count(self, "threads", threads)
+        self.grace = positive(self, "grace", grace)
+        self.timeout = positive(self, "timeout", timeout)
+        self.max_requests = count(self, "max_requests", max_requests)
         self._open()
 
     @abc.abstractmethod

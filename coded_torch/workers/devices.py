@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._arguments import find_devices, positive
 from ._request import Request
 from .base import Reply, Task, WorkerError, Workers
 
@@ -45,8 +46,8 @@ class DeviceWorkers(Workers):
         timeout: seconds after which, in a request without a deadline, who has not replied failed.
 
     Raises:
-        TypeError: ``devices`` is a single one.
-        ValueError: no device, or ``timeout`` not positive.
+        TypeError: ``devices`` is a single one, or ``timeout`` not a number.
+        ValueError: no device, one that is not there, or ``timeout`` not positive and finite.
 
     Running raises:
         TypeError: a part of the module is compiled as a whole.
@@ -69,17 +70,11 @@ class DeviceWorkers(Workers):
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
-        if isinstance(devices, str | torch.device):
-            raise TypeError(
-                f"DeviceWorkers: devices must be a sequence of devices, got {str(devices)!r}"
-            )
         # An empty tensor tells the index of "cuda", and fails here where there is no such device.
-        self.devices = tuple(torch.empty(0, device=device).device for device in devices)
-        if not self.devices:
-            raise ValueError("DeviceWorkers: devices must name at least one device, got none")
-        if not timeout > 0:
-            raise ValueError(f"DeviceWorkers: timeout must be positive, got {timeout}")
-        self.timeout = timeout
+        self.devices = find_devices(
+            self, devices, lambda device: torch.empty(0, device=device).device
+        )
+        self.timeout = positive(self, "timeout", timeout)
         self._open()
 
     def _open(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping
 import torch
 from torch import nn
 
+from .._arguments import count, instance, probability
 from ..stragglers import Stragglers
 from .base import Reply, Task, Workers
 from .faults import Fault
@@ -32,7 +33,7 @@ class FaultyWorkers(Workers):
             long as requests do not overlap.
 
     Raises:
-        TypeError: ``pool`` or ``delays`` is of another kind.
+        TypeError: an argument is of another kind than said.
         ValueError: a rate is no probability or has another name, or their sum exceeds 1.
 
     Example:
@@ -56,25 +57,24 @@ class FaultyWorkers(Workers):
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
     ) -> None:
-        if not isinstance(pool, Workers):
-            raise TypeError(f"FaultyWorkers: pool must be a pool of workers, got {pool!r}")
-        if not isinstance(delays, Stragglers | None):
-            raise TypeError(
-                f"FaultyWorkers: delays must be a law of stragglers or None, got {delays!r}"
-            )
-        self.rates = dict(rates or {})
-        for kind, rate in self.rates.items():
-            if kind not in Fault.KINDS or not 0 <= rate <= 1:
+        instance(self, "pool", pool, Workers)
+        instance(self, "delays", delays, Stragglers, optional=True)
+        self.rates = {
+            kind: probability(self, f"rates[{kind!r}]", rate)
+            for kind, rate in (rates or {}).items()
+        }
+        for kind in self.rates:
+            if kind not in Fault.KINDS:
                 raise ValueError(
-                    "FaultyWorkers: rates must be probabilities of "
-                    f"{', '.join(Fault.KINDS)}, got {rate} of {kind!r}"
+                    f"FaultyWorkers: rates must be of {', '.join(Fault.KINDS)}, got {kind!r}"
                 )
         if not sum(self.rates.values()) <= 1:
             raise ValueError(f"FaultyWorkers: rates must be at most 1 in sum, got {self.rates}")
         self.pool = pool
-        self.stragglers = delays
-        self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        self.delays = delays
+        self.stragglers = pool.stragglers if delays is None else delays
+        self.seed = count(self, "seed", seed, least=None)
+        self._generator = torch.Generator().manual_seed(self.seed)
 
     def run(
         self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
@@ -85,8 +85,8 @@ class FaultyWorkers(Workers):
 
     def _draw(self, num_workers: int) -> list[Fault]:
         delays = [0.0] * num_workers
-        if self.stragglers is not None:
-            delays = self.stragglers.sample(num_workers, self._generator).tolist()
+        if self.delays is not None:
+            delays = self.delays.sample(num_workers, self._generator).tolist()
         uniform = torch.rand(num_workers, dtype=torch.float64, generator=self._generator)
         return [
             Fault(*pair) for pair in zip(delays, map(self._kind, uniform.tolist()), strict=True)
@@ -105,6 +105,6 @@ class FaultyWorkers(Workers):
 
     def __repr__(self) -> str:
         return (
-            f"FaultyWorkers({self.pool!r}, delays={self.stragglers!r}, rates={self.rates!r}, "
+            f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, rates={self.rates!r}, "
             f"seed={self.seed})"
         )

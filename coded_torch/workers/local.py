@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._arguments import count, instance
 from ..stragglers import Stragglers
 from .base import Reply, Task, WorkerError, Workers
 
@@ -29,7 +30,7 @@ class LocalWorkers(Workers):
         generator: where latencies are drawn from; None: the law's own generator.
 
     Raises:
-        TypeError: ``stragglers`` is not a law, or ``max_batch_size`` not an integer.
+        TypeError: an argument is of another kind than said.
         ValueError: ``max_batch_size`` is less than 1.
 
     Note:
@@ -49,18 +50,10 @@ class LocalWorkers(Workers):
         max_batch_size: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(stragglers, Stragglers | None):
-            raise TypeError(
-                f"LocalWorkers: stragglers must be a law of stragglers or None, got {stragglers!r}"
-            )
-        if max_batch_size is not None and not isinstance(max_batch_size, int):
-            raise TypeError(
-                f"LocalWorkers: max_batch_size must be an integer or None, got {max_batch_size!r}"
-            )
-        if max_batch_size is not None and max_batch_size < 1:
-            raise ValueError(
-                f"LocalWorkers: max_batch_size must be at least 1, got {max_batch_size}"
-            )
+        instance(self, "stragglers", stragglers, Stragglers, optional=True)
+        instance(self, "generator", generator, torch.Generator, optional=True)
+        if max_batch_size is not None:
+            max_batch_size = count(self, "max_batch_size", max_batch_size)
         self.stragglers = stragglers
         self.max_batch_size = max_batch_size
         self.generator = generator

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._arguments import find_devices
 from ._channel import Channel, Contents, Message, Parcel
 from ._crew import Crew, Job, Machine
 from ._serving import JOB, MODULE, READY, RESULT, failed, serve
@@ -53,7 +54,7 @@ class ProcessWorkers(SupervisedWorkers):
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: a number is not positive, or no device is given.
+        ValueError: a number is not positive, no device is given, or there is none of that name.
 
     Running raises:
         RuntimeError: the pool is closed, an input requires gradients, or this process was forked
@@ -93,19 +94,10 @@ class ProcessWorkers(SupervisedWorkers):
         timeout: float = 600.0,
         max_requests: int = 64,
     ) -> None:
-        if isinstance(devices, str | torch.device):
-            raise TypeError(
-                f"ProcessWorkers: devices must be a sequence of devices, got {str(devices)!r}"
-            )
-        if devices is not None and not len(devices):
-            raise ValueError("ProcessWorkers: devices must name at least one device, got none")
-        if not isinstance(threads, int) or isinstance(threads, bool):
-            raise TypeError(f"ProcessWorkers: threads must be an integer, got {threads!r}")
-        if threads < 1:
-            raise ValueError(f"ProcessWorkers: threads must be at least 1, got {threads}")
-        self.devices = tuple(torch.device(device) for device in devices or ("cpu",))
-        self.threads = threads
-        super().__init__(num_workers, grace=grace, timeout=timeout, max_requests=max_requests)
+        self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
+        super().__init__(
+            num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
+        )
 
     def _crew_of(self) -> Crew:
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)

@@ -90,9 +90,10 @@ class RayWorkers(SupervisedWorkers):
     ) -> None:
         _ray()
         self.address = address
-        self.threads = threads
         self.actor_options = {"num_cpus": 0, **actor_options}
-        super().__init__(num_workers, grace=grace, timeout=timeout, max_requests=max_requests)
+        super().__init__(
+            num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
+        )
 
     def _crew_of(self) -> Crew:
         return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)

@@ -257,6 +257,23 @@ def test_the_number_of_stragglers_is_the_laws_or_the_given_one():
     assert lost(stragglers=ShiftedExponential(0.0, 1.0), num_stragglers=5) == 5
 
 
+def test_a_code_that_is_assigned_loses_what_it_can():
+    coded = CodedWrapper(linear(), ReplicationCode(3, 5), num_stragglers=4)
+
+    def received() -> int:
+        coded(rand(1, 3))
+        return len(coded.last_run.received)
+
+    assert received() == 1
+    coded.code = PolynomialCode(3, 5)
+    assert received() == 3
+    assert "num_stragglers=2" in repr(coded)
+    coded.code = ReplicationCode(3, 5)
+    assert received() == 1
+    coded.num_stragglers, coded.workers = None, LocalWorkers(Uniform(1))
+    assert received() == 4
+
+
 def test_a_law_that_loses_more_than_the_code_can():
     coded = CodedWrapper(linear(), PolynomialCode(3, 5), stragglers=Uniform(3))
     with pytest.raises(NotEnoughResults, match="at least 3 of 5 results, got 2"):
@@ -681,11 +698,34 @@ def test_bad_construction():
         CodedWrapper(lambda x: x, code)
     with pytest.raises(TypeError, match="code must be of type Code, got int"):
         CodedWrapper(module, 3)
-    with pytest.raises(TypeError, match="workers must be of type Workers, got str"):
+    with pytest.raises(TypeError, match="workers must be of type Workers or None, got str"):
         CodedWrapper(module, code, workers="cpu")
     with pytest.raises(TypeError, match=r"num_stragglers must be an integer, got 1.0"):
         CodedWrapper(module, code, num_stragglers=1.0)
-    with pytest.raises(TypeError, match="deadline must be of type Real, got str"):
+    with pytest.raises(TypeError, match="deadline must be positive and finite, got 'a'"):
         CodedWrapper(module, code, deadline="a")
-    with pytest.raises(TypeError, match="stragglers must be a law"):
+    with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None"):
         CodedWrapper(module, code, stragglers=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"generator": 3}, TypeError, "generator must be of type Generator or None, got int"),
+        ({"on_run": 3}, TypeError, "on_run must be of type Callable or None, got int"),
+        ({"num_stragglers": True}, TypeError, "num_stragglers must be an integer, got True"),
+        ({"deadline": True}, TypeError, "deadline must be positive and finite, got True"),
+        ({"ordering": "nope"}, ValueError, "ordering must be 'similarity', .* got 'nope'"),
+        ({"ordering": 3}, TypeError, "ordering must be a name, .* got 3"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, error, match):
+    with pytest.raises(error, match=f"^CodedWrapper: {match}"):
+        CodedWrapper(linear(), PolynomialCode(2, 4), **options)
+
+
+def test_an_ordering_that_is_assigned_is_checked_too():
+    coded = CodedWrapper(linear(), PolynomialCode(2, 4))
+    coded.ordering = "nope"
+    with pytest.raises(ValueError, match=r"^CodedWrapper: ordering must be"):
+        coded(rand(2, 3))

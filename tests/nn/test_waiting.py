@@ -151,7 +151,7 @@ def test_what_goes_wrong_is_logged(caplog):
         ({"tolerance": 0.0}, ValueError, "tolerance must be positive and finite, got 0.0"),
         ({"tolerance": math.nan}, ValueError, "tolerance must be positive and finite, got nan"),
         ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
-        ({"tolerance": "a bit"}, TypeError, "tolerance must be of type Real, got str"),
+        ({"tolerance": "a bit"}, TypeError, "tolerance must be positive and finite, got 'a bit'"),
         ({"degraded": "median"}, ValueError, "degraded must be None or 'mean', got 'median'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -170,12 +171,21 @@ def test_latencies_come_from_the_given_generator():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError)])
+@pytest.mark.parametrize(
+    ("size", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
+)
 def test_bad_batch_sizes(size, error):
     with pytest.raises(error, match=r"LocalWorkers: max_batch_size must be .* got"):
         LocalWorkers(max_batch_size=size)
 
 
-def test_stragglers_must_be_a_law():
-    with pytest.raises(TypeError, match="stragglers must be a law of stragglers or None, got 3"):
+def test_a_batch_size_is_any_kind_of_integer():
+    size = LocalWorkers(max_batch_size=np.int64(2)).max_batch_size
+    assert type(size) is int
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None, got int"):
         LocalWorkers(3)
+    with pytest.raises(TypeError, match="generator must be of type Generator or None, got int"):
+        LocalWorkers(generator=3)

@@ -13,6 +13,7 @@ import time
 from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -372,16 +373,23 @@ def test_a_forked_process_is_refused():
         ({"num_workers": 2.0}, TypeError, "num_workers must be an integer, got 2.0"),
         ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
         ({"threads": "1"}, TypeError, "threads must be an integer, got '1'"),
-        ({"grace": 0.0}, ValueError, "grace must be positive and finite seconds, got 0.0"),
-        ({"timeout": math.nan}, ValueError, "timeout must be positive and finite seconds, got nan"),
+        ({"grace": "1"}, TypeError, "grace must be positive and finite, got '1'"),
+        ({"grace": 0.0}, ValueError, "grace must be positive and finite, got 0.0"),
+        ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
         ({"max_requests": 0}, ValueError, "max_requests must be at least 1, got 0"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
         ({"devices": []}, ValueError, "devices must name at least one device, got none"),
     ],
 )
 def test_bad_arguments(options, error, match):
     with pytest.raises(error, match=match):
         ProcessWorkers(**{"num_workers": 2, **options})
+
+
+def test_numbers_may_be_of_any_kind():
+    pool = ProcessWorkers(np.int64(2), grace=np.float32(0.5), threads=torch.tensor(3))
+    assert (pool.num_workers, pool.grace, pool.threads) == (2, 0.5, 3)
 
 
 _UNGUARDED = """

@@ -1,0 +1,97 @@
+"""Checks of arguments; each complaint names whose argument, what it must be and what it is."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+__all__ = ["count", "find_devices", "instance", "positive", "probability", "real"]
+
+
+def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
+    """Raise a TypeError unless ``value`` is of a type, or None if it is optional."""
+    if not (isinstance(value, kind) or (optional and value is None)):
+        raise TypeError(
+            f"{_name(owner)}: {argument} must be of type {kind.__name__}"
+            f"{' or None' if optional else ''}, got {type(value).__name__}"
+        )
+
+
+def count(owner: object, argument: str, value: Any, least: int | None = 1) -> int:
+    """The integer that ``value`` is, of whatever type but bool.
+
+    Raises:
+        TypeError: it is none.
+        ValueError: it is less than ``least``.
+    """
+    try:
+        integer = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = None
+    if integer is None:
+        raise TypeError(f"{_name(owner)}: {argument} must be an integer, got {value!r}")
+    if least is not None and integer < least:
+        raise ValueError(f"{_name(owner)}: {argument} must be at least {least}, got {integer}")
+    return integer
+
+
+def real(
+    owner: object, argument: str, value: Any, requirement: str, valid: Callable[[float], bool]
+) -> float:
+    """The float that ``value`` is, of whatever type but bool.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is not ``valid``.
+    """
+    message = f"{_name(owner)}: {argument} must be {requirement}, got {value!r}"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(message)
+    if not valid(float(value)):
+        raise ValueError(message)
+    return float(value)
+
+
+def positive(owner: object, argument: str, value: Any) -> float:
+    """A :func:`real` number that is positive and finite."""
+    return real(owner, argument, value, "positive and finite", lambda x: 0 < x < math.inf)
+
+
+def probability(owner: object, argument: str, value: Any) -> float:
+    """A :func:`real` number in [0, 1]."""
+    return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
+
+
+def find_devices(
+    owner: object, devices: Any, find: Callable[[torch.device | str], torch.device]
+) -> tuple[torch.device, ...]:
+    """The devices that a pool is given; ``find`` gives that of a name.
+
+    Raises:
+        TypeError: they are not a sequence of devices.
+        ValueError: there are none, or one cannot be found.
+    """
+    if isinstance(devices, str | torch.device) or not isinstance(devices, Iterable):
+        raise TypeError(
+            f"{_name(owner)}: devices must be a sequence of devices, got {str(devices)!r}"
+        )
+    found = []
+    for device in devices:
+        try:
+            found.append(find(device))
+        except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+            raise ValueError(
+                f"{_name(owner)}: devices must be available, got {str(device)!r}"
+            ) from error
+    if not found:
+        raise ValueError(f"{_name(owner)}: devices must name at least one device, got none")
+    return tuple(found)
+
+
+def _name(owner: object) -> str:
+    return type(owner).__name__
