@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..workers.base import broadcast_dims, leaf_name
+from ._ballot import finite
 
 __all__ = ["Inputs"]
 
@@ -56,12 +57,12 @@ class Inputs:
 
     def check_finite(self) -> None:
         """Raise a ValueError if an input that is coded is not finite: it spoils its whole group."""
-        for i, dim in enumerate(self.dims):
-            bad = [] if dim is None else (~self.leaves[i].isfinite()).nonzero().tolist()
-            if bad:
+        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+            if dim is not None and not finite(leaf):
+                place = (~leaf.isfinite()).nonzero()[0].tolist()
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be finite to be coded, "
-                    f"got {self.leaves[i][tuple(bad[0])].item()} at {bad[0]}"
+                    f"got {leaf[tuple(place)].item()} at {place}"
                 )
 
     def rows(self) -> list[Tensor]:

@@ -12,7 +12,7 @@ from ..codes.base import BatchPlan, Code
 from ..geometry import Geometry
 from ..grouping import Grouping, Ordering, order_of
 
-__all__ = ["check_ordering", "fit_batch"]
+__all__ = ["MeanPlan", "check_ordering", "fit_batch"]
 
 
 def check_ordering(ordering: Ordering) -> None:
@@ -99,3 +99,17 @@ class _Runs(BatchPlan):
     def _split(self, results: Tensor) -> Sequence[Tensor]:
         parts: Sequence[Tensor] = results.split([p.num_groups for p in self._plans], dim=1)
         return parts
+
+
+class MeanPlan(BatchPlan):
+    """Answers everything with the mean of the results: what can be done with too few of them."""
+
+    def __init__(self, plan: BatchPlan, batch_size: int) -> None:
+        self.code, self.num_groups = plan.code, plan.num_groups
+        self._batch_size = batch_size
+
+    def encode(self, values: Tensor) -> Tensor:
+        raise NotImplementedError("results are decoded only")
+
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        return results.mean((0, 1)).expand(self._batch_size, *results.shape[2:]).clone()

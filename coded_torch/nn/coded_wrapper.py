@@ -17,19 +17,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive
-from ..codes.base import BatchPlan, Code, NotEnoughResults
-from ..workers.base import (
-    CONSTANTS,
-    Task,
-    Workers,
-    broadcast_dims,
-    check_batch,
-    leaf_name,
-)
+from ..codes.base import BatchPlan, Code
+from ..workers.base import Task, Workers
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
-from ._runs import check_ordering, fit_batch
+from ._runs import MeanPlan, check_ordering, fit_batch
 from .run_report import RunReport
 
 if TYPE_CHECKING:
@@ -60,9 +53,9 @@ class CodedWrapper(nn.Module):
     ``dict(coded.named_parameters())``, not the state dict; state-dict hooks belong to the module.
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
-    finite, or unlike most in structure, shape or dtype, counts as missing, and is named in
-    :attr:`last_run`. So mask with a large negative number, or logits after decoding, not with
-    ``-inf``: neither can it be coded, nor do results that hold it count.
+    finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing,
+    and is named in :attr:`last_run`. So mask with a large negative number, or logits after
+    decoding, not with ``-inf``: neither can it be coded, nor do results that hold it count.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
@@ -88,8 +81,9 @@ class CodedWrapper(nn.Module):
         shuffle: deal the coded inputs to the workers anew for every call, so that neighbouring
             workers that are late together do not lose neighbours on the curve. The wrapper's own
             sequence, the same for every wrapper.
-        link: "softmax" where the outputs are probabilities over their last dimension: they are
+        link: "softmax" where all outputs are probabilities over their last dimension: they are
             decoded on the scale of logits, where they bend least, and come back as probabilities.
+            The report tells no ``expected_rmse`` then, as its units are those of logits.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer, None for the same on every worker, or a pytree prefix of such.
             Tensors in keyword arguments are coded along dimension 0. What is not a tensor is the
@@ -110,10 +104,9 @@ class CodedWrapper(nn.Module):
             ``tolerance`` not positive; another name of ``ordering``, ``link`` or ``degraded``.
 
     Calling raises:
-        TypeError: a tensor to be coded is not floating-point, or an output cannot be decoded.
-        ValueError: coded inputs differ in batch size or have not the dimension, there are none, an
-            output has not the batch size, or too few good results are due to an input that is not
-            finite.
+        TypeError: a tensor to be coded is not floating-point, or no worker's output can be decoded.
+        ValueError: coded inputs differ in batch size, have not the dimension, or are not finite, or
+            there are none; no worker's output has the batch size or, with ``link``, probabilities.
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
             first worker that had one.
 
@@ -210,6 +203,7 @@ class CodedWrapper(nn.Module):
         self._warn_of_batch_statistics()
         start = time.perf_counter()
         inputs = Inputs(args, kwargs, self.in_dims)
+        inputs.check_finite()
         if inputs.batch_size == 0:
             output = self.module(*args, **kwargs)
             spent = time.perf_counter() - start
@@ -226,13 +220,11 @@ class CodedWrapper(nn.Module):
         degraded = bool(received) and not enough and self.degraded is not None
         try:
             if degraded:
-                answers, _ = self._decode(results, task, _Mean(plan, inputs.batch_size))
+                answers, _ = self._decode(results, task, MeanPlan(plan, inputs.batch_size))
             elif enough:
                 answers, expected = self._decode(results, task, plan)
             else:
-                inputs.check_finite()
-                shortage = received, self.code.min_received, self.code.num_workers
-                raise NotEnoughResults(*shortage) from (rejected[0] if rejected else None)
+                raise ballot.failure(self.code)
             return answers
         finally:
             self._report(
@@ -276,7 +268,7 @@ class CodedWrapper(nn.Module):
         )
 
     def _compute(self, task: Task, plan: BatchPlan) -> Ballot:
-        ballot, quorum = Ballot(), task.num_workers - self._spared()
+        ballot, quorum = Ballot(task, self.link), task.num_workers - self._spared()
         with contextlib.closing(
             self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
         ) as replies:
@@ -299,34 +291,23 @@ class CodedWrapper(nn.Module):
         """The answers, and the error to expect of the first decoded one."""
         results = sorted(results, key=lambda result: task.position(result.worker))
         received = [task.position(result.worker) for result in results]
-        spec, answers, expected = results[0].spec, [], None
-        output = pytree.tree_unflatten(results[0].leaves, spec)
-        dims = broadcast_dims("out_dims", self.out_dims, spec)
+        answers, expected = [], None
         columns = zip(*(result.leaves for result in results), strict=True)
-        for i, (dim, column) in enumerate(zip(dims, columns, strict=True)):
-            leaf = column[0]
-            if dim is None or isinstance(leaf, CONSTANTS):
-                answers.append(leaf)
+        for dim, column in zip(results[0].dims, columns, strict=True):
+            if dim is None or not isinstance(column[0], Tensor):
+                answers.append(column[0])
                 continue
-            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise TypeError(
-                    f"CodedWrapper: {leaf_name('output', output, i)} must be a floating-point "
-                    f"tensor to be decoded, got {kind}; return a tensor of logits or scores "
-                    "instead, register containers with torch.utils._pytree, or say None in out_dims"
-                )
-            check_batch(output, i, leaf, dim, task.num_groups)
             stacked = torch.stack(column).movedim(dim + (dim >= 0), 1)  # [F, G, ...]
             if self.link == "softmax":
                 # Of probabilities that are 0 in floating point, no logarithm is left.
                 stacked = stacked.clamp(min=torch.finfo(stacked.dtype).tiny).log()
-            if expected is None:
+            elif expected is None:
                 expected = plan.expected_rmse(received, stacked)
             decoded = plan.decode(stacked, received)  # [B, ...]
             if self.link == "softmax":
                 decoded = decoded.softmax(dim=-1)
             answers.append(decoded.movedim(0, dim))
-        return pytree.tree_unflatten(answers, spec), expected
+        return pytree.tree_unflatten(answers, results[0].spec), expected
 
     def _spared(self) -> int:
         """S, for the code and the workers that are there now."""
@@ -375,17 +356,3 @@ def _name_keys(coded: CodedWrapper, _: Any) -> None:
     pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
     for texts in complaints:
         texts[:] = [pattern.sub(prefix, text) for text in texts]
-
-
-class _Mean(BatchPlan):
-    """Answers everything with the mean of the results: what can be done with too few of them."""
-
-    def __init__(self, plan: BatchPlan, batch_size: int) -> None:
-        self.code, self.num_groups = plan.code, plan.num_groups
-        self._batch_size = batch_size
-
-    def encode(self, values: Tensor) -> Tensor:
-        raise NotImplementedError("results are decoded only")
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return results.mean((0, 1)).expand(self._batch_size, *results.shape[2:]).clone()

@@ -20,7 +20,7 @@ class RunReport:
         rejected: what was wrong with each of them that was not used.
         expected_rmse: the root mean squared error of the answers that the code expects, comparable
             to :func:`coded_torch.metrics.rmse` of the first decoded output; None where it cannot
-            tell.
+            tell, and where the wrapper has a link, as it is then not in the units of the answers.
         encode_seconds: time spent on ordering, planning and encoding.
         compute_seconds: time spent on waiting for the workers and checking their results.
         decode_seconds: time spent on decoding and ungrouping.

@@ -21,14 +21,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import NotEnoughResults, ReplicationCode
+from coded_torch.codes import (
+    BerrutCode,
+    KernelCode,
+    LagrangeCode,
+    NotEnoughResults,
+    ReplicationCode,
+    SplineCode,
+)
 from coded_torch.nn import CodedWrapper, RunReport
 from coded_torch.nn._ballot import Ballot
 from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.workers import DeviceWorkers, LocalWorkers, Reply
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Reply
 
 from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, PolynomialCode
+from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}  # codes of degree up to 4, from any K of up to 9 results
 
@@ -301,17 +308,37 @@ def test_all_results_rejected():
     assert set(coded.last_run.rejected) == {0, 1, 2}
 
 
+CODES = [PolynomialCode, KernelCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
+
+
 @pytest.mark.parametrize("devices", [None, ["cpu"]])
-def test_an_input_that_is_not_finite_is_named_not_the_workers(devices):
+@pytest.mark.parametrize("make", CODES)
+def test_an_input_that_is_not_finite_is_named_not_the_workers(make, devices):
     x = rand(4, 3)
     x[2, 1] = -math.inf
     options = {} if devices is None else {"workers": DeviceWorkers(devices)}
-    coded = CodedWrapper(Call(lambda a, **b: a + b["mask"]), PolynomialCode(2, 4), **options)
+    coded = CodedWrapper(Call(lambda a, **b: a + b["mask"]), make(2, 4), **options)
     with coded.workers:
         with pytest.raises(ValueError, match=r"args\[0\] must be finite .* got -inf at \[2, 1\]"):
             coded(x, mask=rand(4, 3))
         with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be finite .* got nan at"):
             coded(rand(4, 3), mask=x * math.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_inputs_may_be_as_great_as_their_sum_is_not(dtype):
+    greatest = torch.finfo(dtype).max
+    x = torch.tensor([[greatest], [greatest], [-greatest], [1.0]], dtype=dtype)
+    coded = CodedWrapper(nn.Identity(), ReplicationCode(2, 4), ordering="arrival")
+    assert torch.equal(coded(x), x)
+
+
+def test_what_is_the_same_for_every_worker_need_not_be_finite():
+    coded = CodedWrapper(
+        Call(lambda x, mask: x.masked_fill(mask < 0, 0.0)), PolynomialCode(2, 4), in_dims=(0, None)
+    )
+    mask = torch.tensor([0.0, -math.inf, 0.0])
+    torch.testing.assert_close(coded(rand(4, 3), mask), coded.module(rand(4, 3), mask), **EXACT)
 
 
 class Liar(nn.Module):
@@ -332,7 +359,15 @@ class Liar(nn.Module):
     [
         (lambda v: v | {"y": v["y"][:, :0]}, r"float32 \(1, 0\).*most.*float32 \(1, 1\)"),
         (lambda v: v | {"y": v["y"].double()}, "float64.*most.*float32"),
-        (lambda v: v | {"y": v["y"].long()}, "int64.*most.*float32"),
+        (
+            lambda v: v | {"y": v["y"].long()},
+            r"cannot be decoded: output\['y'\] .*int64",
+        ),
+        (
+            lambda v: v | {"y": torch.cat([v["y"], v["y"]])},
+            r"^returned what cannot be decoded: output\['y'\] must have size 1, that of the batch, "
+            r"at dim 0, got shape \(2, 1\)$",
+        ),
         (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
         (lambda v: v | {"more": None}, "more.*most"),
         (
@@ -362,13 +397,120 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
 def test_of_two_camps_of_one_size_the_first_workers_is_taken(order):
-    ballot = Ballot()
+    ballot = Ballot(task_of(torch.zeros(4, 1, 1)))
     for worker in order:
-        ballot.add(Reply(worker, 0.0, torch.zeros(1 + worker % 2)))
+        ballot.add(Reply(worker, 0.0, torch.zeros(1, 1 + worker % 2)))
     assert len(ballot.agreed) == 2
     good, rejected = ballot.count()
     assert [result.worker for result in good] == [0, 2]
     assert [error.worker for error in rejected] == [1, 3]
+    assert rejected[0].reason == "returned float32 (1, 2), where as many returned float32 (1, 1)"
+
+
+def test_results_of_another_batch_size_have_no_vote():
+    """However many there are: with as many wrong as right ones, each of these calls is answered."""
+    rates = {"nan": 0.1, "shape": 0.35, "dtype": 0.05, "structure": 0.05, "crash": 0.05}
+    coded = CodedWrapper(
+        linear(), ReplicationCode(4, 12), workers=FaultyWorkers(LocalWorkers(), rates=rates, seed=3)
+    )
+    wrong = 0
+    for seed in range(30):
+        assert coded(rand(20, 3, seed=seed)).shape == (20, 2)
+        reasons = coded.last_run.rejected.values()
+        wrong += sum("must have size 5" in reason for reason in reasons)
+    assert wrong > 80
+
+
+class Needy(CopyCode):
+    """A copy code that does with one missing result."""
+
+    @property
+    def min_received(self) -> int:
+        return self.num_data - 1
+
+
+WRONG = [
+    (lambda x: torch.cat([x, x]), "must have size 1"),
+    (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
+    (lambda x: x > 0, "must be a floating-point tensor"),
+]
+
+
+@pytest.mark.parametrize(("output", "reason"), WRONG)
+def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(
+            FailsAt(0.0, output),
+            CopyCode(4, 4),
+            workers=pool,
+            num_stragglers=3,
+            ordering="arrival",
+            shuffle=False,
+        )
+        x = torch.arange(4.0).reshape(4, 1)
+        assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+        assert re.search(reason, coded.last_run.rejected[0])
+
+
+@pytest.mark.parametrize(("output", "reason"), WRONG)
+def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=pool, shuffle=False)
+        x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
+        with pytest.raises(NotEnoughResults, match=f"got 2; .*; worker . returned .* {reason}"):
+            coded(x)
+
+
+def test_what_all_workers_fail_by_is_in_the_message():
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(linear(4), ReplicationCode(2, 6), workers=pool)
+        with pytest.raises(NotEnoughResults) as info:
+            coded(rand(2, 3))
+    message = str(info.value)
+    assert re.search(r"got 0; .*; worker 0 failed on cpu: RuntimeError: mat1 and mat2", message)
+    assert "\n" not in message
+
+
+# ------------------------------------------------------------------ probabilities
+
+
+def classifier(output: Any, **options: Any) -> CodedWrapper:
+    return CodedWrapper(Call(output), KernelCode(3, 6), link="softmax", **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_stay_such(dtype):
+    x = (4 * rand(12, 50)).to(dtype)
+    coded = classifier(lambda x: x.softmax(-1), stragglers=Uniform(2, seed=0))
+    out = coded(x)
+    assert out.dtype == dtype
+    torch.testing.assert_close(
+        out.double().sum(-1), torch.ones(12).double(), rtol=0, atol=8 * torch.finfo(dtype).eps
+    )
+    # The error of logarithms is in no unit of the answers.
+    assert coded.last_run.expected_rmse is None
+    coded.link = None
+    coded(x)
+    assert coded.last_run.expected_rmse is not None
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu"]])
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: (x.softmax(-1), 10 * x), r"output\[1\].*, got values of -.*sums of -.* to "),
+        (lambda x: (x.softmax(-1), x.sigmoid()), r"output\[1\].*, got values of 0.*sums of "),
+        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, got one number a row"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused_by_name(output, got, devices):
+    options = {} if devices is None else {"workers": DeviceWorkers(devices)}
+    coded = classifier(output, **options)
+    with (
+        coded.workers,
+        pytest.raises(ValueError, match=got),
+    ):
+        coded(rand(6, 5))
 
 
 # ------------------------------------------------------------------ a stand-in for the module
