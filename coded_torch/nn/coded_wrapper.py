@@ -6,7 +6,6 @@ import contextlib
 import logging
 import random
 import re
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
 from ._runs import MeanPlan, check_ordering, fit_batch
-from .run_report import RunReport
+from .run_report import RunReport, timed
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
@@ -90,12 +89,13 @@ class CodedWrapper(nn.Module):
             same for every worker.
         out_dims: the batch dimension of the outputs, likewise; at None, the result of the first
             worker received is passed through.
-        on_run: called with the :class:`RunReport` of every call, in its thread, when it has ended.
+        on_run: called with the :class:`RunReport` of every call, in its thread, when it has ended,
+            whether it answers or raises.
         generator: for ``stragglers``; None: the law's own.
 
     Attributes:
-        last_run: the :class:`RunReport` of the call that ended last; None before the first. Where
-            several threads call, ``on_run`` tells each its own.
+        last_run: the :class:`RunReport` of the call that ended last, even by an error; None before
+            the first. Where several threads call, ``on_run`` tells each its own.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -112,7 +112,9 @@ class CodedWrapper(nn.Module):
 
     Note:
         :math:`N / K` times the module's work. The answers depend on which workers were received,
-        not on the order in which they replied, bit for bit. An empty batch goes to the module
+        not on the order in which they replied: the same results give the same bits. (The results
+        themselves may differ in their last bits where the module was run on batches of other
+        sizes, see :class:`~coded_torch.workers.LocalWorkers`.) An empty batch goes to the module
         itself.
 
     Reference:
@@ -201,46 +203,44 @@ class CodedWrapper(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._warn_of_batch_statistics()
-        start = time.perf_counter()
-        inputs = Inputs(args, kwargs, self.in_dims)
-        inputs.check_finite()
-        if inputs.batch_size == 0:
-            output = self.module(*args, **kwargs)
-            spent = time.perf_counter() - start
-            self._report(RunReport(self.code.num_workers, 0, (), {}, {}, None, 0.0, spent, 0.0))
-            return output
-        plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
-        task = self._encode(inputs, plan)
-        encoded = time.perf_counter()
-        ballot = self._compute(task, plan)
-        results, rejected = ballot.count()
-        received = tuple(result.worker for result in results)
-        computed = time.perf_counter()
-        expected, enough = None, len(received) >= self.code.min_received
-        degraded = bool(received) and not enough and self.degraded is not None
+        facts: dict[str, Any] = {"failed": True}
         try:
-            if degraded:
-                answers, _ = self._decode(results, task, MeanPlan(plan, inputs.batch_size))
-            elif enough:
-                answers, expected = self._decode(results, task, plan)
-            else:
-                raise ballot.failure(self.code)
+            answers = self._answer(facts, args, kwargs)
+            facts["failed"] = False
             return answers
         finally:
-            self._report(
-                RunReport(
-                    num_workers=self.code.num_workers,
-                    num_groups=task.num_groups,
-                    received=received,
-                    latencies=ballot.latencies,
-                    rejected={error.worker: error.reason for error in rejected},
-                    expected_rmse=expected,
-                    encode_seconds=encoded - start,
-                    compute_seconds=computed - encoded,
-                    decode_seconds=time.perf_counter() - computed,
-                    degraded=degraded,
-                )
-            )
+            self._report(RunReport(**facts))
+
+    def _answer(self, facts: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The answers; what goes into the report is put into ``facts`` as soon as it is known."""
+        with timed(facts, "encode_seconds"):
+            inputs = Inputs(args, kwargs, self.in_dims)
+            inputs.check_finite()
+            if inputs.batch_size:
+                plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
+                task = self._encode(inputs, plan)
+        if not inputs.batch_size:
+            with timed(facts, "compute_seconds"):
+                return self.module(*args, **kwargs)
+        ballot = Ballot(task, self.link)
+        facts |= {
+            "num_workers": task.num_workers,
+            "num_groups": task.num_groups,
+            "latencies": ballot.latencies,
+        }
+        with timed(facts, "compute_seconds"):
+            self._compute(ballot, task, plan)
+            results, rejected = ballot.count()
+        facts["received"] = tuple(result.worker for result in results)
+        facts["rejected"] = {error.worker: error.reason for error in rejected}
+        with timed(facts, "decode_seconds"):
+            if len(results) < self.code.min_received:
+                if not (results and self.degraded):
+                    raise ballot.failure(self.code)
+                facts["degraded"] = True
+                plan = MeanPlan(plan, inputs.batch_size)
+            answers, facts["expected_rmse"] = self._decode(results, task, plan)
+        return answers
 
     def _report(self, run: RunReport) -> None:
         self.last_run = run
@@ -267,8 +267,9 @@ class CodedWrapper(nn.Module):
             positions=self._shuffler.sample(range(n), n) if self.shuffle else None,
         )
 
-    def _compute(self, task: Task, plan: BatchPlan) -> Ballot:
-        ballot, quorum = Ballot(task, self.link), task.num_workers - self._spared()
+    def _compute(self, ballot: Ballot, task: Task, plan: BatchPlan) -> None:
+        """Wait for results until enough are good."""
+        quorum = task.num_workers - self._spared()
         with contextlib.closing(
             self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
         ) as replies:
@@ -276,7 +277,6 @@ class CodedWrapper(nn.Module):
                 ballot.add(reply)
                 if len(ballot.agreed) >= quorum and self._suffices(ballot.agreed, task, plan):
                     break
-        return ballot
 
     def _suffices(self, results: Sequence[Result], task: Task, plan: BatchPlan) -> bool:
         """Whether the error to expect is tolerable."""

@@ -2,18 +2,22 @@ r"""What became of one call of a wrapper."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-__all__ = ["RunReport"]
+__all__ = ["RunReport", "timed"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """How one call of a :class:`CodedWrapper` went.
+    """How one call of a :class:`CodedWrapper` went; where it raised, as far as it had come.
 
     Attributes:
-        num_workers: N.
+        num_workers: how many workers were asked: N, or 0 if it did not come to that, as the batch
+            was empty or could not be coded.
         num_groups: G, into how many groups the batch was cut.
         received: the workers whose results were decoded, in increasing order.
         latencies: seconds until each worker that replied or failed had done so, in order.
@@ -26,20 +30,32 @@ class RunReport:
         decode_seconds: time spent on decoding and ungrouping.
         degraded: whether every answer is the mean of what was received, as that was not enough to
             decode.
+        failed: whether the call raised; ``received`` are then those whose results were good.
     """
 
-    num_workers: int
-    num_groups: int
-    received: tuple[int, ...]
-    latencies: Mapping[int, float]
-    rejected: Mapping[int, str]
-    expected_rmse: float | None
-    encode_seconds: float
-    compute_seconds: float
-    decode_seconds: float
+    num_workers: int = 0
+    num_groups: int = 0
+    received: tuple[int, ...] = ()
+    latencies: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    rejected: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    expected_rmse: float | None = None
+    encode_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    decode_seconds: float = 0.0
     degraded: bool = False
+    failed: bool = False
 
     @property
     def missing(self) -> tuple[int, ...]:
         """The workers whose results were not decoded: late, not waited for, or rejected."""
         return tuple(n for n in range(self.num_workers) if n not in self.received)
+
+
+@contextlib.contextmanager
+def timed(facts: dict[str, Any], name: str) -> Iterator[None]:
+    """Put the seconds that the block takes into ``facts[name]``, even if it raises."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        facts[name] = time.perf_counter() - start

@@ -34,8 +34,10 @@ class LocalWorkers(Workers):
         ValueError: ``max_batch_size`` is less than 1.
 
     Note:
-        The results of a set of workers do not depend on their latencies, bit for bit: they are
-        computed in the order of the coded inputs and yielded in that of the latencies.
+        The workers that make up the quorum are computed in one batch, in the order of the coded
+        inputs, and yielded in that of their latencies: which bits they give does not depend on who
+        of them was first. Who is wanted beyond them (for a tolerance, or in place of a result that
+        does not count) is computed alone, and modules may round otherwise in smaller batches.
 
     Example:
         >>> from coded_torch.workers import LocalWorkers

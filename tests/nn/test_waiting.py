@@ -14,7 +14,7 @@ from coded_torch.stragglers import Trace
 from coded_torch.workers import LocalWorkers
 
 from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, nan_at_two
+from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, divide_by_zero, nan_at_two
 
 
 class Promising(Code):
@@ -122,16 +122,40 @@ def test_of_no_result_there_is_no_mean():
         coded(torch.ones(2, 1))
 
 
-def test_every_call_is_reported_in_its_thread():
+def test_every_call_is_reported():
     runs = []
     coded = CodedWrapper(nn.Identity(), CopyCode(2, 2), on_run=runs.append)
     coded(torch.ones(2, 1))
     assert runs == [coded.last_run]
+    assert not runs[0].failed
     coded(torch.ones(0, 1))
     assert runs[1] is coded.last_run
+    # Nobody was asked, so nobody is missing.
+    assert (runs[1].num_workers, runs[1].missing, runs[1].failed) == (0, (), False)
+    assert runs[1].compute_seconds > 0
     with pytest.raises(NotEnoughResults):
         too_few(on_run=runs.append)(torch.ones(2, 1))
-    assert runs[2].received == (0,)
+    assert (runs[2].received, runs[2].failed) == ((0,), True)
+    assert len(runs) == 3
+
+
+def test_a_call_that_raises_is_reported_as_far_as_it_has_come():
+    runs = []
+    module = FailsAt(2.0, divide_by_zero)
+    coded = CodedWrapper(module, CopyCode(2, 2), on_run=runs.append)
+    with pytest.raises(TypeError, match="floating-point"):
+        coded(torch.ones(2, 1, dtype=torch.int64))
+    assert (runs[0].num_workers, runs[0].missing, runs[0].failed) == (0, (), True)
+    assert runs[0].encode_seconds > 0
+    with pytest.raises(ZeroDivisionError):
+        coded(torch.full((2, 1), 2.0))
+    assert (runs[1].num_workers, runs[1].missing, runs[1].failed) == (2, (0, 1), True)
+    assert runs[1].compute_seconds > 0
+    coded.module = nn.Module()
+    with pytest.raises(NotImplementedError):
+        coded(torch.ones(0, 1))
+    assert (runs[2].num_workers, runs[2].failed) == (0, True)
+    assert runs[2] is coded.last_run
     assert len(runs) == 3
 
 
