@@ -35,10 +35,7 @@ class Result:
         worker: whose reply it is.
         leaves: of its value.
         spec: the structure of its value.
-        dims: the batch dimension of each leaf, once :meth:`check` has found them.
     """
-
-    dims: list[int | None]
 
     def __init__(self, worker: int, value: Any) -> None:
         self.worker = worker
@@ -58,8 +55,8 @@ class Result:
 
     def check(self, task: Task, link: str | None) -> None:
         """Raise a TypeError or a ValueError if this cannot be decoded."""
-        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
-        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+        dims = broadcast_dims("out_dims", task.out_dims, self.spec)
+        for i, (leaf, dim) in enumerate(zip(self.leaves, dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
                 continue
             if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
@@ -110,19 +107,23 @@ class Ballot:
             what = f"returned values that are not finite in {infinite}"
             self._errors.append(WorkerError(reply.worker, what))
             return
+        for camp in self._camps:
+            if result.resembles(camp[0]):
+                break
+        else:
+            camp = []
         try:
-            result.check(self._task, self._link)
+            if not camp or self._link:  # without a link, who resembles what fits does so too
+                result.check(self._task, self._link)
         except (TypeError, ValueError) as cause:
             why = str(cause).removeprefix("CodedWrapper: ")
             error = WorkerError(reply.worker, f"returned what cannot be decoded: {why}")
             error.__cause__ = cause
             self._misfits.append(error)
             return
-        for camp in self._camps:
-            if result.resembles(camp[0]):
-                camp.append(result)
-                return
-        self._camps.append([result])
+        if not camp:
+            self._camps.append(camp)
+        camp.append(result)
 
     @property
     def agreed(self) -> list[Result]:
@@ -172,7 +173,7 @@ class _Text(str):
 
 def finite(leaf: Tensor) -> bool:
     """Whether all of a tensor is finite; of what is not floating-point, it is."""
-    if leaf.numel() == 0 or not leaf.is_floating_point():
+    if not leaf.is_floating_point():
         return True
     leaf = leaf.detach()
     # What is not finite stays so in every sum; a sum may overflow where nothing else is wrong.

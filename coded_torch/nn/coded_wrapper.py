@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive
 from ..codes.base import BatchPlan, Code
-from ..workers.base import Task, Workers
+from ..workers.base import Task, Workers, broadcast_dims
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
@@ -293,7 +293,8 @@ class CodedWrapper(nn.Module):
         received = [task.position(result.worker) for result in results]
         answers, expected = [], None
         columns = zip(*(result.leaves for result in results), strict=True)
-        for dim, column in zip(results[0].dims, columns, strict=True):
+        dims = broadcast_dims("out_dims", task.out_dims, results[0].spec)
+        for dim, column in zip(dims, columns, strict=True):
             if dim is None or not isinstance(column[0], Tensor):
                 answers.append(column[0])
                 continue
