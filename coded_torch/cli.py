@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "benchmarks/results; those that are there are not measured again. "
         f"In this order: {', '.join(_BENCHMARKS)}.",
     )
-    bench.add_argument("names", nargs="*", metavar="NAME", help="which ones [all]")
+    bench.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
     bench.add_argument("--quick", action="store_true", help="small and rough; keeps nothing")
     bench.add_argument(
         "--jobs",
