@@ -202,9 +202,9 @@ class CodedWrapper(nn.Module):
         self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._warn_of_batch_statistics()
         facts: dict[str, Any] = {"failed": True}
         try:
+            self._warn_of_batch_statistics()
             answers = self._answer(facts, args, kwargs)
             facts["failed"] = False
             return answers
