@@ -22,7 +22,7 @@ from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
 from ._runs import MeanPlan, check_ordering, fit_batch
-from .run_report import RunReport, timed
+from .run_report import RunReport, Timed
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
@@ -213,14 +213,14 @@ class CodedWrapper(nn.Module):
 
     def _answer(self, facts: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The answers; what goes into the report is put into ``facts`` as soon as it is known."""
-        with timed(facts, "encode_seconds"):
+        with Timed(facts, "encode_seconds"):
             inputs = Inputs(args, kwargs, self.in_dims)
             inputs.check_finite()
             if inputs.batch_size:
                 plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
                 task = self._encode(inputs, plan)
         if not inputs.batch_size:
-            with timed(facts, "compute_seconds"):
+            with Timed(facts, "compute_seconds"):
                 return self.module(*args, **kwargs)
         ballot = Ballot(task, self.link)
         facts |= {
@@ -228,12 +228,12 @@ class CodedWrapper(nn.Module):
             "num_groups": task.num_groups,
             "latencies": ballot.latencies,
         }
-        with timed(facts, "compute_seconds"):
+        with Timed(facts, "compute_seconds"):
             self._compute(ballot, task, plan)
             results, rejected = ballot.count()
         facts["received"] = tuple(result.worker for result in results)
         facts["rejected"] = {error.worker: error.reason for error in rejected}
-        with timed(facts, "decode_seconds"):
+        with Timed(facts, "decode_seconds"):
             if len(results) < self.code.min_received:
                 if not (results and self.degraded):
                     raise ballot.failure(self.code)

@@ -2,13 +2,12 @@ r"""What became of one call of a wrapper."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["RunReport", "timed"]
+__all__ = ["RunReport", "Timed"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,14 @@ class RunReport:
         return tuple(n for n in range(self.num_workers) if n not in self.received)
 
 
-@contextlib.contextmanager
-def timed(facts: dict[str, Any], name: str) -> Iterator[None]:
-    """Put the seconds that the block takes into ``facts[name]``, even if it raises."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        facts[name] = time.perf_counter() - start
+class Timed:
+    """Puts the seconds that a block takes into ``facts[name]``, even if it raises."""
+
+    def __init__(self, facts: dict[str, Any], name: str) -> None:
+        self._facts, self._name = facts, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._facts[self._name] = time.perf_counter() - self._start

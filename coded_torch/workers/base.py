@@ -166,9 +166,8 @@ class Task:
             check_batch(outputs[0], i, parts[0], dim)
             leaf = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
             check_batch(outputs[0], i, leaf, dim, size)
-            leaf = leaf.movedim(dim, 0)  # [N G, ...]
-            by_worker = leaf.reshape(num_workers, self.num_groups, *leaf.shape[1:])
-            columns.append(by_worker.movedim(1, dim + (dim >= 0)).unbind())
+            by_worker = leaf.unflatten(dim, (num_workers, self.num_groups))  # [..., N, G, ...]
+            columns.append(by_worker.unbind(dim - (dim < 0)))
         return [
             pytree.tree_unflatten([column[n] for column in columns], specs[0])
             for n in range(num_workers)
