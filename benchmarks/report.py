@@ -145,6 +145,21 @@ def settings_table(name: str) -> Table:
     return table
 
 
+def predicted(results: Results) -> Iterable[Sequence[str]]:
+    """What the default code expects of its error, over what is measured; how far off a batch is."""
+    networks = {name: results["batches"][name]["main"] for name in PAPER}
+    yield "", *next(iter(networks.values()))
+    for name, cases in networks.items():
+        each = [case["codes"]["default"] for case in cases.values()]
+        yield (
+            NAMES[name],
+            *(
+                f"{pm(x['predicted_to_measured'], 2)}, {100 * x['prediction_off_by']:.0f} %"
+                for x in each
+            ),
+        )
+
+
 def levers(results: Results) -> Iterable[Sequence[str]]:
     cases = [(n, case, x) for n, y in results["levers"].items() for case, x in y.items()]
     yield "squared error to the default's", *(f"{NAMES[n]} {case}" for n, case, _ in cases)
@@ -266,6 +281,7 @@ TABLES: dict[str, Table] = {
     "kept": kept,
     "fidelity": fidelity,
     **{name: settings_table(name) for name in PAPER},
+    "predicted": predicted,
     "levers": levers,
     "sizes": sizes,
     "contiguous": contiguous,
