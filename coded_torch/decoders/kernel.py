@@ -42,7 +42,8 @@ class KernelRegression:
     Args:
         squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
         length: of the :func:`matern52` kernel, positive.
-        nugget: :math:`\nu`; it also keeps repeated inputs apart.
+        nugget: :math:`\nu`; it also keeps repeated inputs apart. Where the distances are so badly
+            rounded that no points have them, it is raised tenfold until there is a factorisation.
 
     Note:
         :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
@@ -64,7 +65,11 @@ class KernelRegression:
         self.nugget = nugget
         covariance = matern52(squared_distances, length)
         covariance.diagonal().add_(nugget)
-        self._factor = torch.linalg.cholesky(covariance)
+        self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
+            covariance.diagonal().add_(9 * self.nugget)
+            self.nugget *= 10
+            self._factor, failed = torch.linalg.cholesky_ex(covariance)
         ones = torch.ones(len(covariance), 1, dtype=covariance.dtype)
         self._mean = torch.cholesky_solve(ones, self._factor)  # [M, 1], C^-1 1
         self._precision = float(self._mean.sum())
@@ -89,12 +94,13 @@ class KernelRegression:
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
         """The variance of each result predicted from all others, ``[M]``, likewise."""
-        return 1 / self._projected.diagonal()
+        return 1 / (self._inverse.diagonal() - self._mean.square().squeeze(1) / self._precision)
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """``results [M, C]`` less the prediction of each from all others, ``[M, C]``."""
-        residuals: Tensor = (self._projected @ results) / self._projected.diagonal()[:, None]
-        return residuals
+        mean = self._mean.T @ results / self._precision
+        residuals: Tensor = self._inverse @ results - self._mean @ mean
+        return residuals.mul_(self.leave_one_out_variances[:, None])
 
     def trust(self, results: Tensor) -> float:
         r"""How far to follow predictions away from the mean, in [0, 1], as ``results [M, C]`` tell.
@@ -122,6 +128,5 @@ class KernelRegression:
         return max(float(residual.mean()), 0.0) / (len(results) - 1)
 
     @functools.cached_property
-    def _projected(self) -> Tensor:
-        inverse = torch.cholesky_inverse(self._factor)
-        return inverse - self._mean @ self._mean.T / self._precision
+    def _inverse(self) -> Tensor:
+        return torch.cholesky_inverse(self._factor)

@@ -94,6 +94,18 @@ def test_the_outputs_variance(generator):
     assert KernelRegression(among, 1.0).output_variance(draws) == pytest.approx(9, rel=0.05)
 
 
+def test_distances_that_no_points_have(generator):
+    """Equal to a and to b, which differ: the kernel is indefinite by much more than the nugget."""
+    noise = torch.rand(30, 30, dtype=torch.float64, generator=generator)
+    fit = KernelRegression((noise + noise.T).fill_diagonal_(0), 1.0)
+    assert NUGGET < fit.nugget <= 30
+    weights = fit.weights(noise)
+    assert weights.abs().max() < 10
+    torch.testing.assert_close(weights.sum(1), torch.ones(30, dtype=torch.float64))
+    far = KernelRegression(torch.full((9, 9), math.inf).double().fill_diagonal_(0), 1.0)
+    assert far.nugget == NUGGET
+
+
 def test_one_result_and_repeated_inputs():
     one = KernelRegression(torch.zeros(1, 1, dtype=torch.float64), 1.0)
     assert one.weights(torch.tensor([[4.0]], dtype=torch.float64)).item() == pytest.approx(1)
