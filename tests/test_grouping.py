@@ -436,6 +436,62 @@ def test_geometry_does_not_depend_on_scale_and_offset(scale, offset):
     torch.testing.assert_close(Geometry([(x + offset) * scale]).gram, want, atol=1e-9, rtol=0)
 
 
+@pytest.mark.parametrize("shrinkage", [0, 0.01, math.inf])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_geometry_of_any_scale_that_float32_has(shrinkage, scale):
+    x = randn(12, 30, dtype=torch.float32)
+    got, want = Geometry([x * scale], shrinkage=shrinkage), Geometry([x], shrinkage=shrinkage)
+    assert got.finite.all()
+    torch.testing.assert_close(got.squared_distances(), want.squared_distances(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(got.distances(), want.distances(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shrinkage", [0, 0.01, math.inf])
+@pytest.mark.parametrize("factor", [20.0, 255.0, 1e4, 1e8])
+@pytest.mark.parametrize("features", [slice(0, 30), slice(30, 40)])
+def test_a_long_row_leaves_the_others_as_they_are(shrinkage, factor, features):
+    """Along the others, or in features that they do not have."""
+    x = torch.nn.functional.pad(randn(40, 30, dtype=torch.float32), (0, 10))
+    x[3] = 0
+    x[3, features] = factor
+    others = torch.arange(40) != 3
+    got, want = (Geometry([rows], shrinkage=shrinkage) for rows in (x, x[others]))
+    assert got.finite.all()
+    assert torch.equal(got.typical, others)
+    squares = got.squared_distances()
+    torch.testing.assert_close(
+        squares[others][:, others], want.squared_distances(), rtol=0, atol=3e-5
+    )
+    assert float(squares[3, others].min()) > 8**2
+    torch.testing.assert_close(
+        got.distances()[others][:, others], want.distances(), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("shrinkage", [0, 0.01])
+def test_longer_rows_among_equal_ones_are_all_there_is(shrinkage):
+    x = torch.ones(40, 30)
+    x[7] = 100
+    x[8, 3:] = 100
+    squares = Geometry([x], shrinkage=shrinkage).squared_distances()
+    equal = torch.ones(40, dtype=torch.bool)
+    equal[7:9] = False
+    assert (squares[equal][:, equal] == 0).all()
+    assert (squares[~equal][:, equal] > 1).all()
+
+
+@pytest.mark.parametrize("shrinkage", [0, 0.01])
+@pytest.mark.parametrize("noise", [1e-3, 0.01, 0.03])
+def test_distances_of_near_duplicates_are_those_of_points(shrinkage, noise):
+    """They are a thousandth of the rows' lengths: their squares are a float32's rounding."""
+    x = randn(5, 32).repeat(12, 1) + noise * randn(60, 32, seed=1)
+    got, want = Geometry([x.float()], shrinkage=shrinkage), Geometry([x], shrinkage=shrinkage)
+    assert float(torch.linalg.eigvalsh(got.gram)[0]) > -1e-12
+    near = want.squared_distances() < 0.1
+    ratio = (got.squared_distances() / want.squared_distances())[near & ~torch.eye(60).bool()]
+    assert float((ratio - 1).abs().max()) < 1e-5 / noise
+
+
 def test_landmarks_tell_the_covariance():
     low_rank = randn(700, 6, dtype=torch.float32) @ randn(6, 50, seed=1, dtype=torch.float32)
     for shrinkage in (0.01, math.inf):

@@ -32,6 +32,12 @@ _COLUMNS = 64
 # Errors grow more slowly than the variances that distances tell: with their power 1.0 for a LeNet-5
 # on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
+# Points farther from the batch's centre than so many times the root mean square of its inputs tell
+# nothing of the others, and their results may be so large that the mean does not either.
+_FAR = 8
+# The least median distance between neighbours, in the same unit: with less for its length, as noisy
+# copies of a few images have, a kernel sees next to nothing of the others, and all of rounding.
+_SHORTEST = 0.01
 
 
 class KernelCode(Code):
@@ -137,7 +143,8 @@ class _KernelPlan(BatchPlan):
     """One batch on :class:`KernelCode`.
 
     Coded inputs are points, ``_point [N, G]``: an input of the batch, 0..B-1, or one of the points
-    behind these, each a mixture of its group. ``_squared [P, P]`` are the points' distances.
+    behind these, each a mixture of its group. ``_squared [P, P]`` are the points' distances, and
+    ``_telling [P]`` says from whose results others are predicted.
     """
 
     def __init__(
@@ -148,6 +155,7 @@ class _KernelPlan(BatchPlan):
         self._grouping = grouping
         self._squared = geometry.squared_distances()  # [B, B]
         self._length = code.length * path_step(self._squared, grouping.order)
+        self._telling = geometry.finite & (geometry.gram.diagonal() <= _FAR**2)
         self._spline: list[Tensor] | None = None
         copies = self._copies(num_stragglers)  # [G, K]
         if code.placement == 0:
@@ -155,7 +163,7 @@ class _KernelPlan(BatchPlan):
             at = torch.from_numpy(_rotated(points)).T  # [N, G], data points
             self._point = grouping.rows.gather(0, at)
         else:
-            self._place(copies, geometry.gram)
+            self._place(copies, geometry)
         self._last: tuple[tuple[int, ...], _Received, KernelRegression | None] | None = None
 
     def encode(self, values: Tensor) -> Tensor:
@@ -217,14 +225,19 @@ class _KernelPlan(BatchPlan):
 
     def _leave_one_out_variances(self) -> Tensor:
         variances = torch.empty(len(self._squared), dtype=torch.float64)
-        for rows in self._grouping.order.split(_NEIGHBOURHOOD):
+        all_near = len(variances) <= _NEIGHBOURHOOD
+        for rows in [slice(None)] if all_near else self._grouping.order.split(_NEIGHBOURHOOD):
             block = self._squared[rows][:, rows]
             variances[rows] = KernelRegression(block, self._length).leave_one_out_variances
         return variances
 
-    def _place(self, copies: NDArray[np.int64], gram: Tensor) -> None:
-        num_data, rows = self.code.num_data, self._grouping.rows.T  # [G, K]
+    def _place(self, copies: NDArray[np.int64], geometry: Geometry) -> None:
+        num_data, rows, gram = self.code.num_data, self._grouping.rows.T, geometry.gram  # [G, K]
         steps = self._squared[rows[:, :-1], rows[:, 1:]].sqrt().numpy()
+        # To inputs that are far, maybe infinitely, no farther than between the others.
+        near = (self._telling[rows[:, :-1]] & self._telling[rows[:, 1:]]).numpy()
+        longest = steps.max(axis=1, keepdims=True, initial=0, where=near)
+        steps = np.where(near, steps, longest)
         knots = np.stack([chord_length(s, self.code.exponent) for s in steps])
         points = np.stack(
             [placed(t, c, self.code.placement) for t, c in zip(knots, copies, strict=True)]
@@ -243,13 +256,19 @@ class _KernelPlan(BatchPlan):
         among = torch.einsum("pgk,ngk->png", inner[:, rows], mixing)[:, mixed]  # [P - B, P - B]
         squares = among.diagonal()
         inner = (squares[:, None] + gram.diagonal()).sub_(inner, alpha=2).clamp_(min=0)
-        among = (squares[:, None] + squares).sub_(among, alpha=2).clamp_(min=0).fill_diagonal_(0)
+        among = (squares[:, None] + squares).sub_(among, alpha=2).clamp_(min=0)
+        # What an input that is infinitely far has been mixed into is, too.
+        lost = ~geometry.finite
+        nowhere = ((mixing != 0) & lost[rows]).any(dim=2)[mixed]  # [P - B]
+        inner.masked_fill_(nowhere[:, None] | lost, math.inf)
+        among.masked_fill_(nowhere[:, None] | nowhere, math.inf).fill_diagonal_(0)
         upper, lower = torch.cat([self._squared, inner.T], 1), torch.cat([inner, among], 1)
         self._squared = torch.cat([upper, lower])
+        self._telling = torch.cat([self._telling, (squares <= _FAR**2) & ~nowhere])
 
     def _regression(self, received: tuple[int, ...]) -> tuple[_Received, KernelRegression | None]:
         if self._last is None or self._last[0] != received:
-            found = _Received(self._point, received, self._grouping.batch_size)
+            found = _Received(self._point, received, self._grouping.batch_size, self._telling)
             regression = None
             if len(found.lost):
                 among = self._squared[found.points][:, found.points]
@@ -269,11 +288,14 @@ class _Received:
     Attributes:
         source: ``[B]``, the flat index ``[|F|, G]`` of the result that is an input's own, or -1.
         lost: ``[L]``, the inputs without one.
-        used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results.
+        used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results to predict the others from:
+            those of points that are ``telling``, if there are any.
         points: ``[M]``, the points that these are results of.
     """
 
-    def __init__(self, point: Tensor, received: Sequence[int], batch_size: int) -> None:
+    def __init__(
+        self, point: Tensor, received: Sequence[int], batch_size: int, telling: Tensor
+    ) -> None:
         arrived = point[torch.tensor(received)].flatten()  # [F G]
         index = torch.arange(len(arrived))
         # The first result of each input, whoever else repeats it.
@@ -284,6 +306,9 @@ class _Received:
         self.source = torch.where(answered, first, -1)
         self.lost = (~answered).nonzero().flatten()
         self.used = torch.cat([first[answered], index[~own]])
+        tells = telling[arrived[self.used]]
+        if bool(tells.any()):
+            self.used = self.used[tells]
         self.points = arrived[self.used]
 
 
@@ -299,7 +324,7 @@ def path_step(squared_distances: Tensor, order: Tensor) -> float:
     """The median distance between neighbours on the path; 1 where that says nothing."""
     steps = squared_distances[order[:-1], order[1:]].sqrt()
     steps = steps[(steps > 0) & steps.isfinite()]
-    return float(steps.median()) if len(steps) else 1.0
+    return max(float(steps.median()), _SHORTEST) if len(steps) else 1.0
 
 
 def _rotated(points: NDArray[Any]) -> NDArray[Any]:

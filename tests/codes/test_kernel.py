@@ -1,6 +1,7 @@
 """The code that looks at the batch: exact where it can be, close where it cannot, and it knows."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from coded_torch import metrics
 from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.geometry import Geometry
-from coded_torch.grouping import Grouping
+from coded_torch.grouping import Grouping, similarity_order
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 
@@ -179,6 +180,84 @@ def test_equal_inputs_and_inputs_that_are_not_finite():
     torch.testing.assert_close(coded(x), x)
     mixed = CodedWrapper(torch.nn.Identity(), KernelCode(4, 6, placement=1.0))
     torch.testing.assert_close(mixed(x), x)
+
+
+def answered(code, model, x, lost, seed=0):
+    """The answers, the truth, and which of them are the model's own, bit for bit."""
+    coded = CodedWrapper(model, code, stragglers=Uniform(lost, seed=seed))
+    with torch.inference_mode():
+        got, want = coded(x), model(x)
+    assert got.isfinite().all()
+    assert math.isfinite(coded.last_run.expected_rmse)
+    return got.double(), want.double(), (got == want).flatten(1).all(1)
+
+
+@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("noise", [0, 1e-9, 1e-6, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.05, 0.1])
+def test_near_duplicates(placement, dtype, noise, generator):
+    """Their distances are as small as what rounding does to those of the others."""
+    x = torch.randn(5, 32, dtype=torch.float64, generator=generator).repeat(12, 1)
+    x = (x + noise * torch.randn(60, 32, dtype=torch.float64, generator=generator)).to(dtype)
+    got, want, own = answered(KernelCode(4, 6, placement=placement), torch.nn.Tanh(), x, 2)
+    assert metrics.rmse(got, want) < 0.1 * metrics.rmse(want.mean(0).expand_as(want), want)
+    if placement == 0:
+        assert own.sum() >= 40
+
+
+@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [20, 240])
+def test_one_image_that_is_not_normalised(placement, dtype, batch_size, network):
+    model, images, _ = network
+    model = copy.deepcopy(model).to(dtype)
+    code = KernelCode(20, 24, placement=placement)
+    errors = []
+    for factor in (1, 50, 255, 3000, 1e5):
+        x = images[:batch_size].to(dtype, copy=True)
+        x[0] *= factor
+        square = 0
+        for seed in range(5):
+            got, want, own = answered(code, model, x, 4, seed)
+            square += float((got - want)[1:].square().sum())
+            if placement == 0:
+                assert own.sum() >= batch_size * 5 // 6
+        errors.append(math.sqrt(square))
+    # Mixed into others, it spoils its neighbours' results; else it does next to nothing.
+    assert max(errors) < (1.2 if placement == 0 else 1.5 if batch_size == 240 else 2) * errors[0]
+
+
+@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_inputs_of_any_scale(placement, scale, generator):
+    x = torch.randn(24, 5, generator=generator)
+    code = KernelCode(6, 9, placement=placement)
+    small, _, _ = answered(code, torch.nn.Identity(), x, 2)
+    got, _, _ = answered(code, torch.nn.Identity(), x * scale, 2)
+    torch.testing.assert_close(got / scale, small, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
+def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(placement, bad, generator):
+    """What it is mixed into tells nothing either, unless it makes results that are not finite."""
+    x = inputs(60, generator).float()
+    x[7] = bad
+    code = KernelCode(6, 9, placement=placement)
+    geometry = Geometry([x])
+    grouping = Grouping(similarity_order(geometry.distances()), 6)
+    plan = code.fit(grouping, geometry, 2)
+    received = [0, 1, 3, 4, 5, 7, 8]
+    results = smooth(plan.encode(x))[received]
+    assert math.isfinite(plan.expected_rmse(received))
+    if placement > 0 and not math.isfinite(bad):
+        return  # results of whole groups are not finite, and whoever collects them leaves them out
+    answers = plan.decode(results, received)
+    clean = (grouping.rows != 7).all(0)
+    others = grouping.rows[:, clean].flatten().unique()
+    assert answers[others].isfinite().all()
+    assert metrics.rmse(answers[others], smooth(x[others])) < 0.7
+    assert math.isfinite(plan.expected_rmse(received, results))
 
 
 def test_half_precision_and_several_outputs(generator):
