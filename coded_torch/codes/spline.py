@@ -139,8 +139,11 @@ class _CrossValidated(LinearMap):
         return self._curve(self._choose(values.detach()))._apply(values, transpose=False)
 
     def _choose(self, values: Tensor) -> float:
-        components = self._components(values).to(accumulation_dtype(values.dtype))
-        energies = components.square().sum((1, 2)).double().cpu().numpy()
+        values = values.to(accumulation_dtype(values.dtype))
+        # The choice is the same at every scale, and squares neither overflow nor underflow at this.
+        largest = values.abs().amax() if values.numel() else values.new_ones(())
+        components = self._components(values / largest.masked_fill(largest == 0, 1))
+        energies = components.square().sum((1, 2), dtype=torch.float64).cpu().numpy()
         return float(self._grid[(self._criterion @ energies).argmin()])
 
     def _curve(self, smoothing: float) -> SplineMap:

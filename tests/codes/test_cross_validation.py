@@ -145,6 +145,35 @@ def test_decoders_travel():
     assert torch.equal(pickle.loads(pickle.dumps(decoder))(results), decoder(results))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        (torch.float16, [1e-2, 1e3, 2.5e4]),
+        (torch.bfloat16, [1e-30, 1e-10, 1e10, 1e30]),
+        (torch.float32, [1e-35, 1e-24, 1e-19, 1e19, 1e30]),
+        (torch.float64, [1e-300, 1e-170, 1e170, 1e300]),
+    ],
+    ids=str,
+)
+def test_the_unit_of_the_results_does_not_matter(dtype, scales):
+    code = SplineCode(8, 24, decoder_smoothing="gcv")
+    decoder = code.decoder(range(24))
+    results = torch.linspace(0, 3, 24).sin()[:, None, None] + 0.3 * normal(24, 1, 500).float()
+    want = decoder._choose(results)
+    assert want > 0
+    for scale in scales:
+        scaled = (results.double() * scale).to(dtype)
+        assert scaled.isfinite().all()
+        assert decoder._choose(scaled) == want
+        assert decoder(scaled).isfinite().all()
+
+
+def test_results_that_are_all_zero_are_answered_by_zero():
+    code = SplineCode(8, 24, decoder_smoothing="gcv")
+    assert not code.decode(torch.zeros(24, 3), range(24)).any()
+    assert code.decode(torch.zeros(24, 0), range(24)).shape == (8, 0)
+
+
 def test_results_that_are_not_finite_do_not_stop_it():
     code = SplineCode(8, 24, decoder_smoothing="gcv")
     results = normal(24, 3)
