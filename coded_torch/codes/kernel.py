@@ -77,7 +77,16 @@ class KernelCode(Code):
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
         :class:`~coded_torch.nn.CodedWrapper` cuts large batches into runs of at most 4,096 results.
         What is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder
-        without a batch to look at. Gradients take the trust as constant.
+        without a batch to look at.
+
+        Gradients take as constant what the code has chosen by looking at inputs and results: order,
+        distances, points, weights and trust. Those of answers that are an input's own result are
+        exact. Those of lost answers are not the derivatives of these answers in the inputs, which
+        move the distances too; in the module's parameters they are, but for the trust.
+
+        Inputs more than 8 times as far from the centre as is usual in the batch, and what is mixed
+        with so much of one, predict nothing; without a result of their own they are answered by
+        what the batch has in the mean.
 
     Example:
         >>> import torch

@@ -182,6 +182,22 @@ def test_equal_inputs_and_inputs_that_are_not_finite():
     torch.testing.assert_close(mixed(x), x)
 
 
+def test_gradients_of_lost_answers_take_the_weights_as_constant(generator):
+    x = inputs(12, generator).requires_grad_()
+    coded = CodedWrapper(Smooth(), KernelCode(4, 6), stragglers=Uniform(2, seed=0), shuffle=False)
+    answers = coded(x)
+    own = (answers == smooth(x)).all(1)
+    lost = int((~own).nonzero()[0])
+    for i in own.nonzero().flatten().tolist():
+        got, want = (
+            torch.autograd.grad(y[i].sum(), x, retain_graph=True)[0] for y in (answers, smooth(x))
+        )
+        assert torch.equal(got, want)
+    (gradient,) = torch.autograd.grad(answers[lost].sum(), x)
+    assert not gradient[lost].any()
+    assert gradient[own].any()
+
+
 def answered(code, model, x, lost, seed=0):
     """The answers, the truth, and which of them are the model's own, bit for bit."""
     coded = CodedWrapper(model, code, stragglers=Uniform(lost, seed=seed))
