@@ -94,4 +94,5 @@ def find_devices(
 
 
 def _name(owner: object) -> str:
-    return type(owner).__name__
+    """That of a function, if it is one, or of the type of whoever else is given the argument."""
+    return owner if isinstance(owner, str) else type(owner).__name__

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arguments import real
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -108,7 +110,8 @@ class Geometry:
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, shrinkage: float = 0.01) -> None:
-        _check(inputs, shrinkage)
+        _check(inputs)
+        self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
         self._rounding = _ROUNDINGS * torch.finfo(dtype).eps
@@ -119,7 +122,6 @@ class Geometry:
             self.finite, self.typical = torch.from_numpy(finite), torch.from_numpy(typical)
             if not finite.all():
                 parts = [part[self.finite.to(part.device)] for part in parts]
-        self.shrinkage = float(shrinkage)
         self.batch_size = len(finite)
         self._parts = parts
         self._largest = lengths[:, typical].max(axis=1, initial=0).tolist()
@@ -206,7 +208,7 @@ def _exactly(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _check(inputs: Sequence[Tensor], shrinkage: float) -> None:
+def _check(inputs: Sequence[Tensor]) -> None:
     if not len(inputs):
         raise ValueError("Geometry: inputs must hold at least one tensor, got none")
     for i, x in enumerate(inputs):
@@ -220,12 +222,6 @@ def _check(inputs: Sequence[Tensor], shrinkage: float) -> None:
                 f"Geometry: inputs[{i}] must have the batch size of the first along dim 0, "
                 f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
             )
-    try:
-        negative = not float(shrinkage) >= 0
-    except (TypeError, ValueError):
-        raise TypeError(f"Geometry: shrinkage must be a real number, got {shrinkage!r}") from None
-    if negative:
-        raise ValueError(f"Geometry: shrinkage must be >= 0, got {shrinkage}")
 
 
 def _few(x: Tensor, dtype: torch.dtype) -> Tensor:

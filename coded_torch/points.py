@@ -2,10 +2,11 @@ r"""Data points and worker points: where inputs and workers sit on the curve, wi
 
 from __future__ import annotations
 
-import operator
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from ._arguments import count, real
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -43,7 +44,7 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
         >>> points.chebyshev_first(3).round(3).tolist()
         [-0.866, 0.0, 0.866]
     """
-    n = _count("chebyshev_first", num_points)
+    n = count("chebyshev_first", "num_points", num_points)
     return _sines(np.arange(1 - n, n, 2) / n)
 
 
@@ -67,7 +68,7 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
         >>> points.chebyshev_second(5).round(3).tolist()
         [-1.0, -0.707, 0.0, 0.707, 1.0]
     """
-    n = _count("chebyshev_second", num_points)
+    n = count("chebyshev_second", "num_points", num_points)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
 
 
@@ -95,7 +96,7 @@ def equidistant(num_points: int) -> NDArray[np.float64]:
         >>> points.equidistant(4).tolist()
         [-0.75, -0.25, 0.25, 0.75]
     """
-    n = _count("equidistant", num_points)
+    n = count("equidistant", "num_points", num_points)
     return np.arange(1 - n, n, 2) / n
 
 
@@ -134,7 +135,7 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
             "systematic: data_points must be a strictly increasing vector within [-1, 1], "
             f"got {data.tolist()}"
         )
-    extra = _count("systematic", num_points, least=data.size) - data.size
+    extra = count("systematic", "num_points", num_points, data.size) - data.size
     gaps = np.diff(data)
     if extra and not gaps.size:
         raise ValueError(f"systematic: num_points must be 1 for one data point, got {num_points}")
@@ -212,8 +213,7 @@ def placed(data_points: ArrayLike, copies: ArrayLike, placement: float) -> NDArr
     """
     data = np.array(data_points, dtype=np.float64)
     repeated = np.repeat(data, np.array(copies, dtype=np.int64))
-    if not 0 <= placement <= 1:
-        raise ValueError(f"placed: placement must lie in [0, 1], got {placement}")
+    placement = real("placed", "placement", placement, "in [0, 1]", lambda p: 0 <= p <= 1)
     if placement == 0 or data.size == 1:
         return repeated
     middle = systematic(data, repeated.size)
@@ -230,13 +230,3 @@ def _sines(quarter_turns: NDArray[np.float64]) -> NDArray[np.float64]:
     # symmetry independent of how the mathematical library rounds.
     sines = np.sin(quarter_turns * (np.pi / 2))
     return (sines - sines[::-1]) / 2
-
-
-def _count(function: str, value: int, least: int = 1) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{function}: num_points must be an integer, got {value!r}") from None
-    if count < least:
-        raise ValueError(f"{function}: num_points must be at least {least}, got {count}")
-    return count

@@ -579,7 +579,7 @@ def test_bad_geometries():
     with pytest.raises(ValueError, match=r"got shape \(\) beside \(\)"):
         Geometry([torch.tensor(1.0)])
     for shrinkage in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"shrinkage must be >= 0, got {shrinkage}"):
+        with pytest.raises(ValueError, match=f"shrinkage must be at least 0, got {shrinkage}"):
             Geometry([x], shrinkage=shrinkage)
-    with pytest.raises(TypeError, match="shrinkage must be a real number, got 'some'"):
+    with pytest.raises(TypeError, match="shrinkage must be at least 0, got 'some'"):
         Geometry([x], shrinkage="some")

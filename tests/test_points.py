@@ -119,5 +119,5 @@ def test_placed_goes_from_repeated_over_systematic_to_spread():
     assert all((np.diff(b) >= 0).all() and len(b) == 7 for b in between)
     assert np.abs(np.diff(between, axis=0)).max() < 0.5
     assert points.placed([0.0], [3], 1).tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="placement must lie in"):
+    with pytest.raises(ValueError, match="placement must be in"):
         points.placed(data, copies, math.nan)

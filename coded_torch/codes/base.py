@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import inspect
 import operator
 import threading
 from collections import OrderedDict
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import count
 from ..linear import LinearMap, real_array
 
 if TYPE_CHECKING:
@@ -73,8 +75,8 @@ class Code(abc.ABC):
     max_run: int = 4096
 
     def __init__(self, num_data: int, num_workers: int) -> None:
-        self.num_data = self._count("num_data", num_data)
-        self.num_workers = self._count("num_workers", num_workers)
+        self.num_data = count(self, "num_data", num_data)
+        self.num_workers = count(self, "num_workers", num_workers)
 
     @property
     def min_received(self) -> int:
@@ -93,21 +95,13 @@ class Code(abc.ABC):
             num_stragglers: how many workers are expected to be late, at least 0.
         """
 
-    def _count(self, argument: str, value: int, least: int = 1) -> int:
-        try:
-            count = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{type(self).__name__}: {argument} must be an integer, got {value!r}"
-            ) from None
-        if count < least:
-            raise ValueError(
-                f"{type(self).__name__}: {argument} must be at least {least}, got {count}"
-            )
-        return count
-
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(num_data={self.num_data}, num_workers={self.num_workers})"
+        """The arguments that are kept under their names, without those that are arrays."""
+        values = (
+            (name, getattr(self, name, None)) for name in inspect.signature(type(self)).parameters
+        )
+        shown = (f"{n}={v!r}" for n, v in values if isinstance(v, (int, float, str, Code)))
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 class FixedCode(Code):

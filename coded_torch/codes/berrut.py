@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .._arguments import count
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first, chebyshev_second
 from .base import CurveCode
@@ -67,15 +68,15 @@ class BerrutCode(CurveCode):
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
     ) -> None:
-        num_data = self._count("num_data", num_data)
-        num_workers = self._count("num_workers", num_workers)
+        num_data = count(self, "num_data", num_data)
+        num_workers = count(self, "num_workers", num_workers)
         super().__init__(
             num_data,
             num_workers,
             chebyshev_first(num_data) if data_points is None else data_points,
             chebyshev_second(num_workers) if worker_points is None else worker_points,
         )
-        self.order = self._count("order", order, least=0)
+        self.order = count(self, "order", order, 0)
         if self.order >= num_data:
             raise ValueError(
                 f"BerrutCode: order must be less than num_data, {num_data}, got {self.order}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._arguments import count
 from ..linear import LinearMap, MatrixMap
 from ..points import equidistant
 from .base import BatchPlan, CurveCode, FixedCode, _GroupwisePlan
@@ -101,7 +102,7 @@ class CalibratedCode(FixedCode):
             )
         super().__init__(code.num_data, code.num_workers)
         self.code = code
-        self.num_groups = self._count("num_groups", num_groups, least=0)
+        self.num_groups = count(self, "num_groups", num_groups, 0)
         size = self.num_workers + self.num_data
         if moments is None:
             moments = torch.zeros(size, size, dtype=torch.float64)

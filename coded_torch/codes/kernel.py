@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._arguments import positive, real
 from .._extension import spline_plan
 from ..decoders.kernel import KernelRegression
 from ..linear import SelectMap, accumulation_dtype
@@ -117,18 +118,10 @@ class KernelCode(Code):
                 f"KernelCode: num_workers must be at least num_data, {self.num_data}, "
                 f"got {self.num_workers}"
             )
-        if not 0 <= placement <= 1:
-            raise ValueError(f"KernelCode: placement must lie in [0, 1], got {placement}")
-        if not 0 <= exponent <= 1:
-            raise ValueError(f"KernelCode: exponent must lie in [0, 1], got {exponent}")
-        if not shrinkage >= 0:
-            raise ValueError(f"KernelCode: shrinkage must be at least 0, got {shrinkage}")
-        if not 0 < length < math.inf:
-            raise ValueError(f"KernelCode: length must be positive and finite, got {length}")
-        self.placement = float(placement)
-        self.exponent = float(exponent)
-        self.shrinkage = float(shrinkage)
-        self.length = float(length)
+        self.placement = real(self, "placement", placement, "in [0, 1]", lambda p: 0 <= p <= 1)
+        self.exponent = real(self, "exponent", exponent, "in [0, 1]", lambda e: 0 <= e <= 1)
+        self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
+        self.length = positive(self, "length", length)
         if self.placement > 0:  # results that mix are all distinct, N / K times as many
             self.max_run = max(1, self.max_run // self.num_workers) * self.num_data
 
@@ -139,13 +132,6 @@ class KernelCode(Code):
         if geometry is None:
             raise ValueError("KernelCode: geometry must be given to fit, got None")
         return _KernelPlan(self, grouping, geometry, num_stragglers)
-
-    def __repr__(self) -> str:
-        return (
-            f"KernelCode(num_data={self.num_data}, num_workers={self.num_workers}, "
-            f"placement={self.placement}, exponent={self.exponent}, shrinkage={self.shrinkage}, "
-            f"length={self.length})"
-        )
 
 
 class _KernelPlan(BatchPlan):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.polynomial import chebyshev
 
+from .._arguments import count
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first
 from .base import CurveCode
@@ -76,8 +77,8 @@ class LagrangeCode(CurveCode):
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
     ) -> None:
-        num_data = self._count("num_data", num_data)
-        num_workers = self._count("num_workers", num_workers)
+        num_data = count(self, "num_data", num_data)
+        num_workers = count(self, "num_workers", num_workers)
         super().__init__(
             num_data,
             num_workers,
@@ -85,10 +86,10 @@ class LagrangeCode(CurveCode):
             chebyshev_first(num_workers) if worker_points is None else worker_points,
         )
         if decoder_degree is None:
-            degree = self._count("degree", 1 if degree is None else degree)
+            degree = count(self, "degree", 1 if degree is None else degree)
             self.decoder_degree = (num_data - 1) * degree
         elif degree is None:
-            self.decoder_degree = self._count("decoder_degree", decoder_degree, least=0)
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
         else:
             raise ValueError(
                 "LagrangeCode: degree and decoder_degree exclude each other, "

@@ -92,7 +92,7 @@ class SplineCode(CurveCode):
         )
         self.encoder_smoothing = check_smoothing("SplineCode: encoder_smoothing", encoder_smoothing)
         self.decoder_smoothing: float | Literal["gcv"] = "gcv"
-        if decoder_smoothing != "gcv":
+        if not (isinstance(decoder_smoothing, str) and decoder_smoothing == "gcv"):
             self.decoder_smoothing = check_smoothing(
                 "SplineCode: decoder_smoothing", decoder_smoothing
             )

@@ -3,7 +3,18 @@ import pickle
 import numpy as np
 import pytest
 
-from coded_torch.codes import Code, CurveCode, NotEnoughResults, base
+from coded_torch.codes import (
+    BerrutCode,
+    CalibratedCode,
+    Code,
+    CurveCode,
+    KernelCode,
+    LagrangeCode,
+    NotEnoughResults,
+    ReplicationCode,
+    SplineCode,
+    base,
+)
 from coded_torch.linear import MatrixMap
 
 
@@ -27,6 +38,38 @@ def test_not_enough_results_says_who_is_missing():
     assert (str(twin), twin.missing) == (str(error), error.missing)
 
 
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (SplineCode(4, 6, decoder_smoothing=0.1), "encoder_smoothing=0.0, decoder_smoothing=0.1"),
+        (
+            SplineCode(4, 6, decoder_smoothing="gcv"),
+            "encoder_smoothing=0.0, decoder_smoothing='gcv'",
+        ),
+        (BerrutCode(4, 6, order=2), "order=2"),
+        (LagrangeCode(4, 6, decoder_degree=5), "decoder_degree=5"),
+        (
+            KernelCode(4, 6, placement=0.5),
+            "placement=0.5, exponent=0.5, shrinkage=0.01, length=2.0",
+        ),
+    ],
+)
+def test_a_code_says_what_it_was_made_of(code, text):
+    name = type(code).__name__
+    assert repr(code) == f"{name}(num_data=4, num_workers=6, {text})"
+    assert repr(eval(repr(code), {name: type(code)})) == repr(code)
+
+
+def test_a_code_says_all_that_has_a_name():
+    assert repr(ReplicationCode(2, 3)) == "ReplicationCode(num_data=2, num_workers=3)"
+    assert repr(LagrangeCode(4, 12, degree=2)) == (
+        "LagrangeCode(num_data=4, num_workers=12, decoder_degree=6)"
+    )
+    assert repr(CalibratedCode(ReplicationCode(2, 3))) == (
+        "CalibratedCode(code=ReplicationCode(num_data=2, num_workers=3), num_groups=0)"
+    )
+
+
 def test_a_code_needs_its_maps():
     with pytest.raises(TypeError, match="abstract"):
         Code(1, 1)
@@ -38,6 +81,7 @@ def test_counts(argument):
     for wrong, error, message in [
         (0, ValueError, f"Nearest: {argument} must be at least 1, got 0"),
         (1.0, TypeError, f"Nearest: {argument} must be an integer, got 1.0"),
+        (True, TypeError, f"Nearest: {argument} must be an integer, got True"),
     ]:
         with pytest.raises(error, match=message):
             Nearest(**(counts | {argument: wrong}))

@@ -331,9 +331,9 @@ def test_copies_of_the_code():
     ("arguments", "message"),
     [
         ({"num_workers": 3}, "num_workers must be at least num_data, 4, got 3"),
-        ({"placement": 1.5}, r"placement must lie in \[0, 1\], got 1.5"),
-        ({"placement": float("nan")}, "placement must lie"),
-        ({"exponent": -1}, "exponent must lie"),
+        ({"placement": 1.5}, r"placement must be in \[0, 1\], got 1.5"),
+        ({"placement": float("nan")}, "placement must be"),
+        ({"exponent": -1}, "exponent must be"),
         ({"shrinkage": -1}, "shrinkage must be at least 0"),
         ({"length": 0}, "length must be positive and finite, got 0"),
     ],
@@ -341,6 +341,23 @@ def test_copies_of_the_code():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         KernelCode(**({"num_data": 4, "num_workers": 6} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("num_data", True, "an integer, got True"),
+        ("num_workers", 6.0, r"an integer, got 6\.0"),
+        ("placement", "auto", r"in \[0, 1\], got 'auto'"),
+        ("placement", True, r"in \[0, 1\], got True"),
+        ("exponent", [0.5], r"in \[0, 1\], got \[0\.5\]"),
+        ("shrinkage", None, "at least 0, got None"),
+        ("length", None, "positive and finite, got None"),
+    ],
+)
+def test_arguments_of_another_kind(argument, value, message):
+    with pytest.raises(TypeError, match=f"KernelCode: {argument} must be {message}"):
+        KernelCode(**({"num_data": 4, "num_workers": 6} | {argument: value}))
 
 
 def test_needs_the_geometry():
