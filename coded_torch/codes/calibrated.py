@@ -60,6 +60,8 @@ class CalibratedCode(FixedCode):
             answer (or any other: what all share has no influence on the decoders).
         num_groups: n, how many groups ``moments`` are the mean of, at least 0; with 0, which is
             the default, the prior decodes, and that is in effect the interpolating spline.
+        encoder: ``[N, K]``, the matrix of the encoder that ``moments`` were taken with, to be sure
+            that it is the one of ``code``; None: not compared.
 
     Attributes:
         code, moments, num_groups: as given.
@@ -67,7 +69,8 @@ class CalibratedCode(FixedCode):
     Raises:
         TypeError: ``code`` is not a :class:`~coded_torch.codes.FixedCode`, ``moments`` not a
             floating-point tensor, or ``num_groups`` not an integer.
-        ValueError: ``moments`` are not the moments of N + K numbers, or ``num_groups`` is negative.
+        ValueError: ``moments`` are not the moments of N + K numbers, ``num_groups`` is negative, or
+            ``encoder`` is another code's.
 
     Note:
         One result is enough for some answer. Planning a decoder costs :math:`O(|F|^2 (|F| + K))`.
@@ -95,7 +98,14 @@ class CalibratedCode(FixedCode):
         ...     twin = CalibratedCode(spline, **torch.load(file, weights_only=True))
     """
 
-    def __init__(self, code: FixedCode, moments: Tensor | None = None, num_groups: int = 0) -> None:
+    def __init__(
+        self,
+        code: FixedCode,
+        moments: Tensor | None = None,
+        num_groups: int = 0,
+        *,
+        encoder: Tensor | None = None,
+    ) -> None:
         if not isinstance(code, FixedCode):
             raise TypeError(
                 f"CalibratedCode: code must be of type FixedCode, got {type(code).__name__}"
@@ -103,6 +113,8 @@ class CalibratedCode(FixedCode):
         super().__init__(code.num_data, code.num_workers)
         self.code = code
         self.num_groups = count(self, "num_groups", num_groups, 0)
+        if encoder is not None:
+            self._check_encoder(encoder)
         size = self.num_workers + self.num_data
         if moments is None:
             moments = torch.zeros(size, size, dtype=torch.float64)
@@ -113,9 +125,14 @@ class CalibratedCode(FixedCode):
     def state_dict(self) -> dict[str, Any]:
         """What calibration has learnt: the arguments but ``code``, for :func:`torch.save`.
 
-        It can be loaded with ``weights_only=True``, and belongs to the same ``code`` only.
+        It can be loaded with ``weights_only=True``, and belongs to codes with the same encoder
+        only, as is checked.
         """
-        return {"moments": self.moments, "num_groups": self.num_groups}
+        return {
+            "moments": self.moments,
+            "num_groups": self.num_groups,
+            "encoder": self.encoder.matrix(),
+        }
 
     def expected_rmse(
         self, received: Sequence[int] | Tensor, results: Tensor | None = None
@@ -159,6 +176,15 @@ class CalibratedCode(FixedCode):
     def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
         seen = self.moments if self.num_groups else self._prior
         return _BestMap(self._blended, seen, received, self.num_workers)
+
+    def _check_encoder(self, encoder: Tensor) -> None:
+        own, given = self.encoder.matrix(), torch.as_tensor(encoder, dtype=torch.float64)
+        # Another machine may have rounded its own differently.
+        if given.shape != own.shape or not torch.allclose(given.cpu(), own, atol=1e-6):
+            raise ValueError(
+                f"CalibratedCode: encoder must be that of code, {self.code}, "
+                f"got another one, of shape {tuple(given.shape)}"
+            )
 
     def _blend(self) -> Tensor:
         """The moments of the data shrunk towards the prior's."""

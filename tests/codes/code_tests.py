@@ -186,9 +186,8 @@ class CodeTests:
             assert torch.equal(twin.decode(results, received), code.decode(results, received))
 
     def test_repr_says_what_it_is(self, code):
-        assert repr(code).startswith(
-            f"{type(code).__name__}(num_data={code.num_data}, num_workers="
-        )
+        assert repr(code).startswith(f"{type(code).__name__}(")
+        assert f"num_data={code.num_data}, num_workers={code.num_workers}" in repr(code)
 
     def test_maps_are_made_once(self, code, received):
         assert code.encoder is code.encoder

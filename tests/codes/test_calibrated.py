@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coded_torch import points
-from coded_torch.codes import KernelCode, LagrangeCode, ReplicationCode, SplineCode
+from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from coded_torch.codes.calibrated import CalibratedCode
 from coded_torch.metrics import rmse
 
@@ -187,6 +187,19 @@ def test_saved_and_loaded_without_pickled_code():
     twin = CalibratedCode(SPLINE, **torch.load(file, weights_only=True))
     assert twin.num_groups == 7
     assert torch.equal(twin.decoder(RECEIVED).matrix(), code.decoder(RECEIVED).matrix())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [BerrutCode(6, 12), SplineCode(6, 12), SplineCode(6, 13), ReplicationCode(6, 12)],
+    ids=str,
+)
+def test_what_one_code_has_learnt_is_not_for_another(other):
+    state = calibrated(SPLINE, 7).state_dict()
+    with pytest.raises(
+        ValueError, match=r"encoder must be that of code, .*Code\(.*got another one"
+    ):
+        CalibratedCode(other, **state)
 
 
 MOMENTS = torch.eye(18, dtype=torch.float64)
