@@ -2,16 +2,16 @@ r"""What a code can learn from unlabelled data, before it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .codes.base import BatchPlan, Code, FixedCode
+from ._trial import watched
+from .codes.base import FixedCode
 from .codes.calibrated import CalibratedCode
 from .nn import CodedWrapper
-from .workers import LocalWorkers
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -40,11 +40,14 @@ def calibrate(wrapper: CodedWrapper, batches: Iterable[Any]) -> CalibratedCode:
 
     Raises:
         TypeError: the code of the wrapper is not a :class:`~coded_torch.codes.FixedCode`.
+        ValueError: there is no input in the batches.
         NotEnoughResults: the module's outputs are not finite for some coded input.
         TypeError, ValueError: as calling the wrapper.
 
     Note:
-        :math:`(N + K) / K` times the module's work, in this process and without gradients. All
+        :math:`(N + K) / K` times the module's work, in this process and without gradients, in as
+        large batches as the wrapper's workers take; neither its hooks nor its ``on_run`` hear of
+        it. All
         decoded outputs count, each by its squared error; with ``link="softmax"``, on the scale of
         logits. Outputs are compared within a batch: what all of its inputs share is no variance.
 
@@ -74,61 +77,21 @@ def calibrate(wrapper: CodedWrapper, batches: Iterable[Any]) -> CalibratedCode:
         raise TypeError(
             f"calibrate: the code of wrapper must be of type FixedCode, got {type(code).__name__}"
         )
-    recorder = _Recorder(code)
-    recording = CodedWrapper(
-        wrapper.module,
-        recorder,
-        workers=LocalWorkers(max_batch_size=getattr(wrapper.workers, "max_batch_size", None)),
-        ordering=wrapper.ordering,
-        shuffle=False,
-        link=wrapper.link,
-        in_dims=wrapper.in_dims,
-        out_dims=wrapper.out_dims,
-    )
+    size = code.num_workers + code.num_data
+    total, num_groups = torch.zeros(size, size, dtype=torch.float64), 0
+
+    def see(results: Tensor, grouping: Grouping, geometry: Geometry | None) -> None:
+        answers = results[code.num_workers :]  # [K, G, ...]
+        centred = results.double() - answers.double().mean((0, 1))
+        columns = centred.flatten(1)
+        total.add_((columns @ columns.T).cpu())
+
+    recording = watched(wrapper, see, encoder=code)
     with torch.no_grad():
         for batch in batches:
             recording(*(batch if isinstance(batch, tuple) else (batch,)))
-    return CalibratedCode(code, recorder.sum / max(recorder.num_groups, 1), recorder.num_groups)
-
-
-class _Recorder(Code):
-    """Workers for the N coded inputs and K more for the inputs, and the moments of all outputs.
-
-    Attributes:
-        sum: ``[N + K, N + K]``, the sum over groups and outputs.
-        num_groups: how many groups it has seen.
-    """
-
-    def __init__(self, code: FixedCode) -> None:
-        super().__init__(code.num_data, code.num_workers + code.num_data)
-        self.code = code
-        self.sum = torch.zeros(self.num_workers, self.num_workers, dtype=torch.float64)
-        self.num_groups = 0
-
-    @property
-    def min_received(self) -> int:
-        return self.num_workers
-
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
-        self.num_groups += grouping.num_groups
-        return _Recording(self, grouping)
-
-
-class _Recording(BatchPlan):
-    def __init__(self, code: _Recorder, grouping: Grouping) -> None:
-        self.code: _Recorder = code
-        self.num_groups = grouping.num_groups
-        self._grouping = grouping
-
-    def encode(self, values: Tensor) -> Tensor:
-        inputs = self._grouping.gather(values)  # [K, G, ...]
-        return torch.cat([self.code.code.encode(inputs), inputs])
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        answers = results[self.code.code.num_workers :]  # [K, G, ...]
-        centred = results.double() - answers.double().mean((0, 1))
-        columns = centred.flatten(1)
-        self.code.sum += (columns @ columns.T).cpu()
-        return self._grouping.scatter(answers)
+            assert recording.last_run is not None
+            num_groups += recording.last_run.num_groups
+    if not num_groups:
+        raise ValueError("calibrate: batches must hold at least one input, got none")
+    return CalibratedCode(code, total / num_groups, num_groups)

@@ -2,7 +2,7 @@ r"""Choosing the numbers of a code by its error on unlabelled data."""
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .codes.base import BatchPlan, Code
+from ._trial import beside, watched
 from .codes.kernel import KernelCode, path_step
 from .decoders.kernel import KernelRegression
 from .nn import CodedWrapper
-from .workers import LocalWorkers
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -54,15 +53,16 @@ def tune(
             first.
 
     Returns:
-        The code with the best numbers.
+        The code with the best numbers, of the same type as the wrapper's.
 
     Raises:
         TypeError: the code of the wrapper is not a ``KernelCode``.
-        ValueError: there are no batches.
+        ValueError: there are no batches, or there is nothing to choose from.
 
     Note:
         The module runs once on every batch for each shrinkage, and on N / K times as many inputs
-        for each placement, without gradients. Simulated stragglers draw from the wrapper's law.
+        for each placement, without gradients. Simulated stragglers draw from the wrapper's law;
+        neither its hooks nor its ``on_run`` hear of it.
 
     Example:
         >>> import torch
@@ -72,47 +72,41 @@ def tune(
         >>> from coded_torch.tuning import tune
         >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         >>> coded = CodedWrapper(torch.nn.Tanh(), KernelCode(10, 15), stragglers=Uniform(4, seed=0))
-        >>> coded.code = tune(coded, [x], placements=[0.0, 1.0])
-        >>> coded.code.placement, coded.code.num_workers
-        (0.0, 15)
+        >>> coded.code = tune(coded, [x], lengths=[0.1, 2.0], placements=[0.0])
+        >>> coded.code.length, coded.code.num_workers
+        (2.0, 15)
     """
     code = wrapper.code
     if not isinstance(code, KernelCode):
         raise TypeError(f"tune: the code of wrapper must be of type KernelCode, got {code}")
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    if not calls:
-        raise ValueError("tune: batches must hold at least one batch, got none")
+    for argument, options in (
+        ("batches", calls),
+        ("shrinkages", shrinkages),
+        ("lengths", lengths),
+        ("placements", placements),
+    ):
+        if not len(options):
+            raise ValueError(f"tune: {argument} must hold at least one, got none")
+    for shrinkage, length, placement in itertools.product(shrinkages, lengths, placements):
+        code.replace(shrinkage=shrinkage, length=length, placement=placement)  # or it raises
 
-    def with_code(other: Code, **settings: Any) -> CodedWrapper:
-        trial = copy.copy(wrapper)
-        trial.__dict__.update(code=other, **settings)
-        return trial
-
-    def numbers(shrinkage: float, length: float, placement: float) -> KernelCode:
-        return KernelCode(
-            code.num_data,
-            code.num_workers,
-            placement=placement,
-            exponent=code.exponent,
-            shrinkage=shrinkage,
-            length=length,
-        )
-
-    local = {"workers": LocalWorkers(), "num_stragglers": 0, "deadline": None}
+    errors: dict[tuple[float, float], float] = {}
     with torch.no_grad():
-        errors: dict[tuple[float, float], float] = {}
         for shrinkage in shrinkages:
-            predictor = _Predictor(code.num_data, shrinkage, lengths)
-            exact = [with_code(predictor, **local)(*args) for args in calls]
-            errors |= {(shrinkage, n): e for n, e in zip(lengths, predictor.errors, strict=True)}
-        best = min(errors, key=errors.__getitem__)
+            see = _LeaveOneOut(lengths)
+            module = watched(wrapper, see, shrinkage=shrinkage)
+            exact = [module(*args) for args in calls]
+            errors |= {(shrinkage, n): e for n, e in zip(lengths, see.errors, strict=True)}
+        shrinkage, length = min(errors, key=errors.__getitem__)
+        best = code.replace(shrinkage=shrinkage, length=length)
         measured: dict[float, float] = {}
         for placement in placements:
-            trial = with_code(numbers(*best, placement))
+            trial = beside(wrapper, best.replace(placement=placement))
             measured[placement] = sum(
                 _squared_error(trial(*args), want) for args, want in zip(calls, exact, strict=True)
             )
-    return numbers(*best, min(measured, key=measured.__getitem__))
+    return best.replace(placement=min(measured, key=measured.__getitem__))
 
 
 def _squared_error(answers: Any, exact: Any) -> float:
@@ -124,47 +118,24 @@ def _squared_error(answers: Any, exact: Any) -> float:
     )
 
 
-class _Predictor(Code):
-    """A worker for every input as it is, and the errors of predicting each answer from the others.
+class _LeaveOneOut:
+    """The errors of predicting each answer from the others.
 
     Attributes:
-        errors: the sum of squares over all batches so far, for each of ``lengths``.
+        errors: the sum of squares over all outputs so far, for each of ``lengths``.
     """
 
-    uses_geometry = True
-
-    def __init__(self, num_data: int, shrinkage: float, lengths: Sequence[float]) -> None:
-        super().__init__(num_data, num_data)
-        self.shrinkage = shrinkage
+    def __init__(self, lengths: Sequence[float]) -> None:
         self.lengths = lengths
         self.errors = [0.0] * len(lengths)
 
-    @property
-    def min_received(self) -> int:
-        return self.num_workers
-
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
+    def __call__(self, results: Tensor, grouping: Grouping, geometry: Geometry | None) -> None:
         assert geometry is not None
-        return _Prediction(self, grouping, geometry)
-
-
-class _Prediction(BatchPlan):
-    def __init__(self, code: _Predictor, grouping: Grouping, geometry: Geometry) -> None:
-        self.code: _Predictor = code
-        self.num_groups = grouping.num_groups
-        self._grouping = grouping
-        self._squared = geometry.squared_distances()
-
-    def encode(self, values: Tensor) -> Tensor:
-        return self._grouping.gather(values)
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        answers = self._grouping.scatter(results)
-        outputs = answers.reshape(len(answers), -1).to("cpu", torch.float64)
-        step = path_step(self._squared, self._grouping.order)
-        for i, length in enumerate(self.code.lengths):
-            fit = KernelRegression(self._squared, length * step)
-            self.code.errors[i] += float(fit.leave_one_out_residuals(outputs).square().sum())
-        return answers
+        told = geometry.typical
+        answers = grouping.scatter(results)
+        outputs = answers.reshape(len(answers), answers[0].numel()).to("cpu", torch.float64)[told]
+        squared = geometry.squared_distances()
+        step = path_step(squared, grouping.order)
+        for i, length in enumerate(self.lengths):
+            fit = KernelRegression(squared[told][:, told], length * step)
+            self.errors[i] += float(fit.leave_one_out_residuals(outputs).square().sum())

@@ -13,6 +13,7 @@ PACKAGE = Path(coded_torch.__file__).parent
 LAYERS = (
     {"cli"},
     {"tuning", "calibration"},
+    {"_trial"},
     {"demo"},
     {"nn"},
     {"workers", "codes"},

@@ -8,10 +8,11 @@ from torch import nn
 
 from coded_torch import metrics, points
 from coded_torch.calibration import calibrate
-from coded_torch.codes import KernelCode, NotEnoughResults, SplineCode
+from coded_torch.codes import CalibratedCode, KernelCode, NotEnoughResults, SplineCode
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
 K, N, S = 20, 24, 4
 SPLINE = SplineCode(K, N, data_points=points.equidistant(K), worker_points=points.equidistant(N))
@@ -59,9 +60,14 @@ def test_a_single_group_does_no_harm(ordering):
     assert measured(code, ordering)[0] < 1.03 * measured(SPLINE, ordering)[0]
 
 
-def test_no_batch_no_change():
-    code = calibrate(CodedWrapper(lenet5(), SPLINE), [])
-    assert code.num_groups == 0
+@pytest.mark.parametrize("batches", [[], [torch.zeros(0, 1, 28, 28)]])
+def test_nothing_to_learn_from(batches):
+    with pytest.raises(ValueError, match="calibrate: batches must hold at least one input, got no"):
+        calibrate(CodedWrapper(lenet5(), SPLINE), batches)
+
+
+def test_no_group_no_change():
+    code = CalibratedCode(SPLINE)
     assert measured(code, "similarity")[0] == pytest.approx(
         measured(SPLINE, "similarity")[0], rel=0.01
     )
@@ -128,6 +134,20 @@ def test_a_model_that_is_not_finite():
 def test_only_fixed_codes_can_be_calibrated():
     with pytest.raises(TypeError, match="must be of type FixedCode, got KernelCode"):
         calibrate(CodedWrapper(lenet5(), KernelCode(2, 3)), [])
+
+
+def test_as_large_batches_as_the_workers_take_and_nobody_hears_of_it():
+    def deaf(*_):
+        raise AssertionError
+
+    seen, model = [], nn.Identity()
+    model.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    coded = CodedWrapper(
+        model, SplineCode(4, 6), workers=LocalWorkers(max_batch_size=7), on_run=deaf
+    )
+    coded.register_forward_hook(deaf)
+    assert calibrate(coded, [torch.randn(40, 3)]).num_groups == 10
+    assert max(seen) <= 7
 
 
 def test_nothing_is_left_in_the_wrapper():

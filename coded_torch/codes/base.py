@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchPlan", "Code", "CurveCode", "FixedCode", "NotEnoughResults"]
 
 _CACHED_DECODERS = 256
+_COLUMNS = 64
 
 
 def _increasing(workers: tuple[int, ...]) -> bool:
@@ -238,6 +239,15 @@ class FixedCode(Code):
         self.__dict__.update(state)
         self._decoders = OrderedDict()
         self._lock = threading.Lock()
+
+
+def few_columns(results: Tensor) -> Tensor:
+    """Evenly spaced columns of results ``[F, G, ...]``, ``[F, G, C]``, as telling as all of them.
+
+    The outputs' variance and trust are as exact from some 64 outputs, and cheaper.
+    """
+    columns = results.detach().reshape(*results.shape[:2], results.shape[2:].numel())
+    return columns[..., :: max(1, columns.shape[2] // _COLUMNS)]
 
 
 class BatchPlan(abc.ABC):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._arguments import count
 from ..linear import LinearMap, MatrixMap
 from ..points import equidistant
-from .base import BatchPlan, CurveCode, FixedCode, _GroupwisePlan
+from .base import BatchPlan, CurveCode, FixedCode, _GroupwisePlan, few_columns
 
 if TYPE_CHECKING:
     from ..geometry import Geometry
@@ -28,8 +28,6 @@ _PRIOR_GROUPS = 0.1
 _JITTER = 1e-10
 # Freedom that results which repeat each other seem to have.
 _JUST_ROUNDING = 1e-2
-# Outputs that the scale of the results is taken from: as exact as all of them, and cheaper.
-_COLUMNS = 64
 
 
 class CalibratedCode(FixedCode):
@@ -248,10 +246,8 @@ class _BestMap(MatrixMap):
 
     def scale(self, results: Tensor) -> float:
         """How the second moments of results ``[F, G, ...]`` compare to those seen: 1 if alike."""
-        columns = results.detach().flatten(2) if results.dim() > 2 else results.detach()[..., None]
-        num_columns = columns.shape[2]
-        sample = columns[..., :: max(1, num_columns // _COLUMNS)].to("cpu", torch.float64)
-        mean = float(self._whitening(sample).square().mean()) * num_columns
+        sample = few_columns(results).to("cpu", torch.float64)
+        mean = float(self._whitening(sample).square().mean()) * results.shape[2:].numel()
         return mean * self.num_inputs / self.freedom
 
 

@@ -2,6 +2,7 @@ r"""The code that looks at the batch: placed by distances, decoded by regression
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from .._extension import spline_plan
 from ..decoders.kernel import KernelRegression
 from ..linear import SelectMap, accumulation_dtype
 from ..points import chord_length, placed
-from .base import BatchPlan, Code
+from .base import BatchPlan, Code, few_columns
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Self
 
     from ..geometry import Geometry
     from ..grouping import Grouping
@@ -28,8 +30,6 @@ __all__ = ["KernelCode"]
 
 # Predicting an input from more than its neighbours on the path changes its variance little.
 _NEIGHBOURHOOD = 512
-# Outputs that the outputs' variance and trust are estimated from: as exact as all, and cheaper.
-_COLUMNS = 64
 # Errors grow more slowly than the variances that distances tell: with their power 1.0 for a LeNet-5
 # on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
@@ -39,6 +39,9 @@ _FAR = 8
 # The least median distance between neighbours, in the same unit: with less for its length, as noisy
 # copies of a few images have, a kernel sees next to nothing of the others, and all of rounding.
 _SHORTEST = 0.01
+
+
+_NUMBERS = ("placement", "exponent", "shrinkage", "length")
 
 
 class KernelCode(Code):
@@ -122,8 +125,20 @@ class KernelCode(Code):
         self.exponent = real(self, "exponent", exponent, "in [0, 1]", lambda e: 0 <= e <= 1)
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         self.length = positive(self, "length", length)
+        self.max_run = type(self).max_run
         if self.placement > 0:  # results that mix are all distinct, N / K times as many
             self.max_run = max(1, self.max_run // self.num_workers) * self.num_data
+
+    def replace(self, **numbers: float) -> Self:
+        """A copy with other numbers: ``placement``, ``exponent``, ``shrinkage`` or ``length``.
+
+        Raises:
+            TypeError, ValueError: as making one.
+        """
+        kept = {name: getattr(self, name) for name in _NUMBERS}
+        twin = copy.copy(self)
+        KernelCode.__init__(twin, self.num_data, self.num_workers, **(kept | numbers))
+        return twin
 
     def fit(
         self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
@@ -309,10 +324,8 @@ class _Received:
 
 def _sample(results: Tensor, found: _Received) -> Tensor:
     """Some columns of the distinct results, ``[M, C]``, float64 on the host."""
-    columns = results.detach().reshape(results.shape[:2].numel(), -1)  # [F G, C]
-    step = max(1, columns.shape[1] // _COLUMNS)
-    sample = columns[:, ::step].index_select(0, found.used.to(columns.device))
-    return sample.to("cpu", torch.float64)
+    columns = few_columns(results).flatten(0, 1)  # [F G, C]
+    return columns.index_select(0, found.used.to(columns.device)).to("cpu", torch.float64)
 
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:
