@@ -47,9 +47,9 @@ def calibrate(wrapper: CodedWrapper, batches: Iterable[Any]) -> CalibratedCode:
     Note:
         :math:`(N + K) / K` times the module's work, in this process and without gradients, in as
         large batches as the wrapper's workers take; neither its hooks nor its ``on_run`` hear of
-        it. All
-        decoded outputs count, each by its squared error; with ``link="softmax"``, on the scale of
-        logits. Outputs are compared within a batch: what all of its inputs share is no variance.
+        it. All decoded outputs count, each by its squared error; with ``link="softmax"``, on the
+        scale of logits. Outputs are compared within a batch: what all of its inputs share is no
+        variance.
 
     Example:
         >>> import torch

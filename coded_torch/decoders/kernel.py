@@ -45,6 +45,9 @@ class KernelRegression:
         nugget: :math:`\nu`; it also keeps repeated inputs apart. Where the distances are so badly
             rounded that no points have them, it is raised tenfold until there is a factorisation.
 
+    Raises:
+        ValueError: a distance is NaN.
+
     Note:
         :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
 
@@ -66,6 +69,8 @@ class KernelRegression:
         covariance = matern52(squared_distances, length)
         covariance.diagonal().add_(nugget)
         self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed and not bool(covariance.isfinite().all()):
+            raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
         while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
             covariance.diagonal().add_(9 * self.nugget)
             self.nugget *= 10

@@ -106,6 +106,11 @@ def test_distances_that_no_points_have(generator):
     assert far.nugget == NUGGET
 
 
+def test_distances_that_are_no_numbers():
+    with pytest.raises(ValueError, match="squared_distances must be numbers, got NaN"):
+        KernelRegression(torch.full((3, 3), math.nan, dtype=torch.float64), 1.0)
+
+
 def test_one_result_and_repeated_inputs():
     one = KernelRegression(torch.zeros(1, 1, dtype=torch.float64), 1.0)
     assert one.weights(torch.tensor([[4.0]], dtype=torch.float64)).item() == pytest.approx(1)
