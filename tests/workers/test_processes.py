@@ -446,7 +446,9 @@ def test_exit_waits_for_no_stopped_process(tmp_path):
 
 def test_an_interrupt_is_clean(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(_AT_EXIT.format(end="import time; time.sleep(3600)"))
+    # What runs in the background of a shell ignores interrupts, and so does all that it starts.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(heed + _AT_EXIT.format(end="import time; time.sleep(3600)"))
     process = subprocess.Popen(
         [sys.executable, "-W", "error", script],
         stdout=subprocess.PIPE,
@@ -460,7 +462,7 @@ def test_an_interrupt_is_clean(tmp_path):
         _, errors = process.communicate(timeout=WAIT)
     finally:
         process.kill()
-        process.wait(WAIT)
+        process.communicate()
     assert errors.count("Traceback") == 1
     assert errors.rstrip().endswith("KeyboardInterrupt")
     pids = line.strip().rsplit("]", 1)[1].split()
