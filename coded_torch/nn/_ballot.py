@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..codes.base import Code, NotEnoughResults
-from ..workers.base import (
+from ..workers.base import Reply, Task, WorkerError
+from ..workers.pytrees import (
     CONSTANTS,
-    Reply,
-    Task,
-    WorkerError,
     broadcast_dims,
     check_batch,
     flatten,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..workers.base import broadcast_dims, leaf_name
+from ..workers.pytrees import broadcast_dims, leaf_name
 from ._ballot import finite
 
 __all__ = ["Inputs"]

@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive
 from ..codes.base import BatchPlan, Code
-from ..workers.base import Task, Workers, broadcast_dims
+from ..workers.base import Task, Workers
 from ..workers.local import LocalWorkers
+from ..workers.pytrees import broadcast_dims
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
 from ._runs import MeanPlan, check_ordering, fit_batch
