@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..codes.base import Code
-from ..workers.base import broadcast_dims, leaf_name
+from ..workers.pytrees import broadcast_dims, leaf_name
 from ._results import finite
 
 __all__ = ["Inputs"]
@@ -34,7 +34,7 @@ class Inputs:
     ) -> None:
         self.args, self.kwargs = args, kwargs
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args), also="shared")
+        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args), "shared")
         self.num_positional = len(dims)
         dims += [0] * (len(self.leaves) - self.num_positional)
         self.dims = [

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..workers.base import (
+from ..workers.base import Part, Reply, Task, WorkerError
+from ..workers.pytrees import (
     CONSTANTS,
-    Part,
-    Reply,
-    Task,
-    WorkerError,
     broadcast_dims,
     check_batch,
     flatten,
@@ -116,8 +113,8 @@ class Results:
 
     def __init__(self, task: Task, link: str | None = None) -> None:
         self._task, self._link = task, link
-        self._errors: list[tuple[int, WorkerError]] = []  # with the part's number
-        self._misfits: list[tuple[int, WorkerError]] = []
+        self._errors: list[WorkerError] = []
+        self._misfits: list[WorkerError] = []
         self._camps: list[_Camp] = []
         self._num_replies = 0
 
@@ -135,23 +132,22 @@ class Results:
 
     def _judge(self, reply: Reply) -> _Camp | None:
         """The camp of a reply; None: it has no vote."""
-        number = reply.part.number
         if reply.error is not None:
-            self._errors.append((number, reply.error))
+            self._errors.append(reply.error)
             return None
         try:
             result = Result(reply, self._task.out_dims)
             infinite = result.infinite()
             if infinite is not None:
                 what = f"returned values that are not finite in {infinite}"
-                self._errors.append((number, WorkerError(reply.machine, what)))
+                self._errors.append(_error(reply, what))
                 return None
             result.check(self._task, self._link)
         except (TypeError, ValueError) as cause:
             why = str(cause).removeprefix("CodedWrapper: ")
-            error = WorkerError(reply.machine, f"returned what cannot be decoded: {why}")
+            error = _error(reply, f"returned what cannot be decoded: {why}")
             error.__cause__ = cause
-            self._misfits.append((number, error))
+            self._misfits.append(error)
             return None
         camp = next((c for c in self._camps if result.resembles(c.results[0])), None)
         if camp is None:
@@ -183,8 +179,8 @@ class Results:
             many = "as many" if camp.size == lead.size else "most"
             for result in camp.results:
                 why = f"returned {result}, where {many} returned {lead.results[0]}"
-                errors.append((result.part.number, WorkerError(result.machine, why)))
-        return [error for _, error in sorted(errors, key=lambda pair: pair[0])]
+                errors.append(_error(result, why))
+        return sorted(errors, key=lambda error: error.part)
 
     def stack(self) -> Stacked:
         """The good results, of each unit the first that arrived; there must be one at least."""
@@ -216,7 +212,7 @@ class Results:
     def blame(self) -> Exception | None:
         """What the module does wrong, if it does so on every part; None: it may be the workers."""
         if self._misfits and len(self._misfits) == self._num_replies:
-            cause = min(self._misfits, key=lambda pair: pair[0])[1].__cause__
+            cause = min(self._misfits, key=lambda error: error.part).__cause__
             assert isinstance(cause, Exception)
             return cause
         return None
@@ -255,6 +251,10 @@ def finite(leaf: Tensor) -> bool:
     return math.isfinite(leaf.sum().item()) or all(
         map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
     )
+
+
+def _error(of: Reply | Result, reason: str) -> WorkerError:
+    return WorkerError(of.part.number, of.machine, reason)
 
 
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:

@@ -247,7 +247,7 @@ class CodedWrapper(StandIn):
             return answers
         finally:
             for machine, reason in report.rejected.items():
-                logger.warning("worker %d %s", machine, reason)
+                logger.warning("machine %d %s", machine, reason)
             if report.degraded:
                 logger.warning("answered with the mean of the results of %s", report.received)
             if self.on_run is not None:
@@ -299,7 +299,7 @@ class CodedWrapper(StandIn):
                 status = request.status()
             finally:
                 report.received = tuple(sorted({result.machine for result in results.good}))
-                report.rejected = {error.worker: error.reason for error in results.rejected}
+                report.rejected = {error.machine: error.reason for error in results.rejected}
         report.ended, report.hedges = ended.reason, ended.hedges
         report.num_groups = units.num_groups
         report.fence, report.median, report.deadline = (
