@@ -2,5 +2,6 @@
 
 from .coded_wrapper import CodedWrapper
 from .run_report import RunReport
+from .waiting import Waiting
 
-__all__ = ["CodedWrapper", "RunReport"]
+__all__ = ["CodedWrapper", "RunReport", "Waiting"]
