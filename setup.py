@@ -9,7 +9,7 @@ from setuptools import Extension, setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parent
-HEADERS = [str(p) for p in (ROOT / "csrc").rglob("*.[hi]*")]
+HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hi]*")]
 # The oldest torch that the operators run on: the stable ABI promises all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Vectors wider than the baseline's cross no function boundary, which is all that -Wpsabi is about.
