@@ -257,10 +257,11 @@ class _Cluster:
     @classmethod
     def _connect(cls, address: str | None) -> _Cluster:
         ray, quiet = _ray(), {"log_to_driver": False, "logging_level": "ERROR"}
+        ours = address is None and not ray.is_initialized()
+        if not ours or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+            logger.warning("the processes of Ray listen on every interface of their machines")
         if ray.is_initialized():
             return cls(None, connected=False)
-        if address is not None or ray._private.ray_constants.ENABLE_RAY_CLUSTER:
-            logger.warning("the processes of Ray listen on every interface of this machine")
         if address is not None:
             ray.init(address=address, **quiet)
             return cls(None, connected=True)
