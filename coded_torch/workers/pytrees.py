@@ -23,11 +23,17 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
 
 
-def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int | None]:
+def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
+    Args:
+        argument: whose value ``dims`` is.
+        dims: integers, None, or one of ``names``, in a tree.
+        spec: the structure of the values.
+        names: that may stand for a dimension.
+
     Raises:
-        TypeError: ``dims`` has a leaf that is neither an integer nor None.
+        TypeError: ``dims`` has a leaf that is none of these.
         ValueError: ``dims`` is not a prefix.
     """
     if dims is None or type(dims) is int:  # the same for all
@@ -36,8 +42,9 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int 
     tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
 
     def repeat(dim: Any, subtree: Any) -> None:
-        if not (dim is None or (isinstance(dim, int) and not isinstance(dim, bool))):
-            raise TypeError(f"CodedWrapper: {argument} must hold integers and None, got {dim!r}")
+        if not (dim is None or dim in names or type(dim) is int):
+            known = ", ".join(("integers", "None", *map(repr, names)))
+            raise TypeError(f"CodedWrapper: {argument} must hold {known}, got {dim!r}")
         flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
 
     try:
