@@ -22,6 +22,7 @@ from ._supervised.worker_main import JOB, MODULE, READY, RESULT, remote_cause, s
 
 __all__ = ["ProcessWorkers"]
 
+_SPARE_DESCRIPTORS = 16
 _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait
 
 
@@ -153,6 +154,7 @@ class _Processes(Supervisor):
     def launch(self, index: int) -> Machine:
         if self._context.get_start_method() == "forkserver":
             self._context.set_forkserver_preload([serve.__module__])
+        self._check_descriptors()
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as unless_started:
@@ -200,7 +202,12 @@ class _Processes(Supervisor):
         self._bell.close()
 
     def _hear(self, machine: _Process) -> None:
-        message = machine.connection.receive()
+        try:
+            message = machine.connection.receive()
+        except OSError as error:
+            self.end(machine)
+            self.lost(machine, f"was killed, as its message could not be read: {error}")
+            return
         if message is None:
             self.lost(machine, self._bury(machine))
         elif message.kind == READY:
@@ -221,6 +228,19 @@ class _Processes(Supervisor):
                 reason = f"failed in {machine}: {value[0]}"
                 return self.fail(machine, number, reason, remote_cause(value))
         return self.deliver(machine, number, value)
+
+    def _check_descriptors(self) -> None:
+        """Raise an OSError unless there are enough of them to start a process and to ask it.
+
+        The server that processes are forked from dies, noisily, where they run out on the way.
+        """
+        spare: list[int] = []
+        try:
+            while len(spare) < _SPARE_DESCRIPTORS:
+                spare.append(os.dup(self._bell.fileno()))
+        finally:
+            for descriptor in spare:
+                os.close(descriptor)
 
     def _kill(self, machine: _Process) -> None:
         # Not process.kill(), which does nothing where the server that forked it has died.

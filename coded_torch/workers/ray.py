@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import shutil
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -23,6 +25,10 @@ from ._supervised.worker_main import RESULT, LoadedModules, remote_cause
 
 __all__ = ["RayWorkers"]
 
+logger = logging.getLogger("coded_torch.workers")
+
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray binds all sockets to 127.0.0.1
+
 Packed = tuple[Any, int]  # bytes as an array, which Ray shares instead of copying; and a length
 
 
@@ -36,11 +42,16 @@ class RayWorkers(SupervisedWorkers):
 
     Needs the extra ``ray``: ``pip install 'coded_torch[ray]'``.
 
+    A cluster of its own listens on the loopback interface only, if this pool is what imports Ray:
+    it then sets ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` before, which Ray reads at its import only
+    (set it yourself where you import Ray first). Otherwise, and in a cluster that is joined, the
+    processes of Ray listen on every interface, for anything that reaches this machine.
+
     Args:
         num_workers: how many actors.
         address: of the cluster, as :func:`ray.init` takes it. None: the one that this process is
-            connected to, else one of its own on this machine, on the loopback interface, without
-            dashboard and usage report; it ends with the last pool that uses it.
+            connected to, else one of its own on this machine, without dashboard and usage report;
+            it ends with the last pool that uses it.
         threads: how many threads each actor uses for one operation.
         grace: seconds that a part may take, as for processes.
         timeout: seconds after which a part that was asked for and has not replied has failed.
@@ -85,6 +96,8 @@ class RayWorkers(SupervisedWorkers):
         max_requests: int = 64,
         **actor_options: Any,
     ) -> None:
+        if address is None and "ray" not in sys.modules:
+            os.environ.setdefault(_LOOPBACK, "0")
         _ray()
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
@@ -244,6 +257,9 @@ class _Cluster:
     @classmethod
     def _connect(cls, address: str | None) -> _Cluster:
         ray, quiet = _ray(), {"log_to_driver": False, "logging_level": "ERROR"}
+        ours = address is None and not ray.is_initialized()
+        if not ours or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+            logger.warning("the processes of Ray listen on every interface of their machines")
         if ray.is_initialized():
             return cls(None, connected=False)
         if address is not None:

@@ -8,6 +8,7 @@ other reads are views of that memory; when they are gone, the memory is used aga
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
@@ -121,7 +122,11 @@ class Connection:
         self._send(kind, number, length, -1, [block.descriptor])
 
     def receive(self) -> Message | None:
-        """The next message; None: the other side has ended, or its memory could not be had."""
+        """The next message; None: the other side has ended.
+
+        Raises:
+            OSError: the memory that the message is in cannot be had.
+        """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -136,7 +141,8 @@ class Connection:
             reusable &= reusable - 1
         shared = 0 <= index < _MOST_BLOCKS
         if not descriptors and not (shared and index in self._known):
-            return None  # the kernel drops descriptors that are one too many for this process
+            # The kernel drops descriptors that are one too many for this process.
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if not shared:
             block = Block(descriptor=descriptors[0], private=True)
             return Message(kind, number, memoryview(block.memory), length)
