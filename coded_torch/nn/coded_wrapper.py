@@ -16,12 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive
-from ..codes.base import BatchPlan, Code
+from ..codes.base import Code
+from ..codes.plans import BatchPlan, MeanPlan, plan_batch
+from ..grouping import check_ordering
 from ..workers.base import Task, Workers, broadcast_dims
 from ..workers.local import LocalWorkers
 from ._ballot import Ballot, Result
 from ._inputs import Inputs
-from ._runs import MeanPlan, check_ordering, fit_batch
 from .run_report import RunReport, Timed
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class CodedWrapper(nn.Module):
                 raise ValueError(
                     f"CodedWrapper: {argument} must be None or {known!r}, got {name!r}"
                 )
-        check_ordering(ordering)
+        check_ordering(self, ordering)
         self.module = module
         self.code = code
         self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
@@ -217,7 +218,7 @@ class CodedWrapper(nn.Module):
             inputs = Inputs(args, kwargs, self.in_dims)
             inputs.check_finite()
             if inputs.batch_size:
-                plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
+                plan = plan_batch(self.code, self.ordering, inputs.rows(), self._spared())
                 task = self._encode(inputs, plan)
         if not inputs.batch_size:
             with Timed(facts, "compute_seconds"):
@@ -238,7 +239,7 @@ class CodedWrapper(nn.Module):
                 if not (results and self.degraded):
                     raise ballot.failure(self.code)
                 facts["degraded"] = True
-                plan = MeanPlan(plan, inputs.batch_size)
+                plan = MeanPlan(plan)
             answers, facts["expected_rmse"] = self._decode(results, task, plan)
         return answers
 
