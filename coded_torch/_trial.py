@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .codes.base import BatchPlan, Code, FixedCode
+from .codes import BatchPlan, Code, FixedCode
 from .nn import CodedWrapper
 from .workers import LocalWorkers
 
@@ -95,7 +95,7 @@ class _Watched(Code):
 class _WatchedPlan(BatchPlan):
     def __init__(self, code: _Watched, grouping: Grouping, geometry: Geometry | None) -> None:
         self.code: _Watched = code
-        self.num_groups = grouping.num_groups
+        self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
         self._grouping = grouping
         self._geometry = geometry
 

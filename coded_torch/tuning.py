@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ._trial import beside, watched
+from ._trial import watched
 from .codes.kernel import KernelCode, path_step
-from .decoders.kernel import KernelRegression
 from .nn import CodedWrapper
+from .regression import KernelRegression
 
 if TYPE_CHECKING:
     from .geometry import Geometry
@@ -29,19 +28,11 @@ def tune(
     *,
     shrinkages: Sequence[float] = (0.0, 0.00125, 0.004, 0.0125, 0.04, math.inf),
     lengths: Sequence[float] = (1.5, 2.0, 3.0),
-    placements: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.5, 1.0),
 ) -> KernelCode:
-    r"""Choose shrinkage, length and placement of a :class:`~coded_torch.codes.KernelCode`.
+    r"""Choose shrinkage and length of a :class:`~coded_torch.codes.KernelCode`.
 
-    Shrinkage and length are those by which the module's outputs are predicted best from each other,
-    each left out in turn. The placement is the one at which the wrapper's answers, under its own
-    straggler law, are closest to the module's. No labels are needed.
-
-    It is worth its module calls where many are lost of many workers, N at least 2 K: there mixing
-    inputs a little, a placement of 0.02 to 0.1, has had a seventh to a fifth less squared error for
-    LeNet-5 on MNIST, but 5 to 50 % more for a RepVGG on Fashion-MNIST. The error that a plan
-    expects cannot choose: it knows distances, not how the module takes to mixtures, and would have
-    mixed for both. Otherwise the default placement, 0, was within 5 % of the best.
+    They are those by which the module's outputs are predicted best from each other, each left out
+    in turn. No labels are needed.
 
     Args:
         wrapper: a wrapped module with a ``KernelCode``. It is not changed: assign the new code to
@@ -49,8 +40,7 @@ def tune(
         batches: batches like those that will be answered, also in size, as inputs of a batch are
             nearer to each other the more there are. Each is what the wrapper is called with: an
             input, or a tuple of positional arguments. A few are enough.
-        shrinkages, lengths, placements: what to choose from, at least one of each; of equals, the
-            first.
+        shrinkages, lengths: what to choose from, at least one of each; of equals, the first.
 
     Returns:
         The code with the best numbers, of the same type as the wrapper's.
@@ -60,9 +50,8 @@ def tune(
         ValueError: there are no batches, or there is nothing to choose from.
 
     Note:
-        The module runs once on every batch for each shrinkage, and on N / K times as many inputs
-        for each placement, without gradients. Simulated stragglers draw from the wrapper's law;
-        neither its hooks nor its ``on_run`` hear of it.
+        The module runs once on every batch for each shrinkage, without gradients. Neither the
+        wrapper's hooks nor its ``on_run`` hear of it.
 
     Example:
         >>> import torch
@@ -72,7 +61,7 @@ def tune(
         >>> from coded_torch.tuning import tune
         >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
         >>> coded = CodedWrapper(torch.nn.Tanh(), KernelCode(10, 15), stragglers=Uniform(4, seed=0))
-        >>> coded.code = tune(coded, [x], lengths=[0.1, 2.0], placements=[0.0])
+        >>> coded.code = tune(coded, [x], lengths=[0.1, 2.0])
         >>> coded.code.length, coded.code.num_workers
         (2.0, 15)
     """
@@ -84,38 +73,22 @@ def tune(
         ("batches", calls),
         ("shrinkages", shrinkages),
         ("lengths", lengths),
-        ("placements", placements),
     ):
         if not len(options):
             raise ValueError(f"tune: {argument} must hold at least one, got none")
-    for shrinkage, length, placement in itertools.product(shrinkages, lengths, placements):
-        code.replace(shrinkage=shrinkage, length=length, placement=placement)  # or it raises
+    for shrinkage, length in itertools.product(shrinkages, lengths):
+        code.replace(shrinkage=shrinkage, length=length)  # or it raises
 
     errors: dict[tuple[float, float], float] = {}
     with torch.no_grad():
         for shrinkage in shrinkages:
             see = _LeaveOneOut(lengths)
             module = watched(wrapper, see, shrinkage=shrinkage)
-            exact = [module(*args) for args in calls]
+            for args in calls:
+                module(*args)
             errors |= {(shrinkage, n): e for n, e in zip(lengths, see.errors, strict=True)}
-        shrinkage, length = min(errors, key=errors.__getitem__)
-        best = code.replace(shrinkage=shrinkage, length=length)
-        measured: dict[float, float] = {}
-        for placement in placements:
-            trial = beside(wrapper, best.replace(placement=placement))
-            measured[placement] = sum(
-                _squared_error(trial(*args), want) for args, want in zip(calls, exact, strict=True)
-            )
-    return best.replace(placement=min(measured, key=measured.__getitem__))
-
-
-def _squared_error(answers: Any, exact: Any) -> float:
-    pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(exact), strict=True)
-    return sum(
-        float((got - want).double().square().sum())
-        for got, want in pairs
-        if isinstance(want, Tensor) and want.is_floating_point()
-    )
+    shrinkage, length = min(errors, key=errors.__getitem__)
+    return code.replace(shrinkage=shrinkage, length=length)
 
 
 class _LeaveOneOut:
