@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .base import Ambient
+from .live import Ambient
 
 __all__ = ["Modules", "Question"]
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Generator
 from typing import Any
 
-from .base import Ambient, Reply, Task, WorkerError
+from .base import Reply, Task, WorkerError
+from .live import Ambient
 
 __all__ = ["Request"]
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._channel import Channel, Contents, TensorPickler
-from .base import Ambient, WorkerError
+from .base import WorkerError
 from .faults import kill_own_process
+from .live import Ambient
 
 __all__ = ["FAILURE", "JOB", "MODULE", "READY", "RESULT", "Desk", "failed", "serve"]
 

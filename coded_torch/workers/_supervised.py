@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, positive
 from ._crew import START_SECONDS, Crew
 from ._request import Request
-from .base import Ambient, Reply, Task, WorkerError, Workers
+from .base import Reply, Task, WorkerError, Workers
+from .live import Ambient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
