@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .codes.base import BatchPlan, Code
-from .codes.kernel import KernelCode
-from .codes.replication import ReplicationCode
+from .codes import BatchPlan, Code, ReplicationCode, plan_batch
 from .geometry import Geometry
-from .grouping import Grouping, order_of
+from .grouping import order_of
 from .nn import CodedWrapper
-from .nn._runs import fit_batch as plan_batch
-from .workers import LocalWorkers
+from .nn._inputs import Inputs
+from .nn._results import Results
+from .workers import LocalWorkers, Task
 
 __all__ = ["Trial"]
 
@@ -27,28 +26,29 @@ class Trial:
     distinct encoder on the coded inputs of the workers that are in a received set.
 
     Args:
-        wrapper: the module and how it is called: dimensions, link, and, where nothing else is
-            said, the ordering. Neither its hooks nor its ``on_run`` hear of the trial.
+        wrapper: the module and how it is called, and the ordering where nothing else is said. Its
+            workers compute nothing; neither its hooks nor its ``on_run`` are called.
         args: the positional arguments of the call.
         received: the received sets.
 
     Attributes:
+        inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
         exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
     """
 
     def __init__(
         self, wrapper: CodedWrapper, args: tuple[Any, ...], received: Iterable[Sequence[int]] = ()
     ) -> None:
-        self._wrapper, self._args = wrapper, args
+        # Whether its code mixes is checked when it is tried; the batch itself goes to the module.
+        self._inputs = Inputs(args, {}, wrapper.in_dims, ReplicationCode(1, 1))
+        self._wrapper = wrapper
         self._workers = sorted({worker for workers in received for worker in workers})
         self._place = {worker: i for i, worker in enumerate(self._workers)}
         self._paths: dict[float, Sequence[int] | Tensor] = {}
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
-        run = _Recorded(ReplicationCode(1, 1).fit, [0])
-        self._run(run)
-        self.inputs = [leaf for leaf in run.inputs if leaf.is_floating_point()]
-        self.exact = [result[0] for result in run.results]
+        self.inputs = self._inputs.measured()
+        self.exact = [leaf[0] for leaf in self._run(lambda leaf: leaf[None])]
 
     def decode(
         self,
@@ -65,13 +65,19 @@ class Trial:
             code: the code.
             received: the workers whose results there are, one of the trial's received sets.
             ordering: of the batch; None: the wrapper's.
-            num_stragglers: how many late workers the code is to expect.
+            num_stragglers: S, as the code is told.
             stage: of every output, what is decoded.
         """
         ordering = self._wrapper.ordering if ordering is None else ordering
         key = code, ordering if isinstance(ordering, str) else id(ordering), num_stragglers
         if key not in self._plans:
-            plan = plan_batch(code, self._order(code, ordering), self.inputs, num_stragglers)
+            plan = plan_batch(
+                code,
+                self._order(code, ordering),
+                self.inputs,
+                num_stragglers,
+                batch_size=self._inputs.batch_size,
+            )
             self._plans[key] = plan, self._results_of(plan)
         plan, results = self._plans[key]
         rows = [self._place[worker] for worker in received]
@@ -80,88 +86,49 @@ class Trial:
         return answers, plan.expected_rmse(received, arrived[0])
 
     def _order(self, code: Code, ordering: Any) -> Any:
-        """The ordering, or the order it gives where a code does not need the distances itself."""
-        if not isinstance(ordering, str) or ordering != "similarity" or code.uses_geometry:
-            return ordering
-        if len(self.inputs[0]) > code.max_run:
+        """The path through the batch, found once for all codes that look at nothing else."""
+        by_path = isinstance(ordering, str) and ordering == "similarity"
+        if not by_path or code.uses_geometry or self._inputs.batch_size > code.max_chunk:
             return ordering
         if code.shrinkage not in self._paths:
             distances = Geometry(self.inputs, shrinkage=code.shrinkage).distances
-            self._paths[code.shrinkage] = order_of("similarity", self.inputs, distances)
+            self._paths[code.shrinkage] = order_of(ordering, self.inputs, distances)
         return self._paths[code.shrinkage]
 
     def _results_of(self, plan: BatchPlan) -> list[Tensor]:
         """What the workers of the received sets answer, ``[|workers|, G, ...]`` an output."""
-        if _selects(plan.code):  # what it sends is in the batch, and so are the results
+        if not plan.code.mixes:  # they compute inputs of the batch, whose results are known
             return [plan.encode(leaf)[self._workers] for leaf in self.exact]
-        coded = [plan.encode(leaf)[self._workers] for leaf in self.inputs]
-        content = hash(tuple(_bytes(leaf) for leaf in coded))  # whatever the decoder
+        coded = [plan.encode(leaf)[self._workers] for leaf in self._inputs.batches()]
+        content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
         if content not in self._results:
-            run = _Recorded(lambda _: plan, self._workers)
-            self._run(run)
-            self._results[content] = run.results
+            self._results[content] = self._run(lambda leaf: plan.encode(leaf)[self._workers])
         return self._results[content]
 
-    def _run(self, code: _Recorded) -> None:
-        wrapper = self._wrapper
+    def _run(self, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The module's outputs that are decoded, ``[U, R, ...]``, on inputs encoded as such."""
+        wrapper, inputs = self._wrapper, self._inputs
+        leaves = [
+            leaf if dim is None else encode(leaf.movedim(dim, 0))
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
+        first = next(x for x, dim in zip(leaves, inputs.dims, strict=True) if dim is not None)
+        units, rows = first.shape[:2]
+        task = Task(leaves, inputs.dims, inputs.spec, units, rows, inputs.device, wrapper.out_dims)
         workers = LocalWorkers(max_batch_size=getattr(wrapper.workers, "max_batch_size", None))
-        beside = CodedWrapper(
-            wrapper.module,
-            code,
-            workers=workers,
-            ordering="arrival",
-            shuffle=False,
-            link=wrapper.link,
-            in_dims=wrapper.in_dims,
-            out_dims=wrapper.out_dims,
-        )
+        results = Results(task)
         with torch.no_grad():
-            beside(*self._args)
-
-
-def _selects(code: Code) -> bool:
-    """Whether every coded input is an input of the batch."""
-    return isinstance(code, ReplicationCode | KernelCode) and not getattr(code, "placement", 0)
+            for reply in workers.run(wrapper.module, task):
+                results.add(reply)
+        if results.rejected:
+            raise results.blame() or results.rejected[0]
+        stacked = results.stack()
+        return [
+            leaf
+            for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True)
+            if dim is not None and isinstance(leaf, Tensor)
+        ]
 
 
 def _bytes(values: Tensor) -> bytes:
-    return values.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-
-
-class _Recorded(Code):
-    """Keeps what is encoded and what comes back.
-
-    Args:
-        plan: makes the plan, from the batch in groups of one.
-        workers: of the plan: whose coded inputs are wanted.
-
-    Attributes:
-        inputs: what was encoded, leaf by leaf, ``[B, ...]``.
-        results: what was to be decoded, ``[|workers|, G, ...]`` an output.
-    """
-
-    def __init__(self, plan: Callable[[Grouping], BatchPlan], workers: Sequence[int]) -> None:
-        super().__init__(1, len(workers))
-        self.plan, self.workers = plan, list(workers)
-        self.inputs: list[Tensor] = []
-        self.results: list[Tensor] = []
-
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
-        return _Recording(self, self.plan(grouping))
-
-
-class _Recording(BatchPlan):
-    def __init__(self, code: _Recorded, plan: BatchPlan) -> None:
-        self.code: _Recorded = code
-        self.num_groups = plan.num_groups
-        self._plan = plan
-
-    def encode(self, values: Tensor) -> Tensor:
-        self.code.inputs.append(values)
-        return self._plan.encode(values)[self.code.workers]
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        self.code.results.append(results)
-        return results[0]
+    return values.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()

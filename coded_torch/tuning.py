@@ -17,7 +17,7 @@ from ._arguments import instance
 from ._trial import Trial
 from .codes.base import Code
 from .codes.kernel import KernelCode, path_step
-from .decoders.kernel import KernelRegression
+from .regression import KernelRegression
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
@@ -114,9 +114,9 @@ def _variants(code: Code, values: dict[str, Sequence[Any]]) -> list[Code]:
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     """Endlessly, whose results the wrapper might decode, by the law of its workers."""
-    n, lost = wrapper.code.num_workers, wrapper._spared()
+    n, lost = wrapper.code.num_workers, _num_stragglers(wrapper)
     law = wrapper.workers.stragglers or Uniform(lost, seed=0)
-    deadline = math.inf if wrapper.deadline is None else wrapper.deadline
+    deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
     shuffler = random.Random(0)
     while True:
         latencies = law.sample(n).tolist()
@@ -124,6 +124,10 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
         place = shuffler.sample(range(n), n) if wrapper.shuffle else range(n)
         in_time = (worker for worker in first if latencies[worker] <= deadline)
         yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
+
+
+def _num_stragglers(wrapper: CodedWrapper) -> int:
+    return wrapper._num_stragglers(wrapper._waiting())
 
 
 def _decoded(
@@ -140,7 +144,7 @@ def _decoded(
     def error(code: Code, received: Sequence[int]) -> float:
         if len(received) < code.min_received:
             return math.inf
-        answers, _ = trial.decode(code, received, num_stragglers=wrapper._spared())
+        answers, _ = trial.decode(code, received, num_stragglers=_num_stragglers(wrapper))
         pairs = zip(answers, exact, strict=True)
         return sum(float((finish(a).double() - e).square().sum()) for a, e in pairs)
 
@@ -158,7 +162,7 @@ def _left_out(
     ordering, order = wrapper.ordering, torch.arange(len(results))
     if not isinstance(ordering, str):
         ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
-    for rows in order.split(wrapper.code.max_run):
+    for rows in order.split(wrapper.code.max_chunk):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
         seen: dict[float, tuple[Tensor, Tensor, float]] = {}
         for i, code in enumerate(variants):
