@@ -4,7 +4,6 @@ import logging
 from importlib.metadata import version
 
 from . import (
-    calibration,
     codes,
     functional,
     geometry,
@@ -25,7 +24,6 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __version__ = version("coded_torch")
 __all__ = [
     "NotEnoughResults",
-    "calibration",
     "codes",
     "functional",
     "geometry",

@@ -22,12 +22,14 @@ def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool
         )
 
 
-def count(owner: object, argument: str, value: Any, least: int | None = 1) -> int:
+def count(
+    owner: object, argument: str, value: Any, least: int | None = 1, most: int | None = None
+) -> int:
     """The integer that ``value`` is, of whatever type but bool.
 
     Raises:
         TypeError: it is none.
-        ValueError: it is less than ``least``.
+        ValueError: it is less than ``least`` or greater than ``most``.
     """
     try:
         integer = None if isinstance(value, bool) else operator.index(value)
@@ -37,6 +39,8 @@ def count(owner: object, argument: str, value: Any, least: int | None = 1) -> in
         raise TypeError(f"{_name(owner)}: {argument} must be an integer, got {value!r}")
     if least is not None and integer < least:
         raise ValueError(f"{_name(owner)}: {argument} must be at least {least}, got {integer}")
+    if most is not None and integer > most:
+        raise ValueError(f"{_name(owner)}: {argument} must be at most {most}, got {integer}")
     return integer
 
 

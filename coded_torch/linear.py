@@ -206,11 +206,14 @@ class LinearMap(abc.ABC):
         """Raise what :meth:`__call__` raises for values that the map cannot be applied to."""
         self._dimension(values, dim, self.num_inputs)
 
+    def _takes(self, dtype: torch.dtype) -> bool:
+        return dtype in _VALUE_DTYPES
+
     def _dimension(self, values: Tensor, dim: int, size: int) -> int:
         name = type(self).__name__
         if not isinstance(values, Tensor):
             raise TypeError(f"{name}: values must be a tensor, got {type(values).__name__}")
-        if values.dtype not in _VALUE_DTYPES:
+        if not self._takes(values.dtype):
             raise TypeError(
                 f"{name}: values must be float64, float32, bfloat16 or float16, got {values.dtype}"
             )
@@ -290,8 +293,10 @@ class SelectMap(LinearMap):
     Args:
         num_inputs: n.
         source: ``[N]``, the input that each output is, or -1 where it is combined.
-        used: ``[M]``, the inputs that combinations are made of.
-        weights: ``[L, M]``, of the L outputs with a source of -1, in order.
+        used: ``[M]``, the inputs that combinations are made of. With none, the map only selects,
+            and takes values of any dtype.
+        weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
+            of them.
 
     Note:
         One copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations may
@@ -310,11 +315,12 @@ class SelectMap(LinearMap):
     ) -> None:
         combined = (source < 0).nonzero().flatten()
         matrix = torch.as_tensor(weights, dtype=torch.float64)
-        if matrix.shape != (len(combined), len(used)):
+        if matrix.shape not in ((len(combined), len(used)), (1, len(used))):
             raise ValueError(
                 f"SelectMap: weights must have shape ({len(combined)}, {len(used)}), a row for "
-                f"each combined output, got {tuple(matrix.shape)}"
+                f"each combined output, or one for all, got {tuple(matrix.shape)}"
             )
+        self._only_selects = not (len(combined) or len(used))
         super().__init__(num_inputs, len(source), source.clamp(min=0), combined, used, matrix)
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
@@ -323,14 +329,20 @@ class SelectMap(LinearMap):
             out = values.index_select(0, source)
             if len(combined):
                 parts = _product(matrix, values.index_select(0, used))
-                out = out.index_copy(0, combined, parts)
+                out = out.index_copy(0, combined, parts.expand(len(combined), *parts.shape[1:]))
             return out
         chosen = values.index_fill(0, combined, 0) if len(combined) else values
         zeros = values.new_zeros(self.num_inputs, *values.shape[1:])
         out = zeros.index_add(0, source, chosen)
         if len(combined):
-            out = out.index_add(0, used, _product(matrix.T, values.index_select(0, combined)))
+            parts = values.index_select(0, combined)
+            if len(matrix) == 1:
+                parts = parts.sum(0, keepdim=True, dtype=accumulation_dtype(values.dtype))
+            out = out.index_add(0, used, _product(matrix.T, parts).to(values.dtype))
         return out
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        return self._only_selects or super()._takes(dtype)
 
 
 class SplineMap(LinearMap):

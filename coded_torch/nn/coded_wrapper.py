@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import instance
 from ..codes.base import Code, NotEnoughResults
-from ..codes.plans import BatchPlan, MeanPlan, WholePlan, check_ordering
+from ..codes.plans import BatchPlan, MeanPlan
+from ..grouping import check_ordering
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from ._collect import collect
@@ -169,7 +170,7 @@ class CodedWrapper(StandIn):
             )
         if link not in (None, "softmax"):
             raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
-        check_ordering(ordering)
+        check_ordering(self, ordering)
         self.code = code
         self.workers = LocalWorkers(stragglers) if workers is None else workers
         self._check_waiting(waiting)
@@ -333,28 +334,30 @@ class CodedWrapper(StandIn):
     def _decode(self, units: Units, stacked: Stacked, report: Report) -> Any:
         """The answers, in the structure that the module gives them."""
         received, size = stacked.units, units.batch_size
-        if len(received) < units.least:
-            report.degraded = True
-            plan: BatchPlan = MeanPlan(units.plan, size)
-        elif units.is_whole(received):
-            plan = WholePlan(size)
+        whole = units.is_whole(received)  # then the results are the answers, and nothing is fitted
+        report.degraded = len(received) < units.least
+        plan = None if whole else MeanPlan(units.plan) if report.degraded else units.plan
+        if plan is None:
+            exact, expected = torch.ones(size, dtype=torch.bool), torch.zeros(size).double()
         else:
-            plan = units.plan
+            exact, expected = plan.exact(received), None
             report.notes = (plan.note,) if plan.note else ()
-        exact = plan.exact(received)
         report.predicted = ~exact
         answers = []
         for leaf, dim, layout in zip(stacked.leaves, stacked.dims, stacked.formats, strict=True):
             if dim is None or not isinstance(leaf, Tensor):
                 answers.append(leaf)
                 continue
-            if self.link is None:
-                if report.expected_errors is None:
-                    report.expected_errors = plan.expected_errors(received, leaf)
+            if plan is None:
+                decoded = leaf.squeeze(1)
+            elif self.link is None:
+                if expected is None:
+                    expected = plan.expected_errors(received, leaf)
                 decoded = plan.decode(leaf, received)  # [B, ...]
             else:
                 decoded = _decode_logits(plan, leaf, received, exact)
             answers.append(decoded.movedim(0, dim).contiguous(memory_format=layout))
+        report.expected_errors = expected
         return pytree.tree_unflatten(answers, stacked.spec)
 
     def _is_local(self) -> bool:

@@ -226,7 +226,7 @@ class Request(abc.ABC):
             parts: numbered on from the last ones. They may share units with earlier ones.
 
         Raises:
-            RuntimeError: the request or the pool is closed.
+            RuntimeError: the request is closed. Where the pool is, the parts fail.
         """
 
     @abc.abstractmethod

@@ -63,6 +63,10 @@ class LiveRequest(Request):
         """Whether a part has still to be begun."""
         return self._open.get(part.number, part) is None
 
+    def awaits(self, part: Part) -> bool:
+        """Whether the reply to a part is still awaited."""
+        return part.number in self._open
+
     def begin(self, part: Part, machine: int, fresh: bool = False) -> bool:
         """A machine has got a part. Returns whether it is wanted; if not, it must not begin."""
         with self._lock:

@@ -5,7 +5,6 @@ import pytest
 
 from coded_torch.codes import (
     BerrutCode,
-    CalibratedCode,
     Code,
     CurveCode,
     KernelCode,

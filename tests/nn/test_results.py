@@ -31,18 +31,20 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Reply
+from coded_torch.nn._results import Results
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Part, Reply
 
 from ..workers.test_local import Fixed
 from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
 from .modules import EXACT, Call, Liar, linear, rand
+from .pools import Separate
 
 
 def test_all_results_rejected():
     coded = CodedWrapper(Call(lambda x: x * math.nan), PolynomialCode(2, 3))
     with pytest.raises(NotEnoughResults, match="got 0") as info:
         coded(rand(2, 2))
-    assert str(info.value.__cause__) == "worker 0 returned values that are not finite in output"
+    assert str(info.value.__cause__) == "machine 0 returned values that are not finite in output"
     assert set(coded.last_run.rejected) == {0, 1, 2}
 
 
@@ -75,11 +77,10 @@ def test_all_results_rejected():
 @pytest.mark.parametrize("at", [0.0, 2.0])
 def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     x = torch.arange(4.0).reshape(4, 1)
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(
-            Liar({at: lie}), CopyCode(4, 4), workers=pool, ordering="arrival", shuffle=False
-        )
-        out = coded(x)
+    coded = CodedWrapper(
+        Liar({at: lie}), CopyCode(4, 4), workers=Separate(), ordering="arrival", shuffle=False
+    )
+    out = coded(x)
     assert out["kind"] == "good"
     assert torch.equal(out["y"], torch.where(x == at, 0.0, x))
     assert list(coded.last_run.rejected) == [int(at)]
@@ -88,15 +89,32 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
-def test_of_two_camps_of_one_size_the_first_workers_is_taken(order):
-    ballot = Ballot(task_of(torch.zeros(4, 1, 1)))
-    for worker in order:
-        ballot.add(Reply(worker, 0.0, torch.zeros(1, 1 + worker % 2)))
-    assert len(ballot.agreed) == 2
-    good, rejected = ballot.count()
-    assert [result.worker for result in good] == [0, 2]
-    assert [error.worker for error in rejected] == [1, 3]
-    assert rejected[0].reason == "returned float32 (1, 2), where as many returned float32 (1, 1)"
+def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
+    results = Results(task_of(torch.zeros(4, 1, 1)))
+    changes = [results.add(reply(n, torch.zeros(1, 1 + n % 2))) for n in order]
+    assert results.units == {0, 2}
+    assert results.stack().units == (0, 2)
+    assert [error.machine for error in results.rejected] == [1, 3]
+    assert (
+        results.rejected[0].reason
+        == "returned float32 (1, 2), where as many returned float32 (1, 1)"
+    )
+    # What the changes say of each part in the end is what holds.
+    final = {part.number: good for change in changes for part, good in change}
+    assert final == {0: True, 1: False, 2: True, 3: False}
+
+
+def reply(n: int, value: Any) -> Reply:
+    return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
+
+
+def test_of_results_of_one_unit_the_first_counts():
+    results = Results(task_of(torch.zeros(3, 1, 1)))
+    for n, units in enumerate([(2,), (0, 1), (1, 2)]):
+        results.add(Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n))))
+    units, (leaf,), *_ = results.stack()
+    assert units == (0, 1, 2)
+    assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
 
 
 def test_results_of_another_batch_size_have_no_vote():
@@ -130,27 +148,25 @@ WRONG = [
 
 @pytest.mark.parametrize(("output", "reason"), WRONG)
 def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(
-            FailsAt(0.0, output),
-            CopyCode(4, 4),
-            workers=pool,
-            num_stragglers=3,
-            ordering="arrival",
-            shuffle=False,
-        )
-        x = torch.arange(4.0).reshape(4, 1)
-        assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
-        assert re.search(reason, coded.last_run.rejected[0])
+    coded = CodedWrapper(
+        FailsAt(0.0, output),
+        CopyCode(4, 4),
+        workers=Separate(),
+        waiting=Waiting.first(3),
+        ordering="arrival",
+        shuffle=False,
+    )
+    x = torch.arange(4.0).reshape(4, 1)
+    assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert re.search(reason, coded.last_run.rejected[0])
 
 
 @pytest.mark.parametrize(("output", "reason"), WRONG)
 def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=pool, shuffle=False)
-        x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
-        with pytest.raises(NotEnoughResults, match=f"got 2; .*; worker . returned .* {reason}"):
-            coded(x)
+    coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=Separate(), shuffle=False)
+    x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
+    with pytest.raises(NotEnoughResults, match=f"got 2; .*; machine . returned .* {reason}"):
+        coded(x)
 
 
 def test_what_all_workers_fail_by_is_in_the_message():
@@ -159,8 +175,12 @@ def test_what_all_workers_fail_by_is_in_the_message():
         with pytest.raises(NotEnoughResults) as info:
             coded(rand(2, 3))
     message = str(info.value)
-    assert re.search(r"got 0; .*; worker 0 failed on cpu: RuntimeError: mat1 and mat2", message)
+    assert re.search(r"got 0; .*; machine 0 failed on cpu: RuntimeError: mat1 and mat2", message)
     assert "\n" not in message
+
+
+def classifier(output: Any, **options: Any) -> CodedWrapper:
+    return CodedWrapper(Call(output), KernelCode(3, 6), link="softmax", **options)
 
 
 @pytest.mark.parametrize("devices", [None, ["cpu"]])

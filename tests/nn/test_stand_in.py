@@ -140,8 +140,8 @@ def test_hooks_of_the_module_and_of_the_wrapper_run():
     "options",
     [
         dict,
-        lambda: {"stragglers": Uniform(1), "generator": torch.Generator()},
-        lambda: {"workers": DeviceWorkers(["cpu", "cpu"]), "deadline": 60.0, "in_dims": (0,)},
+        lambda: {"stragglers": Uniform(1), "waiting": Waiting.first(1)},
+        lambda: {"workers": DeviceWorkers(["cpu", "cpu"]), "waiting": Waiting(deadline=60.0)},
     ],
 )
 def test_copies_and_pickles(twin, options):
@@ -151,7 +151,7 @@ def test_copies_and_pickles(twin, options):
     with coded.workers, other.workers:
         torch.testing.assert_close(other(x), wanted, **EXACT)
         assert other.module[0].weight is not coded.module[0].weight
-        assert other.deadline == coded.deadline
+        assert other.waiting == coded.waiting
         assert other.last_run.received
 
 
