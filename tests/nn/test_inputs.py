@@ -195,7 +195,8 @@ def test_a_recurrent_network_with_lengths(waiting):
 
 @pytest.mark.parametrize("waiting", [None, Waiting()])
 def test_a_transformer_with_token_ids_and_attention_mask(waiting):
-    transformers = pytest.importorskip("transformers")
+    import transformers  # seconds
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
