@@ -17,6 +17,7 @@ LAYERS = (
     {"demo"},
     {"nn"},
     {"workers", "codes"},
+    {"adversaries"},
     {"functional"},
     {"linear"},
     {"grouping"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ..grouping import Grouping, Ordering, check_ordering, order_of
 from ..linear import SelectMap
 
 if TYPE_CHECKING:
+    from ..regression import KernelRegression
     from .base import Code, FixedCode
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GroupwisePlan",
     "MeanPlan",
     "SelectionPlan",
+    "Sites",
     "plan_batch",
     "plan_rows",
 ]
@@ -185,6 +187,21 @@ def _in_chunks(
     return chunked(code, chunks, plans)
 
 
+class Sites(NamedTuple):
+    """Where results lie in input space.
+
+    Attributes:
+        point: ``[F, G]``, what each result is of: equal numbers are copies; -1: of another part of
+            the batch.
+        at: ``[F, G]``, its place among the M distinct inputs of the regression; -1: it has none.
+        regression: of these inputs; None where there are no distances.
+    """
+
+    point: Tensor
+    at: Tensor
+    regression: KernelRegression | None
+
+
 class BatchPlan(abc.ABC):
     """A code fitted to one batch: how its inputs are mixed, and its answers found.
 
@@ -243,6 +260,12 @@ class BatchPlan(abc.ABC):
         errors = self.expected_errors(received, results)
         return None if errors is None else math.sqrt(float(errors.square().mean()))
 
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        """Where the results of these units lie, for each part of the batch with distances of its
+        own; none where the plan does not know.
+        """
+        return []
+
 
 class GroupwisePlan(BatchPlan):
     """The plan of a fixed code: every group for itself, all alike."""
@@ -251,6 +274,11 @@ class GroupwisePlan(BatchPlan):
         self.code: FixedCode = code
         self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
         self._grouping = grouping
+
+    @property
+    def order(self) -> Tensor:
+        """``[B]``, the order in which the batch was cut into groups."""
+        return self._grouping.order
 
     def encode(self, values: Tensor) -> Tensor:
         self.code.check_values(values)
@@ -368,6 +396,18 @@ class SelectionPlan(BatchPlan):
                 variances *= 1 if results is None else results.shape[2:].numel()
             return variances.sqrt_()
 
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        with outside():
+            arrived = self._arrived(received)
+            point = self._point[torch.tensor(received, dtype=torch.int64)]  # [F, G]
+            place = torch.full((1 + int(point.max()),), -1)
+            place[arrived.points] = torch.arange(len(arrived.points))
+            return [Sites(point, place[point], self._regression_of(arrived))]
+
+    def _regression_of(self, arrived: Arrived) -> KernelRegression | None:
+        """That of what arrived, where there are distances."""
+        return None
+
     def _arrived(self, received: Sequence[int]) -> Arrived:
         # Kept for outputs of several leaves, and the errors to expect of them; not a history.
         key = tuple(received)
@@ -420,6 +460,24 @@ class ChunkedPlan(BatchPlan):
             errors.append(error)
         return self._together(errors)
 
+    @property
+    def order(self) -> Tensor:
+        """As of :class:`GroupwisePlan`, of plans that have one."""
+        parts = zip(self._chunks, self._plans, strict=True)
+        return torch.cat([rows[plan.order] for rows, plan in parts])  # type: ignore[attr-defined]
+
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        found, start = [], 0
+        for plan in self._plans:
+            for sites in plan.sites(received):
+                after = self.num_groups - start - sites.point.shape[1]
+                point, at = (
+                    torch.nn.functional.pad(x, (start, after), value=-1) for x in sites[:2]
+                )
+                found.append(Sites(point, at, sites.regression))
+            start += plan.num_groups
+        return found
+
     def _together(self, parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts)
         return whole[self._back.to(whole.device)]
@@ -444,6 +502,20 @@ class _RowChunks(ChunkedPlan):
 
     def encode(self, values: Tensor) -> Tensor:
         return values[:, None]
+
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        found = []
+        asked = torch.tensor(received, dtype=torch.int64)
+        for plan, rows in zip(self._plans, self._chunks, strict=True):
+            place = torch.full((self.batch_size,), -1)
+            place[rows] = torch.arange(len(rows))
+            mine = (place[asked] >= 0).nonzero().squeeze(1)
+            order = place[asked[mine]].argsort()  # chunks are in any order, plans want increasing
+            for sites in plan.sites(place[asked[mine[order]]].tolist()) if len(mine) else ():
+                point, at = (asked.new_full((len(asked), 1), -1) for _ in range(2))
+                point[mine[order]], at[mine[order]] = sites[:2]
+                found.append(Sites(point, at, sites.regression))
+        return found
 
     def _shares(
         self, received: Sequence[int], results: Tensor | None

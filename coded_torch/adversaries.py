@@ -1,0 +1,355 @@
+r"""Which machines lie: results that are well formed, finite and wrong.
+
+Two things give a liar away. Where two machines computed the same input, their results are equal up
+to rounding; and every result is predicted by those at inputs nearby, by the regression that decodes
+what is lost, :class:`~coded_torch.regression.KernelRegression`. Neither says much of one row, but a
+machine answers a row of every group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._predictions import Predictions, spread_of, student
+from .regression import KernelRegression
+
+__all__ = ["COPIES", "Evidence", "Verdict", "locate"]
+
+#: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
+#: float32 machines do among each other.
+COPIES = 0.1
+_ALPHA = 1e-3  # of a false alarm for any machine of a request, before the margins for heavy tails
+_DECISIVE = 1.5  # by how much the z of two machines that differ must, to show which one lies
+_RARE = 2.0  # the z that makes a liar as likely as an honest machine
+_CONVINCING = 6.0  # a higher z says no more
+_CLUSTER = 24  # more machines that differ are not explained, but dropped one by one
+_HONEST = 1.5  # a machine of less z is taken back
+_REFITS = 3
+_SUSPICIOUS = 2.0  # the least z for which a refit is worth its time
+
+
+class Evidence(NamedTuple):
+    """Results of a request, one a row, that can be compared.
+
+    Attributes:
+        values: ``[n, C]``, float64 on the host.
+        machine: ``[n]``, whose each result is: a place in the list of machines.
+        group: ``[n]``; rows of one group are compared with each other.
+        point: ``[n]``, what was computed: rows of the same number are results of one input.
+        at: ``[n]``, its place among the M inputs of the regression; -1: it has none.
+        regression: of the distinct inputs; None: there are no distances.
+        tolerance: how far apart copies may be, in the outputs' spread.
+    """
+
+    values: Tensor
+    machine: Tensor
+    group: Tensor
+    point: Tensor
+    at: Tensor
+    regression: KernelRegression | None
+    tolerance: float = COPIES
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What the results say of the machines.
+
+    Attributes:
+        liars: why, in words that go on after "machine 3", by machine.
+        suspects: some of these lie, but which cannot be determined.
+        scores: z by machine: how much worse its results are predicted than those of the others, in
+            standard deviations; of honest machines about standard normal. Empty without distances.
+        left: what is wrong without the liars, where no more may be dropped; "": nothing.
+    """
+
+    liars: dict[int, str]
+    suspects: tuple[int, ...]
+    scores: dict[int, float]
+    left: str = ""
+
+
+def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> Verdict:
+    r"""Find the machines whose results contradict those of the others.
+
+    1. *Copies*: results of one input that are too far apart. Who differs from most lies, beyond
+       doubt if these are more than may lie. Of two that differ from each other only, the one whose
+       z is higher by 1.5 does; else both are suspects.
+    2. *Predictions*: with :math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, the
+       residual of a result left out is :math:`(P y)_i / P_{ii}`, its variance :math:`1 / P_{ii}`.
+       What counts is its log-energy over the whitened outputs, less a slope times the log of that
+       variance, which is nearly normal where residuals are not. The mean over groups of its
+       difference to the other machines', in standard deviations, is z. The three machines of
+       largest z are looked at again with all of their results left out together.
+    3. *Single rows* that are predicted much worse than any.
+
+    One machine is dropped at a time, then all of it is done again; in the end a machine is taken
+    back that looks honest without the others.
+
+    Args:
+        evidence: one or more parts, which say nothing of each other's inputs.
+        machines: their names.
+        most: A, how many may be dropped.
+
+    Note:
+        :math:`O(M^2 C)` a round, beside the inverse of the regression, which decoding needs too.
+    """
+    trial = _Trial(evidence, len(machines), most)
+    liars: dict[int, str] = {}
+    suspects: set[int] = set()
+    look = trial.look(())
+    scores = look.z
+    while (found := trial.accuse(look, suspects)) is not None and len(liars) < most:
+        liars |= {found.machine: found.why(machines)}
+        look = trial.look(tuple(liars))
+    if len(liars) > 1:
+        for machine in [i for i in liars if not trial.differs(i)]:
+            others = tuple(i for i in liars if i != machine)
+            if (again := trial.look(others)).z[machine] < _HONEST:
+                del liars[machine]
+                look, found = again, None
+    scores = torch.where(look.z.isfinite(), look.z, scores)
+    return Verdict(
+        {machines[i]: why for i, why in liars.items()},
+        tuple(sorted(machines[i] for i in suspects - liars.keys())),
+        {m: round(float(z), 3) for m, z in zip(machines, scores, strict=True) if z.isfinite()},
+        "" if found is None else f"machine {machines[found.machine]} {found.why(machines)}",
+    )
+
+
+class _Found(NamedTuple):
+    """A machine, and what speaks against it: partners and a number of copies, or what and z."""
+
+    machine: int
+    excess: float
+    what: str = ""
+    partners: tuple[int, ...] = ()
+
+    def why(self, machines: Sequence[int]) -> str:
+        if not self.partners:
+            return f"{self.what} (z = {self.excess:.1f})"
+        names = [str(machines[i]) for i in self.partners]
+        some = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} others"]
+        listed = " and ".join(filter(None, [", ".join(some[:-1]), some[-1]]))
+        copies = "1 copy" if self.excess == 1 else f"{self.excess:.0f} copies"
+        return f"disagrees with machine{'s' * (len(names) > 1)} {listed} on {copies}"
+
+
+class _Look(NamedTuple):
+    """The evidence without some machines.
+
+    Attributes:
+        out: the machines that are left out.
+        z: ``[F]``, NaN where nothing can be said; of those left out, too.
+        row: ``[F]``, the same of the row of each machine that is predicted worst.
+        machines, rows: how many are compared.
+        freedom: degrees of freedom of z.
+    """
+
+    out: tuple[int, ...]
+    z: Tensor
+    row: Tensor
+    machines: int
+    rows: int
+    freedom: int
+
+    def bar(self, margin: float) -> float:
+        """What an honest machine's z stays below."""
+        if self.machines < 3 or self.freedom < 4:
+            return math.inf
+        level = _ALPHA / (2 * self.machines)
+        return student(level, self.freedom) * (1 + margin / math.sqrt(self.machines))
+
+    def bar_of_rows(self) -> float:
+        if self.machines < 3 or self.freedom < 4:
+            return math.inf
+        return student(_ALPHA / (2 * self.rows), self.freedom) * 1.25
+
+
+class _Trial:
+    """The evidence, ready to be looked at without some machines."""
+
+    def __init__(self, evidence: Sequence[Evidence], num_machines: int, most: int) -> None:
+        self.num_machines, self.most = num_machines, most
+        values = torch.cat([part.values for part in evidence])
+        centre, self.spread = spread_of(values, most / num_machines)
+        self.pairs: Counter[frozenset[int]] = Counter()
+        for part in evidence:
+            self._compare_copies(part)
+        self.parts = []
+        for part in evidence:
+            if part.regression is not None:
+                known = part.at >= 0
+                scaled = (part.values[known] - centre) / self.spread
+                columns = part.machine[known], part.group[known], part.at[known]
+                self.parts.append(Predictions(scaled, *columns, part.regression))
+
+    def _compare_copies(self, part: Evidence) -> None:
+        """Count, of every two machines, the copies that differ."""
+        order = part.point.argsort(stable=True)
+        points, machines = part.point[order], part.machine[order]
+        scaled = (part.values / self.spread)[order]
+        for step in range(1, len(points)):
+            same = (points[step:] == points[:-step]).nonzero().squeeze(1)
+            if not len(same):
+                break
+            distances = (scaled[same + step] - scaled[same]).square().mean(1).sqrt()
+            for row in same[distances > part.tolerance].tolist():
+                pair = frozenset((int(machines[row]), int(machines[row + step])))
+                self.pairs[pair] += len(pair) > 1
+
+    def differs(self, machine: int) -> bool:
+        return any(machine in pair for pair in self.pairs)
+
+    def look(self, out: tuple[int, ...]) -> _Look:
+        """The z of every machine, without what some of them say."""
+        unknown = torch.full((self.num_machines,), math.nan, dtype=torch.float64)
+        if not self.parts:
+            return _Look(out, unknown, unknown, 0, 0, 0)
+        gone = torch.zeros(self.num_machines, dtype=torch.bool)
+        gone[list(out)] = True
+        logs = torch.cat([part.log_energies(gone) for part in self.parts])
+        machine = torch.cat([part.machine for part in self.parts])
+        offset, groups = 0, []
+        for part in self.parts:
+            groups.append(part.group + offset)
+            offset += part.num_groups
+        group = torch.cat(groups)
+        cell = machine * offset + group
+
+        def summed(weights: Tensor) -> Tensor:  # [F, G]
+            sums = weights.new_zeros(self.num_machines * offset).index_add_(0, cell, weights)
+            return sums.view(self.num_machines, offset)
+
+        alive = (~gone).double()[:, None]
+        count, total, square = summed(torch.ones_like(logs)), summed(logs), summed(logs.square())
+        others = (alive * count).sum(0) - alive * count  # [F, G], of all other machines
+        totals = (alive * total).sum(0) - alive * total
+        squares = (alive * square).sum(0) - alive * square
+        some = others.clamp(min=1)
+        mean = totals / some
+        within = (squares - totals * mean).sum(1).clamp(min=0)
+        freedom = (others - 1).clamp(min=0).sum(1)
+        variance = within / freedom.clamp(min=1)  # [F]
+        told = (count > 0) & (others > 0)
+        few = count.clamp(min=1)
+        difference = torch.where(told, total / few - mean, 0.0).sum(1)
+        share = torch.where(told, 1 / few + 1 / some, 0.0).sum(1)
+        z = difference / (variance * share).sqrt()  # NaN of a machine of which nothing is told
+        rows = (logs - mean[machine, group]) / (
+            variance[machine] * (1 + 1 / some[machine, group])
+        ).sqrt()
+        worst = unknown.scatter_reduce(0, machine, rows, "amax", include_self=False)
+        compared = (count.sum(1) > 0) & ~gone
+        return _Look(
+            out,
+            z,
+            worst,
+            int(compared.sum()),
+            int(count[compared].sum()),
+            int(freedom[compared].min()) if bool(compared.any()) else 0,
+        )
+
+    def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
+        """The machine against which most speaks, if enough does; who it may be, to ``suspects``."""
+        return (
+            self._accuse_by_copies(look, suspects)
+            or self._accuse_by_predictions(look)
+            or self._accuse_by_row(look)
+        )
+
+    def _accuse_by_copies(self, look: _Look, suspects: set[int]) -> _Found | None:
+        partners: dict[int, set[int]] = {}
+        for pair in self.pairs:
+            if pair.isdisjoint(look.out):
+                for machine in pair:
+                    partners.setdefault(machine, set()).update(pair - {machine})
+
+        def found(machine: int) -> _Found:
+            with_whom = tuple(sorted(partners[machine]))
+            copies = sum(self.pairs[frozenset((machine, other))] for other in with_whom)
+            return _Found(machine, copies, partners=with_whom)
+
+        def many(machine: int) -> tuple[int, float]:
+            return len(partners[machine]), float(look.z[machine].nan_to_num(nan=-math.inf))
+
+        budget = self.most - len(look.out)
+        worst = max(partners, key=many, default=None)
+        if worst is not None and len(partners[worst]) > max(1, budget):
+            return found(worst)
+        for cluster in _connected(partners):
+            # Predicted from others only: each may have spoilt what its partners are predicted from.
+            z = self.look((*look.out, *cluster)).z.nan_to_num(nan=0.0)
+            ranked = self._explanations(cluster, partners, z, budget)
+            if not ranked:
+                return found(max(cluster, key=many))
+            best, cover = ranked[0]
+            suspect = max(cover, key=many)
+            other = next((score for score, c in ranked if suspect not in c), -math.inf)
+            if best - other > _DECISIVE:
+                return found(suspect)
+            suspects |= set(cluster)
+        return None
+
+    @staticmethod
+    def _explanations(
+        cluster: Sequence[int], partners: dict[int, set[int]], z: Tensor, budget: int
+    ) -> list[tuple[float, tuple[int, ...]]]:
+        """The sets of liars that explain all that differs among some machines, the likeliest first.
+
+        Each has a score: what the z of its machines speak for it, less what each liar more speaks
+        against it.
+        """
+        explanations = []
+        for size in range(1, budget + 1 if len(cluster) <= _CLUSTER else 1):
+            for liars in itertools.combinations(cluster, size):
+                if all(i in liars or partners[i] <= {*liars} for i in cluster):
+                    score = sum(min(float(z[i]), _CONVINCING) - _RARE for i in liars)
+                    explanations.append((score, liars))
+        return sorted(explanations, reverse=True)
+
+    def _accuse_by_predictions(self, look: _Look) -> _Found | None:
+        what = "differs from what the other results predict"
+        z = torch.where(torch.isin(torch.arange(len(look.z)), torch.tensor(look.out)), -1.0, look.z)
+        z = z.nan_to_num(nan=-1.0)
+        worst = int(z.argmax())
+        if z[worst] > look.bar(1):
+            return _Found(worst, float(z[worst]), what)
+        best: _Found | None = None
+        for machine in z.topk(min(_REFITS, len(z))).indices.tolist():
+            if z[machine] > _SUSPICIOUS:
+                again = self.look((*look.out, machine))
+                score = float(again.z[machine])
+                if score > look.bar(2) and (best is None or score > best.excess):
+                    best = _Found(machine, score, what)
+        return best
+
+    def _accuse_by_row(self, look: _Look) -> _Found | None:
+        row = look.row.nan_to_num(nan=-1.0)
+        row[list(look.out)] = -1.0
+        worst = int(row.argmax())
+        if row[worst] > look.bar_of_rows():
+            return _Found(worst, float(row[worst]), "differs from all predictions in one row")
+        return None
+
+
+def _connected(partners: dict[int, set[int]]) -> list[list[int]]:
+    """The machines that differ from each other, directly or through others."""
+    clusters: list[list[int]] = []
+    seen: set[int] = set()
+    for machine in partners:
+        cluster, new = [], {machine} - seen
+        while new:
+            seen |= new
+            cluster += sorted(new)
+            new = set().union(*(partners[i] for i in new)) - seen
+        if cluster:
+            clusters.append(cluster)
+    return clusters
