@@ -255,6 +255,7 @@ class CodedWrapper(StandIn):
                 self.on_run(report)
 
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
+        check_ordering(self, self.ordering)  # it may have been assigned
         if not (waiting.at_once or self.code.mixes):
             machines = self.workers.num_machines
             return Rows(inputs, self.code, self.ordering, machines, self.out_dims)
