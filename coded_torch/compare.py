@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import count, instance
-from ._scores import Interval, Scores, half_width, rounded
+from ._scores import Interval, Scores
 from ._trial import Trial
 from .codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from .nn import CodedWrapper
@@ -245,7 +245,6 @@ def _tuned(
     """The schemes that apply, with the best numbers."""
     if not Trial(coded, calls[0]).mixable:
         every = {name: scheme for name, scheme in every.items() if not scheme.code.mixes}
-    law = Uniform(lost, seed=seed + 1)  # not the workers that are lost later
     tuned = {}
     for name, scheme in every.items():
         wrapper = CodedWrapper(
@@ -262,7 +261,7 @@ def _tuned(
 
 
 def _row(setting: tuple[int, int, int], name: str, code: Code, scores: Scores) -> Row:
-    summary, (*_, mse, _, variance, _) = scores.summary(), scores.columns
+    summary = scores.summary()
     accuracy = summary["relative_accuracy"]
     return Row(
         setting=setting,

@@ -17,10 +17,10 @@ from ._arguments import instance
 from ._trial import Trial
 from .codes.base import Code
 from .codes.kernel import KernelCode, path_step
-from .regression import KernelRegression
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
+from .regression import KernelRegression
 from .stragglers import Uniform
 
 __all__ = ["received_sets", "tune"]
