@@ -260,10 +260,10 @@ def test_one_image_that_is_not_normalised(make, dtype, batch_size, network):
             if make is KernelCode:
                 assert own.sum() >= batch_size * 5 // 6
         errors.append(math.sqrt(square))
-    # Mixed into others, it spoils its neighbours' results; else it does next to nothing.
-    assert (
-        max(errors) < (1.2 if make is KernelCode else 1.5 if batch_size == 240 else 2) * errors[0]
-    )
+    # Mixed into others, it spoils its neighbours' results, and those of its whole group at points
+    # where no worker computes an input as it is; else it does next to nothing.
+    alone = {KernelCode: 1.2, systematic: 2, spread: 2.5}[make]
+    assert max(errors) < (min(alone, 1.5) if batch_size == 240 else alone) * errors[0]
 
 
 @pytest.mark.parametrize("make", [KernelCode, systematic, spread])
@@ -411,7 +411,7 @@ def test_distances_of_mixtures(make, shrinkage, generator):
 def test_replication_that_predicts_what_is_lost(generator):
     """The same workers, answers and lost inputs as replication; what is lost is closer."""
     x = inputs(60, generator)
-    received = [0, 1, 2, 5, 7, 9, 10]
+    received = [0, 1, 2, 6, 7, 8]
     plans = [
         plan_batch(make(6, 11), "similarity", [x], 4) for make in (replicated, ReplicationCode)
     ]
