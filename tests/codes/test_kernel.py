@@ -421,4 +421,4 @@ def test_replication_that_predicts_what_is_lost(generator):
     ours, theirs = (plan.decode(results, received) for plan in plans)
     exact = plans[0].exact(received)
     assert torch.equal(ours[exact], theirs[exact])
-    assert metrics.rmse(ours, smooth(x)) < 0.3 * metrics.rmse(theirs, smooth(x))
+    assert metrics.rmse(ours, smooth(x)) < 0.7 * metrics.rmse(theirs, smooth(x))
