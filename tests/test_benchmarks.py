@@ -1,4 +1,4 @@
-"""The benchmarks: runs that go on where they were stopped, what they compare, and the command."""
+"""The benchmarks: runs that go on where they were stopped, and what they compare."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch import cli, codes, stragglers
+from coded_torch import codes, stragglers
 from coded_torch.nn import CodedWrapper
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -229,67 +229,3 @@ def test_quick_runs_need_no_data(load, tmp_path, monkeypatch):
                     assert error < 1e-9
             spline = [error for error, *_ in found["median error"]["spline"]]
             assert spline[-1] < 0.1 * spline[0]
-
-
-def test_bench_runs_the_scripts_of_a_folder(tmp_path, monkeypatch, capfd):
-    for name in cli._BENCHMARKS:
-        script = f"import sys; print({name!r}, *sys.argv[1:]); sys.exit({name == 'levers'})"
-        (tmp_path / f"{name}.py").write_text(script)
-    assert cli.main(["bench", "--quick", "--folder", str(tmp_path), "lagrange", "accuracy"]) == 0
-    common = "--threads 1 --quick"
-    assert capfd.readouterr().out == f"lagrange {common}\naccuracy {common}\n"
-    assert cli.main(["bench", "--folder", str(tmp_path)]) == 2
-    out, err = capfd.readouterr()
-    assert out == "".join(f"{name} --threads 1\n" for name in ("accuracy", "batches", "levers"))
-    assert err == "coded-torch bench: levers failed with exit code 1\n"
-
-
-def test_bench_runs_several_at_once_but_those_that_measure_times(tmp_path, capfd):
-    # Those at once wait for each other; times are measured when they have ended.
-    meet = """
-import sys, time
-from pathlib import Path
-Path(__file__).with_suffix(".here").touch()
-for _ in range(3000):
-    if len(list(Path(__file__).parent.glob("*.here"))) == 2:
-        break
-    time.sleep(0.01)
-else:
-    sys.exit("nobody came")
-"""
-    for name in ("accuracy", "batches"):
-        (tmp_path / f"{name}.py").write_text(f"{meet}\nprint('met')")
-    (tmp_path / "latency.py").write_text("print('alone')")
-    names = ["latency", "accuracy", "batches"]
-    assert cli.main(["bench", "--jobs", "2", "--folder", str(tmp_path), *names]) == 0
-    assert capfd.readouterr().out == "met\nmet\nalone\n"
-    assert cli.main(["bench", "--jobs", "0", "--folder", str(tmp_path), *names]) == 2
-    assert "--jobs must be at least 1, got 0" in capfd.readouterr().err
-
-
-def test_bench_is_interrupted_with_its_script(tmp_path, capfd):
-    (tmp_path / "lagrange.py").write_text("raise SystemExit(130)")
-    assert cli.main(["bench", "--folder", str(tmp_path), "lagrange"]) == 130
-    assert capfd.readouterr().err == "interrupted\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["bench"], "there is no accuracy.py in benchmarks; run it in a checkout"),
-        (["bench", "speed"], "NAME must be one of accuracy, batches,"),
-    ],
-)
-def test_bench_needs_a_checkout_and_names_it_knows(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(arguments) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert message in err
-
-
-def test_the_command_runs_what_is_in_the_folder():
-    for name in cli._BENCHMARKS:
-        assert (BENCHMARKS / f"{name}.py").is_file()

@@ -1,5 +1,7 @@
 """The command ``coded-torch``: what it prints, where, and its exit codes."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -20,8 +22,10 @@ from coded_torch.demo import comparison
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
         ("demo --num-data two", "--num-data: invalid int value: 'two'"),
         ("demo --num-data 0", "--num-data must be at least 1, got 0"),
-        ("demo --num-data 501", "--num-data must be at most 500, "),
+        ("demo --num-data 501 --num-workers 600", "--num-data must be at most 500, the digits"),
+        ("demo --num-data 7 --num-workers 6", "--num-data must be at most 6, the workers, got 7"),
         ("demo --num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("demo --num-workers 1000000000", "--num-workers must be at most 65536, got 1000000000"),
         ("demo --num-stragglers -1", "--num-stragglers must be at least 0, got -1"),
         ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
         ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
@@ -32,6 +36,8 @@ from coded_torch.demo import comparison
         ("demo --device cuda:99", "got 'cuda:99'; cuda kernels: "),
         ("latency --rate 0", "--rate must be at least 0.001, got 0.0"),
         ("latency --rate nan", "--rate must be at least 0.001, got nan"),
+        ("latency --num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("latency --num-workers 65537", "--num-workers must be at most 65536, got 65537"),
         ("latency --num-data 7", "--num-data must be at most 6, got 7"),
         ("latency --num-stragglers 6", "--num-stragglers must be at most 5, got 6"),
         ("latency --share 1.5", "--share must be at most 1, got 1.5"),
@@ -39,18 +45,22 @@ from coded_torch.demo import comparison
         ("latency --output latency", "--output must end in .pdf, .png, .svg, got latency"),
         ("demo --output nowhere/demo.png", "--output must be in a folder that exists"),
         ("demo --output demo", "--output must end in .pdf, .png, .svg, got demo"),
-        ("demo --output folder.png", "--output must be a file that can be written"),
+        ("demo --output folder.png", "--output must be a file that can be written, got [Errno 21]"),
+        (f"latency --output {'x' * 300}.png", "--output must be a file that can be written, got "),
+        ("demo --output link.png", "--output must be a file that can be written, got [Errno 2]"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere/demo.png")
     assert main(arguments.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("coded-torch")
     assert message in err
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "link.png"]
 
 
 @pytest.mark.parametrize("available", [False, True])
@@ -71,6 +81,15 @@ def test_a_missing_extra_says_how_to_get_it(extra, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         f"coded-torch demo needs {extra}: pip install 'coded_torch[demo]'\n"
     )
+
+
+def test_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("demo", "latency", "info"):
+        assert f"\n    {command} " in out
+    assert main(["bench"]) == 2
 
 
 def test_help_names_every_flag(capsys):
@@ -99,6 +118,40 @@ def test_info(capsys):
     assert lines["threads"].startswith(f"{torch.get_num_threads()} of ")
     for built in ("cpu", "cuda"):
         assert lines[built].startswith("kernels")
+
+
+@pytest.mark.parametrize("command", ["info", "--help", "demo"])
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [(">&-", "it is closed"), ("> /dev/full", "[Errno 28] No space left on device")],
+)
+def test_standard_output_that_cannot_be_written(command, redirection, reason):
+    """One line, and before the work: the demo would take longer than this may."""
+    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    line = f'"$0" -c "{code}" {command} {redirection}'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"coded-torch: standard output cannot be written: {reason}\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    line = f'{{ "$0" -c "{code}" info; echo $? >&2; }} | true'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    assert done.stderr.decode() == "1\n"
+
+
+def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison, "compare", interrupt)
+    there, new = tmp_path / "there.png", tmp_path / "new.png"
+    there.write_bytes(b"a picture")
+    for output in (there, new):
+        assert main(["demo", "--output", str(output)]) == 130
+    assert there.read_bytes() == b"a picture"
+    assert not new.exists()
 
 
 def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):

@@ -1,21 +1,23 @@
-"""Workers: who computes the coded inputs."""
+"""Pools of machines that run a module, part by part."""
 
-from .base import Reply, Task, WorkerError, Workers
+from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 from .devices import DeviceWorkers
-from .faults import Fault
-from .faulty import FaultyWorkers
+from .faults import Fault, FaultyWorkers
 from .local import LocalWorkers
 from .processes import ProcessWorkers
 from .ray import RayWorkers
 
 __all__ = [
+    "Began",
     "DeviceWorkers",
     "Fault",
     "FaultyWorkers",
     "LocalWorkers",
+    "Part",
     "ProcessWorkers",
     "RayWorkers",
     "Reply",
+    "Request",
     "Task",
     "WorkerError",
     "Workers",

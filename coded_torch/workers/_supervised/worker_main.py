@@ -1,4 +1,4 @@
-r"""The other side of a process worker: what runs in the process."""
+r"""What runs in the processes and actors of a pool."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ._channel import Channel, Contents, TensorPickler
-from .base import Ambient, WorkerError
-from .faults import kill_own_process
+from ..faults import kill_own_process
+from ..live import Ambient
+from .shared_memory import Connection, Pickled, TensorPickler
 
-__all__ = ["FAILURE", "JOB", "MODULE", "READY", "RESULT", "Desk", "failed", "serve"]
+__all__ = ["FAILURE", "JOB", "MODULE", "READY", "RESULT", "LoadedModules", "remote_cause", "serve"]
 
 READY, MODULE, JOB, RESULT, FAILURE = range(5)  # kinds of messages
 
 
 def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
-    """A process: answer jobs until nobody asks any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asks
+    """Do jobs until the other side of the connection has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller's process
     torch.set_num_threads(threads)
     gc.freeze()  # what is there stays, and need not be looked through again and again
-    channel, desk = Channel(sock), Desk(device)
+    connection, modules = Connection(sock), LoadedModules(device)
     with contextlib.suppress(ConnectionError):
-        channel.send(READY, 0, Contents(None))
-        while message := channel.receive():
+        connection.send(READY, 0, Pickled(None))
+        while message := connection.receive():
             if message.kind == MODULE:
-                desk.add(message.number, message.value)
+                modules.add(message.number, message.value)
                 continue
-            number, answer = message.number, desk.answer(message.value)
+            number, answer = message.number, modules.call(message.value)
             del message  # its memory can be used again, which the answer says
-            channel.send(answer[0], number, answer[1])
+            connection.send(answer[0], number, answer[1])
 
 
-class Desk:
-    """Where a machine answers: the modules that it has been sent, or why they cannot be used.
+class LoadedModules:
+    """The modules that a machine has been sent, or why they cannot be used; calls them.
 
     Args:
-        device: where it computes.
-        pickler: how to pickle what it answers.
+        device: where they compute.
+        pickler: how to pickle what they return.
     """
 
     def __init__(self, device: torch.device, pickler: type[TensorPickler] | None = None) -> None:
         self.device = device
         self._pickler = pickler
-        self._modules: dict[int, nn.Module | Contents] = {}
+        self._modules: dict[int, nn.Module | Pickled] = {}
         self._head = b""
         self._open: tuple[int, Ambient]
 
@@ -64,14 +64,14 @@ class Desk:
         try:
             self._modules[number] = read().to(self.device)
         except Exception as error:
-            self._modules[number] = Contents(_failure(error))
+            self._modules[number] = Pickled(_failure(error))
 
-    def answer(self, read: Callable[[], Any]) -> tuple[int, Contents]:
-        """The kind and the contents of the answer to a job: a head, a fault, and the arguments."""
+    def call(self, read: Callable[[], Any]) -> tuple[int, Pickled]:
+        """Do a job: a head, a fault, and the arguments. Returns the kind of the answer, and it."""
         try:
             head, fault, (args, kwargs) = read()
             module, ambient = self._look_up(head)
-            if isinstance(module, Contents):
+            if isinstance(module, Pickled):
                 return FAILURE, module
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
@@ -82,11 +82,11 @@ class Desk:
                     value = module(*args, **kwargs)
                 else:
                     value = fault.around(lambda: module(*args, **kwargs), kill_own_process)
-                return RESULT, Contents(value, self._pickler)
+                return RESULT, Pickled(value, self._pickler)
         except Exception as cause:
-            return FAILURE, Contents(_failure(cause))
+            return FAILURE, Pickled(_failure(cause))
 
-    def _look_up(self, head: bytes) -> tuple[nn.Module | Contents, Ambient]:
+    def _look_up(self, head: bytes) -> tuple[nn.Module | Pickled, Ambient]:
         if head != self._head:
             number, alive, ambient = pickle.loads(head)
             for gone in self._modules.keys() - alive - {number}:
@@ -96,13 +96,12 @@ class Desk:
         return self._modules[number], ambient
 
 
-def failed(worker: int, where: str, contents: tuple[str, str, Exception | None]) -> WorkerError:
-    """The error that the contents of a failure stand for."""
+def remote_cause(contents: tuple[str, str, Exception | None]) -> Exception:
+    """What the module raised elsewhere, with its traceback there as the cause."""
     what, trace, raised = contents
-    error = WorkerError(worker, f"failed in {where}: {what}")
-    error.__cause__ = raised or RuntimeError(what)
-    error.__cause__.__cause__ = _RemoteTraceback(trace)
-    return error
+    cause = raised or RuntimeError(what)
+    cause.__cause__ = _RemoteTraceback(trace)
+    return cause
 
 
 class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that it holds

@@ -8,13 +8,16 @@ other reads are views of that memory; when they are gone, the memory is used aga
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
 import pickle
 import socket
 import struct
+import sys
 import tempfile
+import types
 import weakref
 from collections import deque
 from typing import Any, NamedTuple
@@ -22,15 +25,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Channel", "Contents", "Message", "Parcel", "TensorPickler"]
+__all__ = ["Block", "Connection", "Message", "Pickled", "TensorPickler"]
 
-_HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, parcel, parcels to reuse
-_MOST_PARCELS = 64  # bits of the last field
+_HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, block, blocks to reuse
+_MOST_BLOCKS = 64  # bits of the last field
 _ALIGNMENT = 64
 _LEAST = 1 << 16
 
 
-class Parcel:
+class Block:
     """Anonymous shared memory that holds a pickle, and behind it the bytes of its tensors.
 
     Args:
@@ -52,12 +55,12 @@ class Parcel:
         return len(self.memory)
 
     @classmethod
-    def of(cls, value: Any) -> tuple[Parcel, int]:
-        """A parcel just large enough for ``value``, and the length of its pickle."""
-        contents = Contents(value)
-        parcel = cls(contents.size)
-        contents.write(parcel.memory)
-        return parcel, len(contents.pickled)
+    def of(cls, value: Any) -> tuple[Block, int]:
+        """A block just large enough for ``value``, and the length of its pickle."""
+        pickled = Pickled(value)
+        block = cls(pickled.size)
+        pickled.write(block.memory)
+        return block, len(pickled.stream)
 
 
 class Message(NamedTuple):
@@ -73,7 +76,7 @@ class Message(NamedTuple):
         return _Unpickler(self.memory, self.length).load()
 
 
-class Channel:
+class Connection:
     """One end of a connection. Each end is used by one thread at a time.
 
     Args:
@@ -83,43 +86,47 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
         self._made = 0
-        self._free: list[tuple[int, Parcel]] = []  # to write into
-        self._lent: dict[int, Parcel] = {}  # written, and read by the other side
-        self._known: dict[int, Parcel] = {}  # the other side's
+        self._free: list[tuple[int, Block]] = []  # to write into
+        self._lent: dict[int, Block] = {}  # written, and read by the other side
+        self._known: dict[int, Block] = {}  # the other side's
         self._done: deque[int] = deque()  # of these, those that are read
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
         return self.socket.fileno()
 
-    def send(self, kind: int, number: int, contents: Contents) -> None:
+    def send(self, kind: int, number: int, pickled: Pickled) -> None:
         """Send an object.
 
         Raises:
-            ConnectionError: nobody reads any more.
+            ConnectionError: nothing reads any more.
             OSError: there is no memory to be had.
         """
         descriptors: list[int] = []
-        parcel: Parcel | None = None
+        block: Block | None = None
         if self._free:
-            index, parcel = self._free.pop()
+            index, block = self._free.pop()
         else:
             index = self._made
             self._made += 1
-        if parcel is None or len(parcel) < contents.size:
-            parcel = Parcel(max(_LEAST, 1 << (contents.size - 1).bit_length()))
-            descriptors.append(parcel.descriptor)
-        contents.write(parcel.memory)
-        if index < _MOST_PARCELS:  # any further ones are used once
-            self._lent[index] = parcel
-        self._send(kind, number, len(contents.pickled), index, descriptors)
+        if block is None or len(block) < pickled.size:
+            block = Block(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
+            descriptors.append(block.descriptor)
+        pickled.write(block.memory)
+        if index < _MOST_BLOCKS:  # any further ones are used once
+            self._lent[index] = block
+        self._send(kind, number, len(pickled.stream), index, descriptors)
 
-    def send_parcel(self, kind: int, number: int, parcel: Parcel, length: int) -> None:
-        """Send a parcel as it is: the reader maps the same memory, for itself."""
-        self._send(kind, number, length, -1, [parcel.descriptor])
+    def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
+        """Send a block as it is: the reader maps the same memory, for itself."""
+        self._send(kind, number, length, -1, [block.descriptor])
 
     def receive(self) -> Message | None:
-        """The next message; None: the other side has ended, or its memory could not be had."""
+        """The next message; None: the other side has ended.
+
+        Raises:
+            OSError: the memory that the message is in cannot be had.
+        """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
             data, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
@@ -132,14 +139,15 @@ class Channel:
             lowest = (reusable & -reusable).bit_length() - 1
             self._free.append((lowest, self._lent.pop(lowest)))
             reusable &= reusable - 1
-        shared = 0 <= index < _MOST_PARCELS
+        shared = 0 <= index < _MOST_BLOCKS
         if not descriptors and not (shared and index in self._known):
-            return None  # the kernel drops descriptors that are one too many for this process
+            # The kernel drops descriptors that are one too many for this process.
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         if not shared:
-            parcel = Parcel(descriptor=descriptors[0], private=True)
-            return Message(kind, number, memoryview(parcel.memory), length)
+            block = Block(descriptor=descriptors[0], private=True)
+            return Message(kind, number, memoryview(block.memory), length)
         if descriptors:
-            self._known[index] = Parcel(descriptor=descriptors[0])
+            self._known[index] = Block(descriptor=descriptors[0])
         memory = memoryview(self._known[index].memory)
         weakref.finalize(memory, self._done.append, index).atexit = False
         return Message(kind, number, memory, length)
@@ -159,10 +167,10 @@ class Channel:
         try:
             socket.send_fds(self.socket, [header], descriptors)
         except OSError as error:
-            raise ConnectionError(f"nobody reads any more: {error}") from error
+            raise ConnectionError(f"nothing reads any more: {error}") from error
 
 
-class Contents:
+class Pickled:
     """An object as its pickle, without the tensors, and the tensors with their places.
 
     Args:
@@ -174,17 +182,17 @@ class Contents:
     """
 
     def __init__(self, value: Any, pickler: type[TensorPickler] | None = None) -> None:
-        stream = io.BytesIO()
-        writer = (pickler or _Pickler)(stream, pickle.HIGHEST_PROTOCOL)
+        buffer = io.BytesIO()
+        writer = (pickler or _Pickler)(buffer, pickle.HIGHEST_PROTOCOL)
         writer.dump(value)
-        self.pickled = stream.getbuffer()
+        self.stream = buffer.getbuffer()
         self.tensors = writer.tensors
-        self.start = _aligned(len(self.pickled))
+        self.start = _aligned(len(self.stream))
         self.size = self.start + writer.size
 
     def write(self, memory: mmap.mmap | memoryview) -> None:
         """Write all of it to the beginning of ``memory``."""
-        memory[: len(self.pickled)] = self.pickled
+        memory[: len(self.stream)] = self.stream
         for tensor, offset in self.tensors:
             place = torch.frombuffer(
                 memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.start + offset
@@ -222,7 +230,18 @@ class TensorPickler:
 
 
 class _Pickler(TensorPickler, pickle.Pickler):
-    pass
+    def reduce_other(self, obj: Any) -> Any:
+        # Classes and functions go by name: other processes have to find them.
+        if (
+            isinstance(obj, type | types.FunctionType)
+            and obj.__module__ == "__main__"
+            and not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
+        ):
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} belongs to an interactive session; define it in a file that "
+                "can be imported"
+            )
+        return NotImplemented
 
 
 class _Unpickler(pickle.Unpickler):
@@ -248,7 +267,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _tensor_at(*_: Any) -> Tensor:
     """Stands in a pickle for what reads a tensor from the memory behind it."""
-    raise pickle.UnpicklingError("a parcel must be read where its memory is")
+    raise pickle.UnpicklingError("a block must be read where its memory is")
 
 
 def _aligned(size: int) -> int:

@@ -1,4 +1,4 @@
-r"""Machines that may die: who is at what, who is replaced, and nothing about how."""
+r"""Machines that may die: which is at what, which is replaced, and nothing about how."""
 
 from __future__ import annotations
 
@@ -8,48 +8,36 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from ._modules import Modules
-from ._request import Request
-from .base import Arguments, WorkerError
-from .faults import Fault
+from ..base import Arguments, Part
+from ..faults import Fault
+from ..live import LiveRequest
+from .modules import ModuleStore, PackedModule
 
-__all__ = ["START_SECONDS", "Crew", "Job", "Machine"]
+__all__ = ["START_SECONDS", "Job", "Machine", "Supervisor"]
 
 logger = logging.getLogger("coded_torch.workers")
 
 START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a while
 _CLOSING_SECONDS = 10.0
-_FAILED_STARTS = 3  # in a row, until requests are told instead of kept waiting
+_FAILED_STARTS = 3  # in a row, until what waits fails
 _LONGEST_PAUSE = 5.0  # between attempts to start
-
-
-class Job(NamedTuple):
-    """One worker's part of a request, numbered so that no other job is taken for it."""
-
-    number: int
-    request: Request
-    worker: int
-
-    def contents(self) -> tuple[bytes, Fault | None, Arguments]:
-        """What a :class:`~coded_torch.workers._serving.Desk` answers."""
-        task = self.request.task
-        fault = None if task.faults is None else task.fault(self.worker)
-        return self.request.module.head, fault, task.payload(self.worker)
+_NEVER = "was never begun: the pool was closed"
 
 
 class Machine:
     """One process or actor, from its start to its end; a new one takes its place then.
 
     Attributes:
-        index: its place among those of the crew, which its successor gets.
+        index: its place in the pool, which its successor gets.
         job: what it is at; None: nothing.
         since: when it began to start, or began its job.
         ready: whether it has come up.
+        modules: the numbers of those that it holds.
     """
 
     def __init__(self, index: int) -> None:
@@ -57,21 +45,48 @@ class Machine:
         self.job: Job | None = None
         self.since = 0.0
         self.ready = False
+        self.modules: frozenset[int] = frozenset()
+
+    def load(self, module: PackedModule) -> None:
+        """Note what it holds when it has got a job with this module."""
+        self.modules = self.modules & module.alive | {module.number}
 
     def __str__(self) -> str:
         return f"machine {self.index}"
 
 
-class Crew(abc.ABC):
+class Job(NamedTuple):
+    """A part of a request, numbered so that no other job is taken for it."""
+
+    number: int
+    request: LiveRequest
+    module: PackedModule
+    part: Part
+
+    def contents(self) -> tuple[bytes, Fault | None, Arguments]:
+        """What :class:`~coded_torch.workers._supervised.worker_main.LoadedModules` calls."""
+        return self.module.head, self.part.fault, self.request.task.payload(self.part.units)
+
+    def wanted(self) -> bool:
+        """Whether it has still to be begun."""
+        return self.request.wants(self.part)
+
+    def begin(self, machine: Machine) -> bool:
+        """Begin it on a machine, unless it is not wanted any more: whether it has begun."""
+        fresh = self.module.number not in machine.modules
+        return self.request.begin(self.part, machine.index, fresh)
+
+
+class Supervisor(abc.ABC):
     """The machines of a pool and the jobs that wait for them.
 
-    Each machine is at one job at a time, and takes the next one that anybody still waits for when
-    it has ended the last: so a machine that is slow or stopped holds up the one job that it is at.
-    A machine that is lost is replaced; its job has failed. Whoever is at one job for longer than
+    Each machine is at one job at a time, and takes the next one that is still wanted when it has
+    ended the last: so a machine that is slow or stopped holds up the one job that it is at. A
+    machine that is lost is replaced; its job has failed. One that is at a job for longer than
     ``grace`` seconds is ended.
 
     Subclasses say how a machine is started, asked and ended, and report what it does to
-    :meth:`ready`, :meth:`deliver` and :meth:`lost`. One thread calls :meth:`tend` and
+    :meth:`ready`, :meth:`deliver`, :meth:`fail` and :meth:`lost`. One thread calls :meth:`tend` and
     :meth:`wait`; everything else may be called from any.
 
     Args:
@@ -80,13 +95,16 @@ class Crew(abc.ABC):
         clock: what the time is, in seconds.
     """
 
+    #: What the machines are, in messages.
+    noun = "machines"
+
     def __init__(
         self, size: int, grace: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.size = size
         self.grace = grace
         self.closed = False
-        self.modules = Modules(self.pack)
+        self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self._clock = clock
         self._changed = threading.Condition()
@@ -110,7 +128,7 @@ class Crew(abc.ABC):
 
     @abc.abstractmethod
     def send(self, machine: Machine, job: Job) -> None:
-        """Hand a job to an idle machine. What is raised is the job's error."""
+        """Hand a job to a machine, and note its module there. What is raised fails the job."""
 
     @abc.abstractmethod
     def end(self, machine: Machine) -> None:
@@ -124,18 +142,21 @@ class Crew(abc.ABC):
     def wake(self) -> None:
         """Make :meth:`wait` return."""
 
-    def let_go(self) -> None:  # noqa: B027 - most crews hold nothing else
+    def let_go(self) -> None:  # noqa: B027 - most hold nothing else
         """Let go of all but the machines, which have ended."""
 
     # What happens to it.
 
-    def submit(self, request: Request) -> None:
-        """Have every worker's part of a request done."""
+    def submit(self, request: LiveRequest, module: PackedModule, parts: Sequence[Part]) -> None:
+        """Have parts of a request done."""
         with self._changed:
-            if self.closed:
-                raise RuntimeError("the pool is closed")
-            for worker in range(request.task.num_workers):
-                self._jobs.append(Job(next(self._numbers), request, worker))
+            closed = self.closed
+            if not closed:
+                for part in parts:
+                    self._jobs.append(Job(next(self._numbers), request, module, part))
+        if closed:
+            for part in parts:
+                request.fail(part, _NEVER)
         self._assign()
 
     def ready(self, machine: Machine) -> None:
@@ -147,25 +168,30 @@ class Crew(abc.ABC):
             self._changed.notify_all()
         self._assign()
 
-    def deliver(
-        self, machine: Machine, number: int, value: Any = None, error: WorkerError | None = None
-    ) -> None:
-        """A machine has ended a job. What is not about the job that it is at is dropped."""
-        self._end_job(machine, number, value, error)
+    def deliver(self, machine: Machine, number: int, value: Any) -> None:
+        """A machine has done a job."""
+        if (job := self._finish(machine, number)) is not None:
+            job.request.settle(job.part, value)
         self._assign()
 
-    def _end_job(
-        self, machine: Machine, number: int, value: Any = None, error: WorkerError | None = None
+    def fail(
+        self, machine: Machine, number: int, reason: str, cause: BaseException | None = None
     ) -> None:
+        """A machine has ended a job without a value."""
+        if (job := self._finish(machine, number)) is not None:
+            job.request.fail(job.part, reason, cause)
+        self._assign()
+
+    def _finish(self, machine: Machine, number: int) -> Job | None:
+        """The job that a machine was at, which is idle now; None if it is at another one."""
         with self._changed:
             job = machine.job
             if job is None or job.number != number or machine not in self._machines:
-                logger.warning("%s: dropped a result that nobody waits for", machine)
-                return
+                logger.warning("%s: dropped a result that nothing waits for", machine)
+                return None
             machine.job = None
             self._idle.append(machine)
-        if not job.request.given_up:
-            job.request.answer(job.worker, value, error)
+            return job
 
     def lost(self, machine: Machine, reason: str) -> None:
         """A machine has ended; ``reason`` goes on after its name."""
@@ -175,49 +201,53 @@ class Crew(abc.ABC):
             self._machines.remove(machine)
             if machine in self._idle:
                 self._idle.remove(machine)
-            name, job, failed = str(machine), machine.job, []
-            if job is not None:
-                failed.append(job)
+            what, job, stranded = f"{machine} {reason}", machine.job, []
             if not machine.ready:
                 self._failed_starts += 1
-                self.trouble = f"{name} {reason}"
+                self.trouble = what
                 pause = min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
                 self._start_again = self._clock() + pause
                 if self._failed_starts >= _FAILED_STARTS and not any(
                     other.ready for other in self._machines
                 ):
-                    failed += self._jobs
+                    stranded = list(self._jobs)
                     self._jobs.clear()
             self._changed.notify_all()
         if not self.closed:
-            logger.warning("%s %s", name, reason)
-        for job in failed:
-            job.request.answer(job.worker, error=WorkerError(job.worker, f"{name} {reason}"))
+            logger.warning("%s", what)
+        if job is not None:
+            job.request.fail(job.part, f"was lost: {what}")
+        for job in stranded:
+            job.request.fail(job.part, f"was never begun: {what}")
         self.wake()
 
     def _assign(self) -> None:
-        """Give idle machines what waits."""
-        while True:
-            with self._changed:
-                while self._jobs and self._jobs[0].request.given_up:
-                    self._jobs.popleft()
-                if not (self._jobs and self._idle):
-                    return
-                job, machine = self._jobs.popleft(), self._idle.popleft()
-                machine.job, machine.since = job, self._clock()
+        """Give idle machines what is still wanted."""
+        while (begun := self._begin()) is not None:
+            machine, job = begun
             try:
                 self.send(machine, job)
             except BaseException as cause:
-                error = WorkerError(job.worker, f"could not be asked: {cause}")
-                error.__cause__ = cause
-                self._end_job(machine, job.number, error=error)
+                if self._finish(machine, job.number) is not None:
+                    job.request.fail(job.part, f"could not be asked: {cause}", cause)
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
+
+    def _begin(self) -> tuple[Machine, Job] | None:
+        """An idle machine and the job that it is at from now on."""
+        with self._changed:
+            while self._jobs and (self._idle or not self._jobs[0].wanted()):
+                job = self._jobs.popleft()
+                if self._idle and job.begin(self._idle[0]):
+                    machine = self._idle.popleft()
+                    machine.job, machine.since = job, self._clock()
+                    return machine, job
+            return None
 
     # What the one thread does.
 
     def tend(self) -> None:
-        """End who is overdue, and start who is missing."""
+        """End the machines that are overdue, and start those that are missing."""
         now = self._clock()
         with self._changed:
             overdue = [machine for machine in self._machines if self._due(machine) <= now]
@@ -268,8 +298,7 @@ class Crew(abc.ABC):
                 self.end(machine)
                 self.lost(machine, "was ended: the pool was closed")
             for job in jobs:
-                error = WorkerError(job.worker, "was never asked: the pool was closed")
-                job.request.answer(job.worker, error=error)
+                job.request.fail(job.part, _NEVER)
             self.modules.clear()
             self.let_go()
 
@@ -285,7 +314,25 @@ class Crew(abc.ABC):
             return machine.since + START_SECONDS
         return float("inf") if machine.job is None else machine.since + self.grace
 
-    # What others want to know.
+    # What others ask for.
+
+    @property
+    def num_idle(self) -> int:
+        """How many machines would begin a job at once."""
+        with self._changed:
+            return len(self._idle)
+
+    def obstacle(self, request: LiveRequest) -> str:
+        """Why parts of a request may not have begun."""
+        with self._changed:
+            jobs = [machine.job for machine in self._machines if machine.job is not None]
+            starting = self.size - sum(machine.ready for machine in self._machines)
+        earlier = sum(job.request is not request for job in jobs)
+        reasons = [
+            (earlier, f"are at earlier tasks (grace {self.grace:g} s)"),
+            (starting, f"are starting{self.trouble and f'; {self.trouble}'}"),
+        ]
+        return "; ".join(f"{n} of {self.size} {self.noun} {what}" for n, what in reasons if n)
 
     @property
     def machines(self) -> list[Machine]:

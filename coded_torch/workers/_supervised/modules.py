@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .base import Ambient
+from ..live import Ambient
 
-__all__ = ["Modules", "Question"]
+__all__ = ["ModuleStore", "PackedModule"]
 
 
-class Question(NamedTuple):
-    """What is the same for all jobs of a request.
+class PackedModule(NamedTuple):
+    """The module of a request: what is the same for all of its jobs.
 
     Attributes:
-        number: of the module, so that it is sent once.
+        number: of the module as it is now, so that it is sent once.
         package: the module, as it is sent.
         alive: the numbers of all modules that may still be needed.
         head: number, alive and the caller's modes, pickled.
@@ -33,22 +33,22 @@ class Question(NamedTuple):
     head: bytes
 
 
-class Modules:
-    """The modules that have been packed, each until it has changed or nobody else holds it.
+class ModuleStore:
+    """The modules that have been packed, each until it has changed or nothing else holds it.
 
     Args:
         pack: makes a package of a module.
     """
 
     def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
-        self._pack = pack
+        self._make = pack
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         # module -> (what it looked like, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
-    def question(self, module: nn.Module, ambient: Ambient) -> Question:
-        """What all jobs of a request for ``module`` are asked.
+    def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
+        """The module as it is now, for a caller with these modes.
 
         Raises:
             TypeError: the module cannot be pickled.
@@ -61,7 +61,7 @@ class Modules:
                 self._packed[module] = packed
             alive = frozenset(number for _, number, *_ in self._packed.values())
         _, number, package, _ = packed
-        return Question(number, package, alive, pickle.dumps((number, alive, ambient)))
+        return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
 
     def forget(self, module: nn.Module) -> None:
         """Pack ``module`` again when it is needed next."""
@@ -75,7 +75,7 @@ class Modules:
 
     def _package(self, module: nn.Module) -> Any:
         try:
-            return self._pack(module)
+            return self._make(module)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 "Workers: the module must be picklable to be sent to another process, "
@@ -84,7 +84,7 @@ class Modules:
 
 
 def _looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """What tells that a module has changed, as long as the tensors beside it are kept.
+    """What differs once a module has changed, as long as the tensors beside it are kept.
 
     They keep their memory from being used for other weights, which would look the same.
     """

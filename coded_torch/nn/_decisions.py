@@ -1,0 +1,376 @@
+"""The decisions of one call, and what they answer: the protocol is told in ``waiting.py``."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Sequence, Set
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from ._history import History
+
+if TYPE_CHECKING:
+    from .waiting import Waiting
+
+__all__ = ["Ask", "Began", "Call", "Decision", "Drop", "Ended", "Event", "Hedge", "Prepare"]
+__all__ += ["Settled", "Wait"]
+
+_REASKS = 3
+_SPLIT = 4  # machines that the first re-ask of a part is split over
+_BURST = 20  # parts, and one whole call, may be asked again before `extra` limits them
+
+
+class Ask(NamedTuple):
+    """Have parts computed, each a tuple of units."""
+
+    parts: tuple[tuple[int, ...], ...]
+
+
+class Drop(NamedTuple):
+    """Parts, by number, that other parts have answered: what has not begun need not begin."""
+
+    parts: tuple[int, ...]
+
+
+class Prepare(NamedTuple):
+    """The first fence has fired: what predictions need is worth preparing now."""
+
+
+class Wait(NamedTuple):
+    """Wait for an event, but not beyond a time."""
+
+    until: float
+
+
+class Began(NamedTuple):
+    """A machine has begun a part; ``fresh`` if it has not run this module before."""
+
+    part: int
+    at: float
+    fresh: bool = False
+
+
+class Settled(NamedTuple):
+    """A part has ended ``latency`` seconds after it began, with a good result or without.
+
+    A second one for the same part, not ``ok``, takes back what turned out unlike most.
+    """
+
+    part: int
+    at: float
+    latency: float
+    ok: bool
+
+
+class Hedge(NamedTuple):
+    """One part that was asked again.
+
+    Attributes:
+        part: its number.
+        of: that of the part it stands in for; None if it was asked for the tolerance's sake.
+        units: that it is asked for.
+        at: when, in seconds of the call.
+        won: whether any of its units were answered by it first.
+    """
+
+    part: int
+    of: int | None
+    units: tuple[int, ...]
+    at: float
+    won: bool
+
+
+Decision: TypeAlias = Ask | Drop | Prepare | Wait
+Event: TypeAlias = Began | Settled | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a call ended.
+
+    Attributes:
+        reason: "complete"; "deadline" or "patience", where the rest is to be predicted; "first"
+            where those that were wanted first are there; "tolerance" where the error to expect
+            became tolerable later than that; "failed" where nothing more can come.
+        hedges: the parts that were asked again.
+        fence: seconds after its begin at which the largest part would be asked again; infinite
+            while the history is too short.
+        median: of whole calls like this one, in seconds; infinite likewise.
+        deadline: that was in force, in seconds of the call; infinite if there was none.
+    """
+
+    reason: str
+    hedges: tuple[Hedge, ...]
+    fence: float
+    median: float
+    deadline: float
+
+
+_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)
+
+
+class _Part:
+    """A part that was asked, and what stands in for it: parts make a tree, of which leaves count.
+
+    A leaf is hopeful if it waits to begin, or runs and is within its fence.
+    """
+
+    __slots__ = (
+        "at",
+        "due",
+        "fresh",
+        "number",
+        "of",
+        "replaced",
+        "seconds",
+        "state",
+        "units",
+        "won",
+    )
+
+    def __init__(self, number: int, units: tuple[int, ...], of: _Part | None, at: float) -> None:
+        self.number, self.units, self.of, self.at = number, units, of, at
+        self.state = _QUEUED
+        self.due = self.seconds = math.inf
+        self.fresh: bool | None = None  # until it begins
+        self.replaced = self.won = False
+
+    def exhausted(self) -> bool:
+        """Whether it must not be asked again."""
+        asked, failed, part = 0, 0, self
+        while True:
+            failed += part.state == _FAILED
+            if part.of is None:
+                return asked >= _REASKS or failed >= _REASKS
+            asked, part = asked + 1, part.of
+
+
+class Call:
+    """One call, as far as it has come."""
+
+    def __init__(
+        self,
+        waiting: Waiting,
+        history: History,
+        first: Sequence[tuple[int, ...]],
+        needed: int,
+        unit_rows: int,
+        spare: Sequence[int] | None,
+        since: float,
+        idle: Callable[[], int],
+        suffices: Callable[[Set[int]], bool] | None,
+    ) -> None:
+        self.waiting, self.history, self.needed = waiting, history, needed
+        self.unit_rows, self.since, self.now = unit_rows, since, since
+        self.idle, self.suffices = idle, suffices
+        self.mixes = spare is not None
+        self.spare = deque(spare or ())
+        self.parts = [_Part(i, units, None, since) for i, units in enumerate(first)]
+        self.num_first, self.num_units = len(first), sum(map(len, first))
+        self.open = len(first)  # parts of which something may come
+        self.unbegun = 0  # of those asked again
+        self.good: set[int] = set()
+        self.enough: bool | None = None  # whether the error to expect of `good` is tolerable
+        self.goal = needed
+        self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
+        self.late = self.lost = self.prepared = self.extended = False
+        self.rows = unit_rows * max(map(len, first))
+        self.fences: dict[int, float] = {}
+        self.hedges = not waiting.at_once and waiting.extra > 0
+        self.median = history.call(self.rows)
+        if waiting.deadline is not None:
+            self.deadline = waiting.deadline
+        else:
+            self.deadline = math.inf if waiting.at_once else waiting.patience * self.median
+        if self.hedges:
+            history.earn(waiting.extra)
+
+    def decisions(self) -> Generator[Decision, Event, Ended]:
+        yield Ask(tuple([part.units for part in self.parts]))
+        while (reason := self._reason()) is None:
+            until = self._until()
+            event = yield Wait(until)
+            if isinstance(event, Began):
+                self._begin(event)
+                continue
+            if event is not None:
+                self._settle(event)
+                if self.unbegun and (unwanted := self._unwanted()):
+                    yield Drop(unwanted)
+                if not self.lost:
+                    continue
+            elif until == math.inf:
+                reason = "failed"
+                break
+            else:
+                # Only now, when no event was there to come before it.
+                self.now = max(self.now, until)
+                self.late |= self.now >= self.since + self.deadline
+            asked, fenced = self._again()
+            if asked:
+                yield Ask(asked)
+            if fenced and not self.prepared:
+                self.prepared = True
+                yield Prepare()
+        return self._end(reason)
+
+    def _reason(self) -> str | None:
+        """Why the call ends now; None if it does not."""
+        good, at_once = len(self.good), self.waiting.at_once
+        if good >= self.needed:
+            everything = good == self.num_units if at_once else not self.mixes
+            if everything or self._tolerable() or not self.open:
+                if self.extended:
+                    return "tolerance"
+                return "first" if at_once and not everything else "complete"
+            self.extended = True
+        if self.late and (at_once or 2 * good >= self.needed):
+            if self.waiting.deadline is not None:
+                return "deadline"
+            if self._tolerable():
+                return "tolerance" if self.extended else "patience"
+            self.extended = True
+        return None if self.open else "failed"
+
+    def _tolerable(self) -> bool:
+        if self.enough is None:
+            self.enough = self.suffices is None or self.suffices(self.good)
+        return self.enough
+
+    def _until(self) -> float:
+        """When something is to be done if nothing happens."""
+        timers, parts = self.timers, self.parts
+        while timers:
+            due, number = timers[0]
+            if parts[number].state == _RUNNING and parts[number].due == due:
+                break
+            heapq.heappop(timers)
+        due = timers[0][0] if timers else math.inf
+        return due if self.late else min(due, self.since + self.deadline)
+
+    def _fence(self, num_units: int) -> float:
+        fence = self.fences.get(num_units)
+        if fence is None:
+            fence = self.fences[num_units] = self.history.fence(num_units * self.unit_rows)
+        return fence
+
+    def _begin(self, event: Began) -> None:
+        part = self.parts[event.part]
+        self.now = max(self.now, event.at)
+        if part.state == _DROPPED:  # too late
+            self.open += 1
+        elif part.number >= self.num_first:
+            self.unbegun -= 1
+        part.state, part.fresh = _RUNNING, event.fresh
+        if self.hedges and (fence := self._fence(len(part.units))) < math.inf:
+            part.due = event.at + fence
+            heapq.heappush(self.timers, (part.due, part.number))
+
+    def _settle(self, event: Settled) -> None:
+        part, good = self.parts[event.part], self.good
+        self.now = max(self.now, event.at)
+        self.enough = None
+        before, part.state = part.state, _GOOD if event.ok else _FAILED
+        if before <= _RUNNING:
+            self.open -= 1
+            self.unbegun -= before == _QUEUED and part.number >= self.num_first
+        if event.ok:
+            num_good = len(good)
+            good.update(part.units)
+            part.won, part.seconds = len(good) > num_good, event.latency
+            part.fresh = bool(part.fresh)
+            if self.mixes and len(good) >= self.goal and not self._tolerable():
+                self.goal, self.lost = len(good) + 1, True
+        else:
+            self.lost = True
+            if before == _GOOD:
+                good.clear()
+                good.update(*(other.units for other in self.parts if other.state == _GOOD))
+
+    def _unwanted(self) -> tuple[int, ...]:
+        """Parts asked again that have not begun, and have been answered by others."""
+        unwanted = []
+        for part in self.parts[self.num_first :]:
+            if part.state == _QUEUED and self.good.issuperset(part.units):
+                part.state = _DROPPED
+                unwanted.append(part.number)
+        self.open -= len(unwanted)
+        self.unbegun -= len(unwanted)
+        return tuple(unwanted)
+
+    def _again(self) -> tuple[tuple[tuple[int, ...], ...], bool]:
+        """What is to be asked again now, and whether a fence has fired."""
+        self.lost = fenced = False
+        if self.waiting.at_once:
+            return (), False
+        while self.timers and self.timers[0][0] <= self.now:
+            heapq.heappop(self.timers)
+        num_parts, idle = len(self.parts), self.idle()
+        lacking = self.goal - len(self.good) - self._hopeful() if self.mixes else self.num_units
+        for part in self.parts[:num_parts]:
+            late = part.state == _RUNNING and part.due <= self.now
+            if part.replaced or not (late or part.state >= _FAILED) or part.exhausted():
+                continue
+            missing = [unit for unit in part.units if unit not in self.good][: max(0, lacking)]
+            if not missing:
+                continue
+            fenced |= late
+            if late and not self._afford(missing):
+                part.due = self.now + self._fence(len(part.units))
+                heapq.heappush(self.timers, (part.due, part.number))
+                continue
+            part.replaced = True
+            pieces = 1 if part.of else max(1, min(_SPLIT, idle, len(missing)))
+            idle, lacking = idle - pieces, lacking - len(missing) * self.mixes
+            self._ask(self._stand_ins(missing), pieces, part)
+        if self.mixes and lacking > 0 and self.spare:
+            self._ask([self.spare.popleft()], 1, None)
+        return tuple([part.units for part in self.parts[num_parts:]]), fenced
+
+    def _hopeful(self) -> int:
+        """Columns that may still come in time."""
+        return sum(
+            not part.replaced
+            and (part.state == _QUEUED or (part.state == _RUNNING and part.due > self.now))
+            and len(part.units)
+            for part in self.parts
+        )
+
+    def _afford(self, units: Sequence[int]) -> bool:
+        most = 1 + _BURST / self.num_first
+        return self.history.spend(len(units) / self.num_units, most)
+
+    def _stand_ins(self, missing: list[int]) -> list[int]:
+        """Columns not asked yet, as long as there are some, else the same ones again."""
+        fresh = [self.spare.popleft() for _ in range(min(len(self.spare), len(missing)))]
+        return sorted(fresh + missing[len(fresh) :])
+
+    def _ask(self, units: list[int], pieces: int, of: _Part | None) -> None:
+        for i in range(pieces):
+            piece = units[i * len(units) // pieces : (i + 1) * len(units) // pieces]
+            self.parts.append(_Part(len(self.parts), tuple(piece), of, self.now))
+        self.open += pieces
+        self.unbegun += pieces
+
+    def _end(self, reason: str) -> Ended:
+        ran = [part for part in self.parts if part.fresh is not None]
+        if not self.waiting.at_once:
+            whole = reason == "complete" and not any(part.fresh for part in ran)
+            self.history.add(
+                [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
+                (self.rows, self.now - self.since) if whole else None,
+            )
+        hedges = tuple(
+            Hedge(
+                part.number,
+                part.of.number if part.of else None,
+                part.units,
+                part.at - self.since,
+                part.won,
+            )
+            for part in self.parts[self.num_first :]
+        )
+        fence = self._fence(self.rows // self.unit_rows)
+        return Ended(reason, hedges, fence, self.median, self.deadline)

@@ -1,0 +1,226 @@
+r"""When a call asks its workers again, and when it stops waiting.
+
+A policy does no waiting itself: :meth:`Waiting.decide` is a generator of decisions that is sent
+what happened, so that a wrapper drives it over real workers and :mod:`coded_torch.simulation` over
+thousands of calls on one clock. The protocol, for whatever drives it::
+
+    policy = waiting.decide(history, first, needed=len(rows), idle=lambda: request.idle)
+    event = None
+    while True:
+        try:
+            decision = policy.send(event)
+        except StopIteration as stop:
+            return stop.value                  # Ended
+        event = None
+        match decision:
+            case Ask(parts): ...               # each part is a tuple of units
+            case Drop(parts): ...              # numbers of parts that need not begin any more
+            case Prepare(): ...                # what is missing may have to be predicted
+            case Wait(until): event = ...      # Began, Settled, or None: it is `until` by now
+
+Parts are numbered 0, 1, 2, ... in the order in which they are asked; all times are seconds on one
+clock. ``Wait(math.inf)`` is answered by None if nothing can come any more. A driver may close the
+generator at any time; only a call that has :class:`Ended` leaves something in the history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Generator, Sequence, Set
+from typing import Any
+
+from .._arguments import count, positive, real
+from ._decisions import (
+    Ask,
+    Began,
+    Call,
+    Decision,
+    Drop,
+    Ended,
+    Event,
+    Hedge,
+    Prepare,
+    Settled,
+    Wait,
+)
+from ._history import History
+
+__all__ = [
+    "Ask",
+    "Began",
+    "Decision",
+    "Drop",
+    "Ended",
+    "Event",
+    "Hedge",
+    "History",
+    "Prepare",
+    "Settled",
+    "Wait",
+    "Waiting",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Waiting:
+    r"""Ask for each input once, again for what takes too long, and predict what is then missing.
+
+    - A part that has run longer than a fence (:meth:`History.fence`), from its begin, is asked
+      again: at most three times, the first time split over up to four idle machines. One that
+      failed is asked again at once, until it has failed three times.
+    - At the deadline what is missing is predicted, if at least half is there, else half is waited
+      for. Without a deadline, that is after ``patience`` running medians of whole calls, queueing
+      included. Until 32 parts have replied there is neither that nor a fence.
+
+    Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
+
+    Args:
+        deadline: seconds from the call.
+        patience: where there is no deadline, medians of whole calls; infinite never to predict.
+        extra: work that may be asked again for being late, as a share of all work: what is not
+            used is saved up, to 20 parts and one whole call. 0: only failed parts are asked again.
+        tolerance: the error that is good enough, as a share of the outputs' standard deviation.
+            While the code expects a greater one, one more result is waited for (and of a code that
+            mixes, asked for), but not beyond ``deadline``. None, and for codes that cannot say:
+            any error is.
+        degraded: "mean" to answer with the mean of the results, and say so in the report, where
+            some arrived but too few to be decoded. None: :class:`NotEnoughResults` is raised.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> from coded_torch.nn import Waiting
+        >>> Waiting(deadline=0.05)
+        Waiting(deadline=0.05)
+        >>> Waiting.first(2)
+        Waiting.first(num_stragglers=2)
+    """
+
+    deadline: float | None = None
+    patience: float = 3.0
+    extra: float = 0.25
+    tolerance: float | None = None
+    degraded: str | None = None
+
+    #: Whether all N are asked at once.
+    at_once = False
+
+    def __post_init__(self) -> None:
+        for argument in ("deadline", "tolerance"):
+            if getattr(self, argument) is not None:
+                self._set(argument, positive("Waiting", argument, getattr(self, argument)))
+        self._set(
+            "patience", real("Waiting", "patience", self.patience, "positive", lambda x: x > 0)
+        )
+        self._set(
+            "extra",
+            real(
+                "Waiting",
+                "extra",
+                self.extra,
+                "at least 0 and finite",
+                lambda x: 0 <= x < math.inf,
+            ),
+        )
+        if self.degraded not in (None, "mean"):
+            raise ValueError(f"Waiting: degraded must be None or 'mean', got {self.degraded!r}")
+
+    def _set(self, argument: str, value: Any) -> None:
+        object.__setattr__(self, argument, value)
+
+    @staticmethod
+    def first(
+        num_stragglers: int | None = None,
+        *,
+        deadline: float | None = None,
+        tolerance: float | None = None,
+        degraded: str | None = None,
+    ) -> Waiting:
+        """The paper's way: ask all N columns at once, and stop at the first N - S good results.
+
+        Args:
+            num_stragglers: S. None: as many as the law of the workers' stragglers makes late;
+                where it names no number, or there is none, 0.
+            deadline: seconds from the call; then what is there is decoded, however little.
+            tolerance: as for :class:`Waiting`.
+            degraded: as for :class:`Waiting`.
+
+        Raises:
+            TypeError: an argument is of another kind than said.
+            ValueError: an argument is out of range.
+        """
+        return _First(
+            deadline, tolerance=tolerance, degraded=degraded, num_stragglers=num_stragglers
+        )
+
+    @property
+    def num_stragglers(self) -> int | None:
+        """S, where all are asked :meth:`first`."""
+        return None
+
+    def decide(
+        self,
+        history: History,
+        first: Sequence[Sequence[int]],
+        *,
+        needed: int,
+        unit_rows: int = 1,
+        spare: Sequence[int] | None = None,
+        since: float = 0.0,
+        idle: Callable[[], int] = lambda: 1,
+        suffices: Callable[[Set[int]], bool] | None = None,
+    ) -> Generator[Decision, Event, Ended]:
+        """The decisions of one call; the module's docstring has the protocol.
+
+        Args:
+            history: of the same module on the same workers; added to when the call has ended.
+            first: the units of each part of the first ask.
+            needed: how many units with a good result complete the call: of a code that repeats
+                inputs all B rows, of one that mixes N - S columns.
+            unit_rows: rows of a unit.
+            spare: of a code that mixes, the columns that are not in ``first``: any column stands
+                in for any other, and those not asked yet go first. None: units are rows, and only
+                the same rows can stand in for a part.
+            since: when the call began, on the clock of the events.
+            idle: how many machines would take a part at once.
+            suffices: given the units with a good result, whether the error to expect is tolerable;
+                None if any is.
+
+        Returns:
+            A generator of decisions that returns :class:`Ended`.
+        """
+        parts = [tuple(units) for units in first]
+        return Call(
+            self, history, parts, needed, unit_rows, spare, since, idle, suffices
+        ).decisions()
+
+    def __repr__(self) -> str:
+        return f"Waiting({self._changed()})"
+
+    def _changed(self) -> str:
+        return ", ".join(
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class _First(Waiting):
+    num_stragglers: int | None = None
+
+    at_once = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_stragglers is not None:
+            self._set(
+                "num_stragglers",
+                count("Waiting.first", "num_stragglers", self.num_stragglers, least=0),
+            )
+
+    def __repr__(self) -> str:
+        return f"Waiting.first({self._changed()})"
