@@ -106,9 +106,9 @@ def numbered(*units: Any, first: int = 0) -> list[Part]:
     return [Part(first + i, tuple(part)) for i, part in enumerate(units)]
 
 
-def events_of(request: Request, until: float = WAIT) -> list[Began | Reply]:
+def events_of(request: Request) -> list[Began | Reply]:
     """All that still happens."""
-    return list(iter(lambda: request.wait(until), None))
+    return list(iter(lambda: request.wait(request.now() + WAIT), None))
 
 
 def replies_of(request: Request) -> list[Reply]:
@@ -283,8 +283,7 @@ class WorkersTests(abc.ABC):
     def test_parts_that_are_dropped_before_they_begin_never_do(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=4) as request:
             first = pool.num_machines
-            request.drop(numbered([first + 1], [first + 3], first=first + 1))  # and one unknown
-            request.drop(numbered([first + 3], first=first + 3))
+            request.drop([Part(n, (n,)) for n in (first + 1, first + 3)])
             (tmp_path / "open").touch()
             kept = {*range(first), first, first + 2}
             assert set(by_part(replies_of(request))) == kept
