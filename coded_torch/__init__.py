@@ -17,6 +17,7 @@ from . import (
     workers,
 )
 from .codes import NotEnoughResults
+from .compare import compare
 
 # Silent unless the application says where to.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -25,6 +26,7 @@ __version__ = version("coded_torch")
 __all__ = [
     "NotEnoughResults",
     "codes",
+    "compare",
     "functional",
     "geometry",
     "grouping",

@@ -33,6 +33,7 @@ class Trial:
 
     Attributes:
         inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
+        mixable: whether all divided inputs are floating-point, so that codes can mix them.
         exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
     """
 
@@ -48,6 +49,7 @@ class Trial:
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
         self.inputs = self._inputs.measured()
+        self.mixable = len(self.inputs) == len(self._inputs.batches())
         self.exact = [leaf[0] for leaf in self._run(lambda leaf: leaf[None])]
 
     def decode(

@@ -308,8 +308,10 @@ class CodedWrapper(StandIn):
             None if seconds == math.inf else seconds
             for seconds in (ended.fence, ended.median, ended.deadline)
         )
-        if report.deadline is not None and ended.reason in ("deadline", "patience"):
-            status = f"no more came within {report.deadline:.3g} s{status and f'; {status}'}"
+        if ended.reason == "deadline":
+            what = "no more" if results.units else "nothing"
+            late = f"{what} arrived within the deadline of {ended.deadline:g} s"
+            status = f"{late}; {status}" if status else late
         return status
 
     def _failure(self, units: Units, results: Results, why: str) -> Exception:

@@ -129,6 +129,33 @@ def test_of_no_result_there_is_no_mean():
         coded(torch.ones(2, 1))
 
 
+class Busy(Separate):
+    """Never answers: its machines are at something else."""
+
+    def open(self, module, task):
+        request = super().open(module, task)
+        request.ask = lambda parts: None
+        request.status = lambda: "6 of 6 processes are at earlier tasks (grace 30 s)"
+        return request
+
+
+@pytest.mark.parametrize("waiting", [Waiting.first(2, deadline=0.5)])
+def test_the_message_says_why_nothing_arrived(waiting):
+    coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Busy(), waiting=waiting)
+    with pytest.raises(NotEnoughResults) as info:
+        coded(torch.ones(8, 1))
+    reason = (
+        "nothing arrived within the deadline of 0.5 s; "
+        "6 of 6 processes are at earlier tasks (grace 30 s)"
+    )
+    assert str(info.value).endswith(reason)
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+    late = CodedWrapper(nn.Identity(), PolynomialCode(2, 4), waiting=Waiting.first(deadline=0.5))
+    late.workers = LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf))
+    with pytest.raises(NotEnoughResults, match=r"got 1; .*no more arrived within the deadline of"):
+        late(torch.ones(4, 1))
+
+
 def test_every_call_is_reported():
     runs = []
     coded = CodedWrapper(nn.Identity(), CopyCode(2, 2), on_run=runs.append)
