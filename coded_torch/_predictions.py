@@ -65,11 +65,12 @@ class Predictions:
         white = torch.linalg.solve_triangular(
             torch.linalg.cholesky(covariance), residuals.T, upper=False
         )
-        logs = white.square().mean(0).add_(_FLOOR).log_().mul_(0.5)
+        logs: Tensor = white.square().mean(0).add_(_FLOOR).log_().mul_(0.5)
         of_variance = variances.log()[self.at]
         steepness = of_variance[alive] - of_variance[alive].mean()
         slope = float(steepness @ logs[alive]) / max(float(steepness.square().sum()), 1e-30)
-        return logs - min(max(slope, 0.0), _STEEPEST) * of_variance
+        logs -= min(max(slope, 0.0), _STEEPEST) * of_variance
+        return logs
 
     def predict(self, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Each input's result from those of the others, ``[M, C]``, and the variances ``[M]``.
@@ -127,4 +128,4 @@ def student(level: float, freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+    return z + sum([float(term / freedom ** (i + 1)) for i, term in enumerate(terms)])

@@ -7,7 +7,8 @@ import pytest
 import scipy.stats
 import torch
 
-from coded_torch.adversaries import Evidence, _student, locate
+from coded_torch._predictions import Predictions, student
+from coded_torch.adversaries import Evidence, locate
 from coded_torch.codes import KernelCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.regression import KernelRegression
@@ -139,19 +140,11 @@ def test_predictions_leave_out_what_is_left_out(out):
     squares = (at[:, None] - at).square().sum(-1)
     machine = torch.arange(4).repeat_interleave(2)
     values = torch.randn(8, 1, dtype=torch.float64, generator=generator)
-    of = Evidence(
-        values,
-        machine,
-        torch.arange(2).repeat(4),
-        torch.arange(8),
-        torch.arange(8),
-        KernelRegression(squares, 2.0),
+    part = Predictions(
+        values, machine, torch.arange(2).repeat(4), torch.arange(8), KernelRegression(squares, 2.0)
     )
-    from coded_torch.adversaries import _Trial
-
-    (part,) = _Trial([of], 4, 1).parts
     gone = torch.isin(torch.arange(4), torch.tensor(out, dtype=torch.int64))
-    predicted, variances = part._predict(~gone[machine])
+    predicted, variances = part.predict(~gone[machine])
     for i in range(8):
         left = [j for j in range(8) if j != i and not gone[machine[j]]]
         alone = KernelRegression(squares[left][:, left], 2.0)
@@ -164,4 +157,4 @@ def test_the_quantile_is_students():
     for freedom in (16, 48, 264):
         for level in (1e-2, 1e-4, 1e-6):
             exact = scipy.stats.t.isf(level, freedom)
-            assert math.isclose(_student(level, freedom), exact, rel_tol=1e-3)
+            assert math.isclose(student(level, freedom), exact, rel_tol=1e-3)

@@ -19,7 +19,7 @@ LAYERS = (
     {"_scores"},
     {"nn"},
     {"workers", "codes"},
-    {"adversaries"},
+    {"adversaries", "_predictions"},
     {"functional"},
     {"linear"},
     {"grouping"},
