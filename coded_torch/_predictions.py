@@ -28,6 +28,7 @@ class Predictions:
         group: ``[n]``, kept for the caller.
         at: ``[n]``, the inputs of the regression that they are results of.
         regression: of M distinct inputs.
+        curve: whether a machine has the same place on a curve in every group.
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Predictions:
         group: Tensor,
         at: Tensor,
         regression: KernelRegression,
+        curve: bool = False,
     ) -> None:
         self.values, self.machine, self.group, self.at = values, machine, group, at
         self.num_groups = int(group.max()) + 1 if len(group) else 0
+        self._curve = curve
         self._projection = regression.projection  # [M, M]
 
     def log_energies(self, gone: Tensor) -> Tensor:
@@ -66,10 +69,17 @@ class Predictions:
             torch.linalg.cholesky(covariance), residuals.T, upper=False
         )
         logs: Tensor = white.square().mean(0).add_(_FLOOR).log_().mul_(0.5)
-        of_variance = variances.log()[self.at]
-        steepness = of_variance[alive] - of_variance[alive].mean()
-        slope = float(steepness @ logs[alive]) / max(float(steepness.square().sum()), 1e-30)
-        logs -= min(max(slope, 0.0), _STEEPEST) * of_variance
+        trend = variances.log()[self.at]
+        trend = trend - trend[alive].mean()
+        if self._curve:
+            basis = torch.stack([torch.ones_like(trend), trend, trend.square()], 1)
+            fit = torch.linalg.lstsq(basis[alive], logs[alive, None]).solution
+            logs -= (basis @ fit)[:, 0]
+        else:
+            slope = float(trend[alive] @ logs[alive]) / max(
+                float(trend[alive].square().sum()), 1e-30
+            )
+            logs -= min(max(slope, 0.0), _STEEPEST) * trend
         return logs
 
     def predict(self, alive: Tensor) -> tuple[Tensor, Tensor]:

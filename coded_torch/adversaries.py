@@ -47,6 +47,8 @@ class Evidence(NamedTuple):
         at: ``[n]``, its place among the M inputs of the regression; -1: it has none.
         regression: of the distinct inputs; None: there are no distances.
         tolerance: how far apart copies may be, in the outputs' spread.
+        curve: whether a machine has the same place on a curve in every group, so that what is
+            special of the place is not to be told from what is of the machine.
     """
 
     values: Tensor
@@ -56,6 +58,7 @@ class Evidence(NamedTuple):
     at: Tensor
     regression: KernelRegression | None
     tolerance: float = COPIES
+    curve: bool = False
 
 
 @dataclasses.dataclass
@@ -189,7 +192,8 @@ class _Trial:
                 known = part.at >= 0
                 scaled = (part.values[known] - centre) / self.spread
                 columns = part.machine[known], part.group[known], part.at[known]
-                self.parts.append(Predictions(scaled, *columns, part.regression))
+                self.parts.append(Predictions(scaled, *columns, part.regression, part.curve))
+        self.curve = any(part.curve for part in evidence)
 
     def _compare_copies(self, part: Evidence) -> None:
         """Count, of every two machines, the copies that differ."""
@@ -243,6 +247,10 @@ class _Trial:
         difference = torch.where(told, total / few - mean, 0.0).sum(1)
         share = torch.where(told, 1 / few + 1 / some, 0.0).sum(1)
         z = difference / (variance * share).sqrt()  # NaN of a machine of which nothing is told
+        if self.curve:  # places differ more than chance has them
+            usual = z[~gone & z.isfinite()]
+            centre = usual.quantile(0.5)
+            z = (z - centre) / (1.4826 * (usual - centre).abs().quantile(0.5)).clamp(min=1)
         rows = (logs - mean[machine, group]) / (
             variance[machine] * (1 + 1 / some[machine, group])
         ).sqrt()

@@ -137,6 +137,7 @@ class Agreement:
                     point[mine],
                     where[mine],
                     of.regression,
+                    curve=self._units.plan.code.mixes,
                 )
             )
         return evidence, machines
