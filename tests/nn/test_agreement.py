@@ -177,7 +177,7 @@ def test_where_machines_sit_is_a_secret_unless_a_generator_says():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="max_adversaries must be at least 0, got -1"):
         coded(max_adversaries=-1)
-    with pytest.raises(TypeError, match="max_adversaries must be an integer, got 1.0"):
+    with pytest.raises(TypeError, match=r"max_adversaries must be an integer, got 1\.0"):
         coded(max_adversaries=1.0)
     with pytest.raises(ValueError, match=r"max_adversaries must be at most 11, .*, got 12"):
         coded(max_adversaries=12)
