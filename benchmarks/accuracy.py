@@ -1,4 +1,4 @@
-"""How good every code is, against the number of stragglers: ``python benchmarks/accuracy.py``.
+"""How good every code is, against the number of stragglers: ``python -m benchmarks accuracy``.
 
 The paper's experiment on networks and data that install from registries. Every code answers the
 same held-out batches from the same received sets; for a batch, the sets of all S are nested. Both
@@ -23,15 +23,18 @@ batches are orders of the same 20, so the intervals say nothing about other phot
 from __future__ import annotations
 
 import functools
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, progress, run_measurements
-from schemes import (
+from torch import Tensor
+
+from coded_torch.codes import BerrutCode, LagrangeCode
+
+from .runs import Measurement, progress
+from .schemes import (
     BATCH_SIZE,
     SMOOTHINGS,
     TUNING_SETS,
@@ -46,10 +49,7 @@ from schemes import (
     tuned_kernel,
     unmixed,
 )
-from subjects import PHOTOGRAPHS, SEED, Subject, subject
-from torch import Tensor
-
-from coded_torch.codes import BerrutCode, LagrangeCode
+from .subjects import PHOTOGRAPHS, SEED, Subject, subject
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S
 CURVES: dict[str, tuple[Curve, ...]] = {
@@ -275,7 +275,3 @@ def settings(quick: bool) -> dict[str, Any]:
         "orders": list(ORDERS),
         "degrees, times that of the encoder": list(DEGREES),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

@@ -1,4 +1,4 @@
-"""How good the answers are, code by code, at six settings: ``python benchmarks/batches.py``.
+"""How good the answers are, code by code, at six settings: ``python -m benchmarks batches``.
 
 All codes answer the same batches from the same received sets; answers are logits, compared with
 the model's own. Batches come from the official test images; every number that is tuned is tuned on
@@ -22,13 +22,17 @@ from __future__ import annotations
 
 import functools
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from common import Measurement, progress, run_measurements
-from schemes import (
+
+from coded_torch.codes import BerrutCode, KernelCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Contiguous, Uniform
+
+from .runs import Measurement, progress
+from .schemes import (
     BATCH_SIZE,
     SMOOTHINGS,
     Case,
@@ -43,11 +47,7 @@ from schemes import (
     uniform,
     unmixed,
 )
-from subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
-
-from coded_torch.codes import BerrutCode, KernelCode
-from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Contiguous, Uniform
+from .subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
 
 CASES = ((100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1))
 FEW, MANY = (24, 20, 4), (100, 20, 60)
@@ -235,7 +235,3 @@ def settings(quick: bool) -> dict[str, Any]:
         "batches by size": {str(size): count for size, count in SIZES.items()},
         "smoothings": {part: list(values) for part, values in SMOOTHINGS.items()},
     }
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

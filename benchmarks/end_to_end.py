@@ -1,4 +1,4 @@
-"""Where the time goes, code by code: ``python benchmarks/end_to_end.py --threads 1``.
+"""Where the time goes, code by code: ``python -m benchmarks end_to_end``.
 
 Milliseconds, median and quartiles, for one batch of 240: measuring distances and ordering; fitting
 the code to the batch; encoding; decoding from a received set seen for the first time, and again.
@@ -11,24 +11,25 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, progress, run_measurements
-from schemes import BATCH_SIZE, Case, Interval, Scheme, received_by, rounded, unmixed
-from subjects import SEED, Batch, subject
 
 from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import similarity_order
 from coded_torch.stragglers import Uniform
 
+from .runs import Measurement, progress
+from .schemes import BATCH_SIZE, Case, Interval, Scheme, received_by, rounded, unmixed
+from .subjects import SEED, Batch, subject
+
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
+DEVICES = ("cpu", "cuda")
 PARTS = ("order", "fit", "encode", "decode", "decode again")
 
 
@@ -138,7 +139,3 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": SEED, "batch size": BATCH_SIZE, "runs": 3 if quick else 21}
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements, devices=("cpu", "cuda")))

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import scipy.interpolate
 import torch
-from common import Timing, last_level_cache, measure, reuse_memory, rotate, write_json
 from torch import Tensor
 
 from coded_torch import ops
 from coded_torch.codes import SplineCode
 from coded_torch.linear import SplineMap
 from coded_torch.points import chebyshev_first, chebyshev_second
+
+from .runs import RESULTS, environment, write_results
+from .timing import Timing, last_level_cache, measure, reuse_memory, rotate
 
 # (K, N, columns): times faster than torch.matmul at least, times slower than the copy at most.
 BARS = {
@@ -273,7 +275,9 @@ def main() -> int:
     results["small"] = small(runs, calls=50 if args.quick else 1000)
     if args.quick:
         return 0
-    print("wrote", write_json(f"kernels-{args.device}", args.device, results).name)
+    path = RESULTS / f"kernels-{args.device}.json"
+    write_results(path, {"environment": environment(args.device), **results})
+    print("wrote", path.name)
     missed = regressions(results)
     print("\n".join(missed), end="\n" if missed else "")
     return 1 if missed else 0

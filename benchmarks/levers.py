@@ -1,4 +1,4 @@
-"""What each idea of the default code is worth: ``python benchmarks/levers.py``.
+"""What each idea of the default code is worth: ``python -m benchmarks levers``.
 
 :class:`~coded_torch.codes.KernelCode` with one of its ideas left out at a time (the order of the
 batch, the decoder, the metric, the unequal copies), and with inputs mixed. Logits, uniform
@@ -8,15 +8,14 @@ stragglers, the same held-out batches and received sets for all.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable
 from typing import Any
 
-from common import Measurement, progress, run_measurements
-from schemes import BATCH_SIZE, Case, Scheme, evaluate, summaries, uniform
-from subjects import SEED, subject
-
 from coded_torch.codes import KernelCode
+
+from .runs import Measurement, progress
+from .schemes import BATCH_SIZE, Case, Scheme, evaluate, summaries, uniform
+from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
@@ -56,7 +55,3 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": SEED, "batch size": BATCH_SIZE, "batches": 2 if quick else 25}
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

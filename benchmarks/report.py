@@ -1,4 +1,4 @@
-"""Put the results into pictures and READMEs: ``python benchmarks/report.py``.
+"""Put the results into pictures and READMEs: ``python -m benchmarks.report``.
 
 Every table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from the JSON
 in ``results``; a test holds that the READMEs are what this script makes of them.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plots import FIGURES, LABELS, NAMES, STYLES
+from .plots import FIGURES, LABELS, NAMES, STYLES
 
 __all__ = ["READMES", "TABLES", "fill", "load_results"]
 

@@ -1,6 +1,6 @@
 """Do requests still answer, right and in time, while workers die?
 
-``python benchmarks/resilience.py``. Every scenario runs real processes, the
+``python -m benchmarks resilience``. Every scenario runs real processes, the
 disturbed and the undisturbed requests in turns or one after the other in one process, and checks
 every answer against what the received results decode to.
 Times are milliseconds. What is measured, and the bars that it is to reach:
@@ -24,7 +24,6 @@ import gc
 import os
 import random
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, run_measurements
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -49,6 +47,8 @@ from coded_torch.workers import (
     Task,
     Workers,
 )
+
+from .runs import Measurement
 
 SEED = 0
 K, N, S = 4, 6, 2
@@ -474,7 +474,3 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": SEED, "N, K, S": [N, K, S], "delay": DELAY}
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 import torch
-from subjects import SEED, Batch, Subject, run
 from torch import Tensor, nn
 
 from coded_torch import metrics
@@ -25,6 +24,8 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.points import chord_length
 from coded_torch.stragglers import Stragglers, Uniform
 from coded_torch.tuning import tune
+
+from .subjects import SEED, Batch, Subject, run
 
 __all__ = [
     "BATCH_SIZE",

@@ -1,4 +1,4 @@
-"""How the paper's code depends on its smoothing: ``python benchmarks/smoothing.py``.
+"""How the paper's code depends on its smoothing: ``python -m benchmarks smoothing``.
 
 The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on
 the grid, and what a factor of ten off the best costs, which the paper puts at about 3 %. In the
@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import functools
 import itertools
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, progress, run_measurements
-from schemes import BATCH_SIZE, Case, half_width, received_by, rounded
-from subjects import SEED, run, subject
 
 from coded_torch import metrics
 from coded_torch.codes import BatchPlan, SplineCode
 from coded_torch.grouping import Grouping
 from coded_torch.stragglers import Uniform
+
+from .runs import Measurement, progress
+from .schemes import BATCH_SIZE, Case, half_width, received_by, rounded
+from .subjects import SEED, run, subject
 
 GRID = (0.0, *(10.0**x for x in range(-12, -1)))
 CASES = ((100, 20, 20), (100, 20, 60), (24, 20, 4))
@@ -111,7 +111,3 @@ def settings(quick: bool) -> dict[str, Any]:
         "batches": 2 if quick else 20,
         "grid": list(GRID),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import networks
 import numpy as np
 import torch
-from data import MissingDataError
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import order_of
+
+from . import networks
+from .data import MissingDataError
 
 __all__ = ["PHOTOGRAPHS", "SEED", "Batch", "Subject", "run", "subject"]
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._arguments import dense
 from ._extension import short_path
 
-__all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
+__all__ = ["Grouping", "Ordering", "check_ordering", "order_of", "similarity_order"]
 
 #: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
 Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
@@ -136,8 +137,32 @@ class Grouping:
         return f"Grouping(batch_size={self.batch_size}, num_data={self.num_data})"
 
 
+def check_ordering(owner: object, ordering: Ordering) -> None:
+    """Raise an error for what can order no batch at all.
+
+    Args:
+        owner: whose argument ``ordering`` is, for the message.
+        ordering: as in :func:`order_of`.
+    """
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    if isinstance(ordering, str):
+        if ordering not in ("similarity", "arrival"):
+            raise ValueError(
+                f"{name}: ordering must be 'similarity', 'arrival', a permutation or a callable, "
+                f"got {ordering!r}"
+            )
+    elif not (callable(ordering) or isinstance(ordering, Sized)):
+        raise TypeError(
+            f"{name}: ordering must be a name, a permutation or a callable that returns one, "
+            f"got {ordering!r}"
+        )
+
+
 def order_of(
-    ordering: Ordering, inputs: Sequence[Tensor], distances: Callable[[], Tensor] | None
+    ordering: Ordering,
+    inputs: Sequence[Tensor],
+    distances: Callable[[], Tensor] | None = None,
+    batch_size: int | None = None,
 ) -> Tensor | Sequence[int]:
     """The order of one batch, to be given to :class:`Grouping`, which validates it.
 
@@ -147,6 +172,7 @@ def order_of(
             coded inputs and returns one.
         inputs: the coded inputs, each ``[B, ...]``.
         distances: makes the distances of the inputs, ``[B, B]``; called for ``"similarity"`` only.
+        batch_size: B, where there are no inputs.
 
     Raises:
         TypeError: ``ordering`` is none of these.
@@ -159,20 +185,17 @@ def order_of(
         >>> distances = lambda: (x[:, None] - x).abs()
         >>> order_of("similarity", [x], distances)
         tensor([0, 2, 1])
-        >>> order_of(lambda inputs: inputs[0].argsort(), [x], distances)
+        >>> order_of(lambda inputs: inputs[0].argsort(), [x])
         tensor([1, 2, 0])
     """
-    batch_size = len(inputs[0])
+    check_ordering("order_of", ordering)
+    if batch_size is None:
+        batch_size = len(inputs[0])
     if isinstance(ordering, str):
-        if ordering == "similarity":
-            assert distances is not None
-            return similarity_order(distances())
         if ordering == "arrival":
             return torch.arange(batch_size)
-        raise ValueError(
-            f"ordering must be 'similarity', 'arrival', a permutation or a callable, "
-            f"got {ordering!r}"
-        )
+        assert distances is not None
+        return similarity_order(distances())
     order = ordering(list(inputs)) if callable(ordering) else ordering
     try:
         length = len(order)
@@ -221,11 +244,7 @@ def similarity_order(distances: Tensor) -> Tensor:
         >>> similarity_order((x[:, None] - x).abs())
         tensor([0, 2, 3, 1])
     """
-    if not (isinstance(distances, Tensor) and distances.is_floating_point()):
-        raise TypeError(
-            f"similarity_order: distances must be a floating-point tensor, "
-            f"got {getattr(distances, 'dtype', type(distances).__name__)}"
-        )
+    dense("similarity_order", "distances", distances)
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(
             f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"

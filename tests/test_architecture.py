@@ -12,9 +12,11 @@ PACKAGE = Path(coded_torch.__file__).parent
 # Each module may import those of the groups after its own, and its own group.
 LAYERS = (
     {"cli"},
-    {"tuning", "calibration"},
-    {"_trial"},
     {"demo"},
+    {"compare"},
+    {"tuning"},
+    {"_trial"},
+    {"_scores"},
     {"nn"},
     {"workers", "codes"},
     {"functional"},

@@ -1,17 +1,16 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import BatchPlan, Code, CurveCode, FixedCode, NotEnoughResults
+from .base import Code, CurveCode, FixedCode, NotEnoughResults
 from .berrut import BerrutCode
-from .calibrated import CalibratedCode
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
+from .plans import BatchPlan, plan_batch, plan_rows
 from .replication import ReplicationCode
 from .spline import SplineCode
 
 __all__ = [
     "BatchPlan",
     "BerrutCode",
-    "CalibratedCode",
     "Code",
     "CurveCode",
     "FixedCode",
@@ -20,4 +19,6 @@ __all__ = [
     "NotEnoughResults",
     "ReplicationCode",
     "SplineCode",
+    "plan_batch",
+    "plan_rows",
 ]

@@ -59,7 +59,8 @@ class StandIn(nn.Module, abc.ABC):
         self.module.compile(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": None}  # made again where it is needed
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_compiled": None}  # made again where it is needed
 
     def _warn_of_batch_statistics(self) -> None:
         if not self.training or self._warned:

@@ -142,7 +142,7 @@ class Rows(Units):
         return len(received) == self.batch_size
 
     @functools.cached_property
-    def plan(self) -> BatchPlan:  # type: ignore[override]
+    def plan(self) -> BatchPlan:
         inputs = self._inputs
         return plan_rows(
             self._code, self._ordering, inputs.measured(), batch_size=inputs.batch_size

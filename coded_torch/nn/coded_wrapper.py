@@ -255,6 +255,7 @@ class CodedWrapper(StandIn):
                 self.on_run(report)
 
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
+        check_ordering(self, self.ordering)  # it may have been assigned
         if not (waiting.at_once or self.code.mixes):
             machines = self.workers.num_machines
             return Rows(inputs, self.code, self.ordering, machines, self.out_dims)
@@ -307,8 +308,10 @@ class CodedWrapper(StandIn):
             None if seconds == math.inf else seconds
             for seconds in (ended.fence, ended.median, ended.deadline)
         )
-        if report.deadline is not None and ended.reason in ("deadline", "patience"):
-            status = f"no more came within {report.deadline:.3g} s{status and f'; {status}'}"
+        if ended.reason == "deadline":
+            what = "no more" if results.units else "nothing"
+            late = f"{what} arrived within the deadline of {ended.deadline:g} s"
+            status = f"{late}; {status}" if status else late
         return status
 
     def _failure(self, units: Units, results: Results, why: str) -> Exception:

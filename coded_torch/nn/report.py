@@ -40,8 +40,9 @@ class Report:
         ended: why the call waited no longer. "complete": every result that was wanted is there;
             "first": the first N - S are; "tolerance": the expected error is small enough;
             "deadline"; "patience"; "failed": nothing more could come.
-        fence: seconds after which a part was asked again; None: not known yet, or not used.
-        median: of the seconds that a part takes; None: not known yet.
+        fence: seconds after its begin at which a part of the first ask would be asked again; None:
+            not known yet.
+        median: of whole calls, in seconds; None: not known yet.
         deadline: seconds after which the call was to end; None: there was none.
         num_groups: G, into how many groups the batch was cut; 0 where it was asked for by rows.
         notes: what else the caller should know, such as what the code could not look at.
@@ -60,8 +61,8 @@ class Report:
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
-    predicted: Tensor | None = None
-    expected_errors: Tensor | None = None
+    predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    expected_errors: Tensor | None = dataclasses.field(default=None, repr=False)
     ended: str = ""
     fence: float | None = None
     median: float | None = None

@@ -44,6 +44,7 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
     def repeat(dim: Any, subtree: Any) -> None:
         if not (dim is None or dim in names or type(dim) is int):
             known = ", ".join(("integers", "None", *map(repr, names)))
+            known = " or ".join(known.rsplit(", ", 1))
             raise TypeError(f"CodedWrapper: {argument} must hold {known}, got {dim!r}")
         flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
 

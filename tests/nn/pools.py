@@ -25,6 +25,7 @@ class _Separate(Request):
         self.module, self.task, self.events = module, task, deque()
 
     def ask(self, parts):
+        self.events += [Began(part, part.number, 0.0) for part in parts]
         for part in parts:
             value = error = None
             args, kwargs = self.task.payload(part.units)
@@ -33,10 +34,7 @@ class _Separate(Request):
             except Exception as cause:
                 error = WorkerError(part.number, part.number, f"failed: {cause!r}")
                 error.__cause__ = cause
-            self.events += [
-                Began(part, part.number, 0.0),
-                Reply(part, part.number, 0.0, 0.0, value, error),
-            ]
+            self.events.append(Reply(part, part.number, 0.0, 0.0, value, error))
 
     def wait(self, until=math.inf):
         return self.events.popleft() if self.events else None

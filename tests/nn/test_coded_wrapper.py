@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import io
 import math
-import pickle
-import re
-import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coded_torch.codes import (
-    BerrutCode,
     KernelCode,
-    LagrangeCode,
     NotEnoughResults,
     ReplicationCode,
-    SplineCode,
 )
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Reply
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
-from .modules import EXACT, Call, Liar, linear, rand
-
+from ..workers.workers_tests import CopyCode, PolynomialCode
+from .modules import EXACT, Call, linear, rand
 
 Pair = namedtuple("Pair", "first second")
 
@@ -205,7 +196,7 @@ def test_the_report():
     assert coded.last_run is None
     coded(rand(5, 3))
     run = coded.last_run
-    assert isinstance(run, RunReport)
+    assert isinstance(run, Report)
     assert run.received == (1, 3, 4)
     assert run.missing == (0, 2)
     assert list(run.latencies.items()) == [(1, 0.1), (4, 0.2), (3, 0.3)]
@@ -266,7 +257,8 @@ def test_a_law_that_loses_more_than_the_code_can():
 
 def test_the_deadline_is_on_the_clock_of_the_workers():
     law = Fixed(1.0, 2.0, 3.0, 4.0, 5.0)
-    coded = CodedWrapper(linear(), PolynomialCode(2, 5), stragglers=law, waiting=Waiting.first(deadline=3.5)
+    coded = CodedWrapper(
+        linear(), PolynomialCode(2, 5), stragglers=law, waiting=Waiting.first(deadline=3.5)
     )
     x = rand(4, 3)
     torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
@@ -390,7 +382,7 @@ def test_representation():
 
 def test_bad_construction():
     module, code = linear(), PolynomialCode(3, 5)
-    with pytest.raises(ValueError, match="stragglers must be given .* got workers and stragglers$"):
+    with pytest.raises(ValueError, match=r"stragglers must be given .* got workers and str"):
         CodedWrapper(module, code, workers=LocalWorkers(), stragglers=Uniform(1))
     for lost in (3, 5):
         with pytest.raises(

@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import io
 import math
-import pickle
-import re
-import warnings
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from coded_torch.codes import (
     BerrutCode,
     KernelCode,
     LagrangeCode,
-    NotEnoughResults,
     ReplicationCode,
     SplineCode,
 )
-from coded_torch.nn import CodedWrapper, Report, Waiting
-from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Reply
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Uniform
+from coded_torch.workers import DeviceWorkers
 
-from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
-from .modules import EXACT, Call, Liar, linear, rand
-
+from ..workers.workers_tests import PolynomialCode
+from .modules import EXACT, Call, rand
 
 CODES = [PolynomialCode, KernelCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
 
@@ -75,12 +59,13 @@ def test_integer_inputs_are_named_with_the_remedy():
     coded = CodedWrapper(Call(lambda *args, **kwargs: args[0]["x"]), PolynomialCode(2, 4))
     ids = torch.arange(4)
     with pytest.raises(
-        TypeError, match=r"args\[0\]\['ids'\] must be floating-point .*int64.*embed"
+        TypeError,
+        match=r"args\[0\]\['ids'\] must be floating-point, as PolynomialCode.*int64.*embed",
     ):
         coded({"x": rand(4, 1), "ids": ids})
-    with pytest.raises(TypeError, match=r"kwargs\['mask'\] must be .* torch.bool.*None in in_dims"):
+    with pytest.raises(TypeError, match=r"\['mask'\] must be .* torch.bool.*shared"):
         coded({"x": rand(4, 1)}, mask=ids > 2)
-    shared = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=({"x": 0, "ids": None},))
+    shared = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=({"x": 0, "ids": "shared"},))
     torch.testing.assert_close(shared({"x": rand(4, 1), "ids": ids}), rand(4, 1), **EXACT)
 
 
@@ -100,7 +85,7 @@ def test_bad_inputs():
             wrong(rand(4, 1), rand(4, 1))
     for in_dims in ("rows", 1.0, True):
         wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
-        with pytest.raises(TypeError, match="in_dims must hold integers and None, got"):
+        with pytest.raises(TypeError, match="in_dims must hold integers, None or 'shared', got"):
             wrong(rand(4, 1))
     everywhere = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=None)
     with pytest.raises(ValueError, match="got none"):
@@ -123,15 +108,15 @@ MASK = torch.tensor([[1], [0], [1], [0]]).bool()
 @pytest.mark.parametrize("make", [ReplicationCode, KernelCode])
 @pytest.mark.parametrize("lost", [0, 2])
 def test_codes_that_repeat_inputs_carry_masks(make, waiting, lost):
-    coded = CodedWrapper(
-        Masked(), make(4, 8), stragglers=Uniform(lost, seed=0), in_dims=(0, 0), waiting=waiting
-    )
+    coded = CodedWrapper(Masked(), make(4, 8), stragglers=Uniform(lost, seed=0), waiting=waiting)
     exact = Masked()(X, MASK)
     answers = coded(X, MASK)
     own = ~coded.last_run.predicted
     assert torch.equal(answers[own], exact[own])
-    assert own.sum() >= 3
-    assert torch.equal(coded(X, mask=MASK)[own], exact[own])
+    assert own.sum() >= 2
+    by_name = coded(X, mask=MASK)
+    own = ~coded.last_run.predicted
+    assert torch.equal(by_name[own], exact[own])
 
 
 @pytest.mark.parametrize("make", CODES)
@@ -168,9 +153,7 @@ def test_token_ids_alone(waiting):
     """Nothing to measure distances on: arrival, equal copies, the mean; and the report says so."""
     torch.manual_seed(0)
     module, ids = nn.EmbeddingBag(50, 3), torch.randint(0, 50, (12, 5))
-    coded = CodedWrapper(
-        module, KernelCode(4, 6), stragglers=Uniform(3, seed=1), waiting=waiting
-    )
+    coded = CodedWrapper(module, KernelCode(4, 6), stragglers=Uniform(3, seed=1), waiting=waiting)
     answers, exact = coded(ids), module(ids)
     run = coded.last_run
     own = ~run.predicted
@@ -212,7 +195,8 @@ def test_a_recurrent_network_with_lengths(waiting):
 
 @pytest.mark.parametrize("waiting", [None, Waiting()])
 def test_a_transformer_with_token_ids_and_attention_mask(waiting):
-    transformers = pytest.importorskip("transformers")
+    import transformers  # seconds
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -230,9 +214,7 @@ def test_a_transformer_with_token_ids_and_attention_mask(waiting):
         own = ~coded.last_run.predicted
         assert own.sum() >= 12
         for name in ("last_hidden_state", "pooler_output"):
-            torch.testing.assert_close(
-                answers[name][own], exact[name][own], rtol=1e-4, atol=1e-5
-            )
+            torch.testing.assert_close(answers[name][own], exact[name][own], rtol=1e-4, atol=1e-5)
 
 
 def test_codes_that_mix_refuse_masks_with_the_ways_out():
@@ -251,6 +233,7 @@ def test_vmap_over_the_wrapper_is_one_line():
         torch.func.vmap(coded)(rand(3, 4, 2))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("make", [SplineCode, KernelCode, ReplicationCode, BerrutCode])
 def test_functional_transforms_pass(make, ordering):

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import io
-import math
 import pickle
-import re
+import time
 import warnings
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from coded_torch.codes import (
-    BerrutCode,
     KernelCode,
-    LagrangeCode,
-    NotEnoughResults,
     ReplicationCode,
     SplineCode,
 )
-from coded_torch.nn import CodedWrapper, Report, Waiting
-from coded_torch.stragglers import ShiftedExponential, Uniform
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Reply
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Uniform
+from coded_torch.workers import DeviceWorkers
 
-from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
-from .modules import EXACT, Call, Liar, linear, rand
+from ..workers.workers_tests import PolynomialCode
+from .modules import EXACT, linear, rand
 
 
 def network(**options: Any) -> CodedWrapper:
@@ -167,3 +155,67 @@ def test_batch_statistics_in_training_get_one_warning():
         quiet(rand(4, 3))
         network()(rand(4, 3))
         CodedWrapper(linear(), PolynomialCode(2, 4)).train()(rand(4, 3))
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", [SplineCode, KernelCode])
+def test_compiling_the_wrapper_compiles_the_module(make, mode):
+    torch.compiler.reset()
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
+    coded = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))
+    with mode():
+        wanted = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))(x)
+        compiled = torch.compile(coded)
+        torch.testing.assert_close(compiled(x), wanted)
+        assert coded.last_run.received
+        assert coded._compiled is not None
+        assert pickle.loads(pickle.dumps(coded))._compiled is None
+
+
+@pytest.mark.slow
+def test_a_wrapper_that_is_compiled_in_place():
+    torch.compiler.reset()
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
+    coded = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))
+    wanted = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))(x)
+    coded.compile()
+    torch.testing.assert_close(coded(x), wanted)
+    assert module._compiled_call_impl is not None
+
+
+@pytest.mark.slow
+def test_the_first_call_of_a_compiled_wrapper_takes_about_as_long_as_that_of_the_module():
+    """All that is compiled is the module."""
+    code, x = SplineCode(4, 6), rand(12, 8).float()
+
+    def first_call(wrap) -> float:
+        torch.compiler.reset()
+        compiled = torch.compile(wrap(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))))
+        start = time.perf_counter()
+        with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+            compiled(x)
+        return time.perf_counter() - start
+
+    def bare(module):
+        return module
+
+    first_call(bare)  # loads the compiler
+    ratios = [first_call(lambda m: CodedWrapper(m, code)) / first_call(bare) for _ in range(3)]
+    assert min(ratios) < 1.5
+
+
+@pytest.mark.parametrize("waiting", [None, Waiting()])
+@pytest.mark.parametrize("make", [SplineCode, ReplicationCode])
+def test_outputs_keep_the_layout_of_the_modules(make, waiting):
+    module = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    x = rand(8, 3, 6, 6).float().contiguous(memory_format=torch.channels_last)
+    coded = CodedWrapper(module, make(4, 6), waiting=waiting)
+    for inputs in (x, x.contiguous()):
+        wanted = module(inputs)
+        got = coded(inputs)
+        assert got.stride() == wanted.stride()
+        assert got.is_contiguous(memory_format=torch.channels_last)

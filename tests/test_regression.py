@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.decoders.kernel import NUGGET, KernelRegression, matern52
+from coded_torch.regression import NUGGET, KernelRegression, matern52
 
 
 @pytest.fixture

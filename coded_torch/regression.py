@@ -56,7 +56,7 @@ class KernelRegression:
 
     Example:
         >>> import torch
-        >>> from coded_torch.decoders.kernel import KernelRegression
+        >>> from coded_torch.regression import KernelRegression
         >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
         >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
         >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
