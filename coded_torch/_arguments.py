@@ -6,11 +6,32 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.masked import MaskedTensor
 
-__all__ = ["count", "find_devices", "instance", "positive", "probability", "real"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "MOST_WORKERS",
+    "count",
+    "dense",
+    "find_devices",
+    "instance",
+    "positive",
+    "probability",
+    "real",
+    "real_array",
+]
+
+#: The largest N: more workers in one group than anybody has, and few enough for every plan.
+MOST_WORKERS = 65_536
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
@@ -69,6 +90,48 @@ def positive(owner: object, argument: str, value: Any) -> float:
 def probability(owner: object, argument: str, value: Any) -> float:
     """A :func:`real` number in [0, 1]."""
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
+
+
+def dense(owner: object, argument: str, value: Any, floating: bool = True) -> None:
+    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
+
+    That is neither sparse, nested, quantised, masked nor without storage, and, if ``floating``,
+    of float64, float32, bfloat16 or float16.
+    """
+    if isinstance(value, Tensor):
+        if (
+            (value.dtype in _FLOATS or not floating)
+            and value.layout is torch.strided
+            and not (value.is_meta or value.is_nested or value.is_quantized)
+            and not isinstance(value, MaskedTensor)
+        ):
+            return
+        got = str(value.dtype)
+        if isinstance(value, MaskedTensor):
+            got = "a masked tensor"
+        elif value.is_nested:
+            got = "a nested tensor"
+        elif value.layout is not torch.strided:
+            got = f"layout {value.layout}"
+        elif value.is_meta:
+            got = "a tensor on the meta device"
+    else:
+        got = type(value).__name__
+    kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
+    raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
+
+
+def real_array(argument: str, numbers: Any) -> NDArray[np.float64]:
+    """The numbers as a float64 array of their own; ``argument`` is the operation and its name."""
+    if isinstance(numbers, Tensor):
+        numbers = numbers.detach().cpu().numpy()
+    try:
+        array = np.array(numbers)
+    except ValueError:  # ragged
+        array = np.array(None)
+    if array.size and array.dtype.kind not in "fiu":
+        raise TypeError(f"{argument} must be real numbers, got {numbers!r}")
+    return array.astype(np.float64)
 
 
 def find_devices(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ._arguments import dense
 from .linear import SplineMap, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def smoothing_spline(
         >>> smoothing_spline(t.square(), t, [0.3, 0.6]).round(decimals=2)
         tensor([0.0900, 0.3600])
     """
+    dense("smoothing_spline", "values", values)
     curve = SplineMap(
         _host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights)
     )

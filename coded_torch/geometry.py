@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import real
+from ._arguments import dense, real
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,11 +212,7 @@ def _check(inputs: Sequence[Tensor]) -> None:
     if not len(inputs):
         raise ValueError("Geometry: inputs must hold at least one tensor, got none")
     for i, x in enumerate(inputs):
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise TypeError(
-                f"Geometry: inputs[{i}] must be a floating-point tensor, "
-                f"got {getattr(x, 'dtype', type(x).__name__)}"
-            )
+        dense("Geometry", f"inputs[{i}]", x)
         if not x.dim() or len(x) != len(inputs[0]):
             raise ValueError(
                 f"Geometry: inputs[{i}] must have the batch size of the first along dim 0, "

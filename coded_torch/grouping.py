@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import dense
 from ._extension import short_path
 
 __all__ = ["Grouping", "Ordering", "check_ordering", "order_of", "similarity_order"]
@@ -243,11 +244,7 @@ def similarity_order(distances: Tensor) -> Tensor:
         >>> similarity_order((x[:, None] - x).abs())
         tensor([0, 2, 3, 1])
     """
-    if not (isinstance(distances, Tensor) and distances.is_floating_point()):
-        raise TypeError(
-            f"similarity_order: distances must be a floating-point tensor, "
-            f"got {getattr(distances, 'dtype', type(distances).__name__)}"
-        )
+    dense("similarity_order", "distances", distances)
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(
             f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"

@@ -9,9 +9,8 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch import linear
 from coded_torch.grouping import Grouping
-from coded_torch.linear import MatrixMap, SelectMap, SplineMap
+from coded_torch.linear import MatrixMap, SelectMap, SplineMap, base
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 
@@ -169,7 +168,7 @@ class TestLinearMaps:
             back.scattered(torch.ones(7, 3, columns), grouping)
         with pytest.raises(ValueError, match=r"must have sizes? .*3"):
             back.scattered(torch.ones(6, 4, columns), grouping)
-        with pytest.raises(TypeError, match="values must be float64"):
+        with pytest.raises(TypeError, match="values must be a dense, strided floating-point"):
             to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
 
     def test_repr(self, make):
@@ -219,7 +218,7 @@ def test_operands_travel_in_one_copy():
         torch.randn(1, 7, dtype=torch.float64), torch.randn(3, 2).T, torch.zeros(0, 4),
         torch.arange(5, dtype=torch.int32), torch.arange(3), torch.tensor(2.0),
     )  # fmt: skip
-    placed = linear._in_one_copy(operands, torch.device("cpu"), pin=False)
+    placed = base._in_one_copy(operands, torch.device("cpu"), pin=False)
     assert all(map(torch.equal, placed, operands))
     assert [t.dtype for t in placed] == [t.dtype for t in operands]
     assert len({t.untyped_storage().data_ptr() for t in placed}) == 1

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import count
-from ..linear import LinearMap, real_array
+from .._arguments import MOST_WORKERS, count, real_array
+from ..linear import LinearMap
 from ..points import chebyshev_first, chebyshev_second
 from .plans import BatchPlan, GroupwisePlan, SelectionPlan
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Code", "CurveCode", "FixedCode", "NotEnoughResults", "unit_rows"]
 
 _CACHED_DECODERS = 256
-_MOST_WORKERS = 65536
 
 
 def _increasing(workers: tuple[int, ...]) -> bool:
@@ -129,8 +128,8 @@ class Code(abc.ABC):
         return code
 
     def __init__(self, num_data: int, num_workers: int) -> None:
-        self.num_data = count(self, "num_data", num_data, most=_MOST_WORKERS)
-        self.num_workers = count(self, "num_workers", num_workers, most=_MOST_WORKERS)
+        self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
+        self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         if self.num_workers < self.num_data:
             raise ValueError(
                 f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
@@ -191,7 +190,7 @@ class Code(abc.ABC):
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
-        if self.mixes and not values.is_floating_point():
+        if self.mixes and isinstance(values, Tensor) and not values.is_floating_point():
             raise TypeError(
                 f"{type(self).__name__}: values must be floating-point to be mixed, got "
                 f"{values.dtype}; codes that mix nothing, such as ReplicationCode and "
@@ -277,6 +276,7 @@ class FixedCode(Code):
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
         """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
+        self.check_values(values)
         return self.encoder(values, dim)
 
     def exact(self, received: Sequence[int] | Tensor) -> Tensor:

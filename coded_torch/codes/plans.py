@@ -492,7 +492,8 @@ def few_columns(results: Tensor) -> Tensor:
     Evenly spaced: the outputs' variance and trust are as exact from some 64 outputs as from all,
     and cheaper.
     """
-    columns = plain("decode", "results", results).flatten(0, 1).flatten(1)
+    rows = results.shape[0] * results.shape[1]
+    columns = plain("decode", "results", results).reshape(rows, results.shape[2:].numel())
     return columns[:, :: max(1, columns.shape[1] // _COLUMNS)].to("cpu", torch.float64)
 
 

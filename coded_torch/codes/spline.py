@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..linear import LinearMap, SplineMap, check_smoothing
+from ..linear import LinearMap, SplineMap
+from ..linear.spline import check_smoothing
 from .base import CurveCode
 
 if TYPE_CHECKING:
