@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch import ops
 
-from .splines import DTYPES, TOLERANCES, Sample, make_knots, make_points, make_samples
+from .splines import DTYPES, TOLERANCES, Sample, make_knots, make_points, make_samples, memory_for
 
 CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 SIZES = (1, 2, 3, 4, 5, 17, 128, 129)
@@ -142,18 +142,6 @@ def test_indexed_rows_past_the_cache(dtype):
         values, coefficients, schedule, gather=gather, scatter=scatter, num_rows=24
     )
     assert torch.equal(got[scatter], want)
-
-
-def memory_for(result):
-    """By layout, memory and a view of it as large as a result."""
-    rows, *groups, columns = result.shape
-    memory = result.new_full((2 * rows, *groups, columns + 3), 7)
-    yield "contiguous", *2 * (torch.full_like(result, 7),)
-    yield "padded columns", memory, memory[:rows, ..., :columns]
-    yield "every other row", memory, memory[::2, ..., :columns]
-    if groups:
-        memory = result.new_full((*groups, rows, columns), 7)
-        yield "group major", memory, memory.transpose(0, 1)
 
 
 @pytest.mark.parametrize("transpose", [False, True])

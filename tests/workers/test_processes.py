@@ -168,7 +168,7 @@ def test_weights_are_shared_and_what_a_call_changes_is_not(pool):
     assert torch.equal(module.first.weight, before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
 def test_modules_that_are_gone_are_forgotten(pool):
     def mapped() -> int:
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (os.getpid(), *pool.pids)]
@@ -595,7 +595,7 @@ def test_an_interrupt_is_clean(tmp_path):
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux knows")
 def test_nothing_is_left():
     def inventory() -> tuple[int, int, int]:
         gc.collect()

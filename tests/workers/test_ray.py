@@ -174,35 +174,29 @@ with torch.no_grad():
 
 
 _LISTENING = """
-import logging
+import contextlib, logging, os
 from pathlib import Path
 from coded_torch.workers import RayWorkers
 
 logging.basicConfig()
 {first}
+
+def sockets(pid):  # of a process and all that come from it
+    with contextlib.suppress(FileNotFoundError):
+        for link in Path(f"/proc/{{pid}}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield os.readlink(link)
+        for task in Path(f"/proc/{{pid}}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from sockets(child)
+
 with RayWorkers(1).start() as pool:
-    family = {{Path("/proc/self").resolve().name}}
-    while True:  # this process and all that come from it
-        more = {{
-            child
-            for pid in family
-            for task in Path(f"/proc/{{pid}}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        }}
-        if more <= family:
-            break
-        family |= more
-    sockets = {{
-        link.readlink().name
-        for pid in family
-        for link in Path(f"/proc/{{pid}}/fd").iterdir()
-        if link.readlink().name.startswith("socket:")
-    }}
+    ours = set(sockets(os.getpid()))
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{{table}}").read_text().splitlines()[1:]:
-            _, address, _, state, *_, = fields = line.split()
-            if state == "0A" and f"socket:[{{fields[9]}}]" in sockets:  # it listens, and is ours
-                print(address.split(":")[0])
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{{fields[9]}}]" in ours:  # it listens
+                print(fields[1].split(":")[0])
 """
 _LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
@@ -210,7 +204,7 @@ _LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "000000000000000000
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what Linux knows")
 @pytest.mark.parametrize(("first", "alone"), [("", True), ("import ray", False)])
 def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone):
-    environment = {name: value for name, value in os.environ.items() if "RAY" not in name}
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     done = subprocess.run(
         [sys.executable, "-c", _LISTENING.format(first=first)],
         capture_output=True,

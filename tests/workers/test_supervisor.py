@@ -211,7 +211,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         machine = self.pick(data, self.alive())
         machine.ended = True
         self.supervisor.lost(machine, "died")
-        self.supervisor.lost(machine, "died")  # is told twice
+        self.supervisor.lost(machine, "died")  # comes twice
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
