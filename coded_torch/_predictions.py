@@ -59,7 +59,7 @@ class Predictions:
         predicted, variances = self.predict(alive)
         residuals = self.values - predicted[self.at]
         some = residuals[alive]
-        scale = (1.4826 * some.abs().quantile(0.5, dim=0)).clamp_(min=_LEAST_SPREAD)
+        scale = (1.4826 * some.abs().median(dim=0).values).clamp_(min=_LEAST_SPREAD)
         residuals, some = residuals / scale, some / scale
         num_columns = residuals.shape[1]
         signs = some / some.norm(dim=1, keepdim=True).clamp(min=1e-30)
@@ -116,7 +116,7 @@ def spread_of(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
     The median absolute deviation, or, where most rows are equal, as probabilities often are, the
     root mean square of those that are not farthest.
     """
-    centre = values.quantile(0.5, dim=0)
+    centre = values.median(dim=0).values
     deviations = (values - centre).abs().sort(dim=0).values
     least = deviations[: max(1, math.ceil(len(values) * (1 - share) - 1))]
     spread = torch.maximum(1.4826 * deviations[len(deviations) // 2], least.square().mean(0).sqrt())

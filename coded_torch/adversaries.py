@@ -13,13 +13,17 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._predictions import Predictions, spread_of, student
 from .regression import KernelRegression
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["COPIES", "Evidence", "Verdict", "locate"]
 
@@ -33,7 +37,7 @@ _CONVINCING = 6.0  # a higher z says no more
 _CLUSTER = 24  # more machines that differ are not explained, but dropped one by one
 _HONEST = 1.5  # a machine of less z is taken back
 _REFITS = 3
-_SUSPICIOUS = 2.0  # the least z for which a refit is worth its time
+_SUSPICIOUS = 2.5  # the least z for which a refit is worth its time
 
 
 class Evidence(NamedTuple):
@@ -118,11 +122,11 @@ def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> 
             if (again := trial.look(others)).z[machine] < _HONEST:
                 del liars[machine]
                 look, found = again, None
-    scores = torch.where(look.z.isfinite(), look.z, scores)
+    scores = np.where(np.isfinite(look.z), look.z, scores)
     return Verdict(
         {machines[i]: why for i, why in liars.items()},
         tuple(sorted(machines[i] for i in suspects - liars.keys())),
-        {m: round(float(z), 3) for m, z in zip(machines, scores, strict=True) if z.isfinite()},
+        {m: z for m, z in zip(machines, scores.tolist(), strict=True) if math.isfinite(z)},
         "" if found is None else f"machine {machines[found.machine]} {found.why(machines)}",
     )
 
@@ -157,8 +161,8 @@ class _Look(NamedTuple):
     """
 
     out: tuple[int, ...]
-    z: Tensor
-    row: Tensor
+    z: NDArray[np.float64]
+    row: NDArray[np.float64]
     machines: int
     rows: int
     freedom: int
@@ -193,7 +197,19 @@ class _Trial:
                 scaled = (part.values[known] - centre) / self.spread
                 columns = part.machine[known], part.group[known], part.at[known]
                 self.parts.append(Predictions(scaled, *columns, part.regression, part.curve))
-        self.curve = any(part.curve for part in evidence)
+        self._curve = any(part.curve for part in evidence)
+        # Where each result is counted, [F G]; groups of different parts are different ones.
+        sizes = [part.num_groups for part in self.parts]
+        self._num_groups = sum(sizes)
+        self._cell = np.concatenate(
+            [
+                (part.machine * self._num_groups + part.group).numpy() + sum(sizes[:i])
+                for i, part in enumerate(self.parts)
+            ]
+            or [np.zeros(0, dtype=np.int64)]
+        )
+        shape = num_machines, self._num_groups
+        self._count = np.bincount(self._cell, minlength=math.prod(shape)).reshape(shape)
 
     def _compare_copies(self, part: Evidence) -> None:
         """Count, of every two machines, the copies that differ."""
@@ -214,55 +230,48 @@ class _Trial:
 
     def look(self, out: tuple[int, ...]) -> _Look:
         """The z of every machine, without what some of them say."""
-        unknown = torch.full((self.num_machines,), math.nan, dtype=torch.float64)
+        f = self.num_machines
         if not self.parts:
-            return _Look(out, unknown, unknown, 0, 0, 0)
-        gone = torch.zeros(self.num_machines, dtype=torch.bool)
-        gone[list(out)] = True
-        logs = torch.cat([part.log_energies(gone) for part in self.parts])
-        machine = torch.cat([part.machine for part in self.parts])
-        offset, groups = 0, []
-        for part in self.parts:
-            groups.append(part.group + offset)
-            offset += part.num_groups
-        group = torch.cat(groups)
-        cell = machine * offset + group
+            return _Look(out, np.full(f, math.nan), np.full(f, math.nan), 0, 0, 0)
+        alive = np.ones((f, 1))
+        alive[list(out)] = 0
+        gone = torch.from_numpy(alive[:, 0] == 0)
+        logs = np.concatenate([part.log_energies(gone).numpy() for part in self.parts])
 
-        def summed(weights: Tensor) -> Tensor:  # [F, G]
-            sums = weights.new_zeros(self.num_machines * offset).index_add_(0, cell, weights)
-            return sums.view(self.num_machines, offset)
+        def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:  # [F, G]
+            sums: NDArray[np.float64] = np.bincount(self._cell, weights, f * self._num_groups)
+            return sums.reshape(f, self._num_groups)
 
-        alive = (~gone).double()[:, None]
-        count, total, square = summed(torch.ones_like(logs)), summed(logs), summed(logs.square())
-        others = (alive * count).sum(0) - alive * count  # [F, G], of all other machines
-        totals = (alive * total).sum(0) - alive * total
-        squares = (alive * square).sum(0) - alive * square
-        some = others.clamp(min=1)
+        count, total = self._count, summed(logs)
+        # Of all other machines, [F, G].
+        others, totals, squares = (
+            (alive * x).sum(0) - alive * x for x in (count, total, summed(logs**2))
+        )
+        some, few = np.maximum(others, 1), np.maximum(count, 1)
         mean = totals / some
-        within = (squares - totals * mean).sum(1).clamp(min=0)
-        freedom = (others - 1).clamp(min=0).sum(1)
-        variance = within / freedom.clamp(min=1)  # [F]
+        freedom = np.maximum(others - 1, 0).sum(1)
+        variance = np.maximum((squares - totals * mean).sum(1), 0) / np.maximum(freedom, 1)  # [F]
         told = (count > 0) & (others > 0)
-        few = count.clamp(min=1)
-        difference = torch.where(told, total / few - mean, 0.0).sum(1)
-        share = torch.where(told, 1 / few + 1 / some, 0.0).sum(1)
-        z = difference / (variance * share).sqrt()  # NaN of a machine of which nothing is told
-        if self.curve:  # places differ more than chance has them
-            usual = z[~gone & z.isfinite()]
-            centre = usual.quantile(0.5)
-            z = (z - centre) / (1.4826 * (usual - centre).abs().quantile(0.5)).clamp(min=1)
-        rows = (logs - mean[machine, group]) / (
-            variance[machine] * (1 + 1 / some[machine, group])
-        ).sqrt()
-        worst = unknown.scatter_reduce(0, machine, rows, "amax", include_self=False)
-        compared = (count.sum(1) > 0) & ~gone
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is told
+            difference = np.where(told, total / few - mean, 0).sum(1)
+            z = difference / np.sqrt(variance * np.where(told, 1 / few + 1 / some, 0).sum(1))
+            machine, group = np.divmod(self._cell, self._num_groups)
+            rows = logs - mean[machine, group]
+            rows /= np.sqrt(variance[machine] * (1 + 1 / some[machine, group]))
+        if self._curve:  # places differ more than chance has them
+            usual = z[(alive[:, 0] > 0) & np.isfinite(z)]
+            centre = np.median(usual)
+            z = (z - centre) / max(1.4826 * np.median(np.abs(usual - centre)), 1)
+        worst = np.full(f, -math.inf)
+        np.maximum.at(worst, machine, rows)
+        compared = (count.sum(1) > 0) & (alive[:, 0] > 0)
         return _Look(
             out,
             z,
             worst,
             int(compared.sum()),
             int(count[compared].sum()),
-            int(freedom[compared].min()) if bool(compared.any()) else 0,
+            int(freedom[compared].min(initial=0 if not compared.any() else 2**31)),
         )
 
     def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
@@ -286,7 +295,7 @@ class _Trial:
             return _Found(machine, copies, partners=with_whom)
 
         def many(machine: int) -> tuple[int, float]:
-            return len(partners[machine]), float(look.z[machine].nan_to_num(nan=-math.inf))
+            return len(partners[machine]), float(np.nan_to_num(look.z[machine], nan=-math.inf))
 
         budget = self.most - len(look.out)
         worst = max(partners, key=many, default=None)
@@ -294,7 +303,7 @@ class _Trial:
             return found(worst)
         for cluster in _connected(partners):
             # Predicted from others only: each may have spoilt what its partners are predicted from.
-            z = self.look((*look.out, *cluster)).z.nan_to_num(nan=0.0)
+            z = np.nan_to_num(self.look((*look.out, *cluster)).z)
             ranked = self._explanations(cluster, partners, z, budget)
             if not ranked:
                 return found(max(cluster, key=many))
@@ -308,7 +317,7 @@ class _Trial:
 
     @staticmethod
     def _explanations(
-        cluster: Sequence[int], partners: dict[int, set[int]], z: Tensor, budget: int
+        cluster: Sequence[int], partners: dict[int, set[int]], z: NDArray[np.float64], budget: int
     ) -> list[tuple[float, tuple[int, ...]]]:
         """The sets of liars that explain all that differs among some machines, the likeliest first.
 
@@ -325,13 +334,13 @@ class _Trial:
 
     def _accuse_by_predictions(self, look: _Look) -> _Found | None:
         what = "differs from what the other results predict"
-        z = torch.where(torch.isin(torch.arange(len(look.z)), torch.tensor(look.out)), -1.0, look.z)
-        z = z.nan_to_num(nan=-1.0)
+        z = np.nan_to_num(look.z, nan=-1)
+        z[list(look.out)] = -1
         worst = int(z.argmax())
         if z[worst] > look.bar(1):
             return _Found(worst, float(z[worst]), what)
         best: _Found | None = None
-        for machine in z.topk(min(_REFITS, len(z))).indices.tolist():
+        for machine in z.argsort()[: -1 - _REFITS : -1].tolist():
             if z[machine] > _SUSPICIOUS:
                 again = self.look((*look.out, machine))
                 score = float(again.z[machine])
@@ -340,8 +349,8 @@ class _Trial:
         return best
 
     def _accuse_by_row(self, look: _Look) -> _Found | None:
-        row = look.row.nan_to_num(nan=-1.0)
-        row[list(look.out)] = -1.0
+        row = np.nan_to_num(look.row, nan=-1, neginf=-1)
+        row[list(look.out)] = -1
         worst = int(row.argmax())
         if row[worst] > look.bar_of_rows():
             return _Found(worst, float(row[worst]), "differs from all predictions in one row")
