@@ -239,8 +239,8 @@ class _Trial:
         logs = np.concatenate([part.log_energies(gone).numpy() for part in self.parts])
 
         def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:  # [F, G]
-            sums: NDArray[np.float64] = np.bincount(self._cell, weights, f * self._num_groups)
-            return sums.reshape(f, self._num_groups)
+            sums = np.bincount(self._cell, weights, f * self._num_groups)
+            return sums.reshape(f, self._num_groups).astype(np.float64, copy=False)
 
         count, total = self._count, summed(logs)
         # Of all other machines, [F, G].
