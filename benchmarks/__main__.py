@@ -13,7 +13,8 @@ from pathlib import Path
 
 from .runs import RESULTS, keep
 
-ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange", "adversaries")
+ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
+ERRORS += ("adversaries", "false_alarms")
 TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 INTERRUPTED = 130  # the exit code
 

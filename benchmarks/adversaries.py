@@ -105,11 +105,11 @@ class Trial(NamedTuple):
 Scheme = Callable[[Trial], Answer]
 
 
-def located(trial: Trial) -> Answer:
-    """Without those that the locator names."""
+def evidence(trial: Trial) -> list[Evidence]:
+    """What the results say of each other."""
     shape = trial.results.shape[:2]
     machine, group = (x.flatten() for x in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-    evidence = [
+    return [
         Evidence(
             trial.results.flatten(0, 1).double(),
             machine,
@@ -120,7 +120,11 @@ def located(trial: Trial) -> Answer:
         )
         for sites in trial.plan.sites(trial.received)
     ]
-    return trial.without(tuple(locate(evidence, trial.received, trial.most).liars))
+
+
+def located(trial: Trial) -> Answer:
+    """Without those that the locator names."""
+    return trial.without(tuple(locate(evidence(trial), trial.received, trial.most).liars))
 
 
 def undefended(trial: Trial) -> Answer:

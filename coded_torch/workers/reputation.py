@@ -21,7 +21,7 @@ class Reputation:
     Of each machine the sum :math:`c \leftarrow \max(0, c + z - k)` is kept, Page's CUSUM, where z
     is its score in a request, about standard normal if it is honest. The machine is named when its
     sum exceeds a threshold, so high that it happens to an honest one in ``false_alarms`` of all
-    requests: to one of 22 machines every 4,500 requests at 1e-5.
+    requests at most: to one of 22 machines every 4,500 requests at 1e-5.
 
     Use it with :attr:`Report.scores <coded_torch.nn.Report.scores>` of a wrapper that looks for
     adversaries::
@@ -42,8 +42,8 @@ class Reputation:
         TypeError, ValueError: an argument is no number between 0 and 1, or not positive.
 
     Note:
-        Threads may share it. The threshold is Siegmund's approximation; that of normal scores, in
-        simulation, was exceeded as often as it says within a tenth.
+        Threads may share it. By Siegmund's approximation of the threshold, normal scores would
+        exceed it half as often as it says; real ones have heavier tails.
 
     References:
         Page, "Continuous inspection schemes", Biometrika 1954. Siegmund, *Sequential Analysis*,
@@ -94,17 +94,17 @@ class Reputation:
 
 @functools.cache
 def _threshold(false_alarms: float, drift: float) -> float:
-    """Where the mean number of requests to a false alarm is ``1 / false_alarms``.
+    """Where the mean number of requests to a false alarm of normal scores is twice as many.
 
-    Siegmund: :math:`(e^{2 k b} - 2 k b - 1) / 2 k^2` with :math:`b = h + 1.166`.
+    Those of real machines have heavier tails. Siegmund: :math:`(e^{2 k b} - 2 k b - 1) / 2 k^2` with :math:`b = h + 1.166`.
     """
     low, high = 0.0, 1.0
-    while _run_length(high, drift) < 1 / false_alarms:
+    while _run_length(high, drift) < 2 / false_alarms:
         high *= 2
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (
-            (middle, high) if _run_length(middle, drift) < 1 / false_alarms else (low, middle)
+            (middle, high) if _run_length(middle, drift) < 2 / false_alarms else (low, middle)
         )
     return high
 

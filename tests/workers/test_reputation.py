@@ -33,7 +33,7 @@ def test_honest_machines_are_named_as_seldom_as_it_says():
             alarms += 1
             reputation.forget(machine)
         count += 100
-    assert 0.7e-3 < alarms / count < 1.3e-3
+    assert 0.3e-3 < alarms / count < 0.7e-3
 
 
 def test_sums_outlive_pickling():
