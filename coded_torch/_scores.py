@@ -96,9 +96,13 @@ class Scores:
 
 
 def ratio(a: Array, b: Array) -> Interval:
-    """The ratio of two means over batches, and half the width of its interval."""
-    value = a.mean() / b.mean()
-    return rounded(value, half_width(a - value * b) / b.mean())
+    """The ratio of two means over batches, and half the width of its interval.
+
+    None and None where both are 0; infinite where only that of ``b`` is.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = a.mean() / b.mean()
+        return rounded(value, half_width(a - value * b) / b.mean())
 
 
 def half_width(a: Array) -> float:

@@ -20,6 +20,10 @@ __all__ = ["LagrangeCode"]
 
 _GOLDEN = (5**0.5 - 1) / 2
 
+# What to try as the decoder's degree, in degrees of the encoder: of which the coded inputs are, and
+# the results of a network not many times rougher.
+_DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
+
 
 class LagrangeCode(CurveCode):
     r"""Lagrange coded computing over the reals: exact for polynomial models.
@@ -99,7 +103,8 @@ class LagrangeCode(CurveCode):
         """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
         if "degree" in self._arguments():
             return {}
-        return {"decoder_degree": range(self.num_workers)}
+        degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
+        return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
 
     @property
     def min_received(self) -> int:
