@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import operator
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,60 +64,70 @@ class LinearMap(abc.ABC):
             (torch.float32, _HOST): rounded or _place(operands, torch.float32, _HOST),
         }
 
-    def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
+    def __call__(self, values: Tensor, dim: int = 0, *, out: Tensor | None = None) -> Tensor:
         """Apply the map along ``dim``.
 
         Args:
             values: ``[..., num_inputs, ...]``, float64, float32, bfloat16 or float16.
             dim: the dimension that the map replaces.
+            out: where the result goes, of its shape and of the dtype and device of the values,
+                apart from them. It is written once, in place, where its strides allow: where it is
+                contiguous before and after ``dim``. Without gradients only.
 
         Returns:
-            ``[..., num_outputs, ...]``, the same in every other dimension.
+            ``[..., num_outputs, ...]``, the same in every other dimension; ``out`` where given.
 
         Raises:
             TypeError: ``values`` is not a dense, strided tensor of such a dtype.
-            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``.
+            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``; ``out`` does
+                not fit, or gradients are recorded.
         """
-        return self._along(values, dim, transpose=False)
+        return self._along(values, dim, transpose=False, out=out)
 
-    def adjoint(self, values: Tensor, dim: int = 0) -> Tensor:
+    def adjoint(self, values: Tensor, dim: int = 0, *, out: Tensor | None = None) -> Tensor:
         """Apply the transpose along ``dim``: ``[..., num_outputs, ...] -> [..., num_inputs, ...]``.
 
-        Raises as :meth:`__call__` does.
+        Takes ``out``, and raises, as :meth:`__call__` does.
         """
-        return self._along(values, dim, transpose=True)
+        return self._along(values, dim, transpose=True, out=out)
 
-    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+    def gathered(self, batch: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """Apply the map to the groups of a batch: ``map(grouping.gather(batch))``.
 
         Args:
             batch: ``[B, ...]``.
             grouping: of B rows in groups of ``num_inputs``.
+            out: as for :meth:`__call__`.
 
         Returns:
             ``[num_outputs, G, ...]``.
 
         Raises:
             TypeError: as :meth:`__call__`.
-            ValueError: the batch has another size than the grouping.
+            ValueError: as :meth:`__call__`; the batch has another size than the grouping.
         """
-        return self(grouping.gather(batch))
+        return self(grouping.gather(batch), out=out)
 
-    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+    def scattered(self, groups: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """Apply the map and put its results in a batch's order: ``grouping.scatter(map(groups))``.
 
         Args:
             groups: ``[num_inputs, G, ...]``.
             grouping: of B rows in G groups of ``num_outputs``.
+            out: as for :meth:`__call__`.
 
         Returns:
             ``[B, ...]``.
 
         Raises:
             TypeError: as :meth:`__call__`.
-            ValueError: the groups have other sizes than the map and the grouping.
+            ValueError: as :meth:`__call__`; the groups have other sizes than map and grouping.
         """
-        return grouping.scatter(self(groups))
+        batch = grouping.scatter(self(groups))
+        if out is None:
+            return batch
+        self._target(out, batch.shape, batch.shape, groups)
+        return out.copy_(batch)
 
     def matrix(
         self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
@@ -133,6 +144,10 @@ class LinearMap(abc.ABC):
     @abc.abstractmethod
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         """Apply the map or its transpose to ``values [n, G, m]``; returns ``[N, G, m]``."""
+
+    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
+        """As :meth:`_apply` into ``out [N, G, m]``; to be overridden where that saves a copy."""
+        out.copy_(self._apply(values, transpose))
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
         dtype, device = accumulation_dtype(values.dtype), values.device
@@ -184,17 +199,44 @@ class LinearMap(abc.ABC):
             )
         return dim
 
-    def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
+    def _target(
+        self, out: Tensor, shape: Sequence[int], flat: Sequence[int], values: Tensor
+    ) -> Tensor | None:
+        """``out``, which must fit, as ``flat`` with contiguous columns; None: no view is that."""
+        name = type(self).__name__
+        fits = out.shape == torch.Size(shape) and out.dtype == values.dtype
+        if not (fits and out.device == values.device):
+            raise ValueError(
+                f"{name}: out must be {values.dtype} of shape {tuple(shape)} on {values.device}, "
+                f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+            )
+        if torch.is_grad_enabled() and (values.requires_grad or out.requires_grad):
+            raise ValueError(f"{name}: out must be None where gradients are recorded")
+        try:
+            view = out.view(*flat)
+        except RuntimeError:
+            return None
+        return view if view.shape[-1] <= 1 or view.stride(-1) == 1 else None
+
+    def _along(self, values: Tensor, dim: int, transpose: bool, out: Tensor | None) -> Tensor:
         size = self.num_outputs if transpose else self.num_inputs
         dim = self._dimension(values, dim, size)
         before, after = values.shape[:dim], values.shape[dim + 1 :]
-        if dim == 0:  # as below, in as few calls as a decoder of a few microseconds can afford
-            out = self._apply(values.reshape(size, 1, after.numel()), transpose)
-            return out.view(out.shape[0], *after)
+        if out is None and dim == 0:  # as below, in as few calls as a decoder can afford
+            result = self._apply(values.reshape(size, 1, after.numel()), transpose)
+            return result.view(result.shape[0], *after)
         # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
         grouped = values.reshape(before.numel(), size, after.numel()).transpose(0, 1)
-        out = self._apply(grouped, transpose)
-        return out.transpose(0, 1).reshape(*before, out.shape[0], *after)
+        if out is None:
+            result = self._apply(grouped, transpose)
+            return result.transpose(0, 1).reshape(*before, result.shape[0], *after)
+        results = self.num_inputs if transpose else self.num_outputs
+        shape, flat = (*before, results, *after), (before.numel(), results, after.numel())
+        target = self._target(out, shape, flat, values)
+        if target is None:
+            return out.copy_(self._along(values, dim, transpose, None))
+        self._write(target.transpose(0, 1), grouped, transpose)
+        return out
 
 
 def _place(

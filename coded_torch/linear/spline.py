@@ -84,31 +84,40 @@ class SplineMap(LinearMap):
         coefficients, schedule = self._operands(values)
         return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
 
-    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
+        coefficients, schedule = self._operands(values)
+        ops.spline_apply(values, coefficients, schedule, transpose=transpose, out=out)
+
+    def gathered(self, batch: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """As :meth:`LinearMap.gathered`, reading the rows where they lie."""
         self._dimension(batch, 0, grouping.batch_size)
         num_columns = batch.shape[1:].numel()
-        if num_columns < _FUSED_COLUMNS:
-            return super().gathered(batch, grouping)
+        flat = (self.num_outputs, grouping.num_groups, num_columns)
+        shape = (*flat[:2], *batch.shape[1:])
+        target = None if out is None else self._target(out, shape, flat, batch)
+        if num_columns < _FUSED_COLUMNS or (out is not None and target is None):
+            return super().gathered(batch, grouping, out=out)
         coefficients, schedule = self._operands(batch)
         rows = batch.reshape(len(batch), num_columns)
         gather = grouping.to(batch.device).rows
-        out = ops.spline_apply(rows, coefficients, schedule, gather=gather)  # [N, G, m]
-        return out.view(*out.shape[:2], *batch.shape[1:])
+        result = ops.spline_apply(rows, coefficients, schedule, gather=gather, out=target)
+        return result.view(shape) if out is None else out
 
-    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+    def scattered(self, groups: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
         """As :meth:`LinearMap.scattered`, writing the rows where they belong."""
         for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
             self._dimension(groups, dim, size)
         num_columns = groups.shape[2:].numel()
-        if num_columns < _FUSED_COLUMNS:
-            return super().scattered(groups, grouping)
+        flat, shape = (grouping.batch_size, num_columns), (grouping.batch_size, *groups.shape[2:])
+        target = None if out is None else self._target(out, shape, flat, groups)
+        if num_columns < _FUSED_COLUMNS or (out is not None and target is None):
+            return super().scattered(groups, grouping, out=out)
         coefficients, schedule = self._operands(groups)
-        out = ops.spline_apply(
+        result = ops.spline_apply(
             groups.reshape(*groups.shape[:2], num_columns), coefficients, schedule,
-            scatter=grouping.to(groups.device).targets, num_rows=grouping.batch_size,
+            scatter=grouping.to(groups.device).targets, num_rows=grouping.batch_size, out=target,
         )  # fmt: skip
-        return out.view(len(out), *groups.shape[2:])
+        return result.view(shape) if out is None else out
 
 
 def _numbers(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
