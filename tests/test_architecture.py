@@ -14,7 +14,7 @@ LAYERS = (
     {"cli"},
     {"demo"},
     {"compare"},
-    {"tuning"},
+    {"tuning", "simulation"},
     {"_trial"},
     {"_scores"},
     {"nn"},
