@@ -17,7 +17,7 @@ from ._arguments import dense, real
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "check_inputs"]
 
 # More features than this are added up in buckets, with random signs. A prime number of buckets, so
 # that the columns of an image do not fall into the same ones row after row.
@@ -110,7 +110,9 @@ class Geometry:
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, shrinkage: float = 0.01) -> None:
-        _check(inputs)
+        check_inputs("Geometry", inputs)
+        if not inputs:
+            raise ValueError("Geometry: inputs must hold at least one tensor, got none")
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
@@ -208,14 +210,17 @@ def _exactly(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _check(inputs: Sequence[Tensor]) -> None:
-    if not len(inputs):
-        raise ValueError("Geometry: inputs must hold at least one tensor, got none")
+def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
+    """Raise an error unless inputs are a sequence of dense tensors of one batch size."""
+    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
+        raise TypeError(
+            f"{owner}: inputs must be a sequence of tensors, got {type(inputs).__name__}"
+        )
     for i, x in enumerate(inputs):
-        dense("Geometry", f"inputs[{i}]", x)
+        dense(owner, f"inputs[{i}]", x)
         if not x.dim() or len(x) != len(inputs[0]):
             raise ValueError(
-                f"Geometry: inputs[{i}] must have the batch size of the first along dim 0, "
+                f"{owner}: inputs[{i}] must have the batch size of the first along dim 0, "
                 f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
             )
 

@@ -3,9 +3,12 @@ r"""Kernel regression in input space: answers from results by the distances of t
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
+
+from ._arguments import dense, positive
 
 __all__ = ["NUGGET", "KernelRegression", "matern52"]
 
@@ -24,7 +27,8 @@ def matern52(squared_distances: Tensor, length: float) -> Tensor:
     """
     # Bounded, or an infinite distance would be infinity times 0. In place, as fresh memory costs
     # more than the arithmetic.
-    s = (squared_distances * (5 / length**2)).sqrt_().clamp_(max=700)
+    scale = 5 / max(length * length, sys.float_info.min)
+    s = (squared_distances * scale).sqrt_().clamp_(max=700)
     polynomial = (s / 3).add_(1).mul_(s).add_(1)
     return polynomial.mul_(s.neg_().exp_())
 
@@ -42,11 +46,13 @@ class KernelRegression:
     Args:
         squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
         length: of the :func:`matern52` kernel, positive.
-        nugget: :math:`\nu`; it also keeps repeated inputs apart. Where the distances are so badly
-            rounded that no points have them, it is raised tenfold until there is a factorisation.
+        nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
+            so badly rounded that no points have them, it is raised tenfold until there is a
+            factorisation.
 
     Raises:
-        ValueError: a distance is NaN.
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument violates its requirement, or a distance is NaN.
 
     Note:
         :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
@@ -64,10 +70,17 @@ class KernelRegression:
     """
 
     def __init__(self, squared_distances: Tensor, length: float, nugget: float = NUGGET) -> None:
-        self.length = length
-        self.nugget = nugget
+        dense(self, "squared_distances", squared_distances)
+        m, *others = squared_distances.shape or (0,)
+        if others != [m] or m == 0:
+            raise ValueError(
+                "KernelRegression: squared_distances must be [M, M], M at least 1, "
+                f"got shape {tuple(squared_distances.shape)}"
+            )
+        self.length = positive(self, "length", length)
+        self.nugget = positive(self, "nugget", nugget)
         covariance = matern52(squared_distances, length)
-        covariance.diagonal().add_(nugget)
+        covariance.diagonal().add_(self.nugget)
         self._factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed and not bool(covariance.isfinite().all()):
             raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")

@@ -407,7 +407,7 @@ class CurveCode(FixedCode):
         self.worker_points = self._points("worker_points", worker_points, self.num_workers)
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
-        array = real_array(f"{type(self).__name__}: {argument}", points)
+        array = real_array(self, argument, points)
         if array.shape != (size,):
             raise ValueError(
                 f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, positive, real
+from .._arguments import instance, positive, real, shown
 from ..regression import KernelRegression
 from .base import Code, FixedCode, unit_rows
 from .plans import Arrived, BatchPlan, SelectionPlan
@@ -114,7 +114,7 @@ class KernelCode(Code):
             if num_data is not None or num_workers is not None:
                 raise ValueError(
                     "KernelCode: encoder must be given without num_data and num_workers, which it "
-                    f"has, got num_data={num_data} and num_workers={num_workers}"
+                    f"has, got {shown(num_data)} and {shown(num_workers)}"
                 )
             num_data, num_workers = encoder.num_data, encoder.num_workers
         super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None

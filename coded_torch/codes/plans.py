@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._arguments import count, instance, shown
 from .._transforms import outside, plain
-from ..geometry import Geometry
+from ..geometry import Geometry, check_inputs
 from ..grouping import Grouping, Ordering, check_ordering, order_of
 from ..linear import SelectMap
 
@@ -55,13 +56,14 @@ def plan_batch(
         inputs: the floating-point inputs that are coded, each ``[B, ...]``, B at least 1. There may
             be none, where the code mixes nothing: then there are no distances, and
             :attr:`BatchPlan.note` says what that means.
-        num_stragglers: S, how many workers are expected to be late.
+        num_stragglers: S, how many workers are expected to be late, from 0 to N.
         batch_size: B, where there are no inputs.
 
     Raises:
-        TypeError, ValueError: ``ordering`` orders no batch, or not this one; there are no inputs
-            but a code that mixes them, or no ``batch_size``; :func:`torch.func.vmap` hides a
-            dimension of an input.
+        TypeError: an argument is of another kind than said.
+        ValueError: ``ordering`` orders no batch, or not this one; inputs differ in batch size, or
+            there are none, but a code that mixes them, or no ``batch_size``;
+            :func:`torch.func.vmap` hides a dimension of an input.
 
     Example:
         >>> import torch
@@ -79,6 +81,7 @@ def plan_batch(
 
     inputs, batch_size = _numbers("plan_batch", code, inputs, batch_size)
     check_ordering("plan_batch", ordering)
+    count("plan_batch", "num_stragglers", num_stragglers, 0, code.num_workers)
     looks = code.uses_geometry or (isinstance(ordering, str) and ordering == "similarity")
     with outside():
         if not (looks and inputs):
@@ -123,13 +126,13 @@ def plan_rows(
         >>> plan.decode(torch.tensor([[1.0], [5.0]]), received=[0, 2])
         tensor([1., 3., 5., 3.])
     """
-    if code.mixes:
-        raise ValueError(f"plan_rows: code must not mix inputs, got {code}")
 
     def fit(order: Tensor | Sequence[int], geometry: Geometry | None) -> BatchPlan:
         return code.fit_rows(Grouping(order, len(order)), geometry)
 
     inputs, batch_size = _numbers("plan_rows", code, inputs, batch_size)
+    if code.mixes:
+        raise ValueError(f"plan_rows: code must not mix inputs, got {code}")
     check_ordering("plan_rows", ordering)
     with outside():
         if not (code.uses_geometry and inputs):
@@ -144,16 +147,24 @@ def _numbers(
     owner: str, code: Code, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """The plain inputs, and the size of the batch."""
+    from .base import Code  # which knows of plans, too
+
+    instance(owner, "code", code, Code)
+    check_inputs(owner, inputs)
     inputs = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
     if not inputs and code.mixes:
         raise ValueError(
             f"{owner}: inputs must hold a floating-point tensor, as {code} mixes inputs, got none"
         )
-    if batch_size is None:
-        if not inputs:
-            raise ValueError(f"{owner}: batch_size must be given where there are no inputs")
-        batch_size = len(inputs[0])
-    return inputs, batch_size
+    if batch_size is None and not inputs:
+        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
+    size = len(inputs[0]) if inputs else count(owner, "batch_size", batch_size)
+    if batch_size not in (None, size) or size == 0:
+        raise ValueError(
+            f"{owner}: batch_size must be that of the inputs, at least 1, got {shown(batch_size)} "
+            f"for inputs of {size} rows"
+        )
+    return inputs, size
 
 
 def _evenly(count: int, most: int) -> list[int]:
