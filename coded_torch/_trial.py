@@ -90,7 +90,8 @@ class Trial:
     def _order(self, code: Code, ordering: Any) -> Any:
         """The path through the batch, found once for all codes that look at nothing else."""
         by_path = isinstance(ordering, str) and ordering == "similarity"
-        if not by_path or code.uses_geometry or self._inputs.batch_size > code.max_chunk:
+        large = self._inputs.batch_size > code.max_chunk
+        if not (by_path and self.inputs) or code.uses_geometry or large:
             return ordering
         if code.shrinkage not in self._paths:
             distances = Geometry(self.inputs, shrinkage=code.shrinkage).distances

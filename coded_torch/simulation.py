@@ -200,7 +200,13 @@ class _Faults:
     """What makes parts long, the same for every policy: by request and part, machine and time."""
 
     def __init__(
-        self, conditions: Conditions, machines: int, requests: int, parts: int, gap: float, seed: int
+        self,
+        conditions: Conditions,
+        machines: int,
+        requests: int,
+        parts: int,
+        gap: float,
+        seed: int,
     ) -> None:
         self.conditions, self.machines, self.parts = conditions, machines, parts
         self.delays: tuple[int, list[float]] = (-1, [])
@@ -427,9 +433,7 @@ def simulate(
     latencies, predicted, ended = np.zeros(num_requests), np.zeros(num_requests), Counter()
 
     def arrive(number: int, arrival: float) -> _Open:
-        decisions = policy.decide(
-            history, first, needed=total, since=arrival, idle=cluster.free
-        )
+        decisions = policy.decide(history, first, needed=total, since=arrival, idle=cluster.free)
         return _Open(number, arrival, decisions)
 
     def closed(call: _Open, how: Ended) -> None:
