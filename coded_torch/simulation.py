@@ -17,17 +17,18 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
 from ._arguments import count, instance, positive, probability, real
-from .nn.waiting import Ask, Began, Decision, Drop, Ended, Event, History, Settled, Wait, Waiting
+from .nn.waiting import Ask, Began, Decision, Drop, Ended, Event, History, Settled, Wait
 from .stragglers import Stragglers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Conditions", "Hedge", "Outcome", "Policy", "simulate"]
+__all__ = ["Conditions", "Outcome", "Policy", "simulate"]
 
-_UNITS = 12  # of a part of the first ask: 2, 3 and 4 divide it
+_ROWS = 12  # of a part of the first ask: 2, 3 and 4 divide it
 
 
 class Policy(Protocol):
@@ -51,7 +52,8 @@ class Conditions:
         straggling: the probability that a part takes longer by a factor from ``straggling_by``,
             log-uniform between the two.
         slow: the share of time in which a machine is slower by a factor from ``slow_by``, in
-            exponential spells that last 100 times the time between two requests on average.
+            exponential spells.
+        spell: their mean, in times between two requests.
         dead: the probability that a part fails, after ``dead_after``.
         bursts: the mean time between two bursts, exponential: a fifth of the machines, side by
             side, do nothing for ``pause``. Infinite: none.
@@ -120,70 +122,20 @@ class Outcome:
         return float(np.percentile(self.latencies, percent))
 
 
-@dataclasses.dataclass(frozen=True)
-class Hedge:
-    """The rival: a part that has run for a while is asked once more, whole, and all are waited for.
-
-    Args:
-        medians: of a part, after which that is; None for the policy's fence.
-        quantile: instead, of the running latencies of parts.
-    """
-
-    medians: float | None = None
-    quantile: float | None = None
-
-    def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        unit_rows: int = 1,
-        **options: Any,
-    ) -> Generator[Decision, Event, Ended]:
-        parts, rows = [tuple(units) for units in first], unit_rows * len(first[0])
-        if self.quantile is not None:
-            after = history.part(rows, self.quantile)
-        elif self.medians is not None:
-            after = history.part(rows) * self.medians
-        else:
-            after = history.fence(rows)
-        due: dict[int, float] = {}  # of those that have begun and were not asked again
-        began: dict[int, float] = {}
-        seconds: dict[int, float] = {}
-        good: set[int] = set()
-        yield Ask(tuple(parts))
-        while len(good) < needed:
-            until = min(due.values(), default=math.inf)
-            event = yield Wait(until)
-            again: list[int] = []
-            if isinstance(event, Began):
-                began[event.part], seconds[event.part] = event.at, math.inf
-                if event.part < len(first) and after < math.inf:
-                    due[event.part] = event.at + after
-            elif isinstance(event, Settled):
-                due.pop(event.part, None)
-                if event.ok:
-                    seconds[event.part] = event.latency
-                    good.update(parts[event.part])
-                elif not good.issuperset(parts[event.part]):
-                    again = [event.part]
-            else:
-                again = [part for part, at in due.items() if at <= until]
-                for part in again:
-                    del due[part]
-                again = [part for part in again if not good.issuperset(parts[part])]
-            if again:
-                parts += [parts[part] for part in again]
-                yield Ask(tuple(parts[-len(again) :]))
-        history.add([(rows, seconds[part]) for part in began], None)
-        return Ended("complete", (), after, math.inf, math.inf)
-
-
 class _Open:
     """A call that has not ended."""
 
-    __slots__ = ("answered", "arrival", "dropped", "number", "parts", "policy", "timer", "until")
+    __slots__ = (
+        "answered",
+        "arrival",
+        "delays",
+        "dropped",
+        "number",
+        "parts",
+        "policy",
+        "timer",
+        "until",
+    )
 
     def __init__(
         self, number: int, arrival: float, policy: Generator[Decision, Event, Ended]
@@ -193,20 +145,26 @@ class _Open:
         self.parts: list[tuple[int, ...]] = []
         self.answered: list[tuple[int, ...]] = []
         self.dropped: set[int] = set()
-        self.timer = self.until = math.inf
+        self.delays: list[float] = []  # by machine, where there is a law of them
+        self.timer = self.until = math.inf  # when it is woken, and when it wants to be
 
 
 class _Faults:
     """What makes parts long, the same for every policy: by request and part, machine and time."""
 
     def __init__(
-        self, conditions: Conditions, machines: int, requests: int, parts: int, gap: float, seed: int
+        self,
+        conditions: Conditions,
+        machines: int,
+        requests: int,
+        parts: int,
+        gap: float,
+        seed: int,
     ) -> None:
         self.conditions, self.machines, self.parts = conditions, machines, parts
-        self.delays: tuple[int, list[float]] = (-1, [])
         self._drawn = np.random.default_rng([seed, 1])
         self.first = self._draw(requests * parts)
-        self.later = iter(())
+        self.later: Iterator[float] = iter(())
         self._spells = [self._spell(random.Random(f"{seed} {m}"), gap) for m in range(machines)]
         self._current = [next(spells) for spells in self._spells]
 
@@ -217,7 +175,8 @@ class _Faults:
         low, high = conditions.straggling_by
         by = low * (high / low) ** generator.random(size)
         factors = np.where(generator.random(size) < conditions.straggling, factors * by, factors)
-        return np.where(generator.random(size) < conditions.dead, math.inf, factors).tolist()
+        dead = generator.random(size) < conditions.dead
+        return list(np.where(dead, math.inf, factors).tolist())
 
     def _spell(self, generator: random.Random, gap: float) -> Iterator[tuple[float, float, float]]:
         """The spells in which a machine is slow: begin, end, factor."""
@@ -235,6 +194,7 @@ class _Faults:
             begin = None
 
     def factor(self, request: int, part: int) -> float:
+        """Of the time of a part; infinite if it fails."""
         if part < self.parts:
             return self.first[request * self.parts + part]
         for factor in self.later:
@@ -243,13 +203,11 @@ class _Faults:
         return next(self.later)
 
     def slowness(self, machine: int, now: float) -> float:
+        """The factor by which a machine is slow now; to be asked in the order of time."""
         begin, end, factor = self._current[machine]
         while end <= now:
             begin, end, factor = self._current[machine] = next(self._spells[machine])
         return factor if begin <= now else 1.0
-
-    def delay(self, request: int, machine: int) -> float:
-        raise NotImplementedError
 
 
 _END, _TIMER, _BURST, _RESUME = range(4)
@@ -258,8 +216,16 @@ _END, _TIMER, _BURST, _RESUME = range(4)
 class _Cluster:
     """Machines, one queue, and one clock."""
 
-    def __init__(self, conditions: Conditions, faults: _Faults, seed: int) -> None:
+    def __init__(
+        self,
+        conditions: Conditions,
+        faults: _Faults,
+        unit_rows: int,
+        closed: Callable[[_Open, Ended], None],
+        seed: int,
+    ) -> None:
         self.conditions, self.faults = conditions, faults
+        self.unit_rows, self.closed = unit_rows, closed
         self.now = 0.0
         self.events: list[tuple[float, int, int, Any]] = []
         self.order = itertools.count()
@@ -269,8 +235,7 @@ class _Cluster:
         self.ends = [0.0] * faults.machines
         self.resumes = [0.0] * faults.machines
         self.bursts = random.Random(f"{seed} bursts")
-        self.begun_parts = self.begun_units = 0
-        self.closed: Callable[[_Open, Ended], None]
+        self.open = self.begun_parts = self.begun_rows = 0
         self._burst_later()
 
     def at(self, time: float, kind: int, what: Any) -> None:
@@ -295,12 +260,26 @@ class _Cluster:
                 decision = policy.send(None)
         except StopIteration as stop:
             call.policy = None
+            self.open -= 1
             self.closed(call, stop.value)
             return
-        call.until = until = decision.until
-        if until < call.timer:
-            call.timer = until
-            self.at(until, _TIMER, call)
+        call.until = decision.until
+        self.wake_in_time(call)
+
+    def wake_in_time(self, call: _Open) -> None:
+        if call.until < call.timer:
+            call.timer = call.until
+            self.at(call.until, _TIMER, call)
+
+    def wake(self, call: _Open) -> None:
+        if call.policy is None:
+            return
+        if call.timer <= self.now:
+            call.timer = math.inf
+        if call.until <= self.now:
+            self.step(call, None)
+        else:
+            self.wake_in_time(call)
 
     def dispatch(self) -> None:
         """Let idle machines take what is wanted."""
@@ -312,21 +291,19 @@ class _Cluster:
 
     def begin(self, machine: int, call: _Open, part: int) -> None:
         conditions, faults, now = self.conditions, self.faults, self.now
-        units = len(call.parts[part])
-        factor = faults.factor(call.number, part)
-        ok = factor < math.inf
-        if ok:
-            seconds = conditions.overhead + (1 - conditions.overhead) * units / _UNITS
-            seconds *= factor
-            if conditions.slow:
-                seconds *= faults.slowness(machine, now)
-        else:
-            seconds = conditions.dead_after
+        rows = len(call.parts[part]) * self.unit_rows
+        seconds = faults.factor(call.number, part)
+        seconds *= conditions.overhead + (1 - conditions.overhead) * rows / _ROWS
+        if conditions.slow:
+            seconds *= faults.slowness(machine, now)
+        if call.delays:
+            seconds += call.delays[machine]
+        ok = seconds < math.inf
+        self.ends[machine] = now + (seconds if ok else conditions.dead_after)
         self.running[machine] = call, part, now, ok
-        self.ends[machine] = now + seconds
-        self.at(now + seconds, _END, machine)
+        self.at(self.ends[machine], _END, machine)
         self.begun_parts += 1
-        self.begun_units += units
+        self.begun_rows += rows
         self.step(call, Began(part, now))
 
     def end(self, machine: int) -> None:
@@ -364,7 +341,8 @@ class _Cluster:
             self.at(self.now + gap, _BURST, None)
 
     def resume(self, machine: int) -> None:
-        if self.resumes[machine] <= self.now and self.running[machine] is None:
+        paused = self.resumes[machine] > self.now
+        if not paused and self.running[machine] is None and machine not in self.idle:
             self.idle.append(machine)
 
     def run(self, arrivals: Sequence[float], arrive: Callable[[int, float], _Open]) -> None:
@@ -391,18 +369,6 @@ class _Cluster:
                     self.resume(what)
             self.dispatch()
 
-    def wake(self, call: _Open) -> None:
-        if call.policy is None:
-            return
-        due, call.timer = call.timer <= self.now, min(call.timer, math.inf)
-        if due:
-            call.timer = math.inf
-        if call.until <= self.now:
-            self.step(call, None)
-        elif due and call.until < math.inf:
-            call.timer = call.until
-            self.at(call.until, _TIMER, call)
-
 
 def simulate(
     policy: Policy,
@@ -412,39 +378,100 @@ def simulate(
     num_parts: int,
     load: float = 0.3,
     num_requests: int = 10_000,
-    seed: int = 0,
+    num_workers: int | None = None,
     history: History | None = None,
+    seed: int = 0,
 ) -> Outcome:
+    """Send requests to machines that serve one part at a time, from one queue.
+
+    Requests arrive independently of each other (Poisson). An idle machine takes the next part that
+    is still wanted; what has begun goes on to its end. What goes wrong is the same for all policies
+    with the same seed: by request and part for the first ask, by machine and time for spells and
+    bursts.
+
+    Args:
+        policy: a :class:`~coded_torch.nn.Waiting`, or what decides like one. Of one that asks all N
+            at once, column n holds the share ``n mod K`` of the inputs.
+        conditions: what parts take, and what goes wrong.
+        num_machines: at least 1.
+        num_parts: K, of the first ask.
+        load: the share of the machines' time that the first asks take, in (0, 1).
+        num_requests: at least 1.
+        num_workers: N, for a policy that asks all at once; by default ``num_machines``.
+        history: to begin with; by default an empty one. It is added to.
+        seed: of everything.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument is out of range.
+
+    Note:
+        Some ten microseconds a part.
+
+    Example:
+        >>> from coded_torch.nn import Waiting
+        >>> from coded_torch.simulation import Conditions, simulate
+        >>> straggling = Conditions(straggling=0.03)
+        >>> for waiting in Waiting(), Waiting(patience=float("inf"), extra=0):
+        ...     outcome = simulate(waiting, straggling, num_machines=6, num_parts=4)
+        ...     print(f"{outcome.percentile(99):.1f}")
+        3.6
+        42.2
+    """
+    for argument, value in (
+        ("num_machines", num_machines),
+        ("num_parts", num_parts),
+        ("num_requests", num_requests),
+    ):
+        count("simulate", argument, value)
+    instance("simulate", "conditions", conditions, Conditions)
+    real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
     gap = conditions.mean() * num_parts / (num_machines * load)
-    generator = np.random.default_rng([seed, 0])
-    arrivals = np.cumsum(generator.exponential(gap, num_requests)).tolist()
-    at_once = getattr(policy, "at_once", False)
-    faults = _Faults(conditions, num_machines, num_requests, num_parts, gap, seed)
-    cluster = _Cluster(conditions, faults, seed)
+    arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
+    num_rows, unit_rows = num_parts * _ROWS, 1
+    first = [tuple(range(i, i + _ROWS)) for i in range(0, num_rows, _ROWS)]
+    needed = num_rows
+    if getattr(policy, "at_once", False):
+        columns = count("simulate", "num_workers", num_workers or num_machines, least=num_parts)
+        needed, unit_rows = columns - (getattr(policy, "num_stragglers", 0) or 0), _ROWS
+        first = [(column,) for column in range(columns)]
+    inputs = num_rows // unit_rows
     history = History() if history is None else history
-    total = num_parts * _UNITS
-    first = [tuple(range(i, i + _UNITS)) for i in range(0, total, _UNITS)]
-    latencies, predicted, ended = np.zeros(num_requests), np.zeros(num_requests), Counter()
+    generator = torch.Generator().manual_seed(seed)
+    latencies, predicted = np.zeros(num_requests), np.zeros(num_requests)
+    ended: Counter[str] = Counter()
 
     def arrive(number: int, arrival: float) -> _Open:
-        decisions = policy.decide(
-            history, first, needed=total, since=arrival, idle=cluster.free
+        call = _Open(
+            number,
+            arrival,
+            policy.decide(
+                history,
+                first,
+                needed=needed,
+                unit_rows=unit_rows,
+                since=arrival,
+                idle=cluster.free,
+            ),
         )
-        return _Open(number, arrival, decisions)
+        if conditions.delays is not None:
+            call.delays = conditions.delays.sample(num_machines, generator).tolist()
+        return call
 
     def closed(call: _Open, how: Ended) -> None:
-        cluster.open -= 1
         latencies[call.number] = cluster.now - call.arrival
         ended[how.reason] += 1
         if how.reason != "complete":
-            predicted[call.number] = 1 - len(set().union(*call.answered)) / total
+            answered = {unit % inputs for units in call.answered for unit in units}
+            predicted[call.number] = 1 - len(answered) / inputs
 
-    cluster.closed = closed
+    faults = _Faults(conditions, num_machines, num_requests, len(first), gap, seed)
+    cluster = _Cluster(conditions, faults, unit_rows, closed, seed)
     cluster.run(arrivals, arrive)
     return Outcome(
         latencies,
         predicted,
         cluster.begun_parts / (num_requests * num_parts),
-        cluster.begun_units / (num_requests * total),
+        cluster.begun_rows / (num_requests * num_rows),
         ended,
     )

@@ -15,6 +15,7 @@ LAYERS = (
     {"tuning", "calibration"},
     {"_trial"},
     {"demo"},
+    {"simulation"},
     {"nn"},
     {"workers", "codes"},
     {"functional"},
