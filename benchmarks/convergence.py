@@ -1,4 +1,4 @@
-"""How fast the paper's code gets better with more workers: ``python benchmarks/convergence.py``.
+"""How fast the paper's code gets better with more workers: ``python -m benchmarks convergence``.
 
 The mean squared error of x sin x at K = 8 inputs in [0, 10], and of LeNet-5's logits on batches of
 60 digits at K = 20, for N workers of which S are lost uniformly: S fixed, or growing as the square
@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, progress, run_measurements
-from schemes import half_width, received_by, rounded
-from subjects import SEED, run, subject
 from torch import Tensor
 
+from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
+from coded_torch.compare import received_by
 from coded_torch.stragglers import Uniform
+
+from .runs import Measurement, progress
+from .subjects import SEED, run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
 NOISE = 0.01  # of the outputs' variance
@@ -143,7 +144,3 @@ def settings(quick: bool) -> dict[str, Any]:
         "noise, of the outputs' variance": NOISE,
         "c": list(FACTORS),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

@@ -1,4 +1,4 @@
-"""Polynomial models, exactly by Lagrange or nearly by splines: ``python benchmarks/lagrange.py``.
+"""Polynomial models, exactly by Lagrange or nearly by splines: ``python -m benchmarks lagrange``.
 
 The model is a polynomial of known degree, applied to every entry of the inputs: Lagrange coding is
 exact from (K - 1) degree + 1 results on, in exact arithmetic, and does not apply below; splines
@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from common import Measurement, progress, run_measurements
 from numpy.polynomial import chebyshev
-from schemes import received_by, rounded
-from subjects import SEED
 from torch import Tensor
 
+from coded_torch._scores import rounded
 from coded_torch.codes import FixedCode, LagrangeCode, SplineCode
+from coded_torch.compare import received_by
 from coded_torch.stragglers import Uniform
+
+from .runs import Measurement, progress
+from .subjects import SEED
 
 CASES = ((3, 5, 26), (15, 10, 272))  # degree, K, N: twice the threshold
 INPUTS = ("random", "smooth")
@@ -90,7 +91,3 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": SEED, "trials": 5 if quick else 50, "entries": ENTRIES}
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

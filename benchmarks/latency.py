@@ -1,4 +1,4 @@
-"""What stragglers cost in latency, and what ends it: ``python benchmarks/latency.py``.
+"""What stragglers cost in latency, and what ends it: ``python -m benchmarks latency``.
 
 Uncoded, hedged and coded requests arrive at LeNet-5 at their own pace, on the same worker
 processes and the same actors of a local Ray cluster, see :mod:`coded_torch.demo.latency`. Written
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from common import Measurement, progress, run_measurements
 
 from coded_torch.demo.latency import ROUNDS, Load, Outcome, format_outcomes, measure
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.workers import ProcessWorkers, RayWorkers
+
+from .runs import Measurement, progress
 
 CASES = {
     "processes, none delayed": (ProcessWorkers, Load(share=0.0)),
@@ -63,7 +63,3 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": Load().seed}
-
-
-if __name__ == "__main__":
-    sys.exit(run_measurements(__file__, settings, measurements))

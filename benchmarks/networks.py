@@ -1,4 +1,4 @@
-"""Train the networks of the benchmarks: ``python benchmarks/networks.py lenet5``.
+"""Train the networks of the benchmarks: ``python -m benchmarks.networks lenet5``.
 
 Weights go to a cache outside the repository, where :func:`load` finds them. ``--write-package``
 writes the files that ship in the package instead: the weights in half precision and every fifth
@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from data import CACHE, DataSet, MissingDataError, fashion_mnist, mnist
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
+
+from .data import CACHE, DataSet, MissingDataError, fashion_mnist, mnist
 
 __all__ = ["RECIPES", "Images", "Network", "RepVGG", "ViT", "load"]
 

@@ -4,7 +4,6 @@ import logging
 from importlib.metadata import version
 
 from . import (
-    calibration,
     codes,
     functional,
     geometry,
@@ -18,6 +17,7 @@ from . import (
     workers,
 )
 from .codes import NotEnoughResults
+from .compare import compare
 
 # Silent unless the application says where to.
 logging.getLogger(__name__).addHandler(logging.NullHandler())
@@ -25,8 +25,8 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())
 __version__ = version("coded_torch")
 __all__ = [
     "NotEnoughResults",
-    "calibration",
     "codes",
+    "compare",
     "functional",
     "geometry",
     "grouping",

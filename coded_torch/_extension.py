@@ -42,7 +42,7 @@ def build_info() -> dict[str, str]:
     if _CUDA:
         cuda = "loaded"
     elif torch.version.cuda:
-        cuda = "not built (needs nvcc; CODED_TORCH_CUDA=1 forces it)"
+        cuda = "not built (needs nvcc and cudart; CODED_TORCH_CUDA=1 says what is missing)"
     else:
         cuda = "not loaded (this torch is a CPU build)"
     return {"cpu kernels": torch.ops.coded_torch.cpu_capabilities(), "cuda kernels": cuda}

@@ -1,109 +1,137 @@
-"""A wrapped module beside its wrapper: with other codes, and with what it answers looked at."""
+"""A wrapped module on one batch, tried with any code and from any received set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .codes.base import BatchPlan, Code, FixedCode
+from .codes import BatchPlan, Code, ReplicationCode, plan_batch
+from .geometry import Geometry
+from .grouping import order_of
 from .nn import CodedWrapper
-from .workers import LocalWorkers
+from .nn._inputs import Inputs
+from .nn._results import Results
+from .workers import LocalWorkers, Task
 
-if TYPE_CHECKING:
-    from .geometry import Geometry
-    from .grouping import Grouping
-
-__all__ = ["beside", "watched"]
-
-_KEPT = (
-    *("workers", "num_stragglers", "deadline", "tolerance", "degraded"),
-    *("ordering", "shuffle", "link", "in_dims", "out_dims"),
-)
-#: Given the results ``[N + K, G, ...]`` of one output, the grouping, and the geometry or None.
-See = Callable[[Tensor, "Grouping", "Geometry | None"], None]
+__all__ = ["Trial"]
 
 
-def beside(wrapper: CodedWrapper, code: Code, **options: Any) -> CodedWrapper:
-    """Another wrapper of the same module, of which neither hooks nor ``on_run`` of the first hear.
+class Trial:
+    """One batch: what the module makes of it, and what codes decode it to.
+
+    The module runs in this process, without gradients: once on the batch, and once for each
+    distinct encoder on the coded inputs of the workers that are in a received set.
 
     Args:
-        wrapper: whose options are taken.
-        code: the code.
-        options: those that are other than the wrapper's.
+        wrapper: the module and how it is called, and the ordering where nothing else is said. Its
+            workers compute nothing; neither its hooks nor its ``on_run`` are called.
+        args: the positional arguments of the call.
+        received: the received sets.
+
+    Attributes:
+        inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
+        mixable: whether all divided inputs are floating-point, so that codes can mix them.
+        exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
     """
-    kept = {name: getattr(wrapper, name) for name in _KEPT}
-    return CodedWrapper(wrapper.module, code, **(kept | options))
-
-
-def watched(
-    wrapper: CodedWrapper,
-    see: See,
-    *,
-    encoder: FixedCode | None = None,
-    shrinkage: float | None = None,
-) -> CodedWrapper:
-    """The module in this process on every input as it is, and perhaps on some that are coded too.
-
-    Args:
-        wrapper: what it is beside; its code says K.
-        see: called for every output that is decoded.
-        encoder: of the coded inputs whose results come first; None: none, N is 0.
-        shrinkage: of the geometry, if any.
-
-    Returns:
-        A wrapper that answers as the module does.
-    """
-    batch = getattr(wrapper.workers, "max_batch_size", None)
-    return beside(
-        wrapper,
-        _Watched(wrapper.code.num_data, see, encoder, shrinkage),
-        workers=LocalWorkers(max_batch_size=batch),
-        num_stragglers=0,
-        deadline=None,
-        tolerance=None,
-        degraded=None,
-        shuffle=False,
-    )
-
-
-class _Watched(Code):
-    """A worker for each of N coded inputs, and for each of K inputs."""
 
     def __init__(
-        self, num_data: int, see: See, encoder: FixedCode | None, shrinkage: float | None
+        self, wrapper: CodedWrapper, args: tuple[Any, ...], received: Iterable[Sequence[int]] = ()
     ) -> None:
-        self.num_coded = 0 if encoder is None else encoder.num_workers
-        super().__init__(num_data, self.num_coded + num_data)
-        self.see = see
-        self.encoder = encoder
-        if shrinkage is not None:
-            self.uses_geometry, self.shrinkage = True, shrinkage
+        # Whether its code mixes is checked when it is tried; the batch itself goes to the module.
+        self._inputs = Inputs(args, {}, wrapper.in_dims, ReplicationCode(1, 1))
+        self._wrapper = wrapper
+        self._workers = sorted({worker for workers in received for worker in workers})
+        self._place = {worker: i for i, worker in enumerate(self._workers)}
+        self._paths: dict[float, Sequence[int] | Tensor] = {}
+        self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
+        self._results: dict[int, list[Tensor]] = {}
+        self.inputs = self._inputs.measured()
+        self.mixable = len(self.inputs) == len(self._inputs.batches())
+        self.exact = [leaf[0] for leaf in self._run(lambda leaf: leaf[None])]
 
-    @property
-    def min_received(self) -> int:
-        return self.num_workers
+    def decode(
+        self,
+        code: Code,
+        received: Sequence[int],
+        *,
+        ordering: Any = None,
+        num_stragglers: int = 0,
+        stage: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> tuple[list[Tensor], float | None]:
+        """Every output's answers, ``[B, ...]``, and the error that the code expects of the first.
 
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
-        return _WatchedPlan(self, grouping, geometry)
+        Args:
+            code: the code.
+            received: the workers whose results there are, one of the trial's received sets.
+            ordering: of the batch; None: the wrapper's.
+            num_stragglers: S, as the code is told.
+            stage: of every output, what is decoded.
+        """
+        ordering = self._wrapper.ordering if ordering is None else ordering
+        key = code, ordering if isinstance(ordering, str) else id(ordering), num_stragglers
+        if key not in self._plans:
+            plan = plan_batch(
+                code,
+                self._order(code, ordering),
+                self.inputs,
+                num_stragglers,
+                batch_size=self._inputs.batch_size,
+            )
+            self._plans[key] = plan, self._results_of(plan)
+        plan, results = self._plans[key]
+        rows = [self._place[worker] for worker in received]
+        arrived = [stage(result[rows]) for result in results]
+        answers = [plan.decode(result, received) for result in arrived]
+        return answers, plan.expected_rmse(received, arrived[0])
+
+    def _order(self, code: Code, ordering: Any) -> Any:
+        """The path through the batch, found once for all codes that look at nothing else."""
+        by_path = isinstance(ordering, str) and ordering == "similarity"
+        large = self._inputs.batch_size > code.max_chunk
+        if not (by_path and self.inputs) or code.uses_geometry or large:
+            return ordering
+        if code.shrinkage not in self._paths:
+            distances = Geometry(self.inputs, shrinkage=code.shrinkage).distances
+            self._paths[code.shrinkage] = order_of(ordering, self.inputs, distances)
+        return self._paths[code.shrinkage]
+
+    def _results_of(self, plan: BatchPlan) -> list[Tensor]:
+        """What the workers of the received sets answer, ``[|workers|, G, ...]`` an output."""
+        if not plan.code.mixes:  # they compute inputs of the batch, whose results are known
+            return [plan.encode(leaf)[self._workers] for leaf in self.exact]
+        coded = [plan.encode(leaf)[self._workers] for leaf in self._inputs.batches()]
+        content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
+        if content not in self._results:
+            self._results[content] = self._run(lambda leaf: plan.encode(leaf)[self._workers])
+        return self._results[content]
+
+    def _run(self, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The module's outputs that are decoded, ``[U, R, ...]``, on inputs encoded as such."""
+        wrapper, inputs = self._wrapper, self._inputs
+        leaves = [
+            leaf if dim is None else encode(leaf.movedim(dim, 0))
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
+        first = next(x for x, dim in zip(leaves, inputs.dims, strict=True) if dim is not None)
+        units, rows = first.shape[:2]
+        task = Task(leaves, inputs.dims, inputs.spec, units, rows, inputs.device, wrapper.out_dims)
+        workers = LocalWorkers(max_batch_size=getattr(wrapper.workers, "max_batch_size", None))
+        results = Results(task)
+        with torch.no_grad():
+            for reply in workers.run(wrapper.module, task):
+                results.add(reply)
+        if results.rejected:
+            raise results.blame() or results.rejected[0]
+        stacked = results.stack()
+        return [
+            leaf
+            for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True)
+            if dim is not None and isinstance(leaf, Tensor)
+        ]
 
 
-class _WatchedPlan(BatchPlan):
-    def __init__(self, code: _Watched, grouping: Grouping, geometry: Geometry | None) -> None:
-        self.code: _Watched = code
-        self.num_groups = grouping.num_groups
-        self._grouping = grouping
-        self._geometry = geometry
-
-    def encode(self, values: Tensor) -> Tensor:
-        inputs = self._grouping.gather(values)  # [K, G, ...]
-        encoder = self.code.encoder
-        return inputs if encoder is None else torch.cat([encoder.encode(inputs), inputs])
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        self.code.see(results, self._grouping, self._geometry)
-        return self._grouping.scatter(results[self.code.num_coded :])
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
+import pickle
 import platform
-import subprocess
+import re
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,26 +21,41 @@ import torch
 import coded_torch
 
 from . import _extension
+from .compare import Comparison, compare
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["main"]
 
-_TUNING = 500  # digits, the first; codes are compared on the others
-_TABLE_BATCHES = 50
-_SWEEP_BATCHES = 20
+_BATCH_SIZE = 240
+_SWEEP_BATCHES = 4
 _SWEEP_POINTS = 10
+_SUFFIXES = (".pdf", ".png", ".svg")
+_LEGEND = """\
+RMSE             root of the mean squared distance of decoded from exact answers
+MSE / variance   the same squared, over the variance of the exact answers
+RelAcc           right answers, relative to those of the bare model
+±                half the width of the 95 % interval over batches
+ordered          the batch is put in order by similarity before it is coded"""
+_MAX_WORKERS = 65_536  # of every code
 _INTERRUPTED = 130  # the exit code
-_ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
-_TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
-_BENCHMARKS = _ERRORS + _TIMES
 
 
 class _UsageError(Exception):
     """What the user must change, in one line."""
 
 
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        _print(message, end="")  # help and version, both for standard output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,17 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
-        sys.stdout.flush()
     except _UsageError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except BrokenPipeError:  # as into `head`; or the interpreter would fail to flush at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except _OutputError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # as into `head`
+            print(f"coded-torch: standard output cannot be written: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _print(text: str = "", end: str = "\n") -> None:
+    """Print at once: an output that cannot be written is found before more work is done for it."""
+    if sys.stdout is None:
+        raise _OutputError("it is closed")
+    try:
+        print(text, end=end, flush=True)
+    except OSError as error:
+        # Or the interpreter would fail to flush what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise _OutputError(error) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,19 +109,38 @@ def _parser() -> argparse.ArgumentParser:
         "codes in a table and a picture. Without --num-data, --num-workers and --num-stragglers: "
         "for (N, K, S) = (100, 20, 60), which is also drawn, and (24, 20, 4).",
     )
-    demo.add_argument("--num-data", type=int, metavar="K", help="inputs coded together [20]")
+    demo.add_argument(
+        "--num-data", type=int, metavar="K", help="inputs coded together [min(20, N)]"
+    )
     demo.add_argument("--num-workers", type=int, metavar="N", help="workers [100]")
     demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("coded-torch-demo.png"),
-        metavar="FILE",
-        help="the picture, .png, .pdf or .svg [coded-torch-demo.png]",
-    )
+    _add_output(demo, "demo")
     demo.set_defaults(run=_demo)
+
+    compare = commands.add_parser(
+        "compare",
+        help="lose workers of a model of yours and compare the codes",
+        description="Tune every code on a quarter of the batches, without labels, lose the same "
+        "workers for all on the others, and compare the answers in a table and a picture.",
+    )
+    compare.add_argument(
+        "factory", metavar="MODULE:FACTORY", help="a function that returns the model"
+    )
+    compare.add_argument(
+        "--inputs", type=Path, required=True, metavar="FILE", help="torch.save of a tensor [n, ...]"
+    )
+    compare.add_argument("--labels", type=Path, metavar="FILE", help="of true classes [n]")
+    compare.add_argument(
+        "--batch-size", type=int, default=_BATCH_SIZE, metavar="B", help="[%(default)s]"
+    )
+    compare.add_argument(
+        "--settings", nargs="+", default=["24,20,4"], metavar="N,K,S", help="[24,20,4]"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of the lost workers [0]")
+    _add_output(compare, "compare")
+    compare.set_defaults(run=_compare)
 
     latency = commands.add_parser(
         "latency",
@@ -117,37 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     ):
         latency.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
     latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
-    latency.add_argument(
-        "--output",
-        type=Path,
-        default=Path("coded-torch-latency.png"),
-        metavar="FILE",
-        help="the picture, .png, .pdf or .svg [coded-torch-latency.png]",
-    )
+    _add_output(latency, "latency")
     latency.set_defaults(run=_latency)
-    bench = commands.add_parser(
-        "bench",
-        help="run the benchmarks of a checkout",
-        description="Run benchmarks, each a question, and keep their numbers in "
-        "benchmarks/results; those that are there are not measured again. "
-        f"In this order: {', '.join(_BENCHMARKS)}.",
-    )
-    bench.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
-    bench.add_argument("--quick", action="store_true", help="small and rough; keeps nothing")
-    bench.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="how many to run at once, a thread each, of those that measure no times [1]",
-    )
-    bench.add_argument(
-        "--folder",
-        type=Path,
-        default=Path("benchmarks"),
-        metavar="FOLDER",
-        help="where the benchmarks are [benchmarks, of the checkout one is in]",
-    )
-    bench.set_defaults(run=_bench)
 
     info = commands.add_parser(
         "info",
@@ -158,6 +175,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
+    path = Path(f"coded-torch-{command}.png")
+    text = f"the picture, {', '.join(_SUFFIXES)} [{path}]"
+    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=text)
+
+
 def _demo(args: argparse.Namespace) -> None:
     _need("demo", "demo", "matplotlib", "tqdm")
     settings, output = _settings(args), _output("demo", args.output)
@@ -166,39 +189,67 @@ def _demo(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .demo.comparison import Row, Setting, compare
     from .demo.lenet5 import digits, lenet5
-    from .demo.report import LEGEND, draw_picture, format_table
 
-    model = lenet5().to(device)
-    images, labels = (tensor.to(device) for tensor in digits())
-    tuning, images, labels = images[:_TUNING], images[_TUNING:], labels[_TUNING:]
+    model, (images, labels) = lenet5().to(device), digits()
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
+    batches, truth = ([part[at].to(device) for at in rows] for part in (images, labels))
 
-    def rows(setting: Setting, num_batches: int) -> list[Row]:
-        return compare(
-            model, setting, images, labels, tuning, num_batches=num_batches, seed=args.seed
-        )
+    def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:
+        some, classes = batches[:num_batches], truth[:num_batches]
+        return compare(model, some, settings, labels=classes, seed=args.seed)
 
-    print(
-        f"LeNet-5 reads {len(labels):,} MNIST test digits it was not trained on, and every code\n"
-        f"the same {_TABLE_BATCHES} batches of K of them; "
-        f"the same S of N workers are late. Seed {args.seed}.\n"
+    _print(
+        f"LeNet-5 reads {len(rows) * _BATCH_SIZE:,} MNIST test digits it was not trained on, "
+        f"{_BATCH_SIZE} at a time.\nEvery code is tuned on a quarter of them, without labels, and "
+        f"answers the others\nwhile the same workers are lost. Seed {args.seed}.\n"
     )
-    for setting in (Setting(*values) for values in settings):
-        print(format_table(setting, rows(setting, _TABLE_BATCHES)), end="\n\n", flush=True)
-    print(LEGEND, flush=True)
-
+    for setting in settings:
+        _print(str(compared(len(rows), [setting])), end="\n\n")
+    _print(_LEGEND)
     n, k, _ = settings[0]
-    lost = range(0, n, -(-n // _SWEEP_POINTS))
-    sweep = {
-        s: rows(Setting(n, k, s), _SWEEP_BATCHES)
-        for s in tqdm(lost, desc="sweep over late workers", disable=None)  # silent in a file
-    }
+    lost = tqdm(range(0, n, -(-n // _SWEEP_POINTS)), desc="sweep over lost workers", disable=None)
+    sweep = [row for s in lost for row in compared(_SWEEP_BATCHES, [(n, k, s)]).rows]
+    _save("demo", Comparison(sweep).draw(), output)
+    _print(f"\nError against lost workers, a line a code: {output.resolve()}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    _need("compare", "demo", "matplotlib")
+    output = _output("compare", args.output)
+    _in_range("--batch-size", args.batch_size, 1, of="compare")
+
+    def load(flag: str, path: Path) -> list[torch.Tensor]:
+        try:
+            rows = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{flag} cannot be read: {error}") from None
+        if not isinstance(rows, torch.Tensor):
+            raise TypeError(f"{flag} must hold a tensor, got {type(rows).__name__}")
+        return [x for x in rows.split(args.batch_size) if len(x) == args.batch_size]
+
+    def setting(text: str) -> Any:
+        if not re.fullmatch(r"\d+,\d+,\d+", text):
+            raise ValueError(f"--settings must be N,K,S, three integers, got {text!r}")
+        return tuple(map(int, text.split(",")))
+
+    module, _, name = args.factory.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        draw_picture(Setting(n, k, 0), sweep).savefig(output, dpi=150)
-    except OSError as error:
-        raise _UsageError(f"coded-torch demo: --output cannot be written: {error}") from None
-    print(f"\nError against late workers, a line a code: {output.resolve()}")
+        if not (module and name):
+            raise ValueError(f"MODULE:FACTORY must name both, got {args.factory!r}")
+        settings = [setting(text) for text in args.settings]
+        batches = load("--inputs", args.inputs)
+        labels = None if args.labels is None else load("--labels", args.labels)
+        model = getattr(importlib.import_module(module), name)()
+        found = compare(model, batches, settings, labels=labels, seed=args.seed)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[0].removeprefix("compare: ")
+        raise _UsageError(f"coded-torch compare: {why}") from None
+    _print(f"{found}\n\n{_LEGEND}")
+    _save("compare", found.draw(), output)
+    _print(f"\nThe errors: {output.resolve()}")
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -206,8 +257,8 @@ def _latency(args: argparse.Namespace) -> None:
     if args.ray:
         _need("latency", "ray", "ray")
     output = _output("latency", args.output)
-    at_least_1 = ("num_data", "num_workers", "batch_size", "num_requests")
-    limits = dict.fromkeys(at_least_1, (1, math.inf)) | {
+    limits = {
+        "num_workers": (1, _MAX_WORKERS),
         "num_data": (1, args.num_workers),
         "num_stragglers": (0, args.num_workers - 1),
         "batch_size": (args.num_data, 2000),
@@ -230,23 +281,19 @@ def _latency(args: argparse.Namespace) -> None:
         load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
     except ValueError as error:
         raise _UsageError(f"coded-torch latency: {error}") from None
-    print(
+    _print(
         f"LeNet-5 reads {load.batch_size} digits a request, at {load.rate:g} requests a second, on "
         f"{load.num_workers} workers;\n{load.share:.1%} of the calls take {load.delay * 1e3:g} ms "
-        f"longer. Seed {load.seed}.\n",
-        flush=True,
+        f"longer. Seed {load.seed}.\n"
     )
     torch.set_num_threads(1)  # as the workers do: the cores are theirs
     kind = RayWorkers if args.ray else ProcessWorkers
     with kind(load.num_workers).start() as pool:
         rounds = measure(pool, lenet5(), *digits(), load)
         *_, outcomes = tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)
-    print(format_outcomes(outcomes))
-    try:
-        draw(load, outcomes).savefig(output, dpi=150)
-    except OSError as error:
-        raise _UsageError(f"coded-torch latency: --output cannot be written: {error}") from None
-    print(f"\nShare of slower requests against latency: {output.resolve()}")
+    _print(format_outcomes(outcomes))
+    _save("latency", draw(load, outcomes), output)
+    _print(f"\nShare of slower requests against latency: {output.resolve()}")
 
 
 def _need(command: str, extra: str, *packages: str) -> None:
@@ -264,10 +311,11 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     if n is None and k is None and s is None:
         return [(100, 20, 60), (24, 20, 4)]
     n = 100 if n is None else n
-    k = 20 if k is None else k
+    k = min(20, n) if k is None else k
     s = 3 * n // 5 if s is None else s
-    _in_range("--num-workers", n, 1)
-    _in_range("--num-data", k, 1, _TUNING, ", the digits kept for tuning")
+    _in_range("--num-workers", n, 1, _MAX_WORKERS)
+    _in_range("--num-data", k, 1, n, ", the workers")
+    _in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
     _in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
     return [(n, k, s)]
 
@@ -307,55 +355,33 @@ def _cuda_devices() -> dict[str, str]:
 
 
 def _output(command: str, path: Path) -> Path:
-    from .demo.report import SUFFIXES
-
-    folder = path.parent
-    if path.suffix.lower() not in SUFFIXES:
-        reason = f"must end in {', '.join(SUFFIXES)}"
-    elif not folder.is_dir():
-        reason = "must be in a folder that exists"
-    elif path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "must be a file that can be written"
+    if path.suffix.lower() not in _SUFFIXES:
+        reason = f"must end in {', '.join(_SUFFIXES)}, got {path}"
+    elif not path.parent.is_dir():
+        reason = f"must be in a folder that exists, got {path}"
     else:
-        return path
-    raise _UsageError(f"coded-torch {command}: --output {reason}, got {path}")
+        try:
+            _try_to_write(path)
+            return path
+        except OSError as error:
+            reason = f"must be a file that can be written, got {error}"
+    raise _UsageError(f"coded-torch {command}: --output {reason}")
 
 
-def _bench(args: argparse.Namespace) -> None:
-    for name in args.names:
-        if name not in _BENCHMARKS:
-            raise _UsageError(
-                f"coded-torch bench: NAME must be one of {', '.join(_BENCHMARKS)}, got {name!r}"
-            )
-    names = args.names or _BENCHMARKS
-    missing = [name for name in names if not (args.folder / f"{name}.py").is_file()]
-    if missing:
-        raise _UsageError(
-            f"coded-torch bench: there is no {missing[0]}.py in {args.folder}; run it in a "
-            "checkout of the repository, or give --folder"
-        )
-    _in_range("--jobs", args.jobs, 1, math.inf, of="bench")
+def _try_to_write(path: Path) -> None:
+    """OSError where a file cannot be written; what is there stays as it is."""
+    is_new = not os.path.lexists(path)
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()
 
-    stopped = threading.Event()
 
-    def run(name: str) -> None:
-        if stopped.is_set():
-            return
-        script = [sys.executable, str(args.folder / f"{name}.py"), "--threads", "1"]
-        code = subprocess.run([*script, *(["--quick"] if args.quick else [])]).returncode
-        if code:
-            stopped.set()
-        if code == _INTERRUPTED:
-            raise KeyboardInterrupt
-        if code:
-            raise _UsageError(f"coded-torch bench: {name} failed with exit code {code}")
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for _ in pool.map(run, (name for name in names if name in _ERRORS)):
-            pass
-    for name in names:
-        if name in _TIMES:
-            run(name)
+def _save(command: str, picture: Figure, output: Path) -> None:
+    try:
+        picture.savefig(output, dpi=150)
+    except OSError as error:
+        raise _UsageError(f"coded-torch {command}: --output cannot be written: {error}") from None
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -371,4 +397,4 @@ def _info(args: argparse.Namespace) -> None:
     }
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
-        print(f"{name:<{width}}{value}")
+        _print(f"{name:<{width}}{value}")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._arguments import MOST_WORKERS, count, dense, shown
 from ._extension import short_path
+from .geometry import check_inputs
 
 __all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 
@@ -55,13 +56,9 @@ class Grouping:
     """
 
     def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
-        try:
-            self.num_data = operator.index(num_data)
-        except TypeError:
-            raise TypeError(f"Grouping: num_data must be an integer, got {num_data!r}") from None
-        if self.num_data < 1:
-            raise ValueError(f"Grouping: num_data must be at least 1, got {self.num_data}")
         order = _permutation(order)
+        # The batch as one group may be larger than any code.
+        self.num_data = count(self, "num_data", num_data, most=max(MOST_WORKERS, len(order)))
         self.order = order
         self.batch_size = len(order)
         self.num_groups = -(-self.batch_size // self.num_data)
@@ -136,8 +133,32 @@ class Grouping:
         return f"Grouping(batch_size={self.batch_size}, num_data={self.num_data})"
 
 
+def check_ordering(owner: object, ordering: Ordering) -> None:
+    """Raise an error for what can order no batch at all.
+
+    Args:
+        owner: whose argument ``ordering`` is, for the message.
+        ordering: as in :func:`order_of`.
+    """
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    if isinstance(ordering, str):
+        if ordering not in ("similarity", "arrival"):
+            raise ValueError(
+                f"{name}: ordering must be 'similarity', 'arrival', a permutation or a callable, "
+                f"got {shown(ordering)}"
+            )
+    elif not (callable(ordering) or isinstance(ordering, Sized)):
+        raise TypeError(
+            f"{name}: ordering must be a name, a permutation or a callable that returns one, "
+            f"got {shown(ordering)}"
+        )
+
+
 def order_of(
-    ordering: Ordering, inputs: Sequence[Tensor], distances: Callable[[], Tensor] | None
+    ordering: Ordering,
+    inputs: Sequence[Tensor],
+    distances: Callable[[], Tensor] | None = None,
+    batch_size: int | None = None,
 ) -> Tensor | Sequence[int]:
     """The order of one batch, to be given to :class:`Grouping`, which validates it.
 
@@ -147,6 +168,7 @@ def order_of(
             coded inputs and returns one.
         inputs: the coded inputs, each ``[B, ...]``.
         distances: makes the distances of the inputs, ``[B, B]``; called for ``"similarity"`` only.
+        batch_size: B, where there are no inputs.
 
     Raises:
         TypeError: ``ordering`` is none of these.
@@ -159,26 +181,27 @@ def order_of(
         >>> distances = lambda: (x[:, None] - x).abs()
         >>> order_of("similarity", [x], distances)
         tensor([0, 2, 1])
-        >>> order_of(lambda inputs: inputs[0].argsort(), [x], distances)
+        >>> order_of(lambda inputs: inputs[0].argsort(), [x])
         tensor([1, 2, 0])
     """
-    batch_size = len(inputs[0])
+    check_ordering("order_of", ordering)
+    check_inputs("order_of", inputs)
+    if batch_size is None:
+        if not inputs:
+            raise ValueError("order_of: inputs must hold a tensor without batch_size, got none")
+        batch_size = len(inputs[0])
     if isinstance(ordering, str):
-        if ordering == "similarity":
-            assert distances is not None
-            return similarity_order(distances())
         if ordering == "arrival":
             return torch.arange(batch_size)
-        raise ValueError(
-            f"ordering must be 'similarity', 'arrival', a permutation or a callable, "
-            f"got {ordering!r}"
-        )
+        assert distances is not None
+        return similarity_order(distances())
     order = ordering(list(inputs)) if callable(ordering) else ordering
     try:
         length = len(order)
     except TypeError:
         raise TypeError(
-            f"ordering must be a name, a permutation or a callable that returns one, got {order!r}"
+            "ordering must be a name, a permutation or a callable that returns one, "
+            f"got {shown(order)}"
         ) from None
     if length != batch_size:
         raise ValueError(
@@ -221,11 +244,7 @@ def similarity_order(distances: Tensor) -> Tensor:
         >>> similarity_order((x[:, None] - x).abs())
         tensor([0, 2, 3, 1])
     """
-    if not (isinstance(distances, Tensor) and distances.is_floating_point()):
-        raise TypeError(
-            f"similarity_order: distances must be a floating-point tensor, "
-            f"got {getattr(distances, 'dtype', type(distances).__name__)}"
-        )
+    dense("similarity_order", "distances", distances)
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(
             f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"
@@ -241,10 +260,14 @@ def _arrival(batch_size: int, num_data: int) -> Grouping:
 
 
 def _permutation(order: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(order, Tensor):
+        dense("Grouping", "order", order, floating=False)
     try:
         tensor = torch.as_tensor(order).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Grouping: order must be a sequence of integers, got {order!r}") from None
+        raise TypeError(
+            f"Grouping: order must be a sequence of integers, got {shown(order)}"
+        ) from None
     if tensor.dim() != 1:
         raise ValueError(
             f"Grouping: order must have one dimension, got shape {tuple(tensor.shape)}"

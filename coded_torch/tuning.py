@@ -4,138 +4,175 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from ._trial import beside, watched
+from ._arguments import instance
+from ._trial import Trial
+from .codes.base import Code
 from .codes.kernel import KernelCode, path_step
-from .decoders.kernel import KernelRegression
+from .geometry import Geometry
+from .grouping import Grouping, order_of
 from .nn import CodedWrapper
+from .regression import KernelRegression
+from .stragglers import Uniform
 
-if TYPE_CHECKING:
-    from .geometry import Geometry
-    from .grouping import Grouping
+__all__ = ["received_sets", "tune"]
 
-__all__ = ["tune"]
+_SETS = 5  # received sets a batch: rare ones decide the squared error
 
 
-def tune(
-    wrapper: CodedWrapper,
-    batches: Iterable[Any],
-    *,
-    shrinkages: Sequence[float] = (0.0, 0.00125, 0.004, 0.0125, 0.04, math.inf),
-    lengths: Sequence[float] = (1.5, 2.0, 3.0),
-    placements: Sequence[float] = (0.0, 0.02, 0.05, 0.1, 0.5, 1.0),
-) -> KernelCode:
-    r"""Choose shrinkage, length and placement of a :class:`~coded_torch.codes.KernelCode`.
+def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
+    r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 
-    Shrinkage and length are those by which the module's outputs are predicted best from each other,
-    each left out in turn. The placement is the one at which the wrapper's answers, under its own
-    straggler law, are closest to the module's. No labels are needed.
+    What is tried are all combinations of the values that the code proposes,
+    :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
+    ``BerrutCode``, the decoder's degree of a ``LagrangeCode``. The best has the least squared error
+    against the module's own answers, over five received sets a batch that are drawn from the law
+    of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
 
-    It is worth its module calls where many are lost of many workers, N at least 2 K: there mixing
-    inputs a little, a placement of 0.02 to 0.1, has had a seventh to a fifth less squared error for
-    LeNet-5 on MNIST, but 5 to 50 % more for a RepVGG on Fashion-MNIST. The error that a plan
-    expects cannot choose: it knows distances, not how the module takes to mixtures, and would have
-    mixed for both. Otherwise the default placement, 0, was within 5 % of the best.
+    A :class:`~coded_torch.codes.KernelCode`'s metric and length are those by which the module's
+    answers are predicted best from each other, each left out in turn.
 
     Args:
-        wrapper: a wrapped module with a ``KernelCode``. It is not changed: assign the new code to
+        wrapper: a wrapped module with the code. It is not changed: assign the new code to
             ``wrapper.code``.
         batches: batches like those that will be answered, also in size, as inputs of a batch are
             nearer to each other the more there are. Each is what the wrapper is called with: an
             input, or a tuple of positional arguments. A few are enough.
-        shrinkages, lengths, placements: what to choose from, at least one of each; of equals, the
-            first.
+        values: by the name of a number, what to choose it from, at least one; instead of what the
+            code proposes.
 
     Returns:
-        The code with the best numbers, of the same type as the wrapper's.
+        The code with the best numbers, of the same type as the wrapper's; of equals, the first. The
+        code itself, where it has nothing to choose.
 
     Raises:
-        TypeError: the code of the wrapper is not a ``KernelCode``.
-        ValueError: there are no batches, or there is nothing to choose from.
+        TypeError: an argument is of another kind than said.
+        ValueError: there are no batches, there is nothing to choose a number from, the code has
+            no such number, or none of the codes can decode what is received.
 
     Note:
-        The module runs once on every batch for each shrinkage, and on N / K times as many inputs
-        for each placement, without gradients. Simulated stragglers draw from the wrapper's law;
-        neither its hooks nor its ``on_run`` hear of it.
+        Without gradients, the module runs once on every batch, and for all but a ``KernelCode`` N /
+        K times as much for every distinct encoder, not for every decoder. Stragglers are drawn from
+        the wrapper's law; neither its hooks nor its ``on_run`` are called.
 
     Example:
         >>> import torch
-        >>> from coded_torch.codes import KernelCode
+        >>> from coded_torch.codes import SplineCode
         >>> from coded_torch.nn import CodedWrapper
         >>> from coded_torch.stragglers import Uniform
         >>> from coded_torch.tuning import tune
         >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-        >>> coded = CodedWrapper(torch.nn.Tanh(), KernelCode(10, 15), stragglers=Uniform(4, seed=0))
-        >>> coded.code = tune(coded, [x], lengths=[0.1, 2.0], placements=[0.0])
-        >>> coded.code.length, coded.code.num_workers
-        (2.0, 15)
+        >>> coded = CodedWrapper(torch.nn.Tanh(), SplineCode(10, 20), stragglers=Uniform(4, seed=0))
+        >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
+        >>> coded.code
+        SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
-    code = wrapper.code
-    if not isinstance(code, KernelCode):
-        raise TypeError(f"tune: the code of wrapper must be of type KernelCode, got {code}")
+    instance("tune", "wrapper", wrapper, CodedWrapper)
+    instance("tune", "batches", batches, Iterable)
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
-    for argument, options in (
-        ("batches", calls),
-        ("shrinkages", shrinkages),
-        ("lengths", lengths),
-        ("placements", placements),
-    ):
-        if not len(options):
-            raise ValueError(f"tune: {argument} must hold at least one, got none")
-    for shrinkage, length, placement in itertools.product(shrinkages, lengths, placements):
-        code.replace(shrinkage=shrinkage, length=length, placement=placement)  # or it raises
-
-    errors: dict[tuple[float, float], float] = {}
-    with torch.no_grad():
-        for shrinkage in shrinkages:
-            see = _LeaveOneOut(lengths)
-            module = watched(wrapper, see, shrinkage=shrinkage)
-            exact = [module(*args) for args in calls]
-            errors |= {(shrinkage, n): e for n, e in zip(lengths, see.errors, strict=True)}
-        shrinkage, length = min(errors, key=errors.__getitem__)
-        best = code.replace(shrinkage=shrinkage, length=length)
-        measured: dict[float, float] = {}
-        for placement in placements:
-            trial = beside(wrapper, best.replace(placement=placement))
-            measured[placement] = sum(
-                _squared_error(trial(*args), want) for args, want in zip(calls, exact, strict=True)
-            )
-    return best.replace(placement=min(measured, key=measured.__getitem__))
+    if not calls:
+        raise ValueError("tune: batches must hold at least one, got none")
+    variants = _variants(wrapper.code, values)
+    if len(variants) == 1:
+        return variants[0]
+    if isinstance(wrapper.code, KernelCode):
+        each = [_left_out(wrapper, args, variants) for args in calls]
+    else:
+        draws = received_sets(wrapper)
+        each = [_decoded(wrapper, args, variants, [*islice(draws, _SETS)]) for args in calls]
+    errors = np.sum(each, axis=0)
+    if not np.isfinite(errors).any():
+        raise ValueError(
+            f"tune: {wrapper.code} must be able to decode what is received, got too few results"
+        )
+    return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
-def _squared_error(answers: Any, exact: Any) -> float:
-    pairs = zip(pytree.tree_leaves(answers), pytree.tree_leaves(exact), strict=True)
-    return sum(
-        float((got - want).double().square().sum())
-        for got, want in pairs
-        if isinstance(want, Tensor) and want.is_floating_point()
-    )
+def _variants(code: Code, values: dict[str, Sequence[Any]]) -> list[Code]:
+    """The code with every combination of numbers."""
+    options = dict(code.candidates())
+    for name, some in values.items():
+        if name not in options:
+            known = ", ".join(options) or "none"
+            raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
+        if isinstance(some, str | bytes) or not isinstance(some, Iterable):
+            raise TypeError(f"tune: {name} must be a sequence of values, got {some!r}")
+        options[name] = list(some)
+        if not options[name]:
+            raise ValueError(f"tune: {name} must hold at least one value, got none")
+    combinations = itertools.product(*options.values())
+    return [code.replace(**dict(zip(options, some, strict=True))) for some in combinations]
 
 
-class _LeaveOneOut:
-    """The errors of predicting each answer from the others.
+def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
+    """Endlessly, whose results the wrapper might decode, by the law of its workers."""
+    n, lost = wrapper.code.num_workers, _num_stragglers(wrapper)
+    law = wrapper.workers.stragglers or Uniform(lost, seed=0)
+    deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
+    shuffler = random.Random(0)
+    while True:
+        latencies = law.sample(n).tolist()
+        first = sorted(range(n), key=latencies.__getitem__)[: n - lost]
+        place = shuffler.sample(range(n), n) if wrapper.shuffle else range(n)
+        in_time = (worker for worker in first if latencies[worker] <= deadline)
+        yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
 
-    Attributes:
-        errors: the sum of squares over all outputs so far, for each of ``lengths``.
-    """
 
-    def __init__(self, lengths: Sequence[float]) -> None:
-        self.lengths = lengths
-        self.errors = [0.0] * len(lengths)
+def _num_stragglers(wrapper: CodedWrapper) -> int:
+    return wrapper._num_stragglers(wrapper._waiting())
 
-    def __call__(self, results: Tensor, grouping: Grouping, geometry: Geometry | None) -> None:
-        assert geometry is not None
-        told = geometry.typical
-        answers = grouping.scatter(results)
-        outputs = answers.reshape(len(answers), answers[0].numel()).to("cpu", torch.float64)[told]
-        squared = geometry.squared_distances()
-        step = path_step(squared, grouping.order)
-        for i, length in enumerate(self.lengths):
-            fit = KernelRegression(squared[told][:, told], length * step)
-            self.errors[i] += float(fit.leave_one_out_residuals(outputs).square().sum())
+
+def _decoded(
+    wrapper: CodedWrapper,
+    args: tuple[Any, ...],
+    variants: Sequence[Code],
+    sets: Sequence[tuple[int, ...]],
+) -> list[float]:
+    """The squared error of every code; infinite where it cannot decode what is received."""
+    trial = Trial(wrapper, args, sets)
+    finish = torch.nn.Softmax(-1) if wrapper.link == "softmax" else torch.nn.Identity()
+    exact = [finish(leaf).double() for leaf in trial.exact]
+
+    def error(code: Code, received: Sequence[int]) -> float:
+        if len(received) < code.min_received:
+            return math.inf
+        answers, _ = trial.decode(code, received, num_stragglers=_num_stragglers(wrapper))
+        pairs = zip(answers, exact, strict=True)
+        return sum(float((finish(a).double() - e).square().sum()) for a, e in pairs)
+
+    return [sum(error(code, received) for received in sets) for code in variants]
+
+
+def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[Any]) -> list[float]:
+    """The squared error of predicting each answer from the others, for every code."""
+    trial, errors = Trial(wrapper, args), [0.0] * len(variants)
+    if not trial.inputs:
+        return errors  # without distances all are alike
+    outputs = [leaf[..., None].flatten(1) for leaf in trial.exact]
+    results = torch.cat([leaf.to("cpu", torch.float64) for leaf in outputs], 1)  # [B, C]
+    # As large batches are planned: cut into runs, each with its own distances.
+    ordering, order = wrapper.ordering, torch.arange(len(results))
+    if not isinstance(ordering, str):
+        ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
+    for rows in order.split(wrapper.code.max_chunk):
+        inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
+        seen: dict[float, tuple[Tensor, Tensor, float]] = {}
+        for i, code in enumerate(variants):
+            if code.shrinkage not in seen:
+                geometry = Geometry(inputs, shrinkage=code.shrinkage)
+                path = torch.as_tensor(order_of(ordering, inputs, geometry.distances))
+                squared, typical = geometry.squared_distances(), geometry.typical
+                among = squared[typical][:, typical]
+                seen[code.shrinkage] = among, results[rows[typical]], path_step(squared, path)
+            among, of_typical, step = seen[code.shrinkage]
+            regression = KernelRegression(among, code.length * step)
+            errors[i] += float(regression.leave_one_out_residuals(of_typical).square().sum())
+    return errors

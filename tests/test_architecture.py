@@ -12,18 +12,19 @@ PACKAGE = Path(coded_torch.__file__).parent
 # Each module may import those of the groups after its own, and its own group.
 LAYERS = (
     {"cli"},
-    {"tuning", "calibration"},
-    {"_trial"},
     {"demo"},
-    {"simulation"},
+    {"compare"},
+    {"tuning", "simulation"},
+    {"_trial", "_machines"},
+    {"_scores"},
     {"nn"},
     {"workers", "codes"},
     {"functional"},
     {"linear"},
     {"grouping"},
     {"ops"},
-    {"_extension", "points", "metrics", "stragglers", "reference", "geometry", "decoders"},
-    {"_arguments"},
+    {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
+    {"_arguments", "_transforms"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)
@@ -61,6 +62,13 @@ def test_imports_run_down(path):
         below -= {"workers", "codes"} - {own}
     wrong = {name for name in imported(path) if name in ALL} - below
     assert not wrong, f"{own} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_linear_calls_ops(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own not in ("linear", "ops"):
+        assert "ops" not in imported(path)
 
 
 def test_the_arithmetic_knows_no_torch():

@@ -1,5 +1,7 @@
 """The command ``coded-torch``: what it prints, where, and its exit codes."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +11,9 @@ from matplotlib.figure import Figure
 import coded_torch
 from coded_torch import _extension
 from coded_torch.cli import main
-from coded_torch.demo import comparison
+from coded_torch.codes import SplineCode
+from coded_torch.compare import Comparison, Row
+from coded_torch.demo.lenet5 import digits
 
 
 @pytest.mark.parametrize(
@@ -20,8 +24,10 @@ from coded_torch.demo import comparison
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
         ("demo --num-data two", "--num-data: invalid int value: 'two'"),
         ("demo --num-data 0", "--num-data must be at least 1, got 0"),
-        ("demo --num-data 501", "--num-data must be at most 500, "),
+        ("demo --num-data 241 --num-workers 600", "--num-data must be at most 240, the digits"),
+        ("demo --num-data 7 --num-workers 6", "--num-data must be at most 6, the workers, got 7"),
         ("demo --num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("demo --num-workers 1000000000", "--num-workers must be at most 65536, got 1000000000"),
         ("demo --num-stragglers -1", "--num-stragglers must be at least 0, got -1"),
         ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
         ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
@@ -30,8 +36,22 @@ from coded_torch.demo import comparison
         ("demo --device abacus", "--device must be one of cpu"),
         ("demo --device meta", "--device must be one of cpu"),
         ("demo --device cuda:99", "got 'cuda:99'; cuda kernels: "),
+        ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
+        ("compare a:b", "the following arguments are required: --inputs"),
+        ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
+        ("compare torch:nothing --inputs x.pt", "module 'torch' has no attribute 'nothing'"),
+        ("compare torch --inputs x.pt", "MODULE:FACTORY must name both, got 'torch'"),
+        ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
+        ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings 1,2", "--settings must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings 4,5,1", "1 <= K <= N and 0 <= S < N"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings a,b,c", "--settings must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
+        ("compare a:b --inputs x.pt --output x", "--output must end in .pdf, .png, .svg, got x"),
         ("latency --rate 0", "--rate must be at least 0.001, got 0.0"),
         ("latency --rate nan", "--rate must be at least 0.001, got nan"),
+        ("latency --num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("latency --num-workers 65537", "--num-workers must be at most 65536, got 65537"),
         ("latency --num-data 7", "--num-data must be at most 6, got 7"),
         ("latency --num-stragglers 6", "--num-stragglers must be at most 5, got 6"),
         ("latency --share 1.5", "--share must be at most 1, got 1.5"),
@@ -39,18 +59,23 @@ from coded_torch.demo import comparison
         ("latency --output latency", "--output must end in .pdf, .png, .svg, got latency"),
         ("demo --output nowhere/demo.png", "--output must be in a folder that exists"),
         ("demo --output demo", "--output must end in .pdf, .png, .svg, got demo"),
-        ("demo --output folder.png", "--output must be a file that can be written"),
+        ("demo --output folder.png", "--output must be a file that can be written, got [Errno 21]"),
+        (f"latency --output {'x' * 300}.png", "--output must be a file that can be written, got "),
+        ("demo --output link.png", "--output must be a file that can be written, got [Errno 2]"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere/demo.png")
+    torch.save(torch.ones(480, 1), tmp_path / "x.pt")
     assert main(arguments.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("coded-torch")
     assert message in err
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "link.png", "x.pt"]
 
 
 @pytest.mark.parametrize("available", [False, True])
@@ -71,6 +96,15 @@ def test_a_missing_extra_says_how_to_get_it(extra, monkeypatch, capsys):
     assert capsys.readouterr().err == (
         f"coded-torch demo needs {extra}: pip install 'coded_torch[demo]'\n"
     )
+
+
+def test_the_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for command in ("demo", "compare", "latency", "info"):
+        assert f"\n    {command} " in out
+    assert main(["bench"]) == 2
 
 
 def test_help_names_every_flag(capsys):
@@ -101,6 +135,40 @@ def test_info(capsys):
         assert lines[built].startswith("kernels")
 
 
+@pytest.mark.parametrize("command", ["info", "--help", "demo"])
+@pytest.mark.parametrize(
+    ("redirection", "reason"),
+    [(">&-", "it is closed"), ("> /dev/full", "[Errno 28] No space left on device")],
+)
+def test_standard_output_that_cannot_be_written(command, redirection, reason):
+    """One line, and before the work: the demo would take longer than this may."""
+    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    line = f'"$0" -c "{code}" {command} {redirection}'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"coded-torch: standard output cannot be written: {reason}\n"
+
+
+def test_a_reader_that_has_seen_enough():
+    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    line = f'{{ "$0" -c "{code}" info; echo $? >&2; }} | true'
+    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    assert done.stderr.decode() == "1\n"
+
+
+def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
+    there, new = tmp_path / "there.png", tmp_path / "new.png"
+    there.write_bytes(b"a picture")
+    for output in (there, new):
+        assert main(["demo", "--output", str(output)]) == 130
+    assert there.read_bytes() == b"a picture"
+    assert not new.exists()
+
+
 def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     output = tmp_path / "picture.png"
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -108,10 +176,10 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""  # the progress bar is for terminals
     assert "Seed 5." in out
-    assert "N = 6 workers, K = 3 inputs coded together, S = 3 workers late" in out
+    assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    for code in ("spline", "Berrut", "Lagrange", "replication", "uncoded"):
-        assert f"\n  {code}" in out
+    for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):
+        assert f"\n  {scheme} " in out
     assert out.endswith(f": {output}\n")
     assert output.read_bytes().startswith(b"\x89PNG")
     assert torch.get_num_threads() == threads
@@ -120,22 +188,39 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
 
 def test_demo_compares_the_two_settings_and_draws_the_first(tmp_path, monkeypatch):
     seen = []
-    compare = comparison.compare
 
-    def small(model, setting, *data, num_batches, seed):
-        seen.append((setting, num_batches))
-        return compare(model, comparison.Setting(6, 3, 2), *data, num_batches=2, seed=seed)
+    def compare(model, batches, settings, *, labels, seed):
+        seen.append((len(batches), len(labels), *settings))
+        return Comparison(
+            [Row(settings[0], "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)]
+        )
 
-    monkeypatch.setattr(comparison, "compare", small)
+    monkeypatch.setattr("coded_torch.cli.compare", compare)
     assert main(["demo", "--output", str(tmp_path / "picture.svg")]) == 0
-    assert [setting for setting, _ in seen[:2]] == [
-        comparison.Setting(100, 20, 60),
-        comparison.Setting(24, 20, 4),
-    ]
-    assert [setting for setting, _ in seen[2:]] == [
-        comparison.Setting(100, 20, late) for late in range(0, 100, 10)
-    ]
+    assert seen[:2] == [(8, 8, (100, 20, 60)), (8, 8, (24, 20, 4))]
+    assert seen[2:] == [(4, 4, (100, 20, lost)) for lost in range(0, 100, 10)]
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+
+
+def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
+    images, labels = digits()
+    torch.save(images[:250], tmp_path / "images.pt")
+    torch.save(labels[:250], tmp_path / "labels.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text("from coded_torch.demo.lenet5 import lenet5 as net\n")
+    line = "compare nets:net --inputs images.pt --labels labels.pt --batch-size 120"
+    assert main(f"{line} --settings 9,8,1 6,4,2 --output out.png".split()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "N = 9 workers, K = 8" in out
+    assert "N = 6 workers, K = 4" in out
+    assert "RelAcc" in out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
+    assert "batches must hold at least two" in capsys.readouterr().err
+    torch.save({"images": images}, tmp_path / "images.pt")
+    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
+    assert "--inputs must hold a tensor, got dict" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
@@ -154,6 +239,6 @@ def test_interrupt(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "compare", interrupt)
+    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

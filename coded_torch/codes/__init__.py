@@ -1,17 +1,18 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import BatchPlan, Code, CurveCode, FixedCode, NotEnoughResults
+from .base import Code, FixedCode, NotEnoughResults
+from .batch_plan import BatchPlan
 from .berrut import BerrutCode
-from .calibrated import CalibratedCode
+from .curve import CurveCode
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
+from .plans import plan_batch, plan_rows
 from .replication import ReplicationCode
 from .spline import SplineCode
 
 __all__ = [
     "BatchPlan",
     "BerrutCode",
-    "CalibratedCode",
     "Code",
     "CurveCode",
     "FixedCode",
@@ -20,4 +21,6 @@ __all__ = [
     "NotEnoughResults",
     "ReplicationCode",
     "SplineCode",
+    "plan_batch",
+    "plan_rows",
 ]

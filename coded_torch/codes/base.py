@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import count
-from ..linear import LinearMap, real_array
+from .._arguments import MOST_WORKERS, count
+from ..linear import LinearMap
+from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Self
 
     from ..geometry import Geometry
     from ..grouping import Grouping
 
-__all__ = ["BatchPlan", "Code", "CurveCode", "FixedCode", "NotEnoughResults"]
+__all__ = ["Code", "FixedCode", "NotEnoughResults", "unit_rows"]
 
 _CACHED_DECODERS = 256
-_COLUMNS = 64
 
 
 def _increasing(workers: tuple[int, ...]) -> bool:
@@ -37,47 +37,102 @@ def _increasing(workers: tuple[int, ...]) -> bool:
 class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
     """Fewer results arrived than the code can decode from.
 
+    Args:
+        received: the workers whose results arrived, in any order.
+        required: how many the code needs.
+        num_workers: N.
+        reason: why the others did not arrive, in a few words, if that is known.
+
     Attributes:
         received: the workers whose results arrived, in increasing order.
         required: how many the code needs.
+        num_workers: N.
+        reason: as given.
         missing: the workers whose results did not arrive, in increasing order.
     """
 
-    def __init__(self, received: Sequence[int], required: int, num_workers: int) -> None:
+    def __init__(
+        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
+    ) -> None:
         self.received = tuple(sorted(received))
         self.required = required
         self.num_workers = num_workers
+        self.reason = reason
         self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
         super().__init__(
             f"decoding needs at least {required} of {num_workers} results, "
             f"got {len(self.received)}; missing workers: {list(self.missing)}"
+            + (f"; {reason}" if reason else "")
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.received, self.required, self.num_workers)
+        return type(self), (self.received, self.required, self.num_workers, self.reason)
 
 
 class Code(abc.ABC):
-    """How a batch becomes coded inputs for N workers, and their results become its answers.
+    r"""How a batch becomes coded inputs for N workers, and their results become its answers.
 
-    Subclasses implement :meth:`fit` and, where one result is not enough, :attr:`min_received`.
-    Codes may be shared between threads, pickled and copied.
+    The contract. A code is immutable once made, and may be shared between threads, pickled and
+    copied. It keeps every argument of its constructor under the argument's own name, or knows what
+    else to do in :meth:`replace`. :meth:`fit` makes a :class:`BatchPlan` without touching a value:
+    a plan is linear in values and in results, decodes every received set of at least
+    :attr:`min_received` workers, and gives the same bits for the same results. Constants are
+    reproduced: where all inputs are equal, all coded inputs are the same, and where all results
+    are, all answers. An answer that is called exact is some worker's result of that very input,
+    bit for bit.
+
+    To add a code:
+
+    1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
+       :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
+    2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
+       kept under its name; ``super().__init__`` first, which checks K and N.
+    3. Write ``_make_encoder`` and ``_make_decoder``, which return a
+       :class:`~coded_torch.linear.LinearMap` each (here: :meth:`fit`), and :attr:`min_received` if
+       one result is not enough.
+    4. Give :meth:`candidates` for the numbers that are worth tuning.
+    5. Test it: inherit ``CodeTests`` in ``tests/codes/code_tests.py``, and give ``make``.
+       ``tests/codes/test_b_spline.py`` is an example from end to end.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
-        num_workers: N, the number of workers, at least 1.
+        num_workers: N, the number of workers, from K to 65,536.
+
+    Attributes:
+        num_data: K.
+        num_workers: N.
+        mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
+            any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
+        uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
+        shrinkage: how distances are measured, see :class:`~coded_torch.geometry.Geometry`.
+        max_chunk: the most inputs to order and to fit at once; memory and time grow with its
+            square.
+
+    Raises:
+        TypeError: a count is not an integer.
+        ValueError: a count is out of range.
     """
 
-    #: Whether :meth:`fit` looks at the distances between the inputs.
+    mixes: bool = True
     uses_geometry: bool = False
-    #: How the distances are measured, see :class:`~coded_torch.geometry.Geometry`.
     shrinkage: float = 0.01
-    #: The most inputs to order and to fit at once; memory and time grow with its square.
-    max_run: int = 4096
+    max_chunk: int = 4096
+
+    _given: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        code = super().__new__(cls)
+        code._given = args, kwargs
+        return code
 
     def __init__(self, num_data: int, num_workers: int) -> None:
-        self.num_data = count(self, "num_data", num_data)
-        self.num_workers = count(self, "num_workers", num_workers)
+        self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
+        self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
+        if self.num_workers < self.num_data:
+            raise ValueError(
+                f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
+                f"got {self.num_workers}"
+            )
 
     @property
     def min_received(self) -> int:
@@ -92,16 +147,64 @@ class Code(abc.ABC):
 
         Args:
             grouping: how the batch is cut into groups of K.
-            geometry: the distances between its inputs; needed if :attr:`uses_geometry`.
-            num_stragglers: how many workers are expected to be late, at least 0.
+            geometry: the distances between its inputs, if :attr:`uses_geometry`; None where there
+                is nothing to measure.
+            num_stragglers: S, how many workers are expected to be late, at least 0.
         """
 
+    def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
+        """Plan a batch whose rows are asked for one by one; only where the code mixes nothing.
+
+        Unless overridden, lost rows are answered by the mean of those that arrived.
+
+        Args:
+            grouping: the whole batch as one group.
+            geometry: as in :meth:`fit`.
+        """
+        return SelectionPlan(self, torch.arange(grouping.batch_size)[:, None], grouping.batch_size)
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        """Values that are worth trying, by the name of the argument that :meth:`replace` takes."""
+        return {}
+
+    def replace(self, **values: Any) -> Self:
+        """The code made anew with other values for some of its arguments, checked as ever.
+
+        Raises:
+            TypeError, ValueError: as making one; the code has no such argument.
+        """
+        names = inspect.signature(type(self)).parameters
+        for name in values:
+            if name not in names:
+                raise TypeError(
+                    f"{type(self).__name__}: replace takes {', '.join(names)}, got {name}"
+                )
+        return type(self)(**(self._arguments() | values))
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the code was made of, by name."""
+        args, kwargs = self._given
+        return dict(inspect.signature(type(self)).bind(*args, **kwargs).arguments)
+
+    def check_values(self, values: Tensor) -> None:
+        """Raise a TypeError for values that cannot be mixed, if the code mixes."""
+        if self.mixes and isinstance(values, Tensor) and not values.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__}: values must be floating-point to be mixed, got "
+                f"{values.dtype}; codes that mix nothing, such as ReplicationCode and "
+                "KernelCode(K, N), carry any"
+            )
+
     def __repr__(self) -> str:
-        """The arguments that are kept under their names, without those that are arrays."""
-        values = (
-            (name, getattr(self, name, None)) for name in inspect.signature(type(self)).parameters
+        """The arguments, without those that are None or arrays."""
+        given = inspect.signature(type(self)).bind(*self._given[0], **self._given[1])
+        given.apply_defaults()
+        values = {k: getattr(self, k, v) for k, v in given.arguments.items() if v is not None}
+        shown = (
+            f"{name}={value!r}"
+            for name, value in values.items()
+            if isinstance(value, (int, float, str, Code))
         )
-        shown = (f"{n}={v!r}" for n, v in values if isinstance(v, (int, float, str, Code)))
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -110,11 +213,10 @@ class FixedCode(Code):
 
     Subclasses implement :meth:`_make_encoder`, :meth:`_make_decoder` and, where one result is not
     enough, :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and
-    kept; decoders in a bounded cache. Codes may be shared between threads, pickled and copied.
+    kept; decoders in a bounded cache.
 
     Args:
-        num_data: K, the number of inputs coded together, at least 1.
-        num_workers: N, the number of workers, at least 1.
+        num_data, num_workers: K and N, as for every :class:`Code`.
     """
 
     def __init__(self, num_data: int, num_workers: int) -> None:
@@ -172,7 +274,35 @@ class FixedCode(Code):
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
         """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
+        self.check_values(values)
         return self.encoder(values, dim)
+
+    def exact(self, received: Sequence[int] | Tensor) -> Tensor:
+        """Which inputs are answered by a worker's result of that very input, bit for bit.
+
+        Those whose row of the decoder picks one result, of a worker whose row of the encoder picks
+        that input.
+
+        Args:
+            received: the indices of the workers that answered, strictly increasing.
+
+        Returns:
+            Bool, ``[K]``; all False for fewer than :attr:`min_received`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`decoder`.
+        """
+        workers = self._received(received)
+        own = self._own[list(workers)]
+        if len(workers) < self.min_received or not bool((own >= 0).any()):
+            return torch.zeros(self.num_data, dtype=torch.bool)
+        picked = unit_rows(self._decoder(workers).matrix())
+        return (picked >= 0) & (own[picked] == torch.arange(self.num_data))
+
+    @functools.cached_property
+    def _own(self) -> Tensor:
+        """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
+        return unit_rows(self.encoder.matrix())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
@@ -202,7 +332,7 @@ class FixedCode(Code):
         self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
     ) -> BatchPlan:
         """Every group for itself, all alike; the geometry is not looked at."""
-        return _GroupwisePlan(self, grouping)
+        return GroupwisePlan(self, grouping)
 
     @abc.abstractmethod
     def _make_encoder(self) -> LinearMap: ...
@@ -232,7 +362,7 @@ class FixedCode(Code):
 
     def __getstate__(self) -> dict[str, Any]:
         # The maps are cheap to plan again, and a lock cannot travel.
-        dropped = ("_decoders", "_lock", "encoder")
+        dropped = ("_decoders", "_lock", "encoder", "_own")
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -241,103 +371,11 @@ class FixedCode(Code):
         self._lock = threading.Lock()
 
 
-def few_columns(results: Tensor) -> Tensor:
-    """Evenly spaced columns of results ``[F, G, ...]``, ``[F, G, C]``, as telling as all of them.
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The column that each row of a matrix picks, ``[rows]``; -1 for rows that are no unit vector.
 
-    The outputs' variance and trust are as exact from some 64 outputs, and cheaper.
+    A map with such a row passes the value on, bit for bit.
     """
-    columns = results.detach().reshape(*results.shape[:2], results.shape[2:].numel())
-    return columns[..., :: max(1, columns.shape[2] // _COLUMNS)]
-
-
-class BatchPlan(abc.ABC):
-    """A code fitted to one batch: how its inputs are mixed, and its answers found.
-
-    Attributes:
-        code: the code.
-        num_groups: G.
-    """
-
-    code: Code
-    num_groups: int
-
-    @abc.abstractmethod
-    def encode(self, values: Tensor) -> Tensor:
-        """From the batch ``[B, ...]`` to every worker's coded inputs, ``[N, G, ...]``."""
-
-    @abc.abstractmethod
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        """From results ``[|F|, G, ...]`` to the answers of the batch, ``[B, ...]``.
-
-        Args:
-            results: in the order of ``received``.
-            received: the workers whose results these are, strictly increasing.
-        """
-
-    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
-        """The root mean squared error to expect of the answers, if the code can tell, else None.
-
-        Args:
-            received: as in :meth:`decode`; it may be tried out before any result is there.
-            results: as in :meth:`decode`; without, the error is in units of the outputs' standard
-                deviation (of an output vector's, root of the sum of the variances); with, it is
-                comparable to :func:`coded_torch.metrics.rmse`.
-        """
-        return None
-
-
-class _GroupwisePlan(BatchPlan):
-    """The plan of a fixed code: every group for itself, all alike."""
-
-    def __init__(self, code: FixedCode, grouping: Grouping) -> None:
-        self.code: FixedCode = code
-        self.num_groups = grouping.num_groups
-        self._grouping = grouping
-
-    def encode(self, values: Tensor) -> Tensor:
-        return self.code.encoder.gathered(values, self._grouping)
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return self.code.decoder(received).scattered(results, self._grouping)
-
-
-class CurveCode(FixedCode):
-    r"""A code that lays a curve through the inputs and reads coded inputs off it.
-
-    Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
-    at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
-    :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
-
-    Args:
-        num_data: K, at least 1.
-        num_workers: N, at least 1.
-        data_points: ``[K]``, finite, strictly increasing.
-        worker_points: ``[N]``, finite, strictly increasing.
-    """
-
-    def __init__(
-        self, num_data: int, num_workers: int, data_points: ArrayLike, worker_points: ArrayLike
-    ) -> None:
-        super().__init__(num_data, num_workers)
-        self.data_points = self._points("data_points", data_points, self.num_data)
-        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
-
-    def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
-        array = real_array(f"{type(self).__name__}: {argument}", points)
-        if array.shape != (size,):
-            raise ValueError(
-                f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
-            )
-        # Negated, so that NaN fails.
-        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):
-            raise ValueError(
-                f"{type(self).__name__}: {argument} must be finite and strictly increasing, "
-                f"got {array.tolist()}"
-            )
-        array.flags.writeable = False
-        return array
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for points in (self.data_points, self.worker_points):
-            points.flags.writeable = False
+    picked = matrix.argmax(1)
+    unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
+    return torch.where(unit, picked, -1)

@@ -2,14 +2,14 @@ r"""Berrut's rational code (BACC), and its Floater-Hormann generalisation."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._arguments import count
 from ..linear import LinearMap, MatrixMap
-from ..points import chebyshev_first, chebyshev_second
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -28,14 +28,10 @@ class BerrutCode(CurveCode):
     ``order`` d > 0 takes Floater-Hormann weights instead, which reproduce polynomials of degree d.
 
     Args:
-        num_data: K, at least 1.
-        num_workers: N, at least 1.
+        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
         order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder with no more than d
             results uses as many as it has, order ``|F| - 1``.
-        data_points: ``[K]``, finite, strictly increasing; by default
-            :func:`~coded_torch.points.chebyshev_first`.
-        worker_points: ``[N]``, finite, strictly increasing; by default
-            :func:`~coded_torch.points.chebyshev_second`.
+        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
 
     Raises:
         TypeError: a count or the order is not an integer.
@@ -68,19 +64,11 @@ class BerrutCode(CurveCode):
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
     ) -> None:
-        num_data = count(self, "num_data", num_data)
-        num_workers = count(self, "num_workers", num_workers)
-        super().__init__(
-            num_data,
-            num_workers,
-            chebyshev_first(num_data) if data_points is None else data_points,
-            chebyshev_second(num_workers) if worker_points is None else worker_points,
-        )
-        self.order = count(self, "order", order, 0)
-        if self.order >= num_data:
-            raise ValueError(
-                f"BerrutCode: order must be less than num_data, {num_data}, got {self.order}"
-            )
+        super().__init__(num_data, num_workers, data_points, worker_points)
+        self.order = count(self, "order", order, 0, self.num_data - 1)
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        return {"order": range(min(4, self.num_data))}
 
     def _make_encoder(self) -> LinearMap:
         weights = _floater_hormann_weights(self.data_points, self.order)

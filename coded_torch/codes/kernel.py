@@ -1,8 +1,7 @@
-r"""The code that looks at the batch: placed by distances, decoded by regression in input space."""
+r"""The code that looks at the batch: results are interpolated by the distances of their inputs."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,80 +10,76 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
-from .._arguments import positive, real
-from .._extension import spline_plan
-from ..decoders.kernel import KernelRegression
-from ..linear import SelectMap, accumulation_dtype
-from ..points import chord_length, placed
-from .base import BatchPlan, Code, few_columns
+from .._arguments import instance, positive, real, shown
+from ..regression import KernelRegression
+from .base import Code, FixedCode, unit_rows
+from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Self
 
     from ..geometry import Geometry
     from ..grouping import Grouping
 
-__all__ = ["KernelCode"]
+__all__ = ["KernelCode", "path_step"]
 
 # Predicting an input from more than its neighbours on the path changes its variance little.
 _NEIGHBOURHOOD = 512
-# Errors grow more slowly than the variances that distances tell: with their power 1.0 for a LeNet-5
-# on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
+# Errors grow more slowly than the variances that follow from distances: with their power 1.0 for a
+# LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
-# Points farther from the batch's centre than so many times the root mean square of its inputs tell
+# Points farther from the batch's centre than so many times the root mean square of its inputs say
 # nothing of the others, and their results may be so large that the mean does not either.
 _FAR = 8
 # The least median distance between neighbours, in the same unit: with less for its length, as noisy
-# copies of a few images have, a kernel sees next to nothing of the others, and all of rounding.
+# copies of a few images have, a regression sees next to nothing of the others, and all of rounding.
 _SHORTEST = 0.01
 
 
-_NUMBERS = ("placement", "exponent", "shrinkage", "length")
-
-
 class KernelCode(Code):
-    r"""Coding by the distances between inputs: the default way to use this package.
+    r"""Coding by the distances between inputs: the recommended code.
 
     The paper lays a curve through the inputs in the order of their arrival and interpolates the
-    results of each group along it. But whoever encodes knows every input that was sent, so results
+    results of each group along it. But the decoder may know every input that was sent, so results
     can be interpolated in *input space*, over all groups at once: the answers are the posterior
     means of a Gaussian process, given the results at the coded inputs,
-    :class:`~coded_torch.decoders.kernel.KernelRegression`. Inputs whose own result arrived are
-    answered by that result, bit for bit. Where the batch's own results are predicted badly from
-    each other, predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.decoders.kernel.KernelRegression.trust`.
+    :class:`~coded_torch.regression.KernelRegression`. Inputs whose own result arrived are answered
+    by that result, bit for bit. Where the batch's own results are predicted badly from each other,
+    predictions are shrunk towards the mean of the results:
+    :meth:`~coded_torch.regression.KernelRegression.trust`.
 
-    ``placement`` says how far inputs are mixed, along the spline through a group's inputs, by how
-    the worker points move from 0, *repeated*: data points only, so no mixing, the extra N - K
-    workers repeating the inputs that the others tell least about; over 1/2, *systematic*: every
-    data point, and the extra ones in the largest gaps; to 1, *spread*: evenly. One decoder serves
-    all of them. Without mixing, a batch is answered exactly up to the inputs that nobody answered.
+    ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
+    the others say least about, so a batch is answered exactly up to the inputs that nobody
+    answered. It is recommended as it is the most accurate in nearly every measurement, says which
+    of its answers are exact, and carries inputs of any dtype.
+
+    ``KernelCode(encoder=code)`` has the encoder of another code and decodes in input space: with
+    the encoder E of a group and the inner products M of its inputs, those of its coded inputs are
+    :math:`E M E^\top`. Workers whose row of E picks one input give that input's own result. So
+    ``KernelCode(encoder=SplineCode(K, N))`` is the paper's encoder with the better decoder, and
+    ``KernelCode(encoder=ReplicationCode(K, N))`` is replication that predicts what is lost.
 
     Args:
-        num_data: K, at least 1.
-        num_workers: N, at least K.
-        placement: in [0, 1]. Where many of many workers are lost, a little mixing helps some
-            modules and harms others; :func:`coded_torch.tuning.tune` finds out which.
-        exponent: of the distances between inputs that data points are placed at: 0 equidistant,
-            0.5 centripetal, 1 chord length. It matters where inputs are mixed.
+        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
+        encoder: the code whose encoder it has, and K and N; excludes these.
         shrinkage: of the metric, at least 0, see :class:`~coded_torch.geometry.Geometry`.
-        length: of the kernel, positive, in median distances between neighbours on the path through
-            the batch. The error is flat around the default: some 5 % more at half and at twice.
+        length: of the regression, positive, in median distances between neighbours on the path
+            through the batch. The error is flat around the default: some 5 % more at half and at
+            twice.
 
     Raises:
-        TypeError: a count is not an integer, or another argument not real.
+        TypeError: a count is not an integer, ``encoder`` is no
+            :class:`~coded_torch.codes.FixedCode`, or another argument is not real.
         ValueError: an argument violates its requirement.
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        :class:`~coded_torch.nn.CodedWrapper` cuts large batches into runs of at most 4,096 results.
-        What is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder
-        without a batch to look at.
+        batches of more than 4,096 distinct results are planned in chunks. What is encoded and
+        decoded are whole batches, through :meth:`fit`: there is no encoder without a batch to look
+        at. Without distances, as for token ids, copies are equal and lost answers are the mean.
 
         Gradients take as constant what the code has chosen by looking at inputs and results: order,
-        distances, points, weights and trust. Those of answers that are an input's own result are
+        distances, copies, weights and trust. Those of answers that are an input's own result are
         exact. Those of lost answers are not the derivatives of these answers in the inputs, which
         move the distances too; in the module's parameters they are, but for the trust.
 
@@ -107,225 +102,191 @@ class KernelCode(Code):
 
     def __init__(
         self,
-        num_data: int,
-        num_workers: int,
+        num_data: int | None = None,
+        num_workers: int | None = None,
         *,
-        placement: float = 0.0,
-        exponent: float = 0.5,
+        encoder: FixedCode | None = None,
         shrinkage: float = 0.01,
         length: float = 2.0,
     ) -> None:
-        super().__init__(num_data, num_workers)
-        if self.num_workers < self.num_data:
-            raise ValueError(
-                f"KernelCode: num_workers must be at least num_data, {self.num_data}, "
-                f"got {self.num_workers}"
-            )
-        self.placement = real(self, "placement", placement, "in [0, 1]", lambda p: 0 <= p <= 1)
-        self.exponent = real(self, "exponent", exponent, "in [0, 1]", lambda e: 0 <= e <= 1)
+        instance(self, "encoder", encoder, FixedCode, optional=True)
+        if encoder is not None:
+            if num_data is not None or num_workers is not None:
+                raise ValueError(
+                    "KernelCode: encoder must be given without num_data and num_workers, which it "
+                    f"has, got {shown(num_data)} and {shown(num_workers)}"
+                )
+            num_data, num_workers = encoder.num_data, encoder.num_workers
+        super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None
+        self.encoder = encoder
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         self.length = positive(self, "length", length)
-        self.max_run = type(self).max_run
-        if self.placement > 0:  # results that mix are all distinct, N / K times as many
-            self.max_run = max(1, self.max_run // self.num_workers) * self.num_data
+        self.mixes = encoder is not None and encoder.mixes
+        self.max_chunk = type(self).max_chunk
+        if self.mixes:  # results of mixtures are all distinct, N / K times as many
+            self.max_chunk = max(1, self.max_chunk // self.num_workers) * self.num_data
 
-    def replace(self, **numbers: float) -> Self:
-        """A copy with other numbers: ``placement``, ``exponent``, ``shrinkage`` or ``length``.
-
-        Raises:
-            TypeError, ValueError: as making one.
-        """
-        kept = {name: getattr(self, name) for name in _NUMBERS}
-        twin = copy.copy(self)
-        KernelCode.__init__(twin, self.num_data, self.num_workers, **(kept | numbers))
-        return twin
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        return {
+            "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
+            "shrinkage": (0.0, 0.00125, 0.004, 0.0125, 0.04, math.inf),
+        }
 
     def fit(
         self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
     ) -> BatchPlan:
-        """Place the workers of every group by the geometry of the batch."""
-        if geometry is None:
-            raise ValueError("KernelCode: geometry must be given to fit, got None")
-        return _KernelPlan(self, grouping, geometry, num_stragglers)
+        """Code the inputs, or copy those that need it most, and measure what workers compute."""
+        if geometry is None and self.mixes:
+            raise ValueError("KernelCode: geometry must be given to fit mixtures, got None")
+        batch = None if geometry is None else _Batch(self, grouping, geometry)
+        if self.encoder is not None:
+            encoder = self.encoder.encoder.matrix()
+            own = unit_rows(encoder)
+            point = grouping.rows[own]  # [N, G]; what stands at -1 is replaced below
+            if batch is not None and self.mixes:
+                mixed = own < 0
+                point[mixed] = batch.add_mixtures(encoder[mixed], grouping.rows.T)
+            return self._plan(point, grouping, batch)
+        errors = np.ones(grouping.batch_size)
+        if batch is not None and num_stragglers:  # else copies are equal, whatever the errors
+            errors = batch.leave_one_out_variances(grouping.order).numpy() ** _GROWTH
+        copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
+        points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
+        # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
+        point = grouping.rows.gather(0, torch.from_numpy(_rotated(points)).T)
+        return self._plan(point, grouping, batch)
+
+    def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
+        batch = None if geometry is None else _Batch(self, grouping, geometry)
+        return self._plan(torch.arange(grouping.batch_size)[:, None], grouping, batch)
+
+    def _plan(self, point: Tensor, grouping: Grouping, batch: _Batch | None) -> BatchPlan:
+        if batch is None:
+            return SelectionPlan(self, point, grouping.batch_size)
+        return _KernelPlan(self, point, grouping, batch)
 
 
-class _KernelPlan(BatchPlan):
-    """One batch on :class:`KernelCode`.
+class _Batch:
+    """The points that workers may compute: the inputs of a batch, and mixtures of them behind.
 
-    Coded inputs are points, ``_point [N, G]``: an input of the batch, 0..B-1, or one of the points
-    behind these, each a mixture of its group. ``_squared [P, P]`` are the points' distances, and
-    ``_telling [P]`` says from whose results others are predicted.
+    Attributes:
+        squared: ``[P, P]``, the squared distances of the points.
+        usable: ``[P]``, bool: whether others are predicted from the results of the point.
+        length: of the regression, in the same unit as distances.
     """
 
-    def __init__(
-        self, code: KernelCode, grouping: Grouping, geometry: Geometry, num_stragglers: int
-    ) -> None:
-        self.code: KernelCode = code
-        self.num_groups = grouping.num_groups
-        self._grouping = grouping
-        self._squared = geometry.squared_distances()  # [B, B]
-        self._length = code.length * path_step(self._squared, grouping.order)
-        self._telling = geometry.finite & (geometry.gram.diagonal() <= _FAR**2)
-        self._spline: list[Tensor] | None = None
-        copies = self._copies(num_stragglers)  # [G, K]
-        if code.placement == 0:
-            points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])
-            at = torch.from_numpy(_rotated(points)).T  # [N, G], data points
-            self._point = grouping.rows.gather(0, at)
-        else:
-            self._place(copies, geometry)
-        self._last: tuple[tuple[int, ...], _Received, KernelRegression | None] | None = None
+    def __init__(self, code: KernelCode, grouping: Grouping, geometry: Geometry) -> None:
+        self.squared = geometry.squared_distances()
+        self.usable = geometry.finite & (geometry.gram.diagonal() <= _FAR**2)
+        self.length = code.length * path_step(self.squared, grouping.order)
+        self._geometry = geometry
 
-    def encode(self, values: Tensor) -> Tensor:
-        self._grouping.check(values)
-        if self._spline is None:
-            rows = self._point.to(values.device)
-            return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
-        coefficients, schedule = (t.to(values.device) for t in self._spline)
-        coded = ops.spline_apply(  # reads the rows where they lie
-            values.reshape(len(values), values.shape[1:].numel()),
-            coefficients.to(accumulation_dtype(values.dtype)),
-            schedule,
-            gather=self._grouping.to(values.device).rows,
-        )
-        return coded.reshape(*coded.shape[:2], *values.shape[1:])
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        found, regression = self._regression(tuple(received))
-        weights = torch.zeros(0, len(found.used), dtype=torch.float64)
-        if regression is not None:
-            trust = regression.trust(_sample(results, found))
-            mean = (1 - trust) / len(found.used)
-            weights = regression.weights(self._to_inputs(found)).mul_(trust).add_(mean)
-        map = SelectMap(results.shape[0] * results.shape[1], found.source, found.used, weights)
-        return map(results.flatten(0, 1))
-
-    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
-        found, regression = self._regression(tuple(received))
-        if regression is None:
-            return 0.0
-        variances = regression.variances(self._to_inputs(found))
-        share = float(variances.sum()) / self._grouping.batch_size
-        if results is None:
-            return math.sqrt(share)
-        variance = regression.output_variance(_sample(results, found))
-        return math.sqrt(share * variance * results.shape[2:].numel())
-
-    def _copies(self, num_stragglers: int) -> NDArray[np.int64]:
-        """How many workers each data point gets if every worker sits at one, ``[G, K]``.
-
-        Greedy, one at a time, where it lowers the expected squared error most: the probability that
-        all copies are lost times what the variance given all other inputs lets expect. It is convex
-        in the copies, so greedy is best.
-        """
-        n, grouping = self.code.num_workers, self._grouping
-        lost = np.ones(n + 2)
-        for i in range(n):
-            lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (n - i)
-        gain = lost[:-1] - lost[1:]
-        errors = self._leave_one_out_variances()[grouping.rows.T].numpy() ** _GROWTH  # [G, K]
-        real = (grouping.targets.T >= 0).numpy()
-        copies = real.astype(np.int64)
-        groups = np.arange(len(copies))
-        while (active := copies.sum(axis=1) < n).any():
-            # Between equals, the one with fewer copies.
-            score = np.where(real, gain[copies] * errors - 1e-12 * copies, -np.inf)
-            copies[groups, score.argmax(axis=1)] += active
-        return copies
-
-    def _leave_one_out_variances(self) -> Tensor:
-        variances = torch.empty(len(self._squared), dtype=torch.float64)
-        all_near = len(variances) <= _NEIGHBOURHOOD
-        for rows in [slice(None)] if all_near else self._grouping.order.split(_NEIGHBOURHOOD):
-            block = self._squared[rows][:, rows]
-            variances[rows] = KernelRegression(block, self._length).leave_one_out_variances
+    def leave_one_out_variances(self, order: Tensor) -> Tensor:
+        """Of each input predicted from all others, or, in large batches, those near in order."""
+        variances = torch.empty(len(order), dtype=torch.float64)
+        all_near = len(order) <= _NEIGHBOURHOOD
+        for rows in [slice(None)] if all_near else order.split(_NEIGHBOURHOOD):
+            block = self.squared[rows][:, rows]
+            variances[rows] = KernelRegression(block, self.length).leave_one_out_variances
         return variances
 
-    def _place(self, copies: NDArray[np.int64], geometry: Geometry) -> None:
-        num_data, rows, gram = self.code.num_data, self._grouping.rows.T, geometry.gram  # [G, K]
-        steps = self._squared[rows[:, :-1], rows[:, 1:]].sqrt().numpy()
-        # To inputs that are far, maybe infinitely, no farther than between the others.
-        near = (self._telling[rows[:, :-1]] & self._telling[rows[:, 1:]]).numpy()
-        longest = steps.max(axis=1, keepdims=True, initial=0, where=near)
-        steps = np.where(near, steps, longest)
-        knots = np.stack([chord_length(s, self.code.exponent) for s in steps])
-        points = np.stack(
-            [placed(t, c, self.code.placement) for t, c in zip(knots, copies, strict=True)]
-        )
-        coefficients, schedule = spline_plan(knots, np.zeros_like(knots), _rotated(points))
-        self._spline = [torch.from_numpy(coefficients), torch.from_numpy(schedule)]
-        eye = torch.eye(num_data, dtype=torch.float64)[:, None].expand(-1, len(rows), -1)
-        mixing = ops.spline_apply(eye, *self._spline)  # [N, G, K]
-        # At zero smoothing a curve passes through its values bit for bit.
-        hits = mixing == 1
-        mixed = ~hits.any(dim=2) | ((mixing != 0).sum(dim=2) > 1)  # [N, G]
-        self._point = self._grouping.rows.gather(0, hits.to(torch.int64).argmax(dim=2))
-        self._point[mixed] = len(gram) + torch.arange(int(mixed.sum()))
-        # Inner products group by group, as the weights are zero in all others.
-        inner = torch.einsum("ngk,gkb->ngb", mixing, gram[rows])[mixed]  # [P - B, B]
-        among = torch.einsum("pgk,ngk->png", inner[:, rows], mixing)[:, mixed]  # [P - B, P - B]
+    def add_mixtures(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """Add the mixtures of every group as points.
+
+        Args:
+            weights: ``[Q, K]``, of the mixtures, the same in every group; each row sums to 1.
+            rows: ``[G, K]``, the inputs of each group.
+
+        Returns:
+            ``[Q, G]``, the points that they are.
+        """
+        gram, lost = self._geometry.gram, ~self._geometry.finite
+        # W M and W M W', group by group, as the weights are zero in all other groups.
+        inner = torch.einsum("qk,gkb->qgb", weights, gram[rows]).flatten(0, 1)  # [Q G, B]
+        among = torch.einsum("pgk,qk->pqg", inner[:, rows], weights).flatten(1)  # [Q G, Q G]
         squares = among.diagonal()
         inner = (squares[:, None] + gram.diagonal()).sub_(inner, alpha=2).clamp_(min=0)
         among = (squares[:, None] + squares).sub_(among, alpha=2).clamp_(min=0)
-        # What an input that is infinitely far has been mixed into is, too.
-        lost = ~geometry.finite
-        nowhere = ((mixing != 0) & lost[rows]).any(dim=2)[mixed]  # [P - B]
+        # What an input that is infinitely far has been mixed into is infinitely far, too.
+        nowhere = ((weights != 0)[:, None] & lost[rows]).any(dim=2).flatten()  # [Q G]
         inner.masked_fill_(nowhere[:, None] | lost, math.inf)
         among.masked_fill_(nowhere[:, None] | nowhere, math.inf).fill_diagonal_(0)
-        upper, lower = torch.cat([self._squared, inner.T], 1), torch.cat([inner, among], 1)
-        self._squared = torch.cat([upper, lower])
-        self._telling = torch.cat([self._telling, (squares <= _FAR**2) & ~nowhere])
-
-    def _regression(self, received: tuple[int, ...]) -> tuple[_Received, KernelRegression | None]:
-        if self._last is None or self._last[0] != received:
-            found = _Received(self._point, received, self._grouping.batch_size, self._telling)
-            regression = None
-            if len(found.lost):
-                among = self._squared[found.points][:, found.points]
-                regression = KernelRegression(among, self._length)
-            # For outputs of several leaves, and the error to expect of them; not a history.
-            self._last = received, found, regression
-        return self._last[1:]
-
-    def _to_inputs(self, found: _Received) -> Tensor:
-        """Squared distances of the lost inputs from those of the results, ``[L, M]``."""
-        return self._squared[found.lost][:, found.points]
+        first = len(self.squared)
+        upper, lower = torch.cat([self.squared, inner.T], 1), torch.cat([inner, among], 1)
+        self.squared = torch.cat([upper, lower])
+        self.usable = torch.cat([self.usable, (squares <= _FAR**2) & ~nowhere])
+        return torch.arange(first, len(self.squared)).view(len(weights), len(rows))
 
 
-class _Received:
-    """What arrived: which result answers which input, and which ones to predict the others from.
+class _KernelPlan(SelectionPlan):
+    """Answers lost inputs by regression on the distinct results of all groups.
 
-    Attributes:
-        source: ``[B]``, the flat index ``[|F|, G]`` of the result that is an input's own, or -1.
-        lost: ``[L]``, the inputs without one.
-        used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results to predict the others from:
-            those of points that are ``telling``, if there are any.
-        points: ``[M]``, the points that these are results of.
+    The points of :class:`_Batch` are what workers compute, ``point [N, G]``.
     """
 
-    def __init__(
-        self, point: Tensor, received: Sequence[int], batch_size: int, telling: Tensor
-    ) -> None:
-        arrived = point[torch.tensor(received)].flatten()  # [F G]
-        index = torch.arange(len(arrived))
-        # The first result of each input, whoever else repeats it.
-        own = arrived < batch_size
-        first = torch.full((batch_size,), len(arrived), dtype=torch.int64)
-        first.scatter_reduce_(0, arrived[own], index[own], "amin")
-        answered = first < len(arrived)
-        self.source = torch.where(answered, first, -1)
-        self.lost = (~answered).nonzero().flatten()
-        self.used = torch.cat([first[answered], index[~own]])
-        tells = telling[arrived[self.used]]
-        if bool(tells.any()):
-            self.used = self.used[tells]
-        self.points = arrived[self.used]
+    code: KernelCode
+
+    def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: _Batch) -> None:
+        super().__init__(code, point, grouping.batch_size, batch.usable)
+        self._grouping, self._batch = grouping, batch
+        self._fitted: tuple[Arrived, KernelRegression] | None = None
+
+    def encode(self, values: Tensor) -> Tensor:
+        if not self.code.mixes:
+            return super().encode(values)
+        assert self.code.encoder is not None
+        self.code.check_values(values)
+        return self.code.encoder.encoder.gathered(values, self._grouping)
+
+    def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
+        regression = self._regression(arrived)
+        trust = regression.trust(arrived.sample(results))
+        # Shrunk towards the mean of the results as far as these are not predicted by each other.
+        mean = (1 - trust) / len(arrived.used)
+        return regression.weights(self._to_lost(arrived)).mul_(trust).add_(mean)
+
+    def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
+        regression = self._regression(arrived)
+        variances = regression.variances(self._to_lost(arrived))
+        if results is not None:
+            variances *= regression.output_variance(arrived.sample(results))
+        return variances
+
+    def _regression(self, arrived: Arrived) -> KernelRegression:
+        # Kept for outputs of several leaves, and the errors to expect of them; not a history.
+        if self._fitted is None or self._fitted[0] is not arrived:
+            among = self._batch.squared[arrived.points][:, arrived.points]
+            self._fitted = arrived, KernelRegression(among, self._batch.length)
+        return self._fitted[1]
+
+    def _to_lost(self, arrived: Arrived) -> Tensor:
+        """Squared distances of the lost inputs from those of the used results, ``[L, M]``."""
+        return self._batch.squared[arrived.lost][:, arrived.points]
 
 
-def _sample(results: Tensor, found: _Received) -> Tensor:
-    """Some columns of the distinct results, ``[M, C]``, float64 on the host."""
-    columns = few_columns(results).flatten(0, 1)  # [F G, C]
-    return columns.index_select(0, found.used.to(columns.device)).to("cpu", torch.float64)
+def _copies(
+    grouping: Grouping, num_workers: int, num_stragglers: int, errors: NDArray[np.float64]
+) -> NDArray[np.int64]:
+    """How many workers each input of each group gets, ``[G, K]``.
+
+    Greedy, one at a time, where it lowers the expected squared error most: the probability that
+    all copies are lost times ``errors [B]``, what is to be expected then. It is convex in the
+    copies, so greedy is best.
+    """
+    # lost[c] is the probability that all of c workers are among the S lost ones of N.
+    lost = np.ones(num_workers + 2)
+    for i in range(num_workers):
+        lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (num_workers - i)
+    gain = lost[:-1] - lost[1:]
+    of_group = errors[grouping.rows.T.numpy()]  # [G, K]
+    real = (grouping.targets.T >= 0).numpy()  # not what fills up the last group
+    copies = real.astype(np.int64)
+    groups = np.arange(len(copies))
+    while (active := copies.sum(axis=1) < num_workers).any():
+        # Between equals, the one with fewer copies.
+        score = np.where(real, gain[copies] * of_group - 1e-12 * copies, -np.inf)
+        copies[groups, score.argmax(axis=1)] += active
+    return copies
 
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:

@@ -2,15 +2,16 @@ r"""Lagrange's polynomial code (LCC), in floating point."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from .._arguments import count
+from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["LagrangeCode"]
 
 _GOLDEN = (5**0.5 - 1) / 2
+
+# What to try as the decoder's degree, in degrees of the encoder: of which the coded inputs are, and
+# the results of a network not many times rougher.
+_DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
 
 
 class LagrangeCode(CurveCode):
@@ -33,14 +38,12 @@ class LagrangeCode(CurveCode):
     is to be tuned on validation data.
 
     Args:
-        num_data: K, at least 1.
-        num_workers: N, at least D + 1.
+        num_data: K, as for every :class:`~coded_torch.codes.Code`.
+        num_workers: N, likewise, and at least D + 1.
         degree: the degree of the model as a polynomial, at least 1; by default 1, a linear model.
         decoder_degree: D, at least 0; excludes ``degree``.
-        data_points: ``[K]``, finite, strictly increasing; by default
-            :func:`~coded_torch.points.chebyshev_first`.
-        worker_points: ``[N]``, finite, strictly increasing; by default
-            :func:`~coded_torch.points.chebyshev_first`.
+        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`; both are
+            :func:`~coded_torch.points.chebyshev_first` by default.
 
     Raises:
         TypeError: a count or a degree is not an integer.
@@ -67,6 +70,8 @@ class LagrangeCode(CurveCode):
         tensor([1., 4., 9.], dtype=torch.float64)
     """
 
+    default_worker_points = staticmethod(chebyshev_first)
+
     def __init__(
         self,
         num_data: int,
@@ -77,29 +82,29 @@ class LagrangeCode(CurveCode):
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
     ) -> None:
-        num_data = count(self, "num_data", num_data)
-        num_workers = count(self, "num_workers", num_workers)
-        super().__init__(
-            num_data,
-            num_workers,
-            chebyshev_first(num_data) if data_points is None else data_points,
-            chebyshev_first(num_workers) if worker_points is None else worker_points,
-        )
+        super().__init__(num_data, num_workers, data_points, worker_points)
         if decoder_degree is None:
-            degree = count(self, "degree", 1 if degree is None else degree)
-            self.decoder_degree = (num_data - 1) * degree
+            degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
+            self.decoder_degree = (self.num_data - 1) * degree
         elif degree is None:
-            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         else:
             raise ValueError(
                 "LagrangeCode: degree and decoder_degree exclude each other, "
-                f"got {degree} and {decoder_degree}"
+                f"got {shown(degree)} and {shown(decoder_degree)}"
             )
-        if num_workers < self.min_received:
+        if self.num_workers < self.min_received:
             raise ValueError(
                 f"LagrangeCode: num_workers must be at least {self.min_received} to recover a "
-                f"polynomial of degree {self.decoder_degree}, got {num_workers}"
+                f"polynomial of degree {self.decoder_degree}, got {self.num_workers}"
             )
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
+        if "degree" in self._arguments():
+            return {}
+        degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
+        return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
 
     @property
     def min_received(self) -> int:

@@ -22,8 +22,7 @@ class ReplicationCode(FixedCode):
     counted once. ``ReplicationCode(K, K)`` is uncoded inference.
 
     Args:
-        num_data: K, at least 1.
-        num_workers: N, at least K, so that every input has a worker.
+        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
 
     Raises:
         TypeError: a count is not an integer.
@@ -39,30 +38,17 @@ class ReplicationCode(FixedCode):
         tensor([1., 2., 6.])
         >>> code.decode(torch.tensor([6.0, 2.0]), received=[2, 4])
         tensor([4., 2., 6.])
-        >>> code.answered([2, 4])
+        >>> code.exact([2, 4])
         tensor([False,  True,  True])
     """
 
-    def __init__(self, num_data: int, num_workers: int) -> None:
-        super().__init__(num_data, num_workers)
-        if self.num_workers < self.num_data:
-            raise ValueError(
-                f"ReplicationCode: num_workers must be at least num_data, {self.num_data}, "
-                f"got {self.num_workers}"
-            )
+    mixes = False
 
-    def answered(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Which inputs have an exact answer: a boolean tensor ``[K]``.
-
-        Args:
-            received: the indices of the workers that answered, in any order.
-
-        Raises:
-            TypeError, ValueError: ``received`` is not a sequence of worker indices.
-        """
-        answered = torch.zeros(self.num_data, dtype=torch.bool)
-        answered[[worker % self.num_data for worker in self._received(received)]] = True
-        return answered
+    def exact(self, received: Sequence[int] | Tensor) -> Tensor:
+        """Which inputs have an answer of their own, ``[K]``; here ``received`` in any order."""
+        exact = torch.zeros(self.num_data, dtype=torch.bool)
+        exact[[worker % self.num_data for worker in self._received(received)]] = True
+        return exact
 
     def _make_encoder(self) -> LinearMap:
         source = torch.arange(self.num_workers) % self.num_data
@@ -72,5 +58,5 @@ class ReplicationCode(FixedCode):
         inputs, first = np.unique(np.array(received) % self.num_data, return_index=True)
         source = torch.full((self.num_data,), -1)
         source[inputs] = torch.from_numpy(first)
-        mean = torch.ones(self.num_data - inputs.size, inputs.size, dtype=torch.float64)
-        return SelectMap(len(received), source, torch.from_numpy(first), mean / inputs.size)
+        mean = torch.full((1, inputs.size), 1 / inputs.size, dtype=torch.float64)
+        return SelectMap(len(received), source, torch.from_numpy(first), mean)

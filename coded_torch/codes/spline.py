@@ -2,24 +2,17 @@ r"""The paper's code: a smoothing spline through the inputs, another through the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ..linear import LinearMap, MatrixMap, SplineMap, accumulation_dtype, check_smoothing
-from ..points import chebyshev_first, chebyshev_second
-from .base import CurveCode
+from .._arguments import smoothing
+from ..linear import LinearMap, SplineMap
+from .curve import CurveCode
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import ArrayLike
 
 __all__ = ["SplineCode"]
-
-# What generalised cross-validation chooses from, in cubes of half the length of the curve: half a
-# decade apart, where the error changes by 1 %, from next to interpolation to next to a line.
-_GRID = np.concatenate([[0.0], np.logspace(-12, 2, 29)])
 
 
 class SplineCode(CurveCode):
@@ -31,19 +24,11 @@ class SplineCode(CurveCode):
     can be coded; the answers are approximate, and one result is enough for some answer.
 
     Args:
-        num_data: K, at least 1.
-        num_workers: N, at least 1.
+        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
         encoder_smoothing: :math:`\lambda_e`, finite, at least 0, in the mean convention of
             :class:`~coded_torch.linear.SplineMap`.
-        decoder_smoothing: :math:`\lambda_d`, likewise. 0 is best for a model without noise. "gcv"
-            chooses it anew for the results of every batch, by generalised cross-validation:
-
-            .. math:: \min_\lambda \frac{\lVert (I - A_\lambda) Y \rVert^2 / |F|}
-                      {(1 - \operatorname{tr} A_\lambda / |F|)^2},
-
-            :math:`A_\lambda` being the smoother at the received points, over all columns Y at once.
-        data_points: ``[K]``, finite, strictly increasing; Chebyshev points of the first kind.
-        worker_points: ``[N]``, likewise; Chebyshev points of the second kind.
+        decoder_smoothing: :math:`\lambda_d`, likewise; 0 is best for a model without noise.
+        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
 
     Raises:
         TypeError, ValueError: an argument violates its requirement.
@@ -53,15 +38,9 @@ class SplineCode(CurveCode):
         workers lost the mean squared error falls as :math:`O(S^3 N^{-3})`; with noisy results, at
         :math:`\lambda_d \sim (N - S)^{-4/5}`, as :math:`O(S^{8/5} N^{-3/5})`.
 
-        With "gcv", :math:`O(|F|^2)` more per column, and :math:`O(|F|^3)` once per received set.
-        The choice is a function of the results alone, gradients do not pass through it, and it
-        waits for the device. Decoding is then not linear: ``decoder(received)`` can be applied,
-        but has no matrix and no adjoint.
-
     References:
         Moradi, Tahmasebi and Maddah-Ali, *Coded Computing for Resilient Distributed Computing: A
-        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300. Craven and Wahba,
-        *Smoothing noisy data with spline functions*, Numer. Math. 31, 1979, for "gcv".
+        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300.
 
     Example:
         >>> import torch
@@ -80,84 +59,23 @@ class SplineCode(CurveCode):
         num_workers: int,
         *,
         encoder_smoothing: float = 0.0,
-        decoder_smoothing: float | Literal["gcv"] = 0.0,
+        decoder_smoothing: float = 0.0,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
     ) -> None:
-        super().__init__(
-            num_data,
-            num_workers,
-            chebyshev_first(num_data) if data_points is None else data_points,
-            chebyshev_second(num_workers) if worker_points is None else worker_points,
-        )
-        self.encoder_smoothing = check_smoothing("SplineCode: encoder_smoothing", encoder_smoothing)
-        self.decoder_smoothing: float | Literal["gcv"] = "gcv"
-        if not (isinstance(decoder_smoothing, str) and decoder_smoothing == "gcv"):
-            self.decoder_smoothing = check_smoothing(
-                "SplineCode: decoder_smoothing", decoder_smoothing
-            )
+        super().__init__(num_data, num_workers, data_points, worker_points)
+        self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
+        self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        return {
+            "encoder_smoothing": (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
+            "decoder_smoothing": (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+        }
 
     def _make_encoder(self) -> LinearMap:
         return SplineMap(self.data_points, self.worker_points, smoothing=self.encoder_smoothing)
 
     def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
         knots = self.worker_points[list(received)]
-        if self.decoder_smoothing == "gcv":
-            return _CrossValidated(knots, self.data_points)
         return SplineMap(knots, self.data_points, smoothing=self.decoder_smoothing)
-
-
-class _CrossValidated(LinearMap):
-    r"""A spline map whose smoothing is chosen by the values: linear for each choice only.
-
-    In the eigenbasis of the smoothers, the same for all smoothings, one with eigenvalues
-    :math:`1 / (1 + \lambda p_i)` leaves the share :math:`\lambda r_i`,
-    :math:`r_i = p_i / (1 + \lambda p_i)`, of component i as its residual. The criterion, up to a
-    constant, is :math:`\sum_i r_i^2 |y_i|^2 / (\sum_i r_i)^2`; so written, it holds in the limit of
-    interpolation too.
-    """
-
-    def __init__(self, knots: NDArray[np.float64], points: NDArray[np.float64]) -> None:
-        super().__init__(len(knots), len(points))
-        self._knots, self._points = knots, points
-        self._curves: dict[float, SplineMap] = {}
-        # Three results leave no choice: the criterion is the same for every smoothing.
-        self._grid = _GRID[: 1 if len(knots) < 4 else None] * (np.ptp(knots) / 2) ** 3
-        middle = 1e-5 * (np.ptp(knots) / 2) ** 3 or 1.0
-        smoother = SplineMap(knots, knots, smoothing=middle).matrix()
-        shares, basis = np.linalg.eigh((smoother + smoother.T).numpy() / 2)
-        penalties = (1 / shares.clip(np.finfo(float).eps, 1) - 1) / middle
-        penalties[-2:] = 0  # straight lines
-        residuals = penalties / (1 + self._grid[:, None] * penalties)  # [L, F]
-        total = residuals.sum(1, keepdims=True)
-        self._criterion = np.divide(residuals, total, where=total > 0, out=residuals) ** 2
-        self._components = MatrixMap(basis.T)
-
-    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
-        if transpose:
-            raise self._not_linear("adjoint")
-        return self._curve(self._choose(values.detach()))._apply(values, transpose=False)
-
-    def _choose(self, values: Tensor) -> float:
-        values = values.to(accumulation_dtype(values.dtype))
-        # The choice is the same at every scale, and squares neither overflow nor underflow at this.
-        largest = values.abs().amax() if values.numel() else values.new_ones(())
-        components = self._components(values / largest.masked_fill(largest == 0, 1))
-        energies = components.square().sum((1, 2), dtype=torch.float64).cpu().numpy()
-        return float(self._grid[(self._criterion @ energies).argmin()])
-
-    def _curve(self, smoothing: float) -> SplineMap:
-        if smoothing not in self._curves:
-            self._curves[smoothing] = SplineMap(self._knots, self._points, smoothing=smoothing)
-        return self._curves[smoothing]
-
-    def matrix(
-        self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-    ) -> Tensor:
-        raise self._not_linear("matrix")
-
-    def _not_linear(self, what: str) -> ValueError:
-        return ValueError(
-            f"SplineCode: decoder_smoothing must be a number for a decoder with {what}, "
-            "got 'gcv', which depends on the results; apply the decoder to them instead"
-        )

@@ -8,67 +8,109 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..workers.base import broadcast_dims, leaf_name
-from ._ballot import finite
+from .._arguments import dense
+from ..codes.base import Code
+from ..workers.pytrees import broadcast_dims, leaf_name
+from ._results import finite
 
 __all__ = ["Inputs"]
 
 
 class Inputs:
-    """The arguments of one call: their leaves, where each has its batch, and its size."""
+    """The arguments of one call: their leaves, where each has its batch, and its size.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any) -> None:
+    Args:
+        args, kwargs: the arguments.
+        in_dims: of the positional ones, see :class:`~coded_torch.nn.CodedWrapper`.
+        code: which says whether inputs are mixed; then all divided leaves must be floating-point.
+
+    Raises:
+        TypeError: a tensor to be divided cannot be, or ``in_dims`` holds anything else.
+        ValueError: there is no tensor to divide, batch sizes differ, a tensor has not the dimension
+            or is not finite, or one that is given as None has the batch size.
+    """
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, code: Code
+    ) -> None:
         self.args, self.kwargs = args, kwargs
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args))
+        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args), "shared")
         self.num_positional = len(dims)
         dims += [0] * (len(self.leaves) - self.num_positional)
         self.dims = [
-            dim if isinstance(leaf, Tensor) else None
+            dim if isinstance(leaf, Tensor) and dim != "shared" else None
             for leaf, dim in zip(self.leaves, dims, strict=True)
         ]
-        coded = [(i, self.leaves[i], dim) for i, dim in enumerate(self.dims) if dim is not None]
-        if not coded:
+        divided = {i: dim for i, dim in enumerate(self.dims) if dim is not None}
+        if not divided:
             raise ValueError("CodedWrapper: inputs must hold a tensor to be coded, got none")
-        for i, leaf, dim in coded:
-            if not leaf.is_floating_point():
-                raise TypeError(
-                    f"CodedWrapper: {self.name(i)} must be floating-point to be coded, got "
-                    f"{leaf.dtype}; code what it is turned into instead (the embeddings of "
-                    "tokens), or pass it by position with None in in_dims to give every worker "
-                    "the same"
-                )
-            if not -leaf.dim() <= dim < leaf.dim():
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} that "
-                    f"in_dims says, got shape {tuple(leaf.shape)}"
-                )
-        sizes = {i: leaf.shape[dim] for i, leaf, dim in coded}
+        for i, dim in divided.items():
+            self._check(i, dim, code)
+        sizes = {i: self.leaves[i].shape[dim] for i, dim in divided.items()}
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self.name(i)}" for i, size in sizes.items())
             raise ValueError(f"CodedWrapper: coded inputs must have one batch size, got {got}")
-        self.batch_size: int = coded[0][1].shape[coded[0][2]]
-        self.device: torch.device = coded[0][1].device
+        first = next(iter(divided))
+        self.batch_size: int = sizes[first]
+        self.device: torch.device = self.leaves[first].device
+        for i, dim in enumerate(dims):
+            if dim is None:
+                self._check_shared(i)
 
     def name(self, i: int) -> str:
         if i < self.num_positional:
             return leaf_name("args", self.args, i)
         return leaf_name("kwargs", self.kwargs, i - self.num_positional)
 
-    def check_finite(self) -> None:
-        """Raise a ValueError if an input that is coded is not finite: it spoils its whole group."""
-        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            if dim is not None and not finite(leaf):
-                place = (~leaf.isfinite()).nonzero()[0].tolist()
-                raise ValueError(
-                    f"CodedWrapper: {self.name(i)} must be finite to be coded, "
-                    f"got {leaf[tuple(place)].item()} at {place}"
-                )
-
-    def rows(self) -> list[Tensor]:
-        """The coded inputs, ``[B, ...]`` each."""
+    def batches(self) -> list[Tensor]:
+        """The divided inputs, ``[B, ...]`` each."""
         return [
             leaf.movedim(dim, 0)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
             if dim is not None
         ]
+
+    def measured(self) -> list[Tensor]:
+        """Those of :meth:`batches` that distances can be measured on: floating-point ones."""
+        return [leaf for leaf in self.batches() if leaf.is_floating_point()]
+
+    def _check(self, i: int, dim: int, code: Code) -> None:
+        leaf = self.leaves[i]
+        if torch._C._functorch.is_batchedtensor(leaf):
+            raise TypeError(
+                f"CodedWrapper: {self.name(i)} must not be mapped by torch.vmap, which hides the "
+                "batch that is to be divided; call the wrapper with the whole batch"
+            )
+        whole = not (leaf.is_floating_point() or leaf.is_complex())
+        dense("CodedWrapper", self.name(i), leaf, floating=not whole)
+        if whole and code.mixes:
+            raise TypeError(
+                f"CodedWrapper: {self.name(i)} must be floating-point, as {code} mixes inputs, got "
+                f"{leaf.dtype}; take a code that repeats them (KernelCode, ReplicationCode), code "
+                "what it is turned into instead (the embeddings of tokens), or, if it is meant for "
+                'the whole batch, pass it by position with "shared" in in_dims'
+            )
+        if not -leaf.dim() <= dim < leaf.dim():
+            raise ValueError(
+                f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} that "
+                f"in_dims says, got shape {tuple(leaf.shape)}"
+            )
+        if not finite(leaf):  # it would spoil its whole group
+            place = (~leaf.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"CodedWrapper: {self.name(i)} must be finite to be coded, "
+                f"got {leaf[tuple(place)].item()} at {place}"
+            )
+
+    def _check_shared(self, i: int) -> None:
+        """Raise a ValueError if an input given as None looks as if each row had its own."""
+        leaf = self.leaves[i]
+        # With one row, what belongs to it and what is shared are the same.
+        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.batch_size > 1:
+            raise ValueError(
+                f"CodedWrapper: {self.name(i)} must not have the batch size {self.batch_size} "
+                "along its first dimension where in_dims says None: say 0 if each input has its "
+                'own row of it, "shared" if all of it is meant for every input, '
+                f"got shape {tuple(leaf.shape)}"
+            )

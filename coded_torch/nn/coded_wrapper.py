@@ -2,27 +2,31 @@ r"""A module that runs any other module on coded workers."""
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 import logging
+import math
 import random
-import re
-import warnings
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, positive
-from ..codes.base import BatchPlan, Code
-from ..workers.base import Task, Workers, broadcast_dims
+from .._arguments import instance
+from ..codes.base import Code, NotEnoughResults
+from ..codes.plans import BatchPlan, MeanPlan
+from ..grouping import check_ordering
+from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from ._ballot import Ballot, Result
+from ._collect import collect
 from ._inputs import Inputs
-from ._runs import MeanPlan, check_ordering, fit_batch
-from .run_report import RunReport, Timed
+from ._results import Results, Stacked
+from ._stand_in import StandIn
+from ._units import Columns, Rows, Units
+from .report import Report
+from .waiting import History, Waiting
 
 if TYPE_CHECKING:
     from ..stragglers import Stragglers
@@ -32,24 +36,32 @@ __all__ = ["CodedWrapper"]
 logger = logging.getLogger("coded_torch.nn")
 
 
-class CodedWrapper(nn.Module):
-    r"""Run a module on N workers, and answer from whichever N - S of them reply first.
+class CodedWrapper(StandIn):
+    r"""Run a module on unreliable workers: exact answers from those in time, the rest predicted.
 
-    The batch is put in order and cut into groups :math:`X` of K inputs. With the code's encoder
-    :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x |F|), a
-    group is answered by
+    The batch is asked for in parts, and :class:`Waiting` says when one is asked for again and when
+    to wait no longer. There are two ways to divide a batch:
 
-    .. math:: D_F \, [\, f(E_n X) \,]_{n \in F},
+    - With ``Waiting()`` and a code that only repeats inputs, by *rows*: each is computed once,
+      exactly as by the module, and what is missing in the end is predicted from the others.
+    - Else by the *columns* of the code. The batch is put in order and cut into groups :math:`X` of
+      K inputs; column n holds one coded input of every group. With the code's encoder :math:`E`
+      (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a group is
+      answered by
 
-    exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
-    batch decode all groups together. Each worker gets one coded input of every group, in one batch;
-    the last group is filled up with copies of its last input. Answers come back in the caller's
-    order.
+      .. math:: D_F \, [\, f(E_n X) \,]_{n \in F},
+
+      exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
+      batch decode all groups together. The last group is filled up with copies of its last input.
+
+    Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
 
     The wrapper stands in for the module: the keys of its state dict are those of the module, and
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
     The names of its parameters begin with ``module.``, so :func:`torch.func.functional_call` takes
     ``dict(coded.named_parameters())``, not the state dict; state-dict hooks belong to the module.
+    ``torch.compile(coded)`` and ``coded.compile()`` compile the module and leave the rest to
+    Python; the former with default options, and both for workers in this process only.
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
     finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing,
@@ -58,64 +70,57 @@ class CodedWrapper(nn.Module):
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
-            plain constants that are the same for every worker, such as None.
-        code: the code; it says K and N.
-        workers: who computes; by default :class:`~coded_torch.workers.LocalWorkers`.
-        stragglers: shorthand for ``workers=LocalWorkers(stragglers, generator=generator)``.
-        num_stragglers: S: N - S good results are waited for. None: as many as the law of the
-            workers' stragglers makes late. Where the law names no number, or there is none, 0: all
-            that ever reply are waited for, however late, so there say S or a deadline. Of another
-            code that is assigned later, at most as many as that one can lose.
-        deadline: seconds to wait; then what has arrived is decoded. None: until the workers have
-            no more to give.
-        tolerance: the error that is good enough, as a share of the outputs' standard deviation:
-            while the code expects a greater one of N - S results or more, one more is waited for.
-            None, and for codes that cannot tell: N - S are enough.
-        degraded: "mean" to answer with the mean of the results, and say so in the report, where
-            some arrived but too few to be decoded. None: :class:`NotEnoughResults` is raised.
+            plain constants that are the same for every part, such as None.
+        code: the code; it says K and N. Codes that only repeat inputs
+            (:class:`~coded_torch.codes.KernelCode`, :class:`~coded_torch.codes.ReplicationCode`)
+            take integer and boolean tensors too; codes that mix inputs need floating-point ones.
+        workers: the pool that computes; by default :class:`~coded_torch.workers.LocalWorkers`.
+        stragglers: shorthand for ``workers=LocalWorkers(stragglers)``.
+        waiting: whom to ask, when, and when to stop. None: :class:`Waiting` on real machines, and
+            ``Waiting.first()`` where time is simulated
+            (:class:`~coded_torch.workers.LocalWorkers`), as in the paper's experiments.
         ordering: in which order the batch is laid out before it is cut into groups of K:
             "similarity", so that neighbours resemble each other; "arrival", as the paper does; a
             permutation of the batch, a sequence or an integer tensor; or a callable that is given
-            the coded inputs, a list of ``[B, ...]``, and returns one.
-        shuffle: deal the coded inputs to the workers anew for every call, so that neighbouring
-            workers that are late together do not lose neighbours on the curve. The wrapper's own
+            the floating-point inputs, a list of ``[B, ...]``, and returns one.
+        shuffle: ask for the columns in an order drawn anew for every call, so that neighbouring
+            machines that are late together do not lose neighbours on the curve. The wrapper's own
             sequence, the same for every wrapper.
         link: "softmax" where all outputs are probabilities over their last dimension: they are
             decoded on the scale of logits, where they bend least, and come back as probabilities.
-            The report tells no ``expected_rmse`` then, as its units are those of logits.
+            The report has no expected errors then, as their units would be those of logits.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
-            of each, an integer, None for the same on every worker, or a pytree prefix of such.
-            Tensors in keyword arguments are coded along dimension 0. What is not a tensor is the
-            same for every worker.
-        out_dims: the batch dimension of the outputs, likewise; at None, the result of the first
-            worker received is passed through.
-        on_run: called with the :class:`RunReport` of every call, in its thread, when it has ended,
+            of each, an integer; "shared" or None for what is meant for the whole batch; or a
+            pytree prefix of such. A tensor that is given as None and has the batch size along its
+            first dimension is refused: say "shared" if it is meant for all. Tensors in keyword
+            arguments are divided along dimension 0. What is not a tensor is shared.
+        out_dims: the batch dimension of the outputs, likewise; at None, the result of the part
+            asked first is passed through.
+        on_run: called with the :class:`Report` of every call, in its thread, when it has ended,
             whether it answers or raises.
-        generator: for ``stragglers``; None: the law's own.
 
     Attributes:
-        last_run: the :class:`RunReport` of the call that ended last, even by an error; None before
-            the first. Where several threads call, ``on_run`` tells each its own.
+        last_run: the :class:`Report` of the call that ended last, even by an error; None before
+            the first. Where several threads call, :meth:`run` returns each its own.
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: ``stragglers`` or ``generator`` beside ``workers``;
-            ``num_stragglers`` negative, or more than the code can lose; ``deadline`` or
-            ``tolerance`` not positive; another name of ``ordering``, ``link`` or ``degraded``.
+        ValueError: ``stragglers`` beside ``workers``; ``waiting`` for more stragglers than the code
+            can lose; another name of ``ordering`` or ``link``.
 
     Calling raises:
-        TypeError: a tensor to be coded is not floating-point, or no worker's output can be decoded.
-        ValueError: coded inputs differ in batch size, have not the dimension, or are not finite, or
-            there are none; no worker's output has the batch size or, with ``link``, probabilities.
+        TypeError: a tensor cannot be coded, or no part's output can be decoded.
+        ValueError: inputs differ in batch size, have not the dimension, or are not finite, or
+            there are none; no part's output has the batch size or, with ``link``, probabilities.
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
-            first worker that had one.
+            first part that had one.
 
     Note:
-        :math:`N / K` times the module's work. The answers depend on which workers were received,
-        not on the order in which they replied: the same results give the same bits. (The results
-        themselves may differ in their last bits where the module was run on batches of other
-        sizes, see :class:`~coded_torch.workers.LocalWorkers`.) An empty batch goes to the module
-        itself.
+        By rows, the module's own work and what is asked for again; by columns, up to :math:`N / K`
+        times the module's work. The answers depend on which results were received, not on the order
+        in which they came: the same results give the same bits. (The results themselves may differ
+        in their last bits where the module was run on batches of other sizes.) An empty batch goes
+        to the module itself.
 
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
@@ -135,7 +140,7 @@ class CodedWrapper(nn.Module):
         (4, 2, 2)
     """
 
-    last_run: RunReport | None
+    last_run: Report | None
 
     def __init__(
         self,
@@ -144,51 +149,32 @@ class CodedWrapper(nn.Module):
         *,
         workers: Workers | None = None,
         stragglers: Stragglers | None = None,
-        num_stragglers: int | None = None,
-        deadline: float | None = None,
-        tolerance: float | None = None,
-        degraded: str | None = None,
+        waiting: Waiting | None = None,
         ordering: Any = "similarity",
         shuffle: bool = True,
         link: str | None = None,
         in_dims: Any = 0,
         out_dims: Any = 0,
-        on_run: Callable[[RunReport], None] | None = None,
-        generator: torch.Generator | None = None,
+        on_run: Callable[[Report], None] | None = None,
     ) -> None:
-        super().__init__()
         instance(self, "module", module, nn.Module)
+        super().__init__(module)
         instance(self, "code", code, Code)
         instance(self, "workers", workers, Workers, optional=True)
-        instance(self, "generator", generator, torch.Generator, optional=True)
+        instance(self, "shuffle", shuffle, bool)
         instance(self, "on_run", on_run, Callable, optional=True)
-        for argument, option in (("stragglers", stragglers), ("generator", generator)):
-            if workers is not None and option is not None:
-                raise ValueError(
-                    f"CodedWrapper: {argument} must be given to the workers themselves, "
-                    f"got workers and {argument}"
-                )
-        for argument, name, known in (("link", link, "softmax"), ("degraded", degraded, "mean")):
-            if name not in (None, known):
-                raise ValueError(
-                    f"CodedWrapper: {argument} must be None or {known!r}, got {name!r}"
-                )
-        check_ordering(ordering)
-        self.module = module
+        if workers is not None and stragglers is not None:
+            raise ValueError(
+                "CodedWrapper: stragglers must be given to the workers themselves, "
+                "got workers and stragglers"
+            )
+        if link not in (None, "softmax"):
+            raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
+        check_ordering(self, ordering)
         self.code = code
-        self.workers = LocalWorkers(stragglers, generator=generator) if workers is None else workers
-        if num_stragglers is not None:
-            num_stragglers = count(self, "num_stragglers", num_stragglers, least=None)
-            most = code.num_workers - code.min_received
-            if not 0 <= num_stragglers <= most:
-                raise ValueError(
-                    f"CodedWrapper: num_stragglers must lie in 0..{most}, as {code} needs "
-                    f"{code.min_received} results, got {num_stragglers}"
-                )
-        self.num_stragglers = num_stragglers
-        self.deadline = None if deadline is None else positive(self, "deadline", deadline)
-        self.tolerance = None if tolerance is None else positive(self, "tolerance", tolerance)
-        self.degraded = degraded
+        self.workers = LocalWorkers(stragglers) if workers is None else workers
+        self._check_waiting(waiting)
+        self.waiting = waiting
         self.ordering = ordering
         self.shuffle = shuffle
         self.link = link
@@ -196,164 +182,228 @@ class CodedWrapper(nn.Module):
         self.out_dims = out_dims
         self.on_run = on_run
         self.last_run = None
-        self._shuffler = random.Random(0)
-        self._warned = False
-        self.training = module.training
-        self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
+        self._history = History()
+        self._dealer = random.Random(0)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        facts: dict[str, Any] = {"failed": True}
+    def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
+        """Answer as a call does, and return the report of this very call beside the answers.
+
+        Args:
+            args, kwargs: what the module is called with. Hooks of the wrapper do not run.
+            waiting: for this call; None: as for every call.
+
+        Raises:
+            TypeError, ValueError, NotEnoughResults: as calling does.
+        """
+        self._check_waiting(waiting)
+        report = Report()
+        return self._call(self.module, report, waiting, args, kwargs), report
+
+    def replace(self, **changes: Any) -> CodedWrapper:
+        """Another wrapper of the same module, with some options changed.
+
+        Args:
+            changes: arguments of the constructor.
+        """
+        names = inspect.signature(CodedWrapper).parameters.keys() - {"stragglers", *changes}
+        return CodedWrapper(**{name: getattr(self, name) for name in names}, **changes)
+
+    def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        report = Report()
+        try:
+            return self._call(module, report, None, args, kwargs)
+        finally:
+            self.last_run = report
+
+    def _call(
+        self,
+        module: Any,
+        report: Report,
+        waiting: Waiting | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """The answers; what goes into the report is put there as soon as it is known."""
+        start = time.perf_counter()
         try:
             self._warn_of_batch_statistics()
-            answers = self._answer(facts, args, kwargs)
-            facts["failed"] = False
+            waiting = waiting or self._waiting()
+            with report.timed("encode"):
+                inputs = Inputs(args, kwargs, self.in_dims, self.code)
+                units = self._divide(inputs, waiting) if inputs.batch_size else None
+            if units is None:
+                with report.timed("compute"):
+                    answers = module(*args, **kwargs)
+            else:
+                results = Results(units.task, self.link)
+                with report.timed("compute"):
+                    why = self._collect(module, waiting, units, results, report, start)
+                with report.timed("decode"):
+                    if len(results.units) < units.least and not (
+                        results.units and waiting.degraded
+                    ):
+                        raise self._failure(units, results, why)
+                    answers = self._decode(units, results.stack(), report)
+            report.failed = False
             return answers
         finally:
-            self._report(RunReport(**facts))
+            for machine, reason in report.rejected.items():
+                logger.warning("machine %d %s", machine, reason)
+            if report.degraded:
+                logger.warning("answered with the mean of the results of %s", report.received)
+            if self.on_run is not None:
+                self.on_run(report)
 
-    def _answer(self, facts: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The answers; what goes into the report is put into ``facts`` as soon as it is known."""
-        with Timed(facts, "encode_seconds"):
-            inputs = Inputs(args, kwargs, self.in_dims)
-            inputs.check_finite()
-            if inputs.batch_size:
-                plan = fit_batch(self.code, self.ordering, inputs.rows(), self._spared())
-                task = self._encode(inputs, plan)
-        if not inputs.batch_size:
-            with Timed(facts, "compute_seconds"):
-                return self.module(*args, **kwargs)
-        ballot = Ballot(task, self.link)
-        facts |= {
-            "num_workers": task.num_workers,
-            "num_groups": task.num_groups,
-            "latencies": ballot.latencies,
-        }
-        with Timed(facts, "compute_seconds"):
-            self._compute(ballot, task, plan)
-            results, rejected = ballot.count()
-        facts["received"] = tuple(result.worker for result in results)
-        facts["rejected"] = {error.worker: error.reason for error in rejected}
-        with Timed(facts, "decode_seconds"):
-            if len(results) < self.code.min_received:
-                if not (results and self.degraded):
-                    raise ballot.failure(self.code)
-                facts["degraded"] = True
-                plan = MeanPlan(plan, inputs.batch_size)
-            answers, facts["expected_rmse"] = self._decode(results, task, plan)
-        return answers
-
-    def _report(self, run: RunReport) -> None:
-        self.last_run = run
-        for worker, reason in run.rejected.items():
-            logger.warning("worker %d %s", worker, reason)
-        if run.degraded:
-            logger.warning("answered with the mean of %d results", len(run.received))
-        if self.on_run is not None:
-            self.on_run(run)
-
-    def _encode(self, inputs: Inputs, plan: BatchPlan) -> Task:
-        n = self.code.num_workers
-        return Task(
-            [
-                leaf if dim is None else plan.encode(leaf.movedim(dim, 0))  # [N, G, ...]
-                for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-            ],
-            inputs.dims,
-            inputs.spec,
-            num_workers=n,
-            num_groups=plan.num_groups,
-            device=inputs.device,
-            out_dims=self.out_dims,
-            positions=self._shuffler.sample(range(n), n) if self.shuffle else None,
+    def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
+        check_ordering(self, self.ordering)  # it may have been assigned
+        if not (waiting.at_once or self.code.mixes):
+            machines = self.workers.num_machines
+            return Rows(inputs, self.code, self.ordering, machines, self.out_dims)
+        return Columns(
+            inputs,
+            self.code,
+            self.ordering,
+            self._num_stragglers(waiting),
+            self._dealer if self.shuffle else None,
+            waiting.at_once,
+            self.out_dims,
         )
 
-    def _compute(self, ballot: Ballot, task: Task, plan: BatchPlan) -> None:
-        """Wait for results until enough are good."""
-        quorum = task.num_workers - self._spared()
-        with contextlib.closing(
-            self.workers.run(self.module, task, quorum=quorum, deadline=self.deadline)
-        ) as replies:
-            for reply in replies:
-                ballot.add(reply)
-                if len(ballot.agreed) >= quorum and self._suffices(ballot.agreed, task, plan):
-                    break
+    def _collect(
+        self,
+        module: Any,
+        waiting: Waiting,
+        units: Units,
+        results: Results,
+        report: Report,
+        start: float,
+    ) -> str:
+        """Ask and wait until the policy ends the call; returns why there is no more, in words."""
 
-    def _suffices(self, results: Sequence[Result], task: Task, plan: BatchPlan) -> bool:
-        """Whether the error to expect is tolerable."""
-        if self.tolerance is None:
-            return True
-        expected = plan.expected_rmse(sorted(task.position(result.worker) for result in results))
-        return expected is None or expected <= self.tolerance
+        def suffices(received: Set[int]) -> bool:
+            expected = units.plan.expected_rmse(sorted(received))
+            return expected is None or expected <= (waiting.tolerance or 0.0)
 
-    def _decode(
-        self, results: Sequence[Result], task: Task, plan: BatchPlan
-    ) -> tuple[Any, float | None]:
-        """The answers, and the error to expect of the first decoded one."""
-        results = sorted(results, key=lambda result: task.position(result.worker))
-        received = [task.position(result.worker) for result in results]
-        answers, expected = [], None
-        columns = zip(*(result.leaves for result in results), strict=True)
-        dims = broadcast_dims("out_dims", task.out_dims, results[0].spec)
-        for dim, column in zip(dims, columns, strict=True):
-            if dim is None or not isinstance(column[0], Tensor):
-                answers.append(column[0])
+        with self.workers.open(module, units.task) as request:
+            policy = waiting.decide(
+                self._history,
+                units.first,
+                needed=units.needed,
+                unit_rows=units.task.unit_rows,
+                spare=units.spare,
+                # Nothing takes time on a simulated clock but what is simulated.
+                since=0.0 if self.workers.simulated else start - time.perf_counter(),
+                idle=lambda: request.idle,
+                suffices=None if waiting.tolerance is None else suffices,
+            )
+            try:
+                ended = collect(policy, request, units, results, report)
+                status = request.status()
+            finally:
+                report.received = tuple(sorted({result.machine for result in results.good}))
+                report.rejected = {error.machine: error.reason for error in results.rejected}
+        report.ended, report.hedges = ended.reason, ended.hedges
+        report.num_groups = units.num_groups
+        report.fence, report.median, report.deadline = (
+            None if seconds == math.inf else seconds
+            for seconds in (ended.fence, ended.median, ended.deadline)
+        )
+        if ended.reason == "deadline":
+            what = "no more" if results.units else "nothing"
+            late = f"{what} arrived within the deadline of {ended.deadline:g} s"
+            status = f"{late}; {status}" if status else late
+        return status
+
+    def _failure(self, units: Units, results: Results, why: str) -> Exception:
+        """What to raise where the good results are too few for the code."""
+        blame = results.blame()
+        if blame is not None:
+            return blame
+        rejected = results.rejected
+        reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
+        error = NotEnoughResults(
+            [
+                result.part.number
+                for result in results.good
+                if result.part.number < len(units.first)
+            ],
+            units.least,
+            len(units.first),
+            "; ".join([*reasons, *([why] if why else [])]),
+        )
+        error.__cause__ = rejected[0] if rejected else None
+        return error
+
+    def _decode(self, units: Units, stacked: Stacked, report: Report) -> Any:
+        """The answers, in the structure that the module gives them."""
+        received, size = stacked.units, units.batch_size
+        whole = units.is_whole(received)  # then the results are the answers, and nothing is fitted
+        report.degraded = len(received) < units.least
+        plan = None if whole else MeanPlan(units.plan) if report.degraded else units.plan
+        if plan is None:
+            exact, expected = torch.ones(size, dtype=torch.bool), torch.zeros(size).double()
+        else:
+            exact, expected = plan.exact(received), None
+            report.notes = (plan.note,) if plan.note else ()
+        report.predicted = ~exact
+        answers = []
+        for leaf, dim, layout in zip(stacked.leaves, stacked.dims, stacked.formats, strict=True):
+            if dim is None or not isinstance(leaf, Tensor):
+                answers.append(leaf)
                 continue
-            stacked = torch.stack(column).movedim(dim + (dim >= 0), 1)  # [F, G, ...]
-            if self.link == "softmax":
-                # Of probabilities that are 0 in floating point, no logarithm is left.
-                stacked = stacked.clamp(min=torch.finfo(stacked.dtype).tiny).log()
-            elif expected is None:
-                expected = plan.expected_rmse(received, stacked)
-            decoded = plan.decode(stacked, received)  # [B, ...]
-            if self.link == "softmax":
-                decoded = decoded.softmax(dim=-1)
-            answers.append(decoded.movedim(0, dim))
-        return pytree.tree_unflatten(answers, results[0].spec), expected
+            if plan is None:
+                decoded = leaf.squeeze(1)
+            elif self.link is None:
+                if expected is None:
+                    expected = plan.expected_errors(received, leaf)
+                decoded = plan.decode(leaf, received)  # [B, ...]
+            else:
+                decoded = _decode_logits(plan, leaf, received, exact)
+            answers.append(decoded.movedim(0, dim).contiguous(memory_format=layout))
+        report.expected_errors = expected
+        return pytree.tree_unflatten(answers, stacked.spec)
 
-    def _spared(self) -> int:
+    def _is_local(self) -> bool:
+        return self.workers.simulated  # others run replicas, or copies in other processes
+
+    def _waiting(self) -> Waiting:
+        """The policy in force for calls that bring none of their own."""
+        if self.waiting is not None:
+            return self.waiting
+        return Waiting.first() if self.workers.simulated else Waiting()
+
+    def _num_stragglers(self, waiting: Waiting) -> int:
         """S, for the code and the workers that are there now."""
-        lost = self.num_stragglers
+        lost = waiting.num_stragglers
         if lost is None:
             law = self.workers.stragglers
             lost = (law and law.num_stragglers) or 0
         return max(0, min(lost, self.code.num_workers - self.code.min_received))
 
-    def _warn_of_batch_statistics(self) -> None:
-        if not self.training or self._warned:
-            return
-        for name, part in self.module.named_modules():
-            if part.training and isinstance(part, _BatchNorm):
-                self._warned = True
-                warnings.warn(
-                    f"CodedWrapper: {name or 'the module'} is in training mode and takes its "
-                    "statistics from the coded inputs, not from the batch; call eval() on it",
-                    UserWarning,
-                    stacklevel=4,
-                )
-                return
-
-    # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
-    # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for key in list(state_dict):
-            state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        self._loading = prefix, args[-3:]  # for _name_keys, when the module has been loaded too
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _check_waiting(self, waiting: Waiting | None) -> None:
+        instance(self, "waiting", waiting, Waiting, optional=True)
+        lost = waiting.num_stragglers if waiting is not None else None
+        most = self.code.num_workers - self.code.min_received
+        if lost is not None and lost > most:
+            raise ValueError(
+                f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {self.code} "
+                f"needs {self.code.min_received} results, got {lost}"
+            )
 
     def extra_repr(self) -> str:
-        return f"{self.code}, {self.workers}, num_stragglers={self._spared()}"
+        return f"{self.code}, {self.workers}, waiting={self._waiting()}"
 
 
-def _name_keys(coded: CodedWrapper, _: Any) -> None:
-    """Name missing, unexpected and bad keys as they are in the state dict, without ``module.``."""
-    prefix, complaints = vars(coded).pop("_loading")
-    pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
-    for texts in complaints:
-        texts[:] = [pattern.sub(prefix, text) for text in texts]
+def _decode_logits(
+    plan: BatchPlan, probabilities: Tensor, received: Sequence[int], exact: Tensor
+) -> Tensor:
+    """Answers that are probabilities, decoded as their logarithms where they have to be."""
+    if bool(exact.all()):
+        return plan.decode(probabilities, received)
+    # Of probabilities that are 0 in floating point, no logarithm is left.
+    logits = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
+    decoded = plan.decode(logits, received).softmax(dim=-1)
+    if not bool(exact.any()):
+        return decoded
+    own = exact.to(decoded.device).view(-1, *[1] * (decoded.dim() - 1))
+    return torch.where(own, plan.decode(probabilities, received), decoded)

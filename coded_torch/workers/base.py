@@ -1,66 +1,100 @@
-r"""What every pool of workers does: take one task, and yield the workers' results as they come."""
+r"""What every pool of workers does: compute parts of a task on its machines, asked one by one."""
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import dataclasses
-import enum
+import math
+import operator
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .faults import Fault
+from .pytrees import broadcast_dims, check_batch, flatten, kind, leaf_name, show
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from ..stragglers import Stragglers
+    from .faults import Fault
 
-__all__ = ["Ambient", "Reply", "Task", "WorkerError", "Workers", "broadcast_dims"]
-
-_LEAF = pytree.tree_structure(0)
-_NO_FAULT = Fault()
+__all__ = ["Began", "Part", "Reply", "Request", "Task", "WorkerError", "Workers"]
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-#: Kinds of outputs that pass through, if they are the same wherever the module runs. A float is
-#: none of them: it is a loss or a score, which depends on the inputs.
-CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
-
 
 class WorkerError(RuntimeError):
-    """What is wrong with one worker's result; where the worker raised, that is the cause.
+    """What is wrong with the result of one part; where the module raised, that is the cause.
 
     Attributes:
-        worker: the worker.
-        reason: what happened to it.
+        part: the number of the part.
+        machine: the machine that had it; -1: none had.
+        reason: what happened, in words that go on after "machine 3" or "part 3".
     """
 
-    def __init__(self, worker: int, reason: str) -> None:
-        self.worker = worker
+    def __init__(self, part: int, machine: int, reason: str) -> None:
+        self.part = part
+        self.machine = machine
         self.reason = reason
-        super().__init__(f"worker {worker} {reason}")
+        super().__init__(f"part {part} {reason}" if machine < 0 else f"machine {machine} {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.worker, self.reason)
+        return type(self), (self.part, self.machine, self.reason)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What one machine is asked for: some of the units of a task.
+
+    Attributes:
+        number: 0, 1, 2, ... within the request, in the order of asking.
+        units: at least one, increasing.
+        fault: what goes wrong on purpose. It makes no other part of this one.
+    """
+
+    number: int
+    units: tuple[int, ...]
+    fault: Fault | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Began:
+    """A machine has begun a part.
+
+    Attributes:
+        part: what it has been asked for.
+        machine: its place in the pool.
+        at: when it got the part, in seconds on the clock of the request.
+        fresh: whether it has not run this module before. Then it has to load, compile or warm up,
+            and the time it takes is no measure of its speed.
+    """
+
+    part: Part
+    machine: int
+    at: float
+    fresh: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reply:
-    """One worker's answer: a value, or the error that stands in for it.
+    """What came of a part: a value, or the error that stands in for it.
 
     Attributes:
-        worker: the worker, ``0 .. N - 1``.
-        latency: seconds from the request to this reply, on the clock of the pool.
-        value: what the module returned, a pytree; tensors lie on the device of the task.
+        part: what was asked for.
+        machine: the machine that had it, its place in the pool; -1: none had.
+        at: when the reply arrived, in seconds on the clock of the request.
+        latency: seconds since the machine began the part; infinite where none did.
+        value: what the module returned for the rows of the part, a pytree; tensors lie on the
+            device of the task.
         error: what went wrong, or None.
     """
 
-    worker: int
+    part: Part
+    machine: int
+    at: float
     latency: float
     value: Any = None
     error: WorkerError | None = None
@@ -68,81 +102,77 @@ class Reply:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """The module call that N workers make, each on its own coded inputs.
+    """A call of the module, cut into units; a machine is asked for some of them, a part.
+
+    A unit is a row of a batch (then R = 1), or one of N columns of coded inputs, of one row per
+    group.
 
     Attributes:
-        leaves: the leaves of ``(args, kwargs)``: a coded one is ``[N, G, ...]``, one coded input
-            per worker and group, any other is the same for every worker.
-        dims: per leaf, the dimension at which the module expects the batch; None: not coded.
+        leaves: the leaves of ``(args, kwargs)``: a divided one is a tensor ``[U, R, ...]`` of any
+            dtype, any other is the same for every part.
+        dims: per leaf, the dimension at which the module expects the batch; None: not divided.
         spec: the structure of ``(args, kwargs)``.
-        num_workers: N.
-        num_groups: G, the size of the batch that one worker computes.
+        num_units: U.
+        unit_rows: R.
+        device: where the divided leaves are, and the results go.
         out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
-        device: where the coded inputs are, and the results go.
-        positions: per worker, which of the N coded inputs is its own; by default its own number.
-        faults: per worker, what goes wrong on purpose; None: nothing does.
     """
 
     leaves: Sequence[Any]
     dims: Sequence[int | None]
     spec: pytree.TreeSpec
-    num_workers: int
-    num_groups: int
+    num_units: int
+    unit_rows: int
     device: torch.device
     out_dims: Any = 0
-    positions: Sequence[int] | None = None
-    faults: Sequence[Fault] | None = None
 
-    def position(self, worker: int) -> int:
-        """Which of the N coded inputs a worker gets."""
-        return worker if self.positions is None else self.positions[worker]
-
-    def fault(self, worker: int) -> Fault:
-        """What goes wrong with a worker's call on purpose, if anything does."""
-        return _NO_FAULT if self.faults is None else self.faults[worker]
-
-    def payload(self, worker: int) -> Arguments:
-        """The ``(args, kwargs)`` of one worker: views of its coded inputs, a batch of G."""
-        return self._arguments(
-            leaf if dim is None else leaf[self.position(worker)]
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        )
-
-    def stack(
-        self, workers: Sequence[int], max_batch_size: int | None = None
-    ) -> Iterator[Arguments]:
-        """The ``(args, kwargs)`` of several workers as one batch, in their order.
+    def payload(self, units: Sequence[int]) -> Arguments:
+        """The ``(args, kwargs)`` of some units, one batch of ``len(units) * R`` rows.
 
         Args:
-            workers: at least one worker.
-            max_batch_size: the most rows of a batch; several batches where one is not enough.
+            units: at least one. Of consecutive ones the batch is a view, of others a copy.
         """
-        positions = [self.position(worker) for worker in workers]
-        whole = positions == list(range(self.num_workers))
+        (payload,) = self.payloads(units)
+        return payload
 
-        def chosen(leaf: Tensor) -> Tensor:  # [N, G, ...] -> [len(workers) G, ...]
-            if not whole:
-                leaf = leaf.index_select(0, torch.tensor(positions, device=leaf.device))
+    def payloads(self, units: Sequence[int], max_rows: int | None = None) -> Iterator[Arguments]:
+        """The :meth:`payload` in batches of at most ``max_rows`` rows."""
+        run = range(units[0], units[0] + len(units))
+
+        def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
+            if all(map(operator.eq, units, run)):
+                leaf = leaf[run.start : run.stop]
+            else:
+                leaf = leaf.index_select(0, torch.tensor(units, device=leaf.device))
             return leaf.flatten(0, 1)
 
         rows = [
             leaf if dim is None else chosen(leaf)
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
         ]
-        size = len(workers) * self.num_groups
-        step = max_batch_size or size
+        size = len(units) * self.unit_rows
+        step = max_rows or size
         for start in range(0, size, step):
-            yield self._arguments(
-                row if dim is None else row[start : start + step]
-                for row, dim in zip(rows, self.dims, strict=True)
-            )
+            batch = [
+                leaf if dim is None else leaf[start : start + step].movedim(0, dim)
+                for leaf, dim in zip(rows, self.dims, strict=True)
+            ]
+            args, kwargs = pytree.tree_unflatten(batch, self.spec)
+            yield args, kwargs
 
-    def unstack(self, outputs: Sequence[Any], num_workers: int) -> list[Any]:
-        """Cut the outputs on the batches of :meth:`stack` into one output per worker.
+    def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+        """Cut what the module returned for the batches of :meth:`payloads` into parts.
+
+        Args:
+            outputs: one per batch.
+            counts: how many units each part has.
+
+        Returns:
+            One output per part, of ``count * R`` rows.
 
         Raises:
-            ValueError: the batches' outputs differ in structure, kind or a constant, or a tensor
-                has not one row per row of the batch.
+            ValueError: the outputs of the batches differ in structure, kind or a constant, or a
+                tensor has not one row per row of its batch.
         """
         flat, specs = zip(*map(flatten, outputs), strict=True)
         if any(spec != specs[0] for spec in specs):
@@ -150,70 +180,165 @@ class Task:
                 "Task: the module must return the same structure for every batch, got "
                 f"{' and '.join(sorted(set(map(str, specs))))}"
             )
-        size = num_workers * self.num_groups
+        sizes = [count * self.unit_rows for count in counts]
         columns: list[Sequence[Any]] = []
         for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
-            parts = [leaves[i] for leaves in flat]
-            if dim is not None and any(kind(part) != kind(parts[0]) for part in parts):
-                got = " and ".join(sorted({show(part) for part in parts}))
+            pieces = [leaves[i] for leaves in flat]
+            if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
+                got = " and ".join(sorted({show(piece) for piece in pieces}))
                 raise ValueError(
                     f"CodedWrapper: {leaf_name('output', outputs[0], i)} must be the same for "
                     f"every batch, or a tensor of one dtype, got {got}"
                 )
-            if dim is None or not isinstance(parts[0], Tensor):
-                columns.append(parts[:1] * num_workers)
+            if dim is None or not isinstance(pieces[0], Tensor):
+                columns.append(pieces[:1] * len(counts))
                 continue
-            check_batch(outputs[0], i, parts[0], dim)
-            leaf = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-            check_batch(outputs[0], i, leaf, dim, size)
-            by_worker = leaf.unflatten(dim, (num_workers, self.num_groups))  # [..., N, G, ...]
-            columns.append(by_worker.unbind(dim - (dim < 0)))
+            check_batch(outputs[0], i, pieces[0], dim)
+            leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+            check_batch(outputs[0], i, leaf, dim, sum(sizes))
+            columns.append(leaf.split(sizes, dim))
         return [
             pytree.tree_unflatten([column[n] for column in columns], specs[0])
-            for n in range(num_workers)
+            for n in range(len(counts))
         ]
 
-    def _arguments(self, leaves: Iterable[Any]) -> Arguments:
-        placed = [
-            leaf if not dim else leaf.movedim(0, dim)
-            for leaf, dim in zip(leaves, self.dims, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(placed, self.spec)
-        return args, kwargs
+
+class Request(abc.ABC):
+    """A task at a pool, while it is open: parts are asked for, and what comes of them arrives.
+
+    Of every part that is asked for comes, unless it is dropped before:
+
+    * :class:`Began` when a machine gets it, and later one :class:`Reply`; or
+    * one :class:`Reply` with an error, where no machine ever gets it.
+
+    A reply with an error comes no later than the pool's ``timeout`` seconds after the part was
+    asked for; what arrives after that is dropped. A request is used by one thread, and closed by
+    it; :meth:`close` is called where a ``with`` statement ends.
+    """
+
+    @abc.abstractmethod
+    def ask(self, parts: Sequence[Part]) -> None:
+        """Have parts computed, in this order, each by the next machine that is free.
+
+        May be called again while the request is open, and never waits for a machine.
+
+        Args:
+            parts: numbered on from the last ones. They may share units with earlier ones.
+
+        Raises:
+            RuntimeError: the request is closed. Where the pool is, the parts fail.
+        """
+
+    @abc.abstractmethod
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        """The next thing that happens.
+
+        Args:
+            until: a time on the clock of the request. What has happened already is returned even
+                if that is past.
+
+        Returns:
+            None: that time has come, or nothing more can happen before another part is asked for.
+        """
+
+    @abc.abstractmethod
+    def drop(self, parts: Iterable[Part]) -> None:
+        """Parts whose answers are not needed any more: those that have not begun never will.
+
+        The others go on, and their replies arrive.
+        """
+
+    @abc.abstractmethod
+    def now(self) -> float:
+        """Seconds since the request was opened."""
+
+    @property
+    @abc.abstractmethod
+    def idle(self) -> int:
+        """How many machines would begin a part at once if it were asked for now."""
+
+    def status(self) -> str:
+        """Why parts that were asked for have not begun, as far as the pool can say: "" or, say,
+        "6 of 6 processes are at earlier tasks (grace 30 s)"."""
+        return ""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Drop all that has not begun, and whatever arrives from now on; twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
 
 class Workers(abc.ABC):
-    """A pool that runs a module on N coded inputs, and yields each result when it is there.
+    """A pool of machines that run a module, each on one part of a task at a time.
 
-    The number of workers is that of the task: a pool with fewer machines gives some of them several
-    coded inputs. A machine starts a task when its last one has ended, wanted or not, and a result
-    that nobody waited for is dropped, never delivered to a later request. The caller's grad mode,
-    inference mode and autocast hold wherever the module runs.
+    A pool must keep this:
 
-    Pools may be shared between threads and wrappers. Subclasses implement :meth:`run`, and
-    :meth:`close` if they hold anything.
+    1. :meth:`open` returns at once. It raises what makes the whole task impossible (a module that
+       cannot be sent, gradients that cannot pass, a closed pool). The caller's grad mode, inference
+       mode and autocast at that moment hold wherever the module runs.
+    2. Parts wait in one queue, in the order of asking, whatever request they are of. A machine that
+       is free takes the first that is still wanted: its request is open and it is not dropped. From
+       then on it has begun, which the request reports with the machine and the time.
+    3. A machine that is at a part ends it, wanted or not, before it takes another. A result that
+       is not wanted any more is dropped, and reaches no other request.
+    4. Every part that has begun ends in one reply, by an error at the latest when the pool's own
+       ``timeout`` is over. Where the module raises, the machine dies or the result cannot be sent,
+       the reply has a :class:`WorkerError` with that cause, and other parts go on.
+    5. The value of a reply is what the module returns for :meth:`Task.payload` of the part's units,
+       as it is, on the device of the task: whether it can be believed is not the pool's affair.
+       :attr:`Part.fault` is applied where the module runs, by :meth:`Fault.around`.
+    6. Machines are numbered by their places, 0 to :attr:`num_machines` - 1; one that replaces
+       another has the other's number.
+    7. Pools may be shared between threads and wrappers, copied and pickled (without what they
+       hold). :meth:`close` lets go of everything, and so does the end of a pool that is not closed;
+       open requests get an error for each part that is missing.
+
+    Subclasses implement :meth:`open`, and :meth:`close` if they hold anything. A pool on real time
+    gets all of its request but the machines from :class:`~coded_torch.workers.live.LiveRequest`.
+    ``tests/workers/test_threads.py`` is a small one, ``tests/workers/workers_tests.py`` tests any.
     """
 
-    #: The law by which the pool delays its workers, if it does.
+    #: The law by which the pool delays its machines, if it does.
     stragglers: Stragglers | None = None
+    #: Whether time is virtual, so that waiting and computing cost none.
+    simulated: bool = False
+    #: How many machines there are; None: as many as parts are asked for.
+    num_machines: int | None = None
 
     @abc.abstractmethod
-    def run(
-        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
-    ) -> Generator[Reply, None, None]:
-        """Run ``module`` on the payload of every worker.
+    def open(self, module: nn.Module, task: Task) -> Request:
+        """Begin a request: its clock starts, and nothing is asked for yet.
 
         Args:
             module: what to run.
             task: on what.
-            quorum: how many results are expected to be enough; a hint, the caller may take more.
-            deadline: seconds to wait for replies; who is later is a straggler, which is no error.
-                None: as long as the pool itself allows; who is later has failed.
+        """
+
+    @final
+    def run(
+        self, module: nn.Module, task: Task, *, deadline: float | None = None
+    ) -> Generator[Reply, None, None]:
+        """Ask for every unit at once, as a part of its own.
+
+        Args:
+            module: what to run.
+            task: on what.
+            deadline: seconds to wait for replies; None: as long as the pool itself allows.
 
         Yields:
-            Replies in order of arrival, at most one per worker, until no more will come. Closing
-            the generator gives up the rest.
+            Replies in order of arrival. Closing the generator closes the request.
         """
+        until = math.inf if deadline is None else deadline
+        with self.open(module, task) as request:
+            request.ask([Part(n, (n,)) for n in range(task.num_units)])
+            while (event := request.wait(until)) is not None:
+                if isinstance(event, Reply):
+                    yield event
 
     def close(self) -> None:  # noqa: B027 - most pools hold nothing
         """Let go of everything the pool holds; twice is fine."""
@@ -223,110 +348,3 @@ class Workers(abc.ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class Ambient:
-    """The caller's modes that a module call depends on, to hold in another thread as well."""
-
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    autocast_cache: bool
-    default_device: torch.device
-
-    @classmethod
-    def capture(cls) -> Ambient:
-        """The modes of this thread."""
-        accelerator = torch.accelerator.current_accelerator()
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            tuple(
-                (kind, torch.get_autocast_dtype(kind))
-                for kind in ("cpu", *([accelerator.type] if accelerator else []))
-                if torch.is_autocast_enabled(kind)
-            ),
-            torch.is_autocast_cache_enabled(),
-            torch.get_default_device(),
-        )
-
-    @contextlib.contextmanager
-    def restored(self, device: torch.device) -> Iterator[None]:
-        """Let the modes hold in this thread, for a module on ``device``."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(self.inference))
-            stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too
-            for kind, dtype in self.autocast:
-                stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, cache_enabled=self.autocast_cache)
-                )
-            # Who creates tensors on an accelerator by default means the one the module is on.
-            if self.default_device.type != "cpu":
-                stack.enter_context(device)
-            yield
-
-
-def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """As ``pytree.tree_flatten``, without its microseconds for a tree that is one tensor."""
-    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
-
-
-def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec) -> list[int | None]:
-    """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
-
-    Raises:
-        TypeError: ``dims`` has a leaf that is neither an integer nor None.
-        ValueError: ``dims`` is not a prefix.
-    """
-    if dims is None or type(dims) is int:  # the same for all
-        return [dims] * spec.num_leaves
-    flat: list[int | None] = []
-    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
-
-    def repeat(dim: Any, subtree: Any) -> None:
-        if not (dim is None or (isinstance(dim, int) and not isinstance(dim, bool))):
-            raise TypeError(f"CodedWrapper: {argument} must hold integers and None, got {dim!r}")
-        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
-
-    try:
-        pytree.tree_map_(repeat, dims, tree)
-    except ValueError:
-        raise ValueError(
-            f"CodedWrapper: {argument} must be a pytree prefix of the values, "
-            f"got {dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
-        ) from None
-    return flat
-
-
-def kind(leaf: Any) -> tuple[Any, ...]:
-    """What must be the same wherever the module runs: all of a constant, else the type."""
-    if isinstance(leaf, Tensor):
-        return Tensor, leaf.dtype
-    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
-
-
-def show(leaf: Any) -> str:
-    """A leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
-    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
-
-
-def leaf_name(root: str, tree: Any, index: int) -> str:
-    """The name of a leaf of ``tree``, as one would write it in Python."""
-    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
-    return root + pytree.keystr(path)
-
-
-def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
-    """Raise a ValueError unless ``leaf`` has a dimension ``dim``, of ``size`` if that is given.
-
-    ``output`` and ``index`` say which leaf of the module's output it is.
-    """
-    if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
-        rows = "a batch dimension" if size is None else f"size {size}, that of the batch,"
-        raise ValueError(
-            f"CodedWrapper: {leaf_name('output', output, index)} must have {rows} at dim {dim}, "
-            f"got shape {tuple(leaf.shape)}"
-        )

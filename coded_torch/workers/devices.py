@@ -3,13 +3,13 @@ r"""Workers on the devices of this machine: a replica of the module and a thread
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import math
 import queue
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Generator, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
-from ._request import Request
-from .base import Reply, Task, WorkerError, Workers
+from .base import Began, Part, Reply, Request, Task, Workers
+from .live import LiveRequest
 
 __all__ = ["DeviceWorkers"]
 
@@ -27,11 +27,11 @@ _CLOSING_SECONDS = 5.0
 
 
 class DeviceWorkers(Workers):
-    r"""A replica of the module and a thread per device; each takes the next task when it is free.
+    r"""A replica of the module and a thread per device; each takes the next part when it is free.
 
-    So N workers share the devices, and a slow device holds back no more than the task it is at. A
-    worker whose module call raises is missing, with the exception as its error. Results come back
-    to the device of the inputs, and gradients reach the module's own parameters.
+    So a slow device holds back no more than the part that it is at. Where the module raises, the
+    part has failed, with the exception as the cause of its error. Results come back to the device
+    of the inputs, and gradients reach the module's own parameters.
 
     Replicas are shallow copies of the module's tree, made anew for every request, so that they see
     its attributes, hooks and modes as they are. Tensors that already lie on the device are shared;
@@ -43,18 +43,18 @@ class DeviceWorkers(Workers):
 
     Args:
         devices: one entry per replica; a device may occur more than once.
-        timeout: seconds after which, in a request without a deadline, who has not replied failed.
+        timeout: seconds after which a part that was asked for and has not replied has failed.
 
     Raises:
         TypeError: ``devices`` is a single one, or ``timeout`` not a number.
         ValueError: no device, one that is not there, or ``timeout`` not positive and finite.
 
-    Running raises:
+    Opening raises:
         TypeError: a part of the module is compiled as a whole.
         RuntimeError: the pool is closed, or the module runs on this pool itself.
 
     Note:
-        Which workers answer first depends on timing; what their results decode to does not.
+        A thread cannot be ended: one whose module hangs is at its part until this process ends.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ class DeviceWorkers(Workers):
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
-        # An empty tensor tells the index of "cuda", and fails here where there is no such device.
+        # An empty tensor has the index of "cuda", and fails here where there is no such device.
         self.devices = find_devices(
             self, devices, lambda device: torch.empty(0, device=device).device
         )
@@ -78,51 +78,19 @@ class DeviceWorkers(Workers):
         self._open()
 
     def _open(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[_Request, int] | None] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        # The threads know the queue, not the pool: a pool that nobody holds is closed.
-        self._finalizer = weakref.finalize(self, _close, self._jobs, self._threads)
+        self.num_machines = len(self.devices)
+        # The threads know the jobs, not the pool: a pool that nothing holds is closed.
+        self._threads = _Threads(self.devices)
+        self._finalizer = weakref.finalize(self, self._threads.close)
 
-    def run(
-        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
-    ) -> Generator[Reply, None, None]:
-        """Run ``module`` for every worker, on whichever device is free first."""
+    def open(self, module: nn.Module, task: Task) -> Request:
         _refuse_compiled(module)
-        if threading.current_thread() in self._threads:
-            raise RuntimeError(
-                "DeviceWorkers: run must not be called from a thread of the pool, which would wait "
-                "for itself; give a wrapper inside of a wrapper a pool of its own"
-            )
-        request = _Request(module, task, ready=_events((task.device, *self.devices)))
-        try:
-            self._submit(request)
-            for reply in request.collect(deadline, self.timeout):
-                for leaf in pytree.tree_leaves(reply.value):
-                    if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
-                        # It was allocated on the worker's stream, and is read on ours from now on.
-                        leaf.record_stream(torch.accelerator.current_stream(leaf.device))
-                yield reply
-        finally:
-            request.given_up = True
+        self._threads.check()
+        return _DeviceRequest(module, task, self.timeout, self._threads)
 
     def close(self) -> None:
         """End the threads, waiting a few seconds for what they are at; twice is fine."""
-        with self._lock:
-            self._finalizer()
-
-    def _submit(self, request: _Request) -> None:
-        with self._lock:
-            if not self._finalizer.alive:
-                raise RuntimeError("DeviceWorkers: the pool is closed")
-            for i in range(len(self._threads), len(self.devices)):
-                replica = _Replica(self.devices[i], self._jobs)
-                name = f"coded_torch-{i}-{replica.device}"
-                thread = threading.Thread(target=replica.serve, name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-            for worker in range(request.task.num_workers):
-                self._jobs.put((request, worker))
+        self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"devices": self.devices, "timeout": self.timeout}
@@ -135,55 +103,147 @@ class DeviceWorkers(Workers):
         return f"DeviceWorkers({[str(device) for device in self.devices]})"
 
 
-@dataclasses.dataclass(eq=False)
-class _Request(Request):
+class _DeviceRequest(LiveRequest):
     """A request with what the devices need: when its inputs are ready, and a replica for each."""
 
-    ready: list[torch.Event] = dataclasses.field(default_factory=list)
-    replicas: dict[_Replica, nn.Module] = dataclasses.field(default_factory=dict)
+    def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
+        super().__init__(task, timeout)
+        self.module = module
+        self.ready = _events((task.device, *threads.devices))
+        self.replicas: dict[_Replica, nn.Module] = {}
+        self._threads = threads
+
+    def _submit(self, parts: Sequence[Part]) -> None:
+        self._threads.submit((self, part) for part in parts)
+
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        event = super().wait(until)
+        if isinstance(event, Reply):
+            for leaf in pytree.tree_leaves(event.value):
+                if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+                    # It was allocated on the thread's stream, and is read on ours from now on.
+                    leaf.record_stream(torch.accelerator.current_stream(leaf.device))
+        return event
+
+    @property
+    def idle(self) -> int:
+        return self._threads.idle()
+
+    def _obstacle(self) -> str:
+        return self._threads.obstacle(self)
+
+
+_Job = tuple[_DeviceRequest, Part]
+
+
+class _Threads:
+    """The threads of a pool, one per device, and the jobs that wait for them."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.devices = devices
+        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._replicas: list[_Replica] = []
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
+        if self._closed:
+            raise RuntimeError("DeviceWorkers: the pool is closed")
+        if threading.current_thread() in self._threads:
+            raise RuntimeError(
+                "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
+                "for itself; give a wrapper inside of a wrapper a pool of its own"
+            )
+
+    def submit(self, jobs: Iterable[_Job]) -> None:
+        """Queue jobs, and start the threads if they have not been."""
+        with self._lock:
+            if self._closed:
+                _fail(jobs)
+                return
+            for i in range(len(self._threads), len(self.devices)):
+                replica = _Replica(self.devices[i], i)
+                name = f"coded_torch-{i}-{replica.device}"
+                thread = threading.Thread(
+                    target=replica.serve, args=(self._jobs,), name=name, daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+                self._replicas.append(replica)
+            for job in jobs:
+                self._jobs.put(job)
+
+    def idle(self) -> int:
+        """How many threads have nothing to do."""
+        busy = sum(replica.request is not None for replica in self._replicas)
+        return max(len(self.devices) - busy - self._jobs.qsize(), 0)
+
+    def obstacle(self, request: _DeviceRequest) -> str:
+        """How many threads are at other requests than this one."""
+        earlier = sum(replica.request not in (None, request) for replica in self._replicas)
+        return f"{earlier} of {len(self.devices)} devices are at earlier tasks" if earlier else ""
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            with contextlib.suppress(queue.Empty):
+                while job := self._jobs.get_nowait():
+                    _fail([job])
+            for _ in self._threads:
+                self._jobs.put(None)
+        end = time.monotonic() + _CLOSING_SECONDS
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(end - time.monotonic(), 0.0))
 
 
 class _Replica:
-    """What one thread holds: its device, and copies of the tensors that live elsewhere."""
+    """What one thread holds: its device, and copies of the tensors that live elsewhere.
 
-    def __init__(
-        self, device: torch.device, jobs: queue.SimpleQueue[tuple[_Request, int] | None]
-    ) -> None:
+    Attributes:
+        device: where it computes.
+        index: its place in the pool.
+        request: whose part it is at; None: it is idle.
+    """
+
+    def __init__(self, device: torch.device, index: int = 0) -> None:
         self.device = device
-        self._jobs = jobs
+        self.index = index
+        self.request: _DeviceRequest | None = None
+        self._seen: MutableMapping[nn.Module, bool] = WeakIdKeyDictionary()
         self._streams: dict[torch.device, torch.Stream] = {}
         # tensor -> (its version, its copy's version, the copy)
         self._copies: MutableMapping[Tensor, tuple[Any, int, Tensor]] = WeakIdKeyDictionary()
 
-    def serve(self) -> None:
-        """Answer jobs until there comes None."""
-        while (job := self._jobs.get()) is not None:
-            request, worker = job
-            if not request.given_up:
-                self._answer(request, worker)
+    def serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        """Do jobs until there comes None."""
+        while (job := jobs.get()) is not None:
+            request, part = job
+            self.request = request
+            if request.begin(part, self.index, fresh=request.module not in self._seen):
+                self._seen[request.module] = True
+                self._answer(request, part)
             # An idle thread must keep no batch alive.
+            self.request = None
             del job, request
 
-    def _answer(self, request: _Request, worker: int) -> None:
+    def _answer(self, request: _DeviceRequest, part: Part) -> None:
         try:
-            value = self._call(request, worker)
+            value = self._call(request, part)
         except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
-            request.answer(worker, error=self._failure(worker, cause))
+            # Not str(cause), which may raise.
+            what = "".join(traceback.format_exception_only(cause)).strip()
+            request.fail(part, f"failed on {self.device}: {what}", cause)
         else:
-            request.answer(worker, value)
+            request.settle(part, value)
 
-    def _failure(self, worker: int, cause: BaseException) -> WorkerError:
-        # Not str(cause), which may raise.
-        what = "".join(traceback.format_exception_only(cause)).strip()
-        error = WorkerError(worker, f"failed on {self.device}: {what}")
-        error.__cause__ = cause
-        return error
-
-    def _call(self, request: _Request, worker: int) -> Any:
+    def _call(self, request: _DeviceRequest, part: Part) -> Any:
         home = request.task.device
         with contextlib.ExitStack() as stack:
-            # Own streams, or the caller's decoding would queue behind a worker that is late. The
-            # last one entered makes this device the current one.
+            # Own streams, or the caller's decoding would queue behind a part that is late. The last
+            # one entered makes this device the current one.
             streams = [
                 self._stream(d) for d in dict.fromkeys((home, self.device)) if d.type != "cpu"
             ]
@@ -192,14 +252,18 @@ class _Replica:
                 for event in request.ready:
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
-            args, kwargs = _to(self.device, request.task.payload(worker))
-            module, fault = self._module(request), request.task.fault(worker)
-            value = _to(home, fault.around(lambda: module(*args, **kwargs)))
+            args, kwargs = _to(self.device, request.task.payload(part.units))
+            module = self._module(request)
+            if part.fault is None:
+                value = module(*args, **kwargs)
+            else:
+                value = part.fault.around(lambda: module(*args, **kwargs))
+            value = _to(home, value)
             for stream in streams:
                 stream.synchronize()  # a result has arrived when it can be read
         return value
 
-    def _module(self, request: _Request) -> nn.Module:
+    def _module(self, request: _DeviceRequest) -> nn.Module:
         if self not in request.replicas:
             request.replicas[self] = self._replicate(request.module)
         return request.replicas[self]
@@ -247,7 +311,7 @@ class _Replica:
 def _refuse_compiled(module: nn.Module) -> None:
     for name, part in module.named_modules():
         # What torch.compile(module) returns hands attributes on to the original: replicating it
-        # would take that apart. It is told by its context: its class would import the compiler.
+        # would take that apart. Its context gives it away: its class would import the compiler.
         if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
             raise TypeError(
                 f"DeviceWorkers: {name or 'the module'} must not be compiled as a whole, as its "
@@ -261,7 +325,7 @@ def _to(device: torch.device, tree: Any) -> Any:
 
 
 def _events(devices: Sequence[torch.device]) -> list[torch.Event]:
-    """Marks in the current streams of the devices, behind everything that a worker may read."""
+    """Marks in the current streams of the devices, behind all that a replica may read."""
     return [
         torch.accelerator.current_stream(device).record_event()
         for device in set(devices)
@@ -269,17 +333,6 @@ def _events(devices: Sequence[torch.device]) -> list[torch.Event]:
     ]
 
 
-def _close(
-    jobs: queue.SimpleQueue[tuple[_Request, int] | None], threads: Sequence[threading.Thread]
-) -> None:
-    with contextlib.suppress(queue.Empty):
-        while job := jobs.get_nowait():
-            request, worker = job
-            error = WorkerError(worker, "was never asked: the pool was closed")
-            request.answer(worker, error=error)
-    for _ in threads:
-        jobs.put(None)
-    end = time.monotonic() + _CLOSING_SECONDS
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(max(end - time.monotonic(), 0.0))
+def _fail(jobs: Iterable[_Job]) -> None:
+    for request, part in jobs:
+        request.fail(part, "was never begun: the pool was closed")

@@ -1,20 +1,28 @@
-r"""What may go wrong with one call of the module, on purpose."""
+r"""What goes wrong on purpose: for tests, and to see what redundancy is worth."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-__all__ = ["Fault"]
+from .._arguments import count, instance, probability
+from ..stragglers import Stragglers
+from .base import Began, Part, Reply, Request, Task, Workers
+
+__all__ = ["Fault", "FaultyWorkers"]
 
 _DAY = 86_400.0
 
@@ -28,7 +36,7 @@ class Fault:
         kind: a name of :attr:`KINDS`, or None: the result is right.
     """
 
-    #: What a fault may do: end the worker, or return something else than the module did.
+    #: What a fault may do: end the machine, or return something else than the module did.
     KINDS: ClassVar = ("crash", "nan", "infinity", "shape", "dtype", "structure")
 
     delay: float = 0.0
@@ -39,7 +47,7 @@ class Fault:
         return self.delay > 0 or self.kind is not None
 
     def around(self, call: Callable[[], Any], die: Callable[[], None] | None = None) -> Any:
-        """What a worker returns instead of ``call()``; ``die`` ends it, by default by an error."""
+        """What a machine returns instead of ``call()``; ``die`` ends it, else an error."""
         if self.delay > 0:
             time.sleep(min(self.delay, _DAY))
         if self.kind == "crash":
@@ -62,6 +70,167 @@ class Fault:
         if self.kind == "dtype":
             return leaf.to(torch.float64 if leaf.dtype != torch.float64 else torch.float32)
         return leaf
+
+
+class FaultyWorkers(Workers):
+    r"""Any pool, some of whose calls are delayed, hang, crash or return rubbish, from one seed.
+
+    Faults happen where the module runs: a delayed call keeps its machine busy, a crash ends its
+    process (a thread of :class:`~coded_torch.workers.DeviceWorkers` raises instead), a hung one
+    stays until the pool kills it. On :class:`~coded_torch.workers.LocalWorkers` delays pass on the
+    virtual clock.
+
+    The faults of a part depend on the seed, the number of its request (in the order in which
+    requests first ask) and its own number, so on nothing that timing changes: of a request that
+    asks for n parts first, part p has entry p modulo n of a draw for n workers, from a generator
+    of (seed, request, p // n). Laws with a state (:class:`~coded_torch.stragglers.Markov`,
+    :class:`~coded_torch.stragglers.Trace`) move on once a request, by the first draw; the others
+    of a request are made by a copy of the law that goes on from there.
+
+    Args:
+        pool: the pool that computes; closing this one closes it.
+        delays: the law of the seconds that the parts of a request take longer; infinite: they hang.
+        rates: how often a part meets each of :attr:`Fault.KINDS`: "crash", "nan", "infinity",
+            "shape", "dtype", "structure" (probabilities, at most 1 in sum).
+        seed: of all of it, modulo 2^64.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: a rate is no probability or has another name, or their sum exceeds 1.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import ReplicationCode
+        >>> from coded_torch.nn import CodedWrapper
+        >>> from coded_torch.workers import FaultyWorkers, LocalWorkers
+        >>> pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.3}, seed=2)
+        >>> coded = CodedWrapper(torch.nn.ReLU(), ReplicationCode(2, 6), workers=pool)
+        >>> coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist()
+        [0.0, 2.0]
+        >>> len(coded.last_run.rejected)
+        2
+    """
+
+    def __init__(
+        self,
+        pool: Workers,
+        *,
+        delays: Stragglers | None = None,
+        rates: Mapping[str, float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        instance(self, "pool", pool, Workers)
+        instance(self, "delays", delays, Stragglers, optional=True)
+        self.rates = {
+            kind: probability(self, f"rates[{kind!r}]", rate)
+            for kind, rate in (rates or {}).items()
+        }
+        for kind in self.rates:
+            if kind not in Fault.KINDS:
+                raise ValueError(
+                    f"FaultyWorkers: rates must be of {', '.join(Fault.KINDS)}, got {kind!r}"
+                )
+        if not sum(self.rates.values()) <= 1:
+            raise ValueError(f"FaultyWorkers: rates must be at most 1 in sum, got {self.rates}")
+        self.pool = pool
+        self.delays = delays
+        self.stragglers = pool.stragglers if delays is None else delays
+        self.simulated, self.num_machines = pool.simulated, pool.num_machines
+        self.seed = count(self, "seed", seed, least=None)
+        self._requests = 0
+        self._lock = threading.Lock()
+
+    def open(self, module: nn.Module, task: Task) -> Request:
+        return _FaultyRequest(self.pool.open(module, task), self._draws)
+
+    def _draws(self, num_parts: int) -> Iterator[Fault]:
+        """The faults of the parts of a new request, without end."""
+        with self._lock:
+            request, self._requests = self._requests, self._requests + 1
+            first = self._draw(self.delays, num_parts, request, 0)
+            delays = copy.copy(self.delays)
+        return itertools.chain(first, self._further(delays, num_parts, request))
+
+    def _further(self, delays: Stragglers | None, num_parts: int, request: int) -> Iterator[Fault]:
+        for block in itertools.count(1):
+            yield from self._draw(delays, num_parts, request, block)
+
+    def _draw(
+        self, delays: Stragglers | None, num_parts: int, request: int, block: int
+    ) -> list[Fault]:
+        entropy = np.random.SeedSequence((self.seed % 2**64, request, block))
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        seconds = [0.0] * num_parts
+        if delays is not None:
+            seconds = delays.sample(num_parts, generator).tolist()
+        uniform = torch.rand(num_parts, dtype=torch.float64, generator=generator)
+        return [
+            Fault(*pair) for pair in zip(seconds, map(self._kind, uniform.tolist()), strict=True)
+        ]
+
+    def _kind(self, uniform: float) -> str | None:
+        for kind, rate in self.rates.items():
+            if uniform < rate:
+                return kind
+            uniform -= rate
+        return None
+
+    def close(self) -> None:
+        """Close the pool."""
+        self.pool.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __repr__(self) -> str:
+        return (
+            f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, rates={self.rates!r}, "
+            f"seed={self.seed})"
+        )
+
+
+class _FaultyRequest(Request):
+    """A request of another pool, whose parts get their faults here."""
+
+    def __init__(self, request: Request, draws: Callable[[int], Iterator[Fault]]) -> None:
+        self._request, self._draws = request, draws
+        self._further: Iterator[Fault] | None = None
+        self._faults: list[Fault] = []
+
+    def ask(self, parts: Sequence[Part]) -> None:
+        if self._further is None:
+            self._further = self._draws(len(parts))
+        missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
+        self._faults += itertools.islice(self._further, max(missing, 0))
+        faults = (self._faults[part.number] for part in parts)
+        self._request.ask(
+            [
+                dataclasses.replace(part, fault=fault or None)
+                for part, fault in zip(parts, faults, strict=True)
+            ]
+        )
+
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        return self._request.wait(until)
+
+    def drop(self, parts: Iterable[Part]) -> None:
+        self._request.drop(parts)
+
+    def now(self) -> float:
+        return self._request.now()
+
+    @property
+    def idle(self) -> int:
+        return self._request.idle
+
+    def status(self) -> str:
+        return self._request.status()
+
+    def close(self) -> None:
+        self._request.close()
 
 
 def kill_own_process() -> None:

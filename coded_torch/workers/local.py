@@ -2,42 +2,45 @@ r"""Workers in this process, whose lateness is simulated on a virtual clock."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from .._arguments import count, instance
 from ..stragglers import Stragglers
-from .base import Reply, Task, WorkerError, Workers
+from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
 
 
 class LocalWorkers(Workers):
-    r"""Workers that are simulated in this process, all in one batch.
+    r"""Machines that are simulated in this process: as many as parts are asked for, all idle.
 
-    Latencies are drawn first; then only the workers whose results are wanted are computed. Nobody
-    waits: latencies and the deadline are times on a virtual clock, on which the module itself takes
-    no time. All workers run the same code, so an exception of the module is the caller's.
+    Every part begins on a machine of its own when it is asked for, and takes as long as the law
+    says. Nothing really waits: times are on a virtual clock, on which the module itself takes none,
+    and which stands still but in :meth:`Request.wait`. An exception of the module is the caller's,
+    since all parts run the same code.
+
+    Of the n parts that are asked for first, the latencies are one draw of the law, for n workers.
+    Part p of the request, whenever it is asked for, has entry p modulo n of draw p // n.
 
     Args:
-        stragglers: the law of the latencies; None: everybody answers at once.
+        stragglers: the law of the latencies; None: all parts are answered at once.
         max_batch_size: the most rows in one call of the module, to bound memory; None: one call.
-        generator: where latencies are drawn from; None: the law's own generator.
 
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: ``max_batch_size`` is less than 1.
 
     Note:
-        The workers that make up the quorum are computed in one batch, in the order of the coded
-        inputs, and yielded in that of their latencies: which bits they give does not depend on who
-        of them was first. Who is wanted beyond them (for a tolerance, or in place of a result that
-        does not count) is computed alone, and modules may round otherwise in smaller batches.
+        The parts that are asked for together are computed together, in one batch in the order of
+        their units, when the first of their replies is due: which bits they give depends on which
+        of them reply at all, not on when. Parts that never reply are not computed.
 
     Example:
         >>> from coded_torch.workers import LocalWorkers
@@ -45,71 +48,119 @@ class LocalWorkers(Workers):
         LocalWorkers(stragglers=None, max_batch_size=256)
     """
 
+    simulated = True
+
     def __init__(
-        self,
-        stragglers: Stragglers | None = None,
-        *,
-        max_batch_size: int | None = None,
-        generator: torch.Generator | None = None,
+        self, stragglers: Stragglers | None = None, *, max_batch_size: int | None = None
     ) -> None:
         instance(self, "stragglers", stragglers, Stragglers, optional=True)
-        instance(self, "generator", generator, torch.Generator, optional=True)
         if max_batch_size is not None:
             max_batch_size = count(self, "max_batch_size", max_batch_size)
         self.stragglers = stragglers
         self.max_batch_size = max_batch_size
-        self.generator = generator
 
-    def run(
-        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
-    ) -> Generator[Reply, None, None]:
-        """Run ``module`` for the first ``quorum`` workers, then for one more at a time."""
-        faults = [task.fault(worker) for worker in range(task.num_workers)]
-        latencies = [
-            latency + fault.delay
-            for latency, fault in zip(self._latencies(task.num_workers), faults, strict=True)
-        ]
-        bound = math.inf if deadline is None else deadline
-        arriving = sorted(
-            (n for n, latency in enumerate(latencies) if latency <= bound and latency < math.inf),
-            key=latencies.__getitem__,
-        )
-        wanted = max(quorum, 1)
-        while arriving:
-            batch, arriving, wanted = arriving[:wanted], arriving[wanted:], 1
-            alive = [worker for worker in batch if faults[worker].kind != "crash"]
-            # In the order of the coded inputs, which are not copied if all of them are wanted.
-            values = self._compute(module, task, sorted(alive, key=task.position))
-            for worker in batch:
-                if worker in values:
-                    value, fault = values.pop(worker), faults[worker]
-                    yield Reply(worker, latencies[worker], fault.spoil(value) if fault else value)
-                else:
-                    error = WorkerError(worker, "died of an injected crash")
-                    yield Reply(worker, latencies[worker], error=error)
-
-    def _latencies(self, num_workers: int) -> list[float]:
-        if self.stragglers is None:
-            return [0.0] * num_workers
-        return self.stragglers.sample(num_workers, self.generator).tolist()
-
-    def _compute(self, module: nn.Module, task: Task, workers: Sequence[int]) -> dict[int, Any]:
-        outputs: list[Any] = []
-        if not workers:
-            return {}
-        for args, kwargs in task.stack(workers, self.max_batch_size):
-            try:
-                outputs.append(module(*args, **kwargs))
-            except Exception as error:
-                if sys.version_info >= (3, 11):
-                    error.add_note(
-                        f"LocalWorkers: raised by the module on the coded inputs of workers "
-                        f"{sorted(workers)}, {task.num_groups} rows each"
-                    )
-                raise
-        return dict(zip(workers, task.unstack(outputs, len(workers)), strict=True))
+    def open(self, module: nn.Module, task: Task) -> Request:
+        return _LocalRequest(self, module, task)
 
     def __repr__(self) -> str:
         return (
             f"LocalWorkers(stragglers={self.stragglers!r}, max_batch_size={self.max_batch_size!r})"
         )
+
+
+class _LocalRequest(Request):
+    """A request on a clock of its own."""
+
+    def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
+        self._pool, self._module, self._task = pool, module, task
+        self._clock = 0.0
+        # When it happens, in which order at one time, what; and where the value is computed.
+        self._events: list[tuple[float, int, Part, _Batch | None]] = []
+        self._order = itertools.count()
+        self._first = 0  # how many parts were asked for first
+        self._latencies: list[float] = []  # drawn so far, by the number of the part
+        self._closed = False
+
+    def ask(self, parts: Sequence[Part]) -> None:
+        if self._closed:
+            raise RuntimeError("LocalWorkers: the request is closed")
+        self._first = self._first or len(parts)
+        ends = [self._clock + self._latency(part) for part in parts]
+        finite = [(end, part) for end, part in zip(ends, parts, strict=True) if end < math.inf]
+        batch = _Batch(self._module, self._task, [part for _, part in finite])
+        for part in parts:
+            heapq.heappush(self._events, (self._clock, next(self._order), part, None))
+        for end, part in finite:
+            heapq.heappush(self._events, (end, next(self._order), part, batch))
+
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        bound = max(until, self._clock)
+        if self._events and self._events[0][0] <= bound:
+            self._clock, _, part, batch = heapq.heappop(self._events)
+            machine = part.number
+            if batch is None:
+                return Began(part, machine, self._clock)
+            value, error = batch.reply(part, self._pool.max_batch_size)
+            return Reply(part, machine, self._clock, self._latency(part), value, error)
+        if bound < math.inf:
+            self._clock = bound
+        return None
+
+    def drop(self, parts: Iterable[Part]) -> None:
+        """Nothing: all parts begin when they are asked for."""
+
+    def now(self) -> float:
+        return self._clock
+
+    @property
+    def idle(self) -> int:
+        """More than anything asks for."""
+        return sys.maxsize
+
+    def close(self) -> None:
+        self._closed = True
+        self._events.clear()
+
+    def _latency(self, part: Part) -> float:
+        law, drawn = self._pool.stragglers, self._latencies
+        while law is not None and len(drawn) <= part.number:
+            drawn += law.sample(self._first).tolist()
+        delay = 0.0 if part.fault is None else part.fault.delay
+        return delay if law is None else drawn[part.number] + delay
+
+
+class _Batch:
+    """Parts that are computed together, when the first of their values is needed."""
+
+    def __init__(self, module: nn.Module, task: Task, parts: Sequence[Part]) -> None:
+        self._module, self._task = module, task
+        self._parts = sorted(
+            (part for part in parts if part.fault is None or part.fault.kind != "crash"),
+            key=lambda part: part.units,
+        )
+        self._values: dict[int, Any] | None = None
+
+    def reply(self, part: Part, max_rows: int | None) -> tuple[Any, WorkerError | None]:
+        """The value of a part, which is let go of here, or its error."""
+        if part.fault is not None and part.fault.kind == "crash":
+            return None, WorkerError(part.number, part.number, "died of an injected crash")
+        if self._values is None:
+            self._values = self._compute(max_rows)
+        value = self._values.pop(part.number)
+        return (value if part.fault is None else part.fault.spoil(value)), None
+
+    def _compute(self, max_rows: int | None) -> dict[int, Any]:
+        units = [unit for part in self._parts for unit in part.units]
+        outputs = []
+        for args, kwargs in self._task.payloads(units, max_rows):
+            try:
+                outputs.append(self._module(*args, **kwargs))
+            except Exception as error:
+                if sys.version_info >= (3, 11):
+                    error.add_note(
+                        f"LocalWorkers: raised by the module on units {units}, "
+                        f"{self._task.unit_rows} rows each"
+                    )
+                raise
+        values = self._task.cut(outputs, [len(part.units) for part in self._parts])
+        return {part.number: value for part, value in zip(self._parts, values, strict=True)}

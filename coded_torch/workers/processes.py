@@ -10,30 +10,29 @@ import selectors
 import signal
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from .._arguments import find_devices
-from ._channel import Channel, Contents, Message, Parcel
-from ._crew import Crew, Job, Machine
-from ._serving import JOB, MODULE, READY, RESULT, failed, serve
-from ._supervised import SupervisedWorkers
-from .base import WorkerError
+from ._supervised.pool import SupervisedWorkers
+from ._supervised.shared_memory import Block, Connection, Message, Pickled
+from ._supervised.supervisor import Job, Machine, Supervisor
+from ._supervised.worker_main import JOB, MODULE, READY, RESULT, remote_cause, serve
 
 __all__ = ["ProcessWorkers"]
 
+_SPARE_DESCRIPTORS = 16
 _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait
 
 
 class ProcessWorkers(SupervisedWorkers):
-    r"""A process per worker, each with the module; each takes the next task when it is free.
+    r"""A process per worker, each with the module; each takes the next part when it is free.
 
     Inputs and results pass through shared memory. A process that dies is replaced at once, one that
-    is at a task for longer than ``grace`` is killed and replaced; the task has failed, the request
-    goes on. Since any process takes any coded input, those that are slow, stopped or starting hold
-    up none of the later requests while others are free.
+    is at a part for longer than ``grace`` is killed and replaced; the part has failed, the request
+    goes on. Since any process takes any part, those that are slow, stopped or starting hold up none
+    of the later requests while others are free.
 
     The module is sent to each process once, and again when a parameter or buffer has been replaced
     or changed in place, or ``train`` or ``eval`` was called; all processes share one copy of its
@@ -42,31 +41,36 @@ class ProcessWorkers(SupervisedWorkers):
     stays there. Gradients do not pass through processes.
 
     Args:
-        num_workers: how many processes. As many as the code has workers, where each is to run on
-            a core of its own.
+        num_workers: how many processes; the code may divide a batch more finely.
         devices: where each process computes, in turn; None: on the CPU. Devices are first touched
             by the processes, never by this one.
         threads: how many threads each process uses for one operation.
-        grace: seconds that a task may take.
-        timeout: seconds after which, in a request without a deadline, who has not replied failed.
-        max_requests: how many requests may wait at once; others wait for room as long as for
-            replies.
+        grace: seconds that a part may take. It says what hangs, not what is late: it follows no
+            deadline, since a process that is late for one call may still be right for the next,
+            and one that is killed takes time to come back. Some times what the module takes at
+            its slowest is a good choice, first run included: until it is over, a module that hangs
+            keeps its process from later requests.
+        timeout: seconds after which a part that was asked for and has not replied has failed.
+        max_requests: how many requests may be served at once; the parts of others wait for room.
 
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: a number is not positive, no device is given, or there is none of that name.
 
-    Running raises:
+    Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, or this process was forked
             from the one that started the pool.
-        TypeError: the module cannot be pickled.
+        TypeError: the module cannot be pickled, or is of a class of an interactive session.
+
+    Warns:
+        UserWarning: once, where gradients would be expected: a parameter requires them.
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the module's class from there; a class that was defined in an interactive session cannot be
-        found. Needs sockets of the Unix domain, so not Windows. The first process takes seconds to
-        start, later ones some 20 ms (they are forked from a server that has imported torch, which
-        Python keeps until this process ends).
+        the module's class from there; a class that was defined in a notebook or an interactive
+        session cannot be found. Needs sockets of the Unix domain, so not Windows. The first process
+        takes seconds to start, later ones some 20 ms (they are forked from a server that has
+        imported torch, which Python keeps until this process ends).
 
     Example:
         .. code-block:: python
@@ -99,13 +103,13 @@ class ProcessWorkers(SupervisedWorkers):
             num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
         )
 
-    def _crew_of(self) -> Crew:
+    def _make_supervisor(self) -> Supervisor:
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that are up."""
-        machines = [] if self._crew is None else self._crew.machines
+        machines = [] if self._supervisor is None else self._supervisor.machines
         return [machine.pid for machine in machines if isinstance(machine, _Process)]
 
 
@@ -113,19 +117,20 @@ class _Process(Machine):
     """One process, and what it has been sent."""
 
     def __init__(
-        self, index: int, process: multiprocessing.process.BaseProcess, channel: Channel
+        self, index: int, process: multiprocessing.process.BaseProcess, connection: Connection
     ) -> None:
         super().__init__(index)
-        self.process, self.channel = process, channel
+        self.process, self.connection = process, connection
         self.pid: int = process.pid or 0
-        self.modules: set[int] = set()
 
     def __str__(self) -> str:
         return f"process {self.pid}"
 
 
-class _Processes(Crew):
+class _Processes(Supervisor):
     """The processes of a pool."""
+
+    noun = "processes"
 
     def __init__(
         self, size: int, grace: float, devices: Sequence[torch.device], threads: int
@@ -143,12 +148,13 @@ class _Processes(Crew):
             end.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
-    def pack(self, module: nn.Module) -> tuple[Parcel, int]:
-        return Parcel.of(module)
+    def pack(self, module: nn.Module) -> tuple[Block, int]:
+        return Block.of(module)
 
     def launch(self, index: int) -> Machine:
         if self._context.get_start_method() == "forkserver":
             self._context.set_forkserver_preload([serve.__module__])
+        self._check_descriptors()
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as unless_started:
@@ -159,19 +165,18 @@ class _Processes(Crew):
             )
             process.start()
             unless_started.pop_all()
-        machine = _Process(index, process, Channel(ours))
-        self._selector.register(machine.channel, selectors.EVENT_READ, machine)
+        machine = _Process(index, process, Connection(ours))
+        self._selector.register(machine.connection, selectors.EVENT_READ, machine)
         return machine
 
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, _Process)
-        contents = Contents(job.contents())
-        question = job.request.module
-        with contextlib.suppress(ConnectionError):  # it has died: we will be told so
-            if question.number not in machine.modules:
-                machine.channel.send_parcel(MODULE, question.number, *question.package)
-            machine.modules = machine.modules & question.alive | {question.number}
-            machine.channel.send(JOB, job.number, contents)
+        contents = Pickled(job.contents())
+        with contextlib.suppress(ConnectionError):  # it has died, which the other thread hears
+            if job.module.number not in machine.modules:
+                machine.connection.send_block(MODULE, job.module.number, *job.module.package)
+            machine.load(job.module)
+            machine.connection.send(JOB, job.number, contents)
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Process)
@@ -188,7 +193,7 @@ class _Processes(Crew):
                 self._hear(key.data)
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # rung already, or nobody there
+        with contextlib.suppress(BlockingIOError, OSError):  # rung already, or closed
             self._bell.send(b"!")
 
     def let_go(self) -> None:
@@ -197,28 +202,45 @@ class _Processes(Crew):
         self._bell.close()
 
     def _hear(self, machine: _Process) -> None:
-        message = machine.channel.receive()
+        try:
+            message = machine.connection.receive()
+        except OSError as error:
+            self.end(machine)
+            self.lost(machine, f"was killed, as its message could not be read: {error}")
+            return
         if message is None:
             self.lost(machine, self._bury(machine))
         elif message.kind == READY:
             self.ready(machine)
         else:
-            value, error = self._read(machine, message)
-            self.deliver(machine, message.number, value, error)
+            self._take(machine, message)
 
-    def _read(self, machine: _Process, message: Message) -> tuple[Any, WorkerError | None]:
-        job = machine.job
-        if job is None or job.request.given_up:
-            return None, None
+    def _take(self, machine: _Process, message: Message) -> None:
+        """Take what a process has sent for a job. If nothing waits for it, it is not even read."""
+        job, number, value = machine.job, message.number, None
+        if job is not None and job.request.awaits(job.part):
+            try:
+                value = message.value()
+            except Exception as cause:
+                reason = f"sent what cannot be read, from {machine}: {cause}"
+                return self.fail(machine, number, reason, cause)
+            if message.kind != RESULT:
+                reason = f"failed in {machine}: {value[0]}"
+                return self.fail(machine, number, reason, remote_cause(value))
+        return self.deliver(machine, number, value)
+
+    def _check_descriptors(self) -> None:
+        """Raise an OSError unless there are enough of them to start a process and to ask it.
+
+        The server that processes are forked from dies, noisily, where they run out on the way.
+        """
+        spare: list[int] = []
         try:
-            value = message.value()
-        except Exception as cause:
-            error = WorkerError(job.worker, f"sent what cannot be read, from {machine}: {cause}")
-            error.__cause__ = cause
-            return None, error
-        if message.kind == RESULT:
-            return value, None
-        return None, failed(job.worker, str(machine), value)
+            while len(spare) < _SPARE_DESCRIPTORS:
+                spare.append(os.dup(self._bell.fileno()))
+        finally:
+            for descriptor in spare:
+                os.close(descriptor)
 
     def _kill(self, machine: _Process) -> None:
         # Not process.kill(), which does nothing where the server that forked it has died.
@@ -228,12 +250,12 @@ class _Processes(Crew):
     def _bury(self, machine: _Process) -> str:
         """Let go of a process that ends, and say how it did."""
         with contextlib.suppress(KeyError):
-            self._selector.unregister(machine.channel)
+            self._selector.unregister(machine.connection)
         machine.process.join(_DYING_SECONDS)
         code = machine.process.exitcode
-        machine.channel.close()
+        machine.connection.close()
         if code is None:
-            self._kill(machine)  # it let go of us, and lives: it is of no use
+            self._kill(machine)  # it has closed its end, and lives: it is of no use
             return "closed its connection, and was killed"
         machine.process.close()
         if code < 0:

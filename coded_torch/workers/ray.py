@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import queue
 import shutil
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -16,14 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ._channel import Contents, Message, TensorPickler
-from ._crew import Crew, Job, Machine
-from ._modules import Question
-from ._serving import RESULT, Desk, failed
-from ._supervised import SupervisedWorkers
-from .base import WorkerError
+from ._supervised.pool import SupervisedWorkers
+from ._supervised.shared_memory import Message, Pickled, TensorPickler
+from ._supervised.supervisor import Job, Machine, Supervisor
+from ._supervised.worker_main import RESULT, LoadedModules, remote_cause
 
 __all__ = ["RayWorkers"]
+
+logger = logging.getLogger("coded_torch.workers")
+
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray binds all sockets to 127.0.0.1
 
 Packed = tuple[Any, int]  # bytes as an array, which Ray shares instead of copying; and a length
 
@@ -32,22 +36,26 @@ class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, on as many machines as a Ray cluster has.
 
     As :class:`~coded_torch.workers.ProcessWorkers`, but for where the workers are: any of them
-    takes any coded input, who dies or takes longer than ``grace`` is replaced, the module is sent
+    takes any part, one that dies or takes longer than ``grace`` is replaced, the module is sent
     once, and gradients do not pass. Modules that are defined in a script or a session need not be
     importable elsewhere.
 
     Needs the extra ``ray``: ``pip install 'coded_torch[ray]'``.
 
+    A cluster of its own listens on the loopback interface only, if this pool is what imports Ray:
+    it then sets ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` before, which Ray reads at its import only
+    (set it yourself where you import Ray first). Otherwise, and in a cluster that is joined, the
+    processes of Ray listen on every interface, for anything that reaches this machine.
+
     Args:
         num_workers: how many actors.
         address: of the cluster, as :func:`ray.init` takes it. None: the one that this process is
-            connected to, else one of its own on this machine, on the loopback interface, without
-            dashboard and usage report; it ends with the last pool that uses it.
+            connected to, else one of its own on this machine, without dashboard and usage report;
+            it ends with the last pool that uses it.
         threads: how many threads each actor uses for one operation.
-        grace: seconds that a task may take.
-        timeout: seconds after which, in a request without a deadline, who has not replied failed.
-        max_requests: how many requests may wait at once; others wait for room as long as for
-            replies.
+        grace: seconds that a part may take, as for processes.
+        timeout: seconds after which a part that was asked for and has not replied has failed.
+        max_requests: how many requests may be served at once; the parts of others wait for room.
         actor_options: what Ray is to know of each actor, such as ``num_gpus=1``, ``resources``,
             ``scheduling_strategy``; by default ``num_cpus=0``, so that any number of them runs
             anywhere. With ``num_gpus``, the actor computes on the first of them.
@@ -88,6 +96,8 @@ class RayWorkers(SupervisedWorkers):
         max_requests: int = 64,
         **actor_options: Any,
     ) -> None:
+        if address is None and "ray" not in sys.modules:
+            os.environ.setdefault(_LOOPBACK, "0")
         _ray()
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
@@ -95,13 +105,13 @@ class RayWorkers(SupervisedWorkers):
             num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
         )
 
-    def _crew_of(self) -> Crew:
+    def _make_supervisor(self) -> Supervisor:
         return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the actors that are up, on whatever machine."""
-        machines = [] if self._crew is None else self._crew.machines
+        machines = [] if self._supervisor is None else self._supervisor.machines
         return [machine.pid for machine in machines if isinstance(machine, _Actor)]
 
 
@@ -117,8 +127,10 @@ class _Actor(Machine):
         return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
 
 
-class _Actors(Crew):
+class _Actors(Supervisor):
     """The actors of a pool. What Ray reports comes through a queue."""
+
+    noun = "actors"
 
     def __init__(
         self,
@@ -134,7 +146,7 @@ class _Actors(Crew):
         self._class = _ray().remote(
             concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
         )(_actor_class())
-        self._cluster = _Cluster.join(address, self)  # last: it is left when this crew ends
+        self._cluster = _Cluster.join(address, self)  # last: it is left when these end
 
     def pack(self, module: nn.Module) -> Any:
         return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call
@@ -146,9 +158,9 @@ class _Actors(Crew):
 
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, _Actor)
-        question: Question = job.request.module
         packed = _pack(job.contents())
-        reply = machine.handle.answer.remote(question.number, question.package, *packed)
+        machine.load(job.module)
+        reply = machine.handle.call.remote(job.module.number, job.module.package, *packed)
         self._listen(machine, job.number, reply)
 
     def end(self, machine: Machine) -> None:
@@ -190,35 +202,35 @@ class _Actors(Crew):
             if number is None:
                 self.lost(machine, f"did not come up: {cause}")
             else:
-                self.deliver(machine, number, error=self._failure(machine, cause))
+                self._fail_reading(machine, number, cause)
         else:
             if number is not None:
-                self.deliver(machine, number, *self._read(machine, *said))
+                self._take(machine, number, *said)
             elif not machine.ready:
                 machine.pid = said
                 end = machine.handle.end.options(concurrency_group="end").remote()
                 self._listen(machine, None, end)
                 self.ready(machine)
 
-    def _read(self, machine: _Actor, kind: int, packed: Packed) -> tuple[Any, WorkerError | None]:
-        job = machine.job
-        if job is None or job.request.given_up:
-            return None, None
-        try:
-            value = _unpack(*packed)
-        except Exception as cause:
-            return None, self._failure(machine, cause)
-        return (value, None) if kind == RESULT else (None, failed(job.worker, str(machine), value))
+    def _take(self, machine: _Actor, number: int, kind: int, packed: Packed) -> None:
+        """Take what an actor has returned for a job. If nothing waits for it, it is not read."""
+        job, value = machine.job, None
+        if job is not None and job.request.awaits(job.part):
+            try:
+                value = _unpack(*packed)
+            except Exception as cause:
+                return self._fail_reading(machine, number, cause)
+            if kind != RESULT:
+                reason = f"failed in {machine}: {value[0]}"
+                return self.fail(machine, number, reason, remote_cause(value))
+        return self.deliver(machine, number, value)
 
-    def _failure(self, machine: _Actor, cause: Exception) -> WorkerError:
-        worker = -1 if machine.job is None else machine.job.worker
-        error = WorkerError(worker, f"sent what cannot be read, from {machine}: {cause}")
-        error.__cause__ = cause
-        return error
+    def _fail_reading(self, machine: _Actor, number: int, cause: Exception) -> None:
+        self.fail(machine, number, f"sent what cannot be read, from {machine}: {cause}", cause)
 
 
 class _Cluster:
-    """The connection of this process to Ray, and the crews that use it.
+    """The connection of this process to Ray, and the pools that use it.
 
     Args:
         folder: of the cluster's files, where it is ours; None: we joined it.
@@ -229,22 +241,25 @@ class _Cluster:
 
     def __init__(self, folder: str | None, connected: bool) -> None:
         self._folder, self._connected = folder, connected
-        self._crews: list[_Actors] = []
-        # Before Ray's own, which is older: it would leave crews that cannot end their actors.
+        self._users: list[_Actors] = []
+        # Before Ray's own, which is older: it would leave pools that cannot end their actors.
         atexit.register(self._exit)
 
     @classmethod
-    def join(cls, address: str | None, crew: _Actors) -> _Cluster:
-        """The cluster for one more crew."""
+    def join(cls, address: str | None, user: _Actors) -> _Cluster:
+        """The cluster, for one more pool."""
         with cls._lock:
             if cls._current is None or not _ray().is_initialized():
                 cls._current = cls._connect(address)
-            cls._current._crews.append(crew)
+            cls._current._users.append(user)
             return cls._current
 
     @classmethod
     def _connect(cls, address: str | None) -> _Cluster:
         ray, quiet = _ray(), {"log_to_driver": False, "logging_level": "ERROR"}
+        ours = address is None and not ray.is_initialized()
+        if not ours or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+            logger.warning("the processes of Ray listen on every interface of their machines")
         if ray.is_initialized():
             return cls(None, connected=False)
         if address is not None:
@@ -255,11 +270,11 @@ class _Cluster:
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet)
         return cls(folder, connected=True)
 
-    def leave(self, crew: _Actors) -> None:
-        """A crew has ended; with the last one ends what was begun for the first."""
+    def leave(self, user: _Actors) -> None:
+        """A pool has ended; with the last one ends what was begun for the first."""
         with self._lock:
-            self._crews.remove(crew)
-            if self._crews:
+            self._users.remove(user)
+            if self._users:
                 return
             atexit.unregister(self._exit)
             type(self)._current = None
@@ -269,8 +284,8 @@ class _Cluster:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def _exit(self) -> None:
-        for crew in list(self._crews):
-            crew.close()
+        for user in list(self._users):
+            user.close()
 
 
 class Serving:
@@ -279,15 +294,13 @@ class Serving:
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
-        self._desk = Desk(device, _cloud_pickler())
+        self._modules = LoadedModules(device, _cloud_pickler())
 
-    def answer(
-        self, number: int, package: list[Any], array: Any, length: int
-    ) -> tuple[int, Packed]:
-        """Answer a job, as :class:`Desk` does."""
-        if number not in self._desk:
-            self._desk.add(number, lambda: _unpack(*_ray().get(package[0])))
-        kind, contents = self._desk.answer(lambda: _unpack(array, length))
+    def call(self, number: int, package: list[Any], array: Any, length: int) -> tuple[int, Packed]:
+        """Do a job, as :class:`LoadedModules` does."""
+        if number not in self._modules:
+            self._modules.add(number, lambda: _unpack(*_ray().get(package[0])))
+        kind, contents = self._modules.call(lambda: _unpack(array, length))
         return kind, _packed(contents)
 
 
@@ -314,11 +327,11 @@ def _actor_class() -> type:
 
             return os.getpid()
 
-        def answer(self, *question: Any) -> Any:
-            return self.serving.answer(*question)
+        def call(self, *job: Any) -> Any:
+            return self.serving.call(*job)
 
         def end(self) -> None:
-            """Never returns: whoever waits for it learns that the actor has ended."""
+            """Never returns: waiting for it is how the end of the actor is noticed."""
             import time
 
             while True:
@@ -328,13 +341,13 @@ def _actor_class() -> type:
 
 
 def _pack(value: Any) -> Packed:
-    return _packed(Contents(value, _cloud_pickler()))
+    return _packed(Pickled(value, _cloud_pickler()))
 
 
-def _packed(contents: Contents) -> Packed:
+def _packed(contents: Pickled) -> Packed:
     array = np.empty(contents.size, np.uint8)
     contents.write(array.data)
-    return array, len(contents.pickled)
+    return array, len(contents.stream)
 
 
 def _unpack(array: Any, length: int) -> Any:

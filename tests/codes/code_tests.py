@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coded_torch.codes import NotEnoughResults, base
-from coded_torch.linear import accumulation_dtype
+from coded_torch.linear.base import accumulation_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -172,8 +172,33 @@ class CodeTests:
                 code.decode(normal(len(received) + 1, 2), workers)
         with pytest.raises(ValueError, match=f"must have size {code.num_data} along dim"):
             code.encode(normal(code.num_data + 1))
-        with pytest.raises(TypeError, match=r"got torch\.int64"):
-            code.encode(torch.zeros(code.num_data, dtype=torch.int64))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+    def test_what_is_no_real_number_is_carried_or_refused(self, code, dtype):
+        values = torch.arange(code.num_data).to(dtype)
+        if code.mixes:
+            with pytest.raises(TypeError, match=f"must be floating-point to be mixed, got {dtype}"):
+                code.encode(values)
+        else:
+            coded = code.encode(values)
+            assert coded.dtype == dtype
+            assert torch.equal(coded, values[code.encoder.matrix().argmax(1)])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_exact_answers_are_results_bit_for_bit(self, code, received, dtype):
+        for workers in (received, range(code.num_workers)):
+            exact = code.exact(workers)
+            inputs = normal(code.num_data, 33, dtype=dtype)
+            results = code.encode(inputs)[list(workers)].sin()
+            answers = code.decode(results, workers)
+            assert torch.equal(answers[exact], inputs.sin()[exact])
+            # The definition, by the dense matrices.
+            decoder, encoder = code.decoder(workers).matrix(), code.encoder.matrix()[list(workers)]
+            for k in range(code.num_data):
+                hits = (encoder == torch.eye(code.num_data)[k]).all(1)
+                rows = torch.eye(len(decoder[k]))[hits]
+                assert exact[k] == any(torch.equal(decoder[k], row.double()) for row in rows)
+        assert not code.exact(range(code.min_received - 1)).any()
 
     # The object.
 
@@ -184,6 +209,23 @@ class CodeTests:
             assert repr(twin) == repr(code)
             assert torch.equal(twin.encode(values), code.encode(values))
             assert torch.equal(twin.decode(results, received), code.decode(results, received))
+
+    def test_replace(self, code, received):
+        twin = code.replace()
+        assert repr(twin) == repr(code)
+        assert type(twin) is type(code)
+        results = normal(len(received), 3)
+        assert torch.equal(twin.decode(results, received), code.decode(results, received))
+        with pytest.raises(TypeError, match=f"{type(code).__name__}: replace takes num_data"):
+            code.replace(nonsense=1)
+        with pytest.raises(ValueError, match=f"{type(code).__name__}: num_workers must be at most"):
+            code.replace(num_workers=10**9)
+
+    def test_candidates_are_arguments(self, code):
+        for name, values in code.candidates().items():
+            assert len(values) == len(set(values)) > 1
+            for value in values:
+                assert getattr(code.replace(**{name: value}), name) == value
 
     def test_repr_says_what_it_is(self, code):
         assert repr(code).startswith(f"{type(code).__name__}(")

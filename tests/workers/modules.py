@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,6 +65,23 @@ class Sleepy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(float(x.max()))
+        return x.clone()
+
+
+class Gated(nn.Module):
+    """Notes in a folder which inputs it has got, and returns them when there is a file "open"."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def forward(self, x: Tensor) -> Tensor:
+        folder = Path(self.folder)
+        (folder / str(int(x.max()))).touch()
+        end = time.monotonic() + 60.0
+        while not (folder / "open").exists():
+            assert time.monotonic() < end
+            time.sleep(0.002)
         return x.clone()
 
 

@@ -9,11 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import ShiftedExponential, Stragglers
-from coded_torch.workers import LocalWorkers
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Markov, ShiftedExponential, Stragglers, Trace, Uniform
+from coded_torch.workers import Began, LocalWorkers, Reply
 
-from .workers_tests import CopyCode, FailsAt, WorkersTests, divide_by_zero, task_of
+from .workers_tests import (
+    CopyCode,
+    FailsAt,
+    WorkersTests,
+    by_part,
+    divide_by_zero,
+    events_of,
+    numbered,
+    replies_of,
+    task_of,
+)
 
 
 class Fixed(Stragglers):
@@ -47,127 +57,127 @@ class TestLocalWorkers(WorkersTests):
 
 class TestLocalWorkersInSmallBatches(WorkersTests):
     def make(self) -> LocalWorkers:
-        return LocalWorkers(Fixed(0.3, 0.1, 0.2, 0.5, 0.4), max_batch_size=3)
+        return LocalWorkers(ShiftedExponential(0.1, 1.0, seed=0), max_batch_size=3)
 
 
-def values(num_workers: int, num_groups: int = 2) -> Tensor:
-    """Worker n's inputs are n."""
-    return torch.arange(float(num_workers)).reshape(-1, 1, 1).expand(-1, num_groups, 1).contiguous()
+def values(num_units: int, num_rows: int = 2) -> Tensor:
+    """Unit n's rows are n."""
+    return torch.arange(float(num_units)).reshape(-1, 1, 1).expand(-1, num_rows, 1).contiguous()
 
 
-def test_only_the_first_are_computed_in_one_batch_in_the_order_of_workers():
+def times(events: list[Began | Reply]) -> list[tuple[str, int, float]]:
+    return [(type(event).__name__, event.part.number, event.at) for event in events]
+
+
+def test_parts_asked_together_are_computed_in_one_batch_in_the_order_of_units():
     module = Counting()
-    pool = LocalWorkers(Fixed(0.5, 0.3, 0.1, math.inf))
-    replies = pool.run(module, task_of(values(4)), quorum=2)
-    assert [(r.worker, r.latency) for r in (next(replies), next(replies))] == [(2, 0.1), (1, 0.3)]
-    assert module.batches == [[1.0, 1.0, 2.0, 2.0]]
-    assert next(replies).worker == 0
-    assert module.batches[1:] == [[0.0, 0.0]]
-    assert list(replies) == []  # infinite is never
+    with LocalWorkers(Fixed(0.5, 0.3, 0.1, math.inf)).open(module, task_of(values(4))) as request:
+        request.ask(numbered((3,), (1,), (0,), (2,)))
+        assert times([request.wait() for _ in range(4)]) == [("Began", n, 0.0) for n in range(4)]
+        assert module.batches == []
+        assert times(events_of(request)) == [
+            ("Reply", 2, 0.1),
+            ("Reply", 1, 0.3),
+            ("Reply", 0, 0.5),
+        ]
+    assert module.batches == [[0.0, 0.0, 1.0, 1.0, 3.0, 3.0]]  # what never replies is not computed
 
 
-def test_the_deadline_is_on_the_virtual_clock():
+def test_parts_asked_later_begin_then_and_are_computed_by_themselves():
+    module, law = Counting(), Trace([[1.0, 2.0], [3.0, 4.0], [5.0, math.inf]])
+    with LocalWorkers(law).open(module, task_of(values(4))) as request:
+        request.ask(numbered((0, 1), (2, 3)))
+        assert times([request.wait() for _ in range(3)])[2:] == [("Reply", 0, 1.0)]
+        assert (request.wait(1.5), request.now()) == (None, 1.5)
+        request.ask(numbered((2,), (3,), (0,), (1,), first=2))  # rows 1 and 2 of the trace
+        assert times(events_of(request)) == [
+            *(("Began", n, 1.5) for n in (2, 3, 4, 5)),
+            ("Reply", 1, 2.0),
+            ("Reply", 2, 4.5),
+            ("Reply", 3, 5.5),
+            ("Reply", 4, 6.5),
+        ]
+    assert module.batches == [[0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 2, 2, 3, 3]]
+
+
+def test_laws_for_one_number_of_workers_serve_parts_that_are_asked_later():
+    for law in (Uniform(1, seed=0), Markov(0.5, 0.5, bad=2.0, seed=0)):
+        with LocalWorkers(law).open(nn.Identity(), task_of(values(3))) as request:
+            request.ask(numbered((0,), (1,), (2,)))
+            for n in range(3, 12):
+                request.ask(numbered((0,), first=n))
+            late = [reply.latency for reply in replies_of(request)]
+        assert len(late) in range(8, 13)
+
+
+def test_every_part_has_a_machine_of_its_own():
+    pool = LocalWorkers()
+    assert (pool.num_machines, pool.simulated) == (None, True)
+    with pool.open(nn.Identity(), task_of(values(3))) as request:
+        assert request.idle > 10**6
+        request.ask(numbered((0,), (1,), (2,)))
+        request.ask(numbered((1,), first=3))
+        assert [reply.machine for reply in replies_of(request)] == [0, 1, 2, 3]
+
+
+def test_waiting_is_on_the_virtual_clock():
     pool = LocalWorkers(Fixed(3600.0, 10.0, 20.0, math.nan))
     task = task_of(values(4))
-    assert [r.worker for r in pool.run(nn.Identity(), task, quorum=4, deadline=20.0)] == [1, 2]
-    assert [r.worker for r in pool.run(nn.Identity(), task, quorum=4, deadline=5.0)] == []
-    assert [r.worker for r in pool.run(nn.Identity(), task, quorum=4)] == [1, 2, 0]
+
+    def got(deadline: float | None) -> list[int]:
+        return [r.part.number for r in pool.run(nn.Identity(), task, deadline=deadline)]
+
+    assert got(20.0) == [1, 2]
+    assert got(5.0) == []
+    assert got(None) == [1, 2, 0]
+    with pool.open(nn.Identity(), task) as request:
+        assert (request.wait(), request.now()) == (None, 0.0)
+        assert (request.wait(7.0), request.now()) == (None, 7.0)
+        assert (request.wait(3.0), request.now()) == (None, 7.0)
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 6), (4, [4, 2]), (6, [6]), (None, [6])])
 def test_batches_have_at_most_the_maximum_size(limit, sizes):
     module = Counting()
-    replies = list(LocalWorkers(max_batch_size=limit).run(module, task_of(values(3)), quorum=3))
+    got = by_part(list(LocalWorkers(max_batch_size=limit).run(module, task_of(values(3)))))
     assert list(map(len, module.batches)) == sizes
-    for reply in replies:
-        assert torch.equal(reply.value, torch.full((2, 1), float(reply.worker)))
+    for n, value in got.items():
+        assert torch.equal(value, torch.full((2, 1), float(n)))
 
 
-def test_a_rejected_result_makes_it_compute_one_more():
-    module = FailsAt(1.0, lambda x: torch.where(x == 1.0, torch.inf, x))
-    counting = Counting()
+def test_another_result_stands_in_for_one_that_is_rejected():
     coded = CodedWrapper(
-        nn.Sequential(counting, module),
+        FailsAt(1.0, lambda x: torch.where(x == 1.0, torch.inf, x)),
         CopyCode(4, 4),
         workers=LocalWorkers(Fixed(0.4, 0.1, 0.2, 0.3)),
-        num_stragglers=2,
+        waiting=Waiting.first(2),
         ordering="arrival",
         shuffle=False,
     )
     x = torch.arange(4.0).reshape(4, 1)
     assert coded(x).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
-    assert counting.batches == [[1.0, 2.0], [3.0]]
     assert coded.last_run.received == (2, 3)
     assert coded.last_run.latencies == {1: 0.1, 2: 0.2, 3: 0.3}
     assert coded.last_run.rejected == {1: "returned values that are not finite in output"}
 
 
 def test_an_exception_of_the_module_is_the_callers():
-    coded = CodedWrapper(FailsAt(1.0, divide_by_zero), CopyCode(2, 2))
+    pool, module = LocalWorkers(), FailsAt(1.0, divide_by_zero)
     with pytest.raises(ZeroDivisionError, match="boom") as info:
-        coded(torch.ones(2, 1))
-    for note in getattr(info.value, "__notes__", ["workers [0, 1], 1 rows each"]):
-        assert "workers [0, 1], 1 rows each" in note
+        list(pool.run(module, task_of(values(2))))
+    for note in getattr(info.value, "__notes__", ["units [0, 1], 2 rows each"]):
+        assert "units [0, 1], 2 rows each" in note
 
 
-def test_outputs_without_the_batch_are_refused():
-    class Sum(nn.Module):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"sum": x.sum()}
-
-    class Pairs(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x[::2]
-
-    pool, task = LocalWorkers(), task_of(values(3))
-    with pytest.raises(ValueError, match=r"output\['sum'\] must have a batch dimension at dim 0"):
-        list(pool.run(Sum(), task, quorum=3))
-    with pytest.raises(ValueError, match=r"output must have size 6, .* got shape \(3, 1\)"):
-        list(pool.run(Pairs(), task, quorum=3))
-
-
-def test_the_structure_must_be_the_same_for_every_batch():
-    class Fickle(nn.Module):
-        def forward(self, x: Tensor) -> object:
-            return x if len(x) == 4 else [x]
-
-    with pytest.raises(ValueError, match="the same structure for every batch"):
-        list(LocalWorkers(max_batch_size=4).run(Fickle(), task_of(values(3)), quorum=3))
-
-
-@pytest.mark.parametrize(
-    ("output", "got"),
-    [
-        (lambda x: {"size": len(x)}, "2 and 4"),
-        (lambda x: {"size": x if len(x) == 4 else None}, r"None and float32 \(4, 1\)"),
-        (
-            lambda x: {"size": x if len(x) == 4 else x.long()},
-            r"float32 \(4, 1\) and int64 \(2, 1\)",
-        ),
-    ],
-)
-def test_constants_and_dtypes_must_be_the_same_for_every_batch(output, got):
-    class Varied(nn.Module):
-        def forward(self, x: Tensor) -> object:
-            return output(x)
-
-    with pytest.raises(ValueError, match=rf"output\['size'\] must be the same .* got {got}"):
-        list(LocalWorkers(max_batch_size=4).run(Varied(), task_of(values(3)), quorum=3))
-
-
-def test_latencies_come_from_the_given_generator():
+def test_latencies_come_from_the_law():
     def draw(pool: LocalWorkers) -> list[float]:
-        return [r.latency for r in pool.run(nn.Identity(), task_of(values(3)), quorum=3)]
+        return [r.latency for r in pool.run(nn.Identity(), task_of(values(3)))]
 
     state = torch.get_rng_state()
-    first = draw(
-        LocalWorkers(ShiftedExponential(0.0, 1.0), generator=torch.Generator().manual_seed(5))
-    )
-    again = LocalWorkers(ShiftedExponential(0.0, 1.0), generator=torch.Generator().manual_seed(5))
+    again = LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1))
+    first = draw(LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1)))
     assert draw(again) == first != draw(again)
-    assert draw(LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1))) == draw(
-        LocalWorkers(ShiftedExponential(0.0, 1.0, seed=1))
-    )
+    assert first == sorted(ShiftedExponential(0.0, 1.0, seed=1).sample(3).tolist())
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -187,5 +197,3 @@ def test_a_batch_size_is_any_kind_of_integer():
 def test_bad_arguments():
     with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None, got int"):
         LocalWorkers(3)
-    with pytest.raises(TypeError, match="generator must be of type Generator or None, got int"):
-        LocalWorkers(generator=3)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 import copy
 import gc
+import math
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import FixedCode, NotEnoughResults
+from coded_torch.codes import FixedCode
 from coded_torch.linear import MatrixMap
-from coded_torch.nn import CodedWrapper
-from coded_torch.workers import Task, Workers
-from coded_torch.workers.base import Reply
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
+
+from .modules import Gated
+
+WAIT = 60.0  # bounds waits that end at once unless something is broken
 
 
 class PolynomialCode(FixedCode):
@@ -44,7 +50,7 @@ class PolynomialCode(FixedCode):
 
 
 class CopyCode(FixedCode):
-    """Worker n gets input n, and what is missing is zero: N = K."""
+    """Column n is input n, and what is missing is zero: N = K."""
 
     def _make_encoder(self) -> MatrixMap:
         return MatrixMap(np.eye(self.num_data))
@@ -83,15 +89,37 @@ def nan_at_two(x: Tensor) -> Tensor:
 
 
 def task_of(values: Tensor, *shared: Any, dim: int = 0) -> Task:
-    """The task of coded inputs ``values [N, G, ...]`` and arguments that are not coded."""
+    """The task of units ``values [U, R, ...]`` and arguments that are not divided."""
     leaves, spec = pytree.tree_flatten(((values, *shared), {}))
     dims = [dim] + [None] * (len(leaves) - 1)
     return Task(leaves, dims, spec, values.shape[0], values.shape[1], values.device, out_dims=dim)
 
 
-def by_worker(replies: list[Reply]) -> dict[int, Any]:
-    assert len({reply.worker for reply in replies}) == len(replies)
-    return {reply.worker: reply.value for reply in replies}
+def by_part(replies: list[Reply]) -> dict[int, Any]:
+    """The values, by the number of the part."""
+    assert len({reply.part.number for reply in replies}) == len(replies)
+    return {reply.part.number: reply.value for reply in replies}
+
+
+def numbered(*units: Any, first: int = 0) -> list[Part]:
+    """Parts of these units, in the order in which they are asked for."""
+    return [Part(first + i, tuple(part)) for i, part in enumerate(units)]
+
+
+def events_of(request: Request) -> list[Began | Reply]:
+    """All that still happens."""
+    return list(iter(lambda: request.wait(request.now() + WAIT), None))
+
+
+def replies_of(request: Request) -> list[Reply]:
+    return [event for event in events_of(request) if isinstance(event, Reply)]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.005)
 
 
 class WorkersTests(abc.ABC):
@@ -99,87 +127,226 @@ class WorkersTests(abc.ABC):
 
     #: Do gradients pass through the workers?
     differentiable = True
-    #: How many workers a pool of :meth:`make` serves.
-    num_workers = 5
+    #: How many units the tasks have.
+    num_units = 5
 
     @abc.abstractmethod
     def make(self) -> Workers:
-        """A pool in which every worker answers."""
+        """A pool in which every part is answered."""
 
     @pytest.fixture
     def pool(self):
         with self.make() as pool:
             yield pool
 
-    def test_every_worker_answers_with_what_the_module_makes_of_its_payload(self, pool):
+    def values(self, num_rows: int = 2) -> Tensor:
+        """Units whose rows are all their own number."""
+        return torch.arange(float(self.num_units)).reshape(-1, 1, 1).repeat(1, num_rows, 1)
+
+    def test_every_unit_is_answered_with_what_the_module_makes_of_it(self, pool):
         torch.manual_seed(0)
-        module, values = nn.Linear(3, 2).double(), torch.randn(self.num_workers, 4, 3).double()
-        replies = list(pool.run(module, task_of(values), quorum=self.num_workers))
+        module = nn.Linear(3, 2).double().requires_grad_(False)
+        values = torch.randn(self.num_units, 4, 3).double()
+        replies = list(pool.run(module, task_of(values)))
         assert all(reply.error is None and reply.latency >= 0 for reply in replies)
-        got = by_worker(replies)
-        assert sorted(got) == list(range(self.num_workers))
+        got = by_part(replies)
+        assert sorted(got) == list(range(self.num_units))
         for n, value in got.items():
             torch.testing.assert_close(value, module(values[n]))
 
-    def test_arguments_that_are_not_coded_are_the_same_for_every_worker(self, pool):
-        values = torch.arange(self.num_workers * 2.0).reshape(self.num_workers, 2, 1)
-        task = task_of(values, torch.tensor([10.0]), 3.0)
-        got = by_worker(list(pool.run(_Affine(), task, quorum=self.num_workers)))
+    def test_a_part_is_any_number_of_units_and_parts_may_share_them(self, pool):
+        values = self.values()
+        with pool.open(nn.Identity(), task_of(values)) as request:
+            parts = numbered(range(5), (1, 2), (0, 3), (4,), (2, 3, 4))
+            request.ask(parts)
+            got = by_part(replies_of(request))
+        assert len(got) == 5
+        for part in parts:
+            assert torch.equal(got[part.number], values[list(part.units)].flatten(0, 1))
+
+    def test_parts_are_asked_for_again_while_a_request_is_open(self, pool):
+        values = self.values()
+        with pool.open(nn.Identity(), task_of(values)) as request:
+            request.ask(numbered((0, 1), (2,)))
+            assert len(replies_of(request)) == 2
+            request.ask(numbered((0,), (1, 4), first=2))
+            request.ask(numbered((3,), first=4))
+            got = by_part(replies_of(request))
+        assert {n: value[:, 0].tolist() for n, value in got.items()} == {
+            2: [0, 0],
+            3: [1, 1, 4, 4],
+            4: [3, 3],
+        }
+
+    def test_each_part_begins_once_and_then_ends_once(self, pool):
+        with pool.open(nn.Identity(), task_of(self.values())) as request:
+            request.ask(numbered(*([n] for n in range(5)), *([n] for n in range(5))))
+            events = events_of(request)
+        machines = pool.num_machines or 10
+        began: dict[Part, Began] = {}
+        for event in events:
+            assert 0 <= event.machine < machines
+            assert 0 <= event.at <= request.now()
+            if isinstance(event, Began):
+                assert event.part not in began
+                began[event.part] = event
+            else:
+                start = began[event.part]
+                assert event.machine == start.machine
+                assert event.latency == pytest.approx(event.at - start.at)
+        assert len(began) == 10
+        assert len(events) == 20
+        if pool.num_machines:  # one at a time
+            for machine in range(machines):
+                kinds = [type(event) for event in events if event.machine == machine]
+                assert kinds == [Began, Reply] * (len(kinds) // 2)
+
+    def test_a_wait_ends_when_nothing_more_can_come(self, pool):
+        with pool.open(nn.Identity(), task_of(self.values())) as request:
+            start = time.monotonic()
+            assert request.wait() is None
+            assert request.wait(3600.0) is None
+            request.ask(numbered((0,)))
+            assert len(replies_of(request)) == 1
+            assert request.wait() is None
+            assert time.monotonic() - start < WAIT
+
+    def test_arguments_that_are_not_divided_are_the_same_for_every_part(self, pool):
+        values = torch.arange(self.num_units * 2.0).reshape(self.num_units, 2, 1)
+        got = by_part(list(pool.run(_Affine(), task_of(values, torch.tensor([10.0]), 3.0))))
         for n, value in got.items():
             torch.testing.assert_close(value, values[n] * 10 + 3)
 
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.bool], ids=str)
+    def test_units_need_not_be_floating_point(self, pool, dtype):
+        values = self.values().to(dtype)
+        got = by_part(list(pool.run(nn.Identity(), task_of(values))))
+        assert len(got) == self.num_units
+        for n, value in got.items():
+            assert value.dtype == dtype
+            assert torch.equal(value, values[n])
+
     def test_a_batch_dimension_other_than_the_first(self, pool):
-        values = torch.randn(self.num_workers, 3, 7, 2, generator=torch.Generator().manual_seed(0))
+        values = torch.randn(self.num_units, 3, 7, 2, generator=torch.Generator().manual_seed(0))
         for dim in (1, -1):
-            got = by_worker(list(pool.run(_Shape(), task_of(values, dim=dim), quorum=1)))
+            got = by_part(list(pool.run(_Shape(), task_of(values, dim=dim))))
             for n, value in got.items():
                 torch.testing.assert_close(value, values[n].movedim(0, dim).cumsum(0))
 
     def test_a_consumer_that_stops_early_disturbs_no_later_request(self, pool):
         for round in range(20):
-            values = torch.full((self.num_workers, 2, 1), float(round))
-            replies = pool.run(nn.Identity(), task_of(values), quorum=1)
+            values = torch.full((self.num_units, 2, 1), float(round))
+            replies = pool.run(nn.Identity(), task_of(values))
             assert (next(replies).value == round).all()
             replies.close()
 
     def test_requests_from_several_threads_do_not_mix(self, pool):
-        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, self.num_workers), workers=pool)
-
         def request(i: int) -> bool:
-            x = torch.full((3, 2), float(i), dtype=torch.float64)
-            return torch.allclose(coded(x), x)
+            values = torch.full((self.num_units, 2, 1), float(i))
+            got = by_part(list(pool.run(nn.Identity(), task_of(values), deadline=WAIT)))
+            return len(got) == self.num_units and all((v == i).all() for v in got.values())
 
         with ThreadPoolExecutor(4) as threads:
-            assert all(threads.map(request, range(60), timeout=60))
+            assert all(threads.map(request, range(60), timeout=WAIT))
+
+    def begin_all(self, pool: Workers, folder: Path, extra: int) -> Request:
+        """A request that keeps every machine at a part, and has ``extra`` more that wait."""
+        if pool.num_machines is None:
+            pytest.skip("a machine is free for every part")
+        machines = pool.num_machines
+        task = task_of(torch.arange(1.0 + machines + extra).reshape(-1, 1, 1))
+        request = pool.open(Gated(str(folder)), task)
+        request.ask(numbered(*([n] for n in range(machines + extra))))
+        begun = [request.wait(WAIT) for _ in range(machines)]
+        assert sorted(event.machine for event in begun) == list(range(machines))
+        assert request.idle == 0
+        until(lambda: len(list(folder.iterdir())) == machines)
+        return request
+
+    def test_closing_drops_what_has_not_begun_and_no_late_result_is_used(self, pool, tmp_path):
+        request = self.begin_all(pool, tmp_path, extra=3)
+        request.close()
+        request.close()
+        assert request.wait(WAIT) is None
+        with pytest.raises(RuntimeError, match="the request is closed"):
+            request.ask(numbered((0,), first=99))
+        (tmp_path / "open").touch()
+        for i in range(10):
+            values = torch.full((7, 1, 1), 100.0 + i)
+            got = by_part(list(pool.run(nn.Identity(), task_of(values), deadline=WAIT)))
+            assert len(got) == 7
+            assert all((value == 100 + i).all() for value in got.values())
+        assert request.wait(WAIT) is None
+        ran = {path.name for path in tmp_path.iterdir()} - {"open"}
+        assert ran == {str(n) for n in range(pool.num_machines)}
+
+    def test_parts_that_are_dropped_before_they_begin_never_do(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=4) as request:
+            first = pool.num_machines
+            request.drop([Part(n, (n,)) for n in (first + 1, first + 3)])
+            (tmp_path / "open").touch()
+            kept = {*range(first), first, first + 2}
+            assert set(by_part(replies_of(request))) == kept
+        assert {path.name for path in tmp_path.iterdir()} - {"open"} == set(map(str, kept))
+
+    def test_parts_that_have_begun_go_on_though_they_are_dropped(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=0) as request:
+            request.drop(numbered(*([n] for n in range(pool.num_machines))))
+            (tmp_path / "open").touch()
+            assert set(by_part(replies_of(request))) == set(range(pool.num_machines))
+
+    def test_a_wait_ends_at_its_time(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=1) as request:
+            end = request.now() + 0.05
+            assert request.wait(end) is None
+            assert end <= request.now() < end + WAIT / 2
+            assert request.wait(0.0) is None
+            (tmp_path / "open").touch()
+
+    def test_machines_at_earlier_tasks_are_named_as_the_reason(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=0) as earlier:
+            assert earlier.status() == ""
+            with pool.open(nn.Identity(), task_of(self.values())) as request:
+                request.ask(numbered((0,)))
+                assert request.wait(0.01) is None
+                n = pool.num_machines
+                assert request.status().startswith(f"{n} of {n} ")
+                assert "are at earlier tasks" in request.status()
+                (tmp_path / "open").touch()
+                assert len(replies_of(request)) == 1
+                assert request.status() == ""
+
+    def test_machines_are_idle_when_they_have_ended(self, pool, tmp_path):
+        with self.begin_all(pool, tmp_path, extra=2) as request:
+            (tmp_path / "open").touch()
+            assert len(replies_of(request)) == pool.num_machines + 2
+            until(lambda: request.idle == pool.num_machines)
 
     def test_answers_of_an_exact_code_are_those_of_the_module(self, pool):
         torch.manual_seed(1)
-        module, x = nn.Linear(4, 3).double(), torch.randn(7, 4).double()
-        coded = CodedWrapper(
-            module, PolynomialCode(2, self.num_workers), workers=pool, num_stragglers=2
-        )
+        module = nn.Linear(4, 3).double().requires_grad_(False)
+        x, code = torch.randn(7, 4).double(), PolynomialCode(2, self.num_units)
+        coded = CodedWrapper(module, code, workers=pool, waiting=Waiting.first(2))
         torch.testing.assert_close(coded(x), module(x), rtol=1e-9, atol=1e-9)
-        assert len(coded.last_run.received) == self.num_workers - 2
+        assert coded.last_run.ended == "first"
 
     def test_gradients_reach_inputs_and_weights(self, pool):
         if not self.differentiable:
             pytest.skip("gradients do not pass through these workers")
         torch.manual_seed(2)
         module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
-        x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(self.num_units, 2, 3, dtype=torch.float64, requires_grad=True)
         wanted = torch.autograd.grad(module(x).sum(), [x, *module.parameters()])
-        coded = CodedWrapper(module, PolynomialCode(2, self.num_workers), workers=pool)
-        coded(x).sum().backward()
+        sum(reply.value.sum() for reply in pool.run(module, task_of(x))).backward()
         got = [x.grad, *(p.grad for p in module.parameters())]
         torch.testing.assert_close(got, list(wanted), rtol=1e-8, atol=1e-8)
 
     def test_modes_of_the_caller_hold_in_the_workers(self, pool):
-        values = torch.ones(self.num_workers, 1, 1)
+        values = torch.ones(self.num_units, 1, 1)
 
         def modes() -> set[tuple[Any, ...]]:
-            task = task_of(values)
-            replies = list(pool.run(Modes(), task, quorum=self.num_workers))
-            assert [reply.error for reply in replies] == [None] * self.num_workers
+            replies = list(pool.run(Modes(), task_of(values)))
+            assert [reply.error for reply in replies] == [None] * self.num_units
             return {
                 (product.dtype, float(grad), float(inference))
                 for product, grad, inference in (reply.value for reply in replies)
@@ -197,60 +364,77 @@ class WorkersTests(abc.ABC):
         assert modes() == {(torch.float32, 1.0, 0.0)}
 
     def test_an_exception_of_the_module_reaches_the_caller(self, pool):
-        n = self.num_workers
-        coded = CodedWrapper(
-            FailsAt(1.0, divide_by_zero), CopyCode(n, n), workers=pool, num_stragglers=0
-        )
-        x = torch.ones(n, 1)
-        with pytest.raises((NotEnoughResults, ZeroDivisionError)) as info:
-            coded(x)
-        error: BaseException | None = info.value
+        def first_error() -> BaseException | None:
+            try:
+                replies = list(pool.run(FailsAt(1.0, divide_by_zero), task_of(self.values())))
+            except ZeroDivisionError as error:
+                return error
+            assert len(replies) == self.num_units
+            (failed,) = [reply for reply in replies if reply.error is not None]
+            assert failed.part.units == (1,)
+            assert (failed.error.part, failed.error.machine) == (1, failed.machine)
+            return failed.error
+
+        error = first_error()
         while error is not None and not isinstance(error, ZeroDivisionError):
             error = error.__cause__
-        assert "boom at [1.0" in str(error)
+        assert "boom at [" in str(error)
         # The pool is as good as before.
-        assert torch.equal(coded(x * 2), x * 2)
+        assert len(list(pool.run(nn.Identity(), task_of(self.values())))) == self.num_units
 
     def test_a_result_that_is_not_finite_is_missing_and_named(self, pool):
-        n = self.num_workers
+        n = self.num_units
+        waiting = Waiting.first(1)
         coded = CodedWrapper(
             FailsAt(2.0, nan_at_two),
             CopyCode(n, n),
             workers=pool,
-            num_stragglers=1,
+            waiting=waiting,
             ordering="arrival",
             shuffle=False,
         )
         x = torch.arange(float(n)).reshape(n, 1)
         out = coded(x)
         assert torch.isfinite(out).all()
-        run = coded.last_run
-        assert 2 in run.missing
-        assert len(run.received) == n - 1
-        assert set(run.rejected) <= {2}
-        if 2 in run.latencies:
-            assert "not finite" in run.rejected[2]
+        for reason in coded.last_run.rejected.values():
+            assert "not finite" in reason
+        assert coded.last_run.predicted.sum() == 1
 
     def test_a_pool_may_be_copied_and_pickled(self, pool):
-        values = torch.ones(self.num_workers, 2, 1)
-        list(pool.run(nn.Identity(), task_of(values), quorum=1))
+        values = torch.ones(self.num_units, 2, 1)
+        next(pool.run(nn.Identity(), task_of(values)))
         for twin in (copy.deepcopy(pool), pickle.loads(pickle.dumps(pool))):
             with twin:
-                replies = list(twin.run(nn.Identity(), task_of(values), quorum=1))
-                assert len(replies) == self.num_workers
+                replies = list(twin.run(nn.Identity(), task_of(values)))
+                assert len(replies) == self.num_units
+                assert twin.num_machines == pool.num_machines
 
     def test_closing_twice_is_fine_and_leaves_nothing_behind(self):
         before = set(threading.enumerate())
         pool = self.make()
-        list(pool.run(nn.Identity(), task_of(torch.ones(self.num_workers, 1, 1)), quorum=1))
+        list(pool.run(nn.Identity(), task_of(self.values())))
         pool.close()
         pool.close()
         assert set(threading.enumerate()) <= before
+        if not pool.simulated:
+            with pytest.raises(RuntimeError, match="the pool is closed"):
+                pool.open(nn.Identity(), task_of(self.values()))
 
-    def test_a_pool_that_nobody_holds_leaves_nothing_behind(self):
+    def test_parts_that_are_asked_of_a_closed_pool_fail(self):
+        pool = self.make()
+        if pool.simulated:
+            pytest.skip("there is nothing to close")
+        with pool.open(nn.Identity(), task_of(self.values())) as request:
+            pool.close()
+            request.ask(numbered((0,)))
+            (reply,) = replies_of(request)
+        assert str(reply.error) == "part 0 was never begun: the pool was closed"
+        assert (reply.machine, reply.latency) == (-1, math.inf)
+
+    def test_a_pool_that_nothing_holds_leaves_nothing_behind(self):
         before = set(threading.enumerate())
         pool = self.make()
-        list(pool.run(nn.Identity(), task_of(torch.ones(self.num_workers, 1, 1)), quorum=1))
+        list(pool.run(nn.Identity(), task_of(self.values())))
         del pool
         gc.collect()
         assert set(threading.enumerate()) <= before

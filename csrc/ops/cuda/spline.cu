@@ -8,12 +8,12 @@
 
 namespace coded_torch {
 
-template <class T, int kWidth, bool kTranspose, bool kRegisters>
-__global__ void __launch_bounds__(kMaxThreads)
+template <class T, int kWidth, bool kTranspose, States kStates>
+__global__ void __launch_bounds__(kMaxThreads, kResidentBlocks)
     spline_kernel(SplineArgs args, SplineGrid grid, void* workspace) {
   extern __shared__ __align__(16) char shared[];
-  spline_thread<T, kWidth, kTranspose, kRegisters>(
-      args, grid, blockIdx.x, static_cast<int>(threadIdx.x), shared, workspace);
+  spline_thread<T, kWidth, kTranspose, kStates>(args, grid, blockIdx.x,
+                                                static_cast<int>(threadIdx.x), shared, workspace);
 }
 
 static void check_blocks(int64_t blocks) {
@@ -21,27 +21,67 @@ static void check_blocks(int64_t blocks) {
                   " blocks fit a grid, got ", blocks);
 }
 
-template <class T, int kWidth, bool kTranspose, bool kRegisters>
-static void launch(const SplineCall& call, int device_index) {
-  int shared_per_multiprocessor = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&shared_per_multiprocessor,
-                                        cudaDevAttrMaxSharedMemoryPerMultiprocessor, device_index));
-  const SplineGrid grid =
-      plan_grid(call.args, kWidth, sizeof(acc_t<T>), kRegisters, shared_per_multiprocessor);
-  check_blocks(grid.blocks);
-  const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,
-                                                std::nullopt, call.values.device());
-  const auto kernel = spline_kernel<T, kWidth, kTranspose, kRegisters>;
+static Device device_of(int device_index) {
+  const auto attribute = [&](cudaDeviceAttr name) {
+    int value = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device_index));
+    return value;
+  };
+  // The runtime keeps some of a multiprocessor's shared memory for each block.
+  return {device_index, attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
+              attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+}
+
+template <class T, int kWidth, bool kTranspose, States kStates>
+static void launch(const SplineCall& call, const SplineGrid& grid, const Device& device) {
+  // Owned by the allocator of the current stream: the next owner's work comes after this kernel.
+  std::optional<Tensor> workspace;
+  if constexpr (kStates == States::kWorkspace) {
+    workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte, std::nullopt,
+                                     call.values.device());
+  }
+  const auto kernel = spline_kernel<T, kWidth, kTranspose, kStates>;
   constexpr int kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
     // The most that plan_grid() hands out: the kernel keeps the number, and a smaller one from
     // another thread would make the launch below fail.
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        shared_per_multiprocessor / 2));
+                                        device.shared_bytes));
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
-           current_stream(device_index)>>>(call.args, grid, workspace.mutable_data_ptr());
+           current_stream(device.index)>>>(call.args, grid,
+                                           workspace ? workspace->mutable_data_ptr() : nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class T, int kWidth, bool kTranspose>
+static void launch(const SplineCall& call, const Device& device) {
+  const SplineGrid grid =
+      plan_grid(call.args, kWidth, sizeof(acc_t<T>), kWidth > 1 ? kRegisterKnots<T> : 0, device);
+  check_blocks(grid.blocks);
+  switch (grid.states) {
+    case States::kRegisters:
+      if constexpr (kWidth > 1)
+        launch<T, kWidth, kTranspose, States::kRegisters>(call, grid, device);
+      break;
+    case States::kShared:
+      launch<T, kWidth, kTranspose, States::kShared>(call, grid, device);
+      break;
+    case States::kWorkspace:
+      launch<T, kWidth, kTranspose, States::kWorkspace>(call, grid, device);
+      break;
+  }
+}
+
+template <class T>
+static void launch(const SplineCall& call, bool transpose, const Device& device) {
+  if (fits_wide<T>(call.args)) {
+    transpose ? launch<T, kWidePack<T>, true>(call, device)
+              : launch<T, kWidePack<T>, false>(call, device);
+  } else {
+    transpose ? launch<T, 1, true>(call, device) : launch<T, 1, false>(call, device);
+  }
 }
 
 static __global__ void mark_written(RowIndex scatter, int64_t entries, char* written) {
@@ -52,16 +92,19 @@ static __global__ void mark_written(RowIndex scatter, int64_t entries, char* wri
 }
 
 // A block for each row.
-static __global__ void zero_unwritten(const char* written, char* out, int64_t row_bytes) {
+static __global__ void zero_unwritten(const char* written, char* out, int64_t row_bytes,
+                                      int64_t row_stride_bytes) {
   if (written[blockIdx.x]) return;
-  for (int64_t i = threadIdx.x; i < row_bytes; i += blockDim.x) out[blockIdx.x * row_bytes + i] = 0;
+  char* row = out + blockIdx.x * row_stride_bytes;
+  for (int64_t i = threadIdx.x; i < row_bytes; i += blockDim.x) row[i] = 0;
 }
 
 // Zeroes the rows of the result that nothing is scattered to, and only those.
 static void launch_zero_unwritten(const SplineCall& call, int device_index) {
   const RowIndex& scatter = call.args.scatter;
   const int64_t entries = call.indices.scatter->numel();
-  const int64_t row_bytes = call.out.size(1) * static_cast<int64_t>(call.out.element_size());
+  const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
+  const int64_t row_bytes = call.out.size(1) * value_bytes;
   if (scatter.num_rows == 0 || row_bytes == 0) return;
   check_blocks(scatter.num_rows);
   const cudaStream_t stream = current_stream(device_index);
@@ -77,54 +120,52 @@ static void launch_zero_unwritten(const SplineCall& call, int device_index) {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   zero_unwritten<<<static_cast<unsigned>(scatter.num_rows), kMaxThreads, 0, stream>>>(
-      flags, static_cast<char*>(call.args.out), row_bytes);
+      flags, static_cast<char*>(call.args.out), row_bytes, call.args.out_row_stride * value_bytes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-template <class T, int kWidth, bool kRegisters>
-static void launch(const SplineCall& call, bool transpose, int device_index) {
-  transpose ? launch<T, kWidth, true, kRegisters>(call, device_index)
-            : launch<T, kWidth, false, kRegisters>(call, device_index);
-}
-
-template <class T>
-static void launch(const SplineCall& call, bool transpose, int device_index) {
-  if (!fits_wide<T>(call.args)) {
-    launch<T, 1, false>(call, transpose, device_index);
-  } else if (fits_registers<T>(call.args)) {
-    launch<T, kWidePack<T>, true>(call, transpose, device_index);
-  } else {
-    launch<T, kWidePack<T>, false>(call, transpose, device_index);
-  }
-}
-
-Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                         bool transpose, const std::optional<Tensor>& gather,
-                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                         bool transpose, const RowIndices& indices,
+                         const std::optional<Tensor>& into) {
   const int device_index = values.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const SplineCall call =
-      prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
-  if (scatter) launch_zero_unwritten(call, device_index);
+  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
+  if (indices.scatter) launch_zero_unwritten(call, device_index);
   if (call.args.num_groups == 0 || call.args.num_columns == 0) return call.out;
+  const Device device = device_of(device_index);
   switch (call.dtype) {
     case DType::kFloat64:
-      launch<double>(call, transpose, device_index);
+      launch<double>(call, transpose, device);
       break;
     case DType::kFloat32:
-      launch<float>(call, transpose, device_index);
+      launch<float>(call, transpose, device);
       break;
     case DType::kBFloat16:
-      launch<bfloat16>(call, transpose, device_index);
+      launch<bfloat16>(call, transpose, device);
       break;
     case DType::kFloat16:
-      launch<float16>(call, transpose, device_index);
+      launch<float16>(call, transpose, device);
       break;
   }
   return call.out;
 }
 
+Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                         bool transpose, const std::optional<Tensor>& gather,
+                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+  return run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows},
+                    std::nullopt);
+}
+
+void spline_apply_out_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                           bool transpose, const std::optional<Tensor>& gather,
+                           const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
+                           const Tensor& out) {
+  run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows}, out);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
+  m.impl("spline_apply_out", TORCH_BOX(&spline_apply_out_cuda));
   m.impl("spline_apply", TORCH_BOX(&spline_apply_cuda));
 }
 

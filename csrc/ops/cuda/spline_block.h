@@ -3,6 +3,7 @@
 // just as well: the CPU tests run it over a whole grid.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 #include "../../math/half.h"
@@ -70,45 +71,56 @@ CODED_TORCH_HD void store_row(void* to, const Row& row) {
   *static_cast<Row*>(to) = row;
 }
 
+// Where a thread keeps the states between the sweeps.
+enum class States { kRegisters, kShared, kWorkspace };
+
 struct SplineGrid {
   int64_t packs;  // of kWidth columns, over all groups
   int64_t blocks;
-  int threads;              // a block
-  int64_t shared_bytes;     // a block; 0 where the states live in the workspace
-  int64_t workspace_bytes;  // in all; 0 where they live in shared memory
+  int threads;  // a block
+  States states;
+  int64_t shared_bytes;     // a block; 0 where the states live elsewhere
+  int64_t workspace_bytes;  // in all; 0 where the states live elsewhere
+};
+
+// What a launch has to know of the device.
+struct Device {
+  int index;
+  int multiprocessors;
+  int shared_bytes;  // that a block may have where a multiprocessor is to hold two
 };
 
 constexpr int kMaxThreads = 128;
 constexpr int kMinThreads = 32;  // a warp
 // The x dimension of a grid holds 2^31 - 1 blocks.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+// So many of kMaxThreads are resident at 128 registers a thread. With a workspace no more are
+// launched, and stride over the columns: it grows with the device, not with the batch.
+constexpr int64_t kResidentBlocks = 4;
 
-// Where the states of a thread live. Registers, where they are enough, leave the shared memory
-// empty and all rows of the values in flight at once.
-template <class T>
-bool fits_registers(const SplineArgs& args) {
-  return args.num_knots <= kRegisterKnots<T>;
-}
-
-// States go to shared memory as long as it holds two blocks of a warp per multiprocessor: fewer
-// could not keep enough loads in flight. Beyond that, to global memory.
-inline SplineGrid plan_grid(const SplineArgs& args, int width, int64_t acc_bytes, bool registers,
-                            int64_t shared_per_multiprocessor) {
+// Registers, where they are enough and packs wide, leave the shared memory empty and all rows of
+// the values in flight at once. Shared memory serves as long as a multiprocessor's holds two blocks
+// of a warp: fewer could not keep enough loads in flight.
+inline SplineGrid plan_grid(const SplineArgs& args, int width, int64_t acc_bytes,
+                            int64_t register_knots, const Device& device) {
   SplineGrid grid{};
   grid.packs = args.num_groups * (args.num_columns / width);
-  const int64_t kept = registers ? 0 : num_kept_states(args.num_knots);
-  const int64_t per_thread = kept * 2 * width * acc_bytes;
+  const int64_t per_thread = num_kept_states(args.num_knots) * 2 * width * acc_bytes;
   grid.threads = kMaxThreads;
-  while (grid.threads > kMinThreads && 2 * grid.threads * per_thread > shared_per_multiprocessor) {
-    grid.threads /= 2;
-  }
-  if (2 * grid.threads * per_thread <= shared_per_multiprocessor) {
+  if (args.num_knots <= register_knots) {
+    grid.states = States::kRegisters;
+  } else if (kMinThreads * per_thread <= device.shared_bytes) {
+    grid.states = States::kShared;
+    while (grid.threads * per_thread > device.shared_bytes) grid.threads /= 2;
     grid.shared_bytes = grid.threads * per_thread;
   } else {
-    grid.threads = kMaxThreads;
+    grid.states = States::kWorkspace;
   }
   grid.blocks = (grid.packs + grid.threads - 1) / grid.threads;
-  if (grid.shared_bytes == 0) grid.workspace_bytes = grid.blocks * grid.threads * per_thread;
+  if (grid.states == States::kWorkspace) {
+    grid.blocks = std::min(grid.blocks, kResidentBlocks * device.multiprocessors);
+    grid.workspace_bytes = grid.blocks * grid.threads * per_thread;
+  }
   return grid;
 }
 
@@ -122,15 +134,12 @@ bool fits_wide(const SplineArgs& args) {
          args.out_row_stride % kWidth == 0 && args.out_group_stride % kWidth == 0;
 }
 
-// kRegisters: the states live in registers, which fits_registers() allows.
-template <class T, int kWidth, bool kTranspose, bool kRegisters>
-CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block,
-                                  int thread, void* shared, void* workspace) {
+// Sweeps the columns of pack `index`. `kept`: where the thread keeps its states.
+template <class T, int kWidth, bool kTranspose, int kAhead, class Kept>
+CODED_TORCH_HD void spline_pack(const SplineArgs& args, int64_t index, Kept& kept) {
   using Acc = acc_t<T>;
   using Columns = Pack<Acc, kWidth>;
   using Row = RowPack<T, kWidth>;
-  const int64_t index = block * grid.threads + thread;
-  if (index >= grid.packs) return;
   const int64_t packs = args.num_columns / kWidth;
   const int64_t group = index / packs, column = index % packs * kWidth;
 
@@ -144,7 +153,7 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
     if (at < 0) return Row{};
     return *reinterpret_cast<const Row*>(in + at * args.in_row_stride);
   };
-  RowsAhead<Row, kRegisters && !kTranspose ? kRegisterKnots<T> : kRowsAhead, decltype(fetch)> rows(
+  RowsAhead<Row, kAhead, decltype(fetch)> rows(
       fetch, kTranspose ? plan.first[args.num_knots] : static_cast<int32_t>(args.num_knots));
   const auto load = [&](int64_t) {
     const Row row = rows.next();
@@ -161,24 +170,36 @@ CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid
     for (int k = 0; k < kWidth; ++k) from_float(columns.lane[k], &row.value[k]);
     store_row(out + at * args.out_row_stride, row);
   };
-  const auto sweep = [&](auto& kept) {
-    if constexpr (kTranspose) {
-      spline_sweep_adjoint<Columns>(plan, kept, load, store);
-    } else {
-      spline_sweep<Columns>(plan, kept, load, store);
-    }
-  };
-  if constexpr (kRegisters) {
-    StateRegisters<Columns, kRegisterKnots<T>> kept;
-    sweep(kept);
+  if constexpr (kTranspose) {
+    spline_sweep_adjoint<Columns>(plan, kept, load, store);
   } else {
-    // Neighbouring threads' states lie side by side: no bank conflicts, coalesced in a workspace.
-    const StateStack<Columns> kept =
-        grid.workspace_bytes > 0
-            ? StateStack<Columns>{static_cast<Columns*>(workspace) + index,
-                                  grid.blocks * grid.threads}
-            : StateStack<Columns>{static_cast<Columns*>(shared) + thread, grid.threads};
-    sweep(kept);
+    spline_sweep<Columns>(plan, kept, load, store);
+  }
+}
+
+// A thread sweeps its packs of columns. `shared` holds grid.shared_bytes, `workspace`
+// grid.workspace_bytes.
+template <class T, int kWidth, bool kTranspose, States kStates>
+CODED_TORCH_HD void spline_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block,
+                                  int thread, void* shared, void* workspace) {
+  using Columns = Pack<acc_t<T>, kWidth>;
+  const int64_t first = block * grid.threads + thread;
+  // Neighbouring threads' states lie side by side: no bank conflicts, coalesced in a workspace.
+  if constexpr (kStates == States::kWorkspace) {
+    const int64_t threads = grid.blocks * grid.threads;
+    const StateStack<Columns> kept{static_cast<Columns*>(workspace) + first, threads};
+    for (int64_t index = first; index < grid.packs; index += threads) {
+      spline_pack<T, kWidth, kTranspose, kRowsAhead>(args, index, kept);
+    }
+  } else if (first >= grid.packs) {
+    return;
+  } else if constexpr (kStates == States::kShared) {
+    const StateStack<Columns> kept{static_cast<Columns*>(shared) + thread, grid.threads};
+    spline_pack<T, kWidth, kTranspose, kRowsAhead>(args, first, kept);
+  } else {
+    StateRegisters<Columns, kRegisterKnots<T>> kept;
+    spline_pack<T, kWidth, kTranspose, kTranspose ? kRowsAhead : kRegisterKnots<T>>(args, first,
+                                                                                    kept);
   }
 }
 

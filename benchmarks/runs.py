@@ -1,0 +1,172 @@
+"""What all benchmarks share: runs that go on where they were stopped, and results as JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from coded_torch import _extension
+
+from .data import MissingDataError
+from .timing import last_level_cache
+
+__all__ = [
+    "ERRORS",
+    "RESULTS",
+    "TIMES",
+    "Benchmark",
+    "Measurement",
+    "environment",
+    "keep",
+    "progress",
+    "read_results",
+    "write_results",
+]
+
+ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
+TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
+RESULTS = Path(__file__).resolve().parent / "results"
+_T = TypeVar("_T")
+#: Where its numbers go in the file, and what makes them.
+Measurement = tuple[tuple[str, ...], Callable[[], dict[str, Any]]]
+_LINE = 1000  # characters: the record of a code fits
+
+
+class Benchmark(Protocol):
+    """A module of this package that ``python -m benchmarks`` runs.
+
+    It may have ``DEVICES`` too, a tuple of what it can be run on; by default the CPU alone.
+    """
+
+    def settings(self, quick: bool) -> dict[str, Any]:
+        """What the numbers depend on beside the code."""
+
+    def measurements(self, quick: bool, device: str) -> Iterable[Measurement]:
+        """What is measured, one after the other."""
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What a number depends on besides code and settings."""
+    return {
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        **{name.replace(" ", "_"): what for name, what in _extension.build_info().items()},
+    }
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What :func:`write_results` wrote; empty if there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write JSON, whole or not at all, one record a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(_format(results) + "\n")
+    unfinished.replace(path)
+
+
+def _format(value: Any, indent: str = "") -> str:
+    """JSON in which an object or a list fills one line if it fits there, else one for each item."""
+    text = json.dumps(value)
+    if not isinstance(value, (Mapping, list)) or (len(text) <= _LINE and indent):
+        return text
+    inner = indent + " "
+    if isinstance(value, list):
+        items, (start, end) = [_format(item, inner) for item in value], "[]"
+    else:
+        items = [f"{json.dumps(str(key))}: {_format(item, inner)}" for key, item in value.items()]
+        start, end = "{}"
+    lines = f",\n{inner}".join(items)
+    return f"{start}\n{inner}{lines}\n{indent}{end}"
+
+
+def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterator[_T]:
+    """A progress bar over ``items``, on terminals only."""
+    return iter(tqdm(items, desc=what, total=total, leave=False, disable=None))
+
+
+def keep(
+    name: str,
+    benchmark: Benchmark,
+    *,
+    quick: bool,
+    device: str = "cpu",
+    only: Iterable[str] = (),
+    path: Path | None,
+) -> None:
+    """Run what a benchmark measures, one after the other, and keep the numbers of each once done.
+
+    A run that was stopped is gone on with by the next one: what is in the file is not measured
+    again. What needs data that are not installed is left out, and a message says how to get them.
+
+    Args:
+        name: of the benchmark.
+        benchmark: the module.
+        quick: small and rough, with data that ship in the package.
+        device: "cpu" or "cuda".
+        only: words that what is measured must have among its names.
+        path: of the file; None: keep nothing.
+
+    Raises:
+        ValueError: the file was measured with other settings, or in another environment.
+    """
+    head = {
+        "command": f"python -m benchmarks {name}{' --quick' if quick else ''}",
+        "settings": benchmark.settings(quick),
+        "environment": environment(device),
+    }
+    results = read_results(path) if path else {}
+    if results and (others := [key for key in head if results.get(key) != head[key]]):
+        raise ValueError(f"{path} was measured with other {others[0]}; move it away")
+    todo = [
+        (key, measurement)
+        for key, measurement in benchmark.measurements(quick, device)
+        if set(only) <= set(key) and not _found(results.get("measured", {}), key)
+    ]
+    for key, measurement in progress(todo, name):
+        start = time.perf_counter()
+        try:
+            numbers = measurement()
+        except MissingDataError as error:
+            print(f"{', '.join(key)}: left out. {error}", file=sys.stderr)
+            continue
+        numbers["seconds"] = round(time.perf_counter() - start, 1)
+        print(f"{name}: {', '.join(key)} in {numbers['seconds']} s", flush=True)
+        # Read again: another run may have added to the file meanwhile.
+        results = {**head, "measured": {}, **(read_results(path) if path else results)}
+        place = functools.reduce(lambda at, x: at.setdefault(x, {}), key, results["measured"])
+        place.update(numbers)
+        if path:
+            write_results(path, results)
+
+
+def _found(measured: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
+    """What is in the results under a key; empty if nothing is."""
+    for part in key:
+        measured = measured.get(part, {})
+    return measured

@@ -1,0 +1,101 @@
+"""Times of functions side by side, with nothing in a cache that would not be there in use."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.benchmark import Timer
+
+__all__ = ["Timing", "last_level_cache", "measure", "reuse_memory", "rotate"]
+
+_T = TypeVar("_T")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+
+
+class Timing(NamedTuple):
+    """Seconds a call took, over all runs."""
+
+    median: float
+    iqr: float
+    best: float
+    runs: int
+
+
+def measure(
+    functions: dict[str, Callable[[], object]],
+    *,
+    runs: int,
+    device: str = "cpu",
+    calls: int = 1,
+) -> dict[str, Timing]:
+    """Time functions in turns, so that what slows the machine down slows all of them alike.
+
+    Args:
+        functions: called without arguments; they must do their work on ``device``.
+        runs: times per function.
+        device: on "cuda", time passes between two events of the current stream.
+        calls: calls per run, of which the mean counts.
+    """
+    time_once = _time_cuda if device == "cuda" else _time_cpu
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(runs):
+        for name, function in functions.items():
+            seconds[name].append(time_once(function, calls))
+    timings = {}
+    for name, times in seconds.items():
+        lower, median, upper = np.quantile(times, [0.25, 0.5, 0.75])
+        timings[name] = Timing(float(median), float(upper - lower), min(times), runs)
+    return timings
+
+
+def _time_cpu(function: Callable[[], object], calls: int) -> float:
+    timer = Timer("f()", globals={"f": function}, num_threads=torch.get_num_threads())
+    return float(timer.timeit(calls).median)
+
+
+def _time_cuda(function: Callable[[], object], calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    function()
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / calls
+
+
+def rotate(make: Callable[[], _T], size: int, cache: int) -> Iterator[_T]:
+    """Endlessly, one of as many buffers of ``size`` bytes as fill twice the cache."""
+    return itertools.cycle([make() for _ in range(max(2, math.ceil(2 * cache / size)))])
+
+
+def reuse_memory() -> None:
+    """Keep freed memory in the process, where glibc would return large results to the system.
+
+    Getting them back costs a page fault every 4 KiB, more than any of the work measured here, and
+    all contestants allocate their results.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def last_level_cache(device: str = "cpu") -> int:
+    """Bytes; 64 MiB where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    sizes = [
+        int(path.read_text().strip().removesuffix("K")) << 10
+        for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=64 << 20)

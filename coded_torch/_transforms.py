@@ -1,0 +1,42 @@
+"""Plans inside function transforms: :func:`torch.func.grad`, ``jacrev``, ``jvp``, not ``vmap``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+__all__ = ["outside", "plain"]
+
+
+def plain(owner: object, argument: str, tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, without gradients and without what a transform has wrapped it in.
+
+    Raises:
+        ValueError: :func:`torch.func.vmap` hides a dimension of the tensor.
+    """
+    numbers = torch.func.debug_unwrap(tensor).detach()
+    if numbers.dim() != tensor.dim():
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        raise ValueError(
+            f"{name}: {argument} must not be under torch.func.vmap, which hides the batch; "
+            f"give the whole batch at once, got {numbers.dim() - tensor.dim()} hidden dimensions"
+        )
+    return numbers
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """A block that computes with plain tensors, though a transform may be under way.
+
+    Within a transform every operation returns wrapped tensors, whatever it is given. Those have no
+    memory that numpy could read, and a plan that kept one would outlive its transform.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    with temporarily_clear_interpreter_stack():
+        yield

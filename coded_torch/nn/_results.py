@@ -1,0 +1,291 @@
+r"""Which replies are good results, judged by their form alone.
+
+Whether the numbers in them can be believed is another question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..workers.base import Part, Reply, Task, WorkerError
+from ..workers.pytrees import (
+    CONSTANTS,
+    broadcast_dims,
+    check_batch,
+    flatten,
+    kind,
+    leaf_name,
+    show,
+)
+
+__all__ = ["Result", "Results", "Stacked", "finite"]
+
+_ROUNDING = 0.01  # that the sum of probabilities may be off; half precision needs as much
+
+
+class Result:
+    """The value of one reply, and its form: all that results of one module have in common.
+
+    Attributes:
+        part: what was asked.
+        machine: what answered.
+        leaves: of the value.
+        spec: the structure of the value.
+        dims: per leaf, where it has the part's rows; None: it has none.
+    """
+
+    def __init__(self, reply: Reply, out_dims: Any) -> None:
+        self.part, self.machine, self._value = reply.part, reply.machine, reply.value
+        self.leaves, self.spec = flatten(reply.value)
+        self.dims = broadcast_dims("out_dims", out_dims, self.spec)
+        self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
+
+    def name(self, i: int) -> str:
+        """The name of a leaf."""
+        return leaf_name("output", self._value, i)
+
+    def check(self, task: Task, link: str | None) -> None:
+        """Raise a TypeError or a ValueError if this cannot be decoded."""
+        size = len(self.part.units) * task.unit_rows
+        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+            if dim is None or isinstance(leaf, CONSTANTS):
+                continue
+            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+                got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
+                    f"got {got}; return a tensor of logits or scores instead, register containers "
+                    "with torch.utils._pytree, or say None in out_dims"
+                )
+            check_batch(self._value, i, leaf, dim, size)
+            problem = _improbable(leaf.movedim(dim, 0)) if link == "softmax" else None
+            if problem is not None:
+                raise ValueError(
+                    f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
+                    f"to be decoded with link='softmax', got {problem}"
+                )
+
+    def infinite(self) -> str | None:
+        """The name of a leaf that is not finite."""
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and not finite(leaf):
+                return self.name(i)
+        return None
+
+    def resembles(self, other: Result) -> bool:
+        return self._form == other._form and self.spec == other.spec
+
+    def __str__(self) -> str:
+        return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
+
+
+class Stacked(NamedTuple):
+    """The good results side by side.
+
+    Attributes:
+        units: that have one, increasing.
+        leaves: ``[F, R, ...]`` each, or what the first part returned where there is no batch.
+        dims: per leaf, where the module has its batch.
+        spec: the structure of the module's output.
+        formats: per leaf, the memory format of the module's output.
+    """
+
+    units: tuple[int, ...]
+    leaves: list[Any]
+    dims: list[int | None]
+    spec: pytree.TreeSpec
+    formats: list[torch.memory_format]
+
+
+class Results:
+    """The replies to one task. Results are good that resemble more others than any unlike them do.
+
+    Args:
+        task: what was asked. Results that cannot be answers to it have no vote.
+        link: "softmax" if the results must be probabilities.
+    """
+
+    def __init__(self, task: Task, link: str | None = None) -> None:
+        self._task, self._link = task, link
+        self._errors: list[WorkerError] = []
+        self._misfits: list[WorkerError] = []
+        self._camps: list[_Camp] = []
+        self._num_replies = 0
+
+    def add(self, reply: Reply) -> list[tuple[Part, bool]]:
+        """Judge a reply; returns the parts whose results have become good, or bad, by it."""
+        self._num_replies += 1
+        before = self._lead
+        mine = self._judge(reply)
+        lead = self._lead
+        if lead is before or before is None:
+            return [(reply.part, mine is not None and mine is lead)]
+        # Others have the majority now.
+        lost = [(result.part, False) for result in before.results]
+        return lost + [(result.part, True) for result in lead.results] if lead else lost
+
+    def _judge(self, reply: Reply) -> _Camp | None:
+        """The camp of a reply; None: it has no vote."""
+        if reply.error is not None:
+            self._errors.append(reply.error)
+            return None
+        try:
+            result = Result(reply, self._task.out_dims)
+            infinite = result.infinite()
+            if infinite is not None:
+                what = f"returned values that are not finite in {infinite}"
+                self._errors.append(_error(reply, what))
+                return None
+            result.check(self._task, self._link)
+        except (TypeError, ValueError) as cause:
+            why = str(cause).removeprefix("CodedWrapper: ")
+            error = _error(reply, f"returned what cannot be decoded: {why}")
+            error.__cause__ = cause
+            self._misfits.append(error)
+            return None
+        camp = next((c for c in self._camps if result.resembles(c.results[0])), None)
+        if camp is None:
+            self._camps.append(camp := _Camp())
+        camp.add(result)
+        return camp
+
+    @property
+    def _lead(self) -> _Camp | None:
+        return max(self._camps, key=_Camp.weight, default=None)
+
+    @property
+    def good(self) -> list[Result]:
+        """The most results that resemble each other; of as many, those of the part asked first."""
+        return self._lead.results if self._lead else []
+
+    @property
+    def units(self) -> set[int]:
+        """The units with a good result."""
+        return {unit for result in self.good for unit in result.part.units}
+
+    @property
+    def rejected(self) -> list[WorkerError]:
+        """What is wrong with all other replies, in the order in which their parts were asked."""
+        lead, errors = self._lead, self._errors + self._misfits
+        for camp in self._camps:
+            if lead is None or camp is lead:
+                continue
+            many = "as many" if camp.size == lead.size else "most"
+            for result in camp.results:
+                why = f"returned {result}, where {many} returned {lead.results[0]}"
+                errors.append(_error(result, why))
+        return sorted(errors, key=lambda error: error.part)
+
+    def stack(self) -> Stacked:
+        """The good results, of each unit the first that arrived; there must be one at least."""
+        good, rows = self.good, self._task.unit_rows
+        place: dict[int, int] = {}  # of a unit, among the units of all good results
+        at = 0
+        for result in good:
+            for unit in result.part.units:
+                place.setdefault(unit, at)
+                at += 1
+        units = tuple(sorted(place))
+        places = [place[unit] for unit in units]
+        in_place = places == list(range(at))
+        leaves: list[Any] = []
+        formats = []
+        for i, dim in enumerate(good[0].dims):
+            column = [result.leaves[i] for result in good]
+            formats.append(_memory_format(column[0]))
+            if dim is None or not isinstance(column[0], Tensor):
+                leaves.append(column[0])
+                continue
+            parts = [leaf.movedim(dim, 0).unflatten(0, (-1, rows)) for leaf in column]
+            stacked = parts[0] if len(parts) == 1 else torch.cat(parts)  # [places, R, ...]
+            if not in_place:
+                stacked = stacked.index_select(0, torch.tensor(places, device=stacked.device))
+            leaves.append(stacked)
+        return Stacked(units, leaves, good[0].dims, good[0].spec, formats)
+
+    def blame(self) -> Exception | None:
+        """What the module does wrong, if it does so on every part; None: it may be the workers."""
+        if self._misfits and len(self._misfits) == self._num_replies:
+            cause = min(self._misfits, key=lambda error: error.part).__cause__
+            assert isinstance(cause, Exception)
+            return cause
+        return None
+
+
+class _Camp:
+    """Results that resemble each other, in order of arrival."""
+
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self.size = 0  # in units
+        self._first = math.inf  # the lowest number of a part
+
+    def add(self, result: Result) -> None:
+        self.results.append(result)
+        self.size += len(result.part.units)
+        self._first = min(self._first, result.part.number)
+
+    def weight(self) -> tuple[int, float]:
+        return self.size, -self._first
+
+
+class _Text(str):
+    """What a container prints without quotes."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def finite(leaf: Tensor) -> bool:
+    """Whether all of a tensor is finite; of what is not floating-point, it is."""
+    if not leaf.is_floating_point():
+        return True
+    leaf = leaf.detach()
+    # What is not finite stays so in every sum; a sum may overflow where nothing else is wrong.
+    return math.isfinite(leaf.sum().item()) or all(
+        map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
+    )
+
+
+def _error(of: Reply | Result, reason: str) -> WorkerError:
+    return WorkerError(of.part.number, of.machine, reason)
+
+
+def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
+    """The kind of a leaf; of a tensor the shape too, but for how many rows there are."""
+    if not isinstance(leaf, Tensor):
+        return kind(leaf)
+    shape: Sequence[int] = leaf.shape
+    if dim is not None and -leaf.dim() <= dim < leaf.dim():
+        at = dim % leaf.dim()
+        shape = (*shape[:at], *shape[at + 1 :])
+    return (*kind(leaf), *shape)
+
+
+def _memory_format(leaf: Any) -> torch.memory_format:
+    """That of a tensor, if its strides leave no doubt."""
+    if isinstance(leaf, Tensor) and not leaf.is_contiguous():
+        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+            if leaf.dim() == dims and leaf.is_contiguous(memory_format=layout):
+                return layout
+    return torch.contiguous_format
+
+
+def _improbable(rows: Tensor) -> str | None:
+    """What rows ``[G, ..., C]`` hold, if not probabilities of C classes."""
+    if rows.dim() < 2:
+        return "one number a row"
+    if rows.numel() == 0:
+        return None
+    rows = rows.detach()
+    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
+    if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
+        return None
+    return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"

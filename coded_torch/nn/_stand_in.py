@@ -1,0 +1,100 @@
+r"""A module that stands in for another: what users of the other should not notice."""
+
+from __future__ import annotations
+
+import abc
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["StandIn"]
+
+
+class StandIn(nn.Module, abc.ABC):
+    """A wrapper with the state dict and the mode of the module inside, and compiled as it is.
+
+    Subclasses implement :meth:`_forward` and :meth:`_is_local`.
+
+    Args:
+        module: the module inside.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self._compiled: Callable[..., Any] | None = None
+        self._warned = False
+        self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
+
+    @abc.abstractmethod
+    def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer; ``module`` is the one inside, or what has been compiled of it."""
+
+    @abc.abstractmethod
+    def _is_local(self) -> bool:
+        """Whether the very module inside runs, and not copies of it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward_outside_graphs(args, kwargs)
+        return self._forward(self.module, args, kwargs)
+
+    @torch._disable_dynamo
+    def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a compiled wrapper does: none of its own Python is for the compiler."""
+        if not self._is_local():
+            return self._forward(self.module, args, kwargs)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.module)
+        return self._forward(self._compiled, args, kwargs)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the module inside, with the arguments of :func:`torch.compile`."""
+        self.module.compile(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        return {**state, "_compiled": None}  # made again where it is needed
+
+    def _warn_of_batch_statistics(self) -> None:
+        if not self.training or self._warned:
+            return
+        for name, part in self.module.named_modules():
+            if part.training and isinstance(part, _BatchNorm):
+                self._warned = True
+                warnings.warn(
+                    f"CodedWrapper: {name or 'the module'} is in training mode and takes its "
+                    "statistics from the coded inputs, not from the batch; call eval() on it",
+                    UserWarning,
+                    stacklevel=5,
+                )
+                return
+
+    # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
+    # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in list(state_dict):
+            state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        self._loading = prefix, args[-3:]  # for _name_keys, when the module has been loaded too
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _name_keys(wrapper: StandIn, _: Any) -> None:
+    """Name missing, unexpected and bad keys as they are in the state dict, without ``module.``."""
+    prefix, complaints = vars(wrapper).pop("_loading")
+    pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
+    for texts in complaints:
+        texts[:] = [pattern.sub(prefix, text) for text in texts]

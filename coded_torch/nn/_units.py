@@ -1,0 +1,163 @@
+r"""The units that machines are asked for: rows of the batch, or coded columns."""
+
+from __future__ import annotations
+
+import abc
+import functools
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..codes.base import Code
+from ..codes.plans import BatchPlan, plan_batch, plan_rows
+from ..grouping import Ordering
+from ..workers.base import Task
+from ._inputs import Inputs
+
+__all__ = ["Columns", "Rows", "Units"]
+
+
+class Units(abc.ABC):
+    """A batch as units that can be asked for one by one.
+
+    Attributes:
+        task: the call of the module that computes them.
+        first: the parts that are asked for first, each some units.
+        spare: of columns, which can stand in for each other, those not among these; None of rows,
+            which cannot.
+        needed: how many units with a result complete the call.
+        least: how many can be decoded at all.
+        batch_size: B.
+        num_groups: G; 0 for rows.
+    """
+
+    task: Task
+    first: Sequence[Sequence[int]]
+    spare: Sequence[int] | None = None
+    needed: int
+    least: int
+    batch_size: int
+    num_groups = 0
+
+    @property
+    @abc.abstractmethod
+    def plan(self) -> BatchPlan:
+        """The code fitted to the batch; made when it is first needed."""
+
+    def is_whole(self, received: Sequence[int]) -> bool:
+        """Whether the results of these units are the answers as they are."""
+        return False
+
+
+class Columns(Units):
+    """The N coded inputs of every group: each column is a row for each of the G groups.
+
+    Args:
+        inputs: of the call.
+        code: the code.
+        ordering: of the batch.
+        num_stragglers: S: N - S results are waited for.
+        dealer: who gets what is drawn from it; None: column n is asked for as the n-th.
+        all_at_once: whether the other S columns are asked for at once too.
+        out_dims: of the module.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        code: Code,
+        ordering: Ordering,
+        num_stragglers: int,
+        dealer: random.Random | None,
+        all_at_once: bool,
+        out_dims: Any,
+    ) -> None:
+        n = code.num_workers
+        self._plan = plan_batch(
+            code,
+            ordering,
+            inputs.measured(),
+            num_stragglers,
+            batch_size=inputs.batch_size,
+        )
+        self.num_groups = self._plan.num_groups
+        leaves = [
+            leaf if dim is None else self._plan.encode(leaf.movedim(dim, 0))  # [N, G, ...]
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
+        self.task = _task(inputs, leaves, n, self.num_groups, out_dims)
+        self.needed, self.least = n - num_stragglers, code.min_received
+        self.batch_size = inputs.batch_size
+        # Those asked for first are spread evenly over the curve.
+        chosen = (
+            list(range(n)) if all_at_once else [i * n // self.needed for i in range(self.needed)]
+        )
+        spare = sorted(set(range(n)) - set(chosen))
+        if dealer is not None:
+            dealer.shuffle(chosen)
+            dealer.shuffle(spare)
+        self.first, self.spare = [(column,) for column in chosen], spare
+
+    @property
+    def plan(self) -> BatchPlan:
+        return self._plan
+
+
+class Rows(Units):
+    """The rows of the batch, of a code that does not mix them: each is asked for once.
+
+    Nothing is fitted before something is missing.
+
+    Args:
+        inputs: of the call.
+        code: the code; its K says into how many parts the batch is divided at most.
+        ordering: of the batch, where it has to be fitted.
+        num_machines: of the pool; None: as many as are asked.
+        out_dims: of the module.
+    """
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        code: Code,
+        ordering: Ordering,
+        num_machines: int | None,
+        out_dims: Any,
+    ) -> None:
+        size = inputs.batch_size
+        self._inputs, self._code, self._ordering = inputs, code, ordering
+        leaves = [
+            leaf if dim is None else leaf.movedim(dim, 0).unsqueeze(1)  # [B, 1, ...]
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
+        self.task = _task(inputs, leaves, size, 1, out_dims)
+        self.needed, self.least, self.batch_size = size, 1, size
+        parts = min(code.num_data, size, num_machines or size)
+        ends = [i * size // parts for i in range(parts + 1)]
+        self.first = [range(*ends[i : i + 2]) for i in range(parts)]
+
+    def is_whole(self, received: Sequence[int]) -> bool:
+        return len(received) == self.batch_size
+
+    @functools.cached_property
+    def plan(self) -> BatchPlan:
+        inputs = self._inputs
+        return plan_rows(
+            self._code, self._ordering, inputs.measured(), batch_size=inputs.batch_size
+        )
+
+
+def _task(
+    inputs: Inputs, leaves: list[Tensor], num_units: int, unit_rows: int, out_dims: Any
+) -> Task:
+    return Task(
+        leaves,
+        inputs.dims,
+        inputs.spec,
+        num_units=num_units,
+        unit_rows=unit_rows,
+        device=inputs.device,
+        out_dims=out_dims,
+    )

@@ -1,0 +1,101 @@
+r"""What became of one call of a wrapper."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .waiting import Hedge
+
+__all__ = ["Report"]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Report:
+    """How one call of a :class:`~coded_torch.nn.CodedWrapper` went.
+
+    Where the call raised, it says how far the call had come. A machine is named by its place in the
+    pool, ``0 .. num_machines - 1``; on :class:`~coded_torch.workers.LocalWorkers` every part of the
+    call has a machine of its own.
+
+    Attributes:
+        asked: the machines that began a part of the call, in increasing order.
+        received: those of them whose results count, in increasing order.
+        latencies: seconds until each machine that replied or failed had done so, in that order; of
+            several times the last.
+        rejected: what was wrong with the results that do not count, by machine.
+        work: rows that machines began to compute, per row of the batch: 1.0 is every input once.
+        hedges: what was asked again, when, and which reply won.
+        predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
+            their input. None before there are answers.
+        expected_errors: ``[B]``, float64, on the host: the root mean squared error to expect of
+            each answer's first decoded output; 0 where it is exact. None where the code cannot
+            say, and where the wrapper has a link, as it is then not in the units of the answers.
+        ended: why the call waited no longer. "complete": every result that was wanted is there;
+            "first": the first N - S are; "tolerance": the expected error is small enough;
+            "deadline"; "patience"; "failed": nothing more could come.
+        fence: seconds after its begin at which a part of the first ask would be asked again; None:
+            not known yet.
+        median: of whole calls, in seconds; None: not known yet.
+        deadline: seconds after which the call was to end; None: there was none.
+        num_groups: G, into how many groups the batch was cut; 0 where it was asked for by rows.
+        notes: what else the caller should know, such as what the code could not look at.
+        encode_seconds: time spent on checking, ordering, planning and encoding before the first
+            part was asked.
+        compute_seconds: time spent on waiting for the machines and checking their results.
+        decode_seconds: time spent on decoding.
+        degraded: whether every answer is the mean of what was received, as that was not enough to
+            decode.
+        failed: whether the call raised.
+    """
+
+    asked: tuple[int, ...] = ()
+    received: tuple[int, ...] = ()
+    latencies: dict[int, float] = dataclasses.field(default_factory=dict)
+    rejected: dict[int, str] = dataclasses.field(default_factory=dict)
+    work: float = 0.0
+    hedges: tuple[Hedge, ...] = ()
+    predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    expected_errors: Tensor | None = dataclasses.field(default=None, repr=False)
+    ended: str = ""
+    fence: float | None = None
+    median: float | None = None
+    deadline: float | None = None
+    num_groups: int = 0
+    notes: tuple[str, ...] = ()
+    encode_seconds: float = 0.0
+    compute_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    degraded: bool = False
+    failed: bool = True
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """The machines that began a part and have no result that counts."""
+        return tuple(sorted(set(self.asked) - set(self.received)))
+
+    @property
+    def expected_rmse(self) -> float | None:
+        """The root mean squared error to expect of the answers.
+
+        Comparable to :func:`coded_torch.metrics.rmse` of the first decoded output; None where
+        :attr:`expected_errors` is.
+        """
+        if self.expected_errors is None:
+            return None
+        return float(self.expected_errors.square().mean().sqrt())
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the seconds that a block takes to ``{phase}_seconds``, even if it raises."""
+        start, name = time.perf_counter(), f"{phase}_seconds"
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - start)

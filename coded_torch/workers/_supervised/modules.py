@@ -1,0 +1,101 @@
+r"""Modules on their way to other processes."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..live import Ambient
+
+__all__ = ["ModuleStore", "PackedModule"]
+
+
+class PackedModule(NamedTuple):
+    """The module of a request: what is the same for all of its jobs.
+
+    Attributes:
+        number: of the module as it is now, so that it is sent once.
+        package: the module, as it is sent.
+        alive: the numbers of all modules that may still be needed.
+        head: number, alive and the caller's modes, pickled.
+    """
+
+    number: int
+    package: Any
+    alive: frozenset[int]
+    head: bytes
+
+
+class ModuleStore:
+    """The modules that have been packed, each until it has changed or nothing else holds it.
+
+    Args:
+        pack: makes a package of a module.
+    """
+
+    def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
+        self._make = pack
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        # module -> (what it looked like, its number, the package, its tensors)
+        self._packed: Any = WeakIdKeyDictionary()
+
+    def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
+        """The module as it is now, for a caller with these modes.
+
+        Raises:
+            TypeError: the module cannot be pickled.
+        """
+        tensors, looks = _looks(module)
+        with self._lock:
+            packed = self._packed.get(module)
+            if packed is None or packed[0] != looks:
+                packed = looks, next(self._numbers), self._package(module), tensors
+                self._packed[module] = packed
+            alive = frozenset(number for _, number, *_ in self._packed.values())
+        _, number, package, _ = packed
+        return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
+
+    def forget(self, module: nn.Module) -> None:
+        """Pack ``module`` again when it is needed next."""
+        with self._lock:
+            self._packed.pop(module, None)
+
+    def clear(self) -> None:
+        """Let go of all packages."""
+        with self._lock:
+            self._packed.clear()
+
+    def _package(self, module: nn.Module) -> Any:
+        try:
+            return self._make(module)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise TypeError(
+                "Workers: the module must be picklable to be sent to another process, "
+                f"got {type(module).__name__}: {error}"
+            ) from error
+
+
+def _looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """What differs once a module has changed, as long as the tensors beside it are kept.
+
+    They keep their memory from being used for other weights, which would look the same.
+    """
+    kept: list[Tensor] = []
+    looks: list[tuple[Any, ...]] = []
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        version = 0 if tensor.is_inference() else tensor._version
+        if tensor.layout is torch.strided:
+            tensor = tensor.detach()  # follows no later assignment to data
+            looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
+        else:
+            looks.append((id(tensor), version))
+        kept.append(tensor)
+    return kept, (*looks, *(part.training for part in module.modules()))

@@ -1,0 +1,198 @@
+r"""Pools whose machines may hang and die, whatever they are."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from multiprocessing.util import Finalize
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..._arguments import count, positive
+from ..base import Began, Part, Reply, Request, Task, Workers
+from ..live import LiveRequest
+from .supervisor import START_SECONDS, Supervisor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SupervisedWorkers"]
+
+
+class SupervisedWorkers(Workers):
+    """A pool whose machines are started, watched and replaced by a thread of their own.
+
+    Subclasses say what their :class:`Supervisor` is.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        *,
+        threads: int,
+        grace: float,
+        timeout: float,
+        max_requests: int,
+    ) -> None:
+        self.num_workers = count(self, "num_workers", num_workers)
+        self.num_machines = self.num_workers
+        self.threads = count(self, "threads", threads)
+        self.grace = positive(self, "grace", grace)
+        self.timeout = positive(self, "timeout", timeout)
+        self.max_requests = count(self, "max_requests", max_requests)
+        self._open()
+
+    @abc.abstractmethod
+    def _make_supervisor(self) -> Supervisor:
+        """A new one."""
+
+    def _open(self) -> None:
+        self._lock = threading.Lock()
+        self._supervisor: Supervisor | None = None
+        self._room = threading.BoundedSemaphore(self.max_requests)
+        self._closed = False
+        self._warned = False
+
+    def open(self, module: nn.Module, task: Task) -> Request:
+        self._check_gradients(module, task)
+        return _SupervisedRequest(self, self._started(), module, task)
+
+    def start(self, timeout: float = START_SECONDS) -> Self:
+        """Start all workers and wait until they are up; else the first request starts them.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            RuntimeError: not all of them were up in time.
+        """
+        supervisor = self._started()
+        if not supervisor.wait_until_ready(timeout):
+            raise RuntimeError(
+                f"{type(self).__name__}: all {self.num_workers} workers must be up within "
+                f"{timeout:g} s, got {self.num_ready}; "
+                f"{supervisor.trouble or 'they are still starting'}"
+            )
+        return self
+
+    def forget(self, module: nn.Module) -> None:
+        """Send ``module`` to the workers again when it is needed next."""
+        if self._supervisor is not None:
+            self._supervisor.modules.forget(module)
+
+    @property
+    def num_ready(self) -> int:
+        """How many workers are up now."""
+        return 0 if self._supervisor is None else len(self._supervisor.machines)
+
+    def close(self) -> None:
+        """End all workers at once, whatever they are at; twice is fine."""
+        with self._lock:
+            self._closed = True
+            if self._supervisor is not None:
+                self._finalizer()
+
+    def _started(self) -> Supervisor:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+            if self._supervisor is None:
+                self._supervisor, self._pid = self._make_supervisor(), os.getpid()
+                # Its thread knows the supervisor, not the pool: a pool that nothing holds is
+                # closed. At exit it is closed before multiprocessing waits for the processes to
+                # end, which one that is stopped never does.
+                self._finalizer = Finalize(self, self._supervisor.close, exitpriority=0)
+                self._supervisor.thread.start()
+        if self._pid != os.getpid():
+            raise RuntimeError(
+                f"{type(self).__name__}: the pool must be used in the process that started it; "
+                "give a forked process one of its own"
+            )
+        return self._supervisor
+
+    def _check_gradients(self, module: nn.Module, task: Task) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in task.leaves):
+            raise RuntimeError(
+                f"{type(self).__name__}: inputs must not require gradients, which do not pass "
+                "through other processes; call under torch.no_grad(), or use DeviceWorkers"
+            )
+        if not self._warned and any(p.requires_grad for p in module.parameters()):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: answers have no gradients, which do not pass through "
+                "other processes; call under torch.no_grad(), or use DeviceWorkers to train",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_lock", "_supervisor", "_room", "_finalizer", "_closed", "_pid", "_warned")
+        return {name: value for name, value in vars(self).items() if name not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_workers})"
+
+
+class _SupervisedRequest(LiveRequest):
+    """A request whose parts are held back until the pool has room for it."""
+
+    def __init__(
+        self, pool: SupervisedWorkers, supervisor: Supervisor, module: nn.Module, task: Task
+    ) -> None:
+        super().__init__(task, pool.timeout)
+        self._supervisor = supervisor
+        self._module = supervisor.modules.pack(module, self.ambient)
+        self._max_requests, self._room = pool.max_requests, pool._room  # not the pool: it may end
+        self._has_room = False
+        self._held: list[Part] = []
+
+    def _submit(self, parts: Sequence[Part]) -> None:
+        self._held += parts
+        self._send_held(until=0.0)
+
+    def _send_held(self, until: float) -> None:
+        """Wait for room, and have the parts done that were held back."""
+        if not self._has_room:
+            self._has_room = self._room.acquire(timeout=max(until - self.now(), 0.0))
+        if self._has_room:
+            held, self._held = self._held, []
+            self._supervisor.submit(self, self._module, held)
+
+    def wait(self, until: float = math.inf) -> Began | Reply | None:
+        limit = self._limit()
+        if self._held and limit < math.inf:  # else what is held is not wanted any more
+            self._send_held(min(until, limit))
+        event = super().wait(until)
+        if not isinstance(event, Reply) or self.task.device.type == "cpu":
+            return event
+        value = pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), event.value)
+        return dataclasses.replace(event, value=value)
+
+    @property
+    def idle(self) -> int:
+        return self._supervisor.num_idle
+
+    def _obstacle(self) -> str:
+        if self._held:
+            return f"{self._max_requests} other requests are open, the most that there may be"
+        return self._supervisor.obstacle(self)
+
+    def close(self) -> None:
+        super().close()
+        if self._has_room:
+            self._has_room = False
+            self._room.release()

@@ -1,0 +1,352 @@
+r"""Machines that may die: which is at what, which is replaced, and nothing about how."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..base import Arguments, Part
+from ..faults import Fault
+from ..live import LiveRequest
+from .modules import ModuleStore, PackedModule
+
+__all__ = ["START_SECONDS", "Job", "Machine", "Supervisor"]
+
+logger = logging.getLogger("coded_torch.workers")
+
+START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a while
+_CLOSING_SECONDS = 10.0
+_FAILED_STARTS = 3  # in a row, until what waits fails
+_LONGEST_PAUSE = 5.0  # between attempts to start
+_NEVER = "was never begun: the pool was closed"
+
+
+class Machine:
+    """One process or actor, from its start to its end; a new one takes its place then.
+
+    Attributes:
+        index: its place in the pool, which its successor gets.
+        job: what it is at; None: nothing.
+        since: when it began to start, or began its job.
+        ready: whether it has come up.
+        modules: the numbers of those that it holds.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.job: Job | None = None
+        self.since = 0.0
+        self.ready = False
+        self.modules: frozenset[int] = frozenset()
+
+    def load(self, module: PackedModule) -> None:
+        """Note what it holds when it has got a job with this module."""
+        self.modules = self.modules & module.alive | {module.number}
+
+    def __str__(self) -> str:
+        return f"machine {self.index}"
+
+
+class Job(NamedTuple):
+    """A part of a request, numbered so that no other job is taken for it."""
+
+    number: int
+    request: LiveRequest
+    module: PackedModule
+    part: Part
+
+    def contents(self) -> tuple[bytes, Fault | None, Arguments]:
+        """What :class:`~coded_torch.workers._supervised.worker_main.LoadedModules` calls."""
+        return self.module.head, self.part.fault, self.request.task.payload(self.part.units)
+
+    def wanted(self) -> bool:
+        """Whether it has still to be begun."""
+        return self.request.wants(self.part)
+
+    def begin(self, machine: Machine) -> bool:
+        """Begin it on a machine, unless it is not wanted any more: whether it has begun."""
+        fresh = self.module.number not in machine.modules
+        return self.request.begin(self.part, machine.index, fresh)
+
+
+class Supervisor(abc.ABC):
+    """The machines of a pool and the jobs that wait for them.
+
+    Each machine is at one job at a time, and takes the next one that is still wanted when it has
+    ended the last: so a machine that is slow or stopped holds up the one job that it is at. A
+    machine that is lost is replaced; its job has failed. One that is at a job for longer than
+    ``grace`` seconds is ended.
+
+    Subclasses say how a machine is started, asked and ended, and report what it does to
+    :meth:`ready`, :meth:`deliver`, :meth:`fail` and :meth:`lost`. One thread calls :meth:`tend` and
+    :meth:`wait`; everything else may be called from any.
+
+    Args:
+        size: how many machines.
+        grace: seconds, positive.
+        clock: what the time is, in seconds.
+    """
+
+    #: What the machines are, in messages.
+    noun = "machines"
+
+    def __init__(
+        self, size: int, grace: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.size = size
+        self.grace = grace
+        self.closed = False
+        self.modules = ModuleStore(self.pack)
+        self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._machines: list[Machine] = []
+        self._idle: deque[Machine] = deque()
+        self._jobs: deque[Job] = deque()
+        self._numbers = itertools.count()
+        self._failed_starts = 0
+        self._start_again = 0.0
+        self.trouble = ""  # why the last one that did not come up did not
+
+    # What a kind of machine does.
+
+    @abc.abstractmethod
+    def pack(self, module: nn.Module) -> Any:
+        """A module as machines get it."""
+
+    @abc.abstractmethod
+    def launch(self, index: int) -> Machine:
+        """Begin to start the machine at a place."""
+
+    @abc.abstractmethod
+    def send(self, machine: Machine, job: Job) -> None:
+        """Hand a job to a machine, and note its module there. What is raised fails the job."""
+
+    @abc.abstractmethod
+    def end(self, machine: Machine) -> None:
+        """End a machine at once, whatever state it is in."""
+
+    @abc.abstractmethod
+    def wait(self, seconds: float) -> None:
+        """Wait for news of the machines, or a call of :meth:`wake`; then report the news."""
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Make :meth:`wait` return."""
+
+    def let_go(self) -> None:  # noqa: B027 - most hold nothing else
+        """Let go of all but the machines, which have ended."""
+
+    # What happens to it.
+
+    def submit(self, request: LiveRequest, module: PackedModule, parts: Sequence[Part]) -> None:
+        """Have parts of a request done."""
+        with self._changed:
+            closed = self.closed
+            if not closed:
+                for part in parts:
+                    self._jobs.append(Job(next(self._numbers), request, module, part))
+        if closed:
+            for part in parts:
+                request.fail(part, _NEVER)
+        self._assign()
+
+    def ready(self, machine: Machine) -> None:
+        """A machine has come up."""
+        with self._changed:
+            self._failed_starts = 0
+            machine.ready = True
+            self._idle.append(machine)
+            self._changed.notify_all()
+        self._assign()
+
+    def deliver(self, machine: Machine, number: int, value: Any) -> None:
+        """A machine has done a job."""
+        if (job := self._finish(machine, number)) is not None:
+            job.request.settle(job.part, value)
+        self._assign()
+
+    def fail(
+        self, machine: Machine, number: int, reason: str, cause: BaseException | None = None
+    ) -> None:
+        """A machine has ended a job without a value."""
+        if (job := self._finish(machine, number)) is not None:
+            job.request.fail(job.part, reason, cause)
+        self._assign()
+
+    def _finish(self, machine: Machine, number: int) -> Job | None:
+        """The job that a machine was at, which is idle now; None if it is at another one."""
+        with self._changed:
+            job = machine.job
+            if job is None or job.number != number or machine not in self._machines:
+                logger.warning("%s: dropped a result that nothing waits for", machine)
+                return None
+            machine.job = None
+            self._idle.append(machine)
+            return job
+
+    def lost(self, machine: Machine, reason: str) -> None:
+        """A machine has ended; ``reason`` goes on after its name."""
+        with self._changed:
+            if machine not in self._machines:
+                return
+            self._machines.remove(machine)
+            if machine in self._idle:
+                self._idle.remove(machine)
+            what, job, stranded = f"{machine} {reason}", machine.job, []
+            if not machine.ready:
+                self._failed_starts += 1
+                self.trouble = what
+                pause = min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
+                self._start_again = self._clock() + pause
+                if self._failed_starts >= _FAILED_STARTS and not any(
+                    other.ready for other in self._machines
+                ):
+                    stranded = list(self._jobs)
+                    self._jobs.clear()
+            self._changed.notify_all()
+        if not self.closed:
+            logger.warning("%s", what)
+        if job is not None:
+            job.request.fail(job.part, f"was lost: {what}")
+        for job in stranded:
+            job.request.fail(job.part, f"was never begun: {what}")
+        self.wake()
+
+    def _assign(self) -> None:
+        """Give idle machines what is still wanted."""
+        while (begun := self._begin()) is not None:
+            machine, job = begun
+            try:
+                self.send(machine, job)
+            except BaseException as cause:
+                if self._finish(machine, job.number) is not None:
+                    job.request.fail(job.part, f"could not be asked: {cause}", cause)
+                if not isinstance(cause, Exception):  # an interrupt
+                    raise
+
+    def _begin(self) -> tuple[Machine, Job] | None:
+        """An idle machine and the job that it is at from now on."""
+        with self._changed:
+            while self._jobs and (self._idle or not self._jobs[0].wanted()):
+                job = self._jobs.popleft()
+                if self._idle and job.begin(self._idle[0]):
+                    machine = self._idle.popleft()
+                    machine.job, machine.since = job, self._clock()
+                    return machine, job
+            return None
+
+    # What the one thread does.
+
+    def tend(self) -> None:
+        """End the machines that are overdue, and start those that are missing."""
+        now = self._clock()
+        with self._changed:
+            overdue = [machine for machine in self._machines if self._due(machine) <= now]
+        for machine in overdue:
+            self.end(machine)
+            limit = self.grace if machine.ready else START_SECONDS
+            what = "at one job" if machine.ready else "starting"
+            self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
+        if now < self._start_again:
+            return
+        for index in sorted(set(range(self.size)) - {m.index for m in self._machines}):
+            try:
+                machine = self.launch(index)
+            except Exception as cause:  # too many processes, files: it may be better later
+                machine = Machine(index)
+                with self._changed:
+                    self._machines.append(machine)
+                self.lost(machine, f"could not be started: {type(cause).__name__}: {cause}")
+                return
+            machine.since = self._clock()
+            with self._changed:
+                self._machines.append(machine)
+
+    def pause(self) -> float:
+        """Seconds until :meth:`tend` has something to do, at most ``grace``."""
+        with self._changed:
+            due = [self._due(machine) for machine in self._machines]
+            if len(due) < self.size:
+                due.append(self._start_again)
+        return max(0.0, min([self.grace, *(time - self._clock() for time in due)]))
+
+    def serve(self) -> None:
+        """The one thread: until the pool is closed."""
+        try:
+            while not self.closed:
+                self.tend()
+                self.wait(self.pause())
+        except BaseException as cause:
+            self.trouble = f"{type(cause).__name__}: {cause}"
+            raise
+        finally:
+            with self._changed:
+                self.closed = True
+                self._changed.notify_all()
+                machines, jobs = list(self._machines), list(self._jobs)
+                self._jobs.clear()
+            for machine in machines:
+                self.end(machine)
+                self.lost(machine, "was ended: the pool was closed")
+            for job in jobs:
+                job.request.fail(job.part, _NEVER)
+            self.modules.clear()
+            self.let_go()
+
+    def close(self) -> None:
+        """End the machines and the thread; twice is fine."""
+        self.closed = True
+        self.wake()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(_CLOSING_SECONDS)
+
+    def _due(self, machine: Machine) -> float:
+        if not machine.ready:
+            return machine.since + START_SECONDS
+        return float("inf") if machine.job is None else machine.since + self.grace
+
+    # What others ask for.
+
+    @property
+    def num_idle(self) -> int:
+        """How many machines would begin a job at once."""
+        with self._changed:
+            return len(self._idle)
+
+    def obstacle(self, request: LiveRequest) -> str:
+        """Why parts of a request may not have begun."""
+        with self._changed:
+            jobs = [machine.job for machine in self._machines if machine.job is not None]
+            starting = self.size - sum(machine.ready for machine in self._machines)
+        earlier = sum(job.request is not request for job in jobs)
+        reasons = [
+            (earlier, f"are at earlier tasks (grace {self.grace:g} s)"),
+            (starting, f"are starting{self.trouble and f'; {self.trouble}'}"),
+        ]
+        return "; ".join(f"{n} of {self.size} {self.noun} {what}" for n, what in reasons if n)
+
+    @property
+    def machines(self) -> list[Machine]:
+        """Those that are up."""
+        with self._changed:
+            return [machine for machine in self._machines if machine.ready]
+
+    def wait_until_ready(self, timeout: float) -> bool:
+        """Wait until all machines are up; whether they are."""
+
+        def settled() -> bool:
+            up = sum(machine.ready for machine in self._machines)
+            return up == self.size or self.closed or self._failed_starts >= _FAILED_STARTS
+
+        with self._changed:
+            self._changed.wait_for(settled, timeout)
+        return len(self.machines) == self.size

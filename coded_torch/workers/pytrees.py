@@ -1,0 +1,91 @@
+r"""Inputs and outputs of a module, leaf by leaf."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["CONSTANTS", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name", "show"]
+
+_LEAF = pytree.tree_structure(0)
+
+#: Kinds of outputs that pass through, if they are the same wherever the module runs. A float is
+#: none of them: it is a loss or a score, which depends on the inputs.
+CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As ``pytree.tree_flatten``, without its microseconds for a tree that is one tensor."""
+    return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+
+
+def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
+    """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
+
+    Args:
+        argument: whose value ``dims`` is.
+        dims: integers, None, or one of ``names``, in a tree.
+        spec: the structure of the values.
+        names: that may stand for a dimension.
+
+    Raises:
+        TypeError: ``dims`` has a leaf that is none of these.
+        ValueError: ``dims`` is not a prefix.
+    """
+    if dims is None or type(dims) is int:  # the same for all
+        return [dims] * spec.num_leaves
+    flat: list[int | None] = []
+    tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+
+    def repeat(dim: Any, subtree: Any) -> None:
+        if not (dim is None or dim in names or type(dim) is int):
+            known = ", ".join(("integers", "None", *map(repr, names)))
+            known = " or ".join(known.rsplit(", ", 1))
+            raise TypeError(f"CodedWrapper: {argument} must hold {known}, got {dim!r}")
+        flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
+
+    try:
+        pytree.tree_map_(repeat, dims, tree)
+    except ValueError:
+        raise ValueError(
+            f"CodedWrapper: {argument} must be a pytree prefix of the values, "
+            f"got {dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
+        ) from None
+    return flat
+
+
+def kind(leaf: Any) -> tuple[Any, ...]:
+    """What must be the same wherever the module runs: all of a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return Tensor, leaf.dtype
+    return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
+
+
+def show(leaf: Any) -> str:
+    """A leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
+    return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
+
+
+def leaf_name(root: str, tree: Any, index: int) -> str:
+    """The name of a leaf of ``tree``, as one would write it in Python."""
+    path, _ = pytree.tree_flatten_with_path(tree)[0][index]
+    return root + pytree.keystr(path)
+
+
+def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
+    """Raise a ValueError unless ``leaf`` has a dimension ``dim``, of ``size`` if that is given.
+
+    ``output`` and ``index`` say which leaf of the module's output it is.
+    """
+    if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
+        rows = "a batch dimension" if size is None else f"size {size}, that of the batch,"
+        raise ValueError(
+            f"CodedWrapper: {leaf_name('output', output, index)} must have {rows} at dim {dim}, "
+            f"got shape {tuple(leaf.shape)}"
+        )

@@ -1,0 +1,44 @@
+"""The short versions of what ``benchmarks/resilience.py`` runs at length, and that at length."""
+
+import pytest
+import torch
+
+from benchmarks import resilience
+
+# Bars on times are for the long runs: a few requests on a busy machine have no 99th percentile.
+EXACT = ("failed", "mixed", "children", "descriptors", "threads", "shared-memory segments")
+SHORT = ("kill", "pause", "stragglers", "mixing", "corruption", "leak")
+
+
+def run(scenario, quick):
+    with torch.no_grad():
+        return resilience.SCENARIOS[scenario](quick)
+
+
+@pytest.mark.parametrize("scenario", SHORT)
+def test_short(scenario):
+    found = run(scenario, quick=True)
+    for name in EXACT:
+        if name in found["bars"]:
+            value, most = found["bars"][name]
+            assert value <= most, f"{name}: {value}, at most {most}"
+    for name in ("kills", "rejected"):
+        assert found.get(name, 1) > 0, f"no {name}: nothing was tested"
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_short_on_ray():
+    pytest.importorskip("ray", reason="needs the extra 'ray'")
+    found = run("ray", quick=True)
+    assert found["failed"] == 0
+    assert found["kills"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["kill", "pause", "stragglers", "mixing", "leak"])
+def test_long(scenario):
+    found = run(scenario, quick=False)
+    missed = {name: bar for name, bar in found["bars"].items() if not bar[0] <= bar[1]}
+    assert not missed

@@ -1,0 +1,43 @@
+"""Small modules and inputs that the tests of the wrapper share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EXACT = {"rtol": 1e-8, "atol": 1e-8}  # codes of degree up to 4, from any K of up to 9 results
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def linear(inputs: int = 3, outputs: int = 2, dtype: torch.dtype = torch.float64) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs, dtype=dtype)
+
+
+class Call(nn.Module):
+    """A module from a function."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+class Liar(nn.Module):
+    """Returns something else at the inputs ``at``."""
+
+    def __init__(self, lies: dict[float, Any]) -> None:
+        super().__init__()
+        self.lies = lies
+
+    def forward(self, x: Tensor) -> Any:
+        value = {"y": x * 1.0, "kind": "good"}
+        lie = self.lies.get(float(x[0, 0]))
+        return value if lie is None else lie(value)

@@ -1,0 +1,381 @@
+"""How long a call waits, what it does with too little, and what it reports."""
+
+import logging
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import BatchPlan, Code, NotEnoughResults, ReplicationCode, SplineCode
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Bernoulli, Trace, Uniform
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
+
+from ..workers.test_local import Fixed
+from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, divide_by_zero, nan_at_two
+from .pools import Separate
+
+
+class Promising(Code):
+    """Expects the error that a table says for the number of results; answers with their mean."""
+
+    def __init__(self, errors: dict[int, float | None]) -> None:
+        super().__init__(1, 6)
+        self.errors = errors
+
+    def fit(self, grouping, geometry=None, num_stragglers=0):
+        return _Plan(self, grouping)
+
+
+class _Plan(BatchPlan):
+    def __init__(self, code, grouping):
+        self.code, self.batch_size, self.num_groups = code, grouping.batch_size, grouping.num_groups
+
+    def encode(self, values):
+        return values.expand(self.code.num_workers, *values.shape)
+
+    def decode(self, results, received):
+        assert list(received) == sorted(received)
+        return results.mean(0)
+
+    def expected_errors(self, received, results=None):
+        error = self.code.errors.get(len(received))
+        return None if error is None else torch.full((self.batch_size,), error).double()
+
+
+def arriving_in_order() -> LocalWorkers:
+    return LocalWorkers(Trace([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]))
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "wanted"), [(None, 2), (2.0, 2), (0.5, 3), (0.3, 4), (0.21, 4), (0.01, 6)]
+)
+def test_one_more_is_waited_for_while_the_expected_error_is_too_great(tolerance, wanted):
+    code = Promising({2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05})
+    coded = CodedWrapper(
+        nn.Identity(),
+        code,
+        workers=arriving_in_order(),
+        waiting=Waiting.first(4, tolerance=tolerance),
+    )
+    coded(torch.ones(3, 2))
+    assert coded.last_run.received == tuple(range(wanted))
+
+
+def test_a_code_that_cannot_tell_is_not_waited_for():
+    coded = CodedWrapper(
+        nn.Identity(),
+        Promising({}),
+        workers=arriving_in_order(),
+        waiting=Waiting.first(4, tolerance=1e-3),
+    )
+    coded(torch.ones(3, 2))
+    assert len(coded.last_run.received) == 2
+
+
+def test_the_deadline_ends_all_waiting():
+    coded = CodedWrapper(
+        nn.Identity(),
+        Promising(dict.fromkeys(range(7), 1.0)),
+        workers=arriving_in_order(),
+        waiting=Waiting.first(4, tolerance=1e-3, deadline=0.35),
+    )
+    coded(torch.ones(3, 2))
+    assert coded.last_run.received == (0, 1, 2)
+
+
+def too_few(**options) -> CodedWrapper:
+    late = Fixed(0.0, math.inf, math.inf, math.inf)
+    return CodedWrapper(nn.Identity(), PolynomialCode(2, 4), workers=LocalWorkers(late), **options)
+
+
+def test_too_few_results_are_answered_with_their_mean_if_that_is_asked_for():
+    x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    with pytest.raises(NotEnoughResults):
+        too_few()(x)
+    coded = too_few(waiting=Waiting.first(degraded="mean"), ordering="arrival")
+    answer = coded(x)
+    assert answer.shape == x.shape
+    assert coded.last_run.degraded
+    assert coded.last_run.expected_rmse is None
+    (worker,) = coded.last_run.received
+    coded_inputs = coded.code.encode(x.view(2, 2, 1).transpose(0, 1))
+    positions = [n for n in range(4) if torch.isclose(coded_inputs[n].mean(), answer[0, 0])]
+    assert worker == 0
+    assert len(positions) == 1  # dealt to whichever worker was in time
+    assert (answer == answer[0]).all()
+
+
+def test_enough_results_are_not_degraded():
+    coded = CodedWrapper(
+        nn.Identity(), PolynomialCode(2, 4), waiting=Waiting.first(degraded="mean")
+    )
+    x = torch.ones(2, 1, dtype=torch.float64)
+    torch.testing.assert_close(coded(x), x)
+    assert not coded.last_run.degraded
+
+
+def test_of_no_result_there_is_no_mean():
+    nobody = Fixed(*[math.inf] * 4)
+    coded = CodedWrapper(
+        nn.Identity(),
+        PolynomialCode(2, 4),
+        workers=LocalWorkers(nobody),
+        waiting=Waiting.first(degraded="mean"),
+    )
+    with pytest.raises(NotEnoughResults):
+        coded(torch.ones(2, 1))
+
+
+class Busy(Separate):
+    """Never answers: its machines are at something else."""
+
+    def open(self, module, task):
+        request = super().open(module, task)
+        request.ask = lambda parts: None
+        request.status = lambda: "6 of 6 processes are at earlier tasks (grace 30 s)"
+        return request
+
+
+@pytest.mark.parametrize("waiting", [Waiting.first(2, deadline=0.5)])
+def test_the_message_says_why_nothing_arrived(waiting):
+    coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Busy(), waiting=waiting)
+    with pytest.raises(NotEnoughResults) as info:
+        coded(torch.ones(8, 1))
+    reason = (
+        "nothing arrived within the deadline of 0.5 s; "
+        "6 of 6 processes are at earlier tasks (grace 30 s)"
+    )
+    assert str(info.value).endswith(reason)
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+    late = CodedWrapper(nn.Identity(), PolynomialCode(2, 4), waiting=Waiting.first(deadline=0.5))
+    late.workers = LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf))
+    with pytest.raises(NotEnoughResults, match=r"got 1; .*no more arrived within the deadline of"):
+        late(torch.ones(4, 1))
+
+
+def test_every_call_is_reported():
+    runs = []
+    coded = CodedWrapper(nn.Identity(), CopyCode(2, 2), on_run=runs.append)
+    coded(torch.ones(2, 1))
+    assert runs == [coded.last_run]
+    assert not runs[0].failed
+    coded(torch.ones(0, 1))
+    assert runs[1] is coded.last_run
+    # Nobody was asked, so nobody is missing.
+    assert (runs[1].asked, runs[1].missing, runs[1].failed) == ((), (), False)
+    assert runs[1].compute_seconds > 0
+    with pytest.raises(NotEnoughResults):
+        too_few(on_run=runs.append)(torch.ones(2, 1))
+    assert (runs[2].received, runs[2].failed) == ((0,), True)
+    assert len(runs) == 3
+
+
+def test_a_call_that_raises_is_reported_as_far_as_it_has_come():
+    runs = []
+    module = FailsAt(2.0, divide_by_zero)
+    coded = CodedWrapper(module, CopyCode(2, 2), on_run=runs.append)
+    with pytest.raises(TypeError, match="floating-point"):
+        coded(torch.ones(2, 1, dtype=torch.int64))
+    assert (runs[0].asked, runs[0].missing, runs[0].failed) == ((), (), True)
+    assert runs[0].encode_seconds > 0
+    with pytest.raises(ZeroDivisionError):
+        coded(torch.full((2, 1), 2.0))
+    assert (runs[1].asked, runs[1].missing, runs[1].failed) == ((0, 1), (0, 1), True)
+    assert runs[1].compute_seconds > 0
+    coded.module = nn.Module()
+    with pytest.raises(NotImplementedError):
+        coded(torch.ones(0, 1))
+    assert (runs[2].asked, runs[2].failed) == ((), True)
+    assert runs[2] is coded.last_run
+    assert len(runs) == 3
+
+
+def test_what_goes_wrong_is_logged(caplog):
+    coded = CodedWrapper(
+        FailsAt(2.0, nan_at_two), CopyCode(3, 3), ordering="arrival", shuffle=False
+    )
+    with caplog.at_level(logging.WARNING, "coded_torch"):
+        coded(torch.tensor([[1.0], [2.0], [3.0]]))
+    assert [record.name for record in caplog.records] == ["coded_torch.nn"]
+    assert "machine 1 returned values that are not finite" in caplog.text
+
+
+def test_the_options_travel():
+    coded = too_few(waiting=Waiting.first(degraded="mean", tolerance=0.5))
+    assert pickle.loads(pickle.dumps(coded)).waiting == coded.waiting
+
+
+# ------------------------------------------------------------------ rows
+
+
+def rows(module: nn.Module, **options) -> CodedWrapper:
+    return CodedWrapper(module, ReplicationCode(4, 6), waiting=Waiting(), **options)
+
+
+X = torch.arange(1.0, 9.0).view(8, 1)
+
+
+def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
+    sizes = []
+
+    class Seen(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x.square()
+
+    coded = rows(Seen(), workers=Separate())
+    assert torch.equal(coded(X), X.square())
+    run = coded.last_run
+    assert sizes == [2, 2, 2, 2]
+    assert (run.work, run.ended, run.hedges, run.num_groups) == (1.0, "complete", (), 0)
+    assert not run.predicted.any()
+    assert run.expected_rmse == 0.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_batches_of_fewer_rows_than_parts(size):
+    coded = rows(nn.Identity(), workers=Separate())
+    assert torch.equal(coded(X[:size]), X[:size])
+    assert coded.last_run.asked == tuple(range(min(size, 4)))
+
+
+class FailsFirst(nn.Module):
+    """Raises the first time it sees a row of some value."""
+
+    def __init__(self, value: float, times: int = 1) -> None:
+        super().__init__()
+        self.value, self.times = value, times
+
+    def forward(self, x):
+        if (x == self.value).any() and self.times > 0:
+            self.times -= 1
+            raise RuntimeError("once")
+        return x.clone()
+
+
+def test_a_part_that_failed_is_asked_again_at_once():
+    coded = rows(FailsFirst(3.0), workers=Separate())
+    assert torch.equal(coded(X), X)
+    run = coded.last_run
+    assert run.work == 1.25
+    assert [(hedge.of, hedge.units, hedge.won) for hedge in run.hedges] == [(1, (2, 3), True)]
+    assert (run.ended, list(run.rejected)) == ("complete", [1])
+
+
+def test_what_fails_again_and_again_is_predicted():
+    coded = rows(FailsFirst(3.0, times=99), workers=Separate())
+    answers = coded(X)
+    run = coded.last_run
+    assert run.predicted.tolist() == [False, False, True, True, False, False, False, False]
+    assert torch.equal(answers[~run.predicted], X[~run.predicted])
+    assert (answers[2:4] == X[~run.predicted].mean()).all()
+    assert (run.ended, run.work) == ("failed", 1.5)
+    assert (run.expected_errors > 0).equal(run.predicted)
+
+
+def test_what_fails_everywhere_is_raised():
+    coded = rows(FailsAt(2.0, divide_by_zero), workers=Separate())
+    with pytest.raises(NotEnoughResults, match=r"got 0;.*ZeroDivisionError"):
+        coded(torch.full((8, 1), 2.0))
+
+
+def test_rows_keep_gradients_and_probabilities():
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    coded = rows(nn.Softmax(-1), workers=Separate(), link="softmax")
+    torch.testing.assert_close(
+        torch.autograd.grad(coded(x).square().sum(), x),
+        torch.autograd.grad(x.softmax(-1).square().sum(), x),
+    )
+
+
+def test_answers_computed_under_a_link_are_the_modules_bit_for_bit():
+    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
+    module = nn.Sequential(FailsFirst(float(x[2, 0]), times=99), nn.Softmax(-1))
+    coded = rows(module, workers=Separate(), link="softmax")
+    answers = coded(x)
+    own = ~coded.last_run.predicted
+    assert own.sum() == 6
+    assert torch.equal(answers[own], x.softmax(-1)[own])
+    torch.testing.assert_close(answers.sum(-1), torch.ones(8))
+
+
+def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
+    coded = rows(nn.Identity(), workers=Separate())
+    answers, report = coded.run(X, waiting=Waiting.first(2))
+    assert report.asked == tuple(range(6))
+    assert report.work == 1.5
+    own = ~report.predicted
+    assert own.sum() == 6
+    assert torch.equal(answers[own], X[own])
+    assert coded.last_run is None
+    _, report = coded.run(X)
+    assert report.work == 1.0
+
+
+@pytest.mark.parametrize(
+    ("workers", "waiting"), [(LocalWorkers(), Waiting.first()), (DeviceWorkers(["cpu"]), Waiting())]
+)
+def test_what_is_simulated_asks_all_at_once_unless_told_otherwise(workers, waiting):
+    with workers:
+        assert f"waiting={waiting}" in repr(
+            CodedWrapper(nn.Identity(), ReplicationCode(2, 4), workers=workers)
+        )
+
+
+def test_columns_are_asked_for_evenly_and_spare_ones_stand_in():
+    asked = []
+
+    class Watched(Separate):
+        stragglers = Uniform(2)  # S, for which columns are kept back
+
+        def open(self, module, task):
+            request = super().open(module, task)
+            ask = request.ask
+
+            def note(parts):
+                asked.append([part.units for part in parts])
+                ask(parts)
+
+            request.ask = note
+            return request
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coded = CodedWrapper(
+        FailsFirst(math.nan, times=0),
+        PolynomialCode(2, 6),
+        workers=Watched(),
+        waiting=Waiting(),
+        shuffle=False,
+    )
+    torch.testing.assert_close(coded(x), x)
+    assert asked == [[(0,), (1,), (3,), (4,)]]
+    assert coded.last_run.work == 2.0
+    coded.module = FailsFirst(float(coded.code.encode(x.view(2, 2, 3).transpose(0, 1))[3, 0, 0]))
+    asked.clear()
+    coded.ordering = "arrival"
+    torch.testing.assert_close(coded(x), x)
+    assert asked == [[(0,), (1,), (3,), (4,)], [(2,)]]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("waiting", [None, Waiting(), Waiting.first(2)])
+@pytest.mark.parametrize("make", [ReplicationCode, SplineCode])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda law: LocalWorkers(law),
+        lambda law: FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=law),
+    ],
+)
+def test_laws_on_a_cuda_module(pool, make, waiting):
+    module = nn.Linear(3, 2, device="cuda")
+    x = torch.randn(12, 3, device="cuda")
+    with pool(Bernoulli(0.2, latency=0.01, seed=0)) as workers, torch.no_grad():
+        coded = CodedWrapper(module, make(4, 8), workers=workers, waiting=waiting)
+        answers = coded(x)
+        assert answers.device == x.device
+        own = ~coded.last_run.predicted.to("cuda")
+        torch.testing.assert_close(answers[own], module(x)[own])

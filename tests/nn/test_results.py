@@ -1,0 +1,231 @@
+"""Which replies are good results."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from coded_torch.codes import (
+    KernelCode,
+    NotEnoughResults,
+    ReplicationCode,
+)
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn._results import Results
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Part, Reply
+
+from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
+from .modules import Call, Liar, linear, rand
+from .pools import Separate
+
+
+def test_all_results_rejected():
+    coded = CodedWrapper(Call(lambda x: x * math.nan), PolynomialCode(2, 3))
+    with pytest.raises(NotEnoughResults, match="got 0") as info:
+        coded(rand(2, 2))
+    assert str(info.value.__cause__) == "machine 0 returned values that are not finite in output"
+    assert set(coded.last_run.rejected) == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("lie", "reason"),
+    [
+        (lambda v: v | {"y": v["y"][:, :0]}, r"float32 \(1, 0\).*most.*float32 \(1, 1\)"),
+        (lambda v: v | {"y": v["y"].double()}, "float64.*most.*float32"),
+        (
+            lambda v: v | {"y": v["y"].long()},
+            r"cannot be decoded: output\['y'\] .*int64",
+        ),
+        (
+            lambda v: v | {"y": torch.cat([v["y"], v["y"]])},
+            r"^returned what cannot be decoded: output\['y'\] must have size 1, that of the batch, "
+            r"at dim 0, got shape \(2, 1\)$",
+        ),
+        (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
+        (lambda v: v | {"more": None}, "more.*most"),
+        (
+            lambda v: v["y"],
+            r"^returned float32 \(1, 1\), where most returned "
+            r"{'y': float32 \(1, 1\), 'kind': 'good'}$",
+        ),
+        (lambda v: None, "returned .*None.*most"),
+        (lambda v: v | {"y": v["y"] - math.inf}, r"not finite in output\['y'\]"),
+        (lambda v: v | {"y": v["y"] * math.nan}, r"not finite in output\['y'\]"),
+    ],
+)
+@pytest.mark.parametrize("at", [0.0, 2.0])
+def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
+    x = torch.arange(4.0).reshape(4, 1)
+    coded = CodedWrapper(
+        Liar({at: lie}), CopyCode(4, 4), workers=Separate(), ordering="arrival", shuffle=False
+    )
+    out = coded(x)
+    assert out["kind"] == "good"
+    assert torch.equal(out["y"], torch.where(x == at, 0.0, x))
+    assert list(coded.last_run.rejected) == [int(at)]
+    assert coded.last_run.missing == (int(at),)
+    assert re.search(reason, coded.last_run.rejected[int(at)])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
+def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
+    results = Results(task_of(torch.zeros(4, 1, 1)))
+    changes = [results.add(reply(n, torch.zeros(1, 1 + n % 2))) for n in order]
+    assert results.units == {0, 2}
+    assert results.stack().units == (0, 2)
+    assert [error.machine for error in results.rejected] == [1, 3]
+    assert (
+        results.rejected[0].reason
+        == "returned float32 (1, 2), where as many returned float32 (1, 1)"
+    )
+    # What the changes say of each part in the end is what holds.
+    final = {part.number: good for change in changes for part, good in change}
+    assert final == {0: True, 1: False, 2: True, 3: False}
+
+
+def reply(n: int, value: Any) -> Reply:
+    return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
+
+
+def test_of_results_of_one_unit_the_first_counts():
+    results = Results(task_of(torch.zeros(3, 1, 1)))
+    for n, units in enumerate([(2,), (0, 1), (1, 2)]):
+        results.add(Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n))))
+    units, (leaf,), *_ = results.stack()
+    assert units == (0, 1, 2)
+    assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
+
+
+def test_results_of_another_batch_size_have_no_vote():
+    """However many there are: with as many wrong as right ones, each of these calls is answered."""
+    rates = {"nan": 0.1, "shape": 0.35, "dtype": 0.01, "structure": 0.01, "crash": 0.05}
+    coded = CodedWrapper(
+        linear(), ReplicationCode(4, 12), workers=FaultyWorkers(LocalWorkers(), rates=rates, seed=3)
+    )
+    wrong = 0
+    for seed in range(30):
+        assert coded(rand(20, 3, seed=seed)).shape == (20, 2)
+        reasons = coded.last_run.rejected.values()
+        wrong += sum("must have size 5" in reason for reason in reasons)
+    assert wrong > 80
+
+
+class Needy(CopyCode):
+    """A copy code that does with one missing result."""
+
+    @property
+    def min_received(self) -> int:
+        return self.num_data - 1
+
+
+WRONG = [
+    (lambda x: torch.cat([x, x]), "must have size 1"),
+    (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
+    (lambda x: x > 0, "must be a floating-point tensor"),
+]
+
+
+@pytest.mark.parametrize(("output", "reason"), WRONG)
+def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
+    coded = CodedWrapper(
+        FailsAt(0.0, output),
+        CopyCode(4, 4),
+        workers=Separate(),
+        waiting=Waiting.first(3),
+        ordering="arrival",
+        shuffle=False,
+    )
+    x = torch.arange(4.0).reshape(4, 1)
+    assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert re.search(reason, coded.last_run.rejected[0])
+
+
+@pytest.mark.parametrize(("output", "reason"), WRONG)
+def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
+    coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=Separate(), shuffle=False)
+    x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
+    with pytest.raises(NotEnoughResults, match=f"got 2; .*; machine . returned .* {reason}"):
+        coded(x)
+
+
+def test_what_all_workers_fail_by_is_in_the_message():
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = CodedWrapper(linear(4), ReplicationCode(2, 6), workers=pool)
+        with pytest.raises(NotEnoughResults) as info:
+            coded(rand(2, 3))
+    message = str(info.value)
+    assert re.search(r"got 0; .*; machine 0 failed on cpu: RuntimeError: mat1 and mat2", message)
+    assert "\n" not in message
+
+
+def classifier(output: Any, **options: Any) -> CodedWrapper:
+    return CodedWrapper(Call(output), KernelCode(3, 6), link="softmax", **options)
+
+
+@pytest.mark.parametrize("devices", [None, ["cpu"]])
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: (x.softmax(-1), 10 * x), r"output\[1\].*, got values of -.*sums of -.* to "),
+        (lambda x: (x.softmax(-1), x.sigmoid()), r"output\[1\].*, got values of 0.*sums of "),
+        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, got one number a row"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused_by_name(output, got, devices):
+    options = {} if devices is None else {"workers": DeviceWorkers(devices)}
+    coded = classifier(output, **options)
+    with (
+        coded.workers,
+        pytest.raises(ValueError, match=got),
+    ):
+        coded(rand(6, 5))
+
+
+@dataclasses.dataclass
+class Unregistered:
+    logits: Tensor
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "match"),
+    [
+        (
+            lambda x: {"a": x, "top": x.argmax(1)},
+            TypeError,
+            r"output\['top'\].*got torch.int64.*logits",
+        ),
+        (
+            lambda x: (x, x > 0),
+            TypeError,
+            r"output\[1\].*got torch.bool; return a tensor of logits",
+        ),
+        (
+            lambda x: (x, x.sum().item()),
+            TypeError,
+            r"output\[1\].*got float; return a tensor .*None in out_dims",
+        ),
+        (lambda x: x.to(torch.complex64), TypeError, "output must be.*complex64"),
+        (lambda x: Unregistered(x), TypeError, "output must be.*Unregistered.*register"),
+        (lambda x: x.mean(), ValueError, "output must have a batch dimension at dim 0"),
+        (lambda x: x[1:], ValueError, "output must have size"),
+    ],
+)
+@pytest.mark.parametrize("devices", [None, ["cpu"]])
+def test_outputs_that_cannot_be_decoded(output, error, match, devices):
+    workers = None if devices is None else DeviceWorkers(devices)
+    coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=workers)
+    if devices is not None and error is ValueError:
+        match = "output must have size 2, that of the batch, at dim 0"
+    with coded.workers, pytest.raises(error, match=match):
+        coded(rand(4, 3))
+
+
+def test_outputs_without_any_tensor():
+    assert CodedWrapper(Call(lambda x: None), PolynomialCode(2, 4))(rand(4, 3)) is None
+    assert CodedWrapper(Call(lambda x: ()), PolynomialCode(2, 4))(rand(4, 3)) == ()

@@ -1,0 +1,221 @@
+"""The wrapper as a stand-in for the module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import (
+    KernelCode,
+    ReplicationCode,
+    SplineCode,
+)
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Uniform
+from coded_torch.workers import DeviceWorkers
+
+from ..workers.workers_tests import PolynomialCode
+from .modules import EXACT, linear, rand
+
+
+def network(**options: Any) -> CodedWrapper:
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double().eval()
+    return CodedWrapper(module, PolynomialCode(2, 4), **options).eval()
+
+
+def test_the_state_dict_is_that_of_the_module_both_ways():
+    coded, bare = network(), copy.deepcopy(network().module)
+    with torch.no_grad():
+        for tensor in bare.state_dict().values():
+            tensor.add_(1)
+    assert list(coded.state_dict()) == list(bare.state_dict())
+    assert coded.state_dict()._metadata == bare.state_dict()._metadata
+    assert (
+        str(coded.load_state_dict(bare.state_dict(), strict=True))
+        == "<All keys matched successfully>"
+    )
+    for a, b in zip(coded.module.state_dict().values(), bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with torch.no_grad():
+        coded.module[0].weight.zero_()
+    bare.load_state_dict(coded.state_dict(), strict=True)
+    assert not bare[0].weight.any()
+    with pytest.raises(RuntimeError, match=r'Missing key.*"2\.bias"'):
+        coded.load_state_dict({k: v for k, v in bare.state_dict().items() if k != "2.bias"})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"module\.x"'):
+        coded.load_state_dict(bare.state_dict() | {"module.x": torch.zeros(1)})
+
+
+def test_the_state_dict_as_a_part_of_a_bigger_module():
+    def bigger(part: nn.Module) -> nn.Module:
+        return nn.ModuleDict({"head": nn.Linear(2, 2).double(), "module": part})
+
+    bare, coded = bigger(network().module), bigger(network())
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.add_(1)
+    assert list(coded.state_dict()) == list(bare.state_dict())
+    coded.load_state_dict(bare.state_dict(), strict=True)
+    for a, b in zip(coded.state_dict().values(), bare.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    bare.load_state_dict(coded.state_dict(), strict=True)
+    twice = bigger(CodedWrapper(network(), PolynomialCode(2, 4)))
+    state = bare.state_dict()
+    del state["module.2.bias"]
+    state |= {"module.9.x": torch.zeros(1), "module.0.bias": torch.zeros(7)}
+    for model in (coded, twice, copy.deepcopy(twice), pickle.loads(pickle.dumps(twice))):
+        with pytest.raises(RuntimeError) as info:
+            model.load_state_dict(state)
+        for complaint in (
+            'Missing key(s) in state_dict: "module.2.bias".',
+            'Unexpected key(s) in state_dict: "module.9.x".',
+            "size mismatch for module.0.bias:",
+        ):
+            assert complaint in str(info.value)
+    del state["module.0.bias"]
+    assert coded.load_state_dict(state, strict=False) == (
+        ["module.0.bias", "module.2.bias"],
+        ["module.9.x"],
+    )
+
+
+def test_functional_call_takes_the_names_of_the_parameters():
+    coded, x = network(), rand(4, 3)
+    tensors = {k: v + 1 for k, v in [*coded.named_parameters(), *coded.named_buffers()]}
+    wanted = copy.deepcopy(coded.module)
+    wanted.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items()})
+    torch.testing.assert_close(torch.func.functional_call(coded, tensors, x), wanted(x), **EXACT)
+
+
+def test_a_state_dict_survives_a_file():
+    coded, file = network(), io.BytesIO()
+    torch.save(coded.state_dict(), file)
+    file.seek(0)
+    network().module.load_state_dict(torch.load(file, weights_only=True), strict=True)
+
+
+def test_modes_devices_and_dtypes_reach_the_module():
+    coded = CodedWrapper(linear(), PolynomialCode(2, 4))
+    assert coded.training
+    assert not CodedWrapper(linear().eval(), PolynomialCode(2, 4)).training
+    assert coded.train().module.training
+    assert not coded.eval().module.training
+    assert coded.half().module.weight.dtype == torch.float16
+    assert coded.to(torch.float32).module.weight.dtype == torch.float32
+    assert coded.to("meta").module.weight.device.type == "meta"
+    assert [name for name, _ in coded.named_parameters()] == ["module.weight", "module.bias"]
+
+
+def test_hooks_of_the_module_and_of_the_wrapper_run():
+    coded, calls = CodedWrapper(linear(), PolynomialCode(2, 4)), []
+    coded.module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    coded.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    coded(rand(5, 3))
+    assert calls == [12, 5]
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict,
+        lambda: {"stragglers": Uniform(1), "waiting": Waiting.first(1)},
+        lambda: {"workers": DeviceWorkers(["cpu", "cpu"]), "waiting": Waiting(deadline=60.0)},
+    ],
+)
+def test_copies_and_pickles(twin, options):
+    coded, x = network(**options()), rand(5, 3)
+    wanted = coded(x)
+    other = twin(coded)
+    with coded.workers, other.workers:
+        torch.testing.assert_close(other(x), wanted, **EXACT)
+        assert other.module[0].weight is not coded.module[0].weight
+        assert other.waiting == coded.waiting
+        assert other.last_run.received
+
+
+def test_batch_statistics_in_training_get_one_warning():
+    coded = network().train()
+    with pytest.warns(UserWarning, match="1 is in training mode and takes its statistics"):
+        coded(rand(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coded(rand(4, 3))
+        quiet = network().train()
+        quiet.module[1].eval()
+        quiet(rand(4, 3))
+        network()(rand(4, 3))
+        CodedWrapper(linear(), PolynomialCode(2, 4)).train()(rand(4, 3))
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("make", [SplineCode, KernelCode])
+def test_compiling_the_wrapper_compiles_the_module(make, mode):
+    torch.compiler.reset()
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
+    coded = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))
+    with mode():
+        wanted = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))(x)
+        compiled = torch.compile(coded)
+        torch.testing.assert_close(compiled(x), wanted)
+        assert coded.last_run.received
+        assert coded._compiled is not None
+        assert pickle.loads(pickle.dumps(coded))._compiled is None
+
+
+@pytest.mark.slow
+def test_a_wrapper_that_is_compiled_in_place():
+    torch.compiler.reset()
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
+    coded = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))
+    wanted = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))(x)
+    coded.compile()
+    torch.testing.assert_close(coded(x), wanted)
+    assert module._compiled_call_impl is not None
+
+
+@pytest.mark.slow
+def test_the_first_call_of_a_compiled_wrapper_takes_about_as_long_as_that_of_the_module():
+    """All that is compiled is the module."""
+    code, x = SplineCode(4, 6), rand(12, 8).float()
+
+    def first_call(wrap) -> float:
+        torch.compiler.reset()
+        compiled = torch.compile(wrap(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))))
+        start = time.perf_counter()
+        with torch.no_grad(), torch._inductor.config.patch(fx_graph_cache=False):
+            compiled(x)
+        return time.perf_counter() - start
+
+    def bare(module):
+        return module
+
+    first_call(bare)  # loads the compiler
+    ratios = [first_call(lambda m: CodedWrapper(m, code)) / first_call(bare) for _ in range(3)]
+    assert min(ratios) < 1.5
+
+
+@pytest.mark.parametrize("waiting", [None, Waiting()])
+@pytest.mark.parametrize("make", [SplineCode, ReplicationCode])
+def test_outputs_keep_the_layout_of_the_modules(make, waiting):
+    module = nn.Conv2d(3, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    x = rand(8, 3, 6, 6).float().contiguous(memory_format=torch.channels_last)
+    coded = CodedWrapper(module, make(4, 6), waiting=waiting)
+    for inputs in (x, x.contiguous()):
+        wanted = module(inputs)
+        got = coded(inputs)
+        assert got.stride() == wanted.stride()
+        assert got.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,117 @@
+"""Tasks: how they are cut into parts, and outputs back into those of the parts."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from coded_torch.workers import Part, Task, WorkerError, Workers
+from coded_torch.workers.faults import Fault
+
+from .workers_tests import task_of
+
+
+def storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("units", [(2,), (1, 2, 3), range(6), (5,)])
+def test_the_payload_of_consecutive_units_is_a_view(units):
+    values = torch.randn(6, 2, 3)
+    (batch,), kwargs = task_of(values).payload(units)
+    assert kwargs == {}
+    assert storage(batch) == storage(values)
+    assert torch.equal(batch, values[list(units)].flatten(0, 1))
+
+
+@pytest.mark.parametrize("units", [(0, 2), (1, 3, 4, 5), (3, 0), (2, 2)])
+def test_the_payload_of_other_units_is_in_their_order(units):
+    values = torch.randn(6, 2, 3)
+    (batch,), _ = task_of(values).payload(units)
+    assert torch.equal(batch, values[list(units)].flatten(0, 1))
+
+
+def test_rows_of_a_batch_are_units_of_one_row():
+    batch = torch.randn(6, 3).T.contiguous().T  # any strides
+    task = task_of(batch.unsqueeze(1))
+    (whole,), _ = task.payload(range(6))
+    assert storage(whole) == storage(batch)
+    assert whole.stride() == batch.stride()
+    (part,), _ = task.payload((2, 3))
+    assert torch.equal(part, batch[2:4])
+
+
+def test_what_is_divided_goes_where_the_module_expects_the_batch():
+    x, mask = torch.randn(4, 2, 3, 5), torch.rand(4, 2, 3) > 0.5
+    leaves, spec = pytree.tree_flatten(((x, "shared"), {"mask": mask, "scale": torch.ones(7)}))
+    task = Task(leaves, [-1, None, 1, None], spec, 4, 2, x.device)
+    (got, shared), kwargs = task.payload((1, 3))
+    assert torch.equal(got, x[[1, 3]].flatten(0, 1).movedim(0, -1))
+    assert shared == "shared"
+    assert kwargs["scale"] is leaves[3]
+    assert torch.equal(kwargs["mask"], mask[[1, 3]].flatten(0, 1).movedim(0, 1))
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 6), (4, [4, 2]), (6, [6]), (None, [6])])
+def test_payloads_have_at_most_the_maximum_size(limit, sizes):
+    task = task_of(torch.randn(3, 2, 1))
+    batches = [args[0] for args, _ in task.payloads(range(3), limit)]
+    assert list(map(len, batches)) == sizes
+    assert torch.equal(torch.cat(batches), task.leaves[0].flatten(0, 1))
+    for part, output in enumerate(task.cut(batches, [1, 1, 1])):
+        assert torch.equal(output, task.leaves[0][part])
+
+
+def test_outputs_are_cut_into_parts_of_any_size():
+    task = task_of(torch.randn(5, 2, 3), dim=1)
+    (batch,), _ = task.payload(range(5))
+    first, second, third = task.cut([{"a": batch, "b": None}], [2, 1, 2])
+    assert [part["a"].shape for part in (first, second, third)] == [(3, 4), (3, 2), (3, 4)]
+    assert torch.equal(torch.cat([first["a"], second["a"], third["a"]], 1), batch)
+    assert first["b"] is None
+
+
+def test_outputs_without_the_batch_are_refused():
+    task = task_of(torch.randn(3, 2, 1))
+    with pytest.raises(ValueError, match=r"output\['sum'\] must have a batch dimension at dim 0"):
+        task.cut([{"sum": torch.tensor(1.0)}], [3])
+    with pytest.raises(ValueError, match=r"output must have size 6, .* got shape \(3, 1\)"):
+        task.cut([torch.ones(3, 1)], [3])
+
+
+def test_the_structure_must_be_the_same_for_every_batch():
+    x = torch.ones(2, 1)
+    with pytest.raises(ValueError, match="the same structure for every batch"):
+        task_of(torch.ones(3, 2, 1)).cut([x, [x], x], [3])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "got"),
+    [
+        (4, 2, "2 and 4"),
+        (torch.ones(4, 1), None, r"None and float32 \(4, 1\)"),
+        (torch.ones(4, 1), torch.ones(2, 1).long(), r"float32 \(4, 1\) and int64 \(2, 1\)"),
+    ],
+)
+def test_constants_and_dtypes_must_be_the_same_for_every_batch(first, second, got):
+    with pytest.raises(ValueError, match=rf"output\['size'\] must be the same .* got {got}"):
+        task_of(torch.ones(3, 2, 1)).cut([{"size": first}, {"size": second}], [3])
+
+
+def test_a_fault_makes_no_other_part():
+    assert Part(1, (2,), Fault(delay=1.0)) == Part(1, (2,))
+    assert len({Part(1, (2,), Fault(delay=1.0)), Part(1, (2,))}) == 1
+
+
+def test_errors_say_which_machine_or_else_which_part():
+    error = pickle.loads(pickle.dumps(WorkerError(3, 1, "failed")))
+    assert (str(error), error.part, error.machine) == ("machine 1 failed", 3, 1)
+    assert str(WorkerError(3, -1, "was never begun")) == "part 3 was never begun"
+
+
+def test_pools_must_open():
+    with pytest.raises(TypeError, match="open"):
+        Workers()

@@ -1,0 +1,149 @@
+"""Workers that fail on purpose."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Markov, ShiftedExponential, Trace, Uniform
+from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
+
+from .test_threads import ThreadWorkers
+from .workers_tests import PolynomialCode, WorkersTests, numbered, replies_of, task_of
+
+
+class TestFaultyWorkers(WorkersTests):
+    def make(self) -> FaultyWorkers:
+        return FaultyWorkers(LocalWorkers())
+
+
+class TestFaultyThreads(WorkersTests):
+    def make(self) -> FaultyWorkers:
+        return FaultyWorkers(ThreadWorkers(2), delays=Uniform(0))
+
+
+def test_the_law_is_that_of_the_delays_or_of_the_pool():
+    inner, law = LocalWorkers(Uniform(2)), Uniform(1)
+    assert FaultyWorkers(inner).stragglers is inner.stragglers
+    assert FaultyWorkers(inner, delays=law).stragglers is law
+    coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 5), workers=FaultyWorkers(inner))
+    coded(torch.ones(2, 1))
+    assert len(coded.last_run.received) == 3
+
+
+class Recording(LocalWorkers):
+    """Notes the faults of what it is asked for."""
+
+    def open(self, module, task):
+        request = super().open(module, task)
+        ask = request.ask
+
+        def noted(parts):
+            self.asked = getattr(self, "asked", []) + list(parts)
+            ask(parts)
+
+        request.ask = noted
+        return request
+
+
+TASK = task_of(torch.zeros(4, 1, 1))
+LAWS = [
+    lambda: ShiftedExponential(0.0, 1.0, seed=5),
+    lambda: Markov(0.3, 0.3, good=1.0, bad=2.0, seed=5),
+    lambda: Trace([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [0.0, 1.0, 0.0]]),
+]
+
+
+def faults_of(law, order: list[tuple[int, int]], again: int = 7) -> dict[tuple[int, int], Fault]:
+    """The faults of parts (request, ask) of three requests that ask in an order."""
+    recording = Recording()
+    pool = FaultyWorkers(recording, delays=law(), rates={"nan": 0.2, "crash": 0.2}, seed=3)
+    requests = [pool.open(nn.Identity(), TASK) for _ in range(3)]
+    faults = {}
+    for request, ask in order:
+        first = 3 + (ask - 1) * again if ask else 0
+        recording.asked = []
+        requests[request].ask(numbered(*[[0]] * (again if ask else 3), first=first))
+        faults |= {(request, part.number): part.fault for part in recording.asked}
+    return faults
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_faults_depend_on_the_request_and_the_part_and_not_on_the_order_of_asking(law):
+    order = [(r, ask) for r in range(3) for ask in range(4)]
+    wanted = faults_of(law, order)
+    assert len(wanted) == 3 * (3 + 3 * 7)
+    for seed in range(5):
+        further = [(r, ask) for r, ask in order if ask]
+        # Any interleaving, but for that of first asks and that of each request itself.
+        random.Random(seed).shuffle(further)
+        further.sort(key=lambda pair: pair[1])
+        assert faults_of(law, [(r, 0) for r in range(3)] + further) == wanted
+        one_by_one = [(r, ask) for r in range(3) for ask in range(1 + 3 * 7)]
+        assert faults_of(law, one_by_one, again=1) == wanted
+
+
+def test_laws_with_a_state_move_on_once_a_request():
+    faults = faults_of(LAWS[2], [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)])
+    delays = {key: fault.delay if fault else 0.0 for key, fault in faults.items()}
+    assert [delays[0, p] for p in range(10)] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0]
+    assert [delays[1, p] for p in range(3)] == [4, 5, 6]
+    assert [delays[2, p] for p in range(10)] == [7, 8, 9, 0, 1, 0, 1, 2, 3, 4]
+
+
+def test_a_request_that_asks_for_nothing_takes_no_faults():
+    pool = FaultyWorkers(recording := Recording(), rates={"nan": 0.5}, seed=1)
+    twin = FaultyWorkers(other := Recording(), rates={"nan": 0.5}, seed=1)
+    with pool.open(nn.Identity(), TASK):
+        pass
+    for each in (pool, twin):
+        list(each.run(nn.Identity(), TASK))
+    assert [part.fault for part in recording.asked] == [part.fault for part in other.asked]
+
+
+def test_seeds_of_any_size_and_sign_are_different_ones():
+    def kinds(seed: int) -> list[str | None]:
+        pool = FaultyWorkers(recording := Recording(), rates={"nan": 0.5}, seed=seed)
+        list(pool.run(nn.Identity(), task_of(torch.zeros(64, 1, 1))))
+        return [part.fault and part.fault.kind for part in recording.asked]
+
+    assert len({tuple(kinds(seed)) for seed in (-1, 0, 1, 2**63, 2**64 - 2)}) == 5
+
+
+@pytest.mark.parametrize("kind", Fault.KINDS)
+def test_every_kind_of_fault_on_a_virtual_clock(kind):
+    pool = FaultyWorkers(LocalWorkers(), delays=Trace([[2.0, math.inf]]), rates={kind: 1.0})
+    with pool.open(nn.Identity(), task_of(torch.ones(2, 3, 1))) as request:
+        request.ask(numbered((0,), (1,)))
+        (reply,) = replies_of(request)
+    assert (reply.part.number, reply.at, reply.latency) == (0, 2.0, 2.0)
+    if kind == "crash":
+        assert str(reply.error) == "machine 0 died of an injected crash"
+    elif kind == "structure":
+        assert isinstance(reply.value, list)
+    elif kind in ("nan", "infinity"):
+        assert not reply.value.isfinite().any()
+    else:
+        assert (reply.value.shape, reply.value.dtype) != ((3, 1), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"pool": 3}, TypeError, "pool must be of type Workers, got int"),
+        ({"delays": 0.1}, TypeError, "delays must be of type Stragglers or None, got float"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer, got 0.5"),
+        ({"rates": {"nan": "x"}}, TypeError, r"rates\['nan'\] must be a probability .* got 'x'"),
+        ({"rates": {"nan": 1.5}}, ValueError, r"rates\['nan'\] must be a probability .* got 1.5"),
+        ({"rates": {"nap": 0.5}}, ValueError, "rates must be of crash, .*, got 'nap'"),
+        ({"rates": {"nan": 0.6, "crash": 0.6}}, ValueError, "rates must be at most 1 in sum"),
+    ],
+)
+def test_bad_arguments(options, error, match):
+    with pytest.raises(error, match=f"FaultyWorkers: {match}"):
+        FaultyWorkers(**{"pool": LocalWorkers(), **options})
