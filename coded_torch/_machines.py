@@ -68,6 +68,13 @@ class Conditions:
         for argument in ("spell", "dead_after", "pause"):
             positive(self, argument, getattr(self, argument))
         real(self, "bursts", self.bursts, "positive", lambda x: x > 0)
+        for argument in ("straggling_by", "slow_by"):
+            low, high = getattr(self, argument)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(
+                    f"Conditions: {argument} must be two positive factors, the lower one first, "
+                    f"got {(low, high)}"
+                )
         instance(self, "delays", self.delays, Stragglers, optional=True)
 
     def mean(self) -> float:
