@@ -15,7 +15,7 @@ LAYERS = (
     {"demo"},
     {"compare"},
     {"tuning", "simulation"},
-    {"_trial"},
+    {"_trial", "_machines"},
     {"_scores"},
     {"nn"},
     {"workers", "codes"},
