@@ -192,7 +192,7 @@ def find_devices(
 
 
 def _name(owner: object) -> str:
-    """That of a function, if it is one, or of the type of whoever else is given the argument."""
+    """That of a function, or the type of an object, which is given the argument."""
     return owner if isinstance(owner, str) else type(owner).__name__
 
 

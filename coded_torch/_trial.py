@@ -124,7 +124,7 @@ class Trial:
             for reply in workers.run(wrapper.module, task):
                 results.add(reply)
         if results.rejected:
-            raise results.blame() or results.rejected[0]
+            raise results.failure(units, units, "")
         stacked = results.stack()
         return [
             leaf

@@ -13,7 +13,7 @@ from ._arguments import MOST_WORKERS, count, dense, shown
 from ._extension import short_path
 from .geometry import check_inputs
 
-__all__ = ["Grouping", "Ordering", "check_ordering", "order_of", "similarity_order"]
+__all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 
 #: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
 Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]

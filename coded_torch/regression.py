@@ -1,4 +1,4 @@
-r"""Kernel regression in input space: answers from results by the distances of their inputs."""
+r"""Regression in input space: answers from results by the distances of their inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUGGET = 1e-4
 
 
 def matern52(squared_distances: Tensor, length: float) -> Tensor:
-    r"""The Matern kernel of smoothness 5/2.
+    r"""The Matern covariance of smoothness 5/2.
 
     .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
 
@@ -45,7 +45,7 @@ class KernelRegression:
 
     Args:
         squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
-        length: of the :func:`matern52` kernel, positive.
+        length: of the :func:`matern52` covariance, positive.
         nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
             so badly rounded that no points have them, it is raised tenfold until there is a
             factorisation.
@@ -121,11 +121,11 @@ class KernelRegression:
         return residuals.mul_(self.leave_one_out_variances[:, None])
 
     def trust(self, results: Tensor) -> float:
-        r"""How far to follow predictions away from the mean, in [0, 1], as ``results [M, C]`` tell.
+        r"""How far to follow predictions away from the mean, in [0, 1], by ``results [M, C]``.
 
         The slope of the regression, through 0, of every result on its prediction from all others,
-        both less the mean of the others: about 1 where the kernel describes the outputs, 0 where
-        the inputs tell nothing of them.
+        both less the mean of the others: about 1 where the covariance describes the outputs, 0
+        where the inputs say nothing of them.
         """
         centred = results - results.mean(0)
         deviations = centred * (len(results) / max(len(results) - 1, 1))
@@ -136,7 +136,7 @@ class KernelRegression:
     def output_variance(self, results: Tensor) -> float:
         """The outputs' variance: the maximum of the restricted likelihood of ``results [M, C]``.
 
-        0 where there is one result only, of which nothing can be told.
+        0 where there is one result only, which says nothing of it.
         """
         if len(results) < 2:
             return 0.0

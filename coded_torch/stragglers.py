@@ -1,4 +1,4 @@
-r"""Laws of who is late: how long each of N workers takes to answer one request.
+r"""Laws of lateness: how long each of N workers takes to answer one request.
 
 Every law draws from a ``torch.Generator``, its own or the one it is given, never from the global
 random state. Latencies are in seconds; infinite means that the worker never answers.
@@ -99,7 +99,7 @@ class _FixedNumber(Stragglers):
 class Uniform(_FixedNumber):
     r"""S workers, drawn uniformly, never answer; the others answer at once.
 
-    "At once" is a latency of 0, as the law says who is late and not how long the model takes.
+    "At once" is a latency of 0, as the law says which are late and not how long the model takes.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.

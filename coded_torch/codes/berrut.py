@@ -9,7 +9,7 @@ import numpy as np
 
 from .._arguments import count
 from ..linear import LinearMap, MatrixMap
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

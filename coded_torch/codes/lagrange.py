@@ -11,7 +11,7 @@ from numpy.polynomial import chebyshev
 from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._arguments import smoothing
 from ..linear import LinearMap, SplineMap
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
