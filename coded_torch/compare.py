@@ -32,7 +32,7 @@ _EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axi
 
 
 class Scheme(NamedTuple):
-    """A code, the ordering of the batch, and S as the code is told, if that is not the truth."""
+    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
 
     code: Code
     ordering: Any = "similarity"
