@@ -109,7 +109,7 @@ class Comparison:
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     for row, (color, _) in zip(rows, itertools.cycle(_STYLES), strict=False):
-        axes.barh(row.name, row.mse[0], xerr=row.mse[1], color=color)
+        axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1], color=color)
     axes.invert_yaxis()
     axes.set_xlabel(_ERROR)
 
@@ -120,7 +120,7 @@ def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
         curves.items(), itertools.cycle(_STYLES), strict=False
     ):
         inexact = [row for row in each if (row.mse[0] or 0) > _EXACT]
-        x, y = [row.setting[2] for row in inexact], [row.mse[0] for row in inexact]
+        x, y = [row.setting[2] for row in inexact], [row.mse[0] or 0.0 for row in inexact]
         axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
     axes.set_yscale("log")
     axes.set_xlabel("workers lost")
