@@ -71,9 +71,9 @@ def time_code(
 ) -> np.ndarray:
     """Seconds for each of ``PARTS``."""
     now, code = stopwatch(device), copy.deepcopy(scheme.code)  # with nothing cached
-    told = s if scheme.num_stragglers is None else scheme.num_stragglers
+    expected = s if scheme.num_stragglers is None else scheme.num_stragglers
     clocks = [now()]
-    plan = plan_batch(code, scheme.ordering, [images], told)
+    plan = plan_batch(code, scheme.ordering, [images], expected)
     clocks.append(now())
     plan.encode(images)
     clocks.append(now())

@@ -67,7 +67,7 @@ class Trial:
             code: the code.
             received: the workers whose results there are, one of the trial's received sets.
             ordering: of the batch; None: the wrapper's.
-            num_stragglers: S, as the code is told.
+            num_stragglers: S, how many late workers the code is to expect.
             stage: of every output, what is decoded.
         """
         ordering = self._wrapper.ordering if ordering is None else ordering
