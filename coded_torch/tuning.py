@@ -23,7 +23,7 @@ from .nn import CodedWrapper
 from .regression import KernelRegression
 from .stragglers import Uniform
 
-__all__ = ["received_sets", "tune"]
+__all__ = ["tune"]
 
 _SETS = 5  # received sets a batch: rare ones decide the squared error
 

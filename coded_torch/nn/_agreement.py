@@ -13,8 +13,9 @@ from torch import Tensor
 from .._transforms import outside, plain
 from ..adversaries import Evidence, Verdict, locate
 from ..codes.base import FixedCode, NotEnoughResults
+from ..codes.batch_plan import Sites
 from ..codes.kernel import KernelCode
-from ..codes.plans import Sites, plan_batch
+from ..codes.plans import plan_batch
 from ..workers.base import Part
 from ._inputs import Inputs
 from ._results import Result, Results

@@ -96,7 +96,8 @@ class Reputation:
 def _threshold(false_alarms: float, drift: float) -> float:
     """Where the mean number of requests to a false alarm of normal scores is twice as many.
 
-    Those of real machines have heavier tails. Siegmund: :math:`(e^{2 k b} - 2 k b - 1) / 2 k^2` with :math:`b = h + 1.166`.
+    Those of real machines have heavier tails. Siegmund: it is
+    :math:`(e^{2 k b} - 2 k b - 1) / 2 k^2` with :math:`b = h + 1.166`.
     """
     low, high = 0.0, 1.0
     while _run_length(high, drift) < 2 / false_alarms:
