@@ -45,29 +45,40 @@ Case = tuple[int, int, int, int]  # N, K, S, A
 CASES: tuple[Case, ...] = ((24, 20, 2, 1), (10, 8, 1, 1), (30, 20, 4, 2), (60, 20, 20, 3))
 NETWORKS = ("lenet5", "vit", "repvgg")
 BATCH_SIZE = 240
-#: By name: the attack and its strength; None: nobody lies.
-LIES: dict[str, tuple[str, float] | None] = {
+
+
+class Lie(NamedTuple):
+    """An attack, and whether replays are of an earlier batch, or of another machine in the same."""
+
+    attack: str
+    strength: float = 1.0
+    earlier: bool = True
+
+
+#: By name; None: nobody lies.
+LIES: dict[str, Lie | None] = {
     "nobody lies": None,
-    "noise": ("noise", 1.0),
-    "sign flip": ("sign_flip", 1.0),
-    "constant": ("constant", 1.0),
-    "replay": ("replay", 1.0),
-    "x 1.5": ("scale", 1.0),
-    "x 0.5": ("scale", -1.0),
-    "permuted rows": ("permute", 1.0),
-    "swapped outputs": ("swap", 1.0),
-    "shifted inputs": ("shift", 1.0),
-    "offset, common": ("offset", 1.0),
-    "noise x .3": ("noise", 0.3),
-    "noise x .1": ("noise", 0.1),
-    "noise x .05": ("noise", 0.05),
-    "one row": ("one_row", 1.0),
-    "bit flips": ("bit_flip", 1.0),
+    "noise": Lie("noise"),
+    "sign flip": Lie("sign_flip"),
+    "constant": Lie("constant"),
+    "replay, earlier batch": Lie("replay"),
+    "replay, other machine": Lie("replay", earlier=False),
+    "x 1.5": Lie("scale"),
+    "x 0.5": Lie("scale", -1.0),
+    "permuted rows": Lie("permute"),
+    "swapped outputs": Lie("swap"),
+    "shifted inputs": Lie("shift"),
+    "offset, common": Lie("offset"),
+    "noise x .3": Lie("noise", 0.3),
+    "noise x .1": Lie("noise", 0.1),
+    "noise x .05": Lie("noise", 0.05),
+    "one row": Lie("one_row"),
+    "bit flips": Lie("bit_flip"),
 }
 DEGREES = (2, 4, 6, 8, 10)
 SMOOTHINGS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 _TUKEY = 4.685
-_TUNED_ON = ("nobody lies", "noise", "sign flip", "replay", "x 0.5")
+_TUNED_ON = ("nobody lies", "noise", "sign flip", "replay, earlier batch", "x 0.5")
 
 
 class Answer(NamedTuple):
@@ -241,8 +252,18 @@ def schemes(case: Case) -> dict[str, tuple[Code, list[Scheme]]]:
 class Round:
     """A batch, its late machines and its liars; the network is run once a code."""
 
-    def __init__(self, model: nn.Module, batch: Batch, case: Case, index: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        case: Case,
+        index: int,
+        previous: Round | None = None,
+    ) -> None:
         n, _, s, most = case
+        if previous is not None:
+            previous.previous = None
+        self.previous = previous
         self.model, self.batch, self.case, self.index = model, batch, case, index
         self.exact = run(model, batch.images)
         generator = torch.Generator().manual_seed(1000 * SEED + index)
@@ -250,7 +271,7 @@ class Round:
         self.received, self.liars = sorted(order[: n - s]), tuple(sorted(order[:most]))
         self._done: dict[str, tuple[BatchPlan, Task, Tensor]] = {}
 
-    def trial(self, code: Code, lie: tuple[str, float] | None) -> Trial:
+    def trial(self, code: Code, lie: Lie | None) -> Trial:
         _, _, s, most = self.case
         name = repr(code)
         if name not in self._done:
@@ -268,8 +289,13 @@ class Round:
         told = results[self.received].clone()
         liars = self.liars if lie else ()
         if lie:
+            earlier = self.previous._done.get(name) if self.previous and lie.earlier else None
             attacker = Attacker(
-                Liars(lie[0], liars, lie[1], SEED), self.model, task, self.index, None
+                Liars(lie.attack, liars, lie.strength, SEED),
+                self.model,
+                task,
+                self.index,
+                earlier and earlier[1],
             )
             for machine in liars:
                 reply = Reply(Part(machine, (machine,)), machine, 0.0, 0.0, results[machine])
@@ -306,8 +332,9 @@ def adversaries(name: str, case: Case, quick: bool) -> dict[str, Any]:
     chosen = tuned(name, case, quick)
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     batches = enumerate(of.batches("held_out", BATCH_SIZE, count))
+    trial_of = None
     for index, batch in progress(batches, "batches", count):
-        trial_of = Round(of.model, batch, case, index)
+        trial_of = Round(of.model, batch, case, index, trial_of)
         exact = trial_of.exact
         right = (exact.argmax(1) == batch.labels).double().mean().item()
         variance = float(exact.var(0).sum())

@@ -114,6 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--num-workers", type=int, metavar="N", help="workers [100]")
     demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
+    demo.add_argument(
+        "--num-adversaries",
+        type=int,
+        metavar="A",
+        default=0,
+        help="workers that lie: show instead what each attack does, and who is named [0]",
+    )
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
     _add_output(demo, "demo")
@@ -195,6 +202,17 @@ def _demo(args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
     batches, truth = ([part[at].to(device) for at in rows] for part in (images, labels))
+
+    if args.num_adversaries:
+        from .demo.adversaries import Outcome, lie
+
+        n, k, s = settings[-1]
+        most = f", (N - S - 1) / 2 with N = {n} and S = {s}"
+        _in_range("--num-adversaries", args.num_adversaries, 1, (n - s - 1) // 2, most)
+        _print(Outcome.header(n, k, s, args.num_adversaries, len(rows) * _BATCH_SIZE))
+        for outcome in lie(model, batches, truth, (n, k, s), args.num_adversaries, args.seed):
+            _print(str(outcome))
+        return
 
     def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:
         some, classes = batches[:num_batches], truth[:num_batches]
