@@ -10,12 +10,13 @@ from torch import Tensor
 
 from .regression import KernelRegression
 
-__all__ = ["Predictions", "spread_of", "student"]
+__all__ = ["Predictions", "noise_of", "spread_of", "student"]
 
 _CLIP = 6.0  # spreads from the median, in what others are predicted from
 _RIDGE = 0.05
 _FLOOR = 1e-3  # of a squared residual over the usual one: being predicted better says no more
 _STEEPEST = 0.6
+_STEPS = 12  # of expectation maximisation
 _LEAST_SPREAD = 1e-3  # of a column, relative to its median and to the mean spread
 
 
@@ -42,7 +43,7 @@ class Predictions:
     ) -> None:
         self.values, self.machine, self.group, self.at = values, machine, group, at
         self.num_groups = int(group.max()) + 1 if len(group) else 0
-        self._curve = curve
+        self._curve, self._regression = curve, regression
         self._projection = regression.projection  # [M, M]
 
     def log_energies(self, gone: Tensor) -> Tensor:
@@ -82,6 +83,11 @@ class Predictions:
             logs -= min(max(slope, 0.0), _STEEPEST) * trend
         return logs
 
+    def noise(self, num_machines: int) -> Tensor:
+        """Of each machine, see :func:`noise_of`; of results without copies."""
+        clipped = self.values.clamp(-_CLIP, _CLIP)
+        return noise_of(clipped, self.machine, self.at, self._regression, num_machines)
+
     def predict(self, alive: Tensor) -> tuple[Tensor, Tensor]:
         """Each input's result from those of the others, ``[M, C]``, and the variances ``[M]``.
 
@@ -108,6 +114,38 @@ class Predictions:
         sums = sums[left] + across[:, left].T @ predicted[lost]
         predicted[left], variances[left] = known[left] - sums / rest[:, None], 1 / rest
         return predicted, variances
+
+
+def noise_of(
+    values: Tensor, machine: Tensor, at: Tensor, regression: KernelRegression, num_machines: int
+) -> Tensor:
+    """A noise variance for each machine, ``[F]``, in the outputs' variance.
+
+    By expectation maximisation, so that machines which lie together do not hide each other.
+
+    Args:
+        values: ``[M, C]``, one result of each input of the regression.
+        machine: ``[M]``, whose they are.
+        at: ``[M]``, their inputs.
+        regression: of M inputs.
+        num_machines: F.
+
+    Note:
+        :math:`O(M^3)` a step.
+    """
+    covariance = regression.covariance[at][:, at]
+    scaled = values / max(math.sqrt(regression.output_variance(values[at.argsort()])), 1e-30)
+    count = torch.bincount(machine, minlength=num_machines).clamp(min=1)
+    noise = torch.full((num_machines,), 0.01, dtype=values.dtype)
+    for _ in range(_STEPS):
+        each = noise[machine]
+        inverse = torch.linalg.inv(covariance + torch.diag(each))
+        mean = inverse.sum(1)
+        projection = inverse - torch.outer(mean, mean) / mean.sum()
+        squares = (each[:, None] * (projection @ scaled)).square().mean(1)
+        squares += each - each.square() * projection.diagonal()
+        noise = torch.zeros_like(noise).index_add_(0, machine, squares) / count
+    return noise
 
 
 def spread_of(values: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ _CLUSTER = 24  # more machines that differ are not explained, but dropped one by
 _HONEST = 1.5  # a machine of less z is taken back
 _REFITS = 3
 _SUSPICIOUS = 2.5  # the least z for which a refit is worth its time
+_PREDICTIONS = "differs from what the other results predict"
 
 
 class Evidence(NamedTuple):
@@ -95,6 +96,8 @@ def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> 
        variance, which is nearly normal where residuals are not. The mean over groups of its
        difference to the other machines', in standard deviations, is z. The three machines of
        largest z are looked at again with all of their results left out together.
+       Along a curve, where liars hide each other, a noise variance for each machine is estimated
+       first, and the A noisiest are looked at together.
     3. *Single rows* that are predicted much worse than any.
 
     One machine is dropped at a time, then all of it is done again; in the end a machine is taken
@@ -109,10 +112,12 @@ def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> 
         :math:`O(M^2 C)` a round, beside the inverse of the regression, which decoding needs too.
     """
     trial = _Trial(evidence, len(machines), most)
-    liars: dict[int, str] = {}
     suspects: set[int] = set()
     look = trial.look(())
     scores = look.z
+    liars = {found.machine: found.why(machines) for found in trial.accuse_together()}
+    if liars:
+        look = trial.look(tuple(liars))
     while (found := trial.accuse(look, suspects)) is not None and len(liars) < most:
         liars |= {found.machine: found.why(machines)}
         look = trial.look(tuple(liars))
@@ -274,6 +279,16 @@ class _Trial:
             int(freedom[compared].min(initial=0 if not compared.any() else 2**31)),
         )
 
+    def accuse_together(self) -> list[_Found]:
+        """The noisiest machines, as along a curve liars hide each other, if all z say so, too."""
+        if not (self._curve and self.most > 1):
+            return []
+        noise = torch.stack([part.noise(self.num_machines) for part in self.parts]).sum(0)
+        together = tuple(noise.topk(min(self.most, self.num_machines)).indices.tolist())
+        look = self.look(together)
+        found = [_Found(i, float(look.z[i]), _PREDICTIONS) for i in together]
+        return [one for one in found if one.excess > look.bar(2)]
+
     def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
         """The machine against which most speaks, if enough does; who it may be, to ``suspects``."""
         return (
@@ -333,19 +348,18 @@ class _Trial:
         return sorted(explanations, reverse=True)
 
     def _accuse_by_predictions(self, look: _Look) -> _Found | None:
-        what = "differs from what the other results predict"
         z = np.nan_to_num(look.z, nan=-1)
         z[list(look.out)] = -1
         worst = int(z.argmax())
         if z[worst] > look.bar(1):
-            return _Found(worst, float(z[worst]), what)
+            return _Found(worst, float(z[worst]), _PREDICTIONS)
         best: _Found | None = None
         for machine in z.argsort()[: -1 - _REFITS : -1].tolist():
             if z[machine] > _SUSPICIOUS:
                 again = self.look((*look.out, machine))
                 score = float(again.z[machine])
                 if score > look.bar(2) and (best is None or score > best.excess):
-                    best = _Found(machine, score, what)
+                    best = _Found(machine, score, _PREDICTIONS)
         return best
 
     def _accuse_by_row(self, look: _Look) -> _Found | None:

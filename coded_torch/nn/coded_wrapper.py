@@ -95,8 +95,8 @@ class CodedWrapper(StandIn):
         max_adversaries: A, how many machines may lie: return what is well formed, finite and
             wrong. Machines whose results contradict those of others are looked for
             (:mod:`coded_torch.adversaries`), and up to A of them count as missing. Then
-            ``waiting`` is ``Waiting.first()`` by default, so that copies exist. 0: none is looked
-            for, and nothing of it costs time.
+            ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
+            none, and show liars less well. 0: none is looked for, and nothing of it costs time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
             (1 / G of the work), which shows who lies for every code.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension

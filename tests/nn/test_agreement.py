@@ -112,6 +112,12 @@ def test_an_audit_row_changes_no_answer():
         assert audited.last_run.adversaries == ()
 
 
+def test_two_liars_do_not_hide_each_other_along_a_curve():
+    wrapper = coded(SplineCode(20, 30), (4, 17), attack="replay", lost=0, max_adversaries=2)
+    wrapper(images())
+    assert wrapper.last_run.adversaries == (4, 17)
+
+
 def test_more_liars_than_may_be_dropped_are_an_error():
     wrapper = coded(liars=(2, 5, 9), lost=0)
     with pytest.raises(TooManyAdversaries, match="more machines than max_adversaries lie: machine"):
