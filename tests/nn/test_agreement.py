@@ -113,7 +113,7 @@ def test_an_audit_row_changes_no_answer():
 
 
 def test_two_liars_do_not_hide_each_other_along_a_curve():
-    wrapper = coded(SplineCode(20, 30), (4, 17), attack="replay", lost=0, max_adversaries=2)
+    wrapper = coded(SplineCode(20, 30), (4, 17), lost=0, max_adversaries=2)
     wrapper(images())
     assert wrapper.last_run.adversaries == (4, 17)
 
