@@ -4,6 +4,11 @@ Two things give a liar away. Where two machines computed the same input, their r
 to rounding; and every result is predicted by those at inputs nearby, by the regression that decodes
 what is lost, :class:`~coded_torch.regression.KernelRegression`. Neither says much of one row, but a
 machine answers a row of every group.
+
+What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
+an honest machine would; one wrong row of an input without a copy; all copies of one input answered
+alike and wrong; and more liars than may be dropped, where it is an error if they are noticed.
+Machines that know their places can choose such lies: deal them in secret.
 """
 
 from __future__ import annotations
