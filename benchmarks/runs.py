@@ -33,7 +33,15 @@ __all__ = [
     "write_results",
 ]
 
-ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
+ERRORS = (
+    "accuracy",
+    "batches",
+    "levers",
+    "convergence",
+    "smoothing",
+    "lagrange",
+    "waiting",
+)
 TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
