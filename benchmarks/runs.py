@@ -33,8 +33,17 @@ __all__ = [
     "write_results",
 ]
 
-ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
-ERRORS += ("adversaries", "false_alarms")
+ERRORS = (
+    "accuracy",
+    "batches",
+    "levers",
+    "convergence",
+    "smoothing",
+    "lagrange",
+    "waiting",
+    "adversaries",
+    "false_alarms",
+)
 TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")

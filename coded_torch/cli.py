@@ -151,20 +151,21 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = commands.add_parser(
         "latency",
-        help="measure what stragglers cost: uncoded, hedged and coded, at equal workers",
-        description="Send requests to LeNet-5 on worker processes, some of whose calls are "
-        "delayed, at their own pace, and compare the latencies of three schemes on the same "
-        "workers: uncoded, where the slowest of K shares is waited for; hedged, where shares that "
-        "are late are sent once more; and coded.",
+        help="measure what stragglers cost under several waiting policies, at equal machines",
+        description="Send requests to a LeNet-5 that also sleeps, on worker processes, some of "
+        "whose calls are delayed, at their own pace, and compare latencies: where all of K parts "
+        "are waited for; where late parts are asked once more, or three times; where N parts are "
+        "asked at once and S done without; and where late parts are asked again and what is then "
+        "missing is predicted.",
     )
     for flag, kind, default, text in (
-        ("num-data", int, 4, "K, shares of a request"),
-        ("num-workers", int, 6, "N, workers of each scheme"),
-        ("num-stragglers", int, 2, "S, results that the coded scheme does without"),
+        ("num-data", int, 4, "K, parts of a request"),
+        ("num-workers", int, 6, "machines, and N"),
+        ("num-stragglers", int, 2, "S, results that are done without"),
         ("batch-size", int, 64, "digits of a request"),
-        ("rate", float, 20.0, "requests per second"),
-        ("num-requests", int, 1000, "requests for each scheme"),
-        ("share", float, 0.02, "of the calls that are delayed"),
+        ("rate", float, 60.0, "requests per second"),
+        ("num-requests", int, 1000, "requests under each policy"),
+        ("share", float, 0.03, "of the calls that are delayed"),
         ("delay", float, 0.05, "seconds"),
         ("seed", int, 0, "of arrivals, digits and delays"),
     ):
@@ -291,12 +292,13 @@ def _latency(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure
+    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure, merge
     from .demo.lenet5 import digits, lenet5
     from .workers import ProcessWorkers, RayWorkers
 
     try:
-        load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+        options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if name in args}
+        load = Load(**options)
     except ValueError as error:
         raise _UsageError(f"coded-torch latency: {error}") from None
     _print(
@@ -308,7 +310,7 @@ def _latency(args: argparse.Namespace) -> None:
     kind = RayWorkers if args.ray else ProcessWorkers
     with kind(load.num_workers).start() as pool:
         rounds = measure(pool, lenet5(), *digits(), load)
-        *_, outcomes = tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)
+        outcomes = merge(list(tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)))
     _print(format_outcomes(outcomes))
     _save("latency", draw(load, outcomes), output)
     _print(f"\nShare of slower requests against latency: {output.resolve()}")
