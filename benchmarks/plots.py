@@ -207,14 +207,16 @@ def adversaries(results: Results) -> Figure:
         for i, found in enumerate(lies.values()):
             if "detected" in found["located"]:
                 share = f"{100 * found['located']['detected'][0]:.0f} %"
-                axes.annotate(share, (i, 0), (0, 4), textcoords="offset points", fontsize=7)
+                place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+                axes.text(i, 0.97, share, fontsize=7, **place)
         axes.set_xticks(at, list(lies), rotation=30, ha="right", fontsize=8)
         axes.set_ylabel("accuracy lost, %", fontsize=8)
         axes.set_ylim(bottom=0)
-        title = f"{NAMES[name]}, (N, K, S, A) = {case}; below: liars that the locator dropped"
+        title = f"{NAMES[name]}, (N, K, S, A) = {case}; above: liars that the locator dropped"
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3, axis="y")
-    figure.axes[0].legend(fontsize=7, ncols=3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
 

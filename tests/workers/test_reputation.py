@@ -11,14 +11,14 @@ from coded_torch.workers import Reputation
 def test_a_small_lie_is_named_in_some_requests():
     generator = torch.Generator().manual_seed(0)
     reputation = Reputation()
-    for request in range(1, 100):
+    named, requests = (), 0
+    while not named and requests < 100:
+        requests += 1
         z = torch.randn(22, generator=generator)
         z[7] += 3
         named = reputation.update(dict(enumerate(z.tolist())))
-        if named:
-            break
     assert named == (7,)
-    assert request <= 6
+    assert requests <= 6
     reputation.forget(7)
     assert 7 not in reputation.sums
     assert reputation.update({}) == ()
