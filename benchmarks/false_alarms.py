@@ -45,7 +45,7 @@ class Requests:
         self.generator = torch.Generator().manual_seed(SEED)
 
     def judge(self, rough: bool = False, noise: float = 0.0) -> tuple[Verdict, int]:
-        """One request; its last machine computes roughly, or the first adds noise."""
+        """One request, and a machine of it, which adds noise; a third may compute roughly."""
         n, k, s, most = self.case
         rows = torch.randperm(len(self.images), generator=self.generator)[:BATCH_SIZE]
         plan = plan_batch(KernelCode(k, n), "similarity", [self.images[rows]], s + most)
