@@ -182,6 +182,10 @@ def find_devices(
     for device in devices:
         try:
             found.append(find(device))
+        except TypeError:
+            raise TypeError(
+                f"{_name(owner)}: devices must be names of devices, got {shown(device)}"
+            ) from None
         except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
             raise ValueError(
                 f"{_name(owner)}: devices must be available, got {str(device)!r}"
