@@ -176,7 +176,7 @@ def find_devices(
     """
     if isinstance(devices, str | torch.device) or not isinstance(devices, Iterable):
         raise TypeError(
-            f"{_name(owner)}: devices must be a sequence of devices, got {str(devices)!r}"
+            f"{_name(owner)}: devices must be a sequence of devices, got {shown(devices)}"
         )
     found = []
     for device in devices:
