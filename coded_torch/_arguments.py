@@ -30,7 +30,7 @@ __all__ = [
     "smoothing",
 ]
 
-#: The largest N: more workers in one group than anybody has, and few enough for every plan.
+#: The largest N: more workers in one group than machines to be had, and few enough for every plan.
 MOST_WORKERS = 65_536
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

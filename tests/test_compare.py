@@ -171,7 +171,12 @@ ONES = [torch.ones(4, 1)] * 2
     ("arguments", "options", "kind", "message"),
     [
         ((None, ONES), {}, TypeError, "module must be of type Module, got NoneType"),
-        ((torch.nn.Tanh(), None), {}, TypeError, "batches must be of type Iterable, got NoneType"),
+        (
+            (torch.nn.Tanh(), None),
+            {},
+            TypeError,
+            "batches must be a sequence of batches, such as .x., got NoneType",
+        ),
         ((torch.nn.Tanh(), ONES[:1]), {}, ValueError, "batches must hold at least two, .* got 1"),
         ((torch.nn.Tanh(), ONES, [(4, 5, 1)]), {}, ValueError, r"settings must .* got \(4, 5, 1\)"),
         ((torch.nn.Tanh(), ONES, [(5, 4, 5)]), {}, ValueError, r"settings must .* got \(5, 4, 5\)"),

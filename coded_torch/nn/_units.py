@@ -59,7 +59,7 @@ class Columns(Units):
         code: the code.
         ordering: of the batch.
         num_stragglers: S: N - S results are waited for.
-        dealer: who gets what is drawn from it; None: column n is asked for as the n-th.
+        dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
     """
