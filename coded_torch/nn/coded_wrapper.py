@@ -53,6 +53,9 @@ class CodedWrapper(StandIn):
 
       exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
       batch decode all groups together. The last group is filled up with copies of its last input.
+      With ``Waiting()``, N - S columns are asked for first, S being the number that the law of the
+      workers loses, and 0 where there is none: on real machines say ``Waiting.first(S)`` if S of N
+      columns shall be done without from the start.
 
     Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
 
