@@ -49,9 +49,9 @@ class KernelCode(Code):
     :meth:`~coded_torch.regression.KernelRegression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
-    the others say least about, so a batch is answered exactly up to the inputs that nobody
-    answered. It is recommended as it is the most accurate in nearly every measurement, says which
-    of its answers are exact, and carries inputs of any dtype.
+    the others say least about, so a batch is answered exactly up to the inputs whose
+    results were all lost. It is recommended as it is the most accurate in nearly every measurement,
+    says which of its answers are exact, and carries inputs of any dtype.
 
     ``KernelCode(encoder=code)`` has the encoder of another code and decodes in input space: with
     the encoder E of a group and the inner products M of its inputs, those of its coded inputs are

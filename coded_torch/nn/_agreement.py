@@ -89,7 +89,10 @@ class Agreement:
             degraded: whether to answer all the same where too many machines lie.
         """
         self.check(results)
+        known = report.rejected
         report.note(results)
+        for machine in report.rejected.keys() - known:
+            logger.warning("machine %d %s", machine, report.rejected[machine])
         report.adversaries = tuple(sorted(self._liars))
         report.notes += self._notes
         if self._verdict is None:

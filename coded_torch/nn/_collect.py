@@ -20,6 +20,7 @@ def collect(
     request: workers.Request,
     units: Units,
     results: Results,
+    asked: set[int],
     report: Report,
     agreement: Agreement | None = None,
 ) -> Ended:
@@ -30,29 +31,33 @@ def collect(
         request: to the pool.
         units: that are asked for.
         results: where replies go.
+        asked: where the machines go that begin a part.
         report: where it is written how it went.
         agreement: what is asked whether the results can be believed, when they would complete the
             call; of those that cannot, the policy has the units asked again.
     """
     parts: list[workers.Part] = []
     events: deque[Event] = deque()
+    latencies: dict[int, float] = {}  # by the number of the part
     rows = units.task.unit_rows
 
     def hear(event: workers.Began | workers.Reply | None) -> None:
         if isinstance(event, workers.Began):
             report.work += len(event.part.units) * rows / units.batch_size
-            report.asked = tuple(sorted({*report.asked, event.machine}))
+            asked.add(event.machine)
             events.append(Began(event.part.number, event.at, event.fresh))
         elif event is not None:
-            report.latencies.pop(event.machine, None)
-            report.latencies[event.machine] = event.at
+            if event.machine >= 0:  # else none had it
+                report.latencies.pop(event.machine, None)
+                report.latencies[event.machine] = event.at
+            latencies[event.part.number] = event.latency
             settled = results.add(event)
             if agreement is not None and len(results.units) >= units.needed:
                 gone = agreement.check(results)
                 bad = {part.number for part, _ in gone}
                 settled = gone + [entry for entry in settled if entry[0].number not in bad]
             for part, good in settled:
-                events.append(Settled(part.number, event.at, event.latency, good))
+                events.append(Settled(part.number, event.at, latencies[part.number], good))
 
     event: Event = None
     while True:

@@ -70,7 +70,7 @@ class Columns(Units):
         ordering: of the batch.
         num_stragglers: S: N - S results are waited for.
         num_adversaries: A: the results of as many more may count as missing.
-        dealer: who gets what is drawn from it; None: column n is asked for as the n-th.
+        dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
         audit: whether every column gets one common input, in a place drawn from ``dealer``.

@@ -30,7 +30,8 @@ class Report:
         received: those of them whose results count, in increasing order.
         latencies: seconds until each machine that replied or failed had done so, in that order; of
             several times the last.
-        rejected: what was wrong with the results that do not count, by machine.
+        rejected: what was wrong with the results that do not count, by machine; of several the
+            last asked for.
         adversaries: those of them whose results are well formed but contradict those of others.
         suspects: machines of which some lie, as their results differ, but which of them cannot be
             determined; their results count.
@@ -43,7 +44,7 @@ class Report:
             their input. None before there are answers.
         expected_errors: ``[B]``, float64, on the host: the root mean squared error to expect of
             each answer's first decoded output; 0 where it is exact. None where the code cannot
-            say, and where the wrapper has a link, as it is then not in the units of the answers.
+            say, and of predictions under a link, whose errors are in no unit of the answers.
         ended: why the call waited no longer. "complete": every result that was wanted is there;
             "first": the first N - S are; "tolerance": the expected error is small enough;
             "deadline"; "patience"; "failed": nothing more could come.
@@ -88,7 +89,9 @@ class Report:
     def note(self, results: Results) -> None:
         """Note whose results count, and what is wrong with the others."""
         self.received = tuple(sorted({result.machine for result in results.good}))
-        self.rejected = {error.machine: error.reason for error in results.rejected}
+        self.rejected = {  # -1: no machine had the part
+            error.machine: error.reason for error in results.rejected if error.machine >= 0
+        }
 
     @property
     def missing(self) -> tuple[int, ...]:
