@@ -26,7 +26,7 @@ LAYERS = (
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
-    {"_arguments", "_transforms"},
+    {"_arguments", "_transforms", "_console"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)
