@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from coded_torch import stragglers
 from coded_torch.demo.hedging import Hedge, Unsplit
 from coded_torch.nn import Waiting
-from coded_torch.nn.waiting import Ask, Began, Drop, Settled, Wait
+from coded_torch.nn.waiting import Ask, Began, Drop, History, Settled, Wait
 from coded_torch.simulation import Conditions, simulate
 
 
@@ -189,6 +189,17 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     assert tails == sorted(tails, reverse=True)
     assert 40 < tails[0] < 60
     assert tails[-1] < 8
+
+
+def test_when_machines_become_slow_for_good_patience_follows():
+    history = History()
+    for _ in range(128):
+        history.add([(12, 0.1)] * 4, (12, 0.1))
+    outcome = simulate(
+        Waiting(), Conditions(), num_machines=6, num_parts=4, num_requests=2000, history=history
+    )
+    assert outcome.predicted[:50].mean() > 0.1
+    assert outcome.predicted[1000:].mean() < 0.001
 
 
 def test_one_machine_serves_one_part_after_the_other():

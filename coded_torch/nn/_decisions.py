@@ -97,7 +97,8 @@ class Ended:
         hedges: the parts that were asked again.
         fence: seconds after its begin at which the largest part would be asked again; infinite
             while the history is too short.
-        median: of whole calls like this one, in seconds; infinite likewise.
+        median: of whole calls like this one, in seconds; infinite likewise, and where most were
+            not complete.
         deadline: that was in force, in seconds of the call; infinite if there was none.
     """
 
@@ -183,7 +184,8 @@ class Call:
         if waiting.deadline is not None:
             self.deadline = waiting.deadline
         else:
-            self.deadline = math.inf if waiting.at_once else waiting.patience * self.median
+            never = waiting.at_once or waiting.patience == math.inf
+            self.deadline = math.inf if never else waiting.patience * self.median
         if self.hedges:
             history.earn(waiting.extra)
 
@@ -358,10 +360,13 @@ class Call:
     def _end(self, reason: str) -> Ended:
         ran = [part for part in self.parts if part.fresh is not None]
         if not self.waiting.at_once:
-            whole = reason == "complete" and not any(part.fresh for part in ran)
+            # Calls that were cut short count as infinite: left out, they would keep the median,
+            # and so the patience, at what calls took before the machines became slow.
+            took = self.now - self.since if len(self.good) >= self.needed else math.inf
+            measured = not any(part.fresh for part in ran)
             self.history.add(
                 [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
-                (self.rows, self.now - self.since) if whole else None,
+                (self.rows, took) if measured else None,
             )
         hedges = tuple(
             Hedge(

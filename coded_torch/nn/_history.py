@@ -44,10 +44,10 @@ class History:
     """How long parts and calls took lately, and how much of them was asked again.
 
     Holds the last 512 parts, those that began and were never seen to end as infinite, and the last
-    128 complete calls. Latencies are compared after division by ``a + b rows``, a line through the
-    medians of the small and the large parts; fewer rows than ever seen are taken to last as long
-    as the fewest seen, more as long in proportion. Threads may share it; pickled or copied, it is
-    empty.
+    128 calls, those that were not complete as infinite. Latencies are compared after division by
+    ``a + b rows``, a line through the medians of the small and the large parts; fewer rows than
+    ever seen are taken to last as long as the fewest seen, more as long in proportion. Threads may
+    share it; pickled or copied, it is empty.
 
     Note:
         A few microseconds a part.
@@ -69,7 +69,8 @@ class History:
 
         Args:
             parts: rows and seconds, infinite if never seen to end, of the parts that began.
-            call: if it was complete, the rows of its largest part, and seconds.
+            call: the rows of its largest part, and seconds, infinite if it was not complete; None
+                if it is no measure of others.
         """
         with self._lock:
             for rows, seconds in parts:
@@ -103,9 +104,9 @@ class History:
             return median * max(1.5, tail) * self._scale(rows)
 
     def call(self, rows: int) -> float:
-        """The median of complete calls whose largest part has so many rows, in seconds.
+        """The median of calls whose largest part has so many rows, in seconds.
 
-        Infinite until one is known and 32 parts have replied.
+        Infinite until one is known and 32 parts have replied, and where most were not complete.
         """
         with self._lock:
             return self._calls.quantile(0.5) * self._scale(rows) if self._known() else math.inf

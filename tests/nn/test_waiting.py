@@ -270,6 +270,15 @@ def test_of_one_size_only_fewer_rows_are_given_as_long():
 def test_latencies_of_zero_are_a_history_too():
     history = known(0.0)
     assert (history.fence(2), history.call(2)) == (0.0, 0.0)
+    waits = drive(Waiting(patience=math.inf), begin(0, 1), history=history)[1]
+    assert waits == [math.inf, 0.0, 0.0]
+
+
+def test_calls_that_were_cut_short_count_as_infinite():
+    history = known(calls=8)
+    for _ in range(8):
+        drive(Waiting(deadline=1.0), [*settle(0, 1), None], history=history)
+    assert history.call(2) == math.inf
 
 
 def test_the_bucket_is_filled_by_calls():
