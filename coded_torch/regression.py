@@ -3,6 +3,7 @@ r"""Kernel regression in input space: answers from results by the distances of t
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -106,6 +107,33 @@ class KernelRegression:
         mean = self._mean.T @ results / self._precision
         residuals: Tensor = self._inverse @ results - self._mean @ mean
         return residuals.mul_(self.leave_one_out_variances[:, None])
+
+    def leave_one_out_error(self, results: Tensor) -> float:
+        """The root mean square of the residuals, relative to predicting by the mean of the others.
+
+        NaN where all results are equal.
+        """
+        centred = results - results.mean(0)
+        square = float(centred.square().sum()) * (len(results) / max(len(results) - 1, 1)) ** 2
+        left = float(self.leave_one_out_residuals(centred).square().sum())
+        return math.sqrt(left / square) if square > 0 else math.nan
+
+    def leave_one_out_loss(self, results: Tensor) -> float:
+        r"""How badly every result is predicted from all others: the less, the better.
+
+        The negative logarithm of the density that the others' prediction and its variance give to
+        each number of ``results [M, C]``, on average, but for a constant, at the best variance of
+        the outputs,
+
+        .. math:: \tfrac12 \log \overline{e^2 / v} + \tfrac12 \overline{\log v} ,
+
+        with the leave-one-out residuals e and variances v. It weighs down residuals where the
+        kernel knows that it cannot predict, so a few rows far from all others do not decide.
+        """
+        variances = self.leave_one_out_variances
+        square = self.leave_one_out_residuals(results).square() / variances[:, None]
+        tiny = torch.finfo(results.dtype).tiny
+        return math.log(max(float(square.mean()), tiny)) / 2 + float(variances.log().mean()) / 2
 
     def trust(self, results: Tensor) -> float:
         r"""How far to follow predictions away from the mean, in [0, 1], as ``results [M, C]`` tell.

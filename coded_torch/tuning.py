@@ -2,6 +2,7 @@ r"""Choosing the numbers of a code by its error on unlabelled data."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -16,11 +17,11 @@ from torch import Tensor
 from ._arguments import instance
 from ._trial import Trial
 from .codes.base import Code
-from .codes.kernel import KernelCode, path_step
+from .codes._candidates import Batch, loss_of, path_step
+from .codes.kernel import KernelCode
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import KernelRegression
 from .stragglers import Uniform
 
 __all__ = ["received_sets", "tune"]
@@ -152,7 +153,7 @@ def _decoded(
 
 
 def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[Any]) -> list[float]:
-    """The squared error of predicting each answer from the others, for every code."""
+    """How badly each answer is predicted from the others, for every code."""
     trial, errors = Trial(wrapper, args), [0.0] * len(variants)
     if not trial.inputs:
         return errors  # without distances all are alike
@@ -164,15 +165,22 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
         ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
     for rows in order.split(wrapper.code.max_chunk):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
-        seen: dict[float, tuple[Tensor, Tensor, float]] = {}
+        geometry = Geometry(inputs)
+        grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))
+        batch = Batch(wrapper.code.metrics, wrapper.code.lengths, grouping, geometry)
+        typical = geometry.typical.nonzero().flatten()
+        of_typical = results[rows[typical]]
+
+        @functools.cache
+        def loss(metric: Any, length: float) -> float:
+            squared = batch.squared_distances(metric)
+            if squared is None:
+                return math.inf
+            among = squared[typical][:, typical]
+            return len(typical) * loss_of(
+                among, length * path_step(squared, grouping.order), of_typical
+            )
+
         for i, code in enumerate(variants):
-            if code.shrinkage not in seen:
-                geometry = Geometry(inputs, shrinkage=code.shrinkage)
-                path = torch.as_tensor(order_of(ordering, inputs, geometry.distances))
-                squared, typical = geometry.squared_distances(), geometry.typical
-                among = squared[typical][:, typical]
-                seen[code.shrinkage] = among, results[rows[typical]], path_step(squared, path)
-            among, of_typical, step = seen[code.shrinkage]
-            regression = KernelRegression(among, code.length * step)
-            errors[i] += float(regression.leave_one_out_residuals(of_typical).square().sum())
+            errors[i] += min(loss(*both) for both in itertools.product(code.metrics, code.lengths))
     return errors

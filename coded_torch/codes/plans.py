@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._transforms import outside, plain
+from ..distances import Choice
 from ..geometry import Geometry
 from ..grouping import Grouping, Ordering, check_ordering, order_of
 from ..linear import SelectMap
@@ -171,7 +172,7 @@ def _in_chunks(
     chunked: type[ChunkedPlan],
 ) -> BatchPlan:
     def fit_chunk(inputs: list[Tensor], ordering: Ordering) -> BatchPlan:
-        geometry = Geometry(inputs, shrinkage=code.shrinkage)
+        geometry = Geometry(inputs)
         return fit(order_of(ordering, inputs, geometry.distances), geometry)
 
     if len(sizes) == 1:
@@ -193,12 +194,15 @@ class BatchPlan(abc.ABC):
         batch_size: B.
         num_groups: G.
         note: what the caller should know of the plan, one line; mostly empty.
+        choices: how lost answers of the output decoded last were predicted, where the code has a
+            choice; of every chunk of a large batch.
     """
 
     code: Code
     batch_size: int
     num_groups: int
     note: str = ""
+    choices: tuple[Choice, ...] = ()
 
     @abc.abstractmethod
     def encode(self, values: Tensor) -> Tensor:
@@ -403,8 +407,12 @@ class ChunkedPlan(BatchPlan):
         return torch.cat(coded, dim=1)
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        shares = self._shares(received, results)
-        return self._together([plan.decode(part, own) for plan, own, part in shares])
+        shares = list(self._shares(received, results))
+        answers = self._together([plan.decode(part, own) for plan, own, part in shares])
+        plans = [plan for plan, _, _ in shares]
+        self.choices = tuple(choice for plan in plans for choice in plan.choices)
+        self.note = "; ".join(dict.fromkeys(plan.note for plan in plans if plan.note))
+        return answers
 
     def exact(self, received: Sequence[int]) -> Tensor:
         return self._together([plan.exact(own) for plan, own, _ in self._shares(received, None)])
