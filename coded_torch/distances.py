@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ __all__ = [
     "METRICS",
     "Choice",
     "Features",
+    "Leaf",
     "Metric",
     "features_by",
     "name_of",
@@ -35,6 +37,7 @@ _FLOOR = 0.01
 _NOTHING = 1e-6
 _RIDGE = 1e-4  # of whitening, relative to the trace
 _LONG_AXIS = 512
+_TINY = 1e-30
 _MOST = 1e8  # the largest length of inputs whose squares' squares are far from overflow
 
 
@@ -57,74 +60,114 @@ class Choice:
     output: int = 0
 
 
+class Leaf:
+    """One input of a batch, of moderate size, and which of its rows determine a metric.
+
+    Args:
+        x: ``[B, ...]``, floating-point.
+        told: the rows that determine what a metric takes from the batch; None: all.
+
+    Attributes:
+        x: the input in float32 at least, ``[B, ...]`` with a feature at least; scaled where its
+            squares might overflow or vanish.
+    """
+
+    def __init__(self, x: Tensor, told: Tensor | None = None) -> None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        self.x = x if x.dim() > 1 else x[:, None]
+        self._told = told
+        some = self._rows()
+        largest = float(some.abs().amax()) if some.numel() else 0.0
+        if largest > 0 and not 1 / _MOST < largest < _MOST:
+            self.x = self.x / largest
+
+    def _rows(self) -> Tensor:
+        rows = self.x.flatten(1)
+        return rows if self._told is None else rows[self._told.to(rows.device)]
+
+    @functools.cached_property
+    def count(self) -> int:
+        """How many rows determine a metric."""
+        return len(self.x if self._told is None else self._told)
+
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """The standard deviation of every feature."""
+        rows = self._rows()
+        return (rows - rows.mean(0)).square_().mean(0).sqrt_()
+
+    def covariance(self, rows: Tensor) -> Tensor:
+        """That of features ``[B, f]``."""
+        return (rows if self._told is None else rows[self._told.to(rows.device)]).T.cov()
+
+
 class Metric(NamedTuple):
     """How far two inputs are apart: the distance of their features, by a :class:`Geometry`.
 
     Attributes:
-        features: from one input ``[B, ...]``, and the rows that determine what the metric takes
-            from the batch, ``[n]``, to features ``[B, ...]``; None where it does not apply.
+        features: from one input to its features ``[B, ...]``; None where it does not apply.
         shrinkage: of the geometry of the features.
         linear: whether features of mixtures are the mixtures of features.
     """
 
-    features: Callable[[Tensor, Tensor], Tensor | None]
+    features: Callable[[Leaf], Tensor | None]
     shrinkage: float = 0.0
     linear: bool = True
 
 
-def _as_it_is(x: Tensor, told: Tensor) -> Tensor:
-    return x
+def _as_it_is(leaf: Leaf) -> Tensor:
+    return leaf.x
 
 
-def _by_spread(floor: float, least: float) -> Callable[[Tensor, Tensor], Tensor | None]:
-    def features(x: Tensor, told: Tensor) -> Tensor | None:
-        rows = x.flatten(1)
-        if rows.shape[1] < 2 or len(told) < 2:
-            return None
-        own = rows[told].var(0, correction=0)
-        overall = float(own.mean()) ** 0.5
-        own = own.sqrt_()
-        return rows * torch.where(own > least * overall, 1 / (own + floor * overall), 0)
-
-    return features
-
-
-_by_every_spread = _by_spread(0.0, _NOTHING)
-
-
-def _whitened(x: Tensor, told: Tensor) -> Tensor | None:
-    rows = _by_every_spread(x, told)
-    if rows is None or 4 * rows.shape[1] > len(told):
+def _by_spread(leaf: Leaf, floor: float = _FLOOR, least: float = 0.0) -> Tensor | None:
+    rows = leaf.x.flatten(1)
+    if rows.shape[1] < 2 or leaf.count < 2:
         return None
-    covariance = rows[told].T.cov()
+    own = leaf.spread
+    overall = float(own.square().mean()) ** 0.5
+    return rows * torch.where(own > least * overall, 1 / (own + floor * overall), 0)
+
+
+def _by_every_spread(leaf: Leaf) -> Tensor | None:
+    return _by_spread(leaf, floor=0.0, least=_NOTHING)
+
+
+def _whitened(leaf: Leaf) -> Tensor | None:
+    if 4 * leaf.x[0].numel() > leaf.count:
+        return None
+    rows = _by_every_spread(leaf)
+    if rows is None:
+        return None
+    covariance = leaf.covariance(rows)
     covariance.diagonal().add_(_RIDGE * covariance.trace())
     factor, failed = torch.linalg.cholesky_ex(covariance)
     return None if failed else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
 
 
-def _mean(x: Tensor, told: Tensor) -> Tensor | None:
-    return x.mean(1) if x.dim() == 3 and min(x.shape[1:]) > 1 else None
+def _mean(leaf: Leaf) -> Tensor | None:
+    return leaf.x.mean(1) if leaf.x.dim() == 3 and min(leaf.x.shape[1:]) > 1 else None
 
 
-def _mean_and_spread(x: Tensor, told: Tensor) -> Tensor | None:
-    mean = _mean(x, told)
-    return None if mean is None else torch.cat([mean, x.std(1, correction=0)], 1)
+def _mean_and_spread(leaf: Leaf) -> Tensor | None:
+    mean = _mean(leaf)
+    return None if mean is None else torch.cat([mean, leaf.x.std(1, correction=0)], 1)
 
 
-def _grey(x: Tensor, told: Tensor) -> Tensor | None:
-    return x.mean(1) if x.dim() == 4 and x.shape[1] > 1 else None
+def _grey(leaf: Leaf) -> Tensor | None:
+    return leaf.x.mean(1) if leaf.x.dim() == 4 and leaf.x.shape[1] > 1 else None
 
 
-def _colour(x: Tensor, told: Tensor) -> Tensor | None:
-    return x.mean((2, 3)) if x.dim() == 4 and x.shape[1] > 1 else None
+def _colour(leaf: Leaf) -> Tensor | None:
+    return leaf.x.mean((2, 3)) if leaf.x.dim() == 4 and leaf.x.shape[1] > 1 else None
 
 
-def _spectrum(x: Tensor, told: Tensor) -> Tensor | None:
-    sizes = [size for size in x.shape[1:] if size > 1]
+def _spectrum(leaf: Leaf) -> Tensor | None:
+    sizes = [size for size in leaf.x.shape[1:] if size > 1]
     if len(sizes) != 1 or sizes[0] < _LONG_AXIS:
         return None
-    magnitudes = torch.fft.rfft(x.flatten(1)).abs()
-    return magnitudes.add_(1e-3 * magnitudes[told].mean()).log_()
+    magnitudes = torch.fft.rfft(leaf.x.flatten(1)).abs()
+    # Relative to the row's own, as rows that are not finite must not tell for others.
+    return magnitudes.add_(1e-3 * magnitudes.mean(1, keepdim=True)).clamp_(min=_TINY).log_()
 
 
 #: The metrics that compete, by name; the first is that by which copies are planned.
@@ -133,7 +176,7 @@ METRICS: MappingProxyType[str, Metric] = MappingProxyType(
         "shrunk": Metric(_as_it_is, 0.01),
         "euclidean": Metric(_as_it_is),
         "covariance": Metric(_as_it_is, math.inf),
-        "spread": Metric(_by_spread(_FLOOR, 0.0)),
+        "spread": Metric(_by_spread),
         "spread_all": Metric(_by_every_spread),
         "whitened": Metric(_whitened),
         "mean": Metric(_mean),
@@ -152,22 +195,16 @@ def name_of(metric: str | Features) -> str:
     return str(getattr(metric, "__name__", type(metric).__name__))
 
 
-def features_by(metric: Metric, inputs: Sequence[Tensor], told: Tensor) -> list[Tensor] | None:
+def features_by(metric: Metric, leaves: Sequence[Leaf]) -> list[Tensor] | None:
     """What a metric measures distances on, for each input; those it does not apply to as they are.
-
-    Args:
-        metric: the metric.
-        inputs: ``[B, ...]`` each, floating-point.
-        told: the rows that determine what the metric takes from the batch.
 
     Returns:
         None where it applies to none of the inputs.
     """
-    inputs = [_of_moderate_size(x, told) for x in inputs]
-    found = [metric.features(x, told) for x in inputs]
+    found = [metric.features(leaf) for leaf in leaves]
     if all(x is None for x in found):
         return None
-    return [x if y is None else y for x, y in zip(inputs, found, strict=True)]
+    return [leaf.x if x is None else x for leaf, x in zip(leaves, found, strict=True)]
 
 
 def features_of(features: Features, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -237,14 +274,3 @@ def similarity_by(features: Features) -> Callable[[list[Tensor]], Tensor]:
         return similarity_order(Geometry(features_of(features, inputs)).distances())
 
     return order
-
-
-def _of_moderate_size(x: Tensor, told: Tensor) -> Tensor:
-    """The input in float32 at least, scaled where its squares might overflow or vanish."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.dim() == 1:
-        x = x[:, None]
-    if not len(told) or not x.numel():
-        return x
-    largest = float(x[told].abs().amax())
-    return x if 1 / _MOST < largest < _MOST or not largest > 0 else x / largest

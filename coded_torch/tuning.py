@@ -17,11 +17,12 @@ from torch import Tensor
 from ._arguments import instance
 from ._trial import Trial
 from .codes.base import Code
-from .codes._candidates import Batch, loss_of, path_step
+from .codes._candidates import Batch, path_step
 from .codes.kernel import KernelCode
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
+from .regression import leave_one_out_losses
 from .stragglers import Uniform
 
 __all__ = ["received_sets", "tune"]
@@ -177,9 +178,8 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
             if squared is None:
                 return math.inf
             among = squared[typical][:, typical]
-            return len(typical) * loss_of(
-                among, length * path_step(squared, grouping.order), of_typical
-            )
+            step = path_step(squared, grouping.order)
+            return len(typical) * leave_one_out_losses([among], [length * step], of_typical)[0]
 
         for i, code in enumerate(variants):
             errors[i] += min(loss(*both) for both in itertools.product(code.metrics, code.lengths))

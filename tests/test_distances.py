@@ -11,6 +11,7 @@ from coded_torch.codes import KernelCode, SplineCode, plan_batch
 from coded_torch.codes._candidates import Batch
 from coded_torch.distances import (
     METRICS,
+    Leaf,
     features_by,
     inner_products,
     similarity_by,
@@ -28,7 +29,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def features(name, x, told=None):
-    found = features_by(METRICS[name], [x], torch.arange(len(x)) if told is None else told)
+    found = features_by(METRICS[name], [Leaf(x, told)])
     return None if found is None else found[0]
 
 
@@ -281,7 +282,7 @@ def test_distances_of_mixtures(metric):
     points = plan._point
     for (n, g), (p, h) in itertools.product([(0, 0), (3, 1), (19, 4)], [(7, 2), (10, 4)]):
         both = torch.stack([coded[n, g], coded[p, h]])
-        found = features_by(METRICS[metric], [torch.cat([x, both])], torch.arange(40))[0].flatten(1)
+        found = features_by(METRICS[metric], [Leaf(torch.cat([x, both]), torch.arange(40))])[0].flatten(1)
         if METRICS[metric].shrinkage == math.inf:
             centred = found[:40] - found[:40].mean(0)
             found = found @ (centred.T @ centred)

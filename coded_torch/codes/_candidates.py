@@ -14,6 +14,7 @@ from ..distances import (
     METRICS,
     Choice,
     Features,
+    Leaf,
     Metric,
     features_by,
     features_of,
@@ -23,13 +24,13 @@ from ..distances import (
 )
 from ..geometry import Geometry
 from ..grouping import similarity_order
-from ..regression import KernelRegression
+from ..regression import KernelRegression, leave_one_out_losses
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
     from ..linear import LinearMap
 
-__all__ = ["LENGTHS", "Batch", "Fitted", "loss_of", "path_step"]
+__all__ = ["LENGTHS", "Batch", "Fitted", "path_step"]
 
 logger = logging.getLogger("coded_torch.codes")
 
@@ -165,8 +166,8 @@ class Batch:
         step = path_step(squared, self._grouping.order)
         length = lengths[0]
         if len(lengths) > 1:
-            near, few = among.float(), sample.float()
-            losses = [loss_of(near, length * step, few) for length in lengths]
+            near, few = [among.float()] * len(lengths), sample.float()
+            losses = leave_one_out_losses(near, [step * length for length in lengths], few)
             length = lengths[losses.index(min(losses))]
         regression = KernelRegression(among, length * step)
         if sample is None:
@@ -182,23 +183,23 @@ class Batch:
         if len(at) > _ROWS:
             at = at[torch.arange(_ROWS) * len(at) // _ROWS]
         few, sample = points[at], sample[at].float()
-        best, least = self._first, math.inf
+        leaves = [Leaf(x) for x in self._at(few)]
         products: dict[int, Tensor | None] = {}
+        found, squared, lengths = [], [], []
         for metric in self._metrics:
             how = _how(metric)
             key = id(how.features if isinstance(metric, str) else metric)
             if key not in products:
-                features = self._features(metric, few)
+                features = self._features(metric, few, leaves)
                 products[key] = None if features is None else inner_products(features).float()
             of_metric = products[key]
-            if of_metric is None or not bool(of_metric.isfinite().all()):
-                continue
-            squared = squared_distances(of_metric, how.shrinkage)
-            step = path_step(squared, similarity_order(squared.sqrt()))
-            found = loss_of(squared, LENGTH * step, sample)
-            if found < least:
-                best, least = metric, found
-        return best
+            if of_metric is not None and bool(of_metric.isfinite().all()):
+                found.append(metric)
+                squared.append(squared_distances(of_metric, how.shrinkage))
+                step = path_step(squared[-1], similarity_order(squared[-1].sqrt()))
+                lengths.append(LENGTH * step)
+        losses = leave_one_out_losses(squared, lengths, sample)
+        return found[losses.index(min(losses))] if found else self._first
 
     def squared_distances(self, metric: str | Features) -> Tensor | None:
         """The squared distances of all points, ``[P, P]``; None where the metric does not apply."""
@@ -214,7 +215,9 @@ class Batch:
                 return None if inner is None else inner.squared_distances()
             encoder, workers, rows = self._mixtures
             return _with_mixtures(inner, encoder.matrix()[workers], rows)[0]
-        features = self._features(metric, torch.arange(len(self.usable)), self._told)
+        every = torch.arange(len(self.usable))
+        leaves = [Leaf(x, self._told) for x in self._at(every)] if isinstance(metric, str) else []
+        features = self._features(metric, every, leaves, self._told)
         if features is None:
             return None
         return Geometry(features, shrinkage=_how(metric).shrinkage).squared_distances()
@@ -223,23 +226,25 @@ class Batch:
         """The geometry of the inputs alone, in a linear metric."""
         if metric == DEFAULT:
             return self._geometry
-        features = features_by(METRICS[metric], self._geometry.inputs, self._told)
+        leaves = [Leaf(x, self._told) for x in self._geometry.inputs]
+        features = features_by(METRICS[metric], leaves)
         return None if features is None else Geometry(features, shrinkage=METRICS[metric].shrinkage)
 
     def _features(
-        self, metric: str | Features, points: Tensor, told: Tensor | None = None
+        self,
+        metric: str | Features,
+        points: Tensor,
+        leaves: list[Leaf],
+        told: Tensor | None = None,
     ) -> list[Tensor] | None:
         """What distances are measured on at some points, told by some rows of these, or all."""
         if isinstance(metric, str):
-            leaves: list[Tensor] | None = self._at(points)
-        else:
-            leaves = self._made_by(metric)
-            if leaves is None:
-                return None
-            leaves = [leaf[points.to(leaf.device)] for leaf in leaves]
-        told = torch.arange(len(points)) if told is None else told
-        features = features_by(_how(metric), leaves, told)
-        return leaves if features is None and not isinstance(metric, str) else features
+            return features_by(METRICS[metric], leaves)
+        made = self._made_by(metric)
+        if made is None:
+            return None
+        leaves = [Leaf(x[points.to(x.device)], told) for x in made]
+        return features_by(_how(metric), leaves) or [leaf.x for leaf in leaves]
 
     def _made_by(self, features: Features) -> list[Tensor] | None:
         """What a callable makes of all points; it runs once. None where it fails."""
@@ -274,12 +279,6 @@ class Batch:
 def _how(metric: str | Features) -> Metric:
     """A callable's features may be in units of their own; they are never of mixtures linearly."""
     return METRICS[metric] if isinstance(metric, str) else METRICS["spread"]._replace(linear=False)
-
-
-def loss_of(squared_distances: Tensor, length: float, results: Tensor) -> float:
-    """By which metrics and lengths are compared; infinite where it cannot be told."""
-    found = KernelRegression(squared_distances, length).leave_one_out_loss(results)
-    return math.inf if math.isnan(found) else found
 
 
 def _with_mixtures(geometry: Geometry, weights: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
