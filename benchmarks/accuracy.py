@@ -96,7 +96,7 @@ def families(n: int, k: int) -> dict[str, list[Scheme]]:
 def received_sets(
     n: int, stragglers: Sequence[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[int]]:
-    """The workers that answer, by law and S; under a law, who is lost at S is lost at any more."""
+    """The workers that answer, by law and S; of one law, those lost at S are lost at any more."""
     start = torch.randint(n, (), generator=generator)
     lost = {
         "uniform": torch.randperm(n, generator=generator),

@@ -18,7 +18,7 @@ Sections, each network's every case on its own:
 
 - main: every code, where K inputs go to N workers and S of them are lost;
 - batch: batches of other sizes, of random pixels, and of 20 photographs of as many kinds;
-- contiguous: blocks of neighbouring workers lost, with and without shuffling who gets what.
+- contiguous: blocks of neighbouring workers lost, with and without inputs dealt at random.
 """
 
 from __future__ import annotations

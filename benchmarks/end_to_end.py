@@ -1,9 +1,10 @@
 """Where the time goes, code by code: ``python -m benchmarks end_to_end``.
 
 Milliseconds, median and quartiles, for one batch of 240: planning (measuring distances, ordering,
-fitting the code); encoding; decoding from a received set seen for the first time, and again. All codes take the same batch and received sets and begin with nothing cached. Beside them the
-network itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda``
-network and batch are on the GPU, and what codes plan on the host counts in full.
+fitting the code); encoding; decoding from a received set seen for the first time, and again. All
+codes take the same batch and received sets and begin with nothing cached. Beside them the network
+itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda`` network
+and batch are on the GPU, and what codes plan on the host counts in full.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ def time_code(
 ) -> np.ndarray:
     """Seconds for each of ``PARTS``."""
     now, code = stopwatch(device), copy.deepcopy(scheme.code)  # with nothing cached
-    told = s if scheme.num_stragglers is None else scheme.num_stragglers
+    expected = s if scheme.num_stragglers is None else scheme.num_stragglers
     clocks = [now()]
-    plan = plan_batch(code, scheme.ordering, [images], told)
+    plan = plan_batch(code, scheme.ordering, [images], expected)
     clocks.append(now())
     plan.encode(images)
     clocks.append(now())

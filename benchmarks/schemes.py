@@ -85,9 +85,9 @@ def decode(
     stage: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, float | None]:
     """The answers ``[B, C]`` of a scheme, of outputs after a stage, and the error it expects."""
-    told = num_stragglers if scheme.num_stragglers is None else scheme.num_stragglers
+    lost = num_stragglers if scheme.num_stragglers is None else scheme.num_stragglers
     (answers,), expected = tried.decode(
-        scheme.code, received, ordering=scheme.ordering, num_stragglers=told, stage=stage
+        scheme.code, received, ordering=scheme.ordering, num_stragglers=lost, stage=stage
     )
     return answers, expected
 

@@ -69,7 +69,7 @@ class Convolutions(nn.Module):
         super().__init__()
         self.first = nn.Conv1d(1, 8, 7, 2, padding=3)
         shapes = ((8, width), (width, width), (width, width))
-        layers = [nn.Conv1d(i, o, 5, s, padding=2) for (i, o), s in zip(shapes, (1, 2, 2))]
+        layers = [nn.Conv1d(*shape, 5, min(i + 1, 2), padding=2) for i, shape in enumerate(shapes)]
         self.rest = nn.ModuleList(layers)
         self.head = nn.Linear(width, num_outputs)
 
@@ -157,7 +157,10 @@ def table(name: str, split: int, raw: bool) -> Task:
     outputs = int(y.max()) + 1 if classes else 1
     model = _trained(
         lambda: nn.Sequential(
-            nn.Linear(x.shape[1], 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(),
+            nn.Linear(x.shape[1], 32),
+            nn.Tanh(),
+            nn.Linear(32, 32),
+            nn.Tanh(),
             nn.Linear(32, outputs),
         ),
         scaled[train],

@@ -26,6 +26,8 @@ __all__ = [
     "probability",
     "real",
     "real_array",
+    "shown",
+    "smoothing",
 ]
 
 #: The largest N: more workers in one group than anybody has, and few enough for every plan.
@@ -56,12 +58,13 @@ def count(
         integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         integer = None
+    must = f"{_name(owner)}: {argument} must be"
     if integer is None:
-        raise TypeError(f"{_name(owner)}: {argument} must be an integer, got {value!r}")
+        raise TypeError(f"{must} an integer, got {shown(value)}")
     if least is not None and integer < least:
-        raise ValueError(f"{_name(owner)}: {argument} must be at least {least}, got {integer}")
+        raise ValueError(f"{must} at least {least}, got {shown(integer)}")
     if most is not None and integer > most:
-        raise ValueError(f"{_name(owner)}: {argument} must be at most {most}, got {integer}")
+        raise ValueError(f"{must} at most {most}, got {shown(integer)}")
     return integer
 
 
@@ -74,12 +77,16 @@ def real(
         TypeError: it is no real number.
         ValueError: it is not ``valid``.
     """
-    message = f"{_name(owner)}: {argument} must be {requirement}, got {value!r}"
+    message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(message)
-    if not valid(float(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer or a fraction
+        raise ValueError(message) from None
+    if not valid(number):
         raise ValueError(message)
-    return float(value)
+    return number
 
 
 def positive(owner: object, argument: str, value: Any) -> float:
@@ -121,17 +128,41 @@ def dense(owner: object, argument: str, value: Any, floating: bool = True) -> No
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 
 
-def real_array(argument: str, numbers: Any) -> NDArray[np.float64]:
-    """The numbers as a float64 array of their own; ``argument`` is the operation and its name."""
+def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64]:
+    """The numbers as a float64 array of their own.
+
+    Raises:
+        TypeError: they are not real numbers.
+    """
     if isinstance(numbers, Tensor):
-        numbers = numbers.detach().cpu().numpy()
+        dense(owner, argument, numbers, floating=False)
+        numbers = numbers.detach().cpu()
+        numbers = (numbers.double() if numbers.is_floating_point() else numbers).numpy()
     try:
         array = np.array(numbers)
-    except ValueError:  # ragged
+    except (ValueError, RuntimeError):  # ragged, or tensors that numpy cannot read
         array = np.array(None)
     if array.size and array.dtype.kind not in "fiu":
-        raise TypeError(f"{argument} must be real numbers, got {numbers!r}")
+        raise TypeError(f"{_name(owner)}: {argument} must be real numbers, got {shown(numbers)}")
     return array.astype(np.float64)
+
+
+def smoothing(owner: object, argument: str, value: Any) -> float:
+    """A smoothing as a float, from anything that holds one number.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is negative or not finite.
+    """
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    array = real_array(owner, argument, value)
+    if array.size != 1:
+        raise TypeError(f"{_name(owner)}: {argument} must be a real number, got {shown(value)}")
+    number = float(array.item())
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{_name(owner)}: {argument} must be finite and >= 0, got {number}")
+    return number
 
 
 def find_devices(
@@ -161,5 +192,13 @@ def find_devices(
 
 
 def _name(owner: object) -> str:
-    """That of a function, if it is one, or of the type of whoever else is given the argument."""
+    """That of a function, or the type of an object, which is given the argument."""
     return owner if isinstance(owner, str) else type(owner).__name__
+
+
+def shown(value: Any) -> str:
+    """What a value looks like, in no more than a line."""
+    if isinstance(value, int) and abs(value) > 10**40:  # Python does not even print very long ones
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -112,6 +113,7 @@ def half_width(a: Array) -> float:
     return float(student(len(a)) * a.std(ddof=1) / math.sqrt(len(a)))
 
 
+@functools.cache
 def student(count: int) -> float:
     """How many standard errors a 95 % interval of the mean of ``count`` numbers reaches, each way.
 

@@ -3,6 +3,7 @@ r"""Codes side by side on one's own model: the same batches, the same lost worke
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from .stragglers import Stragglers, Uniform
 from .tuning import tune
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Comparison", "Row", "Scheme", "compare", "received_by", "schemes"]
@@ -28,11 +30,12 @@ _STYLES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#56B4E9", "^"), ("#E69F00", "v")),
     *(("#CC79A7", "P"), ("#009E73", "D"), ("#000000", "X")),
 )
+_ERROR = "mean squared error / variance of the outputs"
 _EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axis has no place
 
 
 class Scheme(NamedTuple):
-    """A code, the ordering of the batch, and S as the code is told, if that is not the truth."""
+    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
 
     code: Code
     ordering: Any = "similarity"
@@ -96,32 +99,34 @@ class Comparison:
 
         panels = _grouped(self.rows, lambda row: row.setting[:2])
         figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
-        for axes, ((n, k), rows) in zip(
-            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-        ):
-            curves = {
-                name: [row for row in each if (row.mse[0] or 0) > _EXACT]
-                for name, each in _grouped(rows, lambda row: row.name).items()
-            }
+        places = figure.subplots(1, len(panels), squeeze=False).flat
+        for axes, ((n, k), rows) in zip(places, panels.items(), strict=True):
             axes.set_title(f"{k} inputs a group on {n} workers", fontsize=10)
-            label = "mean squared error / variance of the outputs"
-            if len({row.setting for row in rows}) == 1:
-                for row in rows:
-                    color, _ = _style(rows, row.name)
-                    axes.barh(row.name, row.mse[0], xerr=row.mse[1], color=color)
-                axes.set_xlabel(label)
-                axes.invert_yaxis()
-                continue
-            for name, each in curves.items():
-                color, marker = _style(rows, name)
-                x, y = [row.setting[2] for row in each], [row.mse[0] for row in each]
-                axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
-            axes.set_yscale("log")
-            axes.set_xlabel("workers lost")
-            axes.set_ylabel(label)
-            axes.grid(which="major", alpha=0.3)
-            axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
+            one = len({row.setting for row in rows}) == 1
+            (_draw_bars if one else _draw_lines)(axes, rows)
         return figure
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    for row, (color, _) in zip(rows, itertools.cycle(_STYLES), strict=False):
+        axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1], color=color)
+    axes.invert_yaxis()
+    axes.set_xlabel(_ERROR)
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
+    curves = _grouped(rows, lambda row: row.name)
+    for (name, each), (color, marker) in zip(
+        curves.items(), itertools.cycle(_STYLES), strict=False
+    ):
+        inexact = [row for row in each if (row.mse[0] or 0) > _EXACT]
+        x, y = [row.setting[2] for row in inexact], [row.mse[0] or 0.0 for row in inexact]
+        axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
+    axes.set_yscale("log")
+    axes.set_xlabel("workers lost")
+    axes.set_ylabel(_ERROR)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
 
 
 def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
@@ -310,12 +315,6 @@ def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
-
-
-def _style(rows: Sequence[Row], name: str) -> tuple[str, str]:
-    """The same for a scheme in every panel."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    return _STYLES[names.index(name) % len(_STYLES)]
 
 
 def _text(interval: Interval) -> str:

@@ -141,7 +141,10 @@ def _whitened(leaf: Leaf) -> Tensor | None:
     covariance = leaf.covariance(rows)
     covariance.diagonal().add_(_RIDGE * covariance.trace())
     factor, failed = torch.linalg.cholesky_ex(covariance)
-    return None if failed else torch.linalg.solve_triangular(factor, rows.T, upper=False).T
+    if failed:
+        return None
+    columns: Tensor = torch.linalg.solve_triangular(factor, rows.T, upper=False)
+    return columns.T
 
 
 def _mean(leaf: Leaf) -> Tensor | None:
@@ -166,8 +169,10 @@ def _spectrum(leaf: Leaf) -> Tensor | None:
     if len(sizes) != 1 or sizes[0] < _LONG_AXIS:
         return None
     magnitudes = torch.fft.rfft(leaf.x.flatten(1)).abs()
-    # Relative to the row's own, as rows that are not finite must not tell for others.
-    return magnitudes.add_(1e-3 * magnitudes.mean(1, keepdim=True)).clamp_(min=_TINY).log_()
+    # Relative to the row's own mean: rows that are not finite do not touch others.
+    floor = 1e-3 * magnitudes.mean(1, keepdim=True)
+    logarithms: Tensor = magnitudes.add_(floor).clamp_(min=_TINY).log_()
+    return logarithms
 
 
 #: The metrics that compete, by name; the first is that by which copies are planned.
@@ -217,9 +222,13 @@ def features_of(features: Features, inputs: Sequence[Tensor]) -> list[Tensor]:
         leaves = pytree.tree_leaves(features(*inputs))
     size = len(inputs[0])
     for leaf in leaves or [None]:
-        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (size,)):
+        if not (
+            isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (size,)
+        ):
             got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r}"
-            raise ValueError(f"features must be floating-point, one for each of {size} rows, got {got}")
+            raise ValueError(
+                f"features must be floating-point, one for each of {size} rows, got {got}"
+            )
     return leaves
 
 

@@ -122,7 +122,7 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
         >>> points.systematic([-0.5, 0.0, 0.5], 5).tolist()
         [-0.5, -0.25, 0.0, 0.25, 0.5]
     """
-    data = real_array("systematic: data_points", data_points)
+    data = real_array("systematic", "data_points", data_points)
     # Negated, so that NaN fails.
     if (
         data.ndim != 1

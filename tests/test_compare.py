@@ -128,6 +128,8 @@ def test_table_without_labels_and_intervals():
         "                              RMSE             MSE / variance",
         "  mine                        0.123            1.0e-07 ± 2e-08",
     ]
+    (axes,) = Comparison([dataclasses.replace(row, mse=[0.5, None])]).draw().axes
+    assert [bar.get_width() for bar in axes.patches] == [0.5]
 
 
 def test_picture_of_one_setting_has_a_bar_for_each_scheme(found):

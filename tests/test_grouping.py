@@ -497,7 +497,7 @@ def test_landmarks_tell_the_covariance():
     for shrinkage in (0.01, math.inf):
         geometry = Geometry([low_rank], shrinkage=shrinkage)
         want = naive_gram([low_rank], shrinkage)
-        # Another 512 rows would tell another covariance, by 1 / sqrt(512) or 4 %.
+        # Another 512 rows would give another covariance, by 1 / sqrt(512) or 4 %.
         assert float((geometry.gram - want).abs().max()) < 0.05 * float(want.max())
         assert not torch.allclose(geometry.gram, want, atol=1e-3)
 

@@ -24,7 +24,8 @@ def error(model, code, batches, **options):
 def test_a_kernel_code_does_better_on_other_digits():
     model, (images, _) = lenet5(), digits()
     wrapper = CodedWrapper(model, KernelCode(20, 24), stragglers=Uniform(4, seed=0))
-    code = tune(wrapper, images[:480].split(240), metric=("euclidean", "shrunk"), length=(0.2, 2.0, 20.0))
+    values = {"metric": ("euclidean", "shrunk"), "length": (0.2, 2.0, 20.0)}
+    code = tune(wrapper, images[:480].split(240), **values)
     assert wrapper.code.metric == "auto"
     assert (code.metric, code.length) == ("shrunk", 2.0)
     others = images[480:1200].split(240)

@@ -101,7 +101,7 @@ class Batch:
         self._mixtures: _Mixtures | None = None
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
-        self._first, inner = DEFAULT, geometry
+        self._first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
             if found is None:
@@ -138,7 +138,7 @@ class Batch:
 
     def leave_one_out_variances(self, neighbourhood: int) -> Tensor:
         """Of each input predicted from all others, or, in large batches, those near in order."""
-        squared, order = self._squared[self._first], self._grouping.order
+        squared, order = self._squared_distances(self._first), self._grouping.order
         length = self._first_length * path_step(squared, order)
         variances = torch.empty(len(order), dtype=torch.float64)
         all_near = len(order) <= neighbourhood
@@ -158,14 +158,11 @@ class Batch:
         lengths: Sequence[float] = (self._first_length,)
         if sample is not None and len(points) >= _LEAST:
             metric, lengths = self._best(points, sample), self._lengths
-        squared = self.squared_distances(metric)
-        if squared is None:
-            metric = self._first
-            squared = self.squared_distances(metric)
+        squared = self._squared_distances(metric)
         among = squared[points][:, points]
         step = path_step(squared, self._grouping.order)
         length = lengths[0]
-        if len(lengths) > 1:
+        if sample is not None and len(lengths) > 1:
             near, few = [among.float()] * len(lengths), sample.float()
             losses = leave_one_out_losses(near, [step * length for length in lengths], few)
             length = lengths[losses.index(min(losses))]
@@ -201,6 +198,11 @@ class Batch:
         losses = leave_one_out_losses(squared, lengths, sample)
         return found[losses.index(min(losses))] if found else self._first
 
+    def _squared_distances(self, metric: str | Features) -> Tensor:
+        """Of all points; by the metric of before, where this one does not apply to them."""
+        squared = self.squared_distances(metric)
+        return self._squared_distances(self._first) if squared is None else squared
+
     def squared_distances(self, metric: str | Features) -> Tensor | None:
         """The squared distances of all points, ``[P, P]``; None where the metric does not apply."""
         key = metric if isinstance(metric, str) else id(metric)
@@ -209,7 +211,7 @@ class Batch:
         return self._squared[key]
 
     def _measure(self, metric: str | Features) -> Tensor | None:
-        if _how(metric).linear:
+        if isinstance(metric, str) and _how(metric).linear:
             inner = self._inner(metric)
             if inner is None or self._mixtures is None:
                 return None if inner is None else inner.squared_distances()

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, positive
+from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
 from ._candidates import LENGTHS, Batch, Fitted
 from .base import Code, FixedCode, unit_rows
-from .plans import Arrived, BatchPlan, SelectionPlan
+from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -130,7 +130,7 @@ class KernelCode(Code):
             if num_data is not None or num_workers is not None:
                 raise ValueError(
                     "KernelCode: encoder must be given without num_data and num_workers, which it "
-                    f"has, got num_data={num_data} and num_workers={num_workers}"
+                    f"has, got {shown(num_data)} and {shown(num_workers)}"
                 )
             num_data, num_workers = encoder.num_data, encoder.num_workers
         super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None
@@ -159,7 +159,7 @@ class KernelCode(Code):
         batch = self._batch(grouping, geometry)
         if self.encoder is not None:
             own = unit_rows(self.encoder.encoder.matrix())
-            point = grouping.rows[own]  # [N, G]
+            point = grouping.rows[own]  # [N, G]; what stands at -1 is replaced below
             if batch is not None and self.mixes:
                 mixed = (own < 0).nonzero().flatten()
                 point[mixed] = batch.add_mixtures(self.encoder.encoder, mixed, grouping.rows.T)
@@ -169,6 +169,7 @@ class KernelCode(Code):
             errors = batch.leave_one_out_variances(_NEIGHBOURHOOD).numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
+        # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
         point = grouping.rows.gather(0, torch.from_numpy(_rotated(points)).T)
         return self._plan(point, grouping, batch)
 
@@ -248,8 +249,7 @@ def _metrics(metric: Any) -> tuple[str | Features, ...]:
         metric = (metric,)
     elif not isinstance(metric, Sequence):
         raise TypeError(
-            "KernelCode: metric must be a name, a callable or a sequence of these, "
-            f"got {metric!r}"
+            f"KernelCode: metric must be a name, a callable or a sequence of these, got {metric!r}"
         )
     found: list[str | Features] = []
     for one in metric:

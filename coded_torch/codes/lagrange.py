@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from .._arguments import count
+from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -84,14 +84,14 @@ class LagrangeCode(CurveCode):
     ) -> None:
         super().__init__(num_data, num_workers, data_points, worker_points)
         if decoder_degree is None:
-            degree = count(self, "degree", 1 if degree is None else degree)
+            degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
             self.decoder_degree = (self.num_data - 1) * degree
         elif degree is None:
-            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         else:
             raise ValueError(
                 "LagrangeCode: degree and decoder_degree exclude each other, "
-                f"got {degree} and {decoder_degree}"
+                f"got {shown(degree)} and {shown(decoder_degree)}"
             )
         if self.num_workers < self.min_received:
             raise ValueError(

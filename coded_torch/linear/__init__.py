@@ -5,8 +5,8 @@ tensors of millions of columns. Maps are planned once, on the host, in float64, 
 Nothing above this package calls ``ops``.
 """
 
-from .base import LinearMap, accumulation_dtype
+from .base import LinearMap
 from .maps import MatrixMap, SelectMap
 from .spline import SplineMap
 
-__all__ = ["LinearMap", "MatrixMap", "SelectMap", "SplineMap", "accumulation_dtype"]
+__all__ = ["LinearMap", "MatrixMap", "SelectMap", "SplineMap"]

@@ -3,14 +3,13 @@ r"""What every linear map is, and where its numbers are kept."""
 from __future__ import annotations
 
 import abc
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._arguments import dense
+from .._arguments import count, dense, shown
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
@@ -185,10 +184,11 @@ class LinearMap(abc.ABC):
     def _dimension(self, values: Tensor, dim: int, size: int) -> int:
         name = type(self).__name__
         dense(self, "values", values, floating=not self._takes_any_dtype)
-        dim = operator.index(dim)
+        if type(dim) is not int:
+            dim = count(self, "dim", dim, least=None)
         if not -values.dim() <= dim < values.dim():
             raise ValueError(
-                f"{name}: dim must be a dimension of values, got dim {dim} "
+                f"{name}: dim must be a dimension of values, got dim {shown(dim)} "
                 f"for shape {tuple(values.shape)}"
             )
         dim %= values.dim()

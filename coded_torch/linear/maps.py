@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import real_array
+from .._arguments import count, dense, real_array
 from .base import LinearMap, accumulation_dtype
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class MatrixMap(LinearMap):
     """
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:
-        array = real_array("MatrixMap: matrix", matrix)
+        array = real_array(self, "matrix", matrix)
         if array.ndim != 2:
             raise ValueError(f"MatrixMap: matrix must have two dimensions, got shape {array.shape}")
         if not np.isfinite(array).all():
@@ -78,6 +78,10 @@ class SelectMap(LinearMap):
         weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
             of them.
 
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: ``num_inputs`` is negative, or ``weights`` has another shape.
+
     Note:
         One copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations may
         depend on the number of threads, as those of matrix products do.
@@ -93,8 +97,19 @@ class SelectMap(LinearMap):
     def __init__(
         self, num_inputs: int, source: Tensor, used: Tensor, weights: ArrayLike | Tensor
     ) -> None:
+        for argument, indices in (("source", source), ("used", used)):
+            dense(self, argument, indices, floating=False)
+            if indices.dtype != torch.int64 or indices.dim() != 1:
+                raise TypeError(
+                    f"SelectMap: {argument} must be indices, a vector of int64, "
+                    f"got {indices.dtype} of shape {tuple(indices.shape)}"
+                )
+        num_inputs = count(self, "num_inputs", num_inputs, 0)
+        if not isinstance(weights, Tensor):
+            weights = torch.from_numpy(real_array(self, "weights", weights))
+        dense(self, "weights", weights)
+        matrix = weights.double()
         combined = (source < 0).nonzero().flatten()
-        matrix = torch.as_tensor(weights, dtype=torch.float64)
         if matrix.shape not in ((len(combined), len(used)), (1, len(used))):
             raise ValueError(
                 f"SelectMap: weights must have shape ({len(combined)}, {len(used)}), a row for "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from .._arguments import real_array
+from .._arguments import smoothing as check_smoothing
 from .._extension import curve_plan
 from .base import LinearMap
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..grouping import Grouping
 
-__all__ = ["SplineMap", "check_smoothing"]
+__all__ = ["SplineMap"]
 
 # With rows of indices the columns of each group fill tiles of their own, where groups side by side
 # share them. For fewer columns than these, copying the rows costs less than tiles half empty.
@@ -68,13 +69,13 @@ class SplineMap(LinearMap):
 
     def __init__(
         self,
-        knots: ArrayLike,
-        points: ArrayLike,
+        knots: ArrayLike | Tensor,
+        points: ArrayLike | Tensor,
         *,
-        smoothing: float = 0.0,
-        weights: ArrayLike | None = None,
+        smoothing: float | Tensor = 0.0,
+        weights: ArrayLike | Tensor | None = None,
     ) -> None:
-        smoothing = check_smoothing("smoothing spline: smoothing", smoothing)
+        smoothing = check_smoothing("smoothing spline", "smoothing", smoothing)
         t, z = _numbers("knots", knots), _numbers("points", points)
         w = None if weights is None else _numbers("weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
@@ -120,20 +121,7 @@ class SplineMap(LinearMap):
         return result.view(shape) if out is None else out
 
 
-def _numbers(argument: str, numbers: ArrayLike) -> NDArray[np.float64]:
+def _numbers(argument: str, numbers: ArrayLike | Tensor) -> NDArray[np.float64]:
     if type(numbers) is np.ndarray and numbers.dtype == np.float64:
         return numbers  # as it is: the planner only reads it
-    return real_array(f"smoothing spline: {argument}", numbers)
-
-
-def check_smoothing(argument: str, smoothing: float) -> float:
-    """The smoothing as a float; ``argument`` is the operation and the name of what was given."""
-    if type(smoothing) is float and 0 <= smoothing < np.inf:
-        return smoothing
-    array = real_array(argument, smoothing)
-    if array.size != 1:
-        raise TypeError(f"{argument} must be a real number, got {smoothing!r}")
-    number = float(array.item())
-    if not 0 <= number < np.inf:
-        raise ValueError(f"{argument} must be finite and >= 0, got {number}")
-    return number
+    return real_array("smoothing spline", argument, numbers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import instance
-from ..codes.base import Code, NotEnoughResults
+from ..codes.base import Code
 from ..codes.plans import BatchPlan, MeanPlan
 from ..grouping import check_ordering
 from ..workers.base import Workers
@@ -243,7 +243,7 @@ class CodedWrapper(StandIn):
                     if len(results.units) < units.least and not (
                         results.units and waiting.degraded
                     ):
-                        raise self._failure(units, results, why)
+                        raise results.failure(units.least, len(units.first), why)
                     answers = self._decode(units, results.stack(), report)
             report.failed = False
             return answers
@@ -314,26 +314,6 @@ class CodedWrapper(StandIn):
             late = f"{what} arrived within the deadline of {ended.deadline:g} s"
             status = f"{late}; {status}" if status else late
         return status
-
-    def _failure(self, units: Units, results: Results, why: str) -> Exception:
-        """What to raise where the good results are too few for the code."""
-        blame = results.blame()
-        if blame is not None:
-            return blame
-        rejected = results.rejected
-        reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
-        error = NotEnoughResults(
-            [
-                result.part.number
-                for result in results.good
-                if result.part.number < len(units.first)
-            ],
-            units.least,
-            len(units.first),
-            "; ".join([*reasons, *([why] if why else [])]),
-        )
-        error.__cause__ = rejected[0] if rejected else None
-        return error
 
     def _decode(self, units: Units, stacked: Stacked, report: Report) -> Any:
         """The answers, in the structure that the module gives them."""

@@ -1,3 +1,4 @@
+import copy
 import pickle
 
 import numpy as np
@@ -35,6 +36,13 @@ def test_not_enough_results_says_who_is_missing():
     assert (error.received, error.required, error.missing) == ((1, 4), 3, (0, 2, 3, 5))
     twin = pickle.loads(pickle.dumps(error))
     assert (str(twin), twin.missing) == (str(error), error.missing)
+
+
+def test_not_enough_results_keeps_its_reason():
+    error = NotEnoughResults([4, 1], required=3, num_workers=6, reason="worker 0 is out of memory")
+    assert str(error).endswith("missing workers: [0, 2, 3, 5]; worker 0 is out of memory")
+    for twin in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert (str(twin), twin.reason) == (str(error), "worker 0 is out of memory")
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_inputs_of_any_scale(make, scale, generator):
 @pytest.mark.parametrize("make", [KernelCode, systematic, spread])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
 def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(make, bad, generator):
-    """What it is mixed into tells nothing either, unless it makes results that are not finite."""
+    """What it is mixed into predicts nothing either, unless its results are not finite."""
     x = inputs(60, generator).float()
     x[7] = bad
     code = make(6, 9)
@@ -290,7 +290,7 @@ def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(make, bad, generator)
     results = smooth(plan.encode(x))[received]
     assert math.isfinite(plan.expected_rmse(received))
     if code.mixes and not math.isfinite(bad):
-        return  # results of whole groups are not finite, and whoever collects them leaves them out
+        return  # results of whole groups are not finite, and are left out where they are collected
     answers = plan.decode(results, received)
     clean = (grouping.rows != 7).all(0)
     others = grouping.rows[:, clean].flatten().unique()

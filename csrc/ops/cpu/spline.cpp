@@ -38,7 +38,7 @@ static const std::vector<Capability>& capabilities() {
 }
 
 // Results of at least this many bytes go past the cache.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // A thread is worth waking for this many values read and written.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 // States of a tile that fit here are kept on the stack.

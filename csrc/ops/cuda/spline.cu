@@ -35,8 +35,12 @@ static Device device_of(int device_index) {
 
 template <class T, int kWidth, bool kTranspose, States kStates>
 static void launch(const SplineCall& call, const SplineGrid& grid, const Device& device) {
-  const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,
-                                                std::nullopt, call.values.device());
+  // Owned by the allocator of the current stream: the next owner's work comes after this kernel.
+  std::optional<Tensor> workspace;
+  if constexpr (kStates == States::kWorkspace) {
+    workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte, std::nullopt,
+                                     call.values.device());
+  }
   const auto kernel = spline_kernel<T, kWidth, kTranspose, kStates>;
   constexpr int kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
@@ -46,7 +50,8 @@ static void launch(const SplineCall& call, const SplineGrid& grid, const Device&
                                         device.shared_bytes));
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
-           current_stream(device.index)>>>(call.args, grid, workspace.mutable_data_ptr());
+           current_stream(device.index)>>>(call.args, grid,
+                                           workspace ? workspace->mutable_data_ptr() : nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

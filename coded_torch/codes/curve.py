@@ -1,0 +1,70 @@
+r"""Codes whose inputs and workers sit at points of a curve."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .._arguments import real_array
+from ..points import chebyshev_first, chebyshev_second
+from .base import FixedCode
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["CurveCode"]
+
+
+class CurveCode(FixedCode):
+    r"""A code that lays a curve through the inputs and reads coded inputs off it.
+
+    Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
+    at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
+    :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
+
+    Args:
+        num_data, num_workers: K and N, as for every :class:`Code`.
+        data_points: ``[K]``, finite, strictly increasing; by default
+            :func:`~coded_torch.points.chebyshev_first`.
+        worker_points: ``[N]``, likewise; by default
+            :func:`~coded_torch.points.chebyshev_second`, or what the class has instead as
+            ``default_worker_points``.
+    """
+
+    default_worker_points = staticmethod(chebyshev_second)
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        data_points: ArrayLike | None = None,
+        worker_points: ArrayLike | None = None,
+    ) -> None:
+        super().__init__(num_data, num_workers)
+        if data_points is None:
+            data_points = chebyshev_first(self.num_data)
+        if worker_points is None:
+            worker_points = self.default_worker_points(self.num_workers)
+        self.data_points = self._points("data_points", data_points, self.num_data)
+        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+
+    def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
+        array = real_array(self, argument, points)
+        if array.shape != (size,):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
+            )
+        # Negated, so that NaN fails.
+        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be finite and strictly increasing, "
+                f"got {array.tolist()}"
+            )
+        array.flags.writeable = False
+        return array
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for points in (self.data_points, self.worker_points):
+            points.flags.writeable = False
