@@ -14,12 +14,14 @@ else, every batch has one.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
-from coded_torch._scores import Scores
+from coded_torch._scores import Scores, rounded
 from coded_torch.codes import KernelCode, ReplicationCode
 from coded_torch.compare import Scheme, received_by
 from coded_torch.distances import METRICS, Leaf, features_by
@@ -100,7 +102,13 @@ def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
                 scores.setdefault(scheme_name, Scores()).add(
                     answers, tried.exact[0], labels, expected
                 )
-    return {"codes": summaries(scores, REFERENCES)}
+    codes = summaries(scores, REFERENCES)
+    for scheme_name, of_scheme in scores.items():  # of all batches, not on average over them
+        mse, expected = of_scheme.columns[3], of_scheme.columns[6]
+        known = ~np.isnan(expected)
+        root = math.sqrt(expected[known].sum() / mse[known].sum()) if known.any() else math.nan
+        codes[scheme_name]["expected_to_measured"] = rounded(root)[0]
+    return {"codes": codes}
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:

@@ -132,10 +132,13 @@ def _by_every_spread(leaf: Leaf) -> Tensor | None:
     return _by_spread(leaf, floor=0.0, least=_NOTHING)
 
 
+def _by_every_spread_of_few(leaf: Leaf) -> Tensor | None:
+    """The same for tables, whose features seldom are as many as a quarter of the rows."""
+    return None if 4 * leaf.x[0].numel() > leaf.count else _by_every_spread(leaf)
+
+
 def _whitened(leaf: Leaf) -> Tensor | None:
-    if 4 * leaf.x[0].numel() > leaf.count:
-        return None
-    rows = _by_every_spread(leaf)
+    rows = _by_every_spread_of_few(leaf)
     if rows is None:
         return None
     covariance = leaf.covariance(rows)
@@ -183,6 +186,8 @@ METRICS: MappingProxyType[str, Metric] = MappingProxyType(
         "covariance": Metric(_as_it_is, math.inf),
         "spread": Metric(_by_spread),
         "spread_all": Metric(_by_every_spread),
+        "spread_shrunk": Metric(_by_every_spread_of_few, 0.01),
+        "spread_covariance": Metric(_by_every_spread_of_few, math.inf),
         "whitened": Metric(_whitened),
         "mean": Metric(_mean),
         "mean_spread": Metric(_mean_and_spread, linear=False),

@@ -33,50 +33,50 @@ _SETS = 5  # received sets a batch: rare ones decide the squared error
 def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
     r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 
-        What is tried are all combinations of the values that the code proposes,
-        :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
-        ``BerrutCode``, the decoder's degree of a ``LagrangeCode``. The best has the least squared error
-        against the module's own answers, over five received sets a batch that are drawn from the law
-        of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
+    What is tried are all combinations of the values that the code proposes,
+    :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
+    ``BerrutCode``, the decoder's degree of a ``LagrangeCode``. The best has the least squared error
+    against the module's own answers, over five received sets a batch that are drawn from the law
+    of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
 
-        A :class:`~coded_torch.codes.KernelCode`'s metric and length are those by which the module's
-        answers are predicted best from each other, each left out in turn.
+    A :class:`~coded_torch.codes.KernelCode`'s metric and length, one for all outputs, are those by
+    which the module's answers are predicted best from each other, each left out in turn; after
+    that, a call pays nothing for choosing.
 
-        Args:
-            wrapper: a wrapped module with the code. It is not changed: assign the new code to
-                ``wrapper.code``.
-            batches: batches like those that will be answered, also in size, as inputs of a batch are
-                nearer to each other the more there are. Each is what the wrapper is called with: an
-                input, or a tuple of positional arguments. A few are enough.
-            values: by the name of a number, what to choose it from, at least one; instead of what the
-                code proposes.
+    Args:
+        wrapper: a wrapped module with the code. It is not changed: assign the new code to
+            ``wrapper.code``.
+        batches: batches like those that will be answered, also in size, as inputs of a batch are
+            nearer to each other the more there are. Each is what the wrapper is called with: an
+            input, or a tuple of positional arguments. A few are enough.
+        values: by the name of a number, what to choose it from, at least one; instead of what the
+            code proposes.
 
-        Returns:
-            The code with the best numbers, of the same type as the wrapper's; of equals, the first. The
-            code itself, where it has nothing to choose.
+    Returns:
+        The code with the best numbers, of the same type as the wrapper's; of equals, the first. The
+        code itself, where it has nothing to choose.
 
-        Raises:
-            TypeError: an argument is of another kind than said.
-            ValueError: there are no batches, there is nothing to choose a number from, the code has
-                no such number, or none of the codes can decode what is received.
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: there are no batches, there is nothing to choose a number from, the code has
+            no such number, or none of the codes can decode what is received.
 
-        Note:
-            Without gradients, the module runs once on every batch, and for all but a ``KernelCode`` N /
-            K times as much for every distinct encoder, not for every decoder. Stragglers are drawn from
-            the wrapper's law; neither its hooks nor its ``on_run`` are called.
+    Note:
+        Without gradients, the module runs once on every batch, and for all but a ``KernelCode`` N /
+        K times as much for every distinct encoder, not for every decoder. Stragglers are drawn from
+        the wrapper's law; neither its hooks nor its ``on_run`` are called.
 
-        Example:
-            >>> import torch
-    from torch import Tensor
-            >>> from coded_torch.codes import SplineCode
-            >>> from coded_torch.nn import CodedWrapper
-            >>> from coded_torch.stragglers import Uniform
-            >>> from coded_torch.tuning import tune
-            >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-            >>> coded = CodedWrapper(torch.nn.Tanh(), SplineCode(10, 20), stragglers=Uniform(4, seed=0))
-            >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
-            >>> coded.code
-            SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import SplineCode
+        >>> from coded_torch.nn import CodedWrapper
+        >>> from coded_torch.stragglers import Uniform
+        >>> from coded_torch.tuning import tune
+        >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+        >>> coded = CodedWrapper(torch.nn.Tanh(), SplineCode(10, 20), stragglers=Uniform(4, seed=0))
+        >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
+        >>> coded.code
+        SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
     instance("tune", "batches", batches, Iterable)

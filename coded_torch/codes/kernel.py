@@ -70,8 +70,8 @@ class KernelCode(Code):
             answer is lost. One that raises, or returns another batch size, is left out, and the
             plan's note says so.
         length: of the regression, positive, in median distances between neighbours on the path
-            through the batch; a sequence of such, or "auto", which is 1, 2, 4 and 8: then the best
-            one is chosen likewise.
+            through the batch; a sequence of such, or "auto", which is 1, 2, 4 and 8 and then
+            half a step, by the root of 2, to both sides: the best one is chosen likewise.
 
     Attributes:
         metrics, lengths: those that compete.
