@@ -101,7 +101,9 @@ def bars_of(times: list[float], failed: int, calm: list[float], killer: Killer) 
 def kill(quick: bool) -> dict[str, Any]:
     with ProcessWorkers(N).start(START) as pool:
         count = 300 if quick else 10_000
-        return _killed(pool, count, lambda u: (0.05 if quick else 0.4) + 0.4 * u, {})
+        # The short run takes half a second, in which a process must die.
+        least, most = (0.02, 0.12) if quick else (0.4, 0.8)
+        return _killed(pool, count, lambda u: least + (most - least) * u, {})
 
 
 def ray(quick: bool) -> dict[str, Any]:

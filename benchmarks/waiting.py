@@ -43,16 +43,16 @@ REGIMES: dict[str, tuple[int, int, float, Conditions]] = {
 FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 NEVER = math.inf
 POLICIES: dict[str, Policy] = {
-    "wait for all": Unsplit(Waiting(patience=NEVER, extra=0)),
-    "three re-asks, whole": Unsplit(Waiting(patience=NEVER)),
+    "wait for all": Unsplit(patience=NEVER, extra=0),
+    "three re-asks, whole": Unsplit(patience=NEVER),
     "three re-asks, split": Waiting(patience=NEVER),
     "predict at 3 medians of a part": Waiting(deadline=3.0),
     "predict at 3 medians of whole calls": Waiting(),
 }
 HEDGES: dict[str, Policy] = {
-    "1.2 medians": Hedge(1.2),
-    "1.5 medians": Hedge(1.5),
-    "2 medians": Hedge(2.0),
+    "1.2 medians": Hedge(medians=1.2),
+    "1.5 medians": Hedge(medians=1.5),
+    "2 medians": Hedge(medians=2.0),
     "fence": Hedge(),
     "p95": Hedge(quantile=0.95),
 }

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from .codes import BatchPlan, Code, ReplicationCode, plan_batch
 from .geometry import Geometry
@@ -16,7 +18,32 @@ from .nn._inputs import Inputs
 from .nn._results import Results
 from .workers import LocalWorkers, Task
 
-__all__ = ["Trial"]
+__all__ = ["Trial", "calls_of"]
+
+
+def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
+    """The positional arguments of a call for each of ``batches``.
+
+    Raises:
+        TypeError: they are not a sequence of batches.
+        ValueError: one of them is empty, or the module would learn from them.
+    """
+    if isinstance(batches, Tensor | str | bytes) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{owner}: batches must be a sequence of batches, such as [x], "
+            f"got {type(batches).__name__}"
+        )
+    for name, part in module.named_modules():
+        if part.training and isinstance(part, _BatchNorm):
+            raise ValueError(
+                f"{owner}: the module must be in evaluation mode, as {name or 'it'} learns from "
+                "every batch it sees; call eval() on it"
+            )
+    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    for i, args in enumerate(calls):
+        if any(isinstance(x, Tensor) and 0 in x.shape[:1] for x in pytree.tree_leaves(args)):
+            raise ValueError(f"{owner}: batches[{i}] must hold at least one input, got none")
+    return calls
 
 
 class Trial:
@@ -79,6 +106,7 @@ class Trial:
                 self.inputs,
                 num_stragglers,
                 batch_size=self._inputs.batch_size,
+                others=self._inputs.others(),
             )
             self._plans[key] = plan, self._results_of(plan)
         plan, results = self._plans[key]

@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import math
 import os
-import pickle
 import platform
 import re
 import sys
@@ -21,6 +20,7 @@ import torch
 import coded_torch
 
 from . import _extension
+from ._arguments import MOST_WORKERS, dense
 from .compare import Comparison, compare
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ MSE / variance   the same squared, over the variance of the exact answers
 RelAcc           right answers, relative to those of the bare model
 ±                half the width of the 95 % interval over batches
 ordered          the batch is put in order by similarity before it is coded"""
-_MAX_WORKERS = 65_536  # of every code
 _INTERRUPTED = 130  # the exit code
 
 
@@ -144,24 +143,28 @@ def _parser() -> argparse.ArgumentParser:
 
     latency = commands.add_parser(
         "latency",
-        help="measure what stragglers cost: uncoded, hedged and coded, at equal workers",
-        description="Send requests to LeNet-5 on worker processes, some of whose calls are "
-        "delayed, at their own pace, and compare the latencies of three schemes on the same "
-        "workers: uncoded, where the slowest of K shares is waited for; hedged, where shares that "
-        "are late are sent once more; and coded.",
+        help="measure what stragglers cost under several waiting policies, at equal machines",
+        description="Send requests to a LeNet-5 that also sleeps, on worker processes, some of "
+        "whose calls are delayed, at their own pace, and compare latencies: where all of K parts "
+        "are waited for; where late parts are asked once more, or three times; where N parts are "
+        "asked at once and S done without; and where late parts are asked again and what is then "
+        "missing is predicted.",
     )
     for flag, kind, default, text in (
-        ("num-data", int, 4, "K, shares of a request"),
-        ("num-workers", int, 6, "N, workers of each scheme"),
-        ("num-stragglers", int, 2, "S, results that the coded scheme does without"),
+        ("num-workers", int, 6, "machines, and N"),
         ("batch-size", int, 64, "digits of a request"),
-        ("rate", float, 20.0, "requests per second"),
-        ("num-requests", int, 1000, "requests for each scheme"),
-        ("share", float, 0.02, "of the calls that are delayed"),
+        ("rate", float, 60.0, "requests per second"),
+        ("num-requests", int, 1000, "requests under each policy"),
+        ("share", float, 0.03, "of the calls that are delayed"),
         ("delay", float, 0.05, "seconds"),
         ("seed", int, 0, "of arrivals, digits and delays"),
     ):
         latency.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
+    for flag, metavar, text in (
+        ("num-data", "K", "parts of a request [4, at most N]"),
+        ("num-stragglers", "S", "results that are done without [2, less than N]"),
+    ):
+        latency.add_argument(f"--{flag}", type=int, metavar=metavar, help=text)
     latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
     _add_output(latency, "latency")
     latency.set_defaults(run=_latency)
@@ -223,10 +226,11 @@ def _compare(args: argparse.Namespace) -> None:
     def load(flag: str, path: Path) -> list[torch.Tensor]:
         try:
             rows = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{flag} cannot be read: {error}") from None
-        if not isinstance(rows, torch.Tensor):
-            raise TypeError(f"{flag} must hold a tensor, got {type(rows).__name__}")
+        except Exception as error:  # whatever else than a tensor the file holds
+            raise ValueError(f"{flag} cannot be read: {error or type(error).__name__}") from None
+        dense("compare", flag, rows, floating=False)
+        if not rows.dim():
+            raise ValueError(f"{flag} must hold rows, got a tensor of no dimension")
         return [x for x in rows.split(args.batch_size) if len(x) == args.batch_size]
 
     def setting(text: str) -> Any:
@@ -257,8 +261,12 @@ def _latency(args: argparse.Namespace) -> None:
     if args.ray:
         _need("latency", "ray", "ray")
     output = _output("latency", args.output)
+    if args.num_data is None:
+        args.num_data = min(4, args.num_workers)
+    if args.num_stragglers is None:
+        args.num_stragglers = min(2, args.num_workers - 1)
     limits = {
-        "num_workers": (1, _MAX_WORKERS),
+        "num_workers": (1, MOST_WORKERS),
         "num_data": (1, args.num_workers),
         "num_stragglers": (0, args.num_workers - 1),
         "batch_size": (args.num_data, 2000),
@@ -273,12 +281,13 @@ def _latency(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure
+    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure, merge
     from .demo.lenet5 import digits, lenet5
     from .workers import ProcessWorkers, RayWorkers
 
     try:
-        load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+        options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if name in args}
+        load = Load(**options)
     except ValueError as error:
         raise _UsageError(f"coded-torch latency: {error}") from None
     _print(
@@ -290,7 +299,7 @@ def _latency(args: argparse.Namespace) -> None:
     kind = RayWorkers if args.ray else ProcessWorkers
     with kind(load.num_workers).start() as pool:
         rounds = measure(pool, lenet5(), *digits(), load)
-        *_, outcomes = tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)
+        outcomes = merge(list(tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)))
     _print(format_outcomes(outcomes))
     _save("latency", draw(load, outcomes), output)
     _print(f"\nShare of slower requests against latency: {output.resolve()}")
@@ -313,7 +322,7 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     n = 100 if n is None else n
     k = min(20, n) if k is None else k
     s = 3 * n // 5 if s is None else s
-    _in_range("--num-workers", n, 1, _MAX_WORKERS)
+    _in_range("--num-workers", n, 1, MOST_WORKERS)
     _in_range("--num-data", k, 1, n, ", the workers")
     _in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
     _in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._arguments import count, instance
 from ._scores import Interval, Scores
-from ._trial import Trial
+from ._trial import Trial, calls_of
 from .codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from .nn import CodedWrapper
 from .stragglers import Stragglers, Uniform
@@ -199,13 +199,13 @@ def compare(
         True
     """
     instance("compare", "module", module, nn.Module)
-    instance("compare", "batches", batches, Iterable)
-    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    calls = calls_of("compare", module, batches)
     if len(calls) < 2:
         raise ValueError(
             "compare: batches must hold at least two, one to tune on and one to answer, "
             f"got {len(calls)}"
         )
+    instance("compare", "labels", labels, Iterable, optional=True)
     truth = [None] * len(calls) if labels is None else list(labels)
     if len(truth) != len(calls):
         raise ValueError(f"compare: labels must be given for all {len(calls)}, got {len(truth)}")
@@ -215,6 +215,8 @@ def compare(
             raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
     instance("compare", "settings", settings, Iterable)
     settings = [_setting(setting) for setting in settings]
+    if not settings:
+        raise ValueError("compare: settings must hold at least one (N, K, S), got none")
     seed = count("compare", "seed", seed, least=0)
     tuning = max(1, len(calls) // 4)
     rows = []

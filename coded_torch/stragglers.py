@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
+from ._transforms import outside
 
 __all__ = [
     "Bernoulli",
@@ -67,7 +68,8 @@ class Stragglers(abc.ABC):
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
         num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
-        return self._draw(num_workers, self._generator if generator is None else generator)
+        with outside():
+            return self._draw(num_workers, self._generator if generator is None else generator)
 
     @abc.abstractmethod
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import instance
-from ._trial import Trial
+from ._trial import Trial, calls_of
 from .codes._candidates import Batch, path_step
 from .codes.base import Code
 from .codes.kernel import KernelCode
@@ -79,8 +79,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
-    instance("tune", "batches", batches, Iterable)
-    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    calls = calls_of("tune", wrapper.module, batches)
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
     variants = _variants(wrapper.code, values)

@@ -220,7 +220,7 @@ def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     assert "batches must hold at least two" in capsys.readouterr().err
     torch.save({"images": images}, tmp_path / "images.pt")
     assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
-    assert "--inputs must hold a tensor, got dict" in capsys.readouterr().err
+    assert "--inputs must be a dense, strided tensor, got dict" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_saved(tmp_path, monkeypatch, capsys):

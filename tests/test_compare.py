@@ -171,7 +171,12 @@ ONES = [torch.ones(4, 1)] * 2
     ("arguments", "options", "kind", "message"),
     [
         ((None, ONES), {}, TypeError, "module must be of type Module, got NoneType"),
-        ((torch.nn.Tanh(), None), {}, TypeError, "batches must be of type Iterable, got NoneType"),
+        (
+            (torch.nn.Tanh(), None),
+            {},
+            TypeError,
+            "batches must be a sequence of batches, such as .x., got NoneType",
+        ),
         ((torch.nn.Tanh(), ONES[:1]), {}, ValueError, "batches must hold at least two, .* got 1"),
         ((torch.nn.Tanh(), ONES, [(4, 5, 1)]), {}, ValueError, r"settings must .* got \(4, 5, 1\)"),
         ((torch.nn.Tanh(), ONES, [(5, 4, 5)]), {}, ValueError, r"settings must .* got \(5, 4, 5\)"),
@@ -192,3 +197,19 @@ def test_labels_must_fit_the_answers():
         compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=[torch.zeros(3, dtype=int)] * 2)
     with pytest.raises(TypeError, match=r"labels must be integer tensors, .* got torch\.float32"):
         compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=ONES)
+
+
+def test_one_tensor_is_no_sequence_of_batches():
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"batches must be a sequence of batches, such as \[x\]"):
+        compare(torch.nn.Tanh(), x, settings=[(4, 2, 1)])
+    with pytest.raises(ValueError, match=r"batches\[1\] must hold at least one input, got none"):
+        compare(torch.nn.Tanh(), [x, x[:0]], settings=[(4, 2, 1)])
+
+
+def test_a_module_that_would_learn_from_the_batches_is_refused():
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(8)).train()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"must be in evaluation mode, as 0 learns .*call eval"):
+        compare(module, [x, x], settings=[(4, 2, 1)])
+    assert not module[0].running_mean.any()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.codes import KernelCode, SplineCode, plan_batch
+from coded_torch.codes import KernelCode, SplineCode, plan_batch, plan_rows
 from coded_torch.codes._candidates import Batch
 from coded_torch.distances import (
     METRICS,
@@ -261,6 +261,34 @@ def test_a_callable_that_fails_is_left_out(stem, reason, caplog):
     assert "was left out" in caplog.text
     _, report = answered(torch.sin, KernelCode(20, 24, metric=[stem]), x)
     assert report.distances[0].metric == "shrunk"
+
+
+def test_token_ids_are_near_by_their_embeddings():
+    """Without a callable there is nothing to measure: lost answers are the mean."""
+    weight = normal(30, 8)
+    tokens = torch.randint(0, 30, (240, 6), generator=torch.Generator().manual_seed(0))
+
+    def module(tokens):
+        return weight[tokens].mean(1).sin()
+
+    blind, report = answered(module, KernelCode(20, 24), tokens)
+    assert len(report.notes) == 1
+    for metric in (lambda tokens: weight[tokens], [lambda tokens: weight[tokens].mean(1)]):
+        error, report = answered(module, KernelCode(20, 24, metric=metric), tokens)
+        assert error < 0.6 * blind
+        assert not report.notes
+        assert report.distances
+    plan = plan_rows(
+        KernelCode(20, 24, metric=metric), "arrival", [], batch_size=240, others=[tokens]
+    )
+    received = list(range(30, 240))
+    got = plan.decode(module(tokens)[received, None], received)
+    want = module(tokens)
+    mean = want[received].mean(0)
+    assert float((got - want).square().sum()) < 0.6 * float((mean - want)[:30].square().sum())
+    error, report = answered(module, KernelCode(20, 24, metric=[max]), tokens)
+    assert error == blind
+    assert "max was left out" in report.notes[0]
 
 
 def test_any_code_can_be_ordered_by_features():

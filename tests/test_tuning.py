@@ -223,7 +223,12 @@ def test_bad_arguments():
     coded = CodedWrapper(torch.nn.ReLU(), SplineCode(4, 8), stragglers=Uniform(2, seed=0))
     for arguments, numbers, kind, message in (
         ((None, None), {}, TypeError, "tune: wrapper must be of type CodedWrapper, got NoneType"),
-        ((coded, None), {}, TypeError, "tune: batches must be of type Iterable, got NoneType"),
+        (
+            (coded, None),
+            {},
+            TypeError,
+            "tune: batches must be a sequence of batches, such as .x., got NoneType",
+        ),
         ((coded, []), {}, ValueError, "tune: batches must hold at least one, got none"),
         (
             (coded, [x]),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..grouping import Grouping
     from ..linear import LinearMap
 
-__all__ = ["LENGTHS", "Batch", "Fitted", "path_step"]
+__all__ = ["LENGTHS", "Batch", "Fitted", "made_by", "path_step"]
 
 _T = TypeVar("_T")
 logger = logging.getLogger("coded_torch.codes")
@@ -253,15 +253,9 @@ class Batch:
     def _made_by(self, features: Features) -> list[Tensor] | None:
         """What a callable makes of all points; it runs once. None where it fails."""
         if id(features) not in self._made:
-            try:
-                made = features_of(features, self._at(torch.arange(len(self.usable))))
-            except Exception as error:
-                made = None
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                note = f"the metric {name_of(features)} was left out: {reason}"
-                logger.warning("%s", note)
-                self.notes.append(note)
+            made, note = made_by(features, self._at(torch.arange(len(self.usable))))
             self._made[id(features)] = made
+            self.notes += [note] if note else []
         return self._made[id(features)]
 
     def _at(self, points: Tensor) -> list[Tensor]:
@@ -278,6 +272,17 @@ class Batch:
                 at[mixed.to(x.device)] = coded[(points[mixed] - size).to(x.device)]
             values.append(at)
         return values
+
+
+def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
+    """What a callable makes of inputs; or None, and why, in a line that is logged."""
+    try:
+        return features_of(features, inputs), ""
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        note = f"the metric {name_of(features)} was left out: {reason}"
+        logger.warning("%s", note)
+        return None, note
 
 
 def _best_length(squared: Tensor, step: float, lengths: Sequence[float], sample: Tensor) -> float:

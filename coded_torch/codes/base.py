@@ -161,6 +161,18 @@ class Code(abc.ABC):
         """
         return SelectionPlan(self, torch.arange(grouping.batch_size)[:, None], grouping.batch_size)
 
+    def measured(self, others: Sequence[Tensor]) -> tuple[Code, list[Tensor], str]:
+        """What distances are measured on where no input is floating-point.
+
+        Args:
+            others: the inputs, ``[B, ...]`` each.
+
+        Returns:
+            The code to plan with, the tensors, ``[B, ...]`` each or none, and why there are none,
+            if there is more to say.
+        """
+        return self, [], ""
+
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Values that are worth trying, by the name of the argument that :meth:`replace` takes."""
         return {}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
-from ._candidates import LENGTHS, Batch, Fitted
+from ._candidates import LENGTHS, Batch, Fitted, made_by
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
@@ -45,9 +45,9 @@ class KernelCode(Code):
     :meth:`~coded_torch.regression.KernelRegression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
-    the others say least about, so a batch is answered exactly up to the inputs that nobody
-    answered. It is recommended as it is the most accurate in nearly every measurement, says which
-    of its answers are exact, and carries inputs of any dtype.
+    the others say least about, so a batch is answered exactly up to the inputs whose
+    results were all lost. It is recommended as it is the most accurate in nearly every measurement,
+    says which of its answers are exact, and carries inputs of any dtype.
 
     ``KernelCode(encoder=code)`` has the encoder of another code and decodes in input space: with
     the encoder E of a group and the inner products M of its inputs, those of its coded inputs are
@@ -143,6 +143,18 @@ class KernelCode(Code):
         self.max_chunk = type(self).max_chunk
         if self.mixes:  # results of mixtures are all distinct, N / K times as many
             self.max_chunk = max(1, self.max_chunk // self.num_workers) * self.num_data
+
+    def measured(self, others: Sequence[Tensor]) -> tuple[Code, list[Tensor], str]:
+        """What the first callable makes of the inputs, on which the named metrics compete."""
+        names = [metric for metric in self.metrics if isinstance(metric, str)]
+        notes = []
+        for features in self.metrics:
+            if not isinstance(features, str):
+                made, note = made_by(features, others)
+                if made is not None:
+                    return self.replace(metric=names or "auto"), made, ""
+                notes.append(note)
+        return self, [], "; ".join(notes)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {

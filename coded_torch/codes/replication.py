@@ -18,7 +18,7 @@ class ReplicationCode(FixedCode):
     r"""Replication, the baseline without mixing: worker n computes input ``n mod K``.
 
     Answered inputs come back bit for bit as their first received worker, in the order of workers,
-    computed them. Inputs that nobody answered get the mean of the answered ones, every input
+    computed them. Inputs without an answer get the mean of the answered ones, every input
     counted once. ``ReplicationCode(K, K)`` is uncoded inference.
 
     Args:

@@ -253,7 +253,7 @@ def _place(
 def _in_one_copy(
     operands: tuple[Tensor, ...], device: torch.device, pin: bool
 ) -> tuple[Tensor, ...]:
-    """Host tensors on ``device``: from pinned memory in one copy, for which nobody waits."""
+    """Host tensors on ``device``: from pinned memory in one copy that is not waited for."""
     sizes = [t.numel() * t.element_size() for t in operands]
     spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
     staged = torch.empty(sum(spans), dtype=torch.uint8, pin_memory=pin)

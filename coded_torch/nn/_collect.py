@@ -19,6 +19,7 @@ def collect(
     request: workers.Request,
     units: Units,
     results: Results,
+    asked: set[int],
     report: Report,
 ) -> Ended:
     """Ask and wait until the policy ends the call.
@@ -28,22 +29,26 @@ def collect(
         request: to the pool.
         units: that are asked for.
         results: where replies go.
+        asked: where the machines go that begin a part.
         report: where it is written how it went.
     """
     parts: list[workers.Part] = []
     events: deque[Event] = deque()
+    latencies: dict[int, float] = {}  # by the number of the part
     rows = units.task.unit_rows
 
     def hear(event: workers.Began | workers.Reply | None) -> None:
         if isinstance(event, workers.Began):
             report.work += len(event.part.units) * rows / units.batch_size
-            report.asked = tuple(sorted({*report.asked, event.machine}))
+            asked.add(event.machine)
             events.append(Began(event.part.number, event.at, event.fresh))
         elif event is not None:
-            report.latencies.pop(event.machine, None)
-            report.latencies[event.machine] = event.at
+            if event.machine >= 0:  # else none had it
+                report.latencies.pop(event.machine, None)
+                report.latencies[event.machine] = event.at
+            latencies[event.part.number] = event.latency
             for part, good in results.add(event):
-                events.append(Settled(part.number, event.at, event.latency, good))
+                events.append(Settled(part.number, event.at, latencies[part.number], good))
 
     event: Event = None
     while True:

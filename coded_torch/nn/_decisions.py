@@ -1,4 +1,4 @@
-"""The decisions of one call, and what they answer: the protocol is told in ``waiting.py``."""
+"""The decisions of one call, and what they answer: the protocol is described in ``waiting.py``."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -50,13 +51,18 @@ class Inputs:
         sizes = {i: self.leaves[i].shape[dim] for i, dim in divided.items()}
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self.name(i)}" for i, size in sizes.items())
-            raise ValueError(f"CodedWrapper: coded inputs must have one batch size, got {got}")
+            raise ValueError(
+                f"CodedWrapper: coded inputs must have one batch size, got {got}; what is meant "
+                'for the whole batch is passed by position with "shared" in in_dims'
+            )
         first = next(iter(divided))
         self.batch_size: int = sizes[first]
         self.device: torch.device = self.leaves[first].device
         for i, dim in enumerate(dims):
-            if dim is None:
+            if dim is None or not (dim == "shared" or isinstance(self.leaves[i], Tensor)):
                 self._check_shared(i)
+        self._check_lists("args", args, dims)
+        self._check_lists("kwargs", kwargs, dims[self.num_positional :])
 
     def name(self, i: int) -> str:
         if i < self.num_positional:
@@ -75,6 +81,10 @@ class Inputs:
         """Those of :meth:`batches` that distances can be measured on: floating-point ones."""
         return [leaf for leaf in self.batches() if leaf.is_floating_point()]
 
+    def others(self) -> list[Tensor]:
+        """All of :meth:`batches`, where there is nothing to measure distances on."""
+        return [] if self.measured() else self.batches()
+
     def _check(self, i: int, dim: int, code: Code) -> None:
         leaf = self.leaves[i]
         if torch._C._functorch.is_batchedtensor(leaf):
@@ -92,9 +102,10 @@ class Inputs:
                 'the whole batch, pass it by position with "shared" in in_dims'
             )
         if not -leaf.dim() <= dim < leaf.dim():
+            said = "that in_dims says" if i < self.num_positional else "as tensors by keyword have"
             raise ValueError(
-                f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} that "
-                f"in_dims says, got shape {tuple(leaf.shape)}"
+                f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} {said}, "
+                f"got shape {tuple(leaf.shape)}"
             )
         if not finite(leaf):  # it would spoil its whole group
             place = (~leaf.isfinite()).nonzero()[0].tolist()
@@ -106,11 +117,39 @@ class Inputs:
     def _check_shared(self, i: int) -> None:
         """Raise a ValueError if an input given as None looks as if each row had its own."""
         leaf = self.leaves[i]
+        shape = tuple(leaf.shape) if isinstance(leaf, (Tensor, np.ndarray)) else ()
         # With one row, what belongs to it and what is shared are the same.
-        if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.batch_size > 1:
-            raise ValueError(
-                f"CodedWrapper: {self.name(i)} must not have the batch size {self.batch_size} "
-                "along its first dimension where in_dims says None: say 0 if each input has its "
-                'own row of it, "shared" if all of it is meant for every input, '
-                f"got shape {tuple(leaf.shape)}"
-            )
+        if shape[:1] != (self.batch_size,) or self.batch_size == 1:
+            return
+        if isinstance(leaf, np.ndarray):
+            raise _own_rows(self.name(i), "an array", shape)
+        raise ValueError(
+            f"CodedWrapper: {self.name(i)} must not have the batch size {self.batch_size} "
+            "along its first dimension where in_dims says None: say 0 if each input has its "
+            f'own row of it, "shared" if all of it is meant for every input, got shape {shape}'
+        )
+
+    def _check_lists(self, name: str, tree: Any, dims: list[Any]) -> None:
+        """Raise a ValueError for a list of numbers, one an input, which would be shared."""
+        spec = pytree.tree_structure(tree)
+        stack = [(name, tree, pytree.tree_unflatten(dims[: spec.num_leaves], spec))]
+        while stack:
+            name, node, said = stack.pop()
+            if isinstance(node, dict):
+                stack += [(f"{name}[{key!r}]", node[key], said[key]) for key in node]
+            elif type(node) in (list, tuple):
+                leaves = pytree.tree_leaves(node)
+                plain = bool(leaves) and all(isinstance(x, (bool, int, float)) for x in leaves)
+                shared = all(dim == "shared" for dim in pytree.tree_leaves(said))
+                # Tuples are sizes and the like.
+                if type(node) is list and plain and len(node) == self.batch_size > 1 and not shared:
+                    raise _own_rows(name, "a list", (len(node),))
+                parts = zip(node, said, strict=True)
+                stack += [(f"{name}[{k}]", part, dim) for k, (part, dim) in enumerate(parts)]
+
+
+def _own_rows(name: str, kind: str, shape: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"CodedWrapper: {name} must be a tensor if each input has its own row of it, as {kind} is "
+        f'shared by all of them; say "shared" in in_dims if that is meant, got shape {shape}'
+    )

@@ -91,7 +91,7 @@ class Stacked(NamedTuple):
 
     Attributes:
         units: that have one, increasing.
-        leaves: ``[F, R, ...]`` each, or what the first part returned where there is no batch.
+        leaves: ``[F, R, ...]`` each; where there is no batch, of the part that was asked first.
         dims: per leaf, where the module has its batch.
         spec: the structure of the module's output.
         formats: per leaf, the memory format of the module's output.
@@ -197,18 +197,19 @@ class Results:
         in_place = places == list(range(at))
         leaves: list[Any] = []
         formats = []
-        for i, dim in enumerate(good[0].dims):
-            column = [result.leaves[i] for result in good]
-            formats.append(_memory_format(column[0]))
-            if dim is None or not isinstance(column[0], Tensor):
-                leaves.append(column[0])
+        first = min(good, key=lambda result: result.part.number)  # not the first to arrive
+        for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
+            formats.append(_memory_format(own))
+            if dim is None or not isinstance(own, Tensor):
+                leaves.append(own)
                 continue
+            column = [result.leaves[i] for result in good]
             parts = [leaf.movedim(dim, 0).unflatten(0, (-1, rows)) for leaf in column]
             stacked = parts[0] if len(parts) == 1 else torch.cat(parts)  # [places, R, ...]
             if not in_place:
                 stacked = stacked.index_select(0, torch.tensor(places, device=stacked.device))
             leaves.append(stacked)
-        return Stacked(units, leaves, good[0].dims, good[0].spec, formats)
+        return Stacked(units, leaves, first.dims, first.spec, formats)
 
     def failure(self, least: int, num_parts: int, why: str) -> Exception:
         """What to raise where the good results are too few.

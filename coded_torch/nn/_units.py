@@ -59,7 +59,7 @@ class Columns(Units):
         code: the code.
         ordering: of the batch.
         num_stragglers: S: N - S results are waited for.
-        dealer: who gets what is drawn from it; None: column n is asked for as the n-th.
+        dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
     """
@@ -81,6 +81,7 @@ class Columns(Units):
             inputs.measured(),
             num_stragglers,
             batch_size=inputs.batch_size,
+            others=inputs.others(),
         )
         self.num_groups = self._plan.num_groups
         leaves = [
@@ -145,7 +146,11 @@ class Rows(Units):
     def plan(self) -> BatchPlan:
         inputs = self._inputs
         return plan_rows(
-            self._code, self._ordering, inputs.measured(), batch_size=inputs.batch_size
+            self._code,
+            self._ordering,
+            inputs.measured(),
+            batch_size=inputs.batch_size,
+            others=inputs.others(),
         )
 
 

@@ -54,6 +54,9 @@ class CodedWrapper(StandIn):
 
       exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
       batch decode all groups together. The last group is filled up with copies of its last input.
+      With ``Waiting()``, N - S columns are asked for first, S being the number that the law of the
+      workers loses, and 0 where there is none: on real machines say ``Waiting.first(S)`` if S of N
+      columns shall be done without from the start.
 
     Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
 
@@ -77,8 +80,8 @@ class CodedWrapper(StandIn):
             take integer and boolean tensors too; codes that mix inputs need floating-point ones.
         workers: the pool that computes; by default :class:`~coded_torch.workers.LocalWorkers`.
         stragglers: shorthand for ``workers=LocalWorkers(stragglers)``.
-        waiting: whom to ask, when, and when to stop. None: :class:`Waiting` on real machines, and
-            ``Waiting.first()`` where time is simulated
+        waiting: what to ask for, when, and when to stop. None: :class:`Waiting` on real machines,
+            and ``Waiting.first()`` where time is simulated
             (:class:`~coded_torch.workers.LocalWorkers`), as in the paper's experiments.
         ordering: in which order the batch is laid out before it is cut into groups of K:
             "similarity", so that neighbours resemble each other; "arrival", as the paper does; a
@@ -94,7 +97,8 @@ class CodedWrapper(StandIn):
             of each, an integer; "shared" or None for what is meant for the whole batch; or a
             pytree prefix of such. A tensor that is given as None and has the batch size along its
             first dimension is refused: say "shared" if it is meant for all. Tensors in keyword
-            arguments are divided along dimension 0. What is not a tensor is shared.
+            arguments are divided along dimension 0. What is not a tensor is shared; arrays and
+            lists of numbers that look like one entry an input are refused.
         out_dims: the batch dimension of the outputs, likewise; at None, the result of the part
             asked first is passed through.
         on_run: called with the :class:`Report` of every call, in its thread, when it has ended,
@@ -206,6 +210,8 @@ class CodedWrapper(StandIn):
         Args:
             changes: arguments of the constructor.
         """
+        if "stragglers" in changes:
+            changes["workers"] = LocalWorkers(changes.pop("stragglers"))
         names = inspect.signature(CodedWrapper).parameters.keys() - {"stragglers", *changes}
         return CodedWrapper(**{name: getattr(self, name) for name in names}, **changes)
 
@@ -248,8 +254,6 @@ class CodedWrapper(StandIn):
             report.failed = False
             return answers
         finally:
-            for machine, reason in report.rejected.items():
-                logger.warning("machine %d %s", machine, reason)
             if report.degraded:
                 logger.warning("answered with the mean of the results of %s", report.received)
             if self.on_run is not None:
@@ -297,12 +301,17 @@ class CodedWrapper(StandIn):
                 idle=lambda: request.idle,
                 suffices=None if waiting.tolerance is None else suffices,
             )
+            asked: set[int] = set()
             try:
-                ended = collect(policy, request, units, results, report)
+                ended = collect(policy, request, units, results, asked, report)
                 status = request.status()
             finally:
+                report.asked = tuple(sorted(asked))
                 report.received = tuple(sorted({result.machine for result in results.good}))
-                report.rejected = {error.machine: error.reason for error in results.rejected}
+                for error in results.rejected:
+                    logger.warning("%s", error)
+                    if error.machine >= 0:  # else no machine had the part
+                        report.rejected[error.machine] = error.reason
         report.ended, report.hedges = ended.reason, ended.hedges
         report.num_groups = units.num_groups
         report.fence, report.median, report.deadline = (

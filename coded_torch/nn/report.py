@@ -30,14 +30,15 @@ class Report:
         received: those of them whose results count, in increasing order.
         latencies: seconds until each machine that replied or failed had done so, in that order; of
             several times the last.
-        rejected: what was wrong with the results that do not count, by machine.
+        rejected: what was wrong with the results that do not count, by machine; of several the
+            last asked for.
         work: rows that machines began to compute, per row of the batch: 1.0 is every input once.
         hedges: what was asked again, when, and which reply won.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
         expected_errors: ``[B]``, float64, on the host: the root mean squared error to expect of
             each answer's first decoded output; 0 where it is exact. None where the code cannot
-            say, and where the wrapper has a link, as it is then not in the units of the answers.
+            say, and of predictions under a link, whose errors are in no unit of the answers.
         ended: why the call waited no longer. "complete": every result that was wanted is there;
             "first": the first N - S are; "tolerance": the expected error is small enough;
             "deadline"; "patience"; "failed": nothing more could come.

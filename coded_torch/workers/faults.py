@@ -121,6 +121,7 @@ class FaultyWorkers(Workers):
     ) -> None:
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
+        instance(self, "rates", rates, Mapping, optional=True)
         self.rates = {
             kind: probability(self, f"rates[{kind!r}]", rate)
             for kind, rate in (rates or {}).items()

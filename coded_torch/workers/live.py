@@ -108,7 +108,8 @@ class LiveRequest(Request):
             try:
                 if limit == math.inf:  # nothing is open: what has happened is here already
                     return self._events.get_nowait()
-                return self._events.get(timeout=max(min(until, limit) - self.now(), 0.0))
+                seconds = max(min(until, limit) - self.now(), 0.0)
+                return self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
                 if until < limit or limit == math.inf:
                     return None

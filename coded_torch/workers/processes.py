@@ -83,7 +83,7 @@ class ProcessWorkers(SupervisedWorkers):
             if __name__ == "__main__":
                 with ProcessWorkers(6).start() as workers, torch.no_grad():
                     coded = CodedWrapper(
-                        torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers, num_stragglers=2
+                        torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers
                     )
                     print(coded(torch.randn(8, 3)).shape)
     """

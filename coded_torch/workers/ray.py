@@ -79,9 +79,7 @@ class RayWorkers(SupervisedWorkers):
             from coded_torch.workers import RayWorkers
 
             with RayWorkers(6, address="auto", num_gpus=1).start() as workers, torch.no_grad():
-                coded = CodedWrapper(
-                    torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers, num_stragglers=2
-                )
+                coded = CodedWrapper(torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers)
                 print(coded(torch.randn(8, 3)).shape)
     """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -271,3 +272,18 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, make, waiting)
     ) as info:
         coded(x)
     assert "\n" not in str(info.value)
+
+
+def test_what_looks_like_a_row_an_input_but_is_no_tensor_is_refused():
+    coded = CodedWrapper(Call(lambda x, mask: x * torch.as_tensor(mask)), KernelCode(4, 4))
+    with pytest.raises(ValueError, match=r"args\[1\] must be a tensor if .*, as an array is"):
+        coded(X, MASK.numpy())
+    with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be a tensor if .*, as a list is"):
+        coded(X, mask=[1, 0, 1, 0])
+    deep = Call(lambda x, options: x)
+    with pytest.raises(ValueError, match=r"args\[1\]\['a'\]\[1\] must be a tensor"):
+        CodedWrapper(deep, KernelCode(4, 4))(X, {"a": (None, [1, 0, 1, 0])})
+    shared = CodedWrapper(coded.module, KernelCode(4, 4), in_dims=(0, "shared"))
+    assert torch.equal(shared(X, np.ones(1)), X)
+    assert torch.equal(shared(X.expand(4, 4), np.ones(4)), X.expand(4, 4))
+    assert torch.equal(CodedWrapper(deep, KernelCode(4, 4))(X, (1, 2, 3, 4)), X)  # as sizes are

@@ -167,7 +167,8 @@ class _SupervisedRequest(LiveRequest):
     def _send_held(self, until: float) -> None:
         """Wait for room, and have the parts done that were held back."""
         if not self._has_room:
-            self._has_room = self._room.acquire(timeout=max(until - self.now(), 0.0))
+            seconds = min(max(until - self.now(), 0.0), threading.TIMEOUT_MAX)
+            self._has_room = self._room.acquire(timeout=seconds)
         if self._has_room:
             held, self._held = self._held, []
             self._supervisor.submit(self, self._module, held)

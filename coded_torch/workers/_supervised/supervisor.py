@@ -26,6 +26,7 @@ START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a w
 _CLOSING_SECONDS = 10.0
 _FAILED_STARTS = 3  # in a row, until what waits fails
 _LONGEST_PAUSE = 5.0  # between attempts to start
+_LONGEST_WAIT = 3600.0  # for news; selectors count in milliseconds, of which 2^31 are too many
 _NEVER = "was never begun: the pool was closed"
 
 
@@ -272,12 +273,12 @@ class Supervisor(abc.ABC):
                 self._machines.append(machine)
 
     def pause(self) -> float:
-        """Seconds until :meth:`tend` has something to do, at most ``grace``."""
+        """Seconds until :meth:`tend` has something to do, at most an hour."""
         with self._changed:
             due = [self._due(machine) for machine in self._machines]
             if len(due) < self.size:
                 due.append(self._start_again)
-        return max(0.0, min([self.grace, *(time - self._clock() for time in due)]))
+        return max(0.0, min([_LONGEST_WAIT, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:
         """The one thread: until the pool is closed."""
@@ -295,7 +296,10 @@ class Supervisor(abc.ABC):
                 machines, jobs = list(self._machines), list(self._jobs)
                 self._jobs.clear()
             for machine in machines:
-                self.end(machine)
+                try:
+                    self.end(machine)
+                except Exception:  # the others have to end, and requests their errors
+                    logger.exception("%s could not be ended", machine)
                 self.lost(machine, "was ended: the pool was closed")
             for job in jobs:
                 job.request.fail(job.part, _NEVER)
