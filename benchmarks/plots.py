@@ -180,7 +180,48 @@ def latency(results: Results) -> Figure:
     return figure
 
 
+def adversaries(results: Results) -> Figure:
+    """The accuracy that is kept under every lie, a panel for each network and setting."""
+    panels = [
+        (name, case, found["lies"])
+        for name, cases in results["adversaries"].items()
+        for case, found in cases.items()
+    ]
+    colors = {
+        "undefended": "0.6",
+        "ApproxIFER": "tab:purple",
+        "spline, reweighted": "tab:red",
+        "spline, larger lambda": "tab:pink",
+        "located": "tab:blue",
+        "oracle": "black",
+    }
+    figure = Figure(figsize=(10, 3.2 * len(panels)), layout="constrained")
+    for axes, (name, case, lies) in zip(
+        figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
+    ):
+        at = np.arange(len(lies))
+        for i, (scheme, color) in enumerate(colors.items()):
+            lost = [100 * (1 - found[scheme]["relative accuracy"][0]) for found in lies.values()]
+            marker = "_" if scheme == "oracle" else "o"
+            axes.plot(at + (i - 2.5) / 9, lost, marker, color=color, label=scheme, markersize=5)
+        for i, found in enumerate(lies.values()):
+            if "detected" in found["located"]:
+                share = f"{100 * found['located']['detected'][0]:.0f} %"
+                place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
+                axes.text(i, 0.97, share, fontsize=7, **place)
+        axes.set_xticks(at, list(lies), rotation=30, ha="right", fontsize=8)
+        axes.set_ylabel("accuracy lost, %", fontsize=8)
+        axes.set_ylim(bottom=0)
+        title = f"{NAMES[name]}, (N, K, S, A) = {case}; above: liars that the locator dropped"
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3, axis="y")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
 FIGURES = {
+    "adversaries": adversaries,
     "accuracy": accuracy,
     "accuracy-softmax": lambda results: accuracy(results, output="softmax"),
     "accuracy-contiguous": lambda results: accuracy(results, law="contiguous"),

@@ -33,7 +33,8 @@ Table = Callable[[Results], Iterable[Sequence[str]]]
 
 def load_results(folder: Path = RESULTS) -> dict[str, Any]:
     """What every script measured, by its name, and the settings of all of them."""
-    files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ERRORS + TIMES}
+    paths = {name: folder / f"{name}.json" for name in ERRORS + TIMES}
+    files = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     results = {name: file["measured"] for name, file in files.items()}
     on_gpu = folder / "end_to_end-cuda.json"  # where there was one
     if on_gpu.exists():

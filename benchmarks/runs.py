@@ -41,6 +41,8 @@ ERRORS = (
     "smoothing",
     "lagrange",
     "waiting",
+    "adversaries",
+    "false_alarms",
 )
 TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 RESULTS = Path(__file__).resolve().parent / "results"

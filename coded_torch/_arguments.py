@@ -176,12 +176,16 @@ def find_devices(
     """
     if isinstance(devices, str | torch.device) or not isinstance(devices, Iterable):
         raise TypeError(
-            f"{_name(owner)}: devices must be a sequence of devices, got {str(devices)!r}"
+            f"{_name(owner)}: devices must be a sequence of devices, got {shown(devices)}"
         )
     found = []
     for device in devices:
         try:
             found.append(find(device))
+        except TypeError:
+            raise TypeError(
+                f"{_name(owner)}: devices must be names of devices, got {shown(device)}"
+            ) from None
         except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
             raise ValueError(
                 f"{_name(owner)}: devices must be available, got {str(device)!r}"

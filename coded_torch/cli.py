@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,17 +21,14 @@ import coded_torch
 
 from . import _extension
 from ._arguments import MOST_WORKERS, dense
+from ._console import SUFFIXES, OutputError, UsageError, in_range, need, output_path, save, say
 from .compare import Comparison, compare
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["main"]
 
 _BATCH_SIZE = 240
 _SWEEP_BATCHES = 4
 _SWEEP_POINTS = 10
-_SUFFIXES = (".pdf", ".png", ".svg")
 _LEGEND = """\
 RMSE             root of the mean squared distance of decoded from exact answers
 MSE / variance   the same squared, over the variance of the exact answers
@@ -41,20 +38,12 @@ ordered          the batch is put in order by similarity before it is coded"""
 _INTERRUPTED = 130  # the exit code
 
 
-class _UsageError(Exception):
-    """What the user must change, in one line."""
-
-
-class _OutputError(Exception):
-    """Standard output cannot be written."""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise _UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
+        raise UsageError(f"{self.prog}: {message} (see {self.prog} --help)")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        _print(message, end="")  # help and version, both for standard output
+        say(message, end="")  # help and version, both for standard output
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,29 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         args.run(args)
-    except _UsageError as error:
+    except UsageError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return _INTERRUPTED
-    except _OutputError as error:
+    except OutputError as error:
         if not isinstance(error.__cause__, BrokenPipeError):  # as into `head`
             print(f"coded-torch: standard output cannot be written: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _print(text: str = "", end: str = "\n") -> None:
-    """Print at once: an output that cannot be written is found before more work is done for it."""
-    if sys.stdout is None:
-        raise _OutputError("it is closed")
-    try:
-        print(text, end=end, flush=True)
-    except OSError as error:
-        # Or the interpreter would fail to flush what is left at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise _OutputError(error) from error
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--num-workers", type=int, metavar="N", help="workers [100]")
     demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
+    demo.add_argument(
+        "--num-adversaries",
+        type=int,
+        metavar="A",
+        default=0,
+        help="workers that lie: show instead what each attack does, and who is named [0]",
+    )
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
     _add_output(demo, "demo")
@@ -180,14 +164,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
     path = Path(f"coded-torch-{command}.png")
-    text = f"the picture, {', '.join(_SUFFIXES)} [{path}]"
+    text = f"the picture, {', '.join(SUFFIXES)} [{path}]"
     parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=text)
 
 
 def _demo(args: argparse.Namespace) -> None:
-    _need("demo", "demo", "matplotlib", "tqdm")
-    settings, output = _settings(args), _output("demo", args.output)
-    _in_range("--seed", args.seed, 0, 2**63 - 1)
+    need("demo", "demo", "matplotlib", "tqdm")
+    settings, output = _settings(args), output_path("demo", args.output)
+    in_range("--seed", args.seed, 0, 2**63 - 1)
     device = _device(args.device)
 
     from tqdm import tqdm
@@ -199,29 +183,40 @@ def _demo(args: argparse.Namespace) -> None:
     rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
     batches, truth = ([part[at].to(device) for at in rows] for part in (images, labels))
 
+    if args.num_adversaries:
+        from .demo.adversaries import Outcome, lie
+
+        n, k, s = settings[-1]
+        most = f", (N - S - 1) / 2 with N = {n} and S = {s}"
+        in_range("--num-adversaries", args.num_adversaries, 1, (n - s - 1) // 2, most)
+        say(Outcome.header(n, k, s, args.num_adversaries, len(rows) * _BATCH_SIZE))
+        for outcome in lie(model, batches, truth, (n, k, s), args.num_adversaries, args.seed):
+            say(str(outcome))
+        return
+
     def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:
         some, classes = batches[:num_batches], truth[:num_batches]
         return compare(model, some, settings, labels=classes, seed=args.seed)
 
-    _print(
+    say(
         f"LeNet-5 reads {len(rows) * _BATCH_SIZE:,} MNIST test digits it was not trained on, "
         f"{_BATCH_SIZE} at a time.\nEvery code is tuned on a quarter of them, without labels, and "
         f"answers the others\nwhile the same workers are lost. Seed {args.seed}.\n"
     )
     for setting in settings:
-        _print(str(compared(len(rows), [setting])), end="\n\n")
-    _print(_LEGEND)
+        say(str(compared(len(rows), [setting])), end="\n\n")
+    say(_LEGEND)
     n, k, _ = settings[0]
     lost = tqdm(range(0, n, -(-n // _SWEEP_POINTS)), desc="sweep over lost workers", disable=None)
     sweep = [row for s in lost for row in compared(_SWEEP_BATCHES, [(n, k, s)]).rows]
-    _save("demo", Comparison(sweep).draw(), output)
-    _print(f"\nError against lost workers, a line a code: {output.resolve()}")
+    save("demo", Comparison(sweep).draw(), output)
+    say(f"\nError against lost workers, a line a code: {output.resolve()}")
 
 
 def _compare(args: argparse.Namespace) -> None:
-    _need("compare", "demo", "matplotlib")
-    output = _output("compare", args.output)
-    _in_range("--batch-size", args.batch_size, 1, of="compare")
+    need("compare", "demo", "matplotlib")
+    output = output_path("compare", args.output)
+    in_range("--batch-size", args.batch_size, 1, of="compare")
 
     def load(flag: str, path: Path) -> list[torch.Tensor]:
         try:
@@ -250,17 +245,17 @@ def _compare(args: argparse.Namespace) -> None:
         found = compare(model, batches, settings, labels=labels, seed=args.seed)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         why = str(error).splitlines()[0].removeprefix("compare: ")
-        raise _UsageError(f"coded-torch compare: {why}") from None
-    _print(f"{found}\n\n{_LEGEND}")
-    _save("compare", found.draw(), output)
-    _print(f"\nThe errors: {output.resolve()}")
+        raise UsageError(f"coded-torch compare: {why}") from None
+    say(f"{found}\n\n{_LEGEND}")
+    save("compare", found.draw(), output)
+    say(f"\nThe errors: {output.resolve()}")
 
 
 def _latency(args: argparse.Namespace) -> None:
-    _need("latency", "demo", "matplotlib", "tqdm")
+    need("latency", "demo", "matplotlib", "tqdm")
     if args.ray:
-        _need("latency", "ray", "ray")
-    output = _output("latency", args.output)
+        need("latency", "ray", "ray")
+    output = output_path("latency", args.output)
     if args.num_data is None:
         args.num_data = min(4, args.num_workers)
     if args.num_stragglers is None:
@@ -277,7 +272,7 @@ def _latency(args: argparse.Namespace) -> None:
         "seed": (0, 2**63 - 1),
     }
     for name, (least, most) in limits.items():
-        _in_range(f"--{name.replace('_', '-')}", getattr(args, name), least, most, of="latency")
+        in_range(f"--{name.replace('_', '-')}", getattr(args, name), least, most, of="latency")
 
     from tqdm import tqdm
 
@@ -289,8 +284,8 @@ def _latency(args: argparse.Namespace) -> None:
         options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if name in args}
         load = Load(**options)
     except ValueError as error:
-        raise _UsageError(f"coded-torch latency: {error}") from None
-    _print(
+        raise UsageError(f"coded-torch latency: {error}") from None
+    say(
         f"LeNet-5 reads {load.batch_size} digits a request, at {load.rate:g} requests a second, on "
         f"{load.num_workers} workers;\n{load.share:.1%} of the calls take {load.delay * 1e3:g} ms "
         f"longer. Seed {load.seed}.\n"
@@ -300,18 +295,9 @@ def _latency(args: argparse.Namespace) -> None:
     with kind(load.num_workers).start() as pool:
         rounds = measure(pool, lenet5(), *digits(), load)
         outcomes = merge(list(tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)))
-    _print(format_outcomes(outcomes))
-    _save("latency", draw(load, outcomes), output)
-    _print(f"\nShare of slower requests against latency: {output.resolve()}")
-
-
-def _need(command: str, extra: str, *packages: str) -> None:
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise _UsageError(
-            f"coded-torch {command} needs {' and '.join(missing)}: "
-            f"pip install 'coded_torch[{extra}]'"
-        )
+    say(format_outcomes(outcomes))
+    save("latency", draw(load, outcomes), output)
+    say(f"\nShare of slower requests against latency: {output.resolve()}")
 
 
 def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
@@ -322,26 +308,11 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     n = 100 if n is None else n
     k = min(20, n) if k is None else k
     s = 3 * n // 5 if s is None else s
-    _in_range("--num-workers", n, 1, MOST_WORKERS)
-    _in_range("--num-data", k, 1, n, ", the workers")
-    _in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
-    _in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
+    in_range("--num-workers", n, 1, MOST_WORKERS)
+    in_range("--num-data", k, 1, n, ", the workers")
+    in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
+    in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
     return [(n, k, s)]
-
-
-def _in_range(
-    flag: str,
-    value: float,
-    least: float,
-    most: float = math.inf,
-    why: str = "",
-    of: str = "demo",
-) -> None:
-    # Negated, so that NaN fails.
-    if not value >= least:
-        raise _UsageError(f"coded-torch {of}: {flag} must be at least {least}, got {value}")
-    if not value <= most:
-        raise _UsageError(f"coded-torch {of}: {flag} must be at most {most}{why}, got {value}")
 
 
 def _device(name: str) -> torch.device:
@@ -350,7 +321,7 @@ def _device(name: str) -> torch.device:
     if kernels == "loaded" and torch.cuda.is_available():
         available += ["cuda", *_cuda_devices()]
     if name not in available:
-        raise _UsageError(
+        raise UsageError(
             f"coded-torch demo: --device must be one of {', '.join(available)}, got {name!r}; "
             f"cuda kernels: {kernels}"
         )
@@ -361,36 +332,6 @@ def _cuda_devices() -> dict[str, str]:
     """What each of torch's CUDA devices is."""
     count = torch.cuda.device_count()
     return {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(count)}
-
-
-def _output(command: str, path: Path) -> Path:
-    if path.suffix.lower() not in _SUFFIXES:
-        reason = f"must end in {', '.join(_SUFFIXES)}, got {path}"
-    elif not path.parent.is_dir():
-        reason = f"must be in a folder that exists, got {path}"
-    else:
-        try:
-            _try_to_write(path)
-            return path
-        except OSError as error:
-            reason = f"must be a file that can be written, got {error}"
-    raise _UsageError(f"coded-torch {command}: --output {reason}")
-
-
-def _try_to_write(path: Path) -> None:
-    """OSError where a file cannot be written; what is there stays as it is."""
-    is_new = not os.path.lexists(path)
-    with path.open("ab"):
-        pass
-    if is_new:
-        path.unlink()
-
-
-def _save(command: str, picture: Figure, output: Path) -> None:
-    try:
-        picture.savefig(output, dpi=150)
-    except OSError as error:
-        raise _UsageError(f"coded-torch {command}: --output cannot be written: {error}") from None
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -406,4 +347,4 @@ def _info(args: argparse.Namespace) -> None:
     }
     width = max(map(len, lines)) + 2
     for name, value in lines.items():
-        _print(f"{name:<{width}}{value}")
+        say(f"{name:<{width}}{value}")

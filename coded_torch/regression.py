@@ -145,6 +145,23 @@ class KernelRegression:
         residual = (results * solved).sum(0) - self._precision * mean.square()
         return max(float(residual.mean()), 0.0) / (len(results) - 1)
 
+    @property
+    def covariance(self) -> Tensor:
+        """C, ``[M, M]``."""
+        covariance: Tensor = self._factor @ self._factor.T
+        return covariance
+
+    @functools.cached_property
+    def projection(self) -> Tensor:
+        r""":math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, ``[M, M]``.
+
+        Leaving a set I of results out, their residuals are :math:`P_{II}^{-1} (P y)_I`, of
+        variance :math:`P_{II}^{-1}`.
+        """
+        return torch.addr(
+            self._inverse, self._mean[:, 0], self._mean[:, 0], alpha=-1 / self._precision
+        )
+
     @functools.cached_property
     def _inverse(self) -> Tensor:
         return torch.cholesky_inverse(self._factor)

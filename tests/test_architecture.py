@@ -19,12 +19,14 @@ LAYERS = (
     {"_scores"},
     {"nn"},
     {"workers", "codes"},
+    {"adversaries"},
+    {"_predictions"},
     {"functional"},
     {"linear"},
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
-    {"_arguments", "_transforms"},
+    {"_arguments", "_transforms", "_console"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)

@@ -15,7 +15,19 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_torch import codes, functional, geometry, grouping, linear, metrics, points, regression
+from coded_torch import (
+    codes,
+    functional,
+    geometry,
+    grouping,
+    linear,
+    metrics,
+    nn,
+    points,
+    regression,
+    simulation,
+    workers,
+)
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import plan_batch, plan_rows
@@ -72,6 +84,24 @@ CALLS = [
     (laws.Markov, {"fail": 0.1, "recover": 0.1, "good": 0.0, "bad": 1.0, "seed": 0}),
     (laws.Trace, {"source": [[1.0]]}),
     (metrics.rmse, {"decoded": X, "exact": X}),
+    (metrics.rmse_mean, {"decoded": X, "exact": X}),
+    (metrics.top1_agreement, {"decoded": X, "exact": X}),
+    (metrics.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
+    (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
+                       "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,
+                       "link": None, "on_run": None}),
+    (nn.Waiting, {"deadline": 1.0, "patience": 3.0, "extra": 0.25, "tolerance": 0.1,
+                  "degraded": None}),
+    (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0, "tolerance": 0.1, "degraded": None}),
+    (workers.LocalWorkers, {"stragglers": None, "max_batch_size": 4}),
+    (workers.DeviceWorkers, {"devices": ["cpu"], "timeout": 1.0}),
+    (workers.ProcessWorkers, {"num_workers": 2, "devices": ["cpu"], "threads": 1, "grace": 1.0,
+                              "timeout": 1.0, "max_requests": 4}),
+    (workers.FaultyWorkers, {"pool": workers.LocalWorkers(), "delays": None, "rates": {"nan": 0.1},
+                             "seed": 0}),
+    (simulation.Conditions, {"spread": 0.1, "overhead": 0.1, "straggling": 0.1, "slow": 0.1,
+                             "spell": 9.0, "dead": 0.1, "dead_after": 9.0, "bursts": 9.0,
+                             "pause": 1.0, "delays": None}),
 ]  # fmt: skip
 with warnings.catch_warnings(action="ignore"):  # of prototypes
     QUANTISED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
@@ -155,7 +185,7 @@ def test_wrong_arguments_are_named_at_once(call, arguments, data):
     if error is None:
         return
     assert used + allocated.bytes < BYTES
-    text, own = str(error), inspect.signature(call).parameters
+    text, own = str(error), inspect.signature(call).parameters.keys() | arguments.keys()
     # Mostly the wrong one itself; or one that does not fit to it.
     assert any(re.search(rf"\b{name}\b", text) for name in own), text
     assert len(text.splitlines()) == 1

@@ -197,3 +197,19 @@ def test_labels_must_fit_the_answers():
         compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=[torch.zeros(3, dtype=int)] * 2)
     with pytest.raises(TypeError, match=r"labels must be integer tensors, .* got torch\.float32"):
         compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=ONES)
+
+
+def test_one_tensor_is_no_sequence_of_batches():
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match=r"batches must be a sequence of batches, such as \[x\]"):
+        compare(torch.nn.Tanh(), x, settings=[(4, 2, 1)])
+    with pytest.raises(ValueError, match=r"batches\[1\] must hold at least one input, got none"):
+        compare(torch.nn.Tanh(), [x, x[:0]], settings=[(4, 2, 1)])
+
+
+def test_a_module_that_would_learn_from_the_batches_is_refused():
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(8)).train()
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"must be in evaluation mode, as 0 learns .*call eval"):
+        compare(module, [x, x], settings=[(4, 2, 1)])
+    assert not module[0].running_mean.any()

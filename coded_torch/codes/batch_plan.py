@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +15,28 @@ from ..linear import SelectMap
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
+    from ..regression import KernelRegression
     from .base import Code, FixedCode
 
-__all__ = ["Arrived", "BatchPlan", "GroupwisePlan", "SelectionPlan", "few_columns", "of_mean"]
+__all__ = ["Arrived", "BatchPlan", "GroupwisePlan", "SelectionPlan", "Sites"]
+__all__ += ["few_columns", "of_mean"]
 
 _COLUMNS = 64
+
+
+class Sites(NamedTuple):
+    """Where results lie in input space.
+
+    Attributes:
+        point: ``[F, G]``, what each result is of: equal numbers are copies; -1: of another part of
+            the batch.
+        at: ``[F, G]``, its place among the M distinct inputs of the regression; -1: it has none.
+        regression: of these inputs; None where there are no distances.
+    """
+
+    point: Tensor
+    at: Tensor
+    regression: KernelRegression | None
 
 
 class BatchPlan(abc.ABC):
@@ -80,6 +97,12 @@ class BatchPlan(abc.ABC):
         errors = self.expected_errors(received, results)
         return None if errors is None else math.sqrt(float(errors.square().mean()))
 
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        """Where the results of these units lie, for each part of the batch with distances of its
+        own; none where the plan does not know.
+        """
+        return []
+
 
 class GroupwisePlan(BatchPlan):
     """The plan of a fixed code: every group for itself, all alike."""
@@ -88,6 +111,11 @@ class GroupwisePlan(BatchPlan):
         self.code: FixedCode = code
         self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
         self._grouping = grouping
+
+    @property
+    def order(self) -> Tensor:
+        """``[B]``, the order in which the batch was cut into groups."""
+        return self._grouping.order
 
     def encode(self, values: Tensor) -> Tensor:
         self.code.check_values(values)
@@ -204,6 +232,18 @@ class SelectionPlan(BatchPlan):
                 variances[arrived.lost] = self._variances(arrived, results)
                 variances *= 1 if results is None else results.shape[2:].numel()
             return variances.sqrt_()
+
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        with outside():
+            arrived = self._arrived(received)
+            point = self._point[torch.tensor(received, dtype=torch.int64)]  # [F, G]
+            place = torch.full((1 + int(point.max()),), -1)
+            place[arrived.points] = torch.arange(len(arrived.points))
+            return [Sites(point, place[point], self._regression_of(arrived))]
+
+    def _regression_of(self, arrived: Arrived) -> KernelRegression | None:
+        """That of what arrived, where there are distances."""
+        return None
 
     def _arrived(self, received: Sequence[int]) -> Arrived:
         # Kept for outputs of several leaves, and the errors to expect of them; not a history.

@@ -252,6 +252,9 @@ class _KernelPlan(SelectionPlan):
             variances *= regression.output_variance(arrived.sample(results))
         return variances
 
+    def _regression_of(self, arrived: Arrived) -> KernelRegression:
+        return self._regression(arrived)
+
     def _regression(self, arrived: Arrived) -> KernelRegression:
         # Kept for outputs of several leaves, and the errors to expect of them; not a history.
         if self._fitted is None or self._fitted[0] is not arrived:

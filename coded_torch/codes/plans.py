@@ -14,7 +14,7 @@ from .._transforms import outside, plain
 from ..geometry import Geometry, check_inputs
 from ..grouping import Grouping, Ordering, check_ordering, order_of
 from .base import Code
-from .batch_plan import BatchPlan, few_columns, of_mean
+from .batch_plan import BatchPlan, Sites, few_columns, of_mean
 
 __all__ = ["BatchPlan", "ChunkedPlan", "MeanPlan", "plan_batch", "plan_rows"]
 
@@ -215,6 +215,24 @@ class ChunkedPlan(BatchPlan):
             errors.append(error)
         return self._together(errors)
 
+    @property
+    def order(self) -> Tensor:
+        """As of :class:`GroupwisePlan`, of plans that have one."""
+        parts = zip(self._chunks, self._plans, strict=True)
+        return torch.cat([rows[plan.order] for rows, plan in parts])  # type: ignore[attr-defined]
+
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        found, start = [], 0
+        for plan in self._plans:
+            for sites in plan.sites(received):
+                after = self.num_groups - start - sites.point.shape[1]
+                point, at = (
+                    torch.nn.functional.pad(x, (start, after), value=-1) for x in sites[:2]
+                )
+                found.append(Sites(point, at, sites.regression))
+            start += plan.num_groups
+        return found
+
     def _together(self, parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts)
         return whole[self._back.to(whole.device)]
@@ -239,6 +257,20 @@ class _RowChunks(ChunkedPlan):
 
     def encode(self, values: Tensor) -> Tensor:
         return values[:, None]
+
+    def sites(self, received: Sequence[int]) -> list[Sites]:
+        found = []
+        asked = torch.tensor(received, dtype=torch.int64)
+        for plan, rows in zip(self._plans, self._chunks, strict=True):
+            place = torch.full((self.batch_size,), -1)
+            place[rows] = torch.arange(len(rows))
+            mine = (place[asked] >= 0).nonzero().squeeze(1)
+            order = place[asked[mine]].argsort()  # chunks are in any order, plans want increasing
+            for sites in plan.sites(place[asked[mine[order]]].tolist()) if len(mine) else ():
+                point, at = (asked.new_full((len(asked), 1), -1) for _ in range(2))
+                point[mine[order]], at[mine[order]] = sites[:2]
+                found.append(Sites(point, at, sites.regression))
+        return found
 
     def _shares(
         self, received: Sequence[int], results: Tensor | None

@@ -11,12 +11,14 @@ One call of a :class:`CodedWrapper`, file by file:
   ``_decisions.py``, what it has learnt of latencies in ``_history.py``;
 - ``_collect.py``: does what was decided, on a request to a pool (``workers/base.py``,
   ``workers/local.py``, ...), where late results are dropped (``workers/live.py``);
-- ``_results.py``: which replies are good;
+- ``_results.py``: which replies are good by their form, and ``_agreement.py``, by their numbers
+  (``adversaries.py``);
 - ``report.py``: what became of it.
 """
 
+from ._agreement import TooManyAdversaries
 from .coded_wrapper import CodedWrapper
 from .report import Report
 from .waiting import Waiting
 
-__all__ = ["CodedWrapper", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "Report", "TooManyAdversaries", "Waiting"]

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Generator
 
 from ..workers import base as workers
+from ._agreement import Agreement
 from ._results import Results
 from ._units import Units
 from .report import Report
@@ -21,6 +22,7 @@ def collect(
     results: Results,
     asked: set[int],
     report: Report,
+    agreement: Agreement | None = None,
 ) -> Ended:
     """Ask and wait until the policy ends the call.
 
@@ -31,6 +33,8 @@ def collect(
         results: where replies go.
         asked: where the machines go that begin a part.
         report: where it is written how it went.
+        agreement: what is asked whether the results can be believed, when they would complete the
+            call; of those that cannot, the policy has the units asked again.
     """
     parts: list[workers.Part] = []
     events: deque[Event] = deque()
@@ -47,7 +51,12 @@ def collect(
                 report.latencies.pop(event.machine, None)
                 report.latencies[event.machine] = event.at
             latencies[event.part.number] = event.latency
-            for part, good in results.add(event):
+            settled = results.add(event)
+            if agreement is not None and len(results.units) >= units.needed:
+                gone = agreement.check(results)
+                bad = {part.number for part, _ in gone}
+                settled = gone + [entry for entry in settled if entry[0].number not in bad]
+            for part, good in settled:
                 events.append(Settled(part.number, event.at, latencies[part.number], good))
 
     event: Event = None

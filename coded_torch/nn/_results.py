@@ -117,6 +117,7 @@ class Results:
         self._errors: list[WorkerError] = []
         self._misfits: list[WorkerError] = []
         self._camps: list[_Camp] = []
+        self._liars: dict[int, str] = {}  # why, by machine
         self._num_replies = 0
 
     def add(self, reply: Reply) -> list[tuple[Part, bool]]:
@@ -135,6 +136,9 @@ class Results:
         """The camp of a reply; None: it has no vote."""
         if reply.error is not None:
             self._errors.append(reply.error)
+            return None
+        if reply.machine in self._liars:
+            self._errors.append(_error(reply, self._liars[reply.machine]))
             return None
         try:
             result = Result(reply, self._task.out_dims)
@@ -155,6 +159,19 @@ class Results:
             self._camps.append(camp := _Camp())
         camp.add(result)
         return camp
+
+    def distrust(self, machine: int, why: str) -> list[tuple[Part, bool]]:
+        """Count no result of a machine, now or later; returns the parts whose results are bad now.
+
+        Args:
+            machine: that has good results.
+            why: in words that go on after "machine 3".
+        """
+        self._liars[machine] = why
+        gone = [result for camp in self._camps for result in camp.remove(machine)]
+        self._camps = [camp for camp in self._camps if camp.results]
+        self._errors += [_error(result, why) for result in gone]
+        return [(result.part, False) for result in gone]
 
     @property
     def _lead(self) -> _Camp | None:
@@ -248,6 +265,13 @@ class _Camp:
         self.results.append(result)
         self.size += len(result.part.units)
         self._first = min(self._first, result.part.number)
+
+    def remove(self, machine: int) -> list[Result]:
+        """Take the results of a machine out."""
+        gone = [result for result in self.results if result.machine == machine]
+        self.results = [result for result in self.results if result.machine != machine]
+        self.size -= sum(len(result.part.units) for result in gone)
+        return gone
 
     def weight(self) -> tuple[int, float]:
         return self.size, -self._first

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..codes.base import Code
@@ -31,6 +32,8 @@ class Units(abc.ABC):
         least: how many can be decoded at all.
         batch_size: B.
         num_groups: G; 0 for rows.
+        audit: the row of every unit that is the same input for all, which answers nothing; None:
+            there is none.
     """
 
     task: Task
@@ -40,6 +43,7 @@ class Units(abc.ABC):
     least: int
     batch_size: int
     num_groups = 0
+    audit: int | None = None
 
     @property
     @abc.abstractmethod
@@ -50,6 +54,12 @@ class Units(abc.ABC):
         """Whether the results of these units are the answers as they are."""
         return False
 
+    def answering(self, results: Tensor) -> Tensor:
+        """Results ``[F, R, ...]`` without the audit row."""
+        if self.audit is None:
+            return results
+        return torch.cat([results[:, : self.audit], results[:, self.audit + 1 :]], dim=1)
+
 
 class Columns(Units):
     """The N coded inputs of every group: each column is a row for each of the G groups.
@@ -59,9 +69,11 @@ class Columns(Units):
         code: the code.
         ordering: of the batch.
         num_stragglers: S: N - S results are waited for.
+        num_adversaries: A: the results of as many more may count as missing.
         dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
+        audit: whether every column gets one common input, in a place drawn from ``dealer``.
     """
 
     def __init__(
@@ -70,16 +82,18 @@ class Columns(Units):
         code: Code,
         ordering: Ordering,
         num_stragglers: int,
+        num_adversaries: int,
         dealer: random.Random | None,
         all_at_once: bool,
         out_dims: Any,
+        audit: bool = False,
     ) -> None:
         n = code.num_workers
         self._plan = plan_batch(
             code,
             ordering,
             inputs.measured(),
-            num_stragglers,
+            num_stragglers + num_adversaries,
             batch_size=inputs.batch_size,
         )
         self.num_groups = self._plan.num_groups
@@ -87,7 +101,15 @@ class Columns(Units):
             leaf if dim is None else self._plan.encode(leaf.movedim(dim, 0))  # [N, G, ...]
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
         ]
-        self.task = _task(inputs, leaves, n, self.num_groups, out_dims)
+        rows = self.num_groups
+        if audit and dealer is not None:
+            self.audit, rows = dealer.randrange(rows + 1), rows + 1
+            common = dealer.randrange(n), dealer.randrange(self.num_groups)
+            leaves = [
+                leaf if dim is None else _insert(leaf, leaf[common], self.audit)
+                for leaf, dim in zip(leaves, inputs.dims, strict=True)
+            ]
+        self.task = _task(inputs, leaves, n, rows, out_dims)
         self.needed, self.least = n - num_stragglers, code.min_received
         self.batch_size = inputs.batch_size
         # Those asked for first are spread evenly over the curve.
@@ -147,6 +169,12 @@ class Rows(Units):
         return plan_rows(
             self._code, self._ordering, inputs.measured(), batch_size=inputs.batch_size
         )
+
+
+def _insert(columns: Tensor, row: Tensor, place: int) -> Tensor:
+    """Columns ``[N, G, ...]`` with one more row, the same in all: ``[N, G + 1, ...]``."""
+    row = row.expand(len(columns), 1, *row.shape)
+    return torch.cat([columns[:, :place], row, columns[:, place:]], dim=1)
 
 
 def _task(

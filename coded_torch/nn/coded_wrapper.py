@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import random
+import secrets
 import time
 from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import instance
+from .._arguments import count, instance
 from ..codes.base import Code
 from ..codes.plans import BatchPlan, MeanPlan
 from ..grouping import check_ordering
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
+from ._agreement import Agreement
 from ._collect import collect
 from ._inputs import Inputs
 from ._results import Results, Stacked
@@ -53,6 +55,9 @@ class CodedWrapper(StandIn):
 
       exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
       batch decode all groups together. The last group is filled up with copies of its last input.
+      With ``Waiting()``, N - S columns are asked for first, S being the number that the law of the
+      workers loses, and 0 where there is none: on real machines say ``Waiting.first(S)`` if S of N
+      columns shall be done without from the start.
 
     Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
 
@@ -85,10 +90,18 @@ class CodedWrapper(StandIn):
             the floating-point inputs, a list of ``[B, ...]``, and returns one.
         shuffle: ask for the columns in an order drawn anew for every call, so that neighbouring
             machines that are late together do not lose neighbours on the curve. The wrapper's own
-            sequence, the same for every wrapper.
+            sequence, the same for every wrapper, but drawn from :mod:`secrets` where adversaries
+            are looked for. A ``random.Random`` makes it repeatable; then it is no secret.
         link: "softmax" where all outputs are probabilities over their last dimension: they are
             decoded on the scale of logits, where they bend least, and come back as probabilities.
             The report has no expected errors then, as their units would be those of logits.
+        max_adversaries: A, how many machines may lie: return what is well formed, finite and
+            wrong. Machines whose results contradict those of others are looked for
+            (:mod:`coded_torch.adversaries`), and up to A of them count as missing. Then
+            ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
+            none, and show liars less well. 0: none is looked for, and nothing of it costs time.
+        audit: with ``max_adversaries``, give every machine one common input more in a secret place
+            (1 / G of the work), which shows who lies for every code.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for what is meant for the whole batch; or a
             pytree prefix of such. A tensor that is given as None and has the batch size along its
@@ -107,7 +120,8 @@ class CodedWrapper(StandIn):
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: ``stragglers`` beside ``workers``; ``waiting`` for more stragglers than the code
-            can lose; another name of ``ordering`` or ``link``.
+            can lose beside twice ``max_adversaries``; another name of ``ordering`` or ``link``;
+            ``max_adversaries`` without ``shuffle``, ``audit`` without ``max_adversaries``.
 
     Calling raises:
         TypeError: a tensor cannot be coded, or no part's output can be decoded.
@@ -115,6 +129,8 @@ class CodedWrapper(StandIn):
             there are none; no part's output has the batch size or, with ``link``, probabilities.
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
             first part that had one.
+        TooManyAdversaries: a :class:`NotEnoughResults`: results contradict each other even without
+            ``max_adversaries`` machines. With ``degraded``, a warning instead.
 
     Note:
         By rows, the module's own work and what is asked for again; by columns, up to :math:`N / K`
@@ -152,8 +168,10 @@ class CodedWrapper(StandIn):
         stragglers: Stragglers | None = None,
         waiting: Waiting | None = None,
         ordering: Any = "similarity",
-        shuffle: bool = True,
+        shuffle: bool | random.Random = True,
         link: str | None = None,
+        max_adversaries: int = 0,
+        audit: bool = False,
         in_dims: Any = 0,
         out_dims: Any = 0,
         on_run: Callable[[Report], None] | None = None,
@@ -162,7 +180,9 @@ class CodedWrapper(StandIn):
         super().__init__(module)
         instance(self, "code", code, Code)
         instance(self, "workers", workers, Workers, optional=True)
-        instance(self, "shuffle", shuffle, bool)
+        if not isinstance(shuffle, random.Random):
+            instance(self, "shuffle", shuffle, bool)
+        instance(self, "audit", audit, bool)
         instance(self, "on_run", on_run, Callable, optional=True)
         if workers is not None and stragglers is not None:
             raise ValueError(
@@ -172,6 +192,14 @@ class CodedWrapper(StandIn):
         if link not in (None, "softmax"):
             raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
         check_ordering(self, ordering)
+        self.max_adversaries = count(self, "max_adversaries", max_adversaries, least=0)
+        if max_adversaries and not shuffle:
+            raise ValueError(
+                "CodedWrapper: shuffle must be True or a random.Random with max_adversaries, as "
+                "machines must not know their places, got False"
+            )
+        if audit and not max_adversaries:
+            raise ValueError("CodedWrapper: audit must be False without max_adversaries, got True")
         self.code = code
         self.workers = LocalWorkers(stragglers) if workers is None else workers
         self._check_waiting(waiting)
@@ -179,6 +207,7 @@ class CodedWrapper(StandIn):
         self.ordering = ordering
         self.shuffle = shuffle
         self.link = link
+        self.audit = audit
         self.in_dims = in_dims
         self.out_dims = out_dims
         self.on_run = on_run
@@ -239,9 +268,12 @@ class CodedWrapper(StandIn):
                     answers = module(*args, **kwargs)
             else:
                 results = Results(units.task, self.link)
+                agreement = self._agreement(inputs, units)
                 with report.timed("compute"):
-                    why = self._collect(module, waiting, units, results, report, start)
+                    why = self._collect(module, waiting, units, results, report, start, agreement)
                 with report.timed("decode"):
+                    if agreement is not None:
+                        agreement.conclude(results, report, bool(waiting.degraded))
                     if len(results.units) < units.least and not (
                         results.units and waiting.degraded
                     ):
@@ -265,10 +297,23 @@ class CodedWrapper(StandIn):
             self.code,
             self.ordering,
             self._num_stragglers(waiting),
-            self._dealer if self.shuffle else None,
+            self.max_adversaries,
+            self._deal() if self.shuffle else None,
             waiting.at_once,
             self.out_dims,
+            self.audit,
         )
+
+    def _deal(self) -> random.Random:
+        """What positions, and all else that machines must not know, are drawn from."""
+        if isinstance(self.shuffle, random.Random):
+            return self.shuffle
+        return secrets.SystemRandom() if self.max_adversaries else self._dealer
+
+    def _agreement(self, inputs: Inputs, units: Units) -> Agreement | None:
+        if not self.max_adversaries:
+            return None
+        return Agreement(inputs, units, self.max_adversaries, self.link, self._deal())
 
     def _collect(
         self,
@@ -278,6 +323,7 @@ class CodedWrapper(StandIn):
         results: Results,
         report: Report,
         start: float,
+        agreement: Agreement | None,
     ) -> str:
         """Ask and wait until the policy ends the call; returns why there is no more, in words."""
 
@@ -299,15 +345,15 @@ class CodedWrapper(StandIn):
             )
             asked: set[int] = set()
             try:
-                ended = collect(policy, request, units, results, asked, report)
+                # All at once, nothing is asked again.
+                believed = None if waiting.at_once else agreement
+                ended = collect(policy, request, units, results, asked, report, believed)
                 status = request.status()
             finally:
                 report.asked = tuple(sorted(asked))
-                report.received = tuple(sorted({result.machine for result in results.good}))
+                report.note(results)
                 for error in results.rejected:
                     logger.warning("%s", error)
-                    if error.machine >= 0:  # else no machine had the part
-                        report.rejected[error.machine] = error.reason
         report.ended, report.hedges = ended.reason, ended.hedges
         report.num_groups = units.num_groups
         report.fence, report.median, report.deadline = (
@@ -330,13 +376,14 @@ class CodedWrapper(StandIn):
             exact, expected = torch.ones(size, dtype=torch.bool), torch.zeros(size).double()
         else:
             exact, expected = plan.exact(received), None
-            report.notes = (plan.note,) if plan.note else ()
+            report.notes += (plan.note,) if plan.note else ()
         report.predicted = ~exact
         answers = []
         for leaf, dim, layout in zip(stacked.leaves, stacked.dims, stacked.formats, strict=True):
             if dim is None or not isinstance(leaf, Tensor):
                 answers.append(leaf)
                 continue
+            leaf = units.answering(leaf)
             if plan is None:
                 decoded = leaf.squeeze(1)
             elif self.link is None:
@@ -356,7 +403,8 @@ class CodedWrapper(StandIn):
         """The policy in force for calls that bring none of their own."""
         if self.waiting is not None:
             return self.waiting
-        return Waiting.first() if self.workers.simulated else Waiting()
+        at_once = self.workers.simulated or self.max_adversaries
+        return Waiting.first() if at_once else Waiting()
 
     def _num_stragglers(self, waiting: Waiting) -> int:
         """S, for the code and the workers that are there now."""
@@ -364,16 +412,25 @@ class CodedWrapper(StandIn):
         if lost is None:
             law = self.workers.stragglers
             lost = (law and law.num_stragglers) or 0
-        return max(0, min(lost, self.code.num_workers - self.code.min_received))
+        return max(0, min(lost, self._most_stragglers()))
+
+    def _most_stragglers(self) -> int:
+        code = self.code
+        return code.num_workers - code.min_received - 2 * self.max_adversaries
 
     def _check_waiting(self, waiting: Waiting | None) -> None:
         instance(self, "waiting", waiting, Waiting, optional=True)
-        lost = waiting.num_stragglers if waiting is not None else None
-        most = self.code.num_workers - self.code.min_received
-        if lost is not None and lost > most:
+        lost = (waiting.num_stragglers if waiting is not None else None) or 0
+        most = self._most_stragglers()
+        if lost > most:
+            beside = f" beside twice max_adversaries={self.max_adversaries}"
+            least = f"{self.code} needs {self.code.min_received} results"
+            what = f"waiting.num_stragglers must be at most {most}"
+            if most < 0:
+                what = f"max_adversaries must be at most {self.max_adversaries + most // 2}"
             raise ValueError(
-                f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {self.code} "
-                f"needs {self.code.min_received} results, got {lost}"
+                f"CodedWrapper: {what}, as {least}{beside * bool(self.max_adversaries)}, got "
+                f"{lost if most >= 0 else self.max_adversaries}"
             )
 
     def extra_repr(self) -> str:

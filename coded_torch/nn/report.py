@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ._results import Results
     from .waiting import Hedge
 
 __all__ = ["Report"]
@@ -31,6 +32,12 @@ class Report:
             several times the last.
         rejected: what was wrong with the results that do not count, by machine; of several the
             last asked for.
+        adversaries: those of them whose results are well formed but contradict those of others.
+        suspects: machines of which some lie, as their results differ, but which of them cannot be
+            determined; their results count.
+        scores: z by machine, where adversaries are looked for: how much worse its results are
+            predicted than those of the others, in standard deviations. See
+            :class:`~coded_torch.workers.Reputation`.
         work: rows that machines began to compute, per row of the batch: 1.0 is every input once.
         hedges: what was asked again, when, and which reply won.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
@@ -60,6 +67,9 @@ class Report:
     received: tuple[int, ...] = ()
     latencies: dict[int, float] = dataclasses.field(default_factory=dict)
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
+    adversaries: tuple[int, ...] = ()
+    suspects: tuple[int, ...] = ()
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
@@ -75,6 +85,13 @@ class Report:
     decode_seconds: float = 0.0
     degraded: bool = False
     failed: bool = True
+
+    def note(self, results: Results) -> None:
+        """Note whose results count, and what is wrong with the others."""
+        self.received = tuple(sorted({result.machine for result in results.good}))
+        self.rejected = {  # -1: no machine had the part
+            error.machine: error.reason for error in results.rejected if error.machine >= 0
+        }
 
     @property
     def missing(self) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ import math
 from collections.abc import Callable, Generator, Sequence, Set
 from typing import Any
 
-from .._arguments import count, positive, real
+from .._arguments import count, instance, positive, real
 from ._decisions import (
     Ask,
     Began,
@@ -125,6 +125,7 @@ class Waiting:
                 lambda x: 0 <= x < math.inf,
             ),
         )
+        instance("Waiting", "degraded", self.degraded, str, optional=True)
         if self.degraded not in (None, "mean"):
             raise ValueError(f"Waiting: degraded must be None or 'mean', got {self.degraded!r}")
 

@@ -18,6 +18,7 @@ from .faults import Fault, FaultyWorkers
 from .local import LocalWorkers
 from .processes import ProcessWorkers
 from .ray import RayWorkers
+from .reputation import Reputation
 
 __all__ = [
     "Began",
@@ -29,6 +30,7 @@ __all__ = [
     "ProcessWorkers",
     "RayWorkers",
     "Reply",
+    "Reputation",
     "Request",
     "Task",
     "WorkerError",

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, probability
+from .._arguments import count, instance, probability, real
 from ..stragglers import Stragglers
+from .attacks import ATTACKS, Attacker, Liars
 from .base import Began, Part, Reply, Request, Task, Workers
 
 __all__ = ["Fault", "FaultyWorkers"]
@@ -93,10 +94,22 @@ class FaultyWorkers(Workers):
         rates: how often a part meets each of :attr:`Fault.KINDS`: "crash", "nan", "infinity",
             "shape", "dtype", "structure" (probabilities, at most 1 in sum).
         seed: of all of it, modulo 2^64.
+        attack: what machines that lie do to every result of theirs, which stays well formed and
+            finite; drawn from (seed, request, machine). "noise", "offset" (the same for all): add
+            ``strength`` times the standard deviation of the result; "scale": multiply by
+            1 + strength / 2. "sign_flip"; "constant": the mean row for all; "permute": rows;
+            "swap": the two largest outputs; "one_row": one row answers another; "bit_flip": a bit
+            in each row; "copies": one input that is drawn for the request is answered wrongly,
+            alike by all that lie. "replay": results of other inputs of the last request, in the
+            first of this one; "shift": of inputs that are shifted along their last dimension by an
+            eighth. These two call the module in this process.
+        adversaries: the machines that lie, by their places in the pool.
+        strength: of the attack, as said.
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: a rate is no probability or has another name, or their sum exceeds 1.
+        ValueError: a rate is no probability or has another name, or their sum exceeds 1; another
+            name of an attack, adversaries without one.
 
     Example:
         >>> import torch
@@ -118,6 +131,9 @@ class FaultyWorkers(Workers):
         delays: Stragglers | None = None,
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
+        attack: str | None = None,
+        adversaries: Iterable[int] = (),
+        strength: float = 1.0,
     ) -> None:
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
@@ -138,19 +154,42 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated, self.num_machines = pool.simulated, pool.num_machines
         self.seed = count(self, "seed", seed, least=None)
+        self.attack, self.strength = (
+            attack,
+            real(self, "strength", strength, "finite", math.isfinite),
+        )
+        self.adversaries = tuple(
+            count(self, "adversaries", machine, least=0) for machine in adversaries
+        )
+        if attack is not None and attack not in ATTACKS:
+            raise ValueError(
+                f"FaultyWorkers: attack must be one of {', '.join(ATTACKS)} or None, got {attack!r}"
+            )
+        if self.adversaries and attack is None:
+            raise ValueError(
+                f"FaultyWorkers: adversaries must come with an attack, got {self.adversaries}"
+            )
+        self._liars = (
+            Liars(attack, self.adversaries, self.strength, self.seed)
+            if attack is not None and self.adversaries
+            else None
+        )
         self._requests = 0
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        return _FaultyRequest(self.pool.open(module, task), self._draws)
+        def attacker(number: int) -> Attacker | None:
+            return self._liars.attacker(module, task, number) if self._liars else None
 
-    def _draws(self, num_parts: int) -> Iterator[Fault]:
-        """The faults of the parts of a new request, without end."""
+        return _FaultyRequest(self.pool.open(module, task), self._begin, attacker)
+
+    def _begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
+        """The number of a new request, and the faults of its parts, without end."""
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
             first = self._draw(self.delays, num_parts, request, 0)
             delays = copy.copy(self.delays)
-        return itertools.chain(first, self._further(delays, num_parts, request))
+        return request, itertools.chain(first, self._further(delays, num_parts, request))
 
     def _further(self, delays: Stragglers | None, num_parts: int, request: int) -> Iterator[Fault]:
         for block in itertools.count(1):
@@ -189,21 +228,28 @@ class FaultyWorkers(Workers):
     def __repr__(self) -> str:
         return (
             f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, rates={self.rates!r}, "
-            f"seed={self.seed})"
+            f"seed={self.seed}, attack={self.attack!r}, adversaries={self.adversaries})"
         )
 
 
 class _FaultyRequest(Request):
-    """A request of another pool, whose parts get their faults here."""
+    """A request of another pool, whose parts get their faults here, and whose replies lies."""
 
-    def __init__(self, request: Request, draws: Callable[[int], Iterator[Fault]]) -> None:
-        self._request, self._draws = request, draws
+    def __init__(
+        self,
+        request: Request,
+        begin: Callable[[int], tuple[int, Iterator[Fault]]],
+        attacker: Callable[[int], Attacker | None],
+    ) -> None:
+        self._request, self._begin, self._attacker = request, begin, attacker
         self._further: Iterator[Fault] | None = None
         self._faults: list[Fault] = []
+        self._attack: Attacker | None = None
 
     def ask(self, parts: Sequence[Part]) -> None:
         if self._further is None:
-            self._further = self._draws(len(parts))
+            number, self._further = self._begin(len(parts))
+            self._attack = self._attacker(number)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
         faults = (self._faults[part.number] for part in parts)
@@ -215,7 +261,10 @@ class _FaultyRequest(Request):
         )
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        return self._request.wait(until)
+        event = self._request.wait(until)
+        if self._attack is not None and isinstance(event, Reply):
+            return self._attack(event)
+        return event
 
     def drop(self, parts: Iterable[Part]) -> None:
         self._request.drop(parts)

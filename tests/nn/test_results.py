@@ -229,3 +229,12 @@ def test_outputs_that_cannot_be_decoded(output, error, match, devices):
 def test_outputs_without_any_tensor():
     assert CodedWrapper(Call(lambda x: None), PolynomialCode(2, 4))(rand(4, 3)) is None
     assert CodedWrapper(Call(lambda x: ()), PolynomialCode(2, 4))(rand(4, 3)) == ()
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
+    task = task_of(torch.zeros(2, 1, 1))
+    results = Results(dataclasses.replace(task, out_dims=(0, None)))
+    for n in order:
+        results.add(reply(n, (torch.zeros(1, 1), torch.tensor(float(n)))))
+    assert results.stack().leaves[1].item() == 0.0

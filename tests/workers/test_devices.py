@@ -409,12 +409,12 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="timeout must be positive and finite, got nan"):
         DeviceWorkers(["cpu"], timeout=float("nan"))
     for device in ("cpu", torch.device("cpu")):
-        with pytest.raises(TypeError, match="devices must be a sequence of devices, got 'cpu'"):
+        with pytest.raises(TypeError, match=r"devices must be a sequence of devices, got .*cpu"):
             DeviceWorkers(device)
     for absent in ("nonsense", "cuda:99"):
         with pytest.raises(ValueError, match=f"devices must be available, got '{absent}'"):
             DeviceWorkers(["cpu", absent])
-    with pytest.raises(TypeError, match="devices must be a sequence of devices, got '3'"):
+    with pytest.raises(TypeError, match="devices must be a sequence of devices, got 3"):
         DeviceWorkers(3)
     with pytest.raises(TypeError, match="timeout must be positive and finite, got '1'"):
         DeviceWorkers(["cpu"], timeout="1")

@@ -346,6 +346,20 @@ def test_processes_share_the_work_and_free_ones_take_it(pool):
     assert len(got) == 12
 
 
+def test_an_excluded_process_gets_nothing_until_it_is_restarted():
+    with ProcessWorkers(2, grace=WAIT, timeout=WAIT).start(WAIT) as pool:
+        before = set(pool.pids)
+        pool.exclude(1)
+        assert all(reply.machine == 0 for reply in answers(pool, Pid(), torch.zeros(6, 1, 1)))
+        pool.restart(1)
+        until(lambda: pool.num_ready == 2 and set(pool.pids) != before)
+        assert len(set(pool.pids) & before) == 1
+        asleep = answers(pool, Sleepy(), torch.full((6, 1, 1), 0.05))
+        assert {reply.machine for reply in asleep} == {0, 1}
+        with pytest.raises(ValueError, match="ProcessWorkers: machine must be at most 1, got 2"):
+            pool.exclude(2)
+
+
 def test_a_full_pool_says_so_and_serves_when_there_is_room():
     with ProcessWorkers(1, max_requests=1, timeout=WAIT).start(WAIT) as pool:
         task = task_of(torch.ones(1, 1, 1))

@@ -123,6 +123,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.requests: list[Asking] = []  # that are open
         self.began: dict[Asking, set[int]] = {}
         self.got: dict[Asking, list[Reply]] = {}
+        self.excluded: dict[int, int] = {}  # by the number of a machine, the jobs it had had then
         self.dropped: dict[Asking, set[int]] = {}  # before they had begun
         self.answered: set[int] = set()  # numbers of jobs whose answer was let through
         self.supervisor.tend()
@@ -143,6 +144,23 @@ class SupervisorMachine(RuleBasedStateMachine):
     @rule(data=st.data(), num_parts=st.integers(1, 3))
     def ask_again(self, data, num_parts: int) -> None:
         data.draw(st.sampled_from(self.requests), label="request").more(num_parts)
+
+    @rule(index=st.integers(0, 3))
+    def exclude(self, index: int) -> None:
+        self.supervisor.exclude(index)
+        self.excluded |= {m.number: len(m.sent) for m in self.alive() if m.index == index}
+
+    @rule(index=st.integers(0, 3))
+    def restart(self, index: int) -> None:
+        self.supervisor.restart(index)
+        self.supervisor.tend()
+        assert not any(machine.excluded for machine in self.alive() if machine.index == index)
+
+    @invariant()
+    def the_excluded_get_nothing(self) -> None:
+        for machine in self.alive():
+            sent = self.excluded.get(machine.number)
+            assert sent is None or sent >= len(machine.sent)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

@@ -88,6 +88,31 @@ class SupervisedWorkers(Workers):
         if self._supervisor is not None:
             self._supervisor.modules.forget(module)
 
+    def exclude(self, machine: int) -> None:
+        """Give a machine no more parts until it is restarted; the others go on.
+
+        Args:
+            machine: its place in the pool, as reports have it.
+
+        Raises:
+            TypeError, ValueError: there is no such place.
+        """
+        self._started().exclude(self._place(machine))
+
+    def restart(self, machine: int) -> None:
+        """End the process of a machine, excluded or not; a new one takes its place, soon.
+
+        Args:
+            machine: as for :meth:`exclude`.
+
+        Raises:
+            TypeError, ValueError: there is no such place.
+        """
+        self._started().restart(self._place(machine))
+
+    def _place(self, machine: int) -> int:
+        return count(self, "machine", machine, least=0, most=self.num_workers - 1)
+
     @property
     def num_ready(self) -> int:
         """How many workers are up now."""

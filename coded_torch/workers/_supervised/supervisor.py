@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -38,6 +39,8 @@ class Machine:
         job: what it is at; None: nothing.
         since: when it began to start, or began its job.
         ready: whether it has come up.
+        excluded: whether it gets no more jobs.
+        unwanted: whether it is to be replaced by a new one.
         modules: the numbers of those that it holds.
     """
 
@@ -45,7 +48,7 @@ class Machine:
         self.index = index
         self.job: Job | None = None
         self.since = 0.0
-        self.ready = False
+        self.ready = self.excluded = self.unwanted = False
         self.modules: frozenset[int] = frozenset()
 
     def load(self, module: PackedModule) -> None:
@@ -165,7 +168,8 @@ class Supervisor(abc.ABC):
         with self._changed:
             self._failed_starts = 0
             machine.ready = True
-            self._idle.append(machine)
+            if not machine.excluded:
+                self._idle.append(machine)
             self._changed.notify_all()
         self._assign()
 
@@ -191,7 +195,8 @@ class Supervisor(abc.ABC):
                 logger.warning("%s: dropped a result that nothing waits for", machine)
                 return None
             machine.job = None
-            self._idle.append(machine)
+            if not machine.excluded:
+                self._idle.append(machine)
             return job
 
     def lost(self, machine: Machine, reason: str) -> None:
@@ -220,6 +225,22 @@ class Supervisor(abc.ABC):
             job.request.fail(job.part, f"was lost: {what}")
         for job in stranded:
             job.request.fail(job.part, f"was never begun: {what}")
+        self.wake()
+
+    def exclude(self, index: int) -> None:
+        """Give the machine at a place no more jobs; one that is not there yet is as good as new."""
+        with self._changed:
+            for machine in self._machines:
+                if machine.index == index:
+                    machine.excluded = True
+                    if machine in self._idle:
+                        self._idle.remove(machine)
+
+    def restart(self, index: int) -> None:
+        """Have the machine at a place ended; one that is new takes it."""
+        with self._changed:
+            for machine in self._machines:
+                machine.unwanted |= machine.index == index
         self.wake()
 
     def _assign(self) -> None:
@@ -254,6 +275,9 @@ class Supervisor(abc.ABC):
             overdue = [machine for machine in self._machines if self._due(machine) <= now]
         for machine in overdue:
             self.end(machine)
+            if machine.unwanted:
+                self.lost(machine, "was to be restarted")
+                continue
             limit = self.grace if machine.ready else START_SECONDS
             what = "at one job" if machine.ready else "starting"
             self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
@@ -314,6 +338,8 @@ class Supervisor(abc.ABC):
             self.thread.join(_CLOSING_SECONDS)
 
     def _due(self, machine: Machine) -> float:
+        if machine.unwanted:
+            return -math.inf
         if not machine.ready:
             return machine.since + START_SECONDS
         return float("inf") if machine.job is None else machine.since + self.grace
@@ -331,10 +357,12 @@ class Supervisor(abc.ABC):
         with self._changed:
             jobs = [machine.job for machine in self._machines if machine.job is not None]
             starting = self.size - sum(machine.ready for machine in self._machines)
+            excluded = sum(machine.excluded for machine in self._machines)
         earlier = sum(job.request is not request for job in jobs)
         reasons = [
             (earlier, f"are at earlier tasks (grace {self.grace:g} s)"),
             (starting, f"are starting{self.trouble and f'; {self.trouble}'}"),
+            (excluded, "are excluded"),
         ]
         return "; ".join(f"{n} of {self.size} {self.noun} {what}" for n, what in reasons if n)
 

@@ -1,0 +1,391 @@
+r"""Which machines lie: results that are well formed, finite and wrong.
+
+Two things give a liar away. Where two machines computed the same input, their results are equal up
+to rounding; and every result is predicted by those at inputs nearby, by the regression that decodes
+what is lost, :class:`~coded_torch.regression.KernelRegression`. Neither says much of one row, but a
+machine answers a row of every group.
+
+What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
+an honest machine would; one wrong row of an input without a copy; all copies of one input answered
+alike and wrong; and more liars than may be dropped, where it is an error if they are noticed.
+Machines that know their places can choose such lies: deal them in secret.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._predictions import Predictions, spread_of, student
+from .regression import KernelRegression
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["COPIES", "Evidence", "Verdict", "locate"]
+
+#: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
+#: float32 machines do among each other.
+COPIES = 0.1
+_ALPHA = 1e-3  # of a false alarm for any machine of a request, before the margins for heavy tails
+_DECISIVE = 1.5  # by how much the z of two machines that differ must, to show which one lies
+_RARE = 2.0  # the z that makes a liar as likely as an honest machine
+_CONVINCING = 6.0  # a higher z says no more
+_CLUSTER = 24  # more machines that differ are not explained, but dropped one by one
+_HONEST = 1.5  # a machine of less z is taken back
+_REFITS = 3
+_SUSPICIOUS = 2.5  # the least z for which a refit is worth its time
+_PREDICTIONS = "differs from what the other results predict"
+
+
+class Evidence(NamedTuple):
+    """Results of a request, one a row, that can be compared.
+
+    Attributes:
+        values: ``[n, C]``, float64 on the host.
+        machine: ``[n]``, whose each result is: a place in the list of machines.
+        group: ``[n]``; rows of one group are compared with each other.
+        point: ``[n]``, what was computed: rows of the same number are results of one input.
+        at: ``[n]``, its place among the M inputs of the regression; -1: it has none.
+        regression: of the distinct inputs; None: there are no distances.
+        tolerance: how far apart copies may be, in the outputs' spread.
+        curve: whether a machine has the same place on a curve in every group, so that what is
+            special of the place is not to be told from what is of the machine.
+    """
+
+    values: Tensor
+    machine: Tensor
+    group: Tensor
+    point: Tensor
+    at: Tensor
+    regression: KernelRegression | None
+    tolerance: float = COPIES
+    curve: bool = False
+
+
+@dataclasses.dataclass
+class Verdict:
+    """What the results say of the machines.
+
+    Attributes:
+        liars: why, in words that go on after "machine 3", by machine.
+        suspects: some of these lie, but which cannot be determined.
+        scores: z by machine: how much worse its results are predicted than those of the others, in
+            standard deviations; of honest machines about standard normal. Empty without distances.
+        left: what is wrong without the liars, where no more may be dropped; "": nothing.
+    """
+
+    liars: dict[int, str]
+    suspects: tuple[int, ...]
+    scores: dict[int, float]
+    left: str = ""
+
+
+def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> Verdict:
+    r"""Find the machines whose results contradict those of the others.
+
+    1. *Copies*: results of one input that are too far apart. Who differs from most lies, beyond
+       doubt if these are more than may lie. Of two that differ from each other only, the one whose
+       z is higher by 1.5 does; else both are suspects.
+    2. *Predictions*: with :math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, the
+       residual of a result left out is :math:`(P y)_i / P_{ii}`, its variance :math:`1 / P_{ii}`.
+       What counts is its log-energy over the whitened outputs, less a slope times the log of that
+       variance, which is nearly normal where residuals are not. The mean over groups of its
+       difference to the other machines', in standard deviations, is z. The three machines of
+       largest z are looked at again with all of their results left out together.
+       Along a curve, where liars hide each other, a noise variance for each machine is estimated
+       first, and the A noisiest are looked at together.
+    3. *Single rows* that are predicted much worse than any.
+
+    One machine is dropped at a time, then all of it is done again; in the end a machine is taken
+    back that looks honest without the others.
+
+    Args:
+        evidence: one or more parts, which say nothing of each other's inputs.
+        machines: their names.
+        most: A, how many may be dropped.
+
+    Note:
+        :math:`O(M^2 C)` a round, beside the inverse of the regression, which decoding needs too.
+    """
+    trial = _Trial(evidence, len(machines), most)
+    suspects: set[int] = set()
+    look = trial.look(())
+    scores = look.z
+    liars = {found.machine: found.why(machines) for found in trial.accuse_together()}
+    if liars:
+        look = trial.look(tuple(liars))
+    while (found := trial.accuse(look, suspects)) is not None and len(liars) < most:
+        liars |= {found.machine: found.why(machines)}
+        look = trial.look(tuple(liars))
+    if len(liars) > 1:
+        for machine in [i for i in liars if not trial.differs(i)]:
+            others = tuple(i for i in liars if i != machine)
+            if (again := trial.look(others)).z[machine] < _HONEST:
+                del liars[machine]
+                look, found = again, None
+    scores = np.where(np.isfinite(look.z), look.z, scores)
+    return Verdict(
+        {machines[i]: why for i, why in liars.items()},
+        tuple(sorted(machines[i] for i in suspects - liars.keys())),
+        {m: z for m, z in zip(machines, scores.tolist(), strict=True) if math.isfinite(z)},
+        "" if found is None else f"machine {machines[found.machine]} {found.why(machines)}",
+    )
+
+
+class _Found(NamedTuple):
+    """A machine, and what speaks against it: partners and a number of copies, or what and z."""
+
+    machine: int
+    excess: float
+    what: str = ""
+    partners: tuple[int, ...] = ()
+
+    def why(self, machines: Sequence[int]) -> str:
+        if not self.partners:
+            return f"{self.what} (z = {self.excess:.1f})"
+        names = [str(machines[i]) for i in self.partners]
+        some = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} others"]
+        listed = " and ".join(filter(None, [", ".join(some[:-1]), some[-1]]))
+        copies = "1 copy" if self.excess == 1 else f"{self.excess:.0f} copies"
+        return f"disagrees with machine{'s' * (len(names) > 1)} {listed} on {copies}"
+
+
+class _Look(NamedTuple):
+    """The evidence without some machines.
+
+    Attributes:
+        out: the machines that are left out.
+        z: ``[F]``, NaN where nothing can be said; of those left out, too.
+        row: ``[F]``, the same of the row of each machine that is predicted worst.
+        machines, rows: how many are compared.
+        freedom: degrees of freedom of z.
+    """
+
+    out: tuple[int, ...]
+    z: NDArray[np.float64]
+    row: NDArray[np.float64]
+    machines: int
+    rows: int
+    freedom: int
+
+    def bar(self, margin: float) -> float:
+        """What an honest machine's z stays below."""
+        if self.machines < 3 or self.freedom < 4:
+            return math.inf
+        level = _ALPHA / (2 * self.machines)
+        return student(level, self.freedom) * (1 + margin / math.sqrt(self.machines))
+
+    def bar_of_rows(self) -> float:
+        if self.machines < 3 or self.freedom < 4:
+            return math.inf
+        return student(_ALPHA / (2 * self.rows), self.freedom) * 1.25
+
+
+class _Trial:
+    """The evidence, ready to be looked at without some machines."""
+
+    def __init__(self, evidence: Sequence[Evidence], num_machines: int, most: int) -> None:
+        self.num_machines, self.most = num_machines, most
+        values = torch.cat([part.values for part in evidence])
+        centre, self.spread = spread_of(values, most / num_machines)
+        self.pairs: Counter[frozenset[int]] = Counter()
+        for part in evidence:
+            self._compare_copies(part)
+        self.parts = []
+        for part in evidence:
+            if part.regression is not None:
+                known = part.at >= 0
+                scaled = (part.values[known] - centre) / self.spread
+                columns = part.machine[known], part.group[known], part.at[known]
+                self.parts.append(Predictions(scaled, *columns, part.regression, part.curve))
+        self._curve = any(part.curve for part in evidence)
+        # Where each result is counted, [F G]; groups of different parts are different ones.
+        sizes = [part.num_groups for part in self.parts]
+        self._num_groups = sum(sizes)
+        self._cell = np.concatenate(
+            [
+                (part.machine * self._num_groups + part.group).numpy() + sum(sizes[:i])
+                for i, part in enumerate(self.parts)
+            ]
+            or [np.zeros(0, dtype=np.int64)]
+        )
+        shape = num_machines, self._num_groups
+        self._count = np.bincount(self._cell, minlength=math.prod(shape)).reshape(shape)
+
+    def _compare_copies(self, part: Evidence) -> None:
+        """Count, of every two machines, the copies that differ."""
+        order = part.point.argsort(stable=True)
+        points, machines = part.point[order], part.machine[order]
+        scaled = (part.values / self.spread)[order]
+        for step in range(1, len(points)):
+            same = (points[step:] == points[:-step]).nonzero().squeeze(1)
+            if not len(same):
+                break
+            distances = (scaled[same + step] - scaled[same]).square().mean(1).sqrt()
+            for row in same[distances > part.tolerance].tolist():
+                pair = frozenset((int(machines[row]), int(machines[row + step])))
+                self.pairs[pair] += len(pair) > 1
+
+    def differs(self, machine: int) -> bool:
+        return any(machine in pair for pair in self.pairs)
+
+    def look(self, out: tuple[int, ...]) -> _Look:
+        """The z of every machine, without what some of them say."""
+        f = self.num_machines
+        if not self.parts:
+            return _Look(out, np.full(f, math.nan), np.full(f, math.nan), 0, 0, 0)
+        alive = np.ones((f, 1))
+        alive[list(out)] = 0
+        gone = torch.from_numpy(alive[:, 0] == 0)
+        logs = np.concatenate([part.log_energies(gone).numpy() for part in self.parts])
+
+        def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:  # [F, G]
+            sums = np.bincount(self._cell, weights, f * self._num_groups)
+            return sums.reshape(f, self._num_groups).astype(np.float64, copy=False)
+
+        count, total = self._count, summed(logs)
+        # Of all other machines, [F, G].
+        others, totals, squares = (
+            (alive * x).sum(0) - alive * x for x in (count, total, summed(logs**2))
+        )
+        some, few = np.maximum(others, 1), np.maximum(count, 1)
+        mean = totals / some
+        freedom = np.maximum(others - 1, 0).sum(1)
+        variance = np.maximum((squares - totals * mean).sum(1), 0) / np.maximum(freedom, 1)  # [F]
+        told = (count > 0) & (others > 0)
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is told
+            difference = np.where(told, total / few - mean, 0).sum(1)
+            z = difference / np.sqrt(variance * np.where(told, 1 / few + 1 / some, 0).sum(1))
+            machine, group = np.divmod(self._cell, self._num_groups)
+            rows = logs - mean[machine, group]
+            rows /= np.sqrt(variance[machine] * (1 + 1 / some[machine, group]))
+        if self._curve:  # places differ more than chance has them
+            usual = z[(alive[:, 0] > 0) & np.isfinite(z)]
+            centre = np.median(usual)
+            z = (z - centre) / max(1.4826 * np.median(np.abs(usual - centre)), 1)
+        worst = np.full(f, -math.inf)
+        np.maximum.at(worst, machine, rows)
+        compared = (count.sum(1) > 0) & (alive[:, 0] > 0)
+        return _Look(
+            out,
+            z,
+            worst,
+            int(compared.sum()),
+            int(count[compared].sum()),
+            int(freedom[compared].min(initial=0 if not compared.any() else 2**31)),
+        )
+
+    def accuse_together(self) -> list[_Found]:
+        """The noisiest machines, as along a curve liars hide each other, if all z say so, too."""
+        if not (self._curve and self.most > 1):
+            return []
+        noise = torch.stack([part.noise(self.num_machines) for part in self.parts]).sum(0)
+        together = tuple(noise.topk(min(self.most, self.num_machines)).indices.tolist())
+        look = self.look(together)
+        found = [_Found(i, float(look.z[i]), _PREDICTIONS) for i in together]
+        return [one for one in found if one.excess > look.bar(2)]
+
+    def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
+        """The machine against which most speaks, if enough does; who it may be, to ``suspects``."""
+        return (
+            self._accuse_by_copies(look, suspects)
+            or self._accuse_by_predictions(look)
+            or self._accuse_by_row(look)
+        )
+
+    def _accuse_by_copies(self, look: _Look, suspects: set[int]) -> _Found | None:
+        partners: dict[int, set[int]] = {}
+        for pair in self.pairs:
+            if pair.isdisjoint(look.out):
+                for machine in pair:
+                    partners.setdefault(machine, set()).update(pair - {machine})
+
+        def found(machine: int) -> _Found:
+            with_whom = tuple(sorted(partners[machine]))
+            copies = sum(self.pairs[frozenset((machine, other))] for other in with_whom)
+            return _Found(machine, copies, partners=with_whom)
+
+        def many(machine: int) -> tuple[int, float]:
+            return len(partners[machine]), float(np.nan_to_num(look.z[machine], nan=-math.inf))
+
+        budget = self.most - len(look.out)
+        worst = max(partners, key=many, default=None)
+        if worst is not None and len(partners[worst]) > max(1, budget):
+            return found(worst)
+        for cluster in _connected(partners):
+            # Predicted from others only: each may have spoilt what its partners are predicted from.
+            z = np.nan_to_num(self.look((*look.out, *cluster)).z)
+            ranked = self._explanations(cluster, partners, z, budget)
+            if not ranked:
+                return found(max(cluster, key=many))
+            best, cover = ranked[0]
+            suspect = max(cover, key=many)
+            other = next((score for score, c in ranked if suspect not in c), -math.inf)
+            if best - other > _DECISIVE:
+                return found(suspect)
+            suspects |= set(cluster)
+        return None
+
+    @staticmethod
+    def _explanations(
+        cluster: Sequence[int], partners: dict[int, set[int]], z: NDArray[np.float64], budget: int
+    ) -> list[tuple[float, tuple[int, ...]]]:
+        """The sets of liars that explain all that differs among some machines, the likeliest first.
+
+        Each has a score: what the z of its machines speak for it, less what each liar more speaks
+        against it.
+        """
+        explanations = []
+        for size in range(1, budget + 1 if len(cluster) <= _CLUSTER else 1):
+            for liars in itertools.combinations(cluster, size):
+                if all(i in liars or partners[i] <= {*liars} for i in cluster):
+                    score = sum(min(float(z[i]), _CONVINCING) - _RARE for i in liars)
+                    explanations.append((score, liars))
+        return sorted(explanations, reverse=True)
+
+    def _accuse_by_predictions(self, look: _Look) -> _Found | None:
+        z = np.nan_to_num(look.z, nan=-1)
+        z[list(look.out)] = -1
+        worst = int(z.argmax())
+        if z[worst] > look.bar(1):
+            return _Found(worst, float(z[worst]), _PREDICTIONS)
+        best: _Found | None = None
+        for machine in z.argsort()[: -1 - _REFITS : -1].tolist():
+            if z[machine] > _SUSPICIOUS:
+                again = self.look((*look.out, machine))
+                score = float(again.z[machine])
+                if score > look.bar(2) and (best is None or score > best.excess):
+                    best = _Found(machine, score, _PREDICTIONS)
+        return best
+
+    def _accuse_by_row(self, look: _Look) -> _Found | None:
+        row = np.nan_to_num(look.row, nan=-1, neginf=-1)
+        row[list(look.out)] = -1
+        worst = int(row.argmax())
+        if row[worst] > look.bar_of_rows():
+            return _Found(worst, float(row[worst]), "differs from all predictions in one row")
+        return None
+
+
+def _connected(partners: dict[int, set[int]]) -> list[list[int]]:
+    """The machines that differ from each other, directly or through others."""
+    clusters: list[list[int]] = []
+    seen: set[int] = set()
+    for machine in partners:
+        cluster, new = [], {machine} - seen
+        while new:
+            seen |= new
+            cluster += sorted(new)
+            new = set().union(*(partners[i] for i in new)) - seen
+        if cluster:
+            clusters.append(cluster)
+    return clusters

@@ -1,0 +1,182 @@
+r"""Which results can be believed, beyond their form: whether they agree with each other."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._transforms import outside, plain
+from ..adversaries import Evidence, Verdict, locate
+from ..codes.base import FixedCode, NotEnoughResults
+from ..codes.batch_plan import Sites
+from ..codes.kernel import KernelCode
+from ..codes.plans import plan_batch
+from ..workers.base import Part
+from ._inputs import Inputs
+from ._results import Result, Results
+from ._units import Units
+from .report import Report
+
+__all__ = ["Agreement", "TooManyAdversaries"]
+
+logger = logging.getLogger("coded_torch.nn")
+
+_COLUMNS = 64
+_AUDIT = 0.03  # how far apart results of the audit row may be, in the outputs' spread
+_PROBABLE = 1e-4  # smaller probabilities are rounded away by half precision
+
+
+class TooManyAdversaries(NotEnoughResults):
+    """Results contradict each other even without as many machines as may be dropped."""
+
+    def __init__(
+        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
+    ) -> None:
+        super().__init__(received, required, num_workers, reason)
+        self.args = (f"more machines than max_adversaries lie: {reason}",)
+
+
+class Agreement:
+    """Whether the results of one call agree.
+
+    Args:
+        inputs: of the call.
+        units: that were asked for.
+        most: how many machines may be dropped.
+        link: of the wrapper.
+        dealer: draws the outputs that are looked at, 64 at most.
+
+    """
+
+    def __init__(
+        self, inputs: Inputs, units: Units, most: int, link: str | None, dealer: random.Random
+    ) -> None:
+        self._inputs, self._units, self._link, self._dealer = inputs, units, link, dealer
+        self._most = most
+        self._seen = 0  # results that have been judged
+        self._liars: list[int] = []
+        self._verdict: Verdict | None = None
+        self._notes: tuple[str, ...] = ()
+
+    def check(self, results: Results) -> list[tuple[Part, bool]]:
+        """Distrust who lies; returns the parts whose results have become bad by it."""
+        good = results.good
+        if len(good) == self._seen or not good:
+            return []
+        with outside():
+            evidence, machines = self._evidence(good)
+            self._verdict = locate(evidence, machines, self._most - len(self._liars))
+        self._liars += self._verdict.liars
+        gone = [
+            entry
+            for machine, why in self._verdict.liars.items()
+            for entry in results.distrust(machine, why)
+        ]
+        self._seen = len(results.good)
+        return gone
+
+    def conclude(self, results: Results, report: Report, degraded: bool) -> None:
+        """Judge what has arrived in the end, and report it.
+
+        Args:
+            results: of the call.
+            report: of the call.
+            degraded: whether to answer all the same where too many machines lie.
+        """
+        self.check(results)
+        known = report.rejected
+        report.note(results)
+        for machine in report.rejected.keys() - known:
+            logger.warning("machine %d %s", machine, report.rejected[machine])
+        report.adversaries = tuple(sorted(self._liars))
+        report.notes += self._notes
+        if self._verdict is None:
+            return
+        report.suspects, report.scores = self._verdict.suspects, self._verdict.scores
+        if self._verdict.left:
+            if not degraded:
+                units = self._units
+                raise TooManyAdversaries(
+                    report.received, units.least, len(units.first), self._verdict.left
+                )
+            logger.warning("more machines than max_adversaries lie: %s", self._verdict.left)
+            report.notes += (f"more machines than max_adversaries lie: {self._verdict.left}",)
+
+    def _evidence(self, good: Sequence[Result]) -> tuple[list[Evidence], list[int]]:
+        units, rows = self._units, self._units.task.unit_rows
+        machines = sorted({result.machine for result in good})
+        received = sorted({unit for result in good for unit in result.part.units})
+        place = {unit: i for i, unit in enumerate(received)}
+        at = torch.tensor([place[unit] for result in good for unit in result.part.units])
+        whose = torch.tensor([machines.index(r.machine) for r in good for _ in r.part.units])
+        at, whose = at.repeat_interleave(rows), whose.repeat_interleave(rows)
+        group = torch.arange(rows).repeat(len(at) // rows)
+        values = self._values(good)
+        evidence = []
+        if units.audit is not None:
+            audited = group == units.audit
+            zeros = torch.zeros(int(audited.sum()), dtype=torch.int64)
+            columns = values[audited], whose[audited], zeros, zeros, zeros - 1
+            evidence.append(Evidence(*columns, None, _AUDIT))
+            values, whose, at, group = (x[~audited] for x in (values, whose, at, group))
+            group = group - (group > units.audit).long()
+        sites = self._sites(received)
+        if not units.num_groups:
+            self._notes = ("asked by rows: there are no copies, predictions only show who lies",)
+        elif not any(of.regression for of in sites):
+            self._notes = ("no distances: machines are judged by their copies only",)
+        for of in sites:
+            point, where = of.point[at, group], of.at[at, group]
+            mine = point >= 0
+            evidence.append(
+                Evidence(
+                    values[mine],
+                    whose[mine],
+                    group[mine],
+                    point[mine],
+                    where[mine],
+                    of.regression,
+                    curve=self._units.plan.code.mixes,
+                )
+            )
+        return evidence, machines
+
+    def _sites(self, received: Sequence[int]) -> list[Sites]:
+        plan, inputs = self._units.plan, self._inputs
+        if not isinstance(plan.code, FixedCode):
+            return plan.sites(received)
+        # Decoded along a curve, but judged in input space.
+        judge = plan_batch(
+            KernelCode(encoder=plan.code),
+            plan.order,  # type: ignore[attr-defined]
+            inputs.measured(),
+            0,
+            batch_size=inputs.batch_size,
+        )
+        return judge.sites(received)
+
+    def _values(self, good: Sequence[Result]) -> Tensor:
+        """Some columns of the results, ``[n, C]``."""
+        divided = [
+            i
+            for i, (leaf, dim) in enumerate(zip(good[0].leaves, good[0].dims, strict=True))
+            if dim is not None and isinstance(leaf, Tensor)
+        ]
+        parts = []
+        for i in divided:
+            dim: Any = good[0].dims[i]
+            leaves = [plain("Agreement", "results", r.leaves[i]).movedim(dim, 0) for r in good]
+            size = leaves[0][0].numel()
+            most = max(1, _COLUMNS // len(divided))
+            rows = torch.cat([leaf.reshape(len(leaf), size) for leaf in leaves])
+            if size > most:
+                some = sorted(self._dealer.sample(range(size), most))
+                rows = rows[:, torch.tensor(some, device=rows.device)]
+            rows = rows.to("cpu", torch.float64)
+            parts.append(rows.clamp(min=_PROBABLE).log() if self._link == "softmax" else rows)
+        return torch.cat(parts, dim=1)

@@ -1,0 +1,160 @@
+"""Which machines lie: LeNet-5 on digits, and small functions."""
+
+import functools
+import math
+
+import pytest
+import scipy.stats
+import torch
+
+from coded_torch._predictions import Predictions, student
+from coded_torch.adversaries import Evidence, locate
+from coded_torch.codes import KernelCode, plan_batch
+from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.regression import KernelRegression
+
+BATCH = 240
+
+
+@functools.cache
+def outputs():
+    with torch.no_grad():
+        return lenet5()(digits()[0])
+
+
+def request(case, seed):
+    """Who answers one request to LeNet-5, what they answer ``[F, G, C]``, and where it lies."""
+    n, k, s, most = case
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(outputs()), generator=generator)[:BATCH]
+    plan = plan_batch(KernelCode(k, n), "similarity", [digits()[0][rows]], s + most)
+    machines = sorted(torch.randperm(n, generator=generator)[: n - s].tolist())
+    (sites,) = plan.sites(machines)
+    return machines, plan.encode(outputs()[rows])[machines].double(), sites, generator
+
+
+def evidence(values, sites, **options):
+    f, g = sites.point.shape
+    return [
+        Evidence(
+            values.flatten(0, 1),
+            torch.arange(f).repeat_interleave(g),
+            torch.arange(g).repeat(f),
+            sites.point.flatten(),
+            sites.at.flatten(),
+            sites.regression,
+            **options,
+        )
+    ]
+
+
+def swapped(y, generator):
+    top = y.topk(2, -1).indices
+    return y.clone().scatter(1, top, y.gather(1, top.flip(1)))
+
+
+LIES = {
+    "noise": lambda y, g: y + y.std() * torch.randn(y.shape, generator=g),
+    "sign_flip": lambda y, g: -y,
+    "constant": lambda y, g: y.mean(0).expand_as(y),
+    "replay": lambda y, g: outputs()[torch.randint(2000, (len(y),), generator=g)].double(),
+    "larger": lambda y, g: 1.5 * y,
+    "smaller": lambda y, g: 0.5 * y,
+    "permute": lambda y, g: y.roll(1, 0),
+    "swap": swapped,
+    "offset": lambda y, g: y + y.std() * torch.tensor([1.0, -1.0] * 5),
+    "huge": lambda y, g: y * 1e30,
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("case", [(24, 20, 2, 1), (10, 8, 1, 1), (30, 20, 4, 2)], ids=str)
+def test_liars_are_found(case, lie):
+    for seed in range(2):
+        machines, values, sites, generator = request(case, seed)
+        liars = torch.randperm(len(machines), generator=generator)[: case[-1]].tolist()
+        for liar in liars:
+            values[liar] = LIES[lie](values[liar], generator)
+        verdict = locate(evidence(values, sites), machines, case[-1])
+        assert sorted(verdict.liars) == sorted(machines[liar] for liar in liars)
+        assert verdict.left == ""
+
+
+def test_honest_machines_score_as_normal_numbers_do():
+    scores = []
+    for seed in range(20):
+        machines, values, sites, _ = request((24, 20, 2, 1), seed)
+        verdict = locate(evidence(values, sites), machines, 1)
+        assert not verdict.liars
+        assert not verdict.suspects
+        scores += verdict.scores.values()
+    z = torch.tensor(scores)
+    assert len(z) == 20 * 22
+    assert abs(float(z.mean())) < 0.05
+    assert 0.85 < float(z.std()) < 1.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_machines_of_less_precision_are_honest(dtype):
+    for seed in range(5):
+        machines, values, sites, _ = request((24, 20, 2, 1), seed)
+        values[::3] = values[::3].to(dtype).double()
+        assert not locate(evidence(values, sites), machines, 1).liars
+
+
+def test_the_machine_that_disagrees_with_most_lies():
+    # Machines 0, 1 and 2 have two copies with each other; no distances.
+    values = torch.tensor([1.0, 2.0, 1.0, 3.0, 2.0, 7.0]).double()[:, None]
+    sites = torch.tensor([[0, 1], [0, 2], [1, 2]])
+    of = Evidence(
+        values,
+        torch.arange(3).repeat_interleave(2),
+        torch.arange(2).repeat(3),
+        sites.flatten(),
+        torch.full((6,), -1),
+        None,
+    )
+    assert not locate([of], (4, 5, 6), 1).liars
+    assert locate([of], (4, 5, 6), 1).suspects == (5, 6)
+    values[0] = 40.0
+    values[1] = 50.0
+    values[5] = 3.0
+    verdict = locate([of], (4, 5, 6), 1)
+    assert verdict.liars == {4: "disagrees with machines 5 and 6 on 2 copies"}
+    assert verdict.left == ""
+    assert not verdict.scores  # nothing to predict from
+
+
+def test_what_is_left_beyond_the_budget_is_said():
+    machines, values, sites, _ = request((24, 20, 2, 1), 0)
+    values[[3, 11]] *= -1
+    verdict = locate(evidence(values, sites), machines, 1)
+    assert len(verdict.liars) == 1
+    assert verdict.left.startswith("machine ")
+
+
+@pytest.mark.parametrize("out", [(), (2,), (0, 3)])
+def test_predictions_leave_out_what_is_left_out(out):
+    generator = torch.Generator().manual_seed(0)
+    at = torch.randn(8, 2, dtype=torch.float64, generator=generator)
+    squares = (at[:, None] - at).square().sum(-1)
+    machine = torch.arange(4).repeat_interleave(2)
+    values = torch.randn(8, 1, dtype=torch.float64, generator=generator)
+    part = Predictions(
+        values, machine, torch.arange(2).repeat(4), torch.arange(8), KernelRegression(squares, 2.0)
+    )
+    gone = torch.isin(torch.arange(4), torch.tensor(out, dtype=torch.int64))
+    predicted, variances = part.predict(~gone[machine])
+    for i in range(8):
+        left = [j for j in range(8) if j != i and not gone[machine[j]]]
+        alone = KernelRegression(squares[left][:, left], 2.0)
+        weights = alone.weights(squares[[i]][:, left])
+        torch.testing.assert_close(predicted[i], (weights @ part.values[left])[0])
+        torch.testing.assert_close(variances[i], alone.variances(squares[[i]][:, left])[0])
+
+
+def test_the_quantile_is_students():
+    for freedom in (16, 48, 264):
+        for level in (1e-2, 1e-4, 1e-6):
+            exact = scipy.stats.t.isf(level, freedom)
+            assert math.isclose(student(level, freedom), exact, rel_tol=1e-3)

@@ -1,0 +1,136 @@
+"""What machines that lie answer: on the virtual clock, where machine n has part n."""
+
+import copy
+import dataclasses
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.workers import FaultyWorkers, LocalWorkers, Reply
+from coded_torch.workers.attacks import ATTACKS
+
+from .workers_tests import task_of
+
+
+class Pair(nn.Module):
+    """Two outputs, one of them with the batch last."""
+
+    def forward(self, x):
+        return {"a": 2 * x, "b": (x + 1).T, "n": None}
+
+
+def replies(pool, batch, rows=4, module=None):
+    """The values by machine of one request for all units of ``rows`` rows."""
+    module = module or nn.Identity()
+    with torch.no_grad():
+        return {
+            reply.machine: reply.value
+            for reply in pool.run(module, task_of(batch.unflatten(0, (-1, rows))))
+            if isinstance(reply, Reply)
+        }
+
+
+def batch(seed=0):
+    return torch.randn(20, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def lying(attack, machines=(1, 3), **options):
+    return FaultyWorkers(LocalWorkers(), attack=attack, adversaries=machines, **options)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_only_those_lie_that_are_said_to_and_in_the_right_form(attack):
+    x = batch()
+    truth = replies(LocalWorkers(), x)
+    told = replies(lying(attack, range(5) if attack == "copies" else (1, 3)), x)
+    changed = {m for m in truth if not torch.equal(truth[m], told[m])}
+    assert changed <= ({0, 1, 2, 3, 4} if attack == "copies" else {1, 3})
+    assert len(changed) == (1 if attack == "copies" else 2)  # no input is there twice
+    for value in told.values():
+        assert value.shape == (4, 6)
+        assert value.dtype == torch.float32
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_depend_on_seed_and_request_only(attack):
+    options = {"machines": range(5), "seed": 3}
+    one, other = lying(attack, **options), pickle.loads(pickle.dumps(lying(attack, **options)))
+    for i in range(3):
+        told, again = replies(one, batch(i)), replies(other, batch(i))
+        assert all(torch.equal(told[m], again[m]) for m in told)
+    assert copy.deepcopy(one).adversaries == (0, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("attack", ["noise", "offset"])
+def test_the_strength_is_in_standard_deviations(attack):
+    x = 5 * torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
+    (value,) = replies(lying(attack, (0,), strength=0.3), x, rows=2).values()
+    assert abs(float((value - x).std() / x.std()) - 0.3) < 0.01
+
+
+def test_what_is_said_of_each_attack():
+    x = batch()
+    parts = list(x.split(4))
+    assert torch.equal(replies(lying("scale", strength=-1), x)[1], parts[1] / 2)
+    assert torch.equal(replies(lying("sign_flip"), x)[1], -parts[1])
+    constant = replies(lying("constant"), x)[1]
+    assert torch.equal(constant, constant[:1].expand(4, 6))
+    permuted = replies(lying("permute"), x)[1]
+    assert torch.equal(permuted.sort(0).values, parts[1].sort(0).values)
+    assert not (permuted == parts[1]).all(1).any()
+    swapped = replies(lying("swap"), x)[1]
+    assert torch.equal(swapped.sort(1).values, parts[1].sort(1).values)
+    assert torch.equal(swapped.topk(2).values, parts[1].topk(2).values)
+    assert (swapped.argmax(1) != parts[1].argmax(1)).all()
+    assert int((replies(lying("one_row"), x)[1] != parts[1]).any(1).sum()) == 1
+    assert (replies(lying("bit_flip"), x)[1] != parts[1]).sum(1).le(1).all()
+    offsets = replies(lying("offset"), x)
+    spreads = [parts[m].std() for m in (1, 3)]
+    common = [(offsets[m] - parts[m]) / s for m, s in zip((1, 3), spreads, strict=True)]
+    torch.testing.assert_close(*common)
+    assert torch.equal(replies(lying("shift"), x)[1], parts[1].roll(1, -1))
+
+
+def test_colluders_answer_all_copies_of_one_input_alike():
+    x = batch()
+    x[8:12] = x[4:8]  # machines 1 and 2 have the same rows
+    for seed in range(20):
+        told = replies(lying("copies", range(5), seed=seed), x)
+        assert torch.equal(told[1], told[2])
+
+
+def test_replays_are_of_the_last_request_and_at_first_of_another_machine():
+    pool = lying("replay")
+    first, second = batch(0), batch(1)
+    told = replies(pool, first)[1]
+    assert any(torch.equal(told, part) for i, part in enumerate(first.split(4)) if i != 1)
+    told = replies(pool, second)[1]
+    assert any(torch.equal(told, part) for part in first.split(4))
+    told = replies(pool, torch.randn(20, 9))[1]  # nothing earlier is of this form
+    assert told.shape == (4, 9)
+
+
+def test_pytrees_and_other_batch_dimensions():
+    task = task_of(batch().unflatten(0, (-1, 4)))
+    task = dataclasses.replace(task, out_dims={"a": 0, "b": 1, "n": None})
+    pool = lying("permute")
+    with torch.no_grad():
+        told = {r.machine: r.value for r in pool.run(Pair(), task)}
+    assert told[1]["n"] is None
+    assert torch.equal(told[1]["a"] / 2 + 1, told[1]["b"].T)
+    assert not torch.equal(told[1]["a"], 2 * batch()[4:8])
+    assert torch.equal(told[2]["a"], 2 * batch()[8:12])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"FaultyWorkers: attack must be one of noise.*got 'lie'"):
+        FaultyWorkers(LocalWorkers(), attack="lie")
+    with pytest.raises(ValueError, match="adversaries must come with an attack, got"):
+        FaultyWorkers(LocalWorkers(), adversaries=(1,))
+    with pytest.raises(ValueError, match="adversaries must be at least 0, got -1"):
+        FaultyWorkers(LocalWorkers(), attack="noise", adversaries=(-1,))
+    with pytest.raises(ValueError, match="strength must be finite, got inf"):
+        FaultyWorkers(LocalWorkers(), attack="noise", strength=float("inf"))
