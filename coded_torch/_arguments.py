@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -175,7 +175,7 @@ def find_devices(
         ValueError: there are none, or one cannot be found.
     """
     try:
-        named = None if isinstance(devices, str | torch.device) else list(devices)
+        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
     except TypeError:
         named = None
     if named is None:
