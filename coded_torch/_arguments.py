@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -174,12 +174,16 @@ def find_devices(
         TypeError: they are not a sequence of devices.
         ValueError: there are none, or one cannot be found.
     """
-    if isinstance(devices, str | torch.device) or not isinstance(devices, Iterable):
+    try:
+        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
+    except TypeError:
+        named = None
+    if named is None:
         raise TypeError(
             f"{_name(owner)}: devices must be a sequence of devices, got {shown(devices)}"
         )
     found = []
-    for device in devices:
+    for device in named:
         try:
             found.append(find(device))
         except TypeError:

@@ -190,6 +190,7 @@ class CodedWrapper(StandIn):
                 "CodedWrapper: stragglers must be given to the workers themselves, "
                 "got workers and stragglers"
             )
+        instance(self, "link", link, str, optional=True)
         if link not in (None, "softmax"):
             raise ValueError(f"CodedWrapper: link must be None or 'softmax', got {link!r}")
         check_ordering(self, ordering)

@@ -297,12 +297,14 @@ class Supervisor(abc.ABC):
                 self._machines.append(machine)
 
     def pause(self) -> float:
-        """Seconds until :meth:`tend` has something to do, at most an hour."""
+        """Seconds until :meth:`tend` has something to do, at most ``grace`` and an hour."""
         with self._changed:
             due = [self._due(machine) for machine in self._machines]
             if len(due) < self.size:
                 due.append(self._start_again)
-        return max(0.0, min([_LONGEST_WAIT, *(time - self._clock() for time in due)]))
+        # A job that begins meanwhile is due no earlier than a grace from now.
+        longest = min(self.grace, _LONGEST_WAIT)
+        return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:
         """The one thread: until the pool is closed."""
