@@ -167,7 +167,7 @@ class Batch:
         step = path_step(squared, self._grouping.order)
         length = lengths[0]
         if sample is not None and len(lengths) > 1:
-            length = _best_length(among.float(), step, lengths, sample.float())
+            length = _best_length(among.float(), step, lengths, _of_unit_size(sample))
         regression = KernelRegression(among, length * step)
         if sample is None:
             return Fitted(Choice(name_of(metric), length, math.nan), squared, regression)
@@ -181,7 +181,7 @@ class Batch:
         at = torch.arange(len(points))
         if len(at) > _ROWS:
             at = at[torch.arange(_ROWS) * len(at) // _ROWS]
-        few, sample = points[at], sample[at].float()
+        few, sample = points[at], _of_unit_size(sample[at])
         leaves = [Leaf(x) for x in self._at(few)]
         products: dict[int, Tensor | None] = {}
         found, squared, lengths = [], [], []
@@ -283,6 +283,13 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
         note = f"the metric {name_of(features)} was left out: {reason}"
         logger.warning("%s", note)
         return None, note
+
+
+def _of_unit_size(sample: Tensor) -> Tensor:
+    """Results in float32, which their squares do not leave; what is chosen stays the same."""
+    centred = sample - sample.mean(0)
+    largest = float(centred.abs().max()) if centred.numel() else 0.0
+    return (centred / (largest or 1.0)).float()
 
 
 def _best_length(squared: Tensor, step: float, lengths: Sequence[float], sample: Tensor) -> float:
