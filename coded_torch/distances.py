@@ -19,7 +19,6 @@ from .grouping import similarity_order
 __all__ = [
     "METRICS",
     "Choice",
-    "Features",
     "Leaf",
     "Metric",
     "features_by",
@@ -281,7 +280,7 @@ def similarity_by(features: Features) -> Callable[[list[Tensor]], Tensor]:
         >>> from coded_torch.distances import similarity_by
         >>> order = similarity_by(lambda x: x.abs())
         >>> order([torch.tensor([[3.0], [-2.9], [0.0], [0.2]])])
-        tensor([0, 1, 3, 2])
+        tensor([2, 3, 1, 0])
     """
 
     def order(inputs: list[Tensor]) -> Tensor:

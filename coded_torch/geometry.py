@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,14 @@ class Geometry:
         # Which of the finite rows are typical.
         chosen = torch.from_numpy(np.flatnonzero(typical[finite]))
         self._typical: Tensor | slice = chosen if len(chosen) < finite.sum() else slice(None)
+
+    def with_shrinkage(self, shrinkage: float) -> Geometry:
+        """That of the same inputs with another ``shrinkage``, at less than its price."""
+        other = copy.copy(self)
+        other.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
+        for made in ("gram", "_squared_distances"):
+            other.__dict__.pop(made, None)
+        return other
 
     def distances(self) -> Tensor:
         """Distances to order the rows by, ``[B, B]``, on the host: Euclidean and cheap.

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ..geometry import Geometry
-    from ..regression import KernelRegression
     from ..grouping import Grouping
+    from ..regression import KernelRegression
 
 __all__ = ["KernelCode"]
 
