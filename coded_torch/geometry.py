@@ -18,7 +18,7 @@ from ._arguments import dense, real
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Geometry", "added_up"]
+__all__ = ["Geometry"]
 
 # More features than this are added up in buckets, with random signs. A prime number of buckets, so
 # that the columns of an image do not fall into the same ones row after row.
