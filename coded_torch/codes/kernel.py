@@ -244,6 +244,10 @@ class _KernelPlan(SelectionPlan):
         mean = (1 - trust) / len(arrived.used)
         return regression.weights(self._to_lost(arrived)).mul_(trust).add_(mean)
 
+    def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
+        residuals = self._regression(arrived).leave_one_out_residuals(sample)
+        return float(residuals.square().sum())
+
     def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
         regression = self._regression(arrived)
         variances = regression.variances(self._to_lost(arrived))

@@ -11,6 +11,7 @@ One call of a :class:`CodedWrapper`, file by file:
 - ``_collect.py``: does what was decided, on a request to a pool (``workers/base.py``,
   ``workers/local.py``, ...);
 - ``_results.py``: which replies are good;
+- ``_residuals.py``: answers from results, with the help of surrogates;
 - ``report.py``: what became of it.
 """
 
