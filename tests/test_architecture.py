@@ -18,13 +18,14 @@ LAYERS = (
     {"_trial"},
     {"_scores"},
     {"nn"},
+    {"surrogates"},
     {"workers", "codes"},
     {"functional"},
     {"linear"},
     {"grouping"},
     {"ops"},
-    {"_extension", "points", "metrics", "stragglers", "reference", "geometry", "decoders"},
-    {"_arguments"},
+    {"_extension", "points", "metrics", "stragglers", "reference", "geometry"},
+    {"_arguments", "_transforms", "_weights", "regression"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)

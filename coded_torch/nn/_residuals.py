@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .._transforms import outside, plain
 from ..codes.plans import BatchPlan, MeanPlan, few_columns
+from ..surrogates import Memory
 from ..workers.pytrees import flatten, show
 
 if TYPE_CHECKING:
@@ -65,14 +66,14 @@ def surrogates(given: Any) -> tuple[Any, ...]:
     """One surrogate or several, as a tuple: as an attribute, a module becomes part of its owner.
 
     Raises:
-        TypeError: they are no callables.
+        TypeError: they are neither callables nor memories.
     """
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
     for surrogate in several:
-        if not callable(surrogate):
+        if not (callable(surrogate) or isinstance(surrogate, Memory)):
             raise TypeError(
-                "CodedWrapper: surrogate must be a callable of the module's inputs, or a list of "
-                f"such, got {type(surrogate).__name__}"
+                "CodedWrapper: surrogate must be a callable of the module's inputs, a Memory, or a "
+                f"list of such, got {type(surrogate).__name__}"
             )
     return several
 
@@ -81,9 +82,10 @@ def answer(
     inputs: Inputs,
     units: Units,
     stacked: Stacked,
-    surrogates: Sequence[Callable[..., Any]],
+    surrogates: Sequence[Any],
     link: str | None,
     report: Report,
+    generations: Sequence[int] = (),
 ) -> Any:
     """The answers of one call, in the structure that the module gives them.
 
@@ -94,6 +96,7 @@ def answer(
         surrogates: of the wrapper; not asked unless something has to be predicted.
         link: of the wrapper.
         report: what is known of the answers is written there.
+        generations: of the memories among the surrogates, since before the results were computed.
     """
     received, size = stacked.units, units.batch_size
     report.degraded = len(received) < units.least
@@ -123,6 +126,11 @@ def answer(
     report.expected_errors = outputs[0].expected_errors if outputs else None
     if guesses:
         report.surrogate_weights = tuple(output.weights for output in outputs)
+    memories = (surrogate for surrogate in surrogates if isinstance(surrogate, Memory))
+    for memory, generation in zip(memories, generations, strict=True):
+        _remember(
+            memory, generation, inputs, [output.answers for output in outputs], ~predicted, link
+        )
     return pytree.tree_unflatten(answers, stacked.spec)
 
 
@@ -186,7 +194,7 @@ def _rest(
 
 
 def _guess_all(
-    surrogates: Sequence[Callable[..., Any]],
+    surrogates: Sequence[Any],
     inputs: Inputs,
     units: Units,
     stacked: Stacked,
@@ -223,16 +231,22 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
 
 
 def _guess(
-    surrogate: Callable[..., Any], inputs: Inputs, units: Units, stacked: Stacked, link: str | None
+    surrogate: Any, inputs: Inputs, units: Units, stacked: Stacked, link: str | None
 ) -> list[_Guess | None]:
     received, plan = list(stacked.units), units.plan
-    whole = _outputs(surrogate, inputs.args, inputs.kwargs, inputs.batch_size, stacked, link)
+
+    def ask(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> list[Tensor | None]:
+        if isinstance(surrogate, Memory):
+            leaves = pytree.tree_leaves((args, kwargs))
+            return _remembered(surrogate, leaves, inputs.dims, stacked)
+        return _outputs(surrogate, args, kwargs, size, stacked, link)
+
+    whole = ask(inputs.args, inputs.kwargs, inputs.batch_size)
     if plan.code.mixes:
         args, kwargs = units.task.payload(received)
-        rows = len(received) * units.task.unit_rows
         coded = [
             leaf if leaf is None else leaf.unflatten(0, (len(received), -1))
-            for leaf in _outputs(surrogate, args, kwargs, rows, stacked, link)
+            for leaf in ask(args, kwargs, len(received) * units.task.unit_rows)
         ]
     else:
         coded = [leaf if leaf is None else plan.encode(leaf)[received] for leaf in whole]
@@ -240,6 +254,47 @@ def _guess(
         None if batch is None or at is None else _Guess(batch, at)
         for batch, at in zip(whole, coded, strict=True)
     ]
+
+
+def _remember(
+    memory: Memory,
+    generation: int,
+    inputs: Inputs,
+    answers: Sequence[Tensor],
+    exact: Tensor,
+    link: str | None,
+) -> None:
+    """Have the exact answers remembered, on the scale on which they are decoded."""
+    if not bool(exact.any()):
+        return
+    with outside():
+
+        def rows(leaf: Tensor) -> Tensor:
+            leaf = plain("Memory", "leaf", leaf)
+            return leaf if bool(exact.all()) else leaf[exact.to(leaf.device)]
+
+        outputs = [_to_scale(rows(leaf), link) for leaf in answers]
+        memory.observe([rows(leaf) for leaf in inputs.measured()], outputs, generation)
+
+
+def _remembered(
+    memory: Memory, leaves: Sequence[Any], dims: Sequence[int | None], stacked: Stacked
+) -> list[Tensor | None]:
+    """As :func:`_outputs`, of a memory: it looks at the floating-point leaves that are divided."""
+    divided = [
+        plain("Memory", "leaf", leaf).movedim(dim, 0)
+        for leaf, dim in zip(leaves, dims, strict=True)
+        if dim is not None and leaf.is_floating_point()
+    ]
+    with outside():
+        predicted = iter((divided and memory.predict(divided)) or ())
+    outputs: list[Tensor | None] = []
+    for result, dim in zip(stacked.leaves, stacked.dims, strict=True):
+        decoded = dim is not None and isinstance(result, Tensor)
+        output = next(predicted, None) if decoded else None
+        fits = output is not None and output.shape[1:] == result.shape[2:]
+        outputs.append(output if fits else None)
+    return outputs
 
 
 def _outputs(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._arguments import instance
 from ..codes.base import Code, NotEnoughResults
 from ..grouping import check_ordering
+from ..surrogates import Memory
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from ._collect import collect
@@ -93,6 +94,7 @@ class CodedWrapper(StandIn):
             asked, and what the code decodes is what they leave of the results; a useless one costs
             next to nothing, as their weights are fitted to the results that arrived. They run in
             this process, where the batch is, without gradients, and in the mode that they are in.
+            A :class:`~coded_torch.surrogates.Memory` learns from exact answers, after each call.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for what is meant for the whole batch; or a
             pytree prefix of such. A tensor that is given as None and has the batch size along its
@@ -242,6 +244,9 @@ class CodedWrapper(StandIn):
                     answers = module(*args, **kwargs)
             else:
                 results = Results(units.task, self.link)
+                generations = [
+                    s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)
+                ]
                 with report.timed("compute"):
                     why = self._collect(module, waiting, units, results, report, start)
                 with report.timed("decode"):
@@ -250,7 +255,9 @@ class CodedWrapper(StandIn):
                     ):
                         raise self._failure(units, results, why)
                     stacked = results.stack()
-                    answers = answer(inputs, units, stacked, self.surrogate, self.link, report)
+                    answers = answer(
+                        inputs, units, stacked, self.surrogate, self.link, report, generations
+                    )
             report.failed = False
             return answers
         finally:
