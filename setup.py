@@ -19,14 +19,15 @@ HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hi]*")]
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # Vectors wider than the baseline's cross no function boundary, which is all that -Wpsabi is about.
 # The prefix map keeps the builder's paths out of error messages.
-CXX = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", f"-ffile-prefix-map={ROOT}/="]
+PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
+CXX = ["-std=c++17", "-O3", "-Wno-psabi", *PRIVATE]
 # One machine code per generation and PTX for those to come; explicit, so that the result does not
 # depend on the GPU of the machine that builds.
 ARCHITECTURES = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
-NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *ARCHITECTURES]
+NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler={flag}" for flag in PRIVATE)]
 
 
 def wants_cuda(
@@ -84,7 +85,7 @@ def operators(name: str, sources: list[str], libraries: list[str], cuda: bool) -
         libraries=libraries,
         language="c++",
         py_limited_api=True,
-        extra_compile_args={"cxx": [*CXX, STABLE_ABI], "nvcc": NVCC},
+        extra_compile_args={"cxx": [*CXX, STABLE_ABI], "nvcc": [*NVCC, *ARCHITECTURES]},
         depends=HEADERS,
     )
 

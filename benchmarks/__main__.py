@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .runs import RESULTS, keep
+from .runs import ERRORS, RESULTS, TIMES, keep
 
-ERRORS = ("accuracy", "batches", "levers", "convergence", "smoothing", "lagrange")
-TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 INTERRUPTED = 130  # the exit code
 
 

@@ -4,17 +4,18 @@ The paper's experiment on networks and data that install from registries. Every 
 same held-out batches from the same received sets; for a batch, the sets of all S are nested. Both
 softmax outputs, as the paper has them, and logits; S of N workers lost uniformly, or S neighbours.
 
-A code with something to choose is used at its own best: on tuning batches that no gradient has
-seen, under uniform stragglers, once for each S, output and aim. What has the least squared error
-gives the errors, and what names most of the network's own classes the accuracy and the agreement.
+A code with something to choose is used at its own best among its ``candidates()``: on tuning
+batches that no gradient has seen, under uniform stragglers, once for each S, output and aim. What
+has the least squared error gives the errors, and what names most of the network's own classes the
+accuracy and the agreement.
 
 - spline: the paper's, in the order of arrival, with both smoothings tuned; Berrut: likewise;
 - both by similarity, "ordered", as everything below; Floater-Hormann: with the order of the weights
   tuned; Lagrange (adapted): decoded by least squares of a tuned degree, as a network has none;
 - uncoded: K workers, an input each; an input whose worker is late has no answer, which is wrong;
-- replication: lost inputs get the mean of the batch; replication + fill: they are predicted by the
-  kernel, tuned as the last;
-- default: ``KernelCode``; tuned: as :func:`coded_torch.tuning.tune` makes it, on logits.
+- replication: :class:`~coded_torch.codes.ReplicationCode`, where a lost input gets the mean of its
+  group; "batch mean": of the batch; "regression": predicted by a regression tuned as the last;
+- KernelCode: as it is; tuned: as :func:`coded_torch.tuning.tune` makes it, on logits.
 
 Of 20 photographs (EfficientNet-Lite0) only the agreement with the network means something; there,
 batches are orders of the same 20, so the intervals say nothing about other photographs.
@@ -23,6 +24,7 @@ batches are orders of the same 20, so the intervals say nothing about other phot
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -31,24 +33,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, LagrangeCode
+from coded_torch._scores import Scores, rounded, student
+from coded_torch.codes import BerrutCode, Code, KernelCode, LagrangeCode, SplineCode
+from coded_torch.compare import Scheme
 
 from .runs import Measurement, progress
-from .schemes import (
-    BATCH_SIZE,
-    SMOOTHINGS,
-    TUNING_SETS,
-    Round,
-    Scheme,
-    Scores,
-    Uncoded,
-    equal_copies,
-    rounded,
-    splines,
-    student,
-    tuned_kernel,
-    unmixed,
-)
+from .schemes import BATCH_SIZE, Uncoded, decode, equal_copies, trial, tuned, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Subject, subject
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S
@@ -64,8 +54,7 @@ CURVES: dict[str, tuple[Curve, ...]] = {
 QUICK: dict[str, tuple[Curve, ...]] = {"lenet5": ((20, 8, (1, 3, 8)),)}
 BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15, PHOTOGRAPHS: 5}
 TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2), PHOTOGRAPHS: (2, 1)}  # codes, kernel
-ORDERS = (1, 2, 3, 4)
-DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)  # times that of the encoder
+TUNING_SETS = 5  # received sets per batch: rare ones decide the squared error
 OUTPUTS = {"softmax": lambda x: x.softmax(-1), "logits": lambda x: x}
 LAWS = ("uniform", "contiguous")
 AIMS = ("squared error", "agreement")
@@ -75,24 +64,31 @@ TUNED = {
     "spline, ordered": ("encoder_smoothing", "decoder_smoothing"),
     "Floater-Hormann, ordered": ("order",),
     "Lagrange (adapted), ordered": ("decoder_degree",),
-    "tuned": ("placement", "shrinkage", "length"),
+    "KernelCode, tuned": ("shrinkage", "length"),
 }
 
 Picks = dict[tuple[str, int, str], dict[str, Scheme]]  # output, S and aim: every code's scheme
 
 
+def variants(code: Code, ordering: str = "similarity") -> list[Scheme]:
+    """A code with all combinations of the numbers that are worth trying."""
+    numbers = code.candidates()
+    combinations = itertools.product(*numbers.values())
+    every = (code.replace(**dict(zip(numbers, x, strict=True))) for x in combinations)
+    return [Scheme(one, ordering, 0) for one in every]  # none of them looks at S
+
+
 def families(n: int, k: int) -> dict[str, list[Scheme]]:
-    """Every code, with all that its numbers may be."""
-    degrees = sorted({round(x * (k - 1)) for x in DEGREES})
-    lagranges = [LagrangeCode(k, n, decoder_degree=d) for d in degrees if d < n]
+    """Every code but those that are tuned by regression, with all that its numbers may be."""
+    spline, berrut = SplineCode(k, n), BerrutCode(k, n)
     return {
-        "spline": [Scheme(code, "arrival") for code in splines(n, k)],
-        "Berrut": [Scheme(BerrutCode(k, n), "arrival")],
-        "spline, ordered": [Scheme(code) for code in splines(n, k)],
-        "Berrut, ordered": [Scheme(BerrutCode(k, n))],
-        "Floater-Hormann, ordered": [Scheme(BerrutCode(k, n, order=d)) for d in ORDERS],
-        "Lagrange (adapted), ordered": [Scheme(code) for code in lagranges],
-        "uncoded": [Scheme(Uncoded(k, n), "arrival")],
+        "spline": variants(spline, "arrival"),
+        "Berrut": [Scheme(berrut, "arrival", 0)],
+        "spline, ordered": variants(spline),
+        "Berrut, ordered": [Scheme(berrut, num_stragglers=0)],
+        "Floater-Hormann, ordered": variants(berrut),
+        "Lagrange (adapted), ordered": variants(LagrangeCode(k, n, decoder_degree=k - 1)),
+        "uncoded": [Scheme(Uncoded(k, n), "arrival", 0)],
         **{name: [scheme] for name, scheme in unmixed((n, k, 0)).items()},
     }
 
@@ -100,7 +96,7 @@ def families(n: int, k: int) -> dict[str, list[Scheme]]:
 def received_sets(
     n: int, stragglers: Sequence[int], generator: torch.Generator
 ) -> dict[tuple[str, int], list[int]]:
-    """The workers that answer, by law and S; under a law, who is lost at S is lost at any more."""
+    """The workers that answer, by law and S; of one law, those lost at S are lost at any more."""
     start = torch.randint(n, (), generator=generator)
     lost = {
         "uniform": torch.randperm(n, generator=generator),
@@ -109,48 +105,52 @@ def received_sets(
     return {(law, s): sorted(lost[law][s:].tolist()) for law in LAWS for s in stragglers}
 
 
-def pick(of: Subject, size: int, curve: Curve, counts: tuple[int, int]) -> Picks:
-    """Every code at its best, as measured on tuning batches; how many for codes and the kernel."""
-    n, k, stragglers = curve
-    every = families(n, k)
-    open_questions = [x for candidates in every.values() if len(candidates) > 1 for x in candidates]
+def tuning_scores(
+    of: Subject, size: int, curve: Curve, count: int, schemes: Iterable[Scheme]
+) -> Mapping[tuple[str, int, Scheme], Scores]:
+    """By output, S and scheme: how it does on tuning batches, where it can decode all received."""
+    n, _, stragglers = curve
     generator = torch.Generator().manual_seed(SEED + 1)
     scores: dict[tuple[str, int, Scheme], Scores] = defaultdict(Scores)
-    for batch in progress(of.batches("tuning", size, counts[0]), "tuning", counts[0]):
-        sets = {
-            (i, s): received
-            for i in range(TUNING_SETS)
-            for (law, s), received in received_sets(n, stragglers, generator).items()
-            if law == "uniform"
-        }
-        trial = Round(of.model, batch, sets)
-        for (i, s), received in sets.items():
-            for scheme in open_questions:
+    for batch in progress(of.batches("tuning", size, count), "tuning", count):
+        drawn = [received_sets(n, stragglers, generator) for _ in range(TUNING_SETS)]
+        sets = [(s, each["uniform", s]) for each in drawn for s in stragglers]
+        tried = trial(of.model, batch, (received for _, received in sets))
+        for s, received in sets:
+            for scheme in schemes:
                 if len(received) < scheme.code.min_received:
                     continue
                 for output, stage in OUTPUTS.items():
-                    answers, _ = trial.answers(scheme, s, (i, s), stage)
-                    of_scheme = scores[output, s, scheme]
-                    of_scheme.add(answers, stage(batch.exact), batch.labels, None)
-    kernels = {
-        s: tuned_kernel(of, of.batches("tuning", size, counts[1]), (n, k, s))
-        for s in progress(stragglers, "tuning the kernel")
-    }
+                    answers, _ = decode(tried, scheme, received, s, stage)
+                    scores[output, s, scheme].add(answers, stage(tried.exact[0]), batch.labels)
+    return scores
 
-    def best(output: str, s: int, aim: str, candidates: Sequence[Scheme]) -> Scheme:
-        def loss(scheme: Scheme) -> float:
-            means = scores[output, s, scheme].columns.mean(1)
-            return float(np.nan_to_num(means[3], nan=np.inf) if aim == AIMS[0] else -means[2])
 
-        if len(candidates) == 1:
-            return candidates[0]
-        return min((x for x in candidates if (output, s, x) in scores), key=loss)
+def pick(of: Subject, size: int, curve: Curve, counts: tuple[int, int]) -> Picks:
+    """Every code at its best on tuning batches, so many for codes and for regressions."""
+    n, k, stragglers = curve
+    every = families(n, k)
+    open_questions = [x for some in every.values() if len(some) > 1 for x in some]
+    scores = tuning_scores(of, size, curve, counts[0], open_questions)
 
+    def loss(output: str, s: int, aim: str, scheme: Scheme) -> float:
+        _, _, agreement, mse, *_ = scores[output, s, scheme].columns.mean(1)
+        return float(np.nan_to_num(mse, nan=np.inf) if aim == "squared error" else -agreement)
+
+    def best(output: str, s: int, aim: str, some: Sequence[Scheme]) -> Scheme:
+        if len(some) == 1:
+            return some[0]
+        applicable = [scheme for scheme in some if (output, s, scheme) in scores]
+        return min(applicable, key=lambda scheme: loss(output, s, aim, scheme))
+
+    batches = list(of.batches("tuning", size, counts[1]))
+    # Regressions are tuned without received sets, and so for all S at once.
+    kernel = tuned(of.model, batches, Scheme(KernelCode(k, n)), 0)
     return {
         (output, s, aim): {
-            **{code: best(output, s, aim, candidates) for code, candidates in every.items()},
-            "replication + fill": equal_copies(kernels[s]),
-            "tuned": Scheme(kernels[s]),
+            **{code: best(output, s, aim, some) for code, some in every.items()},
+            "replication, regression": equal_copies(kernel.code),
+            "KernelCode, tuned": kernel,
         }
         for output in OUTPUTS
         for s in stragglers
@@ -167,18 +167,18 @@ def accuracy(name: str, curve: Curve, quick: bool) -> dict[str, Any]:
     scores: dict[tuple[str, str, int, str, str], Scores] = defaultdict(Scores)
     for batch in progress(of.batches("held_out", size, count), "batches", count):
         sets = received_sets(n, stragglers, generator)
-        trial = Round(of.model, batch, sets)
-        for law, s in sets:
-            # Output after output, as codes keep the decoder of the received set used last.
+        tried = trial(of.model, batch, sets.values())
+        for (law, s), received in sets.items():
+            # Output after output, as plans keep the decoder of the received set used last.
             for code in picks[next(iter(picks))]:
                 for output, stage in OUTPUTS.items():
                     found: dict[Scheme, Tensor] = {}
                     for aim in AIMS:
                         scheme = picks[output, s, aim][code]
                         if scheme not in found:
-                            found[scheme], _ = trial.answers(scheme, s, (law, s), stage)
+                            found[scheme], _ = decode(tried, scheme, received, s, stage)
                         scores[output, law, s, code, aim].add(
-                            found[scheme], stage(batch.exact), batch.labels, None
+                            found[scheme], stage(tried.exact[0]), batch.labels
                         )
     return {
         "stragglers": list(stragglers),
@@ -271,7 +271,4 @@ def settings(quick: bool) -> dict[str, Any]:
         "batches": 2 if quick else BATCHES,
         "tuning batches, of codes and of the kernel": {x: list(y) for x, y in TUNING.items()},
         "received sets per tuning batch": TUNING_SETS,
-        "smoothings": {part: list(values) for part, values in SMOOTHINGS.items()},
-        "orders": list(ORDERS),
-        "degrees, times that of the encoder": list(DEGREES),
     }

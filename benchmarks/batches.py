@@ -5,17 +5,20 @@ the model's own. Batches come from the official test images; every number that i
 training images that no gradient has seen. One batch a case goes through
 :class:`~coded_torch.nn.CodedWrapper` too, which must give the same answers to rounding.
 
-The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, both its
-smoothings tuned, "ordered" the same by similarity; "default" is
-:class:`~coded_torch.codes.KernelCode`, "tuned" what :func:`coded_torch.tuning.tune` makes of it,
-"systematic" and "spread" the same at placements 1/2 and 1. "replication" repeats all inputs equally
-and fills in the mean of the batch's results, "replication + fill" the default's prediction.
+The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, with the
+numbers that :func:`coded_torch.tuning.tune` chooses, "paper, ordered" the same by similarity;
+"Berrut" likewise, with the order of its weights fixed to Berrut's own. "KernelCode, tuned" has the
+numbers of ``tune`` too; "KernelCode, paper's encoder" and "KernelCode, systematic" decode what
+``SplineCode`` mixes, at the paper's points, and at points that contain the data points.
+"replication" is :class:`~coded_torch.codes.ReplicationCode`, which fills in the mean of a group's
+results; "replication, batch mean" that of the batch's, and "replication, regression" what
+``KernelCode`` predicts.
 
 Sections, each network's every case on its own:
 
 - main: every code, where K inputs go to N workers and S of them are lost;
 - batch: batches of other sizes, of random pixels, and of 20 photographs of as many kinds;
-- contiguous: blocks of neighbouring workers lost, with and without shuffling who gets what.
+- contiguous: blocks of neighbouring workers lost, with and without inputs dealt at random.
 """
 
 from __future__ import annotations
@@ -27,33 +30,22 @@ from typing import Any
 
 import torch
 
-from coded_torch.codes import BerrutCode, KernelCode
+from coded_torch._scores import Scores, ratio
+from coded_torch.codes import BerrutCode, KernelCode, SplineCode
+from coded_torch.compare import Scheme, received_by
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 
+from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import (
-    BATCH_SIZE,
-    SMOOTHINGS,
-    Case,
-    Scheme,
-    Scores,
-    best_spline,
-    evaluate,
-    ratio,
-    received_by,
-    summaries,
-    tuned_kernel,
-    uniform,
-    unmixed,
-)
+from .schemes import BATCH_SIZE, Case, evaluate, summaries, tuned, uniform, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
 
 CASES = ((100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1))
 FEW, MANY = (24, 20, 4), (100, 20, 60)
 SIZES = {20: 100, 60: 50, 240: 25, 1000: 10}  # and how many batches of each
 NETWORKS = ("lenet5", "vit", "repvgg")
-REFERENCES = ("paper", "replication", "replication + fill", "default")
+REFERENCES = ("paper", "replication, batch mean", "replication, regression", "KernelCode")
 
 
 class Bench:
@@ -75,27 +67,31 @@ class Bench:
         return progress(self.subject.batches("tuning", BATCH_SIZE, count), "tuning", count)
 
     def _paper(self, case: Case, ordering: str) -> Scheme:
+        n, k, s = case
         batches = self.tuning_batches(self.count["tuning"])
-        return best_spline(self.subject, batches, case, ordering)
+        return tuned(self.subject.model, batches, Scheme(SplineCode(k, n), ordering), s)
 
     def schemes(self, case: Case) -> dict[str, Scheme]:
-        n, k, _ = case
-        batches = self.tuning_batches(self.count["tuning, kernel"])
+        n, k, s = case
+        batches, kernel = self.tuning_batches(self.count["tuning, kernel"]), KernelCode(k, n)
         return {
             "paper": self.paper(case, "arrival"),
             "Berrut": Scheme(BerrutCode(k, n), "arrival"),
             "Berrut, ordered": Scheme(BerrutCode(k, n)),
             "paper, ordered": self.paper(case, "similarity"),
             **unmixed(case),
-            "tuned": Scheme(tuned_kernel(self.subject, batches, case)),
+            "KernelCode, tuned": tuned(self.subject.model, batches, Scheme(kernel), s),
             **self.mixed(case),
         }
 
     def mixed(self, case: Case) -> dict[str, Scheme]:
-        n, k, _ = case
+        every = encoders(*case[:2])
         return {
-            "systematic": Scheme(KernelCode(k, n, placement=0.5)),
-            "spread": Scheme(KernelCode(k, n, placement=1.0)),
+            name: Scheme(KernelCode(encoder=every[encoder]))
+            for name, encoder in (
+                ("KernelCode, systematic", "spline, systematic"),
+                ("KernelCode, paper's encoder", "spline, as in the paper"),
+            )
         }
 
     def some(self, case: Case) -> dict[str, Scheme]:
@@ -105,40 +101,40 @@ class Bench:
         schemes = self.schemes(case)
         self.check(case, schemes)
         batches = self.batches(self.count["main"])
-        scores = evaluate(self.subject, batches, schemes, case[2], uniform(case))
-        tuned: dict[str, Any] = {
-            name: [schemes[name].code.encoder_smoothing, schemes[name].code.decoder_smoothing]
-            for name in ("paper", "paper, ordered")
+        scores = evaluate(self.subject.model, batches, schemes, case[2], uniform(case))
+        return {
+            "tuned": {
+                name: repr(schemes[name].code)
+                for name in ("paper", "paper, ordered", "KernelCode, tuned")
+            },
+            "codes": summaries(scores["uniform"], REFERENCES),
         }
-        tuned["tuned"] = repr(schemes["tuned"].code)
-        return {"tuned": tuned, "codes": summaries(scores["uniform"], REFERENCES)}
 
     @torch.no_grad()
     def check(self, case: Case, schemes: dict[str, Scheme]) -> None:
         """That the wrapper gives the same answers."""
-        s, received = case[2], uniform(case)
+        s, model = case[2], self.subject.model
         whole = next(self.subject.batches("held_out", BATCH_SIZE, 1))
-        some = {name: schemes[name] for name in ("paper", "replication", "default", "spread")}
-        scores = evaluate(self.subject, [whole], some, s, received)["uniform"]
+        some = {name: schemes[name] for name in ("paper", "replication", *self.mixed(case))}
+        some["KernelCode"] = schemes["KernelCode"]
+        scores = evaluate(model, [whole], some, s, uniform(case))["uniform"]
         for name, scheme in some.items():
-            law = Uniform(s, seed=SEED)
             wrapper = CodedWrapper(
-                self.subject.model,
+                model,
                 scheme.code,
-                stragglers=law,
+                stragglers=Uniform(s, seed=SEED),
                 ordering=scheme.ordering,
-                num_stragglers=scheme.num_stragglers,
                 shuffle=False,
             )
             again = Scores()
-            again.add(wrapper(whole.images), whole.exact, whole.labels, None)
+            again.add(wrapper(whole.images), model(whole.images))
             mse, wrapped = (float(x.columns[3][0]) for x in (scores[name], again))
             if not abs(mse - wrapped) <= 1e-3 * mse:
                 raise RuntimeError(f"{name} {case}: squared error {mse}, the wrapper's {wrapped}")
 
     def batch(self, size: int) -> dict[str, Any]:
         batches = self.batches(SIZES[size], size)
-        scores = evaluate(self.subject, batches, self.some(FEW), FEW[2], uniform(FEW))
+        scores = evaluate(self.subject.model, batches, self.some(FEW), FEW[2], uniform(FEW))
         return {"codes": summaries(scores["uniform"], REFERENCES)}
 
     def noise(self) -> dict[str, Any]:
@@ -147,11 +143,10 @@ class Bench:
         generator = torch.Generator().manual_seed(SEED)
         shape = (count * BATCH_SIZE, *self.subject.held_out.images.shape[1:])
         images = torch.rand(shape, generator=generator)
-        exact = run(model, images)
-        labels = exact.argmax(-1)
-        whole = Batch(images, exact, labels)
+        labels = run(model, images).argmax(-1)
+        whole = Batch(images, labels)
         batches = Subject(model, whole, whole).batches("held_out", BATCH_SIZE, count)
-        scores = evaluate(self.subject, batches, self.some(FEW), FEW[2], uniform(FEW))
+        scores = evaluate(self.subject.model, batches, self.some(FEW), FEW[2], uniform(FEW))
         return {
             "share of the commonest class": float(labels.bincount().max() / len(labels)),
             "codes": summaries(scores["uniform"], REFERENCES),
@@ -172,7 +167,7 @@ class Bench:
 
         schemes = self.some(case) if case in (FEW, MANY) else unmixed(case)
         batches = self.batches(self.count["contiguous"])
-        scores = evaluate(self.subject, batches, schemes, s, received)
+        scores = evaluate(self.subject.model, batches, schemes, s, received)
         table: dict[str, Any] = {law: summaries(found, REFERENCES) for law, found in scores.items()}
         for name in schemes:
             right, own, *_ = scores["uniform"][name].columns
@@ -189,13 +184,14 @@ class Bench:
         law = Uniform(s, seed=SEED)
         sets = {str(i): received_by(law, n) for i in range(50)}
         tuning = list(self.subject.batches("tuning", k, self.count["tuning"]))
+        spline, model = SplineCode(k, n), self.subject.model
         schemes = {
-            "paper": best_spline(self.subject, tuning, FEW, "arrival"),
-            "paper, ordered": best_spline(self.subject, tuning, FEW, "similarity"),
+            "paper": tuned(model, tuning, Scheme(spline, "arrival"), s),
+            "paper, ordered": tuned(model, tuning, Scheme(spline), s),
             **unmixed(FEW),
             **self.mixed(FEW),
         }
-        by_set = evaluate(self.subject, [self.subject.held_out], schemes, s, lambda index: sets)
+        by_set = evaluate(model, [self.subject.held_out], schemes, s, lambda index: sets)
         pooled = {name: Scores() for name in schemes}
         for scores in by_set.values():
             for name in schemes:
@@ -233,5 +229,4 @@ def settings(quick: bool) -> dict[str, Any]:
         "batch size": BATCH_SIZE,
         "batches": counts(quick),
         "batches by size": {str(size): count for size, count in SIZES.items()},
-        "smoothings": {part: list(values) for part, values in SMOOTHINGS.items()},
     }

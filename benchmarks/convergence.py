@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
+from coded_torch.compare import received_by
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
-from .schemes import half_width, received_by, rounded
 from .subjects import SEED, run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c

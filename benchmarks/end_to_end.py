@@ -1,10 +1,10 @@
 """Where the time goes, code by code: ``python -m benchmarks end_to_end``.
 
-Milliseconds, median and quartiles, for one batch of 240: measuring distances and ordering; fitting
-the code to the batch; encoding; decoding from a received set seen for the first time, and again.
-All codes take the same batch and received sets and begin with nothing cached. Beside them the
-network itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda``
-network and batch are on the GPU, and what codes plan on the host counts in full.
+Milliseconds, median and quartiles, for one batch of 240: planning (measuring distances, ordering,
+fitting the code); encoding; decoding from a received set seen for the first time, and again. All
+codes take the same batch and received sets and begin with nothing cached. Beside them the network
+itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda`` network
+and batch are on the GPU, and what codes plan on the host counts in full.
 """
 
 from __future__ import annotations
@@ -17,24 +17,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
+from coded_torch._scores import Interval, rounded
+from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode, plan_batch
+from coded_torch.compare import Scheme, received_by
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import similarity_order
 from coded_torch.stragglers import Uniform
 
+from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, Interval, Scheme, received_by, rounded, unmixed
-from .subjects import SEED, Batch, subject
+from .schemes import BATCH_SIZE, Case, unmixed
+from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
 DEVICES = ("cpu", "cuda")
-PARTS = ("order", "fit", "encode", "decode", "decode again")
+PARTS = ("plan", "encode", "decode", "decode again")
 
 
 def schemes(case: Case) -> dict[str, Scheme]:
     n, k, _ = case
+    every = encoders(n, k)
     fixed = {
         "paper": SplineCode(k, n, decoder_smoothing=1e-6),
         "Berrut": BerrutCode(k, n),
@@ -45,9 +50,8 @@ def schemes(case: Case) -> dict[str, Scheme]:
         **{name: Scheme(code, "arrival") for name, code in fixed.items()},
         "paper, ordered": Scheme(SplineCode(k, n)),
         **unmixed(case),
-        "replication": Scheme(ReplicationCode(k, n), "arrival"),
-        "systematic": Scheme(KernelCode(k, n, placement=0.5)),
-        "spread": Scheme(KernelCode(k, n, placement=1.0)),
+        "KernelCode, systematic": Scheme(KernelCode(encoder=every["spline, systematic"])),
+        "KernelCode, paper's encoder": Scheme(KernelCode(encoder=SplineCode(k, n))),
     }
 
 
@@ -62,46 +66,45 @@ def stopwatch(device: str) -> Callable[[], float]:
     return now
 
 
-def time_code(scheme: Scheme, batch: Batch, received: list[int], s: int, device: str) -> np.ndarray:
+def time_code(
+    scheme: Scheme, images: Tensor, exact: Tensor, received: list[int], s: int, device: str
+) -> np.ndarray:
     """Seconds for each of ``PARTS``."""
     now, code = stopwatch(device), copy.deepcopy(scheme.code)  # with nothing cached
-    fresh = Batch(batch.images, batch.exact, batch.labels)
-    start = now()
-    if code.uses_geometry or scheme.ordering == "similarity":
-        fresh.order(scheme.ordering, code.shrinkage)
-    ordered = now()
-    plan = scheme._replace(code=code).fit(fresh, s)
-    fitted = now()
-    plan.encode(batch.images)
-    encoded = now()
-    results = plan.encode(batch.exact)[received]  # numbers of the right shape
+    expected = s if scheme.num_stragglers is None else scheme.num_stragglers
     clocks = [now()]
+    plan = plan_batch(code, scheme.ordering, [images], expected)
+    clocks.append(now())
+    plan.encode(images)
+    clocks.append(now())
+    results = plan.encode(exact)[received]  # numbers of the right shape
     for _ in range(2):
+        start = now()
         plan.decode(results, received)
-        clocks.append(now())
-    return np.array([ordered - start, fitted - ordered, encoded - fitted, *np.diff(clocks)])
+        clocks.append(clocks[-1] + now() - start)
+    return np.diff(clocks)
 
 
 @torch.no_grad()
 def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any]:
     n, k, s = case
     of, law, runs = subject(name, quick), Uniform(s, seed=SEED), settings(quick)["runs"]
-    whole, model = next(of.batches("held_out", BATCH_SIZE, 1)), of.model.to(device)
-    batch = Batch(whole.images.to(device), whole.exact.to(device), whole.labels)
-    every, seconds = schemes(case), {}
+    model = of.model.to(device)
+    images = next(of.batches("held_out", BATCH_SIZE, 1)).images.to(device)
+    exact, every, seconds = model(images), schemes(case), {}
     for received in progress([received_by(law, n) for _ in range(runs)], "runs"):
         for code, scheme in every.items():  # in turns: what slows the machine slows all alike
-            spent = time_code(scheme, batch, received, s, device)
+            spent = time_code(scheme, images, exact, received, s, device)
             seconds.setdefault(code, []).append(spent)
     groups = -(-BATCH_SIZE // k)
-    coded = batch.images[torch.arange(n * groups) % BATCH_SIZE]
+    coded = images[torch.arange(n * groups) % BATCH_SIZE]
     contestants: dict[str, Callable[[], object]] = {
-        "the batch": lambda: model(batch.images),
+        "the batch": lambda: model(images),
         "one worker's inputs": lambda: model(coded[:groups]),
         "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
-        "distances": lambda: Geometry([batch.images]).distances(),
+        "distances": lambda: Geometry([images]).distances(),
     }
-    distances = Geometry([batch.images]).distances()
+    distances = Geometry([images]).distances()
     contestants["path"] = lambda: similarity_order(distances)
     table: dict[str, Any] = {
         "codes": {

@@ -1,11 +1,16 @@
-"""How fast maps are applied: against a copy of the same bytes, a matrix product, and SciPy."""
+"""How fast maps are applied: against a copy of the same bytes, a matrix product, and SciPy.
+
+Large results go to memory that is there, and, ``fresh``, to new memory.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +26,22 @@ from coded_torch.points import chebyshev_first, chebyshev_second
 from .runs import RESULTS, environment, write_results
 from .timing import Timing, last_level_cache, measure, reuse_memory, rotate
 
-# (K, N, columns): times faster than torch.matmul at least, times slower than the copy at most.
-BARS = {
-    (8, 10, 150_528): (1.3, 1.6),
-    (20, 100, 150_528): (5.0, 1.3),
-    (64, 128, 65_536): (8.0, 1.4),
-    (256, 320, 32_768): (14.0, 2.0),
-    (1024, 1280, 8_192): (40.0, 1.8),
-}
+# (K, N, columns)
+SIZES = (
+    (8, 10, 150_528),
+    (20, 100, 150_528),
+    (64, 128, 65_536),
+    (256, 320, 32_768),
+    (1024, 1280, 8_192),
+)
+# Of each size, into memory that is there: of the time of the copy at most, with AVX-512 and
+# without; times faster than torch.matmul at least, of which half is enough without.
+COPY_BARS = {True: (1.2, 0.9, 1.1, 1.3, 1.6), False: (1.3, 1.2, 1.5, 1.8, 2.1)}
+MATMUL_BARS = (1.2, 2.0, 7.0, 12.0, 35.0)
+# Of the time that filling new memory takes, where huge pages are granted on request; where the
+# system grants them by itself, 1.2. The first is too small: its memory is soon an old one's.
+FRESH_BARS = (None, 0.5, 0.5, 0.7, 0.7)
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # A layout or dtype and what it is compared with: times slower at most.
 RELATIVE_BARS = {
     "transpose": ("forward", 1.3),
@@ -67,15 +80,19 @@ def contestants(num_data: int, num_workers: int, columns: int, device: str) -> d
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     def over(
-        apply: Callable[[Tensor], Tensor], operator: Tensor, make: Callable[[], Tensor]
+        apply: Callable[..., Tensor], operator: Tensor, make: Callable[[], Tensor]
     ) -> Callable[[], Tensor]:
         values = make()
-        checked = values[..., :512].double()
-        got, want = apply(values), operator @ checked.reshape(operator.shape[1], -1)
-        check(f"{num_data} -> {num_workers}", got.reshape(len(want), -1)[:, : want.shape[1]], want)
-        size = values.numel() * values.element_size()
-        buffers = rotate(make, size, cache)
-        return lambda: apply(next(buffers))
+        out = values.new_zeros(len(operator), values.shape[1])
+        want = operator @ values[:, :512].double()
+        check(f"{num_data} -> {num_workers}", apply(values, out=out), want)
+        buffers = rotate(lambda: (make(), torch.zeros_like(out)), values.nbytes + out.nbytes, cache)
+
+        def run() -> Tensor:
+            values, out = next(buffers)
+            return apply(values, out=out)
+
+        return run
 
     # Rows of two groups in any order, in a batch with as many rows again between them.
     order = torch.randperm(2 * num_data, generator=generator, device=device)
@@ -83,13 +100,12 @@ def contestants(num_data: int, num_workers: int, columns: int, device: str) -> d
     scatter = torch.randperm(num_workers, generator=generator, device=device)[:, None].contiguous()
     plan = spline._operands(dense)
 
-    def indexed(batch: Tensor) -> Tensor:
-        return ops.spline_apply(batch, *plan, gather=gather, scatter=scatter, num_rows=num_workers)
+    def indexed(batch: Tensor, out: Tensor) -> Tensor:
+        rows = {"gather": gather, "scatter": scatter, "num_rows": num_workers}
+        return ops.spline_apply(batch, *plan, **rows, out=out)
 
-    batch = randn(2 * num_data, columns)
-    want = matrix @ batch[gather[:, 0], :512].double()
-    check("indexed", indexed(batch)[scatter[:, 0]], want)
-    batches = rotate(lambda: randn(2 * num_data, columns), num_data * columns * 4, cache)
+    permuted = torch.zeros(num_workers, 2 * num_data, dtype=torch.float64, device=device)
+    permuted[scatter, gather.T] = matrix
     halves = (num_data + num_workers) * columns // 2
     copies = rotate(lambda: (randn(halves), randn(halves)), 4 * halves, cache)
 
@@ -100,12 +116,14 @@ def contestants(num_data: int, num_workers: int, columns: int, device: str) -> d
     return {
         "copy": copy,
         "forward": over(spline, matrix, lambda: randn(num_data, columns)),
-        "matmul": over(dense.__matmul__, matrix, lambda: randn(num_data, columns)),
+        "matmul": over(
+            functools.partial(torch.mm, dense), matrix, lambda: randn(num_data, columns)
+        ),
         "transpose": over(spline.adjoint, matrix.T, lambda: randn(num_workers, columns)),
         "bfloat16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.bfloat16)),
         "float16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.float16)),
         "strided": over(spline, matrix, lambda: randn(num_data, columns + 64)[:, :columns]),
-        "indexed": lambda: indexed(next(batches)),
+        "indexed": over(indexed, permuted, lambda: randn(2 * num_data, columns)),
     }
 
 
@@ -121,9 +139,52 @@ def scipy_seconds_per_column(num_data: int, num_workers: int, runs: int) -> floa
     return measure({"scipy": run}, runs=runs)["scipy"].median / values.shape[1]
 
 
+def fresh(runs: int, shrink: int) -> list[dict[str, Any]]:
+    """Results that are new in every call, from the allocator as it is; filling them plainly."""
+    setting = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
+    on_request, always = "[madvise]" in setting, "[always]" in setting
+    rows = []
+    for (num_data, num_workers, all_columns), bar in zip(SIZES, FRESH_BARS, strict=True):
+        columns = all_columns // shrink
+        spline = SplineMap(
+            chebyshev_first(num_data), chebyshev_second(num_workers), smoothing=SMOOTHING
+        )
+        inputs = rotate(
+            lambda shape=(num_data, columns): torch.randn(shape),
+            num_data * columns * 4,
+            last_level_cache(),
+        )
+        timings = measure(
+            {
+                "spline": lambda apply=spline, inputs=inputs: apply(next(inputs)),
+                "fill": lambda shape=(num_workers, columns): torch.empty(shape).fill_(1.0),
+            },
+            runs=runs,
+        )
+        row = {
+            "num_data": num_data,
+            "num_workers": num_workers,
+            "columns": columns,
+            "seconds": {name: timing._asdict() for name, timing in timings.items()},
+            "over_fill": timings["spline"].median / timings["fill"].median,
+            "over_fill_bar": bar if on_request else 1.2 if always and bar else None,
+        }
+        rows.append(row)
+        print(
+            f"{num_data:5d} -> {num_workers:<5d} x {columns:<7d} fresh: "
+            f"{row['over_fill']:.2f}x filling (<= {row['over_fill_bar']})",
+            flush=True,
+        )
+    return rows
+
+
 def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
     rows = []
-    for (num_data, num_workers, all_columns), (over_matmul, over_copy) in BARS.items():
+    wide = "avx512" in torch.ops.coded_torch.cpu_capabilities()
+    for (num_data, num_workers, all_columns), over_copy, faster in zip(
+        SIZES, COPY_BARS[wide], MATMUL_BARS, strict=True
+    ):
+        over_matmul = faster if wide else faster / 2
         columns = all_columns // shrink
         functions = contestants(num_data, num_workers, columns, device)
         timings = measure(functions, runs=runs, device=device)
@@ -239,6 +300,11 @@ def regressions(results: dict[str, Any]) -> list[str]:
         if not times_slower <= REGRESSION:
             found.append(f"{what}: {times_slower:.2f} times its bar")
 
+    for threads, rows in results["fresh"].items():
+        for row in rows:
+            if row["over_fill_bar"]:
+                what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}, fresh"
+                compare(what, row["over_fill"] / row["over_fill_bar"])
     for threads, rows in results["large"].items():
         for row in rows:
             what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}"
@@ -263,14 +329,16 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    reuse_memory()
-    runs = 3 if args.quick else args.runs
-    results: dict[str, Any] = {"large": {}}
+    runs, shrink = (3, 16) if args.quick else (args.runs, 1)
+    results: dict[str, Any] = {"large": {}, "fresh": {}}
     for threads in args.threads if args.device == "cpu" else [1]:
         torch.set_num_threads(threads)
         print(f"{threads} threads")
-        results["large"][threads] = large(args.device, runs, shrink=16 if args.quick else 1)
+        if args.device == "cpu":
+            results["fresh"][threads] = fresh(runs, shrink)
+        results["large"][threads] = large(args.device, runs, shrink)
     torch.set_num_threads(1)
+    reuse_memory()
     results["crossover"] = crossover(args.device, runs)
     results["small"] = small(runs, calls=50 if args.quick else 1000)
     if args.quick:

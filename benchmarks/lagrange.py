@@ -23,11 +23,12 @@ import torch
 from numpy.polynomial import chebyshev
 from torch import Tensor
 
+from coded_torch._scores import rounded
 from coded_torch.codes import FixedCode, LagrangeCode, SplineCode
+from coded_torch.compare import received_by
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
-from .schemes import received_by, rounded
 from .subjects import SEED
 
 CASES = ((3, 5, 26), (15, 10, 272))  # degree, K, N: twice the threshold

@@ -1,8 +1,10 @@
-"""What each idea of the default code is worth: ``python -m benchmarks levers``.
+"""What each idea of the recommended code is worth: ``python -m benchmarks levers``.
 
-:class:`~coded_torch.codes.KernelCode` with one of its ideas left out at a time (the order of the
-batch, the decoder, the metric, the unequal copies), and with inputs mixed. Logits, uniform
-stragglers, the same held-out batches and received sets for all.
+Encoders times decoders: inputs repeated, equally or as :class:`~coded_torch.codes.KernelCode` does,
+or mixed along the paper's curve, with the points of three kinds; decoded by the code's own decoder,
+or by regression in input space. Then ``KernelCode`` with one of its ideas left out at a time: the
+order of the batch, the metric, the unequal copies. Logits, uniform stragglers, the batch in order
+by similarity unless said, the same held-out batches and received sets for all.
 """
 
 from __future__ import annotations
@@ -11,40 +13,47 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from coded_torch.codes import KernelCode
+from coded_torch.codes import FixedCode, KernelCode, ReplicationCode, SplineCode
+from coded_torch.compare import Scheme
+from coded_torch.points import equidistant, systematic
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, Scheme, evaluate, summaries, uniform
+from .schemes import BATCH_SIZE, Case, equal_copies, evaluate, summaries, uniform
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
 
 
+def encoders(n: int, k: int) -> dict[str, FixedCode]:
+    data = equidistant(k)
+    return {
+        "equal copies": ReplicationCode(k, n),
+        "spline, as in the paper": SplineCode(k, n),
+        "spline, equidistant": SplineCode(k, n, data_points=data, worker_points=equidistant(n)),
+        "spline, systematic": SplineCode(k, n, data_points=data, worker_points=systematic(data, n)),
+    }
+
+
 def schemes(case: Case) -> dict[str, Scheme]:
     n, k, _ = case
-    mixed = {
-        "placement: systematic": KernelCode(k, n, placement=0.5),
-        "placement: spread": KernelCode(k, n, placement=1.0),
-        "systematic, points: equidistant": KernelCode(k, n, placement=0.5, exponent=0.0),
-        "spread, points: equidistant": KernelCode(k, n, placement=1.0, exponent=0.0),
-    }
+    best = {"KernelCode": Scheme(KernelCode(k, n))}
+    for name, code in encoders(n, k).items():
+        best[f"{name}; own decoder"] = Scheme(code)
+        best[f"{name}; regression"] = Scheme(KernelCode(encoder=code))
     return {
-        "default": Scheme(KernelCode(k, n)),
+        **best,
         "order: arrival": Scheme(KernelCode(k, n), "arrival"),
-        "decoder: spline": Scheme(KernelCode(k, n), spline=True),
-        "decoder: spline, order: arrival": Scheme(KernelCode(k, n), "arrival", spline=True),
         "metric: Euclidean": Scheme(KernelCode(k, n, shrinkage=0)),
-        "copies: equal": Scheme(KernelCode(k, n), num_stragglers=0),
-        **{name: Scheme(code) for name, code in mixed.items()},
+        "copies: equal": equal_copies(KernelCode(k, n)),
     }
 
 
 def levers(name: str, case: Case, quick: bool) -> dict[str, Any]:
     of, count = subject(name, quick), settings(quick)["batches"]
     batches = progress(of.batches("held_out", BATCH_SIZE, count), "batches", count)
-    scores = evaluate(of, batches, schemes(case), case[2], uniform(case))
-    return {"codes": summaries(scores["uniform"], ("default",))}
+    scores = evaluate(of.model, batches, schemes(case), case[2], uniform(case))
+    return {"codes": summaries(scores["uniform"], ("KernelCode",))}
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "LABELS", "NAMES", "SHOWN", "STYLES", "curve"]
+__all__ = ["FIGURES", "LABELS", "NAMES", "STYLES", "curve", "shown"]
 
 NAMES = {
     "lenet5": "LeNet-5, MNIST",
@@ -25,22 +25,26 @@ STYLES = {  # of a code, the same in every picture
     "Floater-Hormann, ordered": {"color": "tab:pink", "linestyle": "--"},
     "Berrut, ordered": {"color": "tab:purple", "linestyle": "--"},
     "spline, ordered": {"color": "tab:red", "linestyle": "--"},
-    "replication": {"color": "tab:orange", "marker": "s"},
-    "replication + fill": {"color": "tab:green", "marker": "^"},
-    "default": {"color": "tab:blue", "marker": "o"},
-    "tuned": {"color": "black", "marker": "."},
+    "replication": {"color": "tab:olive", "marker": "x"},
+    "replication, batch mean": {"color": "tab:orange", "marker": "s"},
+    "replication, regression": {"color": "tab:green", "marker": "^"},
+    "KernelCode": {"color": "tab:blue", "marker": "o"},
+    "KernelCode, tuned": {"color": "black", "marker": "."},
 }
 LABELS = {
     "spline": "spline, as in the paper",
     "Berrut": "Berrut, as in the paper",
-    "default": "KernelCode (default)",
-    "tuned": "KernelCode, tuned",
-    "replication + fill": "replication + kernel fill",
+    "KernelCode": "KernelCode, recommended",
 }
-SHOWN = [code for code in STYLES if code != "Berrut"]  # which would hide the spline of the paper
+HIDDEN = ("Berrut",)  # which would hide the spline of the paper
 LEAST_LOSS = 1e-4  # shown where nothing is lost, as a logarithm has no zero
 
 Results = Mapping[str, Any]
+
+
+def shown(codes: Iterable[str]) -> list[str]:
+    """Those of the codes that pictures show, in the order of :data:`STYLES`."""
+    return [code for code in STYLES if code in set(codes) - set(HIDDEN)]
 
 
 def curve(
@@ -65,7 +69,7 @@ def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> 
     for axes, (name, case, found) in zip(grid, panels, strict=False):
         photographs = name not in ("lenet5", "vit", "repvgg")
         measure = "agreement" if photographs else "relative_accuracy"
-        for code in SHOWN:
+        for code in shown(found[output][law]):
             values = found[output][law][code][measure]
             lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
             curve(axes, found["stragglers"], lost, code)

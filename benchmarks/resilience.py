@@ -1,9 +1,9 @@
 """Do requests still answer, right and in time, while workers die?
 
-``python -m benchmarks resilience``. Every scenario runs real processes, the
-disturbed and the undisturbed requests in turns or one after the other in one process, and checks
-every answer against what the received results decode to.
-Times are milliseconds. What is measured, and the bars that it is to reach:
+``python -m benchmarks resilience``. Every scenario runs real processes, the disturbed and the
+undisturbed requests in turns or one after the other, and checks every answer: the module is affine,
+so the code gives back exactly what it computes. Times are milliseconds. What is measured, and the
+bars that it is to reach:
 
 - kill: up to S of N processes are killed at random moments;
 - pause: S are stopped, then S + 1, then all go on;
@@ -26,7 +26,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,122 +34,37 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from coded_torch.codes import NotEnoughResults, ReplicationCode, SplineCode
-from coded_torch.nn import CodedWrapper, RunReport
+from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import (
     FaultyWorkers,
     LocalWorkers,
     ProcessWorkers,
     RayWorkers,
-    Task,
     Workers,
 )
 
+from .clients import (
+    FEATURES,
+    SEED,
+    START,
+    Client,
+    K,
+    Killer,
+    N,
+    S,
+    affine,
+    percentiles,
+    stopped,
+    task_of,
+)
 from .runs import Measurement
 
-SEED = 0
-K, N, S = 4, 6, 2
 DELAY = 0.05  # seconds
-FEATURES = 64
-START = 120.0  # seconds that a pool may take to come up
 
 Bars = dict[str, list[float]]  # what was measured, and its bar
-
-
-def model() -> nn.Module:
-    generator = torch.Generator().manual_seed(SEED)
-    layers = nn.Sequential(nn.Linear(FEATURES, 256), nn.Tanh(), nn.Linear(256, 10)).eval()
-    for parameter in layers.parameters():
-        nn.init.normal_(parameter, std=FEATURES**-0.5, generator=generator)
-    return layers.requires_grad_(False)
-
-
-class Client:
-    """Sends requests through a wrapper, and checks each answer."""
-
-    def __init__(self, pool: Workers, **options: Any) -> None:
-        self.model, self.code = model(), SplineCode(K, N)
-        self.coded = CodedWrapper(
-            self.model,
-            self.code,
-            workers=pool,
-            num_stragglers=S,
-            ordering="arrival",
-            shuffle=False,
-            on_run=self._keep,
-            **options,
-        )
-        self.run: RunReport | None = None
-        self.generator = torch.Generator().manual_seed(SEED)
-        self.worst = 0.0
-
-    def _keep(self, run: RunReport) -> None:
-        self.run = run
-
-    def request(self) -> float:
-        """Milliseconds that one request took."""
-        x = torch.randn(K, FEATURES, generator=self.generator)
-        start = time.perf_counter()
-        answer = self.coded(x)
-        spent = time.perf_counter() - start
-        results = self.model(self.code.encode(x))
-        received = list(self.run.received)
-        wanted = self.code.decode(results[received], received)
-        error = float((answer - wanted).abs().max() / wanted.abs().max())
-        if not error <= 1e-4:
-            raise AssertionError(f"an answer differs by {error} from what {received} decode to")
-        self.worst = max(self.worst, error)
-        return spent * 1e3
-
-    def requests(self, count: int) -> tuple[list[float], int]:
-        """The times of those that were answered, and how many failed."""
-        times, failed = [], 0
-        for _ in range(count):
-            try:
-                times.append(self.request())
-            except NotEnoughResults:
-                failed += 1
-        return times, failed
-
-
-def percentiles(times: Sequence[float]) -> dict[str, float]:
-    names = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
-    return {name: round(float(np.percentile(times, at)), 3) for name, at in names.items()}
-
-
-class Killer(threading.Thread):
-    """Kills some workers of a pool, waits until it is whole again and some time more, repeats."""
-
-    def __init__(self, pool: Any, pause: Callable[[], float], most: int, seed: int) -> None:
-        super().__init__(daemon=True)
-        self.pool, self.pause, self.most = pool, pause, most
-        self.random = random.Random(seed)
-        self.done = threading.Event()
-        self.kills = 0
-        self.recoveries: list[float] = []
-
-    def run(self) -> None:
-        while not self.done.wait(self.pause()):
-            victims = self.random.sample(self.pool.pids, self.random.randint(1, self.most))
-            start = time.monotonic()
-            for pid in victims:
-                os.kill(pid, signal.SIGKILL)
-            self.kills += len(victims)
-            while set(victims) & set(self.pool.pids) or self.pool.num_ready < N:
-                time.sleep(0.002)
-            self.recoveries.append(time.monotonic() - start)
-
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        self.start()
-        try:
-            yield
-        finally:
-            self.done.set()
-            self.join(START)
 
 
 def _killed(pool: Any, count: int, pause: Callable[[float], float], bars: Bars) -> dict[str, Any]:
@@ -174,7 +89,7 @@ def _killed(pool: Any, count: int, pause: Callable[[float], float], bars: Bars) 
     }
 
 
-def bars_of(times: Sequence[float], failed: int, calm: Sequence[float], killer: Killer) -> Bars:
+def bars_of(times: list[float], failed: int, calm: list[float], killer: Killer) -> Bars:
     p99, undisturbed = np.percentile(times, 99), np.percentile(calm, 99)
     return {
         "failed": [failed, 0],
@@ -198,17 +113,6 @@ def ray(quick: bool) -> dict[str, Any]:
         "p99": [found["disturbed"]["p99"], round(3 * undisturbed, 3)],
     }
     return found
-
-
-@contextlib.contextmanager
-def stopped(pids: Sequence[int]) -> Iterator[None]:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
 
 
 def pause(quick: bool) -> dict[str, Any]:
@@ -243,34 +147,22 @@ def pause(quick: bool) -> dict[str, Any]:
 
 
 class Replicated:
-    """Every input to two workers, answered when each has a reply: no code, no approximation."""
+    """Every input to so many workers, answered when each has a reply: nothing is predicted."""
 
     def __init__(self, pool: Workers, copies: int) -> None:
-        self.pool, self.model, self.copies = pool, model(), copies
-        self.coded = CodedWrapper(
-            self.model,
-            ReplicationCode(K, K * copies),
-            workers=pool,
-            ordering="arrival",
-            shuffle=False,
-        )
+        self.pool, self.model = pool, affine()
+        self.code = ReplicationCode(K, K * copies)
 
     def request(self, x: Tensor) -> None:
-        inputs = self.coded.code.encoder(x)
-        task = task_of(inputs[:, None])
-        answered: set[bytes] = set()
-        replies = self.pool.run(self.model, task, quorum=K)
-        for reply in replies:
-            if reply.error is None:
-                answered.add(inputs[reply.worker].numpy().tobytes())
-            if len(answered) == K:
-                break
-        replies.close()
-
-
-def task_of(values: Tensor) -> Task:
-    leaves, spec = pytree.tree_flatten(((values,), {}))
-    return Task(leaves, [0], spec, values.shape[0], values.shape[1], values.device)
+        answered: set[int] = set()
+        with contextlib.closing(
+            self.pool.run(self.model, task_of(self.code.encode(x)[:, None]))
+        ) as replies:
+            for reply in replies:
+                if reply.error is None:
+                    answered |= {unit % K for unit in reply.part.units}
+                if len(answered) == K:
+                    return
 
 
 def stragglers(quick: bool) -> dict[str, Any]:
@@ -282,25 +174,9 @@ def stragglers(quick: bool) -> dict[str, Any]:
             name: stack.enter_context(ProcessWorkers(n).start(START)) for name, n in sizes.items()
         }
         for share, quarter in ((0.01, 0.25), (0.03, 0.5)):
-            faulty = {name: _delayed(pool, share) for name, pool in pools.items()}
-            client = Client(faulty["coded"])
-            others = {
-                "waiting for all": Replicated(faulty["waiting for all"], 1),
-                "replication": Replicated(faulty["replication"], 2),
-            }
-            times: dict[str, list[float]] = {name: [] for name in sizes}
-            x = torch.randn(K, FEATURES, generator=client.generator)
-            for _ in range(count):
-                for name in sizes:
-                    start = time.perf_counter()
-                    if name == "coded":
-                        client.request()
-                    else:
-                        others[name].request(x)
-                    times[name].append((time.perf_counter() - start) * 1e3)
-                time.sleep(interval)
-            p99 = {name: percentiles(values)["p99"] for name, values in times.items()}
-            found[f"{share:.0%} delayed"] = {n: percentiles(v) for n, v in times.items()}
+            times = delayed_times(pools, share, count, interval)
+            p99 = {name: percentiles(each)["p99"] for name, each in times.items()}
+            found[f"{share:.0%} delayed"] = {name: percentiles(x) for name, x in times.items()}
             found["bars"] |= {
                 f"{share:.0%}: p99": [p99["coded"], quarter * DELAY * 1e3],
                 f"{share:.0%}: p99, waiting for all, at least": [
@@ -315,8 +191,27 @@ def stragglers(quick: bool) -> dict[str, Any]:
     return found
 
 
-def _delayed(pool: Workers, share: float) -> FaultyWorkers:
-    return FaultyWorkers(pool, delays=Bernoulli(share, latency=DELAY), seed=SEED)
+def delayed_times(
+    pools: dict[str, ProcessWorkers], share: float, count: int, interval: float
+) -> dict[str, list[float]]:
+    """Milliseconds of the requests of three schemes, in turns; some of the calls are delayed."""
+    law = Bernoulli(share, latency=DELAY)
+    faulty = {name: FaultyWorkers(pool, delays=law, seed=SEED) for name, pool in pools.items()}
+    client = Client(faulty["coded"])
+    x = torch.randn(K, FEATURES, generator=client.generator, dtype=torch.float64)
+    requests: dict[str, Callable[[], object]] = {
+        "waiting for all": functools.partial(Replicated(faulty["waiting for all"], 1).request, x),
+        "coded": client.request,
+        "replication": functools.partial(Replicated(faulty["replication"], 2).request, x),
+    }
+    times: dict[str, list[float]] = {name: [] for name in requests}
+    for _ in range(count):
+        for name, request in requests.items():
+            start = time.perf_counter()
+            request()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        time.sleep(interval)
+    return times
 
 
 def mixing(quick: bool) -> dict[str, Any]:
@@ -327,8 +222,7 @@ def mixing(quick: bool) -> dict[str, Any]:
             nn.Identity(),
             SplineCode(K, N),
             workers=pool,
-            num_stragglers=S,
-            deadline=0.03,
+            waiting=Waiting.first(S, deadline=0.03),
             ordering="arrival",
         )
 
@@ -360,7 +254,7 @@ def corruption(quick: bool) -> dict[str, Any]:
                 client.request()
             except NotEnoughResults:
                 failed += 1
-            reasons += client.run.rejected.values()
+            reasons += client.report.rejected.values()
     return {
         "requests": count,
         "rates": rates,
@@ -414,7 +308,7 @@ def overhead(quick: bool) -> dict[str, Any]:
             task = task_of(torch.randn(4, 1, columns))
 
             def call(task: Any = task) -> None:
-                for reply in pool.run(nn.Identity(), task, quorum=4):
+                for reply in pool.run(nn.Identity(), task):
                     assert reply.error is None
 
             found[f"pool, {name}"] = _times(call, runs)

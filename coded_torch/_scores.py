@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -96,9 +97,13 @@ class Scores:
 
 
 def ratio(a: Array, b: Array) -> Interval:
-    """The ratio of two means over batches, and half the width of its interval."""
-    value = a.mean() / b.mean()
-    return rounded(value, half_width(a - value * b) / b.mean())
+    """The ratio of two means over batches, and half the width of its interval.
+
+    None and None where both are 0; infinite where only that of ``b`` is.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = a.mean() / b.mean()
+        return rounded(value, half_width(a - value * b) / b.mean())
 
 
 def half_width(a: Array) -> float:
@@ -108,6 +113,7 @@ def half_width(a: Array) -> float:
     return float(student(len(a)) * a.std(ddof=1) / math.sqrt(len(a)))
 
 
+@functools.cache
 def student(count: int) -> float:
     """How many standard errors a 95 % interval of the mean of ``count`` numbers reaches, each way.
 

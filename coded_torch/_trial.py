@@ -67,7 +67,7 @@ class Trial:
             code: the code.
             received: the workers whose results there are, one of the trial's received sets.
             ordering: of the batch; None: the wrapper's.
-            num_stragglers: S, as the code is told.
+            num_stragglers: S, how many late workers the code is to expect.
             stage: of every output, what is decoded.
         """
         ordering = self._wrapper.ordering if ordering is None else ordering
@@ -90,7 +90,8 @@ class Trial:
     def _order(self, code: Code, ordering: Any) -> Any:
         """The path through the batch, found once for all codes that look at nothing else."""
         by_path = isinstance(ordering, str) and ordering == "similarity"
-        if not by_path or code.uses_geometry or self._inputs.batch_size > code.max_chunk:
+        large = self._inputs.batch_size > code.max_chunk
+        if not (by_path and self.inputs) or code.uses_geometry or large:
             return ordering
         if code.shrinkage not in self._paths:
             distances = Geometry(self.inputs, shrinkage=code.shrinkage).distances
@@ -123,7 +124,7 @@ class Trial:
             for reply in workers.run(wrapper.module, task):
                 results.add(reply)
         if results.rejected:
-            raise results.blame() or results.rejected[0]
+            raise results.failure(units, units, "")
         stacked = results.stack()
         return [
             leaf

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import math
 import os
+import pickle
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +21,23 @@ import torch
 import coded_torch
 
 from . import _extension
+from .compare import Comparison, compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["main"]
 
-_TUNING = 500  # digits, the first; codes are compared on the others
-_TABLE_BATCHES = 50
-_SWEEP_BATCHES = 20
+_BATCH_SIZE = 240
+_SWEEP_BATCHES = 4
 _SWEEP_POINTS = 10
+_SUFFIXES = (".pdf", ".png", ".svg")
+_LEGEND = """\
+RMSE             root of the mean squared distance of decoded from exact answers
+MSE / variance   the same squared, over the variance of the exact answers
+RelAcc           right answers, relative to those of the bare model
+±                half the width of the 95 % interval over batches
+ordered          the batch is put in order by similarity before it is coded"""
 _MAX_WORKERS = 65_536  # of every code
 _INTERRUPTED = 130  # the exit code
 
@@ -106,43 +116,55 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
-    demo.add_argument(
-        "--output",
-        type=Path,
-        default=Path("coded-torch-demo.png"),
-        metavar="FILE",
-        help="the picture, .png, .pdf or .svg [coded-torch-demo.png]",
-    )
+    _add_output(demo, "demo")
     demo.set_defaults(run=_demo)
+
+    compare = commands.add_parser(
+        "compare",
+        help="lose workers of a model of yours and compare the codes",
+        description="Tune every code on a quarter of the batches, without labels, lose the same "
+        "workers for all on the others, and compare the answers in a table and a picture.",
+    )
+    compare.add_argument(
+        "factory", metavar="MODULE:FACTORY", help="a function that returns the model"
+    )
+    compare.add_argument(
+        "--inputs", type=Path, required=True, metavar="FILE", help="torch.save of a tensor [n, ...]"
+    )
+    compare.add_argument("--labels", type=Path, metavar="FILE", help="of true classes [n]")
+    compare.add_argument(
+        "--batch-size", type=int, default=_BATCH_SIZE, metavar="B", help="[%(default)s]"
+    )
+    compare.add_argument(
+        "--settings", nargs="+", default=["24,20,4"], metavar="N,K,S", help="[24,20,4]"
+    )
+    compare.add_argument("--seed", type=int, default=0, help="of the lost workers [0]")
+    _add_output(compare, "compare")
+    compare.set_defaults(run=_compare)
 
     latency = commands.add_parser(
         "latency",
-        help="measure what stragglers cost: uncoded, hedged and coded, at equal workers",
-        description="Send requests to LeNet-5 on worker processes, some of whose calls are "
-        "delayed, at their own pace, and compare the latencies of three schemes on the same "
-        "workers: uncoded, where the slowest of K shares is waited for; hedged, where shares that "
-        "are late are sent once more; and coded.",
+        help="measure what stragglers cost under several waiting policies, at equal machines",
+        description="Send requests to a LeNet-5 that also sleeps, on worker processes, some of "
+        "whose calls are delayed, at their own pace, and compare latencies: where all of K parts "
+        "are waited for; where late parts are asked once more, or three times; where N parts are "
+        "asked at once and S done without; and where late parts are asked again and what is then "
+        "missing is predicted.",
     )
     for flag, kind, default, text in (
-        ("num-data", int, 4, "K, shares of a request"),
-        ("num-workers", int, 6, "N, workers of each scheme"),
-        ("num-stragglers", int, 2, "S, results that the coded scheme does without"),
+        ("num-data", int, 4, "K, parts of a request"),
+        ("num-workers", int, 6, "machines, and N"),
+        ("num-stragglers", int, 2, "S, results that are done without"),
         ("batch-size", int, 64, "digits of a request"),
-        ("rate", float, 20.0, "requests per second"),
-        ("num-requests", int, 1000, "requests for each scheme"),
-        ("share", float, 0.02, "of the calls that are delayed"),
+        ("rate", float, 60.0, "requests per second"),
+        ("num-requests", int, 1000, "requests under each policy"),
+        ("share", float, 0.03, "of the calls that are delayed"),
         ("delay", float, 0.05, "seconds"),
         ("seed", int, 0, "of arrivals, digits and delays"),
     ):
         latency.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
     latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
-    latency.add_argument(
-        "--output",
-        type=Path,
-        default=Path("coded-torch-latency.png"),
-        metavar="FILE",
-        help="the picture, .png, .pdf or .svg [coded-torch-latency.png]",
-    )
+    _add_output(latency, "latency")
     latency.set_defaults(run=_latency)
 
     info = commands.add_parser(
@@ -154,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
+    path = Path(f"coded-torch-{command}.png")
+    text = f"the picture, {', '.join(_SUFFIXES)} [{path}]"
+    parser.add_argument("--output", type=Path, default=path, metavar="FILE", help=text)
+
+
 def _demo(args: argparse.Namespace) -> None:
     _need("demo", "demo", "matplotlib", "tqdm")
     settings, output = _settings(args), _output("demo", args.output)
@@ -162,36 +190,67 @@ def _demo(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .demo.comparison import Row, Setting, compare
     from .demo.lenet5 import digits, lenet5
-    from .demo.report import LEGEND, draw_picture, format_table
 
-    model = lenet5().to(device)
-    images, labels = (tensor.to(device) for tensor in digits())
-    tuning, images, labels = images[:_TUNING], images[_TUNING:], labels[_TUNING:]
+    model, (images, labels) = lenet5().to(device), digits()
+    generator = torch.Generator().manual_seed(args.seed)
+    rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
+    batches, truth = ([part[at].to(device) for at in rows] for part in (images, labels))
 
-    def rows(setting: Setting, num_batches: int) -> list[Row]:
-        return compare(
-            model, setting, images, labels, tuning, num_batches=num_batches, seed=args.seed
-        )
+    def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:
+        some, classes = batches[:num_batches], truth[:num_batches]
+        return compare(model, some, settings, labels=classes, seed=args.seed)
 
     _print(
-        f"LeNet-5 reads {len(labels):,} MNIST test digits it was not trained on, and every code\n"
-        f"the same {_TABLE_BATCHES} batches of K of them; "
-        f"the same S of N workers are late. Seed {args.seed}.\n"
+        f"LeNet-5 reads {len(rows) * _BATCH_SIZE:,} MNIST test digits it was not trained on, "
+        f"{_BATCH_SIZE} at a time.\nEvery code is tuned on a quarter of them, without labels, and "
+        f"answers the others\nwhile the same workers are lost. Seed {args.seed}.\n"
     )
-    for setting in (Setting(*values) for values in settings):
-        _print(format_table(setting, rows(setting, _TABLE_BATCHES)), end="\n\n")
-    _print(LEGEND)
-
+    for setting in settings:
+        _print(str(compared(len(rows), [setting])), end="\n\n")
+    _print(_LEGEND)
     n, k, _ = settings[0]
-    lost = range(0, n, -(-n // _SWEEP_POINTS))
-    sweep = {
-        s: rows(Setting(n, k, s), _SWEEP_BATCHES)
-        for s in tqdm(lost, desc="sweep over late workers", disable=None)  # silent in a file
-    }
-    _save("demo", draw_picture(Setting(n, k, 0), sweep), output)
-    _print(f"\nError against late workers, a line a code: {output.resolve()}")
+    lost = tqdm(range(0, n, -(-n // _SWEEP_POINTS)), desc="sweep over lost workers", disable=None)
+    sweep = [row for s in lost for row in compared(_SWEEP_BATCHES, [(n, k, s)]).rows]
+    _save("demo", Comparison(sweep).draw(), output)
+    _print(f"\nError against lost workers, a line a code: {output.resolve()}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    _need("compare", "demo", "matplotlib")
+    output = _output("compare", args.output)
+    _in_range("--batch-size", args.batch_size, 1, of="compare")
+
+    def load(flag: str, path: Path) -> list[torch.Tensor]:
+        try:
+            rows = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{flag} cannot be read: {error}") from None
+        if not isinstance(rows, torch.Tensor):
+            raise TypeError(f"{flag} must hold a tensor, got {type(rows).__name__}")
+        return [x for x in rows.split(args.batch_size) if len(x) == args.batch_size]
+
+    def setting(text: str) -> Any:
+        if not re.fullmatch(r"\d+,\d+,\d+", text):
+            raise ValueError(f"--settings must be N,K,S, three integers, got {text!r}")
+        return tuple(map(int, text.split(",")))
+
+    module, _, name = args.factory.partition(":")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        if not (module and name):
+            raise ValueError(f"MODULE:FACTORY must name both, got {args.factory!r}")
+        settings = [setting(text) for text in args.settings]
+        batches = load("--inputs", args.inputs)
+        labels = None if args.labels is None else load("--labels", args.labels)
+        model = getattr(importlib.import_module(module), name)()
+        found = compare(model, batches, settings, labels=labels, seed=args.seed)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        why = str(error).splitlines()[0].removeprefix("compare: ")
+        raise _UsageError(f"coded-torch compare: {why}") from None
+    _print(f"{found}\n\n{_LEGEND}")
+    _save("compare", found.draw(), output)
+    _print(f"\nThe errors: {output.resolve()}")
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -215,12 +274,13 @@ def _latency(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure
+    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure, merge
     from .demo.lenet5 import digits, lenet5
     from .workers import ProcessWorkers, RayWorkers
 
     try:
-        load = Load(**{name: getattr(args, name) for name in Load.__dataclass_fields__})
+        options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if name in args}
+        load = Load(**options)
     except ValueError as error:
         raise _UsageError(f"coded-torch latency: {error}") from None
     _print(
@@ -232,7 +292,7 @@ def _latency(args: argparse.Namespace) -> None:
     kind = RayWorkers if args.ray else ProcessWorkers
     with kind(load.num_workers).start() as pool:
         rounds = measure(pool, lenet5(), *digits(), load)
-        *_, outcomes = tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)
+        outcomes = merge(list(tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)))
     _print(format_outcomes(outcomes))
     _save("latency", draw(load, outcomes), output)
     _print(f"\nShare of slower requests against latency: {output.resolve()}")
@@ -257,7 +317,7 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     s = 3 * n // 5 if s is None else s
     _in_range("--num-workers", n, 1, _MAX_WORKERS)
     _in_range("--num-data", k, 1, n, ", the workers")
-    _in_range("--num-data", k, 1, _TUNING, ", the digits kept for tuning")
+    _in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
     _in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
     return [(n, k, s)]
 
@@ -297,10 +357,8 @@ def _cuda_devices() -> dict[str, str]:
 
 
 def _output(command: str, path: Path) -> Path:
-    from .demo.report import SUFFIXES
-
-    if path.suffix.lower() not in SUFFIXES:
-        reason = f"must end in {', '.join(SUFFIXES)}, got {path}"
+    if path.suffix.lower() not in _SUFFIXES:
+        reason = f"must end in {', '.join(_SUFFIXES)}, got {path}"
     elif not path.parent.is_dir():
         reason = f"must be in a folder that exists, got {path}"
     else:

@@ -3,6 +3,8 @@ r"""Codes side by side on one's own model: the same batches, the same lost worke
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +20,7 @@ from .stragglers import Stragglers, Uniform
 from .tuning import tune
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["Comparison", "Row", "Scheme", "compare", "received_by", "schemes"]
@@ -27,11 +30,12 @@ _STYLES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#56B4E9", "^"), ("#E69F00", "v")),
     *(("#CC79A7", "P"), ("#009E73", "D"), ("#000000", "X")),
 )
+_ERROR = "mean squared error / variance of the outputs"
 _EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axis has no place
 
 
 class Scheme(NamedTuple):
-    """A code, the ordering of the batch, and S as the code is told, if that is not the truth."""
+    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
 
     code: Code
     ordering: Any = "similarity"
@@ -80,7 +84,7 @@ class Comparison:
                 f"{'RelAcc' if rows[0].relative_accuracy else ''}".rstrip(),
             ]
             for row in rows:
-                accuracy = _text(row.relative_accuracy, 3) if row.relative_accuracy else ""
+                accuracy = _text(row.relative_accuracy) if row.relative_accuracy else ""
                 error, mse = _text(row.rmse), _text(row.mse)
                 lines.append(f"  {row.name:<28}{error:<17}{mse:<17}{accuracy}".rstrip())
         return "\n".join(lines[1:])
@@ -95,28 +99,34 @@ class Comparison:
 
         panels = _grouped(self.rows, lambda row: row.setting[:2])
         figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
-        for axes, ((n, k), rows) in zip(
-            figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True
-        ):
-            curves = _grouped([row for row in rows if (row.mse[0] or 0) > _EXACT], _name)
+        places = figure.subplots(1, len(panels), squeeze=False).flat
+        for axes, ((n, k), rows) in zip(places, panels.items(), strict=True):
             axes.set_title(f"{k} inputs a group on {n} workers", fontsize=10)
-            label = "mean squared error / variance of the outputs"
-            if len({row.setting for row in rows}) == 1:
-                for name, (row,) in curves.items():
-                    axes.barh(name, row.mse[0], xerr=row.mse[1], color=_style(rows, name)[0])
-                axes.set_xlabel(label)
-                axes.invert_yaxis()
-                continue
-            for name, each in curves.items():
-                color, marker = _style(rows, name)
-                x, y = [row.setting[2] for row in each], [row.mse[0] for row in each]
-                axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
-            axes.set_yscale("log")
-            axes.set_xlabel("workers lost")
-            axes.set_ylabel(label)
-            axes.grid(which="major", alpha=0.3)
-            axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
+            one = len({row.setting for row in rows}) == 1
+            (_draw_bars if one else _draw_lines)(axes, rows)
         return figure
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
+    for row, (color, _) in zip(rows, itertools.cycle(_STYLES), strict=False):
+        axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1], color=color)
+    axes.invert_yaxis()
+    axes.set_xlabel(_ERROR)
+
+
+def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
+    curves = _grouped(rows, lambda row: row.name)
+    for (name, each), (color, marker) in zip(
+        curves.items(), itertools.cycle(_STYLES), strict=False
+    ):
+        inexact = [row for row in each if (row.mse[0] or 0) > _EXACT]
+        x, y = [row.setting[2] for row in inexact], [row.mse[0] or 0.0 for row in inexact]
+        axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
+    axes.set_yscale("log")
+    axes.set_xlabel("workers lost")
+    axes.set_ylabel(_ERROR)
+    axes.grid(which="major", alpha=0.3)
+    axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
 
 
 def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
@@ -185,7 +195,7 @@ def compare(
         >>> batches = [torch.randn(60, 2, generator=generator) for _ in range(4)]
         >>> found = coded_torch.compare(torch.nn.Tanh(), batches, settings=[(15, 10, 4)])
         >>> error = {row.name: row.mse[0] for row in found.rows}
-        >>> error["KernelCode"] < error["replication"] < error["the paper's scheme"]
+        >>> error["KernelCode"] < error["the paper's, ordered"] < error["the paper's scheme"]
         True
     """
     instance("compare", "module", module, nn.Module)
@@ -199,6 +209,11 @@ def compare(
     truth = [None] * len(calls) if labels is None else list(labels)
     if len(truth) != len(calls):
         raise ValueError(f"compare: labels must be given for all {len(calls)}, got {len(truth)}")
+    for classes in truth:
+        if labels is not None and not _integers(classes):
+            got = getattr(classes, "dtype", type(classes).__name__)
+            raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
+    instance("compare", "settings", settings, Iterable)
     settings = [_setting(setting) for setting in settings]
     seed = count("compare", "seed", seed, least=0)
     tuning = max(1, len(calls) // 4)
@@ -212,6 +227,8 @@ def compare(
         for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
             received = received_by(law, n)
             trial = Trial(coded, args, [received])
+            if classes is not None:
+                _check_labels(classes, trial.exact)
             for name, scheme in tried.items():
                 answers, _ = trial.decode(
                     scheme.code, received, ordering=scheme.ordering, num_stragglers=s
@@ -237,6 +254,21 @@ def _setting(setting: Any) -> tuple[int, int, int]:
             f"0 <= S < N, got {setting!r}"
         )
     return n, k, s
+
+
+def _integers(labels: Any) -> bool:
+    if not isinstance(labels, Tensor):
+        return False
+    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+
+
+def _check_labels(labels: Tensor, exact: Sequence[Tensor]) -> None:
+    shapes = [tuple(leaf.shape) for leaf in exact]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or labels.shape != shapes[0][:1]:
+        raise ValueError(
+            "compare: labels must be [B] for a module that returns [B, classes], got "
+            f"{list(labels.shape)} for {' and '.join(map(str, map(list, shapes)))}"
+        )
 
 
 def _tuned(
@@ -275,7 +307,7 @@ def _row(setting: tuple[int, int, int], name: str, code: Code, scores: Scores) -
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:
     """All outputs of an input side by side, ``[B, C]``."""
-    return torch.cat([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+    return torch.cat([leaf[..., None].flatten(1) for leaf in leaves], 1)
 
 
 def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
@@ -285,21 +317,14 @@ def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
     return groups
 
 
-def _name(row: Row) -> str:
-    return row.name
-
-
-def _style(rows: Sequence[Row], name: str) -> tuple[str, str]:
-    """The same for a scheme in every panel."""
-    names = list(dict.fromkeys(row.name for row in rows))
-    return _STYLES[names.index(name) % len(_STYLES)]
-
-
-def _text(interval: Interval, digits: int | None = None) -> str:
-    """A number and half the width of its interval."""
+def _text(interval: Interval) -> str:
+    """A number and half the width of its interval, to the digits that the latter leaves."""
     value, half = interval
     if value is None:
         return ""
-    if digits is not None:
-        return f"{value:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
-    return f"{value:.3g}" + ("" if half is None else f" ± {half:.1g}")
+    if half is None or not half:
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(half)))
+    if digits > 5:
+        return f"{value:.1e} ± {half:.0e}"
+    return f"{value:.{digits}f} ± {half:.{digits}f}"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .linear import SplineMap, accumulation_dtype
+from ._arguments import dense
+from .linear import SplineMap
+from .linear.base import accumulation_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -70,9 +72,8 @@ def smoothing_spline(
         >>> smoothing_spline(t.square(), t, [0.3, 0.6]).round(decimals=2)
         tensor([0.0900, 0.3600])
     """
-    curve = SplineMap(
-        _host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights)
-    )
+    dense("smoothing_spline", "values", values)
+    curve = SplineMap(knots, points, smoothing=smoothing, weights=weights)
     parameters = (knots, points, smoothing, weights)
     learned = any(isinstance(a, Tensor) and a.requires_grad for a in parameters)
     if not (learned and torch.is_grad_enabled()):
@@ -121,7 +122,7 @@ def smoothing_spline_matrix(
         >>> fit @ torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
         tensor([0.5135], dtype=torch.float64, grad_fn=<MvBackward0>)
     """
-    SplineMap(_host(knots), _host(points), smoothing=_host(smoothing), weights=_host(weights))
+    SplineMap(knots, points, smoothing=smoothing, weights=weights)  # checks all arguments
     t, z, lam = (_double(a) for a in (knots, points, smoothing))
     n, scale = len(t), _scale(t.detach())
     # One factor after the other, as the cube of the scale may not be a float64.
@@ -163,11 +164,3 @@ def _scale(knots: Tensor) -> float:
         return 1.0
     length = min(float(knots[-1] - knots[0]), sys.float_info.max)
     return float(2.0 ** -max(math.frexp(length / (len(knots) - 1))[1], -1023))
-
-
-def _host(argument: Any) -> Any:
-    """What the planner takes: the numbers of a tensor, anything else as it is."""
-    if not isinstance(argument, Tensor):
-        return argument
-    argument = argument.detach().cpu()
-    return argument.double().numpy() if argument.is_floating_point() else argument.numpy()

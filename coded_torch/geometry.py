@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import real
+from ._arguments import dense, real
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,18 +23,18 @@ __all__ = ["Geometry"]
 # that the columns of an image do not fall into the same ones row after row.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
-# So many rows tell the covariance: all of 1,000 lower a kernel decoder's error by 1 % at most.
+# So many rows determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
 _LANDMARKS = 512
 # So many features, and hardly more than half as many, do for an order: an ordered spline's error is
-# up to 3 % higher than by the distances of the metric, a kernel decoder's the same.
+# up to 3 % higher than by the distances of the metric, a regression's the same.
 _ORDER_FEATURES = 256
 # What this many roundings of the numbers at hand may cause is taken for nothing.
 _ROUNDINGS = 128
 # Symmetric products are made so many columns at a time, from the diagonal down.
 _STRIP = 256
-# Rows so many times as long as nine tenths of them do not tell the metric; rows of the same scale
-# seldom differ by more. So much longer ones are out of all comparison, and their squares' squares
-# still float32.
+# Rows so many times as long as nine tenths of them do not determine the metric; rows of the same
+# scale seldom differ by more. So much longer ones are out of all comparison, and their squares'
+# squares still float32.
 _LONG = 8
 _OUT_OF_REACH = 1e9
 
@@ -51,9 +51,9 @@ class Geometry:
     up to a factor that makes the mean of the diagonal 1. Directions that hold less than the share
     ``shrinkage`` of the batch's variance count less than in the Euclidean metric, which is
     ``shrinkage = 0``; ``math.inf`` is :math:`M = X C X^\top`, the metric of the covariance alone.
-    Centre, scale, C and the factor are told by the :attr:`typical` rows, all but a few that are far
-    longer than the rest: one image whose pixels someone forgot to normalise does not make all
-    others look alike. As the metric does not know the directions that only the longer ones have,
+    Centre, scale, C and the factor are those of the :attr:`typical` rows, all but a few that are
+    far longer than the rest: one image whose pixels were not normalised does not make all others
+    look alike. As the metric does not know the directions that only the longer ones have,
     their squared Euclidean length is added to their :math:`M_{aa}`, which keeps them far off.
 
     The squared distance of rows a and b is :math:`M_{aa} + M_{bb} - 2 M_{ab}`. Of mixtures
@@ -81,7 +81,7 @@ class Geometry:
         input is; only the last one, of coordinates with their transpose, is always in float64, as
         inner products that are rounded to float32 belong to no points where rows nearly repeat each
         other. They are made when they are first asked for: change no input before.
-        :math:`O(B^2 d + B^3)` for d features. Of more than 512 inputs, 512 evenly spaced ones tell
+        :math:`O(B^2 d + B^3)` for d features. Of more than 512 inputs, 512 evenly spaced ones give
         C, unless ``shrinkage`` is 0: :math:`O(512 B (B + d))`. More than 8,192 features
         are added up in 2,039 buckets, with random signs, always the same ones; that changes inner
         products by some :math:`2039^{-1/2}`, 2 %, of the product of the two lengths. A row whose
@@ -110,7 +110,9 @@ class Geometry:
     """
 
     def __init__(self, inputs: Sequence[Tensor], *, shrinkage: float = 0.01) -> None:
-        _check(inputs)
+        check_inputs("Geometry", inputs)
+        if not inputs:
+            raise ValueError("Geometry: inputs must hold at least one tensor, got none")
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
@@ -126,8 +128,8 @@ class Geometry:
         self._parts = parts
         self._largest = lengths[:, typical].max(axis=1, initial=0).tolist()
         # Which of the finite rows are typical.
-        told = torch.from_numpy(np.flatnonzero(typical[finite]))
-        self._told: Tensor | slice = told if len(told) < finite.sum() else slice(None)
+        chosen = torch.from_numpy(np.flatnonzero(typical[finite]))
+        self._typical: Tensor | slice = chosen if len(chosen) < finite.sum() else slice(None)
 
     def distances(self) -> Tensor:
         """Distances to order the rows by, ``[B, B]``, on the host: Euclidean and cheap.
@@ -138,6 +140,7 @@ class Geometry:
         with _exactly(self._parts[0]):
             rows = self._features([_fewer(part) for part in self._parts])
             squares = rows.square().sum(1)
+            # |a|^2 + |b|^2 - 2 a.b, in one product; rounding may put it below 0.
             distances = torch.addmm(squares, rows, rows.T, alpha=-2).add_(squares[:, None])
             return self._embedded(distances.clamp_(min=0).sqrt_().fill_diagonal_(0).cpu(), math.inf)
 
@@ -148,15 +151,16 @@ class Geometry:
             rows = features = self._features(self._parts)
             if self.shrinkage > 0:
                 shrinkage = max(self.shrinkage, self._rounding)
-                rows = _coordinates(rows, shrinkage, self._told)
+                rows = _coordinates(rows, shrinkage, self._typical)
             gram = _products(rows.double()).cpu()
-        told = gram.diagonal()[self._told]
-        trace = float(told.sum())
-        if trace > 0:
-            gram *= len(told) / trace
-        if isinstance(self._told, Tensor):
+        chosen = gram.diagonal()[self._typical]
+        trace = float(chosen.sum())
+        if trace > 0:  # the mean of the typical rows' squares is 1, whatever the others'
+            gram *= len(chosen) / trace
+        if isinstance(self._typical, Tensor):
+            # The metric ignores directions that only long rows have: their length keeps them away.
             squares = features.square().sum(1).cpu().double() / len(self._parts)
-            gram.diagonal().add_(squares.index_fill_(0, self._told, 0))
+            gram.diagonal().add_(squares.index_fill_(0, self._typical, 0))
         return self._embedded(gram, 0.0)
 
     def squared_distances(self) -> Tensor:
@@ -184,7 +188,7 @@ class Geometry:
     def _features(self, parts: Sequence[Tensor]) -> Tensor:
         """Inputs side by side, each centred and of unit spread."""
         features = [
-            _spread(part, largest, self._rounding, self._told)
+            _spread(part, largest, self._rounding, self._typical)
             for part, largest in zip(parts, self._largest, strict=True)
         ]
         return torch.cat(features, 1) if len(features) > 1 else features[0]
@@ -208,18 +212,17 @@ def _exactly(x: Tensor) -> Iterator[None]:
         yield
 
 
-def _check(inputs: Sequence[Tensor]) -> None:
-    if not len(inputs):
-        raise ValueError("Geometry: inputs must hold at least one tensor, got none")
+def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
+    """Raise an error unless inputs are a sequence of dense tensors of one batch size."""
+    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
+        raise TypeError(
+            f"{owner}: inputs must be a sequence of tensors, got {type(inputs).__name__}"
+        )
     for i, x in enumerate(inputs):
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise TypeError(
-                f"Geometry: inputs[{i}] must be a floating-point tensor, "
-                f"got {getattr(x, 'dtype', type(x).__name__)}"
-            )
+        dense(owner, f"inputs[{i}]", x)
         if not x.dim() or len(x) != len(inputs[0]):
             raise ValueError(
-                f"Geometry: inputs[{i}] must have the batch size of the first along dim 0, "
+                f"{owner}: inputs[{i}] must have the batch size of the first along dim 0, "
                 f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
             )
 
@@ -260,7 +263,7 @@ def _lengths(parts: Sequence[Tensor]) -> NDArray[np.float64]:
 
 
 def _within_reach(lengths: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which rows can be compared at all, and which tell the metric, by lengths ``[inputs, B]``."""
+    """Which rows can be compared, and which determine the metric, by lengths ``[inputs, B]``."""
     finite = np.all(np.isfinite(lengths), axis=0)
     num_rows = int(finite.sum())
     if not num_rows:
@@ -272,17 +275,17 @@ def _within_reach(lengths: NDArray[np.float64]) -> tuple[NDArray[np.bool_], NDAr
     return finite, finite & np.all(lengths <= _LONG * long, axis=0)
 
 
-def _spread(rows: Tensor, largest: float, rounding: float, told: Tensor | slice) -> Tensor:
+def _spread(rows: Tensor, largest: float, rounding: float, chosen: Tensor | slice) -> Tensor:
     """The rows ``[B, d]`` centred, with lengths of root mean square 1; zeros if all are equal.
 
-    ``told`` are the rows that tell centre and scale, ``largest`` about the largest of their
+    ``chosen`` are the rows that give centre and scale, ``largest`` about the largest of their
     lengths.
     """
     if not largest >= torch.finfo(rows.dtype).tiny:
         return torch.zeros_like(rows)
     # Divided, or squares could overflow; and in one pass.
-    rows = torch.add(rows[told].mean(0) / -largest, rows, alpha=1 / largest)
-    for some in (rows[told], rows):  # all, if those that tell are equal
+    rows = torch.add(rows[chosen].mean(0) / -largest, rows, alpha=1 / largest)
+    for some in (rows[chosen], rows):  # all, if the chosen ones are equal
         spread = float(torch.linalg.vector_norm(some)) / math.sqrt(len(some))
         if spread > rounding:
             return rows.mul_(1 / spread)
@@ -301,20 +304,20 @@ def _products(rows: Tensor) -> Tensor:
     return products
 
 
-def _coordinates(rows: Tensor, shrinkage: float, told: Tensor | slice) -> Tensor:
+def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tensor:
     r"""Z ``[B, L]`` with :math:`Z Z^T = M` up to a factor, of centred rows ``[B, d]``.
 
-    With :math:`X_S` the rows ``told``, or some of them, and :math:`C = X_S^\top X_S`, that is
+    With :math:`X_S` the rows ``chosen``, or some of them, and :math:`C = X_S^\top X_S`, that is
     :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top`, where no two large terms
     are subtracted.
     """
     if len(rows) > _LANDMARKS:
-        told = torch.arange(len(rows))[told]
-        if len(told) > _LANDMARKS:
-            told = told[torch.arange(_LANDMARKS) * len(told) // _LANDMARKS]
-    products = rows @ rows[told].T  # [B, L]
+        chosen = torch.arange(len(rows))[chosen]
+        if len(chosen) > _LANDMARKS:
+            chosen = chosen[torch.arange(_LANDMARKS) * len(chosen) // _LANDMARKS]
+    products = rows @ rows[chosen].T  # [B, L]
     if shrinkage < math.inf:
-        system = products[told].clone()
+        system = products[chosen].clone()
         system.diagonal().add_(shrinkage * system.trace())
         if bool(system.any()):  # else all rows are equal
             factor = torch.linalg.cholesky(system)

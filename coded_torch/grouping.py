@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._arguments import MOST_WORKERS, count, dense, shown
 from ._extension import short_path
+from .geometry import check_inputs
 
-__all__ = ["Grouping", "Ordering", "check_ordering", "order_of", "similarity_order"]
+__all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 
 #: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
 Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
@@ -55,13 +56,9 @@ class Grouping:
     """
 
     def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
-        try:
-            self.num_data = operator.index(num_data)
-        except TypeError:
-            raise TypeError(f"Grouping: num_data must be an integer, got {num_data!r}") from None
-        if self.num_data < 1:
-            raise ValueError(f"Grouping: num_data must be at least 1, got {self.num_data}")
         order = _permutation(order)
+        # The batch as one group may be larger than any code.
+        self.num_data = count(self, "num_data", num_data, most=max(MOST_WORKERS, len(order)))
         self.order = order
         self.batch_size = len(order)
         self.num_groups = -(-self.batch_size // self.num_data)
@@ -148,12 +145,12 @@ def check_ordering(owner: object, ordering: Ordering) -> None:
         if ordering not in ("similarity", "arrival"):
             raise ValueError(
                 f"{name}: ordering must be 'similarity', 'arrival', a permutation or a callable, "
-                f"got {ordering!r}"
+                f"got {shown(ordering)}"
             )
     elif not (callable(ordering) or isinstance(ordering, Sized)):
         raise TypeError(
             f"{name}: ordering must be a name, a permutation or a callable that returns one, "
-            f"got {ordering!r}"
+            f"got {shown(ordering)}"
         )
 
 
@@ -188,7 +185,10 @@ def order_of(
         tensor([1, 2, 0])
     """
     check_ordering("order_of", ordering)
+    check_inputs("order_of", inputs)
     if batch_size is None:
+        if not inputs:
+            raise ValueError("order_of: inputs must hold a tensor without batch_size, got none")
         batch_size = len(inputs[0])
     if isinstance(ordering, str):
         if ordering == "arrival":
@@ -200,7 +200,8 @@ def order_of(
         length = len(order)
     except TypeError:
         raise TypeError(
-            f"ordering must be a name, a permutation or a callable that returns one, got {order!r}"
+            "ordering must be a name, a permutation or a callable that returns one, "
+            f"got {shown(order)}"
         ) from None
     if length != batch_size:
         raise ValueError(
@@ -243,11 +244,7 @@ def similarity_order(distances: Tensor) -> Tensor:
         >>> similarity_order((x[:, None] - x).abs())
         tensor([0, 2, 3, 1])
     """
-    if not (isinstance(distances, Tensor) and distances.is_floating_point()):
-        raise TypeError(
-            f"similarity_order: distances must be a floating-point tensor, "
-            f"got {getattr(distances, 'dtype', type(distances).__name__)}"
-        )
+    dense("similarity_order", "distances", distances)
     if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
         raise ValueError(
             f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"
@@ -263,10 +260,14 @@ def _arrival(batch_size: int, num_data: int) -> Grouping:
 
 
 def _permutation(order: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(order, Tensor):
+        dense("Grouping", "order", order, floating=False)
     try:
         tensor = torch.as_tensor(order).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"Grouping: order must be a sequence of integers, got {order!r}") from None
+        raise TypeError(
+            f"Grouping: order must be a sequence of integers, got {shown(order)}"
+        ) from None
     if tensor.dim() != 1:
         raise ValueError(
             f"Grouping: order must have one dimension, got shape {tuple(tensor.shape)}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._arguments import dense
+
 __all__ = ["relative_accuracy", "rmse", "rmse_mean", "top1_agreement"]
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -144,11 +146,7 @@ def _errors(metric: str, decoded: Tensor, exact: Tensor) -> Tensor:
 
 def _check(metric: str, decoded: Tensor, exact: Tensor) -> None:
     for argument, value in (("decoded", decoded), ("exact", exact)):
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(
-                f"{metric}: {argument} must be a floating-point tensor, "
-                f"got {getattr(value, 'dtype', type(value).__name__)}"
-            )
+        dense(metric, argument, value)
         if not value.dim() or not value.numel():
             raise ValueError(
                 f"{metric}: {argument} must have shape [..., C] and hold at least one answer, "

@@ -14,6 +14,7 @@ __all__ = ["spline_apply"]
 
 
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
+_INTO = torch.ops.coded_torch.spline_apply_out.default
 
 
 def spline_apply(
@@ -25,6 +26,7 @@ def spline_apply(
     gather: Tensor | None = None,
     scatter: Tensor | None = None,
     num_rows: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
@@ -45,30 +47,36 @@ def spline_apply(
             row ``scatter[j, g]`` of the result. No row may be named twice; -1 drops the row; rows
             of the result that are not named are 0.
         num_rows: with ``scatter``, the number of rows of the result.
+        out: where the result is written: a tensor of its shape and of the dtype and device of the
+            values, any row and group strides, apart from the values. Without derivatives only.
 
     Returns:
-        ``[N, G, m]``, contiguous; or ``[n, G, m]`` where ``transpose``; or ``[num_rows, m]`` with
-        ``scatter``.
+        ``[N, G, m]``; or ``[n, G, m]`` where ``transpose``; or ``[num_rows, m]`` with ``scatter``:
+        ``out``, or a new contiguous tensor.
 
     Raises:
-        RuntimeError: the arguments do not fit together, the schedule leads out of bounds, or an
-            index is out of bounds or names a row of the result twice. Entries are checked on the
-            CPU only. Elsewhere, an index out of bounds counts as -1, and of rows named twice either
-            is kept; but a schedule that the planner did not make may lead anywhere in memory.
+        RuntimeError: the arguments do not fit together, a derivative is asked of a call with
+            ``out``, the schedule leads out of bounds, or an index is out of bounds or names a row
+            of the result twice. Entries are checked on the CPU only. Elsewhere, an index out of
+            bounds counts as -1, and of rows named twice either is kept; but a schedule that the
+            planner did not make may lead anywhere in memory.
 
     Note:
-        :math:`O(n + N)` per column. The call with the other ``transpose`` is the gradient with
-        respect to the values, so every derivative exists, in reverse and forward mode, under
-        ``torch.func`` too (compiled, ``torch.func`` has forward mode and ``vmap`` only). The plan
-        has no gradient: :func:`coded_torch.functional.smoothing_spline` has, with respect to points
-        and smoothing.
+        :math:`O(n + N)` per column. A new result of several megabytes asks for huge pages where the
+        system grants them on request, since touching small ones for the first time takes longer
+        than the arithmetic; memory that is there, in ``out``, costs neither. The call with the
+        other ``transpose`` is the gradient with respect to the values, so every derivative exists,
+        in reverse and forward mode, under ``torch.func`` too (compiled, ``torch.func`` has forward
+        mode and ``vmap`` only). The plan has no gradient:
+        :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
     """
     inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
-    out: Tensor
+    if out is not None:
+        return _write(out, inputs)
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
-        out = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
-        return out
+        transformed: Tensor = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
+        return transformed
     primal, tangent = forward_ad.unpack_dual(values)
     if tangent is not None:  # linear, so the tangent is mapped as the value is
         rest: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
@@ -83,6 +91,22 @@ def spline_apply(
     else:  # what the operator's own autograd layer would do, without its microseconds
         with torch._C._AutoDispatchBelowAutograd():
             out = _OPERATOR(*inputs)
+    return out
+
+
+def _write(out: Tensor, inputs: tuple[Any, ...]) -> Tensor:
+    values, coefficients, *_ = inputs
+    compiling = torch.compiler.is_compiling()
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in (values, coefficients, out))
+    transformed = not compiling and torch._C._are_functorch_transforms_active()
+    if recorded or transformed or forward_ad.unpack_dual(values).tangent is not None:
+        raise RuntimeError("spline_apply: out must be None where a derivative or vmap is asked for")
+    if compiling:
+        _INTO(*inputs, out)
+        return out
+    with torch._C._AutoDispatchBelowAutograd():
+        _INTO(*inputs, out)
+    torch.autograd.graph.increment_version(out)  # as any in-place operation
     return out
 
 
@@ -102,6 +126,7 @@ def _fake(
 
 
 torch.library.register_fake("coded_torch::spline_apply", _fake)
+torch.library.register_fake("coded_torch::spline_apply_out", lambda *_: None)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

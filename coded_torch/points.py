@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ._arguments import count, real
+from ._arguments import MOST_WORKERS, count, real_array
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "chebyshev_first",
     "chebyshev_second",
-    "chord_length",
     "equidistant",
-    "placed",
     "systematic",
 ]
 
@@ -30,21 +28,21 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
     .. math:: \cos\frac{(2k - 1)\pi}{2n}, \qquad k = n, \dots, 1
 
     Args:
-        num_points: n, at least 1.
+        num_points: n, from 1 to 65,536.
 
     Returns:
         ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
 
     Raises:
         TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is less than 1.
+        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch import points
         >>> points.chebyshev_first(3).round(3).tolist()
         [-0.866, 0.0, 0.866]
     """
-    n = count("chebyshev_first", "num_points", num_points)
+    n = count("chebyshev_first", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / n)
 
 
@@ -54,21 +52,21 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
     .. math:: \cos\frac{(k - 1)\pi}{n - 1}, \qquad k = n, \dots, 1
 
     Args:
-        num_points: n, at least 1.
+        num_points: n, from 1 to 65,536.
 
     Returns:
         ``[n]``, float64, from -1 to 1, symmetric about 0 to the bit; ``[0.]`` for n = 1.
 
     Raises:
         TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is less than 1.
+        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch import points
         >>> points.chebyshev_second(5).round(3).tolist()
         [-1.0, -0.707, 0.0, 0.707, 1.0]
     """
-    n = count("chebyshev_second", "num_points", num_points)
+    n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
 
 
@@ -82,21 +80,21 @@ def equidistant(num_points: int) -> NDArray[np.float64]:
     answer is extrapolated because one outermost worker is late.
 
     Args:
-        num_points: n, at least 1.
+        num_points: n, from 1 to 65,536.
 
     Returns:
         ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
 
     Raises:
         TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is less than 1.
+        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch import points
         >>> points.equidistant(4).tolist()
         [-0.75, -0.25, 0.25, 0.75]
     """
-    n = count("equidistant", "num_points", num_points)
+    n = count("equidistant", "num_points", num_points, most=MOST_WORKERS)
     return np.arange(1 - n, n, 2) / n
 
 
@@ -109,13 +107,13 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
 
     Args:
         data_points: ``[K]``, strictly increasing within [-1, 1].
-        num_points: N, at least K; equal to K if K is 1, which leaves no gap to split.
+        num_points: N, from K to 65,536; equal to K if K is 1, which leaves no gap to split.
 
     Returns:
         ``[N]``, float64, strictly increasing, the data points in it to the bit.
 
     Raises:
-        TypeError: ``num_points`` is not an integer.
+        TypeError: ``num_points`` is not an integer, or ``data_points`` not real.
         ValueError: ``data_points`` is not a strictly increasing vector within [-1, 1], or
             ``num_points`` is out of its range.
 
@@ -124,7 +122,7 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
         >>> points.systematic([-0.5, 0.0, 0.5], 5).tolist()
         [-0.5, -0.25, 0.0, 0.25, 0.5]
     """
-    data = np.array(data_points, dtype=np.float64)
+    data = real_array("systematic", "data_points", data_points)
     # Negated, so that NaN fails.
     if (
         data.ndim != 1
@@ -135,7 +133,7 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
             "systematic: data_points must be a strictly increasing vector within [-1, 1], "
             f"got {data.tolist()}"
         )
-    extra = count("systematic", "num_points", num_points, data.size) - data.size
+    extra = count("systematic", "num_points", num_points, data.size, MOST_WORKERS) - data.size
     gaps = np.diff(data)
     if extra and not gaps.size:
         raise ValueError(f"systematic: num_points must be 1 for one data point, got {num_points}")
@@ -149,80 +147,6 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
     ends = zip(data[:-1], data[1:], parts, strict=True)
     pieces = [np.linspace(start, stop, num, endpoint=False) for start, stop, num in ends]
     return np.concatenate([*pieces, data[-1:]])
-
-
-def chord_length(steps: ArrayLike, exponent: float = 0.5) -> NDArray[np.float64]:
-    r"""Data points at the cumulative distances along a path of inputs, each to a power.
-
-    .. math:: \alpha_k \propto \sum_{j < k} \| x_{j+1} - x_j \|^e
-
-    Args:
-        steps: ``[K - 1]``, the distances from each input to the next, at least 0.
-        exponent: :math:`e`: 0 equidistant, 0.5 centripetal, 1 chord length.
-
-    Returns:
-        ``[K]``, float64, strictly increasing from -1 to 1; ``[0.]`` for K = 1. Steps much shorter
-        than the mean are stretched to a thousandth of it, so that equal inputs stay apart.
-
-    Raises:
-        ValueError: ``steps`` is not a vector of finite numbers of at least 0.
-
-    References:
-        Lee, *Choosing nodes in parametric curve interpolation*, Comput. Aided Des. 21, 1989.
-
-    Example:
-        >>> from coded_torch import points
-        >>> points.chord_length([1.0, 9.0], exponent=0.5).tolist()
-        [-1.0, -0.5, 1.0]
-    """
-    lengths = np.array(steps, dtype=np.float64)
-    if lengths.ndim != 1 or not (np.isfinite(lengths).all() and (lengths >= 0).all()):
-        raise ValueError(
-            f"chord_length: steps must be a vector of finite numbers >= 0, got {lengths.tolist()}"
-        )
-    if not lengths.size:
-        return np.zeros(1)
-    gaps = lengths**exponent
-    gaps = np.maximum(gaps, 1e-3 * gaps.mean()) if gaps.any() else np.ones_like(gaps)
-    positions: NDArray[np.float64] = np.concatenate([[0.0], np.cumsum(gaps)])
-    positions *= 2 / positions[-1]
-    return positions - 1
-
-
-def placed(data_points: ArrayLike, copies: ArrayLike, placement: float) -> NDArray[np.float64]:
-    r"""Worker points between repeated and spread.
-
-    From 0, *repeated*, where every worker point is a data point, the sorted points move linearly to
-    1/2, :func:`systematic`, and on to 1, *spread* evenly from the first data point to the last.
-
-    Args:
-        data_points: ``[K]``, strictly increasing within [-1, 1].
-        copies: ``[K]``, how often each data point is repeated at 0, N in all.
-        placement: in [0, 1].
-
-    Returns:
-        ``[N]``, float64, not decreasing; at 0 and 1/2 with the data points in it to the bit.
-
-    Raises:
-        ValueError: an argument violates its requirement.
-
-    Example:
-        >>> from coded_torch import points
-        >>> [points.placed([-1.0, 0.0, 1.0], [2, 2, 1], p).tolist() for p in (0, 0.5, 0.75)]
-        [[-1.0, -1.0, 0.0, 0.0, 1.0], [-1.0, -0.5, 0.0, 0.5, 1.0], [-1.0, -0.5, 0.0, 0.5, 1.0]]
-    """
-    data = np.array(data_points, dtype=np.float64)
-    repeated = np.repeat(data, np.array(copies, dtype=np.int64))
-    placement = real("placed", "placement", placement, "in [0, 1]", lambda p: 0 <= p <= 1)
-    if placement == 0 or data.size == 1:
-        return repeated
-    middle = systematic(data, repeated.size)
-    if placement <= 0.5:
-        start, end, share = repeated, middle, 2 * placement
-    else:
-        start, end, share = middle, np.linspace(data[0], data[-1], repeated.size), 2 * placement - 1
-    # Exact at both ends, where start + (end - start) would round.
-    return end if share == 1 else start + share * (end - start)
 
 
 def _sines(quarter_turns: NDArray[np.float64]) -> NDArray[np.float64]:

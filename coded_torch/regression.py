@@ -1,11 +1,14 @@
-r"""Kernel regression in input space: answers from results by the distances of their inputs."""
+r"""Regression in input space: answers from results by the distances of their inputs."""
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 from torch import Tensor
+
+from ._arguments import dense, positive
 
 __all__ = ["NUGGET", "KernelRegression", "matern52"]
 
@@ -14,7 +17,7 @@ NUGGET = 1e-4
 
 
 def matern52(squared_distances: Tensor, length: float) -> Tensor:
-    r"""The Matern kernel of smoothness 5/2.
+    r"""The Matern covariance of smoothness 5/2.
 
     .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
 
@@ -24,7 +27,8 @@ def matern52(squared_distances: Tensor, length: float) -> Tensor:
     """
     # Bounded, or an infinite distance would be infinity times 0. In place, as fresh memory costs
     # more than the arithmetic.
-    s = (squared_distances * (5 / length**2)).sqrt_().clamp_(max=700)
+    scale = 5 / max(length * length, sys.float_info.min)
+    s = (squared_distances * scale).sqrt_().clamp_(max=700)
     polynomial = (s / 3).add_(1).mul_(s).add_(1)
     return polynomial.mul_(s.neg_().exp_())
 
@@ -41,12 +45,14 @@ class KernelRegression:
 
     Args:
         squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
-        length: of the :func:`matern52` kernel, positive.
-        nugget: :math:`\nu`; it also keeps repeated inputs apart. Where the distances are so badly
-            rounded that no points have them, it is raised tenfold until there is a factorisation.
+        length: of the :func:`matern52` covariance, positive.
+        nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
+            so badly rounded that no points have them, it is raised tenfold until there is a
+            factorisation.
 
     Raises:
-        ValueError: a distance is NaN.
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument violates its requirement, or a distance is NaN.
 
     Note:
         :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
@@ -64,10 +70,17 @@ class KernelRegression:
     """
 
     def __init__(self, squared_distances: Tensor, length: float, nugget: float = NUGGET) -> None:
-        self.length = length
-        self.nugget = nugget
+        dense(self, "squared_distances", squared_distances)
+        m, *others = squared_distances.shape or (0,)
+        if others != [m] or m == 0:
+            raise ValueError(
+                "KernelRegression: squared_distances must be [M, M], M at least 1, "
+                f"got shape {tuple(squared_distances.shape)}"
+            )
+        self.length = positive(self, "length", length)
+        self.nugget = positive(self, "nugget", nugget)
         covariance = matern52(squared_distances, length)
-        covariance.diagonal().add_(nugget)
+        covariance.diagonal().add_(self.nugget)
         self._factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed and not bool(covariance.isfinite().all()):
             raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
@@ -113,11 +126,11 @@ class KernelRegression:
         return residuals.mul_(self.leave_one_out_variances[:, None])
 
     def trust(self, results: Tensor) -> float:
-        r"""How far to follow predictions away from the mean, in [0, 1], as ``results [M, C]`` tell.
+        r"""How far to follow predictions away from the mean, in [0, 1], by ``results [M, C]``.
 
         The slope of the regression, through 0, of every result on its prediction from all others,
-        both less the mean of the others: about 1 where the kernel describes the outputs, 0 where
-        the inputs tell nothing of them.
+        both less the mean of the others: about 1 where the covariance describes the outputs, 0
+        where the inputs say nothing of them.
         """
         centred = results - results.mean(0)
         deviations = centred * (len(results) / max(len(results) - 1, 1))
@@ -128,7 +141,7 @@ class KernelRegression:
     def output_variance(self, results: Tensor) -> float:
         """The outputs' variance: the maximum of the restricted likelihood of ``results [M, C]``.
 
-        0 where there is one result only, of which nothing can be told.
+        0 where there is one result only, which says nothing of it.
         """
         if len(results) < 2:
             return 0.0

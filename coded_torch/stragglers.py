@@ -1,4 +1,4 @@
-r"""Laws of who is late: how long each of N workers takes to answer one request.
+r"""Laws of lateness: how long each of N workers takes to answer one request.
 
 Every law draws from a ``torch.Generator``, its own or the one it is given, never from the global
 random state. Latencies are in seconds; infinite means that the worker never answers.
@@ -12,10 +12,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import count, instance, positive, probability, real
+from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
 
 __all__ = [
     "Bernoulli",
@@ -35,7 +36,7 @@ class Stragglers(abc.ABC):
     Laws can be pickled and copied; a copy goes on from the same state of its generator.
 
     Args:
-        seed: of the law's own generator, an integer; by default a new one for every law.
+        seed: of the law's own generator, an integer of 64 bits; by default a new one for every law.
 
     Attributes:
         num_stragglers: S, for laws where exactly S workers never answer, else None.
@@ -48,7 +49,7 @@ class Stragglers(abc.ABC):
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(count(self, "seed", seed, least=None))
+            self._generator.manual_seed(count(self, "seed", seed, -(2**63), 2**64 - 1))
 
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         """Draw the latencies of one request.
@@ -65,7 +66,7 @@ class Stragglers(abc.ABC):
             ValueError: ``num_workers`` is less than 1, or not what the law is for.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
-        num_workers = count(self, "num_workers", num_workers)
+        num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         return self._draw(num_workers, self._generator if generator is None else generator)
 
     @abc.abstractmethod
@@ -88,7 +89,7 @@ class _FixedNumber(Stragglers):
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, least=0)
+        self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, 0, MOST_WORKERS)
 
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
         num_workers = count(self, "num_workers", num_workers, least=max(1, self.num_stragglers))
@@ -98,7 +99,7 @@ class _FixedNumber(Stragglers):
 class Uniform(_FixedNumber):
     r"""S workers, drawn uniformly, never answer; the others answer at once.
 
-    "At once" is a latency of 0, as the law says who is late and not how long the model takes.
+    "At once" is a latency of 0, as the law says which are late and not how long the model takes.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
@@ -277,7 +278,7 @@ class Markov(Stragglers):
         self.fail = probability(self, "fail", fail)
         self.recover = probability(self, "recover", recover)
         if self.fail + self.recover == 0:
-            raise ValueError("Markov: fail and recover must not both be 0")
+            raise ValueError("Markov: fail and recover must not both be 0, got 0 and 0")
         self.good = real(self, "good", good, "at least 0", lambda x: x >= 0)
         self.bad = real(self, "bad", bad, "at least 0", lambda x: x >= 0)
         self._state: Tensor | None = None
@@ -336,7 +337,10 @@ class Trace(Stragglers):
         if isinstance(source, (str, os.PathLike)):
             rows, place = _lines(Path(source)), f"line {{}} of {os.fspath(source)}"
         else:
-            rows, place = enumerate(source, 1), "row {}"
+            instance(self, "source", source, Iterable)
+            if isinstance(source, (Tensor, np.ndarray)):
+                source = np.atleast_1d(real_array(self, "source", source))
+            rows, place = enumerate(source, 1), "row {} of source"
         requests: list[list[float]] = []
         for number, row in rows:
             try:

@@ -23,7 +23,7 @@ from .nn import CodedWrapper
 from .regression import KernelRegression
 from .stragglers import Uniform
 
-__all__ = ["received_sets", "tune"]
+__all__ = ["tune"]
 
 _SETS = 5  # received sets a batch: rare ones decide the squared error
 
@@ -151,12 +151,12 @@ def _decoded(
     return [sum(error(code, received) for received in sets) for code in variants]
 
 
-def _left_out(
-    wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[KernelCode]
-) -> list[float]:
+def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[Any]) -> list[float]:
     """The squared error of predicting each answer from the others, for every code."""
     trial, errors = Trial(wrapper, args), [0.0] * len(variants)
-    outputs = [leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None] for leaf in trial.exact]
+    if not trial.inputs:
+        return errors  # without distances all are alike
+    outputs = [leaf[..., None].flatten(1) for leaf in trial.exact]
     results = torch.cat([leaf.to("cpu", torch.float64) for leaf in outputs], 1)  # [B, C]
     # As large batches are planned: cut into runs, each with its own distances.
     ordering, order = wrapper.ordering, torch.arange(len(results))

@@ -1,5 +1,6 @@
 """Spline problems that several test files share: knots, samples, tolerances."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -71,3 +72,15 @@ def make_samples(n: int, dtype: torch.dtype) -> list[Sample]:
         Sample("no groups", randn(n, 0, 3)),
         Sample("no columns", randn(n, 2, 0)),
     ]
+
+
+def memory_for(result: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """By layout, memory full of 7 and a view of it as large as a result, columns side by side."""
+    rows, *groups, columns = result.shape
+    memory = result.new_full((2 * rows, *groups, columns + 3), 7)
+    yield "contiguous", *2 * (torch.full_like(result, 7),)
+    yield "padded columns", memory, memory[:rows, ..., :columns]
+    yield "every other row", memory, memory[::2, ..., :columns]
+    if groups:
+        memory = result.new_full((*groups, rows, columns), 7)
+        yield "group major", memory, memory.transpose(0, 1)

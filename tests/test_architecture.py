@@ -14,8 +14,8 @@ LAYERS = (
     {"cli"},
     {"demo"},
     {"compare"},
-    {"tuning"},
-    {"_trial"},
+    {"tuning", "simulation"},
+    {"_trial", "_machines"},
     {"_scores"},
     {"nn"},
     {"surrogates"},
@@ -24,8 +24,8 @@ LAYERS = (
     {"linear"},
     {"grouping"},
     {"ops"},
-    {"_extension", "points", "metrics", "stragglers", "reference", "geometry"},
-    {"_arguments", "_transforms", "_weights", "regression"},
+    {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
+    {"_arguments", "_transforms", "_weights"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)
@@ -63,6 +63,13 @@ def test_imports_run_down(path):
         below -= {"workers", "codes"} - {own}
     wrong = {name for name in imported(path) if name in ALL} - below
     assert not wrong, f"{own} imports {wrong}"
+
+
+@pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_only_linear_calls_ops(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own not in ("linear", "ops"):
+        assert "ops" not in imported(path)
 
 
 def test_the_arithmetic_knows_no_torch():

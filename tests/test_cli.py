@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 import coded_torch
 from coded_torch import _extension
 from coded_torch.cli import main
-from coded_torch.demo import comparison
+from coded_torch.codes import SplineCode
+from coded_torch.compare import Comparison, Row
+from coded_torch.demo.lenet5 import digits
 
 
 @pytest.mark.parametrize(
@@ -22,7 +24,7 @@ from coded_torch.demo import comparison
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
         ("demo --num-data two", "--num-data: invalid int value: 'two'"),
         ("demo --num-data 0", "--num-data must be at least 1, got 0"),
-        ("demo --num-data 501 --num-workers 600", "--num-data must be at most 500, the digits"),
+        ("demo --num-data 241 --num-workers 600", "--num-data must be at most 240, the digits"),
         ("demo --num-data 7 --num-workers 6", "--num-data must be at most 6, the workers, got 7"),
         ("demo --num-workers 0", "--num-workers must be at least 1, got 0"),
         ("demo --num-workers 1000000000", "--num-workers must be at most 65536, got 1000000000"),
@@ -34,6 +36,18 @@ from coded_torch.demo import comparison
         ("demo --device abacus", "--device must be one of cpu"),
         ("demo --device meta", "--device must be one of cpu"),
         ("demo --device cuda:99", "got 'cuda:99'; cuda kernels: "),
+        ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
+        ("compare a:b", "the following arguments are required: --inputs"),
+        ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
+        ("compare torch:nothing --inputs x.pt", "module 'torch' has no attribute 'nothing'"),
+        ("compare torch --inputs x.pt", "MODULE:FACTORY must name both, got 'torch'"),
+        ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
+        ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings 1,2", "--settings must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings 4,5,1", "1 <= K <= N and 0 <= S < N"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings a,b,c", "--settings must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
+        ("compare a:b --inputs x.pt --output x", "--output must end in .pdf, .png, .svg, got x"),
         ("latency --rate 0", "--rate must be at least 0.001, got 0.0"),
         ("latency --rate nan", "--rate must be at least 0.001, got nan"),
         ("latency --num-workers 0", "--num-workers must be at least 1, got 0"),
@@ -54,13 +68,14 @@ def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "link.png").symlink_to("nowhere/demo.png")
+    torch.save(torch.ones(480, 1), tmp_path / "x.pt")
     assert main(arguments.split()) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
     assert err.startswith("coded-torch")
     assert message in err
-    assert sorted(os.listdir(tmp_path)) == ["folder.png", "link.png"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "link.png", "x.pt"]
 
 
 @pytest.mark.parametrize("available", [False, True])
@@ -87,7 +102,7 @@ def test_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in ("demo", "latency", "info"):
+    for command in ("demo", "compare", "latency", "info"):
         assert f"\n    {command} " in out
     assert main(["bench"]) == 2
 
@@ -145,7 +160,7 @@ def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "compare", interrupt)
+    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
     there, new = tmp_path / "there.png", tmp_path / "new.png"
     there.write_bytes(b"a picture")
     for output in (there, new):
@@ -161,10 +176,10 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""  # the progress bar is for terminals
     assert "Seed 5." in out
-    assert "N = 6 workers, K = 3 inputs coded together, S = 3 workers late" in out
+    assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    for code in ("spline", "Berrut", "Lagrange", "replication", "uncoded"):
-        assert f"\n  {code}" in out
+    for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):
+        assert f"\n  {scheme} " in out
     assert out.endswith(f": {output}\n")
     assert output.read_bytes().startswith(b"\x89PNG")
     assert torch.get_num_threads() == threads
@@ -173,22 +188,39 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
 
 def test_demo_compares_the_two_settings_and_draws_the_first(tmp_path, monkeypatch):
     seen = []
-    compare = comparison.compare
 
-    def small(model, setting, *data, num_batches, seed):
-        seen.append((setting, num_batches))
-        return compare(model, comparison.Setting(6, 3, 2), *data, num_batches=2, seed=seed)
+    def compare(model, batches, settings, *, labels, seed):
+        seen.append((len(batches), len(labels), *settings))
+        return Comparison(
+            [Row(settings[0], "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)]
+        )
 
-    monkeypatch.setattr(comparison, "compare", small)
+    monkeypatch.setattr("coded_torch.cli.compare", compare)
     assert main(["demo", "--output", str(tmp_path / "picture.svg")]) == 0
-    assert [setting for setting, _ in seen[:2]] == [
-        comparison.Setting(100, 20, 60),
-        comparison.Setting(24, 20, 4),
-    ]
-    assert [setting for setting, _ in seen[2:]] == [
-        comparison.Setting(100, 20, late) for late in range(0, 100, 10)
-    ]
+    assert seen[:2] == [(8, 8, (100, 20, 60)), (8, 8, (24, 20, 4))]
+    assert seen[2:] == [(4, 4, (100, 20, lost)) for lost in range(0, 100, 10)]
     assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
+
+
+def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
+    images, labels = digits()
+    torch.save(images[:250], tmp_path / "images.pt")
+    torch.save(labels[:250], tmp_path / "labels.pt")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text("from coded_torch.demo.lenet5 import lenet5 as net\n")
+    line = "compare nets:net --inputs images.pt --labels labels.pt --batch-size 120"
+    assert main(f"{line} --settings 9,8,1 6,4,2 --output out.png".split()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "N = 9 workers, K = 8" in out
+    assert "N = 6 workers, K = 4" in out
+    assert "RelAcc" in out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
+    assert "batches must hold at least two" in capsys.readouterr().err
+    torch.save({"images": images}, tmp_path / "images.pt")
+    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
+    assert "--inputs must hold a tensor, got dict" in capsys.readouterr().err
 
 
 def test_a_picture_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
@@ -207,6 +239,6 @@ def test_interrupt(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "compare", interrupt)
+    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

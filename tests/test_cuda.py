@@ -17,12 +17,15 @@ from torch.utils.cpp_extension import CUDA_HOME, include_paths
 from coded_torch import ops
 from coded_torch.linear import SplineMap
 
+from .ptx import translate
 from .splines import DTYPES, TOLERANCES
 from .test_ops import gathered, make_indices, make_plan, scattered
+from .test_setup import load_setup
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
 MAX_BLOCKS = 2**31 - 1
+GRID = Path(__file__).parent / "csrc" / "spline_grid.cpp"
 
 
 def structure(name, path, **fields):
@@ -46,21 +49,37 @@ REGISTERS, SHARED, WORKSPACE = range(3)  # enum States
 H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 
+def run_nvcc(*options):
+    includes = (f"-isystem={path}" for path in include_paths())
+    source = str(CSRC / "ops" / "cuda" / "spline.cu")
+    command = [NVCC, *load_setup().NVCC, *options, *includes, source]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.fixture(scope="module")
-def grid_library(tmp_path_factory):
-    """The kernel's body, compiled for the host."""
-    library = tmp_path_factory.mktemp("grid") / "grid.so"
-    source = Path(__file__).parent / "csrc" / "spline_grid.cpp"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
-    flags.append("-Wno-maybe-uninitialized")  # rows ahead of the last, which are never used
-    flags += os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()  # .ci/sanitizers
-    subprocess.run(["c++", *flags, str(source), "-o", str(library)], check=True, timeout=300)
+def ptx(tmp_path_factory):
+    """What nvcc makes of the kernels."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    path = tmp_path_factory.mktemp("ptx") / "spline.ptx"
+    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
+    return path.read_text()
+
+
+def build_grid(folder, sources, *flags):
+    library = folder / "grid.so"
+    flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
+    command = ["c++", *flags, "-fPIC", "-shared", *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))
     assert loaded.coded_torch_sizeof_args() == ctypes.sizeof(SplineArgs)
     assert loaded.coded_torch_sizeof_grid() == ctypes.sizeof(SplineGrid)
     loaded.coded_torch_run_grid.restype = SplineGrid
     loaded.coded_torch_run_grid.argtypes = [
-        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device,
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device, ctypes.c_int64,
+        ctypes.c_char_p,
     ]  # fmt: skip
     loaded.coded_torch_plan_grid.restype = SplineGrid
     loaded.coded_torch_plan_grid.argtypes = [
@@ -74,16 +93,38 @@ def grid_library(tmp_path_factory):
     return loaded
 
 
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory):
+    """The kernel's body, compiled for the host."""
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    # Of rows ahead of the last, which are never used.
+    warnings += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return build_grid(tmp_path_factory.mktemp("grid"), [GRID], "-std=c++17", "-O2", *warnings)
+
+
+@pytest.fixture(scope="module")
+def ptx_library(tmp_path_factory, ptx):
+    """The kernels that nvcc compiled, translated for the host: its code, its vector accesses."""
+    folder = tmp_path_factory.mktemp("ptx-grid")
+    translated = folder / "kernels.cpp"
+    translated.write_text(translate(ptx))
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{GRID.parent}"]
+    return build_grid(folder, [GRID, translated], *flags)
+
+
+@pytest.fixture(params=["host", "ptx"])
+def grid_library(request):
+    return request.getfixturevalue(f"{request.param}_library")
+
+
 def run_grid(
     library, values, coefficients, schedule, transpose,
     device=H100, gather=None, scatter=None, num_rows=0,
 ):  # fmt: skip
     rows, groups = (values if gather is None else gather).shape[:2]
     out_rows, columns = schedule.shape[1] - 1 - rows, values.shape[-1]
-    if scatter is None:
-        out = torch.full((out_rows, groups, columns), torch.nan, dtype=values.dtype)
-    else:
-        out = torch.zeros(num_rows, columns, dtype=values.dtype)
+    shape = (out_rows, groups, columns) if scatter is None else (num_rows, columns)
+    out = torch.full(shape, torch.nan, dtype=values.dtype)
     many = len(coefficients) > 1
 
     def group_stride(tensor):
@@ -111,9 +152,12 @@ def run_grid(
     }
     assert list(arguments) == [name for name, _ in SplineArgs._fields_]
     args = SplineArgs(**arguments)
+    failure = ctypes.create_string_buffer(80)
     grid = library.coded_torch_run_grid(
-        ctypes.byref(args), DTYPES.index(values.dtype), transpose, device
-    )
+        ctypes.byref(args), DTYPES.index(values.dtype), transpose, device,
+        0 if scatter is None else scatter.numel(), failure,
+    )  # fmt: skip
+    assert failure.value == b""
     return out, grid
 
 
@@ -212,9 +256,9 @@ def test_indices_beyond_2_to_the_31(grid_library):
 @pytest.mark.parametrize("width", [1, 4, 8])
 @pytest.mark.parametrize("num_columns", [8, 2**31, 2**37])
 @pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
-def test_launch_configurations(grid_library, width, num_columns, num_knots):
+def test_launch_configurations(host_library, width, num_columns, num_knots):
     args = SplineArgs(num_knots=num_knots, num_groups=1, num_columns=num_columns)
-    grid = grid_library.coded_torch_plan_grid(ctypes.byref(args), width, 4, H100)
+    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), width, 4, H100)
     per_thread = max(num_knots - 2, 0) * 2 * width * 4
     threads = grid.blocks * grid.threads
     assert grid.packs == num_columns // width
@@ -232,11 +276,11 @@ def test_launch_configurations(grid_library, width, num_columns, num_knots):
         assert grid.shared_bytes == 0
 
 
-def test_half_precision_conversions(grid_library):
+def test_half_precision_conversions(host_library):
     """All of float16, and every float32 that lies at or beside a rounding boundary."""
     halves = np.arange(2**16, dtype=np.uint16)
     floats = halves.view(np.float16).astype(np.float32)
-    got = np.array([grid_library.coded_torch_half_to_float(int(h)) for h in halves], np.float32)
+    got = np.array([host_library.coded_torch_half_to_float(int(h)) for h in halves], np.float32)
     np.testing.assert_array_equal(got, floats)
     finite = np.sort(floats[np.isfinite(floats)])
     middle = (finite[1:] + finite[:-1]) / 2
@@ -246,8 +290,8 @@ def test_half_precision_conversions(grid_library):
          np.float32([65519.9, 65520, 65521, 1e30, np.inf, -np.inf, np.nan, 1e-40, -0.0])]
     )[::3]  # fmt: skip
     for value in edges:
-        half = np.uint16(grid_library.coded_torch_float_to_half(float(value)))
-        brain = np.int16(np.uint16(grid_library.coded_torch_float_to_bfloat16(float(value))))
+        half = np.uint16(host_library.coded_torch_float_to_half(float(value)))
+        brain = np.int16(np.uint16(host_library.coded_torch_float_to_bfloat16(float(value))))
         single = torch.tensor(value)
         if np.isnan(value):
             assert np.isnan(half.view(np.float16))
@@ -257,23 +301,9 @@ def test_half_precision_conversions(grid_library):
             assert brain == single.bfloat16().view(torch.int16).item(), value
 
 
-def run_nvcc(*options):
-    command = [
-        NVCC, "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        *options, *(f"-isystem={p}" for p in include_paths()),
-        str(CSRC / "ops" / "cuda" / "spline.cu"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
-def test_wide_kernels_move_16_bytes_at_once(tmp_path):
-    ptx = tmp_path / "spline.ptx"
-    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(ptx))
+def test_wide_kernels_move_16_bytes_at_once(ptx):
     pattern = r"\.entry \w*spline_kernelI\w+Li(\d)E\w*StatesE(\d)E\w*\((.*?)\n}"
-    kernels = re.findall(pattern, ptx.read_text(), re.S)
+    kernels = re.findall(pattern, ptx, re.S)
     assert len(kernels) == 40
     for width, states, body in kernels:
         accesses = re.findall(r"\b(ld|st)\.(?!param)(\w+)((?:\.cs)?)(?:\.v(\d))?\.\w(\d+)", body)
@@ -297,10 +327,10 @@ def test_compiles_links_and_does_not_spill(tmp_path):
     """Against the torch that is installed, CPU build or not: the stable ABI makes it possible."""
     library = tmp_path / "spline.so"
     log = run_nvcc(
-        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-        "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared", "-o", str(library),
+        *load_setup().ARCHITECTURES, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        "-o", str(library),
     )  # fmt: skip
-    assert library.exists()
+    assert str(CSRC).encode() not in library.read_bytes()  # no word of where it was built
     kernels = re.findall(r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", log)
     # Four dtypes, forward and transposed, states in shared memory and in a workspace, narrow and
     # wide, and wide with states in registers, on each architecture; two small others.

@@ -9,9 +9,9 @@ import scipy.interpolate
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch import reference
 from coded_torch.functional import smoothing_spline, smoothing_spline_matrix
 
+from . import reference
 from .splines import DTYPES, KNOTS, SMOOTHINGS, TOLERANCES, make_knots, make_points
 
 
@@ -239,9 +239,17 @@ NAN, INF = math.nan, math.inf
             ValueError,
             r"values must have size 3 along dim 0, got .*\(4,\)",
         ),
-        ({"values": torch.ones(3, dtype=torch.int64)}, TypeError, "values must be float64.*int64"),
+        (
+            {"values": torch.ones(3, dtype=torch.int64)},
+            TypeError,
+            "smoothing_spline: values must be a dense, strided floating-point .*int64",
+        ),
         ({"values": torch.ones(3, dtype=torch.complex64)}, TypeError, "values must be .*complex64"),
-        ({"values": [1.0, 2.0, 3.0]}, TypeError, "values must be a tensor, got list"),
+        (
+            {"values": [1.0, 2.0, 3.0]},
+            TypeError,
+            "values must be a dense, strided floating-point .*, got list",
+        ),
         ({"values": torch.tensor(1.0)}, ValueError, "dim must be a dimension of values, got dim 0"),
         ({"dim": 1}, ValueError, "dim must be a dimension of values, got dim 1"),
     ],

@@ -9,11 +9,10 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch import linear
 from coded_torch.grouping import Grouping
-from coded_torch.linear import MatrixMap, SelectMap, SplineMap
+from coded_torch.linear import MatrixMap, SelectMap, SplineMap, base
 
-from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
+from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots, memory_for
 
 
 def spline_map(num_inputs, num_outputs):
@@ -66,6 +65,67 @@ class TestLinearMaps:
         torch.testing.assert_close(got, map.matrix() @ values)
         last = values.transpose(-1, -2)
         torch.testing.assert_close(map(last, dim=-1), got.transpose(-1, -2))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dim", [0, 1, 2])
+    def test_into_memory_that_is_there(self, make, dim, dtype):
+        map = make(5, 7)
+        for apply, size in ((map, 5), (map.adjoint, 7)):
+            shape = [3, 4, 6]
+            shape[dim] = size
+            values = torch.randn(shape).to(dtype)
+            want = apply(values, dim)
+            apart = torch.full((*want.shape[:-1], 2 * want.shape[-1]), 7).to(dtype)
+            for layout, memory, out in (
+                *memory_for(want),
+                ("columns apart", apart, apart[..., ::2]),
+            ):
+                assert apply(values, dim, out=out) is out
+                assert torch.equal(out, want), layout
+                out.fill_(7)
+                assert (memory == 7).all(), layout
+
+    @pytest.mark.parametrize("columns", [2, 300])
+    def test_groups_into_memory_that_is_there(self, make, columns):
+        to, back, grouping = make(4, 6), make(6, 4), Grouping(range(9), 4)
+        batch = torch.randn(9, columns)
+        coded = to.gathered(batch, grouping)  # [6, 3, columns]
+        answers = back.scattered(coded, grouping)
+        for apply, values, want in (
+            (to.gathered, batch, coded),
+            (back.scattered, coded, answers),
+        ):
+            apart = torch.full((*want.shape[:-1], 2 * want.shape[-1]), 7.0)
+            for layout, memory, out in (
+                *memory_for(want),
+                ("columns apart", apart, apart[..., ::2]),
+            ):
+                assert apply(values, grouping, out=out) is out
+                assert torch.equal(out, want), layout
+                out.fill_(7)
+                assert (memory == 7).all(), layout
+            with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \("):
+                apply(values, grouping, out=torch.empty(2, columns))
+
+    def test_memory_that_does_not_fit(self, make):
+        map, values = make(4, 6), torch.randn(3, 4, 2)
+        name = type(map).__name__
+        for out in (
+            torch.empty(3, 4, 2),
+            torch.empty(3, 6, 2, dtype=torch.float64),
+            torch.empty(3, 6, 2, device="meta"),
+        ):
+            with pytest.raises(
+                ValueError, match=rf"{name}: out must be torch.float32 of shape \(3, 6"
+            ):
+                map(values, 1, out=out)
+        out = torch.empty(3, 6, 2)
+        with pytest.raises(ValueError, match=f"{name}: out must be None where gradients are rec"):
+            map(values.requires_grad_(), 1, out=out)
+        with torch.no_grad():
+            assert map(values, 1, out=out) is out
+        with torch.inference_mode():
+            assert map(values, 1, out=torch.empty(3, 6, 2)).is_inference()
 
     def test_gradients(self, make):
         map = make(5, 7)
@@ -169,7 +229,7 @@ class TestLinearMaps:
             back.scattered(torch.ones(7, 3, columns), grouping)
         with pytest.raises(ValueError, match=r"must have sizes? .*3"):
             back.scattered(torch.ones(6, 4, columns), grouping)
-        with pytest.raises(TypeError, match="values must be float64"):
+        with pytest.raises(TypeError, match="values must be a dense, strided floating-point"):
             to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
 
     def test_repr(self, make):
@@ -219,7 +279,7 @@ def test_operands_travel_in_one_copy():
         torch.randn(1, 7, dtype=torch.float64), torch.randn(3, 2).T, torch.zeros(0, 4),
         torch.arange(5, dtype=torch.int32), torch.arange(3), torch.tensor(2.0),
     )  # fmt: skip
-    placed = linear._in_one_copy(operands, torch.device("cpu"), pin=False)
+    placed = base._in_one_copy(operands, torch.device("cpu"), pin=False)
     assert all(map(torch.equal, placed, operands))
     assert [t.dtype for t in placed] == [t.dtype for t in operands]
     assert len({t.untyped_storage().data_ptr() for t in placed}) == 1

@@ -1,6 +1,9 @@
 """The operators themselves: every layout, dtype, kernel and transformation."""
 
 import functools
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch import ops
 
-from .splines import DTYPES, TOLERANCES, Sample, make_knots, make_points, make_samples
+from .splines import DTYPES, TOLERANCES, Sample, make_knots, make_points, make_samples, memory_for
 
 CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 SIZES = (1, 2, 3, 4, 5, 17, 128, 129)
@@ -139,6 +142,116 @@ def test_indexed_rows_past_the_cache(dtype):
         values, coefficients, schedule, gather=gather, scatter=scatter, num_rows=24
     )
     assert torch.equal(got[scatter], want)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 70, 192, 100_032])  # the last is written past the cache
+def test_results_in_memory_that_is_there(columns, dtype, transpose):
+    coefficients, schedule, _ = make_plan(9, dtype)
+    rows, out_rows = (12, 9) if transpose else (9, 12)
+    generator = torch.Generator().manual_seed(0)
+    gather, scatter, num_rows = make_indices(rows, out_rows, 3, generator)
+    batch = torch.randn(2 * rows, columns, generator=generator).to(dtype)
+    groups = gathered(batch, gather)
+    for values, indices in (
+        (groups, {}),
+        (batch, {"gather": gather}),
+        (groups, {"scatter": scatter, "num_rows": num_rows}),
+        (batch, {"gather": gather, "scatter": scatter, "num_rows": num_rows}),
+    ):
+        apply = functools.partial(
+            ops.spline_apply, values, coefficients, schedule, transpose=transpose, **indices
+        )
+        want = apply()
+        for name, memory, out in memory_for(want):
+            version = out._version
+            assert apply(out=out) is out
+            assert torch.equal(out, want), (name, *indices)
+            assert out._version > version  # or autograd would not notice
+            out.fill_(7)
+            assert (memory == 7).all(), (name, *indices)
+
+
+def test_memory_that_does_not_fit():
+    coefficients, schedule, _ = make_plan(9)
+    values = torch.randn(9, 2, 12, dtype=torch.float64)
+    space = torch.empty(24, 2, 12, dtype=torch.float64)
+    shape = "out must have the shape of the result, the dtype and the device of the values, got "
+    twice = "out must have contiguous columns and no element twice"
+    whole = torch.randn(21, 2, 12, dtype=torch.float64)
+    for given, out, message in (
+        (values, space[:11], rf"{shape}Double \[11, 2, 12\]"),
+        (values, space[:12].float(), f"{shape}Float"),
+        (values, space[0], shape),
+        (values, space[:1].expand(12, -1, -1), twice),
+        (values, space[:, :1].expand(-1, 2, -1)[:12], twice),
+        (values, torch.empty(12, 2, 24, dtype=torch.float64)[..., ::2], twice),
+        (whole[:9], whole[8:20], "out must not lie among the values"),
+        (whole[12:], whole[1:13], "out must not lie among the values"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.spline_apply(given, coefficients, schedule, out=out)
+    got = ops.spline_apply(whole[:9], coefficients, schedule, out=whole[9:])  # side by side
+    assert torch.equal(got, ops.spline_apply(whole[:9], coefficients, schedule))
+    nothing = ops.spline_apply(values[..., :0], coefficients, schedule, out=space[:12, :, :0])
+    assert nothing.shape == (12, 2, 0)
+
+
+def test_memory_has_no_derivative():
+    coefficients, schedule, _ = make_plan(5)
+    values = torch.randn(5, 1, 2, dtype=torch.float64)
+    out = torch.empty(12, 1, 2, dtype=torch.float64)
+
+    def apply(v):
+        return ops.spline_apply(v, coefficients, schedule, out=out)
+
+    for call in (
+        lambda: apply(values.clone().requires_grad_()),
+        lambda: torch.func.jvp(apply, (values,), (values,)),
+        lambda: torch.vmap(apply)(values[None]),
+        lambda: torch.func.jacrev(apply)(values),
+    ):
+        with pytest.raises(RuntimeError, match="out must be None where a derivative or vmap is"):
+            call()
+    with torch.no_grad():
+        apply(values.clone().requires_grad_())
+    with torch.inference_mode():
+        assert apply(values) is out
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
+def test_memory_that_is_there_compiles():
+    coefficients, schedule, _ = make_plan(5)
+    values = torch.randn(5, 1, 2, dtype=torch.float64)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(v, out):
+        ops.spline_apply(v, coefficients, schedule, out=out)
+        return out + 1
+
+    out = torch.empty(12, 1, 2, dtype=torch.float64)
+    want = ops.spline_apply(values, coefficients, schedule)
+    assert torch.equal(run(values, out), want + 1)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_large_results_ask_for_huge_pages():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("the system does not grant huge pages on request")
+    coefficients, schedule, _ = make_plan(5, torch.float32)
+    values = torch.randn(5, 1, 2**21)
+    out = ops.spline_apply(values, coefficients, schedule)  # [12, 1, 2 MB]
+    huge, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            begin, end = (int(bound, 16) for bound in bounds.groups())
+            inside = begin < out.data_ptr() + out.nbytes and out.data_ptr() < end
+        elif inside and line.startswith("AnonHugePages:"):
+            huge += int(line.split()[1]) << 10
+    assert huge >= 0.9 * out.nbytes
 
 
 def test_indices_of_nothing():

@@ -1,5 +1,3 @@
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,29 +93,3 @@ def test_systematic_bad_sizes():
         points.systematic([-0.5, 0.0, 0.5], 2)
     with pytest.raises(ValueError, match="systematic: num_points must be 1 for one data point"):
         points.systematic([0.0], 2)
-
-
-def test_chord_length():
-    assert points.chord_length([]).tolist() == [0.0]
-    assert points.chord_length([0.0, 0.0]).tolist() == [-1.0, 0.0, 1.0]
-    assert points.chord_length([1.0, 3.0], exponent=0).tolist() == [-1.0, 0.0, 1.0]
-    assert points.chord_length([1.0, 3.0], exponent=1).tolist() == [-1.0, -0.5, 1.0]
-    assert (np.diff(points.chord_length([1.0, 0.0, 1.0])) > 0).all()
-    for steps in ([-1.0], [math.nan], [math.inf], [[1.0]]):
-        with pytest.raises(ValueError, match="steps must be a vector of finite numbers"):
-            points.chord_length(steps)
-
-
-def test_placed_goes_from_repeated_over_systematic_to_spread():
-    data = points.chebyshev_first(4)
-    copies = [2, 1, 3, 1]
-    assert points.placed(data, copies, 0).tolist() == np.repeat(data, copies).tolist()
-    assert points.placed(data, copies, 0.5).tolist() == points.systematic(data, 7).tolist()
-    spread = np.linspace(data[0], data[-1], 7)
-    assert points.placed(data, copies, 1).tolist() == spread.tolist()
-    between = [points.placed(data, copies, p) for p in np.linspace(0, 1, 9)]
-    assert all((np.diff(b) >= 0).all() and len(b) == 7 for b in between)
-    assert np.abs(np.diff(between, axis=0)).max() < 0.5
-    assert points.placed([0.0], [3], 1).tolist() == [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="placement must be in"):
-        points.placed(data, copies, math.nan)

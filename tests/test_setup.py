@@ -9,13 +9,17 @@ import pytest
 HOME, CUDA = "/usr/local", "13.0"
 
 
-@pytest.fixture(scope="module")
-def setup():
+def load_setup():
     path = Path(__file__).resolve().parents[1] / "setup.py"
     spec = importlib.util.spec_from_file_location("coded_torch_setup", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def setup():
+    return load_setup()
 
 
 def never():

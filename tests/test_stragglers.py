@@ -248,10 +248,10 @@ def test_bad_traces(tmp_path):
         with pytest.raises(ValueError, match="Trace: source must have at least one request"):
             stragglers.Trace(source)
     for row, message in [
-        ([], "row 2 must be latencies"),
-        ([1.0], "row 2 must have 2 latencies as the first has, got 1"),
-        (3.0, "row 2 is not latencies"),
-        ([None, 1.0], "row 2 is not latencies"),
+        ([], "row 2 of source must be latencies"),
+        ([1.0], "row 2 of source must have 2 latencies as the first has, got 1"),
+        (3.0, "row 2 of source is not latencies"),
+        ([None, 1.0], "row 2 of source is not latencies"),
     ]:
         with pytest.raises(ValueError, match=f"Trace: {message}"):
             stragglers.Trace([[1.0, 2.0], row])

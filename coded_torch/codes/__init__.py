@@ -1,10 +1,12 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import Code, CurveCode, FixedCode, NotEnoughResults
+from .base import Code, FixedCode, NotEnoughResults
+from .batch_plan import BatchPlan
 from .berrut import BerrutCode
+from .curve import CurveCode
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
-from .plans import BatchPlan, plan_batch, plan_rows
+from .plans import plan_batch, plan_rows
 from .replication import ReplicationCode
 from .spline import SplineCode
 

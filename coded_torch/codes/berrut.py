@@ -9,7 +9,7 @@ import numpy as np
 
 from .._arguments import count
 from ..linear import LinearMap, MatrixMap
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -65,11 +65,7 @@ class BerrutCode(CurveCode):
         worker_points: ArrayLike | None = None,
     ) -> None:
         super().__init__(num_data, num_workers, data_points, worker_points)
-        self.order = count(self, "order", order, 0)
-        if self.order >= self.num_data:
-            raise ValueError(
-                f"BerrutCode: order must be less than num_data, {self.num_data}, got {self.order}"
-            )
+        self.order = count(self, "order", order, 0, self.num_data - 1)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {"order": range(min(4, self.num_data))}

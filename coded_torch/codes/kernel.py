@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, positive, real
+from .._arguments import instance, positive, real, shown
 from ..regression import KernelRegression
 from .base import Code, FixedCode, unit_rows
-from .plans import Arrived, BatchPlan, SelectionPlan
+from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,7 +114,7 @@ class KernelCode(Code):
             if num_data is not None or num_workers is not None:
                 raise ValueError(
                     "KernelCode: encoder must be given without num_data and num_workers, which it "
-                    f"has, got num_data={num_data} and num_workers={num_workers}"
+                    f"has, got {shown(num_data)} and {shown(num_workers)}"
                 )
             num_data, num_workers = encoder.num_data, encoder.num_workers
         super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None
@@ -142,7 +142,7 @@ class KernelCode(Code):
         if self.encoder is not None:
             encoder = self.encoder.encoder.matrix()
             own = unit_rows(encoder)
-            point = grouping.rows[own]  # [N, G]
+            point = grouping.rows[own]  # [N, G]; what stands at -1 is replaced below
             if batch is not None and self.mixes:
                 mixed = own < 0
                 point[mixed] = batch.add_mixtures(encoder[mixed], grouping.rows.T)
@@ -152,6 +152,7 @@ class KernelCode(Code):
             errors = batch.leave_one_out_variances(grouping.order).numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
+        # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
         point = grouping.rows.gather(0, torch.from_numpy(_rotated(points)).T)
         return self._plan(point, grouping, batch)
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from .._arguments import count
+from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
 from ..points import chebyshev_first
-from .base import CurveCode
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["LagrangeCode"]
 
 _GOLDEN = (5**0.5 - 1) / 2
+
+# What to try as the decoder's degree, in degrees of the encoder: of which the coded inputs are, and
+# the results of a network not many times rougher.
+_DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
 
 
 class LagrangeCode(CurveCode):
@@ -80,14 +84,14 @@ class LagrangeCode(CurveCode):
     ) -> None:
         super().__init__(num_data, num_workers, data_points, worker_points)
         if decoder_degree is None:
-            degree = count(self, "degree", 1 if degree is None else degree)
+            degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
             self.decoder_degree = (self.num_data - 1) * degree
         elif degree is None:
-            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0)
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
         else:
             raise ValueError(
                 "LagrangeCode: degree and decoder_degree exclude each other, "
-                f"got {degree} and {decoder_degree}"
+                f"got {shown(degree)} and {shown(decoder_degree)}"
             )
         if self.num_workers < self.min_received:
             raise ValueError(
@@ -99,7 +103,8 @@ class LagrangeCode(CurveCode):
         """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
         if "degree" in self._arguments():
             return {}
-        return {"decoder_degree": range(self.num_workers)}
+        degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
+        return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
 
     @property
     def min_received(self) -> int:

@@ -1,35 +1,23 @@
-r"""Plans: a code fitted to one batch, of any size and for any kind of code."""
+r"""Planning a batch: any size, any ordering, any kind of code."""
 
 from __future__ import annotations
 
-import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._arguments import count, instance, shown
 from .._transforms import outside, plain
-from ..geometry import Geometry
+from ..geometry import Geometry, check_inputs
 from ..grouping import Grouping, Ordering, check_ordering, order_of
-from ..linear import SelectMap
+from .base import Code
+from .batch_plan import BatchPlan, few_columns, of_mean
 
-if TYPE_CHECKING:
-    from .base import Code, FixedCode
+__all__ = ["BatchPlan", "ChunkedPlan", "MeanPlan", "plan_batch", "plan_rows"]
 
-__all__ = [
-    "BatchPlan",
-    "ChunkedPlan",
-    "GroupwisePlan",
-    "MeanPlan",
-    "SelectionPlan",
-    "plan_batch",
-    "plan_rows",
-]
-
-_COLUMNS = 64
-_ROWS = 4096  # of results, to judge predictions by
 _BLIND = (
     "no floating-point input to measure distances on: order of arrival, equal copies, "
     "lost answers are the mean"
@@ -56,13 +44,14 @@ def plan_batch(
         inputs: the floating-point inputs that are coded, each ``[B, ...]``, B at least 1. There may
             be none, where the code mixes nothing: then there are no distances, and
             :attr:`BatchPlan.note` says what that means.
-        num_stragglers: S, how many workers are expected to be late.
+        num_stragglers: S, how many workers are expected to be late, from 0 to N.
         batch_size: B, where there are no inputs.
 
     Raises:
-        TypeError, ValueError: ``ordering`` orders no batch, or not this one; there are no inputs
-            but a code that mixes them, or no ``batch_size``; :func:`torch.func.vmap` hides a
-            dimension of an input.
+        TypeError: an argument is of another kind than said.
+        ValueError: ``ordering`` orders no batch, or not this one; inputs differ in batch size, or
+            there are none, but a code that mixes them, or no ``batch_size``;
+            :func:`torch.func.vmap` hides a dimension of an input.
 
     Example:
         >>> import torch
@@ -80,6 +69,7 @@ def plan_batch(
 
     inputs, batch_size = _numbers("plan_batch", code, inputs, batch_size)
     check_ordering("plan_batch", ordering)
+    count("plan_batch", "num_stragglers", num_stragglers, 0, code.num_workers)
     looks = code.uses_geometry or (isinstance(ordering, str) and ordering == "similarity")
     with outside():
         if not (looks and inputs):
@@ -124,13 +114,13 @@ def plan_rows(
         >>> plan.decode(torch.tensor([[1.0], [5.0]]), received=[0, 2])
         tensor([1., 3., 5., 3.])
     """
-    if code.mixes:
-        raise ValueError(f"plan_rows: code must not mix inputs, got {code}")
 
     def fit(order: Tensor | Sequence[int], geometry: Geometry | None) -> BatchPlan:
         return code.fit_rows(Grouping(order, len(order)), geometry)
 
     inputs, batch_size = _numbers("plan_rows", code, inputs, batch_size)
+    if code.mixes:
+        raise ValueError(f"plan_rows: code must not mix inputs, got {code}")
     check_ordering("plan_rows", ordering)
     with outside():
         if not (code.uses_geometry and inputs):
@@ -145,16 +135,22 @@ def _numbers(
     owner: str, code: Code, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """The plain inputs, and the size of the batch."""
+    instance(owner, "code", code, Code)
+    check_inputs(owner, inputs)
     inputs = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
     if not inputs and code.mixes:
         raise ValueError(
             f"{owner}: inputs must hold a floating-point tensor, as {code} mixes inputs, got none"
         )
-    if batch_size is None:
-        if not inputs:
-            raise ValueError(f"{owner}: batch_size must be given where there are no inputs")
-        batch_size = len(inputs[0])
-    return inputs, batch_size
+    if batch_size is None and not inputs:
+        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
+    size = len(inputs[0]) if inputs else count(owner, "batch_size", batch_size)
+    if batch_size not in (None, size) or size == 0:
+        raise ValueError(
+            f"{owner}: batch_size must be that of the inputs, at least 1, got {shown(batch_size)} "
+            f"for inputs of {size} rows"
+        )
+    return inputs, size
 
 
 def _evenly(count: int, most: int) -> list[int]:
@@ -184,254 +180,6 @@ def _in_chunks(
     chunks = order.tensor_split(ends)
     plans = [fit_chunk([x[rows.to(x.device)] for x in inputs], ordering) for rows in chunks]
     return chunked(code, chunks, plans)
-
-
-class BatchPlan(abc.ABC):
-    """A code fitted to one batch: how its inputs are mixed, and its answers found.
-
-    Attributes:
-        code: the code.
-        batch_size: B.
-        num_groups: G.
-        note: what the caller should know of the plan, one line; mostly empty.
-    """
-
-    code: Code
-    batch_size: int
-    num_groups: int
-    note: str = ""
-
-    @abc.abstractmethod
-    def encode(self, values: Tensor) -> Tensor:
-        """From the batch ``[B, ...]`` to every worker's coded inputs, ``[N, G, ...]``."""
-
-    @abc.abstractmethod
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        """From results ``[|F|, G, ...]`` to the answers of the batch, ``[B, ...]``.
-
-        Args:
-            results: in the order of ``received``.
-            received: the workers whose results these are, strictly increasing, at least
-                :attr:`~coded_torch.codes.Code.min_received`.
-        """
-
-    def exact(self, received: Sequence[int]) -> Tensor:
-        """Which answers are a result of that very input, bit for bit: bool, ``[B]``, on the host.
-
-        Args:
-            received: as in :meth:`decode`, or fewer: then none is.
-        """
-        return self.source(received) >= 0
-
-    def source(self, received: Sequence[int]) -> Tensor:
-        """The result that is each input's own: ``[B]``, flat indices ``[|F|, G]``, -1: none is.
-
-        Args:
-            received: as in :meth:`exact`.
-        """
-        return torch.full((self.batch_size,), -1)
-
-    def used(self, received: Sequence[int]) -> Tensor:
-        """The distinct results that others are predicted from: flat indices ``[|F|, G]``."""
-        return torch.arange(len(received) * self.num_groups)
-
-    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """The sum of squares of what is missed if results are predicted from each other.
-
-        Each, or some of them, by the others, as lost answers are; unless overridden, by their mean.
-        For comparing results under one plan: outputs, and what is left of them beside an
-        approximation.
-
-        Args:
-            results, received: as in :meth:`decode`.
-        """
-        with outside():
-            return _of_mean_square(few_columns(results))
-
-    def expected_errors(
-        self, received: Sequence[int], results: Tensor | None = None
-    ) -> Tensor | None:
-        """The root mean squared error to expect of each answer; 0 for those that are exact.
-
-        Args:
-            received: as in :meth:`decode`; it may be tried out before any result is there.
-            results: as in :meth:`decode`; without, errors are in units of the outputs' standard
-                deviation (of an output vector's, root of the sum of the variances); with, they are
-                comparable to :func:`coded_torch.metrics.rmse`.
-
-        Returns:
-            ``[B]``, float64, on the host; None where the code cannot say.
-        """
-        return None
-
-    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
-        """The root mean square of :meth:`expected_errors` over the batch, or None."""
-        errors = self.expected_errors(received, results)
-        return None if errors is None else math.sqrt(float(errors.square().mean()))
-
-
-class GroupwisePlan(BatchPlan):
-    """The plan of a fixed code: every group for itself, all alike."""
-
-    def __init__(self, code: FixedCode, grouping: Grouping) -> None:
-        self.code: FixedCode = code
-        self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
-        self._grouping = grouping
-
-    def encode(self, values: Tensor) -> Tensor:
-        self.code.check_values(values)
-        return self.code.encoder.gathered(values, self._grouping)
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return self.code.decoder(received).scattered(results, self._grouping)
-
-    def source(self, received: Sequence[int]) -> Tensor:
-        with outside():
-            of_group = self.code.source(received)[:, None]  # [K, 1]
-            flat = of_group * self.num_groups + torch.arange(self.num_groups)
-            return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
-
-    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        with outside():
-            groups = plain("decode", "results", results)
-            groups = groups[:, :: max(1, self.num_groups * len(received) // _ROWS)]
-            sample = few_columns(groups).view(len(received), -1)  # [|F|, G C]
-            return float((self.code.left_out(received) @ sample).square().sum())
-
-
-class Arrived:
-    """What arrived: which result answers which input, and which ones to predict the others from.
-
-    Args:
-        point: ``[N, G]``, the point that each worker computes for each group: an input of the
-            batch, ``0 .. batch_size - 1``, or a mixture.
-        received: the workers whose results arrived, increasing.
-        batch_size: B.
-        usable: ``[P]``, bool: from the results of which points others may be predicted; all by
-            default, and where none of those that arrived is usable.
-
-    Attributes:
-        source: ``[B]``, the flat index ``[|F|, G]`` of the result that is an input's own, or -1.
-        answered: ``[B]``, bool.
-        lost: ``[L]``, the inputs without one.
-        used: ``[M]``, flat indices ``[|F|, G]`` of the distinct results to predict the others from.
-        points: ``[M]``, the points that these are results of.
-    """
-
-    def __init__(
-        self,
-        point: Tensor,
-        received: Sequence[int],
-        batch_size: int,
-        usable: Tensor | None = None,
-    ) -> None:
-        arrived = point[torch.tensor(received, dtype=torch.int64)].flatten()  # [F G]
-        index = torch.arange(len(arrived))
-        # The first result of each input, whichever worker repeats it.
-        own = arrived < batch_size
-        first = torch.full((batch_size,), len(arrived), dtype=torch.int64)
-        first.scatter_reduce_(0, arrived[own], index[own], "amin")
-        self.answered = first < len(arrived)
-        self.source = torch.where(self.answered, first, -1)
-        self.lost = (~self.answered).nonzero().flatten()
-        self.used = torch.cat([first[self.answered], index[~own]])
-        if usable is not None and bool((good := usable[arrived[self.used]]).any()):
-            self.used = self.used[good]
-        self.points = arrived[self.used]
-
-    def sample(self, results: Tensor) -> Tensor:
-        """Some columns of the distinct results, ``[M, C]``, see :func:`few_columns`."""
-        return few_columns(results)[self.used]
-
-
-class SelectionPlan(BatchPlan):
-    """Workers compute inputs as they are; lost answers are the mean of those that arrived.
-
-    Subclasses predict lost answers in a better way: they override :meth:`_weights`,
-    :meth:`_variances` and :meth:`_left_out_square`.
-
-    Args:
-        code: the code.
-        point: ``[N, G]``, the row of the batch that each worker computes for each group; in
-            subclasses maybe a mixture, see :class:`Arrived`.
-        batch_size: B.
-        usable: as in :class:`Arrived`.
-    """
-
-    def __init__(
-        self, code: Code, point: Tensor, batch_size: int, usable: Tensor | None = None
-    ) -> None:
-        self.code = code
-        self.batch_size, self.num_groups = batch_size, point.shape[1]
-        self._point, self._usable = point, usable
-        self._last: tuple[tuple[int, ...], Arrived] | None = None
-
-    def encode(self, values: Tensor) -> Tensor:
-        if values.shape[:1] != (self.batch_size,):
-            raise ValueError(
-                f"{type(self.code).__name__}: values must have size {self.batch_size} along dim 0, "
-                f"got shape {tuple(values.shape)}"
-            )
-        rows = self._point.to(values.device)
-        return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        with outside():
-            arrived = self._arrived(received)
-            weights = torch.zeros(0, len(arrived.used), dtype=torch.float64)
-            if len(arrived.lost):
-                weights = self._weights(arrived, results)
-            num_results = len(received) * self.num_groups
-            map = SelectMap(num_results, arrived.source, arrived.used, weights)
-        return map(results.flatten(0, 1))
-
-    def source(self, received: Sequence[int]) -> Tensor:
-        with outside():
-            return self._arrived(received).source
-
-    def used(self, received: Sequence[int]) -> Tensor:
-        with outside():
-            return self._arrived(received).used
-
-    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        with outside():
-            arrived = self._arrived(received)
-            return self._left_out_square(arrived, arrived.sample(results))
-
-    def expected_errors(
-        self, received: Sequence[int], results: Tensor | None = None
-    ) -> Tensor | None:
-        with outside():
-            arrived = self._arrived(received)
-            if not len(arrived.used):
-                return None
-            variances = torch.zeros(self.batch_size, dtype=torch.float64)
-            if len(arrived.lost):
-                variances[arrived.lost] = self._variances(arrived, results)
-                variances *= 1 if results is None else results.shape[2:].numel()
-            return variances.sqrt_()
-
-    def _arrived(self, received: Sequence[int]) -> Arrived:
-        # Kept for outputs of several leaves, and the errors to expect of them; not a history.
-        key = tuple(received)
-        last = self._last
-        if last is None or last[0] != key:
-            last = key, Arrived(self._point, key, self.batch_size, self._usable)
-            self._last = last
-        return last[1]
-
-    def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
-        """Those of the used results in the lost answers, ``[L, M]``, or ``[1, M]`` for all."""
-        return torch.full((1, len(arrived.used)), 1 / len(arrived.used), dtype=torch.float64)
-
-    def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
-        """What is missed if each of the used results is predicted from the others."""
-        return _of_mean_square(sample)
-
-    def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor | float:
-        """Of the lost answers, ``[L]``, about what is expected; in units as expected errors are."""
-        sample = None if results is None else arrived.sample(results)
-        return _of_mean(len(arrived.used), sample)
 
 
 class ChunkedPlan(BatchPlan):
@@ -545,35 +293,7 @@ class MeanPlan(BatchPlan):
             return None
         with outside():
             sample = None if results is None else few_columns(results)
-            variance = _of_mean(len(received) * self.num_groups, sample)
+            variance = of_mean(len(received) * self.num_groups, sample)
             if results is not None:
                 variance *= results.shape[2:].numel()
             return torch.full((self.batch_size,), math.sqrt(variance), dtype=torch.float64)
-
-
-def few_columns(results: Tensor) -> Tensor:
-    """Some columns of results ``[F, G, ...]``: ``[F G, C]``, float64 on the host.
-
-    Evenly spaced: the outputs' variance and trust are as exact from some 64 outputs as from all,
-    and cheaper.
-    """
-    columns = plain("decode", "results", results).flatten(0, 1).flatten(1)
-    return columns[:, :: max(1, columns.shape[1] // _COLUMNS)].to("cpu", torch.float64)
-
-
-def _of_mean_square(sample: Tensor) -> float:
-    """The sum of squares of what is missed if each result is predicted as the others' mean."""
-    if len(sample) < 2:
-        return 0.0
-    return float(sample.var(0).sum()) * len(sample) ** 2 / (len(sample) - 1)
-
-
-def _of_mean(count: int, sample: Tensor | None) -> float:
-    """The variance of an answer about the mean of ``count`` others: 1 + 1/count of the outputs'.
-
-    That of the outputs is 1 without a ``sample [M, C]``, and unknown, 0, of a single one.
-    """
-    variance = 1.0
-    if sample is not None:
-        variance = float(sample.var(0).mean()) if len(sample) > 1 else 0.0
-    return variance * (1 + 1 / count)

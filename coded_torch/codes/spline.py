@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..linear import LinearMap, SplineMap, check_smoothing
-from .base import CurveCode
+from .._arguments import smoothing
+from ..linear import LinearMap, SplineMap
+from .curve import CurveCode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +65,8 @@ class SplineCode(CurveCode):
         worker_points: ArrayLike | None = None,
     ) -> None:
         super().__init__(num_data, num_workers, data_points, worker_points)
-        self.encoder_smoothing = check_smoothing("SplineCode: encoder_smoothing", encoder_smoothing)
-        self.decoder_smoothing = check_smoothing("SplineCode: decoder_smoothing", decoder_smoothing)
+        self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
+        self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {

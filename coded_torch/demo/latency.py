@@ -1,7 +1,7 @@
-r"""How long requests take while workers straggle: uncoded, hedged and coded, at equal workers.
+r"""How long requests take while machines straggle, under several waiting policies.
 
 Requests arrive by themselves, whether or not earlier ones are answered, and a request's latency
-counts from when it arrived, not from when somebody found time for it: a load generator that waits
+counts from when it arrived, not from when a thread found time for it: a load generator that waits
 for answers before it asks again sends least when the system is slowest, and measures what no user
 sees.
 """
@@ -10,31 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..codes import KernelCode, NotEnoughResults, ReplicationCode
-from ..nn import CodedWrapper
+from ..codes import KernelCode, NotEnoughResults
+from ..nn import CodedWrapper, Waiting
+from ..nn.report import Report
 from ..stragglers import Bernoulli
-from ..workers import FaultyWorkers, Reply, Task, Workers
+from ..workers import FaultyWorkers, Workers
+from .hedging import Hedge, Unsplit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["ROUNDS", "Load", "Outcome", "draw", "format_outcomes", "measure"]
+__all__ = ["ROUNDS", "Load", "Outcome", "Sleeping", "draw", "format_outcomes", "measure", "merge"]
 
 _CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
-ROUNDS = 5  # in turns, so that what slows the machine down slows all schemes alike
+ROUNDS = 5  # in turns, so that what slows the machine down slows all policies alike
 _WARM_UP = 30
 
 
@@ -44,24 +43,26 @@ class Load:
 
     Attributes:
         rate: requests per second, on average; they arrive independently of each other.
-        num_requests: how many, of each scheme.
+        num_requests: how many, under each policy.
         batch_size: inputs of a request.
-        num_data: K, into how many shares a request is split; the coded one is for N workers.
-        num_workers: N, of all schemes.
-        num_stragglers: S, how many of N results the coded scheme does without.
-        share: of the calls of the module, that are delayed.
+        num_data: K, into how many parts a request is divided.
+        num_workers: machines, and N where all are asked at once.
+        num_stragglers: S, how many of N results are done without where all are asked at once.
+        share: of the parts, that are delayed.
         delay: seconds.
+        sleep: whether the model sleeps too, see :class:`Sleeping`.
         seed: of arrivals, inputs and delays.
     """
 
-    rate: float = 20.0
+    rate: float = 60.0
     num_requests: int = 1000
     batch_size: int = 64
     num_data: int = 4
     num_workers: int = 6
     num_stragglers: int = 2
-    share: float = 0.02
+    share: float = 0.03
     delay: float = 0.05
+    sleep: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,76 +73,133 @@ class Load:
             )
 
 
+class Sleeping(nn.Module):
+    """A model that sleeps for 1 ms and 9 ms for every 16 inputs, beside what it computes.
+
+    So that as many processes are as many machines, however few processors they share.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        time.sleep(0.001 + 0.009 * len(images) / 16)
+        return self.model(images)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one scheme did.
+    """How one policy did.
 
     Attributes:
-        latencies: seconds from arrival to answer, of the requests that were answered.
+        latencies: seconds from arrival to answer, of the requests that were answered, sorted.
         failed: how many were not.
         accuracy: right answers among all of them.
         throughput: requests answered per second.
-        calls: of the module, per request.
+        work: inputs that machines began to compute, per input.
+        predicted: the share of answers that are not the model's own.
+        overruns: seconds, of calls that ended at a deadline, by which they returned after it.
     """
 
     latencies: NDArray[np.float64]
     failed: int
     accuracy: float
     throughput: float
-    calls: float
+    work: float
+    predicted: float
+    overruns: NDArray[np.float64]
 
     def percentile(self, percent: float) -> float:
         """In milliseconds."""
         return float(np.percentile(self.latencies, percent)) * 1e3
 
 
+def policies(load: Load, part: float) -> dict[str, Waiting]:
+    """What is compared; ``part`` is the median of a part, in seconds."""
+    never = math.inf
+    return {
+        "wait for all": Unsplit(patience=never, extra=0),
+        "hedge at 1.2 medians": Hedge(medians=1.2),
+        "hedge at 1.5 medians": Hedge(medians=1.5),
+        "hedge at 2 medians": Hedge(medians=2.0),
+        "hedge at the fence": Hedge(),
+        "hedge at p95": Hedge(quantile=0.95),
+        "three re-asks": Waiting(patience=never),
+        "coded at once": Waiting.first(load.num_stragglers),
+        "hedge, predict": Waiting(),
+        "hedge, deadline": Waiting(deadline=3 * part),
+    }
+
+
+#: What a look at one load needs.
+FEW = ("wait for all", "hedge at 1.5 medians", "three re-asks", "coded at once", "hedge, predict")
+
+
 def measure(
-    pool: Workers, model: nn.Module, images: Tensor, labels: Tensor, load: Load
+    pool: Workers,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    load: Load,
+    names: Sequence[str] | None = FEW,
 ) -> Iterator[dict[str, Outcome]]:
-    """Send the load through every scheme, in rounds.
+    """Send the load under every policy, in rounds; the same arrivals and delays for all.
 
     Args:
-        pool: of ``load.num_workers`` workers.
+        pool: of ``load.num_workers`` machines.
         model: from images to logits.
         images: to draw requests from, ``[M, ...]``.
         labels: theirs, ``[M]``.
         load: what arrives.
+        names: of policies; None: all.
 
     Yields:
-        After each of :data:`ROUNDS` rounds, the outcomes so far, by scheme.
+        After each of :data:`ROUNDS` rounds, its outcomes, by policy.
     """
-    law = Bernoulli(load.share, latency=load.delay)
-    faulty = FaultyWorkers(pool, delays=law, seed=load.seed)
-    counted = _Counted(faulty)
-    uncoded = split(model, load.num_data, pool)
-    generator = torch.Generator().manual_seed(load.seed)
-    # As long as three in four need when nothing goes wrong: later than that, somebody straggles.
-    warm = [_seconds(uncoded, images[: load.batch_size]) for _ in range(_WARM_UP)]
-    after = 2 * float(np.median(warm))
-    schemes: dict[str, Callable[[Tensor], Tensor]] = {
-        "uncoded": split(model, load.num_data, counted),
-        "hedged": Hedged(model, load.num_data, counted, after),
-        "coded": CodedWrapper(
-            model,
-            KernelCode(load.num_data, load.num_workers),
-            workers=counted,
-            num_stragglers=load.num_stragglers,
-        ),
+    model = Sleeping(model).eval() if load.sleep else model
+    part = _median_part(_Dealt(model, load, pool, Waiting(patience=math.inf)), images, load)
+    schemes = {
+        name: _Dealt(model, load, pool, waiting)
+        for name, waiting in policies(load, part).items()
+        if names is None or name in names
     }
     for scheme in schemes.values():
-        for _ in range(_WARM_UP):
-            scheme(images[: load.batch_size])
-    records: dict[str, list[_Record]] = {name: [] for name in schemes}
-    calls, seconds = dict.fromkeys(schemes, 0), dict.fromkeys(schemes, 0.0)
-    for _ in range(ROUNDS):
+        for i in range(_WARM_UP):
+            scheme(images[i : i + load.batch_size])
+    generator = torch.Generator().manual_seed(load.seed)
+    for number in range(ROUNDS):
         requests = list(_requests(images, labels, load, generator))
+        outcomes = {}
         for name, scheme in schemes.items():
-            counted.calls = 0
+            scheme.delay(pool, load, number)
             start = time.perf_counter()
-            records[name] += _drive(scheme, requests)
-            seconds[name] += time.perf_counter() - start
-            calls[name] += counted.calls
-        yield {name: _outcome(records[name], seconds[name], calls[name]) for name in schemes}
+            records = _drive(scheme, requests)
+            outcomes[name] = _outcome(records, time.perf_counter() - start)
+        yield outcomes
+
+
+class _Dealt:
+    """A wrapper that deals each batch to K machines."""
+
+    def __init__(self, model: nn.Module, load: Load, pool: Workers, waiting: Waiting) -> None:
+        code = KernelCode(load.num_data, load.num_workers)
+        self.coded = CodedWrapper(model, code, workers=pool, waiting=waiting)
+
+    def delay(self, pool: Workers, load: Load, number: int) -> None:
+        """From now on, some parts take longer; the same ones under every policy."""
+        law = Bernoulli(load.share, latency=load.delay, seed=0)
+        self.coded.workers = FaultyWorkers(pool, delays=law, seed=load.seed + number)
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Report]:
+        with torch.no_grad():  # of this thread
+            return self.coded.run(images)
+
+
+def _median_part(scheme: _Dealt, images: Tensor, load: Load) -> float:
+    reports = [scheme(images[: load.batch_size])[1] for _ in range(_WARM_UP)]
+    seconds = [at for report in reports[_WARM_UP // 3 :] for at in report.latencies.values()]
+    return float(np.median(seconds))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +212,11 @@ class _Request:
 @dataclasses.dataclass(frozen=True)
 class _Record:
     latency: float
-    right: int | None  # None: not answered
     size: int
+    right: int | None = None  # None: not answered
+    work: float = 0.0
+    predicted: int = 0
+    overrun: float | None = None
 
 
 def _requests(
@@ -169,18 +230,27 @@ def _requests(
         yield _Request(arrival, images[rows], labels[rows])
 
 
-def _drive(scheme: Callable[[Tensor], Tensor], requests: Sequence[_Request]) -> list[_Record]:
-    """Send requests when they arrive, whoever still waits."""
+def _drive(
+    scheme: Callable[[Tensor], tuple[Tensor, Report]], requests: Sequence[_Request]
+) -> list[_Record]:
+    """Send requests when they arrive, whether or not others still wait."""
     begin = time.perf_counter() + 0.05
 
     def send(request: _Request) -> _Record:
-        with torch.no_grad():  # of this thread
-            try:
-                right = int((scheme(request.images).argmax(-1) == request.labels).sum())
-            except NotEnoughResults:
-                right = None
-        latency = time.perf_counter() - begin - request.arrival
-        return _Record(latency, right, len(request.labels))
+        size = len(request.labels)
+        start = time.perf_counter()
+        try:
+            answers, report = scheme(request.images)
+        except NotEnoughResults:
+            return _Record(time.perf_counter() - begin - request.arrival, size)
+        end = time.perf_counter()
+        right = int((answers.argmax(-1) == request.labels).sum())
+        predicted = 0 if report.predicted is None else int(report.predicted.sum())
+        overrun = None
+        if report.ended == "deadline" and report.deadline is not None:
+            overrun = end - start - report.deadline
+        latency = end - begin - request.arrival
+        return _Record(latency, size, right, report.work, predicted, overrun)
 
     with ThreadPoolExecutor(_CALLERS) as callers:
         futures = []
@@ -190,100 +260,48 @@ def _drive(scheme: Callable[[Tensor], Tensor], requests: Sequence[_Request]) -> 
         return [future.result() for future in futures]
 
 
-def _outcome(records: Sequence[_Record], seconds: float, calls: int) -> Outcome:
+def _outcome(records: Sequence[_Record], seconds: float) -> Outcome:
     answered = [record for record in records if record.right is not None]
+    inputs = max(1, sum(record.size for record in answered))
     return Outcome(
         latencies=np.sort([record.latency for record in answered]),
         failed=len(records) - len(answered),
-        accuracy=sum(record.right or 0 for record in answered)
-        / max(1, sum(record.size for record in answered)),
+        accuracy=sum(record.right or 0 for record in answered) / inputs,
         throughput=len(answered) / seconds,
-        calls=calls / len(records),
+        work=sum(record.work for record in answered) / max(1, len(answered)),
+        predicted=sum(record.predicted for record in answered) / inputs,
+        overruns=np.sort([r.overrun for r in answered if r.overrun is not None]),
     )
 
 
-def _seconds(scheme: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    start = time.perf_counter()
-    with torch.no_grad():
-        scheme(images)
-    return time.perf_counter() - start
+def merge(rounds: Sequence[Mapping[str, Outcome]]) -> dict[str, Outcome]:
+    """The outcomes of all rounds as one, by policy."""
 
+    def merged(outcomes: Sequence[Outcome]) -> Outcome:
+        def mean(name: str) -> float:
+            return float(np.mean([getattr(outcome, name) for outcome in outcomes]))
 
-def split(model: nn.Module, num_data: int, pool: Workers) -> CodedWrapper:
-    """The batch in K shares, without redundancy: the answer is there when the last share is."""
-    code = ReplicationCode(num_data, num_data)
-    return CodedWrapper(model, code, workers=pool, ordering="arrival", shuffle=False)
+        return Outcome(
+            latencies=np.sort(np.concatenate([outcome.latencies for outcome in outcomes])),
+            failed=sum(outcome.failed for outcome in outcomes),
+            overruns=np.sort(np.concatenate([outcome.overruns for outcome in outcomes])),
+            **{name: mean(name) for name in ("accuracy", "throughput", "work", "predicted")},
+        )
 
-
-class _Counted(Workers):
-    """Counts the calls that a pool is asked for."""
-
-    def __init__(self, pool: Workers) -> None:
-        self.pool, self.calls = pool, 0
-
-    def run(
-        self, module: nn.Module, task: Task, *, quorum: int, deadline: float | None = None
-    ) -> Generator[Reply, None, None]:
-        self.calls += task.num_workers
-        yield from self.pool.run(module, task, quorum=quorum, deadline=deadline)
-
-
-class Hedged:
-    """The batch in K shares; who has not answered after a while is asked once more."""
-
-    def __init__(self, model: nn.Module, num_data: int, pool: Workers, after: float) -> None:
-        self.model, self.num_data, self.pool, self.after = model, num_data, pool, after
-
-    def __call__(self, images: Tensor) -> Tensor:
-        shares = images.tensor_split(self.num_data)
-        replies: queue.SimpleQueue[tuple[int, Reply]] = queue.SimpleQueue()
-        answers: dict[int, Tensor] = {}
-        self._ask(shares, range(len(shares)), replies)
-        start, hedged = time.perf_counter(), False
-        while len(answers) < len(shares):
-            wait = None if hedged else max(0.0, self.after - (time.perf_counter() - start))
-            try:
-                share, reply = replies.get(timeout=wait)
-            except queue.Empty:
-                missing = [i for i in range(len(shares)) if i not in answers]
-                self._ask(shares, missing, replies)
-                hedged = True
-                continue
-            if reply.error is not None:
-                raise reply.error
-            answers.setdefault(share, reply.value)
-        return torch.cat([answers[i] for i in range(len(shares))])
-
-    def _ask(
-        self,
-        shares: Sequence[Tensor],
-        which: Sequence[int],
-        replies: queue.SimpleQueue[tuple[int, Reply]],
-    ) -> None:
-        """Have some shares computed, each reply to be put into the queue."""
-        leaves, spec = pytree.tree_flatten(((torch.stack([shares[i] for i in which]),), {}))
-        task = Task(leaves, [0], spec, len(which), leaves[0].shape[1], leaves[0].device)
-        grad = torch.is_grad_enabled()
-
-        def collect() -> None:
-            with torch.set_grad_enabled(grad):
-                for reply in self.pool.run(self.model, task, quorum=len(which)):
-                    replies.put((which[reply.worker], reply))
-
-        threading.Thread(target=collect, daemon=True).start()
+    return {name: merged([outcomes[name] for outcomes in rounds]) for name in rounds[0]}
 
 
 def format_outcomes(outcomes: Mapping[str, Outcome]) -> str:
     """A table in 80 columns."""
     lines = [
-        f"{'':10}{'p50':>9}{'p99':>9}{'p99.9':>9}   {'answered':>10}{'calls':>9}{'accuracy':>11}",
-        f"{'':10}{'ms':>9}{'ms':>9}{'ms':>9}   {'per second':>10}{'each':>9}",
+        f"{'':22}{'p50':>8}{'p99':>9}{'p99.9':>9}{'work':>9}{'predicted':>12}{'accuracy':>11}",
+        f"{'':22}{'ms':>8}{'ms':>9}{'ms':>9}",
     ]
     for name, outcome in outcomes.items():
-        times = "".join(f"{outcome.percentile(at):9.1f}" for at in (50, 99, 99.9))
+        p50, p99, last = (outcome.percentile(at) for at in (50, 99, 99.9))
         lines.append(
-            f"{name:10}{times}   {outcome.throughput:10.1f}{outcome.calls:9.2f}"
-            f"{outcome.accuracy:11.4f}"
+            f"{name:22}{p50:8.1f}{p99:9.1f}{last:9.1f}{outcome.work:9.3f}"
+            f"{outcome.predicted:11.2%} {outcome.accuracy:11.4f}"
         )
     return "\n".join(lines)
 
@@ -294,17 +312,16 @@ def draw(load: Load, outcomes: Mapping[str, Outcome]) -> Figure:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"uncoded": "#555555", "hedged": "#009E73", "coded": "#0072B2"}
     for name, outcome in outcomes.items():
         count = len(outcome.latencies)
         slower = np.arange(count, 0, -1) / count
-        axes.step(outcome.latencies * 1e3, slower, label=name, color=colours[name], where="post")
+        axes.step(outcome.latencies * 1e3, slower, label=name, where="post")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("latency from arrival, ms")
     axes.set_ylabel("share of requests that take longer")
     axes.set_title(
-        f"{load.num_workers} workers, {load.share:.0%} of calls delayed by "
+        f"{load.num_workers} machines, {load.share:.0%} of parts delayed by "
         f"{load.delay * 1e3:.0f} ms, {load.rate:g} requests a second"
     )
     axes.grid(which="major", alpha=0.3)

@@ -197,7 +197,8 @@ class Call:
                 continue
             if event is not None:
                 self._settle(event)
-                if self.unbegun and (unwanted := self._unwanted()):
+                wanting = len(self.good) < self.needed
+                if wanting and self.unbegun and (unwanted := self._unwanted()):
                     yield Drop(unwanted)
                 if not self.lost:
                     continue

@@ -83,10 +83,10 @@ class History:
             if self._unfitted >= _REFIT:
                 self._fit()
 
-    def part(self, rows: int) -> float:
-        """The median of parts of so many rows, in seconds; infinite until 32 have replied."""
+    def part(self, rows: int, quantile: float = 0.5) -> float:
+        """A quantile of parts of so many rows, in seconds; infinite until 32 have replied."""
         with self._lock:
-            return self._parts.quantile(0.5) * self._scale(rows) if self._known() else math.inf
+            return self._parts.quantile(quantile) * self._scale(rows) if self._known() else math.inf
 
     def fence(self, rows: int) -> float:
         r"""Seconds after which a part of so many rows is asked again.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._arguments import dense
 from ..codes.base import Code
 from ..workers.pytrees import broadcast_dims, leaf_name
 from ._results import finite
@@ -81,7 +82,9 @@ class Inputs:
                 f"CodedWrapper: {self.name(i)} must not be mapped by torch.vmap, which hides the "
                 "batch that is to be divided; call the wrapper with the whole batch"
             )
-        if not leaf.is_floating_point() and code.mixes:
+        whole = not (leaf.is_floating_point() or leaf.is_complex())
+        dense("CodedWrapper", self.name(i), leaf, floating=not whole)
+        if whole and code.mixes:
             raise TypeError(
                 f"CodedWrapper: {self.name(i)} must be floating-point, as {code} mixes inputs, got "
                 f"{leaf.dtype}; take a code that repeats them (KernelCode, ReplicationCode), code "

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._transforms import outside, plain
-from ..codes.plans import BatchPlan, MeanPlan, few_columns
+from ..codes.batch_plan import BatchPlan, few_columns
+from ..codes.plans import MeanPlan
 from ..surrogates import Memory
 from ..workers.pytrees import flatten, show
 

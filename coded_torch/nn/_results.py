@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..codes.base import NotEnoughResults
 from ..workers.base import Part, Reply, Task, WorkerError
 from ..workers.pytrees import (
     CONSTANTS,
@@ -209,13 +210,29 @@ class Results:
             leaves.append(stacked)
         return Stacked(units, leaves, good[0].dims, good[0].spec, formats)
 
-    def blame(self) -> Exception | None:
-        """What the module does wrong, if it does so on every part; None: it may be the workers."""
-        if self._misfits and len(self._misfits) == self._num_replies:
-            cause = min(self._misfits, key=lambda error: error.part).__cause__
+    def failure(self, least: int, num_parts: int, why: str) -> Exception:
+        """What to raise where the good results are too few.
+
+        Args:
+            least: how many units are needed.
+            num_parts: that were asked for first.
+            why: no more results came, if that is known.
+        """
+        rejected = self.rejected
+        if self._misfits and len(self._misfits) == self._num_replies:  # the module is to blame
+            cause = rejected[0].__cause__
             assert isinstance(cause, Exception)
             return cause
-        return None
+        parts = [result.part.number for result in self.good]
+        reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
+        error = NotEnoughResults(
+            [number for number in parts if number < num_parts],
+            least,
+            num_parts,
+            "; ".join([*reasons, *([why] if why else [])]),
+        )
+        error.__cause__ = rejected[0] if rejected else None
+        return error
 
 
 class _Camp:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["StandIn"]
@@ -45,7 +46,7 @@ class StandIn(nn.Module, abc.ABC):
             return self._forward_outside_graphs(args, kwargs)
         return self._forward(self.module, args, kwargs)
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a compiled wrapper does: none of its own Python is for the compiler."""
         if not self._is_local():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .._arguments import instance
-from ..codes.base import Code, NotEnoughResults
+from ..codes.base import Code
 from ..grouping import check_ordering
 from ..surrogates import Memory
 from ..workers.base import Workers
@@ -253,7 +253,7 @@ class CodedWrapper(StandIn):
                     if len(results.units) < units.least and not (
                         results.units and waiting.degraded
                     ):
-                        raise self._failure(units, results, why)
+                        raise results.failure(units.least, len(units.first), why)
                     stacked = results.stack()
                     answers = answer(
                         inputs, units, stacked, self.surrogate, self.link, report, generations
@@ -327,26 +327,6 @@ class CodedWrapper(StandIn):
             late = f"{what} arrived within the deadline of {ended.deadline:g} s"
             status = f"{late}; {status}" if status else late
         return status
-
-    def _failure(self, units: Units, results: Results, why: str) -> Exception:
-        """What to raise where the good results are too few for the code."""
-        blame = results.blame()
-        if blame is not None:
-            return blame
-        rejected = results.rejected
-        reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
-        error = NotEnoughResults(
-            [
-                result.part.number
-                for result in results.good
-                if result.part.number < len(units.first)
-            ],
-            units.least,
-            len(units.first),
-            "; ".join([*reasons, *([why] if why else [])]),
-        )
-        error.__cause__ = rejected[0] if rejected else None
-        return error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Surrogates go where the module goes, though they are none of its parts."""

@@ -103,7 +103,7 @@ class FaultyWorkers(Workers):
         >>> from coded_torch.codes import ReplicationCode
         >>> from coded_torch.nn import CodedWrapper
         >>> from coded_torch.workers import FaultyWorkers, LocalWorkers
-        >>> pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.3}, seed=5)
+        >>> pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.3}, seed=2)
         >>> coded = CodedWrapper(torch.nn.ReLU(), ReplicationCode(2, 6), workers=pool)
         >>> coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist()
         [0.0, 2.0]

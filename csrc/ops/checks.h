@@ -9,6 +9,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -71,6 +73,50 @@ inline std::optional<Tensor> check_index(const char* name, const std::optional<T
   return torch::stable::contiguous(*index);
 }
 
+// The bytes between the first and the last that a tensor may reach.
+struct Span {
+  uintptr_t begin, end;
+};
+
+inline Span span_of(const Tensor& tensor) {
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  if (tensor.numel() == 0) return {begin, begin};
+  int64_t last = 0;
+  for (int64_t i = 0; i < tensor.dim(); ++i) last += (tensor.size(i) - 1) * tensor.stride(i);
+  return {begin, begin + (last + 1) * tensor.element_size()};
+}
+
+// Whether no two elements of a tensor are one in memory.
+inline bool is_apart(const Tensor& tensor) {
+  std::array<std::pair<int64_t, int64_t>, 3> dims{};  // stride, size
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1) dims[i] = {tensor.stride(i), tensor.size(i)};
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 1;
+  for (const auto& [stride, size] : dims) {
+    if (size == 0) continue;
+    if (stride < reach) return false;
+    reach = stride * (size - 1) + reach;
+  }
+  return true;
+}
+
+inline void check_out(const Tensor& out, const std::vector<int64_t>& shape, const Tensor& values) {
+  bool fits = out.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t i = 0; fits && i < out.dim(); ++i) fits = out.size(i) == shape[i];
+  STD_TORCH_CHECK(
+      fits && out.scalar_type() == values.scalar_type() && out.device() == values.device(),
+      "spline_apply: out must have the shape of the result, the dtype and the device ",
+      "of the values, got ", torch::headeronly::toString(out.scalar_type()), " ", shape_str(out));
+  STD_TORCH_CHECK(out.numel() == 0 || (is_apart(out) && (out.size(out.dim() - 1) == 1 ||
+                                                         out.stride(out.dim() - 1) == 1)),
+                  "spline_apply: out must have contiguous columns and no element twice");
+  const Span to = span_of(out), from = span_of(values);
+  STD_TORCH_CHECK(to.end <= from.begin || from.end <= to.begin || out.numel() == 0,
+                  "spline_apply: out must not lie among the values");
+}
+
 // A call ready to launch: the tensors that own the memory, and what the kernels need to know.
 struct SplineCall {
   Tensor values;
@@ -80,8 +126,10 @@ struct SplineCall {
   SplineArgs args;
 };
 
+// `into`: the memory for the result; none: new memory.
 inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, const Tensor& schedule,
-                                 bool transpose, RowIndices indices) {
+                                 bool transpose, RowIndices indices,
+                                 const std::optional<Tensor>& into) {
   indices.gather = check_index("gather", indices.gather, values);
   indices.scatter = check_index("scatter", indices.scatter, values);
   const bool gathers = indices.gather.has_value(), scatters = indices.scatter.has_value();
@@ -123,13 +171,15 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
       !scatters || (indices.scatter->size(0) == out_rows && indices.scatter->size(1) == groups),
       "spline_apply: scatter must be [", out_rows, ", ", groups, "], got ",
       scatters ? shape_str(*indices.scatter) : "none");
+  const std::vector<int64_t> out_shape = scatters ? std::vector<int64_t>{*indices.num_rows, columns}
+                                                  : std::vector<int64_t>{out_rows, groups, columns};
+  if (into) check_out(*into, out_shape, values);
   if (columns > 1 && values.stride(values.dim() - 1) != 1) {
     values = torch::stable::contiguous(values);
   }
-
-  const std::vector<int64_t> out_shape = scatters ? std::vector<int64_t>{*indices.num_rows, columns}
-                                                  : std::vector<int64_t>{out_rows, groups, columns};
-  Tensor out = torch::stable::empty(out_shape, values.scalar_type(), std::nullopt, values.device());
+  const Tensor out =
+      into ? *into
+           : torch::stable::empty(out_shape, values.scalar_type(), std::nullopt, values.device());
   SplineArgs args{};
   args.in = values.const_data_ptr();
   args.in_row_stride = values.stride(0);
@@ -137,7 +187,7 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   args.gather = row_index(indices.gather, values.size(0));
   args.out = out.mutable_data_ptr();
   args.out_row_stride = out.stride(0);
-  args.out_group_stride = scatters ? 0 : columns;
+  args.out_group_stride = scatters ? 0 : out.stride(1);
   args.scatter = row_index(indices.scatter, out.size(0));
   args.coefficients = coefficients.const_data_ptr();
   args.schedule = static_cast<const int32_t*>(schedule.const_data_ptr());
@@ -147,7 +197,8 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   if (coefficients.size(0) > 1) {
     args.coefficients_stride = coefficients.size(1);
     args.schedule_stride = schedule.size(1);
-  } else if (!gathers && !scatters && args.in_group_stride == columns) {
+  } else if (!gathers && !scatters && args.in_group_stride == columns &&
+             args.out_group_stride == columns) {
     // One plan, and the groups side by side: one wide group.
     args.num_columns = groups * columns;
     args.num_groups = args.num_columns > 0 ? 1 : 0;

@@ -10,7 +10,12 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "spline_apply(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
       "Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> Tensor");
-  // The same on the CPU, with the kernels of one of cpu_capabilities().
+  // The same into memory that is there: `out` has the shape of the result and any strides, but
+  // contiguous columns, and shares no memory with the values.
+  m.def(
+      "spline_apply_out(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
+      "Tensor? gather, Tensor? scatter, SymInt? num_rows, Tensor(a!) out) -> ()");
+  // As spline_apply on the CPU, with the kernels of one of cpu_capabilities().
   m.def(
       "spline_apply_with(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
       "str capability, Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> "

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coded_torch.codes import NotEnoughResults, base
-from coded_torch.linear import accumulation_dtype
+from coded_torch.linear.base import accumulation_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -122,7 +122,7 @@ def test_a_higher_order_converges_faster():
     ("order", "error", "message"),
     [
         (-1, ValueError, "BerrutCode: order must be at least 0, got -1"),
-        (4, ValueError, "BerrutCode: order must be less than num_data, 4, got 4"),
+        (4, ValueError, "BerrutCode: order must be at most 3, got 4"),
         (0.5, TypeError, "BerrutCode: order must be an integer, got 0.5"),
     ],
 )

@@ -4,20 +4,42 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coded_torch import metrics
-from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode
+from coded_torch import metrics, points
+from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import Grouping, similarity_order
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 
-PLACEMENTS = [0.0, 0.25, 0.5, 0.8, 1.0]
+
+def spread(num_data, num_workers, **numbers):
+    """Workers at points of their own, spread evenly over the data and mixing it."""
+    data = points.equidistant(num_data)
+    workers = np.linspace(data[0], data[-1], num_workers)
+    encoder = SplineCode(num_data, num_workers, data_points=data, worker_points=workers)
+    return KernelCode(encoder=encoder, **numbers)
+
+
+def systematic(num_data, num_workers, **numbers):
+    """Every input as it is, and mixtures in the largest gaps."""
+    data = points.equidistant(num_data)
+    workers = points.systematic(data, num_workers)
+    encoder = SplineCode(num_data, num_workers, data_points=data, worker_points=workers)
+    return KernelCode(encoder=encoder, **numbers)
+
+
+def replicated(num_data, num_workers, **numbers):
+    return KernelCode(encoder=ReplicationCode(num_data, num_workers), **numbers)
+
+
+MAKERS = [KernelCode, replicated, systematic, spread]
 
 
 def smooth(x):
@@ -43,7 +65,7 @@ def network():
     batch_size=st.integers(0, 15),
     ordering=st.sampled_from(["similarity", "arrival", lambda x: x[0][:, 0].argsort(), "reversed"]),
     code=st.sampled_from(
-        [KernelCode(5, 9, placement=p) for p in PLACEMENTS]
+        [make(5, 9) for make in MAKERS]
         + [SplineCode(5, 60), BerrutCode(5, 60), ReplicationCode(5, 7)]
     ),
     stragglers=st.integers(0, 2),
@@ -64,20 +86,19 @@ def test_answers_come_back_in_the_callers_order(batch_size, ordering, code, stra
     assert bool((y >= -batch_size).all())
 
 
-@pytest.mark.parametrize("placement", [0.0, 0.5])
+@pytest.mark.parametrize("make", [KernelCode, replicated, systematic])
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 8, 9, 24])
-def test_with_every_worker_the_answers_are_the_models_own(placement, batch_size, generator):
+def test_with_every_worker_the_answers_are_the_models_own(make, batch_size, generator):
     x = inputs(batch_size, generator)
-    coded = CodedWrapper(Smooth(), KernelCode(8, 20, placement=placement))
+    coded = CodedWrapper(Smooth(), make(8, 20))
     assert torch.equal(coded(x), smooth(x))
     assert coded.last_run.expected_rmse == 0
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_lost_answers_are_close(placement, generator):
+@pytest.mark.parametrize("make", MAKERS)
+def test_lost_answers_are_close(make, generator):
     x = inputs(200, generator)
-    code = KernelCode(20, 30, placement=placement)
-    coded = CodedWrapper(Smooth(), code, stragglers=Uniform(8, seed=0))
+    coded = CodedWrapper(Smooth(), make(20, 30), stragglers=Uniform(8, seed=0))
     got = coded(x)
     mean = smooth(x).mean(0).expand_as(got)
     assert metrics.rmse(got, smooth(x)) < 0.2 * metrics.rmse(mean, smooth(x))
@@ -168,7 +189,7 @@ def test_inputs_that_tell_nothing_are_answered_by_the_mean(generator):
 
 def test_gradients_reach_the_inputs(generator):
     x = inputs(12, generator).requires_grad_()
-    coded = CodedWrapper(Smooth(), KernelCode(4, 6, placement=1.0), stragglers=Uniform(1, seed=0))
+    coded = CodedWrapper(Smooth(), spread(4, 6), stragglers=Uniform(1, seed=0))
     coded(x).sum().backward()
     assert x.grad.isfinite().all()
     assert (x.grad != 0).any(dim=1).all()
@@ -178,7 +199,7 @@ def test_equal_inputs_and_inputs_that_are_not_finite():
     x = torch.ones(12, 3)
     coded = CodedWrapper(torch.nn.Identity(), KernelCode(4, 6), stragglers=Uniform(2, seed=0))
     torch.testing.assert_close(coded(x), x)
-    mixed = CodedWrapper(torch.nn.Identity(), KernelCode(4, 6, placement=1.0))
+    mixed = CodedWrapper(torch.nn.Identity(), spread(4, 6))
     torch.testing.assert_close(mixed(x), x)
 
 
@@ -208,26 +229,26 @@ def answered(code, model, x, lost, seed=0):
     return got.double(), want.double(), (got == want).flatten(1).all(1)
 
 
-@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("make", [KernelCode, systematic, spread])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("noise", [0, 1e-9, 1e-6, 1e-4, 1e-3, 0.01, 0.02, 0.03, 0.05, 0.1])
-def test_near_duplicates(placement, dtype, noise, generator):
+def test_near_duplicates(make, dtype, noise, generator):
     """Their distances are as small as what rounding does to those of the others."""
     x = torch.randn(5, 32, dtype=torch.float64, generator=generator).repeat(12, 1)
     x = (x + noise * torch.randn(60, 32, dtype=torch.float64, generator=generator)).to(dtype)
-    got, want, own = answered(KernelCode(4, 6, placement=placement), torch.nn.Tanh(), x, 2)
+    got, want, own = answered(make(4, 6), torch.nn.Tanh(), x, 2)
     assert metrics.rmse(got, want) < 0.1 * metrics.rmse(want.mean(0).expand_as(want), want)
-    if placement == 0:
+    if make is KernelCode:
         assert own.sum() >= 40
 
 
-@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("make", [KernelCode, systematic, spread])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch_size", [20, 240])
-def test_one_image_that_is_not_normalised(placement, dtype, batch_size, network):
+def test_one_image_that_is_not_normalised(make, dtype, batch_size, network):
     model, images, _ = network
     model = copy.deepcopy(model).to(dtype)
-    code = KernelCode(20, 24, placement=placement)
+    code = make(20, 24)
     errors = []
     for factor in (1, 50, 255, 3000, 1e5):
         x = images[:batch_size].to(dtype, copy=True)
@@ -236,38 +257,40 @@ def test_one_image_that_is_not_normalised(placement, dtype, batch_size, network)
         for seed in range(5):
             got, want, own = answered(code, model, x, 4, seed)
             square += float((got - want)[1:].square().sum())
-            if placement == 0:
+            if make is KernelCode:
                 assert own.sum() >= batch_size * 5 // 6
         errors.append(math.sqrt(square))
-    # Mixed into others, it spoils its neighbours' results; else it does next to nothing.
-    assert max(errors) < (1.2 if placement == 0 else 1.5 if batch_size == 240 else 2) * errors[0]
+    # Mixed into others, it spoils its neighbours' results, and those of its whole group at points
+    # where no worker computes an input as it is; else it does next to nothing.
+    alone = {KernelCode: 1.2, systematic: 2, spread: 2.5}[make]
+    assert max(errors) < (min(alone, 1.5) if batch_size == 240 else alone) * errors[0]
 
 
-@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("make", [KernelCode, systematic, spread])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_inputs_of_any_scale(placement, scale, generator):
+def test_inputs_of_any_scale(make, scale, generator):
     x = torch.randn(24, 5, generator=generator)
-    code = KernelCode(6, 9, placement=placement)
+    code = make(6, 9)
     small, _, _ = answered(code, torch.nn.Identity(), x, 2)
     got, _, _ = answered(code, torch.nn.Identity(), x * scale, 2)
     torch.testing.assert_close(got / scale, small, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("placement", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("make", [KernelCode, systematic, spread])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
-def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(placement, bad, generator):
-    """What it is mixed into tells nothing either, unless it makes results that are not finite."""
+def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(make, bad, generator):
+    """What it is mixed into predicts nothing either, unless its results are not finite."""
     x = inputs(60, generator).float()
     x[7] = bad
-    code = KernelCode(6, 9, placement=placement)
+    code = make(6, 9)
     geometry = Geometry([x])
     grouping = Grouping(similarity_order(geometry.distances()), 6)
     plan = code.fit(grouping, geometry, 2)
     received = [0, 1, 3, 4, 5, 7, 8]
     results = smooth(plan.encode(x))[received]
     assert math.isfinite(plan.expected_rmse(received))
-    if placement > 0 and not math.isfinite(bad):
-        return  # results of whole groups are not finite, and whoever collects them leaves them out
+    if code.mixes and not math.isfinite(bad):
+        return  # results of whole groups are not finite, and are left out where they are collected
     answers = plan.decode(results, received)
     clean = (grouping.rows != 7).all(0)
     others = grouping.rows[:, clean].flatten().unique()
@@ -289,8 +312,8 @@ def test_half_precision_and_several_outputs(generator):
     assert y["square"][1] is None
 
 
-def test_batches_longer_than_a_run(generator, monkeypatch):
-    monkeypatch.setattr(KernelCode, "max_run", 32)
+def test_batches_longer_than_a_chunk(generator, monkeypatch):
+    monkeypatch.setattr(KernelCode, "max_chunk", 32)
     x = inputs(100, generator)
     for ordering in ("similarity", "arrival", torch.arange(100).flip(0)):
         coded = CodedWrapper(Smooth(), KernelCode(8, 12), ordering=ordering)
@@ -322,18 +345,20 @@ def test_probabilities_are_decoded_as_logits(network):
 
 
 def test_copies_of_the_code():
-    code = KernelCode(4, 6, placement=0.25, length=3.0)
-    for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code)):
-        assert repr(other) == repr(code)
+    for code in (KernelCode(4, 6, length=3.0), spread(4, 6, shrinkage=0.5)):
+        for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), code.replace()):
+            assert repr(other) == repr(code)
+            assert (other.mixes, other.max_chunk) == (code.mixes, code.max_chunk)
+        assert code.replace(length=4.0).length == 4.0
+        assert code.replace(length=4.0).shrinkage == code.shrinkage
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_workers": 3}, "num_workers must be at least num_data, 4, got 3"),
-        ({"placement": 1.5}, r"placement must be in \[0, 1\], got 1.5"),
-        ({"placement": float("nan")}, "placement must be"),
-        ({"exponent": -1}, "exponent must be"),
+        ({"encoder": SplineCode(4, 6)}, "encoder must be given without num_data and num_workers"),
+        ({"encoder": SplineCode(4, 6), "num_workers": None}, "encoder must be given without"),
         ({"shrinkage": -1}, "shrinkage must be at least 0"),
         ({"length": 0}, "length must be positive and finite, got 0"),
     ],
@@ -348,9 +373,8 @@ def test_bad_arguments(arguments, message):
     [
         ("num_data", True, "an integer, got True"),
         ("num_workers", 6.0, r"an integer, got 6\.0"),
-        ("placement", "auto", r"in \[0, 1\], got 'auto'"),
-        ("placement", True, r"in \[0, 1\], got True"),
-        ("exponent", [0.5], r"in \[0, 1\], got \[0\.5\]"),
+        ("num_data", None, "an integer, got None"),
+        ("encoder", KernelCode(4, 6), "of type FixedCode or None, got KernelCode"),
         ("shrinkage", None, "at least 0, got None"),
         ("length", None, "positive and finite, got None"),
     ],
@@ -360,6 +384,41 @@ def test_arguments_of_another_kind(argument, value, message):
         KernelCode(**({"num_data": 4, "num_workers": 6} | {argument: value}))
 
 
-def test_needs_the_geometry():
-    with pytest.raises(ValueError, match="geometry must be given to fit"):
-        KernelCode(4, 6).fit(Grouping.arrival(4, 4))
+def test_mixtures_need_the_geometry():
+    with pytest.raises(ValueError, match="geometry must be given to fit mixtures"):
+        spread(4, 6).fit(Grouping.arrival(4, 4))
+
+
+@pytest.mark.parametrize("make", [systematic, spread])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.01])
+def test_distances_of_mixtures(make, shrinkage, generator):
+    """In the Euclidean metric, those of the coded inputs themselves; in any, from E M E'."""
+    x = inputs(20, generator, dim=6)
+    grouping, geometry = Grouping(torch.randperm(20), 6), Geometry([x], shrinkage=shrinkage)
+    plan = make(6, 10).fit(grouping, geometry, 3)
+    sent = plan.encode(x).flatten(0, 1)  # [N G, d]
+    got = plan._batch.squared[plan._point.flatten()][:, plan._point.flatten()]
+    if shrinkage == 0:
+        want = (sent[:, None] - sent).square().sum(2)
+        unit = (x - x.mean(0)).square().sum(1).mean()
+        torch.testing.assert_close(got, want / unit, rtol=1e-6, atol=1e-9)
+    weights = plan.encode(torch.eye(20, dtype=torch.float64)).flatten(0, 1)  # [N G, B]
+    gram = weights @ geometry.gram @ weights.T
+    want = gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_replication_that_predicts_what_is_lost(generator):
+    """The same workers, answers and lost inputs as replication; what is lost is closer."""
+    x = inputs(60, generator)
+    received = [0, 1, 2, 6, 7, 8]
+    plans = [
+        plan_batch(make(6, 11), "similarity", [x], 4) for make in (replicated, ReplicationCode)
+    ]
+    assert torch.equal(plans[0].encode(x), plans[1].encode(x))
+    assert torch.equal(plans[0].exact(received), plans[1].exact(received))
+    results = smooth(plans[0].encode(x)[received])
+    ours, theirs = (plan.decode(results, received) for plan in plans)
+    exact = plans[0].exact(received)
+    assert torch.equal(ours[exact], theirs[exact])
+    assert metrics.rmse(ours, smooth(x)) < 0.7 * metrics.rmse(theirs, smooth(x))

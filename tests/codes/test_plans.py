@@ -82,9 +82,9 @@ def test_exact_answers_are_results_bit_for_bit(
     assert exact.dtype == torch.bool
     assert answers.shape == x.shape
     assert torch.equal(answers[exact], x.sin()[exact])
-    for told in (None, results):
-        errors = plan.expected_errors(received, told)
-        rmse = plan.expected_rmse(received, told)
+    for known in (None, results):
+        errors = plan.expected_errors(received, known)
+        rmse = plan.expected_rmse(received, known)
         if errors is None:
             assert not isinstance(code, KernelCode)
             assert rmse is None

@@ -17,7 +17,7 @@ class TestUncoded(CodeTests):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_answered_inputs_come_back_bit_for_bit(dtype):
+def test_inputs_with_an_answer_of_their_own_inputs_come_back_bit_for_bit(dtype):
     code = ReplicationCode(4, 10)
     results = normal(10, 33, dtype=dtype) * 100
     received = [9, 2, 6, 1, 5]  # inputs 1, 2, 2, 1, 1
@@ -40,14 +40,14 @@ def test_every_input_counts_once_in_the_mean():
     assert answers.tolist() == [1.0, 4.0, 2.5]
 
 
-def test_answered():
+def test_inputs_with_an_answer_of_their_own():
     code = ReplicationCode(3, 9)
-    assert code.answered([8, 2, 3]).tolist() == [True, False, True]
-    assert code.answered(torch.tensor([1])).tolist() == [False, True, False]
-    assert code.answered([]).tolist() == [False, False, False]
-    assert code.answered(range(9)).all()
+    assert code.exact([8, 2, 3]).tolist() == [True, False, True]
+    assert code.exact(torch.tensor([1])).tolist() == [False, True, False]
+    assert code.exact([]).tolist() == [False, False, False]
+    assert code.exact(range(9)).all()
     with pytest.raises(ValueError, match=r"received must lie in 0\.\.8, got 9"):
-        code.answered([9])
+        code.exact([9])
 
 
 def test_every_input_needs_a_worker():

@@ -97,7 +97,7 @@ def test_bad_arguments(arguments, error, message):
         SplineCode(3, 4, **arguments)
 
 
-@pytest.mark.skipif(not STATM.exists(), reason="the system does not tell the memory of a process")
+@pytest.mark.skipif(not STATM.exists(), reason="the system does not say the memory of a process")
 def test_new_received_sets_do_not_grow_memory():
     """Kept, 10,000 plans of this size would take 250 MB."""
     code = SplineCode(20, 200)

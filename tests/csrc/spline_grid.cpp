@@ -1,11 +1,41 @@
-// Runs the CUDA kernel's body over a whole grid, block by block and thread by thread, on the host.
-// Memory is allocated to the byte, so that AddressSanitizer sees every access out of bounds.
+// Runs the CUDA kernels over a whole grid, block by block and thread by thread, on the host: their
+// body as the host's compiler sees it or, with CODED_TORCH_PTX, as nvcc does (tests/ptx.py). Memory
+// is allocated to the byte, so that AddressSanitizer sees every access out of bounds.
 #include <cstring>
+#include <exception>
 #include <memory>
+#include <vector>
 
 #include "../../csrc/ops/cuda/spline_block.h"
 
 using namespace coded_torch;
+
+#ifdef CODED_TORCH_PTX
+#include "ptx.h"
+
+namespace coded_torch {
+// As declared in spline.cu, so that their names are those of the translated kernels.
+template <class T, int kWidth, bool kTranspose, States kStates>
+void spline_kernel(SplineArgs args, SplineGrid grid, void* workspace);
+void mark_written(RowIndex scatter, int64_t entries, char* written);
+void zero_unwritten(const char* written, char* out, int64_t row_bytes, int64_t row_stride_bytes);
+}  // namespace coded_torch
+
+template <class T, int kWidth, bool kTranspose, States kStates>
+static void run_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block, int thread,
+                       char* shared, char* workspace) {
+  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block),
+                 static_cast<uint32_t>(grid.threads), shared,
+                 static_cast<uint32_t>(grid.shared_bytes)};
+  spline_kernel<T, kWidth, kTranspose, kStates>(args, grid, workspace);
+}
+#else
+template <class T, int kWidth, bool kTranspose, States kStates>
+static void run_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block, int thread,
+                       char* shared, char* workspace) {
+  spline_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared, workspace);
+}
+#endif
 
 template <class T, int kWidth, bool kTranspose, States kStates>
 static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
@@ -15,8 +45,8 @@ static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
   for (int64_t block = 0; block < grid.blocks; ++block) {
     std::memset(shared.get(), 0xff, grid.shared_bytes);  // NaN: nothing may be read unwritten
     for (int thread = 0; thread < grid.threads; ++thread) {
-      spline_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared.get(),
-                                                    workspace.get());
+      run_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared.get(),
+                                                 workspace.get());
     }
   }
 }
@@ -48,22 +78,68 @@ static SplineGrid run(const SplineArgs& args, bool transpose, const Device& devi
                    : run<T, kWidePack<T>, false>(args, device);
 }
 
+static SplineGrid run(const SplineArgs& args, int dtype, bool transpose, const Device& device) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat64:
+      return run<double>(args, transpose, device);
+    case DType::kFloat32:
+      return run<float>(args, transpose, device);
+    case DType::kBFloat16:
+      return run<bfloat16>(args, transpose, device);
+    default:
+      return run<float16>(args, transpose, device);
+  }
+}
+
+#ifdef CODED_TORCH_PTX
+// As launch_zero_unwritten() in spline.cu.
+static void zero_unwritten(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
+  const auto written = std::make_unique<char[]>(args.scatter.num_rows);
+  const auto each = [](int64_t blocks, const auto& kernel) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int thread = 0; thread < kMaxThreads; ++thread) {
+        ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaxThreads};
+        kernel();
+      }
+    }
+  };
+  each((entries + kMaxThreads - 1) / kMaxThreads,
+       [&] { mark_written(args.scatter, entries, written.get()); });
+  each(args.scatter.num_rows, [&] {
+    zero_unwritten(written.get(), static_cast<char*>(args.out), args.num_columns * value_bytes,
+                   args.out_row_stride * value_bytes);
+  });
+}
+#else
+static void zero_unwritten(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
+  std::vector<bool> written(args.scatter.num_rows);
+  for (int64_t i = 0; i < entries; ++i) {
+    if (args.scatter.rows[i] >= 0) written[args.scatter.rows[i]] = true;
+  }
+  for (int64_t row = 0; row < args.scatter.num_rows; ++row) {
+    if (written[row]) continue;
+    std::memset(static_cast<char*>(args.out) + row * args.out_row_stride * value_bytes, 0,
+                args.num_columns * value_bytes);
+  }
+}
+#endif
+
 extern "C" {
 
 // What Python takes them for.
 int64_t coded_torch_sizeof_args() { return sizeof(SplineArgs); }
 int64_t coded_torch_sizeof_grid() { return sizeof(SplineGrid); }
 
-SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpose, Device device) {
-  switch (static_cast<DType>(dtype)) {
-    case DType::kFloat64:
-      return run<double>(*args, transpose, device);
-    case DType::kFloat32:
-      return run<float>(*args, transpose, device);
-    case DType::kBFloat16:
-      return run<bfloat16>(*args, transpose, device);
-    default:
-      return run<float16>(*args, transpose, device);
+// `scattered`: entries of the index of results. `failure` receives what went wrong, if anything.
+SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpose, Device device,
+                                int64_t scattered, char failure[80]) {
+  constexpr int64_t kValueBytes[] = {8, 4, 2, 2};
+  try {
+    if (args->scatter.rows) zero_unwritten(*args, scattered, kValueBytes[dtype]);
+    return run(*args, dtype, transpose, device);
+  } catch (const std::exception& error) {
+    std::strncpy(failure, error.what(), 79);
+    return {};
   }
 }
 

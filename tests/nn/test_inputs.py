@@ -244,3 +244,30 @@ def test_functional_transforms_pass(make, ordering):
     _, tangent = torch.func.jvp(coded, (x,), (torch.ones_like(x),))
     assert tangent.shape == x.shape
     assert torch.func.jacrev(coded)(x).shape == (4, 3, 4, 3)
+
+
+UNREADABLE = {
+    "sparse": lambda x: x.to_sparse(),
+    "compressed": lambda x: x.to_sparse_csr(),
+    "nested": lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+    "strided nested": lambda x: torch.nested.nested_tensor([x, x[:1]]),
+    "meta": lambda x: x.to("meta"),
+    "float8": lambda x: x.to(torch.float8_e4m3fn),
+    "quantised": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "masked": lambda x: torch.masked.masked_tensor(x, x > 0),
+    "complex": lambda x: x.to(torch.complex64),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes
+@pytest.mark.parametrize("waiting", [None, Waiting()])
+@pytest.mark.parametrize("make", [SplineCode, KernelCode, ReplicationCode])
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, make, waiting):
+    coded = CodedWrapper(nn.Identity(), make(2, 4), waiting=waiting)
+    x = UNREADABLE[kind](torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(
+        TypeError, match=r"^CodedWrapper: args\[0\] must be a dense, strided"
+    ) as info:
+        coded(x)
+    assert "\n" not in str(info.value)

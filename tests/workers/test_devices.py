@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
-from coded_torch.linear import MatrixMap
-from coded_torch.nn import CodedWrapper
-from coded_torch.workers import DeviceWorkers, WorkerError
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.workers import Began, DeviceWorkers, WorkerError
 
 from .workers_tests import (
     CopyCode,
@@ -24,6 +23,9 @@ from .workers_tests import (
     PolynomialCode,
     WorkersTests,
     divide_by_zero,
+    events_of,
+    numbered,
+    replies_of,
     task_of,
 )
 
@@ -56,9 +58,9 @@ class InOrder(nn.Module):
         self.passed[-1].set()
 
     def forward(self, x: Tensor) -> Tensor:
-        worker = int(x[0, 0])
-        assert self.passed[self.before[worker]].wait(WAIT)
-        self.passed[worker].set()
+        unit = int(x[0, 0])
+        assert self.passed[self.before[unit]].wait(WAIT)
+        self.passed[unit].set()
         return torch.sin(x * 1.1)
 
 
@@ -80,38 +82,47 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).reshape(-1, 1)
 
 
+def units(*values: float):
+    """The task of units of one row."""
+    return task_of(column(*values).unsqueeze(1))
+
+
+def first(num_stragglers: int = 0, deadline: float | None = None) -> Waiting:
+    return Waiting.first(num_stragglers, deadline=deadline)
+
+
 def test_answers_do_not_depend_on_the_order_of_replies():
     x, answers = column(0, 1, 2, 3), []
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         with DeviceWorkers(["cpu"] * 4) as pool:
-            coded = CodedWrapper(InOrder(order), CopyCode(4, 4), workers=pool)
+            coded = CodedWrapper(InOrder(order), CopyCode(4, 4), workers=pool, waiting=first())
             answers.append(coded(x))
     assert torch.equal(answers[0], answers[1])
     assert torch.equal(answers[0], answers[2])
 
 
-def test_a_worker_that_raises_is_missing_and_the_others_answer():
+def test_a_part_whose_module_raises_fails_and_the_others_are_answered():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(
-            FailsAt(2.0, divide_by_zero), CopyCode(4, 4), workers=pool, num_stragglers=1
-        )
-        task = task_of(column(0, 1, 2, 3).reshape(4, 1, 1))
-        replies = {r.worker: r for r in pool.run(coded.module, task, quorum=4)}
+        module = FailsAt(2.0, divide_by_zero)
+        replies = {r.part.number: r for r in pool.run(module, units(0, 1, 2, 3))}
         assert [n for n, r in replies.items() if r.error] == [2]
-        assert isinstance(replies[2].error, WorkerError)
-        assert isinstance(replies[2].error.__cause__, ZeroDivisionError)
-        assert str(replies[2].error) == ("worker 2 failed on cpu: ZeroDivisionError: boom at [2.0]")
-        assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 1.0, 0.0, 3.0]
+        error = replies[2].error
+        assert isinstance(error, WorkerError)
+        assert isinstance(error.__cause__, ZeroDivisionError)
+        assert str(error) == (
+            f"machine {error.machine} failed on cpu: ZeroDivisionError: boom at [2.0]"
+        )
 
 
-def test_too_few_results_are_an_error_caused_by_the_worker():
+def test_too_few_results_are_an_error_caused_by_the_module():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(FailsAt(7.0, divide_by_zero), PolynomialCode(2, 4), workers=pool)
+        code, module = PolynomialCode(2, 4), FailsAt(7.0, divide_by_zero)
+        coded = CodedWrapper(module, code, workers=pool, waiting=first())
         with pytest.raises(NotEnoughResults, match="at least 2 of 4 results, got 0") as info:
             coded(column(7, 7))
         assert isinstance(info.value.__cause__, WorkerError)
         assert isinstance(info.value.__cause__.__cause__, ZeroDivisionError)
-        assert set(coded.last_run.rejected) == {0, 1, 2, 3}
+        assert set(coded.last_run.rejected) <= {0, 1}
         assert coded.last_run.received == ()
 
 
@@ -120,11 +131,10 @@ def test_even_an_exit_in_a_worker_ends_no_thread():
         raise SystemExit("bye")
 
     with DeviceWorkers(["cpu"]) as pool:
-        task = task_of(column(0, 1).reshape(2, 1, 1))
         for _ in range(3):
-            replies = list(pool.run(FailsAt(1.0, leave), task, quorum=2))
+            replies = list(pool.run(FailsAt(1.0, leave), units(0, 1)))
             assert [str(r.error) for r in replies if r.error] == [
-                "worker 1 failed on cpu: SystemExit: bye"
+                "machine 0 failed on cpu: SystemExit: bye"
             ]
 
 
@@ -137,9 +147,9 @@ def test_even_an_exception_that_cannot_be_printed_ends_no_thread():
         raise MuteError
 
     with DeviceWorkers(["cpu"]) as pool:
-        task = task_of(column(0, 1).reshape(2, 1, 1))
-        replies = {r.worker: r for r in pool.run(FailsAt(0.0, fail), task, quorum=2, deadline=WAIT)}
-        assert re.match("worker 0 failed on cpu: .*MuteError: <.*failed>", str(replies[0].error))
+        module = FailsAt(0.0, fail)
+        replies = {r.part.number: r for r in pool.run(module, units(0, 1), deadline=WAIT)}
+        assert re.match("machine 0 failed on cpu: .*MuteError: <.*failed>", str(replies[0].error))
         assert replies[1].error is None
 
 
@@ -151,10 +161,9 @@ def test_a_module_that_is_compiled_as_a_whole_is_refused_unharmed(path, in_place
         linear.compile(backend="eager")
     compiled = linear if in_place else torch.compile(linear, backend="eager")
     module = nn.Sequential(compiled) if path else compiled
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(2, 2), workers=pool, deadline=WAIT)
-        with pytest.raises(TypeError, match=f"{path or 'the module'} must not be compiled"):
-            coded(column(0, 1))
+    refusal = pytest.raises(TypeError, match=f"{path or 'the module'} must not be compiled")
+    with DeviceWorkers(["cpu"]) as pool, refusal:
+        pool.open(module, units(0, 1))
     assert len(list(linear.parameters())) == 2
     assert module(column(0, 1)).shape == (2, 1)
 
@@ -176,7 +185,7 @@ def test_a_compiled_forward_is_compiled_once_for_all_replicas():
             return x * self.weight
 
     with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(Double(), CopyCode(2, 2), workers=pool)
+        coded = CodedWrapper(Double(), CopyCode(2, 2), workers=pool, waiting=first())
         for _ in range(4):
             assert coded(column(1, 2)).flatten().tolist() == [2.0, 4.0]
     assert len(graphs) == 1
@@ -185,24 +194,26 @@ def test_a_compiled_forward_is_compiled_once_for_all_replicas():
 def test_a_pool_does_not_wait_for_itself():
     with DeviceWorkers(["cpu"]) as pool, DeviceWorkers(["cpu"]) as other:
         inner = CodedWrapper(nn.Identity(), CopyCode(1, 1), workers=pool)
-        outer = CodedWrapper(inner, PolynomialCode(1, 1), workers=pool, deadline=WAIT)
+        outer = CodedWrapper(
+            inner, PolynomialCode(1, 1), workers=pool, waiting=first(deadline=WAIT)
+        )
         with pytest.raises(NotEnoughResults) as info:
             outer(column(1))
-        assert "RuntimeError: DeviceWorkers: run must not be called from a thread of the pool" in (
+        assert "DeviceWorkers: requests must not come from a thread of the pool" in (
             str(info.value.__cause__)
         )
         outer.workers = other
         assert outer(column(1)).item() == pytest.approx(1.0)
 
 
-def test_a_hanging_worker_holds_back_only_its_own_task():
+def test_a_device_that_hangs_holds_back_only_its_own_part():
     module = Blocking(1.0)
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, num_stragglers=1)
+        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(1))
         assert coded(column(0, 1, 2, 3)).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]
-        # One thread still hangs: it is not used, its late result reaches nobody.
+        # One thread still hangs: it is not used, its late result reaches nothing.
         assert module.entered.wait(WAIT)
-        coded.num_stragglers = 0
+        coded.waiting = first()
         assert coded(column(5, 6, 7, 8)).flatten().tolist() == [5.0, 6.0, 7.0, 8.0]
         module.release.set()
         for i in range(10):
@@ -210,51 +221,62 @@ def test_a_hanging_worker_holds_back_only_its_own_task():
             assert torch.equal(coded(x), x)
 
 
-def test_the_deadline_bounds_the_wait():
+def test_a_result_beyond_the_deadline_is_missing_and_no_error():
     module = Blocking(1.0)
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(3, 3), workers=pool, deadline=1.0)
+        coded = CodedWrapper(module, CopyCode(3, 3), workers=pool, waiting=first(deadline=1.0))
         start = time.monotonic()
         assert coded(column(0, 1, 2)).flatten().tolist() == [0.0, 0.0, 2.0]
-        with pytest.raises(NotEnoughResults):
-            CodedWrapper(module, PolynomialCode(1, 1), workers=pool, deadline=0.05)(column(1))
         assert 1.0 <= time.monotonic() - start < WAIT / 2
-        assert coded.last_run.rejected == {}  # to be late is no error
+        assert coded.last_run.rejected == {}
         module.release.set()
 
 
-def test_the_timeout_bounds_a_wait_without_deadline():
+def test_a_part_fails_when_the_timeout_is_over():
     module = Blocking(1.0)
     with DeviceWorkers(["cpu", "cpu"], timeout=0.5) as pool:
-        coded = CodedWrapper(
-            module, PolynomialCode(2, 2), workers=pool, ordering="arrival", shuffle=False
+        replies = {reply.part.number: reply for reply in pool.run(module, units(0, 1))}
+        assert replies[0].error is None
+        late = replies[1]
+        assert str(late.error) == f"machine {late.machine} did not reply within 0.5 s"
+        assert late.at >= 0.5
+        # What is asked now finds one device free; two parts that block it find none.
+        with pool.open(module, units(1, 1)) as request:
+            request.ask(numbered((0,), (1,)))
+            errors = {r.part.number: str(r.error) for r in replies_of(request)}
+        assert errors[0] == f"machine {1 - late.machine} did not reply within 0.5 s"
+        assert errors[1] == (
+            "part 1 did not reply within 0.5 s; 1 of 2 devices are at earlier tasks"
         )
-        vars(coded.code)["encoder"] = MatrixMap(torch.eye(2))  # worker 1 hangs
-        with pytest.raises(NotEnoughResults) as info:
-            coded(column(0, 1))
-        assert str(info.value.__cause__) == "worker 1 did not reply within 0.5 s"
-        assert coded.last_run.received == (0,)
-        assert coded.last_run.latencies[1] >= 0.5
         module.release.set()
 
 
-def test_tasks_given_up_are_not_run():
-    blocking, calls = Blocking(0.0), []
-    blocking.register_forward_pre_hook(lambda module, args: calls.append(args))
-    with DeviceWorkers(["cpu"]) as pool:
-        values = torch.zeros(3, 1, 1)
-        assert list(pool.run(blocking, task_of(values), quorum=3, deadline=0.05)) == []
-        blocking.release.set()
-        assert len(list(pool.run(nn.Identity(), task_of(values), quorum=3))) == 3
-    assert len(calls) <= 1
+def test_a_module_is_new_to_each_device_once():
+    module = nn.Identity()
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        seen: set[int] = set()
+        for _ in range(20):
+            with pool.open(module, units(0, 1, 2)) as request:
+                request.ask(numbered((0,), (1,), (2,)))
+                for event in events_of(request):
+                    if isinstance(event, Began):
+                        assert event.fresh == (event.machine not in seen)
+                        seen.add(event.machine)
+        with pool.open(nn.Identity(), units(0)) as request:
+            request.ask(numbered((0,)))
+            assert events_of(request)[0].fresh
+
+
+def test_all_devices_are_idle_before_the_first_request():
+    with DeviceWorkers(["cpu", "cpu"]) as pool, pool.open(nn.Identity(), units(0)) as request:
+        assert request.idle == pool.num_machines == 2
 
 
 def test_closing_ends_a_waiting_request():
     module = Blocking(0.0)
     pool = DeviceWorkers(["cpu"])
     replies: list[object] = []
-    task = task_of(column(0, 1, 2).reshape(3, 1, 1))
-    waiting = threading.Thread(target=lambda: replies.extend(pool.run(module, task, quorum=3)))
+    waiting = threading.Thread(target=lambda: replies.extend(pool.run(module, units(0, 1, 2))))
     waiting.start()
     assert module.entered.wait(WAIT)
     threading.Timer(0.05, module.release.set).start()
@@ -262,18 +284,18 @@ def test_closing_ends_a_waiting_request():
     waiting.join(WAIT)
     assert sorted(str(r.error) for r in replies) == [
         "None",
-        "worker 1 was never asked: the pool was closed",
-        "worker 2 was never asked: the pool was closed",
+        "part 1 was never begun: the pool was closed",
+        "part 2 was never begun: the pool was closed",
     ]
     with pytest.raises(RuntimeError, match="DeviceWorkers: the pool is closed"):
-        next(pool.run(module, task, quorum=3))
+        next(pool.run(module, units(0)))
 
 
 def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
         module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
         kept = [weakref.ref(module), weakref.ref(values)]
-        replies = list(pool.run(module, task_of(values), quorum=4))
+        replies = list(pool.run(module, task_of(values)))
         del module, values, replies
         deadline = time.monotonic() + WAIT
         while any(ref() is not None for ref in kept) and time.monotonic() < deadline:
@@ -300,7 +322,7 @@ def test_replicas_see_the_module_as_it_is():
     module, seen = Scale(), []
     module.register_forward_hook(lambda _, args, out: seen.append(out))
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(module, CopyCode(2, 2), workers=pool).eval()
+        coded = CodedWrapper(module, CopyCode(2, 2), workers=pool, waiting=first()).eval()
         assert coded(column(1, 2)).flatten().tolist() == [1.0, 2.0]
         assert len(seen) == 2
         module.scale = 3.0
@@ -341,7 +363,7 @@ class TestCopies:
     def replica(self):
         from coded_torch.workers.devices import _Replica
 
-        return _Replica(torch.device("meta"), None)
+        return _Replica(torch.device("meta"))
 
     def test_a_copy_is_kept_while_the_original_stays(self, replica):
         module = nn.Linear(2, 2)
@@ -405,7 +427,7 @@ def test_answers_and_gradients_on_cuda(home):
     module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).double().to(home)
     stream = torch.cuda.Stream()
     with DeviceWorkers(["cuda", "cuda", "cpu"]) as pool, torch.cuda.stream(stream):
-        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, num_stragglers=1)
+        coded = CodedWrapper(module, PolynomialCode(3, 6), workers=pool, waiting=first(1))
         for seed in range(20):
             generator = torch.Generator().manual_seed(seed)
             x = torch.randn(500, 64, generator=generator).double().to(home).requires_grad_()

@@ -75,7 +75,11 @@ def test_parts_asked_together_are_computed_in_one_batch_in_the_order_of_units():
         request.ask(numbered((3,), (1,), (0,), (2,)))
         assert times([request.wait() for _ in range(4)]) == [("Began", n, 0.0) for n in range(4)]
         assert module.batches == []
-        assert times(events_of(request)) == [("Reply", 2, 0.1), ("Reply", 1, 0.3), ("Reply", 0, 0.5)]
+        assert times(events_of(request)) == [
+            ("Reply", 2, 0.1),
+            ("Reply", 1, 0.3),
+            ("Reply", 0, 0.5),
+        ]
     assert module.batches == [[0.0, 0.0, 1.0, 1.0, 3.0, 3.0]]  # what never replies is not computed
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ import torch
 from torch import nn
 
 from coded_torch.codes import NotEnoughResults
-from coded_torch.nn import CodedWrapper
+from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
@@ -35,19 +37,26 @@ from .modules import (
     Unpicklable,
     Unreadable,
 )
-from .workers_tests import CopyCode, PolynomialCode, WorkersTests, by_worker, task_of
-
-WAIT = 60.0  # bounds waits that end at once unless something is broken
+from .workers_tests import (
+    WAIT,
+    PolynomialCode,
+    WorkersTests,
+    by_part,
+    numbered,
+    replies_of,
+    task_of,
+    until,
+)
 
 
 class TestProcessWorkers(WorkersTests):
     differentiable = False
 
     def make(self) -> ProcessWorkers:
-        return ProcessWorkers(self.num_workers)
+        return ProcessWorkers(self.num_units)
 
 
-class TestFewerProcessesThanWorkers(WorkersTests):
+class TestFewerProcessesThanUnits(WorkersTests):
     differentiable = False
 
     def make(self) -> ProcessWorkers:
@@ -60,17 +69,9 @@ def pool():
         yield pool
 
 
-def answers(pool, module, values, **options):
-    options = {"quorum": len(values), "deadline": WAIT} | options
+def answers(pool, module, values, deadline=WAIT):
     with torch.no_grad():
-        return list(pool.run(module, task_of(values), **options))
-
-
-def until(condition) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.005)
+        return list(pool.run(module, task_of(values), deadline=deadline))
 
 
 @pytest.mark.parametrize(
@@ -85,12 +86,12 @@ def test_tensors_pass_bit_for_bit(pool, dtype, shape):
         for reply in answers(pool, nn.Identity(), x):
             assert reply.error is None
             assert reply.value.dtype == dtype
-            assert torch.equal(reply.value, x[reply.worker])
+            assert torch.equal(reply.value, x[reply.part.number])
 
 
 def test_results_stay_what_they_are_while_they_are_held(pool):
     held = []
-    for i in range(70):  # more than there are parcels to lend
+    for i in range(70):  # more than there are blocks to lend
         values = torch.full((3, 1, 20_000), float(i))
         held += [(i, reply.value) for reply in answers(pool, nn.Identity(), values)]
     assert all((value == i).all() for i, value in held)
@@ -104,9 +105,9 @@ def test_memory_is_used_again_without_the_garbage_collector():
                 answers(pool, nn.Identity(), torch.ones(1, 1, 1))
         finally:
             gc.enable()
-        (machine,) = pool._crew.machines
-        assert machine.channel._made <= 4
-        assert len(machine.channel._known) <= 4
+        (machine,) = pool._supervisor.machines
+        assert machine.connection._made <= 4
+        assert len(machine.connection._known) <= 4
 
 
 def test_inputs_that_a_module_keeps_stay_what_they_are():
@@ -153,10 +154,10 @@ def test_weights_in_memory_that_others_were_in_are_noticed(pool):
 def test_modules_with_sparse_buffers_can_be_sent(pool):
     module, values = Sparse(), torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
     for reply in answers(pool, module, values):
-        torch.testing.assert_close(reply.value, module(values[reply.worker]))
+        torch.testing.assert_close(reply.value, module(values[reply.part.number]))
     module.matrix = (2 * torch.eye(2)).to_sparse()
     for reply in answers(pool, module, values):
-        torch.testing.assert_close(reply.value, 2 * values[reply.worker])
+        torch.testing.assert_close(reply.value, 2 * values[reply.part.number])
 
 
 def test_weights_are_shared_and_what_a_call_changes_is_not(pool):
@@ -167,7 +168,7 @@ def test_weights_are_shared_and_what_a_call_changes_is_not(pool):
     assert torch.equal(module.first.weight, before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
 def test_modules_that_are_gone_are_forgotten(pool):
     def mapped() -> int:
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (os.getpid(), *pool.pids)]
@@ -185,8 +186,10 @@ def test_a_dead_process_is_named_and_replaced():
         victims = set(pool.pids)
         replies = answers(pool, Exits(), torch.tensor([[[0.0]], [[1.0]], [[2.0]]]))
         errors = [reply.error for reply in replies if reply.error is not None]
-        assert [error.worker for error in errors] == [1]
-        assert "ended with exit code 7" in errors[0].reason
+        assert [error.part for error in errors] == [1]
+        assert re.fullmatch(
+            r"machine [012] was lost: process \d+ ended with exit code 7", str(errors[0])
+        )
         until(lambda: pool.num_ready == 3)
         assert len(set(pool.pids) - victims) == 1
         assert all(reply.error is None for reply in answers(pool, Exits(), torch.zeros(3, 1, 1)))
@@ -207,7 +210,7 @@ def test_redundancy_returns_within_a_second_of_a_kill():
 def test_a_hung_process_is_killed_after_its_grace():
     with ProcessWorkers(2, grace=0.3).start(WAIT) as pool:
         replies = answers(pool, Sleepy(), torch.tensor([[[0.0]], [[3600.0]]]))
-        reasons = {reply.worker: reply.error and reply.error.reason for reply in replies}
+        reasons = {reply.part.number: reply.error and reply.error.reason for reply in replies}
         assert reasons[0] is None
         assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
         until(lambda: pool.num_ready == 2)
@@ -215,7 +218,7 @@ def test_a_hung_process_is_killed_after_its_grace():
 
 def test_hung_processes_are_killed_though_their_server_has_died():
     with ProcessWorkers(2, grace=1.0).start(WAIT) as pool:
-        if pool._crew._context.get_start_method() != "forkserver":
+        if pool._supervisor._context.get_start_method() != "forkserver":
             pytest.skip("there is no server")
         os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
         first, hung = pool.pids
@@ -227,7 +230,8 @@ def test_hung_processes_are_killed_though_their_server_has_died():
 
 def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
     with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
-        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 3), workers=pool, num_stragglers=1)
+        code = PolynomialCode(2, 3)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
         stopped = pool.pids[0]
         os.kill(stopped, signal.SIGSTOP)
         try:
@@ -242,22 +246,46 @@ def test_stopped_processes_hold_up_no_later_request_and_nothing_stale_is_used():
         assert stopped in pool.pids
 
 
-def test_too_many_stopped_processes_end_at_the_deadline():
-    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
-        coded = CodedWrapper(
-            nn.Identity(), PolynomialCode(2, 3), workers=pool, num_stragglers=1, deadline=0.3
-        )
-        stopped = pool.pids
-        for pid in stopped:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            start = time.monotonic()
-            with pytest.raises(NotEnoughResults):
-                coded(torch.ones(2, 1))
-            assert 0.3 <= time.monotonic() - start < 0.3 + 5
-        finally:
-            for pid in stopped:
-                os.kill(pid, signal.SIGCONT)
+def test_processes_at_earlier_tasks_are_named_where_nothing_arrived_in_time():
+    with ProcessWorkers(3, grace=30).start(WAIT) as pool:
+        code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=0.3)
+        coded = CodedWrapper(Sleepy(), code, workers=pool, waiting=waiting)
+        with pytest.raises(NotEnoughResults) as info:
+            coded(torch.full((2, 1), 3600.0))
+        assert "earlier" not in str(info.value)  # they are at this very task
+        start = time.monotonic()
+        with pytest.raises(NotEnoughResults) as info:
+            coded(torch.zeros(2, 1))
+        assert 0.3 <= time.monotonic() - start < 0.3 + 5
+        assert "0.3 s; 3 of 3 processes are at earlier tasks (grace 30 s)" in str(info.value)
+
+
+def test_a_module_is_new_to_each_process_once_and_again_when_it_has_changed():
+    module = Scale(2.0).requires_grad_(False)
+    with ProcessWorkers(1).start(WAIT) as pool:
+
+        def fresh() -> list[bool]:
+            with pool.open(module, task_of(torch.ones(1, 1, 1))) as request:
+                request.ask(numbered((0,), (0,)))
+                events = [request.wait(WAIT) for _ in range(4)]
+            return [event.fresh for event in events[::2]]
+
+        assert fresh() == [True, False]
+        assert fresh() == [False, False]
+        module.offset.add_(1)
+        assert fresh() == [True, False]
+
+
+def test_a_request_asks_again_with_its_own_module_after_a_newer_one():
+    module, task = Scale(2.0).requires_grad_(False), task_of(torch.ones(2, 1, 1))
+    with ProcessWorkers(1).start(WAIT) as pool, pool.open(module, task) as request:
+        request.ask(numbered((0,)))
+        assert [float(reply.value) for reply in replies_of(request)] == [2.0]
+        module.factor.fill_(3.0)
+        assert {float(reply.value) for reply in pool.run(module, task)} == {3.0}
+        request.ask(numbered((1,), first=1))
+        (reply,) = replies_of(request)
+        assert reply.error is None
 
 
 @pytest.mark.parametrize(
@@ -293,36 +321,67 @@ def test_a_module_that_cannot_be_read_there_says_so_in_as_many_words_every_time(
 
 
 def test_inputs_that_require_gradients_are_refused(pool):
-    coded = CodedWrapper(nn.Identity(), CopyCode(3, 3), workers=pool)
+    task = task_of(torch.ones(3, 1, 1, requires_grad=True))
     with pytest.raises(RuntimeError, match="inputs must not require gradients"):
-        coded(torch.ones(3, 1, requires_grad=True))
+        pool.open(nn.Identity(), task)
     with torch.no_grad():
-        assert coded(torch.ones(3, 1, requires_grad=True)).shape == (3, 1)
+        assert len(list(pool.run(nn.Identity(), task))) == 3
+
+
+def test_a_trainable_module_in_grad_mode_is_warned_of_once():
+    with ProcessWorkers(1).start(WAIT) as pool:
+        task = task_of(torch.ones(1, 1, 1))
+        with torch.no_grad():
+            list(pool.run(Scale(1.0), task))
+        list(pool.run(Scale(1.0).requires_grad_(False), task))
+        with pytest.warns(UserWarning, match="ProcessWorkers: answers have no gradients"):
+            list(pool.run(Scale(1.0), task))
+        assert len(list(pool.run(Scale(1.0), task))) == 1  # a warning would be an error
 
 
 def test_processes_share_the_work_and_free_ones_take_it(pool):
     values = torch.zeros(12, 1, 1)
-    got = by_worker(answers(pool, Pid(), values))
+    got = by_part(answers(pool, Pid(), values))
     assert {int(pid) for _, pid in got.values()} <= set(pool.pids)
     assert len(got) == 12
 
 
-def test_a_full_pool_says_so():
-    with ProcessWorkers(1, max_requests=1, grace=WAIT).start(WAIT) as pool:
-        slow = pool.run(Sleepy(), task_of(torch.full((1, 1, 1), 1.0)), quorum=1)
-        thread = threading.Thread(target=lambda: list(slow), daemon=True)
-        thread.start()
-        until(lambda: pool._room._value == 0)
-        replies = answers(pool, nn.Identity(), torch.ones(1, 1, 1), deadline=0.05)
-        assert "was never asked: 1 requests were waiting" in replies[0].error.reason
-        thread.join(WAIT)
+def test_a_full_pool_says_so_and_serves_when_there_is_room():
+    with ProcessWorkers(1, max_requests=1, timeout=WAIT).start(WAIT) as pool:
+        task = task_of(torch.ones(1, 1, 1))
+        first = pool.open(nn.Identity(), task)
+        first.ask(numbered((0,)))
+        assert len(replies_of(first)) == 1
+        with pool.open(nn.Identity(), task) as second:
+            second.ask(numbered((0,), (0,)))
+            start = second.now()
+            assert second.wait(start + 0.05) is None
+            assert start + 0.05 <= second.now() < start + 5
+            assert second.status() == "1 other requests are open, the most that there may be"
+            threading.Timer(0.1, first.close).start()
+            assert len(replies_of(second)) == 2
+            assert second.status() == ""
+
+
+def test_a_part_that_never_had_room_fails_when_the_timeout_is_over():
+    with ProcessWorkers(1, max_requests=1, timeout=0.5).start(WAIT) as pool:
+        task = task_of(torch.ones(1, 1, 1))
+        with pool.open(nn.Identity(), task) as first, pool.open(nn.Identity(), task) as second:
+            first.ask(numbered((0,)))
+            second.ask(numbered((0,)))
+            (reply,) = replies_of(second)
+        assert str(reply.error) == (
+            "part 0 did not reply within 0.5 s; "
+            "1 other requests are open, the most that there may be"
+        )
 
 
 @pytest.mark.parametrize("kind", ["nan", "infinity", "shape", "dtype", "structure", "crash"])
 def test_every_fault_is_rejected_and_spoils_nothing(kind):
     n = 7
     with FaultyWorkers(ProcessWorkers(n).start(WAIT), rates={kind: 0.1}, seed=0) as pool:
-        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, n), workers=pool, num_stragglers=0)
+        code = PolynomialCode(2, n)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(0))
         rejected = 0
         for i in range(10):
             x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
@@ -335,7 +394,7 @@ def test_delays_keep_processes_busy():
     law = Trace([[0.0, 0.0, math.inf], [0.0, 0.0, 0.0]])
     with FaultyWorkers(ProcessWorkers(3, grace=0.5).start(WAIT), delays=law, seed=0) as pool:
         replies = answers(pool, nn.Identity(), torch.ones(3, 1, 1))
-        assert [reply.worker for reply in replies if reply.error is not None] == [2]
+        assert [reply.part.number for reply in replies if reply.error is not None] == [2]
 
 
 def test_start_and_close():
@@ -401,7 +460,7 @@ ProcessWorkers(2).start()
 _AT_EXIT = """
 import torch
 from coded_torch.codes import ReplicationCode
-from coded_torch.nn import CodedWrapper
+from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import ProcessWorkers
 
 if __name__ == "__main__":
@@ -421,11 +480,64 @@ def _script(tmp_path, text: str, timeout: float = WAIT) -> subprocess.CompletedP
     )
 
 
-def test_a_script_without_a_guard_is_told(tmp_path):
+def test_a_script_without_a_guard_gets_to_know(tmp_path):
     done = _script(tmp_path, _UNGUARDED)
     assert done.returncode != 0
     assert "got 0; process" in done.stderr
     assert 'does the script guard its main part by: if __name__ == "__main__"?' in done.stderr
+
+
+_INTERACTIVE = """
+import torch
+from coded_torch.codes import ReplicationCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import ProcessWorkers
+class Net(torch.nn.Module):
+    def forward(self, x): return x
+with ProcessWorkers(1) as pool:
+    CodedWrapper(Net(), ReplicationCode(2, 2), workers=pool)(torch.ones(2, 1))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["-c", _INTERACTIVE], ["-"]], ids=["command", "input"])
+def test_a_class_of_an_interactive_session_is_refused_at_once(arguments):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=_INTERACTIVE,
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last == (
+        "TypeError: Workers: the module must be picklable to be sent to another process, got Net: "
+        "Net belongs to an interactive session; define it in a file that can be imported"
+    )
+
+
+_FEW_FILES = """
+from coded_torch.workers import ProcessWorkers
+
+if __name__ == "__main__":
+    with ProcessWorkers(40) as pool:
+        pool.start({timeout})
+"""
+
+
+def test_too_few_open_files_are_named_and_no_thread_ends_by_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_FEW_FILES.format(timeout=WAIT))
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=2 * WAIT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert re.match("RuntimeError: ProcessWorkers: all 40 workers must be up within 60 s, ", last)
+    assert last.endswith("could not be started: OSError: [Errno 24] Too many open files")
 
 
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)", "del pool, coded", "pool.close()"])
@@ -469,7 +581,7 @@ def test_an_interrupt_is_clean(tmp_path):
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux tells")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts what Linux knows")
 def test_nothing_is_left():
     def inventory() -> tuple[int, int, int]:
         gc.collect()
@@ -479,9 +591,8 @@ def test_nothing_is_left():
 
     def session() -> None:
         with ProcessWorkers(3).start(WAIT) as pool:
-            coded = CodedWrapper(Scale(2.0), CopyCode(3, 3), workers=pool)
             for _ in range(30):
-                coded(torch.ones(3, 1000))
+                answers(pool, Scale(2.0), torch.ones(3, 1, 1000))
             os.kill(pool.pids[0], signal.SIGKILL)
             until(lambda: pool.num_ready == 3)
 

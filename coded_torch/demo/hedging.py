@@ -1,0 +1,91 @@
+"""Policies to compare with: hedging as others do it, in the terms of :class:`Waiting`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from ..nn.waiting import Ask, Began, Decision, Ended, Event, History, Settled, Wait, Waiting
+
+__all__ = ["Hedge", "Unsplit"]
+
+_REASKS = 3  # of a part that fails
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Hedge(Waiting):
+    """A part that has run for a while is asked once more, whole; all are waited for.
+
+    Args:
+        medians: of a part, after which it is; None for the fence of :class:`Waiting`.
+        quantile: instead, of the running latencies of parts.
+    """
+
+    medians: float | None = None
+    quantile: float | None = None
+
+    def decide(
+        self,
+        history: History,
+        first: Sequence[Sequence[int]],
+        *,
+        needed: int,
+        unit_rows: int = 1,
+        **options: Any,
+    ) -> Generator[Decision, Event, Ended]:
+        return self._decide(history, first, needed, unit_rows)
+
+    def _decide(
+        self, history: History, first: Sequence[Sequence[int]], needed: int, unit_rows: int
+    ) -> Generator[Decision, Event, Ended]:
+        parts, rows = [tuple(units) for units in first], unit_rows * max(map(len, first))
+        if self.quantile is not None:
+            after = history.part(rows, self.quantile)
+        elif self.medians is not None:
+            after = history.part(rows) * self.medians
+        else:
+            after = history.fence(rows)
+        due: dict[int, float] = {}  # of those that have begun and were not asked again
+        seconds: dict[int, float] = {}  # of those that have begun
+        good: set[int] = set()
+        open_parts = len(parts)
+        yield Ask(tuple(parts))
+        while len(good) < needed and open_parts:
+            until = min(due.values(), default=math.inf)
+            event = yield Wait(until)
+            again: list[int] = []
+            if isinstance(event, Began):
+                seconds[event.part] = math.inf
+                if event.part < len(first) and after < math.inf:
+                    due[event.part] = event.at + after
+            elif isinstance(event, Settled):
+                open_parts -= 1
+                due.pop(event.part, None)
+                if event.ok:
+                    seconds[event.part] = event.latency
+                    good.update(parts[event.part])
+                elif parts.count(parts[event.part]) <= _REASKS:
+                    again = [event.part]
+            elif until == math.inf:
+                break
+            else:
+                again = [part for part, at in due.items() if at <= until]
+                due = {part: at for part, at in due.items() if at > until}
+            if asked := tuple(parts[part] for part in again if not good.issuperset(parts[part])):
+                parts += asked
+                open_parts += len(asked)
+                yield Ask(asked)
+        history.add([(rows, took) for took in seconds.values()], None)
+        reason = "complete" if len(good) >= needed else "failed"
+        return Ended(reason, (), after, math.inf, math.inf)
+
+
+class Unsplit(Waiting):
+    """A policy whose re-asks are not split over idle machines."""
+
+    def decide(
+        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
+    ) -> Generator[Decision, Event, Ended]:
+        return super().decide(history, first, needed=needed, **options | {"idle": lambda: 1})

@@ -1,0 +1,147 @@
+r"""Maps of matrices: dense ones, and those that mostly select."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._arguments import count, dense, real_array
+from .base import LinearMap, accumulation_dtype
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["MatrixMap", "SelectMap"]
+
+
+class MatrixMap(LinearMap):
+    r"""The map of a dense matrix, applied as one matrix product.
+
+    Args:
+        matrix: ``[num_outputs, num_inputs]``, finite; kept in float64.
+
+    Raises:
+        ValueError: ``matrix`` is not two-dimensional, or not finite.
+
+    Note:
+        :math:`O(n N)` per column.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.linear import MatrixMap
+        >>> mean = MatrixMap([[0.5, 0.5]])
+        >>> mean(torch.tensor([1.0, 3.0]))
+        tensor([2.])
+    """
+
+    def __init__(self, matrix: ArrayLike | Tensor) -> None:
+        array = real_array(self, "matrix", matrix)
+        if array.ndim != 2:
+            raise ValueError(f"MatrixMap: matrix must have two dimensions, got shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError("MatrixMap: matrix must be finite, got NaN or infinity")
+        super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        (matrix,) = self._operands(values)
+        return _product(matrix.T if transpose else matrix, values)
+
+    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
+        (matrix,) = self._operands(values)
+        _product(matrix.T if transpose else matrix, values, out)
+
+
+def _product(matrix: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
+    """``[N, n] x [n, G, m] -> [N, G, m]``, computed in the dtype of the matrix."""
+    # Autocast would round the matrix to half precision, which decoders cannot afford.
+    with torch.autocast(values.device.type, enabled=False):
+        # Contiguous, because BLAS rounds a strided view of the same numbers differently.
+        columns = values.flatten(1).to(matrix.dtype).contiguous()
+        if out is not None and out.is_contiguous() and out.dtype == matrix.dtype:
+            torch.mm(matrix, columns, out=out.flatten(1))
+            return out
+        result = (matrix @ columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
+    return result if out is None else out.copy_(result)
+
+
+class SelectMap(LinearMap):
+    """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
+
+    Args:
+        num_inputs: n.
+        source: ``[N]``, the input that each output is, or -1 where it is combined.
+        used: ``[M]``, the inputs that combinations are made of. With none, the map only selects,
+            and takes values of any dtype.
+        weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
+            of them.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: ``num_inputs`` is negative, or ``weights`` has another shape.
+
+    Note:
+        One copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations may
+        depend on the number of threads, as those of matrix products do.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.linear import SelectMap
+        >>> map = SelectMap(2, torch.tensor([1, -1, 0]), torch.tensor([0, 1]), [[0.5, 0.5]])
+        >>> map(torch.tensor([1.0, 2.0]))
+        tensor([2.0000, 1.5000, 1.0000])
+    """
+
+    def __init__(
+        self, num_inputs: int, source: Tensor, used: Tensor, weights: ArrayLike | Tensor
+    ) -> None:
+        for argument, indices in (("source", source), ("used", used)):
+            dense(self, argument, indices, floating=False)
+            if indices.dtype != torch.int64 or indices.dim() != 1:
+                raise TypeError(
+                    f"SelectMap: {argument} must be indices, a vector of int64, "
+                    f"got {indices.dtype} of shape {tuple(indices.shape)}"
+                )
+        num_inputs = count(self, "num_inputs", num_inputs, 0)
+        if not isinstance(weights, Tensor):
+            weights = torch.from_numpy(real_array(self, "weights", weights))
+        dense(self, "weights", weights)
+        matrix = weights.double()
+        combined = (source < 0).nonzero().flatten()
+        if matrix.shape not in ((len(combined), len(used)), (1, len(used))):
+            raise ValueError(
+                f"SelectMap: weights must have shape ({len(combined)}, {len(used)}), a row for "
+                f"each combined output, or one for all, got {tuple(matrix.shape)}"
+            )
+        self._takes_any_dtype = not (len(combined) or len(used))
+        super().__init__(num_inputs, len(source), source.clamp(min=0), combined, used, matrix)
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        source, combined, used, matrix = self._operands(values)
+        if not transpose:
+            out = values.index_select(0, source)
+            if len(combined):
+                parts = _product(matrix, values.index_select(0, used))
+                out = out.index_copy(0, combined, parts.expand(len(combined), *parts.shape[1:]))
+            return out
+        chosen = values.index_fill(0, combined, 0) if len(combined) else values
+        zeros = values.new_zeros(self.num_inputs, *values.shape[1:])
+        out = zeros.index_add(0, source, chosen)
+        if len(combined):
+            parts = values.index_select(0, combined)
+            if len(matrix) == 1:
+                parts = parts.sum(0, keepdim=True, dtype=accumulation_dtype(values.dtype))
+            out = out.index_add(0, used, _product(matrix.T, parts).to(values.dtype))
+        return out
+
+    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
+        if transpose:
+            super()._write(out, values, transpose)
+            return
+        source, combined, used, matrix = self._operands(values)
+        torch.index_select(values, 0, source, out=out)
+        if len(combined):
+            parts = _product(matrix, values.index_select(0, used))
+            out.index_copy_(0, combined, parts.expand(len(combined), *parts.shape[1:]))

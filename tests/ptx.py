@@ -1,0 +1,94 @@
+"""From PTX, as nvcc writes it, to C++ that does the same on the host.
+
+A kernel becomes a function of its name and parameters, run once for every thread of a grid: its
+registers are variables, its labels labels. That suffices for kernels whose threads never meet. What
+an instruction does stands in tests/csrc/ptx.h; one that does not is an error of the C++ compiler.
+"""
+
+import re
+
+_TYPES = {
+    "pred": "bool", "f32": "float", "f64": "double",
+    "f16": "coded_torch::float16", "bf16": "coded_torch::bfloat16",
+    **{f"{kind}{bits}": f"uint{bits}_t" for kind in "bu" for bits in (8, 16, 32, 64)},
+    **{f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+_SPECIAL = {"%tid.x": "thread.index", "%ctaid.x": "thread.block", "%ntid.x": "thread.block_size"}
+# How many registers an access moves is plain from its operands; how long a cache keeps them is not
+# to be seen.
+_IMPLIED = {"v2", "v4", "cs"}
+
+
+def translate(ptx: str) -> str:
+    """All kernels of a module."""
+    shared = re.findall(r"^\.extern \.shared .* (\w+)\[\];$", ptx, re.M)
+    kernels = re.findall(r"\.entry (\w+)\((.*?)\)[^{]*^{$(.*?)^}$", ptx, re.S | re.M)
+    parts = [
+        '#include "ptx.h"\n\nusing namespace ptx;\n',
+        *(f"constexpr uint32_t {name} = 0;  // where it begins\n" for name in shared),
+        *(_function(*kernel) for kernel in kernels),
+    ]
+    return "\n".join(parts)
+
+
+def _function(name: str, parameters: str, body: str) -> str:
+    body = re.sub(r"//.*|^\s*\.pragma.*;", "", body, flags=re.M)
+    body = re.sub(r"{([^{}]*;)\s*}", r"\1", body)  # inline assembly has a block of its own
+    statements = (s.strip() for s in re.split(r";|(?<=:)\s", body))
+    lines = "\n".join(f"  {_statement(s)};" for s in statements if s)
+    declared = ", ".join(_parameter(*p.split()[1:]) for p in parameters.split(",\n"))
+    return f'extern "C" void {name}({declared}) {{\n{lines}\n}}\n'
+
+
+def _parameter(*words: str) -> str:
+    """Of ``.u64 NAME``, or of ``.align 8 .b8 NAME[120]``, which is a struct."""
+    *_, kind, name = words
+    if array := re.fullmatch(r"(\w+)\[(\d+)\]", name):
+        return f"Bytes<{array[2]}> {array[1]}"
+    return f"{_TYPES[kind[1:]]} {name}"
+
+
+def _statement(text: str) -> str:
+    if label := re.fullmatch(r"\$(\w+):", text):
+        return f"{label[1]}:"
+    if registers := re.fullmatch(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>", text):
+        kind, name, count = registers.groups()
+        return f"{_TYPES[kind]} {', '.join(f'{name}{i}{{}}' for i in range(int(count)))}"
+    guarded = re.fullmatch(r"(?:@(!?)%(\w+)\s+)?(\S+)\s*(.*)", text, re.S)
+    negated, predicate, opcode, operands = guarded.groups()
+    done = _instruction(opcode.split("."), re.findall(r"{.*?}|\[.*?\]|[^\s,]+", operands))
+    return f"if ({negated}{predicate}) {done}" if predicate else done
+
+
+def _instruction(opcode: list[str], operands: list[str]) -> str:
+    if opcode[0] == "ret":
+        return "return"
+    if opcode[0] == "bra":
+        return f"goto {operands[0][1:]}"
+    name = "_".join(["op", *(p for p in opcode if p not in _TYPES and p not in _IMPLIED)])
+    types = ", ".join(_TYPES[part] for part in opcode if part in _TYPES)
+    to, *values = map(_operand, operands)
+    if opcode[0] == "st":
+        return f"{name}<{types}>({to}, {values[0]})"
+    if opcode[0] == "ld" or operands[0].startswith("{"):  # fills its registers itself
+        return f"{name}<{types}>({', '.join(values)}, {to})"
+    return f"set({to}, {name}<{types}>({', '.join(values)}))"
+
+
+def _operand(text: str) -> str:
+    """A register, a number, the address of a parameter, a sum in brackets, several in braces."""
+    if text[0] == "[":
+        return " + ".join(map(_operand, text[1:-1].split("+")))
+    if text[0] == "{":
+        return ", ".join(map(_operand, re.split(r",\s*", text[1:-1])))
+    if text in _SPECIAL:
+        return _SPECIAL[text]
+    if number := re.fullmatch(r"0([fd])([0-9A-F]+)", text):
+        kind, bits = number.groups()
+        kind = "f32" if kind == "f" else "f64"
+        return f"as<{_TYPES[kind]}>({_TYPES[kind.replace('f', 'b')]}{{0x{bits}u}})"
+    if re.fullmatch(r"-?\d+", text):
+        return f"int64_t{{{text}}}"
+    if re.search(r"_param_\d+$", text):
+        return f"address_of({text})"
+    return text.removeprefix("%")

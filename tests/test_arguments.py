@@ -1,0 +1,237 @@
+"""Whatever a caller gives: one line that names the caller's own argument, at once and for free."""
+
+import inspect
+import math
+import re
+import time
+import tracemalloc
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coded_torch import codes, functional, geometry, grouping, linear, metrics, points, regression
+from coded_torch import stragglers as laws
+from coded_torch._arguments import MOST_WORKERS, count, dense, real
+from coded_torch.codes import plan_batch, plan_rows
+
+SECONDS, BYTES = 0.1, 10e6
+X = torch.arange(12.0).view(6, 2)
+SQUARES = torch.cdist(X.double(), X.double()).square()
+# What is called, with arguments that are right; each of them is replaced by a wrong one in turn.
+CALLS = [
+    (codes.SplineCode, {"num_data": 4, "num_workers": 6, "encoder_smoothing": 0.0,
+                        "decoder_smoothing": 0.0, "data_points": None, "worker_points": None}),
+    (codes.BerrutCode, {"num_data": 4, "num_workers": 6, "order": 0, "data_points": None,
+                        "worker_points": None}),
+    (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "degree": 2}),
+    (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "decoder_degree": 2,
+                          "data_points": None, "worker_points": None}),
+    (codes.ReplicationCode, {"num_data": 4, "num_workers": 6}),
+    (codes.KernelCode, {"num_data": 4, "num_workers": 6, "shrinkage": 0.0, "length": 2.0}),
+    (codes.KernelCode, {"encoder": codes.SplineCode(4, 6)}),
+    (plan_batch, {"code": codes.SplineCode(2, 3), "ordering": "arrival", "inputs": [X],
+                  "num_stragglers": 1}),
+    (plan_batch, {"code": codes.KernelCode(2, 3), "ordering": "similarity", "inputs": [X],
+                  "num_stragglers": 1}),
+    (plan_batch, {"code": codes.KernelCode(2, 3), "ordering": "similarity", "inputs": [],
+                  "num_stragglers": 1, "batch_size": 6}),
+    (plan_rows, {"code": codes.KernelCode(2, 3), "ordering": "similarity", "inputs": [X]}),
+    (plan_rows, {"code": codes.KernelCode(2, 3), "ordering": "arrival", "inputs": [],
+                 "batch_size": 6}),
+    (linear.MatrixMap, {"matrix": [[1.0]]}),
+    (linear.MatrixMap([[1.0]]), {"values": torch.ones(1), "dim": 0}),
+    (linear.SelectMap, {"num_inputs": 2, "source": torch.tensor([0, -1]),
+                        "used": torch.tensor([0]), "weights": [[1.0]]}),
+    (linear.SplineMap, {"knots": [0.0, 1.0, 2.0], "points": [0.5], "smoothing": 0.0,
+                        "weights": None}),
+    (functional.smoothing_spline, {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0],
+                                   "points": [0.5], "smoothing": 0.0, "weights": None, "dim": 0}),
+    (functional.smoothing_spline_matrix, {"knots": [0.0, 1.0, 2.0], "points": [0.5],
+                                          "smoothing": 0.0, "weights": None}),
+    (geometry.Geometry, {"inputs": [X], "shrinkage": 0.1}),
+    (grouping.Grouping, {"order": [1, 0], "num_data": 2}),
+    (grouping.order_of, {"ordering": "arrival", "inputs": [X]}),
+    (grouping.similarity_order, {"distances": torch.ones(2, 2)}),
+    (regression.KernelRegression, {"squared_distances": SQUARES, "length": 1.0, "nugget": 1e-4}),
+    (points.chebyshev_first, {"num_points": 3}),
+    (points.chebyshev_second, {"num_points": 3}),
+    (points.equidistant, {"num_points": 3}),
+    (points.systematic, {"data_points": [-0.5, 0.5], "num_points": 3}),
+    (laws.Uniform, {"num_stragglers": 1, "seed": 0}),
+    (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
+    (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
+    (laws.Bernoulli, {"p": 0.5, "latency": 1.0, "seed": None}),
+    (laws.ShiftedExponential, {"shift": 1.0, "rate": 1.0, "seed": 0}),
+    (laws.Pareto, {"shape": 1.0, "scale": 1.0, "seed": 0}),
+    (laws.Markov, {"fail": 0.1, "recover": 0.1, "good": 0.0, "bad": 1.0, "seed": 0}),
+    (laws.Trace, {"source": [[1.0]]}),
+    (metrics.rmse, {"decoded": X, "exact": X}),
+]  # fmt: skip
+with warnings.catch_warnings(action="ignore"):  # of prototypes
+    QUANTISED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
+    MASKED = torch.masked.masked_tensor(torch.ones(3), torch.ones(3, dtype=torch.bool))
+UNUSUAL = [
+    torch.ones(3).to_sparse(),
+    torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged),
+    torch.ones(3, device="meta"),
+    torch.ones(3).to(torch.float8_e4m3fn),
+    MASKED,
+    QUANTISED,
+    torch.ones(3, dtype=torch.complex64),
+    torch.tensor([math.nan]),
+    torch.zeros(0),
+    torch.ones(3, dtype=torch.int64),
+]
+WRONG = st.one_of(
+    st.sampled_from([None, True, "", "x", b"x", math.nan, math.inf, -math.inf, -1, 0, -0.5, 1.5]),
+    st.sampled_from([10**9, 10**30, -(10**30), 10**5000, 1e300, 5e-324, 1j, object(), int, len]),
+    st.sampled_from([[], [math.nan], [[1.0], [2.0, 3.0]], ["x"], {}, {1: 2}, (), range(3), [[]]]),
+    st.sampled_from([np.ones(2), np.array(["x"]), np.zeros((0, 2)), np.float32(1), np.ones(())]),
+    st.sampled_from(UNUSUAL),
+    st.integers(),
+    st.floats(),
+    st.lists(st.floats(), max_size=4),
+    st.text(max_size=3),
+)
+
+
+class Allocated(TorchDispatchMode):
+    """Adds up the bytes of all results of operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if type(leaf) is torch.Tensor and not (leaf.is_meta or leaf.is_sparse):
+                self.bytes += leaf.numel() * leaf.element_size()
+        return out
+
+
+def is_huge(value):
+    return isinstance(value, (int, float)) and abs(value) > 1e6
+
+
+def outcome(call, arguments):
+    """The error or None, the seconds of processor time, and the bytes that were asked for."""
+    start = time.process_time()
+    try:
+        call(**arguments)
+    except (TypeError, ValueError) as caught:
+        return caught, time.process_time() - start
+    return None, time.process_time() - start
+
+
+def name_of(call):
+    return "" if isinstance(call, dict) else getattr(call, "__name__", type(call).__name__)
+
+
+@pytest.mark.parametrize(("call", "arguments"), CALLS, ids=name_of)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_wrong_arguments_are_named_at_once(call, arguments, data):
+    argument = data.draw(st.sampled_from(sorted(arguments)))
+    wrong = data.draw(WRONG)
+    if call is laws.Trace and isinstance(wrong, (str, bytes)):
+        return  # a path
+    if (argument == "ordering" and callable(wrong)) or (
+        argument == "batch_size" and is_huge(wrong)
+    ):
+        return  # what it raises is its own; what it takes is what was asked for
+    given = arguments | {argument: wrong}
+    tracemalloc.start()
+    with Allocated() as allocated:
+        error, seconds = outcome(call, given)
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    if error is None:
+        return
+    assert used + allocated.bytes < BYTES
+    text, own = str(error), inspect.signature(call).parameters
+    # Mostly the wrong one itself; or one that does not fit to it.
+    assert any(re.search(rf"\b{name}\b", text) for name in own), text
+    assert len(text.splitlines()) == 1
+    if seconds > SECONDS:
+        assert min(outcome(call, given)[1] for _ in range(3)) < SECONDS
+
+
+@pytest.mark.parametrize(("call", "arguments"), CALLS, ids=name_of)
+def test_what_is_right_is_taken(call, arguments):
+    call(**arguments)
+
+
+def test_every_public_class_and_function_is_tried():
+    tried = {call for call, _ in CALLS if inspect.isclass(call) or inspect.isroutine(call)}
+    # Abstract ones, an exception, and what is not for callers to make.
+    tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
+    tried |= {codes.NotEnoughResults, laws.Stragglers}
+    for module in (codes, linear, functional, geometry, grouping, points, laws):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if inspect.isclass(thing) or inspect.isroutine(thing):
+                assert thing in tried, name
+
+
+# What was found in use.
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: codes.SplineCode(0, 24), ValueError, "SplineCode: num_data must be at least 1"),
+        (lambda: codes.SplineCode(24, 20), ValueError, "SplineCode: num_workers must be at least"),
+        (lambda: codes.SplineCode(4, 10**9), ValueError, "SplineCode: num_workers must be at most"),
+        (lambda: codes.KernelCode(4, 10**30), ValueError, "KernelCode: num_workers must be at mo"),
+        (lambda: codes.BerrutCode(10**30, 6), ValueError, "BerrutCode: num_data must be at most"),
+        (lambda: laws.Uniform(2, seed=10**30), ValueError, "Uniform: seed must be at most"),
+        (lambda: laws.Trace(None), TypeError, "Trace: source must be of type Iterable, got None"),
+        (lambda: laws.Uniform(1).sample(10**9), ValueError, "Uniform: num_workers must be at most"),
+    ],
+)
+def test_messages(make, error, message):
+    with pytest.raises(error, match=f"^{message}"):
+        make()
+
+
+@pytest.mark.parametrize("name", ["SplineCode", "BerrutCode", "ReplicationCode", "KernelCode"])
+def test_the_largest_code(name):
+    code = getattr(codes, name)(2, MOST_WORKERS)
+    assert code.num_workers == 65536
+
+
+@pytest.mark.parametrize("tensor", UNUSUAL[:7], ids=str)
+@pytest.mark.parametrize(
+    "use",
+    [
+        linear.SplineMap([0.0, 1.0, 2.0], [0.5]),
+        linear.MatrixMap(torch.ones(2, 3)),
+        lambda x: functional.smoothing_spline(x, [0.0, 1.0, 2.0], [0.5]),
+        lambda x: geometry.Geometry([x]),
+        grouping.similarity_order,
+    ],
+)
+def test_tensors_that_kernels_cannot_read(use, tensor):
+    message = "must be a dense, strided floating-point tensor of 16 bits or more, got"
+    with pytest.raises(TypeError, match=message):
+        use(tensor)
+
+
+def test_what_the_messages_say():
+    with pytest.raises(TypeError, match="mine: x must be a dense, strided tensor, got layout"):
+        dense("mine", "x", UNUSUAL[0], floating=False)
+    with pytest.raises(TypeError, match=r"mine: x must be .*, got a tensor on the meta device"):
+        dense("mine", "x", UNUSUAL[2])
+    with pytest.raises(ValueError, match="mine: n must be at most 9, got an integer of 16610 bits"):
+        count("mine", "n", 10**5000, most=9)
+    with pytest.raises(ValueError, match="mine: x must be small, got an integer of 16610 bits"):
+        real("mine", "x", 10**5000, "small", lambda x: x < 1)
+    with pytest.raises(TypeError, match=r"mine: n must be an integer, got \[0, 1, .*\.\.\.$"):
+        count("mine", "n", list(range(10**4)))
