@@ -64,7 +64,7 @@ TUNED = {
     "spline, ordered": ("encoder_smoothing", "decoder_smoothing"),
     "Floater-Hormann, ordered": ("order",),
     "Lagrange (adapted), ordered": ("decoder_degree",),
-    "KernelCode, tuned": ("shrinkage", "length"),
+    "KernelCode, tuned": ("metric", "length"),
 }
 
 Picks = dict[tuple[str, int, str], dict[str, Scheme]]  # output, S and aim: every code's scheme

@@ -44,7 +44,9 @@ def schemes(case: Case) -> dict[str, Scheme]:
     return {
         **best,
         "order: arrival": Scheme(KernelCode(k, n), "arrival"),
-        "metric: Euclidean": Scheme(KernelCode(k, n, shrinkage=0)),
+        "metric: shrunk": Scheme(KernelCode(k, n, metric="shrunk")),
+        "metric: Euclidean": Scheme(KernelCode(k, n, metric="euclidean")),
+        "metric and length: as before": Scheme(KernelCode(k, n, metric="shrunk", length=2.0)),
         "copies: equal": equal_copies(KernelCode(k, n)),
     }
 

@@ -17,7 +17,7 @@ from ._arguments import dense, real
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Geometry"]
+__all__ = ["Geometry", "added_up"]
 
 # More features than this are added up in buckets, with random signs. A prime number of buckets, so
 # that the columns of an image do not fall into the same ones row after row.
@@ -65,6 +65,7 @@ class Geometry:
         shrinkage: at least 0; ``math.inf`` is allowed.
 
     Attributes:
+        inputs: as given.
         shrinkage: as given.
         finite: ``[B]``, bool, on the host: whether the row is finite, and no more than 1e9 times as
             long as nine tenths of the rows. One that is not has zeros in :attr:`gram`, as if it
@@ -113,12 +114,13 @@ class Geometry:
         check_inputs("Geometry", inputs)
         if not inputs:
             raise ValueError("Geometry: inputs must hold at least one tensor, got none")
+        self.inputs = list(inputs)
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
         self._rounding = _ROUNDINGS * torch.finfo(dtype).eps
         with _exactly(inputs[0]):
-            parts = [_few(x, dtype) for x in inputs]
+            parts = [added_up(x, dtype) for x in inputs]
             lengths = _lengths(parts)
             finite, typical = _within_reach(lengths)
             self.finite, self.typical = torch.from_numpy(finite), torch.from_numpy(typical)
@@ -227,7 +229,7 @@ def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
             )
 
 
-def _few(x: Tensor, dtype: torch.dtype) -> Tensor:
+def added_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The features ``[B, d]``, added up until no more than ``_MOST_FEATURES`` are left."""
     rows = x.flatten(1) if x.dim() > 1 else x[:, None]
     if rows.shape[1] <= _MOST_FEATURES:

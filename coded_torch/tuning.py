@@ -2,10 +2,11 @@ r"""Choosing the numbers of a code by its error on unlabelled data."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from ._arguments import instance
 from ._trial import Trial
+from .codes._candidates import Batch, path_step
 from .codes.base import Code
-from .codes.kernel import KernelCode, path_step
+from .codes.kernel import KernelCode
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import KernelRegression
+from .regression import leave_one_out_losses
 from .stragglers import Uniform
 
 __all__ = ["tune"]
@@ -31,49 +33,50 @@ _SETS = 5  # received sets a batch: rare ones decide the squared error
 def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
     r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 
-    What is tried are all combinations of the values that the code proposes,
-    :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
-    ``BerrutCode``, the decoder's degree of a ``LagrangeCode``. The best has the least squared error
-    against the module's own answers, over five received sets a batch that are drawn from the law
-    of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
+        What is tried are all combinations of the values that the code proposes,
+        :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
+        ``BerrutCode``, the decoder's degree of a ``LagrangeCode``. The best has the least squared error
+        against the module's own answers, over five received sets a batch that are drawn from the law
+        of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
 
-    A :class:`~coded_torch.codes.KernelCode`'s metric and length are those by which the module's
-    answers are predicted best from each other, each left out in turn.
+        A :class:`~coded_torch.codes.KernelCode`'s metric and length are those by which the module's
+        answers are predicted best from each other, each left out in turn.
 
-    Args:
-        wrapper: a wrapped module with the code. It is not changed: assign the new code to
-            ``wrapper.code``.
-        batches: batches like those that will be answered, also in size, as inputs of a batch are
-            nearer to each other the more there are. Each is what the wrapper is called with: an
-            input, or a tuple of positional arguments. A few are enough.
-        values: by the name of a number, what to choose it from, at least one; instead of what the
-            code proposes.
+        Args:
+            wrapper: a wrapped module with the code. It is not changed: assign the new code to
+                ``wrapper.code``.
+            batches: batches like those that will be answered, also in size, as inputs of a batch are
+                nearer to each other the more there are. Each is what the wrapper is called with: an
+                input, or a tuple of positional arguments. A few are enough.
+            values: by the name of a number, what to choose it from, at least one; instead of what the
+                code proposes.
 
-    Returns:
-        The code with the best numbers, of the same type as the wrapper's; of equals, the first. The
-        code itself, where it has nothing to choose.
+        Returns:
+            The code with the best numbers, of the same type as the wrapper's; of equals, the first. The
+            code itself, where it has nothing to choose.
 
-    Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: there are no batches, there is nothing to choose a number from, the code has
-            no such number, or none of the codes can decode what is received.
+        Raises:
+            TypeError: an argument is of another kind than said.
+            ValueError: there are no batches, there is nothing to choose a number from, the code has
+                no such number, or none of the codes can decode what is received.
 
-    Note:
-        Without gradients, the module runs once on every batch, and for all but a ``KernelCode`` N /
-        K times as much for every distinct encoder, not for every decoder. Stragglers are drawn from
-        the wrapper's law; neither its hooks nor its ``on_run`` are called.
+        Note:
+            Without gradients, the module runs once on every batch, and for all but a ``KernelCode`` N /
+            K times as much for every distinct encoder, not for every decoder. Stragglers are drawn from
+            the wrapper's law; neither its hooks nor its ``on_run`` are called.
 
-    Example:
-        >>> import torch
-        >>> from coded_torch.codes import SplineCode
-        >>> from coded_torch.nn import CodedWrapper
-        >>> from coded_torch.stragglers import Uniform
-        >>> from coded_torch.tuning import tune
-        >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-        >>> coded = CodedWrapper(torch.nn.Tanh(), SplineCode(10, 20), stragglers=Uniform(4, seed=0))
-        >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
-        >>> coded.code
-        SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
+        Example:
+            >>> import torch
+    from torch import Tensor
+            >>> from coded_torch.codes import SplineCode
+            >>> from coded_torch.nn import CodedWrapper
+            >>> from coded_torch.stragglers import Uniform
+            >>> from coded_torch.tuning import tune
+            >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+            >>> coded = CodedWrapper(torch.nn.Tanh(), SplineCode(10, 20), stragglers=Uniform(4, seed=0))
+            >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
+            >>> coded.code
+            SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
     instance("tune", "batches", batches, Iterable)
@@ -152,8 +155,9 @@ def _decoded(
 
 
 def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[Any]) -> list[float]:
-    """The squared error of predicting each answer from the others, for every code."""
-    trial, errors = Trial(wrapper, args), [0.0] * len(variants)
+    """How badly each answer is predicted from the others, for every code."""
+    trial, errors, code = Trial(wrapper, args), [0.0] * len(variants), wrapper.code
+    assert isinstance(code, KernelCode)
     if not trial.inputs:
         return errors  # without distances all are alike
     outputs = [leaf[..., None].flatten(1) for leaf in trial.exact]
@@ -162,17 +166,30 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
     ordering, order = wrapper.ordering, torch.arange(len(results))
     if not isinstance(ordering, str):
         ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
-    for rows in order.split(wrapper.code.max_chunk):
+    for rows in order.split(code.max_chunk):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
-        seen: dict[float, tuple[Tensor, Tensor, float]] = {}
-        for i, code in enumerate(variants):
-            if code.shrinkage not in seen:
-                geometry = Geometry(inputs, shrinkage=code.shrinkage)
-                path = torch.as_tensor(order_of(ordering, inputs, geometry.distances))
-                squared, typical = geometry.squared_distances(), geometry.typical
-                among = squared[typical][:, typical]
-                seen[code.shrinkage] = among, results[rows[typical]], path_step(squared, path)
-            among, of_typical, step = seen[code.shrinkage]
-            regression = KernelRegression(among, code.length * step)
-            errors[i] += float(regression.leave_one_out_residuals(of_typical).square().sum())
+        geometry = Geometry(inputs)
+        grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))
+        batch = Batch(code.metrics, code.lengths, grouping, geometry)
+        typical = geometry.typical.nonzero().flatten()
+        loss = _loss(batch, grouping, typical, results[rows[typical]])
+        for i, variant in enumerate(variants):
+            both = itertools.product(variant.metrics, variant.lengths)
+            errors[i] += min(loss(metric, length) for metric, length in both)
     return errors
+
+
+def _loss(
+    batch: Batch, grouping: Grouping, rows: Tensor, results: Tensor
+) -> Callable[[Any, float], float]:
+    """By metric and length, how badly the results of some rows are predicted from each other."""
+
+    @functools.cache
+    def loss(metric: Any, length: float) -> float:
+        squared = batch.squared_distances(metric)
+        if squared is None:
+            return math.inf
+        length *= path_step(squared, grouping.order)
+        return len(rows) * leave_one_out_losses([squared[rows][:, rows]], [length], results)[0]
+
+    return loss

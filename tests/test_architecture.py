@@ -22,6 +22,7 @@ LAYERS = (
     {"workers", "codes"},
     {"functional"},
     {"linear"},
+    {"distances"},
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},

@@ -104,7 +104,6 @@ class Code(abc.ABC):
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
         uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
-        shrinkage: how distances are measured, see :class:`~coded_torch.geometry.Geometry`.
         max_chunk: the most inputs to order and to fit at once; memory and time grow with its
             square.
 
@@ -115,7 +114,6 @@ class Code(abc.ABC):
 
     mixes: bool = True
     uses_geometry: bool = False
-    shrinkage: float = 0.01
     max_chunk: int = 4096
 
     _given: tuple[tuple[Any, ...], dict[str, Any]]

@@ -168,7 +168,7 @@ def _in_chunks(
     chunked: type[ChunkedPlan],
 ) -> BatchPlan:
     def fit_chunk(inputs: list[Tensor], ordering: Ordering) -> BatchPlan:
-        geometry = Geometry(inputs, shrinkage=code.shrinkage)
+        geometry = Geometry(inputs)
         return fit(order_of(ordering, inputs, geometry.distances), geometry)
 
     if len(sizes) == 1:
@@ -198,8 +198,12 @@ class ChunkedPlan(BatchPlan):
         return torch.cat(coded, dim=1)
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        shares = self._shares(received, results)
-        return self._together([plan.decode(part, own) for plan, own, part in shares])
+        shares = list(self._shares(received, results))
+        answers = self._together([plan.decode(part, own) for plan, own, part in shares])
+        plans = [plan for plan, _, _ in shares]
+        self.choices = tuple(choice for plan in plans for choice in plan.choices)
+        self.note = "; ".join(dict.fromkeys(plan.note for plan in plans if plan.note))
+        return answers
 
     def source(self, received: Sequence[int]) -> Tensor:
         return self._together(self._flat("source", received))

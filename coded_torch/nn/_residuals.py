@@ -7,6 +7,7 @@ that is an input's own result stays that result, bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,12 +108,12 @@ def answer(
     else:
         plan = MeanPlan(units.plan) if report.degraded else units.plan
         predicted = ~plan.exact(received)
-        report.notes = (plan.note,) if plan.note else ()
         if surrogates and bool(predicted.any()):
             guesses = _guess_all(surrogates, inputs, units, stacked, link, report)
     report.predicted = predicted
     answers: list[Any] = []
     outputs = []
+    choices = []
     for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor):
             answers.append(leaf)
@@ -122,8 +123,14 @@ def answer(
         else:
             output = _decode(leaf, plan, received, [g[i] for g in guesses], link)
         outputs.append(output)
+        choices.append(() if plan is None else plan.choices)
         moved = output.answers.movedim(0, dim)
         answers.append(moved.contiguous(memory_format=stacked.formats[i]))
+    if plan is not None and plan.note:  # the plan has been used, and knows now
+        report.notes = (plan.note, *report.notes)
+    report.distances = tuple(
+        dataclasses.replace(choice, output=i) for i, some in enumerate(choices) for choice in some
+    )
     report.expected_errors = outputs[0].expected_errors if outputs else None
     if guesses:
         report.surrogate_weights = tuple(output.weights for output in outputs)

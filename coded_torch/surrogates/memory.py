@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .._arguments import count
 from .._weights import looks
-from ..codes.kernel import path_step
-from ..geometry import _few
+from ..codes._candidates import path_step
+from ..geometry import added_up
 from ..grouping import similarity_order
 from ..regression import KernelRegression, matern52
 
@@ -347,7 +347,7 @@ def _regression(rows: Tensor, outputs: Tensor) -> tuple[Tensor, float, Tensor, T
 
 def _side_by_side(inputs: Sequence[Tensor]) -> Tensor:
     """Features ``[n, d]``, float32, in memory of their own."""
-    return torch.cat([_few(x, torch.float32) for x in inputs], 1)
+    return torch.cat([added_up(x, torch.float32) for x in inputs], 1)
 
 
 def _flat(outputs: Sequence[Tensor]) -> Tensor:
@@ -366,4 +366,4 @@ def _evenly(size: int, most: int) -> Tensor:
 
 def _widths(shapes: Sequence[torch.Size]) -> list[int]:
     """The features that each input has side by side with others."""
-    return [_few(torch.empty(0, *shape), torch.float32).shape[1] for shape in shapes]
+    return [added_up(torch.empty(0, *shape), torch.float32).shape[1] for shape in shapes]
