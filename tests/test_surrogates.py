@@ -348,10 +348,12 @@ def test_threads_share_it():
 
 def teacher():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3)).requires_grad_(False)
+    module = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3)).requires_grad_(False)
+    module[0].weight.mul_(4)  # or it would be a matter of straight lines
+    return module
 
 
-def student(width=16):
+def student(width=32):
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
 
@@ -359,16 +361,16 @@ def student(width=16):
 def test_a_student_learns_without_labels():
     module, small = teacher(), student()
     x = rand(1000, 4).float()
-    reached = distill(small, module, x.split(100), epochs=15, progress=False)
+    reached = distill(small, module, x.split(100), epochs=60, progress=False)
     held_out = rand(300, 4, seed=7).float()
     with torch.no_grad():
         missed, wanted = module(held_out) - small(held_out), module(held_out)
-    assert reached < 0.1
+    assert reached < 0.2
     assert float(missed.var(0).mean() / wanted.var(0).mean()) < 2 * reached
     assert not small.training
     coded = wrap(small, module=module)
     batches = held_out.split(50)
-    assert mse(coded, batches) < 0.3 * mse(wrap((), module=module), batches)
+    assert mse(coded, batches) < 0.5 * mse(wrap((), module=module), batches)
 
 
 def test_the_same_seed_gives_the_same_student():

@@ -24,12 +24,12 @@ def distill(
     module: nn.Module,
     batches: Iterable[Any],
     *,
-    epochs: int = 20,
-    learning_rate: float = 3e-3,
+    epochs: int = 100,
+    learning_rate: float = 5e-3,
     rows: int = 64,
-    noise: float = 0.1,
+    noise: float = 0.03,
     augment: Callable[..., Any] | None = None,
-    patience: int = 5,
+    patience: int = 30,
     link: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -73,7 +73,7 @@ def distill(
         >>> from coded_torch.surrogates import distill
         >>> _ = torch.manual_seed(0)
         >>> module, student = torch.nn.Tanh(), torch.nn.Linear(2, 2)
-        >>> error = distill(student, module, [torch.randn(200, 2)])
+        >>> error = distill(student, module, [torch.randn(1000, 2)])
         >>> error < 0.2
         True
     """
