@@ -38,6 +38,7 @@ ERRORS = (
     "batches",
     "levers",
     "distances",
+    "surrogates",
     "convergence",
     "smoothing",
     "lagrange",

@@ -13,6 +13,7 @@ from . import (
     nn,
     points,
     stragglers,
+    surrogates,
     tuning,
     workers,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "nn",
     "points",
     "stragglers",
+    "surrogates",
     "tuning",
     "workers",
 ]

@@ -103,6 +103,11 @@ class KernelRegression:
         solved: Tensor = torch.cholesky_solve(k.T, self._factor).T
         return solved + (1 - k @ self._mean) * (self._mean.T / self._precision)
 
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
+        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
+        mean = (self._mean.T @ results / self._precision).squeeze(0)
+        return torch.cholesky_solve(results - mean, self._factor), mean
+
     def variances(self, squared_distances: Tensor) -> Tensor:
         """The predictions' variances, ``[L]``, in units of the outputs' variance."""
         k = matern52(squared_distances, self.length)

@@ -18,6 +18,7 @@ LAYERS = (
     {"_trial", "_machines"},
     {"_scores"},
     {"nn"},
+    {"surrogates"},
     {"workers", "codes"},
     {"adversaries"},
     {"_predictions"},
@@ -27,7 +28,7 @@ LAYERS = (
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
-    {"_arguments", "_transforms", "_console"},
+    {"_arguments", "_transforms", "_console", "_weights"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)

@@ -87,7 +87,7 @@ class Code(abc.ABC):
        :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
     2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
        kept under its name; ``super().__init__`` first, which checks K and N.
-    3. Write ``_make_encoder`` and ``_make_decoder``, which return a
+    3. Write ``_make_encoder`` and ``_make_decoder`` (of a curve ``_curve``), which return a
        :class:`~coded_torch.linear.LinearMap` each (here: :meth:`fit`), and :attr:`min_received` if
        one result is not enough.
     4. Give :meth:`candidates` for the numbers that are worth tuning.
@@ -290,14 +290,29 @@ class FixedCode(Code):
     def exact(self, received: Sequence[int] | Tensor) -> Tensor:
         """Which inputs are answered by a worker's result of that very input, bit for bit.
 
-        Those whose row of the decoder picks one result, of a worker whose row of the encoder picks
-        that input.
+        Args:
+            received: as in :meth:`source`.
+
+        Returns:
+            Bool, ``[K]``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`decoder`.
+        """
+        return self.source(received) >= 0
+
+    def source(self, received: Sequence[int] | Tensor) -> Tensor:
+        """Which result answers which input as it is, bit for bit.
+
+        Those that a row of the decoder picks, of a worker whose row of the encoder picks that
+        input.
 
         Args:
             received: the indices of the workers that answered, strictly increasing.
 
         Returns:
-            Bool, ``[K]``; all False for fewer than :attr:`min_received`.
+            ``[K]``, places among the received, -1 for inputs that have none; all -1 for fewer than
+            :attr:`min_received`.
 
         Raises:
             TypeError, ValueError: as :meth:`decoder`.
@@ -305,9 +320,28 @@ class FixedCode(Code):
         workers = self._received(received)
         own = self._own[list(workers)]
         if len(workers) < self.min_received or not bool((own >= 0).any()):
-            return torch.zeros(self.num_data, dtype=torch.bool)
+            return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
-        return (picked >= 0) & (own[picked] == torch.arange(self.num_data))
+        is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
+        return torch.where(is_own, picked, -1)
+
+    def left_out(self, received: Sequence[int]) -> Tensor:
+        """How well results are predicted from each other: the map to what such predictions miss.
+
+        Here each is predicted as the mean of all others; codes with a better way override this.
+
+        Args:
+            received: as in :meth:`source`.
+
+        Returns:
+            ``[R, |F|]``, float64: row by row, a result less its prediction from others. None, R =
+            0, where there are too few to predict one.
+        """
+        count = len(received)
+        if count < 2:
+            return torch.zeros(0, count, dtype=torch.float64)
+        others = (1 - torch.eye(count, dtype=torch.float64)) / (count - 1)
+        return torch.eye(count, dtype=torch.float64) - others
 
     @functools.cached_property
     def _own(self) -> Tensor:

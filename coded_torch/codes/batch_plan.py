@@ -23,6 +23,7 @@ __all__ = ["Arrived", "BatchPlan", "GroupwisePlan", "SelectionPlan", "Sites"]
 __all__ += ["few_columns", "of_mean"]
 
 _COLUMNS = 64
+_ROWS = 4096  # of results, to judge predictions by
 
 
 class Sites(NamedTuple):
@@ -78,7 +79,32 @@ class BatchPlan(abc.ABC):
         Args:
             received: as in :meth:`decode`, or fewer: then none is.
         """
-        return torch.zeros(self.batch_size, dtype=torch.bool)
+        return self.source(received) >= 0
+
+    def source(self, received: Sequence[int]) -> Tensor:
+        """The result that is each input's own: ``[B]``, flat indices ``[|F|, G]``, -1: none is.
+
+        Args:
+            received: as in :meth:`exact`.
+        """
+        return torch.full((self.batch_size,), -1)
+
+    def used(self, received: Sequence[int]) -> Tensor:
+        """The distinct results that others are predicted from: flat indices ``[|F|, G]``."""
+        return torch.arange(len(received) * self.num_groups)
+
+    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
+        """The sum of squares of what is missed if results are predicted from each other.
+
+        Each, or some of them, by the others, as lost answers are; unless overridden, by their mean.
+        For comparing results under one plan: outputs, and what is left of them beside an
+        approximation.
+
+        Args:
+            results, received: as in :meth:`decode`.
+        """
+        with outside():
+            return of_mean_square(few_columns(results))
 
     def expected_errors(
         self, received: Sequence[int], results: Tensor | None = None
@@ -128,10 +154,18 @@ class GroupwisePlan(BatchPlan):
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         return self.code.decoder(received).scattered(results, self._grouping)
 
-    def exact(self, received: Sequence[int]) -> Tensor:
+    def source(self, received: Sequence[int]) -> Tensor:
         with outside():
-            exact = self.code.exact(received)[:, None].expand(-1, self.num_groups)
-            return self._grouping.scatter(exact)
+            of_group = self.code.source(received)[:, None]  # [K, 1]
+            flat = of_group * self.num_groups + torch.arange(self.num_groups)
+            return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
+
+    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
+        with outside():
+            groups = plain("decode", "results", results)
+            groups = groups[:, :: max(1, self.num_groups * len(received) // _ROWS)]
+            sample = few_columns(groups).view(len(received), -1)  # [|F|, G C]
+            return float((self.code.left_out(received) @ sample).square().sum())
 
 
 class Arrived:
@@ -182,8 +216,8 @@ class Arrived:
 class SelectionPlan(BatchPlan):
     """Workers compute inputs as they are; lost answers are the mean of those that arrived.
 
-    Subclasses predict lost answers in a better way: they override :meth:`_weights` and
-    :meth:`_variances`.
+    Subclasses predict lost answers in a better way: they override :meth:`_weights`,
+    :meth:`_variances` and :meth:`_left_out_square`.
 
     Args:
         code: the code.
@@ -220,9 +254,18 @@ class SelectionPlan(BatchPlan):
             map = SelectMap(num_results, arrived.source, arrived.used, weights)
         return map(results.flatten(0, 1))
 
-    def exact(self, received: Sequence[int]) -> Tensor:
+    def source(self, received: Sequence[int]) -> Tensor:
         with outside():
-            return self._arrived(received).answered
+            return self._arrived(received).source
+
+    def used(self, received: Sequence[int]) -> Tensor:
+        with outside():
+            return self._arrived(received).used
+
+    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
+        with outside():
+            arrived = self._arrived(received)
+            return self._left_out_square(arrived, arrived.sample(results))
 
     def expected_errors(
         self, received: Sequence[int], results: Tensor | None = None
@@ -262,6 +305,10 @@ class SelectionPlan(BatchPlan):
         """Those of the used results in the lost answers, ``[L, M]``, or ``[1, M]`` for all."""
         return torch.full((1, len(arrived.used)), 1 / len(arrived.used), dtype=torch.float64)
 
+    def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
+        """What is missed if each of the used results is predicted from the others."""
+        return of_mean_square(sample)
+
     def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor | float:
         """Of the lost answers, ``[L]``, about what is expected; in units as expected errors are."""
         sample = None if results is None else arrived.sample(results)
@@ -277,6 +324,13 @@ def few_columns(results: Tensor) -> Tensor:
     rows = results.shape[0] * results.shape[1]
     columns = plain("decode", "results", results).reshape(rows, results.shape[2:].numel())
     return columns[:, :: max(1, columns.shape[1] // _COLUMNS)].to("cpu", torch.float64)
+
+
+def of_mean_square(sample: Tensor) -> float:
+    """The sum of squares of what is missed if each result is predicted as the others' mean."""
+    if len(sample) < 2:
+        return 0.0
+    return float(sample.var(0).sum()) * len(sample) ** 2 / (len(sample) - 1)
 
 
 def of_mean(count: int, sample: Tensor | None) -> float:

@@ -74,10 +74,9 @@ class BerrutCode(CurveCode):
         weights = _floater_hormann_weights(self.data_points, self.order)
         return MatrixMap(_interpolation_matrix(self.data_points, weights, self.worker_points))
 
-    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
-        nodes = self.worker_points[list(received)]
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
         weights = _floater_hormann_weights(nodes, min(self.order, nodes.size - 1))
-        return MatrixMap(_interpolation_matrix(nodes, weights, self.data_points))
+        return MatrixMap(_interpolation_matrix(nodes, weights, points))
 
 
 def _floater_hormann_weights(nodes: NDArray[np.float64], order: int) -> NDArray[np.float64]:

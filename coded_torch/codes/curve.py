@@ -2,11 +2,16 @@ r"""Codes whose inputs and workers sit at points of a curve."""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .._arguments import real_array
+from ..linear import LinearMap
 from ..points import chebyshev_first, chebyshev_second
 from .base import FixedCode
 
@@ -15,6 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CurveCode"]
 
+# Results are left out of a curve in so many turns: neighbours stay, and few curves are planned.
+_FOLDS = 4
+
 
 class CurveCode(FixedCode):
     r"""A code that lays a curve through the inputs and reads coded inputs off it.
@@ -22,6 +30,8 @@ class CurveCode(FixedCode):
     Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
     at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
     :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
+
+    Subclasses implement :meth:`_make_encoder` and :meth:`_curve`.
 
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.
@@ -48,6 +58,28 @@ class CurveCode(FixedCode):
             worker_points = self.default_worker_points(self.num_workers)
         self.data_points = self._points("data_points", data_points, self.num_data)
         self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+
+    @abc.abstractmethod
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
+        """The decoder's curve through results at ``nodes``, read off at ``points``."""
+
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        return self._curve(self.worker_points[list(received)], self.data_points)
+
+    def left_out(self, received: Sequence[int]) -> Tensor:
+        """By the curve: every fourth result but the outermost at once, from all the others."""
+        nodes, count = self.worker_points[list(received)], len(received)
+        rows = []
+        for fold in range(1, _FOLDS + 1):
+            held = np.arange(fold, count - 1, _FOLDS)
+            kept = np.setdiff1d(np.arange(count), held)
+            if not held.size or kept.size < self.min_received:
+                continue
+            errors = torch.zeros(held.size, count, dtype=torch.float64)
+            errors[:, kept] = -self._curve(nodes[kept], nodes[held]).matrix()
+            errors[range(held.size), held] = 1
+            rows.append(errors)
+        return torch.cat(rows) if rows else super().left_out(received)
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
         array = real_array(self, argument, points)

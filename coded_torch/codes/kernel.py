@@ -212,7 +212,7 @@ class _KernelPlan(SelectionPlan):
     def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: Batch) -> None:
         super().__init__(code, point, grouping.batch_size, batch.usable)
         self._grouping, self._batch = grouping, batch
-        self._last_fit: tuple[Arrived, Tensor | None, Fitted] | None = None
+        self._fits: tuple[tuple[Arrived, Tensor | None, Fitted], ...] = ()
 
     def encode(self, values: Tensor) -> Tensor:
         if not self.code.mixes:
@@ -222,34 +222,40 @@ class _KernelPlan(SelectionPlan):
         return self.code.encoder.encoder.gathered(values, self._grouping)
 
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
-        fitted = self._fit(arrived, results)
+        fitted = self._fit(arrived, arrived.sample(results))
         self.choices = (fitted.choice,)
         # Shrunk towards the mean of the results as far as these are not predicted by each other.
         mean = (1 - fitted.trust) / len(arrived.used)
         to_lost = fitted.squared[arrived.lost][:, arrived.points]
         return fitted.regression.weights(to_lost).mul_(fitted.trust).add_(mean)
 
+    def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
+        residuals = self._fit(arrived, sample).regression.leave_one_out_residuals(sample)
+        return float(residuals.square().sum())
+
     def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
-        fitted = self._fit(arrived, results)
+        sample = None if results is None else arrived.sample(results)
+        fitted = self._fit(arrived, sample)
         to_lost = fitted.squared[arrived.lost][:, arrived.points]
         variances = fitted.regression.variances(to_lost)
-        if results is not None:
-            variances *= fitted.regression.output_variance(arrived.sample(results))
+        if sample is not None:
+            variances *= fitted.regression.output_variance(sample)
         return variances
 
     def _regression_of(self, arrived: Arrived) -> KernelRegression:
         # Before results are known to be true, they must not choose by what they are judged.
         return self._fit(arrived, None).regression
 
-    def _fit(self, arrived: Arrived, results: Tensor | None) -> Fitted:
-        # Kept for the errors to expect of an output beside its answers; not a history.
-        sample = None if results is None else arrived.sample(results)
-        last = self._last_fit
-        if last is None or last[0] is not arrived or not _same(last[1], sample):
-            last = arrived, sample, self._batch.fit(arrived.points, sample)
-            self._last_fit = last
-            self.note = "; ".join(self._batch.notes)
-        return last[2]
+    def _fit(self, arrived: Arrived, sample: Tensor | None) -> Fitted:
+        # Two are kept, of results and of what surrogates leave of them, for the errors to expect of
+        # an output beside its answers; not a history.
+        for of, seen, fitted in self._fits:
+            if of is arrived and _same(seen, sample):
+                return fitted
+        fitted = self._batch.fit(arrived.points, sample)
+        self._fits = (*self._fits[-1:], (arrived, sample, fitted))
+        self.note = "; ".join(self._batch.notes)
+        return fitted
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

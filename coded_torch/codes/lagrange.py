@@ -114,11 +114,10 @@ class LagrangeCode(CurveCode):
     def _make_encoder(self) -> LinearMap:
         return MatrixMap(_through(self.data_points, self.worker_points))
 
-    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
-        nodes = self.worker_points[list(received)]
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
         if nodes.size == self.min_received:
-            return MatrixMap(_through(nodes, self.data_points))
-        return MatrixMap(_least_squares(nodes, self.data_points, self.decoder_degree))
+            return MatrixMap(_through(nodes, points))
+        return MatrixMap(_least_squares(nodes, points, self.decoder_degree))
 
 
 def _through(nodes: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:

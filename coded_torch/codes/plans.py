@@ -222,8 +222,16 @@ class ChunkedPlan(BatchPlan):
         self.note = "; ".join(dict.fromkeys(plan.note for plan in plans if plan.note))
         return answers
 
-    def exact(self, received: Sequence[int]) -> Tensor:
-        return self._together([plan.exact(own) for plan, own, _ in self._shares(received, None)])
+    def source(self, received: Sequence[int]) -> Tensor:
+        return self._together(self._flat("source", received))
+
+    def used(self, received: Sequence[int]) -> Tensor:
+        used: Tensor = torch.cat(self._flat("used", received)).unique()
+        return used
+
+    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
+        shares = self._shares(received, results)
+        return sum(plan.left_out_square(part, own) for plan, own, part in shares)
 
     def expected_errors(
         self, received: Sequence[int], results: Tensor | None = None
@@ -253,6 +261,16 @@ class ChunkedPlan(BatchPlan):
                 found.append(Sites(point, at, sites.regression))
             start += plan.num_groups
         return found
+
+    def _flat(self, method: str, received: Sequence[int]) -> list[Tensor]:
+        """What each plan answers with flat indices of its own results, as those of all results."""
+        whole = torch.arange(len(received) * self.num_groups).view(len(received), self.num_groups)
+        flat = []
+        for plan, own, part in self._shares(received, whole):
+            with outside():
+                index = getattr(plan, method)(own)
+                flat.append(torch.where(index >= 0, part.flatten()[index], -1))
+        return flat
 
     def _together(self, parts: list[Tensor]) -> Tensor:
         whole = torch.cat(parts)

@@ -44,11 +44,22 @@ class ReplicationCode(FixedCode):
 
     mixes = False
 
-    def exact(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Which inputs have an answer of their own, ``[K]``; here ``received`` in any order."""
-        exact = torch.zeros(self.num_data, dtype=torch.bool)
-        exact[[worker % self.num_data for worker in self._received(received)]] = True
-        return exact
+    def source(self, received: Sequence[int] | Tensor) -> Tensor:
+        """The place of each input's first result, ``[K]``; here ``received`` in any order."""
+        workers = self._received(received)
+        source = torch.full((self.num_data,), -1)
+        for place in sorted(range(len(workers)), key=workers.__getitem__, reverse=True):
+            source[workers[place] % self.num_data] = place
+        return source
+
+    def left_out(self, received: Sequence[int]) -> Tensor:
+        """Each input's result as the mean of the other inputs'."""
+        source = self.source(received)
+        first = source[source >= 0].sort().values
+        among = super().left_out(first.tolist())
+        errors = torch.zeros(len(among), len(received), dtype=torch.float64)
+        errors[:, first] = among
+        return errors
 
     def _make_encoder(self) -> LinearMap:
         source = torch.arange(self.num_workers) % self.num_data

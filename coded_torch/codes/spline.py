@@ -10,7 +10,8 @@ from ..linear import LinearMap, SplineMap
 from .curve import CurveCode
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["SplineCode"]
 
@@ -76,6 +77,5 @@ class SplineCode(CurveCode):
     def _make_encoder(self) -> LinearMap:
         return SplineMap(self.data_points, self.worker_points, smoothing=self.encoder_smoothing)
 
-    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
-        knots = self.worker_points[list(received)]
-        return SplineMap(knots, self.data_points, smoothing=self.decoder_smoothing)
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
+        return SplineMap(nodes, points, smoothing=self.decoder_smoothing)

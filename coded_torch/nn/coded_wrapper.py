@@ -8,24 +8,22 @@ import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 from ..codes.base import Code
-from ..codes.plans import BatchPlan, MeanPlan
 from ..grouping import check_ordering
+from ..surrogates import Memory
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from ._agreement import Agreement
 from ._collect import collect
 from ._inputs import Inputs
-from ._results import Results, Stacked
+from ._residuals import answer, surrogates
+from ._results import Results
 from ._stand_in import StandIn
 from ._units import Columns, Rows, Units
 from .report import Report
@@ -103,6 +101,13 @@ class CodedWrapper(StandIn):
             none, and show liars less well. 0: none is looked for, and nothing of it costs time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
             (1 / G of the work), which shows who lies for every code.
+        surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
+            whose outputs are like its own, such as a smaller network that was taught to imitate it
+            (:func:`coded_torch.surrogates.distill`). Where something has to be predicted, they are
+            asked, and what the code decodes is what they leave of the results; a useless one costs
+            next to nothing, as their weights are fitted to the results that arrived. They run in
+            this process, where the batch is, without gradients, and in the mode that they are in.
+            A :class:`~coded_torch.surrogates.Memory` learns from exact answers, after each call.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for what is meant for the whole batch; or a
             pytree prefix of such. A tensor that is given as None and has the batch size along its
@@ -173,6 +178,7 @@ class CodedWrapper(StandIn):
         link: str | None = None,
         max_adversaries: int = 0,
         audit: bool = False,
+        surrogate: Any = (),
         in_dims: Any = 0,
         out_dims: Any = 0,
         on_run: Callable[[Report], None] | None = None,
@@ -210,6 +216,7 @@ class CodedWrapper(StandIn):
         self.shuffle = shuffle
         self.link = link
         self.audit = audit
+        self.surrogate = surrogates(surrogate)
         self.in_dims = in_dims
         self.out_dims = out_dims
         self.on_run = on_run
@@ -271,6 +278,9 @@ class CodedWrapper(StandIn):
             else:
                 results = Results(units.task, self.link)
                 agreement = self._agreement(inputs, units)
+                generations = [
+                    s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)
+                ]
                 with report.timed("compute"):
                     why = self._collect(module, waiting, units, results, report, start, agreement)
                 with report.timed("decode"):
@@ -280,7 +290,10 @@ class CodedWrapper(StandIn):
                         results.units and waiting.degraded
                     ):
                         raise results.failure(units.least, len(units.first), why)
-                    answers = self._decode(units, results.stack(), report)
+                    stacked = results.stack()
+                    answers = answer(
+                        inputs, units, stacked, self.surrogate, self.link, report, generations
+                    )
             report.failed = False
             return answers
         finally:
@@ -368,40 +381,12 @@ class CodedWrapper(StandIn):
             status = f"{late}; {status}" if status else late
         return status
 
-    def _decode(self, units: Units, stacked: Stacked, report: Report) -> Any:
-        """The answers, in the structure that the module gives them."""
-        received, size = stacked.units, units.batch_size
-        whole = units.is_whole(received)  # then the results are the answers, and nothing is fitted
-        report.degraded = len(received) < units.least
-        plan = None if whole else MeanPlan(units.plan) if report.degraded else units.plan
-        if plan is None:
-            exact, expected = torch.ones(size, dtype=torch.bool), torch.zeros(size).double()
-        else:
-            exact, expected = plan.exact(received), None
-        report.predicted = ~exact
-        answers: list[Any] = []
-        choices = []
-        for leaf, dim, layout in zip(stacked.leaves, stacked.dims, stacked.formats, strict=True):
-            if dim is None or not isinstance(leaf, Tensor):
-                answers.append(leaf)
-                continue
-            leaf = units.answering(leaf)
-            if plan is None:
-                decoded = leaf.squeeze(1)
-            elif self.link is None:
-                if expected is None:
-                    expected = plan.expected_errors(received, leaf)
-                decoded = plan.decode(leaf, received)  # [B, ...]
-            else:
-                decoded = _decode_logits(plan, leaf, received, exact)
-            answers.append(decoded.movedim(0, dim).contiguous(memory_format=layout))
-            choices.append(() if plan is None else plan.choices)
-        report.notes += (plan.note,) if plan is not None and plan.note else ()
-        report.distances = tuple(
-            replace(choice, output=i) for i, some in enumerate(choices) for choice in some
-        )
-        report.expected_errors = expected
-        return pytree.tree_unflatten(answers, stacked.spec)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
+        """Surrogates go where the module goes, though they are none of its parts."""
+        for surrogate in self.surrogate:
+            if isinstance(surrogate, nn.Module):
+                surrogate._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _is_local(self) -> bool:
         return self.workers.simulated  # others run replicas, or copies in other processes
@@ -442,19 +427,3 @@ class CodedWrapper(StandIn):
 
     def extra_repr(self) -> str:
         return f"{self.code}, {self.workers}, waiting={self._waiting()}"
-
-
-def _decode_logits(
-    plan: BatchPlan, probabilities: Tensor, received: Sequence[int], exact: Tensor
-) -> Tensor:
-    """Answers that are probabilities, decoded as their logarithms where they have to be."""
-    if bool(exact.all()):
-        return plan.decode(probabilities, received)
-    known = plan.decode(probabilities, received) if bool(exact.any()) else None
-    # Of probabilities that are 0 in floating point, no logarithm is left.
-    logits = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
-    decoded = plan.decode(logits, received).softmax(dim=-1)  # the last, whose choice is reported
-    if known is None:
-        return decoded
-    own = exact.to(decoded.device).view(-1, *[1] * (decoded.dim() - 1))
-    return torch.where(own, known, decoded)

@@ -46,6 +46,9 @@ class Report:
         expected_errors: ``[B]``, float64, on the host: the root mean squared error to expect of
             each answer's first decoded output; 0 where it is exact. None where the code cannot
             say, and of predictions under a link, whose errors are in no unit of the answers.
+        surrogate_weights: of each surrogate, for every decoded output; 0 where it was not used: it
+            was left out, or results are predicted as well without. Empty where nothing had to be
+            predicted, and of a wrapper without surrogates.
         ended: why the call waited no longer. "complete": every result that was wanted is there;
             "first": the first N - S are; "tolerance": the expected error is small enough;
             "deadline"; "patience"; "failed": nothing more could come.
@@ -78,6 +81,7 @@ class Report:
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
     expected_errors: Tensor | None = dataclasses.field(default=None, repr=False)
+    surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
     fence: float | None = None
     median: float | None = None

@@ -200,6 +200,26 @@ class CodeTests:
                 assert exact[k] == any(torch.equal(decoder[k], row.double()) for row in rows)
         assert not code.exact(range(code.min_received - 1)).any()
 
+    def test_sources_are_what_is_exact(self, code, received):
+        inputs = normal(code.num_data, 3)
+        for workers in (received, range(code.num_workers)):
+            source, exact = code.source(workers), code.exact(workers)
+            assert torch.equal(source >= 0, exact)
+            results = code.encode(inputs)[list(workers)]
+            assert torch.equal(results[source[exact]], inputs[exact])
+        assert (code.source(range(code.min_received - 1)) == -1).all()
+
+    def test_results_are_left_out_one_by_one_or_in_turns(self, code, received):
+        for workers in (received, range(code.num_workers), received[:1]):
+            errors = code.left_out(workers)
+            assert errors.shape[1:] == (len(workers),)
+            assert len(errors) <= len(workers)
+            # Constants are predicted, and each row is a result less what others say.
+            torch.testing.assert_close(
+                errors.sum(1), torch.zeros(len(errors)).double(), rtol=0, atol=1e-6
+            )
+            assert (errors == 1).any(1).all()
+
     # The object.
 
     def test_travels(self, code, received):

@@ -39,8 +39,8 @@ class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve
         basis = BSpline.design_matrix(self.worker_points, self._knots, self.degree)
         return MatrixMap(basis.toarray())
 
-    def _make_decoder(self, received):
-        return SplineMap(self.worker_points[list(received)], self.data_points)
+    def _curve(self, nodes, points):
+        return SplineMap(nodes, points)
 
     def candidates(self):  # 4. what is worth tuning
         return {"degree": range(1, min(4, self.num_data))}

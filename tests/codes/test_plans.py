@@ -16,8 +16,11 @@ from coded_torch.codes import (
     plan_batch,
     plan_rows,
 )
+from coded_torch.codes._candidates import path_step
 from coded_torch.codes.plans import ChunkedPlan, MeanPlan
+from coded_torch.geometry import Geometry
 from coded_torch.points import equidistant, systematic
+from coded_torch.regression import KernelRegression
 
 from .code_tests import DTYPES, normal
 
@@ -321,3 +324,36 @@ def test_what_can_be_ordered():
     for ordering, error in (("nope", ValueError), (3, TypeError), ([0, 1], ValueError)):
         with pytest.raises(error, match="ordering must"):
             plan_batch(Wrong(2, 3), ordering, [inputs(5)], 0)
+
+
+@pytest.mark.parametrize("code", SELECTING + MIXING, ids=repr)
+@pytest.mark.parametrize("max_chunk", [4096, 11])
+def test_what_is_left_out_falls_with_what_is_left_of_the_results(code, max_chunk):
+    code = code.replace()
+    code.max_chunk = max_chunk
+    x = inputs(23)
+    plan = plan_batch(code, "similarity", [x], 2)
+    results = plan.encode(x)[RECEIVED].sin()
+    used = plan.used(RECEIVED)
+    assert len(used.unique()) == len(used)
+    whole = plan.left_out_square(results, RECEIVED)
+    assert whole > 0
+    assert plan.left_out_square(results / 3 + 5, RECEIVED) == pytest.approx(whole / 9)
+
+
+def test_what_is_left_out_of_the_mean_and_of_a_regression():
+    x = inputs(10)
+    y = x.sin()
+    mean = plan_rows(ReplicationCode(5, 9), "arrival", [x])
+    others = (y.sum(0) - y) / 9
+    left = float((y - others).square().sum())
+    assert mean.left_out_square(y[:, None], range(10)) == pytest.approx(left)
+    plan = plan_rows(KernelCode(5, 9, metric="shrunk", length=2.0), "arrival", [x])
+    squared = Geometry([x]).squared_distances()
+    length = 2.0 * path_step(squared, torch.arange(10))
+    left = 0.0
+    for i in range(10):
+        kept = [j for j in range(10) if j != i]
+        fit = KernelRegression(squared[kept][:, kept], length)
+        left += float((y[i] - fit.weights(squared[i, kept][None]) @ y[kept]).square().sum())
+    assert plan.left_out_square(y[:, None], range(10)) == pytest.approx(left)

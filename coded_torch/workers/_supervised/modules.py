@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..._weights import looks
 from ..live import Ambient
 
 __all__ = ["ModuleStore", "PackedModule"]
@@ -53,11 +53,11 @@ class ModuleStore:
         Raises:
             TypeError: the module cannot be pickled.
         """
-        tensors, looks = _looks(module)
+        tensors, how = looks(module)
         with self._lock:
             packed = self._packed.get(module)
-            if packed is None or packed[0] != looks:
-                packed = looks, next(self._numbers), self._package(module), tensors
+            if packed is None or packed[0] != how:
+                packed = how, next(self._numbers), self._package(module), tensors
                 self._packed[module] = packed
             alive = frozenset(number for _, number, *_ in self._packed.values())
         _, number, package, _ = packed
@@ -81,21 +81,3 @@ class ModuleStore:
                 "Workers: the module must be picklable to be sent to another process, "
                 f"got {type(module).__name__}: {error}"
             ) from error
-
-
-def _looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """What differs once a module has changed, as long as the tensors beside it are kept.
-
-    They keep their memory from being used for other weights, which would look the same.
-    """
-    kept: list[Tensor] = []
-    looks: list[tuple[Any, ...]] = []
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        version = 0 if tensor.is_inference() else tensor._version
-        if tensor.layout is torch.strided:
-            tensor = tensor.detach()  # follows no later assignment to data
-            looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
-        else:
-            looks.append((id(tensor), version))
-        kept.append(tensor)
-    return kept, (*looks, *(part.training for part in module.modules()))

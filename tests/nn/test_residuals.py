@@ -1,0 +1,317 @@
+"""Answers with the help of surrogates: for every code, and both ways of dividing a batch."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import namedtuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coded_torch.codes import (
+    BerrutCode,
+    KernelCode,
+    LagrangeCode,
+    ReplicationCode,
+    SplineCode,
+)
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.points import equidistant, systematic
+from coded_torch.stragglers import Uniform
+
+from .modules import Call, linear, rand
+
+SYSTEMATIC = SplineCode(
+    5, 9, data_points=equidistant(5), worker_points=systematic(equidistant(5), 9)
+)
+FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
+SELECTING = [
+    ReplicationCode(5, 6),
+    KernelCode(5, 6),
+    KernelCode(encoder=ReplicationCode(5, 9), **FIXED),
+]
+MIXING = [
+    SplineCode(5, 9),
+    SYSTEMATIC,
+    BerrutCode(5, 9),
+    LagrangeCode(5, 9, decoder_degree=3),
+    KernelCode(encoder=SplineCode(5, 9), **FIXED),
+    KernelCode(encoder=SYSTEMATIC, **FIXED),
+]
+COLUMNS = [(code, None) for code in SELECTING + MIXING]
+ROWS = [(code, Waiting(deadline=1.0)) for code in SELECTING]
+CASES = COLUMNS + ROWS
+
+
+def net() -> nn.Module:
+    """Far from linear, so that no decoder is right without help."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3)
+    nn.init.normal_(layers[0].weight, std=2.0)
+    return nn.Sequential(*layers).double().requires_grad_(False)
+
+
+def wrap(code, waiting, module=None, lost=2, **options) -> CodedWrapper:
+    return CodedWrapper(
+        net() if module is None else module,
+        code,
+        stragglers=Uniform(lost, seed=1),
+        waiting=waiting,
+        **options,
+    )
+
+
+def mse(coded: CodedWrapper, x: Tensor) -> float:
+    return float((coded(x) - coded.module(x)).square().mean())
+
+
+def named(case):
+    return f"{case[0]}-{'columns' if case[1] is None else 'rows'}"
+
+
+@pytest.fixture(params=CASES, ids=named)
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("scale", [1.0, -3.0, 1e-4])
+def test_what_a_surrogate_knows_is_not_decoded(case, scale):
+    f, x = net(), rand(23, 4)
+    coded = wrap(*case, surrogate=lambda x: scale * f(x))
+    answers, run = coded(x), coded.last_run
+    assert (run.predicted.any(), run.degraded) == (True, False)
+    ((weight,),) = run.surrogate_weights
+    assert weight == pytest.approx(1 / scale, rel=2e-3)  # but for the ridge
+    without = mse(wrap(*case), x)
+    assert float((answers - f(x)).square().mean()) < 1e-4 * without
+    if run.expected_rmse is not None:
+        assert run.expected_rmse < 0.05 * without**0.5
+
+
+def test_own_results_stay_bit_for_bit(case):
+    def cubic(x):  # the same bits wherever in a batch a row stands
+        return x[:, :3] * x[:, 1:] * x[:, 1:]
+
+    x = rand(23, 4)
+    coded = wrap(*case, module=Call(cubic), surrogate=lambda x: cubic(x) + 1e-3 * x[:, :3])
+    answers = coded(x)
+    own = ~coded.last_run.predicted
+    assert any(coded.last_run.surrogate_weights[0])
+    if not case[0].mixes:
+        assert own.any()
+    assert torch.equal(answers[own], cubic(x)[own])
+
+
+@pytest.mark.parametrize("size", [8, 64])
+def test_noise_costs_next_to_nothing(case, size):
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x):
+        return torch.randn(len(x), 3, generator=generator, dtype=x.dtype)
+
+    helped, alone = wrap(*case, surrogate=noise), wrap(*case)
+    ratios = [(mse(helped, x), mse(alone, x)) for x in (rand(size, 4, seed=i) for i in range(24))]
+    with_noise, without = map(sum, zip(*ratios, strict=True))
+    assert with_noise < 1.05 * without
+
+
+def test_each_has_its_weight_and_the_best_wins(case):
+    f, x = net(), rand(40, 4)
+    good = wrap(*case, surrogate=[lambda x: x[:, :3].sin(), f, lambda x: 0 * x[:, :3] + 1])
+    assert mse(good, x) < 1e-4 * mse(wrap(*case), x)
+    ((sine, network, constant),) = good.last_run.surrogate_weights
+    assert abs(sine) < 0.01 < network
+    assert constant == 0  # constants are reproduced anyway
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_nothing_is_asked_where_nothing_is_missing(case):
+    calls = []
+    code = case[0]
+    if code.mixes and code is not SYSTEMATIC:
+        code = ReplicationCode(3, 3)
+    coded = wrap(code, case[1], lost=0, surrogate=calls.append)
+    coded(rand(12, 4))
+    assert not calls
+    assert (coded.last_run.surrogate_weights, coded.last_run.notes) == ((), ())
+
+
+def fails(x):
+    raise ValueError("out of memory\nand more")
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "why"),
+    [
+        (fails, "ValueError: out of memory"),
+        (lambda x: x[:, :2], "ValueError: it returned float64 (23, 2), where (23, 3) is decoded"),
+        (lambda x: x[0, :3], "ValueError: it returned float64 (3,), where (23, 3) is decoded"),
+        (lambda x: x[:, :3].long(), "it returned int64 (23, 3), where (23, 3) is decoded"),
+        (lambda x: None, "it returned None, where (23, 3) is decoded"),
+        (lambda x: (x[:, :3],), "where the module returned *"),
+        (lambda x: x[:, :3] / 0, "ValueError: it returned values that are not finite"),
+    ],
+)
+def test_one_that_fails_is_left_out(case, surrogate, why, caplog):
+    x = rand(23, 4)
+    coded = wrap(*case, surrogate=[surrogate, net()])
+    answers, run = coded(x), coded.last_run
+    (note,) = run.notes
+    assert note.startswith("surrogate 0 (")
+    assert note.partition("left out: ")[2].endswith(why) or why in note
+    assert caplog.records[0].getMessage() == note
+    assert caplog.records[0].exc_info is not None
+    alone = wrap(*case, surrogate=net())
+    assert torch.equal(answers, alone(x))
+    assert run.surrogate_weights == ((0.0, *alone.last_run.surrogate_weights[0]),)
+    only = wrap(*case, surrogate=surrogate)
+    assert torch.equal(only(x), wrap(*case)(x))
+    assert only.last_run.surrogate_weights == ((0.0,),)
+
+
+Pair = namedtuple("Pair", "first second")
+
+
+class Towers(nn.Module):
+    """Two outputs in a dictionary, one with its batch at the end, and a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = net(), net()
+
+    def forward(self, pair, shift, *, scale):
+        left = self.left(pair.first.T + shift)
+        return {"y": (left * scale[:, None]).T, "z": [self.right(pair.second), None], "k": 7}
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_pytrees_and_dims(case):
+    args, scale = (Pair(rand(4, 23), rand(23, 4, seed=1)), rand(4, seed=2)), rand(23, seed=3)
+    dims = {
+        "in_dims": (Pair(1, 0), "shared"),
+        "out_dims": {"y": 1, "z": 0, "k": None},
+    }
+    f = Towers()
+
+    def surrogate(*args, **kwargs):
+        out = f(*args, **kwargs)
+        return {"y": 2 * out["y"], "z": [-out["z"][0], None], "k": 8}
+
+    coded = wrap(*case, module=f, surrogate=surrogate, **dims)
+    out, exact = coded(*args, scale=scale), f(*args, scale=scale)
+    for got, wanted in ((out["y"], exact["y"]), (out["z"][0], exact["z"][0])):
+        assert float((got - wanted).square().mean()) < 1e-4 * float(wanted.square().mean())
+    assert out["k"] == 7
+    ((of_y,), (of_z,)) = coded.last_run.surrogate_weights
+    assert (of_y, of_z) == (pytest.approx(0.5, rel=0.01), pytest.approx(-1.0, rel=0.01))
+    assert coded.last_run.notes == ()
+
+
+def test_probabilities(case):
+    f = nn.Sequential(net(), nn.Softmax(-1))
+    x = rand(23, 4)
+    coded = wrap(*case, module=f, surrogate=f, link="softmax")
+    answers = coded(x)
+    torch.testing.assert_close(answers, f(x), rtol=0, atol=1e-2)
+    torch.testing.assert_close(answers.sum(-1), torch.ones(23).double())
+    own = ~coded.last_run.predicted
+    torch.testing.assert_close(answers[own], f(x)[own], rtol=1e-12, atol=0)
+    assert coded.last_run.expected_errors is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_gradients_pass_through_results_only(case):
+    class Scaled(nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(scale).double())
+
+        def forward(self, x):
+            return self.scale * x[:, :3].sin()
+
+    student = Scaled(0.9)
+    coded = wrap(*case, module=Scaled(1.0), lost=1, surrogate=student)
+    x = rand(23, 4).requires_grad_()
+    coded(x).sum().backward()
+    assert any(coded.last_run.surrogate_weights[0])
+    assert student.scale.grad is None
+    assert x.grad.isfinite().all()
+    values = torch.func.grad(lambda x: coded(x).sum())(x.detach())
+    assert values.shape == x.shape
+    assert torch.isfinite(values).all()
+    assert coded.module.scale.grad.isfinite()
+
+
+def test_half_precision_and_autocast(case):
+    f, x = net().float(), rand(23, 4).float()
+    coded = wrap(*case, module=f, surrogate=lambda x: 0.9 * f(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        answers, exact = coded(x), f(x)
+    assert answers.dtype == torch.bfloat16
+    error = (answers.float() - exact.float()).square().mean()
+    assert float(error) < 0.01 * float(exact.float().square().mean())
+    coded.to(torch.bfloat16)
+    assert f[0].weight.dtype == torch.bfloat16
+    assert coded(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("code", "waiting"), CASES, ids=map(named, CASES))
+def test_large_batches_in_chunks(code, waiting):
+    code = code.replace()
+    code.max_chunk = 15
+    x, f = rand(64, 4), net()
+    assert mse(wrap(code, waiting, surrogate=lambda x: f(x) / 2), x) < 1e-4 * mse(
+        wrap(code, waiting), x
+    )
+
+
+def test_the_mean_of_too_few_is_one_of_residuals():
+    x, f = rand(40, 4), net()
+    coded = wrap(
+        LagrangeCode(4, 9, decoder_degree=8),
+        Waiting.first(degraded="mean"),
+        lost=1,
+        surrogate=lambda x: 2 * f(x),
+    )
+    answers = coded(x)
+    assert coded.last_run.degraded
+    assert float((answers - f(x)).square().mean()) < 1e-4 * float(f(x).var())
+
+
+def test_surrogates_are_no_part_of_the_module():
+    student = linear(4, 3)
+    coded = wrap(KernelCode(5, 6), None, surrogate=student)
+    assert coded.surrogate == (student,)
+    assert coded.replace(shuffle=False).surrogate == (student,)
+    names = {name for name, _ in coded.named_parameters()}
+    assert names == {f"module.{name}" for name, _ in net().named_parameters()}
+    assert coded.state_dict().keys() == net().state_dict().keys()
+    nn.Sequential(coded).load_state_dict(nn.Sequential(net()).state_dict())
+    assert coded.to(torch.float32) is coded
+    assert student.weight.dtype == torch.float32  # it has to go where the inputs are
+    x = rand(23, 4).float()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(coded.eval()))(x), copy.deepcopy(coded)(x))
+
+
+@pytest.mark.parametrize("surrogate", [3, "net", [net(), None], {"a": net()}])
+def test_what_is_no_surrogate_is_refused(surrogate):
+    with pytest.raises(TypeError, match=r"^CodedWrapper: surrogate must be a callable of the mod"):
+        CodedWrapper(linear(), KernelCode(3, 4), surrogate=surrogate)
+
+
+def test_modules_without_gradients_and_inference_mode(case):
+    grad_modes = []
+
+    def surrogate(x):
+        grad_modes.append(torch.is_grad_enabled())
+        return net()(x)
+
+    coded = wrap(*case, module=net().requires_grad_(True), surrogate=surrogate)
+    coded(rand(23, 4))
+    assert grad_modes
+    assert not any(grad_modes)
+    with torch.inference_mode():
+        coded(rand(23, 4))
+    assert coded.last_run.notes == ()

@@ -1,0 +1,465 @@
+"""Surrogates that learn: memories, and students of a module."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import KernelCode, ReplicationCode, SplineCode
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.regression import KernelRegression
+from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory, distill, memory
+
+from .nn.modules import rand
+
+
+def f(x):
+    return torch.stack([(2 * x[:, 0]).sin() + x[:, 1], x[:, 2] * x[:, 3]], 1)
+
+
+class Function(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * f(x)
+
+
+def filled(size=600, capacity=2048, outputs=f):
+    known = Memory(capacity)
+    for x in rand(size, 4).split(100):
+        known.observe([x], [outputs(x)])
+    known.rebuild()
+    return known
+
+
+def error(known, function=f):
+    x = rand(200, 4, seed=1)
+    (got,) = known.predict([x])
+    wanted = function(x)
+    return float((got - wanted).square().mean() / wanted.var(0).mean())
+
+
+def test_it_predicts_what_it_has_seen_and_what_is_near():
+    known = filled()
+    (got,) = known.predict([rand(600, 4)])
+    assert got.dtype == torch.float32
+    assert float((got - f(rand(600, 4))).square().mean()) < 1e-3
+    assert error(known) < 0.1 < error(filled(40))
+
+
+def test_it_knows_nothing_at_first():
+    known = Memory()
+    assert known.predict([rand(3, 4)]) is None
+    known.rebuild()
+    assert (len(known), known.predict([rand(3, 4)])) == (0, None)
+
+
+def test_several_inputs_and_outputs_count_alike():
+    known = Memory()
+    a, b = rand(400, 2), 1e5 * rand(400, 3, seed=1)
+    y, z = a.sum(1), (b / 1e5).square().sum(1).view(400, 1, 1)
+    known.observe([a, b], [y, z])
+    known.rebuild()
+    got_y, got_z = known.predict([a[:50] + 1e-3, b[:50] + 1])
+    assert (got_y.shape, got_z.shape) == ((50,), (50, 1, 1))
+    for got, wanted in ((got_y, y[:50]), (got_z, z[:50])):
+        assert float((got - wanted).square().mean()) < 0.1 * float(wanted.var())
+
+
+def test_other_shapes_are_ignored():
+    known = filled(300)
+    known.observe([rand(10, 5)], [rand(10, 2)])
+    known.observe([rand(10, 4)], [rand(10, 3)])
+    assert len(known) == 300
+    assert known.predict([rand(10, 5)]) is None
+
+
+@pytest.mark.parametrize("x", [torch.zeros(300, 4), torch.ones(300, 1), rand(300, 1).round()])
+def test_inputs_that_repeat_or_say_nothing(x):
+    known = Memory()
+    known.observe([x], [x[:, :1] * 2])
+    known.rebuild()
+    (got,) = known.predict([x])
+    torch.testing.assert_close(got.double(), x[:, :1].double() * 2, rtol=0, atol=0.01)
+
+
+def test_the_oldest_go_first_and_memory_is_bounded():
+    known = Memory(100)
+    for i in range(30):
+        known.observe([rand(17, 4, seed=i)], [torch.full((17, 1), float(i))])
+        known.rebuild()
+        assert len(known) <= 100
+    kept = sum(len(seen) for seen, _ in known._rows)
+    assert kept == len(known) == 100
+    (old,) = known.predict([rand(17, 4, seed=0)])
+    (new,) = known.predict([rand(17, 4, seed=29)])
+    torch.testing.assert_close(new, torch.full((17, 1), 29.0), rtol=0, atol=0.1)
+    assert float(old.min()) > 20
+
+
+def test_outputs_of_many_numbers_are_few(monkeypatch):
+    monkeypatch.setattr(memory, "_MOST_NUMBERS", 10_000)
+    known = Memory()
+    known.observe([rand(64, 4)], [rand(64, 1000)])
+    assert len(known) == 9
+
+
+def test_coordinates_are_frozen():
+    known = filled(1100)
+    space = known._space
+    assert space is not None
+    assert all(seen.shape[1] <= 64 for seen, _ in known._rows)
+    known.observe([rand(300, 4, seed=5)], [f(rand(300, 4, seed=5))])
+    known.rebuild()
+    assert known._space is space
+    assert error(known) < 0.05
+
+
+def test_it_is_the_regression_of_its_coordinates():
+    known = filled(50)
+    snapshot, x = known._snapshot, rand(20, 4, seed=2)
+    rows, at = snapshot._rows.double(), snapshot._space(x.float()).double()
+    fit = KernelRegression(torch.cdist(rows, rows).square(), snapshot._length)
+    wanted = fit.weights(torch.cdist(at, rows).square()) @ f(rand(50, 4))
+    torch.testing.assert_close(known.predict([x])[0].double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_regression_is_made_beside_and_seldom(monkeypatch):
+    began, go = threading.Event(), threading.Event()
+    make = memory._regression
+
+    def slow(*args):
+        began.set()
+        assert go.wait(10)
+        return make(*args)
+
+    monkeypatch.setattr(memory, "_regression", slow)
+    known, x = Memory(), rand(256, 4)
+    known.observe([x[:255]], [f(x[:255])])
+    assert not began.is_set()  # 256 must be new
+    known.observe([x[255:]], [f(x[255:])])
+    assert began.wait(10)
+    assert known.predict([x]) is None  # and does not wait
+    known.observe([x], [f(x)])
+    go.set()
+    known.rebuild()
+    assert known.predict([x]) is not None
+    # As long as it would take more than a twentieth of the time, nothing happens.
+    known._seconds = 1e6
+    began.clear()
+    known.observe([x], [f(x)])
+    assert not began.is_set()
+    known._seconds = 0.0
+    known.observe([x], [f(x)])
+    assert began.wait(10)
+    known.rebuild()
+
+
+def test_what_is_cleared_meanwhile_stays_so(monkeypatch):
+    go, make = threading.Event(), memory._regression
+    monkeypatch.setattr(memory, "_regression", lambda *args: go.wait(10) and make(*args))
+    known, x = Memory(), rand(300, 4)
+    known.observe([x], [f(x)])
+    known.clear()
+    go.set()
+    known.rebuild()
+    assert (len(known), known.predict([x])) == (0, None)
+
+
+def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
+    known = filled(300)
+    before = error(known)
+
+    def fail(*args):
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(memory, "_regression", fail)
+    known.observe([rand(9, 4)], [f(rand(9, 4))])
+    known.rebuild()
+    assert "a memory could not be rebuilt" in caplog.text
+    assert error(known) == before
+
+
+def test_it_travels_empty():
+    known = filled(300, capacity=500)
+    for twin in (pickle.loads(pickle.dumps(known)), copy.deepcopy(known)):
+        assert (len(twin), twin.capacity, repr(twin)) == (0, 500, "Memory(capacity=500)")
+    assert len(known) == 300
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 1.5, None, True])
+def test_capacity_is_a_count(capacity):
+    with pytest.raises((TypeError, ValueError), match=r"^Memory: capacity must be"):
+        Memory(capacity)
+
+
+# In a wrapper.
+
+
+def wrap(known, code=None, module=None, waiting=None, **options):
+    return CodedWrapper(
+        module or Function(),
+        code or KernelCode(5, 6),
+        stragglers=Uniform(2, seed=1),
+        surrogate=known,
+        waiting=waiting,
+        **options,
+    )
+
+
+def mse(coded, batches):
+    with torch.no_grad():
+        return sum(float((coded(x) - coded.module(x)).square().mean()) for x in batches)
+
+
+@pytest.mark.parametrize("waiting", [None, Waiting(deadline=1.0)])
+@pytest.mark.parametrize("code", [KernelCode(5, 6), ReplicationCode(5, 6)], ids=repr)
+def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(code, waiting):
+    known = Memory()
+    coded = wrap(known, code, waiting=waiting)
+    exact = 0
+    for i in range(10):
+        coded(rand(64, 4, seed=i))
+        exact += int((~coded.last_run.predicted).sum())
+    assert len(known) == exact
+    known.rebuild()
+    batches = [rand(32, 4, seed=100 + i) for i in range(8)]
+    alone = wrap((), code, waiting=waiting)
+    assert mse(coded, batches) < 0.5 * mse(alone, batches)
+    assert coded.last_run.surrogate_weights[0][0] > 0.5
+
+
+@pytest.mark.parametrize("waiting", [Waiting(), Waiting.first(0)])
+def test_all_are_remembered_where_nothing_is_missing(waiting):
+    known, x = Memory(), rand(10, 4)
+    coded = CodedWrapper(Function(), KernelCode(5, 6), surrogate=known, waiting=waiting)
+    coded(x)
+    assert len(known) == 10
+    with torch.inference_mode():
+        coded(x)
+    assert len(known) == 20
+    assert not coded.last_run.predicted.any()
+    known.rebuild()
+    torch.testing.assert_close(known.predict([x])[0].double(), f(x), rtol=0, atol=0.01)
+
+
+def test_mixtures_are_predicted_too_but_never_remembered():
+    known = filled(1000)
+    coded = wrap(known, SplineCode(5, 12))
+    batches = [rand(32, 4, seed=100 + i) for i in range(8)]
+    assert mse(coded, batches) < 0.5 * mse(wrap((), SplineCode(5, 12)), batches)
+
+
+def test_it_is_forgotten_when_the_weights_change():
+    known, module = Memory(), Function()
+    coded = wrap(known, module=module)
+    coded(rand(64, 4))
+    size = len(known)
+    coded(rand(64, 4, seed=1))
+    assert len(known) > size > 0
+    with torch.no_grad():
+        module.scale.mul_(2)
+    coded(rand(64, 4))
+    assert len(known) == size
+    coded.module = Function()
+    coded(rand(64, 4))
+    assert len(known) <= 64
+    # Results of other weights arrive too late to be remembered.
+    generation = known.follow(coded.module)
+    known.clear()
+    known.observe([rand(9, 4)], [f(rand(9, 4))], generation)
+    assert len(known) == 0
+
+
+def test_after_the_data_have_changed_it_is_not_believed():
+    known = filled(1000, outputs=lambda x: -3 * f(x.flip(1)))
+    coded, alone = wrap(known), wrap(())
+    batches = [rand(64, 4, seed=100 + i) for i in range(12)]
+    known.observe = lambda *args: None
+    assert mse(coded, batches) < 1.02 * mse(alone, batches)
+
+
+def test_probabilities_are_remembered_as_logarithms():
+    class Soft(Function):
+        def forward(self, x):
+            return (3 * super().forward(x)).softmax(-1)
+
+    known = Memory()
+    coded = wrap(known, module=Soft(), link="softmax")
+    for i in range(10):
+        coded(rand(64, 4, seed=i))
+    known.rebuild()
+    batches = [rand(32, 4, seed=100 + i) for i in range(8)]
+    assert mse(coded, batches) < 0.6 * mse(wrap((), module=Soft(), link="softmax"), batches)
+    assert coded.last_run.notes == ()
+    assert any(x.min() < 0 for x in known.predict([batches[0]]))
+
+
+def test_inputs_it_cannot_look_at():
+    class Embedding(nn.Module):
+        def forward(self, x):
+            return torch.stack([x, x * x], 1).double()
+
+    known = Memory()
+    coded = wrap(known, module=Embedding())
+    coded(torch.arange(20))
+    assert (len(known), coded.last_run.surrogate_weights) == (0, ((0.0,),))
+
+
+def test_it_is_no_part_of_the_state():
+    coded = wrap(filled(300))
+    assert coded.state_dict().keys() == {"scale"}
+    assert len(pickle.loads(pickle.dumps(coded)).surrogate[0]) == 0
+
+
+def test_threads_share_it():
+    known = Memory(300)
+    coded = wrap(known)
+    failures = []
+
+    def ask(seed):
+        try:
+            for i in range(20):
+                x = rand(32, 4, seed=1000 * seed + i)
+                y, report = coded.run(x)
+                own = ~report.predicted
+                torch.testing.assert_close(y[own], coded.module(x)[own])
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failures
+    known.rebuild()
+    assert 200 < len(known) <= 300
+
+
+# Students.
+
+
+def teacher():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3)).requires_grad_(False)
+    module[0].weight.mul_(4)  # or it would be a matter of straight lines
+    return module
+
+
+def student(width=32):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def test_a_student_learns_without_labels():
+    module, small = teacher(), student()
+    x = rand(1000, 4).float()
+    reached = distill(small, module, x.split(100), epochs=60, progress=False)
+    held_out = rand(300, 4, seed=7).float()
+    with torch.no_grad():
+        missed, wanted = module(held_out) - small(held_out), module(held_out)
+    assert reached < 0.2
+    assert float(missed.var(0).mean() / wanted.var(0).mean()) < 2 * reached
+    assert not small.training
+    coded = wrap(small, module=module)
+    batches = held_out.split(50)
+    assert mse(coded, batches) < 0.5 * mse(wrap((), module=module), batches)
+
+
+def test_the_same_seed_gives_the_same_student():
+    def taught(seed):
+        module, small = teacher(), student()
+        state = torch.random.get_rng_state()
+        distill(small, module, [rand(100, 4).float()], epochs=2, seed=seed, progress=False)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        return small[0].weight
+
+    assert torch.equal(taught(0), taught(0))
+    assert not torch.equal(taught(0), taught(1))
+
+
+def test_it_stops_early_and_keeps_the_best():
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.evaluations = student(), 0
+
+        def forward(self, x):
+            self.evaluations += not self.training
+            return self.inner(x)
+
+    small, x = Counted(), rand(200, 4).float()
+    reached = distill(
+        small, teacher(), [x], epochs=50, learning_rate=30.0, patience=2, progress=False
+    )
+    assert small.evaluations < 50
+    held_out = x[::10]
+    exact = teacher()(held_out)
+    missed = (exact - small(held_out)).detach()
+    assert reached == pytest.approx(float(missed.var(0).mean() / exact.var(0).mean()), rel=1e-4)
+
+
+def test_students_of_any_arguments():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+            self.table = nn.Embedding(5, 2)
+
+        def forward(self, x, tokens, scale):
+            return {"y": self.linear(x) * scale, "z": [self.table(tokens)], "n": None}
+
+    torch.manual_seed(0)
+    tokens = torch.arange(200) % 5
+    module, small = Two(), Two()
+    batches = [(rand(200, 4).float(), tokens, 2.0)] * 2
+    assert distill(small, module, batches, epochs=30, learning_rate=0.05, progress=False) < 0.05
+
+
+def test_augmented_inputs_are_learnt_too():
+    seen = []
+
+    def augment(x):
+        seen.append(len(x))
+        return (x.flip(0),)
+
+    distill(student(), teacher(), [rand(40, 4).float()], epochs=1, augment=augment, progress=False)
+    assert seen == [36]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": []}, "batches must hold at least two rows, got no batch"),
+        ({"batches": [rand(1, 4)]}, "batches must hold at least two rows, got 1"),
+        ({"batches": [(rand(3, 4), rand(2, 4))]}, r"tensors of one batch size .* got \[\(3, 4\), "),
+        ({"student": 3}, "student must be of type Module, got int"),
+        ({"module": 3}, "module must be of type Module, got int"),
+        ({"batches": 3}, "batches must be of type Iterable, got int"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"learning_rate": 0}, "learning_rate must be positive and finite, got 0"),
+        ({"noise": -1}, "noise must be at least 0 and finite, got -1"),
+        ({"link": "logit"}, "link must be None or 'softmax', got 'logit'"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    given = {"student": student(), "module": teacher(), "batches": [rand(9, 4).float()]}
+    with pytest.raises((TypeError, ValueError), match=f"^distill: .*{message}"):
+        distill(
+            *({**given, **arguments}.pop(name) for name in given),
+            **{name: value for name, value in arguments.items() if name not in given},
+        )
+
+
+def test_progress_on_terminals_only(capsys):
+    distill(student(), teacher(), [rand(20, 4).float()], epochs=1)
+    assert capsys.readouterr().err == ""
