@@ -140,19 +140,23 @@ def test_info(capsys):
     ("redirection", "reason"),
     [(">&-", "it is closed"), ("> /dev/full", "[Errno 28] No space left on device")],
 )
-def test_standard_output_that_cannot_be_written(command, redirection, reason):
+def test_standard_output_that_cannot_be_written(command, redirection, reason, tmp_path):
     """One line, and before the work: the demo would take longer than this may."""
     code = "from coded_torch.cli import main; raise SystemExit(main())"
     line = f'"$0" -c "{code}" {command} {redirection}'
-    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
+    shell = ["sh", "-c", line, sys.executable]
+    done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.decode() == f"coded-torch: standard output cannot be written: {reason}\n"
 
 
-def test_a_reader_that_has_seen_enough():
+def test_a_reader_that_has_seen_enough(tmp_path):
     code = "from coded_torch.cli import main; raise SystemExit(main())"
     line = f'{{ "$0" -c "{code}" info; echo $? >&2; }} | true'
-    done = subprocess.run(["sh", "-c", line, sys.executable], capture_output=True, timeout=60)
+    # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
+    shell = ["sh", "-c", line, sys.executable]
+    done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
     assert done.stderr.decode() == "1\n"
 
 

@@ -514,13 +514,14 @@ with ProcessWorkers(1) as pool:
 
 
 @pytest.mark.parametrize("arguments", [["-c", _INTERACTIVE], ["-"]], ids=["command", "input"])
-def test_a_class_of_an_interactive_session_is_refused_at_once(arguments):
+def test_a_class_of_an_interactive_session_is_refused_at_once(arguments, tmp_path):
     done = subprocess.run(
         [sys.executable, *arguments],
         input=_INTERACTIVE,
         capture_output=True,
         text=True,
         timeout=WAIT,
+        cwd=tmp_path,  # not the checkout, whose package is not built
     )
     last = done.stderr.strip().splitlines()[-1]
     assert last == (

@@ -203,7 +203,7 @@ _LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "000000000000000000
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what Linux knows")
 @pytest.mark.parametrize(("first", "alone"), [("", True), ("import ray", False)])
-def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone):
+def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     done = subprocess.run(
         [sys.executable, "-c", _LISTENING.format(first=first)],
@@ -211,6 +211,7 @@ def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone):
         text=True,
         timeout=2 * WAIT,
         env=environment,
+        cwd=tmp_path,  # not the checkout, whose package is not built
     )
     assert done.returncode == 0, done.stderr
     listening = done.stdout.split()

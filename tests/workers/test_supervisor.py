@@ -284,7 +284,9 @@ class SupervisorMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "supervisor"):
             return
-        # When all machines that are left work again, everything is answered.
+        # When all machines work again, everything is answered.
+        for index in range(self.supervisor.size):
+            self.supervisor.restart(index)
         for _ in range(200):
             self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause
             self.supervisor.tend()
