@@ -38,7 +38,7 @@ from coded_torch.codes import BerrutCode, Code, KernelCode, LagrangeCode, Spline
 from coded_torch.compare import Scheme
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Uncoded, decode, equal_copies, trial, tuned, unmixed
+from .schemes import BATCH_SIZE, FIXED, Uncoded, decode, equal_copies, trial, tuned, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Subject, subject
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S
@@ -64,7 +64,7 @@ TUNED = {
     "spline, ordered": ("encoder_smoothing", "decoder_smoothing"),
     "Floater-Hormann, ordered": ("order",),
     "Lagrange (adapted), ordered": ("decoder_degree",),
-    "KernelCode, tuned": ("shrinkage", "length"),
+    "KernelCode, tuned": ("metric", "length"),
 }
 
 Picks = dict[tuple[str, int, str], dict[str, Scheme]]  # output, S and aim: every code's scheme
@@ -145,7 +145,7 @@ def pick(of: Subject, size: int, curve: Curve, counts: tuple[int, int]) -> Picks
 
     batches = list(of.batches("tuning", size, counts[1]))
     # Regressions are tuned without received sets, and so for all S at once.
-    kernel = tuned(of.model, batches, Scheme(KernelCode(k, n)), 0)
+    kernel = tuned(of.model, batches, Scheme(KernelCode(k, n, **FIXED)), 0)
     return {
         (output, s, aim): {
             **{code: best(output, s, aim, some) for code, some in every.items()},

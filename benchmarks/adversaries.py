@@ -38,6 +38,7 @@ from coded_torch.workers import Part, Reply, Task
 from coded_torch.workers.attacks import Attacker, Liars
 
 from .runs import Measurement, progress
+from .schemes import FIXED
 from .subjects import SEED, Batch, run, subject
 
 Case = tuple[int, int, int, int]  # N, K, S, A
@@ -228,7 +229,7 @@ class _Copies(BatchPlan):
 def schemes(case: Case) -> dict[str, tuple[Code, list[Scheme]]]:
     """Each scheme's code, and what it may do with the results: the best on tuning batches does."""
     n, k, _, most = case
-    ours, spline = KernelCode(k, n), SplineCode(k, n)
+    ours, spline = KernelCode(k, n, **FIXED), SplineCode(k, n)
     return {
         "located": (ours, [located]),
         "undefended": (ours, [undefended]),

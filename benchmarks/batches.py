@@ -38,7 +38,7 @@ from coded_torch.stragglers import Contiguous, Uniform
 
 from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, evaluate, summaries, tuned, uniform, unmixed
+from .schemes import BATCH_SIZE, FIXED, Case, evaluate, summaries, tuned, uniform, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
 
 CASES = ((100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1))
@@ -73,7 +73,8 @@ class Bench:
 
     def schemes(self, case: Case) -> dict[str, Scheme]:
         n, k, s = case
-        batches, kernel = self.tuning_batches(self.count["tuning, kernel"]), KernelCode(k, n)
+        batches = self.tuning_batches(self.count["tuning, kernel"])
+        kernel = KernelCode(k, n, **FIXED)
         return {
             "paper": self.paper(case, "arrival"),
             "Berrut": Scheme(BerrutCode(k, n), "arrival"),
@@ -87,7 +88,7 @@ class Bench:
     def mixed(self, case: Case) -> dict[str, Scheme]:
         every = encoders(*case[:2])
         return {
-            name: Scheme(KernelCode(encoder=every[encoder]))
+            name: Scheme(KernelCode(encoder=every[encoder], **FIXED))
             for name, encoder in (
                 ("KernelCode, systematic", "spline, systematic"),
                 ("KernelCode, paper's encoder", "spline, as in the paper"),

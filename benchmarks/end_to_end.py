@@ -28,7 +28,7 @@ from coded_torch.stragglers import Uniform
 
 from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, unmixed
+from .schemes import BATCH_SIZE, FIXED, Case, unmixed
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
@@ -50,8 +50,8 @@ def schemes(case: Case) -> dict[str, Scheme]:
         **{name: Scheme(code, "arrival") for name, code in fixed.items()},
         "paper, ordered": Scheme(SplineCode(k, n)),
         **unmixed(case),
-        "KernelCode, systematic": Scheme(KernelCode(encoder=every["spline, systematic"])),
-        "KernelCode, paper's encoder": Scheme(KernelCode(encoder=SplineCode(k, n))),
+        "KernelCode, systematic": Scheme(KernelCode(encoder=every["spline, systematic"], **FIXED)),
+        "KernelCode, paper's encoder": Scheme(KernelCode(encoder=SplineCode(k, n), **FIXED)),
     }
 
 

@@ -23,6 +23,7 @@ from coded_torch.workers import Reputation
 
 from .adversaries import BATCH_SIZE, CASES, Case, Trial, evidence
 from .runs import Measurement, progress
+from .schemes import FIXED
 from .subjects import SEED, run, subject
 
 PRECISIONS = {"float32": None, "a third in float16": torch.float16, "in bfloat16": torch.bfloat16}
@@ -48,7 +49,7 @@ class Requests:
         """One request, and a machine of it, which adds noise; a third may compute roughly."""
         n, k, s, most = self.case
         rows = torch.randperm(len(self.images), generator=self.generator)[:BATCH_SIZE]
-        plan = plan_batch(KernelCode(k, n), "similarity", [self.images[rows]], s + most)
+        plan = plan_batch(KernelCode(k, n, **FIXED), "similarity", [self.images[rows]], s + most)
         order = torch.randperm(n, generator=self.generator).tolist()
         received = sorted(order[: n - s])
         results = plan.encode(self.exact[rows])[received]

@@ -18,7 +18,7 @@ from coded_torch.compare import Scheme
 from coded_torch.points import equidistant, systematic
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, equal_copies, evaluate, summaries, uniform
+from .schemes import BATCH_SIZE, FIXED, Case, equal_copies, evaluate, summaries, uniform
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
@@ -37,15 +37,15 @@ def encoders(n: int, k: int) -> dict[str, FixedCode]:
 
 def schemes(case: Case) -> dict[str, Scheme]:
     n, k, _ = case
-    best = {"KernelCode": Scheme(KernelCode(k, n))}
+    best = {"KernelCode": Scheme(KernelCode(k, n, **FIXED))}
     for name, code in encoders(n, k).items():
         best[f"{name}; own decoder"] = Scheme(code)
-        best[f"{name}; regression"] = Scheme(KernelCode(encoder=code))
+        best[f"{name}; regression"] = Scheme(KernelCode(encoder=code, **FIXED))
     return {
         **best,
-        "order: arrival": Scheme(KernelCode(k, n), "arrival"),
-        "metric: Euclidean": Scheme(KernelCode(k, n, shrinkage=0)),
-        "copies: equal": equal_copies(KernelCode(k, n)),
+        "order: arrival": Scheme(KernelCode(k, n, **FIXED), "arrival"),
+        "metric: Euclidean": Scheme(KernelCode(k, n, **FIXED | {"metric": "euclidean"})),
+        "copies: equal": equal_copies(KernelCode(k, n, **FIXED)),
     }
 
 

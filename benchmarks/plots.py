@@ -220,11 +220,45 @@ def adversaries(results: Results) -> Figure:
     return figure
 
 
+def distances(results: Results) -> Figure:
+    """Squared error over the outputs' variance at (24, 20, 4), a row for each data set."""
+    found = {
+        NAMES.get(name, name): cases["(24, 20, 4)"]["codes"]
+        for name, cases in results["distances"].items()
+        if "(24, 20, 4)" in cases
+    }
+    styles = {
+        "mean": ("the mean in place of a prediction", "tab:orange", "s"),
+        "before": ("one metric and length for all", "0.6", "o"),
+        "chosen": ("metric and length chosen", "tab:blue", "o"),
+        "with a stem": ("a stem competing", "tab:green", "^"),
+    }
+    figure = Figure(figsize=(8, 0.6 + 0.26 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    for code, (label, color, marker) in styles.items():
+        rows = [
+            (codes[code]["mse_to_variance"][0], y)
+            for y, codes in enumerate(found.values())
+            if code in codes
+        ]
+        axes.plot(*zip(*rows, strict=True), marker, color=color, label=label, markersize=5)
+    axes.set_yticks(range(len(found)), list(found), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("squared error over the variance of the outputs, (N, K, S) = (24, 20, 4)")
+    axes.xaxis.label.set_size(8)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
 FIGURES = {
     "adversaries": adversaries,
     "accuracy": accuracy,
     "accuracy-softmax": lambda results: accuracy(results, output="softmax"),
     "accuracy-contiguous": lambda results: accuracy(results, law="contiguous"),
+    "distances": distances,
     "convergence": convergence,
     "smoothing": smoothing,
     "lagrange": lagrange,

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coded_torch.distances import METRICS
+
 from .plots import FIGURES, LABELS, NAMES, STYLES
 from .runs import ERRORS, RESULTS, TIMES
 
@@ -169,6 +171,46 @@ def levers(results: Results) -> Iterable[Sequence[str]]:
             yield code, *(pm(mse, 2) for mse in against)
 
 
+def distances(results: Results) -> Iterable[Sequence[str]]:
+    yield (
+        "data",
+        "(N, K, S)",
+        "error / outputs' variance",
+        "the mean in place of a prediction",
+        "one metric and length for all",
+        "a stem competing",
+        "accuracy over replication's",
+        "expected error / measured",
+    )
+    for name, cases in results["distances"].items():
+        for case, found in cases.items():
+            codes = found["codes"]
+            chosen, stem = codes["chosen"], codes.get("with a stem")
+            yield (
+                NAMES.get(name, name),
+                case,
+                pm(chosen["mse_to_variance"], 4),
+                pm(codes["mean"]["against chosen"]["mse"], 1),
+                pm(codes["before"]["against chosen"]["mse"], 2),
+                pm(stem["against chosen"]["mse"], 2) if stem else "",
+                pm(chosen["against replication"]["relative_accuracy"]),
+                f"{chosen['expected_to_measured']:.2f}",
+            )
+
+
+def alone(results: Results) -> Iterable[Sequence[str]]:
+    """Squared error of each metric alone, its length chosen, at (24, 20, 4)."""
+    found = {
+        name: cases["(24, 20, 4)"]["codes"]
+        for name, cases in results["distances"].items()
+        if "(24, 20, 4)" in cases
+    }
+    yield "data", *METRICS, "a stem alone"
+    for name, codes in found.items():
+        errors = (codes.get(x, {}).get("against chosen") for x in (*METRICS, "a stem alone"))
+        yield NAMES.get(name, name), *(f"{e['mse'][0]:.2f}" if e else "" for e in errors)
+
+
 def sizes(results: Results) -> Iterable[Sequence[str]]:
     """Squared error relative to that of replication with the batch's mean, at (24, 20, 4)."""
     codes = ("paper", "replication, regression", "KernelCode")
@@ -283,6 +325,8 @@ TABLES: dict[str, Table] = {
     **{name: settings_table(name) for name in PAPER},
     "predicted": predicted,
     "levers": levers,
+    "distances": distances,
+    "alone": alone,
     "sizes": sizes,
     "contiguous": contiguous,
     "convergence": convergence,

@@ -37,6 +37,7 @@ ERRORS = (
     "accuracy",
     "batches",
     "levers",
+    "distances",
     "convergence",
     "smoothing",
     "lagrange",

@@ -72,7 +72,7 @@ class Trial:
         self._wrapper = wrapper
         self._workers = sorted({worker for workers in received for worker in workers})
         self._place = {worker: i for i, worker in enumerate(self._workers)}
-        self._paths: dict[float, Sequence[int] | Tensor] = {}
+        self._path: Sequence[int] | Tensor | None = None
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
         self.inputs = self._inputs.measured()
@@ -106,6 +106,7 @@ class Trial:
                 self.inputs,
                 num_stragglers,
                 batch_size=self._inputs.batch_size,
+                others=self._inputs.others(),
             )
             self._plans[key] = plan, self._results_of(plan)
         plan, results = self._plans[key]
@@ -120,10 +121,9 @@ class Trial:
         large = self._inputs.batch_size > code.max_chunk
         if not (by_path and self.inputs) or code.uses_geometry or large:
             return ordering
-        if code.shrinkage not in self._paths:
-            distances = Geometry(self.inputs, shrinkage=code.shrinkage).distances
-            self._paths[code.shrinkage] = order_of(ordering, self.inputs, distances)
-        return self._paths[code.shrinkage]
+        if self._path is None:
+            self._path = order_of(ordering, self.inputs, Geometry(self.inputs).distances)
+        return self._path
 
     def _results_of(self, plan: BatchPlan) -> list[Tensor]:
         """What the workers of the received sets answer, ``[|workers|, G, ...]`` an output."""

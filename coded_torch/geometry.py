@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 from collections.abc import Iterator, Sequence
@@ -65,6 +66,7 @@ class Geometry:
         shrinkage: at least 0; ``math.inf`` is allowed.
 
     Attributes:
+        inputs: as given.
         shrinkage: as given.
         finite: ``[B]``, bool, on the host: whether the row is finite, and no more than 1e9 times as
             long as nine tenths of the rows. One that is not has zeros in :attr:`gram`, as if it
@@ -113,12 +115,13 @@ class Geometry:
         check_inputs("Geometry", inputs)
         if not inputs:
             raise ValueError("Geometry: inputs must hold at least one tensor, got none")
+        self.inputs = list(inputs)
         self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
         self._rounding = _ROUNDINGS * torch.finfo(dtype).eps
         with _exactly(inputs[0]):
-            parts = [_few(x, dtype) for x in inputs]
+            parts = [added_up(x, dtype) for x in inputs]
             lengths = _lengths(parts)
             finite, typical = _within_reach(lengths)
             self.finite, self.typical = torch.from_numpy(finite), torch.from_numpy(typical)
@@ -130,6 +133,14 @@ class Geometry:
         # Which of the finite rows are typical.
         chosen = torch.from_numpy(np.flatnonzero(typical[finite]))
         self._typical: Tensor | slice = chosen if len(chosen) < finite.sum() else slice(None)
+
+    def with_shrinkage(self, shrinkage: float) -> Geometry:
+        """That of the same inputs with another ``shrinkage``, at less than its price."""
+        other = copy.copy(self)
+        other.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
+        for made in ("gram", "_squared_distances"):
+            other.__dict__.pop(made, None)
+        return other
 
     def distances(self) -> Tensor:
         """Distances to order the rows by, ``[B, B]``, on the host: Euclidean and cheap.
@@ -227,7 +238,7 @@ def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
             )
 
 
-def _few(x: Tensor, dtype: torch.dtype) -> Tensor:
+def added_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The features ``[B, d]``, added up until no more than ``_MOST_FEATURES`` are left."""
     rows = x.flatten(1) if x.dim() > 1 else x[:, None]
     if rows.shape[1] <= _MOST_FEATURES:

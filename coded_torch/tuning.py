@@ -2,10 +2,11 @@ r"""Choosing the numbers of a code by its error on unlabelled data."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from ._arguments import instance
 from ._trial import Trial, calls_of
+from .codes._candidates import Batch, path_step
 from .codes.base import Code
-from .codes.kernel import KernelCode, path_step
+from .codes.kernel import KernelCode
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import KernelRegression
+from .regression import leave_one_out_losses
 from .stragglers import Uniform
 
 __all__ = ["tune"]
@@ -37,8 +39,9 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     against the module's own answers, over five received sets a batch that are drawn from the law
     of the wrapper's workers, the same for all; where they have no law, S of N are lost uniformly.
 
-    A :class:`~coded_torch.codes.KernelCode`'s metric and length are those by which the module's
-    answers are predicted best from each other, each left out in turn.
+    A :class:`~coded_torch.codes.KernelCode`'s metric and length, one for all outputs, are those by
+    which the module's answers are predicted best from each other, each left out in turn; after
+    that, a call pays nothing for choosing.
 
     Args:
         wrapper: a wrapped module with the code. It is not changed: assign the new code to
@@ -151,8 +154,9 @@ def _decoded(
 
 
 def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[Any]) -> list[float]:
-    """The squared error of predicting each answer from the others, for every code."""
-    trial, errors = Trial(wrapper, args), [0.0] * len(variants)
+    """How badly each answer is predicted from the others, for every code."""
+    trial, errors, code = Trial(wrapper, args), [0.0] * len(variants), wrapper.code
+    assert isinstance(code, KernelCode)
     if not trial.inputs:
         return errors  # without distances all are alike
     outputs = [leaf[..., None].flatten(1) for leaf in trial.exact]
@@ -161,17 +165,30 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
     ordering, order = wrapper.ordering, torch.arange(len(results))
     if not isinstance(ordering, str):
         ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
-    for rows in order.split(wrapper.code.max_chunk):
+    for rows in order.split(code.max_chunk):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
-        seen: dict[float, tuple[Tensor, Tensor, float]] = {}
-        for i, code in enumerate(variants):
-            if code.shrinkage not in seen:
-                geometry = Geometry(inputs, shrinkage=code.shrinkage)
-                path = torch.as_tensor(order_of(ordering, inputs, geometry.distances))
-                squared, typical = geometry.squared_distances(), geometry.typical
-                among = squared[typical][:, typical]
-                seen[code.shrinkage] = among, results[rows[typical]], path_step(squared, path)
-            among, of_typical, step = seen[code.shrinkage]
-            regression = KernelRegression(among, code.length * step)
-            errors[i] += float(regression.leave_one_out_residuals(of_typical).square().sum())
+        geometry = Geometry(inputs)
+        grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))
+        batch = Batch(code.metrics, code.lengths, grouping, geometry)
+        typical = geometry.typical.nonzero().flatten()
+        loss = _loss(batch, grouping, typical, results[rows[typical]])
+        for i, variant in enumerate(variants):
+            both = itertools.product(variant.metrics, variant.lengths)
+            errors[i] += min(loss(metric, length) for metric, length in both)
     return errors
+
+
+def _loss(
+    batch: Batch, grouping: Grouping, rows: Tensor, results: Tensor
+) -> Callable[[Any, float], float]:
+    """By metric and length, how badly the results of some rows are predicted from each other."""
+
+    @functools.cache
+    def loss(metric: Any, length: float) -> float:
+        squared = batch.squared_distances(metric)
+        if squared is None:
+            return math.inf
+        length *= path_step(squared, grouping.order)
+        return len(rows) * leave_one_out_losses([squared[rows][:, rows]], [length], results)[0]
+
+    return loss

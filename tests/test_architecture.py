@@ -23,6 +23,7 @@ LAYERS = (
     {"_predictions"},
     {"functional"},
     {"linear"},
+    {"distances"},
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},

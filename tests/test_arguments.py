@@ -45,7 +45,7 @@ CALLS = [
     (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "decoder_degree": 2,
                           "data_points": None, "worker_points": None}),
     (codes.ReplicationCode, {"num_data": 4, "num_workers": 6}),
-    (codes.KernelCode, {"num_data": 4, "num_workers": 6, "shrinkage": 0.0, "length": 2.0}),
+    (codes.KernelCode, {"num_data": 4, "num_workers": 6, "metric": "shrunk", "length": 2.0}),
     (codes.KernelCode, {"encoder": codes.SplineCode(4, 6)}),
     (plan_batch, {"code": codes.SplineCode(2, 3), "ordering": "arrival", "inputs": [X],
                   "num_stragglers": 1}),

@@ -24,9 +24,10 @@ def error(model, code, batches, **options):
 def test_a_kernel_code_does_better_on_other_digits():
     model, (images, _) = lenet5(), digits()
     wrapper = CodedWrapper(model, KernelCode(20, 24), stragglers=Uniform(4, seed=0))
-    code = tune(wrapper, images[:480].split(240), shrinkage=(0.0, 0.0125), length=(0.2, 2.0, 20.0))
-    assert wrapper.code.shrinkage == KernelCode(20, 24).shrinkage
-    assert (code.shrinkage, code.length) == (0.0125, 2.0)
+    values = {"metric": ("euclidean", "shrunk"), "length": (0.2, 2.0, 20.0)}
+    code = tune(wrapper, images[:480].split(240), **values)
+    assert wrapper.code.metric == "auto"
+    assert (code.metric, code.length) == ("shrunk", 2.0)
     others = images[480:1200].split(240)
     assert error(model, code, others) < 0.9 * error(model, KernelCode(20, 24, length=0.2), others)
 
@@ -129,17 +130,17 @@ def test_a_tuple_is_several_arguments_and_outputs_may_be_nested(generator):
 class Own(KernelCode):
     """A code with an argument more."""
 
-    def __init__(self, name, shrinkage=0.1, length=1.0):
-        super().__init__(5, 8, shrinkage=shrinkage, length=length)
+    def __init__(self, name, metric="shrunk", length=1.0):
+        super().__init__(5, 8, metric=metric, length=length)
         self.name = name
 
 
 def test_the_code_remains_what_it_is(generator):
     coded = CodedWrapper(torch.nn.Tanh(), Own("mine"), stragglers=Uniform(2, seed=0))
     x = torch.randn(40, 3, generator=generator)
-    code = tune(coded, [x], shrinkage=[0.5], length=[3.0])
+    code = tune(coded, [x], metric=["spread"], length=[3.0])
     assert type(code) is Own
-    assert (code.name, code.shrinkage, code.length) == ("mine", 0.5, 3.0)
+    assert (code.name, code.metric, code.length) == ("mine", "spread", 3.0)
 
 
 def test_a_code_without_numbers_is_kept_and_nothing_runs():
@@ -194,7 +195,7 @@ def test_large_batches_and_an_order_of_ones_own(generator):
         coded = CodedWrapper(
             torch.nn.Tanh(), Small(5, 8), stragglers=Uniform(2, seed=0), ordering=ordering
         )
-        assert tune(coded, [x], length=[1e-6, 2.0], shrinkage=[0.01]).length == 2.0
+        assert tune(coded, [x], length=[1e-6, 2.0], metric=["shrunk"]).length == 2.0
 
 
 def test_received_sets_follow_the_wrapper():

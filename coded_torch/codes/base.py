@@ -104,7 +104,6 @@ class Code(abc.ABC):
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
         uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
-        shrinkage: how distances are measured, see :class:`~coded_torch.geometry.Geometry`.
         max_chunk: the most inputs to order and to fit at once; memory and time grow with its
             square.
 
@@ -115,7 +114,6 @@ class Code(abc.ABC):
 
     mixes: bool = True
     uses_geometry: bool = False
-    shrinkage: float = 0.01
     max_chunk: int = 4096
 
     _given: tuple[tuple[Any, ...], dict[str, Any]]
@@ -162,6 +160,18 @@ class Code(abc.ABC):
             geometry: as in :meth:`fit`.
         """
         return SelectionPlan(self, torch.arange(grouping.batch_size)[:, None], grouping.batch_size)
+
+    def measured(self, others: Sequence[Tensor]) -> tuple[Code, list[Tensor], str]:
+        """What distances are measured on where no input is floating-point.
+
+        Args:
+            others: the inputs, ``[B, ...]`` each.
+
+        Returns:
+            The code to plan with, the tensors, ``[B, ...]`` each or none, and why there are none,
+            if there is more to say.
+        """
+        return self, [], ""
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Values that are worth trying, by the name of the argument that :meth:`replace` takes."""

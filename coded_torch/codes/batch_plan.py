@@ -14,6 +14,7 @@ from .._transforms import outside, plain
 from ..linear import SelectMap
 
 if TYPE_CHECKING:
+    from ..distances import Choice
     from ..grouping import Grouping
     from ..regression import KernelRegression
     from .base import Code, FixedCode
@@ -47,12 +48,15 @@ class BatchPlan(abc.ABC):
         batch_size: B.
         num_groups: G.
         note: what the caller should know of the plan, one line; mostly empty.
+        choices: how lost answers of the output decoded last were predicted, where the code has a
+            choice; of every chunk of a large batch.
     """
 
     code: Code
     batch_size: int
     num_groups: int
     note: str = ""
+    choices: tuple[Choice, ...] = ()
 
     @abc.abstractmethod
     def encode(self, values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ r"""The code that looks at the batch: results are interpolated by the distances 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, positive, real, shown
-from ..regression import KernelRegression
+from .._arguments import instance, positive, shown
+from ..distances import METRICS, Features
+from ._candidates import LENGTHS, Batch, Fitted, made_by
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
@@ -20,20 +22,15 @@ if TYPE_CHECKING:
 
     from ..geometry import Geometry
     from ..grouping import Grouping
+    from ..regression import KernelRegression
 
-__all__ = ["KernelCode", "path_step"]
+__all__ = ["KernelCode"]
 
 # Predicting an input from more than its neighbours on the path changes its variance little.
 _NEIGHBOURHOOD = 512
 # Errors grow more slowly than the variances that follow from distances: with their power 1.0 for a
 # LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
-# Points farther from the batch's centre than so many times the root mean square of its inputs say
-# nothing of the others, and their results may be so large that the mean does not either.
-_FAR = 8
-# The least median distance between neighbours, in the same unit: with less for its length, as noisy
-# copies of a few images have, a regression sees next to nothing of the others, and all of rounding.
-_SHORTEST = 0.01
 
 
 class KernelCode(Code):
@@ -62,21 +59,41 @@ class KernelCode(Code):
     Args:
         num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
         encoder: the code whose encoder it has, and K and N; excludes these.
-        shrinkage: of the metric, at least 0, see :class:`~coded_torch.geometry.Geometry`.
+        metric: how far inputs are apart: a name in :data:`~coded_torch.distances.METRICS`;
+            "auto", all of these; a sequence of names, "auto" and callables; or a callable, which is
+            short for ("auto", callable). Where there are several, they compete, and for every
+            output of the module the one that predicts the results which arrived best from each
+            other, each left out in turn, answers it. A callable is given the floating-point inputs,
+            ``[B, ...]`` each (those of other dtypes, where there are no floating-point ones), and
+            returns the tensors that distances are measured on, likewise: typically the module's own
+            first layer or embedding, pooled, at a few per cent of its cost. It runs where the batch
+            is, without gradients, once a call, or once a chunk of a large batch, and only if an
+            answer is lost. One that raises, or returns another batch size, is left out, and the
+            plan's note says so.
         length: of the regression, positive, in median distances between neighbours on the path
-            through the batch. The error is flat around the default: some 5 % more at half and at
-            twice.
+            through the batch; a sequence of such, or "auto", which is 1, 2, 4 and 8 and then
+            half a step, by the root of 2, to both sides: the best one is chosen likewise.
+
+    Attributes:
+        metrics, lengths: those that compete.
 
     Raises:
         TypeError: a count is not an integer, ``encoder`` is no
-            :class:`~coded_torch.codes.FixedCode`, or another argument is not real.
+            :class:`~coded_torch.codes.FixedCode`, or another argument is of another kind.
         ValueError: an argument violates its requirement.
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
         batches of more than 4,096 distinct results are planned in chunks. What is encoded and
         decoded are whole batches, through :meth:`fit`: there is no encoder without a batch to look
-        at. Without distances, as for token ids, copies are equal and lost answers are the mean.
+        at. Without distances, as for token ids, copies are equal and lost answers are the mean,
+        unless a callable in ``metric`` makes features of them.
+
+        The metric is chosen on 128 results at most, at length 2, and then the length on all of
+        them. The choice is a function of the batch and its results: the same ones give the same
+        bits. Copies are planned before there are results: by the metric that is given, if it is
+        one, and else by "shrunk". Of mixtures, features that are not linear are those of the coded
+        inputs.
 
         Gradients take as constant what the code has chosen by looking at inputs and results: order,
         distances, copies, weights and trust. Those of answers that are an input's own result are
@@ -106,8 +123,8 @@ class KernelCode(Code):
         num_workers: int | None = None,
         *,
         encoder: FixedCode | None = None,
-        shrinkage: float = 0.01,
-        length: float = 2.0,
+        metric: str | Features | Sequence[str | Features] = "auto",
+        length: float | str | Sequence[float] = "auto",
     ) -> None:
         instance(self, "encoder", encoder, FixedCode, optional=True)
         if encoder is not None:
@@ -119,17 +136,31 @@ class KernelCode(Code):
             num_data, num_workers = encoder.num_data, encoder.num_workers
         super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None
         self.encoder = encoder
-        self.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
-        self.length = positive(self, "length", length)
+        self.metric, self.metrics = metric, _metrics(metric)
+        self.lengths = _lengths(length)
+        single = isinstance(length, numbers.Real)
+        self.length = self.lengths[0] if single else length
         self.mixes = encoder is not None and encoder.mixes
         self.max_chunk = type(self).max_chunk
         if self.mixes:  # results of mixtures are all distinct, N / K times as many
             self.max_chunk = max(1, self.max_chunk // self.num_workers) * self.num_data
 
+    def measured(self, others: Sequence[Tensor]) -> tuple[Code, list[Tensor], str]:
+        """What the first callable makes of the inputs, on which the named metrics compete."""
+        names = [metric for metric in self.metrics if isinstance(metric, str)]
+        notes = []
+        for features in self.metrics:
+            if not isinstance(features, str):
+                made, note = made_by(features, others)
+                if made is not None:
+                    return self.replace(metric=names or "auto"), made, ""
+                notes.append(note)
+        return self, [], "; ".join(notes)
+
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {
+            "metric": (*METRICS, *((x,) for x in self.metrics if not isinstance(x, str))),
             "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
-            "shrinkage": (0.0, 0.00125, 0.004, 0.0125, 0.04, math.inf),
         }
 
     def fit(
@@ -138,18 +169,17 @@ class KernelCode(Code):
         """Code the inputs, or copy those that need it most, and measure what workers compute."""
         if geometry is None and self.mixes:
             raise ValueError("KernelCode: geometry must be given to fit mixtures, got None")
-        batch = None if geometry is None else _Batch(self, grouping, geometry)
+        batch = self._batch(grouping, geometry)
         if self.encoder is not None:
-            encoder = self.encoder.encoder.matrix()
-            own = unit_rows(encoder)
+            own = unit_rows(self.encoder.encoder.matrix())
             point = grouping.rows[own]  # [N, G]; what stands at -1 is replaced below
             if batch is not None and self.mixes:
-                mixed = own < 0
-                point[mixed] = batch.add_mixtures(encoder[mixed], grouping.rows.T)
+                mixed = (own < 0).nonzero().flatten()
+                point[mixed] = batch.add_mixtures(self.encoder.encoder, mixed, grouping.rows.T)
             return self._plan(point, grouping, batch)
         errors = np.ones(grouping.batch_size)
         if batch is not None and num_stragglers:  # else copies are equal, whatever the errors
-            errors = batch.leave_one_out_variances(grouping.order).numpy() ** _GROWTH
+            errors = batch.leave_one_out_variances(_NEIGHBOURHOOD).numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
@@ -157,79 +187,32 @@ class KernelCode(Code):
         return self._plan(point, grouping, batch)
 
     def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
-        batch = None if geometry is None else _Batch(self, grouping, geometry)
+        batch = self._batch(grouping, geometry)
         return self._plan(torch.arange(grouping.batch_size)[:, None], grouping, batch)
 
-    def _plan(self, point: Tensor, grouping: Grouping, batch: _Batch | None) -> BatchPlan:
+    def _batch(self, grouping: Grouping, geometry: Geometry | None) -> Batch | None:
+        if geometry is None:
+            return None
+        return Batch(self.metrics, self.lengths, grouping, geometry)
+
+    def _plan(self, point: Tensor, grouping: Grouping, batch: Batch | None) -> BatchPlan:
         if batch is None:
             return SelectionPlan(self, point, grouping.batch_size)
         return _KernelPlan(self, point, grouping, batch)
 
 
-class _Batch:
-    """The points that workers may compute: the inputs of a batch, and mixtures of them behind.
-
-    Attributes:
-        squared: ``[P, P]``, the squared distances of the points.
-        usable: ``[P]``, bool: whether others are predicted from the results of the point.
-        length: of the regression, in the same unit as distances.
-    """
-
-    def __init__(self, code: KernelCode, grouping: Grouping, geometry: Geometry) -> None:
-        self.squared = geometry.squared_distances()
-        self.usable = geometry.finite & (geometry.gram.diagonal() <= _FAR**2)
-        self.length = code.length * path_step(self.squared, grouping.order)
-        self._geometry = geometry
-
-    def leave_one_out_variances(self, order: Tensor) -> Tensor:
-        """Of each input predicted from all others, or, in large batches, those near in order."""
-        variances = torch.empty(len(order), dtype=torch.float64)
-        all_near = len(order) <= _NEIGHBOURHOOD
-        for rows in [slice(None)] if all_near else order.split(_NEIGHBOURHOOD):
-            block = self.squared[rows][:, rows]
-            variances[rows] = KernelRegression(block, self.length).leave_one_out_variances
-        return variances
-
-    def add_mixtures(self, weights: Tensor, rows: Tensor) -> Tensor:
-        """Add the mixtures of every group as points.
-
-        Args:
-            weights: ``[Q, K]``, of the mixtures, the same in every group; each row sums to 1.
-            rows: ``[G, K]``, the inputs of each group.
-
-        Returns:
-            ``[Q, G]``, the points that they are.
-        """
-        gram, lost = self._geometry.gram, ~self._geometry.finite
-        # W M and W M W', group by group, as the weights are zero in all other groups.
-        inner = torch.einsum("qk,gkb->qgb", weights, gram[rows]).flatten(0, 1)  # [Q G, B]
-        among = torch.einsum("pgk,qk->pqg", inner[:, rows], weights).flatten(1)  # [Q G, Q G]
-        squares = among.diagonal()
-        inner = (squares[:, None] + gram.diagonal()).sub_(inner, alpha=2).clamp_(min=0)
-        among = (squares[:, None] + squares).sub_(among, alpha=2).clamp_(min=0)
-        # What an input that is infinitely far has been mixed into is infinitely far, too.
-        nowhere = ((weights != 0)[:, None] & lost[rows]).any(dim=2).flatten()  # [Q G]
-        inner.masked_fill_(nowhere[:, None] | lost, math.inf)
-        among.masked_fill_(nowhere[:, None] | nowhere, math.inf).fill_diagonal_(0)
-        first = len(self.squared)
-        upper, lower = torch.cat([self.squared, inner.T], 1), torch.cat([inner, among], 1)
-        self.squared = torch.cat([upper, lower])
-        self.usable = torch.cat([self.usable, (squares <= _FAR**2) & ~nowhere])
-        return torch.arange(first, len(self.squared)).view(len(weights), len(rows))
-
-
 class _KernelPlan(SelectionPlan):
     """Answers lost inputs by regression on the distinct results of all groups.
 
-    The points of :class:`_Batch` are what workers compute, ``point [N, G]``.
+    The points of :class:`Batch` are what workers compute, ``point [N, G]``.
     """
 
     code: KernelCode
 
-    def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: _Batch) -> None:
+    def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: Batch) -> None:
         super().__init__(code, point, grouping.batch_size, batch.usable)
         self._grouping, self._batch = grouping, batch
-        self._fitted: tuple[Arrived, KernelRegression] | None = None
+        self._last_fit: tuple[Arrived, Tensor | None, Fitted] | None = None
 
     def encode(self, values: Tensor) -> Tensor:
         if not self.code.mixes:
@@ -239,32 +222,76 @@ class _KernelPlan(SelectionPlan):
         return self.code.encoder.encoder.gathered(values, self._grouping)
 
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
-        regression = self._regression(arrived)
-        trust = regression.trust(arrived.sample(results))
+        fitted = self._fit(arrived, results)
+        self.choices = (fitted.choice,)
         # Shrunk towards the mean of the results as far as these are not predicted by each other.
-        mean = (1 - trust) / len(arrived.used)
-        return regression.weights(self._to_lost(arrived)).mul_(trust).add_(mean)
+        mean = (1 - fitted.trust) / len(arrived.used)
+        to_lost = fitted.squared[arrived.lost][:, arrived.points]
+        return fitted.regression.weights(to_lost).mul_(fitted.trust).add_(mean)
 
     def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
-        regression = self._regression(arrived)
-        variances = regression.variances(self._to_lost(arrived))
+        fitted = self._fit(arrived, results)
+        to_lost = fitted.squared[arrived.lost][:, arrived.points]
+        variances = fitted.regression.variances(to_lost)
         if results is not None:
-            variances *= regression.output_variance(arrived.sample(results))
+            variances *= fitted.regression.output_variance(arrived.sample(results))
         return variances
 
     def _regression_of(self, arrived: Arrived) -> KernelRegression:
-        return self._regression(arrived)
+        # Before results are known to be true, they must not choose by what they are judged.
+        return self._fit(arrived, None).regression
 
-    def _regression(self, arrived: Arrived) -> KernelRegression:
-        # Kept for outputs of several leaves, and the errors to expect of them; not a history.
-        if self._fitted is None or self._fitted[0] is not arrived:
-            among = self._batch.squared[arrived.points][:, arrived.points]
-            self._fitted = arrived, KernelRegression(among, self._batch.length)
-        return self._fitted[1]
+    def _fit(self, arrived: Arrived, results: Tensor | None) -> Fitted:
+        # Kept for the errors to expect of an output beside its answers; not a history.
+        sample = None if results is None else arrived.sample(results)
+        last = self._last_fit
+        if last is None or last[0] is not arrived or not _same(last[1], sample):
+            last = arrived, sample, self._batch.fit(arrived.points, sample)
+            self._last_fit = last
+            self.note = "; ".join(self._batch.notes)
+        return last[2]
 
-    def _to_lost(self, arrived: Arrived) -> Tensor:
-        """Squared distances of the lost inputs from those of the used results, ``[L, M]``."""
-        return self._batch.squared[arrived.lost][:, arrived.points]
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
+def _metrics(metric: Any) -> tuple[str | Features, ...]:
+    """Those that compete, each once."""
+    if callable(metric):
+        metric = ("auto", metric)
+    elif isinstance(metric, str):
+        metric = (metric,)
+    elif not isinstance(metric, Sequence):
+        raise TypeError(
+            f"KernelCode: metric must be a name, a callable or a sequence of these, got {metric!r}"
+        )
+    found: list[str | Features] = []
+    for one in metric:
+        if not (callable(one) or isinstance(one, str)):
+            raise TypeError(f"KernelCode: metric must hold names and callables, got {one!r}")
+        if isinstance(one, str) and one not in ("auto", *METRICS):
+            raise ValueError(
+                f"KernelCode: metric must be 'auto' or one of {', '.join(METRICS)}, got {one!r}"
+            )
+        found += METRICS if one == "auto" else [one]
+    if not found:
+        raise ValueError("KernelCode: metric must hold at least one, got none")
+    return tuple(dict.fromkeys(found))
+
+
+def _lengths(length: Any) -> tuple[float, ...]:
+    """Those that compete, each once."""
+    if isinstance(length, str):
+        if length != "auto":
+            raise ValueError(f"KernelCode: length must be positive or 'auto', got {length!r}")
+        return LENGTHS
+    several = length if isinstance(length, Sequence) else (length,)
+    if not several:
+        raise ValueError("KernelCode: length must hold at least one, got none")
+    return tuple(dict.fromkeys(positive("KernelCode", "length", one) for one in several))
 
 
 def _copies(
@@ -290,13 +317,6 @@ def _copies(
         score = np.where(real, gain[copies] * of_group - 1e-12 * copies, -np.inf)
         copies[groups, score.argmax(axis=1)] += active
     return copies
-
-
-def path_step(squared_distances: Tensor, order: Tensor) -> float:
-    """The median distance between neighbours on the path; 1 where that says nothing."""
-    steps = squared_distances[order[:-1], order[1:]].sqrt()
-    steps = steps[(steps > 0) & steps.isfinite()]
-    return max(float(steps.median()), _SHORTEST) if len(steps) else 1.0
 
 
 def _rotated(points: NDArray[Any]) -> NDArray[Any]:

