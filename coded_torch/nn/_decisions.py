@@ -321,7 +321,9 @@ class Call:
                 continue
             fenced |= late
             if late and not self._afford(missing):
-                part.due = self.now + self._fence(len(part.units))
+                fence = self._fence(len(part.units))
+                # On a clock that stands still, where parts take no time, it would be due for ever.
+                part.due = self.now + fence if fence else math.inf
                 heapq.heappush(self.timers, (part.due, part.number))
                 continue
             part.replaced = True

@@ -379,3 +379,13 @@ def test_laws_on_a_cuda_module(pool, make, waiting):
         assert answers.device == x.device
         own = ~coded.last_run.predicted.to("cuda")
         torch.testing.assert_close(answers[own], module(x)[own])
+
+
+def test_where_parts_take_no_time_a_lost_one_is_not_asked_for_again_and_again():
+    coded = rows(nn.Identity(), workers=LocalWorkers(Uniform(2, seed=0)))
+    for _ in range(
+        100
+    ):  # until the policy knows the parts, which take 0 s, and has spent its extra
+        coded(X)
+    assert coded.last_run.ended in ("failed", "patience")
+    assert coded.last_run.predicted.sum() == 4
