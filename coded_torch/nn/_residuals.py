@@ -35,7 +35,7 @@ logger = logging.getLogger("coded_torch.nn")
 _RIDGE = 1.001  # of the surrogates' own squares, so that equal ones share their weight
 _ROWS = 4096  # of results, that determine weights
 # So many times what a surrogate of noise gains on average must be gained.
-_CHANCE = 4
+_CHANCE = 6
 
 
 class _Guess(NamedTuple):
