@@ -203,9 +203,8 @@ class Memory:
     def _start(self) -> None:
         self._num_fresh = 0
         args = self._generation, self._form, self._space, list(self._rows)
-        self._thread = threading.Thread(
-            target=self._make, args=args, name="coded_torch memory", daemon=True
-        )
+        # Not a daemon, which Python would stop at exit in the midst of torch: that aborts.
+        self._thread = threading.Thread(target=self._make, args=args, name="coded_torch memory")
         self._thread.start()
 
     def _make(

@@ -112,9 +112,9 @@ def test_noise_costs_next_to_nothing(case, size):
         return torch.randn(len(x), 3, generator=generator, dtype=x.dtype)
 
     helped, alone = wrap(*case, surrogate=noise), wrap(*case)
-    ratios = [(mse(helped, x), mse(alone, x)) for x in (rand(size, 4, seed=i) for i in range(24))]
+    ratios = [(mse(helped, x), mse(alone, x)) for x in (rand(size, 4, seed=i) for i in range(60))]
     with_noise, without = map(sum, zip(*ratios, strict=True))
-    assert with_noise < 1.05 * without
+    assert with_noise < (1.03 if size == 64 else 1.05) * without
 
 
 def test_each_has_its_weight_and_the_best_wins(case):
