@@ -1,4 +1,4 @@
-"""What machines that lie cost, and who finds them: ``python -m benchmarks adversaries``.
+"""What machines that lie cost, and what finds them: ``python -m benchmarks adversaries``.
 
 The same batches, late machines, liars and lies for every scheme; the liars are among those that
 answer. Detected is a liar that is dropped, falsely dropped an honest machine. Relative accuracy and
@@ -7,7 +7,7 @@ stand the same answers if nobody looks (*undefended*), if the liars are known (*
 nobody lies; and the peers:
 
 - ApproxIFER (arXiv 2109.09868): Berrut's code, and the error locator P(z) = y Q(z), a vote over
-  outputs and groups. It is told that A machines lie, and always drops A. The degree is tuned, as
+  outputs and groups. It takes for granted that A machines lie, and always drops A. The degree is tuned, as
   that of the paper needs N >= 2 K + 2 A - 1.
 - The spline with weights: iteratively reweighted, Tukey's biweight of each machine's residuals;
   smoothing tuned.
@@ -96,7 +96,7 @@ class Trial(NamedTuple):
         plan: of the code.
         results: ``[F, G, C]``, of which some may be lies.
         received: their machines.
-        liars: who lies.
+        liars: the machines that lie.
         most: A.
     """
 
@@ -287,7 +287,7 @@ class Round:
                 results = plan.encode(self.exact)
             self._done[name] = plan, task, results
         plan, task, results = self._done[name]
-        told = results[self.received].clone()
+        sent = results[self.received].clone()
         liars = self.liars if lie else ()
         if lie:
             earlier = self.previous._done.get(name) if self.previous and lie.earlier else None
@@ -300,8 +300,8 @@ class Round:
             )
             for machine in liars:
                 reply = Reply(Part(machine, (machine,)), machine, 0.0, 0.0, results[machine])
-                told[self.received.index(machine)] = attacker(reply).value
-        return Trial(plan, told, self.received, liars, most)
+                sent[self.received.index(machine)] = attacker(reply).value
+        return Trial(plan, sent, self.received, liars, most)
 
 
 def tuned(name: str, case: Case, quick: bool) -> dict[str, tuple[Code, Scheme]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from ._arguments import shown
 from .codes import BatchPlan, Code, ReplicationCode, plan_batch
 from .geometry import Geometry
 from .grouping import order_of
@@ -28,7 +30,11 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
         TypeError: they are not a sequence of batches.
         ValueError: one of them is empty, or the module would learn from them.
     """
-    if isinstance(batches, Tensor | str | bytes) or not isinstance(batches, Iterable):
+    try:
+        calls = None if isinstance(batches, Tensor | np.ndarray | str | bytes) else list(batches)
+    except TypeError:
+        calls = None
+    if calls is None:
         raise TypeError(
             f"{owner}: batches must be a sequence of batches, such as [x], "
             f"got {type(batches).__name__}"
@@ -39,9 +45,12 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
                 f"{owner}: the module must be in evaluation mode, as {name or 'it'} learns from "
                 "every batch it sees; call eval() on it"
             )
-    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in calls]
     for i, args in enumerate(calls):
-        if any(isinstance(x, Tensor) and 0 in x.shape[:1] for x in pytree.tree_leaves(args)):
+        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        if not tensors:
+            raise TypeError(f"{owner}: batches[{i}] must hold a tensor, got {shown(args)}")
+        if any(0 in x.shape[:1] for x in tensors):
             raise ValueError(f"{owner}: batches[{i}] must hold at least one input, got none")
     return calls
 

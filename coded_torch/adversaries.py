@@ -58,7 +58,7 @@ class Evidence(NamedTuple):
         regression: of the distinct inputs; None: there are no distances.
         tolerance: how far apart copies may be, in the outputs' spread.
         curve: whether a machine has the same place on a curve in every group, so that what is
-            special of the place is not to be told from what is of the machine.
+            special of the place cannot be separated from what is of the machine.
     """
 
     values: Tensor
@@ -261,10 +261,12 @@ class _Trial:
         mean = totals / some
         freedom = np.maximum(others - 1, 0).sum(1)
         variance = np.maximum((squares - totals * mean).sum(1), 0) / np.maximum(freedom, 1)  # [F]
-        told = (count > 0) & (others > 0)
-        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is told
-            difference = np.where(told, total / few - mean, 0).sum(1)
-            z = difference / np.sqrt(variance * np.where(told, 1 / few + 1 / some, 0).sum(1))
+        known = (count > 0) & (others > 0)
+        with np.errstate(
+            invalid="ignore", divide="ignore"
+        ):  # NaN where there is nothing to compare
+            difference = np.where(known, total / few - mean, 0).sum(1)
+            z = difference / np.sqrt(variance * np.where(known, 1 / few + 1 / some, 0).sum(1))
             machine, group = np.divmod(self._cell, self._num_groups)
             rows = logs - mean[machine, group]
             rows /= np.sqrt(variance[machine] * (1 + 1 / some[machine, group]))
@@ -295,7 +297,7 @@ class _Trial:
         return [one for one in found if one.excess > look.bar(2)]
 
     def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
-        """The machine against which most speaks, if enough does; who it may be, to ``suspects``."""
+        """The machine against which most speaks, if enough does; those it may be, to ``suspects``."""
         return (
             self._accuse_by_copies(look, suspects)
             or self._accuse_by_predictions(look)

@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="A",
         default=0,
-        help="workers that lie: show instead what each attack does, and who is named [0]",
+        help="workers that lie: show instead what each attack does, and which are named [0]",
     )
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")

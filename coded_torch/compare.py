@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._arguments import count, instance
+from ._arguments import count, instance, shown
 from ._scores import Interval, Scores
 from ._trial import Trial, calls_of
 from .codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
@@ -205,7 +205,9 @@ def compare(
             "compare: batches must hold at least two, one to tune on and one to answer, "
             f"got {len(calls)}"
         )
-    instance("compare", "labels", labels, Iterable, optional=True)
+    if isinstance(labels, Tensor) or not (labels is None or isinstance(labels, Sequence)):
+        got = type(labels).__name__
+        raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
     truth = [None] * len(calls) if labels is None else list(labels)
     if len(truth) != len(calls):
         raise ValueError(f"compare: labels must be given for all {len(calls)}, got {len(truth)}")
@@ -213,7 +215,7 @@ def compare(
         if labels is not None and not _integers(classes):
             got = getattr(classes, "dtype", type(classes).__name__)
             raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
-    instance("compare", "settings", settings, Iterable)
+    instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
         raise ValueError("compare: settings must hold at least one (N, K, S), got none")
@@ -253,7 +255,7 @@ def _setting(setting: Any) -> tuple[int, int, int]:
     if not (1 <= k <= n and 0 <= s < n):
         raise ValueError(
             "compare: settings must be triples (N, K, S) of integers with 1 <= K <= N and "
-            f"0 <= S < N, got {setting!r}"
+            f"0 <= S < N, got {shown(setting)}"
         )
     return n, k, s
 

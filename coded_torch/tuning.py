@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import instance
+from ._arguments import instance, shown
 from ._trial import Trial, calls_of
 from .codes._candidates import Batch, path_step
 from .codes.base import Code
@@ -105,8 +105,8 @@ def _variants(code: Code, values: dict[str, Sequence[Any]]) -> list[Code]:
         if name not in options:
             known = ", ".join(options) or "none"
             raise ValueError(f"tune: the numbers of {code} must be among {known}, got {name!r}")
-        if isinstance(some, str | bytes) or not isinstance(some, Iterable):
-            raise TypeError(f"tune: {name} must be a sequence of values, got {some!r}")
+        if isinstance(some, str | bytes) or not isinstance(some, Sequence):
+            raise TypeError(f"tune: {name} must be a sequence of values, got {shown(some)}")
         options[name] = list(some)
         if not options[name]:
             raise ValueError(f"tune: {name} must hold at least one value, got none")

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coded_torch import (
     codes,
+    compare,
     functional,
     geometry,
     grouping,
@@ -26,6 +27,7 @@ from coded_torch import (
     points,
     regression,
     simulation,
+    tuning,
     workers,
 )
 from coded_torch import stragglers as laws
@@ -99,6 +101,10 @@ CALLS = [
                               "timeout": 1.0, "max_requests": 4}),
     (workers.FaultyWorkers, {"pool": workers.LocalWorkers(), "delays": None, "rates": {"nan": 0.1},
                              "seed": 0}),
+    (tuning.tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.BerrutCode(2, 3)),
+                   "batches": [X], "order": [0]}),
+    (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seed": 0,
+               "labels": None}),
     (simulation.Conditions, {"spread": 0.1, "overhead": 0.1, "straggling": 0.1, "slow": 0.1,
                              "spell": 9.0, "dead": 0.1, "dead_after": 9.0, "bursts": 9.0,
                              "pause": 1.0, "delays": None}),
@@ -184,7 +190,7 @@ def test_wrong_arguments_are_named_at_once(call, arguments, data):
     tracemalloc.stop()
     if error is None:
         return
-    assert used + allocated.bytes < BYTES
+    assert used + allocated.bytes < BYTES, (argument, wrong, error)
     text, own = str(error), inspect.signature(call).parameters.keys() | arguments.keys()
     # Mostly the wrong one itself; or one that does not fit to it.
     assert any(re.search(rf"\b{name}\b", text) for name in own), text

@@ -272,15 +272,17 @@ def _metrics(metric: Any) -> tuple[str | Features, ...]:
         metric = (metric,)
     elif not isinstance(metric, Sequence):
         raise TypeError(
-            f"KernelCode: metric must be a name, a callable or a sequence of these, got {metric!r}"
+            f"KernelCode: metric must be a name, a callable or a sequence of these, "
+            f"got {shown(metric)}"
         )
     found: list[str | Features] = []
     for one in metric:
         if not (callable(one) or isinstance(one, str)):
-            raise TypeError(f"KernelCode: metric must hold names and callables, got {one!r}")
+            raise TypeError(f"KernelCode: metric must hold names and callables, got {shown(one)}")
         if isinstance(one, str) and one not in ("auto", *METRICS):
             raise ValueError(
-                f"KernelCode: metric must be 'auto' or one of {', '.join(METRICS)}, got {one!r}"
+                f"KernelCode: metric must be 'auto' or one of {', '.join(METRICS)}, "
+                f"got {shown(one)}"
             )
         found += METRICS if one == "auto" else [one]
     if not found:

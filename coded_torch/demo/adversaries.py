@@ -63,7 +63,7 @@ def lie(
     num_adversaries: int,
     seed: int = 0,
 ) -> Iterator[Outcome]:
-    """Answer all batches under every attack, with and without looking for who lies.
+    """Answer all batches under every attack, with and without looking for liars.
 
     Args:
         model: what is run.

@@ -64,7 +64,7 @@ class Agreement:
         self._notes: tuple[str, ...] = ()
 
     def check(self, results: Results) -> list[tuple[Part, bool]]:
-        """Distrust who lies; returns the parts whose results have become bad by it."""
+        """Distrust the machines that lie; returns the parts whose results have become bad by it."""
         good = results.good
         if len(good) == self._seen or not good:
             return []
@@ -127,7 +127,9 @@ class Agreement:
             group = group - (group > units.audit).long()
         sites = self._sites(received)
         if not units.num_groups:
-            self._notes = ("asked by rows: there are no copies, predictions only show who lies",)
+            self._notes = (
+                "asked by rows: there are no copies, only predictions show which machine lies",
+            )
         elif not any(of.regression for of in sites):
             self._notes = ("no distances: machines are judged by their copies only",)
         for of in sites:

@@ -100,7 +100,7 @@ class CodedWrapper(StandIn):
             ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
             none, and show liars less well. 0: none is looked for, and nothing of it costs time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
-            (1 / G of the work), which shows who lies for every code.
+            (1 / G of the work), which shows the liars for every code.
         surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
             whose outputs are like its own, such as a smaller network that was taught to imitate it
             (:func:`coded_torch.surrogates.distill`). Where something has to be predicted, they are
