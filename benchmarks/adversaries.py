@@ -7,7 +7,7 @@ stand the same answers if nobody looks (*undefended*), if the liars are known (*
 nobody lies; and the peers:
 
 - ApproxIFER (arXiv 2109.09868): Berrut's code, and the error locator P(z) = y Q(z), a vote over
-  outputs and groups. It takes for granted that A machines lie, and always drops A. The degree is tuned, as
+  outputs and groups. It always drops A machines, whether or not any lies. The degree is tuned, as
   that of the paper needs N >= 2 K + 2 A - 1.
 - The spline with weights: iteratively reweighted, Tukey's biweight of each machine's residuals;
   smoothing tuned.

@@ -297,7 +297,7 @@ class _Trial:
         return [one for one in found if one.excess > look.bar(2)]
 
     def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
-        """The machine against which most speaks, if enough does; those it may be, to ``suspects``."""
+        """The machine against which most speaks, if enough does; others go to ``suspects``."""
         return (
             self._accuse_by_copies(look, suspects)
             or self._accuse_by_predictions(look)

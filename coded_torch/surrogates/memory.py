@@ -47,7 +47,7 @@ class Memory:
     after the data have changed, the wrapper does not use it.
 
     Warning:
-        It keeps projections of inputs, and outputs, of everybody that used the module: of one request, to
+        It keeps projections of inputs, and outputs, of all users of the module: of one request, to
         answer another. Do not give one to a wrapper whose users must not learn of each other.
         :meth:`clear` forgets.
 
