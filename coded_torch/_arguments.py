@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +31,14 @@ __all__ = [
     "real_array",
     "shown",
     "smoothing",
+    "warn",
 ]
 
 #: The largest N: more workers in one group than machines to be had, and few enough for every plan.
 MOST_WORKERS = 65_536
+
+# Where calls of modules pass through on their way to us.
+_INSIDE = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -210,3 +217,11 @@ def shown(value: Any) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value).replace("\n", " ")
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def warn(message: str) -> None:
+    """Warn of the caller's line: the innermost that is neither ours nor torch's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

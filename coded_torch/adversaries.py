@@ -92,9 +92,9 @@ class Verdict:
 def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> Verdict:
     r"""Find the machines whose results contradict those of the others.
 
-    1. *Copies*: results of one input that are too far apart. Who differs from most lies, beyond
-       doubt if these are more than may lie. Of two that differ from each other only, the one whose
-       z is higher by 1.5 does; else both are suspects.
+    1. *Copies*: results of one input that are too far apart. The machine that differs from most
+       lies, beyond doubt if these are more than may lie. Of two that differ from each other only,
+       the one whose z is higher by 1.5 does; else both are suspects.
     2. *Predictions*: with :math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, the
        residual of a result left out is :math:`(P y)_i / P_{ii}`, its variance :math:`1 / P_{ii}`.
        What counts is its log-energy over the whitened outputs, less a slope times the log of that

@@ -1,9 +1,10 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import Code, FixedCode, NotEnoughResults
+from .base import Code, FixedCode
 from .batch_plan import BatchPlan
 from .berrut import BerrutCode
 from .curve import CurveCode
+from .errors import NotEnoughResults
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
 from .plans import plan_batch, plan_rows

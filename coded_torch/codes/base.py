@@ -18,6 +18,7 @@ from torch import Tensor
 from .._arguments import MOST_WORKERS, count
 from ..linear import LinearMap
 from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
+from .errors import NotEnoughResults
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,48 +26,13 @@ if TYPE_CHECKING:
     from ..geometry import Geometry
     from ..grouping import Grouping
 
-__all__ = ["Code", "FixedCode", "NotEnoughResults", "unit_rows"]
+__all__ = ["Code", "FixedCode", "unit_rows"]
 
 _CACHED_DECODERS = 256
 
 
 def _increasing(workers: tuple[int, ...]) -> bool:
     return all(map(operator.lt, workers, workers[1:]))
-
-
-class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
-    """Fewer results arrived than the code can decode from.
-
-    Args:
-        received: the workers whose results arrived, in any order.
-        required: how many the code needs.
-        num_workers: N.
-        reason: why the others did not arrive, in a few words, if that is known.
-
-    Attributes:
-        received: the workers whose results arrived, in increasing order.
-        required: how many the code needs.
-        num_workers: N.
-        reason: as given.
-        missing: the workers whose results did not arrive, in increasing order.
-    """
-
-    def __init__(
-        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
-    ) -> None:
-        self.received = tuple(sorted(received))
-        self.required = required
-        self.num_workers = num_workers
-        self.reason = reason
-        self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
-        super().__init__(
-            f"decoding needs at least {required} of {num_workers} results, "
-            f"got {len(self.received)}; missing workers: {list(self.missing)}"
-            + (f"; {reason}" if reason else "")
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.received, self.required, self.num_workers, self.reason)
 
 
 class Code(abc.ABC):
@@ -283,7 +249,10 @@ class FixedCode(Code):
             return decoder
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
+        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``.
+
+        For one's own loops. A wrapper encodes batches of any size by a plan, see :meth:`fit`.
+        """
         self.check_values(values)
         return self.encoder(values, dim)
 

@@ -48,6 +48,8 @@ class BatchPlan(abc.ABC):
         code: the code.
         batch_size: B.
         num_groups: G.
+        order: ``[B]``, the order in which the batch was cut into groups, where a code plans all
+            groups alike; else None.
         note: what the caller should know of the plan, one line; mostly empty.
         choices: how lost answers of the output decoded last were predicted, where the code has a
             choice; of every chunk of a large batch.
@@ -56,6 +58,7 @@ class BatchPlan(abc.ABC):
     code: Code
     batch_size: int
     num_groups: int
+    order: Tensor | None = None
     note: str = ""
     choices: tuple[Choice, ...] = ()
 
@@ -140,12 +143,8 @@ class GroupwisePlan(BatchPlan):
     def __init__(self, code: FixedCode, grouping: Grouping) -> None:
         self.code: FixedCode = code
         self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
+        self.order = grouping.order
         self._grouping = grouping
-
-    @property
-    def order(self) -> Tensor:
-        """``[B]``, the order in which the batch was cut into groups."""
-        return self._grouping.order
 
     def encode(self, values: Tensor) -> Tensor:
         self.code.check_values(values)

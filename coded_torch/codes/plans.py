@@ -208,6 +208,12 @@ class ChunkedPlan(BatchPlan):
         self._chunks, self._plans = chunks, plans
         rows = torch.cat(list(chunks))
         self.batch_size, self._back = len(rows), rows.argsort()
+        orders = [
+            own[plan.order]
+            for own, plan in zip(chunks, plans, strict=True)
+            if plan.order is not None
+        ]
+        self.order = torch.cat(orders) if orders else None
 
     def encode(self, values: Tensor) -> Tensor:
         parts = zip(self._plans, self._chunks, strict=True)
@@ -243,12 +249,6 @@ class ChunkedPlan(BatchPlan):
                 return None
             errors.append(error)
         return self._together(errors)
-
-    @property
-    def order(self) -> Tensor:
-        """As of :class:`GroupwisePlan`, of plans that have one."""
-        parts = zip(self._chunks, self._plans, strict=True)
-        return torch.cat([rows[plan.order] for rows, plan in parts])  # type: ignore[attr-defined]
 
     def sites(self, received: Sequence[int]) -> list[Sites]:
         found, start = [], 0

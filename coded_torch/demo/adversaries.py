@@ -41,7 +41,7 @@ class Outcome(NamedTuple):
     def header(n: int, k: int, s: int, num_adversaries: int, count: int) -> str:
         return (
             f"LeNet-5 reads {count:,} MNIST test digits. Of {n} workers, which compute {k} inputs "
-            f"a group, and\nsome of them twice, {s} are late and {num_adversaries} lie; who lies "
+            f"a group, and\nsome of them twice, {s} are late and {num_adversaries} lie; which lie "
             "differs from batch to batch.\n\n"
             "attack       named        falsely   accuracy: fooled   looked at"
         )

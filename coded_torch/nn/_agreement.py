@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._transforms import outside, plain
 from ..adversaries import Evidence, Verdict, locate
-from ..codes.base import FixedCode, NotEnoughResults
+from ..codes.base import FixedCode
 from ..codes.batch_plan import Sites
+from ..codes.errors import NotEnoughResults
 from ..codes.kernel import KernelCode
 from ..codes.plans import plan_batch
 from ..workers.base import Part
@@ -152,10 +153,11 @@ class Agreement:
         plan, inputs = self._units.plan, self._inputs
         if not isinstance(plan.code, FixedCode):
             return plan.sites(received)
+        assert plan.order is not None  # fixed codes plan all groups alike
         # Decoded along a curve, but judged in input space.
         judge = plan_batch(
             KernelCode(encoder=plan.code),
-            plan.order,  # type: ignore[attr-defined]
+            plan.order,
             inputs.measured(),
             0,
             batch_size=inputs.batch_size,

@@ -2,37 +2,123 @@ r"""What one call's policy decides, done; and what comes of it, reported."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Set
+
+from torch import nn
 
 from ..workers import base as workers
 from ._agreement import Agreement
 from ._results import Results
 from ._units import Units
 from .report import Report
-from .waiting import Ask, Began, Decision, Drop, Ended, Event, Prepare, Settled, Wait
+from .waiting import (
+    Ask,
+    Began,
+    Decision,
+    Drop,
+    Ended,
+    Event,
+    History,
+    Prepare,
+    Settled,
+    Wait,
+    Waiting,
+)
 
 __all__ = ["collect"]
 
+logger = logging.getLogger("coded_torch.nn")
+
 
 def collect(
+    pool: workers.Workers,
+    module: nn.Module,
+    waiting: Waiting,
+    history: History,
+    units: Units,
+    results: Results,
+    report: Report,
+    *,
+    since: float,
+    agreement: Agreement | None,
+) -> str:
+    """Ask and wait until the policy ends the call.
+
+    Args:
+        pool: that computes.
+        module: what it computes.
+        waiting: the policy.
+        history: what it has learnt of latencies.
+        units: that are asked for.
+        results: where replies go.
+        report: where it is written how it went.
+        since: when the call began, by :func:`time.perf_counter`.
+        agreement: what is asked whether results can be believed; None: they are.
+
+    Returns:
+        Why there are no more results, in words.
+    """
+
+    def suffices(received: Set[int]) -> bool:
+        expected = units.plan.expected_rmse(sorted(received))
+        return expected is None or expected <= (waiting.tolerance or 0.0)
+
+    with pool.open(module, units.task) as request:
+        policy = waiting.decide(
+            history,
+            units.first,
+            needed=units.needed,
+            unit_rows=units.task.unit_rows,
+            spare=units.spare,
+            # Nothing takes time on a simulated clock but what is simulated.
+            since=0.0 if pool.simulated else since - time.perf_counter(),
+            idle=lambda: request.idle,
+            suffices=None if waiting.tolerance is None else suffices,
+        )
+        asked: set[int] = set()
+        try:
+            # All at once, nothing is asked again.
+            believed = None if waiting.at_once else agreement
+            ended = _follow(policy, request, units, results, asked, report, believed)
+            status = request.status()
+        finally:
+            report.asked = tuple(sorted(asked))
+            report.note(results)
+            for error in results.rejected:
+                logger.warning("%s", error)
+    report.ended, report.hedges = ended.reason, ended.hedges
+    report.num_groups = units.num_groups
+    report.fence, report.median, report.deadline = (
+        None if seconds == math.inf else seconds
+        for seconds in (ended.fence, ended.median, ended.deadline)
+    )
+    if ended.reason == "deadline":
+        what = "no more" if results.units else "nothing"
+        late = f"{what} arrived within the deadline of {ended.deadline:g} s"
+        status = f"{late}; {status}" if status else late
+    return status
+
+
+def _follow(
     policy: Generator[Decision, Event, Ended],
     request: workers.Request,
     units: Units,
     results: Results,
     asked: set[int],
     report: Report,
-    agreement: Agreement | None = None,
+    agreement: Agreement | None,
 ) -> Ended:
-    """Ask and wait until the policy ends the call.
+    """Do what the policy decides, and let it hear what comes of it, until it ends the call.
 
     Args:
         policy: see :mod:`coded_torch.nn.waiting`.
         request: to the pool.
-        units: that are asked for.
-        results: where replies go.
+        units, results, report: as of :func:`collect`.
         asked: where the machines go that begin a part.
-        report: where it is written how it went.
         agreement: what is asked whether the results can be believed, when they would complete the
             call; of those that cannot, the policy has the units asked again.
     """

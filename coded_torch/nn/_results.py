@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..codes.base import NotEnoughResults
+from ..codes.errors import NotEnoughResults
 from ..workers.base import Part, Reply, Task, WorkerError
 from ..workers.pytrees import (
     CONSTANTS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import re
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._arguments import warn
 
 __all__ = ["StandIn"]
 
@@ -69,11 +70,9 @@ class StandIn(nn.Module, abc.ABC):
         for name, part in self.module.named_modules():
             if part.training and isinstance(part, _BatchNorm):
                 self._warned = True
-                warnings.warn(
+                warn(
                     f"CodedWrapper: {name or 'the module'} is in training mode and takes its "
-                    "statistics from the coded inputs, not from the batch; call eval() on it",
-                    UserWarning,
-                    stacklevel=5,
+                    "statistics from the coded inputs, not from the batch; call eval() on it"
                 )
                 return
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import random
 import secrets
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -282,7 +281,17 @@ class CodedWrapper(StandIn):
                     s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)
                 ]
                 with report.timed("compute"):
-                    why = self._collect(module, waiting, units, results, report, start, agreement)
+                    why = collect(
+                        self.workers,
+                        module,
+                        waiting,
+                        self._history,
+                        units,
+                        results,
+                        report,
+                        since=start,
+                        agreement=agreement,
+                    )
                 with report.timed("decode"):
                     if agreement is not None:
                         agreement.conclude(results, report, bool(waiting.degraded))
@@ -329,57 +338,6 @@ class CodedWrapper(StandIn):
         if not self.max_adversaries:
             return None
         return Agreement(inputs, units, self.max_adversaries, self.link, self._deal())
-
-    def _collect(
-        self,
-        module: Any,
-        waiting: Waiting,
-        units: Units,
-        results: Results,
-        report: Report,
-        start: float,
-        agreement: Agreement | None,
-    ) -> str:
-        """Ask and wait until the policy ends the call; returns why there is no more, in words."""
-
-        def suffices(received: Set[int]) -> bool:
-            expected = units.plan.expected_rmse(sorted(received))
-            return expected is None or expected <= (waiting.tolerance or 0.0)
-
-        with self.workers.open(module, units.task) as request:
-            policy = waiting.decide(
-                self._history,
-                units.first,
-                needed=units.needed,
-                unit_rows=units.task.unit_rows,
-                spare=units.spare,
-                # Nothing takes time on a simulated clock but what is simulated.
-                since=0.0 if self.workers.simulated else start - time.perf_counter(),
-                idle=lambda: request.idle,
-                suffices=None if waiting.tolerance is None else suffices,
-            )
-            asked: set[int] = set()
-            try:
-                # All at once, nothing is asked again.
-                believed = None if waiting.at_once else agreement
-                ended = collect(policy, request, units, results, asked, report, believed)
-                status = request.status()
-            finally:
-                report.asked = tuple(sorted(asked))
-                report.note(results)
-                for error in results.rejected:
-                    logger.warning("%s", error)
-        report.ended, report.hedges = ended.reason, ended.hedges
-        report.num_groups = units.num_groups
-        report.fence, report.median, report.deadline = (
-            None if seconds == math.inf else seconds
-            for seconds in (ended.fence, ended.median, ended.deadline)
-        )
-        if ended.reason == "deadline":
-            what = "no more" if results.units else "nothing"
-            late = f"{what} arrived within the deadline of {ended.deadline:g} s"
-            status = f"{late}; {status}" if status else late
-        return status
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Surrogates go where the module goes, though they are none of its parts."""

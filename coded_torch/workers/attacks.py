@@ -35,7 +35,7 @@ class Liars:
         self._last: Task | None = None  # for replays; of one request only, as tasks are large
 
     def attacker(self, module: nn.Module, task: Task, request: int) -> Attacker:
-        """Who lies in one request."""
+        """What the liars answer in one request."""
         earlier = None
         if self.attack == "replay":
             with self._lock:

@@ -159,7 +159,7 @@ class CodeTests:
 
     def test_too_few_results(self, code):
         few = list(range(1, code.min_received))
-        with pytest.raises(NotEnoughResults, match="missing workers") as caught:
+        with pytest.raises(NotEnoughResults, match="missing") as caught:
             code.decode(normal(len(few), 2), few)
         assert caught.value.received == tuple(few)
         assert caught.value.required == code.min_received

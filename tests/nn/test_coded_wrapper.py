@@ -264,7 +264,7 @@ def test_the_deadline_is_on_the_clock_of_the_workers():
     torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
     assert coded.last_run.received == (0, 1, 2)
     coded.waiting = Waiting.first(deadline=1.5)
-    with pytest.raises(NotEnoughResults, match=r"got 1; missing workers: \[1, 2, 3, 4\]"):
+    with pytest.raises(NotEnoughResults, match=r"got 1; missing: \[1, 2, 3, 4\]"):
         coded(x)
 
 

@@ -145,8 +145,9 @@ def test_copies_and_pickles(twin, options):
 
 def test_batch_statistics_in_training_get_one_warning():
     coded = network().train()
-    with pytest.warns(UserWarning, match="1 is in training mode and takes its statistics"):
+    with pytest.warns(UserWarning, match="1 is in training mode and takes its statistics") as seen:
         coded(rand(4, 3))
+    assert [warning.filename for warning in seen] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         coded(rand(4, 3))

@@ -334,8 +334,9 @@ def test_a_trainable_module_in_grad_mode_is_warned_of_once():
         with torch.no_grad():
             list(pool.run(Scale(1.0), task))
         list(pool.run(Scale(1.0).requires_grad_(False), task))
-        with pytest.warns(UserWarning, match="ProcessWorkers: answers have no gradients"):
+        with pytest.warns(UserWarning, match="ProcessWorkers: answers have no gradients") as seen:
             list(pool.run(Scale(1.0), task))
+        assert [warning.filename for warning in seen] == [__file__]
         assert len(list(pool.run(Scale(1.0), task))) == 1  # a warning would be an error
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import os
 import threading
-import warnings
 from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..._arguments import count, positive
+from ..._arguments import count, positive, warn
 from ..base import Began, Part, Reply, Request, Task, Workers
 from ..live import LiveRequest
 from .supervisor import START_SECONDS, Supervisor
@@ -153,11 +152,9 @@ class SupervisedWorkers(Workers):
             )
         if not self._warned and any(p.requires_grad for p in module.parameters()):
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{type(self).__name__}: answers have no gradients, which do not pass through "
-                "other processes; call under torch.no_grad(), or use DeviceWorkers to train",
-                UserWarning,
-                stacklevel=3,
+                "other processes; call under torch.no_grad(), or use DeviceWorkers to train"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""What codes raise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["NotEnoughResults"]
+
+
+class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
+    """Fewer results arrived than can be decoded.
+
+    Results are numbered as what was asked for: those of a code by its workers, those of a call of a
+    wrapper by the parts asked for first.
+
+    Args:
+        received: the results that arrived, in any order.
+        required: how many are needed.
+        num_workers: how many there would be: N, or the number of parts.
+        reason: why the others did not arrive, in a few words, if that is known.
+
+    Attributes:
+        received: the results that arrived, in increasing order.
+        required: how many are needed.
+        num_workers: as given.
+        reason: as given.
+        missing: the results that did not arrive, in increasing order.
+    """
+
+    def __init__(
+        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
+    ) -> None:
+        self.received = tuple(sorted(received))
+        self.required = required
+        self.num_workers = num_workers
+        self.reason = reason
+        self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
+        super().__init__(
+            f"decoding needs at least {required} of {num_workers} results, "
+            f"got {len(self.received)}; missing: {list(self.missing)}"
+            + (f"; {reason}" if reason else "")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.received, self.required, self.num_workers, self.reason)
