@@ -160,23 +160,54 @@ def lagrange(results: Results) -> Figure:
     return figure
 
 
+def fan_out(results: Results) -> Figure:
+    """The tail of requests of more and more parts, a line for each waiting policy."""
+    lines = {  # the policies; what is exact is green, what predicts is blue
+        "wait for all": ("wait for all", "0.6", "."),
+        "one hedge": ("one hedge, the best of five", "tab:orange", "s"),
+        "three re-asks, split": ("up to three re-asks, split", "tab:green", "^"),
+        "coded at once": ("coded at once, the paper's way", "tab:red", "x"),
+        "predict at 3 medians of whole calls": ("Waiting(), the default", "tab:blue", "o"),
+        "predict at 3 medians of a part": ("Waiting(deadline=3 medians)", "black", "o"),
+    }
+    points = results["waiting"]["fan-out"]
+    widest = points[max(points, key=int)]["policies"]
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for policy, (label, color, marker) in lines.items():
+        tails = [found["policies"][policy]["p99.9"] for found in points.values()]
+        work = 100 * widest[policy]["extra work"]
+        predicted = 100 * widest[policy]["predicted"]
+        label = f"{label}: {work:.1f} % more work, {predicted:.2g} % predicted"
+        axes.plot([int(n) for n in points], tails, marker=marker, color=color, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks([int(n) for n in points], list(points))
+    axes.set_xlabel("parts that a request waits for")
+    axes.set_ylabel("p99.9 of latency, medians of a part")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7, title="at the widest", title_fontsize=7)
+    return figure
+
+
 def latency(results: Results) -> Figure:
-    """Percentiles of every scheme, a panel for each case."""
+    """Percentiles of every policy, a panel for each case."""
     cases, at = results["latency"], ("p50", "p99", "p99.9")
-    figure = Figure(figsize=(3 * len(cases), 2.8), layout="constrained")
-    colors = {"uncoded": "0.6", "hedged": "tab:green", "coded": "tab:blue"}
-    for axes, (case, found) in zip(
-        figure.subplots(1, len(cases), sharey=True, squeeze=False).flat, cases.items(), strict=True
-    ):
-        for scheme, numbers in found["schemes"].items():
-            label = f"{scheme}, {100 * numbers['accuracy']:.1f} % right"
-            axes.plot(at, [numbers[x] for x in at], "o-", label=label, color=colors[scheme])
-        axes.set_yscale("log")
+    figure = Figure(figsize=(3 * len(cases) + 2, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axes, (case, found) in zip(panels, cases.items(), strict=True):
+        policies = found["policies"]
+        for percentile, marker in zip(at, (".", "s", "o"), strict=True):
+            times = [numbers[percentile] for numbers in policies.values()]
+            axes.plot(times, range(len(policies)), marker, label=percentile, markersize=5)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(policies)), list(policies), fontsize=7)
         axes.set_title(case, fontsize=8)
+        axes.set_xlabel("latency from arrival, ms", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    figure.axes[0].set_ylabel("latency from arrival, ms", fontsize=8)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize=7)
     return figure
 
 
@@ -262,5 +293,6 @@ FIGURES = {
     "convergence": convergence,
     "smoothing": smoothing,
     "lagrange": lagrange,
+    "fan-out": fan_out,
     "latency": latency,
 }

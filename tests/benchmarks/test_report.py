@@ -6,7 +6,9 @@ import re
 import pytest
 
 from benchmarks import report
+from benchmarks.plots import FIGURES
 from benchmarks.runs import RESULTS
+from benchmarks.tables import TABLES
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,7 @@ def test_the_readmes_tables_are_those_of_the_results(results):
     for page in pages:
         assert report.fill(page, results) == page
     shown = set(re.findall(r"<!-- table: (\w+) -->", "".join(pages)))
-    assert shown == set(report.TABLES)
+    assert shown == set(TABLES)
 
 
 def test_other_results_make_another_table(results):
@@ -31,7 +33,7 @@ def test_other_results_make_another_table(results):
 
 
 def test_every_picture_can_be_drawn_and_is_there(results, tmp_path):
-    for name, draw in report.FIGURES.items():
+    for name, draw in FIGURES.items():
         draw(results).savefig(tmp_path / "picture.png")
         picture = RESULTS / f"{name}.png"
         assert 0 < picture.stat().st_size < 300_000
