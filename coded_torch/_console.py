@@ -58,19 +58,19 @@ def need(command: str, extra: str, *packages: str) -> None:
 
 
 def in_range(
+    command: str,
     flag: str,
     value: float,
     least: float,
     most: float = math.inf,
     why: str = "",
-    of: str = "demo",
 ) -> None:
     """Raise a UsageError unless an option is within its bounds."""
     # Negated, so that NaN fails.
     if not value >= least:
-        raise UsageError(f"coded-torch {of}: {flag} must be at least {least}, got {value}")
+        raise UsageError(f"coded-torch {command}: {flag} must be at least {least}, got {value}")
     if not value <= most:
-        raise UsageError(f"coded-torch {of}: {flag} must be at most {most}{why}, got {value}")
+        raise UsageError(f"coded-torch {command}: {flag} must be at most {most}{why}, got {value}")
 
 
 def output_path(command: str, path: Path) -> Path:

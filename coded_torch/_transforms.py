@@ -12,7 +12,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 __all__ = ["outside", "plain"]
 
 
-def plain(owner: object, argument: str, tensor: Tensor) -> Tensor:
+def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
     """The numbers of a tensor, without gradients and without what a transform has wrapped it in.
 
     Raises:
@@ -20,9 +20,8 @@ def plain(owner: object, argument: str, tensor: Tensor) -> Tensor:
     """
     numbers = torch.func.debug_unwrap(tensor).detach()
     if numbers.dim() != tensor.dim():
-        name = owner if isinstance(owner, str) else type(owner).__name__
         raise ValueError(
-            f"{name}: {argument} must not be under torch.func.vmap, which hides the batch; "
+            f"{owner}: {argument} must not be under torch.func.vmap, which hides the batch; "
             f"give the whole batch at once, got {numbers.dim() - tensor.dim()} hidden dimensions"
         )
     return numbers

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from ._arguments import shown
@@ -18,6 +17,7 @@ from .grouping import order_of
 from .nn import CodedWrapper
 from .nn._inputs import Inputs
 from .nn._results import Results
+from .nn._stand_in import training_batch_norm
 from .workers import LocalWorkers, Task
 
 __all__ = ["Trial", "calls_of"]
@@ -39,12 +39,11 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
             f"{owner}: batches must be a sequence of batches, such as [x], "
             f"got {type(batches).__name__}"
         )
-    for name, part in module.named_modules():
-        if part.training and isinstance(part, _BatchNorm):
-            raise ValueError(
-                f"{owner}: the module must be in evaluation mode, as {name or 'it'} learns from "
-                "every batch it sees; call eval() on it"
-            )
+    if (name := training_batch_norm(module)) is not None:
+        raise ValueError(
+            f"{owner}: the module must be in evaluation mode, as {name} learns from every batch it "
+            "sees; call eval() on it"
+        )
     calls = [batch if isinstance(batch, tuple) else (batch,) for batch in calls]
     for i, args in enumerate(calls):
         tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
@@ -84,7 +83,7 @@ class Trial:
         self._path: Sequence[int] | Tensor | None = None
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
-        self.inputs = self._inputs.measured()
+        self.inputs = self._inputs.floating()
         self.mixable = len(self.inputs) == len(self._inputs.batches())
         self.exact = [leaf[0] for leaf in self._run(lambda leaf: leaf[None])]
 

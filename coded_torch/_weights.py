@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["looks"]
+__all__ = ["fingerprint"]
 
 
-def looks(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """What differs once a module has changed, as long as the tensors beside it are kept.
+def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """The module's tensors, and a key that differs once the module has changed.
 
-    They keep their memory from being used for other weights, which would look the same.
+    Keep the tensors beside the key: freed, their memory may come to hold other weights, of which
+    the key would be the same.
     """
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []

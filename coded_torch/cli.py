@@ -171,7 +171,7 @@ def _add_output(parser: argparse.ArgumentParser, command: str) -> None:
 def _demo(args: argparse.Namespace) -> None:
     need("demo", "demo", "matplotlib", "tqdm")
     settings, output = _settings(args), output_path("demo", args.output)
-    in_range("--seed", args.seed, 0, 2**63 - 1)
+    in_range("demo", "--seed", args.seed, 0, 2**63 - 1)
     device = _device(args.device)
 
     from tqdm import tqdm
@@ -188,7 +188,7 @@ def _demo(args: argparse.Namespace) -> None:
 
         n, k, s = settings[-1]
         most = f", (N - S - 1) / 2 with N = {n} and S = {s}"
-        in_range("--num-adversaries", args.num_adversaries, 1, (n - s - 1) // 2, most)
+        in_range("demo", "--num-adversaries", args.num_adversaries, 1, (n - s - 1) // 2, most)
         say(Outcome.header(n, k, s, args.num_adversaries, len(rows) * _BATCH_SIZE))
         for outcome in lie(model, batches, truth, (n, k, s), args.num_adversaries, args.seed):
             say(str(outcome))
@@ -216,13 +216,14 @@ def _demo(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     need("compare", "demo", "matplotlib")
     output = output_path("compare", args.output)
-    in_range("--batch-size", args.batch_size, 1, of="compare")
+    in_range("compare", "--batch-size", args.batch_size, 1)
 
     def load(flag: str, path: Path) -> list[torch.Tensor]:
         try:
             rows = torch.load(path, weights_only=True)
         except Exception as error:  # whatever else than a tensor the file holds
-            raise ValueError(f"{flag} cannot be read: {error or type(error).__name__}") from None
+            why = str(error) or type(error).__name__
+            raise ValueError(f"{flag} cannot be read: {why}") from None
         dense("compare", flag, rows, floating=False)
         if not rows.dim():
             raise ValueError(f"{flag} must hold rows, got a tensor of no dimension")
@@ -241,14 +242,23 @@ def _compare(args: argparse.Namespace) -> None:
         settings = [setting(text) for text in args.settings]
         batches = load("--inputs", args.inputs)
         labels = None if args.labels is None else load("--labels", args.labels)
-        model = getattr(importlib.import_module(module), name)()
-        found = compare(model, batches, settings, labels=labels, seed=args.seed)
+        factory = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        why = str(error).splitlines()[0].removeprefix("compare: ")
-        raise UsageError(f"coded-torch compare: {why}") from None
+        raise UsageError(f"coded-torch compare: {_first_line(error)}") from None
+    model = factory()
+    try:
+        found = compare(model, batches, settings, labels=labels, seed=args.seed)
+    except (TypeError, ValueError) as error:
+        if not str(error).startswith("compare: "):  # of the model itself
+            raise
+        raise UsageError(f"coded-torch {_first_line(error)}") from None
     say(f"{found}\n\n{_LEGEND}")
     save("compare", found.draw(), output)
     say(f"\nThe errors: {output.resolve()}")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -272,7 +282,7 @@ def _latency(args: argparse.Namespace) -> None:
         "seed": (0, 2**63 - 1),
     }
     for name, (least, most) in limits.items():
-        in_range(f"--{name.replace('_', '-')}", getattr(args, name), least, most, of="latency")
+        in_range("latency", f"--{name.replace('_', '-')}", getattr(args, name), least, most)
 
     from tqdm import tqdm
 
@@ -308,10 +318,10 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     n = 100 if n is None else n
     k = min(20, n) if k is None else k
     s = 3 * n // 5 if s is None else s
-    in_range("--num-workers", n, 1, MOST_WORKERS)
-    in_range("--num-data", k, 1, n, ", the workers")
-    in_range("--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
-    in_range("--num-stragglers", s, 0, n - 1, ", one less than the workers")
+    in_range("demo", "--num-workers", n, 1, MOST_WORKERS)
+    in_range("demo", "--num-data", k, 1, n, ", the workers")
+    in_range("demo", "--num-data", k, 1, _BATCH_SIZE, ", the digits of a batch")
+    in_range("demo", "--num-stragglers", s, 0, n - 1, ", one less than the workers")
     return [(n, k, s)]
 
 

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["Comparison", "Row", "Scheme", "compare", "received_by", "schemes"]
 
 # Okabe and Ito's colours, which the colour-blind can distinguish, and a marker each for print.
-_STYLES = (
-    *(("#0072B2", "o"), ("#D55E00", "s"), ("#56B4E9", "^"), ("#E69F00", "v")),
-    *(("#CC79A7", "P"), ("#009E73", "D"), ("#000000", "X")),
-)
+_COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#000000")
+_STYLES = tuple(zip(_COLOURS, "os^vPDX", strict=True))
 _ERROR = "mean squared error / variance of the outputs"
 _EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axis has no place
 
@@ -182,7 +180,8 @@ def compare(
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: there are too few batches, or not as many labels; a setting cannot be.
+        ValueError: there are too few batches, or not as many labels; a setting violates
+            K <= N or S < N.
 
     Note:
         For every setting the module runs some N / K times on all batches, and for each encoder that

@@ -2,6 +2,7 @@ r"""Choosing the numbers of a code by its error on unlabelled data."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import math
@@ -19,6 +20,7 @@ from ._trial import Trial, calls_of
 from .codes._candidates import Batch, path_step
 from .codes.base import Code
 from .codes.kernel import KernelCode
+from .codes.plans import evenly
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
@@ -115,9 +117,10 @@ def _variants(code: Code, values: dict[str, Sequence[Any]]) -> list[Code]:
 
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
-    """Endlessly, whose results the wrapper might decode, by the law of its workers."""
+    """Endlessly, sets of workers whose results may be decoded, drawn from the workers' law."""
     n, lost = wrapper.code.num_workers, _num_stragglers(wrapper)
-    law = wrapper.workers.stragglers or Uniform(lost, seed=0)
+    # A copy: the wrapper's calls go on to lose what they would have lost.
+    law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
     shuffler = random.Random(0)
     while True:
@@ -161,11 +164,11 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
         return errors  # without distances all are alike
     outputs = [leaf[..., None].flatten(1) for leaf in trial.exact]
     results = torch.cat([leaf.to("cpu", torch.float64) for leaf in outputs], 1)  # [B, C]
-    # As large batches are planned: cut into runs, each with its own distances.
+    # As large batches are planned: in chunks, each with its own distances.
     ordering, order = wrapper.ordering, torch.arange(len(results))
     if not isinstance(ordering, str):
         ordering, order = "arrival", Grouping(order_of(ordering, trial.inputs, None), 1).order
-    for rows in order.split(code.max_chunk):
+    for rows in order.split(evenly(len(order), code.max_chunk)):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
         geometry = Geometry(inputs)
         grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))

@@ -39,8 +39,8 @@ class Code(abc.ABC):
     r"""How a batch becomes coded inputs for N workers, and their results become its answers.
 
     The contract. A code is immutable once made, and may be shared between threads, pickled and
-    copied. It keeps every argument of its constructor under the argument's own name, or knows what
-    else to do in :meth:`replace`. :meth:`fit` makes a :class:`BatchPlan` without touching a value:
+    copied. :meth:`replace` and ``repr`` use the arguments of its constructor as given. :meth:`fit`
+    makes a :class:`BatchPlan` without touching a value:
     a plan is linear in values and in results, decodes every received set of at least
     :attr:`min_received` workers, and gives the same bits for the same results. Constants are
     reproduced: where all inputs are equal, all coded inputs are the same, and where all results
@@ -57,8 +57,9 @@ class Code(abc.ABC):
        :class:`~coded_torch.linear.LinearMap` each (here: :meth:`fit`), and :attr:`min_received` if
        one result is not enough.
     4. Give :meth:`candidates` for the numbers that are worth tuning.
-    5. Test it: inherit ``CodeTests`` in ``tests/codes/code_tests.py``, and give ``make``.
-       ``tests/codes/test_b_spline.py`` is an example from end to end.
+    5. Export it in ``codes/__init__.py``. Test it: inherit ``CodeTests`` in
+       ``tests/codes/code_tests.py``, and give ``make``. ``tests/codes/test_b_spline.py`` is an
+       example from end to end.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
@@ -295,7 +296,7 @@ class FixedCode(Code):
         return torch.where(is_own, picked, -1)
 
     def left_out(self, received: Sequence[int]) -> Tensor:
-        """How well results are predicted from each other: the map to what such predictions miss.
+        """The map from results to held-out errors: each result less its prediction from others.
 
         Here each is predicted as the mean of all others; codes with a better way override this.
 

@@ -97,9 +97,10 @@ class BatchPlan(abc.ABC):
         return torch.arange(len(received) * self.num_groups)
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """The sum of squares of what is missed if results are predicted from each other.
+        """The sum of squared held-out errors.
 
-        Each, or some of them, by the others, as lost answers are; unless overridden, by their mean.
+        All results or some, each predicted from the others as a lost answer would be; unless
+        overridden, by their mean.
         For comparing results under one plan: outputs, and what is left of them beside an
         approximation.
 

@@ -16,7 +16,7 @@ from ..grouping import Grouping, Ordering, check_ordering, order_of
 from .base import Code
 from .batch_plan import BatchPlan, Sites, few_columns, of_mean
 
-__all__ = ["BatchPlan", "ChunkedPlan", "MeanPlan", "plan_batch", "plan_rows"]
+__all__ = ["ChunkedPlan", "MeanPlan", "evenly", "plan_batch", "plan_rows"]
 
 _BLIND = (
     "no floating-point input to measure distances on: order of arrival, equal copies, "
@@ -87,7 +87,7 @@ def plan_batch(
         if batch_size > code.max_chunk:  # into whole groups, but for the last one
             groups = -(-batch_size // code.num_data)
             most = max(1, code.max_chunk // code.num_data)
-            sizes = [code.num_data * size for size in _evenly(groups, most)]
+            sizes = [code.num_data * size for size in evenly(groups, most)]
         return _in_chunks(code, ordering, inputs, sizes, fit, ChunkedPlan)
 
 
@@ -133,7 +133,7 @@ def plan_rows(
             plan = fit(torch.arange(batch_size), None)
             plan.note = blind if code.uses_geometry else ""
             return plan
-        sizes = _evenly(batch_size, code.max_chunk)
+        sizes = evenly(batch_size, code.max_chunk)
         return _in_chunks(code, ordering, inputs, sizes, fit, _RowChunks)
 
 
@@ -170,7 +170,7 @@ def _measured(
     return code, inputs, "; ".join([_BLIND, *([note] if note else [])])
 
 
-def _evenly(count: int, most: int) -> list[int]:
+def evenly(count: int, most: int) -> list[int]:
     """The sizes of as few parts of ``count`` as can be, none larger than ``most``."""
     parts = max(1, -(-count // most))
     return [count * (i + 1) // parts - count * i // parts for i in range(parts)]

@@ -13,7 +13,7 @@ One call of a :class:`CodedWrapper`, file by file:
   ``workers/local.py``, ...), where late results are dropped (``workers/live.py``);
 - ``_results.py``: which replies are good by their form, and ``_agreement.py``, by their numbers
   (``adversaries.py``);
-- ``_residuals.py``: answers from results, with the help of surrogates (``surrogates.py``);
+- ``_residuals.py``: answers from results, with the help of surrogates (``surrogates/``);
 - ``report.py``: what became of it.
 """
 

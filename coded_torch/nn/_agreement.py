@@ -103,7 +103,10 @@ class Agreement:
             if not degraded:
                 units = self._units
                 raise TooManyAdversaries(
-                    report.received, units.least, len(units.first), self._verdict.left
+                    results.of_first(len(units.first)),
+                    units.least,
+                    len(units.first),
+                    self._verdict.left,
                 )
             logger.warning("more machines than max_adversaries lie: %s", self._verdict.left)
             report.notes += (f"more machines than max_adversaries lie: {self._verdict.left}",)
@@ -158,7 +161,7 @@ class Agreement:
         judge = plan_batch(
             KernelCode(encoder=plan.code),
             plan.order,
-            inputs.measured(),
+            inputs.floating(),
             0,
             batch_size=inputs.batch_size,
         )

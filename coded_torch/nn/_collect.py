@@ -1,4 +1,4 @@
-r"""What one call's policy decides, done; and what comes of it, reported."""
+"""Carries out what the policy of a call decides, and reports what came of it."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ class Call:
         self.waiting, self.history, self.needed = waiting, history, needed
         self.unit_rows, self.since, self.now = unit_rows, since, since
         self.idle, self.suffices = idle, suffices
-        self.mixes = spare is not None
+        self.by_columns = spare is not None
         self.spare = deque(spare or ())
         self.parts = [_Part(i, units, None, since) for i, units in enumerate(first)]
         self.num_first, self.num_units = len(first), sum(map(len, first))
@@ -223,7 +223,7 @@ class Call:
         """Why the call ends now; None if it does not."""
         good, at_once = len(self.good), self.waiting.at_once
         if good >= self.needed:
-            everything = good == self.num_units if at_once else not self.mixes
+            everything = good == self.num_units if at_once else not self.by_columns
             if everything or self._tolerable() or not self.open:
                 if self.extended:
                     return "tolerance"
@@ -284,7 +284,7 @@ class Call:
             good.update(part.units)
             part.won, part.seconds = len(good) > num_good, event.latency
             part.fresh = bool(part.fresh)
-            if self.mixes and len(good) >= self.goal and not self._tolerable():
+            if self.by_columns and len(good) >= self.goal and not self._tolerable():
                 self.goal, self.lost = len(good) + 1, True
         else:
             self.lost = True
@@ -311,7 +311,9 @@ class Call:
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
         num_parts, idle = len(self.parts), self.idle()
-        lacking = self.goal - len(self.good) - self._hopeful() if self.mixes else self.num_units
+        lacking = (
+            self.goal - len(self.good) - self._hopeful() if self.by_columns else self.num_units
+        )
         for part in self.parts[:num_parts]:
             late = part.state == _RUNNING and part.due <= self.now
             if part.replaced or not (late or part.state >= _FAILED) or part.exhausted():
@@ -328,9 +330,9 @@ class Call:
                 continue
             part.replaced = True
             pieces = 1 if part.of else max(1, min(_SPLIT, idle, len(missing)))
-            idle, lacking = idle - pieces, lacking - len(missing) * self.mixes
+            idle, lacking = idle - pieces, lacking - len(missing) * self.by_columns
             self._ask(self._stand_ins(missing), pieces, part)
-        if self.mixes and lacking > 0 and self.spare:
+        if self.by_columns and lacking > 0 and self.spare:
             self._ask([self.spare.popleft()], 1, None)
         return tuple([part.units for part in self.parts[num_parts:]]), fenced
 
@@ -365,10 +367,10 @@ class Call:
             # Calls that were cut short count as infinite: left out, they would keep the median,
             # and so the patience, at what calls took before the machines became slow.
             took = self.now - self.since if len(self.good) >= self.needed else math.inf
-            measured = not any(part.fresh for part in ran)
+            typical = not any(part.fresh for part in ran)
             self.history.add(
                 [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
-                (self.rows, took) if measured else None,
+                (self.rows, took) if typical else None,
             )
         hedges = tuple(
             Hedge(

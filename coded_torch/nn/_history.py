@@ -33,8 +33,9 @@ class _Window:
             del self.ordered[bisect.bisect_left(self.ordered, self.entries.popleft()[2])]
 
     def rescale(self, scale: Callable[[int], float]) -> None:
-        self.entries = deque((rows, s, s / scale(rows)) for rows, s, _ in self.entries)
-        self.ordered = sorted(ratio for _, _, ratio in self.entries)
+        scales = {rows: scale(rows) for rows in {rows for rows, _, _ in self.entries}}
+        self.entries = deque([(rows, s, s / scales[rows]) for rows, s, _ in self.entries])
+        self.ordered = sorted([ratio for _, _, ratio in self.entries])
 
     def quantile(self, q: float) -> float:
         return self.ordered[int(q * len(self.ordered))] if self.ordered else math.inf
@@ -43,8 +44,8 @@ class _Window:
 class History:
     """How long parts and calls took lately, and how much of them was asked again.
 
-    Holds the last 512 parts, those that began and were never seen to end as infinite, and the last
-    128 calls, those that were not complete as infinite. Latencies are compared after division by
+    Remembers the last 512 parts and 128 calls; a part never seen to end, or a call that was not
+    complete, counts as infinitely long. Latencies are compared after division by
     ``a + b rows``, a line through the medians of the small and the large parts; fewer rows than
     ever seen are taken to last as long as the fewest seen, more as long in proportion. Threads may
     share it; pickled or copied, it is empty.
@@ -139,18 +140,9 @@ class History:
         fewest, most = min(sizes), max(sizes)
         if fewest == most == self._most == self._fewest:
             return
-        groups: tuple[list[tuple[int, float]], ...] = [], []
-        for rows, seconds, _ in self._parts.entries:
-            groups[2 * rows > fewest + most].append((rows, seconds))
-        (x0, y0), (x1, y1) = (
-            (
-                sorted(x for x, _ in group)[len(group) // 2],
-                sorted(y for _, y in group)[len(group) // 2],
-            )
-            if len(group) >= _GROUP
-            else (0, 0.0)
-            for group in groups
-        )
+        parts = [(rows, seconds) for rows, seconds, _ in self._parts.entries]
+        x0, y0 = _medians([part for part in parts if 2 * part[0] <= fewest + most])
+        x1, y1 = _medians([part for part in parts if 2 * part[0] > fewest + most])
         if x0 and x1 and 0 < y1 < math.inf:
             # Of x1 rows, the share of the time that grows, then that of `most` rows.
             share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1)))
@@ -160,3 +152,11 @@ class History:
         self._slope, self._fewest, self._most = slope, fewest, most
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
+
+
+def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
+    """Of rows and of seconds; zeros of too few parts."""
+    if len(parts) < _GROUP:
+        return 0, 0.0
+    rows, seconds = map(sorted, zip(*parts, strict=True))
+    return rows[len(parts) // 2], seconds[len(parts) // 2]

@@ -77,13 +77,13 @@ class Inputs:
             if dim is not None
         ]
 
-    def measured(self) -> list[Tensor]:
-        """Those of :meth:`batches` that distances can be measured on: floating-point ones."""
+    def floating(self) -> list[Tensor]:
+        """Those of :meth:`batches` that are floating-point: distances are measured on them."""
         return [leaf for leaf in self.batches() if leaf.is_floating_point()]
 
     def others(self) -> list[Tensor]:
         """All of :meth:`batches`, where there is nothing to measure distances on."""
-        return [] if self.measured() else self.batches()
+        return [] if self.floating() else self.batches()
 
     def _check(self, i: int, dim: int, code: Code) -> None:
         leaf = self.leaves[i]

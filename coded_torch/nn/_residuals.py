@@ -1,4 +1,4 @@
-r"""Answers from results: decoded is what surrogates of the module leave of them, for every code.
+r"""Turns results into answers; with surrogates, the code decodes only what they leave unexplained.
 
 Decoders are linear, so with any approximation s of the module f they may decode residuals:
 :math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, with an error that follows the variation of f - s. An answer
@@ -283,7 +283,7 @@ def _remember(
             return leaf if bool(exact.all()) else leaf[exact.to(leaf.device)]
 
         outputs = [_to_scale(rows(leaf), link) for leaf in answers]
-        memory.observe([rows(leaf) for leaf in inputs.measured()], outputs, generation)
+        memory.observe([rows(leaf) for leaf in inputs.floating()], outputs, generation)
 
 
 def _remembered(

@@ -72,7 +72,7 @@ class Result:
                     f"to be decoded with link='softmax', got {problem}"
                 )
 
-    def infinite(self) -> str | None:
+    def not_finite(self) -> str | None:
         """The name of a leaf that is not finite."""
         for i, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor) and not finite(leaf):
@@ -105,7 +105,7 @@ class Stacked(NamedTuple):
 
 
 class Results:
-    """The replies to one task. Results are good that resemble more others than any unlike them do.
+    """The replies to one task, of which the largest group of one form counts.
 
     Args:
         task: what was asked. Results that cannot be answers to it have no vote.
@@ -142,9 +142,9 @@ class Results:
             return None
         try:
             result = Result(reply, self._task.out_dims)
-            infinite = result.infinite()
-            if infinite is not None:
-                what = f"returned values that are not finite in {infinite}"
+            not_finite = result.not_finite()
+            if not_finite is not None:
+                what = f"returned values that are not finite in {not_finite}"
                 self._errors.append(_error(reply, what))
                 return None
             result.check(self._task, self._link)
@@ -179,7 +179,7 @@ class Results:
 
     @property
     def good(self) -> list[Result]:
-        """The most results that resemble each other; of as many, those of the part asked first."""
+        """The largest group of results of one form; of equal ones, that of the part asked first."""
         return self._lead.results if self._lead else []
 
     @property
@@ -228,6 +228,10 @@ class Results:
             leaves.append(stacked)
         return Stacked(units, leaves, first.dims, first.spec, formats)
 
+    def of_first(self, num_parts: int) -> list[int]:
+        """The numbers of the parts with a good result, of those asked for first."""
+        return [r.part.number for r in self.good if r.part.number < num_parts]
+
     def failure(self, least: int, num_parts: int, why: str) -> Exception:
         """What to raise where the good results are too few.
 
@@ -241,10 +245,9 @@ class Results:
             cause = rejected[0].__cause__
             assert isinstance(cause, Exception)
             return cause
-        parts = [result.part.number for result in self.good]
         reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
         error = NotEnoughResults(
-            [number for number in parts if number < num_parts],
+            self.of_first(num_parts),
             least,
             num_parts,
             "; ".join([*reasons, *([why] if why else [])]),
@@ -271,6 +274,7 @@ class _Camp:
         gone = [result for result in self.results if result.machine == machine]
         self.results = [result for result in self.results if result.machine != machine]
         self.size -= sum(len(result.part.units) for result in gone)
+        self._first = min((result.part.number for result in self.results), default=math.inf)
         return gone
 
     def weight(self) -> tuple[int, float]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .._arguments import warn
 
-__all__ = ["StandIn"]
+__all__ = ["StandIn", "training_batch_norm"]
 
 
 class StandIn(nn.Module, abc.ABC):
@@ -67,14 +67,13 @@ class StandIn(nn.Module, abc.ABC):
     def _warn_of_batch_statistics(self) -> None:
         if not self.training or self._warned:
             return
-        for name, part in self.module.named_modules():
-            if part.training and isinstance(part, _BatchNorm):
-                self._warned = True
-                warn(
-                    f"CodedWrapper: {name or 'the module'} is in training mode and takes its "
-                    "statistics from the coded inputs, not from the batch; call eval() on it"
-                )
-                return
+        name = training_batch_norm(self.module)
+        if name is not None:
+            self._warned = True
+            warn(
+                f"CodedWrapper: {name} is in training mode and takes its statistics from the coded "
+                "inputs, not from the batch; call eval() on it"
+            )
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
@@ -98,3 +97,11 @@ def _name_keys(wrapper: StandIn, _: Any) -> None:
     pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
     for texts in complaints:
         texts[:] = [pattern.sub(prefix, text) for text in texts]
+
+
+def training_batch_norm(module: nn.Module) -> str | None:
+    """The first part that learns statistics from every batch it sees, by name; None: none does."""
+    for name, part in module.named_modules():
+        if part.training and isinstance(part, _BatchNorm):
+            return name or "the module"
+    return None

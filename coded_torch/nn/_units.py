@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..codes.base import Code
-from ..codes.plans import BatchPlan, plan_batch, plan_rows
+from ..codes.batch_plan import BatchPlan
+from ..codes.plans import plan_batch, plan_rows
 from ..grouping import Ordering
 from ..workers.base import Task
 from ._inputs import Inputs
@@ -81,18 +82,19 @@ class Columns(Units):
         inputs: Inputs,
         code: Code,
         ordering: Ordering,
+        *,
         num_stragglers: int,
         num_adversaries: int,
         dealer: random.Random | None,
         all_at_once: bool,
         out_dims: Any,
-        audit: bool = False,
+        audit: bool,
     ) -> None:
         n = code.num_workers
         self._plan = plan_batch(
             code,
             ordering,
-            inputs.measured(),
+            inputs.floating(),
             num_stragglers + num_adversaries,
             batch_size=inputs.batch_size,
             others=inputs.others(),
@@ -170,7 +172,7 @@ class Rows(Units):
         return plan_rows(
             self._code,
             self._ordering,
-            inputs.measured(),
+            inputs.floating(),
             batch_size=inputs.batch_size,
             others=inputs.others(),
         )

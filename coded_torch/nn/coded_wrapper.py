@@ -54,8 +54,8 @@ class CodedWrapper(StandIn):
       exactly :math:`f(X)` where the code is exact, else close to it; codes that look at the whole
       batch decode all groups together. The last group is filled up with copies of its last input.
       With ``Waiting()``, N - S columns are asked for first, S being the number that the law of the
-      workers loses, and 0 where there is none: on real machines say ``Waiting.first(S)`` if S of N
-      columns shall be done without from the start.
+      workers loses, and 0 where there is none; with ``Waiting.first(S)`` all N, and the call ends
+      with the first N - S results.
 
     Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
 
@@ -87,9 +87,9 @@ class CodedWrapper(StandIn):
             permutation of the batch, a sequence or an integer tensor; or a callable that is given
             the floating-point inputs, a list of ``[B, ...]``, and returns one.
         shuffle: ask for the columns in an order drawn anew for every call, so that neighbouring
-            machines that are late together do not lose neighbours on the curve. The wrapper's own
-            sequence, the same for every wrapper, but drawn from :mod:`secrets` where adversaries
-            are looked for. A ``random.Random`` makes it repeatable; then it is no secret.
+            machines that are late together do not lose neighbours on the curve. The orders come
+            from one fixed seed, the same for every wrapper; with ``max_adversaries``, from
+            :mod:`secrets`. A ``random.Random`` makes them repeatable, and no longer secret.
         link: "softmax" where all outputs are probabilities over their last dimension: they are
             decoded on the scale of logits, where they bend least, and come back as probabilities.
             The report has no expected errors then, as their units would be those of logits.
@@ -244,7 +244,7 @@ class CodedWrapper(StandIn):
             changes: arguments of the constructor.
         """
         if "stragglers" in changes:
-            changes["workers"] = LocalWorkers(changes.pop("stragglers"))
+            changes.setdefault("workers", None)
         names = inspect.signature(CodedWrapper).parameters.keys() - {"stragglers", *changes}
         return CodedWrapper(**{name: getattr(self, name) for name in names}, **changes)
 
@@ -320,12 +320,12 @@ class CodedWrapper(StandIn):
             inputs,
             self.code,
             self.ordering,
-            self._num_stragglers(waiting),
-            self.max_adversaries,
-            self._deal() if self.shuffle else None,
-            waiting.at_once,
-            self.out_dims,
-            self.audit,
+            num_stragglers=self._num_stragglers(waiting),
+            num_adversaries=self.max_adversaries,
+            dealer=self._deal() if self.shuffle else None,
+            all_at_once=waiting.at_once,
+            out_dims=self.out_dims,
+            audit=self.audit,
         )
 
     def _deal(self) -> random.Random:
@@ -371,16 +371,18 @@ class CodedWrapper(StandIn):
     def _check_waiting(self, waiting: Waiting | None) -> None:
         instance(self, "waiting", waiting, Waiting, optional=True)
         lost = (waiting.num_stragglers if waiting is not None else None) or 0
-        most = self._most_stragglers()
-        if lost > most:
-            beside = f" beside twice max_adversaries={self.max_adversaries}"
-            least = f"{self.code} needs {self.code.min_received} results"
-            what = f"waiting.num_stragglers must be at most {most}"
-            if most < 0:
-                what = f"max_adversaries must be at most {self.max_adversaries + most // 2}"
+        liars, most = self.max_adversaries, self._most_stragglers()
+        needs = f"{self.code} needs {self.code.min_received} results"
+        if most < 0:
             raise ValueError(
-                f"CodedWrapper: {what}, as {least}{beside * bool(self.max_adversaries)}, got "
-                f"{lost if most >= 0 else self.max_adversaries}"
+                f"CodedWrapper: max_adversaries must be at most {liars + most // 2}, as {needs} "
+                f"beside those of twice as many machines, got {liars}"
+            )
+        if lost > most:
+            beside = f" beside twice max_adversaries={liars}" if liars else ""
+            raise ValueError(
+                f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {needs}{beside}, "
+                f"got {lost}"
             )
 
     def extra_repr(self) -> str:

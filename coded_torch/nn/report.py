@@ -28,12 +28,12 @@ class Report:
 
     Attributes:
         asked: the machines that began a part of the call, in increasing order.
-        received: those of them whose results count, in increasing order.
-        latencies: seconds until each machine that replied or failed had done so, in that order; of
-            several times the last.
+        received: the machines whose results count, in increasing order.
+        latencies: seconds from the opening of the request, after encoding, until each machine that
+            replied or failed had done so, in that order; of several times the last.
         rejected: what was wrong with the results that do not count, by machine; of several the
             last asked for.
-        adversaries: those of them whose results are well formed but contradict those of others.
+        adversaries: the rejected machines whose well-formed results contradict those of others.
         suspects: machines of which some lie, as their results differ, but which of them cannot be
             determined; their results count.
         scores: z by machine, where adversaries are looked for: how much worse its results are
@@ -55,7 +55,7 @@ class Report:
         fence: seconds after its begin at which a part of the first ask would be asked again; None:
             not known yet.
         median: of whole calls, in seconds; None: not known yet.
-        deadline: seconds after which the call was to end; None: there was none.
+        deadline: seconds from the call after which it was to end; None: there was none.
         num_groups: G, into how many groups the batch was cut; 0 where it was asked for by rows.
         distances: by which metric, of which length, lost answers were predicted, and how well that
             predicted the results from each other; of each decoded output, in their order (and of

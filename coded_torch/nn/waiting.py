@@ -179,12 +179,12 @@ class Waiting:
         Args:
             history: of the same module on the same workers; added to when the call has ended.
             first: the units of each part of the first ask.
-            needed: how many units with a good result complete the call: of a code that repeats
-                inputs all B rows, of one that mixes N - S columns.
+            needed: how many units with a good result complete the call: all B rows, or N - S
+                columns.
             unit_rows: rows of a unit.
-            spare: of a code that mixes, the columns that are not in ``first``: any column stands
-                in for any other, and those not asked yet go first. None: units are rows, and only
-                the same rows can stand in for a part.
+            spare: where units are columns, those that are not in ``first``: any column stands in
+                for any other, and those not asked yet go first. None: units are rows, and only the
+                same rows can stand in for a part.
             since: when the call began, on the clock of the events.
             idle: how many machines would take a part at once.
             suffices: given the units with a good result, whether the error to expect is tolerable;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count
-from .._weights import looks
+from .._weights import fingerprint
 from ..codes._candidates import path_step
 from ..geometry import added_up
 from ..grouping import similarity_order
@@ -109,7 +109,7 @@ class Memory:
         Returns:
             A number for :meth:`observe`, which does not count results of other weights.
         """
-        tensors, how = looks(module)
+        tensors, how = fingerprint(module)
         how = id(module), *how
         with self._lock:
             if self._looks[1] != how:

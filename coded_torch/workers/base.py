@@ -52,7 +52,7 @@ class Part:
     Attributes:
         number: 0, 1, 2, ... within the request, in the order of asking.
         units: at least one, increasing.
-        fault: what goes wrong on purpose. It makes no other part of this one.
+        fault: an injected fault; ignored when parts are compared.
     """
 
     number: int
@@ -321,22 +321,21 @@ class Workers(abc.ABC):
 
     @final
     def run(
-        self, module: nn.Module, task: Task, *, deadline: float | None = None
+        self, module: nn.Module, task: Task, *, deadline: float = math.inf
     ) -> Generator[Reply, None, None]:
         """Ask for every unit at once, as a part of its own.
 
         Args:
             module: what to run.
             task: on what.
-            deadline: seconds to wait for replies; None: as long as the pool itself allows.
+            deadline: seconds to wait for replies; by default as long as the pool itself allows.
 
         Yields:
             Replies in order of arrival. Closing the generator closes the request.
         """
-        until = math.inf if deadline is None else deadline
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])
-            while (event := request.wait(until)) is not None:
+            while (event := request.wait(deadline)) is not None:
                 if isinstance(event, Reply):
                     yield event
 

@@ -154,10 +154,8 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated, self.num_machines = pool.simulated, pool.num_machines
         self.seed = count(self, "seed", seed, least=None)
-        self.attack, self.strength = (
-            attack,
-            real(self, "strength", strength, "finite", math.isfinite),
-        )
+        self.attack = attack
+        self.strength = real(self, "strength", strength, "finite", math.isfinite)
         self.adversaries = tuple(
             count(self, "adversaries", machine, least=0) for machine in adversaries
         )

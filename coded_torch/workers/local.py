@@ -26,8 +26,8 @@ class LocalWorkers(Workers):
     and which stands still but in :meth:`Request.wait`. An exception of the module is the caller's,
     since all parts run the same code.
 
-    Of the n parts that are asked for first, the latencies are one draw of the law, for n workers.
-    Part p of the request, whenever it is asked for, has entry p modulo n of draw p // n.
+    The first ask, of n parts, takes one draw of the law for n workers; part p of the request,
+    whenever it is asked for, takes entry p modulo n of draw p // n.
 
     Args:
         stragglers: the law of the latencies; None: all parts are answered at once.

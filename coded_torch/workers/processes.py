@@ -47,9 +47,9 @@ class ProcessWorkers(SupervisedWorkers):
         threads: how many threads each process uses for one operation.
         grace: seconds that a part may take. It says what hangs, not what is late: it follows no
             deadline, since a process that is late for one call may still be right for the next,
-            and one that is killed takes time to come back. Some times what the module takes at
-            its slowest is a good choice, first run included: until it is over, a module that hangs
-            keeps its process from later requests.
+            and one that is killed takes time to come back. A few times the module's slowest run,
+            the first included, is a good choice: until the grace is over, a module that hangs keeps
+            its process from later requests.
         timeout: seconds after which a part that was asked for and has not replied has failed.
         max_requests: how many requests may be served at once; the parts of others wait for room.
 

@@ -232,6 +232,7 @@ class _Cluster:
 
     Args:
         folder: of the cluster's files, where it is ours; None: we joined it.
+        connected: whether it is we who connected this process, and have to disconnect it.
     """
 
     _lock = threading.RLock()

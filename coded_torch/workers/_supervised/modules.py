@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..._weights import looks
+from ..._weights import fingerprint
 from ..live import Ambient
 
 __all__ = ["ModuleStore", "PackedModule"]
@@ -53,7 +53,7 @@ class ModuleStore:
         Raises:
             TypeError: the module cannot be pickled.
         """
-        tensors, how = looks(module)
+        tensors, how = fingerprint(module)
         with self._lock:
             packed = self._packed.get(module)
             if packed is None or packed[0] != how:
