@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._transforms import outside, plain
 from ..linear import SelectMap
+from ..linear.base import target
 
 if TYPE_CHECKING:
     from ..distances import Choice
@@ -63,17 +64,26 @@ class BatchPlan(abc.ABC):
     choices: tuple[Choice, ...] = ()
 
     @abc.abstractmethod
-    def encode(self, values: Tensor) -> Tensor:
-        """From the batch ``[B, ...]`` to every worker's coded inputs, ``[N, G, ...]``."""
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """From the batch ``[B, ...]`` to every worker's coded inputs, ``[N, G, ...]``.
+
+        Args:
+            values: the batch, or what else has a row for each input.
+            out: where they are written, as for :meth:`coded_torch.linear.LinearMap.__call__`:
+                without gradients only.
+        """
 
     @abc.abstractmethod
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+    def decode(
+        self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
+    ) -> Tensor:
         """From results ``[|F|, G, ...]`` to the answers of the batch, ``[B, ...]``.
 
         Args:
             results: in the order of ``received``.
             received: the workers whose results these are, strictly increasing, at least
                 :attr:`~coded_torch.codes.Code.min_received`.
+            out: where the answers are written, as for :meth:`encode`.
         """
 
     def exact(self, received: Sequence[int]) -> Tensor:
@@ -147,16 +157,20 @@ class GroupwisePlan(BatchPlan):
         self.order = grouping.order
         self._grouping = grouping
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         self.code.check_values(values)
-        return self.code.encoder.gathered(values, self._grouping)
+        return self.code.encoder.gathered(values, self._grouping, out=out)
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return self.code.decoder(received).scattered(results, self._grouping)
+    def decode(
+        self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
+    ) -> Tensor:
+        return self.code.decoder(received).scattered(results, self._grouping, out=out)
 
     def source(self, received: Sequence[int]) -> Tensor:
         with outside():
             of_group = self.code.source(received)[:, None]  # [K, 1]
+            if not bool((of_group >= 0).any()):
+                return super().source(received)
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
@@ -235,16 +249,25 @@ class SelectionPlan(BatchPlan):
         self._point, self._usable = point, usable
         self._last: tuple[tuple[int, ...], Arrived] | None = None
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         if values.shape[:1] != (self.batch_size,):
             raise ValueError(
                 f"{type(self.code).__name__}: values must have size {self.batch_size} along dim 0, "
                 f"got shape {tuple(values.shape)}"
             )
         rows = self._point.to(values.device)
-        return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
+        shape = (*rows.shape, *values.shape[1:])
+        if out is None:
+            return values.index_select(0, rows.flatten()).view(shape)
+        place = target(self.code, out, shape, (rows.numel(), *values.shape[1:]), values)
+        if place is None:
+            return out.copy_(self.encode(values))
+        torch.index_select(values, 0, rows.flatten(), out=place)
+        return out
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+    def decode(
+        self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
+    ) -> Tensor:
         with outside():
             arrived = self._arrived(received)
             weights = torch.zeros(0, len(arrived.used), dtype=torch.float64)
@@ -252,7 +275,7 @@ class SelectionPlan(BatchPlan):
                 weights = self._weights(arrived, results)
             num_results = len(received) * self.num_groups
             map = SelectMap(num_results, arrived.source, arrived.used, weights)
-        return map(results.flatten(0, 1))
+        return map(results.flatten(0, 1), out=out)
 
     def source(self, received: Sequence[int]) -> Tensor:
         with outside():

@@ -214,12 +214,12 @@ class _KernelPlan(SelectionPlan):
         self._grouping, self._batch = grouping, batch
         self._fits: tuple[tuple[Arrived, Tensor | None, Fitted], ...] = ()
 
-    def encode(self, values: Tensor) -> Tensor:
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         if not self.code.mixes:
-            return super().encode(values)
+            return super().encode(values, out=out)
         assert self.code.encoder is not None
         self.code.check_values(values)
-        return self.code.encoder.encoder.gathered(values, self._grouping)
+        return self.code.encoder.encoder.gathered(values, self._grouping, out=out)
 
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
         fitted = self._fit(arrived, arrived.sample(results))

@@ -13,6 +13,7 @@ from .._arguments import count, instance, shown
 from .._transforms import outside, plain
 from ..geometry import Geometry, check_inputs
 from ..grouping import Grouping, Ordering, check_ordering, order_of
+from ..linear.base import target
 from .base import Code
 from .batch_plan import BatchPlan, Sites, few_columns, of_mean
 
@@ -215,14 +216,23 @@ class ChunkedPlan(BatchPlan):
         ]
         self.order = torch.cat(orders) if orders else None
 
-    def encode(self, values: Tensor) -> Tensor:
-        parts = zip(self._plans, self._chunks, strict=True)
-        coded = [plan.encode(values[rows.to(values.device)]) for plan, rows in parts]
-        return torch.cat(coded, dim=1)
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
+        places: list[Tensor | None] = [None] * len(self._plans)
+        if out is not None:
+            shape = (self.code.num_workers, self.num_groups, *values.shape[1:])
+            target(self.code, out, shape, shape, values)
+            places = list(out.split([plan.num_groups for plan in self._plans], dim=1))
+        coded = [
+            plan.encode(values[rows.to(values.device)], out=place)
+            for plan, rows, place in zip(self._plans, self._chunks, places, strict=True)
+        ]
+        return torch.cat(coded, dim=1) if out is None else out
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+    def decode(
+        self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
+    ) -> Tensor:
         shares = list(self._shares(received, results))
-        answers = self._together([plan.decode(part, own) for plan, own, part in shares])
+        answers = self._together([plan.decode(part, own) for plan, own, part in shares], out)
         plans = [plan for plan, _, _ in shares]
         self.choices = tuple(choice for plan in plans for choice in plan.choices)
         self.note = "; ".join(dict.fromkeys(plan.note for plan in plans if plan.note))
@@ -272,9 +282,15 @@ class ChunkedPlan(BatchPlan):
                 flat.append(torch.where(index >= 0, part.flatten()[index], -1))
         return flat
 
-    def _together(self, parts: list[Tensor]) -> Tensor:
+    def _together(self, parts: list[Tensor], out: Tensor | None = None) -> Tensor:
         whole = torch.cat(parts)
-        return whole[self._back.to(whole.device)]
+        back = self._back.to(whole.device)
+        if out is None:
+            return whole[back]
+        if target(self.code, out, whole.shape, whole.shape, whole) is None:
+            return out.copy_(whole[back])
+        torch.index_select(whole, 0, back, out=out)
+        return out
 
     def _shares(
         self, received: Sequence[int], results: Tensor | None
@@ -294,8 +310,8 @@ class _RowChunks(ChunkedPlan):
         super().__init__(code, chunks, plans)
         self.num_groups = 1
 
-    def encode(self, values: Tensor) -> Tensor:
-        return values[:, None]
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return values[:, None] if out is None else _copied(self.code, values[:, None], out)
 
     def sites(self, received: Sequence[int]) -> list[Sites]:
         found = []
@@ -333,11 +349,14 @@ class MeanPlan(BatchPlan):
         self.code, self._plan = plan.code, plan
         self.batch_size, self.num_groups = plan.batch_size, plan.num_groups
 
-    def encode(self, values: Tensor) -> Tensor:
-        return self._plan.encode(values)
+    def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return self._plan.encode(values, out=out)
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        return results.mean((0, 1)).expand(self.batch_size, *results.shape[2:]).clone()
+    def decode(
+        self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
+    ) -> Tensor:
+        mean = results.mean((0, 1)).expand(self.batch_size, *results.shape[2:])
+        return mean.clone() if out is None else _copied(self.code, mean, out)
 
     def expected_errors(
         self, received: Sequence[int], results: Tensor | None = None
@@ -350,3 +369,8 @@ class MeanPlan(BatchPlan):
             if results is not None:
                 variance *= results.shape[2:].numel()
             return torch.full((self.batch_size,), math.sqrt(variance), dtype=torch.float64)
+
+
+def _copied(code: Code, values: Tensor, out: Tensor) -> Tensor:
+    target(code, out, values.shape, values.shape, values)
+    return out.copy_(values)

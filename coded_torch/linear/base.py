@@ -14,7 +14,7 @@ from .._arguments import count, dense, shown
 if TYPE_CHECKING:
     from ..grouping import Grouping
 
-__all__ = ["LinearMap", "accumulation_dtype"]
+__all__ = ["LinearMap", "accumulation_dtype", "target"]
 
 _HOST = torch.device("cpu")
 # Bytes, as wide as the widest access.
@@ -202,21 +202,7 @@ class LinearMap(abc.ABC):
     def _target(
         self, out: Tensor, shape: Sequence[int], flat: Sequence[int], values: Tensor
     ) -> Tensor | None:
-        """``out``, which must fit, as ``flat`` with contiguous columns; None: no view is that."""
-        name = type(self).__name__
-        fits = out.shape == torch.Size(shape) and out.dtype == values.dtype
-        if not (fits and out.device == values.device):
-            raise ValueError(
-                f"{name}: out must be {values.dtype} of shape {tuple(shape)} on {values.device}, "
-                f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
-            )
-        if torch.is_grad_enabled() and (values.requires_grad or out.requires_grad):
-            raise ValueError(f"{name}: out must be None where gradients are recorded")
-        try:
-            view = out.view(*flat)
-        except RuntimeError:
-            return None
-        return view if view.shape[-1] <= 1 or view.stride(-1) == 1 else None
+        return target(self, out, shape, flat, values)
 
     def _along(self, values: Tensor, dim: int, transpose: bool, out: Tensor | None) -> Tensor:
         size = self.num_outputs if transpose else self.num_inputs
@@ -237,6 +223,37 @@ class LinearMap(abc.ABC):
             return out.copy_(self._along(values, dim, transpose, None))
         self._write(target.transpose(0, 1), grouped, transpose)
         return out
+
+
+def target(
+    owner: object, out: Tensor, shape: Sequence[int], flat: Sequence[int], values: Tensor
+) -> Tensor | None:
+    """``out``, which must fit, as ``flat`` with contiguous columns; None: no view is that.
+
+    Args:
+        owner: whose argument ``out`` is, for the message.
+        out: where a result is to be written.
+        shape: of the result.
+        flat: of the view.
+        values: what the result is made of, of the same dtype and device.
+
+    Raises:
+        ValueError: ``out`` does not fit, or gradients are recorded.
+    """
+    name = type(owner).__name__
+    fits = out.shape == torch.Size(shape) and out.dtype == values.dtype
+    if not (fits and out.device == values.device):
+        raise ValueError(
+            f"{name}: out must be {values.dtype} of shape {tuple(shape)} on {values.device}, "
+            f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (values.requires_grad or out.requires_grad):
+        raise ValueError(f"{name}: out must be None where gradients are recorded")
+    try:
+        view = out.view(*flat)
+    except RuntimeError:
+        return None
+    return view if view.shape[-1] <= 1 or view.stride(-1) == 1 else None
 
 
 def _place(

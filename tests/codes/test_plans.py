@@ -286,6 +286,50 @@ def test_the_mean_of_everything():
     assert mixed.expected_rmse([1], results) is None
 
 
+@pytest.mark.parametrize("columns", [4, 300])
+@pytest.mark.parametrize("max_chunk", [4096, 7])
+@pytest.mark.parametrize("code", SELECTING + MIXING, ids=str)
+def test_results_in_memory_that_is_there_are_the_same_bit_for_bit(
+    code, max_chunk, columns, monkeypatch
+):
+    monkeypatch.setattr(code, "max_chunk", max_chunk)
+    x = normal(11, columns)
+    plan = plan_batch(code, "similarity", [x], 2)
+    coded = plan.encode(x)
+    answers = plan.decode(coded[RECEIVED], RECEIVED)
+    for into in (torch.empty_like, lambda like: torch.empty(*like.shape, 2).double()[..., 0]):
+        out = into(coded)
+        assert plan.encode(x, out=out) is out
+        assert torch.equal(out, coded)
+        out = into(answers)
+        assert plan.decode(coded[RECEIVED], RECEIVED, out=out) is out
+        assert torch.equal(out, answers)
+        mean = into(answers)
+        assert MeanPlan(plan).decode(coded[:1], [0], out=mean) is mean
+        assert torch.equal(mean, MeanPlan(plan).decode(coded[:1], [0]))
+    for wrong in (out[1:], out.float(), torch.empty_like(coded)[..., :1]):
+        with pytest.raises(ValueError, match=r"out must be torch\.float64 of shape"):
+            plan.encode(x, out=wrong)
+        with pytest.raises(ValueError, match=r"out must be torch\.float64 of shape"):
+            plan.decode(coded[RECEIVED], RECEIVED, out=wrong)
+    with pytest.raises(ValueError, match="out must be None where gradients are recorded"):
+        plan.encode(x.requires_grad_(), out=torch.empty_like(coded))
+
+
+@pytest.mark.parametrize("code", SELECTING, ids=str)
+@pytest.mark.parametrize("max_chunk", [4096, 4])
+def test_rows_in_memory_that_is_there(code, max_chunk, monkeypatch):
+    monkeypatch.setattr(code, "max_chunk", max_chunk)
+    x = inputs(9)
+    plan, received = plan_rows(code, "similarity", [x]), [0, 3, 4, 8]
+    coded, out = plan.encode(x), torch.empty(9, 1, 4, dtype=x.dtype)
+    assert plan.encode(x, out=out) is out
+    assert torch.equal(out, coded)
+    answers, out = plan.decode(coded[received], received), torch.empty_like(x)
+    assert plan.decode(coded[received], received, out=out) is out
+    assert torch.equal(out, answers)
+
+
 # Transforms. PyTorch itself compiles its formulas of forward mode with what it has deprecated.
 
 

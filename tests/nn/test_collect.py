@@ -33,10 +33,11 @@ class _Plan(BatchPlan):
     def __init__(self, code, grouping):
         self.code, self.batch_size, self.num_groups = code, grouping.batch_size, grouping.num_groups
 
-    def encode(self, values):
-        return values.expand(self.code.num_workers, *values.shape)
+    def encode(self, values, *, out=None):
+        coded = values.expand(self.code.num_workers, *values.shape)
+        return coded if out is None else out.copy_(coded)
 
-    def decode(self, results, received):
+    def decode(self, results, received, *, out=None):
         assert list(received) == sorted(received)
         return results.mean(0)
 
