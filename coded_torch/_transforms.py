@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
-__all__ = ["outside", "plain"]
+__all__ = ["differentiated", "outside", "plain"]
 
 
 def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
@@ -25,6 +26,15 @@ def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
             f"give the whole batch at once, got {numbers.dim() - tensor.dim()} hidden dimensions"
         )
     return numbers
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Whether a derivative may be asked of what is computed from a tensor now."""
+    return (
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or bool(torch._C._are_functorch_transforms_active())
+        or forward_ad.unpack_dual(tensor).tangent is not None
+    )
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ LAYERS = (
     {"grouping"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers", "geometry", "regression"},
-    {"_arguments", "_transforms", "_console", "_weights"},
+    {"_arguments", "_buffers", "_transforms", "_console", "_weights"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import abc
 import functools
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._transforms import differentiated
 from ..codes.base import Code
 from ..codes.batch_plan import BatchPlan
 from ..codes.plans import plan_batch, plan_rows
@@ -19,6 +21,9 @@ from ..workers.base import Task
 from ._inputs import Inputs
 
 __all__ = ["Columns", "Rows", "Units"]
+
+_LEAST_BYTES = 1 << 16  # of coded inputs, for which memory is worth looking for
+_ALIGNMENT = 64
 
 
 class Units(abc.ABC):
@@ -75,6 +80,8 @@ class Columns(Units):
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
         audit: whether every column gets one common input, in a place drawn from ``dealer``.
+        memory: that the coded inputs may be written to, of so many bytes; see
+            :meth:`~coded_torch.workers.Workers.memory`.
     """
 
     def __init__(
@@ -89,21 +96,19 @@ class Columns(Units):
         all_at_once: bool,
         out_dims: Any,
         audit: bool,
+        memory: Callable[[int], Tensor | None],
     ) -> None:
-        n = code.num_workers
+        n, floating = code.num_workers, inputs.floating()
         self._plan = plan_batch(
             code,
             ordering,
-            inputs.floating(),
+            floating,
             num_stragglers + num_adversaries,
             batch_size=inputs.batch_size,
-            others=inputs.others(),
+            others=[] if floating else inputs.batches(),
         )
         self.num_groups = self._plan.num_groups
-        leaves = [
-            leaf if dim is None else self._plan.encode(leaf.movedim(dim, 0))  # [N, G, ...]
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
+        leaves = _encode(self._plan, inputs, (lambda _: None) if audit else memory)
         rows = self.num_groups
         if audit and dealer is not None:
             self.audit, rows = dealer.randrange(rows + 1), rows + 1
@@ -119,7 +124,7 @@ class Columns(Units):
         chosen = (
             list(range(n)) if all_at_once else [i * n // self.needed for i in range(self.needed)]
         )
-        spare = sorted(set(range(n)) - set(chosen))
+        spare = [] if len(chosen) == n else sorted(set(range(n)) - set(chosen))
         if dealer is not None:
             dealer.shuffle(chosen)
             dealer.shuffle(spare)
@@ -168,14 +173,42 @@ class Rows(Units):
 
     @functools.cached_property
     def plan(self) -> BatchPlan:
-        inputs = self._inputs
+        inputs, floating = self._inputs, self._inputs.floating()
         return plan_rows(
             self._code,
             self._ordering,
-            inputs.floating(),
+            floating,
             batch_size=inputs.batch_size,
-            others=inputs.others(),
+            others=[] if floating else inputs.batches(),
         )
+
+
+def _encode(plan: BatchPlan, inputs: Inputs, memory: Callable[[int], Tensor | None]) -> list[Any]:
+    """The leaves of the inputs, those that are divided coded: ``[N, G, ...]``.
+
+    What no derivative is asked of is written to one piece of ``memory``, where it is worth that.
+    """
+    units = plan.code.num_workers, plan.num_groups
+    leaves = [
+        leaf.movedim(dim, 0) if dim else leaf
+        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+    ]
+    ends, total = {}, 0
+    for i, (leaf, dim) in enumerate(zip(leaves, inputs.dims, strict=True)):
+        if dim is not None and leaf.device.type == "cpu" and not differentiated(leaf):
+            size = math.prod(units) * leaf.shape[1:].numel() * leaf.element_size()
+            ends[i] = total, total + size
+            total += -(-size // _ALIGNMENT) * _ALIGNMENT
+    whole = memory(total) if total >= _LEAST_BYTES else None
+    places = {}
+    if whole is not None:
+        for i, (start, end) in ends.items():
+            flat = whole[start:end].view(leaves[i].dtype)
+            places[i] = flat.view(*units, *leaves[i].shape[1:])
+    return [
+        leaf if dim is None else plan.encode(leaf, out=places.get(i))
+        for i, (leaf, dim) in enumerate(zip(leaves, inputs.dims, strict=True))
+    ]
 
 
 def _insert(columns: Tensor, row: Tensor, place: int) -> Tensor:

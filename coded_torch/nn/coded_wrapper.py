@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .._arguments import count, instance
+from .._buffers import Buffers, host_memory
 from ..codes.base import Code
 from ..grouping import check_ordering
 from ..surrogates import Memory
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["CodedWrapper"]
 
 logger = logging.getLogger("coded_torch.nn")
+
+_AT_ONCE, _AS_NEEDED = Waiting.first(), Waiting()
 
 
 class CodedWrapper(StandIn):
@@ -144,6 +147,10 @@ class CodedWrapper(StandIn):
         in their last bits where the module was run on batches of other sizes.) An empty batch goes
         to the module itself.
 
+        Coded inputs of 64 KiB and more, on the host, go to memory that lasts: the pool's
+        (:meth:`~coded_torch.workers.Workers.memory`), else the wrapper's own. It is used again
+        when nothing refers to it, neither what the module has kept, nor a graph, nor a late worker.
+
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
         Learning-Theoretic Framework", NeurIPS 2024, arXiv:2406.00300.
@@ -220,7 +227,7 @@ class CodedWrapper(StandIn):
         self.out_dims = out_dims
         self.on_run = on_run
         self.last_run = None
-        self._history = History()
+        self._history, self._encode_memory = History(), Buffers(host_memory, most=1)
         self._dealer = random.Random(0)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
@@ -326,7 +333,13 @@ class CodedWrapper(StandIn):
             all_at_once=waiting.at_once,
             out_dims=self.out_dims,
             audit=self.audit,
+            memory=self._memory,
         )
+
+    def _memory(self, num_bytes: int) -> Tensor | None:
+        """Where coded inputs are written: where machines read, else where those before were."""
+        memory = self.workers.memory(num_bytes)
+        return self._encode_memory.take(num_bytes) if memory is None else memory
 
     def _deal(self) -> random.Random:
         """What positions, and all else that machines must not know, are drawn from."""
@@ -354,7 +367,7 @@ class CodedWrapper(StandIn):
         if self.waiting is not None:
             return self.waiting
         at_once = self.workers.simulated or self.max_adversaries
-        return Waiting.first() if at_once else Waiting()
+        return _AT_ONCE if at_once else _AS_NEEDED
 
     def _num_stragglers(self, waiting: Waiting) -> int:
         """S, for the code and the workers that are there now."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .pytrees import broadcast_dims, check_batch, flatten, kind, leaf_name, show
+from .pytrees import broadcast_dims, check_batch, flatten, kind, leaf_name, show, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,7 +157,7 @@ class Task:
                 leaf if dim is None else leaf[start : start + step].movedim(0, dim)
                 for leaf, dim in zip(rows, self.dims, strict=True)
             ]
-            args, kwargs = pytree.tree_unflatten(batch, self.spec)
+            args, kwargs = unflatten(batch, self.spec)
             yield args, kwargs
 
     def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
@@ -197,10 +197,7 @@ class Task:
             leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
             check_batch(outputs[0], i, leaf, dim, sum(sizes))
             columns.append(leaf.split(sizes, dim))
-        return [
-            pytree.tree_unflatten([column[n] for column in columns], specs[0])
-            for n in range(len(counts))
-        ]
+        return [unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]
 
 
 class Request(abc.ABC):
@@ -318,6 +315,22 @@ class Workers(abc.ABC):
             module: what to run.
             task: on what.
         """
+
+    def memory(self, num_bytes: int) -> Tensor | None:
+        """Memory of this machine that those of the pool read where it is.
+
+        What is encoded into it need not be written again for them. A machine that is late may read
+        there until it ends, and what it writes there is seen by no other; so the memory is used
+        again when the result and all its views are gone, and every machine is done with it.
+
+        Args:
+            num_bytes: at least 1.
+
+        Returns:
+            uint8, ``[num_bytes]``; None: the pool has none, or all of it is in use, and any other
+            memory will do.
+        """
+        return None
 
     @final
     def run(

@@ -181,6 +181,9 @@ class FaultyWorkers(Workers):
 
         return _FaultyRequest(self.pool.open(module, task), self._begin, attacker)
 
+    def memory(self, num_bytes: int) -> Tensor | None:
+        return self.pool.memory(num_bytes)
+
     def _begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """The number of a new request, and the faults of its parts, without end."""
         with self._lock:

@@ -12,10 +12,11 @@ import socket
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._arguments import find_devices
 from ._supervised.pool import SupervisedWorkers
+from ._supervised.shared_inputs import SharedInputs
 from ._supervised.shared_memory import Block, Connection, Message, Pickled
 from ._supervised.supervisor import Job, Machine, Supervisor
 from ._supervised.worker_main import JOB, MODULE, READY, RESULT, remote_cause, serve
@@ -29,7 +30,8 @@ _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others 
 class ProcessWorkers(SupervisedWorkers):
     r"""A process per worker, each with the module; each takes the next part when it is free.
 
-    Inputs and results pass through shared memory. A process that dies is replaced at once, one that
+    Inputs and results pass through shared memory; what a wrapper encodes is written there, and not
+    again. A process that dies is replaced at once, one that
     is at a part for longer than ``grace`` is killed and replaced; the part has failed, the request
     goes on. Since any process takes any part, those that are slow, stopped or starting hold up none
     of the later requests while others are free.
@@ -142,6 +144,7 @@ class _Processes(Supervisor):
         self._context = multiprocessing.get_context(
             "forkserver" if "forkserver" in methods else "spawn"
         )
+        self._inputs = SharedInputs()
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -169,9 +172,12 @@ class _Processes(Supervisor):
         self._selector.register(machine.connection, selectors.EVENT_READ, machine)
         return machine
 
+    def memory(self, num_bytes: int) -> Tensor | None:
+        return self._inputs.take(num_bytes)
+
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, _Process)
-        contents = Pickled(job.contents())
+        contents = Pickled(job.contents(), find=self._inputs.find)
         with contextlib.suppress(ConnectionError):  # it has died, which the other thread hears
             if job.module.number not in machine.modules:
                 machine.connection.send_block(MODULE, job.module.number, *job.module.package)

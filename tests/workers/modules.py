@@ -120,6 +120,17 @@ class Remembers(nn.Module):
         return x if last is None else last
 
 
+class Doubles(nn.Module):
+    """The sum of its inputs, twice; in place if wanted."""
+
+    def __init__(self, in_place: bool = False) -> None:
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return x.mul_(2.0) if self.in_place else 2.0 * sum(others, x)
+
+
 class Trap:
     def __reduce__(self) -> tuple[Any, ...]:
         return _spring, ()

@@ -64,6 +64,9 @@ class SupervisedWorkers(Workers):
         self._check_gradients(module, task)
         return _SupervisedRequest(self, self._started(), module, task)
 
+    def memory(self, num_bytes: int) -> Tensor | None:
+        return self._started().memory(num_bytes)
+
     def start(self, timeout: float = START_SECONDS) -> Self:
         """Start all workers and wait until they are up; else the first request starts them.
 

@@ -2,14 +2,20 @@ r"""Messages between two processes of one machine, with their tensors in shared 
 
 Pickling a tensor copies it twice and writes it through a pipe; :mod:`torch.multiprocessing` moves
 its storage to a file of its own and sends the descriptor, for every tensor and message. Here a side
-writes all of a message into memory that the other has mapped already, and sends 40 bytes. What the
+writes all of a message into memory that the other has mapped already, and sends 64 bytes. What the
 other reads are views of that memory; when they are gone, the memory is used again.
+
+What lies in shared memory already, inputs that were encoded there, is not written again: the
+message says where it is. Its reader maps it anew, so that what a module writes to its inputs
+reaches nobody else.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
+import itertools
 import mmap
 import os
 import pickle
@@ -20,17 +26,23 @@ import tempfile
 import types
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Block", "Connection", "Message", "Pickled", "TensorPickler"]
+__all__ = ["MOST_BLOCKS", "Block", "Connection", "Inputs", "Message", "Pickled", "TensorPickler"]
+__all__ += ["aligned", "rounded"]
 
-_HEADER = struct.Struct("<qqqqQ")  # kind, number, bytes of the pickle, block, blocks to reuse
-_MOST_BLOCKS = 64  # bits of the last field
+# Kind, number, bytes of the pickle; its block, and blocks that have been read; the place of inputs,
+# and places that have been read; which of block and inputs come with a descriptor.
+_HEADER = struct.Struct("<qqqqQqQq")
+_NEW_BLOCK, _NEW_INPUTS = 1, 2
+MOST_BLOCKS = 64  # bits of the fields of what has been read
 _ALIGNMENT = 64
 _LEAST = 1 << 16
+_numbers = itertools.count()  # of the blocks that this process has
 
 
 class Block:
@@ -39,17 +51,24 @@ class Block:
     Args:
         size: bytes to reserve.
         descriptor: of memory that another process has reserved; None: new memory.
-        private: whether what is written here stays unseen by others.
     """
 
-    def __init__(self, size: int = 0, descriptor: int | None = None, private: bool = False) -> None:
+    def __init__(self, size: int = 0, descriptor: int | None = None) -> None:
         new = descriptor is None
         self.descriptor = _anonymous_file() if descriptor is None else descriptor
+        self.number = next(_numbers)
         self._finalizer = weakref.finalize(self, os.close, self.descriptor)
         if new:
             os.ftruncate(self.descriptor, size)
-        access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
-        self.memory = mmap.mmap(self.descriptor, 0, access=access)
+
+    @functools.cached_property
+    def memory(self) -> mmap.mmap:
+        """The memory itself."""
+        return mmap.mmap(self.descriptor, 0)
+
+    def private(self) -> mmap.mmap:
+        """The memory as it is; what is written here stays unseen by others."""
+        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
 
     def __len__(self) -> int:
         return len(self.memory)
@@ -70,10 +89,19 @@ class Message(NamedTuple):
     number: int
     memory: memoryview
     length: int
+    inputs: memoryview | None = None
 
     def value(self) -> Any:
         """The object; its tensors are views of the memory, which is kept as long as they are."""
-        return _Unpickler(self.memory, self.length).load()
+        return _Unpickler(self.memory, self.length, self.inputs).load()
+
+
+class Inputs(NamedTuple):
+    """A tensor in shared memory: the place of that, and its block."""
+
+    tensor: Tensor
+    place: int
+    block: Block
 
 
 class Connection:
@@ -90,6 +118,13 @@ class Connection:
         self._lent: dict[int, Block] = {}  # written, and read by the other side
         self._known: dict[int, Block] = {}  # the other side's
         self._done: deque[int] = deque()  # of these, those that are read
+        # By place, the same for inputs: those that the other side may read, and knows; its own.
+        self._lent_inputs: dict[int, deque[Tensor]] = {}
+        self._shown: dict[int, int] = {}  # the number of the block
+        self._known_inputs: dict[int, Block] = {}
+        self._done_inputs: deque[int] = deque()
+        self._held: list[tuple[bytes, Block]] = []  # to be sent with the next message
+        self._received: deque[Block] = deque()  # of headers that have not been read
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -103,6 +138,7 @@ class Connection:
             OSError: there is no memory to be had.
         """
         descriptors: list[int] = []
+        new = 0
         block: Block | None = None
         if self._free:
             index, block = self._free.pop()
@@ -110,16 +146,29 @@ class Connection:
             index = self._made
             self._made += 1
         if block is None or len(block) < pickled.size:
-            block = Block(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
+            block = Block(rounded(pickled.size))
             descriptors.append(block.descriptor)
+            new = _NEW_BLOCK
         pickled.write(block.memory)
-        if index < _MOST_BLOCKS:  # any further ones are used once
+        if index < MOST_BLOCKS:  # any further ones are used once
             self._lent[index] = block
-        self._send(kind, number, len(pickled.stream), index, descriptors)
+        place = -1
+        if pickled.inputs is not None:
+            tensor, place, inputs = pickled.inputs
+            self._lent_inputs.setdefault(place, deque()).append(tensor)
+            if self._shown.get(place) != inputs.number:
+                self._shown[place] = inputs.number
+                descriptors.append(inputs.descriptor)
+                new |= _NEW_INPUTS
+        self._send(kind, number, len(pickled.stream), index, place, new, descriptors)
 
     def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
-        """Send a block as it is: the reader maps the same memory, for itself."""
-        self._send(kind, number, length, -1, [block.descriptor])
+        """Send a block as it is; the reader maps the same memory, for itself.
+
+        It goes with the next message: together they wake the other side once.
+        """
+        header = _HEADER.pack(kind, number, length, -1, 0, -1, 0, _NEW_BLOCK)
+        self._held.append((header, block))
 
     def receive(self) -> Message | None:
         """The next message; None: the other side has ended.
@@ -129,43 +178,63 @@ class Connection:
         """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
-            data, descriptors, _, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
+            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 3)
         except ConnectionError:
             return None
         if len(data) < _HEADER.size:
             return None
-        kind, number, length, index, reusable = _HEADER.unpack(data)
-        while reusable:
-            lowest = (reusable & -reusable).bit_length() - 1
-            self._free.append((lowest, self._lent.pop(lowest)))
-            reusable &= reusable - 1
-        shared = 0 <= index < _MOST_BLOCKS
-        if not descriptors and not (shared and index in self._known):
+        kind, number, length, index, read, place, read_inputs, new = _HEADER.unpack(data)
+        for done in _bits(read):
+            self._free.append((done, self._lent.pop(done)))
+        for done in _bits(read_inputs):
+            self._lent_inputs[done].popleft()
+        # Those of headers that were sent together come with the first.
+        self._received += [Block(descriptor=descriptor) for descriptor in descriptors]
+        if flags & socket.MSG_CTRUNC or len(self._received) < new.bit_count():
             # The kernel drops descriptors that are one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        if not shared:
-            block = Block(descriptor=descriptors[0], private=True)
-            return Message(kind, number, memoryview(block.memory), length)
-        if descriptors:
-            self._known[index] = Block(descriptor=descriptors[0])
+        block = self._received.popleft() if new & _NEW_BLOCK else None
+        if new & _NEW_INPUTS:
+            self._known_inputs[place] = self._received.popleft()
+        inputs = None
+        if place >= 0:
+            inputs = memoryview(self._known_inputs[place].private())
+            weakref.finalize(inputs, self._done_inputs.append, place).atexit = False
+        if not 0 <= index < MOST_BLOCKS:
+            assert block is not None
+            return Message(kind, number, memoryview(block.private()), length, inputs)
+        if block is not None:
+            self._known[index] = block
         memory = memoryview(self._known[index].memory)
         weakref.finalize(memory, self._done.append, index).atexit = False
-        return Message(kind, number, memory, length)
+        return Message(kind, number, memory, length, inputs)
 
     def close(self) -> None:
         """Let go of the connection and of all memory that is not being read."""
         self.socket.close()
         self._free, self._lent, self._known = [], {}, {}
+        self._lent_inputs, self._known_inputs = {}, {}
 
     def _send(
-        self, kind: int, number: int, length: int, index: int, descriptors: list[int]
+        self,
+        kind: int,
+        number: int,
+        length: int,
+        index: int,
+        place: int,
+        new: int,
+        descriptors: list[int],
     ) -> None:
-        reusable = 0
-        while self._done:
-            reusable |= 1 << self._done.popleft()
-        header = _HEADER.pack(kind, number, length, index, reusable)
+        read, read_inputs = _mask(self._done), _mask(self._done_inputs)
+        header = _HEADER.pack(kind, number, length, index, read, place, read_inputs, new)
+        held, self._held = self._held, []
+        headers = [*(before for before, _ in held), header]
+        descriptors = [*(block.descriptor for _, block in held), *descriptors]
         try:
-            socket.send_fds(self.socket, [header], descriptors)
+            if descriptors:
+                socket.send_fds(self.socket, headers, descriptors)
+            else:
+                self.socket.sendall(header)
         except OSError as error:
             raise ConnectionError(f"nothing reads any more: {error}") from error
 
@@ -176,28 +245,37 @@ class Pickled:
     Args:
         value: the object.
         pickler: how to pickle it.
+        find: says which of its tensors lie in shared memory already; those of one piece of that
+            stay there.
 
     Raises:
         Exception: whatever keeps ``value`` from being pickled.
     """
 
-    def __init__(self, value: Any, pickler: type[TensorPickler] | None = None) -> None:
+    def __init__(
+        self,
+        value: Any,
+        pickler: type[TensorPickler] | None = None,
+        find: Callable[[Tensor], Inputs | None] | None = None,
+    ) -> None:
         buffer = io.BytesIO()
         writer = (pickler or _Pickler)(buffer, pickle.HIGHEST_PROTOCOL)
+        writer.find = find
         writer.dump(value)
         self.stream = buffer.getbuffer()
-        self.tensors = writer.tensors
-        self.start = _aligned(len(self.stream))
+        self.tensors, self.inputs = writer.tensors, writer.inputs
+        self.start = aligned(len(self.stream))
         self.size = self.start + writer.size
 
     def write(self, memory: mmap.mmap | memoryview) -> None:
-        """Write all of it to the beginning of ``memory``."""
+        """Write all of it to the beginning of ``memory``, and let go of the tensors."""
         memory[: len(self.stream)] = self.stream
         for tensor, offset in self.tensors:
             place = torch.frombuffer(
                 memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.start + offset
             )
             place.view(tensor.shape).copy_(tensor.detach())
+        self.tensors = []
 
 
 class TensorPickler:
@@ -207,6 +285,8 @@ class TensorPickler:
         super().__init__(*args)
         self.tensors: list[tuple[Tensor, int]] = []
         self.size = 0
+        self.find: Callable[[Tensor], Inputs | None] | None = None
+        self.inputs: Inputs | None = None
 
     def reducer_override(self, obj: Any) -> Any:
         # Parameters come here as the plain tensors inside of them, tied ones once.
@@ -215,10 +295,16 @@ class TensorPickler:
         count = obj.numel()
         if obj.device.type == "meta" or not count:
             return self.reduce_other(obj)
+        dtype = str(obj.dtype).removeprefix("torch.")
+        found = self.find and self.find(obj)
+        if found and (self.inputs is None or self.inputs.block is found.block):
+            self.inputs = found
+            offset = obj.storage_offset() * obj.element_size()
+            return _input_at, (dtype, tuple(obj.shape), obj.stride(), offset)
         offset = self.size
         self.tensors.append((obj, offset))
-        self.size += _aligned(count * obj.element_size())
-        return _tensor_at, (str(obj.dtype).removeprefix("torch."), count, tuple(obj.shape), offset)
+        self.size += aligned(count * obj.element_size())
+        return _tensor_at, (dtype, count, tuple(obj.shape), offset)
 
     def reduce_other(self, obj: Any) -> Any:
         """How to pickle anything else."""
@@ -245,9 +331,9 @@ class _Pickler(TensorPickler, pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, memory: memoryview, length: int) -> None:
+    def __init__(self, memory: memoryview, length: int, inputs: memoryview | None) -> None:
         super().__init__(io.BytesIO(memory[:length]))
-        start = _aligned(length)
+        start = aligned(length)
 
         # Not a method: the unpickler remembers it, and a cycle would hold the memory until the
         # next garbage collection.
@@ -257,11 +343,19 @@ class _Unpickler(pickle.Unpickler):
             )
             return flat.view(shape)
 
-        self._tensor_at = tensor_at
+        def input_at(
+            dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
+        ) -> Tensor:
+            count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+            assert inputs is not None
+            flat = torch.frombuffer(inputs, dtype=getattr(torch, dtype), count=count, offset=offset)
+            return flat.as_strided(shape, strides)
+
+        self._readers = {_tensor_at.__name__: tensor_at, _input_at.__name__: input_at}
 
     def find_class(self, module: str, name: str) -> Any:
-        if name == _tensor_at.__name__ and module == __name__:
-            return self._tensor_at
+        if module == __name__ and name in self._readers:
+            return self._readers[name]
         return super().find_class(module, name)
 
 
@@ -270,7 +364,31 @@ def _tensor_at(*_: Any) -> Tensor:
     raise pickle.UnpicklingError("a block must be read where its memory is")
 
 
-def _aligned(size: int) -> int:
+def _input_at(*_: Any) -> Tensor:
+    """The same for what lies in memory of the pool."""
+    raise pickle.UnpicklingError("a message must be read where its inputs are")
+
+
+def _mask(places: deque[int]) -> int:
+    """Takes places out, each at most once, and returns them as bits."""
+    mask = 0
+    while places and not mask >> places[0] & 1:
+        mask |= 1 << places.popleft()
+    return mask
+
+
+def _bits(mask: int) -> list[int]:
+    """The places in a mask."""
+    return [place for place in range(mask.bit_length()) if mask >> place & 1]
+
+
+def rounded(size: int) -> int:
+    """Room for somewhat more, so that it does for the next."""
+    return max(_LEAST, 1 << (size - 1).bit_length())
+
+
+def aligned(size: int) -> int:
+    """Bytes that so many take, as what is behind them begins on a line of the cache."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..base import Arguments, Part
 from ..faults import Fault
@@ -145,6 +145,10 @@ class Supervisor(abc.ABC):
     @abc.abstractmethod
     def wake(self) -> None:
         """Make :meth:`wait` return."""
+
+    def memory(self, num_bytes: int) -> Tensor | None:
+        """As :meth:`~coded_torch.workers.Workers.memory`."""
+        return None
 
     def let_go(self) -> None:  # noqa: B027 - most hold nothing else
         """Let go of all but the machines, which have ended."""
