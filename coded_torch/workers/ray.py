@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ._supervised.pool import SupervisedWorkers
-from ._supervised.shared_memory import Message, Pickled, TensorPickler
+from ._supervised.shared_memory import Message, Pickled, TensorPickler, aligned
 from ._supervised.supervisor import Job, Machine, Supervisor
 from ._supervised.worker_main import RESULT, LoadedModules, remote_cause
 
@@ -29,7 +29,8 @@ logger = logging.getLogger("coded_torch.workers")
 
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray binds all sockets to 127.0.0.1
 
-Packed = tuple[Any, int]  # bytes as an array, which Ray shares instead of copying; and a length
+# A pickle, and the bytes of its tensors as arrays, each of which Ray writes once to its store.
+Packed = tuple[bytes, list[Any]]
 
 
 class RayWorkers(SupervisedWorkers):
@@ -295,11 +296,13 @@ class Serving:
         device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
         self._modules = LoadedModules(device, _cloud_pickler())
 
-    def call(self, number: int, package: list[Any], array: Any, length: int) -> tuple[int, Packed]:
+    def call(
+        self, number: int, package: list[Any], stream: bytes, arrays: list[Any]
+    ) -> tuple[int, Packed]:
         """Do a job, as :class:`LoadedModules` does."""
         if number not in self._modules:
             self._modules.add(number, lambda: _unpack(*_ray().get(package[0])))
-        kind, contents = self._modules.call(lambda: _unpack(array, length))
+        kind, contents = self._modules.call(lambda: _unpack(stream, arrays))
         return kind, _packed(contents)
 
 
@@ -344,14 +347,21 @@ def _pack(value: Any) -> Packed:
 
 
 def _packed(contents: Pickled) -> Packed:
-    array = np.empty(contents.size, np.uint8)
-    contents.write(array.data)
-    return array, len(contents.stream)
+    tensors = (
+        tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+        for tensor, _ in contents.tensors
+    )
+    return bytes(contents.stream), [flat.view(-1).view(torch.uint8).numpy() for flat in tensors]
 
 
-def _unpack(array: Any, length: int) -> Any:
+def _unpack(stream: bytes, arrays: list[Any]) -> Any:
     # Ray's arrays are views of memory that others read: a write would end the process.
-    return Message(0, 0, np.array(array).data, length).value()
+    parts = [np.frombuffer(stream, np.uint8), *arrays]
+    ends = np.cumsum([aligned(len(part)) for part in parts]).tolist()
+    memory = np.empty(ends[-1], np.uint8)
+    for start, part in zip([0, *ends], parts, strict=False):
+        memory[start : start + len(part)] = part
+    return Message(0, 0, memory.data, len(stream)).value()
 
 
 def _cloud_pickler() -> type[TensorPickler]:
