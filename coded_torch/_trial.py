@@ -114,7 +114,7 @@ class Trial:
                 self.inputs,
                 num_stragglers,
                 batch_size=self._inputs.batch_size,
-                others=self._inputs.others(),
+                others=[] if self.inputs else self._inputs.batches(),
             )
             self._plans[key] = plan, self._results_of(plan)
         plan, results = self._plans[key]

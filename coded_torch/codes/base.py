@@ -288,9 +288,12 @@ class FixedCode(Code):
             TypeError, ValueError: as :meth:`decoder`.
         """
         workers = self._received(received)
+        nothing = torch.full((self.num_data,), -1)
+        if not self._repeats or len(workers) < self.min_received:
+            return nothing
         own = self._own[list(workers)]
-        if len(workers) < self.min_received or not bool((own >= 0).any()):
-            return torch.full((self.num_data,), -1)
+        if not bool((own >= 0).any()):
+            return nothing
         picked = unit_rows(self._decoder(workers).matrix())
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)
@@ -317,6 +320,11 @@ class FixedCode(Code):
     def _own(self) -> Tensor:
         """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
         return unit_rows(self.encoder.matrix())
+
+    @functools.cached_property
+    def _repeats(self) -> bool:
+        """Whether a worker computes an input as it is."""
+        return bool((self._own >= 0).any())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
@@ -376,7 +384,7 @@ class FixedCode(Code):
 
     def __getstate__(self) -> dict[str, Any]:
         # The maps are cheap to plan again, and a lock cannot travel.
-        dropped = ("_decoders", "_lock", "encoder", "_own")
+        dropped = ("_decoders", "_lock", "encoder", "_own", "_repeats")
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

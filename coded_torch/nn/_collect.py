@@ -125,25 +125,20 @@ def _follow(
     parts: list[workers.Part] = []
     events: deque[Event] = deque()
     latencies: dict[int, float] = {}  # by the number of the part
-    rows = units.task.unit_rows
+    begun = 0  # rows
 
-    def hear(event: workers.Began | workers.Reply | None) -> None:
-        if isinstance(event, workers.Began):
-            report.work += len(event.part.units) * rows / units.batch_size
-            asked.add(event.machine)
-            events.append(Began(event.part.number, event.at, event.fresh))
-        elif event is not None:
-            if event.machine >= 0:  # else none had it
-                report.latencies.pop(event.machine, None)
-                report.latencies[event.machine] = event.at
-            latencies[event.part.number] = event.latency
-            settled = results.add(event)
-            if agreement is not None and len(results.units) >= units.needed:
-                gone = agreement.check(results)
-                bad = {part.number for part, _ in gone}
-                settled = gone + [entry for entry in settled if entry[0].number not in bad]
-            for part, good in settled:
-                events.append(Settled(part.number, event.at, latencies[part.number], good))
+    def hear(reply: workers.Reply) -> None:
+        if reply.machine >= 0:  # else none had it
+            report.latencies.pop(reply.machine, None)
+            report.latencies[reply.machine] = reply.at
+        latencies[reply.part.number] = reply.latency
+        settled = results.add(reply)
+        if agreement is not None and len(results.units) >= units.needed:
+            gone = agreement.check(results)
+            bad = {part.number for part, _ in gone}
+            settled = gone + [entry for entry in settled if entry[0].number not in bad]
+        for part, good in settled:
+            events.append(Settled(part.number, reply.at, latencies[part.number], good))
 
     event: Event = None
     while True:
@@ -154,8 +149,15 @@ def _follow(
             return ended
         event = None
         if isinstance(decision, Wait):
-            if not events:
-                hear(request.wait(decision.until))
+            while not events and (heard := request.wait(decision.until)) is not None:
+                if isinstance(heard, workers.Began):
+                    asked.add(heard.machine)
+                    begun += len(heard.part.units)
+                    report.work = begun * units.task.unit_rows / units.batch_size
+                    if decision.begins:
+                        events.append(Began(heard.part.number, heard.at, heard.fresh))
+                else:
+                    hear(heard)
             event = events.popleft() if events else None
         elif isinstance(decision, Ask):
             first = len(parts)

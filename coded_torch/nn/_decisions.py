@@ -39,9 +39,10 @@ class Prepare(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Wait for an event, but not beyond a time."""
+    """Wait for an event, but not beyond a time; ``begins`` if it matters which parts begin."""
 
     until: float
+    begins: bool = True
 
 
 class Began(NamedTuple):
@@ -191,9 +192,12 @@ class Call:
 
     def decisions(self) -> Generator[Decision, Event, Ended]:
         yield Ask(tuple([part.units for part in self.parts]))
+        begins, wait = not self.waiting.at_once, Wait(-math.inf)
         while (reason := self._reason()) is None:
             until = self._until()
-            event = yield Wait(until)
+            if until != wait.until:
+                wait = Wait(until, begins)
+            event = yield wait
             if isinstance(event, Began):
                 self._begin(event)
                 continue

@@ -2,6 +2,7 @@ r"""The arguments of one call of a wrapper, leaf by leaf."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,14 @@ class Inputs:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, code: Code
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
-        dims = broadcast_dims("in_dims", in_dims, pytree.tree_structure(args), "shared")
+        # The common case, at a tenth of the cost.
+        self._plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        if self._plain:
+            self.leaves, (self.spec, spec) = list(args), _tensors(len(args))
+        else:
+            self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+            spec = pytree.tree_structure(args)
+        dims = broadcast_dims("in_dims", in_dims, spec, "shared")
         self.num_positional = len(dims)
         dims += [0] * (len(self.leaves) - self.num_positional)
         self.dims = [
@@ -61,10 +68,13 @@ class Inputs:
         for i, dim in enumerate(dims):
             if dim is None or not (dim == "shared" or isinstance(self.leaves[i], Tensor)):
                 self._check_shared(i)
-        self._check_lists("args", args, dims)
-        self._check_lists("kwargs", kwargs, dims[self.num_positional :])
+        if not self._plain:
+            self._check_lists("args", args, dims)
+            self._check_lists("kwargs", kwargs, dims[self.num_positional :])
 
     def name(self, i: int) -> str:
+        if self._plain:
+            return f"args[{i}]"
         if i < self.num_positional:
             return leaf_name("args", self.args, i)
         return leaf_name("kwargs", self.kwargs, i - self.num_positional)
@@ -72,7 +82,7 @@ class Inputs:
     def batches(self) -> list[Tensor]:
         """The divided inputs, ``[B, ...]`` each."""
         return [
-            leaf.movedim(dim, 0)
+            leaf.movedim(dim, 0) if dim else leaf
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
             if dim is not None
         ]
@@ -80,10 +90,6 @@ class Inputs:
     def floating(self) -> list[Tensor]:
         """Those of :meth:`batches` that are floating-point: distances are measured on them."""
         return [leaf for leaf in self.batches() if leaf.is_floating_point()]
-
-    def others(self) -> list[Tensor]:
-        """All of :meth:`batches`, where there is nothing to measure distances on."""
-        return [] if self.floating() else self.batches()
 
     def _check(self, i: int, dim: int, code: Code) -> None:
         leaf = self.leaves[i]
@@ -146,6 +152,13 @@ class Inputs:
                     raise _own_rows(name, "a list", (len(node),))
                 parts = zip(node, said, strict=True)
                 stack += [(f"{name}[{k}]", part, dim) for k, (part, dim) in enumerate(parts)]
+
+
+@functools.cache
+def _tensors(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """The structures of ``(args, kwargs)`` and of args, for so many tensors by position."""
+    args = (0,) * count
+    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
 
 
 def _own_rows(name: str, kind: str, shape: tuple[int, ...]) -> ValueError:

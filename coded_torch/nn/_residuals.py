@@ -20,7 +20,7 @@ from .._transforms import outside, plain
 from ..codes.batch_plan import BatchPlan, few_columns
 from ..codes.plans import MeanPlan
 from ..surrogates import Memory
-from ..workers.pytrees import flatten, show
+from ..workers.pytrees import flatten, show, unflatten
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -103,14 +103,14 @@ def answer(
     received, size = stacked.units, units.batch_size
     report.degraded = len(received) < units.least
     guesses: list[list[_Guess | None]] = []
-    if units.is_whole(received):  # then the results are the answers, and nothing is fitted
-        plan, predicted = None, torch.zeros(size, dtype=torch.bool)
-    else:
+    plan: BatchPlan | None = None
+    source = torch.arange(size)
+    if not units.is_whole(received):  # else the results are the answers, and nothing is fitted
         plan = MeanPlan(units.plan) if report.degraded else units.plan
-        predicted = ~plan.exact(received)
-        if surrogates and bool(predicted.any()):
-            guesses = _guess_all(surrogates, inputs, units, stacked, link, report)
-    report.predicted = predicted
+        source = plan.source(received)
+    report.predicted = predicted = source < 0
+    if surrogates and bool(predicted.any()):
+        guesses = _guess_all(surrogates, inputs, units, stacked, link, report)
     answers: list[Any] = []
     outputs = []
     choices = []
@@ -122,7 +122,7 @@ def answer(
         if plan is None:
             output = _Output(leaf.squeeze(1), torch.zeros(size, dtype=torch.float64))
         else:
-            output = _decode(leaf, plan, received, [g[i] for g in guesses], link)
+            output = _decode(leaf, plan, received, source, [g[i] for g in guesses], link)
         outputs.append(output)
         choices.append(() if plan is None else plan.choices)
         moved = output.answers.movedim(0, dim)
@@ -140,18 +140,18 @@ def answer(
         _remember(
             memory, generation, inputs, [output.answers for output in outputs], ~predicted, link
         )
-    return pytree.tree_unflatten(answers, stacked.spec)
+    return unflatten(answers, stacked.spec)
 
 
 def _decode(
     results: Tensor,
     plan: BatchPlan,
     received: Sequence[int],
+    source: Tensor,
     guesses: Sequence[_Guess | None],
     link: str | None,
 ) -> _Output:
-    """One output from results ``[F, R, ...]``."""
-    source = plan.source(received)
+    """One output from results ``[F, R, ...]``; ``source`` is the plan's of what was received."""
     own = source >= 0
     scaled, rest = results, None
     if not bool(own.all()):

@@ -39,13 +39,31 @@ class Result:
         leaves: of the value.
         spec: the structure of the value.
         dims: per leaf, where it has the part's rows; None: it has none.
+        repeats: whether the form is that of ``last``, the number of rows included.
     """
 
-    def __init__(self, reply: Reply, out_dims: Any) -> None:
+    dims: list[Any]
+    _form: list[tuple[Any, ...]]
+
+    def __init__(self, reply: Reply, out_dims: Any, last: Result | None = None) -> None:
         self.part, self.machine, self._value = reply.part, reply.machine, reply.value
         self.leaves, self.spec = flatten(reply.value)
+        self.repeats = last is not None and self._repeats(last)
+        if last is not None and self.repeats:
+            self.dims, self._form = last.dims, last._form
+            return
         self.dims = broadcast_dims("out_dims", out_dims, self.spec)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
+
+    def _repeats(self, last: Result) -> bool:
+        if len(self.part.units) != len(last.part.units) or self.spec != last.spec:
+            return False
+        for mine, its in zip(self.leaves, last.leaves, strict=True):
+            if not (isinstance(mine, Tensor) and isinstance(its, Tensor)):
+                return False
+            if mine.shape != its.shape or mine.dtype != its.dtype:
+                return False
+        return True
 
     def name(self, i: int) -> str:
         """The name of a leaf."""
@@ -119,6 +137,7 @@ class Results:
         self._camps: list[_Camp] = []
         self._liars: dict[int, str] = {}  # why, by machine
         self._num_replies = 0
+        self._last: Result | None = None  # that can be decoded, in any camp
 
     def add(self, reply: Reply) -> list[tuple[Part, bool]]:
         """Judge a reply; returns the parts whose results have become good, or bad, by it."""
@@ -141,19 +160,21 @@ class Results:
             self._errors.append(_error(reply, self._liars[reply.machine]))
             return None
         try:
-            result = Result(reply, self._task.out_dims)
+            result = Result(reply, self._task.out_dims, self._last)
             not_finite = result.not_finite()
             if not_finite is not None:
                 what = f"returned values that are not finite in {not_finite}"
                 self._errors.append(_error(reply, what))
                 return None
-            result.check(self._task, self._link)
+            if self._link is not None or not result.repeats:
+                result.check(self._task, self._link)
         except (TypeError, ValueError) as cause:
             why = str(cause).removeprefix("CodedWrapper: ")
             error = _error(reply, f"returned what cannot be decoded: {why}")
             error.__cause__ = cause
             self._misfits.append(error)
             return None
+        self._last = result
         camp = next((c for c in self._camps if result.resembles(c.results[0])), None)
         if camp is None:
             self._camps.append(camp := _Camp())
@@ -175,6 +196,8 @@ class Results:
 
     @property
     def _lead(self) -> _Camp | None:
+        if len(self._camps) == 1:
+            return self._camps[0]
         return max(self._camps, key=_Camp.weight, default=None)
 
     @property
@@ -202,27 +225,36 @@ class Results:
 
     def stack(self) -> Stacked:
         """The good results, of each unit the first that arrived; there must be one at least."""
-        good, rows = self.good, self._task.unit_rows
-        place: dict[int, int] = {}  # of a unit, among the units of all good results
+        rows = self._task.unit_rows
+        first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
+        answers: dict[int, Result] = {}
+        for result in self.good:
+            for unit in result.part.units:
+                answers.setdefault(unit, result)
+        units = tuple(sorted(answers))
+        # Side by side in the order of their units, which leaves little or nothing to put in place.
+        good = list(dict.fromkeys(answers[unit] for unit in units))
+        place = {}  # of a unit, among the units of all these results
         at = 0
         for result in good:
             for unit in result.part.units:
-                place.setdefault(unit, at)
+                if answers[unit] is result:
+                    place[unit] = at
                 at += 1
-        units = tuple(sorted(place))
         places = [place[unit] for unit in units]
         in_place = places == list(range(at))
         leaves: list[Any] = []
         formats = []
-        first = min(good, key=lambda result: result.part.number)  # not the first to arrive
         for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
             formats.append(_memory_format(own))
             if dim is None or not isinstance(own, Tensor):
                 leaves.append(own)
                 continue
             column = [result.leaves[i] for result in good]
-            parts = [leaf.movedim(dim, 0).unflatten(0, (-1, rows)) for leaf in column]
-            stacked = parts[0] if len(parts) == 1 else torch.cat(parts)  # [places, R, ...]
+            if dim != 0:
+                column = [leaf.movedim(dim, 0) for leaf in column]
+            stacked = column[0] if len(column) == 1 else torch.cat(column)
+            stacked = stacked.unflatten(0, (-1, rows))  # [places, R, ...]
             if not in_place:
                 stacked = stacked.index_select(0, torch.tensor(places, device=stacked.device))
             leaves.append(stacked)
@@ -292,7 +324,7 @@ def finite(leaf: Tensor) -> bool:
     """Whether all of a tensor is finite; of what is not floating-point, it is."""
     if not leaf.is_floating_point():
         return True
-    leaf = leaf.detach()
+    leaf = leaf.detach() if leaf.requires_grad else leaf
     # What is not finite stays so in every sum; a sum may overflow where nothing else is wrong.
     return math.isfinite(leaf.sum().item()) or all(
         map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())

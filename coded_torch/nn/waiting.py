@@ -16,11 +16,12 @@ thousands of calls on one clock. The protocol, for whatever drives it::
             case Ask(parts): ...               # each part is a tuple of units
             case Drop(parts): ...              # numbers of parts that need not begin any more
             case Prepare(): ...                # what is missing may have to be predicted
-            case Wait(until): event = ...      # Began, Settled, or None: it is `until` by now
+            case Wait(until, begins): event = ...  # Began, Settled, or None: it is `until` by now
 
 Parts are numbered 0, 1, 2, ... in the order in which they are asked; all times are seconds on one
-clock. ``Wait(math.inf)`` is answered by None if nothing can come any more. A driver may close the
-generator at any time; only a call that has :class:`Ended` leaves something in the history.
+clock. Where ``begins`` is False, a driver may keep every Began to itself. ``Wait(math.inf)`` is
+answered by None if nothing can come any more. A driver may close the generator at any time; only a
+call that has :class:`Ended` leaves something in the history.
 """
 
 from __future__ import annotations

@@ -88,13 +88,13 @@ class _LocalRequest(Request):
         ends = [self._clock + self._latency(part) for part in parts]
         finite = [(end, part) for end, part in zip(ends, parts, strict=True) if end < math.inf]
         batch = _Batch(self._module, self._task, [part for _, part in finite])
-        for part in parts:
-            heapq.heappush(self._events, (self._clock, next(self._order), part, None))
-        for end, part in finite:
-            heapq.heappush(self._events, (end, next(self._order), part, batch))
+        begin = [(self._clock, next(self._order), part, None) for part in parts]
+        self._events += begin
+        self._events += [(end, next(self._order), part, batch) for end, part in finite]
+        heapq.heapify(self._events)  # in no time, where all take as long
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        bound = max(until, self._clock)
+        bound = until if until > self._clock else self._clock
         if self._events and self._events[0][0] <= bound:
             self._clock, _, part, batch = heapq.heappop(self._events)
             machine = part.number
@@ -125,8 +125,8 @@ class _LocalRequest(Request):
         law, drawn = self._pool.stragglers, self._latencies
         while law is not None and len(drawn) <= part.number:
             drawn += law.sample(self._first).tolist()
-        delay = 0.0 if part.fault is None else part.fault.delay
-        return delay if law is None else drawn[part.number] + delay
+        latency = 0.0 if law is None else drawn[part.number]
+        return latency if part.fault is None else latency + part.fault.delay
 
 
 class _Batch:

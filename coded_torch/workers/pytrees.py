@@ -3,6 +3,7 @@ r"""Inputs and outputs of a module, leaf by leaf."""
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 __all__ = ["CONSTANTS", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name", "show"]
+__all__ += ["unflatten"]
 
 _LEAF = pytree.tree_structure(0)
 
@@ -21,6 +23,11 @@ CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.de
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """As ``pytree.tree_flatten``, without its microseconds for a tree that is one tensor."""
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """The inverse of :func:`flatten`, likewise."""
+    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
 
 
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
