@@ -196,7 +196,9 @@ class Supervisor(abc.ABC):
         with self._changed:
             job = machine.job
             if job is None or job.number != number or machine not in self._machines:
-                logger.warning("%s: dropped the reply to job %d, which it is not at", machine, number)
+                logger.warning(
+                    "%s: dropped the reply to job %d, which it is not at", machine, number
+                )
                 return None
             machine.job = None
             if not machine.excluded:
