@@ -57,6 +57,11 @@ class Buffers:
             # Of a tensor of its own, so that a view's base counts, too.
             return None if at is None else self._buffers[at].memory.detach()[:num_bytes]
 
+    def clear(self) -> None:
+        """Let go of all memory; what was handed out lasts as long as it is held."""
+        with self._lock:
+            self._buffers.clear()
+
     def _find(self, num_bytes: int) -> int | None:
         """The place of memory that is free and large enough, made where there is none."""
         sizes = {

@@ -203,6 +203,7 @@ class _Processes(Supervisor):
             self._bell.send(b"!")
 
     def let_go(self) -> None:
+        self._inputs.clear()
         self._selector.close()
         self._alarm.close()
         self._bell.close()

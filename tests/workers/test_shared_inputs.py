@@ -194,3 +194,15 @@ def test_nothing_is_mixed_while_processes_are_killed_and_stopped():
             torch.testing.assert_close(answer, 2 * x[i % 8], rtol=0, atol=1e-3)
             if time.monotonic() > end:
                 break
+
+
+def test_a_closed_pool_has_no_memory():
+    before = len(os.listdir("/proc/self/fd"))
+    with ProcessWorkers(1).start(WAIT) as pool:
+        held = values(7, pool=pool)
+        assert all(reply.error is None for reply in pool.run(nn.Identity(), task_of(held)))
+    assert free(pool) == []
+    assert len(os.listdir("/proc/self/fd")) <= before + 2  # of the server, if it is the first
+    assert float(held.sum()) == 7 * COLUMNS
+    with pytest.raises(RuntimeError, match="the pool is closed"):
+        pool.memory(1)

@@ -21,7 +21,15 @@ class SharedInputs:
     def __init__(self) -> None:
         self._blocks: dict[int, tuple[int, Block]] = {}  # by address
         self._buffers = Buffers(self._make, MOST_BLOCKS)
-        self.take = self._buffers.take
+
+    def take(self, num_bytes: int) -> Tensor | None:
+        """As :meth:`Buffers.take`."""
+        return self._buffers.take(num_bytes)
+
+    def clear(self) -> None:
+        """As :meth:`Buffers.clear`."""
+        self._buffers.clear()
+        self._blocks = {}
 
     def find(self, tensor: Tensor) -> Inputs | None:
         """Where a tensor lies, if it lies here."""
