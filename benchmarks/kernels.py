@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 import scipy.interpolate
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_torch import ops
 from coded_torch.codes import SplineCode
 from coded_torch.linear import SplineMap
+from coded_torch.nn import CodedWrapper
 from coded_torch.points import chebyshev_first, chebyshev_second
+from coded_torch.workers import LocalWorkers
 
 from .runs import RESULTS, environment, write_results
 from .timing import Timing, last_level_cache, measure, reuse_memory, rotate
@@ -42,6 +44,8 @@ MATMUL_BARS = (1.2, 2.0, 7.0, 12.0, 35.0)
 # system grants them by itself, 1.2. The first is too small: its memory is soon an old one's.
 FRESH_BARS = (None, 0.5, 0.5, 0.7, 0.7)
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# Of the copy, what a wrapper's `encode_seconds` may be at the second size.
+ENCODE_BAR = 1.3
 # A layout or dtype and what it is compared with: times slower at most.
 RELATIVE_BARS = {
     "transpose": ("forward", 1.3),
@@ -224,6 +228,44 @@ def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
     return rows
 
 
+def encode(runs: int, shrink: int) -> dict[str, float]:
+    """What encoding costs a call of a wrapper, all checks included, against the same copy."""
+    num_data, num_workers, columns = SIZES[1]
+    columns //= shrink
+    coded = CodedWrapper(
+        _First(),
+        SplineCode(num_data, num_workers, encoder_smoothing=SMOOTHING),
+        workers=LocalWorkers(),
+        ordering="arrival",
+    )
+    halves = (num_data + num_workers) * columns // 2
+    source, target = torch.randn(halves), torch.zeros(halves)
+    x = torch.randn(num_data, columns)
+    coded(x)  # its memory is there from then on
+    seconds, copies = [], []
+    for _ in range(runs):
+        coded(x)
+        assert coded.last_run is not None
+        seconds.append(coded.last_run.encode_seconds)
+        copies.append(
+            measure({"copy": lambda: target.copy_(source)}, runs=1)["copy"].median  # in turns
+        )
+    row = {
+        "seconds": float(np.median(seconds)),
+        "over_copy": float(np.median(seconds) / np.median(copies)),
+        "over_copy_bar": ENCODE_BAR,
+    }
+    print(f"encode in a wrapper: {row['over_copy']:.2f}x copy (<= {ENCODE_BAR})", flush=True)
+    return row
+
+
+class _First(nn.Module):
+    """Takes no time, so that encoding is most of the call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :1]
+
+
 def crossover(device: str, runs: int) -> list[dict[str, Any]]:
     """From which size on the sweeps beat a matrix product, columns in and out of cache."""
     rows = []
@@ -305,6 +347,8 @@ def regressions(results: dict[str, Any]) -> list[str]:
             if row["over_fill_bar"]:
                 what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}, fresh"
                 compare(what, row["over_fill"] / row["over_fill_bar"])
+    for threads, row in results["encode"].items():
+        compare(f"{threads} threads, encode", row["over_copy"] / row["over_copy_bar"])
     for threads, rows in results["large"].items():
         for row in rows:
             what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}"
@@ -330,12 +374,13 @@ def main() -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     runs, shrink = (3, 16) if args.quick else (args.runs, 1)
-    results: dict[str, Any] = {"large": {}, "fresh": {}}
+    results: dict[str, Any] = {"large": {}, "fresh": {}, "encode": {}}
     for threads in args.threads if args.device == "cpu" else [1]:
         torch.set_num_threads(threads)
         print(f"{threads} threads")
         if args.device == "cpu":
             results["fresh"][threads] = fresh(runs, shrink)
+            results["encode"][threads] = encode(runs, shrink)
         results["large"][threads] = large(args.device, runs, shrink)
     torch.set_num_threads(1)
     reuse_memory()
