@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ._arguments import instance, shown
 from ._trial import Trial, calls_of
-from .codes._candidates import Batch, path_step
+from .codes._candidates import Batch, among, path_step
 from .codes.base import Code
 from .codes.kernel import KernelCode
-from .codes.plans import evenly
+from .codes.plans import evenly, order_by
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
@@ -171,7 +171,7 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
     for rows in order.split(evenly(len(order), code.max_chunk)):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
         geometry = Geometry(inputs)
-        grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))
+        grouping = Grouping(order_by(code, ordering, inputs, geometry), len(rows))
         batch = Batch(code.metrics, code.lengths, grouping, geometry)
         typical = geometry.typical.nonzero().flatten()
         loss = _loss(batch, grouping, typical, results[rows[typical]])
@@ -192,6 +192,7 @@ def _loss(
         if squared is None:
             return math.inf
         length *= path_step(squared, grouping.order)
-        return len(rows) * leave_one_out_losses([squared[rows][:, rows]], [length], results)[0]
+        of_rows = among(squared, rows, rows).double()
+        return float(leave_one_out_losses([of_rows], [length], results).sum())
 
     return loss
