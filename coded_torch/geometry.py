@@ -26,6 +26,8 @@ _MOST_FEATURES = 8192
 _BUCKETS = 2039
 # So many rows determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
 _LANDMARKS = 512
+# The directions of so many rows beyond these hold next to nothing.
+_DIRECTIONS = 256
 # So many features, and hardly more than half as many, do for an order: an ordered spline's error is
 # up to 3 % higher than by the distances of the metric, a regression's the same.
 _ORDER_FEATURES = 256
@@ -187,12 +189,18 @@ class Geometry:
         rows, squares = self._points
         # Roundings of the coordinates, and of their products in float64.
         nothing = self._rounding**2 + _ROUNDINGS * torch.finfo(torch.float64).eps
+        most = nothing * (1 + 2 * float(squares.max())) if len(squares) else 0.0
+        # All of |a|^2 + |b|^2 - 2 a.b in one product.
+        ones = rows.new_ones(len(rows), 1)
+        left = torch.cat([rows * -2, squares[:, None], ones], 1)
+        right = torch.cat([rows, ones, squares[:, None]], 1)
         distances = rows.new_empty(len(rows), len(rows), dtype=dtype)
-        for i, j, block in _products(rows):  # so that few passes leave the cache
-            sums = squares[i:, None] + squares[i:j]
-            block = torch.sub(sums, block, alpha=2)
-            block.masked_fill_(block <= sums.add_(1).mul_(nothing), 0)
-            distances[i:, i:j] = block
+        for i, j, strip in _products(left, right):
+            for k, part in ((i, strip[: j - i]), (j, strip[j - i :])):
+                if k == i or (len(part) and float(part.amin()) <= most):
+                    sums = squares[k : k + len(part), None] + squares[i:j]
+                    part.masked_fill_(part <= sums.add_(1).mul_(nothing), 0)
+            distances[i:, i:j] = strip
             distances[i:j, j:] = distances[j:, i:j].T
         return self._embedded(distances.cpu(), math.inf).fill_diagonal_(0)
 
@@ -324,16 +332,16 @@ def _spread(rows: Tensor, largest: float, rounding: float, chosen: Tensor | slic
     return torch.zeros_like(rows)
 
 
-def _products(rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The inner products of the rows, with about half the work of all, some columns at a time.
+def _products(left: Tensor, right: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The products of rows that are symmetric, with about half the work, some columns at a time.
 
     Returns:
         For the columns ``i .. j - 1`` those with rows i and later, ``[n - i, j - i]``; what lies
         in both halves is symmetric to the bit.
     """
-    for i in range(0, len(rows), _STRIP):
-        j = min(i + _STRIP, len(rows))
-        strip = rows[i:] @ rows[i:j].T
+    for i in range(0, len(left), _STRIP):
+        j = min(i + _STRIP, len(left))
+        strip = left[i:] @ right[i:j].T
         block = strip[: j - i]
         block.add_(block.T.clone()).mul_(0.5)  # BLAS need not round the two halves alike
         yield i, j, strip
@@ -342,7 +350,7 @@ def _products(rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 def _gram(rows: Tensor) -> Tensor:
     """The inner products of the rows, symmetric to the bit."""
     gram = rows.new_empty(len(rows), len(rows))
-    for i, j, strip in _products(rows):
+    for i, j, strip in _products(rows, rows):
         gram[i:, i:j] = strip
         gram[i:j, j:] = strip[j - i :].T
     return gram
@@ -360,6 +368,13 @@ def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tens
         if len(chosen) > _LANDMARKS:
             chosen = chosen[torch.arange(_LANDMARKS) * len(chosen) // _LANDMARKS]
     products = _gram(rows) if isinstance(chosen, slice) else rows @ rows[chosen].T  # [B, L]
+    if len(rows) > _LANDMARKS and products.shape[1] > _DIRECTIONS:
+        values, vectors = torch.linalg.eigh(products[chosen])
+        if shrinkage < math.inf:
+            values = values.clamp_(min=0) + shrinkage * values.sum()
+            vectors = vectors * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt()
+        coordinates: Tensor = products @ vectors[:, -_DIRECTIONS:]
+        return coordinates
     if shrinkage < math.inf:
         system = products[chosen].clone()
         system.diagonal().add_(shrinkage * system.trace())

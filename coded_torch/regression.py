@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._arguments import dense, positive
 
-__all__ = ["NUGGET", "KernelRegression", "leave_one_out_losses", "matern52"]
+__all__ = ["NUGGET", "Comparison", "KernelRegression", "matern52"]
 
 #: Variance of a result that its input does not explain, relative to the outputs' variance.
 NUGGET = 1e-4
@@ -274,53 +274,60 @@ def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
     return solved
 
 
-def leave_one_out_losses(
-    squared_distances: Sequence[Tensor], lengths: Sequence[float], results: Tensor
-) -> Tensor:
-    r"""How badly every result is predicted from all others, by several kernels: less is better.
-
-    The negative logarithm of the density that the others' prediction and its variance give to each
-    number of a result, on average, but for a constant, at the best variance of the outputs: with
-    the leave-one-out residuals e, their variances v, and the mean q of :math:`e^2 / v` over all
-    numbers,
-
-    .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
-        + \tfrac12 \log v .
-
-    It weighs down residuals where the kernel knows that it cannot predict, so a few inputs far from
-    all others do not decide. As q is where the sum over all results is least, the difference of two
-    kernels varies from result to result as if each had been given its own.
+class Comparison:
+    r"""How badly results are predicted from each other, by several kernels; each is factored once.
 
     Args:
-        squared_distances: ``[M, M]`` each, finite or infinite.
+        squared_distances: ``[M, M]`` each, finite or infinite, all of one dtype.
         lengths: of each kernel, positive.
-        results: ``[M, C]``, of the same dtype.
-
-    Returns:
-        ``[kernels, M]``, float64; infinite where there is no factorisation in this dtype.
     """
-    m, kernels = len(results), len(lengths)
-    rows = torch.cat([results - results.mean(0), results.new_ones(m, 1)], 1).T.contiguous()
-    eye = torch.eye(m, dtype=results.dtype)
-    losses = torch.full((kernels, m), math.inf, dtype=torch.float64)
-    tiny = torch.finfo(results.dtype).tiny
-    for loss, squared, length in zip(losses, squared_distances, lengths, strict=True):
-        covariance = matern52(squared, length)
-        covariance.diagonal().add_(NUGGET)
+
+    def __init__(self, squared_distances: Sequence[Tensor], lengths: Sequence[float]) -> None:
+        if not squared_distances:
+            self._half = torch.zeros(0, 0, 0)
+            return
+        scaled = torch.stack([d / n**2 for d, n in zip(squared_distances, lengths, strict=True)])
+        covariance = matern52(scaled, 1.0)  # [kernels, M, M]
+        covariance.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        if failed:
-            continue
+        eye = torch.eye(scaled.shape[-1], dtype=factor.dtype).expand_as(factor)
         # Of the inverse, half half', only its diagonal and products with the results and with 1.
-        half = _solved(eye, factor, transposed=True)
-        solved = rows @ half @ half.T  # [C + 1, M]
-        mean = solved[-1]
-        precision = float(mean.sum())
-        residuals = solved[:-1].addr(solved[:-1].sum(1), mean, alpha=-1 / precision)
-        inverses = half.square().sum(1).sub_(mean.square(), alpha=1 / precision).clamp_(min=tiny)
+        self._half = _solved(eye, factor, transposed=True)
+        mean = self._half.sum(-2, keepdim=True) @ self._half.mT  # [kernels, 1, M]
+        self._mean = mean / mean.sum(-1, keepdim=True)
+        inverses = self._half.square().sum(-1).sub_((mean * self._mean).squeeze(1))
+        self._inverses = inverses.clamp_(min=torch.finfo(inverses.dtype).tiny).double()
+        self._failed = (failed > 0)[:, None]
+
+    def losses(self, results: Tensor) -> Tensor:
+        r"""One for each kernel and result: less is better.
+
+        The negative logarithm of the density that the others' prediction and its variance give to
+        each number of a result, on average, but for a constant, at the best variance of the
+        outputs: with the leave-one-out residuals e, their variances v, and the mean q of
+        :math:`e^2 / v` over all numbers,
+
+        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
+            + \tfrac12 \log v .
+
+        It weighs down residuals where the kernel knows that it cannot predict, so a few inputs far
+        from all others do not decide. As q is where the sum over all results is least, the
+        difference of two kernels varies from result to result as if each had been given its own.
+
+        Args:
+            results: ``[M, C]``, of the dtype of the distances.
+
+        Returns:
+            ``[kernels, M]``, float64; infinite where there is no factorisation in this dtype.
+        """
+        if not len(self._half):
+            return torch.zeros(0, len(results), dtype=torch.float64)
+        solved = (results - results.mean(0)).T @ self._half @ self._half.mT  # [kernels, C, M]
+        residuals = solved - solved.sum(-1, keepdim=True) * self._mean
         # e = r / p and v = 1 / p, so e^2 / v = r^2 / p.
-        squares = (residuals.square().mean(0) / inverses).double()
-        mean_square = max(float(squares.mean()), tiny)
-        if math.isfinite(mean_square):
-            relative = squares.div_(mean_square).sub_(1 - math.log(mean_square))
-            torch.sub(relative, inverses.double().log(), out=loss).div_(2)
-    return losses
+        squares = residuals.square().mean(1) / self._inverses
+        least = torch.finfo(results.dtype).tiny
+        mean_squares = squares.mean(1, keepdim=True).clamp_(min=least)
+        losses = squares.div_(mean_squares).sub_(1).add_(mean_squares.log())
+        losses.sub_(self._inverses.log()).div_(2)
+        return losses.masked_fill_(self._failed | ~mean_squares.isfinite(), math.inf)

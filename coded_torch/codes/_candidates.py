@@ -1,18 +1,17 @@
-"""The points of a batch, in every metric that may answer it, and which one predicts best."""
+"""The points of a batch, in every metric that may answer it."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distances import (
     METRICS,
-    Choice,
     Features,
     Leaf,
     Metric,
@@ -23,57 +22,26 @@ from ..distances import (
     squared_distances,
 )
 from ..geometry import Geometry
-from ..regression import KernelRegression, leave_one_out_losses
+from ..regression import KernelRegression
+from ._choices import DEFAULT, LENGTH, Fitted, Regressions, among
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
     from ..linear import LinearMap
 
-__all__ = ["LENGTHS", "Batch", "Fitted", "among", "made_by", "path_step"]
+__all__ = ["Batch", "made_by", "path_step"]
 
-_T = TypeVar("_T")
 logger = logging.getLogger("coded_torch.codes")
 
-#: The metric and the length where nothing is chosen, as before there are results.
-DEFAULT, LENGTH = "shrunk", 2.0
-LENGTHS = (1.0, 2.0, 4.0, 8.0)
-# Metrics are compared on so many results; lengths, with the best metric, likewise: on all, which
-# cost several times as much, no better ones are found.
-_ROWS = 128
 # In batches of so many inputs, float64 takes no longer than float32, and predicts what is smooth
 # and without noise to more digits.
 _EXACT = 128
-# Steps of a path through few rows, in median distances from the nearest one.
-_STEP = 1.2
-# What wins by less than so many standard errors of its gain, from result to result, wins by chance:
-# the default stays. On tables, series and pictures that nothing is reported of, one standard error
-# let another length lose up to half as much again where results are few; with two hardly any gain
-# is left out.
-_ERRORS = 2
-# Of fewer results, which metric predicts best is chance.
-_LEAST = 8
 # Points farther from the batch's centre than so many times the root mean square of its inputs say
 # nothing of the others, and their results may be so large that the mean does not either.
 _FAR = 8
 # The least median distance between neighbours, in the same unit: with less for its length, as noisy
 # copies of a few images have, a regression sees next to nothing of the others, and all of rounding.
 _SHORTEST = 0.01
-
-
-class Fitted(NamedTuple):
-    """A regression from results that arrived.
-
-    Attributes:
-        choice: the metric and the length.
-        squared: ``[P, P]``, the squared distances of all points.
-        regression: from the results.
-        trust: see :meth:`~coded_torch.regression.KernelRegression.trust`; 1 without results.
-    """
-
-    choice: Choice
-    squared: Tensor
-    regression: KernelRegression
-    trust: float = 1.0
 
 
 class _Mixtures(NamedTuple):
@@ -94,6 +62,8 @@ class Batch:
         geometry: of its inputs.
 
     Attributes:
+        metrics, lengths: as given.
+        first, first_length: the metric and length that copies go by.
         usable: ``[P]``, bool: whether others are predicted from the results of the point.
         notes: which metrics could not be had, and why.
     """
@@ -106,23 +76,25 @@ class Batch:
         geometry: Geometry,
     ) -> None:
         self.notes: list[str] = []
-        self._metrics, self._lengths = list(metrics), lengths
+        self.metrics, self.lengths = list(metrics), lengths
+        self._regressions: Regressions | None = None
         self._grouping, self._geometry = grouping, geometry
         self._told = geometry.typical.nonzero().flatten()
         self._mixtures: _Mixtures | None = None
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
-        self._first, inner = DEFAULT, geometry  # by which copies are planned
+        self._steps: dict[str | int, float] = {}
+        self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
             if found is None:
                 self.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
             else:
-                self._first, inner = metrics[0], found
-        self._first_length = lengths[0] if len(lengths) == 1 else LENGTH
+                self.first, inner = metrics[0], found
+        self.first_length = lengths[0] if len(lengths) == 1 else LENGTH
         self.usable = inner.finite & (inner.squares <= _FAR**2)
         self._dtype = torch.float64 if len(self.usable) <= _EXACT else torch.float32
-        self._squared[self._first] = inner.squared_distances(self._dtype)
+        self._squared[self.first] = inner.squared_distances(self._dtype)
         self._inner_of_first = inner
 
     def add_mixtures(self, encoder: LinearMap, workers: Tensor, rows: Tensor) -> Tensor:
@@ -138,20 +110,20 @@ class Batch:
         """
         self._mixtures = _Mixtures(encoder, workers, rows)
         first = len(self.usable)
-        weights, linear = encoder.matrix()[workers], _how(self._first).linear
+        weights, linear = encoder.matrix()[workers], _how(self.first).linear
         inner = self._inner_of_first if linear else self._geometry
         squared, usable = _with_mixtures(inner, weights, rows)
         if linear:
-            self._squared[self._first] = squared.to(self._dtype)
+            self._squared[self.first] = squared.to(self._dtype)
         else:
-            del self._squared[self._first]  # measured on what workers get, when it is wanted
+            del self._squared[self.first]  # measured on what workers get, when it is wanted
         self.usable = torch.cat([self.usable, usable])
         return torch.arange(first, len(self.usable)).view(len(workers), len(rows))
 
     def leave_one_out_variances(self, neighbourhood: int) -> Tensor:
         """Of each input predicted from all others, or, in large batches, those near in order."""
-        squared, order = self._squared_distances(self._first), self._grouping.order
-        length = self._first_length * path_step(squared, order)
+        (squared, step), order = self.distances(self.first), self._grouping.order
+        length = self.first_length * step
         variances = torch.empty(len(order), dtype=torch.float64)
         all_near = len(order) <= neighbourhood
         for rows in order.split(neighbourhood):
@@ -161,43 +133,35 @@ class Batch:
         return variances
 
     def fit(self, points: Tensor, sample: Tensor | None) -> Fitted:
-        """The regression that predicts best.
+        """The regression that predicts best, see :meth:`Regressions.fit`."""
+        if self._regressions is None or self._regressions.points is not points:
+            self._regressions = Regressions(self, points)
+        return self._regressions.fit(sample)
 
-        Args:
-            points: ``[M]``, whose results arrived.
-            sample: of the results, ``[M, C]``; None: the metric and length that copies go by.
+    def distances(self, metric: str | Features) -> tuple[Tensor, float]:
+        """The squared distances of all points, and the step of the path.
+
+        By the metric of before, where this one does not apply to them.
         """
-        metric: str | Features = self._first
-        lengths: Sequence[float] = (self._first_length,)
-        if sample is not None and len(points) >= _LEAST:
-            at = torch.arange(min(len(points), _ROWS)) * len(points) // min(len(points), _ROWS)
-            few, of_few = points[at], _of_unit_size(sample[at])
-            metric, lengths = self._best(few, of_few), self._lengths
-        squared = self._squared_distances(metric)
-        step = path_step(squared, self._grouping.order)
-        length = lengths[0]
-        if len(lengths) > 1:
-            length = _best_length(among(squared, few, few).float(), step, lengths, of_few)
-        regression = KernelRegression(among(squared, points, points), length * step)
-        if sample is None:
-            return Fitted(Choice(name_of(metric), length, math.nan), squared, regression)
-        choice = Choice(name_of(metric), length, regression.leave_one_out_error(sample))
-        return Fitted(choice, squared, regression, regression.trust(sample))
+        key = metric if isinstance(metric, str) else id(metric)
+        squared = self.squared_distances(metric)
+        if squared is None:
+            return self.distances(self.first)
+        if key not in self._steps:
+            self._steps[key] = path_step(squared, self._grouping.order)
+        return squared, self._steps[key]
 
     def exactly(self, points: Tensor) -> KernelRegression:
         """That by the metric and length of before, in float64."""
-        squared = self._squared_distances(self._first)
-        length = self._first_length * path_step(squared, self._grouping.order)
-        return KernelRegression(among(squared, points, points).double(), length)
+        squared, step = self.distances(self.first)
+        return KernelRegression(among(squared, points, points).double(), self.first_length * step)
 
-    def _best(self, points: Tensor, sample: Tensor) -> str | Features:
-        """The metric in which few results are predicted best from each other."""
-        if self._metrics == [self._first]:
-            return self._first
+    def of_few(self, points: Tensor) -> tuple[list[str | Features], list[Tensor]]:
+        """The metrics that apply to few points, and the squared distances of these, float32."""
         leaves = [Leaf(x) for x in self._at(points)]
         products: dict[int, Tensor | None] = {}
-        found, squared, lengths = [], [], []
-        for metric in self._metrics:
+        found, squared = [], []
+        for metric in self.metrics:
             how = _how(metric)
             key = id(how.features if isinstance(metric, str) else metric)
             if key not in products:
@@ -207,14 +171,7 @@ class Batch:
             if of_metric is not None and bool(of_metric.isfinite().all()):
                 found.append(metric)
                 squared.append(squared_distances(of_metric, how.shrinkage))
-                lengths.append(LENGTH * _STEP * _nearest(squared[-1]))
-        losses = leave_one_out_losses(squared, lengths, sample)
-        return _winner(found, losses, self._first)
-
-    def _squared_distances(self, metric: str | Features) -> Tensor:
-        """Of all points; by the metric of before, where this one does not apply to them."""
-        squared = self.squared_distances(metric)
-        return self._squared_distances(self._first) if squared is None else squared
+        return found, squared
 
     def squared_distances(self, metric: str | Features) -> Tensor | None:
         """Those of all points, ``[P, P]``; None where the metric does not apply."""
@@ -287,18 +244,6 @@ class Batch:
         return values
 
 
-def among(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Some rows and columns of a matrix: twice as fast as by indexing."""
-    return matrix.index_select(0, rows).index_select(1, columns)
-
-
-def _nearest(squared_distances: Tensor) -> float:
-    """The median distance from the nearest other row; 1 where that says nothing."""
-    nearest = squared_distances.clone().fill_diagonal_(math.inf).amin(1).sqrt_()
-    nearest = nearest[(nearest > 0) & nearest.isfinite()]
-    return float(nearest.median()) if len(nearest) else 1.0
-
-
 def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
     """What a callable makes of inputs; or None, and why, in a line that is logged."""
     try:
@@ -308,41 +253,6 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
         note = f"the metric {name_of(features)} was left out: {reason}"
         logger.warning("%s", note)
         return None, note
-
-
-def _of_unit_size(sample: Tensor) -> Tensor:
-    """Results in float32, which their squares do not leave; what is chosen stays the same."""
-    centred = sample - sample.mean(0)
-    largest = float(centred.abs().max()) if centred.numel() else 0.0
-    return (centred / (largest or 1.0)).float()
-
-
-def _best_length(squared: Tensor, step: float, lengths: Sequence[float], sample: Tensor) -> float:
-    """The length, in steps, by which the results are predicted best from each other."""
-
-    def best(lengths: Sequence[float], default: float) -> float:
-        scaled = [step * length for length in lengths]
-        losses = leave_one_out_losses([squared] * len(lengths), scaled, sample)
-        return _winner(lengths, losses, default)
-
-    found = best(lengths, LENGTH)
-    if lengths != LENGTHS:
-        return found
-    return best((found, found / math.sqrt(2), found * math.sqrt(2)), found)
-
-
-def _winner(candidates: Sequence[_T], losses: Tensor, default: _T) -> _T:
-    """The best by the losses ``[candidates, M]``; the default, if the best is so by chance."""
-    if not candidates:
-        return default
-    best = int(losses.mean(1).argmin())
-    if default in candidates:
-        gain = losses[candidates.index(default)] - losses[best]
-        by_chance = _ERRORS * float(gain.std()) / math.sqrt(len(gain))
-        # Infinite where the default has no factorisation, and then not by chance.
-        if not float(gain.mean()) > (by_chance if math.isfinite(by_chance) else 0.0):
-            return default
-    return candidates[best]
 
 
 def _how(metric: str | Features) -> Metric:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
-from ._candidates import LENGTHS, Batch, Fitted, among, made_by
+from ._candidates import Batch, made_by
+from ._choices import LENGTHS, Fitted, among
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
