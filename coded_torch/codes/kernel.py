@@ -87,16 +87,20 @@ class KernelCode(Code):
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        batches of more than 4,096 distinct results are planned in chunks. What is encoded and
+        batches of more than 4,096 distinct results are planned in chunks. Of at most 128 points,
+        inputs and mixtures, all is computed in float64; of more, distances are rounded to float32
+        and what follows from them is computed in it, which predicts as well. What is encoded and
         decoded are whole batches, through :meth:`fit`: there is no encoder without a batch to look
         at. Without distances, as for token ids, copies are equal and lost answers are the mean,
         unless a callable in ``metric`` makes features of them.
 
-        The metric is chosen on 128 results at most, at length 2, and then the length on all of
-        them. The choice is a function of the batch and its results: the same ones give the same
-        bits. Copies are planned before there are results: by the metric that is given, if it is
-        one, and else by "shrunk". Of mixtures, features that are not linear are those of the coded
-        inputs.
+        The metric is chosen on 144 results at most, at length 2, and then the length on the same
+        ones. Another metric than "shrunk", and another length than 2, is taken where results are
+        predicted better from each other by more than two standard errors of the gain, so few
+        results seldom mislead. The choice is a function of the batch and its results: the same ones
+        give the same bits. Copies are planned before there are results: by the metric that is
+        given, if it is one, and else by "shrunk". Of mixtures, features that are not linear are
+        those of the coded inputs.
 
         Gradients take as constant what the code has chosen by looking at inputs and results: order,
         distances, copies, weights and trust. Those of answers that are an input's own result are
