@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +11,15 @@ from torch import Tensor
 
 from ._arguments import dense, positive
 
-__all__ = ["NUGGET", "KernelRegression", "leave_one_out_losses", "matern52"]
+__all__ = ["NUGGET", "Comparison", "KernelRegression", "matern52"]
 
 #: Variance of a result that its input does not explain, relative to the outputs' variance.
 NUGGET = 1e-4
+_SHORTEST = 1e-30
+_TINY = 1e-12
+_IN_CACHE = 2**16  # numbers
+# Of more results the factor is not inverted, and only some are left out, evenly spaced.
+_MOST_INVERTED, _LEFT_OUT = 512, 256
 
 
 def matern52(squared_distances: Tensor, length: float) -> Tensor:
@@ -27,12 +31,22 @@ def matern52(squared_distances: Tensor, length: float) -> Tensor:
         squared_distances: :math:`r^2`, any shape, at least 0; infinite gives 0.
         length: :math:`l`, positive.
     """
-    # Bounded, or an infinite distance would be infinity times 0. In place, as fresh memory costs
-    # more than the arithmetic.
-    scale = 5 / max(length * length, sys.float_info.min)
-    s = (squared_distances * scale).sqrt_().clamp_(max=700)
-    polynomial = (s / 3).add_(1).mul_(s).add_(1)
-    return polynomial.mul_(s.neg_().exp_())
+    covariance = torch.empty_like(squared_distances)
+    # Bounded, or an infinite distance would be infinity times 0.
+    scale = -math.sqrt(5) / max(length, _SHORTEST)
+    for some, of in zip(_blocks(covariance), _blocks(squared_distances), strict=True):
+        minus = torch.sqrt(of, out=some).mul_(scale).clamp_(min=-700)  # -s
+        rest = torch.addcmul(minus, minus, minus, value=-1 / 3)  # -(s + s^2 / 3)
+        minus.exp_().addcmul_(rest, minus, value=-1)
+    return covariance
+
+
+def _blocks(matrix: Tensor) -> Sequence[Tensor]:
+    """Rows at a time, few enough that the passes over them stay in cache."""
+    if matrix.numel() <= _IN_CACHE:
+        return (matrix,)
+    blocks: Sequence[Tensor] = matrix.split(max(1, _IN_CACHE * len(matrix) // matrix.numel()))
+    return blocks
 
 
 class KernelRegression:
@@ -46,11 +60,17 @@ class KernelRegression:
     linear in the results, so any number of outputs shares one factorisation.
 
     Args:
-        squared_distances: ``[M, M]``, float64, of the inputs of the results, M at least 1.
+        squared_distances: ``[M, M]``, of the inputs of the results, M at least 1. In float32, which
+            predicts as well up to 4,096 results and takes half the time, all is computed in
+            float32, unless there is no factorisation.
         length: of the :func:`matern52` covariance, positive.
         nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
             so badly rounded that no points have them, it is raised tenfold until there is a
-            factorisation.
+            factorisation, in float64.
+
+    Attributes:
+        left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
+            more than 512, 256 of them, evenly spaced.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -81,60 +101,91 @@ class KernelRegression:
             )
         self.length = positive(self, "length", length)
         self.nugget = positive(self, "nugget", nugget)
-        covariance = matern52(squared_distances, length)
-        covariance.diagonal().add_(self.nugget)
+        covariance = self._covariance(squared_distances)
         self._factor, failed = torch.linalg.cholesky_ex(covariance)
         if failed and not bool(covariance.isfinite().all()):
             raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
+        if failed and covariance.dtype != torch.float64:
+            covariance = self._covariance(squared_distances.double())
+            self._factor, failed = torch.linalg.cholesky_ex(covariance)
         while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
             covariance.diagonal().add_(9 * self.nugget)
             self.nugget *= 10
             self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        ones = torch.ones(len(covariance), 1, dtype=covariance.dtype)
-        self._mean = torch.cholesky_solve(ones, self._factor)  # [M, 1], C^-1 1
+        self.left_out = torch.arange(m)
+        if m > _MOST_INVERTED:
+            self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
+        self._last: tuple[Tensor, Tensor] | None = None
+        half = self._half(torch.ones(1, m, dtype=covariance.dtype))
+        self._mean = self._other_half(half)  # [1, M], C^-1 1
         self._precision = float(self._mean.sum())
+
+    def _covariance(self, squared_distances: Tensor) -> Tensor:
+        covariance = matern52(squared_distances, self.length)
+        covariance.diagonal().add_(self.nugget)
+        return covariance
 
     def weights(self, squared_distances: Tensor) -> Tensor:
         """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
 
         Every row sums to one.
         """
-        k = matern52(squared_distances, self.length)
-        solved: Tensor = torch.cholesky_solve(k.T, self._factor).T
-        return solved + (1 - k @ self._mean) * (self._mean.T / self._precision)
-
-    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
-        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
-        mean = (self._mean.T @ results / self._precision).squeeze(0)
-        return torch.cholesky_solve(results - mean, self._factor), mean
+        return self.predictions(squared_distances)[0]
 
     def variances(self, squared_distances: Tensor) -> Tensor:
         """The predictions' variances, ``[L]``, in units of the outputs' variance."""
-        k = matern52(squared_distances, self.length)
-        half = torch.linalg.solve_triangular(self._factor, k.T, upper=False)
-        left = (1 - k @ self._mean).squeeze(1)
-        explained: Tensor = half.square().sum(0) - left.square() / self._precision
-        return 1 + self.nugget - explained
+        return self.predictions(squared_distances)[1]
+
+    def predictions(self, squared_distances: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`weights` and :meth:`variances`, for little more than the price of one; float64."""
+        half = self._half(matern52(squared_distances.to(self._factor.dtype), self.length))
+        weights = self._other_half(half).double()
+        left = 1 - weights.sum(1, keepdim=True)
+        explained = half.double().square().sum(1) - left.square().squeeze(1) / self._precision
+        weights.addmm_(left, self._mean.double(), alpha=1 / self._precision)
+        return weights, (1 + self.nugget - explained).clamp_(min=0)
+
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
+        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
+        mean = (self._mean @ results / self._precision).squeeze(0)
+        return torch.cholesky_solve(results - mean, self._factor), mean
 
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
-        """The variance of each result predicted from all others, ``[M]``, likewise."""
-        return 1 / (self._inverse.diagonal() - self._mean.square().squeeze(1) / self._precision)
+        """The variance of each result that is left out, predicted from all others, ``[n]``."""
+        mean = self._mean[0, self.left_out].double()
+        inverses = self._of_left_out.double().square().sum(1) - mean.square() / self._precision
+        return 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """``results [M, C]`` less the prediction of each from all others, ``[M, C]``."""
-        mean = self._mean.T @ results / self._precision
-        residuals: Tensor = self._inverse @ results - self._mean @ mean
-        return residuals.mul_(self.leave_one_out_variances[:, None])
+        """``results [M, C]`` that are left out less their predictions from all others, ``[n, C]``.
+
+        Those of the same tensor as last time are kept.
+
+        Args:
+            results: float64.
+        """
+        if self._last is not None and self._last[0] is results:
+            return self._last[1]
+        centred = results - results.mean(0)  # which leaves residuals as they are, and precise
+        size = float(centred.abs().max()) if centred.numel() else 0.0
+        y = centred.T.div(size or 1.0).to(self._factor.dtype).contiguous()  # [C, M]
+        mean = y @ self._mean.T / self._precision
+        # Long rows, few of them: transposed, it takes seven times as long.
+        residuals = self._half(y) @ self._of_left_out.T  # [C, n]
+        residuals = residuals.addmm_(mean, self._mean[:, self.left_out], alpha=-1).T.double()
+        residuals.mul_(self.leave_one_out_variances[:, None] * size)
+        self._last = results, residuals
+        return residuals
 
     def leave_one_out_error(self, results: Tensor) -> float:
         """The root mean square of the residuals, relative to predicting by the mean of the others.
 
         NaN where all results are equal.
         """
-        centred = results - results.mean(0)
-        square = float(centred.square().sum()) * (len(results) / max(len(results) - 1, 1)) ** 2
-        left = float(self.leave_one_out_residuals(centred).square().sum())
+        deviations = self._deviations(results)
+        square = float(deviations.square().sum())
+        left = float(self.leave_one_out_residuals(results).square().sum())
         return math.sqrt(left / square) if square > 0 else math.nan
 
     def trust(self, results: Tensor) -> float:
@@ -144,11 +195,15 @@ class KernelRegression:
         both less the mean of the others: about 1 where the covariance describes the outputs, 0
         where the inputs say nothing of them.
         """
-        centred = results - results.mean(0)
-        deviations = centred * (len(results) / max(len(results) - 1, 1))
-        predicted = deviations - self.leave_one_out_residuals(centred)
+        deviations = self._deviations(results)
+        predicted = deviations - self.leave_one_out_residuals(results)
         square = float(predicted.square().sum())
         return min(max(float((predicted * deviations).sum()) / square, 0), 1) if square > 0 else 1.0
+
+    def _deviations(self, results: Tensor) -> Tensor:
+        """The results that are left out, each less the mean of all others."""
+        deviations = results[self.left_out] - results.mean(0)
+        return deviations.mul_(len(results) / max(len(results) - 1, 1))
 
     def output_variance(self, results: Tensor) -> float:
         """The outputs' variance, by which leave-one-out residuals are as large as is expected.
@@ -176,52 +231,103 @@ class KernelRegression:
         Leaving a set I of results out, their residuals are :math:`P_{II}^{-1} (P y)_I`, of
         variance :math:`P_{II}^{-1}`.
         """
-        return torch.addr(
-            self._inverse, self._mean[:, 0], self._mean[:, 0], alpha=-1 / self._precision
-        )
+        mean = self._mean[0]
+        inverse = torch.cholesky_inverse(self._factor)
+        return torch.addr(inverse, mean, mean, alpha=-1 / self._precision)
 
     @functools.cached_property
-    def _inverse(self) -> Tensor:
-        return torch.cholesky_inverse(self._factor)
+    def _root(self) -> Tensor | None:
+        """The factor's inverse, transposed, where products with it are cheaper than solving."""
+        if len(self._factor) > _MOST_INVERTED:
+            return None
+        eye = torch.eye(len(self._factor), dtype=self._factor.dtype)
+        return _solved(eye, self._factor, transposed=True)
+
+    @functools.cached_property
+    def _of_left_out(self) -> Tensor:
+        """The rows of that which belong to results that are left out, ``[n, M]``."""
+        if self._root is not None:
+            return self._root
+        some = torch.zeros(len(self.left_out), len(self._factor), dtype=self._factor.dtype)
+        return _solved(some.scatter_(1, self.left_out[:, None], 1), self._factor, transposed=True)
+
+    def _half(self, rows: Tensor) -> Tensor:
+        """Rows ``[r, M]`` times the transposed factor's inverse."""
+        if self._root is None:
+            return _solved(rows, self._factor, transposed=True)
+        return rows @ self._root
+
+    def _other_half(self, rows: Tensor) -> Tensor:
+        """Rows ``[r, M]`` times the factor's inverse: after :meth:`_half`, times that of C."""
+        if self._root is None:
+            return _solved(rows, self._factor, transposed=False)
+        return rows @ self._root.T
 
 
-def leave_one_out_losses(
-    squared_distances: Sequence[Tensor], lengths: Sequence[float], results: Tensor
-) -> list[float]:
-    r"""How badly every result is predicted from all others, by several kernels: less is better.
+def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
+    """Rows times the inverse of a lower triangle, or of its transpose.
 
-    The negative logarithm of the density that the others' prediction and its variance give to each
-    number of the results, on average, but for a constant, at the best variance of the outputs,
+    So LAPACK takes all as it lies; solving for columns copies both operands.
+    """
+    triangle = factor.mT if transposed else factor
+    solved: Tensor = torch.linalg.solve_triangular(triangle, rows, upper=transposed, left=False)
+    return solved
 
-    .. math:: \tfrac12 \log \overline{e^2 / v} + \tfrac12 \overline{\log v} ,
 
-    with the leave-one-out residuals e and variances v. It weighs down residuals where the kernel
-    knows that it cannot predict, so a few inputs far from all others do not decide.
+class Comparison:
+    r"""How badly results are predicted from each other, by several kernels; each is factored once.
 
     Args:
-        squared_distances: ``[M, M]`` each, finite or infinite.
+        squared_distances: ``[M, M]`` each, finite or infinite, all of one dtype.
         lengths: of each kernel, positive.
-        results: ``[M, C]``, of the same dtype.
-
-    Returns:
-        One number for each; infinite where there is no factorisation in this dtype.
     """
-    if not squared_distances:
-        return []
-    scaled = torch.stack([d / n**2 for d, n in zip(squared_distances, lengths, strict=True)])
-    covariance = matern52(scaled, 1.0)  # [kernels, M, M]
-    covariance.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    inverse = torch.cholesky_inverse(factor)
-    mean = inverse.sum(-1, keepdim=True)  # [kernels, M, 1]
-    precision = mean.sum(1, keepdim=True)
-    centred = results - results.mean(0)
-    residuals = inverse @ centred
-    residuals -= mean * (mean.mT @ centred / precision)
-    inverses = inverse.diagonal(dim1=-2, dim2=-1) - (mean.square() / precision).squeeze(-1)
-    tiny = torch.finfo(results.dtype).tiny
-    inverses = inverses.clamp(min=tiny)
-    # e = r / p and v = 1 / p, so e^2 / v = r^2 / p.
-    square = (residuals.square() / inverses[..., None]).mean((1, 2)).clamp(min=tiny)
-    losses = (square.log() - inverses.log().mean(1)) / 2
-    return losses.masked_fill(losses.isnan() | (failed > 0), math.inf).tolist()
+
+    def __init__(self, squared_distances: Sequence[Tensor], lengths: Sequence[float]) -> None:
+        if not squared_distances:
+            self._half = torch.zeros(0, 0, 0)
+            return
+        scaled = torch.stack([d / n**2 for d, n in zip(squared_distances, lengths, strict=True)])
+        covariance = matern52(scaled, 1.0)  # [kernels, M, M]
+        covariance.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        eye = torch.eye(scaled.shape[-1], dtype=factor.dtype).expand_as(factor)
+        # Of the inverse, half half', only its diagonal and products with the results and with 1.
+        self._half = _solved(eye, factor, transposed=True)
+        mean = self._half.sum(-2, keepdim=True) @ self._half.mT  # [kernels, 1, M]
+        self._mean = mean / mean.sum(-1, keepdim=True)
+        inverses = self._half.square().sum(-1).sub_((mean * self._mean).squeeze(1))
+        self._inverses = inverses.clamp_(min=torch.finfo(inverses.dtype).tiny).double()
+        self._failed = (failed > 0)[:, None]
+
+    def losses(self, results: Tensor) -> Tensor:
+        r"""One for each kernel and result: less is better.
+
+        The negative logarithm of the density that the others' prediction and its variance give to
+        each number of a result, on average, but for a constant, at the best variance of the
+        outputs: with the leave-one-out residuals e, their variances v, and the mean q of
+        :math:`e^2 / v` over all numbers,
+
+        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
+            + \tfrac12 \log v .
+
+        It weighs down residuals where the kernel knows that it cannot predict, so a few inputs far
+        from all others do not decide. As q is where the sum over all results is least, the
+        difference of two kernels varies from result to result as if each had been given its own.
+
+        Args:
+            results: ``[M, C]``, of the dtype of the distances.
+
+        Returns:
+            ``[kernels, M]``, float64; infinite where there is no factorisation in this dtype.
+        """
+        if not len(self._half):
+            return torch.zeros(0, len(results), dtype=torch.float64)
+        solved = (results - results.mean(0)).T @ self._half @ self._half.mT  # [kernels, C, M]
+        residuals = solved - solved.sum(-1, keepdim=True) * self._mean
+        # e = r / p and v = 1 / p, so e^2 / v = r^2 / p.
+        squares = residuals.square().mean(1) / self._inverses
+        least = torch.finfo(results.dtype).tiny
+        mean_squares = squares.mean(1, keepdim=True).clamp_(min=least)
+        losses = squares.div_(mean_squares).sub_(1).add_(mean_squares.log())
+        losses.sub_(self._inverses.log()).div_(2)
+        return losses.masked_fill_(self._failed | ~mean_squares.isfinite(), math.inf)

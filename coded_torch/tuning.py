@@ -17,14 +17,15 @@ from torch import Tensor
 
 from ._arguments import instance, shown
 from ._trial import Trial, calls_of
-from .codes._candidates import Batch, path_step
+from .codes._candidates import Batch
+from .codes._choices import among
 from .codes.base import Code
 from .codes.kernel import KernelCode
-from .codes.plans import evenly
+from .codes.plans import evenly, order_by
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import leave_one_out_losses
+from .regression import Comparison
 from .stragglers import Uniform
 
 __all__ = ["tune"]
@@ -171,27 +172,25 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
     for rows in order.split(evenly(len(order), code.max_chunk)):
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
         geometry = Geometry(inputs)
-        grouping = Grouping(order_of(ordering, inputs, geometry.distances), len(rows))
+        grouping = Grouping(order_by(code, ordering, inputs, geometry), len(rows))
         batch = Batch(code.metrics, code.lengths, grouping, geometry)
         typical = geometry.typical.nonzero().flatten()
-        loss = _loss(batch, grouping, typical, results[rows[typical]])
+        loss = _loss(batch, typical, results[rows[typical]])
         for i, variant in enumerate(variants):
             both = itertools.product(variant.metrics, variant.lengths)
             errors[i] += min(loss(metric, length) for metric, length in both)
     return errors
 
 
-def _loss(
-    batch: Batch, grouping: Grouping, rows: Tensor, results: Tensor
-) -> Callable[[Any, float], float]:
+def _loss(batch: Batch, rows: Tensor, results: Tensor) -> Callable[[Any, float], float]:
     """By metric and length, how badly the results of some rows are predicted from each other."""
 
     @functools.cache
     def loss(metric: Any, length: float) -> float:
-        squared = batch.squared_distances(metric)
-        if squared is None:
+        if batch.squared_distances(metric) is None:
             return math.inf
-        length *= path_step(squared, grouping.order)
-        return len(rows) * leave_one_out_losses([squared[rows][:, rows]], [length], results)[0]
+        squared, step = batch.distances(metric)
+        of_rows = among(squared, rows, rows).double()
+        return float(Comparison([of_rows], [length * step]).losses(results).sum())
 
     return loss

@@ -326,7 +326,7 @@ def test_distances_of_mixtures(metric):
             found = found @ torch.linalg.cholesky(centred.T @ centred)
         want, base = ((found[i] - found[i + 1]).square().sum() for i in (40, 0))
         got = squared[points[n, g], points[p, h]] / squared[0, 1]
-        torch.testing.assert_close(got, want / base)
+        torch.testing.assert_close(got, (want / base).to(got.dtype))
 
 
 # Inputs of any kind

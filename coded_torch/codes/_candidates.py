@@ -1,18 +1,17 @@
-"""The points of a batch, in every metric that may answer it, and which one predicts best."""
+"""The points of a batch, in every metric that may answer it."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distances import (
     METRICS,
-    Choice,
     Features,
     Leaf,
     Metric,
@@ -23,51 +22,26 @@ from ..distances import (
     squared_distances,
 )
 from ..geometry import Geometry
-from ..regression import KernelRegression, leave_one_out_losses
+from ..regression import KernelRegression
+from ._choices import DEFAULT, LENGTH, Fitted, Regressions, among
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
     from ..linear import LinearMap
 
-__all__ = ["LENGTHS", "Batch", "Fitted", "made_by", "path_step"]
+__all__ = ["Batch", "made_by", "path_step"]
 
-_T = TypeVar("_T")
 logger = logging.getLogger("coded_torch.codes")
 
-#: The metric and the length where nothing is chosen, as before there are results.
-DEFAULT, LENGTH = "shrunk", 2.0
-LENGTHS = (1.0, 2.0, 4.0, 8.0)
-# Metrics are compared on so many results; lengths, with the best metric, on all.
-_ROWS = 128
-# Steps of a path through few rows, in median distances from the nearest one.
-_STEP = 1.2
-# What wins by less, in nats a number, wins by chance: the default stays. That costs nothing on
-# average, and keeps the error within 2 % of the default's where that fits best.
-_MARGIN = 0.03
-# Of fewer results, which metric predicts best is chance.
-_LEAST = 8
+# In batches of so many inputs, float64 takes no longer than float32, and predicts what is smooth
+# and without noise to more digits.
+_EXACT = 128
 # Points farther from the batch's centre than so many times the root mean square of its inputs say
 # nothing of the others, and their results may be so large that the mean does not either.
 _FAR = 8
 # The least median distance between neighbours, in the same unit: with less for its length, as noisy
 # copies of a few images have, a regression sees next to nothing of the others, and all of rounding.
 _SHORTEST = 0.01
-
-
-class Fitted(NamedTuple):
-    """A regression from results that arrived.
-
-    Attributes:
-        choice: the metric and the length.
-        squared: ``[P, P]``, the squared distances of all points.
-        regression: from the results.
-        trust: see :meth:`~coded_torch.regression.KernelRegression.trust`; 1 without results.
-    """
-
-    choice: Choice
-    squared: Tensor
-    regression: KernelRegression
-    trust: float = 1.0
 
 
 class _Mixtures(NamedTuple):
@@ -88,6 +62,8 @@ class Batch:
         geometry: of its inputs.
 
     Attributes:
+        metrics, lengths: as given.
+        first, first_length: the metric and length that copies go by.
         usable: ``[P]``, bool: whether others are predicted from the results of the point.
         notes: which metrics could not be had, and why.
     """
@@ -100,22 +76,25 @@ class Batch:
         geometry: Geometry,
     ) -> None:
         self.notes: list[str] = []
-        self._metrics, self._lengths = list(metrics), lengths
+        self.metrics, self.lengths = list(metrics), lengths
+        self._regressions: Regressions | None = None
         self._grouping, self._geometry = grouping, geometry
         self._told = geometry.typical.nonzero().flatten()
         self._mixtures: _Mixtures | None = None
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
-        self._first, inner = DEFAULT, geometry  # by which copies are planned
+        self._steps: dict[str | int, float] = {}
+        self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
             if found is None:
                 self.notes.append(f"the metric {metrics[0]!r} does not apply to these inputs")
             else:
-                self._first, inner = metrics[0], found
-        self._first_length = lengths[0] if len(lengths) == 1 else LENGTH
-        self.usable = inner.finite & (inner.gram.diagonal() <= _FAR**2)
-        self._squared[self._first] = inner.squared_distances()
+                self.first, inner = metrics[0], found
+        self.first_length = lengths[0] if len(lengths) == 1 else LENGTH
+        self.usable = inner.finite & (inner.squares <= _FAR**2)
+        self._dtype = torch.float64 if len(self.usable) <= _EXACT else torch.float32
+        self._squared[self.first] = inner.squared_distances(self._dtype)
         self._inner_of_first = inner
 
     def add_mixtures(self, encoder: LinearMap, workers: Tensor, rows: Tensor) -> Tensor:
@@ -131,82 +110,71 @@ class Batch:
         """
         self._mixtures = _Mixtures(encoder, workers, rows)
         first = len(self.usable)
-        weights, linear = encoder.matrix()[workers], _how(self._first).linear
+        weights, linear = encoder.matrix()[workers], _how(self.first).linear
         inner = self._inner_of_first if linear else self._geometry
         squared, usable = _with_mixtures(inner, weights, rows)
         if linear:
-            self._squared[self._first] = squared
+            self._squared[self.first] = squared.to(self._dtype)
         else:
-            del self._squared[self._first]  # measured on what workers get, when it is wanted
+            del self._squared[self.first]  # measured on what workers get, when it is wanted
         self.usable = torch.cat([self.usable, usable])
         return torch.arange(first, len(self.usable)).view(len(workers), len(rows))
 
     def leave_one_out_variances(self, neighbourhood: int) -> Tensor:
         """Of each input predicted from all others, or, in large batches, those near in order."""
-        squared, order = self._squared_distances(self._first), self._grouping.order
-        length = self._first_length * path_step(squared, order)
+        (squared, step), order = self.distances(self.first), self._grouping.order
+        length = self.first_length * step
         variances = torch.empty(len(order), dtype=torch.float64)
         all_near = len(order) <= neighbourhood
-        for rows in [slice(None)] if all_near else order.split(neighbourhood):
-            block = squared[rows][:, rows]
-            variances[rows] = KernelRegression(block, length).leave_one_out_variances
+        for rows in order.split(neighbourhood):
+            block = squared if all_near else among(squared, rows, rows)
+            near = KernelRegression(block, length).leave_one_out_variances
+            variances[slice(None) if all_near else rows] = near
         return variances
 
     def fit(self, points: Tensor, sample: Tensor | None) -> Fitted:
-        """The regression that predicts best.
+        """The regression that predicts best, see :meth:`Regressions.fit`."""
+        if self._regressions is None or self._regressions.points is not points:
+            self._regressions = Regressions(self, points)
+        return self._regressions.fit(sample)
 
-        Args:
-            points: ``[M]``, whose results arrived.
-            sample: of the results, ``[M, C]``; None: the metric and length that copies go by.
+    def distances(self, metric: str | Features) -> tuple[Tensor, float]:
+        """The squared distances of all points, and the step of the path.
+
+        By the metric of before, where this one does not apply to them.
         """
-        metric: str | Features = self._first
-        lengths: Sequence[float] = (self._first_length,)
-        if sample is not None and len(points) >= _LEAST:
-            metric, lengths = self._best(points, sample), self._lengths
-        squared = self._squared_distances(metric)
-        among = squared[points][:, points]
-        step = path_step(squared, self._grouping.order)
-        length = lengths[0]
-        if sample is not None and len(lengths) > 1:
-            length = _best_length(among.float(), step, lengths, _of_unit_size(sample))
-        regression = KernelRegression(among, length * step)
-        if sample is None:
-            return Fitted(Choice(name_of(metric), length, math.nan), squared, regression)
-        choice = Choice(name_of(metric), length, regression.leave_one_out_error(sample))
-        return Fitted(choice, squared, regression, regression.trust(sample))
+        key = metric if isinstance(metric, str) else id(metric)
+        squared = self.squared_distances(metric)
+        if squared is None:
+            return self.distances(self.first)
+        if key not in self._steps:
+            self._steps[key] = path_step(squared, self._grouping.order)
+        return squared, self._steps[key]
 
-    def _best(self, points: Tensor, sample: Tensor) -> str | Features:
-        """The metric in which the results are predicted best from each other."""
-        if self._metrics == [self._first]:
-            return self._first
-        at = torch.arange(len(points))
-        if len(at) > _ROWS:
-            at = at[torch.arange(_ROWS) * len(at) // _ROWS]
-        few, sample = points[at], _of_unit_size(sample[at])
-        leaves = [Leaf(x) for x in self._at(few)]
+    def exactly(self, points: Tensor) -> KernelRegression:
+        """That by the metric and length of before, in float64."""
+        squared, step = self.distances(self.first)
+        return KernelRegression(among(squared, points, points).double(), self.first_length * step)
+
+    def of_few(self, points: Tensor) -> tuple[list[str | Features], list[Tensor]]:
+        """The metrics that apply to few points, and the squared distances of these, float32."""
+        leaves = [Leaf(x) for x in self._at(points)]
         products: dict[int, Tensor | None] = {}
-        found, squared, lengths = [], [], []
-        for metric in self._metrics:
+        found, squared = [], []
+        for metric in self.metrics:
             how = _how(metric)
             key = id(how.features if isinstance(metric, str) else metric)
             if key not in products:
-                features = self._features(metric, few, leaves)
+                features = self._features(metric, points, leaves)
                 products[key] = None if features is None else inner_products(features).float()
             of_metric = products[key]
             if of_metric is not None and bool(of_metric.isfinite().all()):
                 found.append(metric)
                 squared.append(squared_distances(of_metric, how.shrinkage))
-                lengths.append(LENGTH * _STEP * _nearest(squared[-1]))
-        losses = leave_one_out_losses(squared, lengths, sample)
-        return _winner(found, losses, self._first)
-
-    def _squared_distances(self, metric: str | Features) -> Tensor:
-        """Of all points; by the metric of before, where this one does not apply to them."""
-        squared = self.squared_distances(metric)
-        return self._squared_distances(self._first) if squared is None else squared
+        return found, squared
 
     def squared_distances(self, metric: str | Features) -> Tensor | None:
-        """The squared distances of all points, ``[P, P]``; None where the metric does not apply."""
+        """Those of all points, ``[P, P]``; None where the metric does not apply."""
         key = metric if isinstance(metric, str) else id(metric)
         if key not in self._squared:
             self._squared[key] = self._measure(metric)
@@ -216,15 +184,15 @@ class Batch:
         if isinstance(metric, str) and _how(metric).linear:
             inner = self._inner(metric)
             if inner is None or self._mixtures is None:
-                return None if inner is None else inner.squared_distances()
+                return None if inner is None else inner.squared_distances(self._dtype)
             encoder, workers, rows = self._mixtures
-            return _with_mixtures(inner, encoder.matrix()[workers], rows)[0]
+            return _with_mixtures(inner, encoder.matrix()[workers], rows)[0].to(self._dtype)
         every = torch.arange(len(self.usable))
         leaves = [Leaf(x, self._told) for x in self._at(every)] if isinstance(metric, str) else []
         features = self._features(metric, every, leaves, self._told)
         if features is None:
             return None
-        return Geometry(features, shrinkage=_how(metric).shrinkage).squared_distances()
+        return Geometry(features, shrinkage=_how(metric).shrinkage).squared_distances(self._dtype)
 
     def _inner(self, metric: str) -> Geometry | None:
         """The geometry of the inputs alone, in a linear metric."""
@@ -276,13 +244,6 @@ class Batch:
         return values
 
 
-def _nearest(squared_distances: Tensor) -> float:
-    """The median distance from the nearest other row; 1 where that says nothing."""
-    nearest = squared_distances.clone().fill_diagonal_(math.inf).amin(1).sqrt_()
-    nearest = nearest[(nearest > 0) & nearest.isfinite()]
-    return float(nearest.median()) if len(nearest) else 1.0
-
-
 def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
     """What a callable makes of inputs; or None, and why, in a line that is logged."""
     try:
@@ -292,39 +253,6 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
         note = f"the metric {name_of(features)} was left out: {reason}"
         logger.warning("%s", note)
         return None, note
-
-
-def _of_unit_size(sample: Tensor) -> Tensor:
-    """Results in float32, which their squares do not leave; what is chosen stays the same."""
-    centred = sample - sample.mean(0)
-    largest = float(centred.abs().max()) if centred.numel() else 0.0
-    return (centred / (largest or 1.0)).float()
-
-
-def _best_length(squared: Tensor, step: float, lengths: Sequence[float], sample: Tensor) -> float:
-    """The length, in steps, by which the results are predicted best from each other."""
-
-    def losses(lengths: Sequence[float]) -> list[float]:
-        scaled = [step * length for length in lengths]
-        return leave_one_out_losses([squared] * len(lengths), scaled, sample)
-
-    coarse = losses(lengths)
-    best = _winner(lengths, coarse, LENGTH)
-    if lengths != LENGTHS:
-        return best
-    half_steps = (best / math.sqrt(2), best * math.sqrt(2))
-    fine = losses(half_steps)
-    if min(fine) < coarse[lengths.index(best)] - _MARGIN / 10:
-        return half_steps[fine.index(min(fine))]
-    return best
-
-
-def _winner(candidates: Sequence[_T], losses: Sequence[float], default: _T) -> _T:
-    """The best; of none, and where it is hardly better, the default."""
-    least = min(losses, default=math.inf)
-    if default in candidates and not least < losses[candidates.index(default)] - _MARGIN:
-        return default
-    return candidates[losses.index(least)] if candidates else default
 
 
 def _how(metric: str | Features) -> Metric:
@@ -361,6 +289,7 @@ def _with_mixtures(geometry: Geometry, weights: Tensor, rows: Tensor) -> tuple[T
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:
     """The median distance between neighbours on the path; 1 where that says nothing."""
-    steps = squared_distances[order[:-1], order[1:]].sqrt()
+    pairs = order[:-1] * len(squared_distances) + order[1:]
+    steps = squared_distances.flatten()[pairs].sqrt()
     steps = steps[(steps > 0) & steps.isfinite()]
     return max(float(steps.median()), _SHORTEST) if len(steps) else 1.0

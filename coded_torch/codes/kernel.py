@@ -2,9 +2,11 @@ r"""The code that looks at the batch: results are interpolated by the distances 
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,8 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
-from ._candidates import LENGTHS, Batch, Fitted, made_by
+from ._candidates import Batch, made_by
+from ._choices import LENGTHS, Fitted, among
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
@@ -84,16 +87,20 @@ class KernelCode(Code):
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        batches of more than 4,096 distinct results are planned in chunks. What is encoded and
+        batches of more than 4,096 distinct results are planned in chunks. Of at most 128 points,
+        inputs and mixtures, all is computed in float64; of more, distances are rounded to float32
+        and what follows from them is computed in it, which predicts as well. What is encoded and
         decoded are whole batches, through :meth:`fit`: there is no encoder without a batch to look
         at. Without distances, as for token ids, copies are equal and lost answers are the mean,
         unless a callable in ``metric`` makes features of them.
 
-        The metric is chosen on 128 results at most, at length 2, and then the length on all of
-        them. The choice is a function of the batch and its results: the same ones give the same
-        bits. Copies are planned before there are results: by the metric that is given, if it is
-        one, and else by "shrunk". Of mixtures, features that are not linear are those of the coded
-        inputs.
+        The metric is chosen on 144 results at most, at length 2, and then the length on the same
+        ones. Another metric than "shrunk", and another length than 2, is taken where results are
+        predicted better from each other by more than two standard errors of the gain, so few
+        results seldom mislead. The choice is a function of the batch and its results: the same ones
+        give the same bits. Copies are planned before there are results: by the metric that is
+        given, if it is one, and else by "shrunk". Of mixtures, features that are not linear are
+        those of the coded inputs.
 
         Gradients take as constant what the code has chosen by looking at inputs and results: order,
         distances, copies, weights and trust. Those of answers that are an input's own result are
@@ -212,7 +219,7 @@ class _KernelPlan(SelectionPlan):
     def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: Batch) -> None:
         super().__init__(code, point, grouping.batch_size, batch.usable)
         self._grouping, self._batch = grouping, batch
-        self._fits: tuple[tuple[Arrived, Tensor | None, Fitted], ...] = ()
+        self._fits: tuple[_Fit, ...] = ()
 
     def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
         if not self.code.mixes:
@@ -222,40 +229,59 @@ class _KernelPlan(SelectionPlan):
         return self.code.encoder.encoder.gathered(values, self._grouping, out=out)
 
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
-        fitted = self._fit(arrived, arrived.sample(results))
-        self.choices = (fitted.choice,)
+        fit = self._fit(arrived, arrived.sample(results))
+        self.choices = (fit.fitted.choice,)
         # Shrunk towards the mean of the results as far as these are not predicted by each other.
-        mean = (1 - fitted.trust) / len(arrived.used)
-        to_lost = fitted.squared[arrived.lost][:, arrived.points]
-        return fitted.regression.weights(to_lost).mul_(fitted.trust).add_(mean)
+        mean = (1 - fit.fitted.trust) / len(arrived.used)
+        return (fit.of_lost[0] * fit.fitted.trust).add_(mean)
 
     def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
-        residuals = self._fit(arrived, sample).regression.leave_one_out_residuals(sample)
-        return float(residuals.square().sum())
+        fit = self._fit(arrived, sample)
+        assert fit.sample is not None
+        return float(fit.fitted.regression.leave_one_out_residuals(fit.sample).square().sum())
 
     def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
         sample = None if results is None else arrived.sample(results)
-        fitted = self._fit(arrived, sample)
-        to_lost = fitted.squared[arrived.lost][:, arrived.points]
-        variances = fitted.regression.variances(to_lost)
-        if sample is not None:
-            variances *= fitted.regression.output_variance(sample)
-        return variances
+        fit = self._fit(arrived, sample)
+        regression = fit.fitted.regression
+        scale = 1.0 if fit.sample is None else regression.output_variance(fit.sample)
+        return fit.of_lost[1] * scale
 
     def _regression_of(self, arrived: Arrived) -> KernelRegression:
         # Before results are known to be true, they must not choose by what they are judged.
-        return self._fit(arrived, None).regression
+        return self._batch.exactly(arrived.points)
 
-    def _fit(self, arrived: Arrived, sample: Tensor | None) -> Fitted:
+    def _fit(self, arrived: Arrived, sample: Tensor | None) -> _Fit:
         # Two are kept, of results and of what surrogates leave of them, for the errors to expect of
         # an output beside its answers; not a history.
-        for of, seen, fitted in self._fits:
-            if of is arrived and _same(seen, sample):
-                return fitted
-        fitted = self._batch.fit(arrived.points, sample)
-        self._fits = (*self._fits[-1:], (arrived, sample, fitted))
+        for fit in self._fits:
+            if fit.arrived is arrived and _same(fit.sample, sample):
+                return fit
+        fit = _Fit(arrived, sample, self._batch.fit(arrived.points, sample))
+        self._fits = (*self._fits[-1:], fit)
         self.note = "; ".join(self._batch.notes)
-        return fitted
+        return fit
+
+
+@dataclass(eq=False)
+class _Fit:
+    """A regression from what arrived.
+
+    Attributes:
+        arrived: what arrived.
+        sample: of the results, or None.
+        fitted: the regression.
+    """
+
+    arrived: Arrived
+    sample: Tensor | None
+    fitted: Fitted
+
+    @functools.cached_property
+    def of_lost(self) -> tuple[Tensor, Tensor]:
+        """The weights of the results in the lost answers, and these predictions' variances."""
+        to_lost = among(self.fitted.squared, self.arrived.lost, self.arrived.points)
+        return self.fitted.regression.predictions(to_lost)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -254,7 +254,7 @@ def test_one_image_that_is_not_normalised(make, dtype, batch_size, network):
         x = images[:batch_size].to(dtype, copy=True)
         x[0] *= factor
         square = 0
-        for seed in range(5):
+        for seed in range(5 if batch_size == 240 else 20):
             got, want, own = answered(code, model, x, 4, seed)
             square += float((got - want)[1:].square().sum())
             if make is KernelCode:
