@@ -172,7 +172,7 @@ def fan_out(results: Results) -> Figure:
     }
     points = results["waiting"]["fan-out"]
     widest = points[max(points, key=int)]["policies"]
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     axes = figure.add_subplot()
     for policy, (label, color, marker) in lines.items():
         tails = [found["policies"][policy]["p99.9"] for found in points.values()]
@@ -186,28 +186,29 @@ def fan_out(results: Results) -> Figure:
     axes.set_xlabel("parts that a request waits for")
     axes.set_ylabel("p99.9 of latency, medians of a part")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=7, title="at the widest", title_fontsize=7)
+    title = f"more work and predicted answers at {max(points, key=int)} parts"
+    place = "outside lower center"
+    figure.legend(fontsize=7, title=title, title_fontsize=7, loc=place, ncols=2)
     return figure
 
 
 def latency(results: Results) -> Figure:
-    """Percentiles of every policy, a panel for each case."""
+    """Percentiles of every scheme, a panel for each case."""
     cases, at = results["latency"], ("p50", "p99", "p99.9")
-    figure = Figure(figsize=(3 * len(cases) + 2, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
-    for axes, (case, found) in zip(panels, cases.items(), strict=True):
-        policies = found["policies"]
-        for percentile, marker in zip(at, (".", "s", "o"), strict=True):
-            times = [numbers[percentile] for numbers in policies.values()]
-            axes.plot(times, range(len(policies)), marker, label=percentile, markersize=5)
-        axes.set_xscale("log")
-        axes.set_yticks(range(len(policies)), list(policies), fontsize=7)
+    figure = Figure(figsize=(3 * len(cases), 2.8), layout="constrained")
+    colors = {"uncoded": "0.6", "hedged": "tab:green", "coded": "tab:blue"}
+    for axes, (case, found) in zip(
+        figure.subplots(1, len(cases), sharey=True, squeeze=False).flat, cases.items(), strict=True
+    ):
+        for scheme, numbers in found["schemes"].items():
+            label = f"{scheme}, {100 * numbers['accuracy']:.1f} % right"
+            axes.plot(at, [numbers[x] for x in at], "o-", label=label, color=colors[scheme])
+        axes.set_yscale("log")
         axes.set_title(case, fontsize=8)
-        axes.set_xlabel("latency from arrival, ms", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3, which="both")
-    panels[0].invert_yaxis()
-    panels[0].legend(fontsize=7)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=6)
+    figure.axes[0].set_ylabel("latency from arrival, ms", fontsize=8)
     return figure
 
 

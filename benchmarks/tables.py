@@ -308,12 +308,12 @@ def _tail(numbers: Mapping[str, Any]) -> str:
 
 
 def latency(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "work", "predicted", "right answers"
+    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "calls a request", "right answers"
     for case, found in results["latency"].items():
-        for policy, numbers in found["policies"].items():
+        for scheme, numbers in found["schemes"].items():
             times = (f"{numbers[at]:.1f}" for at in ("p50", "p99", "p99.9"))
-            shares = (f"{100 * numbers[what]:.2f} %" for what in ("predicted", "accuracy"))
-            yield case, policy, *times, f"{numbers['work']:.3f}", *shares
+            accuracy = f"{100 * numbers['accuracy']:.1f} %"
+            yield case, scheme, *times, f"{numbers['calls per request']:.2f}", accuracy
 
 
 def resilience(results: Results) -> Iterable[Sequence[str]]:
