@@ -198,12 +198,15 @@ class Geometry:
         right = torch.cat([rows, ones, squares[:, None]], 1)
         distances = rows.new_empty(len(rows), len(rows), dtype=dtype)
         for i, j, strip in _products(left, right):
-            for k, part in ((i, strip[: j - i]), (j, strip[j - i :])):
-                if k == i or (len(part) and float(part.amin()) <= most):
-                    sums = squares[k : k + len(part), None] + squares[i:j]
-                    part.masked_fill_(part <= sums.add_(1).mul_(nothing), 0)
-            distances[i:, i:j] = strip
-            distances[i:j, j:] = distances[j:, i:j].T
+            for k in range(i, len(rows), j - i):  # square blocks, which stay in cache
+                block = strip[k - i : k - i + j - i]
+                at = slice(k, k + len(block))
+                if k == i or float(block.amin()) <= most:
+                    sums = squares[at, None] + squares[i:j]
+                    block.masked_fill_(block <= sums.add_(1).mul_(nothing), 0)
+                distances[at, i:j] = block
+                if k > i:
+                    distances[i:j, at] = distances[at, i:j].T
         return self._embedded(distances.cpu(), math.inf).fill_diagonal_(0)
 
     @functools.cached_property
@@ -341,8 +344,9 @@ def _products(left: Tensor, right: Tensor) -> Iterator[tuple[int, int, Tensor]]:
         For the columns ``i .. j - 1`` those with rows i and later, ``[n - i, j - i]``; what lies
         in both halves is symmetric to the bit.
     """
-    for i in range(0, len(left), _STRIP):
-        j = min(i + _STRIP, len(left))
+    width = _STRIP if len(left) <= 4 * _STRIP else 2 * _STRIP
+    for i in range(0, len(left), width):
+        j = min(i + width, len(left))
         strip = left[i:] @ right[i:j].T
         block = strip[: j - i]
         block.add_(block.T.clone()).mul_(0.5)  # BLAS need not round the two halves alike
