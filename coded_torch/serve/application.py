@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def app(
     - 500: the model failed on it.
 
     Args:
-        coded: the model on its machines. The application closes its pool.
+        coded: the model on its machines. The application closes its pool. Of the wrapper's
+            ``waiting`` the deadline is replaced, so that ``patience`` does not count.
         name: of the model, in URLs.
         inputs: of the model, its positional arguments; the batch is the first dimension of each.
         outputs: of the model: what it returns, leaf by leaf, ``[B, ...]``.
@@ -254,8 +256,9 @@ class Service:
 
     def _call(self, inputs: list[Tensor], seconds: float) -> tuple[list[Tensor], Report]:
         """Compute a batch. Few rows predict little, so it waits for its deadline, never less."""
+        waiting = dataclasses.replace(self.coded.waiting or Waiting(), deadline=seconds)
         with torch.no_grad():
-            answers, report = self.coded.run(*inputs, waiting=Waiting(deadline=seconds))
+            answers, report = self.coded.run(*inputs, waiting=waiting)
         rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
         if len(leaves) != len(self.outputs):
             raise TypeError(f"the model must return {len(self.outputs)} tensors, got {len(leaves)}")
