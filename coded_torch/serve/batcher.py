@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -82,7 +81,7 @@ class Batcher:
         self._call, self._on_batch = call, on_batch
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
         self._max_ongoing = max_ongoing_batches
-        self._queue: deque[_Entry] = deque()
+        self._queue: dict[_Entry, None] = {}  # in order of arrival
         self._reading = 0
         self._durations = Durations()
         self._ongoing: dict[asyncio.Task[None], tuple[float, int]] = {}  # begin and rows
@@ -131,13 +130,12 @@ class Batcher:
             )
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         entry = _Entry(inputs, rows, arrived, deadline, future)
-        self._queue.append(entry)
+        self._queue[entry] = None
         self._fill()
 
         def leave() -> None:
             future.cancel()
-            with contextlib.suppress(ValueError):  # it has gone
-                self._queue.remove(entry)
+            self._queue.pop(entry, None)
 
         return future, leave
 
@@ -165,7 +163,9 @@ class Batcher:
             task.add_done_callback(self._free)
 
     def _free(self, task: asyncio.Task[None]) -> None:
-        del self._ongoing[task]
+        begin, rows = self._ongoing.pop(task)
+        # From slot to slot: the loop's own delays count, as the next batch has to bear them.
+        self._durations.add(rows, time.monotonic() - begin)
         if not task.cancelled():
             self._fill()
             task.result()  # raises in the loop what no request has heard of
@@ -175,14 +175,15 @@ class Batcher:
         batch: list[_Entry] = []
         rows = 0
         while self._queue:
-            entry = self._queue[0]
+            entry = next(iter(self._queue))
             if entry.deadline - time.monotonic() <= 0.5 * self._durations(entry.rows):
-                self._queue.popleft()  # it would end the batch before anything is there
+                del self._queue[entry]  # it would end the batch before anything is there
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
                 break
             rows += entry.rows
-            batch.append(self._queue.popleft())
+            del self._queue[entry]
+            batch.append(entry)
         return batch
 
     async def _run(self, batch: list[_Entry]) -> None:
@@ -204,7 +205,6 @@ class Batcher:
             logger.exception("a batch failed")
             error = RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
         else:
-            self._durations.add(rows, time.monotonic() - begin)
             self._on_batch(report, rows, [begin - entry.arrived for entry in batch])
             if report.ended == "failed":  # some rows had time, and no result
                 why = "; ".join(report.rejected.values())
