@@ -11,9 +11,11 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Reply", "Server", "drive", "record_times", "request", "serving"]
+__all__ = ["Reply", "Server", "drive", "family", "record_times", "request", "serving"]
 
 START = 120.0  # seconds that a server may take to come up
 _TIMES = "/times"
@@ -139,6 +141,7 @@ class Server:
 
     port: int
     process: subprocess.Popen[bytes]
+    log: Path
 
     def get(self, path: str) -> bytes:
         from urllib.request import urlopen
@@ -150,6 +153,10 @@ class Server:
         """Status and seconds ``[n, 2]`` of the requests since the last look."""
         return np.array(json.loads(self.get(_TIMES)), dtype=np.float64).reshape(-1, 2)
 
+    def killed(self) -> int:
+        """How many processes of its pool were killed so far."""
+        return len(set(re.findall(r"process (\d+) was killed by SIGKILL", self.log.read_text())))
+
     def resident(self) -> int:
         """Bytes of memory of the process alone."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
@@ -158,7 +165,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(command: Callable[[int], Sequence[str]]) -> Iterator[Server]:
-    """Run a server; what it prints on standard error is dropped.
+    """Run a server.
 
     Args:
         command: what runs it on a port.
@@ -166,22 +173,28 @@ def serving(command: Callable[[int], Sequence[str]]) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     line = [sys.executable, *command(port)]
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    server = Server(port, process)
-    try:
-        until = time.monotonic() + START
-        while True:
-            try:
-                server.get("/v2/health/ready")
-                break
-            except OSError:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise RuntimeError(f"the server did not come up: {line}") from None
-                time.sleep(0.05)
-        yield server
-    finally:
-        process.kill()
-        process.wait(30)
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log)
+        try:
+            server = Server(port, process, Path(log.name))
+            _wait_until_ready(server)
+            yield server
+        finally:
+            process.kill()
+            process.wait(30)
+
+
+def _wait_until_ready(server: Server) -> None:
+    until = time.monotonic() + START
+    while True:
+        try:
+            server.get("/v2/health/ready")
+            return
+        except OSError:
+            if server.process.poll() is not None or time.monotonic() > until:
+                text = server.log.read_text()
+                raise RuntimeError(f"the server did not come up: {text}") from None
+            time.sleep(0.05)
 
 
 def family(pid: int) -> set[int]:
