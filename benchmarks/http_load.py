@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Reply", "Server", "drive", "family", "record_times", "request", "serving"]
+__all__ = ["Reply", "Server", "alive", "drive", "family", "record_times", "request", "serving"]
 
 START = 120.0  # seconds that a server may take to come up
 _TIMES = "/times"
@@ -209,3 +209,11 @@ def family(pid: int) -> set[int]:
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
     return found - {pid}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has buried does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -39,7 +39,7 @@ from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
-from .http_load import Reply, Server, drive, family, record_times, request, serving
+from .http_load import Reply, Server, alive, drive, family, record_times, request, serving
 from .runs import Measurement
 
 SEED = 0
@@ -54,6 +54,7 @@ POLICIES: dict[str, Waiting | None] = {
     "uncoded": Waiting(patience=math.inf, extra=0),
     **HEDGES,
 }
+SHARES = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)  # slower than so long
 ROUNDS = 2
 WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
@@ -190,6 +191,7 @@ def faults(seconds: float) -> dict[str, Any]:
 def redundancy(seconds: float, rounds: int) -> dict[str, Any]:
     rate = 50.0
     found: dict[str, list[dict[str, float]]] = {policy: [] for policy in POLICIES}
+    pooled: dict[str, list[float]] = {policy: [] for policy in POLICIES}
     for turn in range(rounds):
         requests, _ = requests_of(int(rate * seconds), SEED + turn)
         for policy in POLICIES:
@@ -197,6 +199,7 @@ def redundancy(seconds: float, rounds: int) -> dict[str, Any]:
                 warm_up(server)
                 replies = drive(server.port, requests, rate, SEED + turn)
             latencies = [reply.seconds for reply in replies]
+            pooled[policy] += latencies
             failed = sum(reply.status != 200 for reply in replies)
             numbers = {f"p{at:g}": percentile(latencies, at) for at in (50, 99, 99.9)}
             found[policy].append({**numbers, "failed": failed})
@@ -208,14 +211,18 @@ def redundancy(seconds: float, rounds: int) -> dict[str, Any]:
     coded = medians["coded"]["p99"]
     return {
         "policies": medians,
+        "slower shares": SHARES,
+        "latencies": {
+            policy: [percentile(seconds, 100 - 100 * share) for share in SHARES]
+            for policy, seconds in pooled.items()
+        },
         "best hedge": best,
         "p99 against uncoded": [round(coded / medians["uncoded"]["p99"], 3), 0.8],
         "p99 against the best hedge": [round(coded / medians[best]["p99"], 3), 1.0],
     }
 
 
-def overload(seconds: float) -> dict[str, Any]:
-    rate = 600.0
+def overload(rate: float, seconds: float) -> dict[str, Any]:
     requests, _ = requests_of(int(rate * seconds), SEED)
     with serve("coded", sleeping=False, faulty=False) as server:
         warm_up(server)
@@ -251,19 +258,22 @@ def start_and_end() -> dict[str, Any]:
         (reply,) = drive(server.port, requests, 1e6, SEED)
         assert reply.status == 200
         first = time.perf_counter() - start
-        workers = family(server.process.pid)
+        helpers = family(server.process.pid)  # the fork server goes some seconds later
+        workers = set().union(*map(family, helpers))
         os.kill(server.process.pid, signal.SIGKILL)
         start = time.perf_counter()
-        while any(Path(f"/proc/{pid}").exists() for pid in workers):
-            if time.perf_counter() > start + 60:
-                break
+        while any(map(alive, workers)) and time.perf_counter() < start + 60:
             time.sleep(0.005)
         gone = time.perf_counter() - start
         left = set(os.listdir("/dev/shm")) - shared
+        while any(map(alive, helpers)) and time.perf_counter() < start + 60:
+            time.sleep(0.005)
+        all_gone = time.perf_counter() - start
     return {
         "first answer, seconds": [round(first, 2), 10],
         "workers gone, seconds": [round(gone, 2), 2],
         "left in shared memory": [len(left), 0],
+        "the fork server too, seconds": round(all_gone, 2),
     }
 
 
@@ -304,8 +314,10 @@ def measurements(quick: bool, device: str) -> Iterator[Measurement]:
     yield ("start and end",), start_and_end
     yield ("predicted",), predicted
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
-    yield ("overload",), functools.partial(overload, 2 if quick else 20)
-    yield ("redundancy",), functools.partial(redundancy, 2 if quick else 18, 1 if quick else ROUNDS)
+    for rate in (600.0, 2000.0):
+        what = "overload", f"{rate:g} a second"
+        yield what, functools.partial(overload, rate, 2 if quick else 20)
+    yield ("redundancy",), functools.partial(redundancy, 2 if quick else 12, 1 if quick else ROUNDS)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import argparse
 import logging
 import socket
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ._arguments import MOST_WORKERS
-from ._console import UsageError, in_range, need, say
+from ._console import UsageError, in_range, need, output_path, save, say
 from .codes import KernelCode
 from .nn import CodedWrapper
 from .stragglers import Bernoulli
@@ -21,7 +22,7 @@ from .workers import FaultyWorkers, ProcessWorkers, Workers
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-__all__ = ["add_serve"]
+__all__ = ["add_plan", "add_serve"]
 
 _KEEP_ALIVE = 75  # seconds, as other servers do: clients hold connections for longer than 5
 _GRACE = 10  # deadlines, after which a worker hangs; but at least a second
@@ -68,6 +69,62 @@ def add_serve(commands: Any) -> None:
     serve.set_defaults(run=_serve)
 
 
+def add_plan(commands: Any) -> None:
+    """Add ``plan`` to the commands."""
+    plan = commands.add_parser(
+        "plan",
+        help="find the redundancy that meets a deadline and an accuracy at least work",
+        description="Simulate uncoded, hedged, replicated and coded policies on machines whose "
+        "latencies were measured, or follow a law, and say which K, N, S, fence and deadline meet "
+        "the objective at least work, and whether coding is worth it.",
+    )
+    source = plan.add_mutually_exclusive_group()
+    source.add_argument(
+        "--latencies", type=Path, metavar="FILE", help="CSV: seconds of one part, a line each"
+    )
+    laws = ("calm", "straggling", "slow", "dead", "bursts", "mix")
+    source.add_argument("--law", choices=laws, default="mix", help="built in [%(default)s]")
+    for flag, kind, default, text in (
+        ("deadline", float, 0.2, "seconds, within which 99.9 %% of the requests are answered"),
+        ("accuracy", float, 0.99, "share of rows answered as rightly as by the model"),
+        ("num-machines", int, 6, "machines"),
+        ("num-data", int, 4, "K, parts of a request, whose latencies are known"),
+        ("median", float, 0.01, "seconds that a part takes, under a law"),
+        ("load", float, 0.3, "share of the machines' time that requests take"),
+        ("known", int, 1024, "answers that are remembered, to predict from"),
+        ("num-requests", int, 5000, "under each policy"),
+        ("seed", int, 0, "of everything"),
+    ):
+        plan.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
+    path = Path("coded-torch-plan.png")
+    plan.add_argument("--output", type=Path, default=path, metavar="FILE", help=f"picture [{path}]")
+    plan.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    need("plan", "serve", "starlette", "orjson", "prometheus_client")
+    need("plan", "demo", "matplotlib")
+    output = output_path("plan", args.output)
+    in_range("plan", "--num-requests", args.num_requests, 1000)
+    in_range("plan", "--seed", args.seed, 0, 2**63 - 1)
+
+    from .serve import planner
+
+    try:
+        names = planner.Goal.__dataclass_fields__
+        goal = planner.Goal(**{name: getattr(args, name) for name in names})
+        law: Any = planner.LAWS[args.law]
+        if args.latencies is not None:
+            law = planner.read_latencies(args.latencies)
+        options = {"median": args.median, "num_requests": args.num_requests, "seed": args.seed}
+        choices = list(planner.plan(goal, law, **options))
+    except (OSError, TypeError, ValueError) as error:
+        raise UsageError(f"coded-torch plan: {error}") from None
+    say(planner.format_choices(goal, choices))
+    save("plan", planner.draw(goal, choices), output)
+    say(f"\nShare of slower requests against latency: {output.resolve()}")
+
+
 def _serve(args: argparse.Namespace) -> None:
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
     limits: dict[str, tuple[float, float]] = {
@@ -81,7 +138,7 @@ def _serve(args: argparse.Namespace) -> None:
         "seed": (0, 2**63 - 1),
     }
     for name, (least, most) in limits.items():
-        in_range(f"--{name.replace('_', '-')}", getattr(args, name), least, most, of="serve")
+        in_range("serve", f"--{name.replace('_', '-')}", getattr(args, name), least, most)
 
     import orjson
 
@@ -96,7 +153,7 @@ def _serve(args: argparse.Namespace) -> None:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"coded-torch serve: {str(error).splitlines()[0]}") from None
     if args.example is not None:
-        in_range("--example", args.example, 0, len(examples[0]) - 1, of="serve")
+        in_range("serve", "--example", args.example, 0, len(examples[0]) - 1)
         request = factories.example_request(inputs, examples, args.example)
         say(orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         return

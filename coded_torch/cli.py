@@ -22,7 +22,7 @@ import coded_torch
 from . import _extension
 from ._arguments import MOST_WORKERS, dense
 from ._console import SUFFIXES, OutputError, UsageError, in_range, need, output_path, save, say
-from ._serve_commands import add_serve
+from ._serve_commands import add_plan, add_serve
 from .compare import Comparison, compare
 
 __all__ = ["main"]
@@ -155,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     latency.set_defaults(run=_latency)
 
     add_serve(commands)
+    add_plan(commands)
 
     info = commands.add_parser(
         "info",
