@@ -114,7 +114,7 @@ def example(capsys, *arguments):
 def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
     request = example(capsys, "--example", "7")
     start = time.monotonic()
-    with running("--chaos", "--seed", "1") as (process, port), Client(port) as client:
+    with running("--chaos", "--seed", "1", "--deadline", "2") as (process, port), Client(port) as client:
         assert "--no-memory keeps none of them" in process.head
         status, answer = client.infer(request, "/v2/models/lenet5/infer")
         assert status == 200
@@ -140,7 +140,7 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
 def test_nothing_is_left_of_a_server_that_is_killed(capsys):
     request = example(capsys, "--example", "3")
     before = set(os.listdir("/dev/shm"))
-    with running("--no-memory") as (process, port), Client(port) as client:
+    with running("--no-memory", "--deadline", "2") as (process, port), Client(port) as client:
         assert "--no-memory" not in process.head
         assert client.infer(request, "/v2/models/lenet5/infer")[0] == 200
         workers = family(process.pid) - {process.pid}
