@@ -114,7 +114,10 @@ def example(capsys, *arguments):
 def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
     request = example(capsys, "--example", "7")
     start = time.monotonic()
-    with running("--chaos", "--seed", "1", "--deadline", "2") as (process, port), Client(port) as client:
+    with (
+        running("--chaos", "--seed", "1", "--deadline", "2") as (process, port),
+        Client(port) as client,
+    ):
         assert "--no-memory keeps none of them" in process.head
         status, answer = client.infer(request, "/v2/models/lenet5/infer")
         assert status == 200
