@@ -46,7 +46,12 @@ ERRORS = (
     "adversaries",
     "false_alarms",
 )
-TIMES = ("end_to_end", "latency", "resilience")  # one at a time, or they would measure each other
+TIMES = (
+    "end_to_end",
+    "latency",
+    "resilience",
+    "serving",
+)  # one at a time, or they would measure each other
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
 #: Where its numbers go in the file, and what makes them.

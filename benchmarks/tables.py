@@ -325,6 +325,21 @@ def resilience(results: Results) -> Iterable[Sequence[str]]:
             yield scenario, name, *numbers, "" if value <= most else "missed"
 
 
+AT_LEAST = ("exact rows", "answered a second", "refused within 10 ms")
+
+
+def serving(results: Results) -> Iterable[Sequence[str]]:
+    yield "", "", "measured", "bar", ""
+    cases = dict(results["serving"])
+    overload = {f"overload, {rate}": found for rate, found in cases.pop("overload").items()}
+    for case, found in (cases | overload).items():
+        for name, numbers in found.items():
+            if isinstance(numbers, list) and len(numbers) == 2:
+                value, bar = numbers
+                missed = value < bar if name in AT_LEAST else value > bar
+                yield case, name, f"{value:g}", f"{bar:g}", "missed" if missed else ""
+
+
 TABLES: dict[str, Table] = {
     "main": main_table,
     "kept": kept,
@@ -342,6 +357,7 @@ TABLES: dict[str, Table] = {
     "times": times,
     "network_times": network_times,
     "waiting": waiting,
+    "serving": serving,
     "fan_out": fan_out,
     "latency": latency,
     "resilience": resilience,

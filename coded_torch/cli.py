@@ -22,6 +22,7 @@ import coded_torch
 from . import _extension
 from ._arguments import MOST_WORKERS, dense
 from ._console import SUFFIXES, OutputError, UsageError, in_range, need, output_path, save, say
+from ._serve_commands import add_plan, add_serve
 from .compare import Comparison, compare
 
 __all__ = ["main"]
@@ -152,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
     _add_output(latency, "latency")
     latency.set_defaults(run=_latency)
+
+    add_serve(commands)
+    add_plan(commands)
 
     info = commands.add_parser(
         "info",

@@ -17,7 +17,7 @@ import torch
 
 from ._arguments import count, instance, real
 from ._machines import PART_ROWS, Conditions, Faults, Machines, OpenCall
-from .nn.waiting import Decision, Ended, Event, History
+from .nn.waiting import Decision, Ended, Event, History, Waiting
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class Outcome:
 
 
 def simulate(
-    policy: Policy,
+    policy: Policy | Waiting,
     conditions: Conditions,
     *,
     num_machines: int,

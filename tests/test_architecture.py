@@ -12,6 +12,8 @@ PACKAGE = Path(coded_torch.__file__).parent
 # Each module may import those of the groups after its own, and its own group.
 LAYERS = (
     {"cli"},
+    {"_serve_commands"},
+    {"serve"},
     {"demo"},
     {"compare"},
     {"tuning", "simulation"},

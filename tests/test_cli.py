@@ -102,7 +102,7 @@ def test_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in ("demo", "compare", "latency", "info"):
+    for command in ("demo", "compare", "latency", "serve", "plan", "info"):
         assert f"\n    {command} " in out
     assert main(["bench"]) == 2
 

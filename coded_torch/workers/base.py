@@ -352,6 +352,10 @@ class Workers(abc.ABC):
                 if isinstance(event, Reply):
                     yield event
 
+    def start(self) -> Self:
+        """Bring up what the first request would else bring up, and wait for it."""
+        return self
+
     def close(self) -> None:  # noqa: B027 - most pools hold nothing
         """Let go of everything the pool holds; twice is fine."""
 

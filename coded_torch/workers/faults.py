@@ -11,17 +11,20 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, probability, real
+from .._arguments import count, instance, positive, probability, real
 from ..stragglers import Stragglers
 from .attacks import ATTACKS, Attacker, Liars
 from .base import Began, Part, Reply, Request, Task, Workers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["Fault", "FaultyWorkers"]
 
@@ -86,7 +89,8 @@ class FaultyWorkers(Workers):
     asks for n parts first, part p has entry p modulo n of a draw for n workers, from a generator
     of (seed, request, p // n). Laws with a state (:class:`~coded_torch.stragglers.Markov`,
     :class:`~coded_torch.stragglers.Trace`) move on once a request, by the first draw; the others
-    of a request are made by a copy of the law that goes on from there.
+    of a request are made by a copy of the law that goes on from there. ``crash_every`` alone goes
+    by the clock.
 
     Args:
         pool: the pool that computes; closing this one closes it.
@@ -94,6 +98,8 @@ class FaultyWorkers(Workers):
         rates: how often a part meets each of :attr:`Fault.KINDS`: "crash", "nan", "infinity",
             "shape", "dtype", "structure" (probabilities, at most 1 in sum).
         seed: of all of it, modulo 2^64.
+        crash_every: seconds from one crash to the next, beside those of ``rates``: a part that is
+            drawn of the first request after that many ends its machine. None: there are none.
         attack: what machines that lie do to every result of theirs, which stays well formed and
             finite; drawn from (seed, request, machine). "noise", "offset" (the same for all): add
             ``strength`` times the standard deviation of the result; "scale": multiply by
@@ -131,6 +137,7 @@ class FaultyWorkers(Workers):
         delays: Stragglers | None = None,
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
+        crash_every: float | None = None,
         attack: str | None = None,
         adversaries: Iterable[int] = (),
         strength: float = 1.0,
@@ -154,6 +161,10 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated, self.num_machines = pool.simulated, pool.num_machines
         self.seed = count(self, "seed", seed, least=None)
+        self.crash_every = (
+            None if crash_every is None else positive(self, "crash_every", crash_every)
+        )
+        self._crashed: float | None = None  # until the first request
         self.attack = attack
         self.strength = real(self, "strength", strength, "finite", math.isfinite)
         self.adversaries = tuple(
@@ -189,6 +200,13 @@ class FaultyWorkers(Workers):
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
             first = self._draw(self.delays, num_parts, request, 0)
+            now = time.monotonic()
+            if self._crashed is None:
+                self._crashed = now
+            if self.crash_every is not None and now >= self._crashed + self.crash_every:
+                self._crashed = now
+                part = np.random.default_rng((self.seed % 2**64, request)).integers(num_parts)
+                first[part] = dataclasses.replace(first[part], kind="crash")
             delays = copy.copy(self.delays)
         return request, itertools.chain(first, self._further(delays, num_parts, request))
 
@@ -215,6 +233,11 @@ class FaultyWorkers(Workers):
                 return kind
             uniform -= rate
         return None
+
+    def start(self) -> Self:
+        """Start the pool."""
+        self.pool.start()
+        return self
 
     def close(self) -> None:
         """Close the pool."""

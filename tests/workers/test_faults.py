@@ -115,6 +115,21 @@ def test_seeds_of_any_size_and_sign_are_different_ones():
     assert len({tuple(kinds(seed)) for seed in (-1, 0, 1, 2**63, 2**64 - 2)}) == 5
 
 
+def test_one_part_in_so_many_seconds_crashes(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("coded_torch.workers.faults.time.monotonic", lambda: clock[0])
+    pool = FaultyWorkers(recording := Recording(), crash_every=5.0, seed=3)
+    crashed = []
+    for seconds in (0.0, 4.9, 0.2, 4.9, 20.0, 0.0):
+        clock[0] += seconds
+        recording.asked = []
+        list(pool.run(nn.Identity(), task_of(torch.zeros(4, 1, 1))))
+        kinds = [part.fault and part.fault.kind for part in recording.asked]
+        assert len(kinds) == 4
+        crashed.append(kinds.count("crash"))
+    assert crashed == [0, 0, 1, 0, 1, 0]
+
+
 @pytest.mark.parametrize("kind", Fault.KINDS)
 def test_every_kind_of_fault_on_a_virtual_clock(kind):
     pool = FaultyWorkers(LocalWorkers(), delays=Trace([[2.0, math.inf]]), rates={kind: 1.0})
@@ -141,6 +156,7 @@ def test_every_kind_of_fault_on_a_virtual_clock(kind):
         ({"rates": {"nan": "x"}}, TypeError, r"rates\['nan'\] must be a probability .* got 'x'"),
         ({"rates": {"nan": 1.5}}, ValueError, r"rates\['nan'\] must be a probability .* got 1.5"),
         ({"rates": {"nap": 0.5}}, ValueError, "rates must be of crash, .*, got 'nap'"),
+        ({"crash_every": 0}, ValueError, "crash_every must be positive and finite, got 0"),
         ({"rates": {"nan": 0.6, "crash": 0.6}}, ValueError, "rates must be at most 1 in sum"),
     ],
 )

@@ -1,0 +1,408 @@
+"""The application under uvicorn: routes, bodies, refusals, disconnects and the end."""
+
+import gzip
+import json
+import math
+import resource
+import socket
+import threading
+import time
+import zlib
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.nn import CodedWrapper
+from coded_torch.serve import TensorSpec, app
+from coded_torch.stragglers import Stragglers
+from coded_torch.workers import DeviceWorkers, LocalWorkers
+
+from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, tensor
+
+ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+ONE = {"inputs": [tensor(ROWS)]}
+PATH = "/v2/models/m/infer"
+
+
+@pytest.fixture(scope="module")
+def port():
+    with serving(built()) as port:
+        yield port
+
+
+@pytest.fixture
+def client(port):
+    with Client(port) as client:
+        yield client
+
+
+class Held(nn.Module):
+    """Computes when it may."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.go = threading.Semaphore(0), threading.Event()
+
+    def forward(self, x):
+        self.begun.release()
+        assert self.go.wait(30)
+        return x[:, :2]
+
+
+class Lost(Stragglers):
+    """The first parts never answer."""
+
+    def __init__(self, lost):
+        super().__init__()
+        self.lost = lost
+
+    def _draw(self, num_workers, generator):
+        latencies = torch.zeros(num_workers, dtype=torch.float64)
+        latencies[: self.lost] = math.inf
+        return latencies
+
+
+def test_metadata(client):
+    assert client.get("/v2")[1]["extensions"] == ["binary_tensor_data"]
+    assert client.get("/v2/health/live") == (200, {"live": True})
+    assert client.get("/v2/health/ready") == (200, {"ready": True})
+    for version in ("", "/versions/1"):
+        assert client.get(f"/v2/models/m{version}/ready") == (200, {"name": "m", "ready": True})
+        status, found = client.get(f"/v2/models/m{version}")
+        assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
+        assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
+        assert [spec["name"] for spec in found["outputs"]] == [
+            "output",
+            "predicted",
+            "expected_error",
+        ]
+
+
+@pytest.mark.parametrize("version", ["", "/versions/1"])
+def test_answers_are_the_modules(client, version):
+    status, answer = client.infer(ONE | {"id": "x"}, f"/v2/models/m{version}/infer")
+    assert (status, answer["id"]) == (200, "x")
+    assert answer["parameters"] == {"predicted_rows": 0, "late_workers": ""}
+    (output,) = answer["outputs"]
+    with torch.no_grad():
+        exact = linear()(torch.tensor(ROWS))
+    assert torch.allclose(torch.tensor(output["data"]).reshape(2, 2), exact)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/models/m/versions/2", 404),
+        ("POST", "/v2/models/other/infer", 404),
+        ("POST", "/v2/models/m/versions/2/infer", 404),
+        ("GET", "/v2/models/m/infer", 405),
+        ("GET", "/nowhere", 404),
+    ],
+)
+def test_what_is_not_there(client, method, path, status):
+    found, headers, body = client.send(method, path, b"{}" if method == "POST" else None)
+    assert found == status
+    assert headers["content-type"] == "application/json"
+    assert json.loads(body)["error"]
+
+
+def test_a_bad_request_is_400_and_leaves_the_connection_usable(client):
+    bad = {"inputs": [tensor(ROWS) | {"data": [1, 2, 3, 4, 1e39, 6]}]}
+    status, answer = client.infer(bad)
+    assert (status, answer) == (400, {"error": "input 'input' must be finite, but row 1 is not"})
+    assert client.infer(ONE)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("encoding", "squeeze"),
+    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
+)
+def test_packed_bodies(client, encoding, squeeze):
+    many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
+    body = squeeze(json.dumps(many).encode())
+    headers = {"Content_Encoding": encoding, "Accept_Encoding": f"br, {encoding};q=0.5"}
+    status, found, answer = client.send("POST", PATH, body, **headers)
+    assert status == 200
+    packed = None if encoding == "identity" else encoding
+    assert found["content-encoding"] == packed
+    if packed:
+        answer = zlib.decompress(answer, 47)
+    assert json.loads(answer)["outputs"][0]["shape"] == [64, 2]
+
+
+@pytest.mark.parametrize("accepted", ["", "gzip;q=0", "br"])
+def test_answers_are_not_packed_unless_that_is_wanted(client, accepted):
+    many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
+    _, found, answer = client.send(
+        "POST", PATH, json.dumps(many).encode(), Accept_Encoding=accepted
+    )
+    assert found["content-encoding"] is None
+    assert json.loads(answer)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status", "why"),
+    [
+        (b"x", {"Content_Encoding": "br"}, 415, "gzip or deflate, got 'br'"),
+        (b"x", {"Content_Encoding": "gzip"}, 400, "must be gzip"),
+        (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "only the beginning"),
+        (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "more than that"),
+        (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
+        (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
+        (bytes(71681), {}, 413, "at most 71680 bytes"),
+        (b"{}", {"Coded_Torch_Timeout": "soon"}, 400, "Coded-Torch-Timeout must be a number"),
+        (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
+    ],
+)
+def test_bodies_that_are_refused(port, body, headers, status, why):
+    with Client(port) as client:
+        found, answer = client.infer(body, **headers)
+    assert found == status
+    assert why in answer["error"]
+
+
+def chunked(port, chunks):
+    """Send a body in chunks without saying its length; the answer, or what there is of it."""
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode())
+        try:
+            for chunk in chunks:
+                connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+            connection.sendall(b"0\r\n\r\n")
+        except OSError:
+            pass  # it was refused meanwhile
+        return connection.recv(65536)
+
+
+def test_chunked_bodies(port):
+    body = json.dumps(ONE).encode()
+    assert b" 200 " in chunked(port, [body[:10], body[10:]])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert b" 413 " in chunked(port, (bytes(2**16) for _ in range(2**12)))  # 256 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
+
+
+def test_a_full_queue_is_noticed_before_the_body_is_read():
+    held = Held()
+    pool = DeviceWorkers(["cpu"] * 6)
+    with serving(built(held, workers=pool, max_queued_requests=1, deadline=30.0)) as port:
+        answers = []
+
+        def ask():
+            with Client(port) as client:
+                answers.append(client.infer(ONE)[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        threads[0].start()
+        assert held.begun.acquire(timeout=30)
+        threads[1].start()
+        with Client(port) as client:
+            until = time.monotonic() + 30
+            while (found := refused(port))[0] != 503 and time.monotonic() < until:
+                time.sleep(0.01)
+            status, headers, body = found
+            assert (status, headers["retry-after"]) == (503, "1")
+            assert "1 requests are waiting" in json.loads(body)["error"]
+            assert 'refusals_total{reason="queue_full"}' in metrics(client)
+        held.go.set()
+        for thread in threads:
+            thread.join(30)
+    assert answers == [200, 200]
+
+
+def refused(port):
+    """The answer to a request whose body never comes; 0: there is none soon."""
+    with Client(port) as client:
+        connection = client.connection
+        connection.putrequest("POST", PATH)
+        connection.putheader("Content-Length", "100")
+        connection.endheaders()
+        connection.sock.settimeout(0.2)
+        try:
+            answer = connection.getresponse()
+        except TimeoutError:
+            return 0, {}, b""
+        return answer.status, answer.headers, answer.read()
+
+
+def metrics(client):
+    return client.send("GET", "/metrics")[2].decode()
+
+
+def test_a_body_that_does_not_come_within_the_deadline_is_408():
+    with serving(built(deadline=0.05)) as port:
+        status, _, body = refused(port)
+        assert status == 408
+        assert "did not come within the deadline" in json.loads(body)["error"]
+
+
+def test_a_client_that_goes_leaves_the_queue():
+    held = Held()
+    application = built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=30.0)
+    batcher = application.state.service._batcher
+    with serving(application) as port:
+        with Client(port) as first, Client(port) as second:
+            for client in first, second:
+                client.connection.request("POST", PATH, json.dumps(ONE))
+            assert held.begun.acquire(timeout=30)
+            wait_until(lambda: batcher.num_queued == 1)
+        wait_until(lambda: batcher.num_queued == 0)
+        held.go.set()
+        with Client(port) as client:
+            assert client.infer(ONE)[0] == 200
+            assert 'refusals_total{reason="disconnected"} 2.0' in metrics(client)
+
+
+def wait_until(condition):
+    until = time.monotonic() + 30
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
+    assert condition()
+
+
+def test_a_deadline_without_results_is_504_and_in_time():
+    held = Held()
+    with (
+        serving(built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=0.2)) as port,
+        Client(port) as client,
+    ):
+        for said, seconds in (({}, 0.2), ({"Coded_Torch_Timeout": "50000"}, 0.05)):
+            start = time.monotonic()
+            status, answer = client.infer(ONE, **said)
+            took = time.monotonic() - start
+            assert (status, answer["error"][:8]) == (504, "too few ")
+            assert seconds <= took < seconds + 1
+        held.go.set()
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_what_is_lost_is_predicted_and_flagged(lost):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 3, generator=generator).tolist()
+    outputs = [{"name": name} for name in ("output", "predicted", "expected_error")]
+    workers = LocalWorkers(Lost(lost))
+    with serving(built(workers=workers)) as port, Client(port) as client:
+        status, answer = client.infer({"inputs": [tensor(rows)], "outputs": outputs})
+        text = metrics(client)
+    assert status == 200
+    output, predicted, errors = (torch.tensor(entry["data"]) for entry in answer["outputs"])
+    output = output.reshape(64, 2)
+    with torch.no_grad():
+        exact = linear()(torch.tensor(rows))
+    assert int(predicted.sum()) == answer["parameters"]["predicted_rows"] == 16 * lost
+    assert answer["parameters"]["late_workers"] != ""
+    assert torch.allclose(output[~predicted], exact[~predicted], atol=1e-5)
+    assert not torch.allclose(output[predicted], exact[predicted], atol=1e-5)
+    assert (errors[~predicted] == 0).all()
+    assert (errors[predicted] > 0).all()
+    assert f'coded_torch_answers_total{{kind="predicted"}} {16.0 * lost}' in text
+    assert f'coded_torch_answers_total{{kind="exact"}} {64 - 16.0 * lost}' in text
+
+
+class Embed(nn.Module):
+    def forward(self, ids):
+        return nn.functional.embedding(ids, torch.arange(8.0).reshape(4, 2)).sum(1)
+
+
+def test_a_request_that_makes_the_module_fail_fails_alone():
+    inputs = [TensorSpec("ids", "INT64", (-1,))]
+    workers = DeviceWorkers(["cpu"] * 6)
+    with serving(built(Embed(), workers=workers, inputs=inputs)) as port:
+        answers = {}
+
+        def ask(name, ids):
+            with Client(port) as client:
+                answers[name] = client.infer({"inputs": [tensor(ids, "ids", "INT64")]})
+
+        asked = {f"good {i}": [[i, 1]] for i in range(4)} | {"bad": [[0, 9]]}
+        threads = [threading.Thread(target=ask, args=item) for item in asked.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert answers["bad"][0] == 500
+    assert "index out of range" in answers["bad"][1]["error"]
+    for i in range(4):
+        status, answer = answers[f"good {i}"]
+        assert (status, answer["parameters"]["predicted_rows"]) == (200, 0)
+        assert answer["outputs"][0]["data"] == [2.0 * i + 2, 2.0 * i + 4]
+
+
+def test_a_model_that_returns_something_else_is_500(caplog):
+    outputs = [TensorSpec("output", "FP32", (3,))]
+    with serving(built(outputs=outputs)) as port, Client(port) as client:
+        status, answer = client.infer(ONE)
+    assert (status, answer) == (500, {"error": "the model failed: TypeError"})
+    assert (
+        "output 'output' of the model must be FP32 [2, 3], got torch.float32 [2, 2]" in caplog.text
+    )
+
+
+def test_what_was_accepted_is_answered_at_the_end():
+    held = Held()
+    answers = []
+    with serving(built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=30.0)) as port:
+
+        def ask():
+            with Client(port) as client:
+                answers.append(client.infer(ONE)[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        assert held.begun.acquire(timeout=30)
+        time.sleep(0.2)  # the others are queued
+        threading.Timer(0.3, held.go.set).start()
+    for thread in threads:
+        thread.join(30)
+    assert answers == [200] * 5
+
+
+def test_metrics_have_no_label_of_a_clients_making(client):
+    client.infer({"inputs": [tensor(ROWS, "secret")]}, PATH)
+    client.send("POST", "/v2/models/secret/infer", b"{}")
+    text = metrics(client)
+    assert "secret" not in text
+    for name in (
+        'coded_torch_results_total{state="received"}',
+        'coded_torch_answers_total{kind="exact"}',
+        'coded_torch_refusals_total{reason="invalid"}',
+        "coded_torch_queued_seconds_bucket",
+        "coded_torch_encode_seconds_sum",
+        "coded_torch_compute_seconds_sum",
+        "coded_torch_decode_seconds_count",
+        "coded_torch_extra_rows_total",
+        "coded_torch_hedges_total",
+        "coded_torch_expected_error_bucket",
+    ):
+        assert name in text, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coded": linear()}, "app: coded must be of type CodedWrapper, got Linear"),
+        ({"name": 3}, "app: name must be of type str"),
+        ({"inputs": []}, "app: inputs must have names of their own, at least one"),
+        ({"inputs": INPUTS * 2}, "app: inputs must have names of their own"),
+        ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
+        (
+            {"outputs": [TensorSpec("predicted", "BOOL", ())]},
+            "app: outputs must not be named predicted or expected_error",
+        ),
+        ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
+        ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),
+        ({"max_queued_requests": 0}, "app: max_queued_requests must be at least 1"),
+        ({"max_ongoing_batches": 0}, "app: max_ongoing_batches must be at least 1"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    coded = built().state.service.coded
+    assert isinstance(coded, CodedWrapper)
+    options = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 1.0}
+    with pytest.raises((TypeError, ValueError)) as caught:
+        app(**{"coded": coded} | options | changes)
+    assert message in str(caught.value)

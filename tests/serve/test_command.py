@@ -1,0 +1,216 @@
+"""The command ``coded-torch serve``: on worker processes that are delayed and killed."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from coded_torch.cli import main
+
+from .servers import Client
+
+SLOW = 3  # the bars are those of a machine with nothing else to do
+CODE = "import sys; from coded_torch.cli import main; sys.exit(main())"
+MODEL = """
+import torch
+
+class Double(torch.nn.Module):
+    def forward(self, x, scale):
+        return 2 * x, x.sum(1) * scale
+
+def make():
+    return Double(), (torch.ones(3, 4), torch.tensor([1.0, 2.0, 3.0]))
+
+def bare():
+    return Double()
+
+def empty():
+    return Double(), torch.ones(0, 4)
+
+def text():
+    return torch.nn.Identity(), (torch.ones(2, 1), "no")
+
+class Wordy(torch.nn.Module):
+    def forward(self, x):
+        return x, "words"
+
+def wordy():
+    return Wordy(), torch.ones(2, 1)
+"""
+
+
+@contextlib.contextmanager
+def running(*arguments, cwd=None):
+    """The command as a process, what it has printed so far, its log and its port."""
+    line = [sys.executable, "-c", CODE, "serve", "--port", "0", *arguments]
+    with tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log, text=True, cwd=cwd)
+        process.log, process.head = Path(log.name), ""
+        try:
+            while not (found := re.search(r"http://127.0.0.1:(\d+)/", process.head)):
+                process.head += (line := process.stdout.readline())
+                assert line, process.log.read_text()
+            yield process, int(found[1])
+        finally:
+            process.kill()
+            process.communicate(timeout=30)
+
+
+def family(pid):
+    """The process ids of a process and of all that it has started."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                parents[int(entry.name)] = int(stat[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def listening(pids):
+    """The addresses at which processes listen for TCP, as the kernel writes them."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                inodes.add(os.readlink(descriptor))
+    lines = [
+        line.split()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6")
+        for line in Path(table).read_text().splitlines()[1:]
+    ]
+    return {line[1] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in inodes}
+
+
+def alive(pids):
+    return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists()]
+
+
+def wait_until(condition, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert condition()
+
+
+def example(capsys, *arguments):
+    assert main(["serve", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
+    request = example(capsys, "--example", "7")
+    start = time.monotonic()
+    with (
+        running("--chaos", "--seed", "1", "--deadline", "2") as (process, port),
+        Client(port) as client,
+    ):
+        assert "--no-memory keeps none of them" in process.head
+        status, answer = client.infer(request, "/v2/models/lenet5/infer")
+        assert status == 200
+        assert time.monotonic() - start < 10 * SLOW
+        assert torch.tensor(answer["outputs"][0]["data"]).argmax() == 7
+        (address,) = listening(family(process.pid))
+        assert address.startswith("0100007F:")  # 127.0.0.1
+
+        def killed():
+            assert client.infer(request, "/v2/models/lenet5/infer")[0] == 200
+            return "was killed by SIGKILL" in process.log.read_text()
+
+        wait_until(killed)
+        text = client.send("GET", "/metrics")[2].decode()
+        assert float(re.search(r'results_total{state="missing"} (.*)', text)[1]) >= 1
+        workers = family(process.pid)
+        process.terminate()
+        process.wait(30)
+        assert process.returncode == -signal.SIGTERM
+        wait_until(lambda: not alive(workers))
+
+
+def test_nothing_is_left_of_a_server_that_is_killed(capsys):
+    request = example(capsys, "--example", "3")
+    before = set(os.listdir("/dev/shm"))
+    with running("--no-memory", "--deadline", "2") as (process, port), Client(port) as client:
+        assert "--no-memory" not in process.head
+        assert client.infer(request, "/v2/models/lenet5/infer")[0] == 200
+        workers = family(process.pid) - {process.pid}
+        assert len(workers) >= 6
+        process.kill()
+        wait_until(lambda: not alive(workers), 2 * SLOW)
+        with pytest.raises((http.client.HTTPException, OSError)):
+            client.infer(request)
+        assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    request = example(capsys, "mine:make", "--example", "2")
+    assert [entry["name"] for entry in request["inputs"]] == ["input0", "input1"]
+    with (
+        running("mine:make", "--name", "double", cwd=tmp_path) as (_, port),
+        Client(port) as client,
+    ):
+        metadata = client.get("/v2/models/double")[1]
+        assert [entry["shape"] for entry in metadata["inputs"]] == [[-1, 4], [-1]]
+        status, answer = client.infer(request, "/v2/models/double/infer")
+    assert status == 200
+    assert [entry["data"] for entry in answer["outputs"]] == [[2.0] * 4, [12.0]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--num-workers 0", "--num-workers must be at least 1, got 0"),
+        ("--num-data 7", "--num-data must be at most 6, got 7"),
+        ("--deadline 0", "--deadline must be at least 0.001, got 0.0"),
+        ("--deadline nan", "--deadline must be at least 0.001, got nan"),
+        ("--port 65536", "--port must be at most 65535, got 65536"),
+        ("--port 1 --host 203.0.113.1", "--port must be free, got [Errno"),
+        ("--max-batch-size 0", "--max-batch-size must be at least 1"),
+        ("--max-queued-requests 0", "--max-queued-requests must be at least 1"),
+        ("--max-ongoing-batches 0", "--max-ongoing-batches must be at least 1"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--example 10", "--example must be at most 9, got 10"),
+        ("--example -1", "--example must be at least 0, got -1"),
+        ("nowhere:make", "No module named 'nowhere'"),
+        ("mine", "MODULE:FACTORY must name both, got 'mine'"),
+        ("mine:nothing", "module 'mine' has no attribute 'nothing'"),
+        ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor or a"),
+        ("mine:text", "mine:text must return a module and examples of its inputs"),
+        ("mine:empty", "the examples of mine:empty must have rows, got none"),
+        ("mine:wordy", "the module must return tensors to be served"),
+    ],
+)
+def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["serve", *arguments.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("coded-torch serve: ")
+    assert message in err
+
+
+@pytest.mark.parametrize("package", ["starlette", "uvicorn", "orjson", "prometheus_client"])
+def test_a_missing_extra_says_how_to_get_it(package, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["serve"]) == 2
+    assert capsys.readouterr().err == (
+        f"coded-torch serve needs {package}: pip install 'coded_torch[serve]'\n"
+    )

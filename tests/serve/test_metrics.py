@@ -1,0 +1,94 @@
+"""What is counted of a batch, and a dashboard that shows all of it."""
+
+import importlib.resources
+import json
+import re
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from coded_torch.nn import Report
+from coded_torch.nn.waiting import Hedge
+from coded_torch.serve.metrics import Metrics
+
+
+def values(metrics):
+    families = text_string_to_metric_families(metrics.sink.text().decode())
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def hedge(number, won):
+    return Hedge(number, 0, (0,), 0.01, won)
+
+
+def test_a_batch():
+    metrics = Metrics()
+    report = Report(
+        asked=(0, 1, 2, 3),
+        received=(0, 1, 3),
+        rejected={3: "was killed by SIGKILL"},  # its successor answered
+        work=1.5,
+        hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
+        predicted=torch.tensor([True, False, False, True]),
+        expected_errors=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
+        encode_seconds=0.002,
+        compute_seconds=0.03,
+        decode_seconds=0.004,
+    )
+    metrics.batch(report, 4, [0.1, 0.2])
+    metrics.refused("late")
+    found = values(metrics)
+    prefix = "coded_torch_"
+    for key, value in {
+        ("results_total", "received"): 3,
+        ("results_total", "missing"): 2,
+        ("results_total", "rejected"): 1,
+        ("answers_total", "exact"): 2,
+        ("answers_total", "predicted"): 2,
+        ("refusals_total", "late"): 1,
+        ("rows_computed_total",): 6,
+        ("extra_rows_total",): 2,
+        ("hedges_total", "won"): 1,
+        ("hedges_total", "lost"): 2,
+        ("queued_seconds_sum",): 0.3,
+        ("queued_seconds_count",): 2,
+        ("encode_seconds_sum",): 0.002,
+        ("compute_seconds_sum",): 0.03,
+        ("decode_seconds_sum",): 0.004,
+        # Of the predicted rows: the root of (0.3^2 + 0.4^2) / 2.
+        ("expected_error_sum",): 0.125**0.5,
+    }.items():
+        assert found[(prefix + key[0], *key[1:])] == pytest.approx(value), key
+
+
+def test_means_are_counted_apart():
+    metrics = Metrics()
+    report = Report(predicted=torch.tensor([True, True]), degraded=True)
+    metrics.batch(report, 2, [])
+    found = values(metrics)
+    assert found["coded_torch_answers_total", "degraded"] == 2
+    assert ("coded_torch_answers_total", "predicted") not in found
+
+
+def test_the_dashboard_shows_every_number():
+    folder = importlib.resources.files("coded_torch.serve") / "dashboards"
+    dashboard = json.loads((folder / "grafana.json").read_text())
+    shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
+    metrics = Metrics()
+    metrics.batch(Report(predicted=torch.tensor([True])), 1, [0.1])
+    metrics.refused("late")
+    families = text_string_to_metric_families(metrics.sink.text().decode())
+    counted = {
+        family.name.removeprefix("coded_torch_")
+        + {"counter": "_total", "histogram": "_bucket"}[family.type]
+        for family in families
+        if not family.name.endswith("_created")
+    }
+    assert shown == counted - {"rows_computed_total"}  # the extra ones are shown
+    (prefix,) = [x for x in dashboard["templating"]["list"] if x["name"] == "prefix"]
+    assert [option["value"] for option in prefix["options"]] == ["", "ray_"]

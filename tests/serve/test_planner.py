@@ -1,0 +1,137 @@
+"""Redundancy chosen by simulation: what is recommended where it is known what should be."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.runs import RESULTS
+from coded_torch.cli import main
+from coded_torch.serve.planner import (
+    LAWS,
+    PREDICTED,
+    Goal,
+    best,
+    draw,
+    format_choices,
+    measured,
+    plan,
+    read_latencies,
+)
+
+REQUESTS = 1000
+
+
+def choices(goal, law, **options):
+    return list(plan(goal, law, num_requests=REQUESTS, **{"median": 0.01} | options))
+
+
+def test_nothing_is_worth_anything_where_nothing_goes_wrong():
+    goal = Goal(deadline=0.2)
+    found = choices(goal, LAWS["calm"])
+    assert {choice.kind for choice in found} == {"uncoded", "hedged", "replicated", "coded"}
+    uncoded = best(found)["uncoded"]
+    assert uncoded.meets
+    assert (uncoded.work, uncoded.predicted, uncoded.accuracy) == (1, 0, 1)
+    text = format_choices(goal, found)
+    assert "least work by wait for all" in text
+    assert text.endswith("Coding is not worth it here.")
+    assert max(map(len, text.splitlines()[:-2])) <= 80
+
+
+def test_a_deadline_that_only_predictions_meet():
+    """3 % of the parts take 5 to 50 times as long; six machines for four parts."""
+    goal = Goal(deadline=0.035, accuracy=0.99, num_machines=6)
+    found = best(choices(goal, LAWS["straggling"]))
+    assert not found["uncoded"].meets
+    assert found["coded"].meets
+    assert 0 < found["coded"].predicted < 0.05
+    assert found["coded"].deadline < goal.deadline
+    assert found["coded"].fence < found["coded"].deadline
+    strict = Goal(deadline=0.035, accuracy=1.0)
+    assert not best(choices(strict, LAWS["straggling"]))["coded"].meets
+
+
+def test_what_nothing_meets():
+    goal = Goal(deadline=0.001)
+    assert "Nothing meets 99.9 % within 1 ms" in format_choices(goal, choices(goal, LAWS["mix"]))
+
+
+def test_measured_latencies_are_simulated_as_they_are(tmp_path):
+    """A body around 10 ms, and one in thirty 50 ms longer."""
+    generator = np.random.default_rng(0)
+    seconds = 0.01 * generator.lognormal(0, 0.1, 3000)
+    seconds[::30] += 0.05
+    path = tmp_path / "latencies.csv"
+    path.write_text("seconds,rows\n" + "".join(f"{x},16\n" for x in seconds))
+    read = read_latencies(path)
+    assert np.allclose(read, seconds)
+    median, conditions = measured(read)
+    assert median == pytest.approx(0.01, rel=0.02)
+    assert conditions(median).spread == pytest.approx(0.1, rel=0.2)
+    found = choices(Goal(deadline=0.2), read)
+    (uncoded,) = [x for x in found if x.kind == "uncoded" and x.num_data == 4]
+    # A tenth of the requests meet a delay in one of four parts.
+    late = float((uncoded.latencies > 0.05).mean())
+    assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)
+    assert np.median(uncoded.latencies) == pytest.approx(0.011, rel=0.15)
+
+
+def test_the_curve_is_the_measured_one():
+    results = json.loads((RESULTS / "serving.json").read_text())
+    curve = results["measured"]["predicted"]["right class"]
+    assert {str(known): share for known, share in PREDICTED.items() if known} == curve
+    assert PREDICTED[0] == 0.1  # one of ten classes
+    assert sorted(PREDICTED) == list(PREDICTED)
+
+
+def test_the_picture_has_a_line_a_kind():
+    goal = Goal(deadline=0.05)
+    (axes,) = draw(goal, choices(goal, LAWS["mix"])).axes
+    labels = [line.get_label() for line in axes.lines]
+    assert [label.partition(":")[0] for label in labels] == [
+        "uncoded",
+        "hedged",
+        "replicated",
+        "coded",
+        "deadline",
+    ]
+
+
+def test_the_command(tmp_path, capsys):
+    output = tmp_path / "plan.png"
+    line = f"plan --law calm --deadline 0.1 --num-requests 1000 --output {output}"
+    assert main(line.split()) == 0
+    assert "least work by wait for all, K = " in capsys.readouterr().out
+    assert output.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--deadline 0", "Goal: deadline must be positive and finite, got 0.0"),
+        ("--accuracy 2", "Goal: accuracy must be a probability in [0, 1], got 2.0"),
+        ("--num-machines 0", "Goal: num_machines must be at least 1, got 0"),
+        ("--load 1", "Goal: load must be in (0, 1), got 1.0"),
+        ("--known -1", "Goal: known must be at least 0, got -1"),
+        ("--median 0", "plan: median must be positive and finite, got 0.0"),
+        ("--num-requests 10", "--num-requests must be at least 1000, got 10"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--output plan", "--output must end in"),
+        ("--latencies none.csv", "No such file or directory"),
+        ("--latencies few.csv", "there must be at least 100 latencies, got 3"),
+        ("--latencies words.csv", "line 2 must begin with seconds, got 'soon'"),
+        ("--latencies wrong.csv", "latencies must be positive and finite"),
+    ],
+)
+def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.csv").write_text("1\n2\n3\n")
+    (tmp_path / "words.csv").write_text("seconds\nsoon\n")
+    (tmp_path / "wrong.csv").write_text("1\n" * 200 + f"{math.inf}\n")
+    assert main(["plan", *arguments.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("coded-torch plan: ")
+    assert message in err

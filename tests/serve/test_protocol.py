@@ -1,0 +1,317 @@
+"""Messages of the Open Inference Protocol: what is read, what is refused, and why."""
+
+import json
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coded_torch.serve import DATATYPES, TensorSpec
+from coded_torch.serve.errors import RequestError
+from coded_torch.serve.protocol import (
+    EXPECTED_ERROR,
+    PREDICTED,
+    format_answer,
+    header_timeout,
+    largest_body,
+    parse,
+)
+from coded_torch.serve.tensors import to_bytes
+
+from .servers import INPUTS, OUTPUTS, tensor
+
+ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+MOST = 8
+
+
+def read(message, inputs=INPUTS, outputs=OUTPUTS, tail=b""):
+    head = message if isinstance(message, bytes) else orjson.dumps(message)
+    length = str(len(head)) if tail else None
+    return parse(head + tail, length, inputs, outputs, MOST)
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(RequestError) as caught:
+        read(*args, **kwargs)
+    assert caught.value.status == 400
+    return caught.value.message
+
+
+def one(**changes):
+    return {"inputs": [tensor(ROWS) | changes]}
+
+
+def binary(batch, datatype="FP32", size=None, **changes):
+    data = to_bytes(batch)
+    parameters = {"binary_data_size": len(data) if size is None else size}
+    entry = {"name": "input", "datatype": datatype, "shape": list(batch.shape)}
+    return {"inputs": [entry | {"parameters": parameters} | changes]}, data
+
+
+@pytest.mark.parametrize("data", [ROWS, [1, 2, 3, 4.0, 5, 6]])
+def test_json_numbers_nested_or_in_one_list(data):
+    request = read(one(data=data))
+    assert torch.equal(request.inputs[0], torch.tensor(ROWS))
+    assert (request.rows, request.id, request.timeout) == (2, None, None)
+    assert request.outputs == [(OUTPUTS[0], False)]
+
+
+@pytest.mark.parametrize("datatype", DATATYPES)
+def test_every_datatype_in_json_and_in_binary(datatype):
+    spec = [TensorSpec("input", datatype, (3,))]
+    values = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=DATATYPES[datatype])
+    listed = values.tolist()
+    assert torch.equal(
+        read({"inputs": [tensor(listed, datatype=datatype)]}, spec).inputs[0], values
+    )
+    message, tail = binary(values, datatype)
+    found = read(message, spec, tail=tail).inputs[0]
+    assert found.dtype is DATATYPES[datatype]
+    assert torch.equal(found, values)
+
+
+@pytest.mark.parametrize("sent", DATATYPES)
+@pytest.mark.parametrize("taken", DATATYPES)
+def test_what_is_cast_loses_nothing(sent, taken):
+    """Extreme values of the sent datatype, and one, are the same in the other, or refused."""
+    dtype = DATATYPES[sent]
+    if dtype is torch.bool:
+        extremes = [True, False]
+    else:
+        info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+        extremes = [info.max, info.min]
+        extremes += [1 + info.eps] if dtype.is_floating_point else [info.max - 1, 1]
+    values = torch.tensor([extremes], dtype=dtype)
+    message, tail = binary(values, sent)
+    spec = [TensorSpec("input", taken, (len(extremes),))]
+    cast = values.to(DATATYPES[taken]).tolist()  # Python compares numbers of all kinds exactly
+    if cast != values.tolist():
+        assert f"must be of {taken}" in refused(message, spec, tail=tail)
+        return
+    found = read(message, spec, tail=tail).inputs[0]
+    assert found.dtype is DATATYPES[taken]
+    assert torch.equal(found.to(dtype), values)
+
+
+def test_half_precision_is_taken_for_single():
+    halves = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).half()
+    message, tail = binary(halves, "FP16")
+    assert torch.equal(read(message, tail=tail).inputs[0], halves.float())
+
+
+def test_rows_that_are_to_blame_are_named():
+    assert "row 1 is not" in refused(one(data=[[1, 2, 3], [4, 1e39, 6]]))
+    bad = torch.tensor(ROWS)
+    bad[1, 2] = torch.nan
+    message, tail = binary(bad)
+    assert refused(message, tail=tail) == "input 'input' must be finite, but row 1 is not"
+    assert "got shape [2] in row 1" in refused(one(data=[[1, 2, 3], [4, 5]]))
+    assert "got holes in row 0" in refused(one(data=[[1, 2, [3]], [4, 5, 6]]))
+    assert "got NoneType in row 1" in refused(one(data=[[1, 2, 3], [4, None, 6]]))
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b'{"inputs": [NaN]}', "must be JSON"),
+        (b"[" * 5000, "must be JSON"),
+        ([], "the request must be an object, got []"),
+        ({}, "inputs must be a list, got None"),
+        ({"inputs": []}, "got none of ['input']"),
+        ({"inputs": [3]}, "an entry of inputs must be an object, got 3"),
+        ({"inputs": [{}]}, "the name of an entry of inputs must be a string, got None"),
+        (one() | {"id": 3}, "id must be a string, got 3"),
+        (one() | {"parameters": 3}, "parameters of the request must be an object"),
+        (one() | {"parameters": {"timeout": 0}}, "timeout must be a positive number of micro"),
+        (one() | {"parameters": {"timeout": True}}, "timeout must be a positive number"),
+        (one() | {"parameters": {"binary_data_output": 1}}, "must be true or false, got 1"),
+        (one(name="other"), "an input must be one of 'input', got 'other'"),
+        ({"inputs": [tensor(ROWS)] * 2}, "an input must be once, got 'input'"),
+        (one(datatype="BYTES"), "datatype of input 'input' must be one of BOOL"),
+        (one(datatype=["FP32"]), "datatype of input 'input' must be one of BOOL"),
+        (one(datatype="FP64"), "must be of FP32, or of what FP32 holds without loss, got FP64"),
+        (one(datatype="INT32", data=[1] * 6), "without loss, got INT32"),
+        (one(datatype="INT8", data=[300] * 6), "must be within -128 and 127"),
+        (one(datatype="INT8"), "must be of INT8, got float64"),
+        (one(datatype="BOOL"), "must be of BOOL, got float64"),
+        (one(shape=[2, 4]), "shape of input 'input' must be [-1, 3], got [2, 4]"),
+        (one(shape=[6]), "must be [-1, 3], got [6]"),
+        (one(shape=[]), "must be [-1, 3], got []"),
+        (one(shape=[-1, 3]), "must be [-1, 3], got [-1, 3]"),
+        (one(shape=[0, 3]), "must be [-1, 3], got [0, 3]"),
+        (one(shape=[2.0, 3]), "must be [-1, 3], got [2.0, 3]"),
+        (one(shape="23"), "must be [-1, 3], got '23'"),
+        (one(shape=[9, 3]), "must have 1 to 8 rows, the largest batch, got 9"),
+        (one(shape=[10**15, 3]), "must have 1 to 8 rows"),
+        (one(data="abc"), "must be a list, got str"),
+        (one(data=["a"] * 6), "must be of FP32, got text"),
+        (one(data=[True] * 6), "must be of FP32, got bool"),
+        (one(data=[1, 2]), "must be 6 numbers, in one list or nested as its shape [2, 3]"),
+        (one(data=[[1, 2], [3, 4], [5, 6]]), "got shape [3, 2]"),
+        (one(parameters={"binary_data_size": 4}), "must have either data or a binary_data_size"),
+        ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
+        (one(parameters={"shared_memory_region": "x"}), "not in shared memory"),
+        (one() | {"outputs": 3}, "outputs must be a list"),
+        (one() | {"outputs": [{"name": "x"}]}, "must be one of 'output', 'predicted', 'expected"),
+        (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once"),
+        (
+            one() | {"outputs": [{"name": "output", "parameters": {"classification": 3}}]},
+            "not as a classification",
+        ),
+        (
+            one() | {"outputs": [{"name": "output", "parameters": {"binary_data": 1}}]},
+            "binary_data of output 'output' must be true or false",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(message, why):
+    assert why in refused(message)
+
+
+@pytest.mark.parametrize(
+    ("size", "tail", "why"),
+    [
+        (23, bytes(24), "must have 24 bytes for shape [2, 3] of FP32, got 23"),
+        (25, bytes(24), "must be at most the 24 bytes that are left"),
+        (-1, bytes(24), "must be at most the 24 bytes"),
+        (True, bytes(24), "must be at most the 24 bytes"),
+        (24, bytes(25), "must end with the last tensor, got 1 bytes more"),
+    ],
+)
+def test_binary_sizes_that_do_not_fit(size, tail, why):
+    message, _ = binary(torch.zeros(2, 3), size=size)
+    assert why in refused(message, tail=tail)
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "1e3", "", "9" * 30])
+def test_header_lengths_that_are_none(length):
+    with pytest.raises(RequestError, match="Inference-Header-Content-Length must be an integer"):
+        parse(b"{}", length, INPUTS, OUTPUTS, MOST)
+    with pytest.raises(RequestError, match="at most the length of the body, 2, got 3"):
+        parse(b"{}", "3", INPUTS, OUTPUTS, MOST)
+
+
+def test_several_inputs_in_any_order_of_open_sizes():
+    specs = [TensorSpec("ids", "INT64", (-1,)), TensorSpec("scale", "FP64", ())]
+    message = {
+        "inputs": [tensor([1.5, 2.5], "scale", "FP64"), tensor([[1, 2]] * 2, "ids", "INT64")]
+    }
+    ids, scale = read(message, specs).inputs
+    assert (ids.tolist(), scale.tolist()) == ([[1, 2], [1, 2]], [1.5, 2.5])
+    message["inputs"][0] |= {"shape": [1], "data": [1.5]}
+    assert "as many rows as each other, got [1, 2]" in refused(message, specs)
+
+
+def test_requested_outputs_and_times():
+    message = one() | {
+        "id": "a",
+        "parameters": {"timeout": 50_000, "binary_data_output": True, "anything": "else"},
+        "outputs": [
+            {"name": "expected_error"},
+            {"name": "output", "parameters": {"binary_data": False}},
+        ],
+    }
+    request = read(message)
+    assert request.outputs == [(EXPECTED_ERROR, True), (OUTPUTS[0], False)]
+    assert (request.id, request.timeout) == ("a", 0.05)
+    assert header_timeout("50000") == 0.05
+    assert header_timeout(None) is None
+    for wrong in ("0", "-1", "0.5", "soon", "9" * 30):
+        with pytest.raises(RequestError, match="Coded-Torch-Timeout must be a"):
+            header_timeout(wrong)
+
+
+def test_answers_in_json_and_binary():
+    message = one() | {
+        "id": "a",
+        "outputs": [
+            {"name": "output", "parameters": {"binary_data": True}},
+            {"name": "predicted"},
+            {"name": "expected_error", "parameters": {"binary_data": True}},
+        ],
+    }
+    output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # not contiguous
+    errors = torch.tensor([0.5, torch.nan])
+    answers = {"output": output, "predicted": torch.tensor([True, False]), "expected_error": errors}
+    body, length = format_answer("m", read(message), answers, {"predicted_rows": 1})
+    head = json.loads(body[:length])
+    assert (head["model_name"], head["model_version"], head["id"]) == ("m", "1", "a")
+    assert head["parameters"] == {"predicted_rows": 1}
+    first, second, third = head["outputs"]
+    assert first["parameters"] == {"binary_data_size": 16}
+    assert second == {"name": "predicted", "datatype": "BOOL", "shape": [2], "data": [True, False]}
+    assert third["shape"] == [2]
+    numbers = np.frombuffer(body[length:], "<f4")
+    assert numbers[:4].tolist() == [1, 3, 2, 4]
+    assert np.array_equal(numbers[4:], [0.5, np.nan], equal_nan=True)
+
+
+def test_what_json_has_no_number_for_is_null():
+    message = one() | {"outputs": [{"name": PREDICTED.name}, {"name": EXPECTED_ERROR.name}]}
+    errors = torch.tensor([0.0, torch.nan])
+    answers = {"predicted": torch.tensor([False, True]), "expected_error": errors}
+    body, length = format_answer("m", read(message), answers, {})
+    assert length is None
+    assert json.loads(body)["outputs"][1]["data"] == [0.0, None]
+
+
+def test_the_largest_body_grows_with_the_model():
+    assert largest_body(INPUTS, 64) == 2**16 + 32 * 64 * 3
+    assert largest_body([TensorSpec("x", "FP32", (-1,))], 64) == 2**26
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["name", "shape", "datatype", "data", "parameters", "binary_data_size"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    message=st.fixed_dictionaries(
+        {"inputs": st.lists(st.fixed_dictionaries({"name": st.just("input")}, optional={
+            "shape": st.lists(st.integers(0, 9), max_size=3) | JSON,
+            "datatype": st.sampled_from([*DATATYPES, "BYTES"]) | JSON,
+            "data": JSON,
+            "parameters": JSON,
+        }), max_size=2)},
+        optional={"outputs": JSON, "parameters": JSON, "id": JSON},
+    ),
+    tail=st.binary(max_size=30),
+)  # fmt: skip
+def test_nothing_but_a_refusal_comes_of_rubbish(message, tail):
+    head = json.dumps(message).encode()
+    try:
+        request = parse(head + tail, str(len(head)), INPUTS, OUTPUTS, MOST)
+    except RequestError as error:
+        found = error.status, len(error.message) < 1000
+    else:
+        found = request.inputs[0].shape, bool(request.inputs[0].isfinite().all())
+    assert found in [(400, True), *(((rows, 3), True) for rows in range(1, MOST + 1))]
+
+
+def test_bad_specs():
+    with pytest.raises(ValueError, match=r"datatype must be one of BOOL, UINT8, .*, got 'FLOAT'"):
+        TensorSpec("x", "FLOAT", (3,))
+    with pytest.raises(ValueError, match="shape must be at least -1, got -2"):
+        TensorSpec("x", "FP32", (-2,))
+    with pytest.raises(TypeError, match="name must be of type str, got int"):
+        TensorSpec(3, "FP32", (3,))
+    with pytest.raises(TypeError, match=r"x must be of one of DATATYPES, got torch.complex64"):
+        TensorSpec.of("x", torch.zeros(2, 3, dtype=torch.complex64))
+    assert TensorSpec.of("x", torch.zeros(2, 3)) == TensorSpec("x", "FP32", (3,))

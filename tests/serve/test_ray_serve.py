@@ -1,0 +1,159 @@
+"""The application in replicas of Ray Serve: the same answers, and the death of a replica."""
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from .servers import Client
+from .triton import CASES, WRONG, check_case, check_metadata, check_wrong
+
+ray = pytest.importorskip("ray", reason="needs the extra 'serve-ray'")
+serve = pytest.importorskip("ray.serve", reason="needs the extra 'serve-ray'")
+pytestmark = [
+    pytest.mark.ray,
+    # Ray's own files, sockets and tasks, when its connection ends.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+WAIT = 120.0
+
+
+def lenet():
+    """An application; a factory that is sent to replicas whole, as it stands in no package."""
+    from coded_torch.codes import KernelCode
+    from coded_torch.nn import CodedWrapper
+    from coded_torch.serve import app
+    from coded_torch.serve.factories import lenet5_and_digits, specs
+
+    module, examples = lenet5_and_digits()
+    inputs, outputs = specs(module, examples)
+    coded = CodedWrapper(module, KernelCode(4, 6))
+    return app(coded, name="m", inputs=inputs, outputs=outputs, deadline=30.0)
+
+
+def pids():
+    """A model whose answer is the process that it runs in, after as many seconds as it is given."""
+    import os
+    import time
+
+    import torch
+
+    from coded_torch.codes import KernelCode
+    from coded_torch.nn import CodedWrapper
+    from coded_torch.serve import TensorSpec, app
+
+    class Where(torch.nn.Module):
+        def forward(self, x):
+            time.sleep(float(x.max()))
+            return torch.full_like(x, os.getpid(), dtype=torch.float64)
+
+    return app(
+        CodedWrapper(Where(), KernelCode(4, 6)),
+        name="m",
+        inputs=[TensorSpec("seconds", "FP32", ())],
+        outputs=[TensorSpec("pid", "FP64", ())],
+        deadline=30.0,
+    )
+
+
+def by_value(function):
+    """The same function as one of no module, so that it is pickled whole."""
+    import types
+
+    copy = types.FunctionType(function.__code__, {"__builtins__": __builtins__}, function.__name__)
+    copy.__module__ = "__main__"
+    return copy
+
+
+@pytest.fixture(scope="module")
+def port():
+    """A cluster on loopback, with both models."""
+    from coded_torch.serve import deployment
+    from coded_torch.workers import RayWorkers
+
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    with RayWorkers(1).start(WAIT):  # holds a cluster of its own
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        options = {"ray_actor_options": {"num_cpus": 0}}
+        try:
+            lenet_app = deployment(by_value(lenet), **options).bind()
+            serve.run(lenet_app, name="lenet", route_prefix="/lenet")
+            where = deployment(by_value(pids), num_replicas=2, **options).bind()
+            serve.run(where, name="where", route_prefix="/where")
+            yield port
+        finally:
+            serve.shutdown()
+
+
+def test_metadata(port):
+    check_metadata(f"{port}/lenet")
+
+
+def test_answers(port):
+    for case in CASES:
+        check_case(f"{port}/lenet", *case)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_400(port, name):
+    check_wrong(f"{port}/lenet", name)
+
+
+def test_a_body_that_is_too_large_is_413(port):
+    with Client(port) as client:
+        status, answer = client.infer(bytes(2**22), "/lenet/v2/models/m/infer")
+    assert (status, answer["error"][:20]) == (413, "the body must be at ")
+
+
+def ask(port, seconds):
+    """The status of an answer, and the process that gave it."""
+    entry = {"name": "seconds", "datatype": "FP32", "shape": [1], "data": [seconds]}
+    with Client(port) as client:
+        body = json.dumps({"inputs": [entry]}).encode()
+        status, _, answer = client.send("POST", "/where/v2/models/m/infer", body)
+    return status, int(json.loads(answer)["outputs"][0]["data"][0]) if status == 200 else None
+
+
+def test_of_a_replica_that_dies_only_what_it_held_fails(port):
+    found = [ask(port, 0.0) for _ in range(30)]
+    assert {status for status, _ in found} == {200}
+    both = {pid for _, pid in found}
+    assert len(both) == 2
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(ask(port, 2.0))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.0)
+    victim, other = both
+    os.kill(victim, signal.SIGKILL)
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(answers) == 8
+    failed = [status for status, _ in answers if status != 200]
+    assert 0 < len(failed) < 8
+    assert all(status >= 500 for status in failed)
+    assert other in {pid for _, pid in answers}
+    later = [ask(port, 0.0) for _ in range(20)]
+    assert {status for status, _ in later} == {200}
+    assert victim not in {pid for _, pid in later}
+
+
+def test_it_is_the_application_that_refuses():
+    from coded_torch.serve import deployment
+    from coded_torch.serve.ray_serve import checked
+
+    made = deployment(lenet, name="x")
+    assert (made.max_ongoing_requests, made.max_queued_requests) == (1024, 1024)
+    with pytest.raises(TypeError, match=r"factory must return what .*app does, got int"):
+        checked(lambda: 3, 1024)
+    with pytest.raises(ValueError, match=r"must be above .* max_queued_requests, 256, got 256"):
+        checked(lenet, 256)
+    assert checked(lenet, 257).state.service.name == "m"
