@@ -36,22 +36,25 @@ class Buffers:
         make: given a place, from 0 on, and a number of bytes, new memory for it, uint8, that large
             at least; what was there before is let go of.
         most: how many pieces of memory there may be.
+        least: bytes from which on there are any: what is smaller the allocator itself keeps.
     """
 
-    def __init__(self, make: Callable[[int, int], Tensor], most: int) -> None:
-        self._make, self._most = make, most
+    def __init__(self, make: Callable[[int, int], Tensor], most: int, least: int = 0) -> None:
+        self._make, self._most, self._least = make, most, least
         self._buffers: list[_Buffer] = []
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies have memory of their own
-        return Buffers, (self._make, self._most)
+        return Buffers, (self._make, self._most, self._least)
 
     def take(self, num_bytes: int) -> Tensor | None:
         """Memory that nothing else refers to, as long as the result, or a view of it, is held.
 
         Returns:
-            uint8, ``[num_bytes]``; None: all that there may be is in use.
+            uint8, ``[num_bytes]``; None: all that there may be is in use, or that is too little.
         """
+        if num_bytes < self._least:
+            return None
         with self._lock:
             at = self._find(num_bytes)
             # Of a tensor of its own, so that a view's base counts, too.

@@ -60,6 +60,12 @@ def test_too_small_memory_is_replaced():
     assert len(held) == 10
 
 
+def test_what_is_small_is_left_to_the_allocator():
+    buffers = Buffers(host_memory, most=1, least=100)
+    assert buffers.take(99) is None
+    assert buffers.take(100).shape == (100,)
+
+
 def test_memory_of_inference_mode_can_be_written_outside_of_it():
     buffers = Buffers(host_memory, most=1)
     with torch.inference_mode():

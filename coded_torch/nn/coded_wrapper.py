@@ -147,9 +147,8 @@ class CodedWrapper(StandIn):
         in their last bits where the module was run on batches of other sizes.) An empty batch goes
         to the module itself.
 
-        Coded inputs of 64 KiB and more, on the host, go to memory that lasts: the pool's
-        (:meth:`~coded_torch.workers.Workers.memory`), else the wrapper's own. It is used again
-        when nothing refers to it, neither what the module has kept, nor a graph, nor a late worker.
+        Coded inputs on the host go to memory that lasts, the pool's from 64 KiB on, else from 4 MiB
+        on the wrapper's own: never while anything, late workers included, refers to what is there.
 
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
@@ -227,7 +226,7 @@ class CodedWrapper(StandIn):
         self.out_dims = out_dims
         self.on_run = on_run
         self.last_run = None
-        self._history, self._encode_memory = History(), Buffers(host_memory, most=1)
+        self._history, self._encode_memory = History(), Buffers(host_memory, 1, least=1 << 22)
         self._dealer = random.Random(0)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
@@ -366,8 +365,7 @@ class CodedWrapper(StandIn):
         """The policy in force for calls that bring none of their own."""
         if self.waiting is not None:
             return self.waiting
-        at_once = self.workers.simulated or self.max_adversaries
-        return _AT_ONCE if at_once else _AS_NEEDED
+        return _AT_ONCE if self.workers.simulated or self.max_adversaries else _AS_NEEDED
 
     def _num_stragglers(self, waiting: Waiting) -> int:
         """S, for the code and the workers that are there now."""

@@ -11,7 +11,7 @@ from coded_torch.codes import KernelCode, LagrangeCode, ReplicationCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import LocalWorkers
 
-COLUMNS = 10_000  # so many that memory is kept
+COLUMNS = 180_000  # so many that memory is kept
 
 
 class Notes(nn.Module):
