@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import logging
 import math
 import os
 import signal
@@ -333,6 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sleeping", action="store_true")
     parser.add_argument("--faulty", action="store_true")
     args = parser.parse_args(argv)
+    logging.basicConfig(level="WARNING")  # kills are counted by what pools say of them
     torch.set_num_threads(1)  # the processors are the workers'
     served = record_times(application(args.policy, args.sleeping, args.faulty))
     uvicorn.run(

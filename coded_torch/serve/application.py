@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import anyio
 import orjson
 import torch
 from starlette.applications import Starlette
@@ -211,7 +212,7 @@ class Service:
         said = header_timeout(request.headers.get("coded-torch-timeout"))
         deadline = arrived + min(self.deadline, said or self.deadline)
         try:
-            with self._batcher.reading():
+            with self._batcher.reading(deadline):
                 message = await self._read(request, deadline)
                 if message.timeout is not None:
                     deadline = min(deadline, arrived + message.timeout)
@@ -232,9 +233,9 @@ class Service:
 
     async def _read(self, request: Request, deadline: float) -> InferRequest:
         try:
-            reading = read_body(request, self._most_bytes)
-            body = await asyncio.wait_for(reading, deadline - time.monotonic())
-        except asyncio.TimeoutError:
+            with anyio.fail_after(deadline - time.monotonic()):  # makes no task
+                body = await read_body(request, self._most_bytes)
+        except TimeoutError:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         length = request.headers.get("inference-header-content-length")
         return parse(body, length, self.inputs, self.outputs, self.max_batch_size)

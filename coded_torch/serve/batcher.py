@@ -96,16 +96,17 @@ class Batcher:
         return self._reading + len(self._queue)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
+    def reading(self, deadline: float) -> Iterator[None]:
         """Hold a place in the queue for a request while it is read.
 
         Raises:
-            RequestError: there is none (503).
+            RequestError: there is none, or even one row would probably be late (503).
         """
         if self.num_queued >= self._max_queued:
             raise RequestError(
                 503, "queue_full", f"{self._max_queued} requests are waiting, the most that may"
             )
+        self._check(1, deadline)
         self._reading += 1
         try:
             yield
@@ -123,14 +124,8 @@ class Batcher:
         Raises:
             RequestError: it would probably be answered too late (503).
         """
-        rows, now = len(inputs[0]), time.monotonic()
-        late = now + self._expected(rows, now) - deadline
-        if late > 0:
-            raise RequestError(
-                503,
-                "expected_late",
-                f"the answer would probably come {late * 1e3:.0f} ms after the deadline",
-            )
+        rows = len(inputs[0])
+        self._check(rows, deadline)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         entry = _Entry(inputs, rows, arrived, deadline, future)
         self._queue[entry] = None
@@ -148,6 +143,16 @@ class Batcher:
         while self._ongoing and (left := until - time.monotonic()) > 0:
             await asyncio.wait(self._ongoing, timeout=left)
         self._threads.shutdown(wait=False)
+
+    def _check(self, rows: int, deadline: float) -> None:
+        now = time.monotonic()
+        late = now + self._expected(rows, now) - deadline
+        if late > 0:
+            raise RequestError(
+                503,
+                "expected_late",
+                f"the answer would probably come {late * 1e3:.0f} ms after the deadline",
+            )
 
     def _expected(self, rows: int, now: float) -> float:
         """Seconds until so many more rows are probably answered."""

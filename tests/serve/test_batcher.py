@@ -196,11 +196,11 @@ def test_a_full_queue_refuses_before_it_reads(model):
         batcher = model.batcher(max_queued_requests=2)
         model.go.clear()
         entries = [put(batcher, 0.0), put(batcher, 1.0)]
-        with batcher.reading():
-            with pytest.raises(RequestError) as caught, batcher.reading():
+        with batcher.reading(time.monotonic() + 10):
+            with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + 10):
                 raise AssertionError
             assert (caught.value.status, caught.value.reason) == (503, "queue_full")
-        with batcher.reading():
+        with batcher.reading(time.monotonic() + 10):
             pass
         model.go.set()
         await answers(*entries)
