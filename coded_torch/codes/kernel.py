@@ -190,7 +190,7 @@ class KernelCode(Code):
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
-        point = grouping.rows.gather(0, torch.from_numpy(_rotated(points)).T)
+        point = grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T)
         return self._plan(point, grouping, batch)
 
     def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
@@ -353,14 +353,24 @@ def _copies(
     return copies
 
 
-def _rotated(points: NDArray[Any]) -> NDArray[Any]:
+def _dealt(points: NDArray[Any]) -> NDArray[Any]:
     """``[G, N]``, each group's points dealt to other workers, so that a late one is late elsewhere.
 
-    Golden-ratio steps keep neighbouring workers away from neighbouring points, such as copies of
-    one input, and consecutive groups apart.
+    Points side by side, such as copies of one input, go to workers some steps apart, another number
+    of steps in the next group: so that a worker shares inputs with many others, which shows liars,
+    and two that are late together lose few inputs. Neighbouring workers get no neighbouring points.
     """
     groups, n = points.shape
+    steps = [
+        step
+        for step in range(1, n // 2 + 1)
+        if math.gcd(step, n) == 1 and all(n / 8 <= x <= n - n / 8 for x in (step, pow(step, -1, n)))
+    ] or [1]
     golden = (math.sqrt(5) - 1) / 2
-    stride = next(s for s in range(max(1, round(golden * n)), 2 * n) if math.gcd(s, n) == 1)
-    shift = np.floor(np.arange(groups) * golden % 1 * n).astype(np.int64)
-    return np.take_along_axis(points, (stride * np.arange(n) + shift[:, None]) % n, axis=1)
+    group = np.arange(groups)
+    step = np.array(steps)[group % len(steps)]
+    shift = np.floor(group * golden % 1 * n).astype(np.int64)
+    dealt = np.empty_like(points)
+    workers = (step[:, None] * np.arange(n) + shift[:, None]) % n
+    np.put_along_axis(dealt, workers, points, axis=1)
+    return dealt

@@ -120,6 +120,23 @@ def test_without_stragglers_copies_are_even(generator):
     assert plan.encode(torch.arange(10.0)).flatten().long().bincount().tolist() == [3] * 10
 
 
+@pytest.mark.parametrize(("k", "n", "least"), [(20, 24, 3), (20, 30, 5), (20, 60, 20)])
+def test_workers_share_inputs_with_many_others(k, n, least, generator):
+    """So that a liar differs from several, and two that are late together lose few inputs."""
+    x = torch.randn(12 * k, 3, generator=generator)
+    point = plan_batch(KernelCode(k, n), "similarity", [x], n - k)._point  # [N, G]
+    partners = {worker: set() for worker in range(n)}
+    for group in point.T:
+        for row in group.unique().tolist():
+            copies = (group == row).nonzero().flatten().tolist()
+            for worker in copies:
+                partners[worker] |= set(copies) - {worker}
+            if len(copies) > 1:  # a burst that is late together leaves one
+                gaps = [(b - a) % n for a, b in zip(copies, copies[1:] + copies[:1], strict=True)]
+                assert n - max(gaps) >= n / 8
+    assert sorted(len(others) for others in partners.values())[n // 2] >= least
+
+
 def test_a_short_group_gives_its_workers_to_its_own_inputs(generator):
     x = inputs(6, generator)
     plan = KernelCode(4, 6).fit(Grouping.arrival(6, 4), Geometry([x]), num_stragglers=1)
