@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .regression import KernelRegression
 
-__all__ = ["Predictions", "noise_of", "spread_of", "student"]
+__all__ = ["Predictions", "noise_of", "residuals", "spread_of", "student"]
 
 _CLIP = 6.0  # spreads from the median, in what others are predicted from
 _RIDGE = 0.05
@@ -24,7 +25,8 @@ class Predictions:
     """Results that are predicted from each other, one a row.
 
     Args:
-        values: ``[n, C]``, float64, about 0, in the outputs' spread.
+        values: ``[n, C]``, float64, about 0, in their spread.
+        unit: ``[C]``, theirs, in the outputs' spread.
         machine: ``[n]``, whose they are.
         group: ``[n]``, kept for the caller.
         at: ``[n]``, the inputs of the regression that they are results of.
@@ -35,23 +37,26 @@ class Predictions:
     def __init__(
         self,
         values: Tensor,
+        unit: Tensor,
         machine: Tensor,
         group: Tensor,
         at: Tensor,
         regression: KernelRegression,
         curve: bool = False,
     ) -> None:
+        self._unit = unit
         self.values, self.machine, self.group, self.at = values, machine, group, at
         self.num_groups = int(group.max()) + 1 if len(group) else 0
         self._curve, self._regression = curve, regression
         self._projection = regression.projection  # [M, M]
 
-    def log_energies(self, gone: Tensor) -> Tensor:
-        r"""Half the log of the mean square of each result's residual, ``[n]``.
+    def log_energies(self, gone: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Half the log of the mean square of each result's residual, ``[n]``, and the square.
 
         Of the residual from what the machines predict that are not ``gone``, leaving out the
         result and its copies, whitened by the residuals' sign covariance; less a slope, fitted,
-        times the log of the prediction's variance. Nearly normal, where residuals are not.
+        times the log of the prediction's variance. Nearly normal, where residuals are not. The
+        square is that of the residual as it is, in the outputs' spread.
 
         Args:
             gone: ``[F]``, bool, by machine.
@@ -59,6 +64,7 @@ class Predictions:
         alive = ~gone[self.machine]
         predicted, variances = self.predict(alive)
         residuals = self.values - predicted[self.at]
+        squares = (residuals * self._unit).square().mean(1)
         some = residuals[alive]
         scale = (1.4826 * some.abs().median(dim=0).values).clamp_(min=_LEAST_SPREAD)
         residuals, some = residuals / scale, some / scale
@@ -81,7 +87,13 @@ class Predictions:
                 float(trend[alive].square().sum()), 1e-30
             )
             logs -= min(max(slope, 0.0), _STEEPEST) * trend
-        return logs
+        return logs, squares
+
+    def typical_error(self) -> float:
+        """The median error of predicting a result from all others, in the outputs' spread."""
+        predicted, _ = self.predict(torch.ones(len(self.values), dtype=torch.bool))
+        errors = (self.values - predicted[self.at]) * self._unit
+        return float(errors.square().mean(1).median().sqrt()) if len(errors) else 0.0
 
     def noise(self, num_machines: int) -> Tensor:
         """Of each machine, see :func:`noise_of`; of results without copies."""
@@ -146,6 +158,34 @@ def noise_of(
         squares += each - each.square() * projection.diagonal()
         noise = torch.zeros_like(noise).index_add_(0, machine, squares) / count
     return noise
+
+
+def residuals(values: Tensor, machine: Tensor, guesses: Sequence[Tensor]) -> Tensor:
+    """What guesses leave of values ``[n, C]``, by weights that no few machines can spoil.
+
+    Those of least squares over the results of each machine, of which the median counts.
+
+    Args:
+        values: the results.
+        machine: ``[n]``, whose each is.
+        guesses: ``[n, C]`` each.
+    """
+    if not guesses or not len(values):
+        return values
+    y = values - values.median(0).values
+    s = torch.stack([guess - guess.median(0).values for guess in guesses])  # [J, n, C]
+    size = int(machine.max()) + 1
+
+    def by_machine(products: Tensor) -> Tensor:
+        return products.new_zeros(size, *products.shape[1:]).index_add_(0, machine, products)
+
+    system = by_machine(torch.einsum("jnc,knc->njk", s, s))
+    right = by_machine(torch.einsum("jnc,nc->nj", s, y))
+    squares = system.diagonal(dim1=1, dim2=2)  # a view
+    squares += 1e-3 * squares + 1e-30
+    known = torch.bincount(machine, minlength=size) > 0
+    weights = torch.linalg.solve(system[known], right[known]).median(0).values
+    return values - torch.einsum("j,jnc->nc", weights, torch.stack(list(guesses)))
 
 
 def spread_of(values: Tensor, share: float) -> tuple[Tensor, Tensor]:

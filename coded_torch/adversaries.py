@@ -8,7 +8,8 @@ machine answers a row of every group.
 What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
 an honest machine would; one wrong row of an input without a copy; all copies of one input answered
 alike and wrong; and more liars than may be dropped, where it is an error if they are noticed.
-Machines that know their places can choose such lies: deal them in secret.
+Machines that know their places can choose such lies: deal them in secret. Where there is a
+surrogate, what it leaves of the results is judged, which shows smaller lies.
 """
 
 from __future__ import annotations
@@ -22,20 +23,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ._predictions import Predictions, spread_of, student
-from .regression import KernelRegression
+from ._evidence import COPIES, Evidence, predictions
+from ._predictions import spread_of, student
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["COPIES", "Evidence", "Verdict", "locate"]
 
-#: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
-#: float32 machines do among each other.
-COPIES = 0.1
 _ALPHA = 1e-3  # of a false alarm for any machine of a request, before the margins for heavy tails
+_ROUNDING = 0.03  # in the outputs' spread, root mean square: bfloat16 machines are less far off
 _DECISIVE = 1.5  # by how much the z of two machines that differ must, to show which one lies
 _RARE = 2.0  # the z that makes a liar as likely as an honest machine
 _CONVINCING = 6.0  # a higher z says no more
@@ -44,31 +42,6 @@ _HONEST = 1.5  # a machine of less z is taken back
 _REFITS = 3
 _SUSPICIOUS = 2.5  # the least z for which a refit is worth its time
 _PREDICTIONS = "differs from what the other results predict"
-
-
-class Evidence(NamedTuple):
-    """Results of a request, one a row, that can be compared.
-
-    Attributes:
-        values: ``[n, C]``, float64 on the host.
-        machine: ``[n]``, whose each result is: a place in the list of machines.
-        group: ``[n]``; rows of one group are compared with each other.
-        point: ``[n]``, what was computed: rows of the same number are results of one input.
-        at: ``[n]``, its place among the M inputs of the regression; -1: it has none.
-        regression: of the distinct inputs; None: there are no distances.
-        tolerance: how far apart copies may be, in the outputs' spread.
-        curve: whether a machine has the same place on a curve in every group, so that what is
-            special of the place cannot be separated from what is of the machine.
-    """
-
-    values: Tensor
-    machine: Tensor
-    group: Tensor
-    point: Tensor
-    at: Tensor
-    regression: KernelRegression | None
-    tolerance: float = COPIES
-    curve: bool = False
 
 
 @dataclasses.dataclass
@@ -195,18 +168,13 @@ class _Trial:
 
     def __init__(self, evidence: Sequence[Evidence], num_machines: int, most: int) -> None:
         self.num_machines, self.most = num_machines, most
+        share = most / num_machines
         values = torch.cat([part.values for part in evidence])
-        centre, self.spread = spread_of(values, most / num_machines)
+        centre, self.spread = spread_of(values, share)
         self.pairs: Counter[frozenset[int]] = Counter()
         for part in evidence:
             self._compare_copies(part)
-        self.parts = []
-        for part in evidence:
-            if part.regression is not None:
-                known = part.at >= 0
-                scaled = (part.values[known] - centre) / self.spread
-                columns = part.machine[known], part.group[known], part.at[known]
-                self.parts.append(Predictions(scaled, *columns, part.regression, part.curve))
+        self.parts = predictions(evidence, centre, self.spread, share)
         self._curve = any(part.curve for part in evidence)
         # Where each result is counted, [F G]; groups of different parts are different ones.
         sizes = [part.num_groups for part in self.parts]
@@ -246,7 +214,8 @@ class _Trial:
         alive = np.ones((f, 1))
         alive[list(out)] = 0
         gone = torch.from_numpy(alive[:, 0] == 0)
-        logs = np.concatenate([part.log_energies(gone).numpy() for part in self.parts])
+        each = [part.log_energies(gone) for part in self.parts]
+        logs, sizes = (np.concatenate([x.numpy() for x in one]) for one in zip(*each, strict=True))
 
         def summed(weights: NDArray[np.float64]) -> NDArray[np.float64]:  # [F, G]
             sums = np.bincount(self._cell, weights, f * self._num_groups)
@@ -274,6 +243,10 @@ class _Trial:
             usual = z[(alive[:, 0] > 0) & np.isfinite(z)]
             centre = np.median(usual)
             z = (z - centre) / max(1.4826 * np.median(np.abs(usual - centre)), 1)
+        # What is off by no more than rounding is no lie, however well the others are predicted.
+        rows[sizes < _ROUNDING**2] = -math.inf
+        exact = summed(sizes).sum(1) < _ROUNDING**2 * count.sum(1)
+        z[exact] = np.minimum(z[exact], 0)
         worst = np.full(f, -math.inf)
         np.maximum.at(worst, machine, rows)
         compared = (count.sum(1) > 0) & (alive[:, 0] > 0)

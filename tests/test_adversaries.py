@@ -140,9 +140,8 @@ def test_predictions_leave_out_what_is_left_out(out):
     squares = (at[:, None] - at).square().sum(-1)
     machine = torch.arange(4).repeat_interleave(2)
     values = torch.randn(8, 1, dtype=torch.float64, generator=generator)
-    part = Predictions(
-        values, machine, torch.arange(2).repeat(4), torch.arange(8), KernelRegression(squares, 2.0)
-    )
+    group, regression = torch.arange(2).repeat(4), KernelRegression(squares, 2.0)
+    part = Predictions(values, torch.ones(1), machine, group, torch.arange(8), regression)
     gone = torch.isin(torch.arange(4), torch.tensor(out, dtype=torch.int64))
     predicted, variances = part.predict(~gone[machine])
     for i in range(8):

@@ -23,6 +23,7 @@ LAYERS = (
     {"surrogates"},
     {"workers", "codes"},
     {"adversaries"},
+    {"_evidence"},
     {"_predictions"},
     {"functional"},
     {"linear"},

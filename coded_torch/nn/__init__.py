@@ -13,7 +13,8 @@ One call of a :class:`CodedWrapper`, file by file:
   ``workers/local.py``, ...), where late results are dropped (``workers/live.py``);
 - ``_results.py``: which replies are good by their form, and ``_agreement.py``, by their numbers
   (``adversaries.py``);
-- ``_residuals.py``: answers from results, with the help of surrogates (``surrogates/``);
+- ``_guesses.py``: what surrogates (``surrogates/``) make of the inputs;
+- ``_residuals.py``: answers from results, with their help;
 - ``report.py``: what became of it.
 """
 

@@ -3,6 +3,7 @@ r"""Which results can be believed, beyond their form: whether they agree with ea
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from ..codes.errors import NotEnoughResults
 from ..codes.kernel import KernelCode
 from ..codes.plans import plan_batch
 from ..workers.base import Part
+from ._guesses import Guesses
 from ._inputs import Inputs
 from ._results import Result, Results
 from ._units import Units
@@ -48,6 +50,7 @@ class Agreement:
     Args:
         inputs: of the call.
         units: that were asked for.
+        guesses: of the surrogates; machines are judged by what these leave of their results.
         most: how many machines may be dropped.
         link: of the wrapper.
         dealer: draws the outputs that are looked at, 64 at most.
@@ -55,9 +58,16 @@ class Agreement:
     """
 
     def __init__(
-        self, inputs: Inputs, units: Units, most: int, link: str | None, dealer: random.Random
+        self,
+        inputs: Inputs,
+        units: Units,
+        guesses: Guesses,
+        most: int,
+        link: str | None,
+        dealer: random.Random,
     ) -> None:
         self._inputs, self._units, self._link, self._dealer = inputs, units, link, dealer
+        self._guesses = guesses
         self._most = most
         self._seen = 0  # results that have been judged
         self._liars: list[int] = []
@@ -70,7 +80,7 @@ class Agreement:
         if len(good) == self._seen or not good:
             return []
         with outside():
-            evidence, machines = self._evidence(good)
+            evidence, machines = self._evidence(results)
             self._verdict = locate(evidence, machines, self._most - len(self._liars))
         self._liars += self._verdict.liars
         gone = [
@@ -111,8 +121,8 @@ class Agreement:
             logger.warning("more machines than max_adversaries lie: %s", self._verdict.left)
             report.notes += (f"more machines than max_adversaries lie: {self._verdict.left}",)
 
-    def _evidence(self, good: Sequence[Result]) -> tuple[list[Evidence], list[int]]:
-        units, rows = self._units, self._units.task.unit_rows
+    def _evidence(self, results: Results) -> tuple[list[Evidence], list[int]]:
+        good, units, rows = results.good, self._units, self._units.task.unit_rows
         machines = sorted({result.machine for result in good})
         received = sorted({unit for result in good for unit in result.part.units})
         place = {unit: i for i, unit in enumerate(received)}
@@ -120,13 +130,15 @@ class Agreement:
         whose = torch.tensor([machines.index(r.machine) for r in good for _ in r.part.units])
         at, whose = at.repeat_interleave(rows), whose.repeat_interleave(rows)
         group = torch.arange(rows).repeat(len(at) // rows)
-        values = self._values(good)
+        columns = self._columns(good[0])
+        values = self._values(good, columns)
+        guesses = self._guessed(results, columns)  # of the units received
         evidence = []
         if units.audit is not None:
             audited = group == units.audit
             zeros = torch.zeros(int(audited.sum()), dtype=torch.int64)
-            columns = values[audited], whose[audited], zeros, zeros, zeros - 1
-            evidence.append(Evidence(*columns, None, _AUDIT))
+            same = values[audited], whose[audited], zeros, zeros, zeros - 1
+            evidence.append(Evidence(*same, None, _AUDIT))
             values, whose, at, group = (x[~audited] for x in (values, whose, at, group))
             group = group - (group > units.audit).long()
         sites = self._sites(received)
@@ -148,6 +160,7 @@ class Agreement:
                     where[mine],
                     of.regression,
                     curve=self._units.plan.code.mixes,
+                    guesses=tuple(guess[at[mine], group[mine]] for guess in guesses),
                 )
             )
         return evidence, machines
@@ -167,23 +180,62 @@ class Agreement:
         )
         return judge.sites(received)
 
-    def _values(self, good: Sequence[Result]) -> Tensor:
-        """Some columns of the results, ``[n, C]``."""
+    def _columns(self, result: Result) -> list[tuple[int, Tensor | None]]:
+        """The leaves that are looked at, and which columns of each; None: all."""
         divided = [
             i
-            for i, (leaf, dim) in enumerate(zip(good[0].leaves, good[0].dims, strict=True))
+            for i, (leaf, dim) in enumerate(zip(result.leaves, result.dims, strict=True))
             if dim is not None and isinstance(leaf, Tensor)
         ]
-        parts = []
+        most = max(1, _COLUMNS // max(1, len(divided)))
+        columns: list[tuple[int, Tensor | None]] = []
         for i in divided:
+            size = result.leaves[i].movedim(result.dims[i], 0)[0].numel()
+            some = sorted(self._dealer.sample(range(size), most)) if size > most else None
+            columns.append((i, None if some is None else torch.tensor(some)))
+        return columns
+
+    def _values(
+        self, good: Sequence[Result], columns: Sequence[tuple[int, Tensor | None]]
+    ) -> Tensor:
+        """Some columns of the results, ``[n, C]``."""
+        parts = []
+        for i, some in columns:
             dim: Any = good[0].dims[i]
             leaves = [plain("Agreement", "results", r.leaves[i]).movedim(dim, 0) for r in good]
-            size = leaves[0][0].numel()
-            most = max(1, _COLUMNS // len(divided))
-            rows = torch.cat([leaf.reshape(len(leaf), size) for leaf in leaves])
-            if size > most:
-                some = sorted(self._dealer.sample(range(size), most))
-                rows = rows[:, torch.tensor(some, device=rows.device)]
-            rows = rows.to("cpu", torch.float64)
+            rows = _chosen(torch.cat([leaf.flatten(1) for leaf in map(_wide, leaves)]), some)
             parts.append(rows.clamp(min=_PROBABLE).log() if self._link == "softmax" else rows)
         return torch.cat(parts, dim=1)
+
+    def _guessed(
+        self, results: Results, columns: Sequence[tuple[int, Tensor | None]]
+    ) -> list[Tensor]:
+        """The same of what surrogates make of the units with a result, ``[F, R, C]`` each."""
+        if not self._guesses.surrogates:
+            return []
+        guessed = []
+        for guesses in self._guesses.of(results.stack()):
+            used = [(guesses[i], some) for i, some in columns]
+            if any(guess is None for guess, _ in used):
+                continue
+            parts = [
+                _chosen(_wide(plain("Agreement", "guess", guess.coded), 2).flatten(2), some)
+                for guess, some in used
+                if guess is not None
+            ]
+            guess_of = torch.cat(parts, dim=2)
+            least = math.log(_PROBABLE)
+            guessed.append(guess_of.clamp(min=least) if self._link == "softmax" else guess_of)
+        return guessed
+
+
+def _wide(leaf: Tensor, dim: int = 1) -> Tensor:
+    """A leaf with at least one column after ``dim`` dimensions."""
+    return leaf.unsqueeze(-1) if leaf.dim() == dim else leaf
+
+
+def _chosen(rows: Tensor, columns: Tensor | None) -> Tensor:
+    """Some columns, float64 on the host."""
+    if columns is not None:
+        rows = rows.index_select(-1, columns.to(rows.device))
+    return rows.to("cpu", torch.float64)

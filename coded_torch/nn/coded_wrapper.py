@@ -21,8 +21,9 @@ from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from ._agreement import Agreement
 from ._collect import collect
+from ._guesses import Guesses, surrogates
 from ._inputs import Inputs
-from ._residuals import answer, surrogates
+from ._residuals import answer
 from ._results import Results
 from ._stand_in import StandIn
 from ._units import Columns, Rows, Units
@@ -100,7 +101,8 @@ class CodedWrapper(StandIn):
             wrong. Machines whose results contradict those of others are looked for
             (:mod:`coded_torch.adversaries`), and up to A of them count as missing. Then
             ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
-            none, and show liars less well. 0: none is looked for, and nothing of it costs time.
+            none, and show liars less well. A ``surrogate`` shows smaller lies. 0: none is looked
+            for, and nothing of it costs time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
             (1 / G of the work), which shows the liars for every code.
         surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
@@ -282,7 +284,8 @@ class CodedWrapper(StandIn):
                     answers = module(*args, **kwargs)
             else:
                 results = Results(units.task, self.link)
-                agreement = self._agreement(inputs, units)
+                guesses = Guesses(self.surrogate, inputs, units, self.link, report)
+                agreement = self._agreement(inputs, units, guesses)
                 generations = [
                     s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)
                 ]
@@ -307,7 +310,7 @@ class CodedWrapper(StandIn):
                         raise results.failure(units.least, len(units.first), why)
                     stacked = results.stack()
                     answers = answer(
-                        inputs, units, stacked, self.surrogate, self.link, report, generations
+                        inputs, units, stacked, guesses, self.link, report, generations
                     )
             report.failed = False
             return answers
@@ -346,10 +349,10 @@ class CodedWrapper(StandIn):
             return self.shuffle
         return secrets.SystemRandom() if self.max_adversaries else self._dealer
 
-    def _agreement(self, inputs: Inputs, units: Units) -> Agreement | None:
+    def _agreement(self, inputs: Inputs, units: Units, guesses: Guesses) -> Agreement | None:
         if not self.max_adversaries:
             return None
-        return Agreement(inputs, units, self.max_adversaries, self.link, self._deal())
+        return Agreement(inputs, units, guesses, self.max_adversaries, self.link, self._deal())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Surrogates go where the module goes, though they are none of its parts."""

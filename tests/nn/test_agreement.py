@@ -11,6 +11,7 @@ from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationC
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, TooManyAdversaries, Waiting
 from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers
 
 
@@ -188,3 +189,116 @@ def test_bad_arguments():
         coded(max_adversaries=0, audit=True)
     with pytest.raises(TypeError, match=r"shuffle must be of type bool, got str"):
         coded(shuffle="secret")
+
+
+@functools.cache
+def imitation(share=0.1):
+    """A surrogate: LeNet-5 with other weights by a tenth."""
+    student, generator = lenet5(), torch.Generator().manual_seed(0)
+    for weight in student.parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        weight.data += share * weight.std() * noise
+    return student
+
+
+@pytest.mark.parametrize("code", [KernelCode(20, 20), SplineCode(20, 24)], ids=str)
+def test_what_a_surrogate_leaves_shows_smaller_lies(code):
+    """Of machines that lie by a tenth of the outputs' spread, none of which has copies."""
+    gains = []
+    for liar in (3, 11, 17):
+        pool = FaultyWorkers(LocalWorkers(), attack="noise", adversaries=(liar,), strength=0.1)
+        scores = {}
+        for surrogate in ((), imitation()):
+            wrapper = CodedWrapper(
+                lenet5(),
+                code,
+                workers=pool,
+                waiting=Waiting.first(0),
+                max_adversaries=1,
+                shuffle=random.Random(7),
+                surrogate=surrogate,
+            )
+            wrapper(images())
+            scores[surrogate != ()] = wrapper.last_run.scores[liar]
+            if surrogate != ():
+                assert wrapper.last_run.adversaries == (liar,)
+        gains.append(scores[True] - scores[False])
+    assert min(gains) > 3
+
+
+def test_a_useless_surrogate_changes_no_score():
+    def noise(x):
+        return torch.randn(len(x), 10, generator=torch.Generator().manual_seed(1))
+
+    def scores(surrogate):
+        wrapper = coded(surrogate=surrogate)
+        wrapper(images())
+        assert wrapper.last_run.adversaries == ()
+        return wrapper.last_run.scores
+
+    assert scores(noise) == scores(())
+
+
+class Rough(torch.nn.Module):
+    """LeNet-5 for 20 columns, every third of which is computed in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.exact, self.rough = lenet5(), lenet5().bfloat16()
+
+    def forward(self, x):
+        rows = x.unflatten(0, (20, -1))  # [columns, groups, ...]
+        outputs = self.exact(x).unflatten(0, rows.shape[:2]).clone()
+        for column in range(0, 20, 3):
+            outputs[column] = self.rough(rows[column].bfloat16()).float()
+        return outputs.flatten(0, 1)
+
+
+@pytest.mark.parametrize("share", [None, 0.0, 0.03])
+def test_rounding_is_no_lie_however_well_a_surrogate_predicts(share):
+    for start in range(0, 1920, 240):
+        wrapper = CodedWrapper(
+            Rough(),
+            KernelCode(20, 20),
+            waiting=Waiting.first(0),
+            max_adversaries=1,
+            shuffle=random.Random(7),
+            surrogate=() if share is None else imitation(share),
+        )
+        wrapper(digits()[0][start : start + 240])
+        assert wrapper.last_run.adversaries == ()
+        assert max(wrapper.last_run.scores.values()) < 4
+
+
+def test_a_surrogate_is_asked_once():
+    calls = []
+
+    def student(x):
+        calls.append(len(x))
+        return imitation()(x)
+
+    coded(surrogate=student)(images())
+    assert calls == [240]
+
+
+@pytest.mark.parametrize("defended", [True, False])
+def test_lies_are_never_remembered(defended):
+    """What a machine says that is dropped is no answer, and none that a memory learns from."""
+    known, module = Memory(), lenet5()
+    for start in range(0, 960, 240):
+        pool = FaultyWorkers(LocalWorkers(), attack="sign_flip", adversaries=(4,))
+        wrapper = CodedWrapper(
+            module,
+            KernelCode(20, 24),
+            workers=pool,
+            waiting=Waiting.first(0),
+            shuffle=random.Random(start),
+            max_adversaries=int(defended),
+            surrogate=known,
+        )
+        wrapper(digits()[0][start : start + 240])
+        assert wrapper.last_run.adversaries == ((4,) if defended else ())
+    seen, outputs = (torch.cat(column) for column in zip(*known._rows, strict=True))
+    assert len(seen) > 800
+    off = (module(seen.view(-1, 1, 28, 28)) - outputs).abs().amax(1) > 1e-3
+    assert bool(off.any()) != defended
