@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from coded_torch.codes import KernelCode, ReplicationCode, SplineCode
+from coded_torch.distances import METRICS, Leaf, features_by
+from coded_torch.geometry import Geometry
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.regression import KernelRegression
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
+from coded_torch.surrogates._space import Space, side_by_side, winner
 
 from .nn.modules import rand
 
@@ -114,11 +117,79 @@ def test_coordinates_are_frozen():
     known = filled(1100)
     space = known._space
     assert space is not None
-    assert all(seen.shape[1] <= 64 for seen, _ in known._rows)
+    assert all(seen.shape[1] <= 96 for seen, _ in known._rows)
     known.observe([rand(300, 4, seed=5)], [f(rand(300, 4, seed=5))])
     known.rebuild()
     assert known._space is space
     assert error(known) < 0.05
+
+
+SHAPES = {
+    "shrunk": (7,),
+    "euclidean": (7,),
+    "covariance": (7,),
+    "spread": (7,),
+    "spread_all": (7,),
+    "spread_shrunk": (7,),
+    "spread_covariance": (7,),
+    "whitened": (7,),
+    "mean": (5, 3),
+    "mean_spread": (5, 3),
+    "grey": (3, 4, 4),
+    "colour": (3, 4, 4),
+    "spectrum": (600,),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_coordinates_have_the_distances_of_a_metric(metric):
+    x = rand(60, *SHAPES[metric]).float() * torch.linspace(1, 3, SHAPES[metric][-1])
+    space = Space(side_by_side([x]), [x.shape[1:]], metric)
+    z = space(side_by_side([x])).double()
+    how = METRICS[metric]
+    wanted = Geometry(features_by(how, [Leaf(x)]), shrinkage=how.shrinkage).squared_distances()
+    got = torch.cdist(z, z).square()
+    got *= wanted.mean() / got.mean()
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean()))
+    # They are frozen: what a batch holds beside a row does not move it.
+    torch.testing.assert_close(space(side_by_side([x[:1]])), z[:1].float(), rtol=1e-3, atol=1e-3)
+
+
+def test_several_inputs_have_coordinates_together():
+    a, b = rand(80, 3).float(), 1e4 * rand(80, 5, 2).float()
+    space = Space(side_by_side([a, b]), [a.shape[1:], b.shape[1:]], "spread")
+    z = space(side_by_side([a, b])).double()
+    features = features_by(METRICS["spread"], [Leaf(a), Leaf(b)])
+    wanted = Geometry(features, shrinkage=0.0).squared_distances()
+    got = torch.cdist(z, z).square()
+    torch.testing.assert_close(
+        got * (wanted.mean() / got.mean()), wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean())
+    )
+
+
+def test_it_measures_in_the_metric_that_predicts_best():
+    """The feature that decides is a thousandth of the others."""
+
+    def hidden(x):
+        return (3 * 1e3 * x[:, :1]).sin()
+
+    scale = torch.tensor([1e-3, 1.0, 1.0, 1.0])
+    known = Memory()
+    x, unseen = (rand(n, 4, seed=n) * scale for n in (1100, 200))
+    known.observe([x], [hidden(x)])
+    known.rebuild()
+    assert winner(x.float(), hidden(x), [x.shape[1:]]).startswith("spread")
+    (got,) = known.predict([unseen])
+    error = (got - hidden(unseen)).square().mean() / hidden(unseen).var()
+    assert float(error) < 0.2
+
+
+def test_features_that_were_added_up_are_taken_as_they_are():
+    x = rand(60, 9000)
+    known = Memory()
+    known.observe([x], [x[:, :1]])
+    known.rebuild()
+    assert known.predict([x])[0].shape == (60, 1)
 
 
 def test_it_is_the_regression_of_its_coordinates():
@@ -155,7 +226,7 @@ def test_the_regression_is_made_beside_and_seldom(monkeypatch):
     began.clear()
     known.observe([x], [f(x)])
     assert not began.is_set()
-    known._seconds = 0.0
+    known._seconds = known._choosing = 0.0
     known.observe([x], [f(x)])
     assert began.wait(10)
     known.rebuild()

@@ -62,12 +62,13 @@ class Regressions:
     Args:
         batch: of the points.
         points: ``[M]``, whose results arrived.
+        most: of these, that metrics and lengths are compared on.
     """
 
-    def __init__(self, batch: Batch, points: Tensor) -> None:
+    def __init__(self, batch: Batch, points: Tensor, most: int = _ROWS) -> None:
         self.points = points
         self._batch = batch
-        count = min(len(points), _ROWS)
+        count = min(len(points), most)
         self._at = torch.arange(count) * len(points) // max(count, 1)
         self._metrics: tuple[list[str | Features], Comparison] | None = None
         self._compared: dict[Any, Comparison] = {}

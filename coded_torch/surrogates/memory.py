@@ -15,18 +15,15 @@ from torch import Tensor, nn
 from .._arguments import count
 from .._weights import fingerprint
 from ..codes._candidates import path_step
-from ..geometry import added_up
 from ..grouping import similarity_order
 from ..regression import KernelRegression, matern52
+from ._space import RANK, Space, evenly, side_by_side, winner
 
 __all__ = ["Memory"]
 
 logger = logging.getLogger("coded_torch.surrogates")
 
-_RANK = 64  # coordinates of an input
 _FROZEN_AT = 1024  # rows, from which the coordinates are found for the last time
-_LANDMARKS = 512  # rows that determine them, as in a Geometry
-_SHRINKAGE = 0.01  # likewise
 _LENGTH, _PATH = 2.0, 240  # of the regression, in steps of a path through so many rows
 _FRESH = 256  # new rows, after which the regression is made again
 _SHARE = 0.05  # of the time, that may go into that
@@ -38,7 +35,8 @@ class Memory:
 
     It remembers the inputs and the exact results of the calls, those of inputs that were computed
     unmixed, and predicts from them what the module gives for other inputs: a Matern 5/2 regression
-    in 64 coordinates of the inputs, the principal ones of its first 1,024 rows. When 256 results
+    in 96 coordinates of the inputs, the principal ones of its first 1,024 rows, in the metric of
+    :data:`~coded_torch.distances.METRICS` in which these predict each other best. When 256 results
     are new the regression is made again, by a thread of its own, and no more often than costs 5 %
     of the time; answers never wait for it.
 
@@ -83,13 +81,14 @@ class Memory:
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # what is kept for the second to be true
         self._thread: threading.Thread | None = None
-        self._ended, self._seconds, self._size = 0.0, 0.0, 1  # of the last regression
+        # When the last regression ended, and how long it and finding its space took.
+        self._ended, self._seconds, self._size, self._choosing = 0.0, 0.0, 1, 0.0
         self._forget()
 
     def _forget(self) -> None:
         self._generation += 1
         self._form: Any = None
-        self._space: _Space | None = None  # once it is frozen
+        self._space: Space | None = None  # once it is frozen
         self._rows: deque[tuple[Tensor, Tensor]] = deque()  # inputs or coordinates; outputs
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
@@ -133,7 +132,7 @@ class Memory:
         form = _form(inputs), _form(outputs)
         space = self._space
         with torch.no_grad():
-            row = _side_by_side(inputs).cpu(), _flat(outputs).cpu()
+            row = side_by_side(inputs).cpu(), _flat(outputs).cpu()
             if space is not None and form == self._form:
                 row = space(row[0]), row[1]
         with self._lock:
@@ -183,7 +182,7 @@ class Memory:
                 thread.join()
 
     def _trim(self, num_outputs: int) -> None:
-        most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + _RANK)))
+        most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + RANK)))
         while self._num_rows > most:
             seen, outputs = self._rows.popleft()
             surplus = self._num_rows - most
@@ -197,6 +196,8 @@ class Memory:
         if self._thread is not None or self._num_fresh < min(_FRESH, self.capacity):
             return
         expected = self._seconds * (self._num_rows / self._size) ** 2
+        if self._space is None:
+            expected += self._choosing
         if expected <= _SHARE * (time.monotonic() - self._ended):
             self._start()
 
@@ -208,18 +209,19 @@ class Memory:
         self._thread.start()
 
     def _make(
-        self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Tensor, Tensor]]
+        self, generation: int, form: Any, space: Space | None, rows: list[tuple[Tensor, Tensor]]
     ) -> None:
         try:
             start = time.thread_time()  # not what others did meanwhile
             seen, outputs = (torch.cat(column) for column in zip(*rows, strict=True))
-            found = space or _Space(seen, form[0])
+            found = space or Space(seen, form[0], winner(seen, outputs, form[0]))
             if space is None:
                 seen = found(seen)
+            chosen = time.thread_time()
             snapshot = _Snapshot(form, found, *_regression(seen, outputs))
-            seconds = time.thread_time() - start
+            seconds = time.thread_time() - chosen
             with self._lock:
-                self._seconds, self._size = seconds, len(seen)
+                self._seconds, self._size, self._choosing = seconds, len(seen), chosen - start
                 if generation != self._generation:
                     return
                 self._snapshot = snapshot
@@ -243,52 +245,6 @@ class Memory:
         return f"Memory(capacity={self.capacity})"
 
 
-class _Space:
-    """Coordinates of inputs: as a :class:`~coded_torch.geometry.Geometry` has them, but few.
-
-    Args:
-        rows: ``[n, d]``, inputs side by side.
-        shapes: of every input, without the batch.
-    """
-
-    def __init__(self, rows: Tensor, shapes: Sequence[torch.Size]) -> None:
-        rows = rows.double()
-        lengths = rows.norm(dim=1)
-        rows = rows[lengths <= 8 * lengths.quantile(0.9)]  # longer ones determine nothing
-        rows = rows[_evenly(len(rows), _LANDMARKS)]
-        centre = rows.mean(0)
-        centred = rows = rows - centre
-        # Several inputs count alike.
-        spreads = [x.square().sum(1).mean().sqrt() for x in rows.split(_widths(shapes), 1)]
-        scale = torch.cat(
-            [
-                torch.full((width,), 1 / float(spread) if spread > 0 else 0.0)
-                for width, spread in zip(_widths(shapes), spreads, strict=True)
-            ]
-        ).double()
-        rows = rows * scale
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
-        total = float(values.sum())
-        # V sqrt(l / (l + shrinkage)), where V = X' U / sqrt(l).
-        weights = (values + _SHRINKAGE * total).rsqrt() if total > 0 else torch.zeros_like(values)
-        projection = scale[:, None] * (rows.T @ vectors) * weights
-        square = float((centred @ projection).square().sum(1).mean())
-        projection *= square**-0.5 if square > 0 else 0.0
-        self._projection, self._centre = projection.float(), centre.float()
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """``[n, d]`` to ``[n, 64]``, or fewer where there are no more directions."""
-        z: Tensor = (rows - self._centre) @ self._projection
-        return z
-
-    def to(self, device: torch.device) -> _Space:
-        placed = object.__new__(_Space)
-        placed._centre = self._centre.to(device)
-        placed._projection = self._projection.to(device)
-        return placed
-
-
 class _Snapshot:
     """A regression that is never changed.
 
@@ -302,7 +258,7 @@ class _Snapshot:
     """
 
     def __init__(
-        self, form: Any, space: _Space, rows: Tensor, length: float, weights: Tensor, mean: Tensor
+        self, form: Any, space: Space, rows: Tensor, length: float, weights: Tensor, mean: Tensor
     ) -> None:
         self.form, self._space, self._length = form, space, length
         self._rows, self._mean = rows, mean
@@ -325,7 +281,7 @@ class _Snapshot:
         return placed
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        z = self._space(_side_by_side(inputs))
+        z = self._space(side_by_side(inputs))
         squares = z.square().sum(1, keepdim=True)
         squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
         squared.clamp_(min=0)
@@ -341,16 +297,11 @@ def _regression(rows: Tensor, outputs: Tensor) -> tuple[Tensor, float, Tensor, T
     squares = z.square().sum(1)
     squared = torch.addmm(squares, z, z.T, alpha=-2).add_(squares[:, None]).clamp_(min=0)
     squared.fill_diagonal_(0)
-    some = _evenly(len(z), _PATH)
+    some = evenly(len(z), _PATH)
     among = squared[some][:, some]
     length = _LENGTH * path_step(among, similarity_order(among.sqrt()))
     weights, mean = KernelRegression(squared, length).coefficients(y)
     return rows, length, weights.float(), mean.float()
-
-
-def _side_by_side(inputs: Sequence[Tensor]) -> Tensor:
-    """Features ``[n, d]``, float32, in memory of their own."""
-    return torch.cat([added_up(x, torch.float32) for x in inputs], 1)
 
 
 def _flat(outputs: Sequence[Tensor]) -> Tensor:
@@ -359,14 +310,3 @@ def _flat(outputs: Sequence[Tensor]) -> Tensor:
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:
     return tuple(x.shape[1:] for x in tensors)
-
-
-def _evenly(size: int, most: int) -> Tensor:
-    """At most so many of ``0 .. size - 1``, evenly spaced."""
-    most = min(size, most)
-    return torch.arange(most) * size // max(most, 1)
-
-
-def _widths(shapes: Sequence[torch.Size]) -> list[int]:
-    """The features that each input has side by side with others."""
-    return [added_up(torch.empty(0, *shape), torch.float32).shape[1] for shape in shapes]
