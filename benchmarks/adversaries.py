@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,22 +30,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch import functional
 from coded_torch._scores import half_width, rounded
-from coded_torch.adversaries import Evidence, locate
-from coded_torch.codes import BatchPlan, BerrutCode, Code, KernelCode, SplineCode, plan_batch
+from coded_torch.codes import BatchPlan, Code, plan_batch
 from coded_torch.workers import Part, Reply, Task
 from coded_torch.workers.attacks import Attacker, Liars
 
+from .locators import DEGREES, SMOOTHINGS, Case, Scheme, Trial, schemes
 from .runs import Measurement, progress
-from .schemes import FIXED
 from .subjects import SEED, Batch, run, subject
-
-Case = tuple[int, int, int, int]  # N, K, S, A
 
 CASES: tuple[Case, ...] = ((24, 20, 2, 1), (10, 8, 1, 1), (30, 20, 4, 2), (60, 20, 20, 3))
 NETWORKS = ("lenet5", "vit", "repvgg")
-BATCH_SIZE = 240
+BATCH_SIZE, SMALL = 240, 80
 
 
 class Lie(NamedTuple):
@@ -76,178 +72,7 @@ LIES: dict[str, Lie | None] = {
     "one row": Lie("one_row"),
     "bit flips": Lie("bit_flip"),
 }
-DEGREES = (2, 4, 6, 8, 10)
-SMOOTHINGS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-_TUKEY = 4.685
 _TUNED_ON = ("nobody lies", "noise", "sign flip", "replay, earlier batch", "x 0.5")
-
-
-class Answer(NamedTuple):
-    """The answers ``[B, C]``, and which machines were dropped for them."""
-
-    values: Tensor
-    dropped: tuple[int, ...] = ()
-
-
-class Trial(NamedTuple):
-    """What arrived of one batch.
-
-    Attributes:
-        plan: of the code.
-        results: ``[F, G, C]``, of which some may be lies.
-        received: their machines.
-        liars: the machines that lie.
-        most: A.
-    """
-
-    plan: BatchPlan
-    results: Tensor
-    received: list[int]
-    liars: tuple[int, ...]
-    most: int
-
-    def without(self, machines: Sequence[int]) -> Answer:
-        """The answers without the results of some machines."""
-        kept = [machine not in machines for machine in self.received]
-        received = [m for m, keep in zip(self.received, kept, strict=True) if keep]
-        values = self.plan.decode(self.results[torch.tensor(kept)], received)
-        return Answer(values, tuple(machines))
-
-
-Scheme = Callable[[Trial], Answer]
-
-
-def evidence(trial: Trial) -> list[Evidence]:
-    """What the results say of each other."""
-    shape = trial.results.shape[:2]
-    machine, group = (x.flatten() for x in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
-    return [
-        Evidence(
-            trial.results.flatten(0, 1).double(),
-            machine,
-            group,
-            sites.point.flatten(),
-            sites.at.flatten(),
-            sites.regression,
-        )
-        for sites in trial.plan.sites(trial.received)
-    ]
-
-
-def located(trial: Trial) -> Answer:
-    """Without those that the locator names."""
-    return trial.without(tuple(locate(evidence(trial), trial.received, trial.most).liars))
-
-
-def undefended(trial: Trial) -> Answer:
-    return trial.without(())
-
-
-def oracle(trial: Trial) -> Answer:
-    return trial.without(trial.liars)
-
-
-def approxifer(trial: Trial, degree: int) -> Answer:
-    """Without the A that most of the outputs' error locators name."""
-    code = trial.plan.code
-    assert isinstance(code, BerrutCode)
-    at = code.worker_points[trial.received]
-    powers = np.polynomial.chebyshev.chebvander(at, degree)  # [F, degree + 1]
-    values = trial.results.flatten(1).double().numpy().T  # [G C, F]
-    system = np.concatenate(
-        [np.broadcast_to(powers, (len(values), *powers.shape)), -values[..., None] * powers], -1
-    )
-    _, _, basis = np.linalg.svd(system)
-    locator = np.abs(basis[:, -1, degree + 1 :] @ powers.T)  # |Q|, [G C, F]
-    named = np.argsort(locator, axis=1)[:, : trial.most]
-    votes = np.bincount(named.ravel(), minlength=len(at))
-    worst = np.argsort(-votes, kind="stable")[: trial.most]
-    return trial.without([trial.received[i] for i in worst])
-
-
-def reweighted(trial: Trial, smoothing: float) -> Answer:
-    """Tukey's biweight of each machine's residuals at a smoothing spline, ten times over."""
-    code = trial.plan.code
-    assert isinstance(code, SplineCode)
-    knots = torch.from_numpy(code.worker_points[trial.received].copy())
-    weights = torch.ones(len(knots), dtype=torch.float64)
-    results = trial.results.flatten(1).double()
-    for _ in range(10):
-        fitted = _spline(results, knots, knots, smoothing, weights)
-        residuals = (results - fitted).square().mean(1).sqrt()
-        scale = float(residuals.median()) / 0.6745
-        weights = (1 - (residuals / (_TUKEY * scale)).square()).clamp(min=0).square()
-        weights = weights.clamp(min=1e-6)
-    points = torch.from_numpy(code.data_points.copy())
-    answers = _spline(results, knots, points, smoothing, weights).to(trial.results.dtype)
-    scattered = trial.plan._grouping.scatter(answers.unflatten(1, trial.results.shape[1:]))
-    dropped = [m for m, w in zip(trial.received, weights.tolist(), strict=True) if w < 1e-3]
-    return Answer(scattered, tuple(dropped))
-
-
-def _spline(values: Tensor, knots: Tensor, at: Tensor, smoothing: float, weights: Tensor) -> Tensor:
-    return functional.smoothing_spline(values, knots, at, smoothing=smoothing, weights=weights)
-
-
-def smoothed(trial: Trial, smoothing: float) -> Answer:
-    code = trial.plan.code
-    assert isinstance(code, SplineCode)
-    plan = code.replace(decoder_smoothing=smoothing).fit(trial.plan._grouping)
-    return Answer(plan.decode(trial.results, trial.received))
-
-
-class Copies(Code):
-    """2 A + 1 machines, side by side in the batch's order, compute each input."""
-
-    mixes = False
-
-    def __init__(self, num_data: int, num_workers: int) -> None:
-        super().__init__(num_data, num_workers)
-
-    def fit(self, grouping: Any, geometry: Any = None, num_stragglers: int = 0) -> BatchPlan:
-        return _Copies(self, grouping)
-
-
-class _Copies(BatchPlan):
-    def __init__(self, code: Copies, grouping: Any) -> None:
-        self.code, self.num_groups = code, grouping.num_groups
-        self.batch_size, self._grouping = grouping.batch_size, grouping
-        self.of = torch.arange(code.num_workers) % code.num_data
-
-    def encode(self, values: Tensor) -> Tensor:
-        return self._grouping.gather(values)[self.of]
-
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
-        """The median of the copies that arrived, the mean of the group where none did."""
-        whose = self.of[list(received)]
-        answers = results.mean(0).expand(self.code.num_data, *results.shape[1:]).clone()
-        for k in whose.unique().tolist():
-            answers[k] = results[whose == k].quantile(0.5, dim=0)
-        return self._grouping.scatter(answers)
-
-
-def schemes(case: Case) -> dict[str, tuple[Code, list[Scheme]]]:
-    """Each scheme's code, and what it may do with the results: the best on tuning batches does."""
-    n, k, _, most = case
-    ours, spline = KernelCode(k, n, **FIXED), SplineCode(k, n)
-    return {
-        "located": (ours, [located]),
-        "undefended": (ours, [undefended]),
-        "oracle": (ours, [oracle]),
-        "ApproxIFER": (
-            BerrutCode(k, n),
-            [functools.partial(approxifer, degree=d) for d in DEGREES if 2 * d + 2 <= n],
-        ),
-        "spline, reweighted": (
-            spline,
-            [functools.partial(reweighted, smoothing=s) for s in SMOOTHINGS[1:]],
-        ),
-        "spline, larger lambda": (
-            spline,
-            [functools.partial(smoothed, smoothing=s) for s in SMOOTHINGS],
-        ),
-        "copies, median": (Copies(max(1, n // (2 * most + 1)), n), [undefended]),
-    }
 
 
 class Round:
@@ -264,6 +89,7 @@ class Round:
         n, _, s, most = case
         if previous is not None:
             previous.previous = None
+            previous._trials.clear()
         self.previous = previous
         self.model, self.batch, self.case, self.index = model, batch, case, index
         self.exact = run(model, batch.images)
@@ -271,8 +97,16 @@ class Round:
         order = torch.randperm(n, generator=generator).tolist()
         self.received, self.liars = sorted(order[: n - s]), tuple(sorted(order[:most]))
         self._done: dict[str, tuple[BatchPlan, Task, Tensor]] = {}
+        self._honest: dict[str, dict[frozenset[int], Tensor]] = {}
+        self._trials: dict[tuple[str, Lie | None], Trial] = {}
 
     def trial(self, code: Code, lie: Lie | None) -> Trial:
+        key = repr(code), lie
+        if key not in self._trials:
+            self._trials[key] = self._trial(code, lie)
+        return self._trials[key]
+
+    def _trial(self, code: Code, lie: Lie | None) -> Trial:
         _, _, s, most = self.case
         name = repr(code)
         if name not in self._done:
@@ -301,16 +135,16 @@ class Round:
             for machine in liars:
                 reply = Reply(Part(machine, (machine,)), machine, 0.0, 0.0, results[machine])
                 sent[self.received.index(machine)] = attacker(reply).value
-        return Trial(plan, sent, self.received, liars, most)
+        return Trial(plan, sent, self.received, liars, most, self._honest.setdefault(name, {}))
 
 
-def tuned(name: str, case: Case, quick: bool) -> dict[str, tuple[Code, Scheme]]:
+def tuned(name: str, case: Case, size: int, quick: bool) -> dict[str, tuple[Code, Scheme]]:
     """The schemes with what has least squared error on the tuning batches."""
     of, count = subject(name, quick), 2 if quick else 8
     chosen = {}
     rounds = [
         Round(of.model, batch, case, index)
-        for index, batch in enumerate(of.batches("tuning", BATCH_SIZE, count))
+        for index, batch in enumerate(of.batches("tuning", size, count))
     ]
     for scheme, (code, choices) in schemes(case).items():
         errors = [0.0] * len(choices)
@@ -328,11 +162,11 @@ def tuned(name: str, case: Case, quick: bool) -> dict[str, tuple[Code, Scheme]]:
 
 
 @torch.no_grad()
-def adversaries(name: str, case: Case, quick: bool) -> dict[str, Any]:
+def adversaries(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]:
     of, count = subject(name, quick), settings(quick)["batches"]
-    chosen = tuned(name, case, quick)
+    chosen = tuned(name, case, size, quick)
     rows: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    batches = enumerate(of.batches("held_out", BATCH_SIZE, count))
+    batches = enumerate(of.batches("held_out", size, count))
     trial_of = None
     for index, batch in progress(batches, "batches", count):
         trial_of = Round(of.model, batch, case, index, trial_of)
@@ -379,13 +213,16 @@ def _summary(rows: Sequence[tuple[float, ...]], lie: str, scheme: str) -> Mappin
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         for case in CASES[:1] if quick else CASES:
-            yield (name, str(case)), functools.partial(adversaries, name, case, quick)
+            of_all = functools.partial(adversaries, name, case, BATCH_SIZE, quick)
+            yield (name, "main", str(case)), of_all
+        few = functools.partial(adversaries, name, CASES[0], SMALL, quick)
+        yield (name, "small batches", str(CASES[0])), few
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
-        "batch size": BATCH_SIZE,
+        "batch size": [BATCH_SIZE, SMALL],
         "batches": 2 if quick else 50,
         "lies": {name: list(lie) if lie else None for name, lie in LIES.items()},
         "degrees": list(DEGREES),

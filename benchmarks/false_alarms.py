@@ -21,7 +21,8 @@ from coded_torch.adversaries import Verdict, locate
 from coded_torch.codes import KernelCode, plan_batch
 from coded_torch.workers import Reputation
 
-from .adversaries import BATCH_SIZE, CASES, Case, Trial, evidence
+from .adversaries import BATCH_SIZE, CASES
+from .locators import Case, Trial, evidence
 from .runs import Measurement, progress
 from .schemes import FIXED
 from .subjects import SEED, run, subject
@@ -59,7 +60,7 @@ class Requests:
         if noise:
             lie = torch.randn(results[liar].shape, generator=self.generator)
             results[liar] += noise * results[liar].std() * lie
-        trial = Trial(plan, results, received, (), most)
+        trial = Trial(plan, results, received, (), most, {})
         return locate(evidence(trial), received, most), order[0]
 
 

@@ -213,42 +213,69 @@ def latency(results: Results) -> Figure:
 
 
 def adversaries(results: Results) -> Figure:
-    """The accuracy that is kept under every lie, a panel for each network and setting."""
+    """The accuracy that every lie costs, a panel for each network, at its first setting."""
     panels = [
-        (name, case, found["lies"])
-        for name, cases in results["adversaries"].items()
-        for case, found in cases.items()
+        (name, *next(iter(kinds["main"].items()))) for name, kinds in results["adversaries"].items()
     ]
-    colors = {
-        "undefended": "0.6",
-        "ApproxIFER": "tab:purple",
-        "spline, reweighted": "tab:red",
-        "spline, larger lambda": "tab:pink",
-        "located": "tab:blue",
-        "oracle": "black",
+    styles = {
+        "undefended": ("nobody looks", "0.6", "o"),
+        "ApproxIFER": ("ApproxIFER", "tab:purple", "s"),
+        "spline, reweighted": ("spline, reweighted", "tab:red", "s"),
+        "spline, larger lambda": ("spline, larger lambda", "tab:pink", "s"),
+        "oracle": ("liars known", "black", "|"),
+        "located": ("ours", "tab:blue", "o"),
     }
-    figure = Figure(figsize=(10, 3.2 * len(panels)), layout="constrained")
-    for axes, (name, case, lies) in zip(
-        figure.subplots(len(panels), 1, squeeze=False).flat, panels, strict=True
-    ):
-        at = np.arange(len(lies))
-        for i, (scheme, color) in enumerate(colors.items()):
-            lost = [100 * (1 - found[scheme]["relative accuracy"][0]) for found in lies.values()]
-            marker = "_" if scheme == "oracle" else "o"
-            axes.plot(at + (i - 2.5) / 9, lost, marker, color=color, label=scheme, markersize=5)
-        for i, found in enumerate(lies.values()):
-            if "detected" in found["located"]:
-                share = f"{100 * found['located']['detected'][0]:.0f} %"
-                place = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "top"}
-                axes.text(i, 0.97, share, fontsize=7, **place)
-        axes.set_xticks(at, list(lies), rotation=30, ha="right", fontsize=8)
-        axes.set_ylabel("accuracy lost, %", fontsize=8)
-        axes.set_ylim(bottom=0)
-        title = f"{NAMES[name]}, (N, K, S, A) = {case}; above: liars that the locator dropped"
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.3, axis="y")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    lies = list(panels[0][2]["lies"])
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, case, found) in zip(grid, panels, strict=True):
+        for scheme, (label, color, marker) in styles.items():
+            lost = [100 * (1 - found["lies"][x][scheme]["relative accuracy"][0]) for x in lies]
+            size = 11 if marker == "|" else 6
+            axes.plot(lost, range(len(lies)), marker, color=color, label=label, markersize=size)
+        for y, lie in enumerate(lies):
+            share = found["lies"][lie]["located"].get("detected")
+            if share:
+                place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+                axes.text(0.99, y, f"{100 * share[0]:.0f} % found", fontsize=7, **place)
+        axes.set_yticks(range(len(lies)), lies, fontsize=8)
+        axes.set_xlim(0, 1.25 * axes.get_xlim()[1])
+        axes.set_title(f"{NAMES[name]}, (N, K, S, A) = {case}", fontsize=9)
+        axes.set_xlabel("accuracy lost, %", fontsize=8)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.grid(alpha=0.3)
+    grid[0].invert_yaxis()
+    handles, labels = grid[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    return figure
+
+
+def surrogates(results: Results) -> Figure:
+    """Squared error over the paper's, without a student and with it, a row for each code."""
+    case, size = "(6, 4, 2)", "64"
+    panels = {
+        name: found["errors"][case][size]["codes"] for name, found in results["surrogates"].items()
+    }
+    codes = list(next(iter(panels.values())))
+    names = {"default": "KernelCode", "paper": "the paper's scheme"}
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (name, found) in zip(grid, panels.items(), strict=True):
+        for y, code in enumerate(codes):
+            start, end = (found[code][x]["against paper"][0] for x in ("without", "with"))
+            color = "tab:blue" if code == "default" else "0.5"
+            axes.plot([start, end], [y, y], color=color, linewidth=1.5)
+            axes.plot(start, y, "o", color=color, markerfacecolor="white", markersize=7)
+            axes.plot(end, y, "o", color=color, markersize=7)
+            accuracy = f"{100 * found[code]['with']['relative_accuracy'][0]:.1f} %"
+            axes.text(end, y - 0.28, accuracy, fontsize=7, ha="center", color=color)
+        axes.set_yticks(range(len(codes)), [names.get(code, code) for code in codes], fontsize=8)
+        axes.set_xscale("log")
+        axes.set_title(f"{NAMES[name]}, (N, K, S) = {case}, batches of {size}", fontsize=8)
+        axes.set_xlabel("squared error over the paper's", fontsize=8)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.grid(alpha=0.3)
+    grid[0].invert_yaxis()
     return figure
 
 
@@ -305,6 +332,7 @@ def serving(results: Results) -> Figure:
 
 FIGURES = {
     "adversaries": adversaries,
+    "surrogates": surrogates,
     "accuracy": accuracy,
     "accuracy-softmax": lambda results: accuracy(results, output="softmax"),
     "accuracy-contiguous": lambda results: accuracy(results, law="contiguous"),

@@ -7,6 +7,7 @@ from typing import Any
 
 from coded_torch.distances import METRICS
 
+from . import tables_beyond
 from .plots import LABELS, NAMES, STYLES
 
 __all__ = ["TABLES", "Results"]
@@ -361,4 +362,5 @@ TABLES: dict[str, Table] = {
     "fan_out": fan_out,
     "latency": latency,
     "resilience": resilience,
+    **tables_beyond.TABLES,
 }

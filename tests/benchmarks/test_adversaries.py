@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.adversaries import Copies, Trial, approxifer, reweighted, undefended
+from benchmarks.locators import Copies, Trial, approxifer, oracle, reweighted, undefended
 from coded_torch.codes import BerrutCode, SplineCode
 from coded_torch.grouping import Grouping
 
@@ -16,7 +16,7 @@ def trial(code, lie=True):
     if lie:
         results[LIAR] = torch.tensor([9.0, -5.0])
     plan = code.fit(Grouping.arrival(code.num_data, code.num_data))
-    return Trial(plan, results, list(range(code.num_workers)), (LIAR,), 1)
+    return Trial(plan, results, list(range(code.num_workers)), (LIAR,), 1, {})
 
 
 def test_the_error_locator_finds_one_lie_of_a_polynomial():
@@ -38,5 +38,13 @@ def test_the_median_of_three_copies_ignores_a_lie():
     plan = code.fit(Grouping.arrival(2, 2))
     results = plan.encode(torch.tensor([[1.0], [2.0]]))  # [6, 1, 1]
     results[3] = 100.0
-    answers = undefended(Trial(plan, results, list(range(6)), (3,), 1)).values
+    answers = undefended(Trial(plan, results, list(range(6)), (3,), 1, {})).values
     assert answers.flatten().tolist() == [1.0, 2.0]
+
+
+def test_what_was_answered_without_a_lie_is_not_taken_for_what_is_with_it():
+    code, honest = SplineCode(4, 16), {}
+    good, bad = trial(code, lie=False), trial(code)
+    good, bad = good._replace(liars=(), honest=honest), bad._replace(honest=honest)
+    assert not torch.equal(undefended(good).values, undefended(bad).values)
+    assert torch.equal(oracle(good._replace(liars=(LIAR,))).values, oracle(bad).values)

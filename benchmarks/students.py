@@ -1,0 +1,143 @@
+"""Students of the networks: what is cheap enough to run beside the batch, taught without labels.
+
+Weights go to the cache of :mod:`benchmarks.networks`. A student has less than a fifteenth of its
+network's multiply-adds: 21 thousand a picture for LeNet-5's 417 thousand, 136 thousand for the
+ViT's 2.3 million, 140 thousand for the RepVGG's 29 million.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coded_torch.surrogates import distill
+
+from .data import CACHE
+from .subjects import SEED, subject
+
+__all__ = ["RECIPES", "Student", "small_network", "student"]
+
+
+def small_network() -> nn.Module:
+    """21 thousand multiply-adds a picture."""
+    return nn.Sequential(
+        nn.AvgPool2d(2),
+        nn.Conv2d(1, 6, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(6, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(144, 40),
+        nn.ReLU(),
+        nn.Linear(40, 10),
+    )
+
+
+class Patches(nn.Module):
+    """136 thousand multiply-adds a picture: a perceptron on patches, like those of the ViT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(1, 48, 7, stride=7)
+        self.each = nn.Conv2d(48, 48, 1)
+        self.together = nn.Linear(16 * 48, 72)
+        self.more = nn.Linear(72, 72)
+        self.head = nn.Linear(72, 10)
+        self.act = nn.SiLU()
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.act(self.embed(images))
+        x = x + self.act(self.each(x))
+        x = self.act(self.together(x.flatten(1)))
+        outputs: Tensor = self.head(x + self.act(self.more(x)))
+        return outputs
+
+
+def convolutions() -> nn.Module:
+    """140 thousand multiply-adds a picture."""
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 5, stride=2, padding=2),
+        nn.SiLU(),
+        nn.Conv2d(8, 14, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(14, 20, 3, stride=2, padding=1),
+        nn.SiLU(),
+        nn.Flatten(),
+        nn.Linear(320, 32),
+        nn.SiLU(),
+        nn.Linear(32, 10),
+    )
+
+
+class Recipe(NamedTuple):
+    """How a student is made; the larger a network, the longer an epoch, as it gives the answers."""
+
+    build: Callable[[], nn.Module]
+    epochs: int
+
+
+RECIPES = {
+    "lenet5": Recipe(small_network, 200),
+    "vit": Recipe(Patches, 200),
+    "repvgg": Recipe(convolutions, 30),
+}
+
+
+class Student(NamedTuple):
+    """A taught student.
+
+    Attributes:
+        model: in evaluation mode.
+        error: the variance of what it misses over that of the outputs, on inputs held out.
+        seconds: that teaching it took, of one thread's own time.
+    """
+
+    model: nn.Module
+    error: float
+    seconds: float
+
+
+@functools.cache
+def student(name: str, quick: bool = False) -> Student:
+    """The student of a network, taught on its tuning images, which no gradient of it has seen.
+
+    From the cache; taught first where the cache does not have it, which takes minutes.
+    """
+    of, recipe, path = subject(name, quick), RECIPES[name], CACHE / f"student-{name}-seed0.npz"
+    with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
+        torch.manual_seed(SEED)
+        model = recipe.build()
+    if quick or not path.exists():
+        start = time.thread_time()
+        error = distill(
+            model,
+            of.model,
+            of.tuning.images.split(500),
+            epochs=2 if quick else recipe.epochs,
+            patience=50,
+            augment=shifted,
+            seed=SEED,
+        )
+        taught = Student(model, error, time.thread_time() - start)
+        if not quick:
+            state = {key: value.numpy() for key, value in model.state_dict().items()}
+            np.savez_compressed(path, error=taught.error, seconds=taught.seconds, **state)
+        return taught
+    with np.load(path) as arrays:
+        found = dict(arrays)
+    error, seconds = float(found.pop("error")), float(found.pop("seconds"))
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()})
+    return Student(model.eval(), error, seconds)
+
+
+def shifted(images: Tensor) -> Tensor:
+    """Every picture by up to two pixels, each way."""
+    generator = torch.Generator().manual_seed(int(images.sum()) % 2**31)
+    moves = torch.randint(-2, 3, (len(images), 2), generator=generator).tolist()
+    return torch.stack([x.roll(move, (-2, -1)) for x, move in zip(images, moves, strict=True)])
