@@ -64,17 +64,17 @@ class Leaf:
 
     Args:
         x: ``[B, ...]``, floating-point.
-        told: the rows that determine what a metric takes from the batch; None: all.
+        basis: the rows that determine what a metric takes from the batch; None: all.
 
     Attributes:
         x: the input in float32 at least, ``[B, ...]`` with a feature at least; scaled where its
             squares might overflow or vanish.
     """
 
-    def __init__(self, x: Tensor, told: Tensor | None = None) -> None:
+    def __init__(self, x: Tensor, basis: Tensor | None = None) -> None:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         self.x = x if x.dim() > 1 else x[:, None]
-        self._told = told
+        self._basis = basis
         some = self._rows()
         largest = float(some.abs().amax()) if some.numel() else 0.0
         if largest > 0 and not 1 / _MOST < largest < _MOST:
@@ -82,12 +82,12 @@ class Leaf:
 
     def _rows(self) -> Tensor:
         rows = self.x.flatten(1)
-        return rows if self._told is None else rows[self._told.to(rows.device)]
+        return rows if self._basis is None else rows[self._basis.to(rows.device)]
 
     @functools.cached_property
     def count(self) -> int:
         """How many rows determine a metric."""
-        return len(self.x if self._told is None else self._told)
+        return len(self.x if self._basis is None else self._basis)
 
     @functools.cached_property
     def spread(self) -> Tensor:
@@ -97,7 +97,7 @@ class Leaf:
 
     def covariance(self, rows: Tensor) -> Tensor:
         """That of features ``[B, f]``."""
-        return (rows if self._told is None else rows[self._told.to(rows.device)]).T.cov()
+        return (rows if self._basis is None else rows[self._basis.to(rows.device)]).T.cov()
 
 
 class Metric(NamedTuple):

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ._arguments import instance, shown
 from ._trial import Trial, calls_of
-from .codes._candidates import Batch
 from .codes._choices import among
+from .codes._points import Points
 from .codes.base import Code
 from .codes.kernel import KernelCode
 from .codes.plans import evenly, order_by
@@ -173,7 +173,7 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
         inputs = [leaf[rows.to(leaf.device)] for leaf in trial.inputs]
         geometry = Geometry(inputs)
         grouping = Grouping(order_by(code, ordering, inputs, geometry), len(rows))
-        batch = Batch(code.metrics, code.lengths, grouping, geometry)
+        batch = Points(code.metrics, code.lengths, grouping, geometry)
         typical = geometry.typical.nonzero().flatten()
         loss = _loss(batch, typical, results[rows[typical]])
         for i, variant in enumerate(variants):
@@ -182,7 +182,7 @@ def _left_out(wrapper: CodedWrapper, args: tuple[Any, ...], variants: Sequence[A
     return errors
 
 
-def _loss(batch: Batch, rows: Tensor, results: Tensor) -> Callable[[Any, float], float]:
+def _loss(batch: Points, rows: Tensor, results: Tensor) -> Callable[[Any, float], float]:
     """By metric and length, how badly the results of some rows are predicted from each other."""
 
     @functools.cache

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from coded_torch.codes import KernelCode, SplineCode, plan_batch, plan_rows
-from coded_torch.codes._candidates import Batch
+from coded_torch.codes._points import Points
 from coded_torch.distances import (
     METRICS,
     Leaf,
@@ -28,8 +28,8 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def features(name, x, told=None):
-    found = features_by(METRICS[name], [Leaf(x, told)])
+def features(name, x, basis=None):
+    found = features_by(METRICS[name], [Leaf(x, basis)])
     return None if found is None else found[0]
 
 
@@ -312,7 +312,7 @@ def test_distances_of_mixtures(metric):
     grouping, geometry = Grouping(torch.randperm(40), 8), Geometry([x])
     plan = code.fit(grouping, geometry)
     batch = plan._batch
-    assert isinstance(batch, Batch)
+    assert isinstance(batch, Points)
     squared = batch.squared_distances(metric)
     coded = plan.encode(x)
     points = plan._point

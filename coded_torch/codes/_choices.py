@@ -13,7 +13,7 @@ from ..distances import Choice, Features, name_of
 from ..regression import Comparison, KernelRegression
 
 if TYPE_CHECKING:
-    from ._candidates import Batch
+    from ._points import Points
 
 __all__ = ["DEFAULT", "LENGTH", "LENGTHS", "Fitted", "Regressions", "among"]
 
@@ -65,7 +65,7 @@ class Regressions:
         most: of these, that metrics and lengths are compared on.
     """
 
-    def __init__(self, batch: Batch, points: Tensor, most: int = _ROWS) -> None:
+    def __init__(self, batch: Points, points: Tensor, most: int = _ROWS) -> None:
         self.points = points
         self._batch = batch
         count = min(len(points), most)

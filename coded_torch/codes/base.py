@@ -288,12 +288,9 @@ class FixedCode(Code):
             TypeError, ValueError: as :meth:`decoder`.
         """
         workers = self._received(received)
-        nothing = torch.full((self.num_data,), -1)
-        if not self._repeats or len(workers) < self.min_received:
-            return nothing
-        own = self._own[list(workers)]
-        if not bool((own >= 0).any()):
-            return nothing
+        own = self._own[list(workers)] if self._repeats else self._own[:0]
+        if len(workers) < self.min_received or not bool((own >= 0).any()):
+            return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
-from ._candidates import Batch, made_by
 from ._choices import LENGTHS, Fitted, among
+from ._points import Points, made_by
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
@@ -197,12 +197,12 @@ class KernelCode(Code):
         batch = self._batch(grouping, geometry)
         return self._plan(torch.arange(grouping.batch_size)[:, None], grouping, batch)
 
-    def _batch(self, grouping: Grouping, geometry: Geometry | None) -> Batch | None:
+    def _batch(self, grouping: Grouping, geometry: Geometry | None) -> Points | None:
         if geometry is None:
             return None
-        return Batch(self.metrics, self.lengths, grouping, geometry)
+        return Points(self.metrics, self.lengths, grouping, geometry)
 
-    def _plan(self, point: Tensor, grouping: Grouping, batch: Batch | None) -> BatchPlan:
+    def _plan(self, point: Tensor, grouping: Grouping, batch: Points | None) -> BatchPlan:
         if batch is None:
             return SelectionPlan(self, point, grouping.batch_size)
         return _KernelPlan(self, point, grouping, batch)
@@ -211,12 +211,12 @@ class KernelCode(Code):
 class _KernelPlan(SelectionPlan):
     """Answers lost inputs by regression on the distinct results of all groups.
 
-    The points of :class:`Batch` are what workers compute, ``point [N, G]``.
+    Workers compute ``point [N, G]`` of the :class:`Points`.
     """
 
     code: KernelCode
 
-    def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: Batch) -> None:
+    def __init__(self, code: KernelCode, point: Tensor, grouping: Grouping, batch: Points) -> None:
         super().__init__(code, point, grouping.batch_size, batch.usable)
         self._grouping, self._batch = grouping, batch
         self._fits: tuple[_Fit, ...] = ()

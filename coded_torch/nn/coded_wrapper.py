@@ -285,9 +285,8 @@ class CodedWrapper(StandIn):
                 results = Results(units.task, self.link)
                 guesses = Guesses(self.surrogate, inputs, units, self.link, report)
                 agreement = self._agreement(inputs, units, guesses)
-                generations = [
-                    s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)
-                ]
+                memories = (s for s in self.surrogate if isinstance(s, Memory))
+                generations = [memory.follow(self.module) for memory in memories]
                 with report.timed("compute"):
                     why = collect(
                         self.workers,
@@ -303,9 +302,8 @@ class CodedWrapper(StandIn):
                 with report.timed("decode"):
                     if agreement is not None:
                         agreement.conclude(results, report, bool(waiting.degraded))
-                    if len(results.units) < units.least and not (
-                        results.units and waiting.degraded
-                    ):
+                    too_few = len(results.units) < units.least
+                    if too_few and not (results.units and waiting.degraded):
                         raise results.failure(units.least, len(units.first), why)
                     stacked = results.stack()
                     answers = answer(

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..codes._candidates import Batch
 from ..codes._choices import DEFAULT, LENGTH, Regressions
+from ..codes._points import Points
 from ..distances import METRICS, Leaf, Metric, features_by
 from ..geometry import Geometry, added_up
 from ..grouping import Grouping
@@ -97,7 +97,7 @@ def winner(rows: Tensor, outputs: Tensor, shapes: Sequence[torch.Size]) -> str:
     inputs = _inputs(rows[some], shapes) if _whole(rows, shapes) else [rows[some]]
     geometry = Geometry(inputs)
     grouping = Grouping.arrival(len(some), 1)
-    batch = Batch(tuple(METRICS), (LENGTH,), grouping, geometry)
+    batch = Points(tuple(METRICS), (LENGTH,), grouping, geometry)
     compared = Regressions(batch, batch.usable.nonzero().flatten(), _LANDMARKS)
     return compared.fit(outputs[some][batch.usable].double()).choice.metric
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._arguments import count
 from .._weights import fingerprint
-from ..codes._candidates import path_step
+from ..codes._points import path_step
 from ..grouping import similarity_order
 from ..regression import KernelRegression, matern52
 from ._space import RANK, Space, evenly, side_by_side, winner

@@ -16,7 +16,7 @@ from coded_torch.codes import (
     plan_batch,
     plan_rows,
 )
-from coded_torch.codes._candidates import path_step
+from coded_torch.codes._points import path_step
 from coded_torch.codes.plans import ChunkedPlan, MeanPlan
 from coded_torch.geometry import Geometry
 from coded_torch.points import equidistant, systematic

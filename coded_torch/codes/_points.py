@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..grouping import Grouping
     from ..linear import LinearMap
 
-__all__ = ["Batch", "made_by", "path_step"]
+__all__ = ["Points", "made_by", "path_step"]
 
 logger = logging.getLogger("coded_torch.codes")
 
@@ -52,7 +52,7 @@ class _Mixtures(NamedTuple):
     rows: Tensor  # [G, K], the inputs of each group
 
 
-class Batch:
+class Points:
     """The points that workers may compute: the inputs of a batch, and mixtures of them behind.
 
     Args:
@@ -79,7 +79,7 @@ class Batch:
         self.metrics, self.lengths = list(metrics), lengths
         self._regressions: Regressions | None = None
         self._grouping, self._geometry = grouping, geometry
-        self._told = geometry.typical.nonzero().flatten()
+        self._basis = geometry.typical.nonzero().flatten()
         self._mixtures: _Mixtures | None = None
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
@@ -188,8 +188,8 @@ class Batch:
             encoder, workers, rows = self._mixtures
             return _with_mixtures(inner, encoder.matrix()[workers], rows)[0].to(self._dtype)
         every = torch.arange(len(self.usable))
-        leaves = [Leaf(x, self._told) for x in self._at(every)] if isinstance(metric, str) else []
-        features = self._features(metric, every, leaves, self._told)
+        leaves = [Leaf(x, self._basis) for x in self._at(every)] if isinstance(metric, str) else []
+        features = self._features(metric, every, leaves, self._basis)
         if features is None:
             return None
         return Geometry(features, shrinkage=_how(metric).shrinkage).squared_distances(self._dtype)
@@ -200,7 +200,7 @@ class Batch:
         if how.features is METRICS[DEFAULT].features:
             same = how.shrinkage == self._geometry.shrinkage
             return self._geometry if same else self._geometry.with_shrinkage(how.shrinkage)
-        leaves = [Leaf(x, self._told) for x in self._geometry.inputs]
+        leaves = [Leaf(x, self._basis) for x in self._geometry.inputs]
         features = features_by(how, leaves)
         return None if features is None else Geometry(features, shrinkage=how.shrinkage)
 
@@ -209,15 +209,15 @@ class Batch:
         metric: str | Features,
         points: Tensor,
         leaves: list[Leaf],
-        told: Tensor | None = None,
+        basis: Tensor | None = None,
     ) -> list[Tensor] | None:
-        """What distances are measured on at some points, told by some rows of these, or all."""
+        """What distances are measured on at some points; ``basis`` as of :class:`Leaf`."""
         if isinstance(metric, str):
             return features_by(METRICS[metric], leaves)
         made = self._made_by(metric)
         if made is None:
             return None
-        leaves = [Leaf(x[points.to(x.device)], told) for x in made]
+        leaves = [Leaf(x[points.to(x.device)], basis) for x in made]
         return features_by(_how(metric), leaves) or [leaf.x for leaf in leaves]
 
     def _made_by(self, features: Features) -> list[Tensor] | None:
