@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .regression import KernelRegression
 
-__all__ = ["Predictions", "noise_of", "residuals", "spread_of", "student"]
+__all__ = ["Predictions", "noise_of", "residuals", "spread_of", "student_quantile"]
 
 _CLIP = 6.0  # spreads from the median, in what others are predicted from
 _RIDGE = 0.05
@@ -204,7 +204,7 @@ def spread_of(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(256)
-def student(level: float, freedom: int) -> float:
+def student_quantile(level: float, freedom: int) -> float:
     """Student's t that is exceeded with a probability, by the expansion of Cornish and Fisher.
 
     From 8 degrees of freedom on within 2 %.

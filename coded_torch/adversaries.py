@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ._evidence import COPIES, Evidence, predictions
-from ._predictions import spread_of, student
+from ._predictions import spread_of, student_quantile
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -155,12 +155,12 @@ class _Look(NamedTuple):
         if self.machines < 3 or self.freedom < 4:
             return math.inf
         level = _ALPHA / (2 * self.machines)
-        return student(level, self.freedom) * (1 + margin / math.sqrt(self.machines))
+        return student_quantile(level, self.freedom) * (1 + margin / math.sqrt(self.machines))
 
     def bar_of_rows(self) -> float:
         if self.machines < 3 or self.freedom < 4:
             return math.inf
-        return student(_ALPHA / (2 * self.rows), self.freedom) * 1.25
+        return student_quantile(_ALPHA / (2 * self.rows), self.freedom) * 1.25
 
 
 class _Trial:

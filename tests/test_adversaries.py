@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
-from coded_torch._predictions import Predictions, student
+from coded_torch._predictions import Predictions, student_quantile
 from coded_torch.adversaries import Evidence, locate
 from coded_torch.codes import KernelCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
@@ -156,4 +156,4 @@ def test_the_quantile_is_students():
     for freedom in (16, 48, 264):
         for level in (1e-2, 1e-4, 1e-6):
             exact = scipy.stats.t.isf(level, freedom)
-            assert math.isclose(student(level, freedom), exact, rel_tol=1e-3)
+            assert math.isclose(student_quantile(level, freedom), exact, rel_tol=1e-3)

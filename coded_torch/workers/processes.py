@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from .._arguments import find_devices
 from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_inputs import SharedInputs
-from ._supervised.shared_memory import Block, Connection, Message, Pickled
+from ._supervised.shared_memory import Block, Connection, Pickled
 from ._supervised.supervisor import Job, Machine, Supervisor
-from ._supervised.worker_main import JOB, MODULE, READY, RESULT, remote_cause, serve
+from ._supervised.worker_main import JOB, MODULE, READY, serve
 
 __all__ = ["ProcessWorkers"]
 
@@ -108,12 +108,6 @@ class ProcessWorkers(SupervisedWorkers):
     def _make_supervisor(self) -> Supervisor:
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the workers that are up."""
-        machines = [] if self._supervisor is None else self._supervisor.machines
-        return [machine.pid for machine in machines if isinstance(machine, _Process)]
-
 
 class _Process(Machine):
     """One process, and what it has been sent."""
@@ -123,7 +117,7 @@ class _Process(Machine):
     ) -> None:
         super().__init__(index)
         self.process, self.connection = process, connection
-        self.pid: int = process.pid or 0
+        self.pid = process.pid or 0
 
     def __str__(self) -> str:
         return f"process {self.pid}"
@@ -220,21 +214,7 @@ class _Processes(Supervisor):
         elif message.kind == READY:
             self.ready(machine)
         else:
-            self._take(machine, message)
-
-    def _take(self, machine: _Process, message: Message) -> None:
-        """Take what a process has sent for a job. If nothing waits for it, it is not even read."""
-        job, number, value = machine.job, message.number, None
-        if job is not None and job.request.awaits(job.part):
-            try:
-                value = message.value()
-            except Exception as cause:
-                reason = f"sent what cannot be read, from {machine}: {cause}"
-                return self.fail(machine, number, reason, cause)
-            if message.kind != RESULT:
-                reason = f"failed in {machine}: {value[0]}"
-                return self.fail(machine, number, reason, remote_cause(value))
-        return self.deliver(machine, number, value)
+            self.take(machine, message.number, message.kind, message.value)
 
     def _check_descriptors(self) -> None:
         """Raise an OSError unless there are enough of them to start a process and to ask it.

@@ -21,7 +21,7 @@ from torch import nn
 from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_memory import Message, Pickled, TensorPickler, aligned
 from ._supervised.supervisor import Job, Machine, Supervisor
-from ._supervised.worker_main import RESULT, LoadedModules, remote_cause
+from ._supervised.worker_main import LoadedModules
 
 __all__ = ["RayWorkers"]
 
@@ -107,12 +107,6 @@ class RayWorkers(SupervisedWorkers):
     def _make_supervisor(self) -> Supervisor:
         return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
 
-    @property
-    def pids(self) -> list[int]:
-        """The process ids of the actors that are up, on whatever machine."""
-        machines = [] if self._supervisor is None else self._supervisor.machines
-        return [machine.pid for machine in machines if isinstance(machine, _Actor)]
-
 
 class _Actor(Machine):
     """One actor."""
@@ -120,7 +114,6 @@ class _Actor(Machine):
     def __init__(self, index: int, handle: Any) -> None:
         super().__init__(index)
         self.handle = handle
-        self.pid = 0
 
     def __str__(self) -> str:
         return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
@@ -201,31 +194,16 @@ class _Actors(Supervisor):
             if number is None:
                 self.lost(machine, f"did not come up: {cause}")
             else:
-                self._fail_reading(machine, number, cause)
+                self.fail_to_read(machine, number, cause)
         else:
             if number is not None:
-                self._take(machine, number, *said)
+                kind, packed = said
+                self.take(machine, number, kind, lambda: _unpack(*packed))
             elif not machine.ready:
                 machine.pid = said
                 end = machine.handle.end.options(concurrency_group="end").remote()
                 self._listen(machine, None, end)
                 self.ready(machine)
-
-    def _take(self, machine: _Actor, number: int, kind: int, packed: Packed) -> None:
-        """Take what an actor has returned for a job. If nothing waits for it, it is not read."""
-        job, value = machine.job, None
-        if job is not None and job.request.awaits(job.part):
-            try:
-                value = _unpack(*packed)
-            except Exception as cause:
-                return self._fail_reading(machine, number, cause)
-            if kind != RESULT:
-                reason = f"failed in {machine}: {value[0]}"
-                return self.fail(machine, number, reason, remote_cause(value))
-        return self.deliver(machine, number, value)
-
-    def _fail_reading(self, machine: _Actor, number: int, cause: Exception) -> None:
-        self.fail(machine, number, f"sent what cannot be read, from {machine}: {cause}", cause)
 
 
 class _Cluster:

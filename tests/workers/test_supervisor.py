@@ -14,6 +14,7 @@ from torch import nn
 from coded_torch.workers import Began, Part, Reply
 from coded_torch.workers._supervised.modules import PackedModule
 from coded_torch.workers._supervised.supervisor import START_SECONDS, Job, Machine, Supervisor
+from coded_torch.workers._supervised.worker_main import RESULT
 from coded_torch.workers.live import LiveRequest
 
 from .workers_tests import numbered, task_of
@@ -181,7 +182,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         """Machines answer in any order, so results are delayed and reordered."""
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         job = machine.job
-        self.supervisor.deliver(machine, job.number, (job.number, machine.number))
+        self.supervisor.take(machine, job.number, RESULT, lambda: (job.number, machine.number))
 
     @precondition(lambda self: any(machine.sent for machine in self.supervisor.launched))
     @rule(data=st.data())
@@ -192,7 +193,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         other = self.pick(data, self.supervisor.launched)
         if other.job is None or other.job.number != job.number:
             before = other.job
-            self.supervisor.deliver(other, job.number, "stale")
+            self.supervisor.take(other, job.number, RESULT, lambda: "stale")
             assert other.job is before
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
@@ -202,7 +203,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         if machine.job.number != number:
             job = machine.job
-            self.supervisor.deliver(machine, number, "corrupt")
+            self.supervisor.take(machine, number, RESULT, lambda: "corrupt")
             assert machine.job is job
 
     @precondition(lambda self: self.alive())
@@ -294,7 +295,9 @@ class SupervisorMachine(RuleBasedStateMachine):
                 if not machine.ready:
                     self.supervisor.ready(machine)
                 if (job := machine.job) is not None:
-                    self.supervisor.deliver(machine, job.number, (job.number, machine.number))
+                    self.supervisor.take(
+                        machine, job.number, RESULT, lambda m=machine: (m.job.number, m.number)
+                    )
             busy = any(machine.job for machine in self.supervisor._machines)
             if (
                 not busy
@@ -327,7 +330,7 @@ def test_a_machine_that_is_overdue_is_ended_and_replaced():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     late, good = supervisor.launched
-    supervisor.deliver(good, good.job.number, "good")
+    supervisor.take(good, good.job.number, RESULT, lambda: "good")
     supervisor.clock.now = GRACE
     supervisor.tend()
     assert late.ended
@@ -357,7 +360,8 @@ def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_what_wai
     supervisor.tend()
     supervisor.ready(supervisor.launched[-1])
     another = Asking(supervisor, 1)
-    supervisor.deliver(supervisor.launched[-1], supervisor.launched[-1].job.number, "up again")
+    last = supervisor.launched[-1]
+    supervisor.take(last, last.job.number, RESULT, lambda: "up again")
     assert replies(another)[0].value == "up again"
 
 
@@ -374,7 +378,7 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
         bad = supervisor.launched[-1]
     assert replies(one) == []
     for _ in range(2):
-        supervisor.deliver(good, good.job.number, "good")
+        supervisor.take(good, good.job.number, RESULT, lambda: "good")
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
@@ -426,7 +430,7 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
     one.close()
     another = Asking(supervisor, 2)
     for machine in supervisor.launched:
-        supervisor.deliver(machine, machine.job.number, "good")
+        supervisor.take(machine, machine.job.number, RESULT, lambda: "good")
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
@@ -450,7 +454,7 @@ def test_a_module_is_new_to_each_machine_once_and_to_its_successor():
         request = Asking(supervisor, machines)
         for machine in supervisor.launched:
             if machine.job is not None:
-                supervisor.deliver(machine, machine.job.number, None)
+                supervisor.take(machine, machine.job.number, RESULT, lambda: None)
         return [event.fresh for event in events(request) if isinstance(event, Began)]
 
     assert fresh(1) == [True]

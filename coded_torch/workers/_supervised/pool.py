@@ -85,6 +85,12 @@ class SupervisedWorkers(Workers):
             )
         return self
 
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the machines that are up, on whatever computer."""
+        machines = [] if self._supervisor is None else self._supervisor.machines
+        return [machine.pid for machine in machines]
+
     def forget(self, module: nn.Module) -> None:
         """Send ``module`` to the workers again when it is needed next."""
         if self._supervisor is not None:

@@ -18,6 +18,7 @@ from ..base import Arguments, Part
 from ..faults import Fault
 from ..live import LiveRequest
 from .modules import ModuleStore, PackedModule
+from .worker_main import RESULT, remote_cause
 
 __all__ = ["START_SECONDS", "Job", "Machine", "Supervisor"]
 
@@ -36,6 +37,7 @@ class Machine:
 
     Attributes:
         index: its place in the pool, which its successor gets.
+        pid: its process id, where it is up; 0 before.
         job: what it is at; None: nothing.
         since: when it began to start, or began its job.
         ready: whether it has come up.
@@ -45,7 +47,7 @@ class Machine:
     """
 
     def __init__(self, index: int) -> None:
-        self.index = index
+        self.index, self.pid = index, 0
         self.job: Job | None = None
         self.since = 0.0
         self.ready = self.excluded = self.unwanted = False
@@ -177,11 +179,31 @@ class Supervisor(abc.ABC):
             self._changed.notify_all()
         self._assign()
 
-    def deliver(self, machine: Machine, number: int, value: Any) -> None:
-        """A machine has done a job."""
+    def take(self, machine: Machine, number: int, kind: int, read: Callable[[], Any]) -> None:
+        """A machine has sent what came of a job. If nothing waits for it, it is not even read.
+
+        Args:
+            machine: that sent it.
+            number: of the job.
+            kind: RESULT or FAILURE.
+            read: the value, or what :func:`remote_cause` is made of.
+        """
+        job, value = machine.job, None
+        if job is not None and job.request.awaits(job.part):
+            try:
+                value = read()
+            except Exception as cause:
+                return self.fail_to_read(machine, number, cause)
+            if kind != RESULT:
+                reason = f"failed in {machine}: {value[0]}"
+                return self.fail(machine, number, reason, remote_cause(value))
         if (job := self._finish(machine, number)) is not None:
             job.request.settle(job.part, value)
-        self._assign()
+        return self._assign()
+
+    def fail_to_read(self, machine: Machine, number: int, cause: Exception) -> None:
+        """What a machine has sent for a job is in no form that can be read."""
+        self.fail(machine, number, f"sent what cannot be read, from {machine}: {cause}", cause)
 
     def fail(
         self, machine: Machine, number: int, reason: str, cause: BaseException | None = None
