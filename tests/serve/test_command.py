@@ -53,8 +53,11 @@ def wordy():
 def running(*arguments, cwd=None):
     """The command as a process, what it has printed so far, its log and its port."""
     line = [sys.executable, "-c", CODE, "serve", "--port", "0", *arguments]
-    with tempfile.NamedTemporaryFile() as log:
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=log, text=True, cwd=cwd)
+    # Not in the checkout, whose package may not be built: Python looks there first.
+    with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:
+        process = subprocess.Popen(
+            line, stdout=subprocess.PIPE, stderr=log, text=True, cwd=cwd or folder
+        )
         process.log, process.head = Path(log.name), ""
         try:
             while not (found := re.search(r"http://127.0.0.1:(\d+)/", process.head)):
