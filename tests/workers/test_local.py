@@ -124,12 +124,12 @@ def test_waiting_is_on_the_virtual_clock():
     pool = LocalWorkers(Fixed(3600.0, 10.0, 20.0, math.nan))
     task = task_of(values(4))
 
-    def got(deadline: float | None) -> list[int]:
+    def got(deadline: float) -> list[int]:
         return [r.part.number for r in pool.run(nn.Identity(), task, deadline=deadline)]
 
     assert got(20.0) == [1, 2]
     assert got(5.0) == []
-    assert got(None) == [1, 2, 0]
+    assert got(math.inf) == [1, 2, 0]
     with pool.open(nn.Identity(), task) as request:
         assert (request.wait(), request.now()) == (None, 0.0)
         assert (request.wait(7.0), request.now()) == (None, 7.0)
