@@ -253,10 +253,10 @@ def test_a_client_that_goes_leaves_the_queue():
             assert held.begun.acquire(timeout=30)
             wait_until(lambda: batcher.num_queued == 1)
         wait_until(lambda: batcher.num_queued == 0)
-        held.go.set()
         with Client(port) as client:
+            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in metrics(client))
+            held.go.set()
             assert client.infer(ONE)[0] == 200
-            assert 'refusals_total{reason="disconnected"} 2.0' in metrics(client)
 
 
 def wait_until(condition):
