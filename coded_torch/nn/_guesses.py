@@ -100,7 +100,7 @@ class Guesses:
     def _of(self, number: int, surrogate: Any, stacked: Stacked) -> list[Guess | None]:
         try:
             return _guess(surrogate, self._inputs, self._units, stacked, self._link)
-        except Exception as error:
+        except Exception as error:  # whatever a surrogate raises: the call goes on without it
             name = getattr(surrogate, "__name__", type(surrogate).__name__)
             note = f"surrogate {number} ({name}) was left out: {_first_line(error)}"
             logger.warning("%s", note, exc_info=True)

@@ -209,7 +209,7 @@ class Batcher:
             error = RequestError(504, "late", f"too few results within the deadline: {cause}")
             if time.monotonic() < begin + left:
                 error = RequestError(500, "failed", f"the model failed: {cause}")
-        except Exception as cause:
+        except Exception as cause:  # whatever the model raises: its requests get an answer
             logger.exception("a batch failed")
             error = RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
         else:

@@ -140,8 +140,8 @@ def _inputs(rows: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
 
 
-def _leaves(rows: Tensor, shapes: Sequence[torch.Size], told: Tensor | None = None) -> list[Leaf]:
-    return [Leaf(x, told) for x in _inputs(rows, shapes)]
+def _leaves(rows: Tensor, shapes: Sequence[torch.Size]) -> list[Leaf]:
+    return [Leaf(x) for x in _inputs(rows, shapes)]
 
 
 def _features(how: Metric, rows: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -157,9 +157,9 @@ def _maps(how: Metric, rows: Tensor, shapes: Sequence[torch.Size]) -> list[Tenso
     maps = []
     for x in _inputs(rows, shapes):
         units = torch.eye(x[0].numel()).reshape(-1, *x.shape[1:])
-        told = torch.arange(len(x))
+        basis = torch.arange(len(x))
         images = [
-            (features_by(how, [Leaf(torch.cat([x, some]), told)]) or [torch.cat([x, some])])[0]
+            (features_by(how, [Leaf(torch.cat([x, some]), basis)]) or [torch.cat([x, some])])[0]
             for some in units.split(len(x))
         ]
         maps.append(torch.cat([image[len(x) :].flatten(1) for image in images]).double())

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import find_devices
+from ._supervised.machine import Job, Machine
 from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_inputs import SharedInputs
 from ._supervised.shared_memory import Block, Connection, Pickled
-from ._supervised.supervisor import Job, Machine, Supervisor
+from ._supervised.supervisor import Supervisor
 from ._supervised.worker_main import JOB, MODULE, READY, serve
 
 __all__ = ["ProcessWorkers"]

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ._supervised.machine import Job, Machine
 from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_memory import Message, Pickled, TensorPickler, aligned
-from ._supervised.supervisor import Job, Machine, Supervisor
+from ._supervised.supervisor import Supervisor
 from ._supervised.worker_main import LoadedModules
 
 __all__ = ["RayWorkers"]
@@ -211,7 +212,7 @@ class _Cluster:
 
     Args:
         folder: of the cluster's files, where it is ours; None: we joined it.
-        connected: whether it is we who connected this process, and have to disconnect it.
+        connected: whether this pool connected the process to Ray, and so disconnects it.
     """
 
     _lock = threading.RLock()

@@ -15,7 +15,7 @@ COLUMNS = 180_000  # so many that memory is kept
 
 
 class Notes(nn.Module):
-    """Notes where its inputs lie, and keeps them if it is told to."""
+    """Notes where its inputs lie, and keeps them if it is made to."""
 
     def __init__(self, keep: bool = False) -> None:
         super().__init__()

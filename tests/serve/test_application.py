@@ -1,5 +1,6 @@
 """The application under uvicorn: routes, bodies, refusals, disconnects and the end."""
 
+import contextlib
 import gzip
 import json
 import math
@@ -168,12 +169,10 @@ def chunked(port, chunks):
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode())
-        try:
+        with contextlib.suppress(OSError):  # it may be refused before all is sent
             for chunk in chunks:
                 connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
             connection.sendall(b"0\r\n\r\n")
-        except OSError:
-            pass  # it was refused meanwhile
         return connection.recv(65536)
 
 

@@ -75,16 +75,16 @@ def by_value(function):
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
     """A cluster on loopback, with both models."""
-    from coded_torch.serve import deployment
-    from coded_torch.workers import RayWorkers
-
     # Replicas look for packages where the driver is: not in the checkout, whose is not built.
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("driver"))
-        yield from deployed(deployment, RayWorkers)
+        yield from deployed()
 
 
-def deployed(deployment, RayWorkers):  # noqa: N803 - a class
+def deployed():
+    from coded_torch.serve import deployment
+    from coded_torch.workers import RayWorkers
+
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
     with RayWorkers(1).start(WAIT):  # holds a cluster of its own

@@ -12,8 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 from coded_torch.workers import Began, Part, Reply
+from coded_torch.workers._supervised.machine import Job, Machine
 from coded_torch.workers._supervised.modules import PackedModule
-from coded_torch.workers._supervised.supervisor import START_SECONDS, Job, Machine, Supervisor
+from coded_torch.workers._supervised.supervisor import START_SECONDS, Supervisor
 from coded_torch.workers._supervised.worker_main import RESULT
 from coded_torch.workers.live import LiveRequest
 

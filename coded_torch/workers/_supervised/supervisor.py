@@ -10,17 +10,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..base import Arguments, Part
-from ..faults import Fault
+from ..base import Part
 from ..live import LiveRequest
+from .machine import Job, Machine
 from .modules import ModuleStore, PackedModule
 from .worker_main import RESULT, remote_cause
 
-__all__ = ["START_SECONDS", "Job", "Machine", "Supervisor"]
+__all__ = ["START_SECONDS", "Supervisor"]
 
 logger = logging.getLogger("coded_torch.workers")
 
@@ -30,57 +30,6 @@ _FAILED_STARTS = 3  # in a row, until what waits fails
 _LONGEST_PAUSE = 5.0  # between attempts to start
 _LONGEST_WAIT = 3600.0  # for news; selectors count in milliseconds, of which 2^31 are too many
 _NEVER = "was never begun: the pool was closed"
-
-
-class Machine:
-    """One process or actor, from its start to its end; a new one takes its place then.
-
-    Attributes:
-        index: its place in the pool, which its successor gets.
-        pid: its process id, where it is up; 0 before.
-        job: what it is at; None: nothing.
-        since: when it began to start, or began its job.
-        ready: whether it has come up.
-        excluded: whether it gets no more jobs.
-        unwanted: whether it is to be replaced by a new one.
-        modules: the numbers of those that it holds.
-    """
-
-    def __init__(self, index: int) -> None:
-        self.index, self.pid = index, 0
-        self.job: Job | None = None
-        self.since = 0.0
-        self.ready = self.excluded = self.unwanted = False
-        self.modules: frozenset[int] = frozenset()
-
-    def load(self, module: PackedModule) -> None:
-        """Note what it holds when it has got a job with this module."""
-        self.modules = self.modules & module.alive | {module.number}
-
-    def __str__(self) -> str:
-        return f"machine {self.index}"
-
-
-class Job(NamedTuple):
-    """A part of a request, numbered so that no other job is taken for it."""
-
-    number: int
-    request: LiveRequest
-    module: PackedModule
-    part: Part
-
-    def contents(self) -> tuple[bytes, Fault | None, Arguments]:
-        """What :class:`~coded_torch.workers._supervised.worker_main.LoadedModules` calls."""
-        return self.module.head, self.part.fault, self.request.task.payload(self.part.units)
-
-    def wanted(self) -> bool:
-        """Whether it has still to be begun."""
-        return self.request.wants(self.part)
-
-    def begin(self, machine: Machine) -> bool:
-        """Begin it on a machine, unless it is not wanted any more: whether it has begun."""
-        fresh = self.module.number not in machine.modules
-        return self.request.begin(self.part, machine.index, fresh)
 
 
 class Supervisor(abc.ABC):
@@ -192,7 +141,7 @@ class Supervisor(abc.ABC):
         if job is not None and job.request.awaits(job.part):
             try:
                 value = read()
-            except Exception as cause:
+            except Exception as cause:  # whatever unpickling raises
                 return self.fail_to_read(machine, number, cause)
             if kind != RESULT:
                 reason = f"failed in {machine}: {value[0]}"
