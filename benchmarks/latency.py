@@ -16,22 +16,34 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_torch.demo.latency import ROUNDS, Load, Outcome, format_outcomes, measure, merge
+from coded_torch.demo.latency import FEW, ROUNDS, Load, Outcome, format_outcomes, measure, merge
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.workers import ProcessWorkers, RayWorkers
+from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
 
 from .runs import Measurement, progress
 
 # A part of 16 inputs sleeps for 10 ms: on six machines, 60 requests of four parts are a load of .4.
 LOAD = Load(num_requests=10_000)
-CASES = {
-    "load 0.4, none delayed": (ProcessWorkers, {"share": 0.0}),
-    "load 0.4, 3 % delayed": (ProcessWorkers, {}),
-    "load 0.3, 10 % delayed": (ProcessWorkers, {"rate": 45.0, "share": 0.1}),
-    "load 0.7, 1 % delayed": (ProcessWorkers, {"rate": 105.0, "share": 0.01}),
-    "few, none delayed": (ProcessWorkers, {"rate": 10.0, "share": 0.0, "num_requests": 1000}),
-    "no sleep, 3 % delayed": (ProcessWorkers, {"rate": 20.0, "sleep": False, "num_requests": 2000}),
-    "Ray, 3 % delayed": (RayWorkers, {"rate": 10.0, "num_requests": 500}),
+CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")
+SOME = (*FEW, "hedge, deadline")
+CASES: dict[str, tuple[type[Workers], dict[str, Any], Sequence[str] | None]] = {
+    "load 0.4, 3 % delayed": (ProcessWorkers, {}, None),
+    "load 0.7, 1 % delayed": (
+        ProcessWorkers,
+        {"rate": 105.0, "share": 0.01, "num_requests": 3000},
+        None,
+    ),
+    "few, none delayed": (
+        ProcessWorkers,
+        {"rate": 10.0, "share": 0.0, "num_requests": 2000},
+        CALM,
+    ),
+    "no sleep, 3 % delayed": (
+        ProcessWorkers,
+        {"rate": 20.0, "sleep": False, "num_requests": 1000},
+        SOME,
+    ),
+    "Ray, 3 % delayed": (RayWorkers, {"rate": 10.0, "num_requests": 500}, SOME),
 }
 QUICK = "load 0.4, 3 % delayed"
 
@@ -60,14 +72,14 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def latency(name: str, quick: bool) -> dict[str, Any]:
-    kind, changes = CASES[name]
+    kind, changes, names = CASES[name]
     load = dataclasses.replace(LOAD, **changes)
     if quick:
         load = dataclasses.replace(load, num_requests=100)
     torch.set_num_threads(1)  # the cores are the workers'
     with kind(load.num_workers).start() as pool:
         rounds = list(
-            progress(measure(pool, lenet5(), *digits(), load, names=None), name, total=ROUNDS)
+            progress(measure(pool, lenet5(), *digits(), load, names), name, total=ROUNDS)
         )
     print(format_outcomes(merge(rounds)))
     return {

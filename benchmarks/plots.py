@@ -193,22 +193,25 @@ def fan_out(results: Results) -> Figure:
 
 
 def latency(results: Results) -> Figure:
-    """Percentiles of every scheme, a panel for each case."""
+    """Percentiles of every policy, a panel for each case."""
     cases, at = results["latency"], ("p50", "p99", "p99.9")
-    figure = Figure(figsize=(3 * len(cases), 2.8), layout="constrained")
-    colors = {"uncoded": "0.6", "hedged": "tab:green", "coded": "tab:blue"}
-    for axes, (case, found) in zip(
-        figure.subplots(1, len(cases), sharey=True, squeeze=False).flat, cases.items(), strict=True
-    ):
-        for scheme, numbers in found["schemes"].items():
-            label = f"{scheme}, {100 * numbers['accuracy']:.1f} % right"
-            axes.plot(at, [numbers[x] for x in at], "o-", label=label, color=colors[scheme])
-        axes.set_yscale("log")
+    rows = list(dict.fromkeys(name for found in cases.values() for name in found["policies"]))
+    figure = Figure(figsize=(2.6 * len(cases) + 1.6, 3.2), layout="constrained")
+    panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for axes, (case, found) in zip(panels, cases.items(), strict=True):
+        policies = found["policies"]
+        for percentile, marker in zip(at, (".", "s", "o"), strict=True):
+            times = [policies[name][percentile] for name in rows if name in policies]
+            where = [row for row, name in enumerate(rows) if name in policies]
+            axes.plot(times, where, marker, label=percentile, markersize=5)
+        axes.set_xscale("log")
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
         axes.set_title(case, fontsize=8)
+        axes.set_xlabel("latency from arrival, ms", fontsize=8)
         axes.tick_params(labelsize=7)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=6)
-    figure.axes[0].set_ylabel("latency from arrival, ms", fontsize=8)
+        axes.grid(alpha=0.3, which="both")
+    panels[0].invert_yaxis()
+    panels[0].legend(fontsize=7)
     return figure
 
 

@@ -309,12 +309,12 @@ def _tail(numbers: Mapping[str, Any]) -> str:
 
 
 def latency(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "calls a request", "right answers"
+    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "work", "predicted", "right answers"
     for case, found in results["latency"].items():
-        for scheme, numbers in found["schemes"].items():
+        for policy, numbers in found["policies"].items():
             times = (f"{numbers[at]:.1f}" for at in ("p50", "p99", "p99.9"))
-            accuracy = f"{100 * numbers['accuracy']:.1f} %"
-            yield case, scheme, *times, f"{numbers['calls per request']:.2f}", accuracy
+            shares = (f"{100 * numbers[what]:.2f} %" for what in ("predicted", "accuracy"))
+            yield case, policy, *times, f"{numbers['work']:.3f}", *shares
 
 
 def resilience(results: Results) -> Iterable[Sequence[str]]:

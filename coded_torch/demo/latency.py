@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-__all__ = ["ROUNDS", "Load", "Outcome", "Sleeping", "draw", "format_outcomes", "measure", "merge"]
+__all__ = [
+    "FEW",
+    "ROUNDS",
+    "Load",
+    "Outcome",
+    "Sleeping",
+    "draw",
+    "format_outcomes",
+    "measure",
+    "merge",
+]
 
 _CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
 ROUNDS = 5  # in turns, so that what slows the machine down slows all policies alike
