@@ -78,9 +78,7 @@ def latency(name: str, quick: bool) -> dict[str, Any]:
         load = dataclasses.replace(load, num_requests=100)
     torch.set_num_threads(1)  # the cores are the workers'
     with kind(load.num_workers).start() as pool:
-        rounds = list(
-            progress(measure(pool, lenet5(), *digits(), load, names), name, total=ROUNDS)
-        )
+        rounds = list(progress(measure(pool, lenet5(), *digits(), load, names), name, total=ROUNDS))
     print(format_outcomes(merge(rounds)))
     return {
         "load": dataclasses.asdict(load),
