@@ -136,6 +136,24 @@ def false_alarms(results: Results) -> Iterable[Sequence[str]]:
                 )
 
 
+def audits(results: Results) -> Iterable[Sequence[str]]:
+    """Which liars an audit row shows: the share that is dropped."""
+    columns = [
+        (name, code, how, found)
+        for name, codes in results["audits"].items()
+        for code, kinds in codes.items()
+        for how, found in kinds.items()
+    ]
+    yield "", *(f"{NAMES[name]}, {code}, {how}" for name, code, how, _ in columns)
+    for lie in columns[0][3]:
+        cells = []
+        for *_, found in columns:
+            share, falsely = found[lie].get("detected"), found[lie]["dropped falsely"]
+            shown = f"{100 * share[0]:.0f} %" if share else f"{found[lie]['calls']} calls"
+            cells.append(f"{shown}, {falsely} dropped falsely" if falsely or not share else shown)
+        yield lie, *cells
+
+
 def small_lies(results: Results) -> Iterable[Sequence[str]]:
     """Requests until a reputation names a machine that lies a little."""
     yield "(N, K, S, A)", "lie", "dropped in a request", "requests until named: median, most"
@@ -279,6 +297,7 @@ TABLES: dict[str, Table] = {
     "lying_peers": lying_peers,
     "false_alarms": false_alarms,
     "small_lies": small_lies,
+    "audits": audits,
     "students": students,
     "helped": helped,
     "memories": memories,
