@@ -6,9 +6,7 @@ LeNet-5 on worker processes that sleep, so that as many processes are as many ma
 - answers: at a deadline of three medians of a part, some answers are predicted. How many are right
   with nothing, with a memory that knows nothing at first, with a student. No image comes twice.
 - memory: requests from 8 threads with a memory and without, in turns: latency, the largest memory
-  of this process, and every answer that is said to be exact compared with the network's. At 80 a
-  second 10,000, more than two processors that others use too can serve: latency says nothing then.
-  At 20 a second 1,600.
+  of this process, and every answer that is said to be exact compared with the network's.
 """
 
 from __future__ import annotations
@@ -54,9 +52,9 @@ class Load:
 
 
 ANSWERS = Load(rate=5.0, batch_size=64, num_machines=6, num_data=4, share=0.05, threads=64)
-#: By rate: how many in a round with a memory, and without.
-COUNTS = {80.0: (2500, 500), 20.0: (400, 400)}
-MEMORY = Load(rate=80.0, batch_size=16, num_machines=4, num_data=4, share=0.03)
+#: A part takes some 5 ms, so this is a load of a quarter.
+MEMORY = Load(rate=50.0, batch_size=16, num_machines=4, num_data=4, share=0.03)
+ROUNDS, REQUESTS = 4, 2500  # a round
 
 
 @dataclasses.dataclass
@@ -177,11 +175,8 @@ def percentiles(outcomes: Sequence[Outcome]) -> dict[str, float]:
     return dict(zip(("p50", "p99"), np.median(each, axis=0).round(2).tolist(), strict=True))
 
 
-def memory(rate: float, quick: bool) -> dict[str, Any]:
-    requests, rounds = Requests(quick), 1 if quick else 4
-    load = dataclasses.replace(MEMORY, rate=rate)
-    counts = dict(zip(("with", "without"), COUNTS[rate], strict=True))
-    known = Memory()
+def memory(quick: bool) -> dict[str, Any]:
+    requests, load, known = Requests(quick), MEMORY, Memory()
     outcomes: dict[str, list[Outcome]] = {"without": [], "with": []}
     largest = []
     with ProcessWorkers(load.num_machines).start() as pool:
@@ -191,15 +186,14 @@ def memory(rate: float, quick: bool) -> dict[str, Any]:
         }
         for coded in wrappers.values():
             warm(requests, coded, load)
-        for number in progress(range(rounds), "rounds"):
+        for number in progress(range(1 if quick else ROUNDS), "rounds"):
             generator = torch.Generator().manual_seed(number)
-            shape = counts["with"], load.batch_size
+            shape = 50 if quick else REQUESTS, load.batch_size
             batches = list(torch.randint(len(requests.exact), shape, generator=generator))
             for what, coded in wrappers.items():
                 law = Bernoulli(load.share, latency=load.delay, seed=0)
                 coded.workers = FaultyWorkers(pool, delays=law, seed=number)
-                some = batches[: 50 if quick else counts[what]]
-                outcomes[what].append(requests.drive(coded, load, some))
+                outcomes[what].append(requests.drive(coded, load, batches))
             largest.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     ratios = [
         float(np.percentile(a.latencies, 99) / np.percentile(b.latencies, 99))
@@ -220,8 +214,7 @@ def memory(rate: float, quick: bool) -> dict[str, Any]:
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
     yield ("answers",), functools.partial(answers, quick)
-    for rate in COUNTS:
-        yield ("memory", f"{rate:g} a second"), functools.partial(memory, rate, quick)
+    yield ("memory",), functools.partial(memory, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

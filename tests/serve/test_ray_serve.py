@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
 import time
+from urllib.request import urlopen
 
 import pytest
 
@@ -63,6 +65,30 @@ def pids():
     )
 
 
+def on_actors():
+    """The processes of two actors of the cluster, which the replica asks."""
+    import os
+
+    import torch
+
+    from coded_torch.codes import KernelCode
+    from coded_torch.nn import CodedWrapper
+    from coded_torch.serve import TensorSpec, app
+    from coded_torch.workers import RayWorkers
+
+    class Where(torch.nn.Module):
+        def forward(self, x):
+            return torch.full_like(x, os.getpid(), dtype=torch.float64)
+
+    return app(
+        CodedWrapper(Where(), KernelCode(2, 2), workers=RayWorkers(2)),
+        name="m",
+        inputs=[TensorSpec("seconds", "FP32", ())],
+        outputs=[TensorSpec("pid", "FP64", ())],
+        deadline=30.0,
+    )
+
+
 def by_value(function):
     """The same function as one of no module, so that it is pickled whole."""
     import types
@@ -95,6 +121,8 @@ def deployed():
             serve.run(lenet_app, name="lenet", route_prefix="/lenet")
             where = deployment(by_value(pids), num_replicas=2, **options).bind()
             serve.run(where, name="where", route_prefix="/where")
+            actors = deployment(by_value(on_actors), **options).bind()
+            serve.run(actors, name="actors", route_prefix="/actors")
             yield port
         finally:
             serve.shutdown()
@@ -120,19 +148,21 @@ def test_a_body_that_is_too_large_is_413(port):
     assert (status, answer["error"][:20]) == (413, "the body must be at ")
 
 
-def ask(port, seconds):
-    """The status of an answer, and the process that gave it."""
-    entry = {"name": "seconds", "datatype": "FP32", "shape": [1], "data": [seconds]}
+def ask(port, *seconds, route="where"):
+    """The status of an answer, and the processes that gave it, row by row."""
+    data = list(seconds)
+    entry = {"name": "seconds", "datatype": "FP32", "shape": [len(data)], "data": data}
     with Client(port) as client:
         body = json.dumps({"inputs": [entry]}).encode()
-        status, _, answer = client.send("POST", "/where/v2/models/m/infer", body)
-    return status, int(json.loads(answer)["outputs"][0]["data"][0]) if status == 200 else None
+        status, _, answer = client.send("POST", f"/{route}/v2/models/m/infer", body)
+    found = json.loads(answer)["outputs"][0]["data"] if status == 200 else ()
+    return status, tuple(map(int, found))
 
 
 def test_of_a_replica_that_dies_only_what_it_held_fails(port):
     found = [ask(port, 0.0) for _ in range(30)]
     assert {status for status, _ in found} == {200}
-    both = {pid for _, pid in found}
+    both = {pid for _, (pid,) in found}
     assert len(both) == 2
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask(port, 2.0))) for _ in range(8)]
@@ -147,10 +177,32 @@ def test_of_a_replica_that_dies_only_what_it_held_fails(port):
     failed = [status for status, _ in answers if status != 200]
     assert 0 < len(failed) < 8
     assert all(status >= 500 for status in failed)
-    assert other in {pid for _, pid in answers}
+    assert (other,) in {pids for _, pids in answers}
     later = [ask(port, 0.0) for _ in range(20)]
     assert {status for status, _ in later} == {200}
-    assert victim not in {pid for _, pid in later}
+    assert (victim,) not in {pids for _, pids in later}
+
+
+def test_actors_of_the_cluster_compute_for_a_replica_and_one_may_die(port):
+    status, before = ask(port, 0.0, 0.0, route="actors")
+    assert status == 200
+    assert len(set(before)) == 2
+    os.kill(before[0], signal.SIGKILL)
+    for _ in range(5):
+        status, later = ask(port, 0.0, 0.0, route="actors")
+        assert status == 200
+        assert before[0] not in later
+
+
+def test_the_numbers_of_a_replica_are_in_rays_metrics(port):
+    assert ask(port, 0.0, 0.0, route="actors")[0] == 200
+    where = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    until = time.monotonic() + WAIT / 2  # Ray collects every few seconds
+    while (text := urlopen(where, timeout=10).read().decode()) is not None:
+        if "ray_coded_torch_answers_total" in text or time.monotonic() > until:
+            break
+        time.sleep(1.0)
+    assert re.search(r'ray_coded_torch_answers_total\{[^}]*kind="exact"[^}]*\} [1-9]', text)
 
 
 def test_it_is_the_application_that_refuses():
