@@ -13,13 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .plots import FIGURES
+from . import plots, plots_waiting
+from .plots import Results
 from .runs import ERRORS, RESULTS, TIMES
-from .tables import TABLES, Results
+from .tables import TABLES
 
-__all__ = ["READMES", "fill", "load_results"]
+__all__ = ["FIGURES", "READMES", "fill", "load_results"]
 
 FOLDER = Path(__file__).resolve().parent
+FIGURES = plots.FIGURES | plots_waiting.FIGURES
 READMES = (FOLDER.parent / "README.md", FOLDER / "README.md")
 
 

@@ -6,6 +6,7 @@ received sets for all; every code is tried without and with help. "paper" is
 
 - errors: a student, see :mod:`benchmarks.students`, with every code at two settings, with the
   recommended and the paper's at all;
+- lost: with every code, against the number of workers that are lost;
 - memory: a stream of requests of inputs none of which comes twice, from a cold start. The memory
   learns whenever 256 results are new, as it does where requests take some time;
 - useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained;
@@ -44,6 +45,7 @@ from .subjects import subject as plain_subject
 
 CASES = ((24, 20, 4), (100, 20, 60), (60, 20, 20), (20, 8, 3), (10, 8, 2), (6, 4, 2))
 FEW, SMALL = (24, 20, 4), (6, 4, 2)
+LOST = tuple((60, 20, s) for s in (4, 8, 12, 16, 24, 28, 32, 36, 40))
 NETWORKS = ("lenet5", "vit", "repvgg")
 SIZES = (64, 240)
 LEARNS_AFTER = 256  # results, see Memory
@@ -126,7 +128,7 @@ def codes(name: str, case: Case, quick: bool) -> dict[str, tuple[Code, str]]:
         return tune(coded, [batch.images for batch in of.batches("tuning", 240, 2)]), ordering
 
     found = {"paper": tuned(SplineCode(k, n), "arrival")}
-    if case in (FEW, SMALL):
+    if case in (FEW, SMALL, *LOST):
         found |= {
             "paper, ordered": tuned(SplineCode(k, n), "similarity"),
             "Berrut, ordered": (BerrutCode(k, n), "similarity"),
@@ -161,6 +163,7 @@ def errors(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]:
     paper = scores["paper", False]
     return {
         "student": {"error": round(taught.error, 4), "seconds": round(taught.seconds)},
+        "variance": float(f"{run(of.model, of.held_out.images).var(0).sum():.4g}"),
         "codes": {
             code: {
                 "without": scores[code, False].summary(paper),
@@ -308,6 +311,10 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
                     (name, "errors", str(case), str(size)),
                     functools.partial(errors, name, case, size, quick),
                 )
+        if name == NETWORKS[0]:
+            for case in LOST[:1] if quick else LOST:
+                key = name, "lost", str(case)
+                yield key, functools.partial(errors, name, case, SIZES[-1], quick)
         yield (name, "memory"), functools.partial(memory, name, quick)
         yield (name, "drift"), functools.partial(drift, name, quick)
         for size in (8, 64):

@@ -8,9 +8,9 @@ from typing import Any
 from coded_torch.distances import METRICS
 
 from . import tables_beyond
-from .plots import LABELS, NAMES, STYLES
+from .plots import LABELS, NAMES, STYLES, Results
 
-__all__ = ["TABLES", "Results"]
+__all__ = ["TABLES"]
 
 KEPT = 0.99
 # The gains of the spline over Berrut's code that the paper states, averaged over stragglers: by how
@@ -27,7 +27,6 @@ WAITING = {
     "predict at 3 medians of a part": "`Waiting(deadline=3)`",
 }
 
-Results = Mapping[str, Any]
 Table = Callable[[Results], Iterable[Sequence[str]]]
 
 

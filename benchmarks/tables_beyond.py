@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .plots import NAMES
+from .plots import NAMES, Results
 
 __all__ = ["TABLES"]
 
-Results = Mapping[str, Any]
 Table = Callable[[Results], Iterable[Sequence[str]]]
 
 # Lies that are to be found; of the others the page says what they cost.

@@ -35,7 +35,7 @@ class Drop(NamedTuple):
 
 
 class Prepare(NamedTuple):
-    """The first fence has fired: what predictions need is worth preparing now."""
+    """A fence has fired and half of the time is over: prepare what predictions need."""
 
 
 class Wait(NamedTuple):
@@ -177,7 +177,7 @@ class Call:
         self.enough: bool | None = None  # whether the error to expect of `good` is tolerable
         self.goal = needed
         self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
-        self.late = self.lost = self.prepared = self.extended = False
+        self.late = self.lost = self.fenced = self.prepared = self.extended = False
         self.rows = unit_rows * max(map(len, first))
         self.fences: dict[int, float] = {}
         self.hedges = not waiting.at_once and waiting.extra > 0
@@ -215,10 +215,9 @@ class Call:
                 # Only now, when no event was there to come before it.
                 self.now = max(self.now, until)
                 self.late |= self.now >= self.since + self.deadline
-            asked, fenced = self._again()
-            if asked:
+            if asked := self._again():
                 yield Ask(asked)
-            if fenced and not self.prepared:
+            if self.now >= self._preparing():
                 self.prepared = True
                 yield Prepare()
         return self._end(reason)
@@ -254,8 +253,14 @@ class Call:
             if parts[number].state == _RUNNING and parts[number].due == due:
                 break
             heapq.heappop(timers)
-        due = timers[0][0] if timers else math.inf
+        due = min(timers[0][0] if timers else math.inf, self._preparing())
         return due if self.late else min(due, self.since + self.deadline)
+
+    def _preparing(self) -> float:
+        """When it is probable enough that something will have to be predicted."""
+        if self.prepared or not self.fenced:
+            return math.inf
+        return self.since + self.deadline / 2
 
     def _fence(self, num_units: int) -> float:
         fence = self.fences.get(num_units)
@@ -307,11 +312,11 @@ class Call:
         self.unbegun -= len(unwanted)
         return tuple(unwanted)
 
-    def _again(self) -> tuple[tuple[tuple[int, ...], ...], bool]:
-        """What is to be asked again now, and whether a fence has fired."""
-        self.lost = fenced = False
+    def _again(self) -> tuple[tuple[int, ...], ...]:
+        """What is to be asked again now."""
+        self.lost = False
         if self.waiting.at_once:
-            return (), False
+            return ()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
         num_parts, idle = len(self.parts), self.idle()
@@ -325,7 +330,7 @@ class Call:
             missing = [unit for unit in part.units if unit not in self.good][: max(0, lacking)]
             if not missing:
                 continue
-            fenced |= late
+            self.fenced |= late
             if late and not self._afford(missing):
                 fence = self._fence(len(part.units))
                 # On a clock that stands still, where parts take no time, it would be due for ever.
@@ -338,7 +343,7 @@ class Call:
             self._ask(self._stand_ins(missing), pieces, part)
         if self.by_columns and lacking > 0 and self.spare:
             self._ask([self.spare.popleft()], 1, None)
-        return tuple([part.units for part in self.parts[num_parts:]]), fenced
+        return tuple([part.units for part in self.parts[num_parts:]])
 
     def _hopeful(self) -> int:
         """Columns that may still come in time."""

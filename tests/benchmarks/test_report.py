@@ -6,7 +6,6 @@ import re
 import pytest
 
 from benchmarks import report
-from benchmarks.plots import FIGURES
 from benchmarks.runs import RESULTS
 from benchmarks.tables import TABLES
 
@@ -33,7 +32,7 @@ def test_other_results_make_another_table(results):
 
 
 def test_every_picture_can_be_drawn_and_is_there(results, tmp_path):
-    for name, draw in FIGURES.items():
+    for name, draw in report.FIGURES.items():
         draw(results).savefig(tmp_path / "picture.png")
         picture = RESULTS / f"{name}.png"
         assert 0 < picture.stat().st_size < 300_000

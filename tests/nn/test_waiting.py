@@ -69,6 +69,16 @@ def test_a_part_past_its_fence_is_split_over_idle_machines():
     ]
 
 
+def test_predictions_are_prepared_when_half_of_the_time_is_over():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None, *begin(4, at=1.6), None]
+    decisions, waits, _ = drive(Waiting(deadline=4.0), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Prepare()]
+    assert waits[-2:] == [2.0, 3.1]  # half of the deadline; the fence of the part asked again
+    events = [*events[:-1], *settle(4, at=1.9)]
+    decisions, _, _ = drive(Waiting(deadline=4.0), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]  # everything came before
+
+
 def test_without_an_idle_machine_a_late_part_queues_whole():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
     decisions, _, _ = drive(Waiting(), events, history=known(), idle=lambda: 0)
