@@ -11,39 +11,48 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from coded_torch.demo.latency import FEW, ROUNDS, Load, Outcome, format_outcomes, measure, merge
+from coded_torch.demo.latency import (
+    FEW,
+    ROUNDS,
+    Load,
+    Outcome,
+    format_outcomes,
+    measure,
+    median_part,
+    merge,
+)
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
 
 from .runs import Measurement, progress
 
-# A part of 16 inputs sleeps for 10 ms: on six machines, 60 requests of four parts are a load of .4.
-LOAD = Load(num_requests=10_000)
 CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")
 SOME = (*FEW, "hedge, deadline")
-CASES: dict[str, tuple[type[Workers], dict[str, Any], Sequence[str] | None]] = {
-    "load 0.4, 3 % delayed": (ProcessWorkers, {}, None),
-    "load 0.7, 1 % delayed": (
-        ProcessWorkers,
-        {"rate": 105.0, "share": 0.01, "num_requests": 3000},
-        None,
-    ),
-    "few, none delayed": (
-        ProcessWorkers,
-        {"rate": 10.0, "share": 0.0, "num_requests": 2000},
-        CALM,
-    ),
-    "no sleep, 3 % delayed": (
-        ProcessWorkers,
-        {"rate": 20.0, "sleep": False, "num_requests": 1000},
-        SOME,
-    ),
-    "Ray, 3 % delayed": (RayWorkers, {"rate": 10.0, "num_requests": 500}, SOME),
+
+
+class Case(NamedTuple):
+    """What is sent to which pool, and under which policies; None: all.
+
+    The load is the share of their time for which machines are at parts, as the rate and the
+    median of a part have it where requests come one after the other.
+    """
+
+    pool: type[Workers]
+    load: float
+    changes: dict[str, Any]
+    policies: Sequence[str] | None
+
+
+CASES = {
+    "load 0.4, 3 % delayed": Case(ProcessWorkers, 0.4, {"num_requests": 10_000}, None),
+    "few, none delayed": Case(ProcessWorkers, 0.1, {"num_requests": 2000, "share": 0.0}, CALM),
+    "no sleep, 3 % delayed": Case(ProcessWorkers, 0.1, {"sleep": False}, SOME),
+    "Ray, 3 % delayed": Case(RayWorkers, 0.1, {"num_requests": 500}, SOME),
 }
 QUICK = "load 0.4, 3 % delayed"
 
@@ -72,16 +81,22 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def latency(name: str, quick: bool) -> dict[str, Any]:
-    kind, changes, names = CASES[name]
-    load = dataclasses.replace(LOAD, **changes)
+    case = CASES[name]
+    load = Load(**case.changes)
     if quick:
         load = dataclasses.replace(load, num_requests=100)
     torch.set_num_threads(1)  # the cores are the workers'
-    with kind(load.num_workers).start() as pool:
-        rounds = list(progress(measure(pool, lenet5(), *digits(), load, names), name, total=ROUNDS))
+    with case.pool(load.num_workers).start() as pool:
+        part = median_part(pool, lenet5(), digits()[0], load)
+        rate = round(case.load * load.num_workers / (load.num_data * part), 1)
+        load = dataclasses.replace(load, rate=rate)
+        rounds = list(
+            progress(measure(pool, lenet5(), *digits(), load, case.policies), name, total=ROUNDS)
+        )
     print(format_outcomes(merge(rounds)))
     return {
         "load": dataclasses.asdict(load),
+        "median of a part": round(1e3 * part, 2),
         "policies": {
             policy: summary([outcomes[policy] for outcomes in rounds]) for policy in rounds[0]
         },

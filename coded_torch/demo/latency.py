@@ -39,6 +39,7 @@ __all__ = [
     "draw",
     "format_outcomes",
     "measure",
+    "median_part",
     "merge",
 ]
 
@@ -167,8 +168,8 @@ def measure(
     Yields:
         After each of :data:`ROUNDS` rounds, its outcomes, by policy.
     """
+    part = median_part(pool, model, images, load)
     model = Sleeping(model).eval() if load.sleep else model
-    part = _median_part(_Dealt(model, load, pool, Waiting(patience=math.inf)), images, load)
     schemes = {
         name: _Dealt(model, load, pool, waiting)
         for name, waiting in policies(load, part).items()
@@ -206,7 +207,10 @@ class _Dealt:
             return self.coded.run(images)
 
 
-def _median_part(scheme: _Dealt, images: Tensor, load: Load) -> float:
+def median_part(pool: Workers, model: nn.Module, images: Tensor, load: Load) -> float:
+    """The median of a part, in seconds, of requests that come one after the other."""
+    model = Sleeping(model).eval() if load.sleep else model
+    scheme = _Dealt(model, load, pool, Waiting(patience=math.inf))
     reports = [scheme(images[: load.batch_size])[1] for _ in range(_WARM_UP)]
     seconds = [at for report in reports[_WARM_UP // 3 :] for at in report.latencies.values()]
     return float(np.median(seconds))
