@@ -100,7 +100,7 @@ class Ended:
             while the history is too short.
         median: of whole calls like this one, in seconds; infinite likewise, and where most were
             not complete.
-        deadline: that was in force, in seconds of the call; infinite if there was none.
+        deadline: of the answer, in seconds of the call; infinite if there was none.
     """
 
     reason: str
@@ -183,7 +183,7 @@ class Call:
         self.hedges = not waiting.at_once and waiting.extra > 0
         self.median = history.call(self.rows)
         if waiting.deadline is not None:
-            self.deadline = waiting.deadline
+            self.deadline = waiting.deadline - history.decoding(most=waiting.deadline / 4)
         else:
             never = waiting.at_once or waiting.patience == math.inf
             self.deadline = math.inf if never else waiting.patience * self.median
@@ -392,4 +392,4 @@ class Call:
             for part in self.parts[self.num_first :]
         )
         fence = self._fence(self.rows // self.unit_rows)
-        return Ended(reason, hedges, fence, self.median, self.deadline)
+        return Ended(reason, hedges, fence, self.median, self.waiting.deadline or self.deadline)

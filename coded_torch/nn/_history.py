@@ -15,6 +15,7 @@ _PARTS, _CALLS = 512, 128  # that are remembered
 _LEAST = 32  # parts that have replied, before the history is believed
 _REFIT = 64  # parts, after which the time that a row takes is fitted again
 _GROUP = 8  # parts of few rows, and of many, that the fit needs
+_DECODINGS = 16  # that are remembered
 
 
 class _Window:
@@ -42,7 +43,7 @@ class _Window:
 
 
 class History:
-    """How long parts and calls took lately, and how much of them was asked again.
+    """How long parts, calls and predictions took lately, and how much was asked again.
 
     Remembers the last 512 parts and 128 calls; a part never seen to end, or a call that was not
     complete, counts as infinitely long. Latencies are compared after division by
@@ -61,6 +62,7 @@ class History:
         self._fewest = self._most = 1  # rows
         self._slope = 0.0  # the share of the time of `_most` rows that grows with the rows
         self._debt = 0.0
+        self._decodings: deque[float] = deque(maxlen=_DECODINGS)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
@@ -111,6 +113,17 @@ class History:
         """
         with self._lock:
             return self._calls.quantile(0.5) * self._scale(rows) if self._known() else math.inf
+
+    def decoded(self, seconds: float) -> None:
+        """Remember how long predicting what was missing took."""
+        with self._lock:
+            self._decodings.append(seconds)
+
+    def decoding(self, most: float) -> float:
+        """Seconds that predicting takes, three times of four; 0 until it is known."""
+        with self._lock:
+            ordered = sorted(self._decodings)
+        return min(most, ordered[3 * len(ordered) // 4]) if ordered else 0.0
 
     def earn(self, extra: float) -> None:
         """One more call, which allows for ``extra`` of its work to be asked again."""

@@ -305,10 +305,10 @@ class CodedWrapper(StandIn):
                     too_few = len(results.units) < units.least
                     if too_few and not (results.units and waiting.degraded):
                         raise results.failure(units.least, len(units.first), why)
-                    stacked = results.stack()
-                    answers = answer(
-                        inputs, units, stacked, guesses, self.link, report, generations
-                    )
+                    of = results.stack()
+                    answers = answer(inputs, units, of, guesses, self.link, report, generations)
+                if report.ended in ("deadline", "patience") and not self.workers.simulated:
+                    self._history.decoded(report.decode_seconds)
             report.failed = False
             return answers
         finally:

@@ -70,14 +70,15 @@ class Waiting:
     - A part that has run longer than a fence (:meth:`History.fence`), from its begin, is asked
       again: at most three times, the first time split over up to four idle machines. One that
       failed is asked again at once, until it has failed three times.
-    - At the deadline what is missing is predicted, if at least half is there, else half is waited
-      for. Without a deadline, that is after ``patience`` running medians of whole calls, queueing
-      included. Until 32 parts have replied there is neither that nor a fence.
+    - At the deadline, less what predicting took lately (a quarter of it at most), what is missing
+      is predicted, if at least half is there, else half is waited for. Without a deadline, that is
+      after ``patience`` running medians of whole calls, queueing included. Until 32 parts have
+      replied there is neither that nor a fence.
 
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 
     Args:
-        deadline: seconds from the call.
+        deadline: seconds from the call to its answer.
         patience: where there is no deadline, medians of whole calls; infinite never to predict.
         extra: work that may be asked again for being late, as a share of all work: what is not
             used is saved up, to 20 parts and one whole call. 0: only failed parts are asked again.

@@ -22,9 +22,7 @@ __all__ = ["Answer", "Batcher"]
 
 logger = logging.getLogger("coded_torch.serve")
 
-# Seconds that are kept, before the deadline, to predict what is missing and to write the answers:
-# at first, and at least; else half as many again as the last prediction took.
-_TO_ANSWER, _LEAST_TO_ANSWER = 0.03, 0.01
+_TO_ANSWER = 0.01  # seconds that are kept before the deadline, to write the answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +84,6 @@ class Batcher:
         self._queue: dict[_Entry, None] = {}  # in order of arrival
         self._reading = 0
         self._durations = Durations()
-        self._to_answer = _TO_ANSWER
         self._ongoing: dict[asyncio.Task[None], tuple[float, int]] = {}  # begin and rows
         self._threads = ThreadPoolExecutor(max_ongoing_batches, "coded_torch batch")
 
@@ -198,7 +195,7 @@ class Batcher:
         begin = time.monotonic()
         rows = sum(entry.rows for entry in batch)
         left = min(entry.deadline for entry in batch) - begin
-        left = max(left - self._to_answer, left / 2, 1e-3)
+        left = max(left - _TO_ANSWER, left / 2, 1e-3)
         columns = zip(*(entry.inputs for entry in batch), strict=True)
         inputs = [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
         loop = asyncio.get_running_loop()
@@ -213,8 +210,6 @@ class Batcher:
             logger.exception("a batch failed")
             error = RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
         else:
-            if report.predicted is not None and report.predicted.any():
-                self._to_answer = max(_LEAST_TO_ANSWER, 1.5 * report.decode_seconds)
             self._on_batch(report, rows, [begin - entry.arrived for entry in batch])
             if report.ended == "failed":  # some rows had time, and no result
                 why = "; ".join(report.rejected.values())

@@ -79,6 +79,20 @@ def test_predictions_are_prepared_when_half_of_the_time_is_over():
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]  # everything came before
 
 
+def test_time_to_predict_is_kept_before_the_deadline():
+    history = known()
+    events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
+    for seconds, until in [(0.0, 1.2), (0.02, 1.18), (5.0, 0.9)]:  # a quarter at most
+        for _ in range(16):
+            history.decoded(seconds)
+        _, waits, ended = drive(Waiting(deadline=1.2), events, history=history)
+        assert waits[-1] == pytest.approx(until)
+        assert (ended.reason, ended.deadline) == ("deadline", 1.2)
+    for _ in range(5):
+        history.decoded(0.02)
+    assert history.decoding(most=math.inf) == 5.0  # three of four
+
+
 def test_without_an_idle_machine_a_late_part_queues_whole():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
     decisions, _, _ = drive(Waiting(), events, history=known(), idle=lambda: 0)

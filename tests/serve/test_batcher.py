@@ -141,22 +141,15 @@ def test_a_batch_runs_to_the_earliest_deadline_of_its_requests(model):
     assert 4.5 < model.seconds[1] < 5
 
 
-def test_time_to_predict_is_kept_as_it_was_needed_last(model):
-    def predict(rows, report):
-        report.predicted, report.decode_seconds = torch.tensor([True]), 0.2
-
+def test_time_to_write_the_answers_is_kept(model):
     async def run():
         batcher = model.batcher()
-        model.behave = predict
-        for _ in range(2):
-            await answers(put(batcher, 0.0, seconds=5.0))
-        model.behave = lambda rows, report: None  # what predicts nothing says nothing
-        for seconds in (5.0, 0.1):
+        for seconds in (5.0, 0.1, 0.012):
             await answers(put(batcher, 0.0, seconds=seconds))
 
     asyncio.run(run())
-    kept = [left - seconds for left, seconds in zip((5, 5, 5, 0.1), model.seconds, strict=True)]
-    assert kept == pytest.approx([0.03, 0.3, 0.3, 0.05], abs=0.02)
+    kept = [left - seconds for left, seconds in zip((5, 0.1, 0.012), model.seconds, strict=True)]
+    assert kept == pytest.approx([0.01, 0.01, 0.006], abs=0.005)
 
 
 def test_what_leaves_is_not_computed(model):
