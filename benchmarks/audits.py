@@ -56,10 +56,10 @@ def audits(name: str, code: str, audit: bool, quick: bool) -> dict[str, Any]:
             if lie is not None and lie.attack == "replay" and lie.earlier:
                 coded.run(batch.images.flip(0))  # what is replayed
             try:
-                _, report = coded.run(batch.images)
+                coded(batch.images)
             except TooManyAdversaries:
                 undecided += 1
-                report = coded.last_run
+            report = coded.last_run
             assert report is not None
             falsely += len(set(report.adversaries) - ({liar} if lie else set()))
             if lie is not None and liar in {*report.received, *report.adversaries}:
