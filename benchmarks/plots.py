@@ -38,6 +38,7 @@ LABELS = {
 }
 HIDDEN = ("Berrut",)  # which would hide the spline of the paper
 LEAST_LOSS = 1e-4  # shown where nothing is lost, as a logarithm has no zero
+LEAST_ERROR = 1e-5  # likewise
 
 Results = Mapping[str, Any]
 
@@ -242,7 +243,10 @@ def lost(results: Results) -> Figure:
     at = [int(case.strip("()").split(", ")[2]) for case in cases]
     for code, (label, color) in styles.items():
         for how, line, marker in (("without", "-", "o"), ("with", "--", "^")):
-            errors = [x["codes"][code][how]["mse"][0] / x["variance"] for x in cases.values()]
+            errors = [
+                max(x["codes"][code][how]["mse"][0] / x["variance"], LEAST_ERROR)
+                for x in cases.values()
+            ]
             text = label if how == "without" else f"{label}, with a student"
             axes.plot(at, errors, line, marker=marker, color=color, label=text, markersize=4)
     axes.set_yscale("log")
