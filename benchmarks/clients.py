@@ -61,13 +61,13 @@ def task_of(values: Tensor) -> Task:
 class Client:
     """Sends requests through a wrapper, and checks each answer."""
 
-    def __init__(self, pool: Workers, deadline: float | None = None) -> None:
+    def __init__(self, pool: Workers, waiting: Waiting) -> None:
         self.model = affine()
         self.coded = CodedWrapper(
             self.model,
             LagrangeCode(K, N, degree=1),
             workers=pool,
-            waiting=Waiting.first(S, deadline=deadline),
+            waiting=waiting,
             ordering="arrival",
             on_run=self._keep,
         )

@@ -1,17 +1,18 @@
 """Do requests still answer, right and in time, while workers die?
 
 ``python -m benchmarks resilience``. Every scenario runs real processes, the disturbed and the
-undisturbed requests in turns or one after the other, and checks every answer: the module is affine,
-so the code gives back exactly what it computes. Times are milliseconds. What is measured, and the
-bars that it is to reach:
+undisturbed requests in turns or one after the other, and checks every answer: the module is
+affine, so the code gives back exactly what it computes. Times are milliseconds. The first five are
+asked for under ``Waiting()``, and all at once as the others are. What is measured, and the bars
+that it is to reach:
 
 - kill: up to S of N processes are killed at random moments;
 - pause: S are stopped, then S + 1, then all go on;
-- stragglers: a share of the calls takes 50 ms longer, against waiting for all and two-fold
-  replication;
 - mixing: threads share a wrapper whose workers answer later than its deadline;
 - corruption: results that are wrong in every way that a check can see;
 - leak: what a pool leaves behind;
+- stragglers: a share of the calls takes 50 ms longer, against waiting for all and two-fold
+  replication;
 - overhead: of the pool, and of the wrapper with encoding and decoding;
 - ray: actors are killed every three seconds.
 """
@@ -65,10 +66,21 @@ from .runs import Measurement
 DELAY = 0.05  # seconds
 
 Bars = dict[str, list[float]]  # what was measured, and its bar
+Policy = Callable[[float | None], Waiting]  # by the deadline
 
 
-def _killed(pool: Any, count: int, pause: Callable[[float], float], bars: Bars) -> dict[str, Any]:
-    client, draw = Client(pool), random.Random(SEED)
+def as_needed(deadline: float | None) -> Waiting:
+    return Waiting(deadline=deadline)
+
+
+def at_once(deadline: float | None) -> Waiting:
+    return Waiting.first(S, deadline=deadline)
+
+
+def _killed(
+    pool: Any, count: int, pause: Callable[[float], float], policy: Policy
+) -> dict[str, Any]:
+    client, draw = Client(pool, policy(None)), random.Random(SEED)
     client.requests(max(20, count // 20))
     calm, _ = client.requests(count)
     killer = Killer(pool, lambda: pause(draw.random()), S, SEED)
@@ -85,7 +97,7 @@ def _killed(pool: Any, count: int, pause: Callable[[float], float], bars: Bars) 
             round(float(np.median(killer.recoveries)), 3),
             round(max(killer.recoveries), 3),
         ],
-        "bars": bars_of(times, failed, calm, killer) | bars,
+        "bars": bars_of(times, failed, calm, killer),
     }
 
 
@@ -98,17 +110,18 @@ def bars_of(times: list[float], failed: int, calm: list[float], killer: Killer) 
     }
 
 
-def kill(quick: bool) -> dict[str, Any]:
+def kill(quick: bool, policy: Policy) -> dict[str, Any]:
     with ProcessWorkers(N).start(START) as pool:
         count = 300 if quick else 10_000
         # The short run takes half a second, in which a process must die.
         least, most = (0.02, 0.12) if quick else (0.4, 0.8)
-        return _killed(pool, count, lambda u: least + (most - least) * u, {})
+        return _killed(pool, count, lambda u: least + (most - least) * u, policy)
 
 
 def ray(quick: bool) -> dict[str, Any]:
     with RayWorkers(N).start(START) as pool:
-        found = _killed(pool, 100 if quick else 2_000, lambda u: 0.3 if quick else 3.0, {})
+        between = 0.3 if quick else 3.0
+        found = _killed(pool, 100 if quick else 2_000, lambda u: between, at_once)
     undisturbed = found["undisturbed"]["p99"]
     found["bars"] = {
         "failed": [found["failed"], 0],
@@ -117,15 +130,15 @@ def ray(quick: bool) -> dict[str, Any]:
     return found
 
 
-def pause(quick: bool) -> dict[str, Any]:
+def pause(quick: bool, policy: Policy) -> dict[str, Any]:
     count, deadline = 200 if quick else 3_000, 0.1
     with ProcessWorkers(N, grace=600).start(START) as pool:
-        client = Client(pool)
+        client = Client(pool, policy(None))
         client.requests(100)
         calm, _ = client.requests(count)
         with stopped(pool.pids[:S]):
             times, failed = client.requests(count)
-        limited, late = Client(pool, deadline=deadline), []
+        limited, late = Client(pool, policy(deadline)), []
         stale = 0
         for _ in range(5 if quick else 30):
             stale += client.requests(20)[1]  # until those that were stopped are free again
@@ -199,7 +212,7 @@ def delayed_times(
     """Milliseconds of the requests of three schemes, in turns; some of the calls are delayed."""
     law = Bernoulli(share, latency=DELAY)
     faulty = {name: FaultyWorkers(pool, delays=law, seed=SEED) for name, pool in pools.items()}
-    client = Client(faulty["coded"])
+    client = Client(faulty["coded"], at_once(None))
     x = torch.randn(K, FEATURES, generator=client.generator, dtype=torch.float64)
     requests: dict[str, Callable[[], object]] = {
         "waiting for all": functools.partial(Replicated(faulty["waiting for all"], 1).request, x),
@@ -216,7 +229,7 @@ def delayed_times(
     return times
 
 
-def mixing(quick: bool) -> dict[str, Any]:
+def mixing(quick: bool, policy: Policy) -> dict[str, Any]:
     count, threads = 400 if quick else 10_000, 8
     law = Bernoulli(0.05, latency=0.04)
     with FaultyWorkers(ProcessWorkers(N).start(START), delays=law, seed=SEED) as pool:
@@ -224,7 +237,7 @@ def mixing(quick: bool) -> dict[str, Any]:
             nn.Identity(),
             SplineCode(K, N),
             workers=pool,
-            waiting=Waiting.first(S, deadline=0.03),
+            waiting=policy(0.03),
             ordering="arrival",
         )
 
@@ -245,11 +258,11 @@ def mixing(quick: bool) -> dict[str, Any]:
     }
 
 
-def corruption(quick: bool) -> dict[str, Any]:
+def corruption(quick: bool, policy: Policy) -> dict[str, Any]:
     count = 100 if quick else 1_000
     rates = dict.fromkeys(("nan", "infinity", "shape", "dtype", "structure", "crash"), 0.01)
     with FaultyWorkers(ProcessWorkers(N).start(START), rates=rates, seed=SEED) as pool:
-        client, reasons = Client(pool), []
+        client, reasons = Client(pool, policy(None)), []
         failed = 0
         for _ in range(count):
             try:
@@ -268,10 +281,10 @@ def corruption(quick: bool) -> dict[str, Any]:
     }
 
 
-def leak(quick: bool) -> dict[str, Any]:
+def leak(quick: bool, policy: Policy) -> dict[str, Any]:
     def session() -> None:
         with ProcessWorkers(N).start(START) as pool:
-            client = Client(pool)
+            client = Client(pool, policy(None))
             client.requests(50 if quick else 500)
             os.kill(pool.pids[0], signal.SIGKILL)
             client.requests(50)
@@ -356,9 +369,14 @@ def _times(call: Callable[[], object], runs: int) -> dict[str, float]:
     return percentiles(times[10:])
 
 
+POLICIES = {"": as_needed, ", all at once": at_once}
 SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
-    function.__name__: function
-    for function in (kill, pause, stragglers, mixing, corruption, leak, overhead, ray)
+    **{
+        f"{function.__name__}{name}": functools.partial(function, policy=policy)
+        for function in (kill, pause, mixing, corruption, leak)
+        for name, policy in POLICIES.items()
+    },
+    **{function.__name__: function for function in (stragglers, overhead, ray)},
 }
 
 

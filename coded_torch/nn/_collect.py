@@ -72,6 +72,7 @@ def collect(
             history,
             units.first,
             needed=units.needed,
+            least=units.least,
             unit_rows=units.task.unit_rows,
             spare=units.spare,
             # Nothing takes time on a simulated clock but what is simulated.

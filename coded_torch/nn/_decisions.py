@@ -158,6 +158,7 @@ class Call:
         history: History,
         first: Sequence[tuple[int, ...]],
         needed: int,
+        least: int,
         unit_rows: int,
         spare: Sequence[int] | None,
         since: float,
@@ -165,6 +166,8 @@ class Call:
         suffices: Callable[[Set[int]], bool] | None,
     ) -> None:
         self.waiting, self.history, self.needed = waiting, history, needed
+        half = -(-needed // 2)
+        self.least = 0 if waiting.at_once else half if waiting.deadline else max(least, half)
         self.unit_rows, self.since, self.now = unit_rows, since, since
         self.idle, self.suffices = idle, suffices
         self.by_columns = spare is not None
@@ -232,7 +235,7 @@ class Call:
                     return "tolerance"
                 return "first" if at_once and not everything else "complete"
             self.extended = True
-        if self.late and (at_once or 2 * good >= self.needed):
+        if self.late and good >= self.least:
             if self.waiting.deadline is not None:
                 return "deadline"
             if self._tolerable():

@@ -71,9 +71,9 @@ class Waiting:
       again: at most three times, the first time split over up to four idle machines. One that
       failed is asked again at once, until it has failed three times.
     - At the deadline, less what predicting took lately (a quarter of it at most), what is missing
-      is predicted, if at least half is there, else half is waited for. Without a deadline, that is
-      after ``patience`` running medians of whole calls, queueing included. Until 32 parts have
-      replied there is neither that nor a fence.
+      is predicted, if half is there; else half is waited for. Without a deadline, that is after
+      ``patience`` running medians of whole calls, queueing included, and as much is waited for as
+      the code needs. Until 32 parts have replied there is neither that nor a fence.
 
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 
@@ -170,6 +170,7 @@ class Waiting:
         first: Sequence[Sequence[int]],
         *,
         needed: int,
+        least: int = 1,
         unit_rows: int = 1,
         spare: Sequence[int] | None = None,
         since: float = 0.0,
@@ -183,6 +184,7 @@ class Waiting:
             first: the units of each part of the first ask.
             needed: how many units with a good result complete the call: all B rows, or N - S
                 columns.
+            least: of them, that the code can decode at all.
             unit_rows: rows of a unit.
             spare: where units are columns, those that are not in ``first``: any column stands in
                 for any other, and those not asked yet go first. None: units are rows, and only the
@@ -197,7 +199,7 @@ class Waiting:
         """
         parts = [tuple(units) for units in first]
         return Call(
-            self, history, parts, needed, unit_rows, spare, since, idle, suffices
+            self, history, parts, needed, least, unit_rows, spare, since, idle, suffices
         ).decisions()
 
     def __repr__(self) -> str:

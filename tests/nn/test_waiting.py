@@ -79,6 +79,23 @@ def test_predictions_are_prepared_when_half_of_the_time_is_over():
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]  # everything came before
 
 
+@pytest.mark.parametrize(("least", "ended"), [(1, "patience"), (3, "patience"), (4, "complete")])
+def test_what_the_code_cannot_decode_is_waited_for(least, ended):
+    columns = [(0,), (1,), (2,), (3,)]
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
+    if least == 4:
+        events += [*settle(3, at=9.0)]
+    waiting = Waiting(extra=0)
+    _, _, end = drive(
+        waiting, events, columns, needed=4, least=least, spare=[], history=known(rows=1)
+    )
+    assert end.reason == ended
+    if least == 4:  # an explicit deadline ends the call even so
+        options = {"needed": 4, "least": least, "spare": []}
+        _, _, end = drive(Waiting(extra=0, deadline=2.0), events[:-1], columns, **options)
+        assert end.reason == "deadline"
+
+
 def test_time_to_predict_is_kept_before_the_deadline():
     history = known()
     events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
