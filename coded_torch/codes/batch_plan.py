@@ -15,7 +15,7 @@ from ..linear import SelectMap
 from ..linear.base import target
 
 if TYPE_CHECKING:
-    from ..distances import Choice
+    from .. import distances
     from ..grouping import Grouping
     from ..regression import KernelRegression
     from .base import Code, FixedCode
@@ -61,7 +61,7 @@ class BatchPlan(abc.ABC):
     num_groups: int
     order: Tensor | None = None
     note: str = ""
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[distances.Choice, ...] = ()
 
     @abc.abstractmethod
     def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -230,8 +230,8 @@ class Arrived:
 class SelectionPlan(BatchPlan):
     """Workers compute inputs as they are; lost answers are the mean of those that arrived.
 
-    Subclasses predict lost answers in a better way: they override :meth:`_weights`,
-    :meth:`_variances` and :meth:`_left_out_square`.
+    Subclasses predict lost answers in a better way: they override ``_weights``, ``_variances`` and
+    ``_left_out_square``.
 
     Args:
         code: the code.

@@ -31,10 +31,11 @@ __all__ = [
 
 _HEADER, _NUMBER = 2**16, 32  # bytes: of JSON beside numbers; of a number in it
 _ANY_SHAPE = 2**26  # bytes, of inputs whose sizes the model leaves open
-VERSION = "1"  # the only one of every model
-#: Outputs of every model, for clients that ask for them: which rows were predicted, and the root
-#: mean squared error to expect of each, NaN where it is not known.
+#: The only one of every model.
+VERSION = "1"
+#: An output of every model, for clients that ask for it: which rows were predicted.
 PREDICTED = TensorSpec("predicted", "BOOL", ())
+#: Likewise: the root mean squared error to expect of each row, NaN where it is not known.
 EXPECTED_ERROR = TensorSpec("expected_error", "FP32", ())
 
 
