@@ -136,7 +136,7 @@ def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
     """The codes of the paper and of its peers, as published and with the batch in order; and ours.
 
     Args:
-        num_data: K.
+        num_data: K
         num_workers: N, at least K.
     """
     k, n = num_data, num_workers

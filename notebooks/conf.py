@@ -3,6 +3,9 @@
 ``sphinx-build -W --keep-going -c notebooks . build/docs``, with the extra ``docs``.
 """
 
+import inspect
+from typing import Any
+
 import coded_torch
 
 project = "coded_torch"
@@ -26,7 +29,7 @@ nb_execution_mode = "off"  # a test holds the stored outputs to what the cells p
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3  # as GitHub names them, which the pages link to
 
-autodoc_default_options = {"special-members": "__call__"}
+autodoc_default_options = {"no-value": True, "special-members": "__call__"}
 autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -49,11 +52,25 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!coded_torch\.).*")]
 
 
-def setup(app: object) -> None:
+def setup(app: Any) -> None:
     """Called by Sphinx."""
-    app.connect("autodoc-skip-member", _skip)  # type: ignore[attr-defined]
+    app.connect("autodoc-skip-member", _skip)
+    app.connect("autodoc-process-signature", _signature)
 
 
-def _skip(app: object, kind: str, name: str, value: object, skip: bool, options: object) -> bool:
+def _skip(app: Any, kind: str, name: str, value: Any, skip: bool, options: Any) -> bool:
     """Leave out the fields of named tuples, whose only text is their number."""
     return skip or (getattr(value, "__doc__", "") or "").startswith("Alias for field number")
+
+
+def _signature(
+    app: Any, kind: str, name: str, value: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str]:
+    """Of codes, the arguments of ``__init__``: their ``__new__`` takes any, and keeps them."""
+    if getattr(value, "_is_protocol", False):
+        return "", returns
+    if kind == "class" and signature == "(*args, **kwargs)":
+        parameters = list(inspect.signature(value.__init__).parameters.values())[1:]
+        plain = [one.replace(annotation=inspect.Parameter.empty) for one in parameters]
+        signature = str(inspect.Signature(plain))
+    return signature, returns

@@ -54,7 +54,7 @@ def test_the_reference_has_every_public_module_and_name_once():
         names = set(module.__all__) if ":members:" in options else set()
         for excluded in re.findall(r":exclude-members: (.*)", options):
             names -= {word.strip() for word in excluded.split(",")}
-        names |= set(re.findall(r"autodata:: (\w+)", options))
+        names |= set(re.findall(r"py:data:: (\w+)", options))
         values += [getattr(module, each) for each in names]
     for name in public:
         module = importlib.import_module(name)

@@ -67,8 +67,8 @@ class Code(abc.ABC):
         num_workers: N, the number of workers, from K to 65,536.
 
     Attributes:
-        num_data: K.
-        num_workers: N.
+        num_data: K
+        num_workers: N
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
         uses_geometry: whether :meth:`fit` looks at the distances between the inputs.

@@ -47,8 +47,8 @@ class BatchPlan(abc.ABC):
 
     Attributes:
         code: the code.
-        batch_size: B.
-        num_groups: G.
+        batch_size: B
+        num_groups: G
         order: ``[B]``, the order in which the batch was cut into groups, where a code plans all
             groups alike; else None.
         note: what the caller should know of the plan, one line; mostly empty.
@@ -189,7 +189,7 @@ class Arrived:
         point: ``[N, G]``, the point that each worker computes for each group: an input of the
             batch, ``0 .. batch_size - 1``, or a mixture.
         received: the workers whose results arrived, increasing.
-        batch_size: B.
+        batch_size: B
         usable: ``[P]``, bool: from the results of which points others may be predicted; all by
             default, and where none of those that arrived is usable.
 
@@ -237,7 +237,7 @@ class SelectionPlan(BatchPlan):
         code: the code.
         point: ``[N, G]``, the row of the batch that each worker computes for each group; in
             subclasses maybe a mixture, see :class:`Arrived`.
-        batch_size: B.
+        batch_size: B
         usable: as in :class:`Arrived`.
     """
 

@@ -33,9 +33,9 @@ _HEADER, _NUMBER = 2**16, 32  # bytes: of JSON beside numbers; of a number in it
 _ANY_SHAPE = 2**26  # bytes, of inputs whose sizes the model leaves open
 #: The only one of every model.
 VERSION = "1"
-#: An output of every model, for clients that ask for it: which rows were predicted.
+#: Which rows were predicted; an output of every model, for clients that ask for it.
 PREDICTED = TensorSpec("predicted", "BOOL", ())
-#: Likewise: the root mean squared error to expect of each row, NaN where it is not known.
+#: The root mean squared error to expect of each row, NaN where it is not known; likewise.
 EXPECTED_ERROR = TensorSpec("expected_error", "FP32", ())
 
 
@@ -46,7 +46,7 @@ class InferRequest:
     Attributes:
         id: that its answer shall carry; None: none.
         inputs: ``[n, ...]`` each, in the order of the model's.
-        rows: n.
+        rows: n, how many there are.
         outputs: that it wants, and whether in binary.
         timeout: seconds; None: it does not say.
     """
