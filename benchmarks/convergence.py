@@ -1,13 +1,17 @@
 """How fast the paper's code gets better with more workers: ``python -m benchmarks convergence``.
 
 The mean squared error of x sin x at K = 8 inputs in [0, 10], and of LeNet-5's logits on batches of
-60 digits at K = 20, for N workers of which S are lost uniformly: S fixed, or growing as the square
-root of N. Where workers add noise, it is Gaussian with a hundredth of the outputs' variance, and
-the decoder's smoothing is the theorem's c (N - S)^(-4/5), with the c of least error on other draws.
+60 digits at K = 20, for N workers. S of them are lost uniformly, S fixed or growing as the square
+root of N; or each is lost with probability p, independently of the others. Where workers add noise,
+it is Gaussian with a hundredth of the outputs' variance, and the decoder's smoothing is the
+theorem's c (N - S)^(-4/5), with the c of least error on other draws.
 
 The slopes of the logarithm of the error over that of N are fitted by least squares for every draw
 (of noise and lost workers; of digits, for LeNet-5) on its own, which gives the interval. Beside
-them stand the theorems' bounds, O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with noise.
+them stand the slopes of the theorems' bounds at the same N and S, fitted likewise: of the spline,
+O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with noise (arXiv 2406.00300), and O(log^3 N N^-3) where
+each worker is lost with a fixed probability, for Berrut's code then O(log^4 N N^-2) (arXiv
+2502.00645).
 """
 
 from __future__ import annotations
@@ -24,22 +28,21 @@ from torch import Tensor
 from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
 from coded_torch.compare import received_by
-from coded_torch.stragglers import Uniform
+from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .runs import Measurement, progress
 from .subjects import SEED, run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
 NOISE = 0.01  # of the outputs' variance
-GROWTH: dict[str, Callable[[int, int], int]] = {
-    "S fixed": lambda s, n: s,
-    "S as the square root of N": lambda s, n: round(s * math.sqrt(n / 32)),
-}
-BOUNDS = {  # of slopes: the powers of N after S has been put in
-    ("S fixed", False): -3.0,
-    ("S fixed", True): -0.6,
-    ("S as the square root of N", False): -1.5,
-    ("S as the square root of N", True): 0.2,
+# Which workers are lost, given S where N = 32, N, and a seed.
+LAWS: dict[str, Callable[[int, int, int], Stragglers]] = {
+    "S fixed": lambda s, n, seed: Uniform(s, seed=seed),
+    "S as the square root of N": lambda s, n, seed: Uniform(
+        round(s * math.sqrt(n / 32)), seed=seed
+    ),
+    "each with p = 0.05": lambda s, n, seed: Bernoulli(0.05, seed=seed),
+    "each with p = 0.2": lambda s, n, seed: Bernoulli(0.2, seed=seed),
 }
 
 
@@ -68,10 +71,35 @@ class Task:
         return results.unflatten(0, x.shape[:2]).double()
 
 
+def lost(law: Stragglers, n: int) -> float:
+    """How many of N workers a law loses, on average."""
+    return law.p * n if isinstance(law, Bernoulli) else float(law.num_stragglers or 0)
+
+
+def bounds(law: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], float]]:
+    """What theorems bound the error of each code by, up to a factor, given N and S."""
+    if isinstance(law, Bernoulli):
+        return {
+            "spline": lambda n, s: math.log(n) ** 3 / n**3,
+            "Berrut": lambda n, s: math.log(n) ** 4 / n**2,
+        }
+    if noisy:
+        return {"spline": lambda n, s: s**1.6 / n**0.6}
+    return {"spline": lambda n, s: s**3 / n**3}
+
+
 def errors(
-    task: Task, make: Callable[[int, int], list[FixedCode]], growth: str, noisy: bool, part: str
+    task: Task, make: Callable[[int, int], list[FixedCode]], law: str, noisy: bool, part: str
 ) -> np.ndarray:
-    """The mean squared errors, ``[draws, N, codes]``, of codes with one encoder."""
+    """The mean squared errors, ``[draws, N, codes]``, of codes with one encoder.
+
+    Args:
+        task: the model and its inputs.
+        make: given N and how many results there are, the codes.
+        law: of the lost workers.
+        noisy: whether workers add noise.
+        part: of the data.
+    """
     seed = SEED + (10_000 if part == "tuning" else 0)
     table = []
     for draw in progress(range(task.draws), "draws"):
@@ -80,9 +108,8 @@ def errors(
         exact = task.outputs(inputs)
         spread = (NOISE * exact.var()).sqrt() if noisy else 0.0
         for n in task.workers:
-            s = GROWTH[growth](task.s, n)
-            received = received_by(Uniform(s, seed=seed + draw), n)
-            codes = make(n, s)
+            received = received_by(LAWS[law](task.s, n, seed + draw), n)
+            codes = make(n, len(received))
             results = task.outputs(codes[0].encode(inputs)[received])
             noise = torch.randn(results.shape, generator=generator, dtype=torch.float64)
             results = results + spread * noise
@@ -92,47 +119,56 @@ def errors(
     return np.array(table)
 
 
-def convergence(name: str, growth: str, noisy: bool, quick: bool) -> dict[str, Any]:
+def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]:
     task = Task(name, quick)
 
-    def splines(n: int, s: int) -> list[FixedCode]:
-        rates = [c * (n - s) ** -0.8 for c in FACTORS] if noisy else [0.0]
+    def splines(n: int, count: int) -> list[FixedCode]:
+        rates = [c * count**-0.8 for c in FACTORS] if noisy else [0.0]
         return [SplineCode(task.k, n, decoder_smoothing=rate) for rate in rates]
 
     best = 0
     if noisy:
         # The same c for every N: that of the least product of their errors.
-        tuning = errors(task, splines, growth, noisy, "tuning")
+        tuning = errors(task, splines, law, noisy, "tuning")
         best = int(np.log(tuning.mean(0)).mean(0).argmin())
     found = {
-        name: errors(task, make, growth, noisy, "held_out")[:, :, which]
+        name: errors(task, make, law, noisy, "held_out")[:, :, which]
         for name, make, which in (
             ("spline", splines, best),
-            ("Berrut", lambda n, s: [BerrutCode(task.k, n)], 0),
+            ("Berrut", lambda n, count: [BerrutCode(task.k, n)], 0),
         )
     }
-    table: dict[str, Any] = {
-        "workers": list(task.workers),
-        "stragglers": [GROWTH[growth](task.s, n) for n in task.workers],
-        "bound of the slope": BOUNDS[growth, noisy],
-    }
+    laws = [LAWS[law](task.s, n, SEED) for n in task.workers]
+    stragglers = [lost(each, n) for each, n in zip(laws, task.workers, strict=True)]
+    table: dict[str, Any] = {"workers": list(task.workers), "stragglers": stragglers}
     if noisy:
         table["c"] = FACTORS[best]
+    bound = bounds(laws[0], noisy)
     for code, squares in found.items():
-        slopes = np.polyfit(np.log(task.workers), np.log(squares).T, 1)[0]  # [draws]
+        slopes = _slopes(task, squares)
         table[code] = {
             "mse": [rounded(x.mean(), half_width(x)) for x in squares.T],
             "slope": rounded(slopes.mean(), half_width(slopes)),
         }
+        if code in bound:
+            rates = [bound[code](n, s) for n, s in zip(task.workers, stragglers, strict=True)]
+            table[code]["bound"] = [float(f"{rate / rates[0]:.4g}") for rate in rates]
+            table[code]["slope of the bound"] = round(float(_slopes(task, np.array([rates]))[0]), 3)
     return table
+
+
+def _slopes(task: Task, squares: np.ndarray) -> np.ndarray:
+    """Of the logarithm of ``squares``, ``[draws, N]``, over that of N: ``[draws]``."""
+    return np.polyfit(np.log(task.workers), np.log(squares).T, 1)[0]
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
     for name in ("x sin x", "lenet5"):
-        for growth in GROWTH:
-            for noisy in (False, True):
-                key = name, growth, "noise" if noisy else "no noise"
-                yield key, functools.partial(convergence, name, growth, noisy, quick)
+        for law, make in LAWS.items():
+            # No theorem says what noise does where each worker is lost with a probability.
+            for noisy in (False,) if isinstance(make(1, 32, SEED), Bernoulli) else (False, True):
+                key = name, law, "noise" if noisy else "no noise"
+                yield key, functools.partial(convergence, name, law, noisy, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -94,24 +94,38 @@ def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> 
 
 
 def convergence(results: Results) -> Figure:
-    """Squared error against workers, with the theorems' slopes."""
+    """Squared error against workers, each beside the theorem's bound through its first point."""
     found = results["convergence"]
-    panels = [(task, noise) for task in found for noise in ("no noise", "noise")]
-    figure = Figure(figsize=(10, 2.8), layout="constrained")
-    for axes, (task, noise) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        each = found[task]["S fixed"][noise]
-        n = np.array(each["workers"])
-        for code in ("spline", "Berrut"):
-            curve(axes, n, each[code]["mse"], code, label=code)
-        first, bound = each["spline"]["mse"][0][0], each["bound of the slope"]
-        axes.plot(n, first * (n / n[0]) ** bound, color="0.5", linestyle=":", linewidth=1)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_title(f"{NAMES.get(task, task)}, {noise}", fontsize=8)
-        axes.set_xlabel(f"N, {each['stragglers'][0]} lost; dotted: N^{bound:g}", fontsize=8)
-        axes.tick_params(labelsize=7)
-    figure.axes[0].legend(fontsize=7)
-    figure.axes[0].set_ylabel("mean squared error", fontsize=8)
+    cases = (
+        ("S fixed", "no noise", "{:g} lost"),
+        ("S fixed", "noise", "{:g} lost, noise"),
+        ("each with p = 0.05", "no noise", "lost with p = .05"),
+        ("each with p = 0.2", "no noise", "lost with p = .2"),
+    )
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    grid = figure.subplots(len(found), len(cases))
+    for row, (task, laws) in zip(grid, found.items(), strict=True):
+        for axes, (law, noise, title) in zip(row, cases, strict=True):
+            each = laws[law][noise]
+            n = np.array(each["workers"])
+            for code in ("spline", "Berrut"):
+                mse, half = np.array(each[code]["mse"], dtype=float).T
+                color = STYLES[code]["color"]
+                axes.plot(n, mse, "o-", color=color, markersize=3, label=code)
+                least = np.maximum(mse - half, mse / 10)  # a logarithm has no zero
+                axes.fill_between(n, least, mse + half, color=color, alpha=0.12, linewidth=0)
+                if "bound" in each[code]:
+                    bound = mse[0] * np.array(each[code]["bound"])
+                    axes.plot(n, bound, color=color, linestyle=":", label=f"bound of {code}")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            lost = title.format(each["stragglers"][0])
+            axes.set_title(f"{NAMES.get(task, task)}, {lost}", fontsize=8)
+            axes.set_xlabel("N", fontsize=8)
+            axes.tick_params(labelsize=7)
+        row[0].set_ylabel("mean squared error", fontsize=8)
+    labels = figure.axes[2].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, fontsize=8)
     return figure
 
 

@@ -222,19 +222,29 @@ def contiguous(results: Results) -> Iterable[Sequence[str]]:
 
 
 def convergence(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "S", "noise", "spline", "Berrut", "the theorem's bound"
-    for task, growths in results["convergence"].items():
-        for noises in growths.values():
+    def lost(law: str, counts: Sequence[float]) -> str:
+        if law.startswith("each"):
+            return f"{counts[0] / workers[0]:.0%} of N".replace("%", " %")
+        return f"{counts[0]:g}" if counts[0] == counts[-1] else f"{counts[0]:g} to {counts[-1]:g}"
+
+    workers = results["settings"]["convergence"]["workers"]
+    yield "", "lost", "noise", "spline", "its bound", "Berrut", "its bound"
+    for task, laws in results["convergence"].items():
+        for law, noises in laws.items():
             for noise, found in noises.items():
-                lost = found["stragglers"]
                 yield (
                     NAMES.get(task, task),
-                    str(lost[0]) if lost[0] == lost[-1] else f"{lost[0]} to {lost[-1]}",
+                    lost(law, found["stragglers"]),
                     "" if noise == "no noise" else "yes",
-                    pm(found["spline"]["slope"], 2),
-                    pm(found["Berrut"]["slope"], 2),
-                    f"{found['bound of the slope']:g}",
+                    *slope(found["spline"]),
+                    *slope(found["Berrut"]),
                 )
+
+
+def slope(found: Mapping[str, Any]) -> tuple[str, str]:
+    """That of a code's error, and that of its bound, if there is one."""
+    bound = found.get("slope of the bound")
+    return pm(found["slope"], 2), "" if bound is None else f"{bound:.2f}"
 
 
 def smoothing(results: Results) -> Iterable[Sequence[str]]:

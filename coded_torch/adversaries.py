@@ -243,8 +243,9 @@ class _Trial:
             usual = z[(alive[:, 0] > 0) & np.isfinite(z)]
             centre = np.median(usual)
             z = (z - centre) / max(1.4826 * np.median(np.abs(usual - centre)), 1)
-        # What is off by no more than rounding is no lie, however well the others are predicted.
-        rows[sizes < _ROUNDING**2] = -math.inf
+        # What is off by no more than rounding is no lie, however well the others are predicted, and
+        # nor is what there is nothing to compare with.
+        rows[np.isnan(rows) | (sizes < _ROUNDING**2)] = -math.inf
         exact = summed(sizes).sum(1) < _ROUNDING**2 * count.sum(1)
         z[exact] = np.minimum(z[exact], 0)
         worst = np.full(f, -math.inf)

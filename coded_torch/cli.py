@@ -29,7 +29,13 @@ __all__ = ["main"]
 
 _BATCH_SIZE = 240
 _SWEEP_BATCHES = 4
-_SWEEP_POINTS = 10
+_SWEEP_POINTS = 5
+_SITUATIONS = """\
+own        as the model itself computes them
+predicted  from the others, as no result of theirs came; flagged
+expected   the error (of all logits) that the report expects of these
+error      theirs
+wrong      neither the model's own nor flagged"""
 _LEGEND = """\
 RMSE             root of the mean squared distance of decoded from exact answers
 MSE / variance   the same squared, over the variance of the exact answers
@@ -81,10 +87,11 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="lose workers of a wrapped LeNet-5 and compare the codes",
-        description="Wrap LeNet-5, lose workers while it reads real MNIST test digits, and compare "
-        "codes in a table and a picture. Without --num-data, --num-workers and --num-stragglers: "
-        "for (N, K, S) = (100, 20, 60), which is also drawn, and (24, 20, 4).",
+        help="lose workers of a wrapped LeNet-5, let one lie, and compare the codes",
+        description="Wrap LeNet-5 and let it read real MNIST test digits while all workers answer, "
+        "while some are lost, and while one lies; then compare codes. In tables and a picture. "
+        "Without --num-data, --num-workers and --num-stragglers: for (N, K, S) = (24, 20, 4), and "
+        "the codes for (100, 20, 60), too.",
     )
     demo.add_argument(
         "--num-data", type=int, metavar="K", help="inputs coded together [min(20, N)]"
@@ -198,14 +205,30 @@ def _demo(args: argparse.Namespace) -> None:
             say(str(outcome))
         return
 
+    from .demo.situations import Situation, draw, situations
+
+    say(
+        f"LeNet-5 reads {len(rows) * _BATCH_SIZE:,} MNIST test digits it was not trained on, "
+        f"{_BATCH_SIZE} at a time.\nSeed {args.seed}.\n"
+    )
+    n, k, _ = case = settings[-1]
+    say(Situation.header(n, k, len(rows) * _BATCH_SIZE))
+    for situation in situations(model, batches, truth, case, args.seed):
+        say(str(situation))
+    if situation.lies:
+        say(
+            f"  The lie arrived in {situation.lies} batches; its worker was named in "
+            f"{situation.named}, an honest one in {situation.falsely}."
+        )
+    say(f"\n{_SITUATIONS}\n")
+
     def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:
         some, classes = batches[:num_batches], truth[:num_batches]
         return compare(model, some, settings, labels=classes, seed=args.seed)
 
     say(
-        f"LeNet-5 reads {len(rows) * _BATCH_SIZE:,} MNIST test digits it was not trained on, "
-        f"{_BATCH_SIZE} at a time.\nEvery code is tuned on a quarter of them, without labels, and "
-        f"answers the others\nwhile the same workers are lost. Seed {args.seed}.\n"
+        "Every code is tuned on a quarter of the batches, without labels, and answers\n"
+        "the others while the same workers are lost.\n"
     )
     for setting in settings:
         say(str(compared(len(rows), [setting])), end="\n\n")
@@ -213,8 +236,8 @@ def _demo(args: argparse.Namespace) -> None:
     n, k, _ = settings[0]
     lost = tqdm(range(0, n, -(-n // _SWEEP_POINTS)), desc="sweep over lost workers", disable=None)
     sweep = [row for s in lost for row in compared(_SWEEP_BATCHES, [(n, k, s)]).rows]
-    save("demo", Comparison(sweep).draw(), output)
-    say(f"\nError against lost workers, a line a code: {output.resolve()}")
+    save("demo", draw(Comparison(sweep), model, batches[0], case, args.seed), output)
+    say(f"\nError against lost workers, and predicted answers: {output.resolve()}")
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from .tuning import tune
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = ["Comparison", "Row", "Scheme", "compare", "received_by", "schemes"]
 
@@ -95,14 +95,19 @@ class Comparison:
         """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
+        width = 6.5 * len(_grouped(self.rows, lambda row: row.setting[:2]))
+        figure = Figure(figsize=(width, 4.2), layout="constrained")
+        self.draw_on(figure)
+        return figure
+
+    def draw_on(self, figure: Figure | SubFigure) -> None:
+        """What :meth:`draw` draws, on a figure that is there, or on a part of one."""
         panels = _grouped(self.rows, lambda row: row.setting[:2])
-        figure = Figure(figsize=(6.5 * len(panels), 4.2), layout="constrained")
         places = figure.subplots(1, len(panels), squeeze=False).flat
         for axes, ((n, k), rows) in zip(places, panels.items(), strict=True):
             axes.set_title(f"{k} inputs a group on {n} workers", fontsize=10)
             one = len({row.setting for row in rows}) == 1
             (_draw_bars if one else _draw_lines)(axes, rows)
-        return figure
 
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
@@ -131,7 +136,7 @@ def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
     """The codes of the paper and of its peers, as published and with the batch in order; and ours.
 
     Args:
-        num_data: K.
+        num_data: K
         num_workers: N, at least K.
     """
     k, n = num_data, num_workers

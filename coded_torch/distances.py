@@ -101,7 +101,7 @@ class Leaf:
 
 
 class Metric(NamedTuple):
-    """How far two inputs are apart: the distance of their features, by a :class:`Geometry`.
+    """How far two inputs are apart: the distance of their features.
 
     Attributes:
         features: from one input to its features ``[B, ...]``; None where it does not apply.
@@ -249,7 +249,7 @@ def inner_products(features: Sequence[Tensor]) -> Tensor:
 
 
 def squared_distances(products: Tensor, shrinkage: float) -> Tensor:
-    """Squared distances ``[n, n]`` in the metric that :class:`Geometry` has, from inner products.
+    """Squared distances ``[n, n]`` from inner products, in the metric of a geometry.
 
     Cheaper and less exact: for comparing metrics on few rows.
     """

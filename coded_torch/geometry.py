@@ -74,7 +74,7 @@ class Geometry:
             long as nine tenths of the rows. One that is not has zeros in :attr:`gram`, as if it
             were the mean, and is infinitely far from all others.
         typical: ``[B]``, bool, on the host: whether it is no more than 8 times as long.
-        batch_size: B.
+        batch_size: B
 
     Raises:
         TypeError: an input is not a floating-point tensor, or ``shrinkage`` not a real number.

@@ -15,7 +15,7 @@ from .geometry import check_inputs
 
 __all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
 
-#: An order of a batch: a name, the permutation itself, or what makes it from the coded inputs.
+#: An order of a batch, which is a name, the permutation itself, or what makes it from the inputs.
 Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
 
 _INDICES = ("order", "rows", "targets", "_inverse")
@@ -33,8 +33,8 @@ class Grouping:
 
     Attributes:
         order: ``[B]``, int64.
-        num_data: K.
-        batch_size: B.
+        num_data: K
+        batch_size: B
         num_groups: G, B / K rounded up.
         rows: ``[K, G]``, int64, the row of the batch at data point k of group g.
         targets: ``[K, G]``, int64, the row to which the answer of (k, g) goes; -1: nowhere.

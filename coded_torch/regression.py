@@ -258,7 +258,7 @@ class KernelRegression:
         return rows @ self._root
 
     def _other_half(self, rows: Tensor) -> Tensor:
-        """Rows ``[r, M]`` times the factor's inverse: after :meth:`_half`, times that of C."""
+        """Rows ``[r, M]`` times the factor's inverse: after ``_half``, times that of C."""
         if self._root is None:
             return _solved(rows, self._factor, transposed=False)
         return rows @ self._root.T

@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Stragglers(abc.ABC):
-    """A law of the latencies of N workers; subclasses implement :meth:`_draw`.
+    """A law of the latencies of N workers; subclasses implement ``_draw``.
 
     Laws can be pickled and copied; a copy goes on from the same state of its generator.
 

@@ -1,11 +1,14 @@
-"""The shipped digits and network."""
+"""The shipped digits and network, and what the demo makes of them."""
 
 import importlib.resources
 
 import pytest
 import torch
 
+from coded_torch.codes import KernelCode
+from coded_torch.compare import Comparison, Row
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
+from coded_torch.demo.situations import draw, situations
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +44,45 @@ def test_notice():
     notice = (importlib.resources.files("coded_torch") / "data" / "NOTICE").read_text()
     for needed in ("LeCun", "Cortes", "Burges", "CC BY-SA 3.0", "every fifth", "Changed"):
         assert needed in notice
+
+
+def test_what_becomes_of_answers(shipped):
+    model, images, labels = shipped
+    batches, classes = images[:480].split(240), labels[:480].split(240)
+    found = {each.name: each for each in situations(model, batches, classes, (24, 20, 4))}
+    all_answer, lost, replication, lie, looked_for = found.values()
+    assert (all_answer.own, all_answer.predicted, all_answer.wrong) == (480, 0, 0)
+    assert all_answer.expected is all_answer.error is None
+    assert all_answer.right == (model(images[:480]).argmax(-1) == labels[:480]).float().mean()
+    for each in found.values():
+        assert each.own + each.predicted + each.wrong == 480
+    assert lost.wrong == replication.wrong == looked_for.wrong == 0 < lie.wrong
+    assert 0 < lost.predicted < looked_for.predicted  # that of the worker that lies, too
+    assert lost.error / 1.5 < lost.expected < 1.5 * lost.error
+    assert lost.error < replication.error
+    assert replication.right < lost.right
+    assert lie.right < looked_for.right
+    assert lie.lies == looked_for.lies == looked_for.named > 0
+    assert looked_for.falsely == lie.named == lost.lies == 0
+
+
+def test_too_few_workers_for_one_to_be_told_apart(shipped):
+    model, images, labels = shipped
+    found = situations(model, [images[:8]], [labels[:8]], (3, 2, 1))
+    assert [each.name for each in found] == ["all answer", "1 lost", "1 lost, replication"]
+
+
+def test_predicted_logits_are_drawn_with_their_bars(shipped):
+    model, images, _ = shipped
+    row = Row((2, 1, 1), "a code", KernelCode(1, 2), [1.0, 0.1], [1.0, 0.1], None)
+    figure = draw(Comparison([row]), model, images[:240], (24, 20, 4))
+    left, axes = figure.axes
+    assert left.get_title() == "1 inputs a group on 2 workers"
+    (own,) = [line for line in axes.lines if line.get_label() == "the model's own"]
+    points, _, (bars,) = axes.containers[0]
+    assert len(own.get_ydata()) == len(points.get_ydata()) == len(bars.get_segments()) > 20
+    assert (own.get_ydata()[1:] >= own.get_ydata()[:-1]).all()
+    heights = torch.tensor([float(end[1] - start[1]) for start, end in bars.get_segments()])
+    pairs = zip(points.get_ydata(), own.get_ydata(), strict=True)
+    off = torch.tensor([abs(float(predicted - exact)) for predicted, exact in pairs])
+    assert 0.4 < (off < heights / 2).double().mean() < 0.95  # .68 of normal errors

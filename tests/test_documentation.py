@@ -2,13 +2,17 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import coded_torch
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = [
     m.name
@@ -23,8 +27,8 @@ def test_docstrings(name):
 
 
 def test_readme():
-    readme = Path(__file__).resolve().parents[1] / "README.md"
-    result = doctest.testfile(str(readme), module_relative=False, optionflags=OPTIONS)
+    readme = str(ROOT / "README.md")
+    result = doctest.testfile(readme, module_relative=False, optionflags=OPTIONS)
     assert result.attempted > 5
     assert result.failed == 0
 
@@ -36,3 +40,26 @@ def test_public_names_are_documented():
             value = getattr(module, public)
             if callable(value):
                 assert value.__doc__, f"{name}.{public} has no docstring"
+
+
+def test_the_reference_has_every_public_module_and_name_once():
+    public = [name for name in MODULES if "._" not in name]
+    pages = (ROOT / "notebooks" / "reference").glob("*.rst")
+    text = "\n".join(path.read_text() for path in pages)
+    shown = re.findall(r"^\.\. automodule:: (\S+)\n((?:   .*\n|\n(?=   ))*)", text, re.M)
+    assert sorted(name for name, _ in shown) == sorted(["coded_torch", *public])
+    values = []
+    for name, options in shown:
+        module = importlib.import_module(name)
+        names = set(module.__all__) if ":members:" in options else set()
+        for excluded in re.findall(r":exclude-members: (.*)", options):
+            names -= {word.strip() for word in excluded.split(",")}
+        names |= set(re.findall(r"py:data:: (\w+)", options))
+        values += [getattr(module, each) for each in names]
+    for name in public:
+        module = importlib.import_module(name)
+        for each in getattr(module, "__all__", ()):
+            value = getattr(module, each)
+            assert any(value is other for other in values), f"{name}.{each}"
+    defined = [value for value in values if inspect.isclass(value) or inspect.isroutine(value)]
+    assert set(Counter(map(id, defined)).values()) == {1}

@@ -50,7 +50,8 @@ class Code(abc.ABC):
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
+       :class:`~coded_torch.codes.CurveCode` if inputs and workers sit at points of a curve besides,
+       else from this.
     2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
        kept under its name; ``super().__init__`` first, which checks K and N.
     3. Write ``_make_encoder`` and ``_make_decoder`` (of a curve ``_curve``), which return a
@@ -66,8 +67,8 @@ class Code(abc.ABC):
         num_workers: N, the number of workers, from K to 65,536.
 
     Attributes:
-        num_data: K.
-        num_workers: N.
+        num_data: K
+        num_workers: N
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
         uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
@@ -188,9 +189,9 @@ class Code(abc.ABC):
 class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
-    Subclasses implement :meth:`_make_encoder`, :meth:`_make_decoder` and, where one result is not
-    enough, :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and
-    kept; decoders in a bounded cache.
+    Subclasses implement ``_make_encoder``, ``_make_decoder`` and, where one result is not enough,
+    :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and kept;
+    decoders in a bounded cache.
 
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.

@@ -15,7 +15,7 @@ from ..linear import SelectMap
 from ..linear.base import target
 
 if TYPE_CHECKING:
-    from ..distances import Choice
+    from .. import distances
     from ..grouping import Grouping
     from ..regression import KernelRegression
     from .base import Code, FixedCode
@@ -47,8 +47,8 @@ class BatchPlan(abc.ABC):
 
     Attributes:
         code: the code.
-        batch_size: B.
-        num_groups: G.
+        batch_size: B
+        num_groups: G
         order: ``[B]``, the order in which the batch was cut into groups, where a code plans all
             groups alike; else None.
         note: what the caller should know of the plan, one line; mostly empty.
@@ -61,7 +61,7 @@ class BatchPlan(abc.ABC):
     num_groups: int
     order: Tensor | None = None
     note: str = ""
-    choices: tuple[Choice, ...] = ()
+    choices: tuple[distances.Choice, ...] = ()
 
     @abc.abstractmethod
     def encode(self, values: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -189,7 +189,7 @@ class Arrived:
         point: ``[N, G]``, the point that each worker computes for each group: an input of the
             batch, ``0 .. batch_size - 1``, or a mixture.
         received: the workers whose results arrived, increasing.
-        batch_size: B.
+        batch_size: B
         usable: ``[P]``, bool: from the results of which points others may be predicted; all by
             default, and where none of those that arrived is usable.
 
@@ -230,14 +230,14 @@ class Arrived:
 class SelectionPlan(BatchPlan):
     """Workers compute inputs as they are; lost answers are the mean of those that arrived.
 
-    Subclasses predict lost answers in a better way: they override :meth:`_weights`,
-    :meth:`_variances` and :meth:`_left_out_square`.
+    Subclasses predict lost answers in a better way: they override ``_weights``, ``_variances`` and
+    ``_left_out_square``.
 
     Args:
         code: the code.
         point: ``[N, G]``, the row of the batch that each worker computes for each group; in
             subclasses maybe a mixture, see :class:`Arrived`.
-        batch_size: B.
+        batch_size: B
         usable: as in :class:`Arrived`.
     """
 

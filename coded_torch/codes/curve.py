@@ -31,7 +31,7 @@ class CurveCode(FixedCode):
     at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
     :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
 
-    Subclasses implement :meth:`_make_encoder` and :meth:`_curve`.
+    Subclasses implement ``_make_encoder`` and ``_curve``.
 
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import KernelCode
-from ..nn import CodedWrapper, Waiting
-from ..stragglers import Uniform
-from ..workers import FaultyWorkers, LocalWorkers
 from ..workers.attacks import ATTACKS
+from .situations import answered
 
 __all__ = ["Outcome", "lie"]
 
@@ -80,21 +78,16 @@ def lie(
         for i, (batch, classes) in enumerate(zip(batches, labels, strict=True)):
             liars = random.Random(seed + i).sample(range(n), num_adversaries)
             for looked_for in hits:
-                pool = FaultyWorkers(
-                    LocalWorkers(Uniform(s, seed=seed + i)),
+                answers, report = answered(
+                    model,
+                    batch,
+                    KernelCode(k, n),
+                    s,
+                    liars=liars,
                     attack=attack,
-                    adversaries=liars,
+                    max_adversaries=looked_for,
                     seed=seed + i,
                 )
-                coded = CodedWrapper(
-                    model,
-                    KernelCode(k, n),
-                    workers=pool,
-                    waiting=Waiting.first(s, degraded="mean"),
-                    max_adversaries=looked_for,
-                    shuffle=random.Random(seed + i),
-                )
-                answers, report = coded.run(batch)
                 hits[looked_for] += float((answers.argmax(-1) == classes).float().mean())
                 if looked_for:
                     found = set(report.adversaries)

@@ -1,4 +1,4 @@
-"""Policies to compare with: hedging as others do it, in the terms of :class:`Waiting`."""
+"""Policies to compare with: hedging as others do it, in the terms of ``Waiting``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Hedge(Waiting):
     """A part that has run for a while is asked once more, whole; all are waited for.
 
     Args:
-        medians: of a part, after which it is; None for the fence of :class:`Waiting`.
+        medians: of a part, after which it is; None for the fence of ``Waiting``.
         quantile: instead, of the running latencies of parts.
     """
 

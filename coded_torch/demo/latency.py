@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 _CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
-ROUNDS = 5  # in turns, so that what slows the machine down slows all policies alike
+#: In turns, so that what slows the machine down slows all policies alike.
+ROUNDS = 5
 _WARM_UP = 30
 
 

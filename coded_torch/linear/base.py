@@ -37,8 +37,8 @@ class LinearMap(abc.ABC):
     A CUDA graph may capture a map that was applied before, on the same device to the same dtype. It
     reads the map's memory at every replay: keep the map, and the grouping if any, for as long.
 
-    Subclasses implement :meth:`_apply` and pass the tensors it needs to ``__init__``, on the host
-    and in float64 (``rounded``: the same in float32, where they are at hand); :meth:`_operands`
+    Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host
+    and in float64 (``rounded``: the same in float32, where they are at hand); ``_operands``
     hands them out in the dtype and on the device of the values.
     """
 
@@ -145,7 +145,7 @@ class LinearMap(abc.ABC):
         """Apply the map or its transpose to ``values [n, G, m]``; returns ``[N, G, m]``."""
 
     def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
-        """As :meth:`_apply` into ``out [N, G, m]``; to be overridden where that saves a copy."""
+        """As ``_apply`` into ``out [N, G, m]``; to be overridden where that saves a copy."""
         out.copy_(self._apply(values, transpose))
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:

@@ -71,7 +71,7 @@ class SelectMap(LinearMap):
     """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
 
     Args:
-        num_inputs: n.
+        num_inputs: n, how many inputs there are
         source: ``[N]``, the input that each output is, or -1 where it is combined.
         used: ``[M]``, the inputs that combinations are made of. With none, the map only selects,
             and takes values of any dtype.

@@ -138,8 +138,8 @@ class CodedWrapper(StandIn):
             there are none; no part's output has the batch size or, with ``link``, probabilities.
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
             first part that had one.
-        TooManyAdversaries: a :class:`NotEnoughResults`: results contradict each other even without
-            ``max_adversaries`` machines. With ``degraded``, a warning instead.
+        TooManyAdversaries: a :class:`~coded_torch.codes.NotEnoughResults`: results contradict each
+            other even without ``max_adversaries`` machines. With ``degraded``, a warning instead.
 
     Note:
         By rows, the module's own work and what is asked for again; by columns, up to :math:`N / K`

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..distances import Choice
+from .waiting import Hedge
+
 if TYPE_CHECKING:
-    from ..distances import Choice
     from ._results import Results
-    from .waiting import Hedge
 
 __all__ = ["Report"]
 

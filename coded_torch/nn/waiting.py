@@ -87,7 +87,8 @@ class Waiting:
             mixes, asked for), but not beyond ``deadline``. None, and for codes that cannot say:
             any error is.
         degraded: "mean" to answer with the mean of the results, and say so in the report, where
-            some arrived but too few to be decoded. None: :class:`NotEnoughResults` is raised.
+            some arrived but too few to be decoded. None:
+            :class:`~coded_torch.codes.NotEnoughResults` is raised.
 
     Raises:
         TypeError: an argument is of another kind than said.

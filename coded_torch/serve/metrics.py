@@ -125,7 +125,7 @@ class Metrics:
 
         Args:
             report: of its call.
-            rows: B.
+            rows: B
             queued: seconds, of its requests.
         """
         count, observe = self.sink.count, self.sink.observe

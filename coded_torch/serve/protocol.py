@@ -31,10 +31,11 @@ __all__ = [
 
 _HEADER, _NUMBER = 2**16, 32  # bytes: of JSON beside numbers; of a number in it
 _ANY_SHAPE = 2**26  # bytes, of inputs whose sizes the model leaves open
-VERSION = "1"  # the only one of every model
-#: Outputs of every model, for clients that ask for them: which rows were predicted, and the root
-#: mean squared error to expect of each, NaN where it is not known.
+#: The only one of every model.
+VERSION = "1"
+#: Which rows were predicted; an output of every model, for clients that ask for it.
 PREDICTED = TensorSpec("predicted", "BOOL", ())
+#: The root mean squared error to expect of each row, NaN where it is not known; likewise.
 EXPECTED_ERROR = TensorSpec("expected_error", "FP32", ())
 
 
@@ -45,7 +46,7 @@ class InferRequest:
     Attributes:
         id: that its answer shall carry; None: none.
         inputs: ``[n, ...]`` each, in the order of the model's.
-        rows: n.
+        rows: n, how many there are.
         outputs: that it wants, and whether in binary.
         timeout: seconds; None: it does not say.
     """

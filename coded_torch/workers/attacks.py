@@ -202,7 +202,7 @@ def _copies(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
 
 _Lie = Callable[[Attacker, Reply, Tensor], Tensor]
 
-#: What machines can do to their results, by name; None: compute others.
+#: What machines can do to their results, by name; None where they compute others.
 ATTACKS: dict[str, _Lie | None] = {
     "noise": _noise,
     "sign_flip": _sign_flip,

@@ -112,8 +112,8 @@ class Task:
             dtype, any other is the same for every part.
         dims: per leaf, the dimension at which the module expects the batch; None: not divided.
         spec: the structure of ``(args, kwargs)``.
-        num_units: U.
-        unit_rows: R.
+        num_units: U
+        unit_rows: R
         device: where the divided leaves are, and the results go.
         out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
     """
@@ -304,7 +304,7 @@ class Workers(abc.ABC):
     stragglers: Stragglers | None = None
     #: Whether time is virtual, so that waiting and computing cost none.
     simulated: bool = False
-    #: How many machines there are; None: as many as parts are asked for.
+    #: How many machines there are; None where there are as many as parts are asked for.
     num_machines: int | None = None
 
     @abc.abstractmethod

@@ -40,7 +40,7 @@ class Fault:
         kind: a name of :attr:`KINDS`, or None: the result is right.
     """
 
-    #: What a fault may do: end the machine, or return something else than the module did.
+    #: What a fault may do, which is to end the machine, or to return what the module did not.
     KINDS: ClassVar = ("crash", "nan", "infinity", "shape", "dtype", "structure")
 
     delay: float = 0.0

@@ -23,7 +23,7 @@ __all__ = ["Ambient", "LiveRequest"]
 class LiveRequest(Request):
     """All of a request but the machines, whose threads report to :meth:`begin` and :meth:`settle`.
 
-    Subclasses put parts into the queue of their pool, in :meth:`_submit`, and say how many machines
+    Subclasses put parts into the queue of their pool, in ``_submit``, and say how many machines
     are :attr:`idle`.
 
     Args:
