@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, real
-from .ops import squared_distances
+from .ops import inner_products, squared_distances
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,8 +34,6 @@ _DIRECTIONS = 256
 _ORDER_FEATURES = 256
 # What this many roundings of the numbers at hand may cause is taken for nothing.
 _ROUNDINGS = 128
-# Symmetric products are made so many columns at a time, from the diagonal down.
-_STRIP = 128
 # Rows so many times as long as nine tenths of them do not determine the metric; rows of the same
 # scale seldom differ by more. So much longer ones are out of all comparison, and their squares'
 # squares still float32.
@@ -167,7 +165,7 @@ class Geometry:
     def gram(self) -> Tensor:
         """The inner products M, ``[B, B]``, symmetric, float64 on the host; 0 without spread."""
         rows, squares = self._points
-        gram = _gram(rows.double())
+        gram = inner_products(rows.double())
         gram.diagonal().copy_(squares)
         return self._embedded(gram.cpu(), 0.0)
 
@@ -332,20 +330,6 @@ def _spread(rows: Tensor, largest: float, rounding: float, chosen: Tensor | slic
     return torch.zeros_like(rows)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """The inner products of the rows, symmetric to the bit, with about half the work."""
-    gram = rows.new_empty(len(rows), len(rows))
-    width = _STRIP if len(rows) <= 4 * _STRIP else 2 * _STRIP
-    for i in range(0, len(rows), width):
-        j = min(i + width, len(rows))
-        strip = rows[i:] @ rows[i:j].T
-        block = strip[: j - i]
-        block.add_(block.T.clone()).mul_(0.5)  # BLAS need not round the two halves alike
-        gram[i:, i:j] = strip
-        gram[i:j, j:] = strip[j - i :].T
-    return gram
-
-
 def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tensor:
     r"""Z ``[B, L]`` with :math:`Z Z^T = M` up to a factor, of centred rows ``[B, d]``.
 
@@ -357,7 +341,9 @@ def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tens
         chosen = torch.arange(len(rows))[chosen]
         if len(chosen) > _LANDMARKS:
             chosen = chosen[torch.arange(_LANDMARKS) * len(chosen) // _LANDMARKS]
-    products = _gram(rows) if isinstance(chosen, slice) else rows @ rows[chosen].T  # [B, L]
+    products = (
+        inner_products(rows) if isinstance(chosen, slice) else rows @ rows[chosen].T
+    )  # [B, L]
     if len(rows) > _LANDMARKS and products.shape[1] > _DIRECTIONS:
         values, vectors = torch.linalg.eigh(products[chosen])
         if shrinkage < math.inf:

@@ -11,13 +11,14 @@ from torch.autograd import forward_ad
 
 from . import _extension  # noqa: F401 - loads the operators
 
-__all__ = ["matern52", "spline_apply", "squared_distances"]
+__all__ = ["inner_products", "matern52", "spline_apply", "squared_distances"]
 
 
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
 _INTO = torch.ops.coded_torch.spline_apply_out.default
 _MATERN = torch.ops.coded_torch.matern52_out.default
 _DISTANCES = torch.ops.coded_torch.squared_distances.default
+_PRODUCTS = torch.ops.coded_torch.inner_products.default
 _SHORTEST = 1e-30
 
 
@@ -284,6 +285,24 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
     return distances
 
 
-torch.library.register_fake(
-    "coded_torch::squared_distances", lambda rows, *_: rows.new_empty(len(rows), len(rows))
-)
+def inner_products(rows: Tensor) -> Tensor:
+    """The inner products of all rows, ``[n, n]``: symmetric to the bit, for half of the work.
+
+    Args:
+        rows: ``[n, L]``, contiguous, float64 or float32.
+
+    Raises:
+        RuntimeError: of another kind, or a derivative is asked for: it has none.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        raise RuntimeError("inner_products: rows must not require a gradient, it has none")
+    products: Tensor = _PRODUCTS(rows)
+    return products
+
+
+def _fake_pairs(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(len(rows), len(rows))
+
+
+torch.library.register_fake("coded_torch::squared_distances", _fake_pairs)
+torch.library.register_fake("coded_torch::inner_products", _fake_pairs)

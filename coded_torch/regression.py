@@ -324,7 +324,8 @@ class PartialRegression(Regression):
         every = results.new_empty(len(self._projection), results.shape[1])
         every.index_copy_(0, self._points, results)
         every.index_copy_(0, self._others, self._weights @ results)
-        return (self._projection @ every).index_select(0, self._points)
+        residuals: Tensor = self._projection @ every
+        return residuals.index_select(0, self._points)
 
 
 def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Squared distances: every kernel of the CPU, and that of CUDA on the host and on a GPU."""
+"""Distances and products of rows: every kernel of the CPU, and CUDA's on the host and a GPU."""
 
 import ctypes
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from coded_torch.ops import squared_distances
+from coded_torch.ops import inner_products, squared_distances
 
 from .grids import build_host, build_ptx
 from .test_cuda import NVCC, run_nvcc
@@ -44,6 +44,26 @@ def test_every_kernel(capability, n, columns, dtype):
     check(got, rows)
 
 
+def check_products(got, rows):
+    rows = rows.double()
+    error = (got.double() - rows @ rows.T).abs()
+    eps = torch.finfo(got.dtype).eps
+    assert (error <= (4 + rows.shape[1]) * eps * (rows.abs() @ rows.abs().T)).all()
+    assert torch.equal(got, got.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "columns"), SIZES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_of_products(capability, n, columns, dtype):
+    rows, _ = problem(n, columns, dtype)
+    got = torch.ops.coded_torch.inner_products_with(rows, capability)
+    assert got.dtype == dtype
+    check_products(got, rows)
+    if capability == CAPABILITIES[0]:
+        assert torch.equal(inner_products(rows), got)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_pair_depends_on_nothing_but_its_rows(dtype):
     rows, squares = problem(130, 50, dtype)
@@ -72,13 +92,20 @@ def test_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             squared_distances(given, lengths, 0.0)
-    with pytest.raises(RuntimeError, match="rows must not require a gradient"):
-        squared_distances(rows.requires_grad_(), squares, 0.0)
+    with pytest.raises(RuntimeError, match="inner_products: rows must be float64 or float32"):
+        inner_products(rows.half())
+    rows.requires_grad_()
+    with pytest.raises(RuntimeError, match="squared_distances: rows must not require a gradient"):
+        squared_distances(rows, squares, 0.0)
+    with pytest.raises(RuntimeError, match="inner_products: rows must not require a gradient"):
+        inner_products(rows)
 
 
 def test_opcheck():
     operator = torch.ops.coded_torch.squared_distances.default
-    torch.library.opcheck(operator, (*problem(5, 8, torch.float32), 0.0))
+    rows, squares = problem(5, 8, torch.float32)
+    torch.library.opcheck(operator, (rows, squares, 0.0))
+    torch.library.opcheck(torch.ops.coded_torch.inner_products.default, (rows,))
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +129,13 @@ def test_the_kernel_body_over_a_whole_grid(request, compiled, n, columns, dtype)
     rows, squares = problem(n, columns, dtype)
     out = torch.full((n, n), torch.nan, dtype=dtype)
     failure = ctypes.create_string_buffer(80)
-    tensors = (ctypes.c_void_p(x.data_ptr()) for x in (rows, squares, out))
     sizes = ctypes.c_int64(n), ctypes.c_int64(columns)
-    run(*tensors, *sizes, ctypes.c_double(0), dtype == torch.float64, failure)
-    assert failure.value == b""
-    check(out, rows)
+    # Of empty tensors the address is 0, too.
+    for lengths in [squares.data_ptr(), None] if n else []:
+        tensors = map(ctypes.c_void_p, (rows.data_ptr(), lengths, out.data_ptr()))
+        run(*tensors, *sizes, ctypes.c_double(0), dtype == torch.float64, failure)
+        assert failure.value == b""
+        (check_products if lengths is None else check)(out, rows)
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
@@ -118,7 +147,7 @@ def test_compiles_links_and_does_not_spill(tmp_path):
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     )
-    assert len(spills) == 2 * 4  # architectures, dtypes wide and narrow
+    assert len(spills) == 2 * 8  # architectures, dtypes wide and narrow, distances and products
     assert set(spills) == {("0", "0", "0")}
 
 
@@ -128,3 +157,4 @@ def test_compiles_links_and_does_not_spill(tmp_path):
 def test_on_a_gpu(dtype, columns):
     rows, squares = problem(300, columns, dtype)
     check(squared_distances(rows.cuda(), squares.cuda(), 0.0).cpu(), rows)
+    check_products(inner_products(rows.cuda()).cpu(), rows)

@@ -1,4 +1,4 @@
-// What crosses from squared_distances to its kernels.
+// What crosses from squared_distances and inner_products to their kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,11 +8,11 @@ namespace coded_torch {
 struct DistancesArgs {
   const void* rows;  // [n, stride]
   int64_t stride;
-  const void* squares;  // [n]
+  const void* squares;  // [n]; of distances only
   void* out;            // [n, n]
   int64_t num_rows;     // n
   int64_t num_columns;  // of the rows, at most the stride
-  double nothing;
+  double nothing;       // likewise
 };
 
 }  // namespace coded_torch

@@ -35,6 +35,9 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "squared_distances_with(Tensor rows, Tensor squares, float nothing, str capability) -> "
       "Tensor");
+  // Inner products [n, n] of rows [n, L], symmetric.
+  m.def("inner_products(Tensor rows) -> Tensor");
+  m.def("inner_products_with(Tensor rows, str capability) -> Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
 }

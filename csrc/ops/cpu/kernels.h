@@ -38,7 +38,7 @@ constexpr int64_t kDistancesBlock = 64;
 using DistancesFunction = void (*)(const DistancesArgs& args, int64_t begin, int64_t end);
 
 struct DistancesKernels {
-  DistancesFunction float64, float32;
+  DistancesFunction distances[2], products[2];  // float64, float32
 };
 
 extern const TileKernels kBaselineTiles;

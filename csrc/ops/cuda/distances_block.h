@@ -1,5 +1,5 @@
-// The body of the CUDA kernel of squared_distances: a function of the thread, that runs on the host
-// just as well.
+// The body of the CUDA kernels of squared_distances and inner_products: a function of the thread,
+// that runs on the host just as well.
 #pragma once
 
 #include "../../math/distances.h"
@@ -26,7 +26,7 @@ inline int64_t distances_tiles(const DistancesArgs& args) {
 }
 
 // The pairs of one thread. Those of rows a and b, and of b and a, are added up alike.
-template <class T, int kWidth>
+template <Pairs kPairs, class T, int kWidth>
 CODED_TORCH_HD void distances_thread(const DistancesArgs& args, T nothing, int64_t thread) {
   using Numbers = Pack<T, kWidth>;
   const int64_t n = args.num_rows, tiles = (n + kDistancesTile - 1) / kDistancesTile;
@@ -47,7 +47,7 @@ CODED_TORCH_HD void distances_thread(const DistancesArgs& args, T nothing, int64
       a[i] = *reinterpret_cast<const Numbers*>(row(first + i) + k);
       b[i] = *reinterpret_cast<const Numbers*>(row(other + i) + k);
     }
-    add_squares(a, b, sums);
+    add_terms<kPairs>(a, b, sums);
   }
   const T* squares = static_cast<const T*>(args.squares);
   T* out = static_cast<T*>(args.out);
@@ -60,7 +60,10 @@ CODED_TORCH_HD void distances_thread(const DistancesArgs& args, T nothing, int64
       T sum = sums[i][j].lane[0];
       CODED_TORCH_UNROLL
       for (int lane = 1; lane < kWidth; ++lane) sum = sum + sums[i][j].lane[lane];
-      out[left * n + right] = beyond_rounding(sum, squares[left], squares[right], nothing);
+      if constexpr (kPairs == Pairs::kDistances) {
+        sum = beyond_rounding(sum, squares[left], squares[right], nothing);
+      }
+      out[left * n + right] = sum;
     }
   }
 }
