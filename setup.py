@@ -105,9 +105,11 @@ def extensions() -> list[Extension]:
             [
                 "csrc/ops/library.cpp",
                 "csrc/ops/cpu/spline.cpp",
-                "csrc/ops/cpu/tiles_baseline.cpp",
-                "csrc/ops/cpu/tiles_avx2.cpp",
-                "csrc/ops/cpu/tiles_avx512.cpp",
+                "csrc/ops/cpu/distances.cpp",
+                "csrc/ops/cpu/matern.cpp",
+                "csrc/ops/cpu/kernels_baseline.cpp",
+                "csrc/ops/cpu/kernels_avx2.cpp",
+                "csrc/ops/cpu/kernels_avx512.cpp",
             ],
             ["torch", "torch_cpu", "c10"],
             cuda=False,
@@ -119,9 +121,9 @@ def extensions() -> list[Extension]:
     ):
         # torch's own CUDA symbols are resolved when the library is loaded.
         libraries = ["torch", "torch_cpu", "c10", "cudart"]
-        built.append(
-            operators("coded_torch._ops_cuda", ["csrc/ops/cuda/spline.cu"], libraries, cuda=True)
-        )
+        names = ("spline", "matern", "distances")
+        sources = [f"csrc/ops/cuda/{name}.cu" for name in names]
+        built.append(operators("coded_torch._ops_cuda", sources, libraries, cuda=True))
     return built
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, real
+from .ops import inner_products, squared_distances
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +34,6 @@ _DIRECTIONS = 256
 _ORDER_FEATURES = 256
 # What this many roundings of the numbers at hand may cause is taken for nothing.
 _ROUNDINGS = 128
-# Symmetric products are made so many columns at a time, from the diagonal down.
-_STRIP = 128
 # Rows so many times as long as nine tenths of them do not determine the metric; rows of the same
 # scale seldom differ by more. So much longer ones are out of all comparison, and their squares'
 # squares still float32.
@@ -82,9 +81,10 @@ class Geometry:
 
     Note:
         Matrix products on the device of the inputs, without gradients; in float32, in float64 if an
-        input is; only the last one, of coordinates with their transpose, is always in float64, as
-        inner products that are rounded to float32 belong to no points where rows nearly repeat each
-        other. They are made when they are first asked for: change no input before.
+        input is; distances are those of coordinates in that precision, and exact to some roundings
+        each, however small: inner products that are rounded to float32 belong to no points where
+        rows nearly repeat each other. They are made when they are first asked for: change no input
+        before.
         :math:`O(B^2 d + B^3)` for d features. Of more than 512 inputs, 512 evenly spaced ones give
         C, unless ``shrinkage`` is 0, and distances are measured in its first 256 directions:
         :math:`O(512 B d + 256 B^2)`; of 2,000 and 4,000 pictures, a regression's squared error
@@ -143,7 +143,7 @@ class Geometry:
         """That of the same inputs with another ``shrinkage``, at less than its price."""
         other = copy.copy(self)
         other.shrinkage = real(self, "shrinkage", shrinkage, "at least 0", lambda s: s >= 0)
-        for made in ("gram", "squares", "_points"):
+        for made in ("gram", "squares", "_points", "_measured"):
             other.__dict__.pop(made, None)
         other._squared_distances = {}
         return other
@@ -165,7 +165,7 @@ class Geometry:
     def gram(self) -> Tensor:
         """The inner products M, ``[B, B]``, symmetric, float64 on the host; 0 without spread."""
         rows, squares = self._points
-        gram = _gram(rows)
+        gram = inner_products(rows.double())
         gram.diagonal().copy_(squares)
         return self._embedded(gram.cpu(), 0.0)
 
@@ -184,45 +184,38 @@ class Geometry:
         equal rows are at distance 0 exactly.
         """
         if dtype not in self._squared_distances:
-            self._squared_distances[dtype] = self._measured(dtype)
+            self._squared_distances[dtype] = self._measured.to(dtype)
         return self._squared_distances[dtype]
 
-    def _measured(self, dtype: torch.dtype) -> Tensor:
+    @functools.cached_property
+    def _measured(self) -> Tensor:
+        """They as they are measured, in float32 or, if an input is in float64, in that."""
         rows, squares = self._points
-        # Roundings of the coordinates, and of their products in float64.
-        nothing = self._rounding**2 + _ROUNDINGS * torch.finfo(torch.float64).eps
-        most = nothing * (1 + 2 * float(squares.max())) if len(squares) else 0.0
-        # All of |a|^2 + |b|^2 - 2 a.b in one product.
-        ones = rows.new_ones(len(rows), 1)
-        left = torch.cat([rows * -2, squares[:, None], ones], 1)
-        right = torch.cat([rows, ones, squares[:, None]], 1)
-        distances = rows.new_empty(len(rows), len(rows), dtype=dtype)
-        for i, j, strip in _products(left, right):
-            for k in range(i, len(rows), j - i):  # square blocks, which stay in cache
-                block = strip[k - i : k - i + j - i]
-                at = slice(k, k + len(block))
-                if k == i or float(block.amin()) <= most:
-                    sums = squares[at, None] + squares[i:j]
-                    block.masked_fill_(block <= sums.add_(1).mul_(nothing), 0)
-                distances[at, i:j] = block
-                if k > i:
-                    distances[i:j, at] = distances[at, i:j].T
+        own = rows.square().sum(1)
+        # What roundings of the coordinates may cause.
+        distances = squared_distances(rows, own, self._rounding**2)
+        if isinstance(self._typical, Tensor):
+            # What only the lengths of long rows say.
+            beyond = (squares - own).index_fill_(0, self._typical.to(own.device), 0).to(own.dtype)
+            distances.add_(beyond[:, None] + beyond)
         return self._embedded(distances.cpu(), math.inf).fill_diagonal_(0)
 
     @functools.cached_property
     def _points(self) -> tuple[Tensor, Tensor]:
-        """Rows ``[n, L]`` whose inner products are M but for its diagonal ``[n]``; finite ones."""
+        """Rows ``[n, L]`` whose inner products are M but for its diagonal ``[n]``; finite ones.
+
+        The diagonal is float64.
+        """
         with _exactly(self._parts[0]):
             rows = features = self._features(self._parts)
             if self.shrinkage > 0:
                 shrinkage = max(self.shrinkage, self._rounding)
                 rows = _coordinates(rows, shrinkage, self._typical)
-            rows = rows.double()
-            squares = rows.square().sum(1)
-            trace = float(squares[self._typical].sum())
-            if trace > 0:  # the mean of the typical rows' squares is 1, whatever the others'
-                scale = len(squares[self._typical]) / trace
-                rows, squares = rows * math.sqrt(scale), squares * scale
+            rows = rows.contiguous()
+            square = float(rows[self._typical].square().sum(1).mean()) if len(rows) else 0.0
+            if square > 0:  # that of typical rows becomes 1 on average, whatever the others'
+                rows = rows * (1 / math.sqrt(square))
+            squares = rows.double().square().sum(1)
             if isinstance(self._typical, Tensor):
                 # The metric ignores directions that only long rows have: their length keeps them
                 # away.
@@ -337,31 +330,6 @@ def _spread(rows: Tensor, largest: float, rounding: float, chosen: Tensor | slic
     return torch.zeros_like(rows)
 
 
-def _products(left: Tensor, right: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """The products of rows that are symmetric, with about half the work, some columns at a time.
-
-    Returns:
-        For the columns ``i .. j - 1`` those with rows i and later, ``[n - i, j - i]``; what lies
-        in both halves is symmetric to the bit.
-    """
-    width = _STRIP if len(left) <= 4 * _STRIP else 2 * _STRIP
-    for i in range(0, len(left), width):
-        j = min(i + width, len(left))
-        strip = left[i:] @ right[i:j].T
-        block = strip[: j - i]
-        block.add_(block.T.clone()).mul_(0.5)  # BLAS need not round the two halves alike
-        yield i, j, strip
-
-
-def _gram(rows: Tensor) -> Tensor:
-    """The inner products of the rows, symmetric to the bit."""
-    gram = rows.new_empty(len(rows), len(rows))
-    for i, j, strip in _products(rows, rows):
-        gram[i:, i:j] = strip
-        gram[i:j, j:] = strip[j - i :].T
-    return gram
-
-
 def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tensor:
     r"""Z ``[B, L]`` with :math:`Z Z^T = M` up to a factor, of centred rows ``[B, d]``.
 
@@ -373,7 +341,9 @@ def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tens
         chosen = torch.arange(len(rows))[chosen]
         if len(chosen) > _LANDMARKS:
             chosen = chosen[torch.arange(_LANDMARKS) * len(chosen) // _LANDMARKS]
-    products = _gram(rows) if isinstance(chosen, slice) else rows @ rows[chosen].T  # [B, L]
+    products = (
+        inner_products(rows) if isinstance(chosen, slice) else rows @ rows[chosen].T
+    )  # [B, L]
     if len(rows) > _LANDMARKS and products.shape[1] > _DIRECTIONS:
         values, vectors = torch.linalg.eigh(products[chosen])
         if shrinkage < math.inf:

@@ -2,6 +2,7 @@ r"""The torch operators: per operator, side by side, the call, its shape, its gr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,11 +11,15 @@ from torch.autograd import forward_ad
 
 from . import _extension  # noqa: F401 - loads the operators
 
-__all__ = ["spline_apply"]
+__all__ = ["inner_products", "matern52", "spline_apply", "squared_distances"]
 
 
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
 _INTO = torch.ops.coded_torch.spline_apply_out.default
+_MATERN = torch.ops.coded_torch.matern52_out.default
+_DISTANCES = torch.ops.coded_torch.squared_distances.default
+_PRODUCTS = torch.ops.coded_torch.inner_products.default
+_SHORTEST = 1e-30
 
 
 def spline_apply(
@@ -222,3 +227,82 @@ class _Transformed(torch.autograd.Function):
             tangent, coefficients, schedule,
             transpose=ctx.transpose, gather=gather, scatter=scatter, num_rows=ctx.num_rows,
         )  # fmt: skip
+
+
+def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
+    r"""The Matern covariance of smoothness 5/2, in one pass over the distances.
+
+    .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
+
+    Args:
+        squared_distances: :math:`r^2`, any shape, at least 0, float64 or float32; infinite gives 0.
+        length: :math:`l`, positive.
+        out: where the covariances go: a contiguous tensor of the same shape, dtype and device,
+            apart from the squared distances or, where these are contiguous, that very tensor.
+
+    Returns:
+        The covariances: ``out``, or a new contiguous tensor. To within a few roundings, but 0 where
+        they are less than 1e-34 in float32, 1e-302 in float64. NaN of NaN and of what is negative.
+
+    Raises:
+        RuntimeError: the arguments do not fit together, or a derivative is asked for: it has none.
+    """
+    if torch.is_grad_enabled() and squared_distances.requires_grad:
+        raise RuntimeError("matern52: squared_distances must not require a gradient, it has none")
+    if out is None:
+        out = torch.empty_like(squared_distances, memory_format=torch.contiguous_format)
+    _MATERN(squared_distances.contiguous(), math.sqrt(5) / max(length, _SHORTEST), out)
+    return out
+
+
+torch.library.register_fake("coded_torch::matern52_out", lambda *_: None)
+
+
+def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
+    r"""The squared distances of all rows from each other, each from the differences of the numbers.
+
+    So every distance is as exact as a few roundings allow, however small, and they are those of
+    points. Symmetric, with zeros on the diagonal, and wherever there is at most ``nothing`` times
+    :math:`1 + s_a + s_b`.
+
+    Args:
+        rows: ``[n, L]``, contiguous, finite, float64 or float32.
+        squares: ``[n]``, s, of the same dtype: the squared lengths of the rows.
+        nothing: at least 0.
+
+    Returns:
+        ``[n, n]``, of the dtype of the rows.
+
+    Raises:
+        RuntimeError: the arguments do not fit together, or a derivative is asked for: it has none.
+
+    Note:
+        :math:`O(n^2 L)`.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        raise RuntimeError("squared_distances: rows must not require a gradient, it has none")
+    distances: Tensor = _DISTANCES(rows, squares, nothing)
+    return distances
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """The inner products of all rows, ``[n, n]``: symmetric to the bit, for half of the work.
+
+    Args:
+        rows: ``[n, L]``, contiguous, float64 or float32.
+
+    Raises:
+        RuntimeError: of another kind, or a derivative is asked for: it has none.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        raise RuntimeError("inner_products: rows must not require a gradient, it has none")
+    products: Tensor = _PRODUCTS(rows)
+    return products
+
+
+def _fake_pairs(rows: Tensor, *_: Any) -> Tensor:
+    return rows.new_empty(len(rows), len(rows))
+
+
+torch.library.register_fake("coded_torch::squared_distances", _fake_pairs)
+torch.library.register_fake("coded_torch::inner_products", _fake_pairs)

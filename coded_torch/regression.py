@@ -2,6 +2,7 @@ r"""Regression in input space: answers from results by the distances of their in
 
 from __future__ import annotations
 
+import abc
 import functools
 import math
 from collections.abc import Sequence
@@ -10,152 +11,49 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, positive
+from .ops import matern52
 
-__all__ = ["NUGGET", "Comparison", "KernelRegression", "matern52"]
+__all__ = ["MOST_INVERTED", "NUGGET", "Comparison", "KernelRegression", "PartialRegression"]
+__all__ += ["Regression", "matern52"]
 
 #: Variance of a result that its input does not explain, relative to the outputs' variance.
 NUGGET = 1e-4
-_SHORTEST = 1e-30
 _TINY = 1e-12
-_IN_CACHE = 2**16  # numbers
-# Of more results the factor is not inverted, and only some are left out, evenly spaced.
-_MOST_INVERTED, _LEFT_OUT = 512, 256
+#: Of more results there is no inverse, and only some are left out, evenly spaced.
+MOST_INVERTED = 512
+_LEFT_OUT = 256
 
 
-def matern52(squared_distances: Tensor, length: float) -> Tensor:
-    r"""The Matern covariance of smoothness 5/2.
-
-    .. math:: (1 + s + s^2 / 3) \, e^{-s}, \qquad s = \sqrt 5 \, r / l
-
-    Args:
-        squared_distances: :math:`r^2`, any shape, at least 0; infinite gives 0.
-        length: :math:`l`, positive.
-    """
-    covariance = torch.empty_like(squared_distances)
-    # Bounded, or an infinite distance would be infinity times 0.
-    scale = -math.sqrt(5) / max(length, _SHORTEST)
-    for some, of in zip(_blocks(covariance), _blocks(squared_distances), strict=True):
-        minus = torch.sqrt(of, out=some).mul_(scale).clamp_(min=-700)  # -s
-        rest = torch.addcmul(minus, minus, minus, value=-1 / 3)  # -(s + s^2 / 3)
-        minus.exp_().addcmul_(rest, minus, value=-1)
-    return covariance
-
-
-def _blocks(matrix: Tensor) -> Sequence[Tensor]:
-    """Rows at a time, few enough that the passes over them stay in cache."""
-    if matrix.numel() <= _IN_CACHE:
-        return (matrix,)
-    blocks: Sequence[Tensor] = matrix.split(max(1, _IN_CACHE * len(matrix) // matrix.numel()))
-    return blocks
-
-
-class KernelRegression:
-    r"""The Gaussian process of an unknown constant mean, given results at M inputs.
-
-    With :math:`C = k(Z, Z) + \nu I`, the prediction at an input of covariances :math:`k` with the
-    results :math:`y` is the best linear unbiased one,
-
-    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
-
-    linear in the results, so any number of outputs shares one factorisation.
-
-    Args:
-        squared_distances: ``[M, M]``, of the inputs of the results, M at least 1. In float32, which
-            predicts as well up to 4,096 results and takes half the time, all is computed in
-            float32, unless there is no factorisation.
-        length: of the :func:`matern52` covariance, positive.
-        nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
-            so badly rounded that no points have them, it is raised tenfold until there is a
-            factorisation, in float64.
+class Regression(abc.ABC):
+    """A regression given results, and how well it predicts each of them from all others.
 
     Attributes:
         left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
             more than 512, 256 of them, evenly spaced.
-
-    Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument violates its requirement, or a distance is NaN.
-
-    Note:
-        :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
-
-    References:
-        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.regression import KernelRegression
-        >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-        >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
-        >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
-        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
     """
 
-    def __init__(self, squared_distances: Tensor, length: float, nugget: float = NUGGET) -> None:
-        dense(self, "squared_distances", squared_distances)
-        m, *others = squared_distances.shape or (0,)
-        if others != [m] or m == 0:
-            raise ValueError(
-                "KernelRegression: squared_distances must be [M, M], M at least 1, "
-                f"got shape {tuple(squared_distances.shape)}"
-            )
-        self.length = positive(self, "length", length)
-        self.nugget = positive(self, "nugget", nugget)
-        covariance = self._covariance(squared_distances)
-        self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        if failed and not bool(covariance.isfinite().all()):
-            raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
-        if failed and covariance.dtype != torch.float64:
-            covariance = self._covariance(squared_distances.double())
-            self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
-            covariance.diagonal().add_(9 * self.nugget)
-            self.nugget *= 10
-            self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        self.left_out = torch.arange(m)
-        if m > _MOST_INVERTED:
-            self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
-        self._last: tuple[Tensor, Tensor] | None = None
-        half = self._half(torch.ones(1, m, dtype=covariance.dtype))
-        self._mean = self._other_half(half)  # [1, M], C^-1 1
-        self._precision = float(self._mean.sum())
+    left_out: Tensor
+    _last: tuple[Tensor, Tensor] | None = None
 
-    def _covariance(self, squared_distances: Tensor) -> Tensor:
-        covariance = matern52(squared_distances, self.length)
-        covariance.diagonal().add_(self.nugget)
-        return covariance
+    @abc.abstractmethod
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights of the results, ``[L, M]``, and the variances ``[L]`` of the predictions.
 
-    def weights(self, squared_distances: Tensor) -> Tensor:
-        """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
+        Both float64. Every row of the weights sums to one; variances are in units of the outputs'
+        variance.
 
-        Every row sums to one.
+        Args:
+            points: ``[L]``, without results, of those that the distances are of.
         """
-        return self.predictions(squared_distances)[0]
 
-    def variances(self, squared_distances: Tensor) -> Tensor:
-        """The predictions' variances, ``[L]``, in units of the outputs' variance."""
-        return self.predictions(squared_distances)[1]
-
-    def predictions(self, squared_distances: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`weights` and :meth:`variances`, for little more than the price of one; float64."""
-        half = self._half(matern52(squared_distances.to(self._factor.dtype), self.length))
-        weights = self._other_half(half).double()
-        left = 1 - weights.sum(1, keepdim=True)
-        explained = half.double().square().sum(1) - left.square().squeeze(1) / self._precision
-        weights.addmm_(left, self._mean.double(), alpha=1 / self._precision)
-        return weights, (1 + self.nugget - explained).clamp_(min=0)
-
-    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
-        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
-        mean = (self._mean @ results / self._precision).squeeze(0)
-        return torch.cholesky_solve(results - mean, self._factor), mean
-
-    @functools.cached_property
+    @property
+    @abc.abstractmethod
     def leave_one_out_variances(self) -> Tensor:
         """The variance of each result that is left out, predicted from all others, ``[n]``."""
-        mean = self._mean[0, self.left_out].double()
-        inverses = self._of_left_out.double().square().sum(1) - mean.square() / self._precision
-        return 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
+
+    @abc.abstractmethod
+    def _residuals(self, results: Tensor) -> Tensor:
+        """Of centred results ``[M, C]`` of size 1 at most, ``[n, C]``, over their variances."""
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """``results [M, C]`` that are left out less their predictions from all others, ``[n, C]``.
@@ -168,13 +66,9 @@ class KernelRegression:
         if self._last is not None and self._last[0] is results:
             return self._last[1]
         centred = results - results.mean(0)  # which leaves residuals as they are, and precise
-        size = float(centred.abs().max()) if centred.numel() else 0.0
-        y = centred.T.div(size or 1.0).to(self._factor.dtype).contiguous()  # [C, M]
-        mean = y @ self._mean.T / self._precision
-        # Long rows, few of them: transposed, it takes seven times as long.
-        residuals = self._half(y) @ self._of_left_out.T  # [C, n]
-        residuals = residuals.addmm_(mean, self._mean[:, self.left_out], alpha=-1).T.double()
-        residuals.mul_(self.leave_one_out_variances[:, None] * size)
+        size = (float(centred.abs().max()) if centred.numel() else 0.0) or 1.0
+        residuals = self._residuals(centred.div_(size)).double()
+        residuals = residuals * (self.leave_one_out_variances[:, None] * size)
         self._last = results, residuals
         return residuals
 
@@ -218,6 +112,148 @@ class KernelRegression:
         squares = self.leave_one_out_residuals(results).square().mean(1)
         return float(squares.sum() / self.leave_one_out_variances.sum())
 
+
+class KernelRegression(Regression):
+    r"""The Gaussian process of an unknown constant mean, given results at M inputs.
+
+    With :math:`C = k(Z, Z) + \nu I`, the prediction at an input of covariances :math:`k` with the
+    results :math:`y` is the best linear unbiased one,
+
+    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
+
+    linear in the results, so any number of outputs shares one factorisation.
+
+    Args:
+        squared_distances: ``[P, P]``, of some points, P at least 1. In float32, which predicts as
+            well up to 4,096 results and takes half the time, all is computed in float32, unless
+            there is no factorisation.
+        length: of the :func:`matern52` covariance, positive.
+        nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
+            so badly rounded that no points have them, it is raised tenfold until there is a
+            factorisation, in float64.
+        points: ``[M]``, those whose results are given; None: all.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument violates its requirement, or a distance is NaN.
+
+    Note:
+        :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
+
+    References:
+        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.regression import KernelRegression
+        >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
+        >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
+        >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
+        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        squared_distances: Tensor,
+        length: float,
+        nugget: float = NUGGET,
+        points: Tensor | None = None,
+    ) -> None:
+        dense(self, "squared_distances", squared_distances)
+        p, *others = squared_distances.shape or (0,)
+        if others != [p] or p == 0:
+            raise ValueError(
+                "KernelRegression: squared_distances must be [M, M], M at least 1, "
+                f"got shape {tuple(squared_distances.shape)}"
+            )
+        self.length = positive(self, "length", length)
+        self.nugget = positive(self, "nugget", nugget)
+        self._squared, self._points = squared_distances, points
+        covariance = self._covariance(squared_distances.dtype)
+        self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed and not bool(covariance.isfinite().all()):
+            raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
+        if failed and covariance.dtype != torch.float64:
+            covariance = self._covariance(torch.float64)
+            self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
+            covariance.diagonal().add_(9 * self.nugget)
+            self.nugget *= 10
+            self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        m = len(covariance)
+        self.left_out = torch.arange(m)
+        if m > MOST_INVERTED:
+            self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
+        half = _solved(covariance.new_ones(1, m), self._factor, transposed=True)
+        self._mean = _solved(half, self._factor, transposed=False)  # [1, M], C^-1 1
+        self._precision = float(self._mean.sum())
+
+    def _covariance(self, dtype: torch.dtype) -> Tensor:
+        if self._points is None:
+            covariance = matern52(self._squared.to(dtype), self.length)
+        else:
+            covariance = self._covariances(self._points, dtype)
+        covariance.diagonal().add_(self.nugget)
+        return covariance
+
+    def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Those of some points with those that have results."""
+        squared = self._squared.index_select(0, rows)
+        if self._points is not None:  # twice as fast as by indexing
+            squared = squared.index_select(1, self._points)
+        squared = squared.to(dtype)
+        return matern52(squared, self.length, out=squared)
+
+    def weights(self, squared_distances: Tensor) -> Tensor:
+        """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
+
+        Every row sums to one.
+        """
+        return self.predictions(squared_distances)[0]
+
+    def variances(self, squared_distances: Tensor) -> Tensor:
+        """The predictions' variances, ``[L]``, in units of the outputs' variance."""
+        return self.predictions(squared_distances)[1]
+
+    def predictions(self, squared_distances: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`weights` and :meth:`variances`, for little more than the price of one; float64."""
+        return self._predictions(matern52(squared_distances.to(self._factor.dtype), self.length))
+
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        return self._predictions(self._covariances(points, self._factor.dtype))
+
+    def _predictions(self, covariances: Tensor) -> tuple[Tensor, Tensor]:
+        half = _solved(covariances, self._factor, transposed=True)
+        weights = _solved(half, self._factor, transposed=False).double()
+        left = 1 - weights.sum(1, keepdim=True)
+        explained = half.double().square().sum(1) - left.square().squeeze(1) / self._precision
+        weights.addmm_(left, self._mean.double(), alpha=1 / self._precision)
+        return weights, (1 + self.nugget - explained).clamp_(min=0)
+
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
+        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
+        mean = (self._mean @ results / self._precision).squeeze(0)
+        return torch.cholesky_solve(results - mean, self._factor), mean
+
+    @functools.cached_property
+    def leave_one_out_variances(self) -> Tensor:
+        if len(self.left_out) == len(self._factor):
+            inverses = self.projection.diagonal().double()
+        else:
+            mean = self._mean[0, self.left_out].double()
+            inverses = self._of_left_out.double().square().sum(1) - mean.square() / self._precision
+        return 1 / inverses.clamp(min=_TINY)  # of a single result they are 0
+
+    def _residuals(self, results: Tensor) -> Tensor:
+        results = results.to(self._factor.dtype)
+        if len(self.left_out) == len(self._factor):
+            return self.projection @ results
+        y = results.T.contiguous()  # [C, M]
+        mean = y @ self._mean.T / self._precision
+        # Long rows, few of them: transposed, it takes seven times as long.
+        products = _solved(y, self._factor, transposed=True) @ self._of_left_out.T  # [C, n]
+        return products.addmm_(mean, self._mean[:, self.left_out], alpha=-1).T
+
     @property
     def covariance(self) -> Tensor:
         """C, ``[M, M]``."""
@@ -236,32 +272,60 @@ class KernelRegression:
         return torch.addr(inverse, mean, mean, alpha=-1 / self._precision)
 
     @functools.cached_property
-    def _root(self) -> Tensor | None:
-        """The factor's inverse, transposed, where products with it are cheaper than solving."""
-        if len(self._factor) > _MOST_INVERTED:
-            return None
-        eye = torch.eye(len(self._factor), dtype=self._factor.dtype)
-        return _solved(eye, self._factor, transposed=True)
-
-    @functools.cached_property
     def _of_left_out(self) -> Tensor:
-        """The rows of that which belong to results that are left out, ``[n, M]``."""
-        if self._root is not None:
-            return self._root
-        some = torch.zeros(len(self.left_out), len(self._factor), dtype=self._factor.dtype)
+        """The rows of the factor's inverse, transposed, that belong to what is left out."""
+        some = self._factor.new_zeros(len(self.left_out), len(self._factor))
         return _solved(some.scatter_(1, self.left_out[:, None], 1), self._factor, transposed=True)
 
-    def _half(self, rows: Tensor) -> Tensor:
-        """Rows ``[r, M]`` times the transposed factor's inverse."""
-        if self._root is None:
-            return _solved(rows, self._factor, transposed=True)
-        return rows @ self._root
 
-    def _other_half(self, rows: Tensor) -> Tensor:
-        """Rows ``[r, M]`` times the factor's inverse: after ``_half``, times that of C."""
-        if self._root is None:
-            return _solved(rows, self._factor, transposed=False)
-        return rows @ self._root.T
+class PartialRegression(Regression):
+    r"""The regression given some of the results of another one, without a new factorisation.
+
+    With the projection P of all inputs, U those with and O those without a result, what is
+    predicted for O is :math:`-P_{OO}^{-1} P_{OU} \, y`, of variance :math:`P_{OO}^{-1}`, and the
+    projection of U alone is :math:`P_{UU} - P_{UO} P_{OO}^{-1} P_{OU}`.
+
+    Args:
+        whole: the regression given the results of all M inputs.
+        points: ``[U]``, those whose results are given, at least one.
+
+    Note:
+        :math:`O(M^2)` where few are without a result, beside the projection of the whole.
+    """
+
+    def __init__(self, whole: KernelRegression, points: Tensor) -> None:
+        projection = whole.projection
+        given = torch.zeros(len(projection), dtype=torch.bool).index_fill_(0, points, True)
+        self._others = (~given).nonzero().flatten()
+        self._points, self._projection = points, projection
+        self.left_out = torch.arange(len(points))
+        across = projection.index_select(0, self._others)  # [O, M]
+        self._factor = torch.linalg.cholesky(across.index_select(1, self._others))
+        half = torch.linalg.solve_triangular(
+            self._factor, across.index_select(1, points), upper=False
+        )  # [O, U]
+        self._weights = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
+        inverses = projection.diagonal()[points] - half.square_().sum(0)
+        self._variances = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
+
+    @property
+    def leave_one_out_variances(self) -> Tensor:
+        return self._variances
+
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        place = torch.searchsorted(self._others, points)
+        weights = self._weights.index_select(0, place)
+        # What rounding leaves of the sum.
+        weights.add_((1 - weights.sum(1, keepdim=True)) / len(self._points))
+        variances = torch.cholesky_inverse(self._factor).diagonal()
+        return weights, variances.index_select(0, place)
+
+    def _residuals(self, results: Tensor) -> Tensor:
+        every = results.new_empty(len(self._projection), results.shape[1])
+        every.index_copy_(0, self._points, results)
+        every.index_copy_(0, self._others, self._weights @ results)
+        residuals: Tensor = self._projection @ every
+        return residuals.index_select(0, self._points)
 
 
 def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
@@ -286,11 +350,13 @@ class Comparison:
         if not squared_distances:
             self._half = torch.zeros(0, 0, 0)
             return
-        scaled = torch.stack([d / n**2 for d, n in zip(squared_distances, lengths, strict=True)])
-        covariance = matern52(scaled, 1.0)  # [kernels, M, M]
+        first = squared_distances[0]
+        covariance = first.new_empty(len(squared_distances), *first.shape)  # [kernels, M, M]
+        for out, squared, length in zip(covariance, squared_distances, lengths, strict=True):
+            matern52(squared, length, out=out)
         covariance.diagonal(dim1=-2, dim2=-1).add_(NUGGET)
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        eye = torch.eye(scaled.shape[-1], dtype=factor.dtype).expand_as(factor)
+        eye = torch.eye(len(first), dtype=factor.dtype).expand_as(factor)
         # Of the inverse, half half', only its diagonal and products with the results and with 1.
         self._half = _solved(eye, factor, transposed=True)
         mean = self._half.sum(-2, keepdim=True) @ self._half.mT  # [kernels, 1, M]

@@ -49,10 +49,10 @@ REGISTERS, SHARED, WORKSPACE = range(3)  # enum States
 H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 
-def run_nvcc(*options):
+def run_nvcc(*options, source="spline.cu"):
     includes = (f"-isystem={path}" for path in include_paths())
-    source = str(CSRC / "ops" / "cuda" / "spline.cu")
-    command = [NVCC, *load_setup().NVCC, *options, *includes, source]
+    path = str(CSRC / "ops" / "cuda" / source)
+    command = [NVCC, *load_setup().NVCC, *options, *includes, path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stderr

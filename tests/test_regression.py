@@ -15,15 +15,6 @@ def problem(generator):
     return at, torch.cdist(at, at).square(), torch.cdist(to, at).square()
 
 
-def test_matern():
-    r = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    s = math.sqrt(5) * r / 2
-    want = (1 + s + s**2 / 3) * torch.exp(-s)
-    torch.testing.assert_close(matern52(r.square(), 2.0), want)
-    far = torch.tensor([1e300, math.inf], dtype=torch.float64)
-    assert matern52(far, 1e-3).abs().max() < 1e-200
-
-
 def dense(among, to, length):
     """The best linear unbiased predictor by its bordered system, and its variance."""
     m = len(among)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ..distances import Choice, Features, name_of
-from ..regression import Comparison, KernelRegression
+from ..regression import Comparison, Regression
 
 if TYPE_CHECKING:
     from ._points import Points
 
-__all__ = ["DEFAULT", "LENGTH", "LENGTHS", "Fitted", "Regressions", "among"]
+__all__ = ["DEFAULT", "LENGTH", "LENGTHS", "Fitted", "Regressions", "among", "key_of"]
 
 _T = TypeVar("_T")
 
@@ -42,14 +42,12 @@ class Fitted(NamedTuple):
 
     Attributes:
         choice: the metric and the length.
-        squared: ``[P, P]``, the squared distances of all points.
         regression: from the results.
-        trust: see :meth:`~coded_torch.regression.KernelRegression.trust`; 1 without results.
+        trust: see :meth:`~coded_torch.regression.Regression.trust`; 1 without results.
     """
 
     choice: Choice
-    squared: Tensor
-    regression: KernelRegression
+    regression: Regression
     trust: float = 1.0
 
 
@@ -72,7 +70,7 @@ class Regressions:
         self._at = torch.arange(count) * len(points) // max(count, 1)
         self._metrics: tuple[list[str | Features], Comparison] | None = None
         self._compared: dict[Any, Comparison] = {}
-        self._fitted: dict[Any, KernelRegression] = {}
+        self._fitted: dict[Any, Regression] = {}
 
     def fit(self, sample: Tensor | None) -> Fitted:
         """The regression that predicts best.
@@ -88,16 +86,14 @@ class Regressions:
             few = _of_unit_size(sample[self._at])
             metric = self._best_metric(few)
             length = self._best_length(metric, few)
-        squared, step = batch.distances(metric)
-        key = _key(metric), length
+        key = key_of(metric), length
         if key not in self._fitted:
-            among_points = among(squared, self.points, self.points)
-            self._fitted[key] = KernelRegression(among_points, length * step)
+            self._fitted[key] = batch.regression(metric, length, self.points)
         regression = self._fitted[key]
         if sample is None:
-            return Fitted(Choice(name_of(metric), length, math.nan), squared, regression)
+            return Fitted(Choice(name_of(metric), length, math.nan), regression)
         choice = Choice(name_of(metric), length, regression.leave_one_out_error(sample))
-        return Fitted(choice, squared, regression, regression.trust(sample))
+        return Fitted(choice, regression, regression.trust(sample))
 
     def _best_metric(self, few: Tensor) -> str | Features:
         """The metric in which few results are predicted best from each other."""
@@ -126,7 +122,7 @@ class Regressions:
         return _winner((found, *half_steps), torch.cat([of_found, fine]), found)
 
     def _kernels(self, metric: str | Features, lengths: tuple[float, ...]) -> Comparison:
-        key = _key(metric), lengths
+        key = key_of(metric), lengths
         if key not in self._compared:
             squared, step = self._batch.distances(metric)
             few = self.points[self._at]
@@ -135,7 +131,8 @@ class Regressions:
         return self._compared[key]
 
 
-def _key(metric: str | Features) -> str | int:
+def key_of(metric: str | Features) -> str | int:
+    """By which what belongs to a metric is kept."""
     return metric if isinstance(metric, str) else id(metric)
 
 

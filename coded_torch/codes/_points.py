@@ -22,8 +22,8 @@ from ..distances import (
     squared_distances,
 )
 from ..geometry import Geometry
-from ..regression import KernelRegression
-from ._choices import DEFAULT, LENGTH, Fitted, Regressions, among
+from ..regression import MOST_INVERTED, KernelRegression, PartialRegression, Regression
+from ._choices import DEFAULT, LENGTH, Fitted, Regressions, among, key_of
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
@@ -33,9 +33,6 @@ __all__ = ["Points", "made_by", "path_step"]
 
 logger = logging.getLogger("coded_torch.codes")
 
-# In batches of so many inputs, float64 takes no longer than float32, and predicts what is smooth
-# and without noise to more digits.
-_EXACT = 128
 # Points farther from the batch's centre than so many times the root mean square of its inputs say
 # nothing of the others, and their results may be so large that the mean does not either.
 _FAR = 8
@@ -84,6 +81,7 @@ class Points:
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
         self._steps: dict[str | int, float] = {}
+        self._whole: dict[tuple[str | int, float], KernelRegression] = {}
         self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
@@ -93,7 +91,8 @@ class Points:
                 self.first, inner = metrics[0], found
         self.first_length = lengths[0] if len(lengths) == 1 else LENGTH
         self.usable = inner.finite & (inner.squares <= _FAR**2)
-        self._dtype = torch.float64 if len(self.usable) <= _EXACT else torch.float32
+        few = len(self.usable) <= MOST_INVERTED
+        self._dtype = torch.float64 if few else torch.float32
         self._squared[self.first] = inner.squared_distances(self._dtype)
         self._inner_of_first = inner
 
@@ -122,15 +121,35 @@ class Points:
 
     def leave_one_out_variances(self, neighbourhood: int) -> Tensor:
         """Of each input predicted from all others, or, in large batches, those near in order."""
-        (squared, step), order = self.distances(self.first), self._grouping.order
-        length = self.first_length * step
+        order = self._grouping.order
+        if len(order) <= neighbourhood:
+            return self.whole(self.first, self.first_length).leave_one_out_variances
+        squared, step = self.distances(self.first)
         variances = torch.empty(len(order), dtype=torch.float64)
-        all_near = len(order) <= neighbourhood
         for rows in order.split(neighbourhood):
-            block = squared if all_near else among(squared, rows, rows)
-            near = KernelRegression(block, length).leave_one_out_variances
-            variances[slice(None) if all_near else rows] = near
+            near = KernelRegression(squared, self.first_length * step, points=rows)
+            variances[rows] = near.leave_one_out_variances
         return variances
+
+    def whole(self, metric: str | Features, length: float) -> KernelRegression:
+        """The regression given results of all points; each is kept."""
+        key = key_of(metric), length
+        if key not in self._whole:
+            squared, step = self.distances(metric)
+            self._whole[key] = KernelRegression(squared, length * step)
+        return self._whole[key]
+
+    def regression(self, metric: str | Features, length: float, points: Tensor) -> Regression:
+        """That given the results of some points."""
+        if self.shared:
+            return PartialRegression(self.whole(metric, length), points)
+        squared, step = self.distances(metric)
+        return KernelRegression(squared, length * step, points=points)
+
+    @property
+    def shared(self) -> bool:
+        """Whether regressions given some results are made from one given all."""
+        return self._mixtures is None and len(self.usable) <= MOST_INVERTED
 
     def fit(self, points: Tensor, sample: Tensor | None) -> Fitted:
         """The regression that predicts best, see :meth:`Regressions.fit`."""
@@ -143,7 +162,7 @@ class Points:
 
         By the metric of before, where this one does not apply to them.
         """
-        key = metric if isinstance(metric, str) else id(metric)
+        key = key_of(metric)
         squared = self.squared_distances(metric)
         if squared is None:
             return self.distances(self.first)
@@ -151,10 +170,19 @@ class Points:
             self._steps[key] = path_step(squared, self._grouping.order)
         return squared, self._steps[key]
 
-    def exactly(self, points: Tensor) -> KernelRegression:
-        """That by the metric and length of before, in float64."""
+    def unchosen(self, points: Tensor) -> tuple[KernelRegression, Tensor]:
+        """A regression by the metric and length of before, in float64.
+
+        Returns:
+            The regression, given the results of these points or of all, and the places of these
+            points among its own.
+        """
+        if self.shared:
+            return self.whole(self.first, self.first_length), points
         squared, step = self.distances(self.first)
-        return KernelRegression(among(squared, points, points).double(), self.first_length * step)
+        length = self.first_length * step
+        of_points = KernelRegression(among(squared, points, points).double(), length)
+        return of_points, torch.arange(len(points))
 
     def of_few(self, points: Tensor) -> tuple[list[str | Features], list[Tensor]]:
         """The metrics that apply to few points, and the squared distances of these, float32."""
@@ -175,7 +203,7 @@ class Points:
 
     def squared_distances(self, metric: str | Features) -> Tensor | None:
         """Those of all points, ``[P, P]``; None where the metric does not apply."""
-        key = metric if isinstance(metric, str) else id(metric)
+        key = key_of(metric)
         if key not in self._squared:
             self._squared[key] = self._measure(metric)
         return self._squared[key]

@@ -34,7 +34,7 @@ class Sites(NamedTuple):
         point: ``[F, G]``, what each result is of: equal numbers are copies; -1: of another part of
             the batch.
         at: ``[F, G]``, its place among the M distinct inputs of the regression; -1: it has none.
-        regression: of these inputs; None where there are no distances.
+        regression: of these inputs, and maybe others; None where there are no distances.
     """
 
     point: Tensor
@@ -308,12 +308,13 @@ class SelectionPlan(BatchPlan):
             arrived = self._arrived(received)
             point = self._point[torch.tensor(received, dtype=torch.int64)]  # [F, G]
             place = torch.full((1 + int(point.max()),), -1)
-            place[arrived.points] = torch.arange(len(arrived.points))
-            return [Sites(point, place[point], self._regression_of(arrived))]
+            regression, places = self._regression_of(arrived)
+            place[arrived.points] = places
+            return [Sites(point, place[point], regression)]
 
-    def _regression_of(self, arrived: Arrived) -> KernelRegression | None:
-        """That of what arrived, where there are distances."""
-        return None
+    def _regression_of(self, arrived: Arrived) -> tuple[KernelRegression | None, Tensor]:
+        """That of what arrived, where there are distances, and the places of it in that."""
+        return None, torch.arange(len(arrived.points))
 
     def _arrived(self, received: Sequence[int]) -> Arrived:
         # Kept for outputs of several leaves, and the errors to expect of them; not a history.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Features
-from ._choices import LENGTHS, Fitted, among
+from ._choices import LENGTHS, Fitted
 from ._points import Points, made_by
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
@@ -87,12 +87,12 @@ class KernelCode(Code):
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        batches of more than 4,096 distinct results are planned in chunks. Of at most 128 points,
-        inputs and mixtures, all is computed in float64; of more, distances are rounded to float32
-        and what follows from them is computed in it, which predicts as well. What is encoded and
-        decoded are whole batches, through :meth:`fit`: there is no encoder without a batch to look
-        at. Without distances, as for token ids, copies are equal and lost answers are the mean,
-        unless a callable in ``metric`` makes features of them.
+        batches of more than 4,096 distinct results are planned in chunks. Of at most 512 inputs, or
+        points where inputs are mixed, all is computed in float64; of more, distances are rounded to
+        float32 and what follows from them is computed in it, which predicts as well. What is
+        encoded and decoded are whole batches, through :meth:`fit`: there is no encoder without a
+        batch to look at. Without distances, as for token ids, copies are equal and lost answers are
+        the mean, unless a callable in ``metric`` makes features of them.
 
         The metric is chosen on 144 results at most, at length 2, and then the length on the same
         ones. Another metric than "shrunk", and another length than 2, is taken where results are
@@ -247,9 +247,9 @@ class _KernelPlan(SelectionPlan):
         scale = 1.0 if fit.sample is None else regression.output_variance(fit.sample)
         return fit.of_lost[1] * scale
 
-    def _regression_of(self, arrived: Arrived) -> KernelRegression:
+    def _regression_of(self, arrived: Arrived) -> tuple[KernelRegression, Tensor]:
         # Before results are known to be true, they must not choose by what they are judged.
-        return self._batch.exactly(arrived.points)
+        return self._batch.unchosen(arrived.points)
 
     def _fit(self, arrived: Arrived, sample: Tensor | None) -> _Fit:
         # Two are kept, of results and of what surrogates leave of them, for the errors to expect of
@@ -280,8 +280,7 @@ class _Fit:
     @functools.cached_property
     def of_lost(self) -> tuple[Tensor, Tensor]:
         """The weights of the results in the lost answers, and these predictions' variances."""
-        to_lost = among(self.fitted.squared, self.arrived.lost, self.arrived.points)
-        return self.fitted.regression.predictions(to_lost)
+        return self.fitted.regression.at(self.arrived.lost)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

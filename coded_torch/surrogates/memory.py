@@ -284,8 +284,8 @@ class _Snapshot:
         z = self._space(side_by_side(inputs))
         squares = z.square().sum(1, keepdim=True)
         squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
-        squared.clamp_(min=0)
-        outputs = torch.addmm(self._mean, matern52(squared, self._length), self._weights)
+        covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
+        outputs = torch.addmm(self._mean, covariances, self._weights)
         shapes = self.form[1]
         parts = outputs.split([shape.numel() for shape in shapes], 1)
         return [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]

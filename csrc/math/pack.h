@@ -43,6 +43,12 @@ struct alignas(pack_alignment(alignof(Lane), sizeof(Lane) * kSize)) Pack {
     for (int i = 0; i < kSize; ++i) out.lane[i] = a * b.lane[i];
     return out;
   }
+  CODED_TORCH_HD friend Pack operator*(const Pack& a, const Pack& b) {
+    Pack out;
+    CODED_TORCH_UNROLL
+    for (int i = 0; i < kSize; ++i) out.lane[i] = a.lane[i] * b.lane[i];
+    return out;
+  }
   CODED_TORCH_HD static Pack zero() {
     Pack out;
     CODED_TORCH_UNROLL

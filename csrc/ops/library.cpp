@@ -20,6 +20,24 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
       "spline_apply_with(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
       "str capability, Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> "
       "Tensor");
+  // The Matern covariances of smoothness 5/2 of squared distances, any shape, scale = sqrt(5) /
+  // length: into `out`, of the same shape, both contiguous; it may be the squared distances'
+  // memory.
+  m.def("matern52_out(Tensor squared_distances, float scale, Tensor(a!) out) -> ()");
+  // The same on the CPU, with the kernels of one of cpu_capabilities().
+  m.def(
+      "matern52_out_with(Tensor squared_distances, float scale, Tensor(a!) out, str capability) -> "
+      "()");
+  // Squared distances [n, n] of rows [n, L], symmetric, 0 where they are at most `nothing` times
+  // 1 + the two rows' `squares` [n].
+  m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
+  // The same on the CPU, with the kernels of one of cpu_capabilities().
+  m.def(
+      "squared_distances_with(Tensor rows, Tensor squares, float nothing, str capability) -> "
+      "Tensor");
+  // Inner products [n, n] of rows [n, L], symmetric.
+  m.def("inner_products(Tensor rows) -> Tensor");
+  m.def("inner_products_with(Tensor rows, str capability) -> Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
 }

@@ -87,6 +87,10 @@ T op_fma_rn(auto a, auto b, auto c) {
   return std::fma(as<T>(a), as<T>(b), as<T>(c));
 }
 template <class T>
+T op_sqrt_rn(auto a) {
+  return std::sqrt(as<T>(a));
+}
+template <class T>
 T op_div(auto a, auto b) {
   return as<T>(a) / as<T>(b);
 }
@@ -111,9 +115,9 @@ T op_xor(auto a, auto b) {
   return as<T>(a) ^ as<T>(b);
 }
 template <class T>
-bool op_not(auto a) {
-  static_assert(std::is_same_v<T, bool>);
-  return !a;
+T op_not(auto a) {
+  if constexpr (std::is_same_v<T, bool>) return !a;
+  return static_cast<T>(~as<T>(a));
 }
 template <class T>
 T op_shl(auto a, auto by) {

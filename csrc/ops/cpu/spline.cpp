@@ -12,30 +12,10 @@
 #include "../../math/half.h"
 #include "../../math/spline_sweep.h"
 #include "../checks.h"
+#include "capabilities.h"
 #include "huge_pages.h"
-#include "tiles.h"
 
 namespace coded_torch {
-
-struct Capability {
-  std::string name;
-  const TileKernels* kernels;
-};
-
-static std::vector<Capability> find_capabilities() {
-  std::vector<Capability> found;
-#ifdef CODED_TORCH_X86_TILES
-  if (__builtin_cpu_supports("x86-64-v4")) found.push_back({"avx512", &kAvx512Tiles});
-  if (__builtin_cpu_supports("x86-64-v3")) found.push_back({"avx2", &kAvx2Tiles});
-#endif
-  found.push_back({"baseline", &kBaselineTiles});
-  return found;
-}
-
-static const std::vector<Capability>& capabilities() {
-  static const std::vector<Capability> found = find_capabilities();
-  return found;
-}
 
 // Results of at least this many bytes go past the cache.
 constexpr int64_t kStreamBytes = int64_t{4} << 20;
@@ -144,7 +124,7 @@ static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
 Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
                         bool transpose, const std::optional<Tensor>& gather,
                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
-  return run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose,
+  return run_spline(*capabilities().front().tiles, values, coefficients, schedule, transpose,
                     {gather, scatter, num_rows}, std::nullopt);
 }
 
@@ -152,7 +132,7 @@ void spline_apply_out_cpu(const Tensor& values, const Tensor& coefficients, cons
                           bool transpose, const std::optional<Tensor>& gather,
                           const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
                           const Tensor& out) {
-  run_spline(*capabilities().front().kernels, values, coefficients, schedule, transpose,
+  run_spline(*capabilities().front().tiles, values, coefficients, schedule, transpose,
              {gather, scatter, num_rows}, out);
 }
 
@@ -161,14 +141,9 @@ Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
                              const std::optional<Tensor>& gather,
                              const std::optional<Tensor>& scatter,
                              std::optional<int64_t> num_rows) {
-  for (const Capability& found : capabilities()) {
-    if (found.name == capability) {
-      return run_spline(*found.kernels, values, coefficients, schedule, transpose,
-                        {gather, scatter, num_rows}, std::nullopt);
-    }
-  }
-  STD_TORCH_CHECK(false, "spline_apply_with: capability must be one of this machine's, got ",
-                  capability);
+  const TileKernels& kernels = *capability_of("spline_apply_with", capability).tiles;
+  return run_spline(kernels, values, coefficients, schedule, transpose, {gather, scatter, num_rows},
+                    std::nullopt);
 }
 
 std::string cpu_capabilities() {

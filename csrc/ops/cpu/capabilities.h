@@ -1,0 +1,47 @@
+// The instruction sets of this machine that have kernels.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace coded_torch {
+
+struct Capability {
+  std::string name;
+  const TileKernels* tiles;
+  const MaternKernels* matern;
+  const DistancesKernels* distances;
+};
+
+inline std::vector<Capability> find_capabilities() {
+  std::vector<Capability> found;
+#ifdef CODED_TORCH_X86_KERNELS
+  if (__builtin_cpu_supports("x86-64-v4")) {
+    found.push_back({"avx512", &kAvx512Tiles, &kAvx512Matern, &kAvx512Distances});
+  }
+  if (__builtin_cpu_supports("x86-64-v3")) {
+    found.push_back({"avx2", &kAvx2Tiles, &kAvx2Matern, &kAvx2Distances});
+  }
+#endif
+  found.push_back({"baseline", &kBaselineTiles, &kBaselineMatern, &kBaselineDistances});
+  return found;
+}
+
+// Best first.
+inline const std::vector<Capability>& capabilities() {
+  static const std::vector<Capability> found = find_capabilities();
+  return found;
+}
+
+inline const Capability& capability_of(const char* op, const std::string& name) {
+  for (const Capability& found : capabilities()) {
+    if (found.name == name) return found;
+  }
+  STD_TORCH_CHECK(false, op, ": capability must be one of this machine's, got ", name);
+}
+
+}  // namespace coded_torch

@@ -1,0 +1,72 @@
+// squared_distances and inner_products on the CPU: blocks of rows over threads. A pair's result
+// depends on nothing but the two rows.
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../distances_checks.h"
+#include "capabilities.h"
+#include "huge_pages.h"
+
+namespace coded_torch {
+
+constexpr int64_t kRowAlignment = 64;
+
+static Tensor run_pairs(const DistancesFunction (&kernels)[2], DistancesCall call) {
+  DistancesArgs& args = call.args;
+  const int64_t n = args.num_rows, value_bytes = static_cast<int64_t>(call.out.element_size());
+  if (n == 0) return call.out;
+  ask_for_huge_pages(args.out, n * n * value_bytes);
+  // As the kernels want them: aligned, with zeros beside them and behind.
+  const int64_t row_bytes = args.num_columns * value_bytes;
+  const int64_t padded_bytes = (row_bytes / kRowAlignment + 1) * kRowAlignment;
+  const std::unique_ptr<char, decltype(&std::free)> padded(
+      static_cast<char*>(std::aligned_alloc(kRowAlignment, (n + kDistancesRows) * padded_bytes)),
+      &std::free);
+  STD_TORCH_CHECK(padded, "squared_distances, inner_products: out of memory for ", n, " rows");
+  const char* from = static_cast<const char*>(args.rows);
+  for (int64_t i = 0; i < n + kDistancesRows; ++i) {
+    const int64_t copied = i < n ? row_bytes : 0;
+    char* to = padded.get() + i * padded_bytes;
+    if (copied) std::memcpy(to, from + i * row_bytes, copied);
+    std::memset(to + copied, 0, padded_bytes - copied);
+  }
+  args.rows = padded.get();
+  args.stride = padded_bytes / value_bytes;
+  const DistancesFunction run = kernels[call.out.scalar_type() == ScalarType::Float];
+  torch::stable::parallel_for(0, (n + kDistancesBlock - 1) / kDistancesBlock, 1,
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return call.out;
+}
+
+Tensor squared_distances_cpu(const Tensor& rows, const Tensor& squares, double nothing) {
+  return run_pairs(capabilities().front().distances->distances,
+                   prepare_distances(rows, squares, nothing));
+}
+
+Tensor squared_distances_with_cpu(const Tensor& rows, const Tensor& squares, double nothing,
+                                  const std::string& capability) {
+  const DistancesKernels& kernels = *capability_of("squared_distances_with", capability).distances;
+  return run_pairs(kernels.distances, prepare_distances(rows, squares, nothing));
+}
+
+Tensor inner_products_cpu(const Tensor& rows) {
+  return run_pairs(capabilities().front().distances->products,
+                   prepare_products("inner_products", rows));
+}
+
+Tensor inner_products_with_cpu(const Tensor& rows, const std::string& capability) {
+  const DistancesKernels& kernels = *capability_of("inner_products_with", capability).distances;
+  return run_pairs(kernels.products, prepare_products("inner_products_with", rows));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
+  m.impl("squared_distances", TORCH_BOX(&squared_distances_cpu));
+  m.impl("squared_distances_with", TORCH_BOX(&squared_distances_with_cpu));
+  m.impl("inner_products", TORCH_BOX(&inner_products_cpu));
+  m.impl("inner_products_with", TORCH_BOX(&inner_products_with_cpu));
+}
+
+}  // namespace coded_torch

@@ -1,0 +1,53 @@
+// The CPU kernels of one instruction set, as the operators see them.
+#pragma once
+
+#include "../distances_args.h"
+#include "../matern_args.h"
+#include "../spline_args.h"
+
+// Other compilers do not know the pragma that sets an instruction set for a whole file.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CODED_TORCH_X86_KERNELS
+#endif
+
+namespace coded_torch {
+
+// Runs tiles begin .. end - 1 of the (group, column tile) grid. `kept` holds num_kept_states * 2 *
+// kTileBytes bytes, aligned to 64. `stream`: results bypass the cache; rows must allow it.
+using TileFunction = void (*)(const SplineArgs& args, int64_t begin, int64_t end, void* kept,
+                              bool stream);
+
+struct TileKernels {
+  int tile_bytes;          // of one row of a tile, in the accumulation type
+  TileFunction run[4][2];  // [DType][transpose]
+};
+
+// Of numbers begin .. end - 1.
+using MaternFunction = void (*)(const MaternArgs& args, int64_t begin, int64_t end);
+
+struct MaternKernels {
+  MaternFunction float64, float32;
+};
+
+// So many rows are taken with a few of a block at a time; blocks stay in cache meanwhile.
+constexpr int kDistancesRows = 4;
+constexpr int64_t kDistancesBlock = 64;
+
+// Of blocks begin .. end - 1. Rows are aligned to 64 bytes, their stride too; beyond the columns,
+// up to the stride, they are 0, and so are kDistancesRows rows behind the last.
+using DistancesFunction = void (*)(const DistancesArgs& args, int64_t begin, int64_t end);
+
+struct DistancesKernels {
+  DistancesFunction distances[2], products[2];  // float64, float32
+};
+
+extern const TileKernels kBaselineTiles;
+extern const MaternKernels kBaselineMatern;
+extern const DistancesKernels kBaselineDistances;
+#ifdef CODED_TORCH_X86_KERNELS
+extern const TileKernels kAvx2Tiles, kAvx512Tiles;
+extern const MaternKernels kAvx2Matern, kAvx512Matern;
+extern const DistancesKernels kAvx2Distances, kAvx512Distances;
+#endif
+
+}  // namespace coded_torch

@@ -1,0 +1,12 @@
+#include "kernels.h"
+
+#ifdef CODED_TORCH_X86_KERNELS
+#pragma GCC target("arch=x86-64-v3")
+#define CODED_TORCH_TILES kAvx2Tiles
+#define CODED_TORCH_MATERN kAvx2Matern
+#define CODED_TORCH_DISTANCES kAvx2Distances
+#define CODED_TORCH_VECTOR_BYTES 32
+#include "distances.inc"
+#include "matern.inc"
+#include "tiles.inc"
+#endif

@@ -1,0 +1,54 @@
+// Runs the CUDA kernel of matern52_out over a whole grid on the host, as spline_grid.cpp does those
+// of the splines.
+#include <cstring>
+#include <exception>
+
+#include "../../csrc/ops/cuda/matern_block.h"
+
+using namespace coded_torch;
+
+#ifdef CODED_TORCH_PTX
+#include "ptx.h"
+
+namespace coded_torch {
+// As declared in matern.cu, so that its names are those of the translated kernels.
+template <class T, int kWidth>
+void matern_kernel(MaternArgs args, T scale);
+}  // namespace coded_torch
+
+template <class T, int kWidth>
+static void run_thread(const MaternArgs& args, int64_t block, int thread) {
+  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaternThreads};
+  matern_kernel<T, kWidth>(args, static_cast<T>(args.scale));
+}
+#else
+template <class T, int kWidth>
+static void run_thread(const MaternArgs& args, int64_t block, int thread) {
+  matern_thread<T, kWidth>(args, static_cast<T>(args.scale), block * kMaternThreads + thread);
+}
+#endif
+
+template <class T, int kWidth>
+static void run(const MaternArgs& args) {
+  constexpr int64_t kPerBlock = int64_t{kMaternThreads} * kWidth;
+  for (int64_t block = 0; block < (args.count + kPerBlock - 1) / kPerBlock; ++block) {
+    for (int thread = 0; thread < kMaternThreads; ++thread)
+      run_thread<T, kWidth>(args, block, thread);
+  }
+}
+
+template <class T>
+static void run(const MaternArgs& args) {
+  fits_wide<T>(args) ? run<T, kMaternWidth<T>>(args) : run<T, 1>(args);
+}
+
+// `failure` receives what went wrong, if anything.
+extern "C" void coded_torch_run_matern(const void* squared, void* out, int64_t count, double scale,
+                                       bool wide, char failure[80]) {
+  const MaternArgs args{squared, out, count, scale};
+  try {
+    wide ? run<double>(args) : run<float>(args);
+  } catch (const std::exception& error) {
+    std::strncpy(failure, error.what(), 79);
+  }
+}

@@ -1,0 +1,178 @@
+"""The Matern covariance: every kernel of the CPU, and that of CUDA on the host and on a GPU."""
+
+import ctypes
+import math
+import re
+
+import pytest
+import torch
+
+from coded_torch.ops import matern52
+
+from .grids import build_host, build_ptx
+from .test_cuda import NVCC, run_nvcc
+from .test_ops import CAPABILITIES
+from .test_setup import load_setup
+
+DTYPES = (torch.float64, torch.float32)
+
+
+def reference(squared, length):
+    s = math.sqrt(5) * squared.double().sqrt() / length
+    return torch.where(s < math.inf, (1 + s + s.square() / 3) * torch.exp(-s), 0)
+
+
+def problem(dtype, count=5003):
+    """Squared distances of all sizes, length 2 among them, and 0 and infinity."""
+    squared = torch.rand(count, generator=torch.Generator().manual_seed(count), dtype=dtype)
+    squared = torch.exp(squared * 40 - 30)  # up to some 75 lengths
+    squared[::7] = 0
+    squared[3::101] = math.inf
+    return squared
+
+
+def check(got, squared, length):
+    want = reference(squared, length)
+    eps = torch.finfo(squared.dtype).eps
+    s = math.sqrt(5) * squared.double().sqrt() / length
+    # Three roundings of s here and there, which times its size are in the exponent, and those of
+    # the rest; what vanishes has a factor below any normal number.
+    error = (got.double() - want).abs() - want * eps * (4 + 3 * s.clamp(max=1e3))
+    assert error.max() <= 1e6 * torch.finfo(squared.dtype).tiny
+    assert (got[squared == 0] == 1).all()
+    assert (got[squared == math.inf] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel(capability, dtype):
+    squared = problem(dtype)
+    out = torch.empty_like(squared)
+    torch.ops.coded_torch.matern52_out_with(squared, math.sqrt(5) / 2, out, capability)
+    check(out, squared, 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 3, 7, 8, 9, 15, 16, 17, 33, 100_003])
+def test_a_number_depends_on_nothing_but_itself(count, dtype):
+    whole = problem(dtype, 100_006)
+    want = matern52(whole, 0.5)
+    for begin in (0, 1, 3):  # aligned or not
+        part = whole[begin : begin + count]
+        assert torch.equal(matern52(part, 0.5), want[begin : begin + count])
+        copy = part.clone()
+        assert matern52(copy, 0.5, out=copy) is copy
+        assert torch.equal(copy, want[begin : begin + count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_is_no_distance_stays_no_number(capability, dtype):
+    squared = torch.full((37,), math.nan, dtype=dtype)
+    squared[1::2] = -1
+    out = torch.zeros_like(squared)
+    torch.ops.coded_torch.matern52_out_with(squared, 1.0, out, capability)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts_and_lengths(dtype):
+    squared = problem(dtype, 5000).view(50, 100)
+    want = matern52(squared, 0.1)
+    for strided in (squared.T, squared[:, ::2], squared[:1].expand(3, -1)):
+        got = matern52(strided, 0.1)
+        assert got.is_contiguous()
+        check(got, strided, 0.1)
+    assert torch.equal(matern52(squared.T, 0.1), want.T)
+    far = torch.tensor([0.0, 1e-300, 1e300, math.inf], dtype=torch.float64)
+    assert matern52(far, 1e-3)[2:].abs().max() == 0
+    assert torch.equal(matern52(far.to(dtype), 1e-200)[:1], torch.ones(1, dtype=dtype))
+    assert not matern52(problem(dtype), 1e-300).isnan().any()
+
+
+def test_bad_arguments():
+    squared = torch.ones(4, 4)
+    for given, out, message in (
+        (squared.half(), squared.half(), "must be float64 or float32, got Half"),
+        (squared, torch.empty(4, 5), r"out must have the shape.*got Float \[4, 5\] for Float"),
+        (squared, torch.empty(4, 4).double(), r"got Double \[4, 4\] for Float \[4, 4\]"),
+        (squared, torch.empty(4, 8)[:, ::2], "must be contiguous"),
+        (squared[1:], squared[:3], "or apart from it"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            matern52(given, 1.0, out=out)
+    with pytest.raises(RuntimeError, match="squared_distances must not require a gradient"):
+        matern52(squared.requires_grad_(), 1.0)
+    out = torch.ones(3)
+    with pytest.raises(RuntimeError, match="capability must be one of this machine's, got mmx"):
+        torch.ops.coded_torch.matern52_out_with(out, 1.0, out, "mmx")
+
+
+def test_opcheck():
+    squared = problem(torch.float32, 100)
+    operator = torch.ops.coded_torch.matern52_out.default
+    torch.library.opcheck(operator, (squared, 1.0, torch.empty_like(squared)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
+def test_compiles():
+    squared = problem(torch.float32, 100)
+    run = torch.compile(lambda d: matern52(d, 0.5) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(squared), matern52(squared, 0.5) + 1)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return build_host(tmp_path_factory.mktemp("matern"), "matern_grid.cpp")
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    return build_ptx(tmp_path_factory.mktemp("matern-ptx"), "matern_grid.cpp", "matern.cu")
+
+
+@pytest.mark.parametrize("compiled", ["host", "ptx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 255, 1023, 5003])
+@pytest.mark.parametrize("offset", [0, 1])  # wide packs, and numbers one by one
+def test_the_kernel_body_over_a_whole_grid(request, compiled, dtype, count, offset):
+    run = request.getfixturevalue(compiled).coded_torch_run_matern
+    squared = problem(dtype)[offset : offset + count]
+    out = torch.full_like(squared, math.nan)
+    failure = ctypes.create_string_buffer(80)
+
+    def run_on(squared, out, scale):
+        memory = ctypes.c_void_p(squared.data_ptr()), ctypes.c_void_p(out.data_ptr())
+        count, scale = ctypes.c_int64(squared.numel()), ctypes.c_double(scale)
+        run(*memory, count, scale, dtype == torch.float64, failure)
+
+    run_on(squared, out, math.sqrt(5) / 2)
+    assert failure.value == b""
+    if count:
+        check(out, squared, 2.0)
+    nothing = torch.full((9,), math.nan, dtype=dtype)
+    run_on(nothing, nothing, 1.0)
+    assert nothing.isnan().all()
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_compiles_links_and_does_not_spill(tmp_path):
+    log = run_nvcc(
+        *load_setup().ARCHITECTURES, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        "-o", str(tmp_path / "matern.so"), source="matern.cu",
+    )  # fmt: skip
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    )
+    assert len(spills) == 2 * 4  # architectures, dtypes wide and narrow
+    assert set(spills) == {("0", "0", "0")}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_on_a_gpu(dtype, offset):
+    squared = problem(dtype, 300_001)[offset:]
+    check(matern52(squared.cuda()[offset:], 2.0).cpu(), squared[offset:], 2.0)

@@ -1,0 +1,160 @@
+"""Distances and products of rows: every kernel of the CPU, and CUDA's on the host and a GPU."""
+
+import ctypes
+import re
+
+import pytest
+import torch
+
+from coded_torch.ops import inner_products, squared_distances
+
+from .grids import build_host, build_ptx
+from .test_cuda import NVCC, run_nvcc
+from .test_ops import CAPABILITIES
+from .test_setup import load_setup
+
+DTYPES = (torch.float64, torch.float32)
+SIZES = [(0, 5), (1, 0), (1, 1), (2, 7), (5, 8), (63, 16), (64, 33), (67, 240), (130, 3)]
+
+
+def problem(n, columns, dtype):
+    generator = torch.Generator().manual_seed(n + columns)
+    rows = torch.randn(n, columns, generator=generator, dtype=torch.float64).to(dtype)
+    if n > 4:
+        rows[3] = rows[0]
+        rows[4] = rows[1] + 1e-3 * rows[2]
+    return rows, rows.square().sum(1)
+
+
+def check(got, rows):
+    exact = (rows.double()[:, None] - rows.double()).square().sum(2)
+    eps = torch.finfo(rows.dtype).eps
+    assert ((got.double() - exact).abs() <= (4 + rows.shape[1]) * eps * exact).all()
+    assert torch.equal(got, got.T)
+    assert not got.diagonal().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "columns"), SIZES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel(capability, n, columns, dtype):
+    rows, squares = problem(n, columns, dtype)
+    got = torch.ops.coded_torch.squared_distances_with(rows, squares, 0.0, capability)
+    assert got.dtype == dtype
+    check(got, rows)
+
+
+def check_products(got, rows):
+    rows = rows.double()
+    error = (got.double() - rows @ rows.T).abs()
+    eps = torch.finfo(got.dtype).eps
+    assert (error <= (4 + rows.shape[1]) * eps * (rows.abs() @ rows.abs().T)).all()
+    assert torch.equal(got, got.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "columns"), SIZES)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_kernel_of_products(capability, n, columns, dtype):
+    rows, _ = problem(n, columns, dtype)
+    got = torch.ops.coded_torch.inner_products_with(rows, capability)
+    assert got.dtype == dtype
+    check_products(got, rows)
+    if capability == CAPABILITIES[0]:
+        assert torch.equal(inner_products(rows), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_depends_on_nothing_but_its_rows(dtype):
+    rows, squares = problem(130, 50, dtype)
+    whole = squared_distances(rows, squares, 0.0)
+    some = torch.randperm(130, generator=torch.Generator().manual_seed(0))[:70]
+    part = squared_distances(rows[some], squares[some], 0.0)
+    assert torch.equal(part, whole[some][:, some])
+
+
+def test_what_rounding_may_cause_is_nothing():
+    rows, squares = problem(67, 20, torch.float64)
+    exact = squared_distances(rows, squares, 0.0)
+    got = squared_distances(rows, squares, 0.1)
+    small = exact <= (1 + squares[:, None] + squares) * 0.1
+    assert 67 < small.sum() < 67**2
+    assert torch.equal(got, exact.masked_fill(small, 0))
+
+
+def test_bad_arguments():
+    rows, squares = problem(5, 8, torch.float32)
+    for given, lengths, message in (
+        (rows.half(), squares, "rows must be float64 or float32, got Half"),
+        (rows.T, squares, r"rows must be contiguous, \[rows, columns\], got \[8, 5\]"),
+        (rows, squares[1:], r"squares must be contiguous, \[5\], of the dtype.*got Float \[4\]"),
+        (rows, squares.double(), r"squares must be contiguous.*got Double \[5\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            squared_distances(given, lengths, 0.0)
+    with pytest.raises(RuntimeError, match="inner_products: rows must be float64 or float32"):
+        inner_products(rows.half())
+    rows.requires_grad_()
+    with pytest.raises(RuntimeError, match="squared_distances: rows must not require a gradient"):
+        squared_distances(rows, squares, 0.0)
+    with pytest.raises(RuntimeError, match="inner_products: rows must not require a gradient"):
+        inner_products(rows)
+
+
+def test_opcheck():
+    operator = torch.ops.coded_torch.squared_distances.default
+    rows, squares = problem(5, 8, torch.float32)
+    torch.library.opcheck(operator, (rows, squares, 0.0))
+    torch.library.opcheck(torch.ops.coded_torch.inner_products.default, (rows,))
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return build_host(tmp_path_factory.mktemp("distances"), "distances_grid.cpp")
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("distances-ptx")
+    return build_ptx(folder, "distances_grid.cpp", "distances.cu")
+
+
+@pytest.mark.parametrize("compiled", ["host", "ptx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "columns"), SIZES)
+def test_the_kernel_body_over_a_whole_grid(request, compiled, n, columns, dtype):
+    run = request.getfixturevalue(compiled).coded_torch_run_distances
+    rows, squares = problem(n, columns, dtype)
+    out = torch.full((n, n), torch.nan, dtype=dtype)
+    failure = ctypes.create_string_buffer(80)
+    sizes = ctypes.c_int64(n), ctypes.c_int64(columns)
+    # Of empty tensors the address is 0, too.
+    for lengths in [squares.data_ptr(), None] if n else []:
+        tensors = map(ctypes.c_void_p, (rows.data_ptr(), lengths, out.data_ptr()))
+        run(*tensors, *sizes, ctypes.c_double(0), dtype == torch.float64, failure)
+        assert failure.value == b""
+        (check_products if lengths is None else check)(out, rows)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+def test_compiles_links_and_does_not_spill(tmp_path):
+    log = run_nvcc(
+        *load_setup().ARCHITECTURES, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        "-o", str(tmp_path / "distances.so"), source="distances.cu",
+    )  # fmt: skip
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    )
+    assert len(spills) == 2 * 8  # architectures, dtypes wide and narrow, distances and products
+    assert set(spills) == {("0", "0", "0")}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [33, 240])
+def test_on_a_gpu(dtype, columns):
+    rows, squares = problem(300, columns, dtype)
+    check(squared_distances(rows.cuda(), squares.cuda(), 0.0).cpu(), rows)
+    check_products(inner_products(rows.cuda()).cpu(), rows)
