@@ -23,6 +23,7 @@ from ._agreement import Agreement
 from ._collect import collect
 from ._guesses import Guesses, surrogates
 from ._inputs import Inputs
+from ._narrowing import Narrowing
 from ._residuals import answer
 from ._results import Results
 from ._stand_in import StandIn
@@ -223,12 +224,10 @@ class CodedWrapper(StandIn):
         self.link = link
         self.audit = audit
         self.surrogate = surrogates(surrogate)
-        self.in_dims = in_dims
-        self.out_dims = out_dims
-        self.on_run = on_run
-        self.last_run = None
-        self._history, self._encode_memory = History(), Buffers(host_memory, 1, least=1 << 22)
-        self._dealer = random.Random(0)
+        self.in_dims, self.out_dims = in_dims, out_dims
+        self.on_run, self.last_run = on_run, None
+        self._history, self._narrowing, self._dealer = History(), Narrowing(), random.Random(0)
+        self._encode_memory = Buffers(host_memory, 1, least=1 << 22)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Answer as a call does, and return the report of this very call beside the answers.
@@ -309,6 +308,7 @@ class CodedWrapper(StandIn):
                     answers = answer(inputs, units, of, guesses, self.link, report, generations)
                 if report.ended in ("deadline", "patience") and not self.workers.simulated:
                     self._history.decoded(report.decode_seconds)
+                    self._narrowing.note(units.plan.code, report.distances)
             report.failed = False
             return answers
         finally:
@@ -320,8 +320,8 @@ class CodedWrapper(StandIn):
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
         check_ordering(self, self.ordering)  # it may have been assigned
         if not (waiting.at_once or self.code.mixes):
-            machines = self.workers.num_machines
-            return Rows(inputs, self.code, self.ordering, machines, self.out_dims)
+            code = self.code if self.workers.simulated else self._narrowing.of(self.code)
+            return Rows(inputs, code, self.ordering, self.workers.num_machines, self.out_dims)
         return Columns(
             inputs,
             self.code,
