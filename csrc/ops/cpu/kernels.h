@@ -25,8 +25,12 @@ struct TileKernels {
 // Of numbers begin .. end - 1.
 using MaternFunction = void (*)(const MaternArgs& args, int64_t begin, int64_t end);
 
+// Of rows begin .. end - 1 of the result.
+using MaternAmongFunction = void (*)(const MaternAmongArgs& args, int64_t begin, int64_t end);
+
 struct MaternKernels {
-  MaternFunction float64, float32;
+  MaternFunction run[2];  // float64, float32
+  MaternAmongFunction run_among[2];
 };
 
 // So many rows are taken with a few of a block at a time; blocks stay in cache meanwhile.

@@ -1,8 +1,11 @@
-// matern52_out on the CPU. A number's result depends on nothing but the number.
+// matern52_out and matern52_among on the CPU. A number's result depends on nothing but the number.
 #include <torch/csrc/stable/library.h>
+
+#include <algorithm>
 
 #include "../matern_checks.h"
 #include "capabilities.h"
+#include "huge_pages.h"
 
 namespace coded_torch {
 
@@ -12,8 +15,7 @@ constexpr int64_t kNumbersPerThread = int64_t{1} << 15;
 static void run_matern(const MaternKernels& kernels, const Tensor& squared, double scale,
                        const Tensor& out) {
   const MaternArgs args = matern_args(squared, scale, out);
-  const bool wide = squared.scalar_type() == ScalarType::Double;
-  const MaternFunction run = wide ? kernels.float64 : kernels.float32;
+  const MaternFunction run = kernels.run[squared.scalar_type() == ScalarType::Float];
   torch::stable::parallel_for(0, args.count, kNumbersPerThread,
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
 }
@@ -27,7 +29,44 @@ void matern52_out_with_cpu(const Tensor& squared, double scale, const Tensor& ou
   run_matern(*capability_of("matern52_out_with", capability).matern, squared, scale, out);
 }
 
+static void check_indices(const Tensor& index, int64_t size) {
+  const auto* indices = static_cast<const int64_t*>(index.const_data_ptr());
+  for (int64_t i = 0; i < index.numel(); ++i) {
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < size,
+                    "matern52_among: rows and columns must lie in 0..", size - 1, ", got ",
+                    indices[i]);
+  }
+}
+
+static Tensor run_among(const MaternKernels& kernels, const Tensor& squared, const Tensor& rows,
+                        const Tensor& columns, double scale) {
+  const MaternAmongCall call = prepare_among(squared, rows, columns, scale);
+  const MaternAmongArgs& args = call.args;
+  check_indices(rows, squared.size(0));
+  check_indices(columns, squared.size(1));
+  if (args.num_columns == 0) return call.out;
+  ask_for_huge_pages(args.out, call.out.numel() * static_cast<int64_t>(call.out.element_size()));
+  const MaternAmongFunction run = kernels.run_among[squared.scalar_type() == ScalarType::Float];
+  torch::stable::parallel_for(0, args.num_rows,
+                              std::max<int64_t>(1, kNumbersPerThread / args.num_columns),
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return call.out;
+}
+
+Tensor matern52_among_cpu(const Tensor& squared, const Tensor& rows, const Tensor& columns,
+                          double scale) {
+  return run_among(*capabilities().front().matern, squared, rows, columns, scale);
+}
+
+Tensor matern52_among_with_cpu(const Tensor& squared, const Tensor& rows, const Tensor& columns,
+                               double scale, const std::string& capability) {
+  return run_among(*capability_of("matern52_among_with", capability).matern, squared, rows, columns,
+                   scale);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
+  m.impl("matern52_among", TORCH_BOX(&matern52_among_cpu));
+  m.impl("matern52_among_with", TORCH_BOX(&matern52_among_with_cpu));
   m.impl("matern52_out", TORCH_BOX(&matern52_out_cpu));
   m.impl("matern52_out_with", TORCH_BOX(&matern52_out_with_cpu));
 }

@@ -1,4 +1,5 @@
-// matern52_out on CUDA: check, launch. The kernel's body is in matern_block.h.
+// matern52_out and matern52_among on CUDA: check, launch. The kernels' bodies are in
+// matern_block.h.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -13,14 +14,24 @@ __global__ void __launch_bounds__(kMaternThreads) matern_kernel(MaternArgs args,
   matern_thread<T, kWidth>(args, scale, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
 }
 
+template <class T>
+__global__ void __launch_bounds__(kMaternThreads)
+    matern_among_kernel(MaternAmongArgs args, T scale) {
+  matern_among_thread<T>(args, scale, int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
+}
+
+// As many as have so many numbers to do, each `per_block`.
+static unsigned blocks_of(const char* op, int64_t count, int64_t per_block) {
+  // The x dimension of a grid holds 2^31 - 1 blocks.
+  const int64_t most = ((int64_t{1} << 31) - 1) * per_block;
+  STD_TORCH_CHECK(count <= most, op, ": at most ", most, " squared distances fit a grid, got ",
+                  count);
+  return static_cast<unsigned>((count + per_block - 1) / per_block);
+}
+
 template <class T, int kWidth>
 static void launch(const MaternArgs& args, int device_index) {
-  constexpr int64_t kPerBlock = int64_t{kMaternThreads} * kWidth;
-  // The x dimension of a grid holds 2^31 - 1 blocks.
-  constexpr int64_t kMost = ((int64_t{1} << 31) - 1) * kPerBlock;
-  STD_TORCH_CHECK(args.count <= kMost, "matern52_out: at most ", kMost,
-                  " squared distances fit a grid, got ", args.count);
-  const auto blocks = static_cast<unsigned>((args.count + kPerBlock - 1) / kPerBlock);
+  const unsigned blocks = blocks_of("matern52_out", args.count, int64_t{kMaternThreads} * kWidth);
   matern_kernel<T, kWidth><<<blocks, kMaternThreads, 0, current_stream(device_index)>>>(
       args, static_cast<T>(args.scale));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -41,7 +52,28 @@ void matern52_out_cuda(const Tensor& squared, double scale, const Tensor& out) {
                                               : launch<float>(args, device_index);
 }
 
+template <class T>
+static void launch(const MaternAmongArgs& args, int device_index) {
+  const unsigned blocks =
+      blocks_of("matern52_among", args.num_rows * args.num_columns, kMaternThreads);
+  matern_among_kernel<T><<<blocks, kMaternThreads, 0, current_stream(device_index)>>>(
+      args, static_cast<T>(args.scale));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+Tensor matern52_among_cuda(const Tensor& squared, const Tensor& rows, const Tensor& columns,
+                           double scale) {
+  const int device_index = squared.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_index);
+  const MaternAmongCall call = prepare_among(squared, rows, columns, scale);
+  if (call.out.numel() == 0) return call.out;
+  squared.scalar_type() == ScalarType::Double ? launch<double>(call.args, device_index)
+                                              : launch<float>(call.args, device_index);
+  return call.out;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
+  m.impl("matern52_among", TORCH_BOX(&matern52_among_cuda));
   m.impl("matern52_out", TORCH_BOX(&matern52_out_cuda));
 }
 

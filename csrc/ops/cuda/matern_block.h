@@ -1,5 +1,5 @@
-// The body of the CUDA kernel of matern52_out: a function of the thread, that runs on the host just
-// as well.
+// The bodies of the CUDA kernels of matern52_out and matern52_among: functions of the thread, that
+// run on the host just as well.
 #pragma once
 
 #include <cmath>
@@ -63,6 +63,16 @@ CODED_TORCH_HD void matern_thread(const MaternArgs& args, T scale, int64_t threa
     return;
   }
   for (int64_t i = first; i < args.count; ++i) to[i] = matern52<Scalars<T>>(from[i], scale);
+}
+
+// One number of the result.
+template <class T>
+CODED_TORCH_HD void matern_among_thread(const MaternAmongArgs& args, T scale, int64_t thread) {
+  if (thread >= args.num_rows * args.num_columns) return;
+  const int64_t row = args.rows[thread / args.num_columns];
+  const int64_t column = args.columns[thread % args.num_columns];
+  const T squared = static_cast<const T*>(args.squared)[row * args.stride + column];
+  static_cast<T*>(args.out)[thread] = matern52<Scalars<T>>(squared, scale);
 }
 
 }  // namespace coded_torch
