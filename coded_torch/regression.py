@@ -306,7 +306,7 @@ class PartialRegression(Regression):
         )  # [O, U]
         self._weights = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
         inverses = projection.diagonal()[points] - half.square_().sum(0)
-        self._variances = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
+        self._variances: Tensor = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
 
     @property
     def leave_one_out_variances(self) -> Tensor:

@@ -116,9 +116,9 @@ class SelectMap(LinearMap):
                 f"each combined output, or one for all, got {tuple(matrix.shape)}"
             )
         self._takes_any_dtype = not (len(combined) or len(used))
-        source, indices = source.clamp(min=0), (combined, used)
-        rounded = source, *indices, weights.float()
-        super().__init__(num_inputs, len(source), source, *indices, matrix, rounded=rounded)
+        source = source.clamp(min=0)
+        rounded = source, combined, used, weights.float()
+        super().__init__(num_inputs, len(source), source, combined, used, matrix, rounded=rounded)
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         source, combined, used, matrix = self._operands(values)
