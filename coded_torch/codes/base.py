@@ -50,8 +50,7 @@ class Code(abc.ABC):
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`~coded_torch.codes.CurveCode` if inputs and workers sit at points of a curve besides,
-       else from this.
+       :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
     2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
        kept under its name; ``super().__init__`` first, which checks K and N.
     3. Write ``_make_encoder`` and ``_make_decoder`` (of a curve ``_curve``), which return a
@@ -151,18 +150,18 @@ class Code(abc.ABC):
         Raises:
             TypeError, ValueError: as making one; the code has no such argument.
         """
-        names = inspect.signature(type(self)).parameters
+        names = self._bound().signature.parameters
         for name in values:
             if name not in names:
                 raise TypeError(
                     f"{type(self).__name__}: replace takes {', '.join(names)}, got {name}"
                 )
-        return type(self)(**(self._arguments() | values))
+        return type(self)(**(self._bound().arguments | values))
 
-    def _arguments(self) -> dict[str, Any]:
-        """What the code was made of, by name."""
+    def _bound(self) -> inspect.BoundArguments:
+        """What the code was made of; of a class, Python 3.10 has the signature of ``__new__``."""
         args, kwargs = self._given
-        return dict(inspect.signature(type(self)).bind(*args, **kwargs).arguments)
+        return inspect.signature(self.__init__).bind(*args, **kwargs)  # type: ignore[misc]
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
@@ -175,7 +174,7 @@ class Code(abc.ABC):
 
     def __repr__(self) -> str:
         """The arguments, without those that are None or arrays."""
-        given = inspect.signature(type(self)).bind(*self._given[0], **self._given[1])
+        given = self._bound()
         given.apply_defaults()
         values = {k: getattr(self, k, v) for k, v in given.arguments.items() if v is not None}
         shown = (

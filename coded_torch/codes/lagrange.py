@@ -101,7 +101,7 @@ class LagrangeCode(CurveCode):
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
-        if "degree" in self._arguments():
+        if "degree" in self._bound().arguments:
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
