@@ -46,7 +46,7 @@ class KernelCode(Code):
     :class:`~coded_torch.regression.KernelRegression`. Inputs whose own result arrived are answered
     by that result, bit for bit. Where the batch's own results are predicted badly from each other,
     predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.regression.KernelRegression.trust`.
+    :meth:`~coded_torch.regression.Regression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
     the others say least about, so a batch is answered exactly up to the inputs whose
