@@ -186,7 +186,9 @@ class Call:
         self.hedges = not waiting.at_once and waiting.extra > 0
         self.median = history.call(self.rows)
         if waiting.deadline is not None:
-            self.deadline = waiting.deadline - history.decoding(most=waiting.deadline / 4)
+            # More predictions take more time, from all calls: none is forced by leaving time for it.
+            usual = min(waiting.deadline, 2 * self.median)
+            self.deadline = max(waiting.deadline - history.decoding(), usual)
         else:
             never = waiting.at_once or waiting.patience == math.inf
             self.deadline = math.inf if never else waiting.patience * self.median

@@ -119,11 +119,11 @@ class History:
         with self._lock:
             self._decodings.append(seconds)
 
-    def decoding(self, most: float) -> float:
+    def decoding(self) -> float:
         """Seconds that predicting takes, three times of four; 0 until it is known."""
         with self._lock:
             ordered = sorted(self._decodings)
-        return min(most, ordered[3 * len(ordered) // 4]) if ordered else 0.0
+        return ordered[3 * len(ordered) // 4] if ordered else 0.0
 
     def earn(self, extra: float) -> None:
         """One more call, which allows for ``extra`` of its work to be asked again."""

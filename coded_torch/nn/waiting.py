@@ -70,10 +70,10 @@ class Waiting:
     - A part that has run longer than a fence (:meth:`History.fence`), from its begin, is asked
       again: at most three times, the first time split over up to four idle machines. One that
       failed is asked again at once, until it has failed three times.
-    - At the deadline, less what predicting took lately (a quarter of it at most), what is missing
-      is predicted, if half is there; else half is waited for. Without a deadline, that is after
-      ``patience`` running medians of whole calls, queueing included, and as much is waited for as
-      the code needs. Until 32 parts have replied there is neither that nor a fence.
+    - At the deadline, less what predicting took lately (but not before two running medians of whole
+      calls), what is missing is predicted, if half is there; else half is waited for. Without a
+      deadline, that is after ``patience`` such medians, queueing included, and as much is waited
+      for as the code needs. Until 32 parts have replied there is neither that nor a fence.
 
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 

@@ -99,15 +99,18 @@ def test_what_the_code_cannot_decode_is_waited_for(least, ended):
 def test_time_to_predict_is_kept_before_the_deadline():
     history = known()
     events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
-    for seconds, until in [(0.0, 1.2), (0.02, 1.18), (5.0, 0.9)]:  # a quarter at most
+    waiting = Waiting(deadline=4.0, extra=0)
+    for seconds, until in [(0.0, 4.0), (0.5, 3.5), (5.0, 2.0)]:  # twice what calls take, at least
         for _ in range(16):
             history.decoded(seconds)
-        _, waits, ended = drive(Waiting(deadline=1.2), events, history=history)
+        _, waits, ended = drive(waiting, events, history=history)
         assert waits[-1] == pytest.approx(until)
-        assert (ended.reason, ended.deadline) == ("deadline", 1.2)
+        assert (ended.reason, ended.deadline) == ("deadline", 4.0)
+    _, waits, _ = drive(Waiting(deadline=1.2, extra=0), events, history=history)
+    assert waits[-1] == 1.2
     for _ in range(5):
-        history.decoded(0.02)
-    assert history.decoding(most=math.inf) == 5.0  # three of four
+        history.decoded(0.5)
+    assert history.decoding() == 5.0  # three of four
 
 
 def test_without_an_idle_machine_a_late_part_queues_whole():
