@@ -186,7 +186,7 @@ class Call:
         self.hedges = not waiting.at_once and waiting.extra > 0
         self.median = history.call(self.rows)
         if waiting.deadline is not None:
-            # More predictions take more time, from all calls: none is forced by leaving time for it.
+            # Where calls often need all of it, more predictions would take more time from all.
             usual = min(waiting.deadline, 2 * self.median)
             self.deadline = max(waiting.deadline - history.decoding(), usual)
         else:
