@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["differentiated", "outside", "plain"]
+__all__ = ["differentiated", "exactly", "outside", "plain"]
 
 
 def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
@@ -35,6 +35,16 @@ def differentiated(tensor: Tensor) -> bool:
         or bool(torch._C._are_functorch_transforms_active())
         or forward_ad.unpack_dual(tensor).tangent is not None
     )
+
+
+@contextlib.contextmanager
+def exactly(device: str = "cpu") -> Iterator[None]:
+    """A block, or a function, without autocast, which would round products to half precision."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._transforms import exactly
 from .geometry import Geometry, added_up
 from .grouping import similarity_order
 
@@ -243,11 +244,13 @@ def inner_products(features: Sequence[Tensor]) -> Tensor:
         rows = added_up(x, torch.promote_types(x.dtype, torch.float32))
         rows = rows - rows.mean(0)
         square = rows.square().sum()
-        products = products + rows @ rows.T / torch.where(square > 0, square, 1)
+        with exactly(rows.device.type):
+            products = products + rows @ rows.T / torch.where(square > 0, square, 1)
     assert isinstance(products, Tensor)
     return products.cpu()
 
 
+@exactly()
 def squared_distances(products: Tensor, shrinkage: float) -> Tensor:
     """Squared distances ``[n, n]`` from inner products, in the metric of a geometry.
 

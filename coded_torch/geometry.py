@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, real
+from ._transforms import exactly
 from .ops import inner_products, squared_distances
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Geometry:
         wide = any(x.dtype == torch.float64 for x in inputs)
         dtype = torch.float64 if wide else torch.float32
         self._rounding = _ROUNDINGS * torch.finfo(dtype).eps
-        with _exactly(inputs[0]):
+        with torch.no_grad(), exactly(inputs[0].device.type):
             parts = [added_up(x, dtype) for x in inputs]
             lengths = _lengths(parts)
             finite, typical = _within_reach(lengths)
@@ -154,7 +154,7 @@ class Geometry:
         Of more than 256 features, neighbouring ones are added up until no more are left. Infinite
         to a row that is not finite.
         """
-        with _exactly(self._parts[0]):
+        with torch.no_grad(), exactly(self._parts[0].device.type):
             rows = self._features([_fewer(part) for part in self._parts])
             squares = rows.square().sum(1)
             # |a|^2 + |b|^2 - 2 a.b, in one product; rounding may put it below 0.
@@ -206,7 +206,7 @@ class Geometry:
 
         The diagonal is float64.
         """
-        with _exactly(self._parts[0]):
+        with torch.no_grad(), exactly(self._parts[0].device.type):
             rows = features = self._features(self._parts)
             if self.shrinkage > 0:
                 shrinkage = max(self.shrinkage, self._rounding)
@@ -241,13 +241,6 @@ class Geometry:
 
     def __repr__(self) -> str:
         return f"Geometry(batch_size={self.batch_size})"
-
-
-@contextlib.contextmanager
-def _exactly(x: Tensor) -> Iterator[None]:
-    """No gradients, and no autocast, which would round products to half precision."""
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        yield
 
 
 def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, positive
+from ._transforms import exactly
 from .ops import matern52, matern52_among
 
 __all__ = ["MOST_INVERTED", "NUGGET", "Comparison", "KernelRegression", "PartialRegression"]
@@ -198,9 +199,7 @@ class KernelRegression(Regression):
 
     def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Those of some points with those that have results."""
-        points = self._points
-        if points is None:
-            points = torch.arange(len(self._squared))
+        points = torch.arange(len(self._squared)) if self._points is None else self._points
         return matern52_among(self._squared.to(dtype), rows, points, self.length)
 
     def weights(self, squared_distances: Tensor) -> Tensor:
@@ -221,6 +220,7 @@ class KernelRegression(Regression):
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
         return self._predictions(self._covariances(points, self._factor.dtype))
 
+    @exactly()
     def _predictions(self, covariances: Tensor) -> tuple[Tensor, Tensor]:
         half = _solved(covariances, self._factor, transposed=True)
         weights = _solved(half, self._factor, transposed=False)
@@ -244,6 +244,7 @@ class KernelRegression(Regression):
             inverses = self._of_left_out.double().square().sum(1) - mean.square() / self._precision
         return 1 / inverses.clamp(min=_TINY)  # of a single result they are 0
 
+    @exactly()
     def _residuals(self, results: Tensor) -> Tensor:
         results = results.to(self._factor.dtype)
         if len(self.left_out) == len(self._factor):
@@ -301,9 +302,8 @@ class PartialRegression(Regression):
         self.left_out = torch.arange(len(points))
         across = projection.index_select(0, self._others)  # [O, M]
         self._factor = torch.linalg.cholesky(across.index_select(1, self._others))
-        half = torch.linalg.solve_triangular(
-            self._factor, across.index_select(1, points), upper=False
-        )  # [O, U]
+        known = across.index_select(1, points)  # [O, U]
+        half = torch.linalg.solve_triangular(self._factor, known, upper=False)
         self._weights = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
         inverses = projection.diagonal()[points] - half.square_().sum(0)
         self._variances: Tensor = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
@@ -324,8 +324,7 @@ class PartialRegression(Regression):
         every = results.new_empty(len(self._projection), results.shape[1])
         every.index_copy_(0, self._points, results)
         every.index_copy_(0, self._others, self._weights @ results)
-        residuals: Tensor = self._projection @ every
-        return residuals.index_select(0, self._points)
+        return torch.mm(self._projection, every).index_select(0, self._points)
 
 
 def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
@@ -346,6 +345,7 @@ class Comparison:
         lengths: of each kernel, positive.
     """
 
+    @exactly()
     def __init__(self, squared_distances: Sequence[Tensor], lengths: Sequence[float]) -> None:
         if not squared_distances:
             self._half = torch.zeros(0, 0, 0)
@@ -365,6 +365,7 @@ class Comparison:
         self._inverses = inverses.clamp_(min=torch.finfo(inverses.dtype).tiny).double()
         self._failed = (failed > 0)[:, None]
 
+    @exactly()
     def losses(self, results: Tensor) -> Tensor:
         r"""One for each kernel and result: less is better.
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count
+from .._transforms import exactly
 from .._weights import fingerprint
 from ..codes._points import path_step
 from ..grouping import similarity_order
@@ -281,11 +282,12 @@ class _Snapshot:
         return placed
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        z = self._space(side_by_side(inputs))
-        squares = z.square().sum(1, keepdim=True)
-        squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
-        covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
-        outputs = torch.addmm(self._mean, covariances, self._weights)
+        with exactly(self._rows.device.type):
+            z = self._space(side_by_side(inputs))
+            squares = z.square().sum(1, keepdim=True)
+            squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
+            covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
+            outputs = torch.addmm(self._mean, covariances, self._weights)
         shapes = self.form[1]
         parts = outputs.split([shape.numel() for shape in shapes], 1)
         return [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
