@@ -49,8 +49,8 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "load 0.4, 3 % delayed": Case(ProcessWorkers, 0.4, {"num_requests": 5000}, None),
-    "few, none delayed": Case(ProcessWorkers, 0.1, {"num_requests": 1000, "share": 0.0}, CALM),
+    "load 0.4, 3 % delayed": Case(ProcessWorkers, 0.4, {"num_requests": 4000}, None),
+    "few, none delayed": Case(ProcessWorkers, 0.1, {"num_requests": 600, "share": 0.0}, CALM),
     "no sleep, 3 % delayed": Case(ProcessWorkers, 0.1, {"sleep": False}, SOME),
     "Ray, 3 % delayed": Case(RayWorkers, 0.1, {"num_requests": 500}, SOME),
 }

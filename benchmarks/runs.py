@@ -147,7 +147,8 @@ def keep(
         path: of the file; None: keep nothing.
 
     Raises:
-        ValueError: the file was measured with other settings, or in another environment.
+        ValueError: the file was measured with other settings, or in another environment; nothing
+            has all the words among its names.
     """
     head = {
         "command": f"python -m benchmarks {name}{' --quick' if quick else ''}",
@@ -157,11 +158,10 @@ def keep(
     results = read_results(path) if path else {}
     if results and (others := [key for key in head if results.get(key) != head[key]]):
         raise ValueError(f"{path} was measured with other {others[0]}; move it away")
-    todo = [
-        (key, measurement)
-        for key, measurement in benchmark.measurements(quick, device)
-        if set(only) <= set(key) and not _found(results.get("measured", {}), key)
-    ]
+    chosen = [x for x in benchmark.measurements(quick, device) if set(only) <= set(x[0])]
+    if not chosen:
+        raise ValueError(f"--only must be names of what {name} measures, got {' '.join(only)}")
+    todo = [x for x in chosen if not _found(results.get("measured", {}), x[0])]
     for key, measurement in progress(todo, name):
         start = time.perf_counter()
         try:

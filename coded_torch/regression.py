@@ -232,6 +232,7 @@ class KernelRegression(Regression):
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
+        results = results.to(self._factor.dtype)
         mean = (self._mean @ results / self._precision).squeeze(0)
         return torch.cholesky_solve(results - mean, self._factor), mean
 

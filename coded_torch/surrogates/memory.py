@@ -17,6 +17,7 @@ from .._transforms import exactly
 from .._weights import fingerprint
 from ..codes._points import path_step
 from ..grouping import similarity_order
+from ..ops import squared_distances
 from ..regression import KernelRegression, matern52
 from ._space import RANK, Space, evenly, side_by_side, winner
 
@@ -295,14 +296,11 @@ class _Snapshot:
 
 def _regression(rows: Tensor, outputs: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
     """The rows, the length, the weights ``[M, C]`` and the mean ``[C]``, in float32."""
-    z, y = rows.double(), outputs.double()
-    squares = z.square().sum(1)
-    squared = torch.addmm(squares, z, z.T, alpha=-2).add_(squares[:, None]).clamp_(min=0)
-    squared.fill_diagonal_(0)
-    some = evenly(len(z), _PATH)
+    squared = squared_distances(rows.contiguous(), rows.square().sum(1), 0.0)
+    some = evenly(len(rows), _PATH)
     among = squared[some][:, some]
     length = _LENGTH * path_step(among, similarity_order(among.sqrt()))
-    weights, mean = KernelRegression(squared, length).coefficients(y)
+    weights, mean = KernelRegression(squared, length).coefficients(outputs)
     return rows, length, weights.float(), mean.float()
 
 

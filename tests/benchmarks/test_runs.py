@@ -64,6 +64,8 @@ def test_other_environments_do_not_mix(measure, monkeypatch):
 def test_only_what_is_asked_for_is_measured(measure):
     results = measure([(("a", "x"), forbidden), (("b", "x"), dict)], only=["b"])
     assert list(results["measured"]) == ["b"]
+    with pytest.raises(ValueError, match="--only must be names of what thing measures, got c"):
+        measure([(("a", "x"), forbidden)], only=["c"])
 
 
 def test_what_has_no_data_is_left_out(measure, capsys):
