@@ -82,4 +82,9 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    return {"seed": SEED, "batch size": BATCH_SIZE, "batches": 2 if quick else 50}
+    return {
+        "seed": SEED,
+        "batch size": BATCH_SIZE,
+        "batches": 2 if quick else 50,
+        "lies": {name: list(lie) if lie else None for name, lie in AUDITED.items()},
+    }

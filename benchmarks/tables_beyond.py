@@ -144,7 +144,7 @@ def audits(results: Results) -> Iterable[Sequence[str]]:
         for how, found in kinds.items()
     ]
     yield "", *(f"{NAMES[name]}, {code}, {how}" for name, code, how, _ in columns)
-    for lie in columns[0][3]:
+    for lie in results["settings"]["audits"]["lies"]:
         cells = []
         for *_, found in columns:
             share, falsely = found[lie].get("detected"), found[lie]["dropped falsely"]
