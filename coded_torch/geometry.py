@@ -243,6 +243,11 @@ class Geometry:
         return f"Geometry(batch_size={self.batch_size})"
 
 
+def distances_among(rows: Tensor) -> Tensor:
+    """The squared distances of rows ``[n, L]`` as they are, ``[n, n]``, in their precision."""
+    return squared_distances(rows.contiguous(), rows.square().sum(1), 0.0)
+
+
 def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
     """Raise an error unless inputs are a sequence of dense tensors of one batch size."""
     if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):

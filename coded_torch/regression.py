@@ -69,9 +69,8 @@ class Regression(abc.ABC):
         centred = results - results.mean(0)  # which leaves residuals as they are, and precise
         size = (float(centred.abs().max()) if centred.numel() else 0.0) or 1.0
         residuals = self._residuals(centred.div_(size)).double()
-        residuals = residuals * (self.leave_one_out_variances[:, None] * size)
-        self._last = results, residuals
-        return residuals
+        self._last = results, residuals * (self.leave_one_out_variances[:, None] * size)
+        return self._last[1]
 
     def leave_one_out_error(self, results: Tensor) -> float:
         """The root mean square of the residuals, relative to predicting by the mean of the others.
@@ -232,9 +231,9 @@ class KernelRegression(Regression):
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
-        results = results.to(self._factor.dtype)
-        mean = (self._mean @ results / self._precision).squeeze(0)
-        return torch.cholesky_solve(results - mean, self._factor), mean
+        y = results.to(self._factor.dtype)
+        mean = (self._mean @ y / self._precision).squeeze(0)
+        return torch.cholesky_solve(y - mean, self._factor), mean
 
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:

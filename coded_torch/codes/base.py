@@ -386,8 +386,7 @@ class FixedCode(Code):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._decoders = OrderedDict()
-        self._lock = threading.Lock()
+        self._decoders, self._lock = OrderedDict(), threading.Lock()
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
