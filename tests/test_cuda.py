@@ -50,6 +50,9 @@ H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 
 def run_nvcc(*options, source="spline.cu"):
+    """What nvcc says; the test is skipped where there is none."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
     includes = (f"-isystem={path}" for path in include_paths())
     path = str(CSRC / "ops" / "cuda" / source)
     command = [NVCC, *load_setup().NVCC, *options, *includes, path]
@@ -58,11 +61,22 @@ def run_nvcc(*options, source="spline.cu"):
     return done.stderr
 
 
+def linked_without_spills(library, source="spline.cu"):
+    """Make a library; what nvcc says, and how many kernels it holds, none of which spills."""
+    log = run_nvcc(
+        *load_setup().ARCHITECTURES, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        "-o", str(library), source=source,
+    )  # fmt: skip
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    )
+    assert set(spills) == {("0", "0", "0")}
+    return log, len(spills)
+
+
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
     """What nvcc makes of the kernels."""
-    if NVCC is None:
-        pytest.skip("nvcc is not installed")
     path = tmp_path_factory.mktemp("ptx") / "spline.ptx"
     run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
     return path.read_text()
@@ -322,26 +336,18 @@ def test_wide_kernels_move_16_bytes_at_once(ptx):
             assert sizes["st.cs"] == {128}
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def test_compiles_links_and_does_not_spill(tmp_path):
     """Against the torch that is installed, CPU build or not: the stable ABI makes it possible."""
     library = tmp_path / "spline.so"
-    log = run_nvcc(
-        *load_setup().ARCHITECTURES, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
-        "-o", str(library),
-    )  # fmt: skip
+    log, count = linked_without_spills(library)
     assert str(CSRC).encode() not in library.read_bytes()  # no word of where it was built
     kernels = re.findall(r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", log)
     # Four dtypes, forward and transposed, states in shared memory and in a workspace, narrow and
     # wide, and wide with states in registers, on each architecture; two small others.
     assert {a: kernels.count(a) for a in kernels} == {"sm_80": 40, "sm_90": 40}
-    spills = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
-    )
-    assert len(spills) == 2 * (40 + 2)
-    assert set(spills) == {("0", "0", "0")}
+    assert count == 2 * (40 + 2)
     registers = [int(r) for r in re.findall(r"Used (\d+) registers", log)]
-    assert len(registers) == len(spills)
+    assert len(registers) == count
     assert max(registers) <= 128  # four blocks of 128 threads to a multiprocessor
 
 
