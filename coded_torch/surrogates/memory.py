@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ class Memory:
         self._lock = threading.Lock()
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # what is kept for the second to be true
-        self._thread: threading.Thread | None = None
+        # One thread for all regressions: the allocator keeps some of what each thread has freed.
+        self._maker = ThreadPoolExecutor(1, "coded_torch memory")
+        self._making: Future[None] | None = None
         # When the last regression ended, and how long it and finding its space took.
         self._ended, self._seconds, self._size, self._choosing = 0.0, 0.0, 1, 0.0
         self._forget()
@@ -177,11 +180,11 @@ class Memory:
         """
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
-                if self._thread is None and self._num_fresh:
+                if self._making is None and self._num_fresh:
                     self._start()
-                thread = self._thread
-            if thread is not None:
-                thread.join()
+                making = self._making
+            if making is not None:
+                making.result()
 
     def _trim(self, num_outputs: int) -> None:
         most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + RANK)))
@@ -195,7 +198,7 @@ class Memory:
 
     def _rebuild(self) -> None:
         """Make the regression again, if it is worth while and its turn; never waits."""
-        if self._thread is not None or self._num_fresh < min(_FRESH, self.capacity):
+        if self._making is not None or self._num_fresh < min(_FRESH, self.capacity):
             return
         expected = self._seconds * (self._num_rows / self._size) ** 2
         if self._space is None:
@@ -206,9 +209,7 @@ class Memory:
     def _start(self) -> None:
         self._num_fresh = 0
         args = self._generation, self._form, self._space, list(self._rows)
-        # Not a daemon, which Python would stop at exit in the midst of torch: that aborts.
-        self._thread = threading.Thread(target=self._make, args=args, name="coded_torch memory")
-        self._thread.start()
+        self._making = self._maker.submit(self._make, *args)
 
     def _make(
         self, generation: int, form: Any, space: Space | None, rows: list[tuple[Tensor, Tensor]]
@@ -238,7 +239,7 @@ class Memory:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
         finally:
             with self._lock:
-                self._ended, self._thread = time.monotonic(), None
+                self._ended, self._making = time.monotonic(), None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.capacity,)
