@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import KernelCode
-from coded_torch.demo.latency import Sleeping
+from coded_torch.demo.latency import Sleeping, frozen_heap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.surrogates import Memory
@@ -81,7 +81,6 @@ class Requests:
         """Send batches, ``[size]`` rows each, when they arrive."""
         generator = np.random.default_rng(SEED)
         arrivals = generator.exponential(1 / load.rate, len(batches)).cumsum()
-        begin = time.perf_counter() + 0.05
 
         def send(rows: Tensor, arrival: float) -> tuple[float, Tensor, Tensor]:
             with torch.no_grad():
@@ -90,7 +89,8 @@ class Requests:
             return time.perf_counter() - begin - arrival, answers, report.predicted
 
         outcome = Outcome()
-        with ThreadPoolExecutor(load.threads) as callers:
+        with frozen_heap(), ThreadPoolExecutor(load.threads) as callers:
+            begin = time.perf_counter() + 0.05
             futures = []
             for rows, arrival in zip(batches, arrivals, strict=True):
                 time.sleep(max(0.0, begin + arrival - time.perf_counter()))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Choice, Features, name_of
-from ._choices import DEFAULT, LENGTH, LENGTHS, Fitted
+from ._choices import LENGTHS, Fitted
 from ._points import Points, made_by
 from .base import Code, FixedCode, unit_rows
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
@@ -166,17 +166,15 @@ class KernelCode(Code):
         return self, [], "; ".join(notes)
 
     def narrowed(self, choices: Sequence[Choice]) -> KernelCode:
-        """The same code, where only what was chosen competes, and what is taken without a choice.
+        """The same code, where only what was chosen competes.
 
         Args:
             choices: that the code has made.
         """
         won, lengths = {choice.metric for choice in choices}, {choice.length for choice in choices}
-        metrics = [x for x in self.metrics if x == DEFAULT or name_of(x) in won]
-        several = len(self.lengths) > 1
         return self.replace(
-            metric=metrics or self.metrics,
-            length=sorted({LENGTH, *lengths}) if several else self.lengths,
+            metric=[x for x in self.metrics if name_of(x) in won] or self.metrics,
+            length=sorted(lengths) if len(self.lengths) > 1 else self.lengths,
         )
 
     def candidates(self) -> dict[str, Sequence[Any]]:

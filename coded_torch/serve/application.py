@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -164,6 +165,8 @@ class Service:
         """Start the machines; answer what was accepted; end them."""
         try:
             await asyncio.to_thread(self.coded.workers.start)
+            gc.collect()
+            gc.freeze()  # or a full collection stops every request for some 100 ms, to find nothing
             self.ready = True
             yield
         finally:
