@@ -13,8 +13,8 @@ __all__ = ["History"]
 
 _PARTS, _CALLS = 512, 128  # that are remembered
 _LEAST = 32  # parts that have replied, before the history is believed
-_REFIT = 64  # parts, after which the time that a row takes is fitted again
-_GROUP = 8  # parts of few rows, and of many, that the fit needs
+_REFIT = 32  # parts, after which the time that a row takes is fitted again
+_GROUP = 8  # parts of few rows, and of many, at least, that the fit needs
 _DECODINGS = 16  # that are remembered
 
 
@@ -149,27 +149,30 @@ class History:
 
     def _fit(self) -> None:
         self._unfitted = 0
-        sizes = [rows for rows, _, _ in self._parts.entries]
-        fewest, most = min(sizes), max(sizes)
+        sizes = sorted([rows for rows, _, _ in self._parts.entries])
+        fewest, most = sizes[0], sizes[-1]
         if fewest == most == self._most == self._fewest:
             return
-        parts = [(rows, seconds) for rows, seconds, _ in self._parts.entries]
-        x0, y0 = _medians([part for part in parts if 2 * part[0] <= fewest + most])
-        x1, y1 = _medians([part for part in parts if 2 * part[0] > fewest + most])
-        if x0 and x1 and 0 < y1 < math.inf:
+        parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
+        # Where small parts end: near the middle, but with enough on both sides.
+        ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
+        end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)
+        x0, y0 = _medians(parts[:end])
+        x1, y1 = _medians(parts[end:])
+        if end and y1 < math.inf:
             # Of x1 rows, the share of the time that grows, then that of `most` rows.
-            share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1)))
+            share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1))) if y1 else 0.0
             slope = share * most / (share * most + (1 - share) * x1)
         else:
-            slope, fewest, most = 0.0, (x1 or x0), (x1 or x0)
+            slope, fewest, most = 0.0, x1, x1
         self._slope, self._fewest, self._most = slope, fewest, most
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
 
 
 def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
-    """Of rows and of seconds; zeros of too few parts."""
-    if len(parts) < _GROUP:
+    """Of rows and of seconds."""
+    if not parts:
         return 0, 0.0
     rows, seconds = map(sorted, zip(*parts, strict=True))
     return rows[len(parts) // 2], seconds[len(parts) // 2]

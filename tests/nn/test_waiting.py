@@ -306,6 +306,15 @@ def test_latencies_are_compared_by_what_their_rows_should_take():
     assert history.call(32) == pytest.approx(3.0)
 
 
+def test_few_large_parts_do_not_spoil_the_fence_of_small_ones():
+    history = History()
+    for number in range(300):  # parts of 1 or 2 rows that take as long, and hardly ever 8
+        rows = 8 if number % 100 == 40 else 1 + number % 2
+        history.add([(rows, 1.0)], None)
+        if number >= 32:
+            assert history.fence(1) == history.fence(2) == 1.5, number
+
+
 def test_of_one_size_only_fewer_rows_are_given_as_long():
     history = known(rows=16)
     assert (history.part(4), history.part(16), history.part(48)) == (1.0, 1.0, 3.0)
