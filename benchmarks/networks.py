@@ -224,6 +224,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.unsqueeze(1).float() / 255
 
 
+@torch.enable_grad()
 def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
     """Train with Adam and a one-cycle learning rate; fused, in evaluation mode, half precision."""
     with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator

@@ -29,7 +29,7 @@ logger = logging.getLogger("coded_torch.surrogates")
 _FROZEN_AT = 1024  # rows, from which the coordinates are found for the last time
 _LENGTH, _PATH = 2.0, 240  # of the regression, in steps of a path through so many rows
 _FRESH = 256  # new rows, after which the regression is made again
-_SHARE = 0.05  # of the time, that may go into that
+_SHARE = 0.02  # of the time, that may go into that
 _MOST_NUMBERS = 2**25  # that are kept, 128 MB
 
 
@@ -40,7 +40,7 @@ class Memory:
     unmixed, and predicts from them what the module gives for other inputs: a Matern 5/2 regression
     in 96 coordinates of the inputs, the principal ones of its first 1,024 rows, in the metric of
     :data:`~coded_torch.distances.METRICS` in which these predict each other best. When 256 results
-    are new the regression is made again, by a thread of its own, and no more often than costs 5 %
+    are new the regression is made again, by a thread of its own, and no more often than costs 2 %
     of the time; answers never wait for it.
 
     The memory is forgotten as soon as the module's weights change, is no part of the wrapper's
