@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.codes import KernelCode
-from coded_torch.demo.hedging import Hedge
+from coded_torch.demo.hedging import HedgeOnce
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Trace
@@ -48,7 +48,7 @@ DEADLINE = 0.2
 MOST_ROWS = 8  # of a request
 SLACK = 0.015  # seconds after the deadline
 THRESHOLDS = {"1.2 medians": 1.2, "1.5 medians": 1.5, "2 medians": 2.0, "3 medians": 3.0}
-HEDGES = {f"hedge at {name}": Hedge(medians=x) for name, x in THRESHOLDS.items()}
+HEDGES = {f"hedge at {name}": HedgeOnce(medians=x) for name, x in THRESHOLDS.items()}
 POLICIES: dict[str, Waiting | None] = {
     "coded": None,
     "uncoded": Waiting(patience=math.inf, extra=0),

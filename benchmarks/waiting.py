@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from coded_torch.demo.hedging import Hedge, Unsplit
+from coded_torch.demo.hedging import HedgeOnce, Unsplit
 from coded_torch.nn import Waiting
 from coded_torch.simulation import Conditions, Policy, simulate
 
@@ -50,11 +50,11 @@ POLICIES: dict[str, Policy] = {
     "predict at 3 medians of whole calls": Waiting(),
 }
 HEDGES: dict[str, Policy] = {
-    "1.2 medians": Hedge(medians=1.2),
-    "1.5 medians": Hedge(medians=1.5),
-    "2 medians": Hedge(medians=2.0),
-    "fence": Hedge(),
-    "p95": Hedge(quantile=0.95),
+    "1.2 medians": HedgeOnce(medians=1.2),
+    "1.5 medians": HedgeOnce(medians=1.5),
+    "2 medians": HedgeOnce(medians=2.0),
+    "fence": HedgeOnce(),
+    "p95": HedgeOnce(quantile=0.95),
 }
 
 

@@ -117,11 +117,11 @@ def _plan(args: argparse.Namespace) -> None:
         if args.latencies is not None:
             law = planner.read_latencies(args.latencies)
         options = {"median": args.median, "num_requests": args.num_requests, "seed": args.seed}
-        choices = list(planner.plan(goal, law, **options))
+        found = list(planner.plan(goal, law, **options))
     except (OSError, TypeError, ValueError) as error:
         raise UsageError(f"coded-torch plan: {error}") from None
-    say(planner.format_choices(goal, choices))
-    save("plan", planner.draw(goal, choices), output)
+    say(planner.format_options(goal, found))
+    save("plan", planner.draw(goal, found), output)
     say(f"\nShare of slower requests against latency: {output.resolve()}")
 
 

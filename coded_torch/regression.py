@@ -14,7 +14,7 @@ from ._arguments import dense, positive
 from ._transforms import exactly
 from .ops import matern52, matern52_among
 
-__all__ = ["MOST_INVERTED", "NUGGET", "Comparison", "KernelRegression", "PartialRegression"]
+__all__ = ["MOST_INVERTED", "NUGGET", "KernelRegression", "LeaveOneOut", "PartialRegression"]
 __all__ += ["Regression", "matern52"]
 
 #: Variance of a result that its input does not explain, relative to the outputs' variance.
@@ -337,7 +337,7 @@ def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
     return solved
 
 
-class Comparison:
+class LeaveOneOut:
     r"""How badly results are predicted from each other, by several kernels; each is factored once.
 
     Args:

@@ -25,7 +25,7 @@ from .codes.plans import evenly, order_by
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import Comparison
+from .regression import LeaveOneOut
 from .stragglers import Uniform
 
 __all__ = ["tune"]
@@ -191,6 +191,6 @@ def _loss(batch: Points, rows: Tensor, results: Tensor) -> Callable[[Any, float]
             return math.inf
         squared, step = batch.distances(metric)
         of_rows = among(squared, rows, rows).double()
-        return float(Comparison([of_rows], [length * step]).losses(results).sum())
+        return float(LeaveOneOut([of_rows], [length * step]).losses(results).sum())
 
     return loss

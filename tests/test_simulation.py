@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import stragglers
-from coded_torch.demo.hedging import Hedge, Unsplit
+from coded_torch.demo.hedging import HedgeOnce, Unsplit
 from coded_torch.nn import Waiting
 from coded_torch.nn.waiting import Ask, Began, Drop, History, Settled, Wait
 from coded_torch.simulation import Conditions, simulate
@@ -181,7 +181,7 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
         simulate(policy, conditions, **common).percentile(99.9)
         for policy in (
             Waiting(patience=never, extra=0),
-            Hedge(medians=1.5),
+            HedgeOnce(medians=1.5),
             Unsplit(patience=never),
             Waiting(),
         )
@@ -258,7 +258,7 @@ def test_laws_of_the_package_delay_machines():
     assert outcome.calls > 1.4
 
 
-@pytest.mark.parametrize("hedge", [Hedge(medians=1.5), Hedge(), Hedge(quantile=0.95)])
+@pytest.mark.parametrize("hedge", [HedgeOnce(medians=1.5), HedgeOnce(), HedgeOnce(quantile=0.95)])
 def test_rivals_ask_once_more(hedge):
     outcome = simulate(hedge, Conditions(straggling=0.03, dead=0.01), num_machines=6, num_parts=4)
     assert outcome.ended == {"complete": 10_000}

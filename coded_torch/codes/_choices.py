@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distances import Choice, Features, name_of
-from ..regression import Comparison, Regression
+from ..regression import LeaveOneOut, Regression
 
 if TYPE_CHECKING:
     from ._points import Points
@@ -68,8 +68,8 @@ class Regressions:
         self._batch = batch
         count = min(len(points), most)
         self._at = torch.arange(count) * len(points) // max(count, 1)
-        self._metrics: tuple[list[str | Features], Comparison] | None = None
-        self._compared: dict[Any, Comparison] = {}
+        self._metrics: tuple[list[str | Features], LeaveOneOut] | None = None
+        self._compared: dict[Any, LeaveOneOut] = {}
         self._fitted: dict[Any, Regression] = {}
 
     def fit(self, sample: Tensor | None) -> Fitted:
@@ -103,7 +103,7 @@ class Regressions:
         if self._metrics is None:
             found, squared = self._batch.of_few(self.points[self._at])
             lengths = [LENGTH * _STEP * _nearest(of_metric) for of_metric in squared]
-            self._metrics = found, Comparison(squared, lengths)
+            self._metrics = found, LeaveOneOut(squared, lengths)
         found, kernels = self._metrics
         return _winner(found, kernels.losses(few), first)
 
@@ -121,13 +121,13 @@ class Regressions:
         of_found = coarse[lengths.index(found)][None]
         return _winner((found, *half_steps), torch.cat([of_found, fine]), found)
 
-    def _kernels(self, metric: str | Features, lengths: tuple[float, ...]) -> Comparison:
+    def _kernels(self, metric: str | Features, lengths: tuple[float, ...]) -> LeaveOneOut:
         key = key_of(metric), lengths
         if key not in self._compared:
             squared, step = self._batch.distances(metric)
             few = self.points[self._at]
             of_few = [among(squared, few, few).float()] * len(lengths)
-            self._compared[key] = Comparison(of_few, [step * length for length in lengths])
+            self._compared[key] = LeaveOneOut(of_few, [step * length for length in lengths])
         return self._compared[key]
 
 

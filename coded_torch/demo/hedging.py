@@ -9,13 +9,13 @@ from typing import Any
 
 from ..nn.waiting import Ask, Began, Decision, Ended, Event, History, Settled, Wait, Waiting
 
-__all__ = ["Hedge", "Unsplit"]
+__all__ = ["HedgeOnce", "Unsplit"]
 
 _REASKS = 3  # of a part that fails
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Hedge(Waiting):
+class HedgeOnce(Waiting):
     """A part that has run for a while is asked once more, whole; all are waited for.
 
     Args:

@@ -26,7 +26,7 @@ from ..nn import CodedWrapper, Waiting
 from ..nn.report import Report
 from ..stragglers import Bernoulli
 from ..workers import FaultyWorkers, Workers
-from .hedging import Hedge, Unsplit
+from .hedging import HedgeOnce, Unsplit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,11 +136,11 @@ def policies(load: Load, part: float) -> dict[str, Waiting]:
     never = math.inf
     return {
         "wait for all": Unsplit(patience=never, extra=0),
-        "hedge at 1.2 medians": Hedge(medians=1.2),
-        "hedge at 1.5 medians": Hedge(medians=1.5),
-        "hedge at 2 medians": Hedge(medians=2.0),
-        "hedge at the fence": Hedge(),
-        "hedge at p95": Hedge(quantile=0.95),
+        "hedge at 1.2 medians": HedgeOnce(medians=1.2),
+        "hedge at 1.5 medians": HedgeOnce(medians=1.5),
+        "hedge at 2 medians": HedgeOnce(medians=2.0),
+        "hedge at the fence": HedgeOnce(),
+        "hedge at p95": HedgeOnce(quantile=0.95),
         "three re-asks": Waiting(patience=never),
         "coded at once": Waiting.first(load.num_stragglers),
         "hedge, predict": Waiting(),

@@ -19,7 +19,7 @@ import torch
 
 from .._arguments import count, positive, probability, real
 from .._machines import PART_ROWS
-from ..demo.hedging import Hedge, Unsplit
+from ..demo.hedging import HedgeOnce, Unsplit
 from ..nn.waiting import History, Waiting
 from ..simulation import Conditions, Outcome, simulate
 from ..stragglers import Stragglers
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 __all__ = [
     "LAWS",
     "PREDICTED",
-    "Choice",
     "Goal",
+    "Option",
     "draw",
-    "format_choices",
+    "format_options",
     "plan",
     "read_latencies",
 ]
@@ -89,7 +89,7 @@ class Goal:
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class Option:
     """A policy, and how it did.
 
     Attributes:
@@ -181,7 +181,7 @@ def plan(
     median: float | None = None,
     num_requests: int = 5_000,
     seed: int = 0,
-) -> Iterator[Choice]:
+) -> Iterator[Option]:
     """Simulate uncoded, hedged, replicated and coded policies.
 
     Args:
@@ -239,7 +239,7 @@ def _policies(
         yield "wait for all", k, Unsplit(patience=never, extra=0), never
     elif kind == "hedged":
         for medians in (1.2, 1.5, 2.0, 3.0):
-            yield f"one hedge at {medians:g} medians", k, Hedge(medians=medians), never
+            yield f"one hedge at {medians:g} medians", k, HedgeOnce(medians=medians), never
         yield "three re-asks", k, Waiting(patience=never), never
     elif kind == "replicated":
         if 2 * k <= goal.num_machines:
@@ -255,7 +255,7 @@ def _policies(
 
 def _fence(policy: Waiting, history: History) -> float:
     """In medians of a part."""
-    if isinstance(policy, Hedge) and policy.medians is not None:
+    if isinstance(policy, HedgeOnce) and policy.medians is not None:
         return policy.medians * history.part(PART_ROWS)
     if policy.at_once or policy.extra == 0:
         return math.inf
@@ -271,13 +271,13 @@ def _choice(
     sizes: tuple[int, int, int],
     until: float,
     fence: float,
-) -> Choice:
+) -> Option:
     latencies = np.sort(outcome.latencies * part)
     late = float((latencies > goal.deadline).mean())
     predicted = float(outcome.predicted.mean())
     accuracy = 1 - predicted * (1 - _rightly(goal.known))
     meets = late <= 1 - _SHARE + 1e-9 and accuracy >= goal.accuracy
-    return Choice(
+    return Option(
         kind, name, *sizes, until, fence, latencies, late, outcome.work, predicted, accuracy, meets
     )
 
@@ -287,43 +287,43 @@ def _rightly(known: int) -> float:
     return float(np.interp(known, list(PREDICTED), list(PREDICTED.values())))
 
 
-def best(choices: Sequence[Choice]) -> dict[str, Choice]:
+def best(options: Sequence[Option]) -> dict[str, Option]:
     """Of each kind the one that meets the goal at least work, else the one that comes nearest."""
-    found: dict[str, Choice] = {}
-    for choice in choices:
-        old = found.get(choice.kind)
-        if old is None or _rank(choice) < _rank(old):
-            found[choice.kind] = choice
+    found: dict[str, Option] = {}
+    for option in options:
+        old = found.get(option.kind)
+        if old is None or _rank(option) < _rank(old):
+            found[option.kind] = option
     return found
 
 
-def _rank(choice: Choice) -> tuple[float, ...]:
-    slowest = float(np.quantile(choice.latencies, _SHARE))
+def _rank(option: Option) -> tuple[float, ...]:
+    slowest = float(np.quantile(option.latencies, _SHARE))
     # Work to three digits: what differs by less is chosen by its tail.
-    return (0, round(choice.work, 3), slowest) if choice.meets else (1, choice.late, slowest)
+    return (0, round(option.work, 3), slowest) if option.meets else (1, option.late, slowest)
 
 
-def format_choices(goal: Goal, choices: Sequence[Choice]) -> str:
+def format_options(goal: Goal, options: Sequence[Option]) -> str:
     """A table of the best of each kind, in 80 columns, and what it says."""
-    found = best(choices)
+    found = best(options)
     lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'predicted':>11}{'':>5}"]
-    for kind, choice in found.items():
-        slowest = 1e3 * float(np.quantile(choice.latencies, _SHARE))
+    for kind, option in found.items():
+        slowest = 1e3 * float(np.quantile(option.latencies, _SHARE))
         lines += [
             kind,
-            f"  {choice.name:32}{choice.num_data:3}{choice.num_workers:3}{slowest:7.1f}ms"
-            f"{choice.late:8.2%}{choice.work:7.3f}{choice.predicted:11.3%}"
-            f"{'  yes' if choice.meets else '   no'}",
+            f"  {option.name:32}{option.num_data:3}{option.num_workers:3}{slowest:7.1f}ms"
+            f"{option.late:8.2%}{option.work:7.3f}{option.predicted:11.3%}"
+            f"{'  yes' if option.meets else '   no'}",
         ]
     return "\n".join([*lines, "", _advice(goal, found)])
 
 
-def _advice(goal: Goal, found: dict[str, Choice]) -> str:
+def _advice(goal: Goal, found: dict[str, Option]) -> str:
     what = f"99.9 % within {1e3 * goal.deadline:g} ms and {goal.accuracy:.2%} of the rows right"
-    meeting = [choice for choice in found.values() if choice.meets]
+    meeting = [option for option in found.values() if option.meets]
     if not meeting:
         return f"Nothing meets {what}."
-    chosen = min(meeting, key=lambda choice: (_rank(choice)[1], _KINDS.index(choice.kind)))
+    chosen = min(meeting, key=lambda option: (_rank(option)[1], _KINDS.index(option.kind)))
     fence = "" if chosen.fence == math.inf else f", fence {1e3 * chosen.fence:.1f} ms"
     until = "" if chosen.deadline == math.inf else f", deadline {1e3 * chosen.deadline:.4g} ms"
     sizes = f"K = {chosen.num_data}, N = {chosen.num_workers}, S = {chosen.num_stragglers}"
@@ -333,16 +333,16 @@ def _advice(goal: Goal, found: dict[str, Choice]) -> str:
     return "\n".join(lines)
 
 
-def draw(goal: Goal, choices: Sequence[Choice]) -> Figure:
+def draw(goal: Goal, options: Sequence[Option]) -> Figure:
     """The share of requests that take longer than a time, against that time, for each kind."""
     from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for kind, choice in best(choices).items():
-        slower = np.arange(len(choice.latencies), 0, -1) / len(choice.latencies)
-        label = f"{kind}: {choice.name}, K = {choice.num_data}"
-        axes.step(1e3 * choice.latencies, slower, label=label, where="post")
+    for kind, option in best(options).items():
+        slower = np.arange(len(option.latencies), 0, -1) / len(option.latencies)
+        label = f"{kind}: {option.name}, K = {option.num_data}"
+        axes.step(1e3 * option.latencies, slower, label=label, where="post")
     axes.axvline(1e3 * goal.deadline, color="0.4", linestyle=":", label="deadline")
     axes.set_xscale("log")
     axes.set_yscale("log")

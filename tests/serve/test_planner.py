@@ -14,7 +14,7 @@ from coded_torch.serve.planner import (
     Goal,
     best,
     draw,
-    format_choices,
+    format_options,
     measured,
     plan,
     read_latencies,
@@ -23,18 +23,18 @@ from coded_torch.serve.planner import (
 REQUESTS = 1000
 
 
-def choices(goal, law, **options):
+def options(goal, law, **options):
     return list(plan(goal, law, num_requests=REQUESTS, **{"median": 0.01} | options))
 
 
 def test_nothing_is_worth_anything_where_nothing_goes_wrong():
     goal = Goal(deadline=0.2)
-    found = choices(goal, LAWS["calm"])
+    found = options(goal, LAWS["calm"])
     assert {choice.kind for choice in found} == {"uncoded", "hedged", "replicated", "coded"}
     uncoded = best(found)["uncoded"]
     assert uncoded.meets
     assert (uncoded.work, uncoded.predicted, uncoded.accuracy) == (1, 0, 1)
-    text = format_choices(goal, found)
+    text = format_options(goal, found)
     assert "least work by wait for all" in text
     assert text.endswith("Coding is not worth it here.")
     assert max(map(len, text.splitlines()[:-2])) <= 80
@@ -43,19 +43,19 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong():
 def test_a_deadline_that_only_predictions_meet():
     """3 % of the parts take 5 to 50 times as long; six machines for four parts."""
     goal = Goal(deadline=0.035, accuracy=0.99, num_machines=6)
-    found = best(choices(goal, LAWS["straggling"]))
+    found = best(options(goal, LAWS["straggling"]))
     assert not found["uncoded"].meets
     assert found["coded"].meets
     assert 0 < found["coded"].predicted < 0.05
     assert found["coded"].deadline < goal.deadline
     assert found["coded"].fence < found["coded"].deadline
     strict = Goal(deadline=0.035, accuracy=1.0)
-    assert not best(choices(strict, LAWS["straggling"]))["coded"].meets
+    assert not best(options(strict, LAWS["straggling"]))["coded"].meets
 
 
 def test_what_nothing_meets():
     goal = Goal(deadline=0.001)
-    assert "Nothing meets 99.9 % within 1 ms" in format_choices(goal, choices(goal, LAWS["mix"]))
+    assert "Nothing meets 99.9 % within 1 ms" in format_options(goal, options(goal, LAWS["mix"]))
 
 
 def test_measured_latencies_are_simulated_as_they_are(tmp_path):
@@ -70,7 +70,7 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     median, conditions = measured(read)
     assert median == pytest.approx(0.01, rel=0.02)
     assert conditions(median).spread == pytest.approx(0.1, rel=0.2)
-    found = choices(Goal(deadline=0.2), read)
+    found = options(Goal(deadline=0.2), read)
     (uncoded,) = [x for x in found if x.kind == "uncoded" and x.num_data == 4]
     # A tenth of the requests meet a delay in one of four parts.
     late = float((uncoded.latencies > 0.05).mean())
@@ -88,7 +88,7 @@ def test_the_curve_is_the_measured_one():
 
 def test_the_picture_has_a_line_a_kind():
     goal = Goal(deadline=0.05)
-    (axes,) = draw(goal, choices(goal, LAWS["mix"])).axes
+    (axes,) = draw(goal, options(goal, LAWS["mix"])).axes
     labels = [line.get_label() for line in axes.lines]
     assert [label.partition(":")[0] for label in labels] == [
         "uncoded",
