@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
     parser.add_argument(
-        "--quick", action="store_true", help="small and rough, without data packages; keeps nothing"
+        "--quick",
+        action="store_true",
+        help="small and rough, without data packages; keeps nothing unless --output says where",
     )
     parser.add_argument(
         "--jobs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -78,13 +78,13 @@ class Comparison:
             lines += [
                 "",
                 f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost",
-                f"  {'':<28}{'RMSE':<17}{'MSE / variance':<17}"
+                f"  {'':<26}{'RMSE':<18}{'MSE / variance':<18}"
                 f"{'RelAcc' if rows[0].relative_accuracy else ''}".rstrip(),
             ]
             for row in rows:
                 accuracy = _text(row.relative_accuracy) if row.relative_accuracy else ""
                 error, mse = _text(row.rmse), _text(row.mse)
-                lines.append(f"  {row.name:<28}{error:<17}{mse:<17}{accuracy}".rstrip())
+                lines.append(f"  {row.name:<26}{error:<18}{mse:<18}{accuracy}".rstrip())
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
@@ -157,6 +157,7 @@ def compare(
     settings: Sequence[tuple[int, int, int]] = ((24, 20, 4),),
     *,
     labels: Iterable[Tensor] | None = None,
+    more: Callable[[int, int], Mapping[str, Code | Scheme]] | None = None,
     in_dims: Any = 0,
     out_dims: Any = 0,
     seed: int = 0,
@@ -176,6 +177,8 @@ def compare(
         settings: N, K and S of each: workers, inputs a group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers; the module's output is then
             ``[B, classes]``. None: errors only.
+        more: called with K and N of every setting: further codes by their names, tuned and drawn
+            like the others. A :class:`Scheme` says how the batch is ordered, too.
         in_dims, out_dims: as for :class:`~coded_torch.nn.CodedWrapper`.
         seed: of the lost workers.
 
@@ -219,6 +222,7 @@ def compare(
         if labels is not None and not _integers(classes):
             got = getattr(classes, "dtype", type(classes).__name__)
             raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
+    instance("compare", "more", more, Callable, optional=True)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
@@ -229,7 +233,7 @@ def compare(
     for setting in settings:
         n, k, s = setting
         coded = CodedWrapper(module, KernelCode(k, n), in_dims=in_dims, out_dims=out_dims)
-        tried = _tuned(coded, calls[:tuning], schemes(k, n), s, seed)
+        tried = _tuned(coded, calls[:tuning], schemes(k, n) | _more(more, k, n), s, seed)
         scores = {name: Scores() for name in tried}
         law = Uniform(s, seed=seed)
         for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
@@ -244,6 +248,15 @@ def compare(
                 scores[name].add(_flat(answers), _flat(trial.exact), classes)
         rows += [_row(setting, name, tried[name].code, x) for name, x in scores.items()]
     return Comparison(rows)
+
+
+def _more(more: Any, num_data: int, num_workers: int) -> dict[str, Scheme]:
+    found = {} if more is None else more(num_data, num_workers)
+    instance("compare", "what more returns", found, Mapping)
+    given = {name: x if isinstance(x, Scheme) else Scheme(x) for name, x in found.items()}
+    for name, scheme in given.items():
+        instance("compare", f"what more returns as {name!r}", scheme.code, Code)
+    return given
 
 
 def received_by(law: Stragglers, num_workers: int) -> list[int]:

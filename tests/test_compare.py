@@ -117,7 +117,7 @@ def test_table(found):
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
         assert line.count("±") == 3
-        assert float(line[30:].split()[0]) == pytest.approx(row.rmse[0], rel=0.05)
+        assert float(line[28:].split()[0]) == pytest.approx(row.rmse[0], rel=0.05)
     assert lines[2 + len(NAMES)] == ""
     assert lines[3 + len(NAMES)].startswith("N = 9 workers")
 
@@ -125,11 +125,35 @@ def test_table(found):
 def test_table_without_labels_and_intervals():
     row = Row((3, 2, 1), "mine", codes.SplineCode(2, 3), [0.123456, None], [1e-7, 2e-8], None)
     assert str(Comparison([row])).splitlines()[1:] == [
-        "                              RMSE             MSE / variance",
-        "  mine                        0.123            1.0e-07 ± 2e-08",
+        "                            RMSE              MSE / variance",
+        "  mine                      0.123             1.0e-07 ± 2e-08",
     ]
     (axes,) = Comparison([dataclasses.replace(row, mse=[0.5, None])]).draw().axes
     assert [bar.get_width() for bar in axes.patches] == [0.5]
+
+
+def test_columns_of_the_table_never_touch():
+    row = Row((3, 2, 1), "mine", codes.SplineCode(2, 3), *[[0.00135, 0.00066]] * 2, [1.0, 0.0])
+    assert str(Comparison([row])).splitlines()[2].split() == [
+        "mine", "0.00135", "±", "0.00066", "0.00135", "±", "0.00066", "1",
+    ]  # fmt: skip
+
+
+class Half(codes.ReplicationCode):
+    pass
+
+
+def test_codes_of_ones_own_take_part():
+    batches = [torch.randn(20, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def more(k, n):
+        return {"half": Half(k, n), "arrived": Scheme(Half(k, n), "arrival")}
+
+    names = [row.name for row in compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=more).rows]
+    assert names == [*NAMES, "half", "arrived"]
+    for wrong in (lambda k, n: [Half(k, n)], lambda k, n: {"half": Half}):
+        with pytest.raises(TypeError, match="what more returns"):
+            compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=wrong)
 
 
 def test_picture_of_one_setting_has_a_bar_for_each_scheme(found):

@@ -504,6 +504,11 @@ def test_augmented_inputs_are_learnt_too():
     assert seen == [36]
 
 
+def test_distilling_needs_gradients_to_be_possible():
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
+        distill(student(), teacher(), [rand(9, 4).float()])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -512,7 +517,8 @@ def test_augmented_inputs_are_learnt_too():
         ({"batches": [(rand(3, 4), rand(2, 4))]}, r"tensors of one batch size .* got \[\(3, 4\), "),
         ({"student": 3}, "student must be of type Module, got int"),
         ({"module": 3}, "module must be of type Module, got int"),
-        ({"batches": 3}, "batches must be of type Iterable, got int"),
+        ({"batches": 3}, r"batches must be a sequence of batches, such as \[x\], got int"),
+        ({"batches": rand(9, 4)}, r"such as \[x\], got Tensor"),
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"patience": 0}, "patience must be at least 1, got 0"),

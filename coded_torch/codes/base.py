@@ -44,8 +44,8 @@ class Code(abc.ABC):
     a plan is linear in values and in results, decodes every received set of at least
     :attr:`min_received` workers, and gives the same bits for the same results. Constants are
     reproduced: where all inputs are equal, all coded inputs are the same, and where all results
-    are, all answers. An answer that is called exact is some worker's result of that very input,
-    bit for bit.
+    are, all answers, so the rows of every matrix sum to 1. An answer that is called exact is some
+    worker's result of that very input, bit for bit.
 
     To add a code:
 
@@ -53,13 +53,16 @@ class Code(abc.ABC):
        :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
     2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
        kept under its name; ``super().__init__`` first, which checks K and N.
-    3. Write ``_make_encoder`` and ``_make_decoder`` (of a curve ``_curve``), which return a
-       :class:`~coded_torch.linear.LinearMap` each (here: :meth:`fit`), and :attr:`min_received` if
-       one result is not enough.
+    3. Write ``_make_encoder()``, which returns a :class:`~coded_torch.linear.LinearMap` from K
+       inputs to N, and ``_make_decoder(received)``, which returns one from the results of the
+       workers in a tuple to K answers (of a curve ``_curve``; here :meth:`fit`). For a dense matrix
+       that is ``MatrixMap(matrix)``. Write :attr:`min_received` if one result is not enough.
     4. Give :meth:`candidates` for the numbers that are worth tuning.
-    5. Export it in ``codes/__init__.py``. Test it: inherit ``CodeTests`` in
-       ``tests/codes/code_tests.py``, and give ``make``. ``tests/codes/test_b_spline.py`` is an
-       example from end to end.
+    5. Test it: inherit ``CodeTests`` in ``tests/codes/code_tests.py``, and give ``make``.
+       ``tests/codes/test_b_spline.py`` is an example from end to end. In a package of your own, run
+       ``PYTHONPATH=path/to/coded_torch pytest`` with a checkout; here, export the code in
+       ``codes/__init__.py``.
+    6. Compare it: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
@@ -204,7 +207,7 @@ class FixedCode(Code):
     @functools.cached_property
     def encoder(self) -> LinearMap:
         """The map from K inputs to N coded inputs."""
-        return self._make_encoder()
+        return self._checked("encoder", self._make_encoder(), self.num_data, self.num_workers)
 
     def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
         """The map from the results of the ``received`` workers to the K answers.
@@ -235,12 +238,20 @@ class FixedCode(Code):
     def _new_decoder(self, key: tuple[int, ...]) -> LinearMap:
         if len(key) < self.min_received:
             raise NotEnoughResults(key, self.min_received, self.num_workers)
-        decoder = self._make_decoder(key)
+        decoder = self._checked("decoder", self._make_decoder(key), len(key), self.num_data)
         with self._lock:
             self._decoders[key] = decoder
             if len(self._decoders) > _CACHED_DECODERS:
                 self._decoders.popitem(last=False)
         return decoder
+
+    def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
+        if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
+            raise TypeError(
+                f"{type(self).__name__}: _make_{what} must return a LinearMap from {sizes[0]} to "
+                f"{sizes[1]}, got {made!r:.80}"
+            )
+        return made
 
     def _cached(self, key: tuple[int, ...]) -> LinearMap | None:
         with self._lock:

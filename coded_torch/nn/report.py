@@ -44,9 +44,10 @@ class Report:
         hedges: what was asked again, when, and which reply won.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
-        expected_errors: ``[B]``, float64, on the host: the root mean squared error to expect of
-            each answer's first decoded output; 0 where it is exact. None where the code cannot
-            say, and of predictions under a link, whose errors are in no unit of the answers.
+        expected_errors: ``[B]``, float64, on the host: how far each answer may be off, in root mean
+            square: the norm of the error over all numbers of the answer (of the first decoded
+            output, where there are several); 0 where it is exact. Codes other than ``KernelCode``
+            cannot say: None; nor can any under a link, whose errors are in no unit of the answers.
         surrogate_weights: of each surrogate, for every decoded output; 0 where it was not used: it
             was left out, or results are predicted as well without. Empty where nothing had to be
             predicted, and of a wrapper without surrogates.

@@ -67,6 +67,7 @@ def distill(
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: an argument is out of range, or there are fewer than two rows.
+        RuntimeError: called in ``torch.inference_mode()``.
 
     Example:
         >>> import torch
@@ -79,7 +80,11 @@ def distill(
     """
     instance("distill", "student", student, nn.Module)
     instance("distill", "module", module, nn.Module)
-    instance("distill", "batches", batches, Iterable)
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        what = type(batches).__name__
+        raise TypeError(f"distill: batches must be a sequence of batches, such as [x], got {what}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("distill: leave torch.inference_mode(); torch.no_grad() does no harm")
     epochs, rows = count("distill", "epochs", epochs), count("distill", "rows", rows)
     patience = count("distill", "patience", patience)
     learning_rate = positive("distill", "learning_rate", learning_rate)

@@ -123,3 +123,18 @@ def test_the_least_recently_used_decoder_goes_first():
     code.decoder([size])
     assert code.decoder([0]) is kept
     assert code.decoder([1]) is not dropped
+
+
+@pytest.mark.parametrize("wrong", [np.eye(4), MatrixMap(np.eye(3)), None])
+def test_what_a_code_of_ones_own_must_return_is_said(wrong):
+    class Wrong(ReplicationCode):
+        def _make_encoder(self):
+            return wrong
+
+        def _make_decoder(self, received):
+            return wrong
+
+    with pytest.raises(TypeError, match=r"^Wrong: _make_encoder must return .* from 2 to 4, got"):
+        _ = Wrong(2, 4).encoder
+    with pytest.raises(TypeError, match=r"^Wrong: _make_decoder must return .* from 4 to 2, got"):
+        Wrong(2, 4).decoder(range(4))
