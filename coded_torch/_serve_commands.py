@@ -174,6 +174,7 @@ def _serve(args: argparse.Namespace) -> None:
         inputs=inputs,
         outputs=outputs,
         deadline=args.deadline,
+        examples=examples,
         max_batch_size=args.max_batch_size,
         max_queued_requests=args.max_queued_requests,
         max_ongoing_batches=args.max_ongoing_batches,

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 import coded_torch
 
 from .._arguments import count, instance, positive
+from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
 from .batcher import Answer, Batcher
 from .bodies import pack, read_body
@@ -43,6 +45,9 @@ from .tensors import TensorSpec
 
 __all__ = ["Service", "app"]
 
+logger = logging.getLogger("coded_torch.serve")
+
+_LOADING = 120.0  # seconds, that machines may take to load the model
 _PATIENCE = 0.01  # seconds after a deadline, for what ended at it to be written
 
 
@@ -53,6 +58,7 @@ def app(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     deadline: float,
+    examples: Sequence[Tensor] | None = None,
     max_batch_size: int = 64,
     max_queued_requests: int = 256,
     max_ongoing_batches: int = 1,
@@ -81,6 +87,8 @@ def app(
         outputs: of the model: what it returns, leaf by leaf, ``[B, ...]``.
         deadline: seconds from the arrival of a request to its answer. A request may ask for less,
             by its parameter ``timeout`` or the header ``Coded-Torch-Timeout``, in microseconds.
+        examples: of the inputs, with rows. Every machine runs the model on one before the
+            application is ready; else the first requests wait while machines load the model.
         max_batch_size: rows of a batch, and of a request.
         max_queued_requests: that may wait.
         max_ongoing_batches: that may run at once: more than one where machines wait for something
@@ -95,6 +103,7 @@ def app(
         inputs=inputs,
         outputs=outputs,
         deadline=deadline,
+        examples=examples,
         max_batch_size=max_batch_size,
         max_queued_requests=max_queued_requests,
         max_ongoing_batches=max_ongoing_batches,
@@ -136,6 +145,7 @@ class Service:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         deadline: float,
+        examples: Sequence[Tensor] | None,
         max_batch_size: int,
         max_queued_requests: int,
         max_ongoing_batches: int,
@@ -147,6 +157,8 @@ class Service:
         if {spec.name for spec in self.outputs} & {PREDICTED.name, EXPECTED_ERROR.name}:
             raise ValueError("app: outputs must not be named predicted or expected_error")
         self.deadline = positive("app", "deadline", deadline)
+        instance("app", "examples", examples, Sequence, optional=True)
+        self._examples = examples
         self.max_batch_size = count("app", "max_batch_size", max_batch_size)
         self.max_queued_requests = count("app", "max_queued_requests", max_queued_requests)
         self.metrics = Metrics()
@@ -165,6 +177,8 @@ class Service:
         """Start the machines; answer what was accepted; end them."""
         try:
             await asyncio.to_thread(self.coded.workers.start)
+            if self._examples is not None:
+                await asyncio.to_thread(self._load, [x[:1] for x in self._examples])
             gc.collect()
             gc.freeze()  # or a full collection stops every request for some 100 ms, to find nothing
             self.ready = True
@@ -173,6 +187,23 @@ class Service:
             self.ready = False
             await self._batcher.close(self.deadline + _PATIENCE)
             await asyncio.to_thread(self.coded.workers.close)
+
+    def _load(self, example: list[Tensor]) -> None:
+        """Have every machine load the model and run it once: all are idle, each gets one part."""
+        machines, start = self.coded.workers.num_machines or 1, time.monotonic()
+        each = self.coded.replace(
+            code=ReplicationCode(1, machines),
+            waiting=Waiting.first(0, deadline=_LOADING),
+            surrogate=(),
+            max_adversaries=0,
+            audit=False,
+            on_run=None,
+        )
+        with torch.no_grad():
+            _, report = each.run(*example)
+        seconds = time.monotonic() - start
+        loaded = len(report.received)
+        logger.info("%d of %d machines have run the model, in %.1f s", loaded, machines, seconds)
 
     async def server_metadata(self, _: Request) -> Response:
         return _json(

@@ -142,6 +142,8 @@ class Batcher:
         self._threads.shutdown(wait=False)
 
     def _check(self, rows: int, deadline: float) -> None:
+        if not (self._ongoing or self._queue):
+            return  # or, once batches were slow, no batch would ever show that they no longer are
         now = time.monotonic()
         late = now + self._expected(rows, now) - deadline
         if late > 0:
@@ -181,7 +183,8 @@ class Batcher:
         rows = 0
         while self._queue:
             entry = next(iter(self._queue))
-            if entry.deadline - time.monotonic() <= 0.5 * self._durations(entry.rows):
+            hopeless = entry.deadline - time.monotonic() <= 0.5 * self._durations(entry.rows)
+            if hopeless and (self._ongoing or len(self._queue) > 1):
                 del self._queue[entry]  # it would end the batch before anything is there
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):

@@ -408,3 +408,22 @@ def test_bad_arguments(changes, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         app(**{"coded": coded} | options | changes)
     assert message in str(caught.value)
+
+
+class Seen(nn.Module):
+    """Remembers which threads have run it."""
+
+    threads = set()  # noqa: RUF012  # of all replicas
+
+    def forward(self, x):
+        self.threads.add(threading.get_ident())
+        time.sleep(0.05)  # so that every machine is wanted
+        return x[:, :2]
+
+
+def test_every_machine_has_run_the_model_before_the_application_is_ready():
+    pool = DeviceWorkers(["cpu"] * 3)
+    with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:
+        assert len(Seen.threads) == 3
+        with Client(port) as client:
+            assert client.infer(ONE)[0] == 200

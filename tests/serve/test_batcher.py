@@ -222,6 +222,23 @@ def test_what_would_be_late_is_refused_when_batches_are_known(model):
     asyncio.run(run())
 
 
+def test_batches_that_were_slow_are_not_held_against_an_idle_server(model):
+    def slow(rows, report):
+        time.sleep(0.1)
+
+    async def run():
+        batcher = model.batcher()
+        model.behave = slow
+        for _ in range(8):
+            await answers(put(batcher, 0.0))
+        model.behave = lambda rows, report: None
+        with batcher.reading(time.monotonic() + 0.04):
+            entry = put(batcher, 1.0, seconds=0.04)
+        assert await answers(entry) == [[2.0]]
+
+    asyncio.run(run())
+
+
 def test_a_request_that_fails_fails_alone(model):
     def fail(rows, report):
         if 2.0 in rows:
