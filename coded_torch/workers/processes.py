@@ -20,7 +20,7 @@ from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_inputs import SharedInputs
 from ._supervised.shared_memory import Block, Connection, Pickled
 from ._supervised.supervisor import Supervisor
-from ._supervised.worker_main import JOB, MODULE, READY, serve
+from ._supervised.worker_main import JOB, LOADED, MODULE, READY, serve
 
 __all__ = ["ProcessWorkers"]
 
@@ -175,6 +175,7 @@ class _Processes(Supervisor):
         contents = Pickled(job.contents(), find=self._inputs.find)
         with contextlib.suppress(ConnectionError):  # it has died, which the other thread hears
             if job.module.number not in machine.modules:
+                machine.loading = True
                 machine.connection.send_block(MODULE, job.module.number, *job.module.package)
             machine.load(job.module)
             machine.connection.send(JOB, job.number, contents)
@@ -213,9 +214,23 @@ class _Processes(Supervisor):
         if message is None:
             self.lost(machine, self._bury(machine))
         elif message.kind == READY:
-            self.ready(machine)
+            self._welcome(machine)
+        elif message.kind == LOADED:
+            self.loaded(machine)
         else:
             self.take(machine, message.number, message.kind, message.value)
+
+    def _welcome(self, machine: _Process) -> None:
+        """Have a new process load what will probably be wanted of it, before it is up."""
+        last = self.modules.last()
+        if last is None:
+            self.ready(machine)
+        else:
+            number, package = last
+            machine.modules = frozenset([number])
+            with contextlib.suppress(ConnectionError):  # it has died, which is heard next
+                machine.connection.send_block(MODULE, number, *package)
+                machine.connection.send(READY, 0, Pickled(None))  # with which it goes
 
     def _check_descriptors(self) -> None:
         """Raise an OSError unless there are enough of them to start a process and to ask it.

@@ -138,3 +138,14 @@ class Trap:
 
 def _spring() -> None:
     raise ValueError("the trap is sprung")
+
+
+class Heavy(nn.Module):
+    """Takes a second to arrive, as one whose packages have to be imported."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        time.sleep(1.0)
+        super().__setstate__(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

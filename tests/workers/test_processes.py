@@ -27,6 +27,7 @@ from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
 from .modules import (
     Exits,
+    Heavy,
     Pid,
     Remembers,
     Scale,
@@ -214,6 +215,18 @@ def test_a_hung_process_is_killed_after_its_grace():
         assert reasons[0] is None
         assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
         until(lambda: pool.num_ready == 2)
+
+
+def test_processes_load_modules_beside_their_grace_and_before_they_replace_others():
+    with ProcessWorkers(2, grace=0.5).start(WAIT) as pool:
+        module = Heavy()
+        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
+        os.kill(pool.pids[0], signal.SIGKILL)
+        until(lambda: pool.num_ready == 1)
+        until(lambda: pool.num_ready == 2)
+        start = time.monotonic()
+        assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
+        assert time.monotonic() - start < 0.9
 
 
 def test_hung_processes_are_killed_though_their_server_has_died():

@@ -344,6 +344,34 @@ def test_a_machine_that_is_overdue_is_ended_and_replaced():
     assert [machine.index for machine in supervisor.launched] == [0, 1, 0]
 
 
+def test_loading_a_module_is_no_part_of_the_grace():
+    supervisor = started(1)
+    one = Asking(supervisor, 1)
+    (machine,) = supervisor.launched
+    machine.loading = True  # as sending did, where modules are loaded there
+    supervisor.clock.now += START_SECONDS - 1
+    supervisor.tend()
+    supervisor.loaded(machine)
+    supervisor.clock.now += GRACE - 1
+    supervisor.tend()
+    assert not machine.ended
+    supervisor.clock.now += 1
+    supervisor.tend()
+    assert machine.ended
+    (reply,) = replies(one)
+    assert "was at one job for more than 10 s" in str(reply.error)
+
+
+def test_a_module_that_takes_too_long_to_load_is_an_error():
+    supervisor = started(1)
+    one = Asking(supervisor, 1)
+    supervisor.launched[0].loading = True
+    supervisor.clock.now += START_SECONDS
+    supervisor.tend()
+    (reply,) = replies(one)
+    assert f"was loading a module for more than {START_SECONDS:g} s" in str(reply.error)
+
+
 def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_what_waits_fails():
     supervisor = InMemory(1)
     one = Asking(supervisor, 2)

@@ -19,8 +19,9 @@ class Machine:
         index: its place in the pool, which its successor gets.
         pid: its process id, where it is up; 0 before.
         job: what it is at; None: nothing.
-        since: when it began to start, or began its job.
+        since: when it began to start, or its job, or had loaded the job's module.
         ready: whether it has come up.
+        loading: whether it has still to load the module of its job.
         excluded: whether it gets no more jobs.
         unwanted: whether it is to be replaced by a new one.
         modules: the numbers of those that it holds.
@@ -30,7 +31,7 @@ class Machine:
         self.index, self.pid = index, 0
         self.job: Job | None = None
         self.since = 0.0
-        self.ready = self.excluded = self.unwanted = False
+        self.ready = self.loading = self.excluded = self.unwanted = False
         self.modules: frozenset[int] = frozenset()
 
     def load(self, module: PackedModule) -> None:

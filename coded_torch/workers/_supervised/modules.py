@@ -63,6 +63,12 @@ class ModuleStore:
         _, number, package, _ = packed
         return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
 
+    def last(self) -> tuple[int, Any] | None:
+        """The number and the package of the one that was packed last, of those that are there."""
+        with self._lock:
+            entries = [(number, package) for _, number, package, _ in self._packed.values()]
+        return max(entries, key=lambda entry: entry[0], default=None)
+
     def forget(self, module: nn.Module) -> None:
         """Pack ``module`` again when it is needed next."""
         with self._lock:

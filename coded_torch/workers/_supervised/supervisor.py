@@ -38,7 +38,7 @@ class Supervisor(abc.ABC):
     Each machine is at one job at a time, and takes the next one that is still wanted when it has
     ended the last: so a machine that is slow or stopped holds up the one job that it is at. A
     machine that is lost is replaced; its job has failed. One that is at a job for longer than
-    ``grace`` seconds is ended.
+    ``grace`` seconds is ended; loading the job's module is no part of that.
 
     Subclasses say how a machine is started, asked and ended, and report what it does to
     :meth:`ready`, :meth:`deliver`, :meth:`fail` and :meth:`lost`. One thread calls :meth:`tend` and
@@ -128,6 +128,13 @@ class Supervisor(abc.ABC):
             self._changed.notify_all()
         self._assign()
 
+    def loaded(self, machine: Machine) -> None:
+        """A machine has loaded a module: that of its job, or, not up yet, the last one's."""
+        with self._changed:
+            machine.loading, machine.since = False, self._clock()
+        if not machine.ready:
+            self.ready(machine)
+
     def take(self, machine: Machine, number: int, kind: int, read: Callable[[], Any]) -> None:
         """A machine has sent what came of a job. If nothing waits for it, it is not even read.
 
@@ -171,7 +178,7 @@ class Supervisor(abc.ABC):
                     "%s: dropped the reply to job %d, which it is not at", machine, number
                 )
                 return None
-            machine.job = None
+            machine.job, machine.loading = None, False
             if not machine.excluded:
                 self._idle.append(machine)
             return job
@@ -255,8 +262,11 @@ class Supervisor(abc.ABC):
             if machine.unwanted:
                 self.lost(machine, "was to be restarted")
                 continue
-            limit = self.grace if machine.ready else START_SECONDS
-            what = "at one job" if machine.ready else "starting"
+            starts = machine.loading or not machine.ready
+            limit = START_SECONDS if starts else self.grace
+            what = (
+                "at one job" if not starts else "loading a module" if machine.ready else "starting"
+            )
             self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
         if now < self._start_again:
             return
@@ -321,7 +331,9 @@ class Supervisor(abc.ABC):
             return -math.inf
         if not machine.ready:
             return machine.since + START_SECONDS
-        return float("inf") if machine.job is None else machine.since + self.grace
+        if machine.job is None:
+            return math.inf
+        return machine.since + (START_SECONDS if machine.loading else self.grace)
 
     # What others ask for.
 

@@ -19,9 +19,19 @@ from ..faults import kill_own_process
 from ..live import Ambient
 from .shared_memory import Connection, Pickled, TensorPickler
 
-__all__ = ["FAILURE", "JOB", "MODULE", "READY", "RESULT", "LoadedModules", "remote_cause", "serve"]
+__all__ = [
+    "FAILURE",
+    "JOB",
+    "LOADED",
+    "MODULE",
+    "READY",
+    "RESULT",
+    "LoadedModules",
+    "remote_cause",
+    "serve",
+]
 
-READY, MODULE, JOB, RESULT, FAILURE = range(5)  # kinds of messages
+READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
 
 
 def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
@@ -35,6 +45,8 @@ def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
         while message := connection.receive():
             if message.kind == MODULE:
                 modules.add(message.number, message.value)
+                connection.send(LOADED, message.number, Pickled(None))
+            if message.kind != JOB:
                 continue
             number, answer = message.number, modules.call(message.value)
             del message  # its memory can be used again, which the answer says
