@@ -31,6 +31,8 @@ from .waiting import (
 
 __all__ = ["collect"]
 
+_BEYOND = 0.01  # seconds after a deadline, from which it is worth a note
+
 logger = logging.getLogger("coded_torch.nn")
 
 
@@ -98,6 +100,9 @@ def collect(
         for seconds in (ended.fence, ended.median, ended.deadline)
     )
     if ended.reason == "deadline":
+        beyond = max(report.latencies.values(), default=0.0) - ended.deadline
+        if beyond > _BEYOND:
+            report.notes += (f"half of the results came {beyond:.3g} s after the deadline",)
         what = "no more" if results.units else "nothing"
         late = f"{what} arrived within the deadline of {ended.deadline:g} s"
         status = f"{late}; {status}" if status else late

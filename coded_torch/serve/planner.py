@@ -202,6 +202,11 @@ def plan(
         scaled: Callable[[float], Conditions] = functools.partial(_same, law)
     else:
         scale, scaled = measured(law)
+        if scale > 100 * goal.deadline:
+            raise ValueError(
+                f"latencies must be seconds within reach of the deadline, {goal.deadline:g}, got a "
+                f"median of {scale:g}"
+            )
     for kind in _KINDS:
         for k in _PARTS:
             if k > goal.num_machines:
@@ -328,9 +333,25 @@ def _advice(goal: Goal, found: dict[str, Option]) -> str:
     until = "" if chosen.deadline == math.inf else f", deadline {1e3 * chosen.deadline:.4g} ms"
     sizes = f"K = {chosen.num_data}, N = {chosen.num_workers}, S = {chosen.num_stragglers}"
     lines = [f"{what}: least work by {chosen.name}, {sizes}{fence}{until}."]
+    if use := _use(goal, chosen):
+        lines.append(f"In Python: {use}.")
     if chosen.kind != "coded":
         lines.append("Coding is not worth it here.")
     return "\n".join(lines)
+
+
+def _use(goal: Goal, option: Option) -> str:
+    """What to write for an option; "" of what is only there to compare with."""
+    if option.kind == "coded" and option.num_stragglers:
+        waiting = f"Waiting.first({option.num_stragglers})"
+    elif option.kind == "coded":
+        waiting = f"Waiting(deadline={option.deadline:.4g})"
+    elif option.kind == "hedged" and "re-asks" in option.name:
+        waiting = "Waiting(patience=math.inf)"
+    else:
+        return ""
+    num_workers = option.num_workers if option.num_stragglers else goal.num_machines
+    return f"KernelCode({option.num_data}, {num_workers}), {waiting}"
 
 
 def draw(goal: Goal, options: Sequence[Option]) -> Figure:
