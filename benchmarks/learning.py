@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coded_torch._heap import frozen_heap
 from coded_torch.codes import KernelCode
-from coded_torch.demo.latency import Sleeping, frozen_heap
+from coded_torch.demo.latency import Sleeping
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.surrogates import Memory

@@ -78,13 +78,13 @@ class Comparison:
             lines += [
                 "",
                 f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost",
-                f"  {'':<26}{'RMSE':<18}{'MSE / variance':<18}"
+                f"  {'':<25} {'RMSE':<18}{'MSE / variance':<18}"
                 f"{'RelAcc' if rows[0].relative_accuracy else ''}".rstrip(),
             ]
             for row in rows:
                 accuracy = _text(row.relative_accuracy) if row.relative_accuracy else ""
                 error, mse = _text(row.rmse), _text(row.mse)
-                lines.append(f"  {row.name:<26}{error:<18}{mse:<18}{accuracy}".rstrip())
+                lines.append(f"  {row.name:<25} {error:<18}{mse:<18}{accuracy}".rstrip())
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
@@ -233,7 +233,7 @@ def compare(
     for setting in settings:
         n, k, s = setting
         coded = CodedWrapper(module, KernelCode(k, n), in_dims=in_dims, out_dims=out_dims)
-        tried = _tuned(coded, calls[:tuning], schemes(k, n) | _more(more, k, n), s, seed)
+        tried = _tuned(coded, calls[:tuning], _all(k, n, more), s, seed)
         scores = {name: Scores() for name in tried}
         law = Uniform(s, seed=seed)
         for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
@@ -250,13 +250,22 @@ def compare(
     return Comparison(rows)
 
 
-def _more(more: Any, num_data: int, num_workers: int) -> dict[str, Scheme]:
-    found = {} if more is None else more(num_data, num_workers)
-    instance("compare", "what more returns", found, Mapping)
-    given = {name: x if isinstance(x, Scheme) else Scheme(x) for name, x in found.items()}
-    for name, scheme in given.items():
+def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Scheme]:
+    """The schemes, and what the caller adds to them."""
+    found = schemes(num_data, num_workers)
+    added = {} if more is None else more(num_data, num_workers)
+    instance("compare", "what more returns", added, Mapping)
+    for name, given in added.items():
+        scheme = given if isinstance(given, Scheme) else Scheme(given)
         instance("compare", f"what more returns as {name!r}", scheme.code, Code)
-    return given
+        sizes = scheme.code.num_data, scheme.code.num_workers
+        if name in found or sizes != (num_data, num_workers):
+            raise ValueError(
+                f"compare: more must return codes of K = {num_data} and N = {num_workers} under "
+                f"names that are not taken, got {scheme.code} as {name!r}"
+            )
+        found[name] = scheme
+    return found
 
 
 def received_by(law: Stragglers, num_workers: int) -> list[int]:

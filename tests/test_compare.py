@@ -154,6 +154,9 @@ def test_codes_of_ones_own_take_part():
     for wrong in (lambda k, n: [Half(k, n)], lambda k, n: {"half": Half}):
         with pytest.raises(TypeError, match="what more returns"):
             compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=wrong)
+    for wrong in ({"KernelCode": Half(4, 6)}, {"half": Half(2, 12)}):
+        with pytest.raises(ValueError, match=r"^compare: more must return codes of K = 4"):
+            compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=lambda k, n, wrong=wrong: wrong)
 
 
 def test_picture_of_one_setting_has_a_bar_for_each_scheme(found):

@@ -1,7 +1,9 @@
 """Surrogates that learn: memories, and students of a module."""
 
 import copy
+import os
 import pickle
+import signal
 import threading
 
 import pytest
@@ -502,6 +504,22 @@ def test_augmented_inputs_are_learnt_too():
 
     distill(student(), teacher(), [rand(40, 4).float()], epochs=1, augment=augment, progress=False)
     assert seen == [36]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_memory_goes_on_learning_in_a_forked_process():
+    memory = Memory()
+    memory.observe([rand(300, 4)], [rand(300, 2)])
+    memory.rebuild()
+    before = memory._snapshot
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        torch.set_num_threads(1)
+        memory.observe([rand(300, 4)], [rand(300, 2)])
+        memory.rebuild()
+        os._exit(0 if memory._snapshot is not before else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_distilling_needs_gradients_to_be_possible():

@@ -174,7 +174,7 @@ class KernelCode(Code):
         won, lengths = {choice.metric for choice in choices}, {choice.length for choice in choices}
         return self.replace(
             metric=[x for x in self.metrics if name_of(x) in won] or self.metrics,
-            length=sorted(lengths) if len(self.lengths) > 1 else self.lengths,
+            length=(len(self.lengths) > 1 and sorted(lengths)) or self.lengths,
         )
 
     def candidates(self) -> dict[str, Sequence[Any]]:

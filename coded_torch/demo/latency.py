@@ -8,9 +8,7 @@ sees.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._heap import frozen_heap
 from ..codes import KernelCode, NotEnoughResults
 from ..nn import CodedWrapper, Waiting
 from ..nn.report import Report
@@ -40,7 +39,6 @@ __all__ = [
     "Sleeping",
     "draw",
     "format_outcomes",
-    "frozen_heap",
     "measure",
     "median_part",
     "merge",
@@ -249,20 +247,6 @@ def _requests(
         yield _Request(arrival, images[rows], labels[rows])
 
 
-@contextlib.contextmanager
-def frozen_heap() -> Iterator[None]:
-    """Keep Python's collections from what is there already, as a server does.
-
-    A full one stops all threads while it looks at every object: some 100 ms with torch imported.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def _drive(
     scheme: Callable[[Tensor], tuple[Tensor, Report]], requests: Sequence[_Request]
 ) -> list[_Record]:
@@ -279,9 +263,8 @@ def _drive(
         right = int((answers.argmax(-1) == request.labels).sum())
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         overrun = None
-        there = max(report.latencies.values(), default=0.0)  # when the last reply was
-        if report.ended == "deadline" and there <= (report.deadline or 0.0):
-            overrun = end - start - (report.deadline or 0.0)
+        if report.ended == "deadline" and report.deadline and report.decodable:
+            overrun = end - start - report.deadline if report.decodable <= report.deadline else None
         latency = end - begin - request.arrival
         return _Record(latency, size, right, report.work, predicted, overrun)
 

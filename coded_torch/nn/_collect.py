@@ -95,14 +95,14 @@ def collect(
                 logger.warning("%s", error)
     report.ended, report.hedges = ended.reason, ended.hedges
     report.num_groups = units.num_groups
-    report.fence, report.median, report.deadline = (
+    report.fence, report.median, report.deadline, report.decodable = (
         None if seconds == math.inf else seconds
-        for seconds in (ended.fence, ended.median, ended.deadline)
+        for seconds in (ended.fence, ended.median, ended.deadline, ended.decodable)
     )
     if ended.reason == "deadline":
-        beyond = max(report.latencies.values(), default=0.0) - ended.deadline
-        if beyond > _BEYOND:
-            report.notes += (f"half of the results came {beyond:.3g} s after the deadline",)
+        beyond = ended.decodable - ended.deadline
+        if _BEYOND < beyond < math.inf:
+            report.notes += (f"enough results came {beyond:.3g} s after the deadline",)
         what = "no more" if results.units else "nothing"
         late = f"{what} arrived within the deadline of {ended.deadline:g} s"
         status = f"{late}; {status}" if status else late

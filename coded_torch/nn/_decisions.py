@@ -101,6 +101,8 @@ class Ended:
         median: of whole calls like this one, in seconds; infinite likewise, and where most were
             not complete.
         deadline: of the answer, in seconds of the call; infinite if there was none.
+        decodable: when as many results were there as the rest may be predicted from; infinite if
+            never.
     """
 
     reason: str
@@ -108,6 +110,7 @@ class Ended:
     fence: float
     median: float
     deadline: float
+    decodable: float = math.inf
 
 
 _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)
@@ -178,7 +181,7 @@ class Call:
         self.unbegun = 0  # of those asked again
         self.good: set[int] = set()
         self.enough: bool | None = None  # whether the error to expect of `good` is tolerable
-        self.goal = needed
+        self.goal, self.decodable = needed, math.inf
         self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
         self.late = self.lost = self.fenced = self.prepared = self.extended = False
         self.rows = unit_rows * max(map(len, first))
@@ -297,6 +300,8 @@ class Call:
             num_good = len(good)
             good.update(part.units)
             part.won, part.seconds = len(good) > num_good, event.latency
+            if len(good) >= self.least:
+                self.decodable = min(self.decodable, event.at)
             part.fresh = bool(part.fresh)
             if self.by_columns and len(good) >= self.goal and not self._tolerable():
                 self.goal, self.lost = len(good) + 1, True
@@ -397,4 +402,5 @@ class Call:
             for part in self.parts[self.num_first :]
         )
         fence = self._fence(self.rows // self.unit_rows)
-        return Ended(reason, hedges, fence, self.median, self.waiting.deadline or self.deadline)
+        deadline, decodable = self.waiting.deadline or self.deadline, self.decodable - self.since
+        return Ended(reason, hedges, fence, self.median, deadline, decodable)

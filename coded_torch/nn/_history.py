@@ -13,7 +13,7 @@ __all__ = ["History"]
 
 _PARTS, _CALLS = 512, 128  # that are remembered
 _LEAST = 32  # parts that have replied, before the history is believed
-_REFIT = 32  # parts, after which the time that a row takes is fitted again
+_REFIT = 32  # parts, at most _LEAST, after which the time that a row takes is fitted again
 _GROUP = 8  # parts of few rows, and of many, at least, that the fit needs
 _DECODINGS = 16  # that are remembered
 
@@ -52,7 +52,7 @@ class History:
     share it; pickled or copied, it is empty.
 
     Note:
-        A few microseconds a part.
+        Some ten microseconds a part.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,8 @@ class History:
                     self._fewest = self._most = rows
                 self._parts.add(rows, seconds, self._scale(rows))
                 self._replied += seconds < math.inf
-                self._unfitted += 1
+                known = self._fewest <= rows <= self._most
+                self._unfitted += 1 if known else _REFIT // _GROUP
             if call is not None:
                 self._calls.add(*call, self._scale(call[0]))
             if self._unfitted >= _REFIT:
@@ -149,11 +150,11 @@ class History:
 
     def _fit(self) -> None:
         self._unfitted = 0
-        sizes = sorted([rows for rows, _, _ in self._parts.entries])
+        parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
+        sizes = [rows for rows, _ in parts]
         fewest, most = sizes[0], sizes[-1]
         if fewest == most == self._most == self._fewest:
             return
-        parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
         # Where small parts end: near the middle, but with enough on both sides.
         ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
         end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)

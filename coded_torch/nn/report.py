@@ -58,6 +58,8 @@ class Report:
             not known yet.
         median: of whole calls, in seconds; None: not known yet.
         deadline: seconds from the call after which it was to end; None: there was none.
+        decodable: seconds from the call after which enough results were there to predict the rest,
+            which may be after the deadline; None: never.
         num_groups: G, into how many groups the batch was cut; 0 where it was asked for by rows.
         distances: by which metric, of which length, lost answers were predicted, and how well that
             predicted the results from each other; of each decoded output, in their order (and of
@@ -88,6 +90,7 @@ class Report:
     fence: float | None = None
     median: float | None = None
     deadline: float | None = None
+    decodable: float | None = None
     num_groups: int = 0
     distances: tuple[Choice, ...] = ()
     notes: tuple[str, ...] = ()

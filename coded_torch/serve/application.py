@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -25,6 +24,7 @@ from torch.utils import _pytree as pytree
 import coded_torch
 
 from .._arguments import count, instance, positive
+from .._heap import frozen_heap
 from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
 from .batcher import Answer, Batcher
@@ -71,7 +71,8 @@ def app(
     the error to expect, come as the outputs ``predicted`` and ``expected_error`` where they are
     asked for; their number as the parameter ``predicted_rows`` of every answer.
 
-    Its lifespan starts the machines and ends them. It runs under any ASGI server, as one process:
+    Its lifespan starts the machines and ends them; meanwhile, Python's full collections leave out
+    what the process had set up before. It runs under any ASGI server, as one process:
     ``uvicorn.run(app(...))``. A request that is not answered gets ``{"error": ...}`` and
 
     - 4xx: its own mistake; a row that is not finite, or of a wrong shape, is named;
@@ -157,8 +158,7 @@ class Service:
         if {spec.name for spec in self.outputs} & {PREDICTED.name, EXPECTED_ERROR.name}:
             raise ValueError("app: outputs must not be named predicted or expected_error")
         self.deadline = positive("app", "deadline", deadline)
-        instance("app", "examples", examples, Sequence, optional=True)
-        self._examples = examples
+        self._examples = None if examples is None else _checked(examples, self.inputs)
         self.max_batch_size = count("app", "max_batch_size", max_batch_size)
         self.max_queued_requests = count("app", "max_queued_requests", max_queued_requests)
         self.metrics = Metrics()
@@ -177,12 +177,11 @@ class Service:
         """Start the machines; answer what was accepted; end them."""
         try:
             await asyncio.to_thread(self.coded.workers.start)
-            if self._examples is not None:
+            if self._examples is not None and not self.coded.workers.simulated:
                 await asyncio.to_thread(self._load, [x[:1] for x in self._examples])
-            gc.collect()
-            gc.freeze()  # or a full collection stops every request for some 100 ms, to find nothing
-            self.ready = True
-            yield
+            with frozen_heap():
+                self.ready = True
+                yield
         finally:
             self.ready = False
             await self._batcher.close(self.deadline + _PATIENCE)
@@ -201,9 +200,10 @@ class Service:
         )
         with torch.no_grad():
             _, report = each.run(*example)
-        seconds = time.monotonic() - start
-        loaded = len(report.received)
-        logger.info("%d of %d machines have run the model, in %.1f s", loaded, machines, seconds)
+        loaded, seconds = len(report.received), time.monotonic() - start
+        level = logging.INFO if loaded == machines else logging.WARNING
+        said = "%d of %d machines have run the model, in %.1f s"
+        logger.log(level, said, loaded, machines, seconds)
 
     async def server_metadata(self, _: Request) -> Response:
         return _json(
@@ -347,6 +347,20 @@ def _specs(argument: str, given: Any) -> tuple[TensorSpec, ...]:
     if not given or len({spec.name for spec in given}) < len(given):
         raise ValueError(f"app: {argument} must have names of their own, at least one, got {given}")
     return tuple(given)
+
+
+def _checked(examples: Any, inputs: Sequence[TensorSpec]) -> Sequence[Tensor]:
+    instance("app", "examples", examples, Sequence)
+    if len(examples) != len(inputs):
+        raise ValueError(f"app: examples must be {len(inputs)}, one an input, got {len(examples)}")
+    for spec, x in zip(inputs, examples, strict=True):
+        instance("app", f"the example of {spec.name!r}", x, Tensor)
+        if not (x.dim() and len(x) and spec.fits(x.shape[1:])):
+            raise ValueError(
+                f"app: the example of {spec.name!r} must have rows of shape {list(spec.shape)}, "
+                f"got shape {list(x.shape)}"
+            )
+    return tuple(examples)
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

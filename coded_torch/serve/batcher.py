@@ -97,7 +97,8 @@ class Batcher:
         """Hold a place in the queue for a request while it is read.
 
         Raises:
-            RequestError: there is none, or even one row would probably be late (503).
+            RequestError: there is none, or, unless the server is idle, even one row would probably
+                be late (503).
         """
         if self.num_queued >= self._max_queued:
             raise RequestError(
@@ -119,7 +120,7 @@ class Batcher:
             What becomes of it, and a function by which it leaves the queue if it still waits.
 
         Raises:
-            RequestError: it would probably be answered too late (503).
+            RequestError: the server is not idle, and it would probably be answered too late (503).
         """
         rows = len(inputs[0])
         self._check(rows, deadline)
@@ -142,10 +143,10 @@ class Batcher:
         self._threads.shutdown(wait=False)
 
     def _check(self, rows: int, deadline: float) -> None:
-        if not (self._ongoing or self._queue):
-            return  # or, once batches were slow, no batch would ever show that they no longer are
         now = time.monotonic()
-        late = now + self._expected(rows, now) - deadline
+        # An idle server takes anything: only a batch can show that batches are fast again.
+        idle = not (self._ongoing or self._queue)
+        late = now + (0.0 if idle else self._expected(rows, now)) - deadline
         if late > 0:
             raise RequestError(
                 503,
@@ -184,7 +185,7 @@ class Batcher:
         while self._queue:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._durations(entry.rows)
-            if hopeless and (self._ongoing or len(self._queue) > 1):
+            if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 del self._queue[entry]  # it would end the batch before anything is there
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):

@@ -228,7 +228,7 @@ def plan(
                 )
                 fence = _fence(policy, history) * part
                 lost = policy.num_stragglers or 0
-                yield _choice(goal, outcome, part, kind, name, (k, n, lost), until, fence)
+                yield _option(goal, outcome, part, kind, name, (k, n, lost), until, fence)
 
 
 def _same(conditions: Conditions, part: float) -> Conditions:
@@ -267,7 +267,7 @@ def _fence(policy: Waiting, history: History) -> float:
     return history.fence(PART_ROWS)
 
 
-def _choice(
+def _option(
     goal: Goal,
     outcome: Outcome,
     part: float,

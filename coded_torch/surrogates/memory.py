@@ -2,7 +2,9 @@ r"""A surrogate that trains itself: regression on what the wrapper has answered.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -83,9 +85,8 @@ class Memory:
         self._lock = threading.Lock()
         self._generation = 0
         self._looks: tuple[Any, Any] = None, None  # what is kept for the second to be true
-        # One thread for all regressions: the allocator keeps some of what each thread has freed.
-        self._maker = ThreadPoolExecutor(1, "coded_torch memory")
         self._making: Future[None] | None = None
+        self._process = 0  # whose thread makes regressions
         # When the last regression ended, and how long it and finding its space took.
         self._ended, self._seconds, self._size, self._choosing = 0.0, 0.0, 1, 0.0
         self._forget()
@@ -180,6 +181,7 @@ class Memory:
         """
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
+                self._settle_in()
                 if self._making is None and self._num_fresh:
                     self._start()
                 making = self._making
@@ -198,6 +200,7 @@ class Memory:
 
     def _rebuild(self) -> None:
         """Make the regression again, if it is worth while and its turn; never waits."""
+        self._settle_in()
         if self._making is not None or self._num_fresh < min(_FRESH, self.capacity):
             return
         expected = self._seconds * (self._num_rows / self._size) ** 2
@@ -206,10 +209,18 @@ class Memory:
         if expected <= _SHARE * (time.monotonic() - self._ended):
             self._start()
 
+    def _settle_in(self) -> None:
+        """Have a thread in this process: it has none at first, and a fork leaves it behind."""
+        if self._process != os.getpid():
+            # One for all regressions: the allocator keeps some of what each thread has freed.
+            self._maker = ThreadPoolExecutor(1, "coded_torch memory")
+            self._process, self._making = os.getpid(), None
+
     def _start(self) -> None:
-        self._num_fresh = 0
         args = self._generation, self._form, self._space, list(self._rows)
-        self._making = self._maker.submit(self._make, *args)
+        with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
+            self._making = self._maker.submit(self._make, *args)
+            self._num_fresh = 0
 
     def _make(
         self, generation: int, form: Any, space: Space | None, rows: list[tuple[Tensor, Tensor]]

@@ -50,9 +50,9 @@ class ProcessWorkers(SupervisedWorkers):
         threads: how many threads each process uses for one operation.
         grace: seconds that a part may take. It says what hangs, not what is late: it follows no
             deadline, since a process that is late for one call may still be right for the next,
-            and one that is killed takes time to come back. A few times the module's slowest run,
-            the first included, is a good choice: until the grace is over, a module that hangs keeps
-            its process from later requests.
+            and one that is killed takes time to come back. A few times the module's slowest run is
+            a good choice: until the grace is over, a module that hangs keeps its process from later
+            requests. Loading the module is not counted, and may take two minutes.
         timeout: seconds after which a part that was asked for and has not replied has failed.
         max_requests: how many requests may be served at once; the parts of others wait for room.
 
@@ -73,7 +73,8 @@ class ProcessWorkers(SupervisedWorkers):
         the module's class from there; a class that was defined in a notebook or an interactive
         session cannot be found. Needs sockets of the Unix domain, so not Windows. The first process
         takes seconds to start, later ones some 20 ms (they are forked from a server that has
-        imported torch, which Python keeps until this process ends).
+        imported torch, which Python keeps until this process ends). One that replaces another loads
+        the module that was sent last before it counts as up.
 
     Example:
         .. code-block:: python
@@ -207,30 +208,30 @@ class _Processes(Supervisor):
     def _hear(self, machine: _Process) -> None:
         try:
             message = machine.connection.receive()
+            if message is not None and message.kind == READY:
+                self._welcome(machine)
         except OSError as error:
             self.end(machine)
-            self.lost(machine, f"was killed, as its message could not be read: {error}")
+            self.lost(machine, f"was killed, as nothing could be exchanged with it: {error}")
             return
         if message is None:
             self.lost(machine, self._bury(machine))
-        elif message.kind == READY:
-            self._welcome(machine)
         elif message.kind == LOADED:
             self.loaded(machine)
-        else:
+        elif message.kind != READY:
             self.take(machine, message.number, message.kind, message.value)
 
     def _welcome(self, machine: _Process) -> None:
         """Have a new process load what will probably be wanted of it, before it is up."""
         last = self.modules.last()
-        if last is None:
+        if last is None or self._failed_starts:  # which loading it may have caused
             self.ready(machine)
         else:
             number, package = last
-            machine.modules = frozenset([number])
+            machine.modules, machine.since = frozenset([number]), self._clock()
             with contextlib.suppress(ConnectionError):  # it has died, which is heard next
                 machine.connection.send_block(MODULE, number, *package)
-                machine.connection.send(READY, 0, Pickled(None))  # with which it goes
+                machine.connection.flush()
 
     def _check_descriptors(self) -> None:
         """Raise an OSError unless there are enough of them to start a process and to ask it.
@@ -263,7 +264,7 @@ class _Processes(Supervisor):
         machine.process.close()
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
-        if machine.ready:
+        if machine.ready or machine.modules:
             return f"ended with exit code {code}"
         return (
             f"ended with exit code {code} before it was up; its output says why (does the script "

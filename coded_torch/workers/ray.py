@@ -55,7 +55,7 @@ class RayWorkers(SupervisedWorkers):
             connected to, else one of its own on this machine, without dashboard and usage report;
             it ends with the last pool that uses it.
         threads: how many threads each actor uses for one operation.
-        grace: seconds that a part may take, as for processes.
+        grace: seconds that a part may take, as for processes, but loading the module included.
         timeout: seconds after which a part that was asked for and has not replied has failed.
         max_requests: how many requests may be served at once; the parts of others wait for room.
         actor_options: what Ray is to know of each actor, such as ``num_gpus=1``, ``resources``,

@@ -90,7 +90,6 @@ class CodeTests:
         everybody = range(code.num_workers)
         for map_ in (code.encoder, code.decoder(received), code.decoder(everybody)):
             matrix = map_.matrix()
-            assert matrix.sum(1).allclose(torch.ones(()).double()), "rows must sum to 1"
             assert_is_product(
                 torch.ones(len(matrix)).double(), matrix, torch.ones(matrix.shape[1]).double()
             )

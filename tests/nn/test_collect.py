@@ -50,6 +50,22 @@ def arriving_in_order() -> LocalWorkers:
     return LocalWorkers(Trace([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]))
 
 
+def test_a_call_that_waited_for_half_says_so():
+    for latencies, decodable, notes in (
+        ([0.1, 0.5, 0.6, 0.7], 0.5, ("enough results came 0.3 s after the deadline",)),
+        ([0.1, 0.15, 0.6, 0.7], 0.15, ()),
+    ):
+        coded = CodedWrapper(
+            nn.Identity(),
+            ReplicationCode(4, 4),
+            workers=LocalWorkers(Trace([latencies])),
+            waiting=Waiting(deadline=0.2),
+        )
+        _, report = coded.run(torch.randn(4, 2))
+        assert (report.ended, report.decodable) == ("deadline", pytest.approx(decodable))
+        assert report.notes == notes
+
+
 @pytest.mark.parametrize(
     ("tolerance", "wanted"), [(None, 2), (2.0, 2), (0.5, 3), (0.3, 4), (0.21, 4), (0.01, 6)]
 )

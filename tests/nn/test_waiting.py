@@ -54,7 +54,7 @@ def known(seconds=1.0, rows=2, calls=10):
 def test_while_nothing_is_late_all_is_asked_once():
     decisions, _, ended = drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=known())
     assert decisions == [Ask(tuple(FOUR))]
-    assert ended == Ended("complete", (), 1.5, 1.0, 3.0)
+    assert ended == Ended("complete", (), 1.5, 1.0, 3.0, 1.0)
 
 
 def test_a_part_past_its_fence_is_split_over_idle_machines():
@@ -171,10 +171,10 @@ def test_without_extra_nothing_is_late():
 def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
     enough = drive(waiting, [*settle(0, 1), None], history=known())
     assert enough[2].reason == reason
-    assert enough[2].deadline == 3.0
+    assert (enough[2].deadline, enough[2].decodable) == (3.0, 1.0)
     later = drive(waiting, [*settle(0), None, *settle(1, at=7.0)], history=known())
     assert later[1][-1] == math.inf
-    assert later[2].reason == reason
+    assert (later[2].reason, later[2].decodable) == (reason, 7.0)
 
 
 def test_a_deadline_counts_from_the_call():
@@ -251,7 +251,7 @@ def test_asking_all_at_once_ends_with_the_first():
     columns, waiting = [(n,) for n in range(6)], Waiting.first(2, deadline=3.0)
     decisions, _, ended = drive(waiting, settle(5, 1, 0, 3), columns, needed=4)
     assert decisions == [Ask(tuple(columns))]
-    assert ended == Ended("first", (), math.inf, math.inf, 3.0)
+    assert ended == Ended("first", (), math.inf, math.inf, 3.0, 1.0)
     assert drive(waiting, settle(*range(6)), columns, needed=6)[2].reason == "complete"
     events = [*settle(0, ok=False), *settle(1), None]  # failed ones are not asked again
     decisions, _, ended = drive(waiting, events, columns, needed=4)
@@ -308,11 +308,20 @@ def test_latencies_are_compared_by_what_their_rows_should_take():
 
 def test_few_large_parts_do_not_spoil_the_fence_of_small_ones():
     history = History()
-    for number in range(300):  # parts of 1 or 2 rows that take as long, and hardly ever 8
-        rows = 8 if number % 100 == 40 else 1 + number % 2
+    for number in range(300):  # parts of 1 row, or 2 that take as long, and hardly ever 8
+        rows = 8 if number % 100 == 40 else 1 + (number % 3 == 0)
         history.add([(rows, 1.0)], None)
         if number >= 32:
             assert history.fence(1) == history.fence(2) == 1.5, number
+
+
+def test_sizes_that_are_new_soon_count_as_what_they_take():
+    history = known(rows=1, calls=8)
+    fences = []
+    for _ in range(24):
+        history.add([(2, 1.0)], None)
+        fences.append(history.fence(1))
+    assert fences[8:] == [1.5] * 16
 
 
 def test_of_one_size_only_fewer_rows_are_given_as_long():

@@ -421,6 +421,12 @@ class Seen(nn.Module):
         return x[:, :2]
 
 
+@pytest.mark.parametrize("examples", [[], [3], [torch.zeros(0, 3)], [torch.zeros(2, 4)]], ids=str)
+def test_examples_are_checked(examples):
+    with pytest.raises((TypeError, ValueError), match=r"^app: (examples|the example of 'input') "):
+        built(examples=examples)
+
+
 def test_every_machine_has_run_the_model_before_the_application_is_ready():
     pool = DeviceWorkers(["cpu"] * 3)
     with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:

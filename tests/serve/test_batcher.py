@@ -239,6 +239,23 @@ def test_batches_that_were_slow_are_not_held_against_an_idle_server(model):
     asyncio.run(run())
 
 
+def test_what_has_expired_joins_no_batch(model):
+    async def run():
+        batcher = model.batcher()
+        for _ in range(8):
+            await answers(put(batcher, 0.0))
+        model.go.clear()
+        entries = [put(batcher, 0.0), put(batcher, 1.0)]
+        put(batcher, 2.0, seconds=0.001)
+        await asyncio.sleep(0.01)
+        model.go.set()
+        await answers(*entries)
+        assert model.batches[-1] == [1.0]
+        assert model.seconds[-1] > 5
+
+    asyncio.run(run())
+
+
 def test_a_request_that_fails_fails_alone(model):
     def fail(rows, report):
         if 2.0 in rows:

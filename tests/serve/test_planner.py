@@ -23,14 +23,14 @@ from coded_torch.serve.planner import (
 REQUESTS = 1000
 
 
-def options(goal, law, **options):
-    return list(plan(goal, law, num_requests=REQUESTS, **{"median": 0.01} | options))
+def options(goal, law, **changes):
+    return list(plan(goal, law, num_requests=REQUESTS, **{"median": 0.01} | changes))
 
 
 def test_nothing_is_worth_anything_where_nothing_goes_wrong():
     goal = Goal(deadline=0.2)
     found = options(goal, LAWS["calm"])
-    assert {choice.kind for choice in found} == {"uncoded", "hedged", "replicated", "coded"}
+    assert {option.kind for option in found} == {"uncoded", "hedged", "replicated", "coded"}
     uncoded = best(found)["uncoded"]
     assert uncoded.meets
     assert (uncoded.work, uncoded.predicted, uncoded.accuracy) == (1, 0, 1)
@@ -49,8 +49,17 @@ def test_a_deadline_that_only_predictions_meet():
     assert 0 < found["coded"].predicted < 0.05
     assert found["coded"].deadline < goal.deadline
     assert found["coded"].fence < found["coded"].deadline
+    (option,) = [option for option in found.values() if option.kind == "coded"]
+    text = format_options(goal, [option])
+    until = f"{option.deadline:.4g}"
+    assert f"In Python: KernelCode({option.num_data}, 6), Waiting(deadline={until})." in text
     strict = Goal(deadline=0.035, accuracy=1.0)
     assert not best(options(strict, LAWS["straggling"]))["coded"].meets
+
+
+def test_latencies_of_another_unit_are_refused():
+    with pytest.raises(ValueError, match="latencies must be seconds within reach of the deadline"):
+        next(plan(Goal(deadline=0.1), np.full(100, 46.9)))
 
 
 def test_what_nothing_meets():

@@ -29,6 +29,7 @@ from .modules import (
     Exits,
     Heavy,
     Pid,
+    Poison,
     Remembers,
     Scale,
     Sleepy,
@@ -227,6 +228,16 @@ def test_processes_load_modules_beside_their_grace_and_before_they_replace_other
         start = time.monotonic()
         assert all(reply.error is None for reply in answers(pool, module, torch.zeros(2, 1, 1)))
         assert time.monotonic() - start < 0.9
+
+
+def test_a_module_that_ends_processes_spoils_no_other():
+    with ProcessWorkers(1, grace=WAIT, timeout=WAIT).start(WAIT) as pool:
+        bad = Poison()
+        (reply,) = answers(pool, bad, torch.zeros(1, 1, 1))
+        assert "ended with exit code 3" in reply.error.reason
+        for _ in range(2):
+            (reply,) = answers(pool, nn.Identity(), torch.zeros(1, 1, 1))
+            assert reply.error is None
 
 
 def test_hung_processes_are_killed_though_their_server_has_died():

@@ -64,9 +64,16 @@ class ModuleStore:
         return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
 
     def last(self) -> tuple[int, Any] | None:
-        """The number and the package of the one that was packed last, of those that are there."""
-        with self._lock:
+        """The number and the package of the one that was packed last, of those that are there.
+
+        None while one is being packed, which may take long.
+        """
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
             entries = [(number, package) for _, number, package, _ in self._packed.values()]
+        finally:
+            self._lock.release()
         return max(entries, key=lambda entry: entry[0], default=None)
 
     def forget(self, module: nn.Module) -> None:

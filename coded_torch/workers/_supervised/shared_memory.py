@@ -165,10 +165,19 @@ class Connection:
     def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
         """Send a block as it is; the reader maps the same memory, for itself.
 
-        It goes with the next message: together they wake the other side once.
+        It goes with the next message, as together they wake the other side once, or by
+        :meth:`flush`.
         """
         header = _HEADER.pack(kind, number, length, -1, 0, -1, 0, _NEW_BLOCK)
         self._held.append((header, block))
+
+    def flush(self) -> None:
+        """Send the blocks that wait for a message.
+
+        Raises:
+            ConnectionError: nothing reads any more.
+        """
+        self._write([], [])
 
     def receive(self) -> Message | None:
         """The next message; None: the other side has ended.
@@ -227,14 +236,17 @@ class Connection:
     ) -> None:
         read, read_inputs = _mask(self._done), _mask(self._done_inputs)
         header = _HEADER.pack(kind, number, length, index, read, place, read_inputs, new)
+        self._write([header], descriptors)
+
+    def _write(self, headers: list[bytes], descriptors: list[int]) -> None:
         held, self._held = self._held, []
-        headers = [*(before for before, _ in held), header]
+        headers = [*(before for before, _ in held), *headers]
         descriptors = [*(block.descriptor for _, block in held), *descriptors]
         try:
             if descriptors:
                 socket.send_fds(self.socket, headers, descriptors)
             else:
-                self.socket.sendall(header)
+                self.socket.sendall(b"".join(headers))
         except OSError as error:
             raise ConnectionError(f"nothing reads any more: {error}") from error
 

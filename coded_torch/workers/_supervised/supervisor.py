@@ -38,7 +38,7 @@ class Supervisor(abc.ABC):
     Each machine is at one job at a time, and takes the next one that is still wanted when it has
     ended the last: so a machine that is slow or stopped holds up the one job that it is at. A
     machine that is lost is replaced; its job has failed. One that is at a job for longer than
-    ``grace`` seconds is ended; loading the job's module is no part of that.
+    ``grace`` seconds is ended; loading the module is no part of that where it is reported.
 
     Subclasses say how a machine is started, asked and ended, and report what it does to
     :meth:`ready`, :meth:`deliver`, :meth:`fail` and :meth:`lost`. One thread calls :meth:`tend` and
@@ -262,11 +262,7 @@ class Supervisor(abc.ABC):
             if machine.unwanted:
                 self.lost(machine, "was to be restarted")
                 continue
-            starts = machine.loading or not machine.ready
-            limit = START_SECONDS if starts else self.grace
-            what = (
-                "at one job" if not starts else "loading a module" if machine.ready else "starting"
-            )
+            limit, what = self._limit(machine)
             self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
         if now < self._start_again:
             return
@@ -329,11 +325,16 @@ class Supervisor(abc.ABC):
     def _due(self, machine: Machine) -> float:
         if machine.unwanted:
             return -math.inf
-        if not machine.ready:
-            return machine.since + START_SECONDS
-        if machine.job is None:
+        if machine.ready and machine.job is None:
             return math.inf
-        return machine.since + (START_SECONDS if machine.loading else self.grace)
+        return machine.since + self._limit(machine)[0]
+
+    def _limit(self, machine: Machine) -> tuple[float, str]:
+        """Seconds that a machine has for what it is at, and what that is."""
+        if machine.ready and not machine.loading:
+            return self.grace, "at one job"
+        what = "loading a module" if machine.ready else "starting"
+        return max(START_SECONDS, self.grace), what
 
     # What others ask for.
 

@@ -46,7 +46,6 @@ def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
             if message.kind == MODULE:
                 modules.add(message.number, message.value)
                 connection.send(LOADED, message.number, Pickled(None))
-            if message.kind != JOB:
                 continue
             number, answer = message.number, modules.call(message.value)
             del message  # its memory can be used again, which the answer says
