@@ -5,7 +5,7 @@
 
 #include "../distances_checks.h"
 #include "distances_block.h"
-#include "stream.h"
+#include "runtime.h"
 
 namespace coded_torch {
 
@@ -28,7 +28,7 @@ static void launch(const DistancesArgs& args, int device_index) {
   distances_kernel<kPairs, T, kWidth>
       <<<blocks, kDistancesThreads, 0, current_stream(device_index)>>>(
           args, static_cast<T>(args.nothing));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 template <Pairs kPairs, class T>

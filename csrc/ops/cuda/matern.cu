@@ -5,7 +5,7 @@
 
 #include "../matern_checks.h"
 #include "matern_block.h"
-#include "stream.h"
+#include "runtime.h"
 
 namespace coded_torch {
 
@@ -34,7 +34,7 @@ static void launch(const MaternArgs& args, int device_index) {
   const unsigned blocks = blocks_of("matern52_out", args.count, int64_t{kMaternThreads} * kWidth);
   matern_kernel<T, kWidth><<<blocks, kMaternThreads, 0, current_stream(device_index)>>>(
       args, static_cast<T>(args.scale));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 template <class T>
@@ -58,7 +58,7 @@ static void launch(const MaternAmongArgs& args, int device_index) {
       blocks_of("matern52_among", args.num_rows * args.num_columns, kMaternThreads);
   matern_among_kernel<T><<<blocks, kMaternThreads, 0, current_stream(device_index)>>>(
       args, static_cast<T>(args.scale));
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 Tensor matern52_among_cuda(const Tensor& squared, const Tensor& rows, const Tensor& columns,

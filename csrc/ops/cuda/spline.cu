@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "runtime.h"
 #include "spline_block.h"
-#include "stream.h"
 
 namespace coded_torch {
 
@@ -24,7 +24,7 @@ static void check_blocks(int64_t blocks) {
 static Device device_of(int device_index) {
   const auto attribute = [&](cudaDeviceAttr name) {
     int value = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device_index));
+    check_cuda(cudaDeviceGetAttribute(&value, name, device_index));
     return value;
   };
   // The runtime keeps some of a multiprocessor's shared memory for each block.
@@ -46,13 +46,13 @@ static void launch(const SplineCall& call, const SplineGrid& grid, const Device&
   if (grid.shared_bytes > kSharedWithoutAsking) {
     // The most that plan_grid() hands out: the kernel keeps the number, and a smaller one from
     // another thread would make the launch below fail.
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        device.shared_bytes));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    device.shared_bytes));
   }
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            current_stream(device.index)>>>(call.args, grid,
                                            workspace ? workspace->mutable_data_ptr() : nullptr);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 template <class T, int kWidth, bool kTranspose>
@@ -111,17 +111,17 @@ static void launch_zero_unwritten(const SplineCall& call, int device_index) {
   const Tensor written = torch::stable::empty({scatter.num_rows}, ScalarType::Byte, std::nullopt,
                                               call.values.device());
   char* flags = static_cast<char*>(written.mutable_data_ptr());
-  STD_CUDA_CHECK(cudaMemsetAsync(flags, 0, scatter.num_rows, stream));
+  check_cuda(cudaMemsetAsync(flags, 0, scatter.num_rows, stream));
   if (entries > 0) {
     const int64_t blocks = (entries + kMaxThreads - 1) / kMaxThreads;
     check_blocks(blocks);
     mark_written<<<static_cast<unsigned>(blocks), kMaxThreads, 0, stream>>>(scatter, entries,
                                                                             flags);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
   zero_unwritten<<<static_cast<unsigned>(scatter.num_rows), kMaxThreads, 0, stream>>>(
       flags, static_cast<char*>(call.args.out), row_bytes, call.args.out_row_stride * value_bytes);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launch();
 }
 
 static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
