@@ -506,7 +506,6 @@ def test_augmented_inputs_are_learnt_too():
     assert seen == [36]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_memory_goes_on_learning_in_a_forked_process():
     memory = Memory()
     memory.observe([rand(300, 4)], [rand(300, 2)])

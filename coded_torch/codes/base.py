@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count
 from ..linear import LinearMap
+from ..linear.maps import unit_rows
 from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
 from .errors import NotEnoughResults
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from ..geometry import Geometry
     from ..grouping import Grouping
 
-__all__ = ["Code", "FixedCode", "unit_rows"]
+__all__ = ["Code", "FixedCode"]
 
 _CACHED_DECODERS = 256
 
@@ -247,10 +248,8 @@ class FixedCode(Code):
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
-            raise TypeError(
-                f"{type(self).__name__}: _make_{what} must return a LinearMap from {sizes[0]} to "
-                f"{sizes[1]}, got {made!r:.80}"
-            )
+            must = f"_make_{what} must return a LinearMap from {sizes[0]} to {sizes[1]}"
+            raise TypeError(f"{type(self).__name__}: {must}, got {made!r:.80}")
         return made
 
     def _cached(self, key: tuple[int, ...]) -> LinearMap | None:
@@ -398,13 +397,3 @@ class FixedCode(Code):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._decoders, self._lock = OrderedDict(), threading.Lock()
-
-
-def unit_rows(matrix: Tensor) -> Tensor:
-    """The column that each row of a matrix picks, ``[rows]``; -1 for rows that are no unit vector.
-
-    A map with such a row passes the value on, bit for bit.
-    """
-    picked = matrix.argmax(1)
-    unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
-    return torch.where(unit, picked, -1)

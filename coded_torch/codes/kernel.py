@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Choice, Features, name_of
+from ..linear.maps import unit_rows
 from ._choices import LENGTHS, Fitted
 from ._points import Points, made_by
-from .base import Code, FixedCode, unit_rows
+from .base import Code, FixedCode
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:

@@ -147,3 +147,13 @@ class SelectMap(LinearMap):
         if len(combined):
             parts = _product(matrix, values.index_select(0, used))
             out.index_copy_(0, combined, parts.expand(len(combined), *parts.shape[1:]))
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """The column that each row of a matrix picks, ``[rows]``; -1 for rows that are no unit vector.
+
+    A map with such a row passes the value on, bit for bit.
+    """
+    picked = matrix.argmax(1)
+    unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
+    return torch.where(unit, picked, -1)

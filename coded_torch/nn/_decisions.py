@@ -123,17 +123,8 @@ class _Part:
     """
 
     __slots__ = (
-        "at",
-        "due",
-        "fresh",
-        "number",
-        "of",
-        "replaced",
-        "seconds",
-        "state",
-        "units",
-        "won",
-    )
+        "at", "due", "fresh", "number", "of", "replaced", "seconds", "state", "units", "won",
+    )  # fmt: skip
 
     def __init__(self, number: int, units: tuple[int, ...], of: _Part | None, at: float) -> None:
         self.number, self.units, self.of, self.at = number, units, of, at

@@ -410,13 +410,14 @@ def test_bad_arguments(changes, message):
     assert message in str(caught.value)
 
 
-class Seen(nn.Module):
-    """Remembers which threads have run it."""
+run_by = set()  # by which threads a replica of Seen was run
 
-    threads = set()  # noqa: RUF012  # of all replicas
+
+class Seen(nn.Module):
+    """Says which threads run it."""
 
     def forward(self, x):
-        self.threads.add(threading.get_ident())
+        run_by.add(threading.get_ident())
         time.sleep(0.05)  # so that every machine is wanted
         return x[:, :2]
 
@@ -430,6 +431,6 @@ def test_examples_are_checked(examples):
 def test_every_machine_has_run_the_model_before_the_application_is_ready():
     pool = DeviceWorkers(["cpu"] * 3)
     with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:
-        assert len(Seen.threads) == 3
+        assert len(run_by) == 3
         with Client(port) as client:
             assert client.infer(ONE)[0] == 200

@@ -160,7 +160,9 @@ class Connection:
                 self._shown[place] = inputs.number
                 descriptors.append(inputs.descriptor)
                 new |= _NEW_INPUTS
-        self._send(kind, number, len(pickled.stream), index, place, new, descriptors)
+        read, read_inputs = _mask(self._done), _mask(self._done_inputs)
+        where = len(pickled.stream), index, read, place, read_inputs, new
+        self._write([_HEADER.pack(kind, number, *where)], descriptors)
 
     def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
         """Send a block as it is; the reader maps the same memory, for itself.
@@ -224,23 +226,9 @@ class Connection:
         self._free, self._lent, self._known = [], {}, {}
         self._lent_inputs, self._known_inputs = {}, {}
 
-    def _send(
-        self,
-        kind: int,
-        number: int,
-        length: int,
-        index: int,
-        place: int,
-        new: int,
-        descriptors: list[int],
-    ) -> None:
-        read, read_inputs = _mask(self._done), _mask(self._done_inputs)
-        header = _HEADER.pack(kind, number, length, index, read, place, read_inputs, new)
-        self._write([header], descriptors)
-
     def _write(self, headers: list[bytes], descriptors: list[int]) -> None:
         held, self._held = self._held, []
-        headers = [*(before for before, _ in held), *headers]
+        headers = [*(header for header, _ in held), *headers]
         descriptors = [*(block.descriptor for _, block in held), *descriptors]
         try:
             if descriptors:
