@@ -169,24 +169,29 @@ class KernelRegression(Regression):
         self.length = positive(self, "length", length)
         self.nugget = positive(self, "nugget", nugget)
         self._squared, self._points = squared_distances, points
-        covariance = self._covariance(squared_distances.dtype)
-        self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        if failed and not bool(covariance.isfinite().all()):
+        self._factor, failed = self._factored(squared_distances.dtype)
+        if failed and bool(self._covariance(squared_distances.dtype).isnan().any()):
             raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
-        if failed and covariance.dtype != torch.float64:
-            covariance = self._covariance(torch.float64)
-            self._factor, failed = torch.linalg.cholesky_ex(covariance)
+        if failed and squared_distances.dtype != torch.float64:
+            self._factor, failed = self._factored(torch.float64)
         while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
-            covariance.diagonal().add_(9 * self.nugget)
             self.nugget *= 10
-            self._factor, failed = torch.linalg.cholesky_ex(covariance)
-        m = len(covariance)
+            self._factor, failed = self._factored(torch.float64)
+        m = len(self._factor)
         self.left_out = torch.arange(m)
         if m > MOST_INVERTED:
             self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
-        half = _solved(covariance.new_ones(1, m), self._factor, transposed=True)
+        half = _solved(self._factor.new_ones(1, m), self._factor, transposed=True)
         self._mean = _solved(half, self._factor, transposed=False)  # [1, M], C^-1 1
         self._precision = float(self._mean.sum())
+
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The lower triangle of the covariance, and whether there is none."""
+        covariance = self._covariance(dtype).mT  # laid out as LAPACK has it: it is symmetric
+        failed = torch.empty((), dtype=torch.int32)
+        # In its own memory: where there are many results, new memory takes an eighth as long again.
+        torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
+        return covariance, failed
 
     def _covariance(self, dtype: torch.dtype) -> Tensor:
         if self._points is None:

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelCode"]
 
-# Predicting an input from more than its neighbours on the path changes its variance little.
-_NEIGHBOURHOOD = 512
 # Errors grow more slowly than the variances that follow from distances: with their power 1.0 for a
 # LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
@@ -200,7 +198,7 @@ class KernelCode(Code):
             return self._plan(point, grouping, batch)
         errors = np.ones(grouping.batch_size)
         if batch is not None and num_stragglers:  # else copies are equal, whatever the errors
-            errors = batch.leave_one_out_variances(_NEIGHBOURHOOD).numpy() ** _GROWTH
+            errors = batch.leave_one_out_variances().numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
