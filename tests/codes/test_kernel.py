@@ -114,6 +114,14 @@ def test_copies_go_where_the_others_tell_least(generator):
     assert sent.bincount().tolist() == [2 if i in (2, 7, 11) else 1 for i in range(16)]
 
 
+@pytest.mark.parametrize("batch_size", [512, 513, 1001])
+def test_large_batches_leave_no_few_inputs_to_themselves(batch_size):
+    """Each is predicted from many others, however the batch is cut."""
+    x = torch.linspace(0, 1, batch_size)[:, None]
+    batch = KernelCode(3, 4)._batch(Grouping.arrival(batch_size, 3), Geometry([x]))
+    assert batch.leave_one_out_variances().max() < 0.1
+
+
 def test_without_stragglers_copies_are_even(generator):
     x = inputs(10, generator)
     plan = KernelCode(5, 15).fit(Grouping.arrival(10, 5), Geometry([x]), num_stragglers=0)
