@@ -52,7 +52,9 @@ class Inputs:
         ]
         divided = {i: dim for i, dim in enumerate(self.dims) if dim is not None}
         if not divided:
-            raise ValueError("CodedWrapper: inputs must hold a tensor to be coded, got none")
+            others = {type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Tensor)}
+            got = ", ".join(sorted(others)) or "none"
+            raise ValueError(f"CodedWrapper: inputs must hold a tensor to be coded, got {got}")
         for i, dim in divided.items():
             self._check(i, dim, code)
         sizes = {i: self.leaves[i].shape[dim] for i, dim in divided.items()}
