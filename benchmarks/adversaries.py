@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,12 +32,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from coded_torch._scores import half_width, rounded
-from coded_torch.codes import BatchPlan, Code, plan_batch
+from coded_torch.codes import BatchPlan, Code, KernelCode, plan_batch
+from coded_torch.nn import CodedWrapper
+from coded_torch.stragglers import Uniform
 from coded_torch.workers import Part, Reply, Task
 from coded_torch.workers.attacks import Attacker, Liars
 
 from .locators import DEGREES, SMOOTHINGS, Case, Scheme, Trial, schemes
 from .runs import Measurement, progress
+from .schemes import FIXED
 from .subjects import SEED, Batch, run, subject
 
 CASES: tuple[Case, ...] = ((24, 20, 2, 1), (10, 8, 1, 1), (30, 20, 4, 2), (60, 20, 20, 3))
@@ -196,6 +200,35 @@ def adversaries(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]
     return results
 
 
+@torch.no_grad()
+def seconds(name: str, quick: bool) -> dict[str, Any]:
+    """Milliseconds of decoding, without and with a look for one liar; in turns."""
+    of, (n, k, s) = subject(name, quick), (24, 20, 4)
+    wrappers = {
+        most: CodedWrapper(
+            of.model,
+            KernelCode(k, n, **FIXED),
+            stragglers=Uniform(s, seed=SEED),
+            max_adversaries=most,
+            shuffle=random.Random(SEED),
+        )
+        for most in (0, 1)
+    }
+    taken: dict[str, list[float]] = {}
+    some = itertools.cycle(of.batches("held_out", BATCH_SIZE, 8))
+    for batch in itertools.islice(some, 8 if quick else 80):
+        for most, coded in wrappers.items():
+            coded(batch.images)
+            assert coded.last_run is not None
+            taken.setdefault(f"A = {most}", []).append(1e3 * coded.last_run.decode_seconds)
+    quartiles = {what: np.quantile(ms, [0.25, 0.5, 0.75]) for what, ms in taken.items()}
+    return {
+        "milliseconds, quartiles": {
+            what: [round(float(q), 2) for q in qs] for what, qs in quartiles.items()
+        }
+    }
+
+
 def _summary(rows: Sequence[tuple[float, ...]], lie: str, scheme: str) -> Mapping[str, Any]:
     detected, falsely, accuracy, error = np.array(rows).T
 
@@ -217,6 +250,7 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
             yield (name, "main", str(case)), of_all
         few = functools.partial(adversaries, name, CASES[0], SMALL, quick)
         yield (name, "small batches", str(CASES[0])), few
+        yield (name, "time"), functools.partial(seconds, name, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:
