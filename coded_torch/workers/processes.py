@@ -108,6 +108,12 @@ class ProcessWorkers(SupervisedWorkers):
         )
 
     def _make_supervisor(self) -> Supervisor:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            # Else multiprocessing says so in the middle of twenty lines, from each process.
+            raise RuntimeError(
+                "ProcessWorkers: the workers import this script, which must not start any then; "
+                'guard its main part by: if __name__ == "__main__":'
+            )
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)
 
 
