@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,11 +13,12 @@ from torch import Tensor
 from ._predictions import Predictions, residuals, spread_of
 from .regression import KernelRegression
 
-__all__ = ["COPIES", "Evidence", "predictions"]
+__all__ = ["COPIES", "Evidence", "predictions", "twins"]
 
 #: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
 #: float32 machines do among each other.
 COPIES = 0.1
+_VARIED = 0.98  # different results to an input, at least, of modules that give few the same
 _HELPFUL = 0.9  # of the error of predictions, at most what surrogates leave
 
 
@@ -44,6 +47,41 @@ class Evidence(NamedTuple):
     tolerance: float = COPIES
     curve: bool = False
     guesses: Sequence[Tensor] = ()
+
+
+def twins(evidence: Sequence[Evidence], most: int) -> set[frozenset[int]]:
+    """Pairs of machines with the same results, to the bit, for inputs of which two are different.
+
+    One of them returned what the other did. It says nothing where more machines are alike than
+    ``most`` liars explain, or the results of the others are no more different: the module gives the
+    same for many inputs.
+    """
+    rows: defaultdict[int, list[bytes]] = defaultdict(list)  # of each machine
+    points: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+    for which, part in enumerate(evidence):
+        columns = part.values.numpy(), part.machine.tolist(), part.point.tolist()
+        for values, machine, point in zip(*columns, strict=True):
+            rows[machine].append(values.tobytes())
+            points[machine].append((which, point))
+    alike: defaultdict[tuple[bytes, ...], list[int]] = defaultdict(list)
+    for machine, results in rows.items():
+        alike[tuple(results)].append(machine)
+    pairs = {
+        frozenset((a, b))
+        for same in alike.values()
+        if len(same) <= 2 * most
+        for a, b in itertools.combinations(same, 2)
+        if sum(x != y for x, y in zip(points[a], points[b], strict=True)) > 1
+    }
+    if not pairs:
+        return pairs
+    named = frozenset().union(*pairs)
+    others = rows.keys() - named
+    num_inputs = len({point for machine in others for point in points[machine]})
+    num_results = len({row for machine in others for row in rows[machine]})
+    if len(named) > 2 * most or num_results < _VARIED * num_inputs:
+        return set()
+    return pairs
 
 
 def predictions(

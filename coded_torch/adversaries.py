@@ -1,9 +1,9 @@
 r"""Which machines lie: results that are well formed, finite and wrong.
 
 Two things give a liar away. Where two machines computed the same input, their results are equal up
-to rounding; and every result is predicted by those at inputs nearby, by the regression that decodes
-what is lost, :class:`~coded_torch.regression.KernelRegression`. Neither says much of one row, but a
-machine answers a row of every group.
+to rounding, and to the bit only there; and every result is predicted by those at inputs nearby, by
+the regression that decodes what is lost, :class:`~coded_torch.regression.KernelRegression`. Neither
+says much of one row, but a machine answers a row of every group.
 
 What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
 an honest machine would; one wrong row of an input without a copy; all copies of one input answered
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._evidence import COPIES, Evidence, predictions
+from ._evidence import COPIES, Evidence, predictions, twins
 from ._predictions import spread_of, student_quantile
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> 
 
     1. *Copies*: results of one input that are too far apart. The machine that differs from most
        lies, beyond doubt if these are more than may lie. Of two that differ from each other only,
-       the one whose z is higher by 1.5 does; else both are suspects.
+       the one whose z is higher by 1.5 does; else both are suspects. So it is with two that
+       return the same, to the bit, for different inputs.
     2. *Predictions*: with :math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, the
        residual of a result left out is :math:`(P y)_i / P_{ii}`, its variance :math:`1 / P_{ii}`.
        What counts is its log-energy over the whitened outputs, less a slope times the log of that
@@ -128,8 +129,11 @@ class _Found(NamedTuple):
         names = [str(machines[i]) for i in self.partners]
         some = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} others"]
         listed = " and ".join(filter(None, [", ".join(some[:-1]), some[-1]]))
+        whom = f"machine{'s' * (len(names) > 1)} {listed}"
+        if not self.excess:
+            return f"returned for other inputs the same as {whom}"
         copies = "1 copy" if self.excess == 1 else f"{self.excess:.0f} copies"
-        return f"disagrees with machine{'s' * (len(names) > 1)} {listed} on {copies}"
+        return f"disagrees with {whom} on {copies}"
 
 
 class _Look(NamedTuple):
@@ -174,6 +178,7 @@ class _Trial:
         self.pairs: Counter[frozenset[int]] = Counter()
         for part in evidence:
             self._compare_copies(part)
+        self.contradictory = self.pairs.keys() | twins(evidence, most)
         self.parts = predictions(evidence, centre, self.spread, share)
         self._curve = any(part.curve for part in evidence)
         # Where each result is counted, [F G]; groups of different parts are different ones.
@@ -204,7 +209,7 @@ class _Trial:
                 self.pairs[pair] += len(pair) > 1
 
     def differs(self, machine: int) -> bool:
-        return any(machine in pair for pair in self.pairs)
+        return any(machine in pair for pair in self.contradictory)
 
     def look(self, out: tuple[int, ...]) -> _Look:
         """The z of every machine, without what some of them say."""
@@ -280,7 +285,7 @@ class _Trial:
 
     def _accuse_by_copies(self, look: _Look, suspects: set[int]) -> _Found | None:
         partners: dict[int, set[int]] = {}
-        for pair in self.pairs:
+        for pair in self.contradictory:
             if pair.isdisjoint(look.out):
                 for machine in pair:
                     partners.setdefault(machine, set()).update(pair - {machine})

@@ -125,6 +125,49 @@ def test_the_machine_that_disagrees_with_most_lies():
     assert not verdict.scores  # nothing to predict from
 
 
+def without_copies(values, machines, rows):
+    """What machines ``[F]`` say of different inputs ``[F, R, C]``, without distances."""
+    of, group = torch.arange(len(machines)).repeat_interleave(rows), torch.arange(rows)
+    group = group.repeat(len(machines))
+    point = torch.arange(len(of))
+    return [Evidence(values.flatten(0, 1), of, group, point, torch.full_like(point, -1), None)]
+
+
+def test_one_of_two_that_return_the_same_for_different_inputs_lies(generator):
+    machines = [3, 4, 7, 9]
+    values = torch.randn(4, 6, 10, generator=generator, dtype=torch.float64)
+    assert locate(without_copies(values, machines, 6), machines, 1).suspects == ()
+    values[2] = values[0]
+    verdict = locate(without_copies(values, machines, 6), machines, 1)
+    assert (verdict.liars, verdict.suspects, verdict.left) == ({}, (3, 7), "")
+    for liar, other in ((2, 5), (5, 2)):
+        received, answered, sites, _ = request((24, 20, 2, 1), 0)
+        answered[liar] = answered[other]
+        assert [*locate(evidence(answered, sites), received, 1).liars] == [received[liar]]
+
+
+def test_a_module_that_gives_the_same_for_many_inputs_does_not_lie():
+    machines = [*range(8)]
+    values = torch.ones(8, 6, 10, dtype=torch.float64)
+    verdict = locate(without_copies(values, machines, 6), machines, 3)
+    assert (verdict.liars, verdict.suspects, verdict.left) == ({}, (), "")
+    classes = torch.arange(48).view(8, 6) % 10
+    classes[5] = classes[0]
+    values = torch.eye(10, dtype=torch.float64)[classes]
+    assert locate(without_copies(values, machines, 6), machines, 3).suspects == ()
+
+
+def test_equal_results_for_equal_inputs_are_honest(generator):
+    machines = [0, 1, 2, 3]
+    values = torch.randn(4, 6, 10, generator=generator, dtype=torch.float64)
+    values[1] = values[0]
+    (of,) = without_copies(values, machines, 6)
+    point = of.point.clone().view(4, 6)
+    point[1, :5] = point[0, :5]  # and one input that is there twice
+    verdict = locate([of._replace(point=point.flatten())], machines, 1)
+    assert (verdict.liars, verdict.suspects) == ({}, ())
+
+
 def test_what_is_left_beyond_the_budget_is_said():
     machines, values, sites, _ = request((24, 20, 2, 1), 0)
     values[[3, 11]] *= -1
