@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import ops
 from ._transforms import exactly
 from .geometry import Geometry, added_up
 from .grouping import similarity_order
@@ -242,10 +243,10 @@ def inner_products(features: Sequence[Tensor]) -> Tensor:
     products: Tensor | float = 0.0
     for x in features:
         rows = added_up(x, torch.promote_types(x.dtype, torch.float32))
-        rows = rows - rows.mean(0)
+        rows = (rows - rows.mean(0)).contiguous()
         square = rows.square().sum()
         with exactly(rows.device.type):
-            products = products + rows @ rows.T / torch.where(square > 0, square, 1)
+            products = products + ops.inner_products(rows) / torch.where(square > 0, square, 1)
     assert isinstance(products, Tensor)
     return products.cpu()
 
