@@ -506,6 +506,24 @@ def test_augmented_inputs_are_learnt_too():
     assert seen == [36]
 
 
+def test_half_of_what_is_learnt_is_mixtures_as_codes_make_them():
+    seen = []
+
+    class Asked(nn.Module):
+        def forward(self, x):
+            seen.append(x)
+            return x[:, :3]
+
+    torch.manual_seed(0)
+    distill(nn.Linear(40, 3), Asked(), [torch.eye(40)] * 2, epochs=1, noise=0.0, progress=False)
+    taught = seen[-1]
+    torch.testing.assert_close(taught.sum(1), torch.ones(40))
+    assert int((taught.max(1).values == 1).sum()) == 20  # as they are
+    mixtures = taught[20:]
+    assert int((mixtures < -0.01).sum(1).max()) == 2  # beyond the line between two others
+    assert mixtures.min() > -0.3
+
+
 def test_a_memory_goes_on_learning_in_a_forked_process():
     memory = Memory()
     memory.observe([rand(300, 4)], [rand(300, 2)])

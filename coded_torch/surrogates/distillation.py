@@ -37,7 +37,7 @@ def distill(
     r"""Teach a student the outputs of a module, for ``CodedWrapper(..., surrogate=student)``.
 
     It learns from the module's own outputs, on inputs without labels: half of them as they are,
-    half mixtures of two, as codes make them, all with some noise. What is minimised is the squared
+    half mixtures, as codes make them, all with some noise. What is minimised is the squared
     error over the variance of each output; a share of the batches is held out, and the weights that
     are best there are kept.
 
@@ -192,15 +192,24 @@ class _Arguments:
         return self._each(lambda x: x[rows], floating=False)
 
     def mixed(self, generator: torch.Generator) -> _Arguments:
-        """The second half mixed with the first, row by row, where all tensors can be mixed."""
+        """The second half mixed with the first, row by row, where all tensors can be mixed.
+
+        Two rows by shares that sum to one, some beyond the line between them: away from two others,
+        as the weights of splines and rational functions are partly negative.
+        """
         if not all(x.is_floating_point() for x in self._leaves if isinstance(x, Tensor)):
             return self
         half = self.size // 2
-        share = torch.rand(half, generator=generator, device=generator.device)
+        share, beyond = torch.rand(2, half, generator=generator, device=generator.device)
+        beyond = beyond * share * (1 - share)
 
         def mix(x: Tensor) -> Tensor:
-            w = share.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
-            return torch.cat([x[:-half], torch.lerp(x[-half:], x[:half], w)]) if half else x
+            if not half:
+                return x
+            w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(x.dtype) for one in (share, beyond))
+            first, second = x[-half:], x[:half]
+            away = first + second - first.roll(1, 0) - second.roll(1, 0)
+            return torch.cat([x[:-half], torch.lerp(first, second, w) + v * away])
 
         return self._each(mix)
 
