@@ -89,6 +89,21 @@ class Predictions:
             logs -= min(max(slope, 0.0), _STEEPEST) * trend
         return logs, squares
 
+    def alignments(self, gone: Tensor) -> Tensor:
+        """How much longer each result is than usual, along its prediction, ``[n]``.
+
+        The product of the prediction with what the result differs by from it, scaled as it is in
+        all others: machines whose results are too small, or too large, have sums far from 0.
+
+        Args:
+            gone: ``[F]``, bool, by machine: not predicted from.
+        """
+        alive = ~gone[self.machine]
+        predicted = self.predict(alive)[0][self.at]
+        lengths, along = predicted.square().sum(1), (predicted * self.values).sum(1)
+        slope = along[alive].sum() / lengths[alive].sum().clamp(min=1e-30)
+        return along - slope * lengths
+
     def typical_error(self) -> float:
         """The median error of predicting a result from all others, in the outputs' spread."""
         predicted, _ = self.predict(torch.ones(len(self.values), dtype=torch.bool))

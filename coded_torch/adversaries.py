@@ -265,6 +265,24 @@ class _Trial:
             int(freedom[compared].min(initial=0 if not compared.any() else 2**31)),
         )
 
+    def _oddness(self, out: tuple[int, ...]) -> NDArray[np.float64]:
+        """The z of every machine, or how odd the size of its results is, whichever is more.
+
+        Half a result may be as near to its prediction as the result, as predictions are shrunk.
+        """
+        z = np.nan_to_num(self.look(out).z)
+        if not self.parts:
+            return z
+        gone = torch.zeros(self.num_machines, dtype=torch.bool)
+        gone[list(out)] = True
+        machine = torch.cat([part.machine for part in self.parts]).numpy()
+        along = torch.cat([part.alignments(gone) for part in self.parts]).numpy()
+        usual = along[~gone.numpy()[machine]]
+        count = np.bincount(machine, minlength=self.num_machines)
+        sums = np.bincount(machine, along, self.num_machines)
+        spread = np.sqrt(count * (np.square(usual).mean() if len(usual) else 0.0))
+        return np.maximum(z, np.abs(sums) / np.maximum(spread, 1e-30))
+
     def accuse_together(self) -> list[_Found]:
         """The noisiest machines, as along a curve liars hide each other, if all z say so, too."""
         if not (self._curve and self.most > 1):
@@ -304,8 +322,8 @@ class _Trial:
             return found(worst)
         for cluster in _connected(partners):
             # Predicted from others only: each may have spoilt what its partners are predicted from.
-            z = np.nan_to_num(self.look((*look.out, *cluster)).z)
-            ranked = self._explanations(cluster, partners, z, budget)
+            odd = self._oddness((*look.out, *cluster))
+            ranked = self._explanations(cluster, partners, odd, budget)
             if not ranked:
                 return found(max(cluster, key=many))
             best, cover = ranked[0]
@@ -318,18 +336,18 @@ class _Trial:
 
     @staticmethod
     def _explanations(
-        cluster: Sequence[int], partners: dict[int, set[int]], z: NDArray[np.float64], budget: int
+        cluster: Sequence[int], partners: dict[int, set[int]], odd: NDArray[np.float64], budget: int
     ) -> list[tuple[float, tuple[int, ...]]]:
         """The sets of liars that explain all that differs among some machines, the likeliest first.
 
-        Each has a score: what the z of its machines speak for it, less what each liar more speaks
-        against it.
+        Each has a score: what the oddness of its machines speaks for it, less what each liar more
+        speaks against it.
         """
         explanations = []
         for size in range(1, budget + 1 if len(cluster) <= _CLUSTER else 1):
             for liars in itertools.combinations(cluster, size):
                 if all(i in liars or partners[i] <= {*liars} for i in cluster):
-                    score = sum(min(float(z[i]), _CONVINCING) - _RARE for i in liars)
+                    score = sum(min(float(odd[i]), _CONVINCING) - _RARE for i in liars)
                     explanations.append((score, liars))
         return sorted(explanations, reverse=True)
 

@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 
 from coded_torch._predictions import Predictions, student_quantile
-from coded_torch.adversaries import Evidence, locate
+from coded_torch.adversaries import Evidence, _Trial, locate
 from coded_torch.codes import KernelCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.regression import KernelRegression
@@ -123,6 +123,18 @@ def test_the_machine_that_disagrees_with_most_lies():
     assert verdict.liars == {4: "disagrees with machines 5 and 6 on 2 copies"}
     assert verdict.left == ""
     assert not verdict.scores  # nothing to predict from
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.5])
+def test_results_of_another_size_are_odd(scale):
+    machines, values, sites, _ = request((10, 8, 1, 1), 0)
+    honest = _Trial(evidence(values, sites), len(machines), 1)._oddness(())
+    assert honest.max() < 3
+    values[3] *= scale
+    trial = _Trial(evidence(values, sites), len(machines), 1)
+    odd = trial._oddness((3,))
+    assert odd.argmax() == 3
+    assert odd[3] > 6
 
 
 def without_copies(values, machines, rows):
