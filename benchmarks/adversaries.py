@@ -202,7 +202,10 @@ def adversaries(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]
 
 @torch.no_grad()
 def seconds(name: str, quick: bool) -> dict[str, Any]:
-    """Milliseconds of decoding, without and with a look for one liar; in turns."""
+    """Milliseconds of decoding, without and with a look for one liar; in turns.
+
+    With it, copies are dealt for one loss more.
+    """
     of, (n, k, s) = subject(name, quick), (24, 20, 4)
     wrappers = {
         most: CodedWrapper(

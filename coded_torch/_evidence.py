@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from ._predictions import Predictions, residuals, spread_of
 from .regression import KernelRegression
 
-__all__ = ["COPIES", "Evidence", "predictions", "twins"]
+__all__ = ["COPIES", "Evidence", "predictions", "same_results"]
 
 #: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
 #: float32 machines do among each other.
 COPIES = 0.1
-_VARIED = 0.98  # different results to an input, at least, of modules that give few the same
+_TELLING = 3  # different results that two machines must have in common
+_REPEATED = 0.02  # of the others' results may be those of several inputs
 _HELPFUL = 0.9  # of the error of predictions, at most what surrogates leave
 
 
@@ -49,39 +50,55 @@ class Evidence(NamedTuple):
     guesses: Sequence[Tensor] = ()
 
 
-def twins(evidence: Sequence[Evidence], most: int) -> set[frozenset[int]]:
-    """Pairs of machines with the same results, to the bit, for inputs of which two are different.
+def same_results(evidence: Sequence[Evidence], most: int) -> set[frozenset[int]]:
+    """Pairs of machines with the same results, to the bit, for different inputs.
 
-    One of them returned what the other did. It says nothing where more machines are alike than
-    ``most`` liars explain, or the results of the others are no more different: the module gives the
-    same for many inputs.
+    One of the two returned what the other did. It takes three different results, each at inputs
+    that are some distance apart and of no more inputs than ``most`` liars explain; and the other
+    machines' results must differ from input to input, or it is the module that repeats them.
     """
-    rows: defaultdict[int, list[bytes]] = defaultdict(list)  # of each machine
-    points: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-    for which, part in enumerate(evidence):
-        columns = part.values.numpy(), part.machine.tolist(), part.point.tolist()
-        for values, machine, point in zip(*columns, strict=True):
-            rows[machine].append(values.tobytes())
-            points[machine].append((which, point))
+    rows: defaultdict[int, list[_Row]] = defaultdict(list)
+    for part in evidence:
+        columns = part.values.numpy(), part.machine.tolist(), part.point.tolist(), part.at.tolist()
+        for values, machine, point, at in zip(*columns, strict=True):
+            rows[machine].append(_Row(values.tobytes(), part, point, at))
     alike: defaultdict[tuple[bytes, ...], list[int]] = defaultdict(list)
-    for machine, results in rows.items():
-        alike[tuple(results)].append(machine)
-    pairs = {
-        frozenset((a, b))
-        for same in alike.values()
-        if len(same) <= 2 * most
-        for a, b in itertools.combinations(same, 2)
-        if sum(x != y for x, y in zip(points[a], points[b], strict=True)) > 1
-    }
-    if not pairs:
-        return pairs
-    named = frozenset().union(*pairs)
-    others = rows.keys() - named
-    num_inputs = len({point for machine in others for point in points[machine]})
-    num_results = len({row for machine in others for row in rows[machine]})
-    if len(named) > 2 * most or num_results < _VARIED * num_inputs:
+    for machine, of_machine in rows.items():
+        alike[tuple([row.result for row in of_machine])].append(machine)
+    classes = [same for same in alike.values() if 1 < len(same) <= max(2, most + 1)]
+    if not classes:
         return set()
-    return pairs
+    inputs = _inputs(itertools.chain(*rows.values()))
+    pairs = set()
+    for a, b in itertools.chain(*(itertools.combinations(same, 2) for same in classes)):
+        telling = {x.result for x, y in zip(rows[a], rows[b], strict=True) if x.is_apart(y)}
+        if sum(len(inputs[result]) <= max(2, most + 1) for result in telling) >= _TELLING:
+            pairs.add(frozenset((a, b)))
+    others = _inputs(x for i in rows.keys() - frozenset().union(*pairs) for x in rows[i])
+    repeated = sum(len(points) > 1 for points in others.values())
+    return pairs if repeated < _REPEATED * len(others) else set()
+
+
+class _Row(NamedTuple):
+    result: bytes
+    part: Evidence
+    point: int
+    at: int
+
+    def is_apart(self, other: _Row) -> bool:
+        """Whether these are results of inputs of which some distance is known."""
+        regression = self.part.regression
+        if self.part is not other.part or regression is None or min(self.at, other.at) < 0:
+            return False
+        return regression.squared_distance(self.at, other.at) > 0
+
+
+def _inputs(rows: Iterable[_Row]) -> dict[bytes, set[tuple[int, int]]]:
+    """The inputs of each result."""
+    inputs: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
+    for row in rows:
+        inputs[row.result].add((id(row.part), row.point))
+    return inputs
 
 
 def predictions(

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._evidence import COPIES, Evidence, predictions, twins
+from ._evidence import COPIES, Evidence, predictions, same_results
 from ._predictions import spread_of, student_quantile
 
 if TYPE_CHECKING:
@@ -121,19 +121,26 @@ class _Found(NamedTuple):
     machine: int
     excess: float
     what: str = ""
-    partners: tuple[int, ...] = ()
+    partners: tuple[int, ...] = ()  # that it disagrees with
+    same: tuple[int, ...] = ()  # that returned the same for other inputs
 
     def why(self, machines: Sequence[int]) -> str:
-        if not self.partners:
-            return f"{self.what} (z = {self.excess:.1f})"
-        names = [str(machines[i]) for i in self.partners]
-        some = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} others"]
-        listed = " and ".join(filter(None, [", ".join(some[:-1]), some[-1]]))
-        whom = f"machine{'s' * (len(names) > 1)} {listed}"
-        if not self.excess:
-            return f"returned for other inputs the same as {whom}"
-        copies = "1 copy" if self.excess == 1 else f"{self.excess:.0f} copies"
-        return f"disagrees with {whom} on {copies}"
+        reasons = []
+        if self.partners:
+            copies = "1 copy" if self.excess == 1 else f"{self.excess:.0f} copies"
+            reasons.append(f"disagrees with {_listed(self.partners, machines)} on {copies}")
+        if self.same:
+            whom = _listed(self.same, machines)
+            reasons.append(f"returned for other inputs the same as {whom}")
+        return " and ".join(reasons) or f"{self.what} (z = {self.excess:.1f})"
+
+
+def _listed(some: Sequence[int], machines: Sequence[int]) -> str:
+    names = [str(machines[i]) for i in some]
+    if len(names) > 4:
+        names = [*names[:3], f"{len(names) - 3} others"]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f"machine{'s' * (len(names) > 1)} {listed}"
 
 
 class _Look(NamedTuple):
@@ -178,7 +185,7 @@ class _Trial:
         self.pairs: Counter[frozenset[int]] = Counter()
         for part in evidence:
             self._compare_copies(part)
-        self.contradictory = self.pairs.keys() | twins(evidence, most)
+        self.contradictory = self.pairs.keys() | same_results(evidence, most)
         self.parts = predictions(evidence, centre, self.spread, share)
         self._curve = any(part.curve for part in evidence)
         # Where each result is counted, [F G]; groups of different parts are different ones.
@@ -309,9 +316,9 @@ class _Trial:
                     partners.setdefault(machine, set()).update(pair - {machine})
 
         def found(machine: int) -> _Found:
-            with_whom = tuple(sorted(partners[machine]))
-            copies = sum(self.pairs[frozenset((machine, other))] for other in with_whom)
-            return _Found(machine, copies, partners=with_whom)
+            copies = {i: self.pairs[frozenset((machine, i))] for i in sorted(partners[machine])}
+            differ, same = (tuple(i for i in copies if bool(copies[i]) is x) for x in (True, False))
+            return _Found(machine, sum(copies.values()), partners=differ, same=same)
 
         def many(machine: int) -> tuple[int, float]:
             return len(partners[machine]), float(np.nan_to_num(look.z[machine], nan=-math.inf))

@@ -245,8 +245,7 @@ def inner_products(features: Sequence[Tensor]) -> Tensor:
         rows = added_up(x, torch.promote_types(x.dtype, torch.float32))
         rows = (rows - rows.mean(0)).contiguous()
         square = rows.square().sum()
-        with exactly(rows.device.type):
-            products = products + ops.inner_products(rows) / torch.where(square > 0, square, 1)
+        products = products + ops.inner_products(rows) / torch.where(square > 0, square, 1)
     assert isinstance(products, Tensor)
     return products.cpu()
 

@@ -186,9 +186,9 @@ class KernelRegression(Regression):
         self._precision = float(self._mean.sum())
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The lower triangle of the covariance, and whether there is none."""
+        """The covariance's lower Cholesky factor, and whether there is none."""
         covariance = self._covariance(dtype).mT  # laid out as LAPACK has it: it is symmetric
-        failed = torch.empty((), dtype=torch.int32)
+        failed = covariance.new_empty((), dtype=torch.int32)
         # In its own memory: where there are many results, new memory takes an eighth as long again.
         torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
         return covariance, failed
@@ -206,6 +206,11 @@ class KernelRegression(Regression):
         points = torch.arange(len(self._squared)) if self._points is None else self._points
         return matern52_among(self._squared.to(dtype), rows, points, self.length)
 
+    def squared_distance(self, i: int, j: int) -> float:
+        """That of two inputs with results."""
+        at = [i, j] if self._points is None else self._points[[i, j]].tolist()
+        return float(self._squared[at[0], at[1]])
+
     def weights(self, squared_distances: Tensor) -> Tensor:
         """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
 
@@ -213,12 +218,8 @@ class KernelRegression(Regression):
         """
         return self.predictions(squared_distances)[0]
 
-    def variances(self, squared_distances: Tensor) -> Tensor:
-        """The predictions' variances, ``[L]``, in units of the outputs' variance."""
-        return self.predictions(squared_distances)[1]
-
     def predictions(self, squared_distances: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`weights` and :meth:`variances`, for little more than the price of one."""
+        """:meth:`weights` and the predictions' variances ``[L]``, in the outputs' variance."""
         return self._predictions(matern52(squared_distances.to(self._factor.dtype), self.length))
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,8 +264,7 @@ class KernelRegression(Regression):
     @property
     def covariance(self) -> Tensor:
         """C, ``[M, M]``."""
-        covariance: Tensor = self._factor @ self._factor.T
-        return covariance
+        return torch.mm(self._factor, self._factor.T)
 
     @functools.cached_property
     def projection(self) -> Tensor:

@@ -137,47 +137,79 @@ def test_results_of_another_size_are_odd(scale):
     assert odd[3] > 6
 
 
-def without_copies(values, machines, rows):
-    """What machines ``[F]`` say of different inputs ``[F, R, C]``, without distances."""
-    of, group = torch.arange(len(machines)).repeat_interleave(rows), torch.arange(rows)
-    group = group.repeat(len(machines))
-    point = torch.arange(len(of))
-    return [Evidence(values.flatten(0, 1), of, group, point, torch.full_like(point, -1), None)]
+def without_copies(values, inputs):
+    """What machines say ``[F, G, C]`` of inputs ``[F, G]`` on a line, none of which has copies."""
+    f, g = inputs.shape
+    at = torch.arange(f * g)
+    x = inputs.flatten().double()
+    regression = KernelRegression((x[:, None] - x).square(), 2.0)
+    return [Evidence(values.flatten(0, 1), at // g, at % g, at, at, regression)]
+
+
+def accused(values, inputs, most):
+    """All that is said against machines 0, 1, ..."""
+    verdict = locate(without_copies(values, inputs), range(len(values)), most)
+    return {*verdict.liars, *verdict.suspects}, verdict.left
+
+
+def different(generator, f=4, g=6):
+    inputs = torch.randperm(f * g, generator=generator).view(f, g)
+    return inputs, torch.randn(f, g, 10, generator=generator, dtype=torch.float64)
+
+
+def smooth(inputs):
+    x = inputs.double()[..., None] / 4
+    return torch.cat([x.sin(), x.cos()], -1).repeat(1, 1, 5)
 
 
 def test_one_of_two_that_return_the_same_for_different_inputs_lies(generator):
-    machines = [3, 4, 7, 9]
-    values = torch.randn(4, 6, 10, generator=generator, dtype=torch.float64)
-    assert locate(without_copies(values, machines, 6), machines, 1).suspects == ()
+    inputs, values = different(generator)
+    assert accused(values, inputs, 1) == (set(), "")
     values[2] = values[0]
-    verdict = locate(without_copies(values, machines, 6), machines, 1)
-    assert (verdict.liars, verdict.suspects, verdict.left) == ({}, (3, 7), "")
-    for liar, other in ((2, 5), (5, 2)):
-        received, answered, sites, _ = request((24, 20, 2, 1), 0)
-        answered[liar] = answered[other]
-        assert [*locate(evidence(answered, sites), received, 1).liars] == [received[liar]]
+    assert accused(values, inputs, 1) == ({0, 2}, "")
 
 
-def test_a_module_that_gives_the_same_for_many_inputs_does_not_lie():
-    machines = [*range(8)]
-    values = torch.ones(8, 6, 10, dtype=torch.float64)
-    verdict = locate(without_copies(values, machines, 6), machines, 3)
-    assert (verdict.liars, verdict.suspects, verdict.left) == ({}, (), "")
-    classes = torch.arange(48).view(8, 6) % 10
-    classes[5] = classes[0]
-    values = torch.eye(10, dtype=torch.float64)[classes]
-    assert locate(without_copies(values, machines, 6), machines, 3).suspects == ()
+@pytest.mark.parametrize(("liar", "other"), [(2, 5), (5, 2)])
+def test_the_one_that_is_not_predicted_returned_the_others_result(liar, other):
+    machines, values, sites, _ = request((10, 8, 1, 1), 0)
+    values[liar] = values[other]
+    why = locate(evidence(values, sites), machines, 1).liars[machines[liar]]
+    assert f"returned for other inputs the same as machine {machines[other]}" in why
 
 
-def test_equal_results_for_equal_inputs_are_honest(generator):
-    machines = [0, 1, 2, 3]
-    values = torch.randn(4, 6, 10, generator=generator, dtype=torch.float64)
+@pytest.mark.parametrize("kind", ["constant", "classes", "few values", "padding", "equal inputs"])
+@pytest.mark.parametrize("most", [1, 2])
+def test_modules_may_give_the_same_for_many_inputs(kind, most, generator):
+    inputs, values = different(generator, 8)
+    if kind == "constant":
+        values[:] = values[0, 0]
+    elif kind == "classes":
+        classes = torch.arange(48).view(8, 6) % 10
+        classes[5] = classes[0]
+        values = torch.eye(10, dtype=torch.float64)[classes]
+    elif kind == "few values":
+        values[2] = values[5] = values[0, :3].repeat(2, 1)
+    elif kind == "padding":
+        inputs[[2, 5]] = 0
+        values = smooth(inputs)
+    else:
+        inputs[5], values[5] = inputs[0], values[0]
+    assert accused(values, inputs, most) == (set(), "")
+
+
+def test_a_few_that_are_alike_say_nothing_without_others(generator):
+    inputs, values = different(generator, 2)
     values[1] = values[0]
-    (of,) = without_copies(values, machines, 6)
-    point = of.point.clone().view(4, 6)
-    point[1, :5] = point[0, :5]  # and one input that is there twice
-    verdict = locate([of._replace(point=point.flatten())], machines, 1)
-    assert (verdict.liars, verdict.suspects) == ({}, ())
+    assert accused(values, inputs, 1) == (set(), "")
+
+
+def test_a_padded_batch_beside_a_liar(generator):
+    """It is found, and nothing is left that could be an error."""
+    inputs, _ = different(generator, 8)
+    inputs[[2, 5]] = 0
+    values = smooth(inputs)
+    values[3] *= -30
+    assert accused(values, inputs, 1) == ({3}, "")
 
 
 def test_what_is_left_beyond_the_budget_is_said():
@@ -204,7 +236,7 @@ def test_predictions_leave_out_what_is_left_out(out):
         alone = KernelRegression(squares[left][:, left], 2.0)
         weights = alone.weights(squares[[i]][:, left])
         torch.testing.assert_close(predicted[i], (weights @ part.values[left])[0])
-        torch.testing.assert_close(variances[i], alone.variances(squares[[i]][:, left])[0])
+        torch.testing.assert_close(variances[i], alone.predictions(squares[[i]][:, left])[1][0])
 
 
 def test_the_quantile_is_students():

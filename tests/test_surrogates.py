@@ -524,6 +524,38 @@ def test_half_of_what_is_learnt_is_mixtures_as_codes_make_them():
     assert mixtures.min() > -0.3
 
 
+def test_modules_need_not_bear_every_mixture():
+    """Some lie where the logarithm is no number."""
+
+    class Logarithm(nn.Module):
+        def forward(self, x):
+            return x.log()
+
+    x = 0.1 + torch.rand(600, 4, generator=torch.Generator().manual_seed(0))
+    small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
+    assert distill(small, Logarithm(), [x], epochs=60, progress=False) < 0.1
+    with pytest.raises(RuntimeError, match="student must reach a finite error"):
+        distill(small, Logarithm(), [x - 0.5], epochs=1, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixtures_of_large_numbers_in_half_precision_are_finite(dtype):
+    x = (3e4 + 1e4 * torch.rand(64, 2, generator=torch.Generator().manual_seed(0))).to(dtype)
+    seen = []
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(2))
+
+        def forward(self, x):
+            seen.append(x)
+            return self.scale * (x.float() / 4e4)
+
+    distill(Scaled(), Scaled(), [x], epochs=1, noise=0.0, progress=False)
+    assert all(batch.isfinite().all() for batch in seen)
+
+
 def test_a_memory_goes_on_learning_in_a_forked_process():
     memory = Memory()
     memory.observe([rand(300, 4)], [rand(300, 2)])

@@ -67,7 +67,7 @@ def distill(
     Raises:
         TypeError: an argument is of another kind than said.
         ValueError: an argument is out of range, or there are fewer than two rows.
-        RuntimeError: called in ``torch.inference_mode()``.
+        RuntimeError: called in ``torch.inference_mode()``, or the student reaches no finite error.
 
     Example:
         >>> import torch
@@ -118,8 +118,8 @@ def distill(
                 wanted = _outputs(module, step, link)
             with torch.enable_grad():
                 got = _outputs(student, step, link)
-                losses = [
-                    (a - b).square().mean() / v
+                losses = [  # mixtures may lie where the module has no finite output
+                    torch.where(b.isfinite(), a - b, 0.0).square().mean() / v
                     for a, b, v in zip(got, wanted, variances, strict=True)
                 ]
                 loss = torch.stack(losses).mean()
@@ -143,6 +143,11 @@ def distill(
     if progress and sys.stderr.isatty():
         print(file=sys.stderr)
     student.load_state_dict(best_state)
+    if not math.isfinite(best):
+        raise RuntimeError(
+            "distill: student must reach a finite error, got none; take a smaller learning_rate, "
+            "or batches for which the module's outputs are finite"
+        )
     return best
 
 
@@ -194,8 +199,8 @@ class _Arguments:
     def mixed(self, generator: torch.Generator) -> _Arguments:
         """The second half mixed with the first, row by row, where all tensors can be mixed.
 
-        Two rows by shares that sum to one, some beyond the line between them: away from two others,
-        as the weights of splines and rational functions are partly negative.
+        Each is between two rows, and moved away from two others: the weights sum to one, and some
+        are negative, as those of splines and rational functions are.
         """
         if not all(x.is_floating_point() for x in self._leaves if isinstance(x, Tensor)):
             return self
@@ -206,10 +211,11 @@ class _Arguments:
         def mix(x: Tensor) -> Tensor:
             if not half:
                 return x
-            w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(x.dtype) for one in (share, beyond))
-            first, second = x[-half:], x[:half]
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums may be too large
+            w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(wide.dtype) for one in (share, beyond))
+            first, second = wide[-half:], wide[:half]
             away = first + second - first.roll(1, 0) - second.roll(1, 0)
-            return torch.cat([x[:-half], torch.lerp(first, second, w) + v * away])
+            return torch.cat([x[:-half], (torch.lerp(first, second, w) + v * away).to(x.dtype)])
 
         return self._each(mix)
 

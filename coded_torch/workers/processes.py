@@ -109,10 +109,10 @@ class ProcessWorkers(SupervisedWorkers):
 
     def _make_supervisor(self) -> Supervisor:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # Else multiprocessing says so in the middle of twenty lines, from each process.
+            # Else the last line of all that multiprocessing says of it would be an empty one.
             raise RuntimeError(
-                "ProcessWorkers: the workers import this script, which must not start any then; "
-                'guard its main part by: if __name__ == "__main__":'
+                "ProcessWorkers: a process that imports this script must not start workers; put "
+                'its main part under: if __name__ == "__main__":'
             )
         return _Processes(self.num_workers, self.grace, self.devices, self.threads)
 

@@ -524,7 +524,7 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     assert done.returncode != 0
     assert "got 0; process" in done.stderr
     assert 'does the script guard its main part by: if __name__ == "__main__"?' in done.stderr
-    assert "the workers import this script, which must not start any then" in done.stderr
+    assert "a process that imports this script must not start workers" in done.stderr
 
 
 _INTERACTIVE = """
