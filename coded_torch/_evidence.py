@@ -19,6 +19,7 @@ __all__ = ["COPIES", "Evidence", "predictions", "same_results"]
 #: float32 machines do among each other.
 COPIES = 0.1
 _TELLING = 3  # different results that two machines must have in common
+_CLASSES = 0.5  # of the results that are those of several inputs
 _REPEATED = 0.02  # of the others' results may be those of several inputs
 _HELPFUL = 0.9  # of the error of predictions, at most what surrogates leave
 
@@ -74,9 +75,18 @@ def same_results(evidence: Sequence[Evidence], most: int) -> set[frozenset[int]]
         telling = {x.result for x, y in zip(rows[a], rows[b], strict=True) if x.is_apart(y)}
         if sum(len(inputs[result]) <= max(2, most + 1) for result in telling) >= _TELLING:
             pairs.add(frozenset((a, b)))
-    others = _inputs(x for i in rows.keys() - frozenset().union(*pairs) for x in rows[i])
-    repeated = sum(len(points) > 1 for points in others.values())
-    return pairs if repeated < _REPEATED * len(others) else set()
+    others = [x for i in rows.keys() - frozenset().union(*pairs) for x in rows[i]]
+    return pairs if others and _repeated(others) < _REPEATED else set()
+
+
+def are_classes(evidence: Sequence[Evidence]) -> bool:
+    """Whether most results are those of several inputs: the next one says little of a result."""
+    rows = [
+        _Row(values.tobytes(), part, point, -1)
+        for part in evidence
+        for values, point in zip(part.values.numpy(), part.point.tolist(), strict=True)
+    ]
+    return bool(rows) and _repeated(rows) > _CLASSES
 
 
 class _Row(NamedTuple):
@@ -99,6 +109,12 @@ def _inputs(rows: Iterable[_Row]) -> dict[bytes, set[tuple[int, int]]]:
     for row in rows:
         inputs[row.result].add((id(row.part), row.point))
     return inputs
+
+
+def _repeated(rows: Sequence[_Row]) -> float:
+    """The share of results that are those of several inputs."""
+    inputs = _inputs(rows)
+    return sum(len(inputs[row.result]) > 1 for row in rows) / len(rows)
 
 
 def predictions(

@@ -5,19 +5,25 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .regression import KernelRegression
 
-__all__ = ["Predictions", "noise_of", "residuals", "spread_of", "student_quantile"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["Predictions", "noise_of", "residuals", "spread_of", "student_quantile", "tails"]
 
 _CLIP = 6.0  # spreads from the median, in what others are predicted from
 _RIDGE = 0.05
 _FLOOR = 1e-3  # of a squared residual over the usual one: being predicted better says no more
 _STEEPEST = 0.6
 _STEPS = 12  # of expectation maximisation
+_TAIL = 4.0  # standard deviations, at which tails are looked at
 _LEAST_SPREAD = 1e-3  # of a column, relative to its median and to the mean spread
 
 
@@ -216,6 +222,33 @@ def spread_of(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
     floor = _LEAST_SPREAD * (centre.abs() + spread.mean())
     spread = torch.maximum(spread, floor)
     return centre, torch.where(spread > 0, spread, 1.0)
+
+
+def tails(deviations: NDArray[np.float64], machine: NDArray[np.int64], size: int) -> Any:
+    """By how much farther out the tail of each machine's mean is than a normal number's, ``[F]``.
+
+    By the expansion of Cornish and Fisher at 4 standard deviations, from the skewness and the
+    kurtosis of what deviates at the other machines; 1 where it is no farther.
+
+    Args:
+        deviations: ``[n]``, of about unit variance, 0 where they say nothing.
+        machine: ``[n]``, whose each is.
+        size: F.
+    """
+    own = np.bincount(machine, minlength=size)
+    square, cube, fourth = (
+        (sums.sum() - sums) / np.maximum(own.sum() - own, 1)
+        for sums in (np.bincount(machine, deviations**k, size) for k in (2, 3, 4))
+    )
+    square = np.maximum(square, 1e-30)
+    skewness = cube / square**1.5 / np.sqrt(np.maximum(own, 1))
+    kurtosis = (fourth / square**2 - 3) / np.maximum(own, 1)
+    q = _TAIL
+    first = (q**2 - 1) * skewness / 6
+    second = first + (q**3 - 3 * q) * kurtosis / 24
+    third = second - (2 * q**3 - 5 * q) * skewness**2 / 36
+    # Of very skew ones the terms do not become smaller: the largest sum is on the safe side.
+    return np.maximum(1 + np.maximum(np.maximum(first, second), third) / q, 1)
 
 
 @functools.lru_cache(256)

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._evidence import COPIES, Evidence, predictions, same_results
-from ._predictions import spread_of, student_quantile
+from ._evidence import COPIES, Evidence, are_classes, predictions, same_results
+from ._predictions import spread_of, student_quantile, tails
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,6 +40,8 @@ _CONVINCING = 6.0  # a higher z says no more
 _CLUSTER = 24  # more machines that differ are not explained, but dropped one by one
 _HONEST = 1.5  # a machine of less z is taken back
 _REFITS = 3
+_ENOUGH = 40  # results: fewer are predicted too badly to judge by that
+_APART = 1.5  # times as badly predicted as any of another machine a single row must be
 _SUSPICIOUS = 2.5  # the least z for which a refit is worth its time
 _PREDICTIONS = "differs from what the other results predict"
 
@@ -150,6 +152,7 @@ class _Look(NamedTuple):
         out: the machines that are left out.
         z: ``[F]``, NaN where nothing can be said; of those left out, too.
         row: ``[F]``, the same of the row of each machine that is predicted worst.
+        tails: ``[F]``, by how much farther out than a normal number's the tail of z is.
         machines, rows: how many are compared.
         freedom: degrees of freedom of z.
     """
@@ -157,19 +160,20 @@ class _Look(NamedTuple):
     out: tuple[int, ...]
     z: NDArray[np.float64]
     row: NDArray[np.float64]
+    tails: NDArray[np.float64]
     machines: int
     rows: int
     freedom: int
 
     def bar(self, margin: float) -> float:
-        """What an honest machine's z stays below."""
-        if self.machines < 3 or self.freedom < 4:
+        """What an honest machine's z stays below, where its tail is a normal number's."""
+        if self.machines < 3 or self.freedom < 4 or self.rows < _ENOUGH:
             return math.inf
         level = _ALPHA / (2 * self.machines)
         return student_quantile(level, self.freedom) * (1 + margin / math.sqrt(self.machines))
 
     def bar_of_rows(self) -> float:
-        if self.machines < 3 or self.freedom < 4:
+        if self.machines < 3 or self.freedom < 4 or self.rows < _ENOUGH:
             return math.inf
         return student_quantile(_ALPHA / (2 * self.rows), self.freedom) * 1.25
 
@@ -186,7 +190,8 @@ class _Trial:
         for part in evidence:
             self._compare_copies(part)
         self.contradictory = self.pairs.keys() | same_results(evidence, most)
-        self.parts = predictions(evidence, centre, self.spread, share)
+        classes = are_classes(evidence)
+        self.parts = [] if classes else predictions(evidence, centre, self.spread, share)
         self._curve = any(part.curve for part in evidence)
         # Where each result is counted, [F G]; groups of different parts are different ones.
         sizes = [part.num_groups for part in self.parts]
@@ -222,7 +227,8 @@ class _Trial:
         """The z of every machine, without what some of them say."""
         f = self.num_machines
         if not self.parts:
-            return _Look(out, np.full(f, math.nan), np.full(f, math.nan), 0, 0, 0)
+            unknown = np.full(f, math.nan)
+            return _Look(out, unknown, unknown, unknown, 0, 0, 0)
         alive = np.ones((f, 1))
         alive[list(out)] = 0
         gone = torch.from_numpy(alive[:, 0] == 0)
@@ -251,10 +257,11 @@ class _Trial:
             machine, group = np.divmod(self._cell, self._num_groups)
             rows = logs - mean[machine, group]
             rows /= np.sqrt(variance[machine] * (1 + 1 / some[machine, group]))
+        usual = np.nan_to_num(rows, posinf=0, neginf=0) * alive[machine, 0]
         if self._curve:  # places differ more than chance has them
-            usual = z[(alive[:, 0] > 0) & np.isfinite(z)]
-            centre = np.median(usual)
-            z = (z - centre) / max(1.4826 * np.median(np.abs(usual - centre)), 1)
+            finite = z[(alive[:, 0] > 0) & np.isfinite(z)]
+            centre = np.median(finite)
+            z = (z - centre) / max(1.4826 * np.median(np.abs(finite - centre)), 1)
         # What is off by no more than rounding is no lie, however well the others are predicted, and
         # nor is what there is nothing to compare with.
         rows[np.isnan(rows) | (sizes < _ROUNDING**2)] = -math.inf
@@ -267,6 +274,7 @@ class _Trial:
             out,
             z,
             worst,
+            tails(usual, machine, f),
             int(compared.sum()),
             int(count[compared].sum()),
             int(freedom[compared].min(initial=0 if not compared.any() else 2**31)),
@@ -298,7 +306,7 @@ class _Trial:
         together = tuple(noise.topk(min(self.most, self.num_machines)).indices.tolist())
         look = self.look(together)
         found = [_Found(i, float(look.z[i]), _PREDICTIONS) for i in together]
-        return [one for one in found if one.excess > look.bar(2)]
+        return [one for one in found if one.excess > look.bar(2) * look.tails[one.machine]]
 
     def accuse(self, look: _Look, suspects: set[int]) -> _Found | None:
         """The machine against which most speaks, if enough does; others go to ``suspects``."""
@@ -361,15 +369,16 @@ class _Trial:
     def _accuse_by_predictions(self, look: _Look) -> _Found | None:
         z = np.nan_to_num(look.z, nan=-1)
         z[list(look.out)] = -1
-        worst = int(z.argmax())
-        if z[worst] > look.bar(1):
+        worst = int((z / look.tails).argmax())
+        if z[worst] > look.bar(1) * look.tails[worst]:
             return _Found(worst, float(z[worst]), _PREDICTIONS)
         best: _Found | None = None
         for machine in z.argsort()[: -1 - _REFITS : -1].tolist():
             if z[machine] > _SUSPICIOUS:
                 again = self.look((*look.out, machine))
                 score = float(again.z[machine])
-                if score > look.bar(2) and (best is None or score > best.excess):
+                bar = look.bar(2) * again.tails[machine]
+                if score > bar and (best is None or score > best.excess):
                     best = _Found(machine, score, _PREDICTIONS)
         return best
 
@@ -377,7 +386,8 @@ class _Trial:
         row = np.nan_to_num(look.row, nan=-1, neginf=-1)
         row[list(look.out)] = -1
         worst = int(row.argmax())
-        if row[worst] > look.bar_of_rows():
+        second = float(np.delete(row, worst).max(initial=0))
+        if row[worst] > max(look.bar_of_rows(), _APART * second):
             return _Found(worst, float(row[worst]), "differs from all predictions in one row")
         return None
 

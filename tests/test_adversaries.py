@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 
 import pytest
 import scipy.stats
@@ -11,6 +12,7 @@ from coded_torch._predictions import Predictions, student_quantile
 from coded_torch.adversaries import Evidence, _Trial, locate
 from coded_torch.codes import KernelCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.nn import CodedWrapper
 from coded_torch.regression import KernelRegression
 
 BATCH = 240
@@ -78,6 +80,36 @@ def test_liars_are_found(case, lie):
         verdict = locate(evidence(values, sites), machines, case[-1])
         assert sorted(verdict.liars) == sorted(machines[liar] for liar in liars)
         assert verdict.left == ""
+
+
+class Answers(torch.nn.Module):
+    """Of LeNet-5: logits, probabilities, or classes, one of ten numbers being 1."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.network = kind, lenet5()
+
+    def forward(self, x):
+        y = self.network(x)
+        if self.kind == "probabilities":
+            return y.softmax(1)
+        classes = torch.nn.functional.one_hot(y.argmax(1), 10).float()
+        return classes if self.kind == "classes" else y
+
+
+@pytest.mark.parametrize("kind", ["logits", "probabilities", "classes"])
+@pytest.mark.parametrize(("k", "n", "size"), [(4, 6, 8), (4, 8, 4), (8, 12, 8), (20, 24, 40)])
+@torch.no_grad()
+def test_machines_are_honest_in_small_requests_too(k, n, size, kind):
+    accused = 0
+    code, module = KernelCode(k, n, metric="shrunk", length=2.0), Answers(kind)
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(outputs()), generator=generator)[:size]
+        coded = CodedWrapper(module, code, max_adversaries=1, shuffle=random.Random(seed))
+        coded(digits()[0][rows])
+        accused += bool(coded.last_run.adversaries)
+    assert accused <= 1
 
 
 def test_honest_machines_score_as_normal_numbers_do():

@@ -6,7 +6,7 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ..codes.plans import plan_batch
 from ..workers.base import Part
 from ._guesses import Guesses
 from ._inputs import Inputs
-from ._results import Result, Results
+from ._results import Result, Results, improbable
 from ._units import Units
 from .report import Report
 
@@ -31,7 +31,7 @@ logger = logging.getLogger("coded_torch.nn")
 
 _COLUMNS = 64
 _AUDIT = 0.03  # how far apart results of the audit row may be, in the outputs' spread
-_PROBABLE = 1e-4  # smaller probabilities are rounded away by half precision
+_PROBABLE = 1e-7  # half precision rounds smaller probabilities away
 
 
 class TooManyAdversaries(NotEnoughResults):
@@ -42,6 +42,15 @@ class TooManyAdversaries(NotEnoughResults):
     ) -> None:
         super().__init__(received, required, num_workers, reason)
         self.args = (f"more machines than max_adversaries lie: {reason}",)
+
+
+class _Columns(NamedTuple):
+    """What is looked at of one leaf of the results: some columns, or, None, all; their logarithms,
+    where they are probabilities, which are predicted better so."""
+
+    leaf: int
+    some: Tensor | None
+    logarithms: bool
 
 
 class Agreement:
@@ -180,52 +189,51 @@ class Agreement:
         )
         return judge.sites(received)
 
-    def _columns(self, result: Result) -> list[tuple[int, Tensor | None]]:
-        """The leaves that are looked at, and which columns of each; None: all."""
+    def _columns(self, result: Result) -> list[_Columns]:
+        """What is looked at of each leaf."""
         divided = [
             i
             for i, (leaf, dim) in enumerate(zip(result.leaves, result.dims, strict=True))
             if dim is not None and isinstance(leaf, Tensor)
         ]
         most = max(1, _COLUMNS // max(1, len(divided)))
-        columns: list[tuple[int, Tensor | None]] = []
+        columns = []
         for i in divided:
-            size = result.leaves[i].movedim(result.dims[i], 0)[0].numel()
+            rows = result.leaves[i].movedim(result.dims[i], 0)
+            size = rows[0].numel()
             some = sorted(self._dealer.sample(range(size), most)) if size > most else None
-            columns.append((i, None if some is None else torch.tensor(some)))
+            logarithms = self._link == "softmax" or improbable(rows) is None
+            columns.append(_Columns(i, None if some is None else torch.tensor(some), logarithms))
         return columns
 
-    def _values(
-        self, good: Sequence[Result], columns: Sequence[tuple[int, Tensor | None]]
-    ) -> Tensor:
+    def _values(self, good: Sequence[Result], columns: Sequence[_Columns]) -> Tensor:
         """Some columns of the results, ``[n, C]``."""
         parts = []
-        for i, some in columns:
+        for i, some, logarithms in columns:
             dim: Any = good[0].dims[i]
             leaves = [plain("Agreement", "results", r.leaves[i]).movedim(dim, 0) for r in good]
             rows = _chosen(torch.cat([leaf.flatten(1) for leaf in map(_wide, leaves)]), some)
-            parts.append(rows.clamp(min=_PROBABLE).log() if self._link == "softmax" else rows)
+            parts.append(rows.clamp(min=_PROBABLE).log() if logarithms else rows)
         return torch.cat(parts, dim=1)
 
-    def _guessed(
-        self, results: Results, columns: Sequence[tuple[int, Tensor | None]]
-    ) -> list[Tensor]:
+    def _guessed(self, results: Results, columns: Sequence[_Columns]) -> list[Tensor]:
         """The same of what surrogates make of the units with a result, ``[F, R, C]`` each."""
         if not self._guesses.surrogates:
             return []
         guessed = []
         for guesses in self._guesses.of(results.stack()):
-            used = [(guesses[i], some) for i, some in columns]
+            used = [(guesses[of.leaf], of) for of in columns]
             if any(guess is None for guess, _ in used):
                 continue
-            parts = [
-                _chosen(_wide(plain("Agreement", "guess", guess.coded), 2).flatten(2), some)
-                for guess, some in used
-                if guess is not None
-            ]
-            guess_of = torch.cat(parts, dim=2)
-            least = math.log(_PROBABLE)
-            guessed.append(guess_of.clamp(min=least) if self._link == "softmax" else guess_of)
+            parts = []
+            for guess, of in used:
+                assert guess is not None
+                rows = _wide(plain("Agreement", "guess", guess.coded), 2).flatten(2)
+                rows = _chosen(rows, of.some)
+                if of.logarithms and self._link != "softmax":
+                    rows = rows.clamp(min=_PROBABLE).log()
+                parts.append(rows.clamp(min=math.log(_PROBABLE)) if of.logarithms else rows)
+            guessed.append(torch.cat(parts, dim=2))
         return guessed
 
 

@@ -25,7 +25,7 @@ from ..workers.pytrees import (
     show,
 )
 
-__all__ = ["Result", "Results", "Stacked", "finite"]
+__all__ = ["Result", "Results", "Stacked", "finite", "improbable"]
 
 _ROUNDING = 0.01  # that the sum of probabilities may be off; half precision needs as much
 
@@ -83,7 +83,7 @@ class Result:
                     "with torch.utils._pytree, or say None in out_dims"
                 )
             check_batch(self._value, i, leaf, dim, size)
-            problem = _improbable(leaf.movedim(dim, 0)) if link == "softmax" else None
+            problem = improbable(leaf.movedim(dim, 0)) if link == "softmax" else None
             if problem is not None:
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
@@ -355,7 +355,7 @@ def _memory_format(leaf: Any) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _improbable(rows: Tensor) -> str | None:
+def improbable(rows: Tensor) -> str | None:
     """What rows ``[G, ..., C]`` hold, if not probabilities of C classes."""
     if rows.dim() < 2:
         return "one number a row"
