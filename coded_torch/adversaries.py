@@ -7,7 +7,9 @@ says much of one row, but a machine answers a row of every group.
 
 What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
 an honest machine would; one wrong row of an input without a copy; all copies of one input answered
-alike and wrong; and more liars than may be dropped, where it is an error if they are noticed.
+alike and wrong; and more liars than may be dropped, where it is an error if they are noticed. Fewer
+than 40 results, and those of modules that give the same for most inputs, as classes are, are not
+predicted well enough: there only copies show a liar.
 Machines that know their places can choose such lies: deal them in secret. Where there is a
 surrogate, what it leaves of the results is judged, which shows smaller lies.
 """
@@ -78,8 +80,9 @@ def locate(evidence: Sequence[Evidence], machines: Sequence[int], most: int) -> 
        difference to the other machines', in standard deviations, is z. The three machines of
        largest z are looked at again with all of their results left out together.
        Along a curve, where liars hide each other, a noise variance for each machine is estimated
-       first, and the A noisiest are looked at together.
-    3. *Single rows* that are predicted much worse than any.
+       first, and the A noisiest are looked at together. How large an honest machine's z may be
+       follows from the number of machines, and the skewness and kurtosis of the others' rows.
+    3. *Single rows* that are predicted worse by half than any of another machine.
 
     One machine is dropped at a time, then all of it is done again; in the end a machine is taken
     back that looks honest without the others.

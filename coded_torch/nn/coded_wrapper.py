@@ -102,7 +102,7 @@ class CodedWrapper(StandIn):
             wrong. Machines whose results contradict those of others are looked for
             (:mod:`coded_torch.adversaries`), and up to A of them count as missing. Then
             ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
-            none, and show liars less well. 0: none is looked for, and nothing of it costs time.
+            none, and show liars less well, as small requests do, of fewer than 40 results. 0: none is looked for, and nothing of it costs time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
             (1 / G of the work), which shows the liars for every code.
         surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
