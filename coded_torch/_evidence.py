@@ -13,12 +13,21 @@ from torch import Tensor
 from ._predictions import Predictions, residuals, spread_of
 from .regression import KernelRegression
 
-__all__ = ["COPIES", "Evidence", "predictions", "same_results"]
+__all__ = [
+    "COPIES",
+    "Evidence",
+    "are_classes",
+    "logarithms",
+    "predictions",
+    "rows_of",
+    "same_results",
+]
 
 #: Copies differ if they are so far apart, in the outputs' spread: more than float16, bfloat16 and
 #: float32 machines do among each other.
 COPIES = 0.1
 _TELLING = 3  # different results that two machines must have in common
+_PROBABLE = 1e-7  # half precision rounds smaller probabilities away
 _CLASSES = 0.5  # of the results that are those of several inputs
 _REPEATED = 0.02  # of the others' results may be those of several inputs
 _HELPFUL = 0.9  # of the error of predictions, at most what surrogates leave
@@ -38,6 +47,8 @@ class Evidence(NamedTuple):
         curve: whether a machine has the same place on a curve in every group, so that what is
             special of the place cannot be separated from what is of the machine.
         guesses: ``[n, C]`` each, what surrogates say of the values, honestly.
+        probable: ``[C]``, bool: columns of probabilities, which are predicted as logarithms; None:
+            there are none. Guesses are on that scale.
     """
 
     values: Tensor
@@ -49,53 +60,29 @@ class Evidence(NamedTuple):
     tolerance: float = COPIES
     curve: bool = False
     guesses: Sequence[Tensor] = ()
+    probable: Tensor | None = None
+
+    @property
+    def to_predict(self) -> Tensor:
+        """The values on the scale on which they are predicted."""
+        return self.values if self.probable is None else logarithms(self.values, self.probable)
 
 
-def same_results(evidence: Sequence[Evidence], most: int) -> set[frozenset[int]]:
-    """Pairs of machines with the same results, to the bit, for different inputs.
-
-    One of the two returned what the other did. It takes three different results, each at inputs
-    that are some distance apart and of no more inputs than ``most`` liars explain; and the other
-    machines' results must differ from input to input, or it is the module that repeats them.
-    """
-    rows: defaultdict[int, list[_Row]] = defaultdict(list)
-    for part in evidence:
-        columns = part.values.numpy(), part.machine.tolist(), part.point.tolist(), part.at.tolist()
-        for values, machine, point, at in zip(*columns, strict=True):
-            rows[machine].append(_Row(values.tobytes(), part, point, at))
-    alike: defaultdict[tuple[bytes, ...], list[int]] = defaultdict(list)
-    for machine, of_machine in rows.items():
-        alike[tuple([row.result for row in of_machine])].append(machine)
-    classes = [same for same in alike.values() if 1 < len(same) <= max(2, most + 1)]
-    if not classes:
-        return set()
-    inputs = _inputs(itertools.chain(*rows.values()))
-    pairs = set()
-    for a, b in itertools.chain(*(itertools.combinations(same, 2) for same in classes)):
-        telling = {x.result for x, y in zip(rows[a], rows[b], strict=True) if x.is_apart(y)}
-        if sum(len(inputs[result]) <= max(2, most + 1) for result in telling) >= _TELLING:
-            pairs.add(frozenset((a, b)))
-    others = [x for i in rows.keys() - frozenset().union(*pairs) for x in rows[i]]
-    return pairs if others and _repeated(others) < _REPEATED else set()
+def logarithms(values: Tensor, columns: Tensor) -> Tensor:
+    """Values ``[..., C]`` with the logarithms of some columns ``[C]``, bool."""
+    return torch.where(columns, values.clamp(min=_PROBABLE).log(), values)
 
 
-def are_classes(evidence: Sequence[Evidence]) -> bool:
-    """Whether most results are those of several inputs: the next one says little of a result."""
-    rows = [
-        _Row(values.tobytes(), part, point, -1)
-        for part in evidence
-        for values, point in zip(part.values.numpy(), part.point.tolist(), strict=True)
-    ]
-    return bool(rows) and _repeated(rows) > _CLASSES
+class Row(NamedTuple):
+    """A result, to the bit, of a machine, at a point of a part of the evidence."""
 
-
-class _Row(NamedTuple):
+    machine: int
     result: bytes
     part: Evidence
     point: int
     at: int
 
-    def is_apart(self, other: _Row) -> bool:
+    def is_apart(self, other: Row) -> bool:
         """Whether these are results of inputs of which some distance is known."""
         regression = self.part.regression
         if self.part is not other.part or regression is None or min(self.at, other.at) < 0:
@@ -103,7 +90,48 @@ class _Row(NamedTuple):
         return regression.squared_distance(self.at, other.at) > 0
 
 
-def _inputs(rows: Iterable[_Row]) -> dict[bytes, set[tuple[int, int]]]:
+def rows_of(evidence: Sequence[Evidence]) -> list[Row]:
+    rows = []
+    for part in evidence:
+        columns = part.machine.tolist(), part.point.tolist(), part.at.tolist()
+        values = (part.values + 0.0).numpy()  # of -0.0 and 0.0 one
+        for result, machine, point, at in zip(values, *columns, strict=True):
+            rows.append(Row(machine, result.tobytes(), part, point, at))
+    return rows
+
+
+def same_results(rows: Sequence[Row], most: int) -> set[frozenset[int]]:
+    """Pairs of machines with the same results, to the bit, for different inputs.
+
+    One of the two returned what the other did. It takes three different results, each at inputs
+    that are some distance apart and of no more inputs than ``most`` liars explain; and the other
+    machines' results must differ from input to input, or it is the module that repeats them.
+    """
+    of: defaultdict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        of[row.machine].append(row)
+    alike: defaultdict[tuple[bytes, ...], list[int]] = defaultdict(list)
+    for machine, of_machine in of.items():
+        alike[tuple([row.result for row in of_machine])].append(machine)
+    classes = [same for same in alike.values() if 1 < len(same) <= max(2, most + 1)]
+    if not classes:
+        return set()
+    inputs, pairs = _inputs(rows), set()
+    for a, b in itertools.chain(*(itertools.combinations(same, 2) for same in classes)):
+        telling = {x.result for x, y in zip(of[a], of[b], strict=True) if x.is_apart(y)}
+        if sum(len(inputs[result]) <= max(2, most + 1) for result in telling) >= _TELLING:
+            pairs.add(frozenset((a, b)))
+    named = frozenset().union(*pairs)
+    others = [row for row in rows if row.machine not in named]
+    return pairs if others and _repeated(others) < _REPEATED else set()
+
+
+def are_classes(rows: Sequence[Row]) -> bool:
+    """Whether most results are those of several inputs: the next one says little of a result."""
+    return bool(rows) and _repeated(rows) > _CLASSES
+
+
+def _inputs(rows: Iterable[Row]) -> dict[bytes, set[tuple[int, int]]]:
     """The inputs of each result."""
     inputs: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
     for row in rows:
@@ -111,7 +139,7 @@ def _inputs(rows: Iterable[_Row]) -> dict[bytes, set[tuple[int, int]]]:
     return inputs
 
 
-def _repeated(rows: Sequence[_Row]) -> float:
+def _repeated(rows: Sequence[Row]) -> float:
     """The share of results that are those of several inputs."""
     inputs = _inputs(rows)
     return sum(len(inputs[row.result]) > 1 for row in rows) / len(rows)
@@ -128,10 +156,14 @@ def predictions(
         share: of the results may be lies.
     """
     unit = torch.ones_like(spread)
-    plain = _predictions(evidence, [part.values for part in evidence], centre, spread, unit)
+    values = [part.to_predict for part in evidence]
+    plain = _predictions(evidence, values, centre, spread, unit)
     if not any(part.guesses for part in evidence):
         return plain
-    rest = [residuals(part.values, part.machine, part.guesses) for part in evidence]
+    rest = [
+        residuals(of_part, part.machine, part.guesses)
+        for of_part, part in zip(values, evidence, strict=True)
+    ]
     own = spread_of(torch.cat(rest), share)
     others = _predictions(evidence, rest, *own, own[1] / spread)
     return others if _error(others) < _HELPFUL * _error(plain) else plain

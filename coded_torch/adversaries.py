@@ -8,7 +8,7 @@ says much of one row, but a machine answers a row of every group.
 What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping
 an honest machine would; one wrong row of an input without a copy; all copies of one input answered
 alike and wrong; and more liars than may be dropped, where it is an error if they are noticed. Fewer
-than 40 results, and those of modules that give the same for most inputs, as classes are, are not
+than 40 results, and results most of which are those of several inputs, as classes are, are not
 predicted well enough: there only copies show a liar.
 Machines that know their places can choose such lies: deal them in secret. Where there is a
 surrogate, what it leaves of the results is judged, which shows smaller lies.
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._evidence import COPIES, Evidence, are_classes, predictions, same_results
+from ._evidence import COPIES, Evidence, are_classes, predictions, rows_of, same_results
 from ._predictions import spread_of, student_quantile, tails
 
 if TYPE_CHECKING:
@@ -187,15 +187,18 @@ class _Trial:
     def __init__(self, evidence: Sequence[Evidence], num_machines: int, most: int) -> None:
         self.num_machines, self.most = num_machines, most
         share = most / num_machines
-        values = torch.cat([part.values for part in evidence])
-        centre, self.spread = spread_of(values, share)
+        centre, self.spread = spread_of(torch.cat([x.to_predict for x in evidence]), share)
+        spread = self.spread
+        if any(part.probable is not None for part in evidence):
+            _, spread = spread_of(torch.cat([part.values for part in evidence]), share)
         self.pairs: Counter[frozenset[int]] = Counter()
         for part in evidence:
-            self._compare_copies(part)
-        self.contradictory = self.pairs.keys() | same_results(evidence, most)
-        classes = are_classes(evidence)
-        self.parts = [] if classes else predictions(evidence, centre, self.spread, share)
-        self._curve = any(part.curve for part in evidence)
+            self._compare_copies(part, spread)
+        rows = rows_of(evidence)
+        self.contradictory = self.pairs.keys() | same_results(rows, most)
+        predicted = [] if are_classes(rows) else evidence
+        self.parts = predictions(predicted, centre, self.spread, share)
+        self._curve = any(part.curve for part in predicted)
         # Where each result is counted, [F G]; groups of different parts are different ones.
         sizes = [part.num_groups for part in self.parts]
         self._num_groups = sum(sizes)
@@ -209,11 +212,11 @@ class _Trial:
         shape = num_machines, self._num_groups
         self._count = np.bincount(self._cell, minlength=math.prod(shape)).reshape(shape)
 
-    def _compare_copies(self, part: Evidence) -> None:
+    def _compare_copies(self, part: Evidence, spread: torch.Tensor) -> None:
         """Count, of every two machines, the copies that differ."""
         order = part.point.argsort(stable=True)
         points, machines = part.point[order], part.machine[order]
-        scaled = (part.values / self.spread)[order]
+        scaled = (part.values / spread)[order]
         for step in range(1, len(points)):
             same = (points[step:] == points[:-step]).nonzero().squeeze(1)
             if not len(same):
@@ -221,7 +224,8 @@ class _Trial:
             distances = (scaled[same + step] - scaled[same]).square().mean(1).sqrt()
             for row in same[distances > part.tolerance].tolist():
                 pair = frozenset((int(machines[row]), int(machines[row + step])))
-                self.pairs[pair] += len(pair) > 1
+                if len(pair) > 1:
+                    self.pairs[pair] += 1
 
     def differs(self, machine: int) -> bool:
         return any(machine in pair for pair in self.contradictory)
@@ -229,11 +233,11 @@ class _Trial:
     def look(self, out: tuple[int, ...]) -> _Look:
         """The z of every machine, without what some of them say."""
         f = self.num_machines
-        if not self.parts:
-            unknown = np.full(f, math.nan)
-            return _Look(out, unknown, unknown, unknown, 0, 0, 0)
         alive = np.ones((f, 1))
         alive[list(out)] = 0
+        if not (self._count.sum(1) * alive[:, 0]).any():  # nothing to predict from
+            unknown = np.full(f, math.nan)
+            return _Look(out, unknown, unknown, unknown, 0, 0, 0)
         gone = torch.from_numpy(alive[:, 0] == 0)
         each = [part.log_energies(gone) for part in self.parts]
         logs, sizes = (np.concatenate([x.numpy() for x in one]) for one in zip(*each, strict=True))
@@ -263,6 +267,7 @@ class _Trial:
         usual = np.nan_to_num(rows, posinf=0, neginf=0) * alive[machine, 0]
         if self._curve:  # places differ more than chance has them
             finite = z[(alive[:, 0] > 0) & np.isfinite(z)]
+            finite = finite if len(finite) else np.zeros(1)
             centre = np.median(finite)
             z = (z - centre) / max(1.4826 * np.median(np.abs(finite - centre)), 1)
         # What is off by no more than rounding is no lie, however well the others are predicted, and
@@ -288,8 +293,9 @@ class _Trial:
 
         Half a result may be as near to its prediction as the result, as predictions are shrunk.
         """
-        z = np.nan_to_num(self.look(out).z)
-        if not self.parts:
+        look = self.look(out)
+        z = np.nan_to_num(look.z)
+        if not look.machines:
             return z
         gone = torch.zeros(self.num_machines, dtype=torch.bool)
         gone[list(out)] = True
@@ -389,8 +395,9 @@ class _Trial:
         row = np.nan_to_num(look.row, nan=-1, neginf=-1)
         row[list(look.out)] = -1
         worst = int(row.argmax())
-        second = float(np.delete(row, worst).max(initial=0))
-        if row[worst] > max(look.bar_of_rows(), _APART * second):
+        more = max(1, self.most - len(look.out))  # may have such a row
+        usual = float(np.sort(row)[::-1][more]) if more < len(row) else 0.0
+        if row[worst] > max(look.bar_of_rows(), _APART * usual):
             return _Found(worst, float(row[worst]), "differs from all predictions in one row")
         return None
 

@@ -1,5 +1,6 @@
 """Which machines lie: LeNet-5 on digits, and small functions."""
 
+import contextlib
 import functools
 import math
 import random
@@ -10,10 +11,12 @@ import torch
 
 from coded_torch._predictions import Predictions, student_quantile
 from coded_torch.adversaries import Evidence, _Trial, locate
-from coded_torch.codes import KernelCode, plan_batch
+from coded_torch.codes import BerrutCode, KernelCode, SplineCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.nn import CodedWrapper
+from coded_torch.nn import CodedWrapper, TooManyAdversaries
 from coded_torch.regression import KernelRegression
+from coded_torch.stragglers import Uniform
+from coded_torch.workers import FaultyWorkers, LocalWorkers
 
 BATCH = 240
 
@@ -110,6 +113,62 @@ def test_machines_are_honest_in_small_requests_too(k, n, size, kind):
         coded(digits()[0][rows])
         accused += bool(coded.last_run.adversaries)
     assert accused <= 1
+
+
+@pytest.mark.parametrize("code", [SplineCode(8, 16), BerrutCode(8, 16), KernelCode(8, 16)])
+@torch.no_grad()
+def test_classes_are_judged_without_predictions(code):
+    coded = CodedWrapper(Answers("classes"), code, max_adversaries=2, shuffle=random.Random(0))
+    coded(digits()[0][:40])
+    assert coded.last_run.adversaries == coded.last_run.suspects == ()
+
+
+@pytest.mark.parametrize(("n", "lost", "most"), [(3, 1, 1), (5, 2, 2)])
+@torch.no_grad()
+def test_where_all_machines_contradict_each_other_none_is_named(n, lost, most):
+    for seed in range(3):
+        pool = LocalWorkers(Uniform(lost, seed=seed))
+        coded = CodedWrapper(
+            lenet5(),
+            KernelCode(1, n, metric="shrunk", length=2.0),
+            workers=FaultyWorkers(pool, attack="sign_flip", adversaries=(0,)),
+            max_adversaries=most,
+            shuffle=random.Random(seed),
+        )
+        with contextlib.suppress(TooManyAdversaries):
+            coded(digits()[0][:40])
+        report = coded.last_run
+        late = set(range(n)) - {*report.received}
+        assert 0 in {*report.adversaries, *report.suspects, *late}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_half_precision_is_honest_about_probabilities_too(dtype):
+    module = Answers("probabilities")
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(outputs()), generator=generator)[:BATCH]
+        odds = module.network(digits()[0][rows])[:, :1].sigmoid()
+        y = torch.cat([odds, 1 - odds], 1)
+        plan = plan_batch(KernelCode(8, 10), "similarity", [digits()[0][rows]], 2)
+        (sites,) = plan.sites([*range(10)])
+        values = plan.encode(y)
+        values[::3] = torch.cat([odds.to(dtype), 1 - odds.to(dtype)], 1).float()[
+            plan.encode(torch.arange(BATCH))[::3]
+        ]
+        of = evidence(values.double(), sites, probable=torch.tensor([True, True]))
+        verdict = locate(of, range(10), 1)
+        assert (verdict.liars, verdict.suspects) == ({}, ())
+
+
+def test_two_liars_with_a_row_each_do_not_hide_each_other():
+    found = 0
+    for seed in range(5):
+        machines, values, sites, _ = request((30, 20, 4, 2), seed)
+        values[[3, 8], 5] *= -1e3
+        found += len(locate(evidence(values, sites), machines, 2).liars)
+    assert found >= 9
 
 
 def test_honest_machines_score_as_normal_numbers_do():

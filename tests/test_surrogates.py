@@ -534,6 +534,8 @@ def test_modules_need_not_bear_every_mixture():
     x = 0.1 + torch.rand(600, 4, generator=torch.Generator().manual_seed(0))
     small = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4))
     assert distill(small, Logarithm(), [x], epochs=60, progress=False) < 0.1
+    alike = nn.Sequential(Logarithm(), nn.Linear(4, 4))
+    assert distill(alike, Logarithm(), [x], epochs=60, progress=False) < 0.5
     with pytest.raises(RuntimeError, match="student must reach a finite error"):
         distill(small, Logarithm(), [x - 0.5], epochs=1, progress=False)
 
@@ -579,8 +581,8 @@ def test_distilling_needs_gradients_to_be_possible():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batches": []}, "batches must hold at least two rows, got no batch"),
-        ({"batches": [rand(1, 4)]}, "batches must hold at least two rows, got 1"),
+        ({"batches": []}, "batches must hold four rows, .*, got no batch"),
+        ({"batches": [rand(1, 4)]}, "batches must hold four rows, .*, got 1 in 1"),
         ({"batches": [(rand(3, 4), rand(2, 4))]}, r"tensors of one batch size .* got \[\(3, 4\), "),
         ({"student": 3}, "student must be of type Module, got int"),
         ({"module": 3}, "module must be of type Module, got int"),

@@ -3,7 +3,6 @@ r"""Which results can be believed, beyond their form: whether they agree with ea
 from __future__ import annotations
 
 import logging
-import math
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._evidence import logarithms
 from .._transforms import outside, plain
 from ..adversaries import Evidence, Verdict, locate
 from ..codes.base import FixedCode
@@ -31,7 +31,6 @@ logger = logging.getLogger("coded_torch.nn")
 
 _COLUMNS = 64
 _AUDIT = 0.03  # how far apart results of the audit row may be, in the outputs' spread
-_PROBABLE = 1e-7  # half precision rounds smaller probabilities away
 
 
 class TooManyAdversaries(NotEnoughResults):
@@ -45,12 +44,11 @@ class TooManyAdversaries(NotEnoughResults):
 
 
 class _Columns(NamedTuple):
-    """What is looked at of one leaf of the results: some columns, or, None, all; their logarithms,
-    where they are probabilities, which are predicted better so."""
+    """What is looked at of one leaf of the results: some columns, or, None, all."""
 
     leaf: int
     some: Tensor | None
-    logarithms: bool
+    probabilities: bool
 
 
 class Agreement:
@@ -140,14 +138,14 @@ class Agreement:
         at, whose = at.repeat_interleave(rows), whose.repeat_interleave(rows)
         group = torch.arange(rows).repeat(len(at) // rows)
         columns = self._columns(good[0])
-        values = self._values(good, columns)
+        values, probable = self._values(good, columns)
         guesses = self._guessed(results, columns)  # of the units received
         evidence = []
         if units.audit is not None:
             audited = group == units.audit
             zeros = torch.zeros(int(audited.sum()), dtype=torch.int64)
             same = values[audited], whose[audited], zeros, zeros, zeros - 1
-            evidence.append(Evidence(*same, None, _AUDIT))
+            evidence.append(Evidence(*same, None, _AUDIT, probable=probable))
             values, whose, at, group = (x[~audited] for x in (values, whose, at, group))
             group = group - (group > units.audit).long()
         sites = self._sites(received)
@@ -170,6 +168,7 @@ class Agreement:
                     of.regression,
                     curve=self._units.plan.code.mixes,
                     guesses=tuple(guess[at[mine], group[mine]] for guess in guesses),
+                    probable=probable,
                 )
             )
         return evidence, machines
@@ -202,19 +201,22 @@ class Agreement:
             rows = result.leaves[i].movedim(result.dims[i], 0)
             size = rows[0].numel()
             some = sorted(self._dealer.sample(range(size), most)) if size > most else None
-            logarithms = self._link == "softmax" or improbable(rows) is None
-            columns.append(_Columns(i, None if some is None else torch.tensor(some), logarithms))
+            probabilities = self._link == "softmax" or improbable(rows) is None
+            columns.append(_Columns(i, None if some is None else torch.tensor(some), probabilities))
         return columns
 
-    def _values(self, good: Sequence[Result], columns: Sequence[_Columns]) -> Tensor:
-        """Some columns of the results, ``[n, C]``."""
-        parts = []
-        for i, some, logarithms in columns:
+    def _values(
+        self, good: Sequence[Result], columns: Sequence[_Columns]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Some columns of the results, ``[n, C]``, and which are of probabilities, ``[C]``."""
+        parts, probable = [], []
+        for i, some, probabilities in columns:
             dim: Any = good[0].dims[i]
             leaves = [plain("Agreement", "results", r.leaves[i]).movedim(dim, 0) for r in good]
-            rows = _chosen(torch.cat([leaf.flatten(1) for leaf in map(_wide, leaves)]), some)
-            parts.append(rows.clamp(min=_PROBABLE).log() if logarithms else rows)
-        return torch.cat(parts, dim=1)
+            rows = torch.cat([leaf.flatten(1) for leaf in map(_wide, leaves)])
+            parts.append(_chosen(rows, some))
+            probable += [probabilities] * parts[-1].shape[1]
+        return torch.cat(parts, dim=1), torch.tensor(probable) if any(probable) else None
 
     def _guessed(self, results: Results, columns: Sequence[_Columns]) -> list[Tensor]:
         """The same of what surrogates make of the units with a result, ``[F, R, C]`` each."""
@@ -230,9 +232,10 @@ class Agreement:
                 assert guess is not None
                 rows = _wide(plain("Agreement", "guess", guess.coded), 2).flatten(2)
                 rows = _chosen(rows, of.some)
-                if of.logarithms and self._link != "softmax":
-                    rows = rows.clamp(min=_PROBABLE).log()
-                parts.append(rows.clamp(min=math.log(_PROBABLE)) if of.logarithms else rows)
+                if of.probabilities:
+                    rows = rows.exp() if self._link == "softmax" else rows  # it is on that scale
+                    rows = logarithms(rows, torch.tensor(True))
+                parts.append(rows)
             guessed.append(torch.cat(parts, dim=2))
         return guessed
 

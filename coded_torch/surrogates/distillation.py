@@ -66,7 +66,7 @@ def distill(
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: an argument is out of range, or there are fewer than two rows.
+        ValueError: an argument is out of range, or there are too few rows to hold two out.
         RuntimeError: called in ``torch.inference_mode()``, or the student reaches no finite error.
 
     Example:
@@ -116,10 +116,15 @@ def distill(
             step = step.mixed(generator).noisy(noise, generator)
             with torch.no_grad():
                 wanted = _outputs(module, step, link)
+                finite = _finite_rows(wanted)
+                if not bool(finite.all()):  # mixtures may lie where the module has no outputs
+                    if not bool(finite.any()):
+                        continue
+                    step, wanted = step.at(finite), [leaf[finite] for leaf in wanted]
             with torch.enable_grad():
                 got = _outputs(student, step, link)
-                losses = [  # mixtures may lie where the module has no finite output
-                    torch.where(b.isfinite(), a - b, 0.0).square().mean() / v
+                losses = [
+                    (a - b).square().mean() / v
                     for a, b, v in zip(got, wanted, variances, strict=True)
                 ]
                 loss = torch.stack(losses).mean()
@@ -234,16 +239,17 @@ class _Arguments:
 
 
 def _pieces(batches: list[_Arguments]) -> list[_Arguments]:
-    """At least two, so that one can be held out."""
-    if len(batches) > 1:
+    """At least two, so that one can be held out, of two rows at least."""
+    if len(batches) == 1 and batches[0].size >= 4:
+        number = min(_PIECES, batches[0].size // 2)
+        return [batches[0].at(slice(i, None, number)) for i in range(number)]
+    if len(batches) > 1 and min(batch.size for batch in batches) > 1:
         return batches
-    if not batches or batches[0].size < 2:
-        raise ValueError(
-            "distill: batches must hold at least two rows, "
-            f"got {batches[0].size if batches else 'no batch'}"
-        )
-    size = batches[0].size
-    return [batches[0].at(slice(i, None, _PIECES)) for i in range(min(_PIECES, size))]
+    sizes = [batch.size for batch in batches]
+    raise ValueError(
+        "distill: batches must hold four rows, or several batches two each, to hold some out, "
+        f"got {f'{sum(sizes)} in {len(sizes)}' if sizes else 'no batch'}"
+    )
 
 
 def _outputs(module: nn.Module, arguments: _Arguments, link: str | None) -> list[Tensor]:
@@ -253,6 +259,14 @@ def _outputs(module: nn.Module, arguments: _Arguments, link: str | None) -> list
     if link is None:
         return outputs
     return [x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in outputs]
+
+
+def _finite_rows(leaves: Sequence[Tensor]) -> Tensor:
+    """Where all leaves ``[n, ...]`` are finite, bool, ``[n]``."""
+    rows = [
+        leaf.isfinite().flatten(1).all(1) if leaf.dim() > 1 else leaf.isfinite() for leaf in leaves
+    ]
+    return torch.stack(rows).all(0)
 
 
 @torch.no_grad()
