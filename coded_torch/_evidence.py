@@ -91,6 +91,7 @@ class Row(NamedTuple):
 
 
 def rows_of(evidence: Sequence[Evidence]) -> list[Row]:
+    """Every result, as it came."""
     rows = []
     for part in evidence:
         columns = part.machine.tolist(), part.point.tolist(), part.at.tolist()
