@@ -1,6 +1,8 @@
 // Memory that is about to be written for the first time.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdint>
 
 #if defined(__linux__)
@@ -21,6 +23,21 @@ inline void ask_for_huge_pages(void* memory, int64_t bytes) {
   const uintptr_t end = (address + bytes) / kHugePageBytes * kHugePageBytes;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Touches every large page of such memory, whose contents are lost, each from one thread: where
+// several write to a new page at once, each of them clears one, and all but one do so in vain.
+inline void touch_huge_pages(void* memory, int64_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (address + kHugePageBytes - 1) / kHugePageBytes;
+  const auto count =
+      static_cast<int64_t>((address + bytes) / kHugePageBytes) - static_cast<int64_t>(first);
+  if (count < 2) return;
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t page = begin; page < end; ++page) {
+      *reinterpret_cast<volatile char*>((first + page) * kHugePageBytes) = 0;
+    }
+  });
 }
 
 }  // namespace coded_torch

@@ -82,7 +82,10 @@ static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
   const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
   const SplineArgs& args = call.args;
   const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
-  if (!into) ask_for_huge_pages(args.out, call.out.numel() * value_bytes);
+  if (!into) {
+    ask_for_huge_pages(args.out, call.out.numel() * value_bytes);
+    touch_huge_pages(args.out, call.out.numel() * value_bytes);
+  }
   check_schedule(args.schedule, schedule.size(0), args.num_knots,
                  schedule.size(1) - 1 - args.num_knots);
   if (indices.gather) check_gather(args.gather, indices.gather->numel());
