@@ -132,6 +132,21 @@ def are_classes(rows: Sequence[Row]) -> bool:
     return bool(rows) and _repeated(rows) > _CLASSES
 
 
+def connected(partners: dict[int, set[int]]) -> list[list[int]]:
+    """The machines that differ from each other, directly or through others."""
+    clusters: list[list[int]] = []
+    seen: set[int] = set()
+    for machine in partners:
+        cluster, new = [], {machine} - seen
+        while new:
+            seen |= new
+            cluster += sorted(new)
+            new = set().union(*(partners[i] for i in new)) - seen
+        if cluster:
+            clusters.append(cluster)
+    return clusters
+
+
 def _inputs(rows: Iterable[Row]) -> dict[bytes, set[tuple[int, int]]]:
     """The inputs of each result."""
     inputs: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)

@@ -26,7 +26,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from ._evidence import COPIES, Evidence, are_classes, predictions, rows_of, same_results
+from ._evidence import (
+    COPIES,
+    Evidence,
+    are_classes,
+    connected,
+    predictions,
+    rows_of,
+    same_results,
+)
 from ._predictions import spread_of, student_quantile, tails
 
 if TYPE_CHECKING:
@@ -187,8 +195,8 @@ class _Trial:
     def __init__(self, evidence: Sequence[Evidence], num_machines: int, most: int) -> None:
         self.num_machines, self.most = num_machines, most
         share = most / num_machines
-        centre, self.spread = spread_of(torch.cat([x.to_predict for x in evidence]), share)
-        spread = self.spread
+        scale = spread_of(torch.cat([part.to_predict for part in evidence]), share)
+        _, spread = scale
         if any(part.probable is not None for part in evidence):
             _, spread = spread_of(torch.cat([part.values for part in evidence]), share)
         self.pairs: Counter[frozenset[int]] = Counter()
@@ -197,7 +205,7 @@ class _Trial:
         rows = rows_of(evidence)
         self.contradictory = self.pairs.keys() | same_results(rows, most)
         predicted = [] if are_classes(rows) else evidence
-        self.parts = predictions(predicted, centre, self.spread, share)
+        self.parts = predictions(predicted, *scale, share)
         self._curve = any(part.curve for part in predicted)
         # Where each result is counted, [F G]; groups of different parts are different ones.
         sizes = [part.num_groups for part in self.parts]
@@ -344,7 +352,7 @@ class _Trial:
         worst = max(partners, key=many, default=None)
         if worst is not None and len(partners[worst]) > max(1, budget):
             return found(worst)
-        for cluster in _connected(partners):
+        for cluster in connected(partners):
             # Predicted from others only: each may have spoilt what its partners are predicted from.
             odd = self._oddness((*look.out, *cluster))
             ranked = self._explanations(cluster, partners, odd, budget)
@@ -400,18 +408,3 @@ class _Trial:
         if row[worst] > max(look.bar_of_rows(), _APART * usual):
             return _Found(worst, float(row[worst]), "differs from all predictions in one row")
         return None
-
-
-def _connected(partners: dict[int, set[int]]) -> list[list[int]]:
-    """The machines that differ from each other, directly or through others."""
-    clusters: list[list[int]] = []
-    seen: set[int] = set()
-    for machine in partners:
-        cluster, new = [], {machine} - seen
-        while new:
-            seen |= new
-            cluster += sorted(new)
-            new = set().union(*(partners[i] for i in new)) - seen
-        if cluster:
-            clusters.append(cluster)
-    return clusters

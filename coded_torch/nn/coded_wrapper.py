@@ -100,10 +100,9 @@ class CodedWrapper(StandIn):
             The report has no expected errors then, as their units would be those of logits.
         max_adversaries: A, how many machines may lie: return what is well formed, finite and
             wrong. Those whose results contradict others are looked for, and up to A count as
-            missing (:mod:`coded_torch.adversaries`). Then
-            ``waiting`` is ``Waiting.first()`` by default, so that copies exist; codes that mix have
-            none, and show liars less well, as do requests of fewer than 40 results. 0: none is
-            looked for, and nothing of it costs time.
+            missing (:mod:`coded_torch.adversaries`). Then ``waiting`` is ``Waiting.first()`` by
+            default, so that copies exist; codes that mix have none, and show liars less well, as do
+            requests of fewer than 40 results. 0: none is looked for, and it costs no time.
         audit: with ``max_adversaries``, give every machine one common input more in a secret place
             (1 / G of the work), which shows the liars for every code.
         surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
