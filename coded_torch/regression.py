@@ -37,15 +37,21 @@ class Regression(abc.ABC):
     _last: tuple[Tensor, Tensor] | None = None
 
     @abc.abstractmethod
-    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights of the results, ``[L, M]``, and the variances ``[L]`` of the predictions.
-
-        Every row of the weights sums to one; variances are float64, in units of the outputs'
-        variance.
+    def weights_at(self, points: Tensor) -> Tensor:
+        """The weights of the results in predictions, ``[L, M]``; every row sums to one.
 
         Args:
             points: ``[L]``, without results, of those that the distances are of.
         """
+
+    @abc.abstractmethod
+    def variances_at(self, points: Tensor) -> Tensor:
+        """The variances of predictions, ``[L]``, float64, in units of the outputs' variance."""
+
+    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
+        """Predictions from ``results [M, C]``, ``[L, C]``; cheaper than weights where C < L."""
+        weights = self.weights_at(points)
+        return weights @ results.to(weights.dtype)
 
     @property
     @abc.abstractmethod
@@ -216,24 +222,38 @@ class KernelRegression(Regression):
 
         Every row sums to one.
         """
-        return self.predictions(squared_distances)[0]
+        return self._weights(matern52(squared_distances.to(self._factor.dtype), self.length))
 
-    def predictions(self, squared_distances: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`weights` and the predictions' variances ``[L]``, in the outputs' variance."""
-        return self._predictions(matern52(squared_distances.to(self._factor.dtype), self.length))
+    def variances(self, squared_distances: Tensor) -> Tensor:
+        """The predictions' variances ``[L]``, in units of the outputs' variance, likewise."""
+        return self._variances(matern52(squared_distances.to(self._factor.dtype), self.length))
 
-    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        return self._predictions(self._covariances(points, self._factor.dtype))
+    def weights_at(self, points: Tensor) -> Tensor:
+        return self._weights(self._covariances(points, self._factor.dtype))
+
+    def variances_at(self, points: Tensor) -> Tensor:
+        return self._variances(self._covariances(points, self._factor.dtype))
 
     @exactly()
-    def _predictions(self, covariances: Tensor) -> tuple[Tensor, Tensor]:
+    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
+        weights, mean = self.coefficients(results)
+        return torch.addmm(mean, self._covariances(points, self._factor.dtype), weights)
+
+    @exactly()
+    def _weights(self, covariances: Tensor) -> Tensor:
         half = _solved(covariances, self._factor, transposed=True)
         weights = _solved(half, self._factor, transposed=False)
         left = 1 - weights.sum(1, keepdim=True)
+        return weights.addmm_(left, self._mean, alpha=1 / self._precision)
+
+    @exactly()
+    def _variances(self, covariances: Tensor) -> Tensor:
+        left = 1 - (covariances @ self._mean.T).squeeze(1).double()
+        half = _solved(covariances, self._factor, transposed=True)
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
-        explained -= left.squeeze(1).double().square() / self._precision
-        weights.addmm_(left, self._mean, alpha=1 / self._precision)
-        return weights, (1 + self.nugget - explained).clamp_(min=0)
+        explained -= left.square() / self._precision
+        variances: Tensor = (1 + self.nugget - explained).clamp_(min=0)
+        return variances
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
@@ -317,13 +337,14 @@ class PartialRegression(Regression):
     def leave_one_out_variances(self) -> Tensor:
         return self._variances
 
-    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        place = torch.searchsorted(self._others, points)
-        weights = self._weights.index_select(0, place)
+    def weights_at(self, points: Tensor) -> Tensor:
+        weights: Tensor = self._weights.index_select(0, torch.searchsorted(self._others, points))
         # What rounding leaves of the sum.
-        weights.add_((1 - weights.sum(1, keepdim=True)) / len(self._points))
+        return weights.add_((1 - weights.sum(1, keepdim=True)) / len(self._points))
+
+    def variances_at(self, points: Tensor) -> Tensor:
         variances = torch.cholesky_inverse(self._factor).diagonal()
-        return weights, variances.index_select(0, place)
+        return variances.index_select(0, torch.searchsorted(self._others, points)).double()
 
     def _residuals(self, results: Tensor) -> Tensor:
         every = results.new_empty(len(self._projection), results.shape[1])

@@ -327,7 +327,7 @@ def test_predictions_leave_out_what_is_left_out(out):
         alone = KernelRegression(squares[left][:, left], 2.0)
         weights = alone.weights(squares[[i]][:, left])
         torch.testing.assert_close(predicted[i], (weights @ part.values[left])[0])
-        torch.testing.assert_close(variances[i], alone.predictions(squares[[i]][:, left])[1][0])
+        torch.testing.assert_close(variances[i], alone.variances(squares[[i]][:, left])[0])
 
 
 def test_the_quantile_is_students():

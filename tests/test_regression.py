@@ -31,7 +31,7 @@ def test_agrees_with_the_bordered_system(problem):
     fit = KernelRegression(among, 1.3)
     weights, variances = dense(among, to, 1.3)
     torch.testing.assert_close(fit.weights(to), weights)
-    torch.testing.assert_close(fit.predictions(to)[1], variances)
+    torch.testing.assert_close(fit.variances(to), variances)
     torch.testing.assert_close(fit.weights(to).sum(1), torch.ones(5, dtype=torch.float64))
 
 
@@ -42,7 +42,7 @@ def test_leaving_one_out_is_leaving_one_out(problem):
     for i in range(3):
         rest = [j for j in range(30) if j != i]
         without, to = KernelRegression(among[rest][:, rest], 1.3), among[i : i + 1, rest]
-        torch.testing.assert_close(fit.leave_one_out_variances[i], without.predictions(to)[1][0])
+        torch.testing.assert_close(fit.leave_one_out_variances[i], without.variances(to)[0])
         left = y[i] - (without.weights(to) @ y[rest])[0]
         torch.testing.assert_close(fit.leave_one_out_residuals(y)[i], left)
 

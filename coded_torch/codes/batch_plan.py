@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._transforms import outside, plain
+from .._transforms import differentiated, outside, plain
 from ..linear import SelectMap
 from ..linear.base import target
 
@@ -230,8 +230,8 @@ class Arrived:
 class SelectionPlan(BatchPlan):
     """Workers compute inputs as they are; lost answers are the mean of those that arrived.
 
-    Subclasses predict lost answers in a better way: they override ``_weights``, ``_variances`` and
-    ``_left_out_square``.
+    Subclasses predict lost answers in a better way: they override ``_weights``, ``_predicted``,
+    ``_variances`` and ``_left_out_square``.
 
     Args:
         code: the code.
@@ -268,14 +268,20 @@ class SelectionPlan(BatchPlan):
     def decode(
         self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
     ) -> Tensor:
+        rows, linear = results.flatten(0, 1), differentiated(results)
         with outside():
             arrived = self._arrived(received)
-            weights = torch.zeros(0, len(arrived.used), dtype=torch.float64)
-            if len(arrived.lost):
-                weights = self._weights(arrived, results)
-            num_results = len(received) * self.num_groups
-            map = SelectMap(num_results, arrived.source, arrived.used, weights)
-        return map(results.flatten(0, 1), out=out)
+            source, used, lost = arrived.source, arrived.used, arrived.lost
+            weights = torch.zeros(0, len(used), dtype=torch.float64)
+            if len(lost):
+                predicted = None if linear else self._predicted(arrived, results)
+                if predicted is None:
+                    weights = self._weights(arrived, results)
+                else:  # as if they were results, too
+                    source = source.index_copy(0, lost, torch.arange(len(lost)) + len(rows))
+                    rows, used, weights = torch.cat([rows, predicted]), used[:0], weights[:, :0]
+            map = SelectMap(len(rows), source, used, weights)
+        return map(rows, out=out)
 
     def source(self, received: Sequence[int]) -> Tensor:
         with outside():
@@ -328,6 +334,10 @@ class SelectionPlan(BatchPlan):
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
         """Those of the used results in the lost answers, ``[L, M]``, or ``[1, M]`` for all."""
         return torch.full((1, len(arrived.used)), 1 / len(arrived.used), dtype=torch.float64)
+
+    def _predicted(self, arrived: Arrived, results: Tensor) -> Tensor | None:
+        """The lost answers, ``[L, ...]``, without derivatives; None: better by their weights."""
+        return None
 
     def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
         """What is missed if each of the used results is predicted from the others."""

@@ -2,12 +2,10 @@ r"""The code that looks at the batch: results are interpolated by the distances 
 
 from __future__ import annotations
 
-import functools
 import math
 import numbers
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from .._arguments import instance, positive, shown
 from ..distances import METRICS, Choice, Features, name_of
+from ..linear.base import accumulation_dtype
 from ..linear.maps import unit_rows
 from ._choices import LENGTHS, Fitted
 from ._points import Points, made_by
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..geometry import Geometry
     from ..grouping import Grouping
-    from ..regression import KernelRegression
+    from ..regression import KernelRegression, Regression
 
 __all__ = ["KernelCode"]
 
@@ -241,11 +240,28 @@ class _KernelPlan(SelectionPlan):
         return self.code.encoder.encoder.gathered(values, self._grouping, out=out)
 
     def _weights(self, arrived: Arrived, results: Tensor) -> Tensor:
-        fit = self._fit(arrived, arrived.sample(results))
-        self.choices = (fit.fitted.choice,)
+        regression, trust = self._chosen(arrived, results)
         # Shrunk towards the mean of the results as far as these are not predicted by each other.
-        mean = (1 - fit.fitted.trust) / len(arrived.used)
-        return torch.add(torch.tensor(mean), fit.of_lost[0], alpha=fit.fitted.trust)
+        mean = torch.tensor((1 - trust) / len(arrived.used))
+        return torch.add(mean, regression.weights_at(arrived.lost), alpha=trust)
+
+    def _predicted(self, arrived: Arrived, results: Tensor) -> Tensor | None:
+        num_columns = results.shape[2:].numel()
+        if results.device.type != "cpu" or num_columns >= len(arrived.lost):
+            return None
+        regression, trust = self._chosen(arrived, results)
+        y = results.flatten(0, 1).index_select(0, arrived.used)
+        y = y.view(len(y), num_columns)
+        y = y.to(accumulation_dtype(y.dtype))
+        mean = y.mean(0)
+        predicted = regression.predictions_at(arrived.lost, y - mean)
+        predicted = torch.add(mean, predicted, alpha=trust).to(results.dtype)
+        return predicted.view(len(predicted), *results.shape[2:])
+
+    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[Regression, float]:
+        fitted = self._fit(arrived, arrived.sample(results)).fitted
+        self.choices = (fitted.choice,)
+        return fitted.regression, fitted.trust
 
     def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
         fit = self._fit(arrived, sample)
@@ -257,7 +273,7 @@ class _KernelPlan(SelectionPlan):
         fit = self._fit(arrived, sample)
         regression = fit.fitted.regression
         scale = 1.0 if fit.sample is None else regression.output_variance(fit.sample)
-        return fit.of_lost[1] * scale
+        return regression.variances_at(arrived.lost) * scale
 
     def _regression_of(self, arrived: Arrived) -> tuple[KernelRegression, Tensor]:
         # Before results are known to be true, they must not choose by what they are judged.
@@ -275,24 +291,12 @@ class _KernelPlan(SelectionPlan):
         return fit
 
 
-@dataclass(eq=False)
-class _Fit:
-    """A regression from what arrived.
-
-    Attributes:
-        arrived: what arrived.
-        sample: of the results, or None.
-        fitted: the regression.
-    """
+class _Fit(NamedTuple):
+    """The regression from what arrived, and the sample of the results, if any, that chose it."""
 
     arrived: Arrived
     sample: Tensor | None
     fitted: Fitted
-
-    @functools.cached_property
-    def of_lost(self) -> tuple[Tensor, Tensor]:
-        """The weights of the results in the lost answers, and these predictions' variances."""
-        return self.fitted.regression.at(self.arrived.lost)
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

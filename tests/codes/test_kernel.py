@@ -244,6 +244,30 @@ def test_gradients_of_lost_answers_take_the_weights_as_constant(generator):
     assert gradient[own].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [72, 600])
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (0,), (50,)])
+def test_answers_are_the_same_without_gradients(shape, size, dtype, generator):
+    """Of few outputs, lost answers are then had without the weights."""
+    x = inputs(size, generator)
+    plan = plan_batch(KernelCode(4, 6), "similarity", [x], 2)
+    of = torch.randn(2, math.prod(shape), dtype=torch.float64, generator=generator)
+    y = (10 + (x @ of).sin()).view(size, *shape).to(dtype)
+    received, results = [0, 2, 3, 5], plan.encode(y)[[0, 2, 3, 5]]
+    lost = plan.source(received) < 0
+    assert lost.sum() > 6
+    by_weights = plan.decode(results.clone().requires_grad_(), received)
+    assert by_weights.requires_grad
+    into = torch.empty_like(y)
+    for answers in (plan.decode(results, received), plan.decode(results, received, out=into)):
+        assert answers.dtype == dtype
+        assert answers.shape == y.shape
+        assert torch.equal(answers[~lost], y[~lost])
+        rounding = max(torch.finfo(dtype).eps, 1e-5)  # of systems solved in float32
+        torch.testing.assert_close(answers, by_weights, rtol=rounding, atol=0)
+    torch.testing.assert_close(into, answers)
+
+
 def answered(code, model, x, lost, seed=0):
     """The answers, the truth, and which of them are the model's own, bit for bit."""
     coded = CodedWrapper(model, code, stragglers=Uniform(lost, seed=seed))
