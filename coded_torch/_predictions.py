@@ -54,7 +54,7 @@ class Predictions:
         self.values, self.machine, self.group, self.at = values, machine, group, at
         self.num_groups = int(group.max()) + 1 if len(group) else 0
         self._curve, self._regression = curve, regression
-        self._projection = regression.projection  # [M, M]
+        self._projection = regression.projection.double()  # [M, M]
 
     def log_energies(self, gone: Tensor) -> tuple[Tensor, Tensor]:
         r"""Half the log of the mean square of each result's residual, ``[n]``, and the square.
@@ -166,7 +166,7 @@ def noise_of(
     Note:
         :math:`O(M^3)` a step.
     """
-    covariance = regression.covariance[at][:, at]
+    covariance = regression.covariance[at][:, at].double()
     scaled = values / max(math.sqrt(regression.output_variance(values[at.argsort()])), 1e-30)
     count = torch.bincount(machine, minlength=num_machines).clamp(min=1)
     noise = torch.full((num_machines,), 0.01, dtype=values.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ from ..distances import (
     squared_distances,
 )
 from ..geometry import Geometry
-from ..regression import MOST_INVERTED, KernelRegression, PartialRegression, Regression
-from ._choices import DEFAULT, LENGTH, Fitted, Regressions, among, key_of
+from ..regression import MOST_INVERTED, KernelRegression
+from ._choices import DEFAULT, LENGTH, Fitted, Regressions, key_of
 
 if TYPE_CHECKING:
     from ..grouping import Grouping
@@ -84,7 +85,6 @@ class Points:
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
         self._steps: dict[str | int, float] = {}
-        self._whole: dict[tuple[str | int, float], KernelRegression] = {}
         self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
@@ -94,8 +94,9 @@ class Points:
                 self.first, inner = metrics[0], found
         self.first_length = lengths[0] if len(lengths) == 1 else LENGTH
         self.usable = inner.finite & (inner.squares <= _FAR**2)
+        wide = any(x.dtype == torch.float64 for x in geometry.inputs)
         few = len(self.usable) <= MOST_INVERTED
-        self._dtype = torch.float64 if few else torch.float32
+        self._dtype = torch.float64 if wide and few else torch.float32
         self._squared[self.first] = inner.squared_distances(self._dtype)
         self._inner_of_first = inner
 
@@ -126,7 +127,7 @@ class Points:
         """Of each input predicted from all others, or, in large batches, those near in order."""
         order = self._grouping.order
         if len(order) <= MOST_INVERTED:
-            return self.whole(self.first, self.first_length).leave_one_out_variances
+            return self._whole.leave_one_out_variances
         squared, step = self.distances(self.first)
         variances = torch.empty(len(order), dtype=torch.float64)
         for rows in order.tensor_split(-(-len(order) // _NEIGHBOURHOOD)):  # about alike
@@ -134,25 +135,16 @@ class Points:
             variances[rows] = near.leave_one_out_variances
         return variances
 
-    def whole(self, metric: str | Features, length: float) -> KernelRegression:
-        """The regression given results of all points; each is kept."""
-        key = key_of(metric), length
-        if key not in self._whole:
-            squared, step = self.distances(metric)
-            self._whole[key] = KernelRegression(squared, length * step)
-        return self._whole[key]
+    @functools.cached_property
+    def _whole(self) -> KernelRegression:
+        """Given results of all points, by the metric and length that copies go by."""
+        squared, step = self.distances(self.first)
+        return KernelRegression(squared, self.first_length * step)
 
-    def regression(self, metric: str | Features, length: float, points: Tensor) -> Regression:
+    def regression(self, metric: str | Features, length: float, points: Tensor) -> KernelRegression:
         """That given the results of some points."""
-        if self.shared:
-            return PartialRegression(self.whole(metric, length), points)
         squared, step = self.distances(metric)
         return KernelRegression(squared, length * step, points=points)
-
-    @property
-    def shared(self) -> bool:
-        """Whether regressions given some results are made from one given all."""
-        return self._mixtures is None and len(self.usable) <= MOST_INVERTED
 
     def fit(self, points: Tensor, sample: Tensor | None) -> Fitted:
         """The regression that predicts best, see :meth:`Regressions.fit`."""
@@ -174,18 +166,15 @@ class Points:
         return squared, self._steps[key]
 
     def unchosen(self, points: Tensor) -> tuple[KernelRegression, Tensor]:
-        """A regression by the metric and length of before, in float64.
+        """A regression by the metric and length of before.
 
         Returns:
             The regression, given the results of these points or of all, and the places of these
             points among its own.
         """
-        if self.shared:
-            return self.whole(self.first, self.first_length), points
-        squared, step = self.distances(self.first)
-        length = self.first_length * step
-        of_points = KernelRegression(among(squared, points, points).double(), length)
-        return of_points, torch.arange(len(points))
+        if self._mixtures is None and len(self.usable) <= MOST_INVERTED:
+            return self._whole, points  # it has been there since copies were planned
+        return self.regression(self.first, self.first_length, points), torch.arange(len(points))
 
     def of_few(self, points: Tensor) -> tuple[list[str | Features], list[Tensor]]:
         """The metrics that apply to few points, and the squared distances of these, float32."""

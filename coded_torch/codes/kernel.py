@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..geometry import Geometry
     from ..grouping import Grouping
-    from ..regression import KernelRegression, Regression
+    from ..regression import KernelRegression
 
 __all__ = ["KernelCode"]
 
@@ -44,7 +44,7 @@ class KernelCode(Code):
     :class:`~coded_torch.regression.KernelRegression`. Inputs whose own result arrived are answered
     by that result, bit for bit. Where the batch's own results are predicted badly from each other,
     predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.regression.Regression.trust`.
+    :meth:`~coded_torch.regression.KernelRegression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
     the others say least about, so a batch is answered exactly up to the inputs whose
@@ -85,12 +85,12 @@ class KernelCode(Code):
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        batches of more than 4,096 distinct results are planned in chunks. Of at most 512 inputs, or
-        points where inputs are mixed, all is computed in float64; of more, distances are rounded to
-        float32 and what follows from them is computed in it, which predicts as well. What is
-        encoded and decoded are whole batches, through :meth:`fit`: there is no encoder without a
-        batch to look at. Without distances, as for token ids, copies are equal and lost answers are
-        the mean, unless a callable in ``metric`` makes features of them.
+        batches of more than 4,096 distinct results are planned in chunks. Distances are rounded to
+        float32, and what follows from them is computed in it, which predicts as well as float64;
+        in that it is computed where an input has that dtype and there are 512 points at most. What
+        is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder without
+        a batch to look at. Without distances, as for token ids, copies are equal and lost answers
+        are the mean, unless a callable in ``metric`` makes features of them.
 
         The metric is chosen on 144 results at most, at length 2, and then the length on the same
         ones. Another metric than "shrunk", and another length than 2, is taken where results are
@@ -258,7 +258,7 @@ class _KernelPlan(SelectionPlan):
         predicted = torch.add(mean, predicted, alpha=trust).to(results.dtype)
         return predicted.view(len(predicted), *results.shape[2:])
 
-    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[Regression, float]:
+    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[KernelRegression, float]:
         fitted = self._fit(arrived, arrived.sample(results)).fitted
         self.choices = (fitted.choice,)
         return fitted.regression, fitted.trust
