@@ -7,7 +7,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,7 @@ class Part:
     fault: Fault | None = dataclasses.field(default=None, compare=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class Began:
+class Began(NamedTuple):
     """A machine has begun a part.
 
     Attributes:
@@ -78,8 +77,7 @@ class Began:
     fresh: bool = False
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Reply:
+class Reply(NamedTuple):
     """What came of a part: a value, or the error that stands in for it.
 
     Attributes:

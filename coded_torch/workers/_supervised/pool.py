@@ -3,7 +3,6 @@ r"""Pools whose machines may hang and die, whatever they are."""
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 import os
 import threading
@@ -212,7 +211,7 @@ class _SupervisedRequest(LiveRequest):
         if not isinstance(event, Reply) or self.task.device.type == "cpu":
             return event
         value = pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), event.value)
-        return dataclasses.replace(event, value=value)
+        return event._replace(value=value)
 
     @property
     def idle(self) -> int:
