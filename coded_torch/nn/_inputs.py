@@ -2,7 +2,6 @@ r"""The arguments of one call of a wrapper, leaf by leaf."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import dense
 from ..codes.base import Code
-from ..workers.pytrees import broadcast_dims, leaf_name
+from ..workers.pytrees import broadcast_dims, leaf_name, positional
 from ._results import finite
 
 __all__ = ["Inputs"]
@@ -39,7 +38,7 @@ class Inputs:
         # The common case, at a tenth of the cost.
         self._plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)
         if self._plain:
-            self.leaves, (self.spec, spec) = list(args), _tensors(len(args))
+            self.leaves, (self.spec, spec) = list(args), positional(len(args))
         else:
             self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
             spec = pytree.tree_structure(args)
@@ -154,13 +153,6 @@ class Inputs:
                     raise _own_rows(name, "a list", (len(node),))
                 parts = zip(node, said, strict=True)
                 stack += [(f"{name}[{k}]", part, dim) for k, (part, dim) in enumerate(parts)]
-
-
-@functools.cache
-def _tensors(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    """The structures of ``(args, kwargs)`` and of args, for so many tensors by position."""
-    args = (0,) * count
-    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
 
 
 def _own_rows(name: str, kind: str, shape: tuple[int, ...]) -> ValueError:

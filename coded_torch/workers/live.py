@@ -104,6 +104,8 @@ class LiveRequest(Request):
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
+            with contextlib.suppress(queue.Empty):  # most often there is something
+                return self._events.get_nowait()
             limit = self._limit()
             try:
                 if limit == math.inf:  # nothing is open: what has happened is here already

@@ -3,6 +3,7 @@ r"""Inputs and outputs of a module, leaf by leaf."""
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["CONSTANTS", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name", "show"]
-__all__ += ["unflatten"]
+__all__ = ["CONSTANTS", "broadcast_dims", "check_batch", "flatten", "kind", "leaf_name"]
+__all__ += ["positional", "show", "unflatten"]
 
 _LEAF = pytree.tree_structure(0)
 
@@ -28,6 +29,13 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     """The inverse of :func:`flatten`, likewise."""
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
+
+
+@functools.cache
+def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
+    """The structures of ``(args, kwargs)`` and of args, for so many tensors by position."""
+    args = (0,) * count
+    return pytree.tree_structure((args, {})), pytree.tree_structure(args)
 
 
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:

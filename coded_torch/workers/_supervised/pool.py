@@ -204,8 +204,7 @@ class _SupervisedRequest(LiveRequest):
             self._supervisor.submit(self, self._module, held)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        limit = self._limit()
-        if self._held and limit < math.inf:  # else what is held is not wanted any more
+        if self._held and (limit := self._limit()) < math.inf:  # else it is not wanted any more
             self._send_held(min(until, limit))
         event = super().wait(until)
         if not isinstance(event, Reply) or self.task.device.type == "cpu":
