@@ -104,7 +104,7 @@ class LiveRequest(Request):
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
-            with contextlib.suppress(queue.Empty):  # most often there is something
+            if not self._events.empty():  # nobody else takes from it
                 return self._events.get_nowait()
             limit = self._limit()
             try:

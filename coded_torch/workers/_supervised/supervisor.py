@@ -264,7 +264,7 @@ class Supervisor(abc.ABC):
                 continue
             limit, what = self._limit(machine)
             self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
-        if now < self._start_again:
+        if now < self._start_again or len(self._machines) == self.size:
             return
         for index in sorted(set(range(self.size)) - {m.index for m in self._machines}):
             try:
