@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..distances import Choice, Features, name_of
-from ..regression import KernelRegression, LeaveOneOut
+from ..regression import LeaveOneOut, Regression
 
 if TYPE_CHECKING:
     from ._points import Points
@@ -43,11 +43,11 @@ class Fitted(NamedTuple):
     Attributes:
         choice: the metric and the length.
         regression: from the results.
-        trust: see :meth:`~coded_torch.regression.KernelRegression.trust`; 1 without results.
+        trust: see :meth:`~coded_torch.regression.Regression.trust`; 1 without results.
     """
 
     choice: Choice
-    regression: KernelRegression
+    regression: Regression
     trust: float = 1.0
 
 
@@ -70,7 +70,7 @@ class Regressions:
         self._at = torch.arange(count) * len(points) // max(count, 1)
         self._metrics: tuple[list[str | Features], LeaveOneOut] | None = None
         self._compared: dict[Any, LeaveOneOut] = {}
-        self._fitted: dict[Any, KernelRegression] = {}
+        self._fitted: dict[Any, Regression] = {}
 
     def fit(self, sample: Tensor | None) -> Fitted:
         """The regression that predicts best.

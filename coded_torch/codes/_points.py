@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from ..distances import (
     squared_distances,
 )
 from ..geometry import Geometry
-from ..regression import MOST_INVERTED, KernelRegression
+from ..regression import MOST_INVERTED, KernelRegression, PartialRegression, Regression
 from ._choices import DEFAULT, LENGTH, Fitted, Regressions, key_of
 
 if TYPE_CHECKING:
@@ -85,6 +84,7 @@ class Points:
         self._made: dict[int, list[Tensor] | None] = {}
         self._squared: dict[str | int, Tensor | None] = {}
         self._steps: dict[str | int, float] = {}
+        self._whole: KernelRegression | None = None
         self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
@@ -127,7 +127,7 @@ class Points:
         """Of each input predicted from all others, or, in large batches, those near in order."""
         order = self._grouping.order
         if len(order) <= MOST_INVERTED:
-            return self._whole.leave_one_out_variances
+            return self.whole().leave_one_out_variances
         squared, step = self.distances(self.first)
         variances = torch.empty(len(order), dtype=torch.float64)
         for rows in order.tensor_split(-(-len(order) // _NEIGHBOURHOOD)):  # about alike
@@ -135,14 +135,19 @@ class Points:
             variances[rows] = near.leave_one_out_variances
         return variances
 
-    @functools.cached_property
-    def _whole(self) -> KernelRegression:
-        """Given results of all points, by the metric and length that copies go by."""
-        squared, step = self.distances(self.first)
-        return KernelRegression(squared, self.first_length * step)
+    def whole(self) -> KernelRegression:
+        """Given results of all points, by the metric and length that copies go by; it is kept."""
+        if self._whole is None:
+            squared, step = self.distances(self.first)
+            self._whole = KernelRegression(squared, self.first_length * step)
+        return self._whole
 
-    def regression(self, metric: str | Features, length: float, points: Tensor) -> KernelRegression:
+    def regression(self, metric: str | Features, length: float, points: Tensor) -> Regression:
         """That given the results of some points."""
+        is_first = (metric, length) == (self.first, self.first_length)
+        few_lost = 2 * len(points) > len(self.usable)  # else rounding of the inverse would show
+        if self._whole is not None and is_first and few_lost:
+            return PartialRegression(self._whole, points)
         squared, step = self.distances(metric)
         return KernelRegression(squared, length * step, points=points)
 
@@ -173,8 +178,10 @@ class Points:
             points among its own.
         """
         if self._mixtures is None and len(self.usable) <= MOST_INVERTED:
-            return self._whole, points  # it has been there since copies were planned
-        return self.regression(self.first, self.first_length, points), torch.arange(len(points))
+            return self.whole(), points  # it has been there since copies were planned
+        squared, step = self.distances(self.first)
+        given = KernelRegression(squared, self.first_length * step, points=points)
+        return given, torch.arange(len(points))
 
     def of_few(self, points: Tensor) -> tuple[list[str | Features], list[Tensor]]:
         """The metrics that apply to few points, and the squared distances of these, float32."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..geometry import Geometry
     from ..grouping import Grouping
-    from ..regression import KernelRegression
+    from ..regression import KernelRegression, Regression
 
 __all__ = ["KernelCode"]
 
@@ -44,7 +44,7 @@ class KernelCode(Code):
     :class:`~coded_torch.regression.KernelRegression`. Inputs whose own result arrived are answered
     by that result, bit for bit. Where the batch's own results are predicted badly from each other,
     predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.regression.KernelRegression.trust`.
+    :meth:`~coded_torch.regression.Regression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
     the others say least about, so a batch is answered exactly up to the inputs whose
@@ -258,7 +258,7 @@ class _KernelPlan(SelectionPlan):
         predicted = torch.add(mean, predicted, alpha=trust).to(results.dtype)
         return predicted.view(len(predicted), *results.shape[2:])
 
-    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[KernelRegression, float]:
+    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[Regression, float]:
         fitted = self._fit(arrived, arrived.sample(results)).fitted
         self.choices = (fitted.choice,)
         return fitted.regression, fitted.trust
