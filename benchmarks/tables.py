@@ -292,8 +292,9 @@ def network_times(results: Results) -> Iterable[Sequence[str]]:
     for device, networks in results["end_to_end"].items():
         for name, cases in networks.items():
             for case, found in cases.items():
-                spent = [f"{found['network'][what][0]:.1f}" for what in whats]
-                yield device, NAMES[name], case, *spent
+                if "network" in found:
+                    spent = [f"{found['network'][what][0]:.1f}" for what in whats]
+                    yield device, NAMES[name], case, *spent
 
 
 def waiting(results: Results) -> Iterable[Sequence[str]]:
