@@ -48,11 +48,9 @@ class Regression(abc.ABC):
     def variances_at(self, points: Tensor) -> Tensor:
         """The variances of predictions, ``[L]``, float64, in units of the outputs' variance."""
 
-    @exactly()
+    @abc.abstractmethod
     def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        """Predictions from ``results [M, C]``, ``[L, C]``; cheaper than weights where C < L."""
-        weights = self.weights_at(points)
-        return weights @ results.to(weights.dtype)
+        """Predictions from ``results [M, C]``, ``[L, C]``: where C < L, cheaper than by weights."""
 
     @property
     @abc.abstractmethod
@@ -188,9 +186,10 @@ class KernelRegression(Regression):
         self.left_out = torch.arange(m)
         if m > MOST_INVERTED:
             self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
-        half = _solved(self._factor.new_ones(1, m), self._factor, transposed=True)
-        self._mean = _solved(half, self._factor, transposed=False)  # [1, M], C^-1 1
+        self._half_one = _solved(self._factor.new_ones(1, m), self._factor, transposed=True)
+        self._mean = _solved(self._half_one, self._factor, transposed=False)  # [1, M], C^-1 1
         self._precision = float(self._mean.sum())
+        self._last_half: tuple[Tensor, Tensor] | None = None
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The covariance's lower Cholesky factor, and whether there is none."""
@@ -223,34 +222,44 @@ class KernelRegression(Regression):
 
         Every row sums to one.
         """
-        return self._weights(matern52(squared_distances.to(self._factor.dtype), self.length))
+        return self._weights(self._half(self._matern(squared_distances)))
 
     def variances(self, squared_distances: Tensor) -> Tensor:
         """The predictions' variances ``[L]``, in units of the outputs' variance, likewise."""
-        return self._variances(matern52(squared_distances.to(self._factor.dtype), self.length))
+        return self._variances(self._half(self._matern(squared_distances)))
 
     def weights_at(self, points: Tensor) -> Tensor:
-        return self._weights(self._covariances(points, self._factor.dtype))
+        return self._weights(self._half_at(points))
 
     def variances_at(self, points: Tensor) -> Tensor:
-        return self._variances(self._covariances(points, self._factor.dtype))
+        return self._variances(self._half_at(points))
 
     @exactly()
     def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
         weights, mean = self.coefficients(results)
         return torch.addmm(mean, self._covariances(points, self._factor.dtype), weights)
 
+    def _matern(self, squared_distances: Tensor) -> Tensor:
+        return matern52(squared_distances.to(self._factor.dtype), self.length)
+
+    def _half_at(self, points: Tensor) -> Tensor:
+        """Of some points, kept for variances beside weights."""
+        if self._last_half is None or self._last_half[0] is not points:
+            self._last_half = points, self._half(self._covariances(points, self._factor.dtype))
+        return self._last_half[1]
+
+    def _half(self, covariances: Tensor) -> Tensor:
+        return _solved(covariances, self._factor, transposed=True)
+
     @exactly()
-    def _weights(self, covariances: Tensor) -> Tensor:
-        half = _solved(covariances, self._factor, transposed=True)
+    def _weights(self, half: Tensor) -> Tensor:
         weights = _solved(half, self._factor, transposed=False)
         left = 1 - weights.sum(1, keepdim=True)
         return weights.addmm_(left, self._mean, alpha=1 / self._precision)
 
     @exactly()
-    def _variances(self, covariances: Tensor) -> Tensor:
-        left = 1 - (covariances @ self._mean.T).squeeze(1).double()
-        half = _solved(covariances, self._factor, transposed=True)
+    def _variances(self, half: Tensor) -> Tensor:
+        left = 1 - (half @ self._half_one.T).squeeze(1).double()
         explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
         explained -= left.square() / self._precision
         variances: Tensor = (1 + self.nugget - explained).clamp_(min=0)
@@ -331,18 +340,16 @@ class PartialRegression(Regression):
         self._factor = torch.linalg.cholesky(across.index_select(1, self._others))
         known = across.index_select(1, points)  # [O, U]
         half = torch.linalg.solve_triangular(self._factor, known, upper=False)
-        self._weights = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
-        inverses = projection.diagonal()[points] - half.square_().sum(0)
-        self._variances: Tensor = 1 / inverses.double().clamp_(
-            min=_TINY
-        )  # of a single result they are 0
+        self._of_others = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
+        inverses = (projection.diagonal()[points] - half.square_().sum(0)).double()
+        self._variances: Tensor = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
 
     @property
     def leave_one_out_variances(self) -> Tensor:
         return self._variances
 
     def weights_at(self, points: Tensor) -> Tensor:
-        weights: Tensor = self._weights.index_select(0, torch.searchsorted(self._others, points))
+        weights: Tensor = self._of_others.index_select(0, torch.searchsorted(self._others, points))
         # What rounding leaves of the sum.
         return weights.add_((1 - weights.sum(1, keepdim=True)) / len(self._points))
 
@@ -351,11 +358,16 @@ class PartialRegression(Regression):
         return variances.index_select(0, torch.searchsorted(self._others, points)).double()
 
     @exactly()
+    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
+        weights = self.weights_at(points)  # which are there
+        return weights @ results.to(weights.dtype)
+
+    @exactly()
     def _residuals(self, results: Tensor) -> Tensor:
         results = results.to(self._projection.dtype)
         every = results.new_empty(len(self._projection), results.shape[1])
         every.index_copy_(0, self._points, results)
-        every.index_copy_(0, self._others, self._weights @ results)
+        every.index_copy_(0, self._others, self._of_others @ results)
         return torch.mm(self._projection, every).index_select(0, self._points)
 
 

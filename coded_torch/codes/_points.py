@@ -85,6 +85,7 @@ class Points:
         self._squared: dict[str | int, Tensor | None] = {}
         self._steps: dict[str | int, float] = {}
         self._whole: KernelRegression | None = None
+        self._copies_planned = False
         self.first, inner = DEFAULT, geometry  # by which copies are planned
         if len(metrics) == 1 and isinstance(metrics[0], str):
             found = self._inner(metrics[0])
@@ -127,6 +128,7 @@ class Points:
         """Of each input predicted from all others, or, in large batches, those near in order."""
         order = self._grouping.order
         if len(order) <= MOST_INVERTED:
+            self._copies_planned = True
             return self.whole().leave_one_out_variances
         squared, step = self.distances(self.first)
         variances = torch.empty(len(order), dtype=torch.float64)
@@ -146,8 +148,8 @@ class Points:
         """That given the results of some points."""
         is_first = (metric, length) == (self.first, self.first_length)
         few_lost = 2 * len(points) > len(self.usable)  # else rounding of the inverse would show
-        if self._whole is not None and is_first and few_lost:
-            return PartialRegression(self._whole, points)
+        if self._copies_planned and is_first and few_lost:
+            return PartialRegression(self.whole(), points)
         squared, step = self.distances(metric)
         return KernelRegression(squared, length * step, points=points)
 
@@ -178,7 +180,7 @@ class Points:
             points among its own.
         """
         if self._mixtures is None and len(self.usable) <= MOST_INVERTED:
-            return self.whole(), points  # it has been there since copies were planned
+            return self.whole(), points  # which is there where copies have been planned
         squared, step = self.distances(self.first)
         given = KernelRegression(squared, self.first_length * step, points=points)
         return given, torch.arange(len(points))

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import instance, positive, shown
+from .._arguments import dense, instance, positive, shown
 from ..distances import METRICS, Choice, Features, name_of
-from ..linear.base import accumulation_dtype
 from ..linear.maps import unit_rows
 from ._choices import LENGTHS, Fitted
 from ._points import Points, made_by
@@ -32,6 +31,7 @@ __all__ = ["KernelCode"]
 # Errors grow more slowly than the variances that follow from distances: with their power 1.0 for a
 # LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
 _GROWTH = 0.75
+_TINY = 1e-300  # instead of 0, to divide by
 
 
 class KernelCode(Code):
@@ -85,12 +85,12 @@ class KernelCode(Code):
 
     Note:
         Planning a batch of B and decoding M distinct results cost :math:`O(B^3 + M^3)` on the host;
-        batches of more than 4,096 distinct results are planned in chunks. Distances are rounded to
-        float32, and what follows from them is computed in it, which predicts as well as float64;
-        in that it is computed where an input has that dtype and there are 512 points at most. What
-        is encoded and decoded are whole batches, through :meth:`fit`: there is no encoder without
-        a batch to look at. Without distances, as for token ids, copies are equal and lost answers
-        are the mean, unless a callable in ``metric`` makes features of them.
+        batches of more than 4,096 distinct results are planned in chunks. Distances, and what
+        follows from them, are in float32, which predicts as well as float64; in float64 where an
+        input is, if there are 512 points at most. What is encoded and decoded are whole batches,
+        through :meth:`fit`: there is no encoder without a batch to look at. Without distances, as
+        for token ids, copies are equal and lost answers are the mean, unless a callable in
+        ``metric`` makes features of them.
 
         The metric is chosen on 144 results at most, at length 2, and then the length on the same
         ones. Another metric than "shrunk", and another length than 2, is taken where results are
@@ -247,18 +247,18 @@ class _KernelPlan(SelectionPlan):
 
     def _predicted(self, arrived: Arrived, results: Tensor) -> Tensor | None:
         num_columns = results.shape[2:].numel()
-        if results.device.type != "cpu" or num_columns >= len(arrived.lost):
+        if results.device.type != "cpu" or not 0 < num_columns < len(arrived.lost):
             return None
         regression, trust = self._chosen(arrived, results)
-        y = results.flatten(0, 1).index_select(0, arrived.used)
-        y = y.view(len(y), num_columns)
-        y = y.to(accumulation_dtype(y.dtype))
+        y = results.flatten(0, 1).index_select(0, arrived.used).view(-1, num_columns).double()
         mean = y.mean(0)
-        predicted = regression.predictions_at(arrived.lost, y - mean)
-        predicted = torch.add(mean, predicted, alpha=trust).to(results.dtype)
+        sizes = y.sub_(mean).abs().amax(0).clamp_(min=_TINY)  # float32 has not float64's range
+        predicted = regression.predictions_at(arrived.lost, y.div_(sizes))
+        predicted = torch.addcmul(mean, predicted, sizes, value=trust).to(results.dtype)
         return predicted.view(len(predicted), *results.shape[2:])
 
     def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[Regression, float]:
+        dense(self.code, "results", results)
         fitted = self._fit(arrived, arrived.sample(results)).fitted
         self.choices = (fitted.choice,)
         return fitted.regression, fitted.trust

@@ -16,6 +16,7 @@ from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.geometry import Geometry
 from coded_torch.grouping import Grouping, similarity_order
 from coded_torch.nn import CodedWrapper
+from coded_torch.regression import KernelRegression
 from coded_torch.stragglers import Contiguous, Uniform
 
 
@@ -266,6 +267,46 @@ def test_answers_are_the_same_without_gradients(shape, size, dtype, generator):
         rounding = max(torch.finfo(dtype).eps, 1e-5)  # of systems solved in float32
         torch.testing.assert_close(answers, by_weights, rtol=rounding, atol=0)
     torch.testing.assert_close(into, answers)
+
+
+def test_few_outputs_need_no_weights(generator, monkeypatch):
+    x = inputs(72, generator)
+    plan = plan_batch(KernelCode(4, 6), "similarity", [x], 0)
+    results = plan.encode(smooth(x))[:4]
+    monkeypatch.setattr(KernelRegression, "weights_at", None)
+    plan.decode(results, range(4))
+    with pytest.raises(TypeError, match="not callable"):
+        plan.decode(results.repeat(1, 1, 30), range(4))
+
+
+@pytest.mark.parametrize("columns", [1, 50])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_results_that_cannot_be_decoded(dtype, columns, generator):
+    x = inputs(72, generator)
+    plan = plan_batch(KernelCode(4, 6), "similarity", [x], 2)
+    with pytest.raises(TypeError, match="KernelCode: results must be a dense, strided floating"):
+        plan.decode(torch.ones(4, 18, columns, dtype=dtype), range(4))
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-45, 1e39, 1e100])
+def test_results_beyond_the_range_of_float32(scale, generator):
+    x = inputs(72, generator).float()
+    y = smooth(x.double())
+    plan = plan_batch(KernelCode(4, 6), "similarity", [x], 2)
+    want, got = (plan.decode(plan.encode(z)[:4], range(4)) for z in (y, y * scale))
+    torch.testing.assert_close(got / scale, want, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_decoded_does_not_depend_on_what_was_asked_before(generator):
+    x = inputs(72, generator).float()
+    for num_stragglers in (0, 2):
+        code = KernelCode(4, 6, metric="shrunk", length=2.0)
+        plan = plan_batch(code, "similarity", [x], num_stragglers)
+        results = plan.encode(smooth(x))
+        first = plan.decode(results[:5], range(5))
+        plan.sites(range(5))
+        plan.decode(results[1:], range(1, 6))
+        assert torch.equal(plan.decode(results[:5], range(5)), first)
 
 
 def answered(code, model, x, lost, seed=0):

@@ -6,8 +6,8 @@ writes all of a message into memory that the other has mapped already, and sends
 other reads are views of that memory; when they are gone, the memory is used again.
 
 What lies in shared memory already, inputs that were encoded there, is not written again: the
-message says where it is. Its reader maps it anew, so that what a module writes to its inputs
-reaches nobody else.
+message says where it is. Its reader copies it, so that what a module writes to its inputs reaches
+nobody else.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Message(NamedTuple):
     inputs: memoryview | None = None
 
     def value(self) -> Any:
-        """The object; its tensors are views of the memory, which is kept as long as they are."""
+        """The object; its tensors are views of the memory, kept as long as they are, or copies."""
         return _Unpickler(self.memory, self.length, self.inputs).load()
 
 
