@@ -268,13 +268,13 @@ class SelectionPlan(BatchPlan):
     def decode(
         self, results: Tensor, received: Sequence[int], *, out: Tensor | None = None
     ) -> Tensor:
-        rows, linear = results.flatten(0, 1), differentiated(results)
+        rows, derived = results.flatten(0, 1), differentiated(results)
         with outside():
             arrived = self._arrived(received)
             source, used, lost = arrived.source, arrived.used, arrived.lost
             weights = torch.zeros(0, len(used), dtype=torch.float64)
             if len(lost):
-                predicted = None if linear else self._predicted(arrived, results)
+                predicted = None if derived else self._predicted(arrived, results)
                 if predicted is None:
                     weights = self._weights(arrived, results)
                 else:  # as if they were results, too

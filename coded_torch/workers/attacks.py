@@ -2,6 +2,7 @@ r"""What machines that lie answer: well formed, finite and wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ class Attacker:
         with torch.no_grad():
             lie = ATTACKS[self._liars.attack]
             if lie is None:
-                return reply._replace(value=self._other(reply))
+                return dataclasses.replace(reply, value=self._other(reply))
             leaves, spec = flatten(reply.value)
             dims = broadcast_dims("out_dims", self._task.out_dims, spec)
             lies = [
@@ -74,7 +75,7 @@ class Attacker:
                 else leaf
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
-        return reply._replace(value=pytree.tree_unflatten(lies, spec))
+        return dataclasses.replace(reply, value=pytree.tree_unflatten(lies, spec))
 
     def own(self, reply: Reply) -> torch.Generator:
         """A generator of the machine's own."""

@@ -87,7 +87,8 @@ class Began(NamedTuple):
     fresh: bool = False
 
 
-class Reply(NamedTuple):
+@dataclasses.dataclass(eq=False, slots=True)
+class Reply:
     """What came of a part: a value, or the error that stands in for it.
 
     Attributes:
@@ -106,12 +107,6 @@ class Reply(NamedTuple):
     latency: float
     value: Any = None
     error: WorkerError | None = None
-
-    def __eq__(self, other: object) -> bool:
-        return self is other  # values hold tensors
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

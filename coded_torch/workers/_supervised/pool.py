@@ -3,6 +3,7 @@ r"""Pools whose machines may hang and die, whatever they are."""
 from __future__ import annotations
 
 import abc
+import dataclasses
 import math
 import os
 import threading
@@ -210,7 +211,7 @@ class _SupervisedRequest(LiveRequest):
         if not isinstance(event, Reply) or self.task.device.type == "cpu":
             return event
         value = pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), event.value)
-        return event._replace(value=value)
+        return dataclasses.replace(event, value=value)
 
     @property
     def idle(self) -> int:
