@@ -18,6 +18,7 @@ from torch import Tensor
 from ._arguments import instance, shown
 from ._trial import Trial, calls_of
 from .codes._choices import among
+from .codes._leave_one_out import LeaveOneOut
 from .codes._points import Points
 from .codes.base import Code
 from .codes.kernel import KernelCode
@@ -25,7 +26,6 @@ from .codes.plans import evenly, order_by
 from .geometry import Geometry
 from .grouping import Grouping, order_of
 from .nn import CodedWrapper
-from .regression import LeaveOneOut
 from .stragglers import Uniform
 
 __all__ = ["tune"]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..distances import Choice, Features, name_of
-from ..regression import LeaveOneOut, Regression
+from ..regression import Regression
+from ._leave_one_out import LeaveOneOut
 
 if TYPE_CHECKING:
     from ._points import Points
