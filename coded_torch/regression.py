@@ -235,8 +235,8 @@ class KernelRegression(Regression):
 
     @exactly()
     def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        weights, mean = self.coefficients(results)
-        return torch.addmm(mean, self._covariances(points, self._factor.dtype), weights)
+        coefficients, mean = self.coefficients(results)
+        return torch.addmm(mean, self._covariances(points, self._factor.dtype), coefficients)
 
     def _matern(self, squared_distances: Tensor) -> Tensor:
         return matern52(squared_distances.to(self._factor.dtype), self.length)

@@ -67,10 +67,6 @@ class Block:
         """The memory itself."""
         return mmap.mmap(self.descriptor, 0)
 
-    def private(self) -> mmap.mmap:
-        """The memory as it is; what is written here stays unseen by others."""
-        return mmap.mmap(self.descriptor, 0, access=mmap.ACCESS_COPY)
-
     def __len__(self) -> int:
         return len(self.memory)
 
@@ -213,8 +209,9 @@ class Connection:
             inputs = memoryview(self._known_inputs[place].memory)
             weakref.finalize(inputs, self._done_inputs.append, place).atexit = False
         if not 0 <= index < MOST_BLOCKS:
-            assert block is not None
-            return Message(kind, number, memoryview(block.private()), length, inputs)
+            assert block is not None  # others may have got the same, such as a module
+            own = mmap.mmap(block.descriptor, 0, access=mmap.ACCESS_COPY)
+            return Message(kind, number, memoryview(own), length, inputs)
         if block is not None:
             self._known[index] = block
         memory = memoryview(self._known[index].memory)
