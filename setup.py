@@ -1,17 +1,46 @@
 """Builds the compiled parts: the planner, the CPU operators and, where possible, the CUDA ones."""
 
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, include_paths, library_paths
+
+
+def find_toolkit() -> str | None:
+    """Return the CUDA toolkit's folder; None if there is no nvcc.
+
+    An nvcc on PATH may be a script beside no toolkit at all, which calls one elsewhere: nvcc itself
+    says where its toolkit is.
+    """
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    nvcc = nvcc or "/usr/local/cuda/bin/nvcc"
+    if not Path(nvcc).exists():
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.cu")
+        source.touch()
+        said = subprocess.run([nvcc, "--dryrun", str(source)], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)
+    found = Path(top[1]).resolve() if top else Path(nvcc).parents[1]
+    return str(found if Path(found, "bin", "nvcc").exists() else Path(nvcc).parents[1])
+
+
+TOOLKIT = find_toolkit()
+if TOOLKIT:
+    os.environ["CUDA_HOME"] = TOOLKIT  # torch reads it when its module is imported
+
+import torch  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hi]*")]
@@ -21,52 +50,64 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # The prefix map keeps the builder's paths out of error messages.
 PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 CXX = ["-std=c++17", "-O3", "-Wno-psabi", *PRIVATE]
-# One machine code per generation and PTX for those to come; explicit, so that the result does not
-# depend on the GPU of the machine that builds.
-ARCHITECTURES = [
-    "-gencode=arch=compute_80,code=sm_80",
-    "-gencode=arch=compute_90,code=[sm_90,compute_90]",
-]
 NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler={flag}" for flag in PRIVATE)]
+# Turing, Ampere (and Ada), Hopper, Blackwell for servers and for desktops. They are explicit, so
+# that the result does not depend on the GPU of the machine that builds.
+GENERATIONS = ("75", "80", "90", "100", "120")
 
 
-def wants_cuda(
-    choice: str, cuda_home: str | None, torch_cuda: str | None, finds_cudart: Callable[[], bool]
-) -> bool:
-    """Whether to build the CUDA operators: a visible GPU is never asked for.
+def run_nvcc(toolkit: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch calls it
+    command = [str(Path(toolkit, "bin", "nvcc")), *compiler, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
-    Args:
-        choice: CODED_TORCH_CUDA: "1" or "0" decides; with "" they are built where they can be.
-        cuda_home: the folder whose bin holds nvcc, if any.
-        torch_cuda: the version of CUDA that torch was built with, if any.
-        finds_cudart: whether the linker will find cudart. nvcc alone does not say: it may be a
-            script that calls the one of a toolkit elsewhere.
+
+def architectures(toolkit: str) -> list[str]:
+    """Return nvcc's flags: those of TORCH_CUDA_ARCH_LIST if it is set, else one per generation.
+
+    The newest generation comes as PTX too, for those to follow.
     """
-    if choice not in ("", "0", "1"):
-        raise SystemExit(f"setup.py: CODED_TORCH_CUDA must be 0 or 1, got {choice!r}")
-    if choice == "0":
-        return False
-    if not torch_cuda:
-        missing = "a CUDA build of torch"
-    elif cuda_home is None:
-        missing = "nvcc; set CUDA_HOME to the CUDA toolkit"
-    elif not finds_cudart():
-        missing = f"cudart, and {cuda_home} has none; set CUDA_HOME to the CUDA toolkit"
-    else:
-        return True
-    if choice == "1":
-        raise SystemExit(f"setup.py: CODED_TORCH_CUDA=1 needs {missing}")
-    if torch_cuda:
-        print(
-            f"setup.py: builds for the CPU alone: CUDA needs {missing} "
-            "(CODED_TORCH_CUDA=1 insists, CODED_TORCH_CUDA=0 expects it)",
-            file=sys.stderr,
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        flags: list[str] = cpp_extension._get_cuda_arch_flags()
+        return flags
+    listed = run_nvcc(toolkit, "--list-gpu-code").stdout
+    known = [g for g in GENERATIONS if re.search(rf"\bsm_{g}\b", listed)] or ["80", "90"]
+    *older, newest = (f"-gencode=arch=compute_{g},code=sm_{g}" for g in known)
+    return [*older, newest.replace("code=", "code=[") + f",compute_{known[-1]}]"]
+
+
+def obstacle(toolkit: str) -> str | None:
+    """Return why the toolkit cannot build for this torch, as what is needed; None if it can."""
+    said = run_nvcc(toolkit, "--version").stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    torch_cuda = torch.version.cuda or ""
+    if release and release[1] != torch_cuda.split(".")[0]:
+        return (
+            f"nvcc {torch_cuda.split('.')[0]}.x for torch's CUDA {torch_cuda}, got nvcc "
+            f"{release[1]}.{release[2]}; set CUDA_HOME to a toolkit of that version, or install a "
+            f"torch built for CUDA {release[1]}.x and use pip's --no-build-isolation"
         )
-    return False
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "probe.cu")
+        source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
+        done = run_nvcc(toolkit, "-std=c++17", "-c", str(source), "-o", f"{source}.o")
+        if done.returncode != 0:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            error = next((line for line in lines if "error" in line), (lines or ["no message"])[0])
+            return f"an nvcc that compiles, got: {error.strip().replace(scratch + '/', '')}"
+    try:  # what ends the whole build if torch finds it later
+        compiler = cpp_extension.get_cxx_compiler()
+        _, version = cpp_extension.get_compiler_abi_compatibility_and_version(compiler)
+        cpp_extension._check_cuda_version(compiler, version)
+    except RuntimeError as refused:
+        return f"a compiler that torch accepts beside nvcc, got: {refused}"
+    if not can_link("cudart_static", library_paths("cuda")):
+        return f"libcudart_static, and {toolkit} has none"
+    return None
 
 
 def can_link(library: str, folders: Sequence[str]) -> bool:
-    """Whether the linker finds a library, in folders or where it always looks."""
+    """Return whether the linker finds a library, in folders or where it always looks."""
     linker = shlex.split(os.environ.get("CXX", "c++"))
     with tempfile.TemporaryDirectory() as scratch:
         output = ["-shared", "-o", str(Path(scratch, "probe"))]
@@ -74,9 +115,46 @@ def can_link(library: str, folders: Sequence[str]) -> bool:
         return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def operators(name: str, sources: list[str], libraries: list[str], cuda: bool) -> Extension:
-    """A library of operators, loaded by torch.ops.load_library; no Python in it."""
-    device = "cuda" if cuda else "cpu"
+def without_cuda(
+    choice: str,
+    torch_cuda: str | None,
+    toolkit: str | None,
+    obstacle: Callable[[str], str | None] = obstacle,
+) -> str | None:
+    """Return why the CUDA operators are not built; None if they are. No visible GPU is needed.
+
+    Args:
+        choice: CODED_TORCH_CUDA: "1" insists, "0" builds for the CPU alone, "" builds what it can.
+        torch_cuda: the version of CUDA that torch was built with, if any.
+        toolkit: the folder of the CUDA toolkit, if any.
+        obstacle: says what a toolkit lacks.
+
+    Raises:
+        SystemExit: the choice is unknown, or insists on what cannot be built.
+    """
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"setup.py: CODED_TORCH_CUDA must be 0 or 1, got {choice!r}")
+    if choice == "0":
+        return "CODED_TORCH_CUDA was 0"
+    needs: str | None
+    if not torch_cuda:
+        needs = "a CUDA build of torch"
+    elif toolkit is None:
+        needs = "nvcc; set CUDA_HOME to the CUDA toolkit"
+    else:
+        needs = obstacle(toolkit)
+    if needs is None:
+        return None
+    if choice == "1":
+        raise SystemExit(f"setup.py: CODED_TORCH_CUDA=1 needs {needs}")
+    if torch_cuda:
+        print(f"setup.py: builds for the CPU alone: CUDA needs {needs}", file=sys.stderr)
+    return f"the build lacked {needs}"
+
+
+def operators(name: str, sources: list[str], libraries: list[str], nvcc: list[str]) -> Extension:
+    """Return a library of operators, loaded by torch.ops.load_library; no Python in it."""
+    device = "cuda" if nvcc else "cpu"
     return Extension(
         name,
         sources,
@@ -85,13 +163,13 @@ def operators(name: str, sources: list[str], libraries: list[str], cuda: bool) -
         libraries=libraries,
         language="c++",
         py_limited_api=True,
-        extra_compile_args={"cxx": [*CXX, STABLE_ABI], "nvcc": [*NVCC, *ARCHITECTURES]},
+        extra_compile_args={"cxx": [*CXX, STABLE_ABI], "nvcc": [*NVCC, *nvcc]},
         depends=HEADERS,
     )
 
 
-def extensions() -> list[Extension]:
-    """Everything that is compiled."""
+def extensions(cuda: bool) -> list[Extension]:
+    """Return everything that is compiled."""
     built = [
         Pybind11Extension(
             "coded_torch._plan",
@@ -112,20 +190,34 @@ def extensions() -> list[Extension]:
                 "csrc/ops/cpu/kernels_avx512.cpp",
             ],
             ["torch", "torch_cpu", "c10"],
-            cuda=False,
+            nvcc=[],
         ),
     ]
-    choice = os.environ.get("CODED_TORCH_CUDA", "")
-    if wants_cuda(
-        choice, CUDA_HOME, torch.version.cuda, lambda: can_link("cudart", library_paths("cuda"))
-    ):
-        # torch's own CUDA symbols are resolved when the library is loaded.
-        libraries = ["torch", "torch_cpu", "c10", "cudart"]
+    if cuda:
+        assert TOOLKIT is not None
+        # torch's CUDA library by name, as linkers drop "torch", of which nothing is used directly.
+        # The runtime is static: a library built for another CUDA than torch's still loads.
+        libraries = ["torch_cuda", "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"]
         names = ("spline", "matern", "distances")
         sources = [f"csrc/ops/cuda/{name}.cu" for name in names]
-        built.append(operators("coded_torch._ops_cuda", sources, libraries, cuda=True))
+        built.append(operators("coded_torch._ops_cuda", sources, libraries, architectures(TOOLKIT)))
     return built
 
 
+class Build(BuildExtension):  # type: ignore[misc]
+    """Leaves a line beside the libraries that says why there are no CUDA operators."""
+
+    missing: str | None = None
+
+    def run(self) -> None:
+        super().run()
+        library = Path(self.get_ext_fullpath("coded_torch._ops_cuda"))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.with_name("_cuda_missing.txt").write_text(self.missing or "")
+
+
 if __name__ == "__main__":
-    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+    Build.missing = without_cuda(
+        os.environ.get("CODED_TORCH_CUDA", ""), torch.version.cuda, TOOLKIT
+    )
+    setup(ext_modules=extensions(cuda=Build.missing is None), cmdclass={"build_ext": Build})

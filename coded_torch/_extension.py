@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
+
+from . import _cuda_fallback
 
 __all__ = ["build_info", "curve_plan", "short_path", "spline_plan"]
 
@@ -17,32 +20,45 @@ except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 
 
-def _load(name: str) -> bool:
-    """Load a library of operators; False where it was not built."""
+def _load(name: str) -> str:
+    """Load a library of operators; return why there is none, or an empty string."""
     for path in sorted(_PACKAGE.glob(f"{name}.*")):
         try:
             torch.ops.load_library(path)
         except OSError as error:
-            raise ImportError(
-                f"coded_torch: {path.name} does not load into torch {torch.__version__}; "
-                f"{_REMEDY}: {error}"
-            ) from error
-        return True
-    return False
+            return f"{path.name} does not load into torch {torch.__version__}: {error}"
+        return ""
+    return "it was not built"
 
 
-if not _load("_ops_cpu"):
-    raise ImportError(f"coded_torch: the compiled operators are missing; {_REMEDY}")
-# A CPU build of torch cannot load the CUDA operators, whether they were built or not.
-_CUDA = bool(torch.version.cuda) and _load("_ops_cuda")
+if why := _load("_ops_cpu"):
+    raise ImportError(f"coded_torch: the compiled operators are missing; {_REMEDY}: {why}")
+
+
+def _load_cuda() -> str:
+    """Load the CUDA operators, or register torch's own; return why, or an empty string."""
+    reason = "this torch is a CPU build"
+    if torch.version.cuda:  # else they cannot be loaded, whether they were built or not
+        reason = _load("_ops_cuda")
+        if reason == "it was not built":
+            note = _PACKAGE / "_cuda_missing.txt"  # setup.py says why
+            reason = (note.read_text() if note.exists() else "") or reason
+        elif reason:
+            warnings.warn(
+                f"coded_torch: CUDA tensors are computed by torch's own operators, as {reason}; "
+                f"{_REMEDY}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    if reason:
+        _cuda_fallback.register()
+    return reason
+
+
+_CUDA_MISSING = _load_cuda()
 
 
 def build_info() -> dict[str, str]:
-    """What was built and loaded: the kernels of the CPU, best first, and those of CUDA."""
-    if _CUDA:
-        cuda = "loaded"
-    elif torch.version.cuda:
-        cuda = "not built (needs nvcc and cudart; CODED_TORCH_CUDA=1 says what is missing)"
-    else:
-        cuda = "not loaded (this torch is a CPU build)"
+    """Return what runs: the instruction sets of the CPU kernels, best first, and what CUDA uses."""
+    cuda = f"torch's own operators ({_CUDA_MISSING})" if _CUDA_MISSING else "compiled"
     return {"cpu kernels": torch.ops.coded_torch.cpu_capabilities(), "cuda kernels": cuda}

@@ -353,14 +353,12 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
 
 
 def _device(name: str) -> torch.device:
-    kernels = _extension.build_info()["cuda kernels"]
     available = ["cpu"]
-    if kernels == "loaded" and torch.cuda.is_available():
+    if torch.cuda.is_available():
         available += ["cuda", *_cuda_devices()]
     if name not in available:
         raise UsageError(
-            f"coded-torch demo: --device must be one of {', '.join(available)}, got {name!r}; "
-            f"cuda kernels: {kernels}"
+            f"coded-torch demo: --device must be one of {', '.join(available)}, got {name!r}"
         )
     return torch.device(name)
 

@@ -1,0 +1,153 @@
+"""The operators for CUDA tensors made of torch's own, where no compiled ones are loaded.
+
+The usual GPU machine has a driver and torch, but no nvcc. A spline is applied there as a dense
+matrix, which is kept with its plan. Results agree with the compiled operators' to rounding, but a
+column's bits may depend on the number of columns, as cuBLAS chooses its kernels by it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+__all__ = ["exact_matmul", "register"]
+
+# Numbers of a dense matrix, 256 MB in float32; plans of more are applied on the host.
+_MOST = 1 << 26
+# sqrt(5) r / l from which a covariance counts as 0, as in csrc/math/matern.h.
+_ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
+
+_library: torch.library.Library | None = None
+# Per coefficients of a plan: dense matrices by direction, number of rows and stream.
+_dense = WeakIdKeyDictionary()
+
+
+def register() -> None:
+    """Register the operators; they last as long as the process."""
+    global _library
+    _library = torch.library.Library("coded_torch", "IMPL")
+    for operator in (
+        spline_apply, spline_apply_out, matern52_out, matern52_among, inner_products,
+        squared_distances,
+    ):  # fmt: skip
+        _library.impl(operator.__name__, operator, "CUDA")
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices without rounding their entries first.
+
+    Autocast is off. Where the host has allowed TF32, whose inputs keep 10 bits, float32 matrices
+    are multiplied in float64: the setting belongs to the whole process, so it is only read.
+
+    Args:
+        a: ``[..., n, k]``, float64 or float32, on any device.
+        b: ``[..., k, m]``, of the same dtype and device.
+
+    Returns:
+        ``[..., n, m]``, of the same dtype.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            return torch.matmul(a.double(), b.double()).float()
+        return torch.matmul(a, b)
+
+
+def spline_apply(
+    values: Tensor,
+    coefficients: Tensor,
+    schedule: Tensor,
+    transpose: bool,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    rows = (values if gather is None else gather).shape[0]
+    others = schedule.shape[-1] - 1 - rows
+    if len(coefficients) * rows * others > _MOST:
+        on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
+        result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
+        return result.to(values.device)
+    dtype = values.dtype
+    if gather is not None:  # an index out of bounds stands for a row of zeros
+        known = gather.clamp(0, max(len(values) - 1, 0))
+        values = values[known].masked_fill_((known != gather).unsqueeze(-1), 0)
+    groups, columns = values.shape[1:]
+    matrices = _matrices(coefficients, schedule, transpose, rows)
+    values = values.to(coefficients.dtype)
+    if len(matrices) == 1:
+        flat = exact_matmul(matrices[0], values.reshape(rows, groups * columns))
+        out = flat.view(others, groups, columns)  # [N, G, m]
+    else:
+        out = exact_matmul(matrices, values.transpose(0, 1)).transpose(0, 1)
+    out = out.to(dtype)
+    if scatter is None or num_rows is None:
+        return out.contiguous()
+    # One row more takes what is dropped: index -1 is its index, too.
+    result = out.new_zeros(num_rows + 1, columns)
+    result[scatter.clamp(-1, num_rows)] = out
+    return result[:-1]
+
+
+def spline_apply_out(
+    values: Tensor,
+    coefficients: Tensor,
+    schedule: Tensor,
+    transpose: bool,
+    gather: Tensor | None,
+    scatter: Tensor | None,
+    num_rows: int | None,
+    out: Tensor,
+) -> None:
+    out.copy_(spline_apply(values, coefficients, schedule, transpose, gather, scatter, num_rows))
+
+
+def _matrices(coefficients: Tensor, schedule: Tensor, transpose: bool, rows: int) -> Tensor:
+    """Return ``[P, rows out, rows in]``: the host's operator, applied to the identity."""
+    kept = _dense.setdefault(coefficients, {})
+    if torch.cuda.is_current_stream_capturing():  # nothing new may become part of the graph
+        for known, matrices in list(kept.items()):
+            if known[:2] == (transpose, rows):
+                return cast(Tensor, matrices)
+        raise RuntimeError(
+            "spline_apply: a plan must have been applied before it is captured in a CUDA graph"
+        )
+    # The copy to the device is ordered before its uses by the stream alone.
+    stream = torch.accelerator.current_stream(coefficients.device).stream_id
+    key = transpose, rows, stream
+    if key not in kept:
+        on_host, plan = coefficients.cpu(), schedule.cpu()
+        eye = torch.eye(rows, dtype=on_host.dtype, device="cpu")
+        eye = eye.unsqueeze(1).expand(rows, len(on_host), rows)  # [rows in, P, columns]
+        matrices = torch.ops.coded_torch.spline_apply(eye, on_host, plan, transpose)
+        kept[key] = matrices.transpose(0, 1).contiguous().to(coefficients.device)
+    return cast(Tensor, kept[key])
+
+
+def matern52_out(squared: Tensor, scale: float, out: Tensor) -> None:
+    s = squared.sqrt().mul_(scale)
+    decay = s.neg().exp_()
+    polynomial = torch.addcmul(s, s, s, value=1 / 3)  # s + s^2 / 3
+    torch.addcmul(decay, polynomial, decay, out=out)
+    out.masked_fill_(s > _ZERO_FROM[s.dtype], 0)
+
+
+def matern52_among(squared: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    some = squared[rows.unsqueeze(1), columns]
+    matern52_out(some, scale, some)
+    return some
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    products = exact_matmul(rows, rows.T)
+    return products.triu().add_(products.triu(1).T)  # symmetric to the bit
+
+
+def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
+    # From differences, without their matrix; the root is taken back.
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    threshold = (squares.unsqueeze(1) + squares).add_(1).mul_(nothing)
+    return distances.masked_fill_(distances <= threshold, 0)

@@ -1,0 +1,131 @@
+"""CUDA tensors without compiled kernels: torch's own operators agree with the CPU's kernels."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from coded_torch import _cuda_fallback as fallback
+from coded_torch import ops
+
+from .splines import TOLERANCES
+from .test_ops import make_indices, make_plan
+
+pytestmark = pytest.mark.cuda
+
+MOST_LAUNCHES = 8
+
+
+class Launches(TorchDispatchMode):
+    """The operators that run a kernel; views and new memory do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in operator._schema.returns)
+        if not (is_view or name in ("empty", "empty_like", "new_empty", "_unsafe_view")):
+            self.names.append(name)
+        return operator(*args, **(kwargs or {}))
+
+
+def on_device(*arguments):
+    return [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+
+
+def agree(got, want, tolerance):
+    assert got.is_cuda
+    assert got.is_contiguous()
+    assert got.dtype == want.dtype
+    error = (got.cpu().double() - want.double()).abs()
+    assert error.max() <= tolerance * want.double().abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plans", [1, 3])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_splines(dtype, plans, transpose):
+    coefficients, schedule, _ = make_plan(9, dtype, plans=plans)
+    values = torch.randn(12 if transpose else 9, 3, 7).to(dtype)
+    inputs = on_device(values, coefficients, schedule, transpose)
+    want = ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+    agree(fallback.spline_apply(*inputs), want, 4 * TOLERANCES[dtype])
+    with Launches() as launches:
+        fallback.spline_apply(*inputs)
+    assert len(launches.names) <= MOST_LAUNCHES, launches.names
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_indexed_rows(transpose):
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    rows, out_rows = (12, 9) if transpose else (9, 12)
+    gather, scatter, num_rows = make_indices(rows, out_rows, 3, torch.Generator().manual_seed(0))
+    values = torch.randn(2 * rows, 100)
+    values[0] = torch.nan  # no row of zeros may read it
+    gather[gather == 0] = -1
+    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    want = torch.ops.coded_torch.spline_apply(*inputs)
+    inputs = on_device(*inputs)
+    inputs[4][inputs[4] == -1] = 2 * rows  # out of bounds counts as missing
+    agree(fallback.spline_apply(*inputs), want, 4 * TOLERANCES[torch.float32])
+    with Launches() as launches:
+        fallback.spline_apply(*inputs)
+    assert len(launches.names) <= MOST_LAUNCHES, launches.names
+
+
+def test_a_plan_too_large_for_a_matrix_is_applied_on_the_host(monkeypatch):
+    monkeypatch.setattr(fallback, "_MOST", 100)
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    values = torch.randn(9, 3, 7)
+    got = fallback.spline_apply(*on_device(values, coefficients, schedule, False))
+    assert torch.equal(got.cpu(), ops.spline_apply(values, coefficients, schedule))
+
+
+def test_covariances():
+    squared = 10 * torch.rand(30, 50, dtype=torch.float64)
+    squared[0, 0], squared[1, 1], squared[2, 2] = 0, torch.inf, 1e9
+    rows, columns = torch.arange(0, 30, 3), torch.arange(5)
+    want = ops.matern52(squared, 1.3)
+    out = squared.cuda()
+    with Launches() as launches:
+        fallback.matern52_out(out, 5**0.5 / 1.3, out)  # in place, as regressions do
+    assert len(launches.names) <= MOST_LAUNCHES, launches.names
+    agree(out, want, 1e-14)
+    some = fallback.matern52_among(*on_device(squared, rows, columns), 5**0.5 / 1.3)
+    agree(some, want[rows][:, columns], 1e-14)
+
+
+@pytest.fixture
+def tf32():
+    """The host allows products of rounded inputs; the setting must be there in the end."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    yield
+    after, matmul.fp32_precision = matmul.fp32_precision, before
+    assert after == "tf32"
+
+
+@pytest.mark.parametrize("settings", ["as they are", "tf32", "autocast"])
+def test_pairs_of_rows(settings, request):
+    if settings == "tf32":
+        request.getfixturevalue("tf32")
+    rows = 1 + torch.randn(40, 33)
+    rows[3] = rows[0]
+    squares = rows.square().sum(1)
+    inputs = on_device(rows, squares)
+    with torch.autocast("cuda", enabled=settings == "autocast"), Launches() as launches:
+        products = fallback.inner_products(inputs[0])
+        distances = fallback.squared_distances(*inputs, 1e-6)
+    agree(products, (rows.double() @ rows.double().T).float(), 1e-6)
+    assert torch.equal(products, products.T)
+    agree(distances, ops.squared_distances(rows, squares, 1e-6), 1e-5)
+    assert not distances.diagonal().any()
+    assert distances[0, 3] == 0
+    assert len(launches.names) <= 2 * MOST_LAUNCHES, launches.names
+
+
+@pytest.mark.usefixtures("tf32")
+def test_a_row_that_is_only_selected_keeps_its_bits():
+    rows = torch.randn(5, 1000, device="cuda")
+    assert torch.equal(fallback.exact_matmul(torch.eye(5, device="cuda"), rows), rows)
