@@ -1,7 +1,7 @@
 """What stragglers cost in latency, and what ends it: ``python -m benchmarks latency``.
 
 Requests arrive by themselves at LeNet-5, under several waiting policies, on the same worker
-processes and with the same arrivals and delays for all, see :mod:`coded_torch.demo.latency`.
+processes and with the same arrivals and delays for all, see ``arrivals.py``.
 Written to ``results/latency.json``: for each case and policy the medians, over five runs, of
 percentiles in milliseconds, work, the share of predicted answers, and accuracy.
 """
@@ -16,7 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from coded_torch.demo.latency import (
+from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
+
+from .arrivals import (
     FEW,
     ROUNDS,
     Load,
@@ -26,9 +29,6 @@ from coded_torch.demo.latency import (
     median_part,
     merge,
 )
-from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
-
 from .runs import Measurement, progress
 
 CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")

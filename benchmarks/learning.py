@@ -1,7 +1,7 @@
 """What surrogates bring and cost while requests come in: ``python -m benchmarks learning``.
 
 LeNet-5 on worker processes that sleep, so that as many processes are as many machines, see
-:mod:`coded_torch.demo.latency`. Requests arrive by themselves; latency counts from then.
+``arrivals.py``. Requests arrive by themselves; latency counts from then.
 
 - answers: at a deadline of three medians of a part, some answers are predicted. How many are right
   with nothing, with a memory that knows nothing at first, with a student. No image comes twice.
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from coded_torch._heap import frozen_heap
 from coded_torch.codes import KernelCode
-from coded_torch.demo.latency import Sleeping
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
+from .arrivals import Sleeping
 from .runs import Measurement, progress
 from .students import student
 from .subjects import SEED, run, subject

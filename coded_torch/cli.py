@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import math
 import os
 import platform
 import re
@@ -133,34 +132,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_output(compare, "compare")
     compare.set_defaults(run=_compare)
 
-    latency = commands.add_parser(
-        "latency",
-        help="measure what stragglers cost under several waiting policies, at equal machines",
-        description="Send requests to a LeNet-5 that also sleeps, on worker processes, some of "
-        "whose calls are delayed, at their own pace, and compare latencies: where all of K parts "
-        "are waited for; where late parts are asked once more, or three times; where N parts are "
-        "asked at once and S done without; and where late parts are asked again and what is then "
-        "missing is predicted.",
-    )
-    for flag, kind, default, text in (
-        ("num-workers", int, 6, "machines, and N"),
-        ("batch-size", int, 64, "digits of a request"),
-        ("rate", float, 60.0, "requests per second"),
-        ("num-requests", int, 1000, "requests under each policy"),
-        ("share", float, 0.03, "of the calls that are delayed"),
-        ("delay", float, 0.05, "seconds"),
-        ("seed", int, 0, "of arrivals, digits and delays"),
-    ):
-        latency.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} [{default}]")
-    for flag, metavar, text in (
-        ("num-data", "K", "parts of a request [4, at most N]"),
-        ("num-stragglers", "S", "results that are done without [2, less than N]"),
-    ):
-        latency.add_argument(f"--{flag}", type=int, metavar=metavar, help=text)
-    latency.add_argument("--ray", action="store_true", help="on a Ray cluster of its own")
-    _add_output(latency, "latency")
-    latency.set_defaults(run=_latency)
-
     add_serve(commands)
     add_plan(commands)
 
@@ -286,55 +257,6 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def _latency(args: argparse.Namespace) -> None:
-    need("latency", "demo", "matplotlib", "tqdm")
-    if args.ray:
-        need("latency", "ray", "ray")
-    output = output_path("latency", args.output)
-    if args.num_data is None:
-        args.num_data = min(4, args.num_workers)
-    if args.num_stragglers is None:
-        args.num_stragglers = min(2, args.num_workers - 1)
-    limits = {
-        "num_workers": (1, MOST_WORKERS),
-        "num_data": (1, args.num_workers),
-        "num_stragglers": (0, args.num_workers - 1),
-        "batch_size": (args.num_data, 2000),
-        "num_requests": (100, math.inf),
-        "rate": (1e-3, math.inf),
-        "share": (0, 1),
-        "delay": (0, 60),
-        "seed": (0, 2**63 - 1),
-    }
-    for name, (least, most) in limits.items():
-        in_range("latency", f"--{name.replace('_', '-')}", getattr(args, name), least, most)
-
-    from tqdm import tqdm
-
-    from .demo.latency import ROUNDS, Load, draw, format_outcomes, measure, merge
-    from .demo.lenet5 import digits, lenet5
-    from .workers import ProcessWorkers, RayWorkers
-
-    try:
-        options = {name: getattr(args, name) for name in Load.__dataclass_fields__ if name in args}
-        load = Load(**options)
-    except ValueError as error:
-        raise UsageError(f"coded-torch latency: {error}") from None
-    say(
-        f"LeNet-5 reads {load.batch_size} digits a request, at {load.rate:g} requests a second, on "
-        f"{load.num_workers} workers;\n{load.share:.1%} of the calls take {load.delay * 1e3:g} ms "
-        f"longer. Seed {load.seed}.\n"
-    )
-    torch.set_num_threads(1)  # as the workers do: the cores are theirs
-    kind = RayWorkers if args.ray else ProcessWorkers
-    with kind(load.num_workers).start() as pool:
-        rounds = measure(pool, lenet5(), *digits(), load)
-        outcomes = merge(list(tqdm(rounds, total=ROUNDS, desc="rounds", disable=None)))
-    say(format_outcomes(outcomes))
-    save("latency", draw(load, outcomes), output)
-    say(f"\nShare of slower requests against latency: {output.resolve()}")
 
 
 def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:

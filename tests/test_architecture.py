@@ -32,7 +32,7 @@ LAYERS = (
     {"geometry", "regression"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers"},
-    {"_arguments", "_buffers", "_heap", "_transforms", "_console", "_weights"},
+    {"_arguments", "_buffers", "_cuda_fallback", "_heap", "_transforms", "_console", "_weights"},
 )
 GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)

@@ -48,19 +48,9 @@ from coded_torch.demo.lenet5 import digits
         ("compare torch.nn:Tanh --inputs x.pt --settings a,b,c", "--settings must be N,K,S"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
         ("compare a:b --inputs x.pt --output x", "--output must end in .pdf, .png, .svg, got x"),
-        ("latency --rate 0", "--rate must be at least 0.001, got 0.0"),
-        ("latency --rate nan", "--rate must be at least 0.001, got nan"),
-        ("latency --num-workers 0", "--num-workers must be at least 1, got 0"),
-        ("latency --num-workers 65537", "--num-workers must be at most 65536, got 65537"),
-        ("latency --num-data 7", "--num-data must be at most 6, got 7"),
-        ("latency --num-stragglers 6", "--num-stragglers must be at most 5, got 6"),
-        ("latency --share 1.5", "--share must be at most 1, got 1.5"),
-        ("latency --batch-size 65", "batch_size must be a multiple of num_data, 4, got 65"),
-        ("latency --output latency", "--output must end in .pdf, .png, .svg, got latency"),
         ("demo --output nowhere/demo.png", "--output must be in a folder that exists"),
         ("demo --output demo", "--output must end in .pdf, .png, .svg, got demo"),
         ("demo --output folder.png", "--output must be a file that can be written, got [Errno 21]"),
-        (f"latency --output {'x' * 300}.png", "--output must be a file that can be written, got "),
         ("demo --output link.png", "--output must be a file that can be written, got [Errno 2]"),
     ],
 )
@@ -99,7 +89,7 @@ def test_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
-    for command in ("demo", "compare", "latency", "serve", "plan", "info"):
+    for command in ("demo", "compare", "serve", "plan", "info"):
         assert f"\n    {command} " in out
     assert main(["bench"]) == 2
 

@@ -19,16 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._heap import frozen_heap
-from ..codes import KernelCode, NotEnoughResults
-from ..nn import CodedWrapper, Waiting
-from ..nn.report import Report
-from ..stragglers import Bernoulli
-from ..workers import FaultyWorkers, Workers
-from .hedging import HedgeOnce, Unsplit
+from coded_torch._heap import frozen_heap
+from coded_torch.codes import KernelCode, NotEnoughResults
+from coded_torch.demo.hedging import HedgeOnce, Unsplit
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn.report import Report
+from coded_torch.stragglers import Bernoulli
+from coded_torch.workers import FaultyWorkers, Workers
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "Load",
     "Outcome",
     "Sleeping",
-    "draw",
     "format_outcomes",
     "measure",
     "median_part",
@@ -321,26 +319,3 @@ def format_outcomes(outcomes: Mapping[str, Outcome]) -> str:
             f"{outcome.predicted:11.2%} {outcome.accuracy:11.4f}"
         )
     return "\n".join(lines)
-
-
-def draw(load: Load, outcomes: Mapping[str, Outcome]) -> Figure:
-    """The share of requests that take longer than a time, against that time."""
-    from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, outcome in outcomes.items():
-        count = len(outcome.latencies)
-        slower = np.arange(count, 0, -1) / count
-        axes.step(outcome.latencies * 1e3, slower, label=name, where="post")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("latency from arrival, ms")
-    axes.set_ylabel("share of requests that take longer")
-    axes.set_title(
-        f"{load.num_workers} machines, {load.share:.0%} of parts delayed by "
-        f"{load.delay * 1e3:.0f} ms, {load.rate:g} requests a second"
-    )
-    axes.grid(which="major", alpha=0.3)
-    axes.legend(frameon=False)
-    return figure
