@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import json
-import socket
 import threading
 import time
 
@@ -40,21 +39,20 @@ def built(module=None, *, workers=None, inputs=INPUTS, outputs=OUTPUTS, surrogat
 @contextlib.contextmanager
 def serving(application):
     """Its port, while it runs."""
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
-        config = uvicorn.Config(application, log_level="critical", access_log=False)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            until = time.monotonic() + 60
-            while not server.started and thread.is_alive() and time.monotonic() < until:
-                time.sleep(0.005)
-            assert server.started
-            yield listening.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join(60)
-            assert not thread.is_alive()
+    config = uvicorn.Config(application, port=0, log_level="critical", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        until = time.monotonic() + 60
+        while not server.started and thread.is_alive() and time.monotonic() < until:
+            time.sleep(0.005)
+        assert server.started
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 class Client:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,10 +18,13 @@ import torch
 
 from coded_torch.cli import main
 
-from .servers import Client
+from .servers import Client, tensor
 
 SLOW = 3  # the bars are those of a machine with nothing else to do
-CODE = "import sys; from coded_torch.cli import main; sys.exit(main())"
+# On asyncio's own loop, as without uvloop, which is not among the dependencies.
+CODE = (
+    "import sys; sys.modules['uvloop'] = None; from coded_torch.cli import main; sys.exit(main())"
+)
 MODEL = """
 import torch
 
@@ -39,6 +43,9 @@ def empty():
 
 def text():
     return torch.nn.Identity(), (torch.ones(2, 1), "no")
+
+def small():
+    return torch.nn.Linear(3, 2), torch.ones(2, 3)
 
 class Wordy(torch.nn.Module):
     def forward(self, x):
@@ -173,6 +180,22 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
         status, answer = client.infer(request, "/v2/models/double/infer")
     assert status == 200
     assert [entry["data"] for entry in answer["outputs"]] == [[2.0] * 4, [12.0]]
+
+
+def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
+    (tmp_path / "mine.py").write_text(MODEL)
+    body = json.dumps({"inputs": [tensor([[1.0, 2.0, 3.0]])]}).encode()
+    took = []
+    with (
+        running("mine:small", "--num-workers", "1", "--num-data", "1", cwd=tmp_path) as (_, port),
+        Client(port) as client,
+    ):
+        for _ in range(20):
+            start = time.monotonic()
+            assert client.infer(body, "/v2/models/small/infer")[0] == 200
+            took.append(time.monotonic() - start)
+    # Nagle's algorithm delays each by 40 ms; a busy machine does not delay the fastest quarter.
+    assert statistics.quantiles(took)[0] < 0.025
 
 
 @pytest.mark.parametrize(
