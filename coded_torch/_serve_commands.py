@@ -102,13 +102,12 @@ def add_plan(commands: Any) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    need("plan", "serve", "starlette", "orjson", "prometheus_client")
     need("plan", "demo", "matplotlib")
     output = output_path("plan", args.output)
     in_range("plan", "--num-requests", args.num_requests, 1000)
     in_range("plan", "--seed", args.seed, 0, 2**63 - 1)
 
-    from .serve import planner
+    from . import planner
 
     try:
         names = planner.Goal.__dataclass_fields__
@@ -116,6 +115,13 @@ def _plan(args: argparse.Namespace) -> None:
         law: Any = planner.LAWS[args.law]
         if args.latencies is not None:
             law = planner.read_latencies(args.latencies)
+            if slow := planner.slow_start(law):
+                print(
+                    f"coded-torch plan: {len(slow)} latencies at the beginning of the file are far "
+                    f"longer than all later ones, up to {max(slow):.3g} s; if machines were "
+                    "loading the model, remove their lines",
+                    file=sys.stderr,
+                )
         options = {"median": args.median, "num_requests": args.num_requests, "seed": args.seed}
         found = list(planner.plan(goal, law, **options))
     except (OSError, TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ LAYERS = (
     {"cli"},
     {"_serve_commands"},
     {"serve"},
+    {"planner"},
     {"demo"},
     {"compare"},
     {"tuning", "simulation"},

@@ -131,12 +131,14 @@ def _follow(
     parts: list[workers.Part] = []
     events: deque[Event] = deque()
     latencies: dict[int, float] = {}  # by the number of the part
+    fresh: set[int] = set()  # numbers of parts whose machine has to load the module
     begun = 0  # rows
 
     def hear(reply: workers.Reply) -> None:
         if reply.machine >= 0:  # else none had it
             report.latencies.pop(reply.machine, None)
-            report.latencies[reply.machine] = reply.at
+            if reply.part.number not in fresh:
+                report.latencies[reply.machine] = reply.at
         latencies[reply.part.number] = reply.latency
         settled = results.add(reply)
         if agreement is not None and len(results.units) >= units.needed:
@@ -159,6 +161,8 @@ def _follow(
                 if isinstance(heard, workers.Began):
                     asked.add(heard.machine)
                     begun += len(heard.part.units)
+                    if heard.fresh:
+                        fresh.add(heard.part.number)
                     report.work = begun * units.task.unit_rows / units.batch_size
                     if decision.begins:
                         events.append(Began(heard.part.number, heard.at, heard.fresh))

@@ -31,7 +31,8 @@ class Report:
         asked: the machines that began a part of the call, in increasing order.
         received: the machines whose results count, in increasing order.
         latencies: seconds from the opening of the request, after encoding, until each machine that
-            replied or failed had done so, in that order; of several times the last.
+            replied or failed had done so, in that order; of several times the last. A machine that
+            had to load the module is left out: that time is no measure of its speed.
         rejected: what was wrong with the results that do not count, by machine; of several the
             last asked for.
         adversaries: the rejected machines whose well-formed results contradict those of others.

@@ -2,13 +2,19 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.runs import RESULTS
 from coded_torch.cli import main
-from coded_torch.serve.planner import (
+from coded_torch.codes import KernelCode
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.planner import (
     LAWS,
     PREDICTED,
     Goal,
@@ -19,6 +25,7 @@ from coded_torch.serve.planner import (
     plan,
     read_latencies,
 )
+from coded_torch.workers import ProcessWorkers
 
 REQUESTS = 1000
 
@@ -85,6 +92,47 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     late = float((uncoded.latencies > 0.05).mean())
     assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)
     assert np.median(uncoded.latencies) == pytest.approx(0.011, rel=0.15)
+
+
+def test_calls_that_load_the_model_are_no_latencies():
+    """README's recipe, on processes that have not run the module before."""
+    waiting = Waiting(patience=math.inf, extra=0)
+    with ProcessWorkers(2).start() as workers, torch.no_grad():
+        coded = CodedWrapper(nn.Linear(3, 2), KernelCode(2, 2), workers=workers, waiting=waiting)
+        reports = [coded.run(torch.ones(2, 3))[1] for _ in range(2)]
+    assert [sorted(report.received) for report in reports] == [[0, 1]] * 2
+    assert [sorted(report.latencies) for report in reports] == [[], [0, 1]]
+
+
+def test_latencies_of_a_slow_start_are_pointed_out(tmp_path, capsys):
+    seconds = [6.0, 5.5, 0.01, 5.8, *[0.01, 0.011] * 98, 0.05]
+    path = tmp_path / "latencies.csv"
+    output = tmp_path / "plan.png"
+    line = f"plan --latencies {path} --num-machines 1 --num-requests 1000 --output {output}".split()
+    path.write_text("\n".join(map(str, seconds)))
+    assert main(line) == 0
+    err = capsys.readouterr().err
+    assert "3 latencies at the beginning of the file are far longer than all later" in err
+    assert "up to 6 s" in err
+    path.write_text("\n".join(map(str, seconds[4:])))
+    assert main(line) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_servers_packages_are_not_needed(tmp_path):
+    script = """
+import sys
+for package in ("starlette", "anyio", "uvicorn", "orjson", "prometheus_client"):
+    sys.modules[package] = None
+from coded_torch.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    line = ["plan", "--law", "calm", "--num-requests", "1000", "--output", tmp_path / "plan.png"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *line], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "least work by" in done.stdout
 
 
 def test_the_curve_is_the_measured_one():

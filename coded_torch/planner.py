@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .._arguments import count, positive, probability, real
-from .._machines import PART_ROWS
-from ..demo.hedging import HedgeOnce, Unsplit
-from ..nn.waiting import History, Waiting
-from ..simulation import Conditions, Outcome, simulate
-from ..stragglers import Stragglers
+from ._arguments import count, positive, probability, real
+from ._machines import PART_ROWS
+from .demo.hedging import HedgeOnce, Unsplit
+from .nn.waiting import History, Waiting
+from .simulation import Conditions, Outcome, simulate
+from .stragglers import Stragglers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,6 +54,7 @@ _KINDS = ("uncoded", "hedged", "replicated", "coded")
 _PARTS = (1, 2, 4, 8)
 _SHARE = 0.999  # of the requests, that must be in time
 _FEWEST = 100  # latencies
+_FIRST, _APART = 0.1, 3.0  # share of the latencies that is early; times the longest later one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +158,15 @@ def read_latencies(path: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     if len(numbers) < _FEWEST:
         raise ValueError(f"there must be at least {_FEWEST} latencies, got {len(numbers)}")
     return np.array(numbers)
+
+
+def slow_start(seconds: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
+    """Return the latencies at the beginning that are far longer than all later ones.
+
+    They are probably of machines that loaded the model, which later calls do not wait for.
+    """
+    first, later = np.split(seconds, [int(_FIRST * len(seconds))])
+    return [float(x) for x in first if x > _APART * later.max()]
 
 
 def measured(
