@@ -6,8 +6,9 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ __all__ = [
     "SUFFIXES",
     "OutputError",
     "UsageError",
+    "find_factory",
     "in_range",
     "need",
     "output_path",
@@ -55,6 +57,29 @@ def need(command: str, extra: str, *packages: str) -> None:
             f"coded-torch {command} needs {' and '.join(missing)}: "
             f"pip install 'coded_torch[{extra}]'"
         )
+
+
+def find_factory(command: str, text: str) -> Callable[[], Any]:
+    """Import the function that MODULE:FACTORY names.
+
+    What the module's own code raises is not caught: its traceback is what the user needs.
+
+    Raises:
+        UsageError: there is no such module, or no such function in it.
+    """
+    module, _, name = text.partition(":")
+    if not (module and name):
+        raise UsageError(f"coded-torch {command}: MODULE:FACTORY must name both, got {text!r}")
+    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    try:
+        factory: Callable[[], Any] | None = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # of a module that this one imports
+        raise UsageError(f"coded-torch {command}: {error}") from None
+    if not callable(factory):
+        raise UsageError(f"coded-torch {command}: module {module!r} has no function {name!r}")
+    return factory
 
 
 def in_range(

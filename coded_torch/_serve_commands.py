@@ -56,7 +56,14 @@ def add_serve(commands: Any) -> None:
     serve.add_argument("--host", default="127.0.0.1", help="to listen at [%(default)s]")
     serve.add_argument("--name", help="of the model in URLs [lenet5, or that of the factory]")
     serve.add_argument(
-        "--no-memory", action="store_true", help="do not predict from earlier requests"
+        "--output-names",
+        metavar="NAME,NAME,...",
+        help="of the outputs [the keys of a dict, or output0, output1, ...]",
+    )
+    serve.add_argument(
+        "--memory",
+        action="store_true",
+        help="predict from inputs and answers of earlier requests, of whatever client",
     )
     serve.add_argument(
         "--chaos",
@@ -150,14 +157,12 @@ def _serve(args: argparse.Namespace) -> None:
 
     from .serve import factories
 
-    try:
-        if args.factory is None:
-            module, examples = factories.lenet5_and_digits()
-        else:
-            module, examples = factories.load(args.factory)
-        inputs, outputs = factories.specs(module, examples)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise UsageError(f"coded-torch serve: {str(error).splitlines()[0]}") from None
+    if args.factory is None:
+        module, examples = factories.lenet5_and_digits()
+    else:
+        module, examples = factories.load(args.factory)
+    names = args.output_names and args.output_names.split(",")
+    inputs, outputs = factories.specs(module, examples, names)
     if args.example is not None:
         in_range("serve", "--example", args.example, 0, len(examples[0]) - 1)
         request = factories.example_request(inputs, examples, args.example)
@@ -171,26 +176,28 @@ def _serve(args: argparse.Namespace) -> None:
     if args.chaos:
         law = Bernoulli(0.03, latency=0.05, seed=args.seed)
         workers = FaultyWorkers(workers, delays=law, seed=args.seed, crash_every=5.0)
-    memory = [] if args.no_memory else [Memory()]
+    memory = [Memory()] if args.memory else []
     code = KernelCode(args.num_data, args.num_workers)
     coded = CodedWrapper(module, code, workers=workers, surrogate=memory)
-    built = app(
-        coded,
-        name=name,
-        inputs=inputs,
-        outputs=outputs,
-        deadline=args.deadline,
-        examples=examples,
-        max_batch_size=args.max_batch_size,
-        max_queued_requests=args.max_queued_requests,
-        max_ongoing_batches=args.max_ongoing_batches,
-    )
+    options = ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches")
+    try:
+        built = app(
+            coded,
+            name=name,
+            inputs=inputs,
+            outputs=outputs,
+            examples=examples,
+            **{option: getattr(args, option) for option in options},
+        )
+    except ValueError as error:
+        raise UsageError(f"coded-torch serve: {error} (see --output-names)") from None
     torch.set_num_threads(1)  # the processors are the workers'
     if memory:
         say(
-            "Privacy: what cannot be computed in time is predicted from the inputs and answers of "
-            "earlier requests, of whatever client; --no-memory keeps none of them."
+            "Privacy: an answer that is not computed in time is predicted from the inputs and "
+            "answers of earlier requests, of whatever client."
         )
+    say(f"Loading {name} on {args.num_workers} processes; requests wait for that.")
     _listen(built, args.host, args.port, name)
 
 
@@ -198,6 +205,7 @@ def _listen(built: Starlette, host: str, port: int, name: str) -> None:
     import uvicorn
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
+    logging.getLogger("coded_torch.serve").setLevel("INFO")  # how far loading is
     # The protocol is named: where it is 0, asyncio leaves Nagle's algorithm on, which adds 40 ms to
     # every request of a kept connection.
     with socket.socket(proto=socket.IPPROTO_TCP) as listening:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -20,7 +18,17 @@ import coded_torch
 
 from . import _extension
 from ._arguments import MOST_WORKERS, dense
-from ._console import SUFFIXES, OutputError, UsageError, in_range, need, output_path, save, say
+from ._console import (
+    SUFFIXES,
+    OutputError,
+    UsageError,
+    find_factory,
+    in_range,
+    need,
+    output_path,
+    save,
+    say,
+)
 from ._serve_commands import add_plan, add_serve
 from .compare import Comparison, compare
 
@@ -232,18 +240,13 @@ def _compare(args: argparse.Namespace) -> None:
             raise ValueError(f"--settings must be N,K,S, three integers, got {text!r}")
         return tuple(map(int, text.split(",")))
 
-    module, _, name = args.factory.partition(":")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
     try:
-        if not (module and name):
-            raise ValueError(f"MODULE:FACTORY must name both, got {args.factory!r}")
         settings = [setting(text) for text in args.settings]
         batches = load("--inputs", args.inputs)
         labels = None if args.labels is None else load("--labels", args.labels)
-        factory = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"coded-torch compare: {_first_line(error)}") from None
-    model = factory()
+    model = find_factory("compare", args.factory)()
     try:
         found = compare(model, batches, settings, labels=labels, seed=args.seed)
     except (TypeError, ValueError) as error:

@@ -39,7 +39,7 @@ from coded_torch.demo.lenet5 import digits
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
-        ("compare torch:nothing --inputs x.pt", "module 'torch' has no attribute 'nothing'"),
+        ("compare torch:nothing --inputs x.pt", "module 'torch' has no function 'nothing'"),
         ("compare torch --inputs x.pt", "MODULE:FACTORY must name both, got 'torch'"),
         ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
         ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),

@@ -48,6 +48,7 @@ __all__ = ["Service", "app"]
 logger = logging.getLogger("coded_torch.serve")
 
 _LOADING = 120.0  # seconds, that machines may take to load the model
+_PROGRESS = 2.0  # seconds from one line of progress to the next, while workers load
 _PATIENCE = 0.01  # seconds after a deadline, for what ended at it to be written
 
 
@@ -169,16 +170,18 @@ class Service:
             max_batch_size=self.max_batch_size,
             max_queued_requests=self.max_queued_requests,
             max_ongoing_batches=count("app", "max_ongoing_batches", max_ongoing_batches),
-            on_batch=lambda *batch: self.metrics.batch(*batch),
+            on_batch=self._count,
         )
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Start the machines; answer what was accepted; end them."""
         try:
-            await asyncio.to_thread(self.coded.workers.start)
-            if self._examples is not None and not self.coded.workers.simulated:
-                await asyncio.to_thread(self._load, [x[:1] for x in self._examples])
+            loading = asyncio.ensure_future(asyncio.to_thread(self._load))
+            while not (await asyncio.wait([loading], timeout=_PROGRESS))[0]:
+                pool = self.coded.workers
+                logger.info("%s of %s workers are up", pool.num_ready, pool.num_machines)
+            loading.result()
             with frozen_heap():
                 self.ready = True
                 yield
@@ -187,9 +190,13 @@ class Service:
             await self._batcher.close(self.deadline + _PATIENCE)
             await asyncio.to_thread(self.coded.workers.close)
 
-    def _load(self, example: list[Tensor]) -> None:
+    def _load(self) -> None:
         """Have every machine load the model and run it once: all are idle, each gets one part."""
-        machines, start = self.coded.workers.num_machines or 1, time.monotonic()
+        start = time.monotonic()
+        self.coded.workers.start()
+        if self._examples is None or self.coded.workers.simulated:
+            return
+        machines = self.coded.workers.num_machines or 1
         each = self.coded.replace(
             code=ReplicationCode(1, machines),
             waiting=Waiting.first(0, deadline=_LOADING),
@@ -199,10 +206,10 @@ class Service:
             on_run=None,
         )
         with torch.no_grad():
-            _, report = each.run(*example)
+            _, report = each.run(*(x[:1] for x in self._examples))
         loaded, seconds = len(report.received), time.monotonic() - start
         level = logging.INFO if loaded == machines else logging.WARNING
-        said = "%d of %d machines have run the model, in %.1f s"
+        said = "%d of %d workers have run the model, after %.1f s"
         logger.log(level, said, loaded, machines, seconds)
 
     async def server_metadata(self, _: Request) -> Response:
@@ -238,7 +245,8 @@ class Service:
         )
 
     async def metrics_text(self, _: Request) -> Response:
-        return Response(self.metrics.sink.text(), media_type="text/plain; version=0.0.4")
+        self.metrics.workers(self.coded.workers)
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def infer(self, request: Request) -> Response:
         arrived = time.monotonic()
@@ -308,6 +316,10 @@ class Service:
         if errors is None:
             errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
         return [*leaves, predicted, errors.float()], report
+
+    def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
+        self.metrics.batch(report, rows, queued)
+        self.metrics.workers(self.coded.workers)
 
     def _check(self, request: Request) -> None:
         model, version = request.path_params["model"], request.path_params.get("version", VERSION)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._console import UsageError, find_factory
 from ..demo.lenet5 import digits, lenet5
 from .tensors import TensorSpec, to_json
 
@@ -28,48 +27,63 @@ def load(factory: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """Call a function that is named MODULE:FACTORY, and check what it gives.
 
     Raises:
-        ImportError, AttributeError: there is no such function.
-        TypeError, ValueError: it does not return a module and a tensor, or some, with rows.
+        UsageError: there is no such function, or it does not return a module and a tensor, or
+            some, with rows.
     """
-    module, _, name = factory.partition(":")
-    if not (module and name):
-        raise ValueError(f"MODULE:FACTORY must name both, got {factory!r}")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
-    made = getattr(importlib.import_module(module), name)()
+    made = find_factory("serve", factory)()
     model, examples = made if isinstance(made, tuple) and len(made) == 2 else (None, None)
     if isinstance(examples, Tensor):
         examples = (examples,)
     tensors = isinstance(examples, tuple) and all(isinstance(x, Tensor) for x in examples)
     if not (isinstance(model, nn.Module) and examples and tensors):
-        raise TypeError(
-            f"{factory} must return a module and examples of its inputs, a tensor or a tuple of "
-            f"some, got {type(made).__name__}"
+        raise UsageError(
+            f"coded-torch serve: {factory} must return a module and examples of its inputs, a "
+            f"tensor or a tuple of some, got {type(made).__name__}"
         )
     if any(x.dim() < 1 or not len(x) for x in examples):
-        raise ValueError(f"the examples of {factory} must have rows, got none")
+        raise UsageError(f"coded-torch serve: the examples of {factory} must have rows, got none")
     return model.eval(), examples
 
 
 def specs(
-    module: nn.Module, examples: tuple[Tensor, ...]
+    module: nn.Module, examples: tuple[Tensor, ...], names: Sequence[str] | None = None
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Inputs and outputs of a module, as it takes and returns them.
 
-    One is called ``input`` or ``output``, several ``input0``, ``input1`` and so on.
+    Args:
+        module: is called.
+        examples: of its inputs. One is named ``input``, several ``input0``, ``input1`` and so on.
+        names: of the outputs. Defaults to the keys of a dict, the fields of a named tuple, and
+            otherwise ``output``, or ``output0``, ``output1`` and so on.
 
     Raises:
-        TypeError: it returns something else than tensors.
+        UsageError: it returns something else than tensors that the protocol has a name for, or
+            another number of them than ``names`` has.
     """
     with torch.no_grad():
-        leaves = pytree.tree_leaves(module(*examples))
+        made = module(*examples)
+    leaves = pytree.tree_leaves(made)
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError("the module must return tensors to be served")
+        raise UsageError("coded-torch serve: the module must return tensors to be served")
+    keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
+    if names is None:
+        flat = len(keys) == len(leaves)  # else some are nested
+        names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
+    if len(names) != len(leaves):
+        raise UsageError(
+            f"coded-torch serve: --output-names must be {len(leaves)}, one an output, got {names}"
+        )
+    try:
+        return (
+            list(map(TensorSpec.of, _numbered("input", len(examples)), examples)),
+            list(map(TensorSpec.of, names, leaves)),
+        )
+    except TypeError as error:
+        raise UsageError(f"coded-torch serve: {error}") from None
 
-    def named(word: str, batches: Any) -> list[TensorSpec]:
-        names = [word] if len(batches) == 1 else [f"{word}{i}" for i in range(len(batches))]
-        return [TensorSpec.of(name, x) for name, x in zip(names, batches, strict=True)]
 
-    return named("input", examples), named("output", leaves)
+def _numbered(word: str, count: int) -> list[str]:
+    return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
 def example_request(

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.applications import Starlette
 
 from .application import Service
-from .metrics import Ray
+from .metrics import Metrics
 
 __all__ = ["deployment"]
 
@@ -60,7 +60,7 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
 
     def build() -> Starlette:
         application = checked(factory, options["max_ongoing_requests"])
-        application.state.service.metrics.sink = Ray()
+        application.state.service.metrics = Metrics(ray=True)
         return application
 
     return serve.deployment(**options)(serve.ingress(build)())

@@ -320,6 +320,16 @@ class Workers(abc.ABC):
     #: How many machines there are; None where there are as many as parts are asked for.
     num_machines: int | None = None
 
+    @property
+    def num_ready(self) -> int | None:
+        """The number of machines that are up now; None where :attr:`num_machines` is."""
+        return self.num_machines
+
+    @property
+    def num_restarts(self) -> int:
+        """The number of machines that have ended so far and that the pool replaced."""
+        return 0
+
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
         """Begin a request: its clock starts, and nothing is asked for yet.

@@ -195,6 +195,14 @@ class FaultyWorkers(Workers):
     def memory(self, num_bytes: int) -> Tensor | None:
         return self.pool.memory(num_bytes)
 
+    @property
+    def num_ready(self) -> int | None:
+        return self.pool.num_ready
+
+    @property
+    def num_restarts(self) -> int:
+        return self.pool.num_restarts
+
     def _begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """The number of a new request, and the faults of its parts, without end."""
         with self._lock:

@@ -16,6 +16,7 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app
+from coded_torch.serve.factories import specs
 from coded_torch.stragglers import Stragglers
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
@@ -302,6 +303,19 @@ def test_what_is_lost_is_predicted_and_flagged(lost):
     assert (errors[predicted] > 0).all()
     assert f'coded_torch_answers_total{{kind="predicted"}} {16.0 * lost}' in text
     assert f'coded_torch_answers_total{{kind="exact"}} {64 - 16.0 * lost}' in text
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return {"sum": x.sum(1), "double": 2 * x}
+
+
+def test_outputs_are_named_by_the_keys_of_a_dict():
+    inputs, outputs = specs(Named(), (torch.ones(2, 3),))
+    with serving(built(Named(), inputs=inputs, outputs=outputs)) as port, Client(port) as client:
+        _, answer = client.infer(ONE)
+    found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
+    assert found == {"sum": [6.0, 15.0], "double": [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]}
 
 
 class Embed(nn.Module):

@@ -47,6 +47,23 @@ def text():
 def small():
     return torch.nn.Linear(3, 2), torch.ones(2, 3)
 
+class Named(torch.nn.Module):
+    def forward(self, x):
+        return {"logits": x, "score": x[:, 0]}
+
+def named():
+    return Named(), torch.ones(2, 3)
+
+class Predicted(torch.nn.Module):
+    def forward(self, x):
+        return {"predicted": x}
+
+def predicted():
+    return Predicted(), torch.ones(2, 3)
+
+def broken():
+    return {}["weights"]
+
 class Wordy(torch.nn.Module):
     def forward(self, x):
         return x, "words"
@@ -128,7 +145,8 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
         running("--chaos", "--seed", "1", "--deadline", "2") as (process, port),
         Client(port) as client,
     ):
-        assert "--no-memory keeps none of them" in process.head
+        assert "Privacy" not in process.head
+        assert "Loading lenet5 on 6 processes" in process.head
         status, answer = client.infer(request, "/v2/models/lenet5/infer")
         assert status == 200
         assert time.monotonic() - start < 10 * SLOW
@@ -143,6 +161,9 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
         wait_until(killed)
         text = client.send("GET", "/metrics")[2].decode()
         assert float(re.search(r'results_total{state="missing"} (.*)', text)[1]) >= 1
+        assert float(re.search(r"worker_restarts_total (\d.*)", text)[1]) >= 1
+        assert 1 <= float(re.search(r"workers_up (\d.*)", text)[1]) <= 6
+        assert "6 of 6 workers have run the model" in process.log.read_text()
         workers = family(process.pid)
         process.terminate()
         process.wait(30)
@@ -153,8 +174,8 @@ def test_an_answer_comes_soon_although_workers_are_delayed_and_killed(capsys):
 def test_nothing_is_left_of_a_server_that_is_killed(capsys):
     request = example(capsys, "--example", "3")
     before = set(os.listdir("/dev/shm"))
-    with running("--no-memory", "--deadline", "2") as (process, port), Client(port) as client:
-        assert "--no-memory" not in process.head
+    with running("--memory", "--deadline", "2") as (process, port), Client(port) as client:
+        assert "answers of earlier requests, of whatever client" in process.head
         assert client.infer(request, "/v2/models/lenet5/infer")[0] == 200
         workers = family(process.pid) - {process.pid}
         assert len(workers) >= 6
@@ -172,14 +193,31 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     request = example(capsys, "mine:make", "--example", "2")
     assert [entry["name"] for entry in request["inputs"]] == ["input0", "input1"]
     with (
-        running("mine:make", "--name", "double", cwd=tmp_path) as (_, port),
+        running("mine:make", "--name", "double", "--output-names", "x,sum", cwd=tmp_path) as (
+            _,
+            port,
+        ),
         Client(port) as client,
     ):
         metadata = client.get("/v2/models/double")[1]
         assert [entry["shape"] for entry in metadata["inputs"]] == [[-1, 4], [-1]]
         status, answer = client.infer(request, "/v2/models/double/infer")
     assert status == 200
-    assert [entry["data"] for entry in answer["outputs"]] == [[2.0] * 4, [12.0]]
+    found = {entry["name"]: entry["data"] for entry in answer["outputs"]}
+    assert found == {"x": [2.0] * 4, "sum": [12.0]}
+
+
+@pytest.mark.parametrize("command", ["serve", "compare --inputs x.pt"])
+def test_what_the_users_own_code_raises_is_shown_as_it_is(command, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MODEL)
+    (tmp_path / "theirs.py").write_text("import nothing_of_that_name")
+    torch.save(torch.ones(240, 3), tmp_path / "x.pt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyError, match="weights"):
+        main([*command.split(), "mine:broken"])
+    with pytest.raises(ModuleNotFoundError, match="nothing_of_that_name"):
+        main([*command.split(), "theirs:make"])
 
 
 def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
@@ -215,11 +253,13 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
         ("--example -1", "--example must be at least 0, got -1"),
         ("nowhere:make", "No module named 'nowhere'"),
         ("mine", "MODULE:FACTORY must name both, got 'mine'"),
-        ("mine:nothing", "module 'mine' has no attribute 'nothing'"),
+        ("mine:nothing", "module 'mine' has no function 'nothing'"),
         ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor or a"),
         ("mine:text", "mine:text must return a module and examples of its inputs"),
         ("mine:empty", "the examples of mine:empty must have rows, got none"),
         ("mine:wordy", "the module must return tensors to be served"),
+        ("mine:named --output-names a", "--output-names must be 2, one an output, got ['a']"),
+        ("mine:predicted", "outputs must not be named predicted or expected_error (see --output"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):

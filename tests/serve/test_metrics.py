@@ -11,10 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from coded_torch.nn import Report
 from coded_torch.nn.waiting import Hedge
 from coded_torch.serve.metrics import Metrics
+from coded_torch.workers import LocalWorkers
 
 
 def values(metrics):
-    families = text_string_to_metric_families(metrics.sink.text().decode())
+    families = text_string_to_metric_families(metrics.text().decode())
     return {
         (sample.name, *sample.labels.values()): sample.value
         for family in families
@@ -75,6 +76,21 @@ def test_means_are_counted_apart():
     assert ("coded_torch_answers_total", "predicted") not in found
 
 
+class Shaky(LocalWorkers):
+    """A pool of four, of which some have died."""
+
+    num_ready, num_restarts = 3, 2
+
+
+def test_workers():
+    metrics, pool = Metrics(), Shaky()
+    for restarts in (2, 2, 5):
+        pool.num_restarts = restarts
+        metrics.workers(pool)
+    assert values(metrics)["coded_torch_workers_up",] == 3
+    assert values(metrics)["coded_torch_worker_restarts_total",] == 5
+
+
 def test_the_dashboard_shows_every_number():
     folder = importlib.resources.files("coded_torch.serve") / "dashboards"
     dashboard = json.loads((folder / "grafana.json").read_text())
@@ -82,10 +98,10 @@ def test_the_dashboard_shows_every_number():
     metrics = Metrics()
     metrics.batch(Report(predicted=torch.tensor([True])), 1, [0.1])
     metrics.refused("late")
-    families = text_string_to_metric_families(metrics.sink.text().decode())
+    families = text_string_to_metric_families(metrics.text().decode())
     counted = {
         family.name.removeprefix("coded_torch_")
-        + {"counter": "_total", "histogram": "_bucket"}[family.type]
+        + {"counter": "_total", "histogram": "_bucket", "gauge": ""}[family.type]
         for family in families
         if not family.name.endswith("_created")
     }

@@ -126,6 +126,10 @@ class SupervisedWorkers(Workers):
         """How many workers are up now."""
         return 0 if self._supervisor is None else len(self._supervisor.machines)
 
+    @property
+    def num_restarts(self) -> int:
+        return 0 if self._supervisor is None else self._supervisor.num_lost
+
     def close(self) -> None:
         """End all workers at once, whatever they are at; twice is fine."""
         with self._lock:

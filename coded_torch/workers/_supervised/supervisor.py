@@ -67,6 +67,7 @@ class Supervisor(abc.ABC):
         self._idle: deque[Machine] = deque()
         self._jobs: deque[Job] = deque()
         self._numbers = itertools.count()
+        self.num_lost = 0  # machines, while the pool is open
         self._failed_starts = 0
         self._start_again = 0.0
         self.trouble = ""  # why the last one that did not come up did not
@@ -189,6 +190,7 @@ class Supervisor(abc.ABC):
             if machine not in self._machines:
                 return
             self._machines.remove(machine)
+            self.num_lost += not self.closed
             if machine in self._idle:
                 self._idle.remove(machine)
             what, job, stranded = f"{machine} {reason}", machine.job, []
