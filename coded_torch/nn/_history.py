@@ -51,13 +51,16 @@ class History:
     ever seen are taken to last as long as the fewest seen, more as long in proportion. Threads may
     share it; pickled or copied, it is empty.
 
+    Args:
+        num_parts: how many parts are remembered.
+
     Note:
         Some ten microseconds a part.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_parts: int = _PARTS) -> None:
         self._lock = threading.Lock()
-        self._parts, self._calls = _Window(_PARTS), _Window(_CALLS)
+        self._parts, self._calls = _Window(num_parts), _Window(_CALLS)
         self._replied = self._unfitted = 0
         self._fewest = self._most = 1  # rows
         self._slope = 0.0  # the share of the time of `_most` rows that grows with the rows
@@ -87,6 +90,11 @@ class History:
                 self._calls.add(*call, self._scale(call[0]))
             if self._unfitted >= _REFIT:
                 self._fit()
+
+    @property
+    def most_rows(self) -> int:
+        """The rows up to which the line is fitted."""
+        return self._most
 
     def part(self, rows: int, quantile: float = 0.5) -> float:
         """A quantile of parts of so many rows, in seconds; infinite until 32 have replied."""

@@ -77,7 +77,8 @@ def app(
     ``uvicorn.run(app(...))``. A request that is not answered gets ``{"error": ...}`` and
 
     - 4xx: its own mistake; a row that is not finite, or of a wrong shape, is named;
-    - 503, with ``Retry-After``: too many requests are waiting, or it would probably be late;
+    - 503, with ``Retry-After``: too many requests are waiting, it would probably be late, or
+      workers hang: until a batch is answered again, one request at a time is tried;
     - 504: its deadline is over, and there was too little to predict from;
     - 500: the model failed on it.
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from ..codes import NotEnoughResults
 from ..nn import Report
-from ._durations import Durations
+from ..nn.waiting import History
 from .errors import RequestError
 
 __all__ = ["Answer", "Batcher"]
 
 logger = logging.getLogger("coded_torch.serve")
 
+_BATCHES = 64  # whose durations are remembered: some seconds of a busy server
 _TO_ANSWER = 0.01  # seconds that are kept before the deadline, to write the answers
 
 
@@ -83,8 +85,10 @@ class Batcher:
         self._max_ongoing = max_ongoing_batches
         self._queue: dict[_Entry, None] = {}  # in order of arrival
         self._reading = 0
-        self._durations = Durations()
-        self._ongoing: dict[asyncio.Task[None], tuple[float, int]] = {}  # begin and rows
+        self._history = History(_BATCHES)
+        self._hung = False  # whether the last batch had its usual time, and too few results
+        # Begin, rows and deadline of each.
+        self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
         self._threads = ThreadPoolExecutor(max_ongoing_batches, "coded_torch batch")
 
     @property
@@ -98,7 +102,7 @@ class Batcher:
 
         Raises:
             RequestError: there is none, or, unless the server is idle, even one row would probably
-                be late (503).
+                be late, or the batches before it are overdue (503).
         """
         if self.num_queued >= self._max_queued:
             raise RequestError(
@@ -143,10 +147,13 @@ class Batcher:
         self._threads.shutdown(wait=False)
 
     def _check(self, rows: int, deadline: float) -> None:
+        # An idle server takes anything: only a batch can show that workers are fast again.
+        if not (self._ongoing or self._queue):
+            return
         now = time.monotonic()
-        # An idle server takes anything: only a batch can show that batches are fast again.
-        idle = not (self._ongoing or self._queue)
-        late = now + (0.0 if idle else self._expected(rows, now)) - deadline
+        late = now + self._expected(rows, now) - deadline
+        if self._hung or late == math.inf:
+            raise RequestError(503, "overdue", "workers hang: no batch was answered lately")
         if late > 0:
             raise RequestError(
                 503,
@@ -157,23 +164,37 @@ class Batcher:
     def _expected(self, rows: int, now: float) -> float:
         """Seconds until so many more rows are probably answered."""
         batches, rest = divmod(sum(entry.rows for entry in self._queue) + rows, self._max_rows)
-        seconds = batches * self._durations(self._max_rows) + (rest and self._durations(rest))
+        seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
         if len(self._ongoing) < self._max_ongoing:
             return seconds / self._max_ongoing
-        ends = (begin + self._durations(size) for begin, size in self._ongoing.values())
-        return max(0.0, min(ends) - now) + seconds / self._max_ongoing
+        until_free = min(self._left(now, *batch) for batch in self._ongoing.values())
+        return until_free + seconds / self._max_ongoing
+
+    def _left(self, now: float, begin: float, rows: int, deadline: float) -> float:
+        """Seconds until a batch has probably ended; infinite if its deadline has passed."""
+        if now > deadline + _TO_ANSWER:
+            return math.inf
+        return max(0.0, begin + self._usual(rows) - now)
+
+    def _usual(self, rows: int) -> float:
+        """The median of batches of so many rows, in seconds; 0 until enough are known."""
+        # The median, and no more for more rows than were seen: what is refused by a higher estimate
+        # is refused too early.
+        seconds = self._history.part(min(rows, self._history.most_rows))
+        return seconds if seconds < math.inf else 0.0
 
     def _fill(self) -> None:
         """Give what waits to slots that are free."""
         while len(self._ongoing) < self._max_ongoing and (batch := self._take()):
             task = asyncio.get_running_loop().create_task(self._run(batch))
-            self._ongoing[task] = time.monotonic(), sum(entry.rows for entry in batch)
+            rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
+            self._ongoing[task] = time.monotonic(), rows, until
             task.add_done_callback(self._free)
 
     def _free(self, task: asyncio.Task[None]) -> None:
-        begin, rows = self._ongoing.pop(task)
+        begin, rows, _ = self._ongoing.pop(task)
         # From slot to slot: the loop's own delays count, as the next batch has to bear them.
-        self._durations.add(rows, time.monotonic() - begin)
+        self._history.add([(rows, time.monotonic() - begin)], None)
         if not task.cancelled():
             self._fill()
             task.result()  # raises in the loop what no request has heard of
@@ -184,7 +205,7 @@ class Batcher:
         rows = 0
         while self._queue:
             entry = next(iter(self._queue))
-            hopeless = entry.deadline - time.monotonic() <= 0.5 * self._durations(entry.rows)
+            hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 del self._queue[entry]  # it would end the batch before anything is there
                 continue
@@ -218,9 +239,14 @@ class Batcher:
             if report.ended == "failed":  # some rows had time, and no result
                 why = "; ".join(report.rejected.values())
                 error = RequestError(500, "failed", f"the model failed on some rows: {why}")
+        late = error is not None and error.status == 504
+        if not late:
+            self._hung = False
+        elif left >= self._usual(rows):
+            self._hung = True
         if error is None:
             self._settle(batch, outputs, report)
-        elif error.status == 504 or len(batch) == 1:
+        elif late or len(batch) == 1:
             for entry in batch:
                 if not entry.future.done():
                     entry.future.set_exception(error)

@@ -17,8 +17,8 @@ from torch import nn
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app
 from coded_torch.serve.factories import specs
-from coded_torch.stragglers import Stragglers
-from coded_torch.workers import DeviceWorkers, LocalWorkers
+from coded_torch.stragglers import Bernoulli, Stragglers
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, tensor
 
@@ -266,19 +266,35 @@ def wait_until(condition):
     assert condition()
 
 
-def test_a_deadline_without_results_is_504_and_in_time():
+@pytest.mark.parametrize(
+    ("said", "seconds"), [({}, 0.2), ({"Coded_Torch_Timeout": "50000"}, 0.05)], ids=str
+)
+def test_a_deadline_without_results_is_504_and_in_time(said, seconds):
     held = Held()
     with (
         serving(built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=0.2)) as port,
         Client(port) as client,
     ):
-        for said, seconds in (({}, 0.2), ({"Coded_Torch_Timeout": "50000"}, 0.05)):
-            start = time.monotonic()
-            status, answer = client.infer(ONE, **said)
-            took = time.monotonic() - start
-            assert (status, answer["error"][:8]) == (504, "too few ")
-            assert seconds <= took < seconds + 1
+        start = time.monotonic()
+        status, answer = client.infer(ONE, **said)
+        took = time.monotonic() - start
+        assert (status, answer["error"][:8]) == (504, "too few ")
+        assert seconds <= took < seconds + 1
         held.go.set()
+
+
+def test_while_all_processes_hang_requests_are_refused_at_once():
+    pool = FaultyWorkers(ProcessWorkers(2, grace=60.0), delays=Bernoulli(1.0))  # for ever
+    application = built(workers=pool, deadline=1.0)
+    with serving(application) as port, Client(port) as client, Client(port) as other:
+        assert client.infer(ONE)[0] == 504
+        # If the server is idle again, one request is tried, and all others are refused meanwhile.
+        other.connection.request("POST", PATH, json.dumps(ONE))
+        time.sleep(0.1)
+        start = time.monotonic()
+        status, headers, _ = client.send("POST", PATH, json.dumps(ONE))
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert time.monotonic() - start < 0.5
 
 
 @pytest.mark.parametrize("lost", [1, 2])

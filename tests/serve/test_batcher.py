@@ -9,7 +9,6 @@ import torch
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
-from coded_torch.serve._durations import Durations
 from coded_torch.serve.batcher import Batcher
 from coded_torch.serve.errors import RequestError
 
@@ -208,7 +207,7 @@ def test_what_would_be_late_is_refused_when_batches_are_known(model):
     async def run():
         batcher = model.batcher(max_queued_requests=1000)
         model.behave = slow
-        for _ in range(8):
+        for _ in range(32):
             await answers(put(batcher, 0.0))
         model.go.clear()
         entries = [put(batcher, 0.0) for _ in range(41)]  # ten batches and more: .2 s
@@ -224,12 +223,12 @@ def test_what_would_be_late_is_refused_when_batches_are_known(model):
 
 def test_batches_that_were_slow_are_not_held_against_an_idle_server(model):
     def slow(rows, report):
-        time.sleep(0.1)
+        time.sleep(0.05)
 
     async def run():
         batcher = model.batcher()
         model.behave = slow
-        for _ in range(8):
+        for _ in range(32):
             await answers(put(batcher, 0.0))
         model.behave = lambda rows, report: None
         with batcher.reading(time.monotonic() + 0.04):
@@ -239,10 +238,51 @@ def test_batches_that_were_slow_are_not_held_against_an_idle_server(model):
     asyncio.run(run())
 
 
+def test_while_workers_hang_one_request_at_a_time_is_tried(model):
+    def hang(rows, report):
+        time.sleep(0.05)
+        raise NotEnoughResults([], 2, 4)
+
+    def refused(batcher):
+        with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + 10):
+            raise AssertionError
+        return caught.value.status, caught.value.reason
+
+    async def run():
+        batcher = model.batcher()
+        model.behave = hang
+        assert (await answers(put(batcher, 0.0, seconds=0.05)))[0].status == 504
+        model.behave = lambda rows, report: None
+        model.go.clear()
+        tried = put(batcher, 1.0)
+        assert refused(batcher) == (503, "overdue")
+        model.go.set()
+        assert await answers(tried) == [[2.0]]
+        assert await answers(put(batcher, 2.0), put(batcher, 3.0)) == [[4.0], [6.0]]
+
+    asyncio.run(run())
+
+
+def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
+    async def run():
+        batcher = model.batcher()
+        model.go.clear()
+        first = put(batcher, 0.0, seconds=0.01)
+        put(batcher, 1.0)
+        await asyncio.sleep(0.05)
+        with pytest.raises(RequestError) as caught:
+            put(batcher, 2.0)
+        assert (caught.value.status, caught.value.reason) == (503, "overdue")
+        model.go.set()
+        assert await answers(first) == [[0.0]]
+
+    asyncio.run(run())
+
+
 def test_what_has_expired_joins_no_batch(model):
     async def run():
         batcher = model.batcher()
-        for _ in range(8):
+        for _ in range(32):
             await answers(put(batcher, 0.0))
         model.go.clear()
         entries = [put(batcher, 0.0), put(batcher, 1.0)]
@@ -315,19 +355,3 @@ def test_closing_waits_for_what_was_accepted_but_not_for_ever(model):
     done, took = asyncio.run(run(0.1))
     assert done == [False, False]
     assert took < 0.4
-
-
-def test_durations_are_the_median_line():
-    durations = Durations()
-    for i in range(7):
-        durations.add(8 + i, 0.010 + 0.001 * (8 + i))
-    assert durations(8) == 0
-    generator = torch.Generator().manual_seed(0)
-    for rows in torch.randint(1, 65, (60,), generator=generator).tolist():
-        durations.add(rows, 0.010 + 0.001 * rows + (1.0 if rows % 9 == 0 else 0.0))
-    # A ninth of outliers moves medians by a few rows, of a millisecond each.
-    assert durations(1) == pytest.approx(0.011, abs=0.01)
-    assert durations(64) == pytest.approx(0.074, abs=0.01)
-    for _ in range(64):
-        durations.add(5, 0.02)
-    assert durations(5) == durations(60) == pytest.approx(0.02)
