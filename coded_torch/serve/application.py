@@ -15,6 +15,8 @@ import orjson
 import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -28,7 +30,7 @@ from .._heap import frozen_heap
 from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
 from .batcher import Answer, Batcher
-from .bodies import pack, read_body
+from .bodies import read_body
 from .errors import RequestError
 from .metrics import Metrics
 from .protocol import (
@@ -126,6 +128,7 @@ def app(
         ]
     built = Starlette(
         routes=routes,
+        middleware=[Middleware(GZipMiddleware, compresslevel=1)],
         lifespan=service.lifespan,
         exception_handlers={
             RequestError: service.refuse,
@@ -266,7 +269,7 @@ class Service:
                 leave()
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
-        return self._format(request, message, answer)
+        return self._format(message, answer)
 
     async def refuse(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, RequestError)
@@ -283,7 +286,7 @@ class Service:
         length = request.headers.get("inference-header-content-length")
         return parse(body, length, self.inputs, self.outputs, self.max_batch_size)
 
-    def _format(self, request: Request, message: InferRequest, answer: Answer) -> Response:
+    def _format(self, message: InferRequest, answer: Answer) -> Response:
         specs = (*self.outputs, PREDICTED, EXPECTED_ERROR)
         answers = {spec.name: x for spec, x in zip(specs, answer.outputs, strict=True)}
         parameters = {
@@ -292,9 +295,6 @@ class Service:
         }
         body, length = format_answer(self.name, message, answers, parameters)
         headers = {} if length is None else {"Inference-Header-Content-Length": str(length)}
-        body, packed = pack(body, request.headers.get("accept-encoding", ""))
-        if packed is not None:
-            headers["Content-Encoding"] = packed
         kind = "application/json" if length is None else "application/octet-stream"
         return Response(body, headers=headers, media_type=kind)
 

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers, packed or not, never larger than they may be."""
+"""Bodies of requests, packed or not, never larger than they may be."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from starlette.requests import Request
 
 from .errors import RequestError, invalid
 
-__all__ = ["pack", "read_body"]
+__all__ = ["read_body"]
 
 _WINDOWS = {"gzip": 31, "deflate": 15}  # zlib's names of the formats
-_LEAST = 500  # bytes that are worth packing
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -52,24 +51,6 @@ async def read_body(request: Request, most: int) -> bytes:
         what = "more than that" if unpacker.eof else "only the beginning"
         raise invalid(f"the body must be {encoding}, got {what}")
     return b"".join(parts)
-
-
-def pack(body: bytes, accepted: str) -> tuple[bytes, str | None]:
-    """The body as a client wants it, and how it is packed; None: it is not.
-
-    Args:
-        body: of the answer.
-        accepted: the client's Accept-Encoding.
-    """
-    wanted = {}
-    for token in accepted.lower().split(","):
-        encoding, _, quality = token.partition(";")
-        wanted[encoding.strip()] = quality.strip().replace(" ", "") not in ("q=0", "q=0.0")
-    for encoding, window in _WINDOWS.items():
-        if wanted.get(encoding) and len(body) >= _LEAST:
-            packer = zlib.compressobj(1, wbits=window)
-            return packer.compress(body) + packer.flush(), encoding
-    return body, None
 
 
 def _too_large(most: int) -> RequestError:
