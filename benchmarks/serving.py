@@ -10,6 +10,8 @@ due. Written to ``results/serving.json``, each number beside its bar:
   each of four thresholds, in turns;
 - overload: far more requests than can be answered, by the server's own clock;
 - start and end: the command's first answer, and what is left of it when it is killed;
+- kept connection: the command beside the same application under ``uvicorn.run``, by the clients
+  that users have;
 - predicted: how often LeNet-5's class is predicted rightly from so many earlier answers.
 """
 
@@ -39,7 +41,8 @@ from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
-from .http_load import Reply, Server, alive, drive, family, record_times, request, serving
+from .http_clients import CLIENTS
+from .http_load import Reply, alive, drive, family, record_times, request, serving
 from .runs import Measurement
 
 SEED = 0
@@ -146,10 +149,9 @@ def percentile(seconds: Any, at: float) -> float:
     return round(1e3 * float(np.percentile(seconds, at)), 2)
 
 
-def warm_up(server: Server) -> None:
+def warm_up(port: int) -> None:
     requests, _ = requests_of(WARM_UP, SEED + 1)
-    drive(server.port, requests, 50.0, SEED + 1)
-    server.times()
+    drive(port, requests, 50.0, SEED + 1)
 
 
 def faults(seconds: float) -> dict[str, Any]:
@@ -159,7 +161,8 @@ def faults(seconds: float) -> dict[str, Any]:
     with torch.no_grad():
         exact = lenet5()(images)
     with serve("coded", sleeping=False, faulty=True) as server:
-        warm_up(server)
+        warm_up(server.port)
+        server.times()
         replies = drive(server.port, requests, rate, SEED)
         by_server = server.times()
         killed = server.killed()
@@ -196,7 +199,7 @@ def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, 
         requests, _ = requests_of(int(rate * seconds), SEED + turn)
         for policy in policies:
             with serve(policy, sleeping=True, faulty=True) as server:
-                warm_up(server)
+                warm_up(server.port)
                 replies = drive(server.port, requests, rate, SEED + turn)
             latencies = [reply.seconds for reply in replies]
             pooled[policy] += latencies
@@ -225,7 +228,7 @@ def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, 
 def overload(rate: float, seconds: float) -> dict[str, Any]:
     requests, _ = requests_of(int(rate * seconds), SEED)
     with serve("coded", sleeping=False, faulty=False) as server:
-        warm_up(server)
+        warm_up(server.port)
         drive(server.port, requests[: len(requests) // 4], rate, SEED)  # it grows to its size
         server.times()
         before, start = server.resident(), time.perf_counter()
@@ -249,13 +252,40 @@ def overload(rate: float, seconds: float) -> dict[str, Any]:
     }
 
 
+def command(port: int) -> list[str]:
+    """What runs ``coded-torch serve``, on asyncio's own loop, as without uvloop."""
+    # Not the checkout first, as in __init__.py.
+    code = (
+        "import sys; sys.path.pop(0); sys.modules['uvloop'] = None; "
+        "from coded_torch.cli import main; sys.exit(main())"
+    )
+    return ["-c", code, "serve", "--memory", "--port", str(port)]
+
+
+def kept_connection(count: int, rounds: int) -> dict[str, Any]:
+    """Medians of two servers in turns, by client."""
+    seconds: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in CLIENTS}
+    with serving(command) as ours, serve("coded", sleeping=False, faulty=False) as plain:
+        for server in (ours, plain):
+            warm_up(server.port)
+        for turn in range(rounds):
+            for name, send in CLIENTS.items():
+                for which in (turn % 2, 1 - turn % 2):  # no server is always the first
+                    seconds[name][which].extend(send((ours, plain)[which].port, count))
+    found: dict[str, Any] = {}
+    for name, (command_s, plain_s) in seconds.items():
+        found[f"p50 by {name}"] = percentile(command_s, 50)
+        found[f"p50 by {name}, uvicorn.run"] = percentile(plain_s, 50)
+        ratio = float(np.median(command_s) / np.median(plain_s))
+        found[f"{name}, against uvicorn.run"] = [round(ratio, 3), 1.1]
+    return found
+
+
 def start_and_end() -> dict[str, Any]:
     requests, _ = requests_of(1, SEED)
-    # Not the checkout first, as in __init__.py.
-    code = "import sys; sys.path.pop(0); from coded_torch.cli import main; sys.exit(main())"
     shared = set(os.listdir("/dev/shm"))
     start = time.perf_counter()
-    with serving(lambda port: ["-c", code, "serve", "--port", str(port)]) as server:
+    with serving(command) as server:
         (reply,) = drive(server.port, requests, 1e6, SEED)
         assert reply.status == 200
         first = time.perf_counter() - start
@@ -313,6 +343,7 @@ def _counts(values: Iterable[int]) -> dict[str, int]:
 
 def measurements(quick: bool, device: str) -> Iterator[Measurement]:
     yield ("start and end",), start_and_end
+    yield ("kept connection",), functools.partial(kept_connection, 20, 1 if quick else 30)
     yield ("predicted",), predicted
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
     for rate in (600.0, 2000.0):
@@ -340,7 +371,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)  # the processors are the workers'
     served = record_times(application(args.policy, args.sleeping, args.faulty))
     uvicorn.run(
-        served, host="127.0.0.1", port=args.port, log_level="critical", timeout_keep_alive=75
+        served,
+        host="127.0.0.1",
+        port=args.port,
+        loop="asyncio",  # uvloop is no dependency
+        log_level="critical",
+        timeout_keep_alive=75,
     )
 
 
