@@ -43,6 +43,7 @@ napoleon_numpy_docstring = False
 napoleon_custom_sections = [
     ("Calling raises", "params_style"),
     ("Opening raises", "params_style"),
+    ("Starting raises", "params_style"),
     ("Raises in the replica", "params_style"),
     ("Reference", "References"),
 ]

@@ -11,6 +11,7 @@ import coded_torch
 PACKAGE = Path(coded_torch.__file__).parent
 # Each module may import those of the groups after its own, and its own group.
 LAYERS = (
+    {"testing"},
     {"cli"},
     {"_serve_commands"},
     {"serve"},
@@ -33,9 +34,10 @@ LAYERS = (
     {"geometry", "regression"},
     {"ops"},
     {"_extension", "points", "metrics", "stragglers"},
+    {"_law"},
     {"_arguments", "_buffers", "_cuda_fallback", "_heap", "_transforms", "_console", "_weights"},
 )
-GROUND = LAYERS[-2]
+GROUND = LAYERS[-3]
 ALL = set().union(*LAYERS)
 
 
@@ -66,7 +68,7 @@ def test_imports_run_down(path):
     assert level is not None, f"{own} has no place among the layers"
     below = set().union(*LAYERS[level + 1 :]) | {own}
     if own in GROUND:
-        below = {own} | LAYERS[-1]
+        below = {own} | LAYERS[-2] | LAYERS[-1]
     if own in ("workers", "codes"):
         below -= {"workers", "codes"} - {own}
     wrong = {name for name in imported(path) if name in ALL} - below
@@ -78,6 +80,11 @@ def test_few_modules_call_ops(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if own not in ("linear", "geometry", "distances", "regression", "ops"):
         assert "ops" not in imported(path)
+
+
+def test_only_the_suites_need_pytest():
+    users = {path.parts[-2] for path in modules() if "import pytest" in path.read_text()}
+    assert users == {"testing"}
 
 
 def test_the_arithmetic_knows_no_torch():

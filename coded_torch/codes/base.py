@@ -59,10 +59,9 @@ class Code(abc.ABC):
        workers in a tuple to K answers (of a curve ``_curve``; here :meth:`fit`). For a dense matrix
        that is ``MatrixMap(matrix)``. Write :attr:`min_received` if one result is not enough.
     4. Give :meth:`candidates` for the numbers that are worth tuning.
-    5. Test it: inherit ``CodeTests`` in ``tests/codes/code_tests.py``, and give ``make``.
-       ``tests/codes/test_b_spline.py`` is an example from end to end. In a package of your own, run
-       ``PYTHONPATH=path/to/coded_torch pytest`` with a checkout; here, export the code in
-       ``codes/__init__.py``.
+    5. Test it: inherit :class:`coded_torch.testing.codes.CodeTests`, and implement ``make``.
+       ``tests/codes/test_b_spline.py`` is an example from end to end. A code of this package is
+       exported in ``codes/__init__.py``.
     6. Compare it: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
 
     Args:

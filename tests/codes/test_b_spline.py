@@ -12,9 +12,8 @@ from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper
 from coded_torch.points import equidistant
 from coded_torch.stragglers import Uniform
+from coded_torch.testing.codes import CodeTests
 from coded_torch.tuning import tune
-
-from .code_tests import CodeTests
 
 
 class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve

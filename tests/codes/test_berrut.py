@@ -7,8 +7,7 @@ from scipy.interpolate import FloaterHormannInterpolator
 
 from coded_torch import points
 from coded_torch.codes import BerrutCode
-
-from .code_tests import CodeTests
+from coded_torch.testing.codes import CodeTests
 
 
 class TestBerrutCode(CodeTests):

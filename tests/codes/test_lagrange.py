@@ -6,8 +6,7 @@ import torch
 
 from coded_torch import points
 from coded_torch.codes import LagrangeCode, NotEnoughResults
-
-from .code_tests import CodeTests, normal
+from coded_torch.testing.codes import CodeTests, normal
 
 
 class TestLagrangeCode(CodeTests):

@@ -21,8 +21,7 @@ from coded_torch.codes.plans import ChunkedPlan, MeanPlan
 from coded_torch.geometry import Geometry
 from coded_torch.points import equidistant, systematic
 from coded_torch.regression import KernelRegression
-
-from .code_tests import DTYPES, normal
+from coded_torch.testing.codes import DTYPES, normal
 
 SYSTEMATIC = SplineCode(
     5, 9, data_points=equidistant(5), worker_points=systematic(equidistant(5), 9)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from coded_torch.codes import ReplicationCode
-
-from .code_tests import DTYPES, CodeTests, normal
+from coded_torch.testing.codes import DTYPES, CodeTests, normal
 
 
 class TestReplicationCode(CodeTests):

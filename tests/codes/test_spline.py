@@ -11,8 +11,7 @@ import torch
 from coded_torch import points
 from coded_torch.codes import BerrutCode, SplineCode
 from coded_torch.codes.base import Code
-
-from .code_tests import CodeTests
+from coded_torch.testing.codes import CodeTests
 
 STATM = Path("/proc/self/statm")
 

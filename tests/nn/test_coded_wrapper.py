@@ -23,10 +23,10 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import ShiftedExponential, Uniform
+from coded_torch.testing.workers import CopyCode, PolynomialCode
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, PolynomialCode
 from .modules import EXACT, Call, linear, rand
 
 Pair = namedtuple("Pair", "first second")

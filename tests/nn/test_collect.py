@@ -11,10 +11,16 @@ from torch import nn
 from coded_torch.codes import BatchPlan, Code, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
+from coded_torch.testing.workers import (
+    CopyCode,
+    FailsAt,
+    PolynomialCode,
+    divide_by_zero,
+    nan_at_two,
+)
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, divide_by_zero, nan_at_two
 from .pools import Separate
 
 

@@ -18,9 +18,9 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
+from coded_torch.testing.workers import PolynomialCode
 from coded_torch.workers import DeviceWorkers
 
-from ..workers.workers_tests import PolynomialCode
 from .modules import EXACT, Call, rand
 
 CODES = [PolynomialCode, KernelCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]

@@ -18,9 +18,9 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.nn._results import Results
+from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Part, Reply
 
-from ..workers.workers_tests import CopyCode, FailsAt, PolynomialCode, task_of
 from .modules import Call, Liar, linear, rand
 from .pools import Separate
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+from coded_torch.testing.workers import task_of
 from coded_torch.workers import Part, Task, WorkerError, Workers
 from coded_torch.workers.faults import Fault
-
-from .workers_tests import task_of
 
 
 def storage(tensor: torch.Tensor) -> int:

@@ -9,10 +9,9 @@ import time
 import pytest
 import torch
 
+from coded_torch.testing.workers import numbered, replies_of, task_of
 from coded_torch.workers import Began, Part
 from coded_torch.workers.live import LiveRequest
-
-from .workers_tests import numbered, replies_of, task_of
 
 WAIT = 60.0
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Markov, ShiftedExponential, Stragglers, Trace, Uniform
-from coded_torch.workers import Began, LocalWorkers, Reply
-
-from .workers_tests import (
+from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
     WorkersTests,
@@ -24,6 +22,7 @@ from .workers_tests import (
     replies_of,
     task_of,
 )
+from coded_torch.workers import Began, LocalWorkers, Reply
 
 
 class Fixed(Stragglers):

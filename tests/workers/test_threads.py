@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from coded_torch.testing.workers import WorkersTests
 from coded_torch.workers import Part, Task, Workers
 from coded_torch.workers.live import LiveRequest
-
-from .workers_tests import WorkersTests
 
 
 class ThreadWorkers(Workers):

@@ -1,4 +1,4 @@
-"""What every pool of workers must do; inherit, say how to make one, and it is tested."""
+"""What every pool of workers must do: inherit :class:`WorkersTests` and implement ``make``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from coded_torch.linear import MatrixMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.workers import Began, Part, Reply, Request, Task, Workers
 
-from .modules import Gated
+__all__ = ["WorkersTests", "numbered", "task_of"]
 
 WAIT = 60.0  # bounds waits that end at once unless something is broken
 
@@ -78,6 +78,23 @@ class FailsAt(nn.Module):
     def forward(self, x: Tensor) -> Any:
         hit = x == self.value
         return self.happens(x) if hit.any() else x.clone()
+
+
+class Gated(nn.Module):
+    """Notes in a folder which inputs it has got, and returns them when there is a file "open"."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def forward(self, x: Tensor) -> Tensor:
+        folder = Path(self.folder)
+        (folder / str(int(x.max()))).touch()
+        end = time.monotonic() + 60.0
+        while not (folder / "open").exists():
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        return x.clone()
 
 
 def divide_by_zero(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from coded_torch.codes import NotEnoughResults, base
 from coded_torch.linear.base import accumulation_dtype
 
+__all__ = ["CodeTests"]
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

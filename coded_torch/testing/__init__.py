@@ -1,0 +1,18 @@
+"""Test suites for pools and codes of your own: inherit, implement ``make``, and run pytest.
+
+Example:
+    .. code-block:: python
+
+        from coded_torch.testing.codes import CodeTests
+
+        class TestMine(CodeTests):
+            def make(self):
+                return Mine(20, 24)
+
+This package needs pytest, and so it is imported by tests alone.
+"""
+
+import pytest
+
+# Else their asserts would not explain themselves.
+pytest.register_assert_rewrite(f"{__name__}.codes", f"{__name__}.workers")
