@@ -2,6 +2,7 @@ r"""Codes side by side on one's own model: the same batches, the same lost worke
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import count, instance, shown
+from ._law import Law, law_of
 from ._scores import Interval, Scores
 from ._trial import Trial, calls_of
 from .codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
@@ -160,6 +162,7 @@ def compare(
     more: Callable[[int, int], Mapping[str, Code | Scheme]] | None = None,
     in_dims: Any = 0,
     out_dims: Any = 0,
+    law: Callable[..., Law] = Uniform,
     seed: int = 0,
 ) -> Comparison:
     r"""Compare the codes on a model of one's own.
@@ -180,6 +183,9 @@ def compare(
         more: called with K and N of every setting: further codes by their names, tuned and drawn
             like the others. A :class:`Scheme` says how the batch is ordered, too.
         in_dims, out_dims: as for :class:`~coded_torch.nn.CodedWrapper`.
+        law: called with S and ``seed=``, it returns the law of the lost workers, whose latency is
+            infinite. Defaults to ``Uniform``; other classes of
+            :mod:`coded_torch.stragglers` will do, and so will a callable that returns one.
         seed: of the lost workers.
 
     Returns:
@@ -223,6 +229,7 @@ def compare(
             got = getattr(classes, "dtype", type(classes).__name__)
             raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
     instance("compare", "more", more, Callable, optional=True)
+    instance("compare", "law", law, Callable)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
@@ -233,11 +240,12 @@ def compare(
     for setting in settings:
         n, k, s = setting
         coded = CodedWrapper(module, KernelCode(k, n), in_dims=in_dims, out_dims=out_dims)
-        tried = _tuned(coded, calls[:tuning], _all(k, n, more), s, seed)
+        lost = _law(law, s, seed + 1)  # not the workers that are lost later
+        tried = _tuned(coded, calls[:tuning], _all(k, n, more), lost)
         scores = {name: Scores() for name in tried}
-        law = Uniform(s, seed=seed)
+        drawn = _law(law, s, seed)
         for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
-            received = received_by(law, n)
+            received = received_by(drawn, n)
             trial = Trial(coded, args, [received])
             if classes is not None:
                 _check_labels(classes, trial.exact)
@@ -265,6 +273,13 @@ def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Scheme]:
                 f"names that are not taken, got {scheme.code} as {name!r}"
             )
         found[name] = scheme
+    return found
+
+
+def _law(law: Callable[..., Law], lost: int, seed: int) -> Stragglers:
+    found = law_of("compare", "what law returns", law(lost, seed=seed))
+    if found is None:
+        raise TypeError("compare: what law returns must be a law, got None")
     return found
 
 
@@ -302,7 +317,7 @@ def _check_labels(labels: Tensor, exact: Sequence[Tensor]) -> None:
 
 
 def _tuned(
-    coded: CodedWrapper, calls: list[Any], every: dict[str, Scheme], lost: int, seed: int
+    coded: CodedWrapper, calls: list[Any], every: dict[str, Scheme], lost: Stragglers
 ) -> dict[str, Scheme]:
     """The schemes that apply, with the best numbers."""
     if not Trial(coded, calls[0]).mixable:
@@ -312,7 +327,7 @@ def _tuned(
         wrapper = CodedWrapper(
             coded.module,
             scheme.code,
-            stragglers=Uniform(lost, seed=seed + 1),  # not the workers that are lost later
+            stragglers=copy.deepcopy(lost),  # the same for every scheme
             ordering=scheme.ordering,
             shuffle=False,
             in_dims=coded.in_dims,

@@ -6,7 +6,6 @@ random state. Latencies are in seconds; infinite means that the worker never ans
 
 from __future__ import annotations
 
-import abc
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -17,11 +16,12 @@ import torch
 from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
-from ._transforms import outside
+from ._law import Drawn, Stragglers, uniform
 
 __all__ = [
     "Bernoulli",
     "Contiguous",
+    "Drawn",
     "Markov",
     "Pareto",
     "ShiftedExponential",
@@ -29,61 +29,6 @@ __all__ = [
     "Trace",
     "Uniform",
 ]
-
-
-class Stragglers(abc.ABC):
-    """A law of the latencies of N workers; subclasses implement ``_draw``.
-
-    Laws can be pickled and copied; a copy goes on from the same state of its generator.
-
-    Args:
-        seed: of the law's own generator, an integer of 64 bits; by default a new one for every law.
-
-    Attributes:
-        num_stragglers: S, for laws where exactly S workers never answer, else None.
-    """
-
-    num_stragglers: int | None = None
-
-    def __init__(self, seed: int | None = None) -> None:
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(count(self, "seed", seed, -(2**63), 2**64 - 1))
-
-    def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the latencies of one request.
-
-        Args:
-            num_workers: N, at least 1.
-            generator: a CPU generator to draw from; by default the law's own.
-
-        Returns:
-            ``[N]``, float64, seconds; infinite for workers that never answer.
-
-        Raises:
-            TypeError: ``num_workers`` is not an integer, or ``generator`` is no generator.
-            ValueError: ``num_workers`` is less than 1, or not what the law is for.
-        """
-        instance(self, "generator", generator, torch.Generator, optional=True)
-        num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
-        with outside():
-            return self._draw(num_workers, self._generator if generator is None else generator)
-
-    @abc.abstractmethod
-    def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        """The latencies of one request, ``[num_workers]``, float64."""
-
-    def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
-        """Latencies of 0, and infinite for ``workers``, indices or a mask."""
-        latencies = torch.zeros(num_workers, dtype=torch.float64)
-        latencies[workers] = math.inf
-        return latencies
-
-    def __repr__(self) -> str:
-        public = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
-        return f"{type(self).__name__}({', '.join(public)})"
 
 
 class _FixedNumber(Stragglers):
@@ -171,7 +116,7 @@ class Bernoulli(Stragglers):
         self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        late = _uniform(num_workers, generator) < self.p
+        late = uniform(num_workers, generator) < self.p
         return torch.where(late, self.latency, 0.0).to(torch.float64)
 
 
@@ -207,7 +152,7 @@ class ShiftedExponential(Stragglers):
         self.rate = positive(self, "rate", rate)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
+        return self.shift - torch.log1p(-uniform(num_workers, generator)) / self.rate
 
 
 class Pareto(Stragglers):
@@ -236,7 +181,7 @@ class Pareto(Stragglers):
         self.scale = positive(self, "scale", scale)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.scale * (1 - _uniform(num_workers, generator)) ** (-1 / self.shape)
+        return self.scale * (1 - uniform(num_workers, generator)) ** (-1 / self.shape)
 
 
 class Markov(Stragglers):
@@ -295,11 +240,11 @@ class Markov(Stragglers):
         self._state = None
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        uniform = _uniform(num_workers, generator)
+        numbers = uniform(num_workers, generator)
         if self._state is None:
-            bad = uniform < self.fail / (self.fail + self.recover)
+            bad = numbers < self.fail / (self.fail + self.recover)
         elif len(self._state) == num_workers:
-            bad = torch.where(self._state, uniform >= self.recover, uniform < self.fail)
+            bad = torch.where(self._state, numbers >= self.recover, numbers < self.fail)
         else:
             raise ValueError(
                 f"Markov: num_workers must be {len(self._state)}, as at the last request, "
@@ -389,8 +334,3 @@ def _lines(path: Path) -> Iterator[tuple[int, Iterable[str | float]]]:
             fields = line.replace(",", " ").split()
             if fields:
                 yield number, fields
-
-
-def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
-    """Uniform in [0, 1), so that 1 minus it has a logarithm."""
-    return torch.rand(num_workers, dtype=torch.float64, generator=generator)

@@ -81,6 +81,7 @@ CALLS = [
     (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
     (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
     (laws.Bernoulli, {"p": 0.5, "latency": 1.0, "seed": None}),
+    (laws.Drawn, {"draw": lambda n, generator: [0.0] * n, "seed": None}),
     (laws.ShiftedExponential, {"shift": 1.0, "rate": 1.0, "seed": 0}),
     (laws.Pareto, {"shape": 1.0, "scale": 1.0, "seed": 0}),
     (laws.Markov, {"fail": 0.1, "recover": 0.1, "good": 0.0, "bad": 1.0, "seed": 0}),

@@ -11,7 +11,7 @@ from coded_torch import codes, metrics
 from coded_torch.compare import Comparison, Row, Scheme, compare, received_by, schemes
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Uniform
+from coded_torch.stragglers import Contiguous, Uniform
 
 NAMES = list(schemes(4, 6))
 
@@ -78,6 +78,22 @@ def test_a_seed_repeats_and_another_does_not(shipped):
     model, batches, _ = shipped
     runs = [compare(model, batches[:2], [(9, 8, 1)], seed=seed).rows[0].rmse for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_workers_are_lost_by_any_law(shipped):
+    model, batches, _ = shipped
+    asked = []
+
+    def law(lost, seed):
+        asked.append((lost, seed))
+        return lambda n, generator: [math.inf] * lost + [0.0] * (n - lost)
+
+    compare(model, batches[:2], [(9, 8, 1)], law=law, seed=5)
+    assert sorted(asked) == [(1, 5), (1, 6)]
+    uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
+    assert compare(model, batches[:2], [(9, 8, 3)], law=Contiguous).rows[0].rmse > uniform
+    with pytest.raises(TypeError, match=r"what law returns must be .*Stragglers"):
+        compare(model, batches[:2], [(9, 8, 1)], law=lambda lost, seed: 0.5)
 
 
 def test_nothing_lost(shipped):

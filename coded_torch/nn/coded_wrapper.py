@@ -32,7 +32,7 @@ from .report import Report
 from .waiting import History, Waiting
 
 if TYPE_CHECKING:
-    from ..stragglers import Stragglers
+    from .._law import Law
 
 __all__ = ["CodedWrapper"]
 
@@ -178,7 +178,7 @@ class CodedWrapper(StandIn):
         code: Code,
         *,
         workers: Workers | None = None,
-        stragglers: Stragglers | None = None,
+        stragglers: Law | None = None,
         waiting: Waiting | None = None,
         ordering: Any = "similarity",
         shuffle: bool | random.Random = True,

@@ -18,17 +18,24 @@ from .pytrees import broadcast_dims, flatten
 __all__ = ["ATTACKS", "Attacker", "Liars"]
 
 
+#: What is answered instead of rows of a result, ``[rows, ...]``, with a generator of the machine's.
+Attack = Callable[[Tensor, torch.Generator], Tensor]
+_Lie = Callable[["Attacker", Reply, Tensor], Tensor]
+
+
 class Liars:
     """The machines of a pool that lie, and what they have seen.
 
     Args:
-        attack: one of :data:`ATTACKS`.
+        attack: one of :data:`ATTACKS`, or a callable.
         machines: that lie.
         strength: of the attacks that have one.
         seed: of what is drawn, together with the number of the request and the machine.
     """
 
-    def __init__(self, attack: str, machines: Sequence[int], strength: float, seed: int) -> None:
+    def __init__(
+        self, attack: str | Attack, machines: Sequence[int], strength: float, seed: int
+    ) -> None:
         self.attack, self.machines = attack, frozenset(machines)
         self.strength, self.seed = strength, seed
         self._lock = threading.Lock()
@@ -64,7 +71,8 @@ class Attacker:
         if reply.machine not in self._liars.machines or reply.error is not None:
             return reply
         with torch.no_grad():
-            lie = ATTACKS[self._liars.attack]
+            attack = self._liars.attack
+            lie = ATTACKS[attack] if isinstance(attack, str) else _own(attack)
             if lie is None:
                 return dataclasses.replace(reply, value=self._other(reply))
             leaves, spec = flatten(reply.value)
@@ -130,6 +138,10 @@ def _alike(a: Task, b: Task) -> bool:
 def _shifted(leaf: Tensor) -> Tensor:
     """Rolled along its last dimension by an eighth of it."""
     return leaf.roll(max(1, leaf.shape[-1] // 8), -1) if leaf.dim() > 1 else leaf
+
+
+def _own(attack: Attack) -> _Lie:
+    return lambda attacker, reply, rows: attack(rows, attacker.own(reply))
 
 
 def _spread(rows: Tensor) -> Tensor:
@@ -199,8 +211,6 @@ def _copies(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
     one = attacker.rows_of_one_input(reply).to(rows.device)
     return torch.where(one.view(-1, *[1] * (rows.dim() - 1)), -rows, rows)
 
-
-_Lie = Callable[[Attacker, Reply, Tensor], Tensor]
 
 #: What machines can do to their results, by name; None where they compute others.
 ATTACKS: dict[str, _Lie | None] = {

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, probability, real
+from .._law import Law, law_of
 from ..stragglers import Stragglers
-from .attacks import ATTACKS, Attacker, Liars
+from .attacks import ATTACKS, Attack, Attacker, Liars
 from .base import Began, Part, Reply, Request, Task, Workers
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class FaultyWorkers(Workers):
     Args:
         pool: the pool that computes; closing this one closes it.
         delays: the law of the seconds that the parts of a request take longer; infinite: they hang.
+            Or a callable, see :class:`~coded_torch.stragglers.Drawn`.
         rates: how often a part meets each of :attr:`Fault.KINDS`: "crash", "nan", "infinity",
             "shape", "dtype", "structure" (probabilities, at most 1 in sum).
         seed: of all of it, modulo 2^64.
@@ -108,7 +110,8 @@ class FaultyWorkers(Workers):
             in each row; "copies": one input that is drawn for the request is answered wrongly,
             alike by all that lie. "replay": results of other inputs of the last request, in the
             first of this one; "shift": of inputs that are shifted along their last dimension by an
-            eighth. These two call the module in this process.
+            eighth. These two call the module in this process. Or a callable, which is given rows
+            of a result, ``[rows, ...]``, and a generator, and returns what to answer instead.
         adversaries: the machines that lie, by their places in the pool.
         strength: of the attack, as said.
 
@@ -134,16 +137,16 @@ class FaultyWorkers(Workers):
         self,
         pool: Workers,
         *,
-        delays: Stragglers | None = None,
+        delays: Law | None = None,
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
         crash_every: float | None = None,
-        attack: str | None = None,
+        attack: str | Attack | None = None,
         adversaries: Iterable[int] = (),
         strength: float = 1.0,
     ) -> None:
         instance(self, "pool", pool, Workers)
-        instance(self, "delays", delays, Stragglers, optional=True)
+        delays = law_of(self, "delays", delays)
         instance(self, "rates", rates, Mapping, optional=True)
         self.rates = {
             kind: probability(self, f"rates[{kind!r}]", rate)
@@ -170,9 +173,10 @@ class FaultyWorkers(Workers):
         self.adversaries = tuple(
             count(self, "adversaries", machine, least=0) for machine in adversaries
         )
-        if attack is not None and attack not in ATTACKS:
+        if attack is not None and not callable(attack) and attack not in ATTACKS:
             raise ValueError(
-                f"FaultyWorkers: attack must be one of {', '.join(ATTACKS)} or None, got {attack!r}"
+                f"FaultyWorkers: attack must be one of {', '.join(ATTACKS)}, a callable or None, "
+                f"got {attack!r}"
             )
         if self.adversaries and attack is None:
             raise ValueError(
@@ -242,10 +246,16 @@ class FaultyWorkers(Workers):
             uniform -= rate
         return None
 
-    def start(self) -> Self:
+    def start(self, *args: Any, **kwargs: Any) -> Self:
         """Start the pool."""
-        self.pool.start()
+        self.pool.start(*args, **kwargs)
         return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the pool has, such as ``exclude``, ``restart`` and ``pids``."""
+        if name.startswith("_") or name == "pool":  # of this one, and not there yet
+            raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
+        return getattr(self.pool, name)
 
     def close(self) -> None:
         """Close the pool."""
@@ -313,6 +323,9 @@ class _FaultyRequest(Request):
 
     def close(self) -> None:
         self._request.close()
+
+    def abandon(self) -> None:
+        self._request.abandon()
 
 
 def kill_own_process() -> None:

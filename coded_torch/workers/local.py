@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .._arguments import count, instance
-from ..stragglers import Stragglers
+from .._arguments import count
+from .._law import Law, law_of
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
@@ -30,7 +30,8 @@ class LocalWorkers(Workers):
     whenever it is asked for, takes entry p modulo n of draw p // n.
 
     Args:
-        stragglers: the law of the latencies; None: all parts are answered at once.
+        stragglers: the law of the latencies, or a callable, see
+            :class:`~coded_torch.stragglers.Drawn`; None: all parts are answered at once.
         max_batch_size: the most rows in one call of the module, to bound memory; None: one call.
 
     Raises:
@@ -50,13 +51,10 @@ class LocalWorkers(Workers):
 
     simulated = True
 
-    def __init__(
-        self, stragglers: Stragglers | None = None, *, max_batch_size: int | None = None
-    ) -> None:
-        instance(self, "stragglers", stragglers, Stragglers, optional=True)
+    def __init__(self, stragglers: Law | None = None, *, max_batch_size: int | None = None) -> None:
         if max_batch_size is not None:
             max_batch_size = count(self, "max_batch_size", max_batch_size)
-        self.stragglers = stragglers
+        self.stragglers = law_of(self, "stragglers", stragglers)
         self.max_batch_size = max_batch_size
 
     def open(self, module: nn.Module, task: Task) -> Request:

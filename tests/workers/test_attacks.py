@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.testing.workers import task_of
 from coded_torch.workers import FaultyWorkers, LocalWorkers, Reply
 from coded_torch.workers.attacks import ATTACKS
-
-from .workers_tests import task_of
 
 
 class Pair(nn.Module):
@@ -123,6 +122,17 @@ def test_pytrees_and_other_batch_dimensions():
     assert torch.equal(told[1]["a"] / 2 + 1, told[1]["b"].T)
     assert not torch.equal(told[1]["a"], 2 * batch()[4:8])
     assert torch.equal(told[2]["a"], 2 * batch()[8:12])
+
+
+def test_an_attack_of_ones_own_is_a_callable():
+    def attack(rows, generator):
+        return rows + torch.rand(rows.shape, generator=generator)
+
+    x = batch()
+    truth, told = replies(LocalWorkers(), x), replies(lying(attack), x)
+    assert {m for m in truth if not torch.equal(truth[m], told[m])} == {1, 3}
+    again = replies(lying(attack), x)
+    assert all(torch.equal(told[m], again[m]) for m in told)
 
 
 def test_bad_arguments():

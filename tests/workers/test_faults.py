@@ -11,10 +11,10 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Markov, ShiftedExponential, Trace, Uniform
+from coded_torch.testing.workers import PolynomialCode, WorkersTests, numbered, replies_of, task_of
 from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
 
 from .test_threads import ThreadWorkers
-from .workers_tests import PolynomialCode, WorkersTests, numbered, replies_of, task_of
 
 
 class TestFaultyWorkers(WorkersTests):
@@ -163,3 +163,27 @@ def test_every_kind_of_fault_on_a_virtual_clock(kind):
 def test_bad_arguments(options, error, match):
     with pytest.raises(error, match=f"FaultyWorkers: {match}"):
         FaultyWorkers(**{"pool": LocalWorkers(), **options})
+
+
+def test_what_only_the_pool_has_is_passed_on():
+    class Excluding(LocalWorkers):
+        pids = (1, 2)
+
+        def exclude(self, machine: int) -> str:
+            return f"excluded {machine}"
+
+    pool = FaultyWorkers(FaultyWorkers(Excluding()))
+    assert (pool.exclude(1), pool.pids) == ("excluded 1", (1, 2))
+    with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'restart'"):
+        pool.restart(1)
+
+
+def test_a_callable_is_a_law():
+    pool = FaultyWorkers(LocalWorkers(lambda n, generator: [1.0] * n), delays=_one_of_them_hangs)
+    with pool.open(nn.Identity(), task_of(torch.ones(3, 1, 1))) as request:
+        request.ask(numbered((0,), (1,), (2,)))
+        assert [reply.at for reply in replies_of(request)] == [1.0, 1.0]
+
+
+def _one_of_them_hangs(n, generator):
+    return torch.where(torch.randperm(n, generator=generator) == 0, math.inf, 0.0)
