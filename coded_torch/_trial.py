@@ -17,7 +17,7 @@ from .grouping import order_of
 from .nn import CodedWrapper
 from .nn._inputs import Inputs
 from .nn._results import Results
-from .nn._stand_in import training_batch_norm
+from .nn._stand_in import training_part
 from .workers import LocalWorkers, Task
 
 __all__ = ["Trial", "calls_of"]
@@ -39,7 +39,7 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
             f"{owner}: batches must be a sequence of batches, such as [x], "
             f"got {type(batches).__name__}"
         )
-    if (name := training_batch_norm(module)) is not None:
+    if (name := training_part(module)) is not None:
         raise ValueError(
             f"{owner}: the module must be in evaluation mode, as {name} learns from every batch it "
             "sees; call eval() on it"

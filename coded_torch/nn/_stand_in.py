@@ -11,10 +11,16 @@ import torch
 from torch import nn
 from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from .._arguments import warn
 
-__all__ = ["StandIn", "training_batch_norm"]
+__all__ = ["StandIn", "training_part"]
+
+_TRAINING_EFFECTS: dict[type[nn.Module], str] = {
+    _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
+    _DropoutNd: "drops values at random, so the answers of one input differ",
+}
 
 
 class StandIn(nn.Module, abc.ABC):
@@ -67,13 +73,11 @@ class StandIn(nn.Module, abc.ABC):
     def _warn_of_batch_statistics(self) -> None:
         if not self.training or self._warned:
             return
-        name = training_batch_norm(self.module)
-        if name is not None:
-            self._warned = True
-            warn(
-                f"CodedWrapper: {name} is in training mode and takes its statistics from the coded "
-                "inputs, not from the batch; call eval() on it"
-            )
+        for kind, effect in _TRAINING_EFFECTS.items():
+            name = training_part(self.module, kind)
+            if name is not None:
+                self._warned = True
+                warn(f"CodedWrapper: {name} is in training mode and {effect}; call eval() on it")
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
@@ -99,9 +103,9 @@ def _name_keys(wrapper: StandIn, _: Any) -> None:
         texts[:] = [pattern.sub(prefix, text) for text in texts]
 
 
-def training_batch_norm(module: nn.Module) -> str | None:
-    """The first part that learns statistics from every batch it sees, by name; None: none does."""
+def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
+    """The name of the first part of a kind that is in training mode, or None."""
     for name, part in module.named_modules():
-        if part.training and isinstance(part, _BatchNorm):
+        if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
             return name or "the module"
     return None

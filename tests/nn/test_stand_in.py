@@ -20,9 +20,9 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
+from coded_torch.testing.workers import PolynomialCode
 from coded_torch.workers import DeviceWorkers
 
-from ..workers.workers_tests import PolynomialCode
 from .modules import EXACT, linear, rand
 
 
@@ -141,6 +141,23 @@ def test_copies_and_pickles(twin, options):
         assert other.module[0].weight is not coded.module[0].weight
         assert other.waiting == coded.waiting
         assert other.last_run.received
+
+
+def test_dropout_in_training_gets_one_warning():
+    def dropping(p):
+        return CodedWrapper(
+            nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)).double(),
+            PolynomialCode(2, 4),
+        ).train()
+
+    coded = dropping(0.5)
+    with pytest.warns(UserWarning, match=r"1 is in training mode and drops .* call eval\(\) on it"):
+        coded(rand(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coded(rand(4, 3))
+        dropping(0.0)(rand(4, 3))
+        dropping(0.5).eval()(rand(4, 3))
 
 
 def test_batch_statistics_in_training_get_one_warning():
