@@ -111,7 +111,7 @@ def bars_of(times: list[float], failed: int, calm: list[float], killer: Killer) 
 
 
 def kill(quick: bool, policy: Policy) -> dict[str, Any]:
-    with ProcessWorkers(N).start(START) as pool:
+    with ProcessWorkers(N).start(timeout=START) as pool:
         count = 300 if quick else 10_000
         # The short run takes half a second, in which a process must die.
         least, most = (0.02, 0.12) if quick else (0.4, 0.8)
@@ -119,7 +119,7 @@ def kill(quick: bool, policy: Policy) -> dict[str, Any]:
 
 
 def ray(quick: bool) -> dict[str, Any]:
-    with RayWorkers(N).start(START) as pool:
+    with RayWorkers(N).start(timeout=START) as pool:
         between = 0.3 if quick else 3.0
         found = _killed(pool, 100 if quick else 2_000, lambda u: between, at_once)
     undisturbed = found["undisturbed"]["p99"]
@@ -132,7 +132,7 @@ def ray(quick: bool) -> dict[str, Any]:
 
 def pause(quick: bool, policy: Policy) -> dict[str, Any]:
     count, deadline = 200 if quick else 3_000, 0.1
-    with ProcessWorkers(N, grace=600).start(START) as pool:
+    with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
         client = Client(pool, policy(None))
         client.requests(100)
         calm, _ = client.requests(count)
@@ -186,7 +186,8 @@ def stragglers(quick: bool) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         sizes = {"waiting for all": K, "coded": N, "replication": 2 * K}
         pools = {
-            name: stack.enter_context(ProcessWorkers(n).start(START)) for name, n in sizes.items()
+            name: stack.enter_context(ProcessWorkers(n).start(timeout=START))
+            for name, n in sizes.items()
         }
         for share, quarter in ((0.01, 0.25), (0.03, 0.5)):
             times = delayed_times(pools, share, count, interval)
@@ -232,7 +233,7 @@ def delayed_times(
 def mixing(quick: bool, policy: Policy) -> dict[str, Any]:
     count, threads = 400 if quick else 10_000, 8
     law = Bernoulli(0.05, latency=0.04)
-    with FaultyWorkers(ProcessWorkers(N).start(START), delays=law, seed=SEED) as pool:
+    with FaultyWorkers(ProcessWorkers(N).start(timeout=START), delays=law, seed=SEED) as pool:
         coded = CodedWrapper(
             nn.Identity(),
             SplineCode(K, N),
@@ -261,7 +262,7 @@ def mixing(quick: bool, policy: Policy) -> dict[str, Any]:
 def corruption(quick: bool, policy: Policy) -> dict[str, Any]:
     count = 100 if quick else 1_000
     rates = dict.fromkeys(("nan", "infinity", "shape", "dtype", "structure", "crash"), 0.01)
-    with FaultyWorkers(ProcessWorkers(N).start(START), rates=rates, seed=SEED) as pool:
+    with FaultyWorkers(ProcessWorkers(N).start(timeout=START), rates=rates, seed=SEED) as pool:
         client, reasons = Client(pool, policy(None)), []
         failed = 0
         for _ in range(count):
@@ -283,7 +284,7 @@ def corruption(quick: bool, policy: Policy) -> dict[str, Any]:
 
 def leak(quick: bool, policy: Policy) -> dict[str, Any]:
     def session() -> None:
-        with ProcessWorkers(N).start(START) as pool:
+        with ProcessWorkers(N).start(timeout=START) as pool:
             client = Client(pool, policy(None))
             client.requests(50 if quick else 500)
             os.kill(pool.pids[0], signal.SIGKILL)
@@ -319,7 +320,7 @@ def overhead(quick: bool) -> dict[str, Any]:
     runs = 30 if quick else 300
     found: dict[str, Any] = {}
     module = nn.Identity()  # the same in all calls: a new one would have to be sent
-    with torch.no_grad(), ProcessWorkers(4).start(START) as pool:
+    with torch.no_grad(), ProcessWorkers(4).start(timeout=START) as pool:
         for name, columns in (("4 x 40 B", 10), ("4 x 1 MiB", 1 << 18)):
             values = torch.randn(4, 1, columns)
             if values.nbytes >= 1 << 16:  # where a wrapper encodes: what the pool adds to that

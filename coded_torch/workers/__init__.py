@@ -9,7 +9,8 @@ To add a pool:
    ``fail``. Under ``ambient.restored``, with ``task.payload`` and the part's fault, if any.
 4. Subclass :class:`Workers`: ``num_machines``, ``open``, ``close``, and how it is pickled. Requests
    must not hold the pool, so that it ends when nothing else does.
-5. Inherit ``WorkersTests`` in ``tests/workers``; ``test_threads.py`` there is a pool of 60 lines.
+5. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
+   is a pool of 60 lines.
 """
 
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers

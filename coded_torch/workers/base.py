@@ -276,11 +276,19 @@ class Request(abc.ABC):
     def close(self) -> None:
         """Drop all that has not begun, and whatever arrives from now on; twice is fine."""
 
+    def abandon(self) -> None:
+        """Close, and end even what machines are at, where the pool can."""
+        self.close()
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        # Ctrl-C is to leave nothing behind that keeps the next call waiting.
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.abandon()
+        else:
+            self.close()
 
 
 class Workers(abc.ABC):
@@ -310,7 +318,7 @@ class Workers(abc.ABC):
 
     Subclasses implement :meth:`open`, and :meth:`close` if they hold anything. A pool on real time
     gets all of its request but the machines from :class:`~coded_torch.workers.live.LiveRequest`.
-    ``tests/workers/test_threads.py`` is a small one, ``tests/workers/workers_tests.py`` tests any.
+    ``tests/workers/test_threads.py`` is a small one, :mod:`coded_torch.testing.workers` tests any.
     """
 
     #: The law by which the pool delays its machines, if it does.
@@ -375,8 +383,17 @@ class Workers(abc.ABC):
                 if isinstance(event, Reply):
                     yield event
 
-    def start(self) -> Self:
-        """Bring up what the first request would else bring up, and wait for it."""
+    def start(
+        self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
+    ) -> Self:
+        """Bring up what the first request would else bring up, and wait for it.
+
+        Args:
+            module: what is loaded by every machine, where machines load modules.
+            example: what each machine calls the module with: an input or a tuple of positional
+                arguments.
+            timeout: seconds.
+        """
         return self
 
     def close(self) -> None:  # noqa: B027 - most pools hold nothing

@@ -10,7 +10,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Iterable, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
+from ._loading import load_everywhere
 from .base import Began, Part, Reply, Request, Task, Workers
 from .live import LiveRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["DeviceWorkers"]
 
@@ -56,6 +60,11 @@ class DeviceWorkers(Workers):
     Note:
         A thread cannot be ended: one whose module hangs is at its part until this process ends.
 
+        Random numbers come from the generators of this process, one per device. Parts on the CPU
+        take different ones, in the order in which they happen to run. Accelerators that were seeded
+        alike, as :func:`torch.manual_seed` does, draw the same numbers: seed them apart, with
+        ``torch.cuda.manual_seed`` under ``torch.cuda.device``.
+
     Example:
         >>> import torch
         >>> from coded_torch.codes import ReplicationCode
@@ -87,6 +96,13 @@ class DeviceWorkers(Workers):
         _refuse_compiled(module)
         self._threads.check()
         return _DeviceRequest(module, task, self.timeout, self._threads)
+
+    def start(
+        self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
+    ) -> Self:
+        if module is not None and example is not None:
+            load_everywhere(self, module, example, timeout)
+        return self
 
     def close(self) -> None:
         """End the threads, waiting a few seconds for what they are at; twice is fine."""

@@ -33,6 +33,7 @@ class LiveRequest(Request):
     Attributes:
         task: the same.
         ambient: the modes of the caller.
+        abandoned: whether its caller was interrupted, so that not even its machines go on.
     """
 
     def __init__(self, task: Task, timeout: float) -> None:
@@ -45,6 +46,7 @@ class LiveRequest(Request):
         self._asked: deque[tuple[float, Part]] = deque()  # when each was, the oldest first
         self._events: queue.SimpleQueue[Began | Reply] = queue.SimpleQueue()
         self._closed = False
+        self.abandoned = False
         # Guards what is open and closed. A pool may take it under a lock of its own, never the
         # other way round.
         self._lock = threading.Lock()

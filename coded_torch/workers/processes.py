@@ -3,28 +3,31 @@ r"""Workers in processes of this machine, which may hang and die."""
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.process
+import importlib.util
 import os
 import selectors
 import signal
 import socket
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .._arguments import find_devices
+from ._supervised.fork_server import ForkServer, check_guard, meet
 from ._supervised.machine import Job, Machine
+from ._supervised.pickles import Pickled
 from ._supervised.pool import SupervisedWorkers
 from ._supervised.shared_inputs import SharedInputs
-from ._supervised.shared_memory import Block, Connection, Pickled
+from ._supervised.shared_memory import Block, Connection
 from ._supervised.supervisor import Supervisor
-from ._supervised.worker_main import JOB, LOADED, MODULE, READY, serve
+from ._supervised.worker_main import JOB, LOADED, MODULE, READY
 
 __all__ = ["ProcessWorkers"]
 
 _SPARE_DESCRIPTORS = 16
+_UNFORKED = "was not forked, as the server that forks processes ended"
 _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait
 
 
@@ -32,16 +35,23 @@ class ProcessWorkers(SupervisedWorkers):
     r"""A process per worker, each with the module; each takes the next part when it is free.
 
     Inputs and results pass through shared memory; what a wrapper encodes is written there, and not
-    again. A process that dies is replaced at once, one that
-    is at a part for longer than ``grace`` is killed and replaced; the part has failed, the request
-    goes on. Since any process takes any part, those that are slow, stopped or starting hold up none
-    of the later requests while others are free.
+    again. A process that dies is replaced at once, one that is at a part for longer than ``grace``
+    is killed and replaced; the part has failed, the request goes on. Ctrl-C ends the processes that
+    are at parts of the interrupted call. Since any process takes any part, those that are slow,
+    stopped or starting hold up none of the later requests while others are free.
 
     The module is sent to each process once, and again when a parameter or buffer has been replaced
     or changed in place, or ``train`` or ``eval`` was called; all processes share one copy of its
     weights. Changes of other attributes, and in-place ones through ``.data`` or of tensors made in
     inference mode, go unnoticed, until :meth:`forget` is called; what a call changes in its process
     stays there. Gradients do not pass through processes.
+
+    Each process draws random numbers of its own, from torch, NumPy and :mod:`random`. Its seed is
+    made of :func:`torch.initial_seed` when the process starts, the number of the pool in this
+    process, the place of the process in the pool and how often that place was taken. So the numbers
+    of a process can be repeated. Which process takes a part depends on time, so answers of a module
+    that draws numbers cannot be, other than on :class:`~coded_torch.workers.LocalWorkers`. A
+    generator that the module holds is copied as it is and draws the same in every process.
 
     Args:
         num_workers: how many processes; the code may divide a batch more finely.
@@ -55,26 +65,33 @@ class ProcessWorkers(SupervisedWorkers):
             requests. Loading the module is not counted, and may take two minutes.
         timeout: seconds after which a part that was asked for and has not replied has failed.
         max_requests: how many requests may be served at once; the parts of others wait for room.
+        preload: names of packages that the processes find imported, beside those of the module's
+            classes.
 
     Raises:
         TypeError: an argument is of another kind than said.
-        ValueError: a number is not positive, no device is given, or there is none of that name.
+        ValueError: a number is not positive, no device is given, or there is none of that name; a
+            package of ``preload`` is not installed.
 
     Opening raises:
-        RuntimeError: the pool is closed, an input requires gradients, or this process was forked
-            from the one that started the pool.
-        TypeError: the module cannot be pickled, or is of a class of an interactive session.
+        RuntimeError: the pool is closed, an input requires gradients, this process was forked from
+            the one that started the pool, or the main script has no guard.
+        TypeError: the module cannot be pickled.
 
     Warns:
         UserWarning: once, where gradients would be expected: a parameter requires them.
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the module's class from there; a class that was defined in a notebook or an interactive
-        session cannot be found. Needs sockets of the Unix domain, so not Windows. The first process
-        takes seconds to start, later ones some 20 ms (they are forked from a server that has
-        imported torch, which Python keeps until this process ends). One that replaces another loads
-        the module that was sent last before it counts as up.
+        the module's class from there. Classes of a notebook or an interactive session go by value,
+        if cloudpickle is installed. Needs sockets of the Unix domain, so not Windows.
+
+        Processes are forked from a server, which all pools of this process share. It imports torch,
+        the main script, ``preload`` and the packages of the modules that are sent; a package that
+        starts threads or initialises CUDA when it is imported is left to the processes. The server
+        takes seconds to start, a process then some 50 ms. One that replaces another loads the
+        module that was sent last before it counts as up; ``start(module, example)`` has all of them
+        load it.
 
     Example:
         .. code-block:: python
@@ -85,10 +102,9 @@ class ProcessWorkers(SupervisedWorkers):
             from coded_torch.workers import ProcessWorkers
 
             if __name__ == "__main__":
-                with ProcessWorkers(6).start() as workers, torch.no_grad():
-                    coded = CodedWrapper(
-                        torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers
-                    )
+                module = torch.nn.Linear(3, 2)
+                with ProcessWorkers(6).start(module) as workers, torch.no_grad():
+                    coded = CodedWrapper(module, KernelCode(4, 6), workers=workers)
                     print(coded(torch.randn(8, 3)).shape)
     """
 
@@ -101,34 +117,49 @@ class ProcessWorkers(SupervisedWorkers):
         grace: float = 30.0,
         timeout: float = 600.0,
         max_requests: int = 64,
+        preload: Iterable[str] = (),
     ) -> None:
+        self.preload = _importable(preload)
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         super().__init__(
             num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
         )
 
     def _make_supervisor(self) -> Supervisor:
-        if getattr(multiprocessing.current_process(), "_inheriting", False):
-            # Else the last line of all that multiprocessing says of it would be an empty one.
-            raise RuntimeError(
-                "ProcessWorkers: a process that imports this script must not start workers; put "
-                'its main part under: if __name__ == "__main__":'
-            )
-        return _Processes(self.num_workers, self.grace, self.devices, self.threads)
+        check_guard()
+        return _Processes(self.num_workers, self.grace, self.devices, self.threads, self.preload)
 
 
 class _Process(Machine):
     """One process, and what it has been sent."""
 
-    def __init__(
-        self, index: int, process: multiprocessing.process.BaseProcess, connection: Connection
-    ) -> None:
+    def __init__(self, index: int, connection: Connection) -> None:
         super().__init__(index)
-        self.process, self.connection = process, connection
-        self.pid = process.pid or 0
+        self.connection = connection
+        self._handle: int | None = None
+
+    def meet(self) -> bool:
+        """Read which process it is; whether it is any."""
+        self.pid, self._handle = meet(self.connection.socket)
+        return self.pid > 0
+
+    def kill(self) -> None:
+        """End the process, though the server that forked it may have ended."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._handle is not None:
+                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+            elif self.pid:
+                os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Let go of all that is held for the process."""
+        self.connection.close()
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
 
     def __str__(self) -> str:
-        return f"process {self.pid}"
+        return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
 
 
 class _Processes(Supervisor):
@@ -137,40 +168,39 @@ class _Processes(Supervisor):
     noun = "processes"
 
     def __init__(
-        self, size: int, grace: float, devices: Sequence[torch.device], threads: int
+        self,
+        size: int,
+        grace: float,
+        devices: Sequence[torch.device],
+        threads: int,
+        preload: Sequence[str],
     ) -> None:
         super().__init__(size, grace)
         self._devices = devices
         self._threads = threads
-        methods = multiprocessing.get_all_start_methods()
-        self._context = multiprocessing.get_context(
-            "forkserver" if "forkserver" in methods else "spawn"
-        )
         self._inputs = SharedInputs()
         self._selector = selectors.DefaultSelector()
+        self._server = ForkServer(self._selector, preload)
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
             end.setblocking(False)
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> tuple[Block, int]:
-        return Block.of(module)
+        pickled = Pickled(module)
+        if self._server.want(_foreign(pickled.packages)):
+            self.wake()  # what replaces a process later need not import them
+        return Block.of(pickled)
 
     def launch(self, index: int) -> Machine:
-        if self._context.get_start_method() == "forkserver":
-            self._context.set_forkserver_preload([serve.__module__])
         self._check_descriptors()
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as unless_started:
             unless_started.enter_context(ours)
-            # Daemonic, so that it outlives us in no case.
-            process = self._context.Process(  # type: ignore[attr-defined]
-                target=serve, args=(theirs, device, self._threads), daemon=True
-            )
-            process.start()
+            self._server.fork(theirs, device, self._threads, self.seed(index))
             unless_started.pop_all()
-        machine = _Process(index, process, Connection(ours))
+        machine = _Process(index, Connection(ours))
         self._selector.register(machine.connection, selectors.EVENT_READ, machine)
         return machine
 
@@ -189,7 +219,9 @@ class _Processes(Supervisor):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Process)
-        self._kill(machine)
+        if not machine.pid:
+            self._server.discard()  # which has not come to fork it
+        machine.kill()
         self._bury(machine)
 
     def wait(self, seconds: float) -> None:
@@ -198,8 +230,14 @@ class _Processes(Supervisor):
                 with contextlib.suppress(BlockingIOError):
                     while self._alarm.recv(4096):
                         pass
-            else:
+            elif key.data is self._server:
+                self._server.hear()
+            elif key.fileobj in self._selector.get_map():  # else it has been ended meanwhile
                 self._hear(key.data)
+        if self._server.refusal:
+            self.refuse(self._server.refusal)
+        with contextlib.suppress(OSError):  # it has ended, which is heard next
+            self._server.preload()
 
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError, OSError):  # rung already, or closed
@@ -207,18 +245,22 @@ class _Processes(Supervisor):
 
     def let_go(self) -> None:
         self._inputs.clear()
+        self._server.close()
         self._selector.close()
         self._alarm.close()
         self._bell.close()
 
     def _hear(self, machine: _Process) -> None:
         try:
-            message = machine.connection.receive()
+            if not machine.pid and machine.meet():
+                return
+            message = machine.connection.receive() if machine.pid else None
             if message is not None and message.kind == READY:
                 self._welcome(machine)
-        except OSError as error:
+        except Exception as error:  # whatever what a broken process sends causes
             self.end(machine)
-            self.lost(machine, f"was killed, as nothing could be exchanged with it: {error}")
+            what = f"{type(error).__name__}: {error}"
+            self.lost(machine, f"was killed, as nothing could be exchanged with it: {what}")
             return
         if message is None:
             self.lost(machine, self._bury(machine))
@@ -240,10 +282,7 @@ class _Processes(Supervisor):
                 machine.connection.flush()
 
     def _check_descriptors(self) -> None:
-        """Raise an OSError unless there are enough of them to start a process and to ask it.
-
-        The server that processes are forked from dies, noisily, where they run out on the way.
-        """
+        """Raise an OSError unless there are enough of them to start a process and to ask it."""
         spare: list[int] = []
         try:
             while len(spare) < _SPARE_DESCRIPTORS:
@@ -252,27 +291,35 @@ class _Processes(Supervisor):
             for descriptor in spare:
                 os.close(descriptor)
 
-    def _kill(self, machine: _Process) -> None:
-        # Not process.kill(), which does nothing where the server that forked it has died.
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(machine.pid, signal.SIGKILL)
-
     def _bury(self, machine: _Process) -> str:
         """Let go of a process that ends, and say how it did."""
         with contextlib.suppress(KeyError):
             self._selector.unregister(machine.connection)
-        machine.process.join(_DYING_SECONDS)
-        code = machine.process.exitcode
-        machine.connection.close()
+        code = self._server.exit_code(machine.pid, _DYING_SECONDS) if machine.pid else None
         if code is None:
-            self._kill(machine)  # it has closed its end, and lives: it is of no use
-            return "closed its connection, and was killed"
-        machine.process.close()
+            machine.kill()  # it has closed its end, and may live: it is of no use
+        machine.close()
+        if code is None:
+            return _UNFORKED if not machine.pid else "closed its connection, and was killed"
         if code < 0:
             return f"was killed by {signal.Signals(-code).name}"
-        if machine.ready or machine.modules:
-            return f"ended with exit code {code}"
-        return (
-            f"ended with exit code {code} before it was up; its output says why (does the script "
-            'guard its main part by: if __name__ == "__main__"?)'
-        )
+        up = "" if machine.ready or machine.modules else " before it was up; its output says why"
+        return f"ended with exit code {code}{up}"
+
+
+def _foreign(packages: Iterable[str]) -> list[str]:
+    """Of the packages of a module, those that may not be imported wherever torch is."""
+    known = {"__main__", "torch", *sys.stdlib_module_names}
+    return sorted(name for name in packages if name.partition(".")[0] not in known)
+
+
+def _importable(names: Iterable[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"ProcessWorkers: preload must be a list of names, got {names!r}")
+    names = list(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"ProcessWorkers: preload must hold names, got {name!r}")
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise ValueError(f"ProcessWorkers: preload must name installed packages, got {name!r}")
+    return names

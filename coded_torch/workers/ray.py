@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from ._supervised.machine import Job, Machine
+from ._supervised.pickles import Pickled, TensorPickler, aligned, cloud_pickler, unpickled
 from ._supervised.pool import SupervisedWorkers
-from ._supervised.shared_memory import Message, Pickled, TensorPickler, aligned
 from ._supervised.supervisor import Supervisor
-from ._supervised.worker_main import LoadedModules
+from ._supervised.worker_main import LoadedModules, set_up
 
 __all__ = ["RayWorkers"]
 
@@ -53,7 +53,7 @@ class RayWorkers(SupervisedWorkers):
         num_workers: how many actors.
         address: of the cluster, as :func:`ray.init` takes it. None: the one that this process is
             connected to, else one of its own on this machine, without dashboard and usage report;
-            it ends with the last pool that uses it.
+            it ends with the last pool that uses it. A process is in one cluster at a time.
         threads: how many threads each actor uses for one operation.
         grace: seconds that a part may take, as for processes, but loading the module included.
         timeout: seconds after which a part that was asked for and has not replied has failed.
@@ -66,6 +66,9 @@ class RayWorkers(SupervisedWorkers):
         ImportError: Ray is not installed.
         TypeError: an argument is of another kind than said.
         ValueError: a number is not positive.
+
+    Starting raises:
+        RuntimeError: this process is in another cluster.
 
     Note:
         Some milliseconds a request, ten times what processes take on one machine. Ray restarts no
@@ -142,15 +145,22 @@ class _Actors(Supervisor):
         self._cluster = _Cluster.join(address, self)  # last: it is left when these end
 
     def pack(self, module: nn.Module) -> Any:
+        self._cluster.check()
         return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call
 
     def launch(self, index: int) -> Machine:
-        machine = _Actor(index, self._class.remote(self._threads))
+        try:
+            self._cluster.check()
+        except RuntimeError as error:
+            self.refuse(str(error))
+            raise
+        machine = _Actor(index, self._class.remote(self._threads, self.seed(index)))
         self._listen(machine, None, machine.handle.hello.remote())
         return machine
 
     def send(self, machine: Machine, job: Job) -> None:
         assert isinstance(machine, _Actor)
+        self._cluster.check()
         packed = _pack(job.contents())
         machine.load(job.module)
         reply = machine.handle.call.remote(job.module.number, job.module.package, *packed)
@@ -158,8 +168,9 @@ class _Actors(Supervisor):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Actor)
-        # An actor that Ray does not know any more has ended with its cluster.
-        with contextlib.suppress(_ray().exceptions.ActorHandleNotFoundError):
+        # An actor whose cluster has ended, or that Ray does not know any more, has ended.
+        with contextlib.suppress(RuntimeError, _ray().exceptions.ActorHandleNotFoundError):
+            self._cluster.check()
             _ray().kill(machine.handle, no_restart=True)
 
     def wait(self, seconds: float) -> None:
@@ -218,18 +229,29 @@ class _Cluster:
     _lock = threading.RLock()
     _current: _Cluster | None = None
 
-    def __init__(self, folder: str | None, connected: bool) -> None:
-        self._folder, self._connected = folder, connected
+    def __init__(self, address: str | None, folder: str | None, connected: bool) -> None:
+        self._address, self._folder, self._connected = address, folder, connected
+        self._session = _session()
         self._users: list[_Actors] = []
         # Before Ray's own, which is older: it would leave pools that cannot end their actors.
         atexit.register(self._exit)
 
     @classmethod
     def join(cls, address: str | None, user: _Actors) -> _Cluster:
-        """The cluster, for one more pool."""
+        """The cluster, for one more pool.
+
+        Raises:
+            RuntimeError: this process is connected to another one.
+        """
         with cls._lock:
-            if cls._current is None or not _ray().is_initialized():
+            if cls._current is None or cls._current._session != _session():
                 cls._current = cls._connect(address)
+            known = cls._current._address, cls._current._session[0], "auto", None
+            if address not in known:
+                raise RuntimeError(
+                    f"RayWorkers: address must be that of the cluster which this process is in, "
+                    f"{known[1]}, got {address!r}; a process is in one cluster at a time"
+                )
             cls._current._users.append(user)
             return cls._current
 
@@ -240,14 +262,21 @@ class _Cluster:
         if not ours or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
             logger.warning("the processes of Ray listen on every interface of their machines")
         if ray.is_initialized():
-            return cls(None, connected=False)
+            return cls(None, None, connected=False)
         if address is not None:
             ray.init(address=address, **quiet)
-            return cls(None, connected=True)
+            return cls(address, None, connected=True)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         folder = tempfile.mkdtemp(prefix="ray-")
         ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet)
-        return cls(folder, connected=True)
+        return cls(None, folder, connected=True)
+
+    def check(self) -> None:
+        """Raise a RuntimeError where Ray would begin a cluster of its own: this one has ended."""
+        if self._session != _session():
+            raise RuntimeError(
+                "RayWorkers: this process has left the cluster of the pool; start another pool"
+            )
 
     def leave(self, user: _Actors) -> None:
         """A pool has ended; with the last one ends what was begun for the first."""
@@ -256,9 +285,10 @@ class _Cluster:
             if self._users:
                 return
             atexit.unregister(self._exit)
-            type(self)._current = None
-            if self._connected:
+            if self._connected and self._session == _session():  # else a later one is connected
                 _ray().shutdown()
+            if type(self)._current is self:
+                type(self)._current = None
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -267,11 +297,19 @@ class _Cluster:
             user.close()
 
 
+def _session() -> tuple[str, str]:
+    """The address of the cluster that this process is in, and what Ray calls its stay there."""
+    if not _ray().is_initialized():
+        return "none", ""
+    context = _ray().get_runtime_context()
+    return context.gcs_address, context.get_job_id()
+
+
 class Serving:
     """What runs in an actor."""
 
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, threads: int, seed: int) -> None:
+        set_up(threads, seed)
         device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
         self._modules = LoadedModules(device, _cloud_pickler())
 
@@ -293,7 +331,7 @@ def _actor_class() -> type:
     home = str(Path(__file__).resolve().parents[2])
 
     class CodedTorchWorker:
-        def __init__(self, threads: int) -> None:
+        def __init__(self, threads: int, seed: int) -> None:
             import sys
 
             sys.path.insert(0, home)  # on other machines, where there is none, this does nothing
@@ -301,7 +339,7 @@ def _actor_class() -> type:
                 from coded_torch.workers.ray import Serving
             finally:
                 sys.path.remove(home)
-            self.serving = Serving(threads)
+            self.serving = Serving(threads, seed)
 
         def hello(self) -> int:
             import os
@@ -340,17 +378,11 @@ def _unpack(stream: bytes, arrays: list[Any]) -> Any:
     memory = np.empty(ends[-1], np.uint8)
     for start, part in zip([0, *ends], parts, strict=False):
         memory[start : start + len(part)] = part
-    return Message(0, 0, memory.data, len(stream)).value()
+    return unpickled(memory.data, len(stream))
 
 
 def _cloud_pickler() -> type[TensorPickler]:
-    base = _ray().cloudpickle.CloudPickler
-
-    class CloudPickler(TensorPickler, base):  # type: ignore[misc, valid-type]
-        def reduce_other(self, obj: Any) -> Any:
-            return base.reducer_override(self, obj)
-
-    return CloudPickler
+    return cloud_pickler(_ray().cloudpickle.CloudPickler)
 
 
 def _ray() -> Any:

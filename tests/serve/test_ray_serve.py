@@ -113,7 +113,7 @@ def deployed():
 
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    with RayWorkers(1).start(WAIT):  # holds a cluster of its own
+    with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         options = {"ray_actor_options": {"num_cpus": 0}}
         try:

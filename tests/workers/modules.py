@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
+import socket
+import struct
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,23 +69,6 @@ class Sleepy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         time.sleep(float(x.max()))
-        return x.clone()
-
-
-class Gated(nn.Module):
-    """Notes in a folder which inputs it has got, and returns them when there is a file "open"."""
-
-    def __init__(self, folder: str) -> None:
-        super().__init__()
-        self.folder = folder
-
-    def forward(self, x: Tensor) -> Tensor:
-        folder = Path(self.folder)
-        (folder / str(int(x.max()))).touch()
-        end = time.monotonic() + 60.0
-        while not (folder / "open").exists():
-            assert time.monotonic() < end
-            time.sleep(0.002)
         return x.clone()
 
 
@@ -155,4 +142,24 @@ class Heavy(nn.Module):
         super().__setstate__(state)
 
     def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Random(nn.Module):
+    """A number of each generator that modules use, for every row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [(torch.rand(()).item(), random.random(), np.random.rand()) for _ in x]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+class Garbles(nn.Module):
+    """Writes what nobody understands to the connections of its process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                sock = socket.socket(fileno=os.dup(int(name)))
+                sock.send(struct.pack("<qqqqQqQq", 4, 0, 10, 3, 0, -1, 0, 0))
+        time.sleep(3600)
         return x

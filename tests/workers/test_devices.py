@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.workers import Began, DeviceWorkers, WorkerError
-
-from .workers_tests import (
+from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
     PolynomialCode,
@@ -28,6 +26,7 @@ from .workers_tests import (
     replies_of,
     task_of,
 )
+from coded_torch.workers import Began, DeviceWorkers, WorkerError
 
 WAIT = 30.0  # bounds waits that end at once unless something is broken
 
@@ -442,3 +441,12 @@ def test_answers_and_gradients_on_cuda(home):
                 rtol=1e-7,
                 atol=1e-7,
             )
+
+
+def test_starting_with_an_example_runs_the_module_on_every_device():
+    module = nn.Linear(3, 2)
+    with DeviceWorkers(["cpu", "cpu"]).start(module, torch.ones(4, 3)) as pool:
+        with pool.open(module, task_of(torch.ones(2, 1, 3))) as request:
+            request.ask(numbered((0,), (1,)))
+            events = [request.wait(WAIT) for _ in range(4)]
+        assert [event.fresh for event in events if isinstance(event, Began)] == [False, False]

@@ -16,10 +16,10 @@ from torch import nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, numbered, task_of, until
 from coded_torch.workers import Began, FaultyWorkers, RayWorkers
 
 from .modules import Exits, Scale
-from .workers_tests import WAIT, PolynomialCode, WorkersTests, numbered, task_of, until
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytestmark = [
@@ -33,14 +33,14 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     """One cluster for all tests, held by a pool of its own."""
-    with RayWorkers(1).start(WAIT) as pool:
+    with RayWorkers(1).start(timeout=WAIT) as pool:
         yield pool
     assert not ray.is_initialized()
 
 
 @pytest.fixture(scope="module", name="pool")
 def shared_pool(cluster):
-    with RayWorkers(3, grace=WAIT).start(WAIT) as pool:
+    with RayWorkers(3, grace=WAIT).start(timeout=WAIT) as pool:
         yield pool
 
 
@@ -86,7 +86,7 @@ def test_a_class_without_a_module_is_sent_along(pool):
 
 def test_a_module_is_new_to_each_actor_once(cluster):
     module, seen = nn.Identity(), set()
-    with RayWorkers(2).start(WAIT) as pool, torch.no_grad():
+    with RayWorkers(2).start(timeout=WAIT) as pool, torch.no_grad():
         for _ in range(4):
             with pool.open(module, task_of(torch.ones(1, 1, 1))) as request:
                 request.ask(numbered((0,), (0,)))
@@ -113,7 +113,7 @@ def test_an_idle_actor_that_is_killed_is_replaced(pool):
 
 
 def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(cluster):
-    with RayWorkers(3, grace=1.5).start(WAIT) as pool:
+    with RayWorkers(3, grace=1.5).start(timeout=WAIT) as pool:
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)
         coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=waiting)
         stopped = pool.pids[:2]
@@ -132,7 +132,7 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
 @pytest.mark.parametrize("kind", ["nan", "crash"])
 def test_faults_spoil_nothing(cluster, kind):
     n = 4
-    with FaultyWorkers(RayWorkers(n).start(WAIT), rates={kind: 0.1}, seed=0) as pool:
+    with FaultyWorkers(RayWorkers(n).start(timeout=WAIT), rates={kind: 0.1}, seed=0) as pool:
         code = PolynomialCode(2, n)
         coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
         for i in range(6):
@@ -141,7 +141,7 @@ def test_faults_spoil_nothing(cluster, kind):
 
 
 def test_closing_ends_the_actors(cluster):
-    pool = RayWorkers(2).start(WAIT)
+    pool = RayWorkers(2).start(timeout=WAIT)
     pids = pool.pids
     pool.close()
     pool.close()
@@ -149,7 +149,7 @@ def test_closing_ends_the_actors(cluster):
 
 
 def test_a_pool_that_nobody_holds_ends_its_actors(cluster):
-    pool = RayWorkers(2).start(WAIT)
+    pool = RayWorkers(2).start(timeout=WAIT)
     pids = pool.pids
     del pool
     gc.collect()
@@ -242,3 +242,38 @@ def _runs(pid: int) -> bool:
         return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+_CLUSTERS = """
+import ray, torch
+from coded_torch.testing.workers import task_of
+from coded_torch.workers import RayWorkers
+
+def answers(pool):
+    with torch.no_grad():
+        return len(list(pool.run(torch.nn.Identity(), task_of(torch.ones(2, 1, 1)))))
+
+first = RayWorkers(1).start()
+address = ray.get_runtime_context().gcs_address
+for other in ("127.0.0.1:9", "local"):
+    try:
+        RayWorkers(1, address=other).start()
+    except RuntimeError as error:
+        print(f"got {other!r}" in str(error) and address in str(error))
+with RayWorkers(1, address=address).start() as second:
+    print(answers(second))
+ray.shutdown()  # by somebody else, who then connects anew
+later = RayWorkers(1).start()
+first.close()
+print(answers(later), ray.is_initialized())
+later.close()
+print(ray.is_initialized())
+"""
+
+
+def test_one_cluster_at_a_time_and_none_is_left_for_another_pool():
+    done = subprocess.run(
+        [sys.executable, "-c", _CLUSTERS], capture_output=True, text=True, timeout=3 * WAIT, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True", "2", "2", "True", "False"]

@@ -12,11 +12,11 @@ from torch import nn
 
 from coded_torch.codes import ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.testing.workers import WAIT, Gated, numbered, replies_of, task_of, until
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
-from coded_torch.workers._supervised.shared_memory import Pickled
+from coded_torch.workers._supervised.pickles import Pickled
 
-from .modules import Doubles, Gated, Remembers
-from .workers_tests import WAIT, numbered, replies_of, task_of, until
+from .modules import Doubles, Remembers
 
 COLUMNS = 10_000  # so many that the memory of the pool is used
 
@@ -42,7 +42,7 @@ def no_gradients():
 
 @pytest.fixture(scope="module")
 def pool():
-    with ProcessWorkers(3, grace=WAIT).start(WAIT) as pool:
+    with ProcessWorkers(3, grace=WAIT).start(timeout=WAIT) as pool:
         yield pool
 
 
@@ -93,7 +93,7 @@ def test_wrappers_encode_there(pool, code, inputs):
 
 
 def test_what_a_module_writes_to_its_inputs_is_seen_by_no_other():
-    with ProcessWorkers(2, grace=WAIT).start(WAIT) as pool:
+    with ProcessWorkers(2, grace=WAIT).start(timeout=WAIT) as pool:
         x = values(1, 2, pool=pool)
         module = Doubles(in_place=True)
         for _ in range(3):  # the same units again and again, in both processes
@@ -107,7 +107,7 @@ def test_what_a_module_writes_to_its_inputs_is_seen_by_no_other():
 
 
 def test_memory_that_a_late_process_reads_is_not_written(tmp_path):
-    with ProcessWorkers(1, grace=WAIT).start(WAIT) as pool:
+    with ProcessWorkers(1, grace=WAIT).start(timeout=WAIT) as pool:
         x = values(7, pool=pool)
         place = x.data_ptr()
         with pool.open(Gated(str(tmp_path)), task_of(x)) as request:
@@ -123,7 +123,7 @@ def test_memory_that_a_late_process_reads_is_not_written(tmp_path):
 
 
 def test_memory_is_free_when_its_reader_is_dead():
-    with ProcessWorkers(1, grace=WAIT).start(WAIT) as pool:
+    with ProcessWorkers(1, grace=WAIT).start(timeout=WAIT) as pool:
         x = values(7, pool=pool)
         place = x.data_ptr()
         (pid,) = pool.pids
@@ -159,7 +159,7 @@ def test_answers_that_are_held_stay_what_they_are(pool):
 
 
 def test_without_memory_that_is_free_inputs_are_copied():
-    with ProcessWorkers(1).start(WAIT) as pool:
+    with ProcessWorkers(1).start(timeout=WAIT) as pool:
         held = [pool.memory(1) for _ in range(64)]
         assert None not in held
         assert pool.memory(1) is None
@@ -180,7 +180,7 @@ def test_larger_inputs_take_the_place_of_smaller_ones(pool):
 def test_nothing_is_mixed_while_processes_are_killed_and_stopped():
     """Every call has inputs of its own; many are answered while others are late or die."""
     x = [torch.full((4, COLUMNS), float(i)) for i in range(8)]
-    with ProcessWorkers(4, grace=0.2).start(WAIT) as pool:
+    with ProcessWorkers(4, grace=0.2).start(timeout=WAIT) as pool:
         coded = CodedWrapper(Doubles(in_place=True), ReplicationCode(4, 8), workers=pool,
                              waiting=Waiting.first(2), ordering="arrival")  # fmt: skip
         end = time.monotonic() + 3.0
@@ -198,7 +198,7 @@ def test_nothing_is_mixed_while_processes_are_killed_and_stopped():
 
 def test_a_closed_pool_has_no_memory():
     before = len(os.listdir("/proc/self/fd"))
-    with ProcessWorkers(1).start(WAIT) as pool:
+    with ProcessWorkers(1).start(timeout=WAIT) as pool:
         held = values(7, pool=pool)
         assert all(reply.error is None for reply in pool.run(nn.Identity(), task_of(held)))
     assert free(pool) == []

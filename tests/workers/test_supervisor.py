@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,14 +12,14 @@ import torch
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
+from coded_torch.testing.workers import numbered, task_of, until
 from coded_torch.workers import Began, Part, Reply
 from coded_torch.workers._supervised.machine import Job, Machine
 from coded_torch.workers._supervised.modules import PackedModule
+from coded_torch.workers._supervised.pool import SupervisedWorkers
 from coded_torch.workers._supervised.supervisor import START_SECONDS, Supervisor
 from coded_torch.workers._supervised.worker_main import RESULT
 from coded_torch.workers.live import LiveRequest
-
-from .workers_tests import numbered, task_of
 
 GRACE = 10.0
 
@@ -518,3 +519,107 @@ def test_what_is_not_wanted_is_let_go_of_though_no_machine_is_free():
         Asking(supervisor, 3).close()
     Asking(supervisor, 1)
     assert len(supervisor._jobs) == 1
+
+
+def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
+    supervisor = started(1)
+    one = Asking(supervisor, 2)
+    (late,) = supervisor.launched
+    end = supervisor.end
+
+    def too_late(machine: Numbered) -> None:
+        supervisor.take(machine, machine.sent[0].number, RESULT, lambda: "just in time")
+        end(machine)
+
+    supervisor.end = too_late
+    supervisor.clock.now = GRACE
+    supervisor.tend()
+    assert late.ended
+    assert len(late.sent) == 1
+    supervisor.ready(supervisor.launched[-1])
+    supervisor.take(supervisor.launched[-1], 1, RESULT, lambda: "by another")
+    first, second = replies(one)
+    assert "was at one job for more than 10 s" in str(first.error)
+    assert second.value == "by another"
+
+
+def test_only_machines_that_are_at_an_interrupted_request_are_ended():
+    supervisor = started(3)
+    interrupted, other = Asking(supervisor, 2), Asking(supervisor, 1)
+    first, second, third = supervisor.launched
+    interrupted.abandoned = True
+    interrupted.abandon()
+    supervisor.take(first, first.job.number, RESULT, lambda: "done meanwhile")
+    supervisor.tend()
+    assert [machine.ended for machine in (first, second, third)] == [False, True, False]
+    supervisor.take(third, third.job.number, RESULT, lambda: "good")
+    assert [reply.value for reply in replies(other)] == ["good"]
+
+
+def test_machines_that_fail_together_fail_once():
+    supervisor = InMemory(5)
+    one = Asking(supervisor, 1)
+    for _ in range(2):
+        supervisor.tend()
+        for machine in supervisor.launched[-5:]:
+            supervisor.lost(machine, "ended with its server")
+        supervisor.clock.now += supervisor.pause()
+    assert replies(one) == []
+
+
+def test_seeds_are_of_the_process_the_pool_the_place_and_the_start():
+    def seeds() -> list[int]:
+        supervisors = InMemory(2), InMemory(2)
+        return [s.seed(place) for s in supervisors for place in (0, 1) for _ in range(3)]
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        one = seeds()
+        torch.manual_seed(2)
+        assert len({*one, *seeds()}) == 24
+
+
+class Served(InMemory):
+    """One whose thread runs, and fails where it has nothing to do."""
+
+    failures = 1
+
+    def wait(self, seconds: float) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise KeyError("nobody expected this")
+        self.blocked.wait(60.0)
+
+    def launch(self, index: int) -> Numbered:
+        machine = super().launch(index)
+        threading.Timer(0.0, self.ready, (machine,)).start()
+        return machine
+
+    def wake(self) -> None:
+        self.woken = True
+
+
+class Pool(SupervisedWorkers):
+    def __init__(self) -> None:
+        super().__init__(1, threads=1, grace=GRACE, timeout=60.0, max_requests=1)
+
+    def _make_supervisor(self) -> Supervisor:
+        self.served = Served(1)
+        self.served.blocked = threading.Event()
+        return self.served
+
+
+def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(caplog):
+    pool = Pool()
+    pool.start(timeout=60.0)
+    until(lambda: not pool.served.failures)
+    assert "the thread of the pool goes on" in caplog.text
+    closing = threading.Thread(target=pool.close)
+    closing.start()
+    until(lambda: getattr(pool.served, "woken", False))
+    with pytest.raises(RuntimeError, match="the pool is closed"):  # while the thread has not ended
+        pool.open(nn.Identity(), task_of(torch.zeros(1, 1, 1)))
+    assert closing.is_alive()
+    pool.served.blocked.set()
+    closing.join(60.0)
+    assert not pool.served.thread.is_alive()

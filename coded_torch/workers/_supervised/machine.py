@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from ..base import Arguments, Part
@@ -9,7 +10,9 @@ from ..faults import Fault
 from ..live import LiveRequest
 from .modules import PackedModule
 
-__all__ = ["Job", "Machine"]
+__all__ = ["START_SECONDS", "Job", "Machine"]
+
+START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a while
 
 
 class Machine:
@@ -37,6 +40,31 @@ class Machine:
     def load(self, module: PackedModule) -> None:
         """Note what it holds when it has got a job with this module."""
         self.modules = self.modules & module.alive | {module.number}
+
+    def due(self, grace: float) -> float:
+        """When it is to be ended; infinite while it is at nothing."""
+        if self._is_useless:
+            return -math.inf
+        if self.ready and self.job is None:
+            return math.inf
+        return self.since + self._limit(grace)[0]
+
+    def verdict(self, grace: float) -> str:
+        """Why it is ended when it is due, as it goes on after its name."""
+        if self._is_useless:
+            return "was to be restarted" if self.unwanted else "was at a call that was interrupted"
+        limit, what = self._limit(grace)
+        return f"was {what} for more than {limit:g} s, and was ended"
+
+    @property
+    def _is_useless(self) -> bool:
+        return self.unwanted or (self.job is not None and self.job.request.abandoned)
+
+    def _limit(self, grace: float) -> tuple[float, str]:
+        """Seconds that it has for what it is at, and what that is."""
+        if self.ready and not self.loading:
+            return grace, "at one job"
+        return max(START_SECONDS, grace), "loading a module" if self.ready else "starting"
 
     def __str__(self) -> str:
         return f"machine {self.index}"

@@ -7,17 +7,19 @@ import dataclasses
 import math
 import os
 import threading
+import time
+import weakref
 from collections.abc import Sequence
-from multiprocessing.util import Finalize
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..._arguments import count, positive, warn
+from ..._arguments import count, instance, positive, warn
+from .._loading import load_everywhere
 from ..base import Began, Part, Reply, Request, Task, Workers
-from ..live import LiveRequest
+from ..live import Ambient, LiveRequest
 from .supervisor import START_SECONDS, Supervisor
 
 if TYPE_CHECKING:
@@ -62,27 +64,41 @@ class SupervisedWorkers(Workers):
 
     def open(self, module: nn.Module, task: Task) -> Request:
         self._check_gradients(module, task)
-        return _SupervisedRequest(self, self._started(), module, task)
+        return _SupervisedRequest(self, self._started(module), module, task)
 
     def memory(self, num_bytes: int) -> Tensor | None:
         return self._started().memory(num_bytes)
 
-    def start(self, timeout: float = START_SECONDS) -> Self:
+    def start(
+        self,
+        module: nn.Module | None = None,
+        example: Any = None,
+        *,
+        timeout: float = START_SECONDS,
+    ) -> Self:
         """Start all workers and wait until they are up; else the first request starts them.
 
         Args:
+            module: all workers load it before this returns.
+            example: what the module is called with, an input or a tuple of positional arguments.
+                Every worker calls it once, so that no later call has to warm up. None: none does.
             timeout: seconds.
 
         Raises:
-            RuntimeError: not all of them were up in time.
+            RuntimeError: not all workers were up, and had loaded the module, in time.
+            WorkerError: a worker cannot load or call the module.
         """
-        supervisor = self._started()
+        instance(self, "module", module, nn.Module, optional=True)
+        end = time.monotonic() + positive(self, "timeout", timeout)
+        supervisor = self._started(module)
         if not supervisor.wait_until_ready(timeout):
             raise RuntimeError(
-                f"{type(self).__name__}: all {self.num_workers} workers must be up within "
-                f"{timeout:g} s, got {self.num_ready}; "
-                f"{supervisor.trouble or 'they are still starting'}"
+                supervisor.refusal
+                or f"{type(self).__name__}: only {self.num_ready} of {self.num_workers} workers "
+                f"started within {timeout:g} s; {supervisor.trouble or 'they are still starting'}"
             )
+        if module is not None:
+            load_everywhere(self, module, example, end - time.monotonic())
         return self
 
     @property
@@ -134,25 +150,31 @@ class SupervisedWorkers(Workers):
         """End all workers at once, whatever they are at; twice is fine."""
         with self._lock:
             self._closed = True
-            if self._supervisor is not None:
-                self._finalizer()
+        # Not under the lock, as it may take seconds that others would wait for.
+        if self._supervisor is not None:
+            self._finalizer()
 
-    def _started(self) -> Supervisor:
+    def _started(self, module: nn.Module | None = None) -> Supervisor:
+        """The supervisor; a new one knows what module will be wanted before it starts machines."""
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the pool is closed")
             if self._supervisor is None:
-                self._supervisor, self._pid = self._make_supervisor(), os.getpid()
+                supervisor = self._make_supervisor()
+                if module is not None:
+                    supervisor.modules.pack(module, Ambient.capture())
+                self._supervisor, self._pid = supervisor, os.getpid()
                 # Its thread knows the supervisor, not the pool: a pool that nothing holds is
-                # closed. At exit it is closed before multiprocessing waits for the processes to
-                # end, which one that is stopped never does.
-                self._finalizer = Finalize(self, self._supervisor.close, exitpriority=0)
+                # closed, and so is one that is left at exit.
+                self._finalizer = weakref.finalize(self, self._supervisor.close)
                 self._supervisor.thread.start()
         if self._pid != os.getpid():
             raise RuntimeError(
                 f"{type(self).__name__}: the pool must be used in the process that started it; "
                 "give a forked process one of its own"
             )
+        if self._supervisor.refusal:
+            raise RuntimeError(self._supervisor.refusal)
         return self._supervisor
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
@@ -225,6 +247,11 @@ class _SupervisedRequest(LiveRequest):
         if self._held:
             return f"{self._max_requests} other requests are open, the most that there may be"
         return self._supervisor.obstacle(self)
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        super().abandon()
+        self._supervisor.wake()
 
     def close(self) -> None:
         super().close()

@@ -14,26 +14,22 @@ from __future__ import annotations
 
 import errno
 import functools
-import io
 import itertools
 import mmap
 import os
-import pickle
 import socket
 import struct
 import sys
 import tempfile
-import types
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-__all__ = ["MOST_BLOCKS", "Block", "Connection", "Inputs", "Message", "Pickled", "TensorPickler"]
-__all__ += ["aligned", "rounded"]
+from .pickles import Pickled, unpickled
+
+__all__ = ["MOST_BLOCKS", "Block", "Connection", "Inputs", "Message", "rounded"]
 
 # Kind, number, bytes of the pickle; its block, and blocks that have been read; the place of inputs,
 # and places that have been read; which of block and inputs come with a descriptor.
@@ -41,7 +37,12 @@ _HEADER = struct.Struct("<qqqqQqQq")
 _NEW_BLOCK, _NEW_INPUTS = 1, 2
 _TRUNCATED = int(socket.MSG_CTRUNC)  # of an enumeration, "&" takes microseconds
 MOST_BLOCKS = 64  # bits of the fields of what has been read
-_ALIGNMENT = 64
+# Blocks of a connection that results may keep, with a descriptor and a mapping each: the results of
+# a few calls, which is what callers hold. Further results are copied.
+_MOST_KEPT = 8
+# Bytes of a tensor that is copied where it is read, as a view would keep a whole block. The copy
+# takes some 5 us, about as long as making a view.
+_SMALL = 1 << 16
 _LEAST = 1 << 16
 _numbers = itertools.count()  # of the blocks that this process has
 
@@ -58,22 +59,25 @@ class Block:
         new = descriptor is None
         self.descriptor = _anonymous_file() if descriptor is None else descriptor
         self.number = next(_numbers)
-        self._finalizer = weakref.finalize(self, os.close, self.descriptor)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self._ours = new
         if new:
             os.ftruncate(self.descriptor, size)
 
     @functools.cached_property
     def memory(self) -> mmap.mmap:
-        """The memory itself."""
-        return mmap.mmap(self.descriptor, 0)
+        """The memory itself, which has a descriptor of its own."""
+        memory = mmap.mmap(self.descriptor, 0)
+        if not self._ours:  # else it is sent to others
+            self._close()
+        return memory
 
     def __len__(self) -> int:
         return len(self.memory)
 
     @classmethod
-    def of(cls, value: Any) -> tuple[Block, int]:
-        """A block just large enough for ``value``, and the length of its pickle."""
-        pickled = Pickled(value)
+    def of(cls, pickled: Pickled) -> tuple[Block, int]:
+        """A block just large enough for an object, and the length of its pickle."""
         block = cls(pickled.size)
         pickled.write(block.memory)
         return block, len(pickled.stream)
@@ -87,10 +91,11 @@ class Message(NamedTuple):
     memory: memoryview
     length: int
     inputs: memoryview | None = None
+    copy: int = 0
 
     def value(self) -> Any:
-        """The object; its tensors are views of the memory, kept as long as they are, or copies."""
-        return _Unpickler(self.memory, self.length, self.inputs).load()
+        """The object; its tensors are copies, or views of the memory, which they keep."""
+        return unpickled(self.memory, self.length, self.inputs, self.copy)
 
 
 class Inputs(NamedTuple):
@@ -114,7 +119,8 @@ class Connection:
         self._free: list[tuple[int, Block]] = []  # to write into
         self._lent: dict[int, Block] = {}  # written, and read by the other side
         self._known: dict[int, Block] = {}  # the other side's
-        self._done: deque[int] = deque()  # of these, those that are read
+        self._kept: set[int] = set()  # of these, those that are being read
+        self._done: deque[int] = deque()  # and those that are read
         # By place, the same for inputs: those that the other side may read, and knows; its own.
         self._lent_inputs: dict[int, deque[Tensor]] = {}
         self._shown: dict[int, int] = {}  # the number of the block
@@ -215,8 +221,10 @@ class Connection:
         if block is not None:
             self._known[index] = block
         memory = memoryview(self._known[index].memory)
-        weakref.finalize(memory, self._done.append, index).atexit = False
-        return Message(kind, number, memory, length, inputs)
+        copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
+        self._kept.add(index)
+        weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+        return Message(kind, number, memory, length, inputs, copy)
 
     def close(self) -> None:
         """Let go of the connection and of all memory that is not being read."""
@@ -237,136 +245,10 @@ class Connection:
             raise ConnectionError(f"nothing reads any more: {error}") from error
 
 
-class Pickled:
-    """An object as its pickle, without the tensors, and the tensors with their places.
-
-    Args:
-        value: the object.
-        pickler: how to pickle it.
-        find: says which of its tensors lie in shared memory already; those of one piece of that
-            stay there.
-
-    Raises:
-        Exception: whatever keeps ``value`` from being pickled.
-    """
-
-    def __init__(
-        self,
-        value: Any,
-        pickler: type[TensorPickler] | None = None,
-        find: Callable[[Tensor], Inputs | None] | None = None,
-    ) -> None:
-        buffer = io.BytesIO()
-        writer = (pickler or _Pickler)(buffer, pickle.HIGHEST_PROTOCOL)
-        writer.find = find
-        writer.dump(value)
-        self.stream = buffer.getbuffer()
-        self.tensors, self.inputs = writer.tensors, writer.inputs
-        self.start = aligned(len(self.stream))
-        self.size = self.start + writer.size
-
-    def write(self, memory: mmap.mmap | memoryview) -> None:
-        """Write all of it to the beginning of ``memory``, and let go of the tensors."""
-        memory[: len(self.stream)] = self.stream
-        for tensor, offset in self.tensors:
-            place = torch.frombuffer(
-                memory, dtype=tensor.dtype, count=tensor.numel(), offset=self.start + offset
-            )
-            place.view(tensor.shape).copy_(tensor.detach())
-        self.tensors = []
-
-
-class TensorPickler:
-    """Mixed into a pickler: of plain tensors, it notes dtype, shape and place instead."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.tensors: list[tuple[Tensor, int]] = []
-        self.size = 0
-        self.find: Callable[[Tensor], Inputs | None] | None = None
-        self.inputs: Inputs | None = None
-
-    def reducer_override(self, obj: Any) -> Any:
-        # Parameters come here as the plain tensors inside of them, tied ones once.
-        if type(obj) is not Tensor or obj.layout is not torch.strided or obj.is_quantized:
-            return self.reduce_other(obj)
-        count = obj.numel()
-        if obj.device.type == "meta" or not count:
-            return self.reduce_other(obj)
-        dtype = str(obj.dtype).removeprefix("torch.")
-        found = self.find and self.find(obj)
-        if found and (self.inputs is None or self.inputs.block is found.block):
-            self.inputs = found
-            offset = obj.storage_offset() * obj.element_size()
-            return _input_at, (dtype, tuple(obj.shape), obj.stride(), offset)
-        offset = self.size
-        self.tensors.append((obj, offset))
-        self.size += aligned(count * obj.element_size())
-        return _tensor_at, (dtype, count, tuple(obj.shape), offset)
-
-    def reduce_other(self, obj: Any) -> Any:
-        """How to pickle anything else."""
-        return NotImplemented
-
-    def dump(self, obj: Any) -> None:
-        """Pickle ``obj``."""
-        super().dump(obj)  # type: ignore[misc]
-
-
-class _Pickler(TensorPickler, pickle.Pickler):
-    def reduce_other(self, obj: Any) -> Any:
-        # Classes and functions go by name: other processes have to find them.
-        if (
-            isinstance(obj, type | types.FunctionType)
-            and obj.__module__ == "__main__"
-            and not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
-        ):
-            raise pickle.PicklingError(
-                f"{obj.__qualname__} belongs to an interactive session; define it in a file that "
-                "can be imported"
-            )
-        return NotImplemented
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, memory: memoryview, length: int, inputs: memoryview | None) -> None:
-        super().__init__(io.BytesIO(memory[:length]))
-        start = aligned(length)
-
-        # Not a method: the unpickler remembers it, and a cycle would hold the memory until the
-        # next garbage collection.
-        def tensor_at(dtype: str, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
-            flat = torch.frombuffer(
-                memory, dtype=getattr(torch, dtype), count=count, offset=start + offset
-            )
-            return flat.view(shape)
-
-        def input_at(
-            dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-        ) -> Tensor:
-            count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-            assert inputs is not None
-            flat = torch.frombuffer(inputs, dtype=getattr(torch, dtype), count=count, offset=offset)
-            # What a module writes must stay unseen by others. To map the memory for this process
-            # alone would do, but its page faults take up to three times as long as a copy.
-            return flat.as_strided(shape, strides).clone()
-
-        self._readers = {_tensor_at.__name__: tensor_at, _input_at.__name__: input_at}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == __name__ and name in self._readers:
-            return self._readers[name]
-        return super().find_class(module, name)
-
-
-def _tensor_at(*_: Any) -> Tensor:
-    """Stands in a pickle for what reads a tensor from the memory behind it."""
-    raise pickle.UnpicklingError("a block must be read where its memory is")
-
-
-def _input_at(*_: Any) -> Tensor:
-    """The same for what lies in memory of the pool."""
-    raise pickle.UnpicklingError("a message must be read where its inputs are")
+def _let_go(place: int, kept: set[int], done: deque[int]) -> None:
+    """Not a method, so that results do not hold the connection."""
+    kept.discard(place)
+    done.append(place)
 
 
 def _mask(places: deque[int]) -> int:
@@ -385,11 +267,6 @@ def _bits(mask: int) -> list[int]:
 def rounded(size: int) -> int:
     """Room for somewhat more, so that it does for the next."""
     return max(_LEAST, 1 << (size - 1).bit_length())
-
-
-def aligned(size: int) -> int:
-    """Bytes that so many take, as what is behind them begins on a line of the cache."""
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def _anonymous_file() -> int:

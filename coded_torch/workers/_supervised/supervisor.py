@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..base import Part
 from ..live import LiveRequest
-from .machine import Job, Machine
+from .machine import START_SECONDS, Job, Machine
 from .modules import ModuleStore, PackedModule
 from .worker_main import RESULT, remote_cause
 
@@ -24,12 +26,12 @@ __all__ = ["START_SECONDS", "Supervisor"]
 
 logger = logging.getLogger("coded_torch.workers")
 
-START_SECONDS = 120.0  # to be ready; importing torch from a cold disk takes a while
 _CLOSING_SECONDS = 10.0
 _FAILED_STARTS = 3  # in a row, until what waits fails
 _LONGEST_PAUSE = 5.0  # between attempts to start
 _LONGEST_WAIT = 3600.0  # for news; selectors count in milliseconds, of which 2^31 are too many
-_NEVER = "was never begun: the pool was closed"
+_REPAIR_SECONDS = 1.0  # until the thread goes on after an exception that nobody expected
+_pools = itertools.count()
 
 
 class Supervisor(abc.ABC):
@@ -69,8 +71,10 @@ class Supervisor(abc.ABC):
         self._numbers = itertools.count()
         self.num_lost = 0  # machines, while the pool is open
         self._failed_starts = 0
-        self._start_again = 0.0
+        self._start_again = -math.inf
+        self._pool, self._starts = next(_pools), [0] * size  # how often each place was taken
         self.trouble = ""  # why the last one that did not come up did not
+        self.refusal = ""  # why none can ever come up
 
     # What a kind of machine does.
 
@@ -105,6 +109,12 @@ class Supervisor(abc.ABC):
     def let_go(self) -> None:  # noqa: B027 - most hold nothing else
         """Let go of all but the machines, which have ended."""
 
+    def seed(self, index: int) -> int:
+        """The seed of the next machine at a place; no other one in this process gets it."""
+        key = torch.initial_seed() % 2**64, self._pool, index, self._starts[index]
+        self._starts[index] += 1
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
     # What happens to it.
 
     def submit(self, request: LiveRequest, module: PackedModule, parts: Sequence[Part]) -> None:
@@ -116,7 +126,7 @@ class Supervisor(abc.ABC):
                     self._jobs.append(Job(next(self._numbers), request, module, part))
         if closed:
             for part in parts:
-                request.fail(part, _NEVER)
+                request.fail(part, f"was never begun: {self._end()}")
         self._assign()
 
     def ready(self, machine: Machine) -> None:
@@ -189,16 +199,26 @@ class Supervisor(abc.ABC):
         with self._changed:
             if machine not in self._machines:
                 return
-            self._machines.remove(machine)
-            self.num_lost += not self.closed
-            if machine in self._idle:
-                self._idle.remove(machine)
+            self._remove(machine)
+        self._replace(machine, reason)
+
+    def _remove(self, machine: Machine) -> None:
+        """Take a machine out, under the lock: no reply of it counts, and it begins nothing more."""
+        self._machines.remove(machine)
+        self.num_lost += not self.closed
+        if machine in self._idle:
+            self._idle.remove(machine)
+
+    def _replace(self, machine: Machine, reason: str) -> None:
+        """Fail the job of a machine that has been taken out, and have a new one started."""
+        with self._changed:
             what, job, stranded = f"{machine} {reason}", machine.job, []
+            now = self._clock()
             if not machine.ready:
-                self._failed_starts += 1
                 self.trouble = what
-                pause = min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
-                self._start_again = self._clock() + pause
+                if now >= self._start_again:  # machines that fail together fail once
+                    self._failed_starts += 1
+                    self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
                 if self._failed_starts >= _FAILED_STARTS and not any(
                     other.ready for other in self._machines
                 ):
@@ -226,7 +246,8 @@ class Supervisor(abc.ABC):
         """Have the machine at a place ended; one that is new takes it."""
         with self._changed:
             for machine in self._machines:
-                machine.unwanted |= machine.index == index
+                if machine.index == index:
+                    machine.unwanted = True
         self.wake()
 
     def _assign(self) -> None:
@@ -258,14 +279,15 @@ class Supervisor(abc.ABC):
         """End the machines that are overdue, and start those that are missing."""
         now = self._clock()
         with self._changed:
-            overdue = [machine for machine in self._machines if self._due(machine) <= now]
+            overdue = [machine for machine in self._machines if machine.due(self.grace) <= now]
+            # Taken out here: a machine that begins its next job now would end with that one.
+            for machine in overdue:
+                self._remove(machine)
         for machine in overdue:
-            self.end(machine)
-            if machine.unwanted:
-                self.lost(machine, "was to be restarted")
-                continue
-            limit, what = self._limit(machine)
-            self.lost(machine, f"was {what} for more than {limit:g} s, and was ended")
+            try:
+                self.end(machine)
+            finally:
+                self._replace(machine, machine.verdict(self.grace))
         if now < self._start_again or len(self._machines) == self.size:
             return
         for index in sorted(set(range(self.size)) - {m.index for m in self._machines}):
@@ -284,7 +306,7 @@ class Supervisor(abc.ABC):
     def pause(self) -> float:
         """Seconds until :meth:`tend` has something to do, at most ``grace`` and an hour."""
         with self._changed:
-            due = [self._due(machine) for machine in self._machines]
+            due = [machine.due(self.grace) for machine in self._machines]
             if len(due) < self.size:
                 due.append(self._start_again)
         # A job that begins meanwhile is due no earlier than a grace from now.
@@ -295,11 +317,14 @@ class Supervisor(abc.ABC):
         """The one thread: until the pool is closed."""
         try:
             while not self.closed:
-                self.tend()
-                self.wait(self.pause())
-        except BaseException as cause:
-            self.trouble = f"{type(cause).__name__}: {cause}"
-            raise
+                try:
+                    self.tend()
+                    self.wait(self.pause())
+                except Exception as cause:
+                    # The pool goes on, as machines and requests are as they were.
+                    logger.exception("%s: the thread of the pool goes on", self.thread.name)
+                    self.trouble = f"{type(cause).__name__}: {cause}"
+                    time.sleep(_REPAIR_SECONDS)
         finally:
             with self._changed:
                 self.closed = True
@@ -311,11 +336,19 @@ class Supervisor(abc.ABC):
                     self.end(machine)
                 except Exception:  # the others have to end, and requests their errors
                     logger.exception("%s could not be ended", machine)
-                self.lost(machine, "was ended: the pool was closed")
+                self.lost(machine, f"was ended: {self._end()}")
             for job in jobs:
-                job.request.fail(job.part, _NEVER)
+                job.request.fail(job.part, f"was never begun: {self._end()}")
             self.modules.clear()
             self.let_go()
+
+    def refuse(self, reason: str) -> None:
+        """Close, as no machine can ever come up."""
+        self.trouble = self.refusal = reason
+        self.closed = True
+
+    def _end(self) -> str:
+        return self.refusal or "the pool was closed"
 
     def close(self) -> None:
         """End the machines and the thread; twice is fine."""
@@ -323,20 +356,6 @@ class Supervisor(abc.ABC):
         self.wake()
         if self.thread.ident is not None and self.thread is not threading.current_thread():
             self.thread.join(_CLOSING_SECONDS)
-
-    def _due(self, machine: Machine) -> float:
-        if machine.unwanted:
-            return -math.inf
-        if machine.ready and machine.job is None:
-            return math.inf
-        return machine.since + self._limit(machine)[0]
-
-    def _limit(self, machine: Machine) -> tuple[float, str]:
-        """Seconds that a machine has for what it is at, and what that is."""
-        if machine.ready and not machine.loading:
-            return self.grace, "at one job"
-        what = "loading a module" if machine.ready else "starting"
-        return max(START_SECONDS, self.grace), what
 
     # What others ask for.
 

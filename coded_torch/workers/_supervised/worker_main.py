@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import gc
 import pickle
+import random
 import signal
 import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..faults import kill_own_process
 from ..live import Ambient
-from .shared_memory import Connection, Pickled, TensorPickler
+from .pickles import Pickled, TensorPickler
+from .shared_memory import Connection
 
 __all__ = [
     "FAILURE",
@@ -29,15 +32,16 @@ __all__ = [
     "LoadedModules",
     "remote_cause",
     "serve",
+    "set_up",
 ]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
 
 
-def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
+def serve(sock: socket.socket, device: torch.device, threads: int, seed: int) -> None:
     """Do jobs until the other side of the connection has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller's process
-    torch.set_num_threads(threads)
+    set_up(threads, seed)
     gc.freeze()  # what is there stays, and need not be looked through again and again
     connection, modules = Connection(sock), LoadedModules(device)
     with contextlib.suppress(ConnectionError):
@@ -50,6 +54,14 @@ def serve(sock: socket.socket, device: torch.device, threads: int) -> None:
             number, answer = message.number, modules.call(message.value)
             del message  # its memory can be used again, which the answer says
             connection.send(answer[0], number, answer[1])
+
+
+def set_up(threads: int, seed: int) -> None:
+    """Prepare a process of a pool: its threads, and random numbers that no other process draws."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
 
 
 class LoadedModules:
@@ -80,10 +92,13 @@ class LoadedModules:
     def call(self, read: Callable[[], Any]) -> tuple[int, Pickled]:
         """Do a job: a head, a fault, and the arguments. Returns the kind of the answer, and it."""
         try:
-            head, fault, (args, kwargs) = read()
+            head, fault, arguments = read()
             module, ambient = self._look_up(head)
             if isinstance(module, Pickled):
                 return FAILURE, module
+            if arguments is None:  # to load the module is all
+                return RESULT, Pickled(None)
+            args, kwargs = arguments
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     args, kwargs = pytree.tree_map_only(
