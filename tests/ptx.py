@@ -1,8 +1,9 @@
 """From PTX, as nvcc writes it, to C++ that does the same on the host.
 
 A kernel becomes a function of its name and parameters, run once for every thread of a grid: its
-registers are variables, its labels labels. That suffices for kernels whose threads never meet. What
-an instruction does stands in tests/csrc/ptx.h; one that does not is an error of the C++ compiler.
+registers are variables, its labels labels. tests/csrc/ptx.h runs a block of them, in ``run_block``,
+and says what an instruction does; an instruction that is missing there is an error of the C++
+compiler.
 """
 
 import re
@@ -13,16 +14,22 @@ _TYPES = {
     **{f"{kind}{bits}": f"uint{bits}_t" for kind in "bu" for bits in (8, 16, 32, 64)},
     **{f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)},
 }  # fmt: skip
-_SPECIAL = {"%tid.x": "thread.index", "%ctaid.x": "thread.block", "%ntid.x": "thread.block_size"}
+_SPECIAL = {
+    "%tid.x": "block::run.thread", "%ctaid.x": "current.index", "%ntid.x": "current.threads",
+}  # fmt: skip
 # How many registers an access moves is plain from its operands; how long a cache keeps them is not
 # to be seen.
-_IMPLIED = {"v2", "v4", "cs"}
+_IMPLIED = {"v2", "v4", "cs", "nc"}
+# Instructions without a result.
+_PLAIN = {"bar", "prefetch"}
+# Of a block without launch bounds.
+_MAX_THREADS = 1024
 
 
 def translate(ptx: str) -> str:
     """All kernels of a module."""
     shared = re.findall(r"^\.extern \.shared .* (\w+)\[\];$", ptx, re.M)
-    kernels = re.findall(r"\.entry (\w+)\((.*?)\)[^{]*^{$(.*?)^}$", ptx, re.S | re.M)
+    kernels = re.findall(r"\.entry (\w+)\((.*?)\)([^{]*)^{$(.*?)^}$", ptx, re.S | re.M)
     parts = [
         '#include "ptx.h"\n\nusing namespace ptx;\n',
         *(f"constexpr uint32_t {name} = 0;  // where it begins\n" for name in shared),
@@ -31,21 +38,30 @@ def translate(ptx: str) -> str:
     return "\n".join(parts)
 
 
-def _function(name: str, parameters: str, body: str) -> str:
+def _function(name: str, parameters: str, directives: str, body: str) -> str:
     body = re.sub(r"//.*|^\s*\.pragma.*;", "", body, flags=re.M)
     body = re.sub(r"{([^{}]*;)\s*}", r"\1", body)  # inline assembly has a block of its own
     statements = (s.strip() for s in re.split(r";|(?<=:)\s", body))
     lines = "\n".join(f"  {_statement(s)};" for s in statements if s)
-    declared = ", ".join(_parameter(*p.split()[1:]) for p in parameters.split(",\n"))
-    return f'extern "C" void {name}({declared}) {{\n{lines}\n}}\n'
+    declared = [_parameter(*p.split()[1:]) for p in parameters.split(",\n")]
+    signature = ", ".join(" ".join(parameter) for parameter in declared)
+    arguments = ", ".join(f"*static_cast<{t}*>(p[{i}])" for i, (t, _) in enumerate(declared))
+    bounds = re.search(r"\.maxntid (\d+)", directives)
+    return (
+        f'extern "C" void {name}({signature}) {{\n{lines}\n}}\n'
+        f"static const Registered registered_{name}(\n"
+        f"    reinterpret_cast<const void*>(&{name}),\n"
+        f'    {{"{name}", [](void** p) {{ {name}({arguments}); }},\n'
+        f"     {bounds[1] if bounds else _MAX_THREADS}}});\n"
+    )
 
 
-def _parameter(*words: str) -> str:
-    """Of ``.u64 NAME``, or of ``.align 8 .b8 NAME[120]``, which is a struct."""
+def _parameter(*words: str) -> tuple[str, str]:
+    """Type and name of ``.u64 NAME``, or of ``.align 8 .b8 NAME[120]``, which is a struct."""
     *_, kind, name = words
     if array := re.fullmatch(r"(\w+)\[(\d+)\]", name):
-        return f"Bytes<{array[2]}> {array[1]}"
-    return f"{_TYPES[kind[1:]]} {name}"
+        return f"Bytes<{array[2]}>", array[1]
+    return _TYPES[kind[1:]], name
 
 
 def _statement(text: str) -> str:
@@ -67,6 +83,8 @@ def _instruction(opcode: list[str], operands: list[str]) -> str:
         return f"goto {operands[0][1:]}"
     name = "_".join(["op", *(p for p in opcode if p not in _TYPES and p not in _IMPLIED)])
     types = ", ".join(_TYPES[part] for part in opcode if part in _TYPES)
+    if opcode[0] in _PLAIN:
+        return f"{name}({', '.join(map(_operand, operands))})"
     to, *values = map(_operand, operands)
     if opcode[0] == "st":
         return f"{name}<{types}>({to}, {values[0]})"

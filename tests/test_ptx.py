@@ -59,35 +59,90 @@ $L__BB0_2:
 	ret;
 }
 """
+# Every thread writes its number, meets the others where %kernel_param_1 says so, reads a neighbour's.
+MEETING = """\
+.extern .shared .align 16 .b8 shared[];
+
+.visible .entry meeting(
+	.param .u64 meeting_param_0,
+	.param .u32 meeting_param_1
+)
+.maxntid 4, 1, 1
+{
+	.reg .pred 	%p<4>;
+	.reg .b32 	%r<9>;
+	.reg .b64 	%rd<5>;
+
+	ld.param.u64 	%rd1, [meeting_param_0];
+	ld.param.u32 	%r1, [meeting_param_1];
+	mov.u32 	%r2, %tid.x;
+	shl.b32 	%r3, %r2, 2;
+	mov.u32 	%r4, shared;
+	add.s32 	%r5, %r4, %r3;
+	st.shared.u32 	[%r5], %r2;
+	setp.eq.s32 	%p1, %r1, 0;
+	@%p1 bra 	$L__BB0_2;
+	setp.gt.s32 	%p2, %r1, %r2;
+	@%p2 bra 	$L__BB0_1;
+	setp.eq.s32 	%p3, %r1, 2;
+	@%p3 bra 	$L__BB0_3;
+	bar.sync 	0;
+	bra.uni 	$L__BB0_2;
+$L__BB0_1:
+	bar.sync 	0;
+$L__BB0_2:
+	xor.b32 	%r6, %r3, 4;
+	add.s32 	%r7, %r4, %r6;
+	ld.shared.u32 	%r8, [%r7];
+	mul.wide.u32 	%rd2, %r2, 4;
+	add.s64 	%rd3, %rd1, %rd2;
+	st.global.u32 	[%rd3], %r8;
+$L__BB0_3:
+	ret;
+}
+"""
 MAIN = """
 extern "C" void kernel(Bytes<24> numbers, uint64_t number);
-extern "C" const char* run(char* in, int64_t number, uint32_t index, uint32_t shared_bytes) {
-  Bytes<24> numbers{};
-  std::memcpy(numbers.data + 16, &in, sizeof in);
-  static char shared[64];
-  thread = {index, 0, 1, shared, shared_bytes};
+extern "C" void meeting(uint64_t out, uint32_t meeting);
+template <class Run>
+static const char* attempt(const Run& run) {
+  static std::string failure;
   try {
-    kernel(numbers, number);
+    run();
     return "done";
   } catch (const std::exception& error) {
-    return error.what();
+    return (failure = error.what()).c_str();
   }
+}
+extern "C" const char* run(char* in, int64_t number, uint32_t threads, uint32_t shared_bytes) {
+  Bytes<24> numbers{};
+  std::memcpy(numbers.data + 16, &in, sizeof in);
+  return attempt([&] { run_grid(&kernel, 1, threads, shared_bytes, numbers, number); });
+}
+extern "C" const char* meet(char* out, uint32_t until, uint32_t threads) {
+  return attempt([&] { run_grid(&meeting, 1, threads, 16, reinterpret_cast<uint64_t>(out), until); });
 }
 """
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("translated")
     source, library = folder / "kernel.cpp", folder / "kernel.so"
-    source.write_text(translate(PTX) + MAIN)
+    source.write_text(translate(PTX) + translate(MEETING).replace("constexpr", "//") + MAIN)
     include = f"-I{Path(__file__).parent / 'csrc'}"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-ffp-contract=off", include]
     subprocess.run(["c++", *flags, source, "-o", library], check=True, timeout=100)
-    function = ctypes.CDLL(str(library)).run
-    function.restype = ctypes.c_char_p
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32]
-    return function
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.restype = loaded.meet.restype = ctypes.c_char_p
+    loaded.run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_uint32]
+    loaded.meet.argtypes = [ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32]
+    return loaded
+
+
+@pytest.fixture
+def run(library):
+    return library.run
 
 
 def aligned(count, offset=0):
@@ -101,7 +156,7 @@ def aligned(count, offset=0):
 def test_instructions(run, number):
     memory = aligned(12)
     memory[:3] = 1 + 2.0**-12, 1 + 2.0**-12, 1.0009765625
-    assert run(memory.ctypes.data, number, 3, 16) == b"done"
+    assert run(memory.ctypes.data, number, 1, 16) == b"done"
     assert memory[4] == 2.0**-11 + 2.0**-24  # rounded once: the product alone would lose the latter
     words = memory[8:].view(np.uint32)
     half = int(np.float16(memory[2]).view(np.uint16))
@@ -113,9 +168,30 @@ def test_instructions(run, number):
 
 def test_accesses_that_a_device_would_trap(run):
     odd = aligned(12, offset=4)
-    assert run(odd.ctypes.data, 1, 0, 16) == b"an access is not aligned"
+    assert run(odd.ctypes.data, 1, 1, 16) == b"an access is not aligned"
     memory = aligned(12)
-    assert run(memory.ctypes.data, 1, 3, 15) == b"out of the shared memory"
+    assert run(memory.ctypes.data, 1, 4, 15) == b"out of the shared memory"
+    assert run(memory.ctypes.data, 1, 129, 1024) == b"more threads than the launch bounds allow"
+
+
+def test_threads_meet_at_barriers(library):
+    memory = aligned(4).view(np.uint32)
+    assert library.meet(memory.ctypes.data, 4, 4) == b"done"
+    assert memory.tolist() == [1, 0, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("until", "failure"),
+    [
+        (0, b"two threads use a word of shared memory with no barrier between"),
+        (2, b"a thread ends while others wait at a barrier"),
+        (3, b"threads wait at different barriers"),
+    ],
+)
+def test_threads_that_do_not_meet(library, until, failure):
+    memory = aligned(4)
+    assert library.meet(memory.ctypes.data, until, 4) == failure
+    assert library.meet(memory.ctypes.data, 4, 4) == b"done"  # the next block is not affected
 
 
 def test_what_is_not_known_does_not_compile(tmp_path):

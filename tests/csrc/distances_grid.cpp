@@ -17,27 +17,19 @@ void distances_kernel(DistancesArgs args, T nothing);
 }  // namespace coded_torch
 
 template <Pairs kPairs, class T, int kWidth>
-static void run_thread(const DistancesArgs& args, int64_t block, int thread) {
-  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kDistancesThreads};
-  distances_kernel<kPairs, T, kWidth>(args, static_cast<T>(args.nothing));
+static void run(const DistancesArgs& args) {
+  ptx::run_grid(&distances_kernel<kPairs, T, kWidth>,
+                (distances_tiles(args) + kDistancesThreads - 1) / kDistancesThreads,
+                kDistancesThreads, 0, args, static_cast<T>(args.nothing));
 }
 #else
 template <Pairs kPairs, class T, int kWidth>
-static void run_thread(const DistancesArgs& args, int64_t block, int thread) {
-  distances_thread<kPairs, T, kWidth>(args, static_cast<T>(args.nothing),
-                                      block * kDistancesThreads + thread);
-}
-#endif
-
-template <Pairs kPairs, class T, int kWidth>
 static void run(const DistancesArgs& args) {
-  const int64_t tiles = distances_tiles(args);
-  for (int64_t block = 0; block * kDistancesThreads < tiles; ++block) {
-    for (int thread = 0; thread < kDistancesThreads; ++thread) {
-      run_thread<kPairs, T, kWidth>(args, block, thread);
-    }
+  for (int64_t thread = 0; thread < distances_tiles(args); ++thread) {
+    distances_thread<kPairs, T, kWidth>(args, static_cast<T>(args.nothing), thread);
   }
 }
+#endif
 
 template <Pairs kPairs, class T>
 static void run(const DistancesArgs& args) {

@@ -7,6 +7,10 @@
 
 using namespace coded_torch;
 
+static int64_t blocks_of(int64_t count, int64_t per_block) {
+  return (count + per_block - 1) / per_block;
+}
+
 #ifdef CODED_TORCH_PTX
 #include "ptx.h"
 
@@ -19,43 +23,40 @@ void matern_among_kernel(MaternAmongArgs args, T scale);
 }  // namespace coded_torch
 
 template <class T, int kWidth>
-static void run_thread(const MaternArgs& args, int64_t block, int thread) {
-  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaternThreads};
-  matern_kernel<T, kWidth>(args, static_cast<T>(args.scale));
+static void run(const MaternArgs& args, int64_t blocks) {
+  ptx::run_grid(&matern_kernel<T, kWidth>, blocks, kMaternThreads, 0, args,
+                static_cast<T>(args.scale));
 }
 
 template <class T>
-static void run_thread(const MaternAmongArgs& args, int64_t block, int thread) {
-  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaternThreads};
-  matern_among_kernel<T>(args, static_cast<T>(args.scale));
+static void run(const MaternAmongArgs& args, int64_t blocks) {
+  ptx::run_grid(&matern_among_kernel<T>, blocks, kMaternThreads, 0, args,
+                static_cast<T>(args.scale));
 }
 #else
 template <class T, int kWidth>
-static void run_thread(const MaternArgs& args, int64_t block, int thread) {
-  matern_thread<T, kWidth>(args, static_cast<T>(args.scale), block * kMaternThreads + thread);
+static void run(const MaternArgs& args, int64_t blocks) {
+  for (int64_t thread = 0; thread < blocks * kMaternThreads; ++thread) {
+    matern_thread<T, kWidth>(args, static_cast<T>(args.scale), thread);
+  }
 }
 
 template <class T>
-static void run_thread(const MaternAmongArgs& args, int64_t block, int thread) {
-  matern_among_thread<T>(args, static_cast<T>(args.scale), block * kMaternThreads + thread);
+static void run(const MaternAmongArgs& args, int64_t blocks) {
+  for (int64_t thread = 0; thread < blocks * kMaternThreads; ++thread) {
+    matern_among_thread<T>(args, static_cast<T>(args.scale), thread);
+  }
 }
 #endif
 
 template <class T>
 static void run_among(const MaternAmongArgs& args) {
-  const int64_t count = args.num_rows * args.num_columns;
-  for (int64_t block = 0; block * kMaternThreads < count; ++block) {
-    for (int thread = 0; thread < kMaternThreads; ++thread) run_thread<T>(args, block, thread);
-  }
+  run<T>(args, blocks_of(args.num_rows * args.num_columns, kMaternThreads));
 }
 
 template <class T, int kWidth>
 static void run(const MaternArgs& args) {
-  constexpr int64_t kPerBlock = int64_t{kMaternThreads} * kWidth;
-  for (int64_t block = 0; block < (args.count + kPerBlock - 1) / kPerBlock; ++block) {
-    for (int thread = 0; thread < kMaternThreads; ++thread)
-      run_thread<T, kWidth>(args, block, thread);
-  }
+  run<T, kWidth>(args, blocks_of(args.count, int64_t{kMaternThreads} * kWidth));
 }
 
 template <class T>

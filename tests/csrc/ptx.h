@@ -1,27 +1,91 @@
 // What PTX's instructions do, for code that tests/ptx.py translates: one function each, of the same
 // name, for the types that it names. Operands are registers, whose bits count, not their type.
+// run_block() runs one block of a translated kernel.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <source_location>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 #include "../../csrc/math/half.h"
+#include "block.h"
 
 namespace ptx {
 
 using coded_torch::bfloat16;
 using coded_torch::float16;
 
-// The thread that runs, and its block's shared memory.
-struct Thread {
-  uint32_t index, block, block_size;
+// A word of shared memory: who wrote and who read it since the threads last met.
+struct Word {
+  uint32_t written_in, writer, read_in, reader;
+};
+constexpr uint32_t kNever = ~0u, kSeveral = ~0u;
+
+// A block of kMostShared bytes is as much as any device has.
+constexpr uint32_t kMostShared = 227 << 10;
+
+// The block that runs.
+struct Block {
+  uint32_t index, threads;
   char* shared;
   uint32_t shared_bytes;
+  Word* words;
 };
-inline Thread thread;
+inline thread_local Block current;
+
+// A translated kernel. `call` takes the addresses of its parameters, as cudaLaunchKernel does.
+struct Kernel {
+  std::string name;
+  void (*call)(void** parameters);
+  uint32_t max_threads;  // of its __launch_bounds__; 1,024 without
+};
+
+// All translated kernels, by their function.
+inline std::map<const void*, Kernel>& kernels() {
+  static std::map<const void*, Kernel> all;
+  return all;
+}
+struct Registered {
+  Registered(const void* function, Kernel kernel) { kernels()[function] = kernel; }
+};
+
+// Runs one block of a kernel. Shared memory is NaN before. Throws where a device would trap, hang
+// or refuse the launch, and where two threads use a word of shared memory with no barrier between.
+inline void run_block(const Kernel& kernel, uint32_t index, uint32_t threads, uint32_t shared_bytes,
+                      void** parameters) {
+  if (threads == 0 || threads > kernel.max_threads) {
+    throw std::runtime_error("more threads than the launch bounds allow");
+  }
+  if (shared_bytes > kMostShared) throw std::runtime_error("more shared memory than there is");
+  struct alignas(16) Line {
+    char bytes[16];
+  };
+  static thread_local std::vector<Line> memory;
+  static thread_local std::vector<Word> words;
+  memory.resize(shared_bytes / sizeof(Line) + 1);
+  std::memset(memory.data(), 0xff, shared_bytes);
+  words.assign(shared_bytes / 4 + 1, {kNever, 0, kNever, 0});
+  current = {index, threads, memory[0].bytes, shared_bytes, words.data()};
+  block::run_threads(threads, [&](uint32_t) { kernel.call(parameters); });
+}
+
+// Runs all blocks of a kernel, whose parameters have the layout that it expects.
+template <class... Parameters>
+void run_grid(void (*kernel)(Parameters...), int64_t blocks, int64_t threads, int64_t shared_bytes,
+              std::type_identity_t<Parameters>... parameters) {
+  const Kernel& known = kernels().at(reinterpret_cast<const void*>(kernel));
+  void* addresses[] = {&parameters...};
+  for (int64_t i = 0; i < blocks; ++i) {
+    run_block(known, static_cast<uint32_t>(i), static_cast<uint32_t>(threads),
+              static_cast<uint32_t>(shared_bytes), addresses);
+  }
+}
 
 // A struct that is passed by value.
 template <int kSize>
@@ -205,10 +269,23 @@ inline char* checked(uint64_t address, uint64_t bytes) {
   if (address % bytes != 0) throw std::runtime_error("an access is not aligned");
   return reinterpret_cast<char*>(address);
 }
-inline char* checked_shared(uint32_t offset, uint32_t bytes) {
-  if (offset + bytes > thread.shared_bytes) throw std::runtime_error("out of the shared memory");
+inline char* checked_shared(uint32_t offset, uint32_t bytes, bool writes) {
+  if (offset + bytes > current.shared_bytes) throw std::runtime_error("out of the shared memory");
   if (offset % bytes != 0) throw std::runtime_error("a shared access is not aligned");
-  return thread.shared + offset;
+  const uint32_t me = block::run.thread, now = block::run.round;
+  for (uint32_t i = offset / 4; i <= (offset + bytes - 1) / 4; ++i) {
+    Word& word = current.words[i];
+    const bool is_read = word.read_in == now, is_written = word.written_in == now;
+    if ((is_written && word.writer != me) || (writes && is_read && word.reader != me)) {
+      throw std::runtime_error("two threads use a word of shared memory with no barrier between");
+    }
+    if (writes) {
+      word.written_in = now, word.writer = me;
+    } else {
+      word.reader = is_read && word.reader != me ? kSeveral : me, word.read_in = now;
+    }
+  }
+  return current.shared + offset;
 }
 
 template <class T, class... Registers>
@@ -232,11 +309,16 @@ void op_st_global(uint64_t address, Registers... values) {
 }
 template <class T, class... Registers>
 void op_ld_shared(uint32_t offset, Registers&... to) {
-  read<T>(checked_shared(offset, sizeof(T) * sizeof...(to)), to...);
+  read<T>(checked_shared(offset, sizeof(T) * sizeof...(to), false), to...);
 }
 template <class T, class... Registers>
 void op_st_shared(uint32_t offset, Registers... values) {
-  write<T>(checked_shared(offset, sizeof(T) * sizeof...(values)), values...);
+  write<T>(checked_shared(offset, sizeof(T) * sizeof...(values), true), values...);
+}
+inline void op_prefetch_global_L2(uint64_t) {}
+// Barriers are told apart by where they stand.
+inline void op_bar_sync(int64_t, std::source_location here = std::source_location::current()) {
+  block::barrier(static_cast<int>(here.line()));
 }
 template <class T, class... Registers>
 void op_ld_param(uint64_t address, Registers&... to) {

@@ -22,33 +22,29 @@ void zero_unwritten(const char* written, char* out, int64_t row_bytes, int64_t r
 }  // namespace coded_torch
 
 template <class T, int kWidth, bool kTranspose, States kStates>
-static void run_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block, int thread,
-                       char* shared, char* workspace) {
-  ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block),
-                 static_cast<uint32_t>(grid.threads), shared,
-                 static_cast<uint32_t>(grid.shared_bytes)};
-  spline_kernel<T, kWidth, kTranspose, kStates>(args, grid, workspace);
+static void run_blocks(const SplineArgs& args, const SplineGrid& grid, void* workspace) {
+  ptx::run_grid(&spline_kernel<T, kWidth, kTranspose, kStates>, grid.blocks, grid.threads,
+                grid.shared_bytes, args, grid, workspace);
 }
 #else
 template <class T, int kWidth, bool kTranspose, States kStates>
-static void run_thread(const SplineArgs& args, const SplineGrid& grid, int64_t block, int thread,
-                       char* shared, char* workspace) {
-  spline_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared, workspace);
+static void run_blocks(const SplineArgs& args, const SplineGrid& grid, void* workspace) {
+  const auto shared = std::make_unique<char[]>(grid.shared_bytes);
+  for (int64_t block = 0; block < grid.blocks; ++block) {
+    std::memset(shared.get(), 0xff, grid.shared_bytes);  // NaN: nothing may be read unwritten
+    for (int thread = 0; thread < grid.threads; ++thread) {
+      spline_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared.get(),
+                                                    workspace);
+    }
+  }
 }
 #endif
 
 template <class T, int kWidth, bool kTranspose, States kStates>
 static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
-  const auto shared = std::make_unique<char[]>(grid.shared_bytes);
   const auto workspace = std::make_unique<char[]>(grid.workspace_bytes);
   std::memset(workspace.get(), 0xff, grid.workspace_bytes);
-  for (int64_t block = 0; block < grid.blocks; ++block) {
-    std::memset(shared.get(), 0xff, grid.shared_bytes);  // NaN: nothing may be read unwritten
-    for (int thread = 0; thread < grid.threads; ++thread) {
-      run_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared.get(),
-                                                 workspace.get());
-    }
-  }
+  run_blocks<T, kWidth, kTranspose, kStates>(args, grid, workspace.get());
 }
 
 template <class T, int kWidth, bool kTranspose>
@@ -93,25 +89,16 @@ static SplineGrid run(const SplineArgs& args, int dtype, bool transpose, const D
 
 #ifdef CODED_TORCH_PTX
 // As launch_zero_unwritten() in spline.cu.
-static void zero_unwritten(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
+static void zero_rest(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
   const auto written = std::make_unique<char[]>(args.scatter.num_rows);
-  const auto each = [](int64_t blocks, const auto& kernel) {
-    for (int64_t block = 0; block < blocks; ++block) {
-      for (int thread = 0; thread < kMaxThreads; ++thread) {
-        ptx::thread = {static_cast<uint32_t>(thread), static_cast<uint32_t>(block), kMaxThreads};
-        kernel();
-      }
-    }
-  };
-  each((entries + kMaxThreads - 1) / kMaxThreads,
-       [&] { mark_written(args.scatter, entries, written.get()); });
-  each(args.scatter.num_rows, [&] {
-    zero_unwritten(written.get(), static_cast<char*>(args.out), args.num_columns * value_bytes,
-                   args.out_row_stride * value_bytes);
-  });
+  ptx::run_grid(&mark_written, (entries + kMaxThreads - 1) / kMaxThreads, kMaxThreads, 0,
+                args.scatter, entries, written.get());
+  ptx::run_grid(&zero_unwritten, args.scatter.num_rows, kMaxThreads, 0, written.get(),
+                static_cast<char*>(args.out), args.num_columns * value_bytes,
+                args.out_row_stride * value_bytes);
 }
 #else
-static void zero_unwritten(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
+static void zero_rest(const SplineArgs& args, int64_t entries, int64_t value_bytes) {
   std::vector<bool> written(args.scatter.num_rows);
   for (int64_t i = 0; i < entries; ++i) {
     if (args.scatter.rows[i] >= 0) written[args.scatter.rows[i]] = true;
@@ -135,7 +122,7 @@ SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpos
                                 int64_t scattered, char failure[80]) {
   constexpr int64_t kValueBytes[] = {8, 4, 2, 2};
   try {
-    if (args->scatter.rows) zero_unwritten(*args, scattered, kValueBytes[dtype]);
+    if (args->scatter.rows) zero_rest(*args, scattered, kValueBytes[dtype]);
     return run(*args, dtype, transpose, device);
   } catch (const std::exception& error) {
     std::strncpy(failure, error.what(), 79);
