@@ -11,8 +11,14 @@ from torch.autograd import forward_ad
 
 from . import _extension  # noqa: F401 - loads the operators
 
-__all__ = ["inner_products", "matern52", "matern52_among", "spline_apply", "squared_distances"]
-
+__all__ = [
+    "inner_products",
+    "matern52",
+    "matern52_among",
+    "spline_apply",
+    "squared_distances",
+    "with_matrix",
+]
 
 _OPERATOR = torch.ops.coded_torch.spline_apply.default
 _INTO = torch.ops.coded_torch.spline_apply_out.default
@@ -44,7 +50,7 @@ def spline_apply(
             ``[N, G, m]`` where ``transpose``; or ``[R, m]`` with ``gather``. float64, float32,
             bfloat16 or float16.
         coefficients: ``[P, 12 n + 4 N]``, float64 for float64 values, else float32; one plan for
-            all groups (P = 1) or one for each (P = G).
+            all groups (P = 1) or one for each (P = G). :func:`with_matrix` appends the matrix.
         schedule: ``[P, n + 1 + N]``, int32. Both come from ``_plan.spline_plan``.
         transpose: apply the transpose.
         gather: ``[n, G]`` (``[N, G]`` where ``transpose``), int64: row i of group g is
@@ -98,6 +104,23 @@ def spline_apply(
         with torch._C._AutoDispatchBelowAutograd():
             out = _OPERATOR(*inputs)
     return out
+
+
+def with_matrix(coefficients: Tensor, matrix: Tensor) -> Tensor:
+    """Append the dense matrix of a plan to its coefficients, for kernels that multiply by it.
+
+    On CUDA, :func:`spline_apply` multiplies instead of sweeping wherever a plan for all groups has
+    its matrix. On the CPU it ignores the matrix.
+
+    Args:
+        coefficients: ``[1, 12 n + 4 N]``, as for :func:`spline_apply`.
+        matrix: ``[N, n]``, any floating dtype.
+
+    Returns:
+        ``[1, 12 n + 4 N + n N]``, the last number rounded up to a multiple of 4.
+    """
+    entries = torch.nn.functional.pad(matrix.T.reshape(1, -1), (0, -matrix.numel() % 4))
+    return torch.cat([coefficients, entries.to(coefficients)], 1)
 
 
 def _write(out: Tensor, inputs: tuple[Any, ...]) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import CUDA_HOME, include_paths
 
 from coded_torch import ops
 from coded_torch.linear import SplineMap
+from coded_torch.points import chebyshev_first, chebyshev_second
 
 from .ptx import translate
 from .splines import DTYPES, TOLERANCES
@@ -25,6 +26,8 @@ from .test_setup import load_setup
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
 MAX_BLOCKS = 2**31 - 1
+# Of Colab's T4, the A100 and the H100.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
 GRID = Path(__file__).parent / "csrc" / "spline_grid.cpp"
 
 
@@ -34,7 +37,8 @@ def structure(name, path, **fields):
     known = dict.fromkeys(
         ("const void*", "void*", "const int64_t*", "const int32_t*"), ctypes.c_void_p
     )
-    (body,) = re.findall(rf"^struct {name} {{$(.*?)^}};$", (CSRC / path).read_text(), re.S | re.M)
+    text = (CSRC / path).read_text()
+    (body,) = re.findall(rf"^struct {name} {{$(.*?)^}};$", text, re.S | re.M)
     members = re.findall(r"^  (\w[\w ]*\*?) (\w+);", body, re.M)
     types = numbers | known | fields
     return type(name, (ctypes.Structure,), {"_fields_": [(n, types[kind]) for kind, n in members]})
@@ -42,9 +46,10 @@ def structure(name, path, **fields):
 
 RowIndex = structure("RowIndex", "ops/spline_args.h")
 SplineArgs = structure("SplineArgs", "ops/spline_args.h", RowIndex=RowIndex)
-SplineGrid = structure("SplineGrid", "ops/cuda/spline_block.h")
-Device = structure("Device", "ops/cuda/spline_block.h")
-REGISTERS, SHARED, WORKSPACE = range(3)  # enum States
+Launched = structure("Launched", GRID)
+Device = structure("Device", "ops/cuda/rows.h")
+SHARED, WORKSPACE = range(2)  # enum States
+SWEEP, NARROW, WIDE = range(3)  # enum Choice::Kernel
 # Half of a multiprocessor's shared memory, less what the runtime keeps of it.
 H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
@@ -63,9 +68,9 @@ def run_nvcc(*options, source="spline.cu"):
 
 def linked_without_spills(library, source="spline.cu"):
     """Make a library; what nvcc says, and how many kernels it holds, none of which spills."""
-    generations = (f"-gencode=arch=compute_{g},code=sm_{g}" for g in (75, 80, 90))
+    codes = (f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES)
     log = run_nvcc(
-        *generations, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        *codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
         "-o", str(library), source=source,
     )  # fmt: skip
     spills = re.findall(
@@ -90,15 +95,15 @@ def build_grid(folder, sources, *flags):
     subprocess.run(command, check=True, timeout=300)
     loaded = ctypes.CDLL(str(library))
     assert loaded.coded_torch_sizeof_args() == ctypes.sizeof(SplineArgs)
-    assert loaded.coded_torch_sizeof_grid() == ctypes.sizeof(SplineGrid)
-    loaded.coded_torch_run_grid.restype = SplineGrid
+    assert loaded.coded_torch_sizeof_launched() == ctypes.sizeof(Launched)
+    loaded.coded_torch_run_grid.restype = Launched
     loaded.coded_torch_run_grid.argtypes = [
         ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device, ctypes.c_int64,
         ctypes.c_char_p,
     ]  # fmt: skip
-    loaded.coded_torch_plan_grid.restype = SplineGrid
+    loaded.coded_torch_plan_grid.restype = Launched
     loaded.coded_torch_plan_grid.argtypes = [
-        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_int64, Device,
+        ctypes.POINTER(SplineArgs), ctypes.c_bool, ctypes.c_bool, Device,
     ]  # fmt: skip
     loaded.coded_torch_half_to_float.restype = ctypes.c_float
     loaded.coded_torch_half_to_float.argtypes = [ctypes.c_uint16]
@@ -148,6 +153,9 @@ def run_grid(
     def row_index(index, tensor):
         return RowIndex(None if index is None else index.data_ptr(), groups, len(tensor))
 
+    num_knots, num_points = (out_rows, rows) if transpose else (rows, out_rows)
+    sweeps = 12 * num_knots + 4 * num_points
+    has_matrix = coefficients.shape[1] > sweeps and not many
     arguments = {
         "in": values.data_ptr(),
         "in_row_stride": values.stride(0),
@@ -159,9 +167,11 @@ def run_grid(
         "scatter": row_index(scatter, out),
         "coefficients": coefficients.data_ptr(),
         "coefficients_stride": coefficients.stride(0) if many else 0,
+        "matrix": coefficients[:, sweeps:].data_ptr() if has_matrix else None,
         "schedule": schedule.data_ptr(),
         "schedule_stride": schedule.stride(0) if many else 0,
-        "num_knots": out_rows if transpose else rows,
+        "num_knots": num_knots,
+        "num_points": num_points,
         "num_groups": groups,
         "num_columns": columns,
     }
@@ -176,20 +186,73 @@ def run_grid(
     return out, grid
 
 
+def with_matrices(coefficients, matrix):
+    """The coefficients without and with the dense matrix: swept, and multiplied by it."""
+    return coefficients, ops.with_matrix(coefficients, matrix)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 17, 128])
-# One column; a wide pack; one more; one more than a block of narrow and of wide packs.
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9, 17, 128])
+# One column; a pack; one more; one more than a block and than a tile of narrow packs.
 @pytest.mark.parametrize("columns", [1, 8, 9, 129, 1032])
 def test_the_kernel_body_over_a_whole_grid(grid_library, n, dtype, transpose, columns):
-    coefficients, schedule, (matrix,) = make_plan(n, dtype)
-    matrix = matrix.T if transpose else matrix
+    coefficients, schedule, (planned,) = make_plan(n, dtype)
+    matrix = planned.T if transpose else planned
     values = torch.randn(3, matrix.shape[1], columns, dtype=torch.float64).to(dtype)
     values = values.transpose(0, 1)  # group major
-    got, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
     want = torch.einsum("oi,igm->ogm", matrix, values.double())
     largest = torch.einsum("oi,igm->ogm", matrix.abs(), values.double().abs()).max()
-    assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * largest
+    for some in with_matrices(coefficients, planned):
+        got, _ = run_grid(grid_library, values, some, schedule, transpose)
+        assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * largest
+
+
+def plan_of(num_knots, num_points, dtype):
+    """(coefficients with the matrix, schedule, matrix) of Chebyshev points."""
+    spline = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
+    (coefficients, schedule), matrix = (
+        spline._operands(torch.empty(0, dtype=dtype)),
+        spline.matrix(),
+    )
+    return ops.with_matrix(coefficients, matrix), schedule, matrix
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Several warps; several chunks of the matrix's rows; one warp's worth after a full chunk.
+@pytest.mark.parametrize(("num_knots", "num_points"), [(20, 100), (40, 130), (17, 272)])
+def test_a_dense_result_depends_on_nothing_but_its_column(
+    grid_library, num_knots, num_points, dtype, transpose
+):
+    coefficients, schedule, matrix = plan_of(num_knots, num_points, dtype)
+    matrix = matrix.T if transpose else matrix
+    values = torch.randn(matrix.shape[1], 1, 260, dtype=torch.float64).to(dtype)
+    little = Device(multiprocessors=1, shared_bytes=44_000)  # blocks have several tiles
+    seen = {}
+    for device in (H100, little):
+        got, launched = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+        seen[launched.kernel] = got
+        assert launched.shared_bytes <= device.shared_bytes
+    assert set(seen) == ({NARROW} if dtype == torch.float64 else {NARROW, WIDE})
+    odd, _ = run_grid(grid_library, values[..., 1:4], coefficients, schedule, transpose)
+    assert torch.equal(odd, got[..., 1:4])
+    assert all(torch.equal(one, got) for one in seen.values())
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    tolerance = TOLERANCES[dtype] * (matrix.abs() @ values[:, 0].double().abs()).max()
+    assert (got.double() - want).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_row_that_is_only_selected_keeps_its_bits(grid_library, transpose):
+    knots = np.linspace(-1, 1, 17)
+    spline = SplineMap(knots, knots[::-1].copy())  # interpolates, in reverse
+    coefficients, schedule = spline._operands(torch.empty(0))
+    coefficients = ops.with_matrix(coefficients, spline.matrix())
+    values = torch.randn(17, 1, 9)
+    got, launched = run_grid(grid_library, values, coefficients, schedule, transpose)
+    assert launched.kernel != SWEEP
+    assert torch.equal(got, values.flip(0))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -205,28 +268,29 @@ def test_a_plan_for_each_group_on_a_grid(grid_library, transpose):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 9, 136])
 def test_indexed_rows_on_a_grid(grid_library, dtype, transpose, columns):
-    coefficients, schedule, _ = make_plan(9, dtype)
+    coefficients, schedule, (planned,) = make_plan(9, dtype)
     rows, out_rows = (12, 9) if transpose else (9, 12)
     gather, scatter, num_rows = make_indices(rows, out_rows, 3, torch.Generator().manual_seed(0))
-    gather[1, 1] = 2 * rows  # out of bounds counts as missing
     values = torch.randn(2 * rows, columns).to(dtype)
-    got, _ = run_grid(
-        grid_library, values, coefficients, schedule, transpose,
-        gather=gather, scatter=scatter, num_rows=num_rows,
-    )  # fmt: skip
-    gather[1, 1] = -1
-    want = run_grid(grid_library, gathered(values, gather), coefficients, schedule, transpose)[0]
-    assert torch.equal(got, scattered(want, scatter, num_rows))
+    for some in with_matrices(coefficients, planned):
+        gather[1, 1] = 2 * rows  # out of bounds counts as missing
+        got, _ = run_grid(
+            grid_library, values, some, schedule, transpose,
+            gather=gather, scatter=scatter, num_rows=num_rows,
+        )  # fmt: skip
+        gather[1, 1] = -1
+        want = run_grid(grid_library, gathered(values, gather), some, schedule, transpose)[0]
+        assert torch.equal(got, scattered(want, scatter, num_rows))
 
 
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("shared", [0, 20_000, H100.shared_bytes])
+@pytest.mark.parametrize("shared", [0, 15_360, H100.shared_bytes])
 def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpose):
     coefficients, schedule, _ = make_plan(17, torch.float32)
     values = torch.randn(12 if transpose else 17, 2, 260)
     device = Device(multiprocessors=1, shared_bytes=shared)
     got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
-    assert grid.states == (SHARED if shared else WORKSPACE)
+    assert (grid.kernel, grid.states) == (SWEEP, SHARED if shared else WORKSPACE)
     assert grid.shared_bytes <= shared
     want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
     assert torch.equal(got, want)
@@ -234,7 +298,7 @@ def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpo
 
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1537, 16384])  # narrow and wide packs
+@pytest.mark.parametrize("columns", [1537])
 def test_the_workspace_does_not_grow_with_the_batch(grid_library, dtype, columns, transpose):
     coefficients, schedule, _ = make_plan(9, dtype, plans=2)
     device = Device(multiprocessors=1, shared_bytes=0)
@@ -242,10 +306,9 @@ def test_the_workspace_does_not_grow_with_the_batch(grid_library, dtype, columns
     got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
     want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
     assert torch.equal(got, want)
-    assert grid.packs > 3 * grid.blocks * grid.threads  # each thread has several
+    assert values[0].numel() > 3 * grid.blocks * grid.threads  # each thread has several
     thrice = values.repeat(1, 1, 3)
     larger = run_grid(grid_library, thrice, coefficients, schedule, transpose, device)[1]
-    assert larger.packs == 3 * grid.packs
     assert larger.workspace_bytes == grid.workspace_bytes
 
 
@@ -268,27 +331,58 @@ def test_indices_beyond_2_to_the_31(grid_library):
     assert (on_grid.double() - want).abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("width", [1, 4, 8])
-@pytest.mark.parametrize("num_columns", [8, 2**31, 2**37])
+@pytest.mark.parametrize("acc_bytes", [4, 8])
+@pytest.mark.parametrize("num_columns", [8, 9000, 2**31, 2**37])
 @pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
-def test_launch_configurations(host_library, width, num_columns, num_knots):
+def test_launch_configurations_of_sweeps(host_library, acc_bytes, num_columns, num_knots):
     args = SplineArgs(num_knots=num_knots, num_groups=1, num_columns=num_columns)
-    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), width, 4, H100)
-    per_thread = max(num_knots - 2, 0) * 2 * width * 4
+    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), acc_bytes == 8, False, H100)
+    per_thread = max(num_knots - 2, 0) * 2 * acc_bytes
     threads = grid.blocks * grid.threads
-    assert grid.packs == num_columns // width
-    assert 32 <= grid.threads <= 128
+    assert grid.threads in (32, 64, 128)
     assert 1 <= grid.blocks <= MAX_BLOCKS
+    # Few columns are divided over as many multiprocessors as there are warps of them.
+    assert grid.blocks >= min(132, num_columns // 32)
     if grid.states == SHARED:
-        assert threads - grid.threads < grid.packs <= threads
-        assert grid.shared_bytes == per_thread * grid.threads <= H100.shared_bytes
+        assert threads - grid.threads < num_columns <= threads
+        assert grid.shared_bytes == per_thread * grid.threads
+        assert per_thread * 128 <= H100.shared_bytes
         assert grid.workspace_bytes == 0
     else:
-        assert grid.states == WORKSPACE
-        assert 32 * per_thread > H100.shared_bytes
-        assert threads <= max(4 * 132 * 128, grid.packs + 127)
+        assert per_thread * 128 > H100.shared_bytes
+        assert threads <= max(4 * 132 * 128, num_columns + 127)
         assert grid.workspace_bytes == per_thread * threads
         assert grid.shared_bytes == 0
+
+
+@pytest.mark.parametrize("shared_bytes", [32 * 1024 - 1024, H100.shared_bytes])  # of a T4, an H100
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("num_columns", [8, 120, 150_528, 2**37])
+@pytest.mark.parametrize(
+    ("num_knots", "num_points"), [(1, 1), (20, 100), (128, 160), (300, 20), (2000, 20), (20, 5000)]
+)
+def test_launch_configurations_of_products(
+    host_library, shared_bytes, is_double, num_columns, num_knots, num_points
+):
+    device = Device(multiprocessors=132, shared_bytes=shared_bytes)
+    args = SplineArgs(
+        matrix=1, num_knots=num_knots, num_points=num_points, num_groups=1,
+        num_columns=num_columns, in_row_stride=num_columns, out_row_stride=num_columns,
+    )  # fmt: skip
+    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), is_double, False, device)
+    fits = num_knots * (144 if is_double else 80) <= shared_bytes
+    assert (grid.kernel != SWEEP) == fits
+    if fits:
+        assert grid.threads in range(32, 257, 32)
+        assert 0 < grid.shared_bytes <= shared_bytes
+        assert 1 <= grid.blocks <= max(16 * 132, num_points)
+        wide = not is_double and num_columns > 120
+        assert grid.kernel == (WIDE if wide else NARROW)
+        # Every row of the matrix is in a block, and all blocks have work.
+        rows_a_block = grid.threads // 32 * 16
+        chunks = -(-num_points // rows_a_block)
+        assert grid.blocks % chunks == 0
+        assert grid.blocks // chunks <= -(-num_columns // (128 if wide else 32))
 
 
 def test_half_precision_conversions(host_library):
@@ -316,25 +410,33 @@ def test_half_precision_conversions(host_library):
             assert brain == single.bfloat16().view(torch.int16).item(), value
 
 
-def test_wide_kernels_move_16_bytes_at_once(ptx):
-    pattern = r"\.entry \w*spline_kernelI\w+Li(\d)E\w*StatesE(\d)E\w*\((.*?)\n}"
-    kernels = re.findall(pattern, ptx, re.S)
-    assert len(kernels) == 40
-    for width, states, body in kernels:
-        accesses = re.findall(r"\b(ld|st)\.(?!param)(\w+)((?:\.cs)?)(?:\.v(\d))?\.\w(\d+)", body)
+def accesses_of(body):
+    """By kind and memory, the sizes in bytes of a kernel's accesses."""
+    found = {}
+    pattern = r"\b(ld|st)\.(?!param)(\w+)((?:\.(?:cs|nc))?)(?:\.v(\d))?\.\w(\d+)"
+    for kind, space, use, count, bits in re.findall(pattern, body):
+        found.setdefault(f"{kind}.{space}{use}", set()).add(int(count or 1) * int(bits) // 8)
+    return found
+
+
+def test_kernels_move_16_bytes_at_once(ptx):
+    entries = re.findall(r"\.entry (\w+)\(.*?\)[^{]*^{$(.*?)^}$", ptx, re.S | re.M)
+    sweeps = [accesses_of(body) for name, body in entries if "spline_kernel" in name]
+    assert len(sweeps) == 16
+    for accesses in sweeps:
+        assert accesses["ld.global.nc"] == {4, 16}  # the schedule, and coefficients
         # None is generic: nvcc knows where the states are.
-        spaces = {space for _, space, *_ in accesses}
-        assert spaces == ({"global", "shared"} if int(states) == SHARED else {"global"})
-        sizes = {"ld": set(), "st": set(), "st.cs": set()}
-        for kind, _, last_use, count, bits in accesses:
-            sizes[kind + last_use].add(int(count or 1) * int(bits))
-        if width == "1":
-            assert max(sizes["ld"] | sizes["st"]) == 64
-            assert not sizes["st.cs"]
-        else:  # coefficients are the same for all threads and loaded one by one
-            assert 128 in sizes["ld"]
-            assert sizes["st"] <= {128}
-            assert sizes["st.cs"] == {128}
+        assert {kind.split(".")[1] for kind in accesses} <= {"global", "shared"}
+    wide = {
+        name[name.index("I") + 1]: accesses_of(body)
+        for name, body in entries if re.search("dense_kernel.*Li4E", name)
+    }  # fmt: skip
+    assert set(wide) == {"f", "N"}  # float, and the structs of half precision
+    for kind, accesses in wide.items():
+        assert 16 in accesses["ld.shared"]
+        assert accesses["st.global.cs"] == ({16} if kind == "f" else {8})
+        assert "st.global" not in accesses
+        assert max(accesses["ld.global"]) == (16 if kind == "f" else 8)
 
 
 def test_compiles_links_and_does_not_spill(tmp_path):
@@ -342,14 +444,18 @@ def test_compiles_links_and_does_not_spill(tmp_path):
     library = tmp_path / "spline.so"
     log, count = linked_without_spills(library)
     assert str(CSRC).encode() not in library.read_bytes()  # no word of where it was built
-    kernels = re.findall(r"Compiling entry function '\S*spline_kernel\S*' for '(sm_\d+)'", log)
-    # Four dtypes, forward and transposed, states in shared memory and in a workspace, narrow and
-    # wide, and wide with states in registers, on each architecture; two small others.
-    assert {a: kernels.count(a) for a in kernels} == {"sm_75": 40, "sm_80": 40, "sm_90": 40}
-    assert count == 3 * (40 + 2)
+    kernels = re.findall(
+        r"Compiling entry function '\S*(spline|dense)_kernel\S*' for '(sm_\d+)'", log
+    )
+    # Sweeps of four dtypes, forward and transposed, states in shared memory and in a workspace;
+    # products of four dtypes, narrow, and wide for all but float64; two small others.
+    for architecture in ARCHITECTURES:
+        assert kernels.count(("spline", architecture)) == 16
+        assert kernels.count(("dense", architecture)) == 7
+    assert count == len(ARCHITECTURES) * (16 + 7 + 2)
     registers = [int(r) for r in re.findall(r"Used (\d+) registers", log)]
     assert len(registers) == count
-    assert max(registers) <= 128  # four blocks of 128 threads to a multiprocessor
+    assert max(registers) <= 128  # 512 threads to a multiprocessor
 
 
 @pytest.mark.cuda

@@ -59,7 +59,7 @@ $L__BB0_2:
 	ret;
 }
 """
-# Every thread writes its number, meets the others where %kernel_param_1 says so, reads a neighbour's.
+# Every thread writes its number, meets the others if the parameter says so, reads a neighbour's.
 MEETING = """\
 .extern .shared .align 16 .b8 shared[];
 
@@ -120,7 +120,8 @@ extern "C" const char* run(char* in, int64_t number, uint32_t threads, uint32_t 
   return attempt([&] { run_grid(&kernel, 1, threads, shared_bytes, numbers, number); });
 }
 extern "C" const char* meet(char* out, uint32_t until, uint32_t threads) {
-  return attempt([&] { run_grid(&meeting, 1, threads, 16, reinterpret_cast<uint64_t>(out), until); });
+  const auto address = reinterpret_cast<uint64_t>(out);
+  return attempt([&] { run_grid(&meeting, 1, threads, 16, address, until); });
 }
 """
 

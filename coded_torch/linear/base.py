@@ -159,8 +159,12 @@ class LinearMap(abc.ABC):
             key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
         operands = self._placed.get(key)
         if operands is None:
-            operands = self._placed[key] = _place(self._placed[dtype, _HOST], dtype, device)
+            operands = self._placed[key] = _place(self._to_place(dtype, device), dtype, device)
         return operands
+
+    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """The operands on the host that ``device`` gets; to be overridden where it needs others."""
+        return self._placed[dtype, _HOST]
 
     def _operands_of_warm_up(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """What an earlier call placed: a copy made during capture would be part of the graph."""

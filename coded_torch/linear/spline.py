@@ -12,6 +12,7 @@ from .. import ops
 from .._arguments import real_array
 from .._arguments import smoothing as check_smoothing
 from .._extension import curve_plan
+from ._cost import prefers_matrix
 from .base import LinearMap
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class SplineMap(LinearMap):
 
     Note:
         Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column in
-        one pass over the values. The result of a column depends on nothing but the column, bit for
-        bit. One knot gives a constant, two a straight line.
+        one pass over the values; on CUDA :math:`O(n N)` where a dense matrix is faster. The result
+        of a column depends on nothing but the column, bit for bit. One knot gives a constant, two a
+        straight line.
 
     References:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
@@ -80,6 +82,14 @@ class SplineMap(LinearMap):
         w = None if weights is None else _numbers("weights", weights)
         exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
         super().__init__(len(t), len(z), exact, schedule, rounded=(rounded, schedule))
+
+    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        coefficients, schedule = super()._to_place(dtype, device)
+        dense = device.type == "cuda" and prefers_matrix(self.num_inputs, self.num_outputs)
+        # Compiled code would make the matrix anew in every call.
+        if dense and not torch.compiler.is_compiling():
+            coefficients = ops.with_matrix(coefficients, self.matrix())
+        return coefficients, schedule
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         coefficients, schedule = self._operands(values)

@@ -20,13 +20,19 @@ namespace coded_torch {
 // Slots: slot i holds the points of [t_i, t_{i+1}), the last one those at and beyond the last knot,
 // the first one also those before the first knot.
 //
-// coefficients  [n, 12] a row per knot, then [N, 4] a row per point, points sorted by slot
+// coefficients  [n, 12] a row per knot, then [N, 4] a row per point, points sorted by slot; for
+//               devices maybe [n, N], the map's dense matrix transposed, points in caller's order
 // schedule      [n + 1] first point of each slot, then [N] the caller's index of each sorted point
 constexpr int64_t kKnotCoefficients = 12;
 constexpr int64_t kPointCoefficients = 4;
 
 constexpr int64_t coefficients_size(int64_t num_knots, int64_t num_points) {
   return kKnotCoefficients * num_knots + kPointCoefficients * num_points;
+}
+
+// Rounded up, so that the next plan's rows start on a multiple of 16 bytes.
+constexpr int64_t matrix_size(int64_t num_knots, int64_t num_points) {
+  return (num_knots * num_points + 3) / 4 * 4;
 }
 
 constexpr int64_t schedule_size(int64_t num_knots, int64_t num_points) {

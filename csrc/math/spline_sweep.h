@@ -33,6 +33,13 @@ struct SplinePlan {
         first(schedule),
         order(schedule + n + 1),
         num_knots(n) {}
+
+  CODED_TORCH_HD const Coefficient* knot(int64_t i) const { return knots + kKnotCoefficients * i; }
+  CODED_TORCH_HD const Coefficient* point(int64_t j) const {
+    return points + kPointCoefficients * j;
+  }
+  CODED_TORCH_HD int32_t begin(int64_t slot) const { return first[slot]; }
+  CODED_TORCH_HD int32_t place(int64_t j) const { return order[j]; }
 };
 
 // (value, slope) of the curve at a knot, or their adjoints.
@@ -42,9 +49,9 @@ struct SplineState {
 };
 
 // States kept between the sweeps, `stride` packs apart: in a cache, shared memory, or a workspace.
+// After turn() they are read from the last to the first.
 template <class Columns>
 struct StateStack {
-  static constexpr int kUnroll = 1;
   Columns* base;
   int64_t stride;
 
@@ -55,16 +62,7 @@ struct StateStack {
   CODED_TORCH_HD SplineState<Columns> get(int64_t i) const {
     return {base[2 * i * stride], base[(2 * i + 1) * stride]};
   }
-};
-
-// States of at most kKnots knots in registers, which cannot be indexed: the sweeps are unrolled.
-template <class Columns, int kKnots>
-struct StateRegisters {
-  static constexpr int kUnroll = kKnots;
-  SplineState<Columns> states[kKnots - 2];
-
-  CODED_TORCH_HD void put(int64_t i, const SplineState<Columns>& state) { states[i] = state; }
-  CODED_TORCH_HD SplineState<Columns> get(int64_t i) const { return states[i]; }
+  CODED_TORCH_HD void turn(int64_t) const {}
 };
 
 // How many states are kept: all but those of the first and the last knot.
@@ -72,51 +70,49 @@ CODED_TORCH_HD int64_t num_kept_states(int64_t num_knots) {
   return num_knots > 2 ? num_knots - 2 : 0;
 }
 
-// With states in registers a sweep is unrolled for the most knots there may be, and skips those
-// there are not (by `continue`: loops with a `break` keep nvcc from seeing the indices).
-//
+// A GPU's threads wait less where the loads of a few knots are asked for at once.
+#define CODED_TORCH_KNOTS_AT_ONCE 4
+
 // result(order, .) = spline through (knots, values) at the points.
 // load(i) reads values row i, called for 0, 1, .. in turn; store(j, columns) writes result row j.
-template <class Columns, class Kept, class Coefficient, class Load, class Store>
-CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan, Kept& kept, Load& load,
-                                 const Store& store) {
+template <class Columns, class Kept, class Plan, class Load, class Store>
+CODED_TORCH_HD void spline_sweep(const Plan& plan, Kept& kept, Load& load, const Store& store) {
   using State = SplineState<Columns>;
-  const int64_t n = plan.num_knots, bound = Kept::kUnroll > 1 ? Kept::kUnroll : n;
+  const int64_t n = plan.num_knots;
   const Columns first_value = load(0);
   State state{first_value, Columns::zero()};
   if (n > 1) {
     state.v = load(1);
-    state.s = plan.knots[kFirstInverseH] * (state.v - first_value);
+    state.s = plan.knot(0)[kFirstInverseH] * (state.v - first_value);
   }
-  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
-  for (int64_t i = 1; i + 1 < bound; ++i) {  // filter: from knot i to knot i + 1
-    if (i + 1 >= n) continue;
-    const Coefficient* k = plan.knots + kKnotCoefficients * i;
+  CODED_TORCH_UNROLL_BY(CODED_TORCH_KNOTS_AT_ONCE)
+  for (int64_t i = 1; i + 1 < n; ++i) {  // filter: from knot i to knot i + 1
+    const auto k = plan.knot(i);
     kept.put(i - 1, state);
     const Columns value = load(i + 1);
     const Columns slope = k[kKs] * state.s + k[kK2] * (value - state.v);
     state.v = k[kK0] * (state.v + k[kH] * state.s) + k[kK1] * value;
     state.s = slope;
   }
+  kept.turn(num_kept_states(n));
   State upper = state;
-  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
-  for (int64_t i = bound - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
-    if (i >= n) continue;
+  CODED_TORCH_UNROLL_BY(CODED_TORCH_KNOTS_AT_ONCE)
+  for (int64_t i = n - 1; i >= 0; --i) {  // smooth: from knot i + 1 to knot i, then evaluate
     if (i == 0 && n > 1) {
-      const Columns tangent = upper.v - plan.knots[kFirstH] * upper.s;
-      state.v = plan.knots[kFirstA] * first_value + plan.knots[kFirstC] * tangent;
-      state.s = upper.s + plan.knots[kFirstB] * (tangent - first_value);
+      const Columns tangent = upper.v - plan.knot(0)[kFirstH] * upper.s;
+      state.v = plan.knot(0)[kFirstA] * first_value + plan.knot(0)[kFirstC] * tangent;
+      state.s = upper.s + plan.knot(0)[kFirstB] * (tangent - first_value);
     } else if (i + 1 < n) {
-      const Coefficient* k = plan.knots + kKnotCoefficients * i;
+      const auto k = plan.knot(i);
       const State here = kept.get(i - 1);
       const Columns rise = upper.v - here.v;
       state.v = here.v + k[kC00] * rise + k[kA01] * here.s + k[kC01] * upper.s;
       state.s = k[kC10] * rise + k[kA11] * here.s + k[kC11] * upper.s;
     }
     const Columns rise = upper.v - state.v;
-    for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
-      const Coefficient* w = plan.points + kPointCoefficients * j;
-      store(plan.order[j], state.v + w[1] * state.s + w[2] * rise + w[3] * upper.s);
+    for (int64_t j = plan.begin(i); j < plan.begin(i + 1); ++j) {
+      const auto w = plan.point(j);
+      store(plan.place(j), state.v + w[1] * state.s + w[2] * rise + w[3] * upper.s);
     }
     upper = state;
   }
@@ -125,19 +121,19 @@ CODED_TORCH_HD void spline_sweep(const SplinePlan<Coefficient>& plan, Kept& kept
 // The transpose of spline_sweep: both sweeps reversed, with the same coefficients.
 // load(j) reads gradient row j of the results, in the order of the points; store(i, columns) writes
 // gradient row i of the values.
-template <class Columns, class Kept, class Coefficient, class Load, class Store>
-CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan, Kept& kept,
-                                         Load& load, const Store& store) {
+template <class Columns, class Kept, class Plan, class Load, class Store>
+CODED_TORCH_HD void spline_sweep_adjoint(const Plan& plan, Kept& kept, Load& load,
+                                         const Store& store) {
   using State = SplineState<Columns>;
-  const int64_t n = plan.num_knots, bound = Kept::kUnroll > 1 ? Kept::kUnroll : n;
+  const int64_t n = plan.num_knots;
   Columns first_value = Columns::zero();
   State state{Columns::zero(), Columns::zero()};
-  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
-  for (int64_t i = 0; i < bound; ++i) {
+  CODED_TORCH_UNROLL_BY(CODED_TORCH_KNOTS_AT_ONCE)
+  for (int64_t i = 0; i < n; ++i) {
     State upper{Columns::zero(), Columns::zero()};
-    for (int64_t j = plan.first[i]; j < plan.first[i + 1]; ++j) {
-      const Coefficient* w = plan.points + kPointCoefficients * j;
-      const Columns gradient = load(plan.order[j]);
+    for (int64_t j = plan.begin(i); j < plan.begin(i + 1); ++j) {
+      const auto w = plan.point(j);
+      const Columns gradient = load(plan.place(j));
       state.v = state.v + w[0] * gradient;
       state.s = state.s + w[1] * gradient;
       upper.v = upper.v + w[2] * gradient;
@@ -145,13 +141,13 @@ CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan, Ke
     }
     if (i + 1 == n) break;
     if (i == 0) {
-      const Columns slope = plan.knots[kFirstB] * state.s;
-      const Columns tangent = plan.knots[kFirstC] * state.v + slope;
-      first_value = plan.knots[kFirstA] * state.v - slope;
+      const Columns slope = plan.knot(0)[kFirstB] * state.s;
+      const Columns tangent = plan.knot(0)[kFirstC] * state.v + slope;
+      first_value = plan.knot(0)[kFirstA] * state.v - slope;
       upper.v = upper.v + tangent;
-      upper.s = upper.s + state.s - plan.knots[kFirstH] * tangent;
+      upper.s = upper.s + state.s - plan.knot(0)[kFirstH] * tangent;
     } else {
-      const Coefficient* k = plan.knots + kKnotCoefficients * i;
+      const auto k = plan.knot(i);
       const Columns slope = k[kC10] * state.s;
       kept.put(i - 1, {k[kA00] * state.v - slope, k[kA01] * state.v + k[kA11] * state.s});
       upper.v = upper.v + k[kC00] * state.v + slope;
@@ -159,10 +155,10 @@ CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan, Ke
     }
     state = upper;
   }
-  CODED_TORCH_UNROLL_BY(Kept::kUnroll)
-  for (int64_t i = bound - 2; i >= 1; --i) {
-    if (i > n - 2) continue;
-    const Coefficient* k = plan.knots + kKnotCoefficients * i;
+  kept.turn(num_kept_states(n));
+  CODED_TORCH_UNROLL_BY(CODED_TORCH_KNOTS_AT_ONCE)
+  for (int64_t i = n - 2; i >= 1; --i) {
+    const auto k = plan.knot(i);
     const State lower = kept.get(i - 1);
     const Columns value = k[kK0] * state.v, slope = k[kK2] * state.s;
     store(i + 1, k[kK1] * state.v + slope);
@@ -170,7 +166,7 @@ CODED_TORCH_HD void spline_sweep_adjoint(const SplinePlan<Coefficient>& plan, Ke
     state.v = lower.v + value - slope;
   }
   if (n > 1) {
-    const Columns slope = plan.knots[kFirstInverseH] * state.s;
+    const Columns slope = plan.knot(0)[kFirstInverseH] * state.s;
     store(1, state.v + slope);
     store(0, first_value - slope);
   } else {

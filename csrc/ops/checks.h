@@ -160,11 +160,14 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   const int64_t out_rows = schedule.size(1) - 1 - rows;
   const int64_t num_knots = transpose ? out_rows : rows;
   const int64_t num_points = transpose ? rows : out_rows;
-  STD_TORCH_CHECK(num_knots >= 1 && num_points >= 0 &&
-                      coefficients.size(1) == coefficients_size(num_knots, num_points),
-                  "spline_apply: ", gathers ? "gather " : "values ", shape_str(grouped),
-                  ", coefficients ", shape_str(coefficients), " and schedule ", shape_str(schedule),
-                  " do not fit together", transpose ? " (transpose)" : "");
+  const int64_t of_sweeps = coefficients_size(num_knots, num_points);
+  const bool has_matrix = coefficients.size(1) > of_sweeps;
+  STD_TORCH_CHECK(
+      num_knots >= 1 && num_points >= 0 &&
+          coefficients.size(1) == of_sweeps + (has_matrix ? matrix_size(num_knots, num_points) : 0),
+      "spline_apply: ", gathers ? "gather " : "values ", shape_str(grouped), ", coefficients ",
+      shape_str(coefficients), " and schedule ", shape_str(schedule), " do not fit together",
+      transpose ? " (transpose)" : "");
   STD_TORCH_CHECK(scatters == indices.num_rows.has_value() && indices.num_rows.value_or(0) >= 0,
                   "spline_apply: scatter and num_rows >= 0 must be given together");
   STD_TORCH_CHECK(
@@ -192,6 +195,11 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   args.coefficients = coefficients.const_data_ptr();
   args.schedule = static_cast<const int32_t*>(schedule.const_data_ptr());
   args.num_knots = num_knots;
+  args.num_points = num_points;
+  if (has_matrix && coefficients.size(0) == 1) {
+    args.matrix = static_cast<const char*>(args.coefficients) +
+                  of_sweeps * static_cast<int64_t>(coefficients.element_size());
+  }
   args.num_groups = groups;
   args.num_columns = columns;
   if (coefficients.size(0) > 1) {

@@ -33,9 +33,11 @@ struct SplineArgs {
   RowIndex scatter;
   const void* coefficients;     // [P, 12 n + 4 N] in the accumulation type, P = 1 or G
   int64_t coefficients_stride;  // 0 where one plan serves all groups
+  const void* matrix;           // [n, N], likewise; null where the plans come without, or P > 1
   const int32_t* schedule;      // [P, n + 1 + N]
   int64_t schedule_stride;
   int64_t num_knots;    // n
+  int64_t num_points;   // N
   int64_t num_groups;   // G
   int64_t num_columns;  // m
 };

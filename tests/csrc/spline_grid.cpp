@@ -6,7 +6,9 @@
 #include <memory>
 #include <vector>
 
+#include "../../csrc/ops/cuda/dense_block.h"
 #include "../../csrc/ops/cuda/spline_block.h"
+#include "block.h"
 
 using namespace coded_torch;
 
@@ -15,66 +17,102 @@ using namespace coded_torch;
 
 namespace coded_torch {
 // As declared in spline.cu, so that their names are those of the translated kernels.
-template <class T, int kWidth, bool kTranspose, States kStates>
+template <class T, bool kTranspose, States kStates>
 void spline_kernel(SplineArgs args, SplineGrid grid, void* workspace);
+template <class T, int kWidth>
+void dense_kernel(SplineArgs args, DenseGrid grid, bool transpose);
 void mark_written(RowIndex scatter, int64_t entries, char* written);
 void zero_unwritten(const char* written, char* out, int64_t row_bytes, int64_t row_stride_bytes);
 }  // namespace coded_torch
 
-template <class T, int kWidth, bool kTranspose, States kStates>
+template <class T, bool kTranspose, States kStates>
 static void run_blocks(const SplineArgs& args, const SplineGrid& grid, void* workspace) {
-  ptx::run_grid(&spline_kernel<T, kWidth, kTranspose, kStates>, grid.blocks, grid.threads,
+  ptx::run_grid(&spline_kernel<T, kTranspose, kStates>, grid.blocks, grid.threads,
                 grid.shared_bytes, args, grid, workspace);
 }
+template <class T, int kWidth>
+static void run_blocks(const SplineArgs& args, const DenseGrid& grid, bool transpose) {
+  ptx::run_grid(&dense_kernel<T, kWidth>, grid.blocks, grid.threads, grid.shared_bytes, args, grid,
+                transpose);
+}
 #else
-template <class T, int kWidth, bool kTranspose, States kStates>
-static void run_blocks(const SplineArgs& args, const SplineGrid& grid, void* workspace) {
+// Calls run(block, shared memory) for each block; what it holds is NaN, so that nothing may be read
+// unwritten.
+template <class Grid, class Run>
+static void each_block(const Grid& grid, const Run& run) {
   const auto shared = std::make_unique<char[]>(grid.shared_bytes);
   for (int64_t block = 0; block < grid.blocks; ++block) {
-    std::memset(shared.get(), 0xff, grid.shared_bytes);  // NaN: nothing may be read unwritten
-    for (int thread = 0; thread < grid.threads; ++thread) {
-      spline_thread<T, kWidth, kTranspose, kStates>(args, grid, block, thread, shared.get(),
-                                                    workspace);
-    }
+    std::memset(shared.get(), 0xff, grid.shared_bytes);
+    run(block, shared.get());
   }
+}
+
+template <class T, bool kTranspose, States kStates>
+static void run_blocks(const SplineArgs& args, const SplineGrid& grid, void* workspace) {
+  each_block(grid, [&](int64_t block, char* shared) {
+    for (int thread = 0; thread < grid.threads; ++thread) {
+      spline_thread<T, kTranspose, kStates>(args, grid, block, thread, shared, workspace);
+    }
+  });
+}
+
+template <class T, int kWidth>
+static void run_blocks(const SplineArgs& args, const DenseGrid& grid, bool transpose) {
+  each_block(grid, [&](int64_t index, char* shared) {
+    block::run_threads(grid.threads, [&](uint32_t thread) {
+      dense_thread<T, kWidth>(args, grid, transpose, index, static_cast<int>(thread), shared,
+                              [] { block::barrier(0); });
+    });
+  });
 }
 #endif
 
-template <class T, int kWidth, bool kTranspose, States kStates>
+// What a call was done with, as Python sees it.
+struct Launched {
+  int kernel;  // Choice::Kernel
+  int states;  // of a sweep
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  int64_t workspace_bytes;
+};
+
+static Launched launched(const SplineGrid& grid) {
+  return {Choice::kSweep,    static_cast<int>(grid.states), grid.blocks, grid.threads,
+          grid.shared_bytes, grid.workspace_bytes};
+}
+static Launched launched(const Choice& choice) {
+  const DenseGrid& grid = choice.grid;
+  return {choice.kernel, 0, grid.blocks, grid.threads, grid.shared_bytes, 0};
+}
+
+template <class T, bool kTranspose, States kStates>
 static void run_grid(const SplineArgs& args, const SplineGrid& grid) {
   const auto workspace = std::make_unique<char[]>(grid.workspace_bytes);
   std::memset(workspace.get(), 0xff, grid.workspace_bytes);
-  run_blocks<T, kWidth, kTranspose, kStates>(args, grid, workspace.get());
+  run_blocks<T, kTranspose, kStates>(args, grid, workspace.get());
 }
 
-template <class T, int kWidth, bool kTranspose>
-static SplineGrid run(const SplineArgs& args, const Device& device) {
-  const SplineGrid grid =
-      plan_grid(args, kWidth, sizeof(acc_t<T>), kWidth > 1 ? kRegisterKnots<T> : 0, device);
-  switch (grid.states) {
-    case States::kRegisters:
-      if constexpr (kWidth > 1) run_grid<T, kWidth, kTranspose, States::kRegisters>(args, grid);
-      break;
-    case States::kShared:
-      run_grid<T, kWidth, kTranspose, States::kShared>(args, grid);
-      break;
-    case States::kWorkspace:
-      run_grid<T, kWidth, kTranspose, States::kWorkspace>(args, grid);
-      break;
-  }
-  return grid;
+template <class T, bool kTranspose>
+static Launched sweep(const SplineArgs& args, const Device& device) {
+  const SplineGrid grid = plan_grid(args, sizeof(acc_t<T>), device);
+  grid.states == States::kShared ? run_grid<T, kTranspose, States::kShared>(args, grid)
+                                 : run_grid<T, kTranspose, States::kWorkspace>(args, grid);
+  return launched(grid);
 }
 
 template <class T>
-static SplineGrid run(const SplineArgs& args, bool transpose, const Device& device) {
-  if (!fits_wide<T>(args)) {
-    return transpose ? run<T, 1, true>(args, device) : run<T, 1, false>(args, device);
+static Launched run(const SplineArgs& args, bool transpose, const Device& device) {
+  const Choice choice = choose<T>(args, transpose, device);
+  if (choice.kernel == Choice::kSweep) {
+    return transpose ? sweep<T, true>(args, device) : sweep<T, false>(args, device);
   }
-  return transpose ? run<T, kWidePack<T>, true>(args, device)
-                   : run<T, kWidePack<T>, false>(args, device);
+  choice.kernel == Choice::kWide ? run_blocks<T, kDenseWidth<T>>(args, choice.grid, transpose)
+                                 : run_blocks<T, 1>(args, choice.grid, transpose);
+  return launched(choice);
 }
 
-static SplineGrid run(const SplineArgs& args, int dtype, bool transpose, const Device& device) {
+static Launched run(const SplineArgs& args, int dtype, bool transpose, const Device& device) {
   switch (static_cast<DType>(dtype)) {
     case DType::kFloat64:
       return run<double>(args, transpose, device);
@@ -115,11 +153,11 @@ extern "C" {
 
 // What Python takes them for.
 int64_t coded_torch_sizeof_args() { return sizeof(SplineArgs); }
-int64_t coded_torch_sizeof_grid() { return sizeof(SplineGrid); }
+int64_t coded_torch_sizeof_launched() { return sizeof(Launched); }
 
 // `scattered`: entries of the index of results. `failure` receives what went wrong, if anything.
-SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpose, Device device,
-                                int64_t scattered, char failure[80]) {
+Launched coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpose, Device device,
+                              int64_t scattered, char failure[80]) {
   constexpr int64_t kValueBytes[] = {8, 4, 2, 2};
   try {
     if (args->scatter.rows) zero_rest(*args, scattered, kValueBytes[dtype]);
@@ -131,9 +169,11 @@ SplineGrid coded_torch_run_grid(const SplineArgs* args, int dtype, bool transpos
 }
 
 // The launch configuration alone, for sizes that no memory holds.
-SplineGrid coded_torch_plan_grid(const SplineArgs* args, int width, int64_t acc_bytes,
-                                 Device device) {
-  return plan_grid(*args, width, acc_bytes, 0, device);
+Launched coded_torch_plan_grid(const SplineArgs* args, bool is_double, bool transpose,
+                               Device device) {
+  if (args->matrix == nullptr) return launched(plan_grid(*args, is_double ? 8 : 4, device));
+  return launched(is_double ? choose<double>(*args, transpose, device)
+                            : choose<float>(*args, transpose, device));
 }
 
 float coded_torch_half_to_float(uint16_t bits) { return to_float(float16{bits}); }

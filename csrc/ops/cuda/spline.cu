@@ -3,17 +3,26 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../checks.h"
+#include "dense_block.h"
 #include "runtime.h"
 #include "spline_block.h"
 
 namespace coded_torch {
 
-template <class T, int kWidth, bool kTranspose, States kStates>
+template <class T, bool kTranspose, States kStates>
 __global__ void __launch_bounds__(kMaxThreads, kResidentBlocks)
     spline_kernel(SplineArgs args, SplineGrid grid, void* workspace) {
   extern __shared__ __align__(16) char shared[];
-  spline_thread<T, kWidth, kTranspose, kStates>(args, grid, blockIdx.x,
-                                                static_cast<int>(threadIdx.x), shared, workspace);
+  spline_thread<T, kTranspose, kStates>(args, grid, blockIdx.x, static_cast<int>(threadIdx.x),
+                                        shared, workspace);
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kDenseWarps* kWarp, 2)
+    dense_kernel(SplineArgs args, DenseGrid grid, bool transpose) {
+  extern __shared__ __align__(16) char shared[];
+  dense_thread<T, kWidth>(args, grid, transpose, blockIdx.x, static_cast<int>(threadIdx.x), shared,
+                          BlockBarrier{});
 }
 
 static void check_blocks(int64_t blocks) {
@@ -33,7 +42,17 @@ static Device device_of(int device_index) {
               attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
 }
 
-template <class T, int kWidth, bool kTranspose, States kStates>
+// The kernel keeps the number, so it is the most that any launch asks for: a smaller one from
+// another thread would make a launch fail.
+template <class Kernel>
+static void allow_shared_memory(Kernel kernel, int64_t bytes, const Device& device) {
+  constexpr int kSharedWithoutAsking = 48 << 10;
+  if (bytes <= kSharedWithoutAsking) return;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  device.shared_bytes));
+}
+
+template <class T, bool kTranspose, States kStates>
 static void launch(const SplineCall& call, const SplineGrid& grid, const Device& device) {
   // Owned by the allocator of the current stream: the next owner's work comes after this kernel.
   std::optional<Tensor> workspace;
@@ -41,46 +60,44 @@ static void launch(const SplineCall& call, const SplineGrid& grid, const Device&
     workspace = torch::stable::empty({grid.workspace_bytes}, ScalarType::Byte, std::nullopt,
                                      call.values.device());
   }
-  const auto kernel = spline_kernel<T, kWidth, kTranspose, kStates>;
-  constexpr int kSharedWithoutAsking = 48 << 10;
-  if (grid.shared_bytes > kSharedWithoutAsking) {
-    // The most that plan_grid() hands out: the kernel keeps the number, and a smaller one from
-    // another thread would make the launch below fail.
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    device.shared_bytes));
-  }
+  const auto kernel = spline_kernel<T, kTranspose, kStates>;
+  allow_shared_memory(kernel, grid.shared_bytes, device);
   kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
            current_stream(device.index)>>>(call.args, grid,
                                            workspace ? workspace->mutable_data_ptr() : nullptr);
   check_launch();
 }
 
-template <class T, int kWidth, bool kTranspose>
-static void launch(const SplineCall& call, const Device& device) {
-  const SplineGrid grid =
-      plan_grid(call.args, kWidth, sizeof(acc_t<T>), kWidth > 1 ? kRegisterKnots<T> : 0, device);
+template <class T, bool kTranspose>
+static void sweep(const SplineCall& call, const Device& device) {
+  const SplineGrid grid = plan_grid(call.args, sizeof(acc_t<T>), device);
   check_blocks(grid.blocks);
-  switch (grid.states) {
-    case States::kRegisters:
-      if constexpr (kWidth > 1)
-        launch<T, kWidth, kTranspose, States::kRegisters>(call, grid, device);
-      break;
-    case States::kShared:
-      launch<T, kWidth, kTranspose, States::kShared>(call, grid, device);
-      break;
-    case States::kWorkspace:
-      launch<T, kWidth, kTranspose, States::kWorkspace>(call, grid, device);
-      break;
-  }
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(call.args.coefficients) % 16 == 0,
+                  "spline_apply: coefficients must start on a multiple of 16 bytes on CUDA");
+  grid.states == States::kShared ? launch<T, kTranspose, States::kShared>(call, grid, device)
+                                 : launch<T, kTranspose, States::kWorkspace>(call, grid, device);
+}
+
+template <class T, int kWidth>
+static void multiply(const SplineCall& call, bool transpose, const DenseGrid& grid,
+                     const Device& device) {
+  const auto kernel = dense_kernel<T, kWidth>;
+  check_blocks(grid.blocks);
+  allow_shared_memory(kernel, grid.shared_bytes, device);
+  kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes,
+           current_stream(device.index)>>>(call.args, grid, transpose);
+  check_launch();
 }
 
 template <class T>
 static void launch(const SplineCall& call, bool transpose, const Device& device) {
-  if (fits_wide<T>(call.args)) {
-    transpose ? launch<T, kWidePack<T>, true>(call, device)
-              : launch<T, kWidePack<T>, false>(call, device);
-  } else {
-    transpose ? launch<T, 1, true>(call, device) : launch<T, 1, false>(call, device);
+  switch (const Choice choice = choose<T>(call.args, transpose, device); choice.kernel) {
+    case Choice::kWide:
+      return multiply<T, kDenseWidth<T>>(call, transpose, choice.grid, device);
+    case Choice::kNarrow:
+      return multiply<T, 1>(call, transpose, choice.grid, device);
+    case Choice::kSweep:
+      return transpose ? sweep<T, true>(call, device) : sweep<T, false>(call, device);
   }
 }
 
