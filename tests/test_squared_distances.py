@@ -1,6 +1,7 @@
 """Distances and products of rows: every kernel of the CPU, and CUDA's on the host and a GPU."""
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from coded_torch.ops import inner_products, squared_distances
 
 from .grids import build_host, build_ptx
-from .test_cuda import linked_without_spills
+from .test_cuda import ARCHITECTURES, linked_without_spills
 from .test_ops import CAPABILITIES
 
 DTYPES = (torch.float64, torch.float32)
@@ -117,26 +118,49 @@ def ptx(tmp_path_factory):
     return build_ptx(folder, "distances_grid.cpp", "distances.cu")
 
 
-@pytest.mark.parametrize("compiled", ["host", "ptx"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "columns"), SIZES)
-def test_the_kernel_body_over_a_whole_grid(request, compiled, n, columns, dtype):
-    run = request.getfixturevalue(compiled).coded_torch_run_distances
-    rows, squares = problem(n, columns, dtype)
-    out = torch.full((n, n), torch.nan, dtype=dtype)
+# The multiprocessors of a card that a tile's slices are divided over, and of one that is too small.
+LARGE, SMALL = 132, 1
+
+
+@pytest.fixture(params=["host", "ptx"])
+def grid(request):
+    return request.getfixturevalue(request.param).coded_torch_run_distances
+
+
+def run_grid(grid, rows, squares, multiprocessors=LARGE):
+    n, columns = rows.shape
+    out = torch.full((n, n), torch.nan, dtype=rows.dtype)
     failure = ctypes.create_string_buffer(80)
     sizes = ctypes.c_int64(n), ctypes.c_int64(columns)
-    # Of empty tensors the address is 0, too.
-    for lengths in [squares.data_ptr(), None] if n else []:
-        tensors = map(ctypes.c_void_p, (rows.data_ptr(), lengths, out.data_ptr()))
-        run(*tensors, *sizes, ctypes.c_double(0), dtype == torch.float64, failure)
-        assert failure.value == b""
-        (check_products if lengths is None else check)(out, rows)
+    addresses = (None if t is None else t.data_ptr() for t in (rows, squares, out))
+    tensors = map(ctypes.c_void_p, addresses)
+    double = rows.dtype == torch.float64
+    grid(*tensors, *sizes, ctypes.c_double(0), double, multiprocessors, failure)
+    assert failure.value == b""
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "columns"), [*SIZES[1:], (66, 600)])
+def test_the_kernel_body_over_a_whole_grid(grid, n, columns, dtype):
+    rows, squares = problem(n, columns, dtype)
+    check(run_grid(grid, rows, squares), rows)
+    check_products(run_grid(grid, rows, None), rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_on_a_grid_depends_on_nothing_but_its_rows(grid, dtype):
+    rows, squares = problem(70, 2039, dtype)  # slices of 256 columns
+    whole = run_grid(grid, rows, squares)
+    assert torch.equal(run_grid(grid, rows, squares, SMALL), whole)
+    part = run_grid(grid, rows[3:9].contiguous(), squares[3:9].contiguous())
+    assert torch.equal(part, whole[3:9, 3:9])
 
 
 def test_compiles_links_and_does_not_spill(tmp_path):
-    _, count = linked_without_spills(tmp_path / "distances.so", "distances.cu")
-    assert count == 3 * 8  # architectures, dtypes wide and narrow, distances and products
+    log, count = linked_without_spills(tmp_path / "distances.so", "distances.cu")
+    assert count == len(ARCHITECTURES) * 8  # dtypes, distances and products, whole and of slices
+    assert max(map(int, re.findall(r"Used (\d+) registers", log))) <= 128
 
 
 @pytest.mark.cuda

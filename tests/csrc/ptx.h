@@ -159,6 +159,14 @@ T op_div(auto a, auto b) {
   return as<T>(a) / as<T>(b);
 }
 template <class T>
+T op_rem(auto a, auto b) {
+  return as<T>(a) % as<T>(b);
+}
+template <class T>
+T op_min(auto a, auto b) {
+  return as<T>(a) < as<T>(b) ? as<T>(a) : as<T>(b);
+}
+template <class T>
 T op_max(auto a, auto b) {
   return as<T>(a) > as<T>(b) ? as<T>(a) : as<T>(b);
 }
@@ -192,6 +200,13 @@ T op_shr(auto a, auto by) {  // of signed numbers with their sign
   const uint32_t most = 8 * sizeof(T) - 1, shift = as<uint32_t>(by);
   if (std::is_unsigned_v<T> && shift > most) return 0;
   return as<T>(a) >> (shift < most ? shift : most);
+}
+
+// The lowest bits of a in their place in b.
+template <class T>
+T op_bfi(auto a, auto b, auto from, auto count) {
+  const T mask = ((T{1} << as<uint32_t>(count)) - 1) << as<uint32_t>(from);
+  return (as<T>(b) & ~mask) | ((as<T>(a) << as<uint32_t>(from)) & mask);
 }
 
 template <class T>
@@ -258,10 +273,15 @@ To op_cvt(auto a) {
 }
 template <class To, class From>
 To op_cvt_rn(auto a) {
-  static_assert(std::is_same_v<From, float>);
-  To out;
-  coded_torch::from_float(a, &out);
-  return out;
+  if constexpr (std::is_same_v<From, double>) {
+    static_assert(std::is_same_v<To, float>);
+    return static_cast<To>(as<double>(a));
+  } else {
+    static_assert(std::is_same_v<From, float>);
+    To out;
+    coded_torch::from_float(a, &out);
+    return out;
+  }
 }
 
 // An access of some bytes at once: aligned to them, or the device would trap.

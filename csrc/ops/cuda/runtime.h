@@ -14,6 +14,16 @@ inline void check_cuda(cudaError_t error) {
 
 inline void check_launch() { check_cuda(cudaGetLastError()); }
 
+inline int device_attribute(cudaDeviceAttr name, int device_index) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device_index));
+  return value;
+}
+
+inline int multiprocessors_of(int device_index) {
+  return device_attribute(cudaDevAttrMultiProcessorCount, device_index);
+}
+
 inline cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   const AOTITorchError failed = aoti_torch_get_current_cuda_stream(device_index, &stream);

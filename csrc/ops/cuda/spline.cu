@@ -30,16 +30,12 @@ static void check_blocks(int64_t blocks) {
                   " blocks fit a grid, got ", blocks);
 }
 
-static Device device_of(int device_index) {
-  const auto attribute = [&](cudaDeviceAttr name) {
-    int value = 0;
-    check_cuda(cudaDeviceGetAttribute(&value, name, device_index));
-    return value;
-  };
+static Device device_of(int index) {
   // The runtime keeps some of a multiprocessor's shared memory for each block.
-  return {device_index, attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / 2 -
-              attribute(cudaDevAttrReservedSharedMemoryPerBlock)};
+  const int shared_bytes =
+      device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index) / 2 -
+      device_attribute(cudaDevAttrReservedSharedMemoryPerBlock, index);
+  return {index, multiprocessors_of(index), shared_bytes};
 }
 
 // The kernel keeps the number, so it is the most that any launch asks for: a smaller one from
