@@ -27,6 +27,7 @@ from coded_torch.nn import CodedWrapper
 from coded_torch.points import chebyshev_first, chebyshev_second
 from coded_torch.workers import LocalWorkers
 
+from . import choices
 from .runs import RESULTS, environment, write_results
 from .timing import Timing, last_level_cache, measure, reuse_memory, rotate
 
@@ -72,18 +73,18 @@ def check(what: str, got: Tensor, want: Tensor) -> None:
         raise AssertionError(f"{what}: the error is {error:.1e}")
 
 
-def contestants(num_data: int, num_workers: int, columns: int, device: str) -> dict[str, Any]:
+def contestants(num_data: int, num_workers: int, columns: int) -> dict[str, Any]:
     """By name, functions that apply the map, or do what it is compared with, to the next buffer."""
     spline = SplineMap(
         chebyshev_first(num_data), chebyshev_second(num_workers), smoothing=SMOOTHING
     )
-    matrix = spline.matrix(device=device)
+    matrix = spline.matrix()
     dense = matrix.float()
-    cache = last_level_cache(device)
-    generator = torch.Generator(device).manual_seed(0)
+    cache = last_level_cache()
+    generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
     def over(
         apply: Callable[..., Tensor], operator: Tensor, make: Callable[[], Tensor]
@@ -101,16 +102,16 @@ def contestants(num_data: int, num_workers: int, columns: int, device: str) -> d
         return run
 
     # Rows of two groups in any order, in a batch with as many rows again between them.
-    order = torch.randperm(2 * num_data, generator=generator, device=device)
+    order = torch.randperm(2 * num_data, generator=generator)
     gather = order[:num_data, None].contiguous()
-    scatter = torch.randperm(num_workers, generator=generator, device=device)[:, None].contiguous()
+    scatter = torch.randperm(num_workers, generator=generator)[:, None].contiguous()
     plan = spline._operands(dense)
 
     def indexed(batch: Tensor, out: Tensor) -> Tensor:
         rows = {"gather": gather, "scatter": scatter, "num_rows": num_workers}
         return ops.spline_apply(batch, *plan, **rows, out=out)
 
-    permuted = torch.zeros(num_workers, 2 * num_data, dtype=torch.float64, device=device)
+    permuted = torch.zeros(num_workers, 2 * num_data, dtype=torch.float64)
     permuted[scatter, gather.T] = matrix
     halves = (num_data + num_workers) * columns // 2
     copies = rotate(lambda: (randn(halves), randn(halves)), 4 * halves, cache)
@@ -185,7 +186,7 @@ def fresh(runs: int, shrink: int, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
+def large(runs: int, shrink: int) -> list[dict[str, Any]]:
     rows = []
     wide = "avx512" in torch.ops.coded_torch.cpu_capabilities()
     for (num_data, num_workers, all_columns), over_copy, faster in zip(
@@ -193,8 +194,8 @@ def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
     ):
         over_matmul = faster if wide else faster / 2
         columns = all_columns // shrink
-        functions = contestants(num_data, num_workers, columns, device)
-        timings = measure(functions, runs=runs, device=device)
+        functions = contestants(num_data, num_workers, columns)
+        timings = measure(functions, runs=runs)
         medians = {name: timing.median for name, timing in timings.items()}
         moved = (num_data + num_workers) * columns * 4
         row: dict[str, Any] = {
@@ -215,9 +216,8 @@ def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
                 for name, (base, bar) in RELATIVE_BARS.items()
             },
         }
-        if device == "cpu":
-            scipy = scipy_seconds_per_column(num_data, num_workers, runs)
-            row["faster_than_scipy"] = scipy / (medians["forward"] / columns)
+        scipy = scipy_seconds_per_column(num_data, num_workers, runs)
+        row["faster_than_scipy"] = scipy / (medians["forward"] / columns)
         rows.append(row)
         print(
             f"{num_data:5d} -> {num_workers:<5d} x {columns:<7d} "
@@ -225,7 +225,7 @@ def large(device: str, runs: int, shrink: int) -> list[dict[str, Any]]:
             f"{row['over_copy']:5.2f}x copy (<= {over_copy}, best {row['over_copy_best']:.2f}) | "
             f"{row['faster_than_matmul']:6.1f}x matmul (>= {over_matmul}) | "
             + " ".join(f"{n} {r['ratio']:.2f}" for n, r in row["relative"].items())
-            + (f" | {row['faster_than_scipy']:.0f}x SciPy" if "faster_than_scipy" in row else ""),
+            + f" | {row['faster_than_scipy']:.0f}x SciPy",
             flush=True,
         )
     return rows
@@ -267,23 +267,6 @@ class _First(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :1]
-
-
-def crossover(device: str, runs: int) -> list[dict[str, Any]]:
-    """From which size on the sweeps beat a matrix product, columns in and out of cache."""
-    rows = []
-    for columns, n in itertools.product((256, 65_536), (2, 3, 4, 6, 8, 12, 16)):
-        spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, n + max(1, n // 4)))
-        dense = spline.matrix(torch.float32, device)
-        values = torch.ones(n, columns, device=device)
-        timings = measure(
-            {"sweeps": lambda s=spline, v=values: s(v), "matmul": lambda d=dense, v=values: d @ v},
-            runs=runs, device=device, calls=50,
-        )  # fmt: skip
-        ratio = timings["matmul"].median / timings["sweeps"].median
-        rows.append({"num_data": n, "columns": columns, "faster_than_matmul": ratio})
-        print(f"{n:5d} x {columns}: {ratio:.2f}x matmul", flush=True)
-    return rows
 
 
 def small(runs: int, calls: int) -> dict[str, Any]:
@@ -365,6 +348,24 @@ def regressions(results: dict[str, Any]) -> list[str]:
     return found
 
 
+def on_cpu(numbers_of_threads: list[int], runs: int, shrink: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"large": {}, "fresh": {}, "encode": {}}
+    for threads in numbers_of_threads:
+        torch.set_num_threads(threads)
+        print(f"{threads} threads", flush=True)
+        # In a process of its own: this one keeps memory that was freed.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            found = process.submit(fresh, runs, shrink, threads).result()
+        results["fresh"][threads] = found
+        results["encode"][threads] = encode(runs, shrink)
+        results["large"][threads] = large(runs, shrink)
+    torch.set_num_threads(1)
+    reuse_memory()
+    results["crossover"] = choices.crossover(runs)
+    results["small"] = small(runs, calls=1000 // shrink)
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -373,32 +374,27 @@ def main() -> int:
     )
     parser.add_argument("--runs", type=int, default=21, help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="small and rough; writes nothing")
+    parser.add_argument(
+        "--model", action="store_true", help="print what an H100 would do, by a model, and end"
+    )
     args = parser.parse_args()
+    if args.model:
+        choices.model()
+        return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     runs, shrink = (3, 16) if args.quick else (args.runs, 1)
-    results: dict[str, Any] = {"large": {}, "fresh": {}, "encode": {}}
-    numbers = args.threads if args.device == "cpu" else [1]
-    for threads in numbers:
-        torch.set_num_threads(threads)
-        print(f"{threads} threads", flush=True)
-        if args.device == "cpu":
-            # In a process of its own: this one keeps memory that was freed.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                found = process.submit(fresh, runs, shrink, threads).result()
-            results["fresh"][threads] = found
-            results["encode"][threads] = encode(runs, shrink)
-        results["large"][threads] = large(args.device, runs, shrink)
-    torch.set_num_threads(1)
-    reuse_memory()
-    results["crossover"] = crossover(args.device, runs)
-    results["small"] = small(runs, calls=50 if args.quick else 1000)
+    if args.device == "cuda":
+        results: dict[str, Any] = {"choices": choices.measured(runs, shrink)}
+        missed = choices.regressions(results["choices"])
+    else:
+        results = on_cpu(args.threads, runs, shrink)
+        missed = regressions(results)
     if args.quick:
         return 0
     path = RESULTS / f"kernels-{args.device}.json"
     write_results(path, {"environment": environment(args.device), **results})
     print("wrote", path.name)
-    missed = regressions(results)
     print("\n".join(missed), end="\n" if missed else "")
     return 1 if missed else 0
 

@@ -2,17 +2,17 @@
 
 __all__ = ["dense_instructions", "prefers_matrix", "sweep_instructions"]
 
-# Instructions of a warp for its 32 columns, float32, counted in the PTX that nvcc 13.0 writes for
-# sm_90 (csrc/README.md): of the sweeps for each knot and each point, and of the product for each
-# entry of the matrix, a quarter of 88 for 16 entries and four columns a thread.
-_PER_KNOT = 80
-_PER_POINT = 30
-_PER_ENTRY = 1.4
+# Instructions of a warp for 32 columns of float32, counted in the PTX that nvcc 13.0 writes for
+# sm_90, moves left out: of the sweeps for each knot and each point, and of the product for each
+# entry of the matrix. The product takes 75 for 16 rows of the matrix and four columns a thread.
+_PER_KNOT = 90
+_PER_POINT = 35
+_PER_ENTRY = 1.2
 # Matrices have their rows in multiples of this number (kDenseRows in dense_block.h).
 _ROWS = 16
-# How many times longer an instruction of a sweep takes. Its threads wait for states and
-# coefficients, and few of them fit a multiprocessor. By a model of an H100, not yet measured.
-_WAITING = 2.0
+# How many times longer an instruction of a sweep takes, since it depends on the one before. By the
+# model of an H100 that `python -m benchmarks.kernels --model` prints, not yet measured.
+_WAITING = 1.5
 
 
 def sweep_instructions(num_knots: int, num_points: int) -> float:
