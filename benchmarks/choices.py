@@ -147,7 +147,7 @@ def _measured(runs: int, size: tuple[int, int, int]) -> dict[str, Any]:
     spline = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
     sweeps, schedule = spline._operands(torch.empty(0))
     matrix = spline.matrix()
-    plan = {"sweep": sweeps, "dense": ops.with_matrix(sweeps, matrix)}
+    plan = {"sweep": sweeps, "dense": ops.with_matrix(sweeps, schedule)}
     plan = {name: coefficients.cuda() for name, coefficients in plan.items()}
     schedule, matrix = schedule.cuda(), matrix.float().cuda()
 

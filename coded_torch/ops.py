@@ -106,21 +106,28 @@ def spline_apply(
     return out
 
 
-def with_matrix(coefficients: Tensor, matrix: Tensor) -> Tensor:
+def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = None) -> Tensor:
     """Append the dense matrix of a plan to its coefficients, for kernels that multiply by it.
 
     On CUDA, :func:`spline_apply` multiplies instead of sweeping wherever a plan for all groups has
     its matrix. On the CPU it ignores the matrix.
 
     Args:
-        coefficients: ``[1, 12 n + 4 N]``, as for :func:`spline_apply`.
-        matrix: ``[N, n]``, any floating dtype.
+        coefficients: ``[1, 12 n + 4 N]``, on the host, as for :func:`spline_apply`.
+        schedule: ``[1, n + 1 + N]``.
+        exact: the coefficients in float64. Defaults to ``coefficients``.
 
     Returns:
         ``[1, 12 n + 4 N + n N]``, the last number rounded up to a multiple of 4.
     """
-    entries = torch.nn.functional.pad(matrix.T.reshape(1, -1), (0, -matrix.numel() % 4))
-    return torch.cat([coefficients, entries.to(coefficients)], 1)
+    exact = coefficients.double() if exact is None else exact
+    num_knots = (coefficients.shape[1] - 4 * (schedule.shape[1] - 1)) // 8
+    # The plan is a constant of whatever derivative or vmap is being computed.
+    with torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd():
+        identity = torch.eye(num_knots, dtype=torch.float64, device="cpu")
+        matrix = _OPERATOR(identity[:, None], exact, schedule, False)  # [N, 1, n]
+        entries = torch.nn.functional.pad(matrix[:, 0].T.reshape(1, -1), (0, -matrix.numel() % 4))
+        return torch.cat([coefficients, entries.to(coefficients)], 1)
 
 
 def _write(out: Tensor, inputs: tuple[Any, ...]) -> Tensor:

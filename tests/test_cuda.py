@@ -186,9 +186,9 @@ def run_grid(
     return out, grid
 
 
-def with_matrices(coefficients, matrix):
+def with_matrices(coefficients, schedule):
     """The coefficients without and with the dense matrix: swept, and multiplied by it."""
-    return coefficients, ops.with_matrix(coefficients, matrix)
+    return coefficients, ops.with_matrix(coefficients, schedule)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -203,7 +203,7 @@ def test_the_kernel_body_over_a_whole_grid(grid_library, n, dtype, transpose, co
     values = values.transpose(0, 1)  # group major
     want = torch.einsum("oi,igm->ogm", matrix, values.double())
     largest = torch.einsum("oi,igm->ogm", matrix.abs(), values.double().abs()).max()
-    for some in with_matrices(coefficients, planned):
+    for some in with_matrices(coefficients, schedule):
         got, _ = run_grid(grid_library, values, some, schedule, transpose)
         assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * largest
 
@@ -215,7 +215,7 @@ def plan_of(num_knots, num_points, dtype):
         spline._operands(torch.empty(0, dtype=dtype)),
         spline.matrix(),
     )
-    return ops.with_matrix(coefficients, matrix), schedule, matrix
+    return ops.with_matrix(coefficients, schedule), schedule, matrix
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -248,7 +248,7 @@ def test_a_row_that_is_only_selected_keeps_its_bits(grid_library, transpose):
     knots = np.linspace(-1, 1, 17)
     spline = SplineMap(knots, knots[::-1].copy())  # interpolates, in reverse
     coefficients, schedule = spline._operands(torch.empty(0))
-    coefficients = ops.with_matrix(coefficients, spline.matrix())
+    coefficients = ops.with_matrix(coefficients, schedule)
     values = torch.randn(17, 1, 9)
     got, launched = run_grid(grid_library, values, coefficients, schedule, transpose)
     assert launched.kernel != SWEEP
@@ -268,11 +268,11 @@ def test_a_plan_for_each_group_on_a_grid(grid_library, transpose):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [1, 9, 136])
 def test_indexed_rows_on_a_grid(grid_library, dtype, transpose, columns):
-    coefficients, schedule, (planned,) = make_plan(9, dtype)
+    coefficients, schedule, _ = make_plan(9, dtype)
     rows, out_rows = (12, 9) if transpose else (9, 12)
     gather, scatter, num_rows = make_indices(rows, out_rows, 3, torch.Generator().manual_seed(0))
     values = torch.randn(2 * rows, columns).to(dtype)
-    for some in with_matrices(coefficients, planned):
+    for some in with_matrices(coefficients, schedule):
         gather[1, 1] = 2 * rows  # out of bounds counts as missing
         got, _ = run_grid(
             grid_library, values, some, schedule, transpose,
@@ -476,9 +476,38 @@ def test_agrees_with_the_cpu(n, dtype, transpose, columns):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Multiplied by a matrix, in two chunks of its rows, and swept.
+@pytest.mark.parametrize(("num_knots", "num_points"), [(20, 100), (17, 272), (200, 250)])
+def test_a_map_on_a_gpu(num_knots, num_points, dtype):
+    map = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
+    for apply, rows in ((map, num_knots), (map.adjoint, num_points)):
+        values = torch.randn(rows, 1032, dtype=torch.float64).to(dtype)
+        got, want = apply(values.cuda()), apply(values).double()
+        tolerance = 2 * TOLERANCES[dtype] * want.abs().max()
+        torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=float(tolerance))
+        assert torch.equal(apply(values[:, 3:13].cuda()), got[:, 3:13])  # whatever is beside it
+        into = torch.empty_like(got)
+        assert apply(values.cuda(), out=into) is into
+        assert torch.equal(into, got)
+
+
+@pytest.mark.cuda
+def test_a_map_placed_by_a_derivative_outlives_it():
+    map = SplineMap(np.linspace(-1, 1, 5), np.linspace(-1, 1, 7))
+    values = torch.randn(5, 3, device="cuda")
+    gradient = torch.func.grad(lambda v: map(v).sum())(values)
+    ones = torch.ones(7, 3, device="cuda")
+    torch.testing.assert_close(gradient, map.adjoint(ones))
+    assert torch.equal(torch.vmap(map, 1, 1)(values), map(values))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("matrix", [False, True])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_indexed_rows_agree_with_the_cpu(transpose):
+def test_indexed_rows_agree_with_the_cpu(transpose, matrix):
     coefficients, schedule, _ = make_plan(9, torch.float32)
+    coefficients = ops.with_matrix(coefficients, schedule) if matrix else coefficients
     rows, out_rows = (12, 9) if transpose else (9, 12)
     gather, scatter, num_rows = make_indices(rows, out_rows, 3, torch.Generator().manual_seed(0))
     values = torch.randn(2 * rows, 1000)

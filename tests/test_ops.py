@@ -57,6 +57,31 @@ def test_every_layout_dtype_and_kernel(capability, n, dtype, transpose):
             assert error <= TOLERANCES[dtype] * largest.max(), (sample, error)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_matrix_in_the_plan_changes_nothing_on_the_cpu(dtype, transpose):
+    coefficients, schedule, (matrix,) = make_plan(9, dtype)
+    dense = ops.with_matrix(coefficients, schedule)
+    entries = dense[0, coefficients.shape[1] :]
+    assert len(entries) == 12 * 9
+    tolerance = TOLERANCES[torch.float32] if dtype != torch.float64 else TOLERANCES[dtype]
+    assert (entries.view(9, 12).T.double() - matrix).abs().max() <= tolerance
+    values = torch.randn(12 if transpose else 9, 2, 5).to(dtype).requires_grad_()
+    got, want = (
+        ops.spline_apply(values, c, schedule, transpose=transpose) for c in (dense, coefficients)
+    )
+    assert torch.equal(got, want)
+    (gradient,) = torch.autograd.grad(got.sum(), values)
+    assert torch.equal(gradient, torch.autograd.grad(want.sum(), values)[0])
+    plans = torch.stack([dense, dense]), torch.stack([schedule, schedule])
+    batched = torch.vmap(lambda *plan: ops.spline_apply(values, *plan, transpose=transpose))(
+        *plans
+    )  # a plan for each group, each with its matrix
+    assert torch.equal(batched[1], want)
+    with pytest.raises(RuntimeError, match="do not fit together"):
+        ops.spline_apply(values, dense[:, :-1].contiguous(), schedule, transpose=transpose)
+
+
 def test_the_default_kernel_is_the_best():
     coefficients, schedule, _ = make_plan(17, torch.float32)
     values = torch.randn(17, 2, 100)

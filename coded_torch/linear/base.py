@@ -267,7 +267,8 @@ def _place(
         with torch.inference_mode(False):
             return _place(operands, dtype, device)
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        return _in_one_copy(operands, device, pin=True)  # from the host, of this dtype already
+        with torch._C._DisableFuncTorch():  # or a transform keeps what outlives it
+            return _in_one_copy(operands, device, pin=True)  # from the host, of this dtype already
     return tuple(t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)
 
 

@@ -88,7 +88,8 @@ class SplineMap(LinearMap):
         dense = device.type == "cuda" and prefers_matrix(self.num_inputs, self.num_outputs)
         # Compiled code would make the matrix anew in every call.
         if dense and not torch.compiler.is_compiling():
-            coefficients = ops.with_matrix(coefficients, self.matrix())
+            exact, _ = super()._to_place(torch.float64, device)
+            coefficients = ops.with_matrix(coefficients, schedule, exact)
         return coefficients, schedule
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
