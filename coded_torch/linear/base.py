@@ -132,7 +132,7 @@ class LinearMap(abc.ABC):
         self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
     ) -> Tensor:
         """The dense matrix of the map, ``[num_outputs, num_inputs]``, computed in float64."""
-        identity = torch.eye(self.num_inputs, dtype=torch.float64)
+        identity = torch.eye(self.num_inputs, dtype=torch.float64, device="cpu")
         return self(identity).to(dtype=dtype, device=device)
 
     def __repr__(self) -> str:

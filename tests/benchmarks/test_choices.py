@@ -1,8 +1,13 @@
 """What a GPU applies splines with, by the model."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from benchmarks import choices
+
+README = Path(__file__).parents[2] / "csrc" / "README.md"
 
 
 def test_the_model_prints_each_choice_beside_its_rivals(capsys):
@@ -33,3 +38,16 @@ def test_regressions_name_what_misses_its_bar():
     assert choices.regressions(rows) == []
     rows[1]["ratio"] = float("nan")
     assert choices.regressions(rows) == ["64 -> 128, dense: nan times"]
+
+
+def test_the_table_of_the_cost_model_is_the_models():
+    kernels = {"product": "dense", "sweep": "sweep"}
+    pattern = r"^\| (\d+) -> (\d+) x ([\d,]+) \| (product|sweep) \| (.*) \|$"
+    table = [
+        (tuple(int(t.replace(",", "")) for t in size), kernels[kernel], times.split(" | "))
+        for *size, kernel, times in re.findall(pattern, README.read_text(), re.M)
+    ]
+    for (size, kernel, times), row in zip(table, choices.model(), strict=True):
+        assert size == (row["num_knots"], row["num_points"], row["columns"])
+        assert kernel == row["chosen"]
+        assert times == [f"{t * 1e6:.0f}" for t in row["seconds"].values()]
