@@ -2,13 +2,48 @@
 
 import ctypes
 import os
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+from torch.utils.cpp_extension import CUDA_HOME, include_paths
+
 from .ptx import translate
-from .test_cuda import run_nvcc
+from .test_setup import load_setup
 
 CSRC = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+NVCC = shutil.which("nvcc") or (CUDA_HOME and str(Path(CUDA_HOME, "bin", "nvcc")))
+# Of Colab's T4, the A100 and the H100.
+ARCHITECTURES = ("sm_75", "sm_80", "sm_90")
+
+
+def run_nvcc(*options, source="spline.cu"):
+    """What nvcc says; the test is skipped where there is none."""
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    includes = (f"-isystem={path}" for path in include_paths())
+    path = str(SOURCES / "ops" / "cuda" / source)
+    command = [NVCC, *load_setup().NVCC, *options, *includes, path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def linked_without_spills(library, source="spline.cu"):
+    """Make a library; what nvcc says, and how many kernels it holds, none of which spills."""
+    codes = (f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in ARCHITECTURES)
+    log = run_nvcc(
+        *codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "--shared",
+        "-o", str(library), source=source,
+    )  # fmt: skip
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", log
+    )
+    assert set(spills) == {("0", "0", "0")}
+    return log, len(spills)
 
 
 def build(folder, source, *more, flags=()):

@@ -8,8 +8,7 @@ import torch
 
 from coded_torch.ops import matern52, matern52_among
 
-from .grids import build_host, build_ptx
-from .test_cuda import ARCHITECTURES, linked_without_spills
+from .grids import ARCHITECTURES, build_host, build_ptx, linked_without_spills
 from .test_ops import CAPABILITIES
 
 DTYPES = (torch.float64, torch.float32)

@@ -1,0 +1,406 @@
+"""The CUDA kernels of splines over whole grids: as the host's compiler sees them, and as nvcc."""
+
+import ctypes
+import mmap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from coded_torch import ops
+from coded_torch.linear import SplineMap
+from coded_torch.points import chebyshev_first, chebyshev_second
+
+from .grids import SOURCES, run_nvcc
+from .ptx import translate
+from .splines import DTYPES, TOLERANCES
+from .test_ops import gathered, make_indices, make_plan, scattered
+
+MAX_BLOCKS = 2**31 - 1
+GRID = Path(__file__).parent / "csrc" / "spline_grid.cpp"
+
+
+def structure(name, path, **fields):
+    """A C struct as ctypes takes it, read from its header."""
+    numbers = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "States": ctypes.c_int}
+    known = dict.fromkeys(
+        ("const void*", "void*", "const int64_t*", "const int32_t*"), ctypes.c_void_p
+    )
+    text = (SOURCES / path).read_text()
+    (body,) = re.findall(rf"^struct {name} {{$(.*?)^}};$", text, re.S | re.M)
+    members = re.findall(r"^  (\w[\w ]*\*?) (\w+);", body, re.M)
+    types = numbers | known | fields
+    return type(name, (ctypes.Structure,), {"_fields_": [(n, types[kind]) for kind, n in members]})
+
+
+RowIndex = structure("RowIndex", "ops/spline_args.h")
+SplineArgs = structure("SplineArgs", "ops/spline_args.h", RowIndex=RowIndex)
+Launched = structure("Launched", GRID)
+Device = structure("Device", "ops/cuda/rows.h")
+SHARED, WORKSPACE = range(2)  # enum States
+SWEEP, NARROW, WIDE = range(3)  # enum Choice::Kernel
+# Half of a multiprocessor's shared memory, less what the runtime keeps of it.
+H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """What nvcc makes of the kernels."""
+    path = tmp_path_factory.mktemp("ptx") / "spline.ptx"
+    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
+    return path.read_text()
+
+
+def build_grid(folder, sources, *flags):
+    library = folder / "grid.so"
+    flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
+    command = ["c++", *flags, "-fPIC", "-shared", *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True, timeout=300)
+    loaded = ctypes.CDLL(str(library))
+    assert loaded.coded_torch_sizeof_args() == ctypes.sizeof(SplineArgs)
+    assert loaded.coded_torch_sizeof_launched() == ctypes.sizeof(Launched)
+    loaded.coded_torch_run_grid.restype = Launched
+    loaded.coded_torch_run_grid.argtypes = [
+        ctypes.POINTER(SplineArgs), ctypes.c_int, ctypes.c_bool, Device, ctypes.c_int64,
+        ctypes.c_char_p,
+    ]  # fmt: skip
+    loaded.coded_torch_plan_grid.restype = Launched
+    loaded.coded_torch_plan_grid.argtypes = [
+        ctypes.POINTER(SplineArgs), ctypes.c_bool, ctypes.c_bool, Device,
+    ]  # fmt: skip
+    loaded.coded_torch_half_to_float.restype = ctypes.c_float
+    loaded.coded_torch_half_to_float.argtypes = [ctypes.c_uint16]
+    for name in ("coded_torch_float_to_half", "coded_torch_float_to_bfloat16"):
+        getattr(loaded, name).restype = ctypes.c_uint16
+        getattr(loaded, name).argtypes = [ctypes.c_float]
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def host_library(tmp_path_factory):
+    """The kernel's body, compiled for the host."""
+    warnings = ["-Wall", "-Wextra", "-Werror"]
+    # Of rows ahead of the last, which are never used.
+    warnings += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return build_grid(tmp_path_factory.mktemp("grid"), [GRID], "-std=c++17", "-O2", *warnings)
+
+
+@pytest.fixture(scope="module")
+def ptx_library(tmp_path_factory, ptx):
+    """The kernels that nvcc compiled, translated for the host: its code, its vector accesses."""
+    folder = tmp_path_factory.mktemp("ptx-grid")
+    translated = folder / "kernels.cpp"
+    translated.write_text(translate(ptx))
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{GRID.parent}"]
+    return build_grid(folder, [GRID, translated], *flags)
+
+
+@pytest.fixture(params=["host", "ptx"])
+def grid_library(request):
+    return request.getfixturevalue(f"{request.param}_library")
+
+
+def run_grid(
+    library, values, coefficients, schedule, transpose,
+    device=H100, gather=None, scatter=None, num_rows=0,
+):  # fmt: skip
+    rows, groups = (values if gather is None else gather).shape[:2]
+    out_rows, columns = schedule.shape[1] - 1 - rows, values.shape[-1]
+    shape = (out_rows, groups, columns) if scatter is None else (num_rows, columns)
+    out = torch.full(shape, torch.nan, dtype=values.dtype)
+    many = len(coefficients) > 1
+
+    def group_stride(tensor):
+        return tensor.stride(1) if tensor.dim() == 3 else 0
+
+    def row_index(index, tensor):
+        return RowIndex(None if index is None else index.data_ptr(), groups, len(tensor))
+
+    num_knots, num_points = (out_rows, rows) if transpose else (rows, out_rows)
+    sweeps = 12 * num_knots + 4 * num_points
+    has_matrix = coefficients.shape[1] > sweeps and not many
+    arguments = {
+        "in": values.data_ptr(),
+        "in_row_stride": values.stride(0),
+        "in_group_stride": group_stride(values),
+        "gather": row_index(gather, values),
+        "out": out.data_ptr(),
+        "out_row_stride": out.stride(0),
+        "out_group_stride": group_stride(out),
+        "scatter": row_index(scatter, out),
+        "coefficients": coefficients.data_ptr(),
+        "coefficients_stride": coefficients.stride(0) if many else 0,
+        "matrix": coefficients[:, sweeps:].data_ptr() if has_matrix else None,
+        "schedule": schedule.data_ptr(),
+        "schedule_stride": schedule.stride(0) if many else 0,
+        "num_knots": num_knots,
+        "num_points": num_points,
+        "num_groups": groups,
+        "num_columns": columns,
+    }
+    assert list(arguments) == [name for name, _ in SplineArgs._fields_]
+    args = SplineArgs(**arguments)
+    failure = ctypes.create_string_buffer(80)
+    grid = library.coded_torch_run_grid(
+        ctypes.byref(args), DTYPES.index(values.dtype), transpose, device,
+        0 if scatter is None else scatter.numel(), failure,
+    )  # fmt: skip
+    assert failure.value == b""
+    return out, grid
+
+
+def with_matrices(coefficients, schedule):
+    """The coefficients without and with the dense matrix: swept, and multiplied by it."""
+    return coefficients, ops.with_matrix(coefficients, schedule)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 9, 17, 128])
+# One column; a pack; one more; one more than a block and than a tile of narrow packs.
+@pytest.mark.parametrize("columns", [1, 8, 9, 129, 1032])
+def test_the_kernel_body_over_a_whole_grid(grid_library, n, dtype, transpose, columns):
+    coefficients, schedule, (planned,) = make_plan(n, dtype)
+    matrix = planned.T if transpose else planned
+    values = torch.randn(3, matrix.shape[1], columns, dtype=torch.float64).to(dtype)
+    values = values.transpose(0, 1)  # group major
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    largest = torch.einsum("oi,igm->ogm", matrix.abs(), values.double().abs()).max()
+    for some in with_matrices(coefficients, schedule):
+        got, _ = run_grid(grid_library, values, some, schedule, transpose)
+        assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * largest
+
+
+def plan_of(num_knots, num_points, dtype):
+    """(coefficients with the matrix, schedule, matrix) of Chebyshev points."""
+    spline = SplineMap(chebyshev_first(num_knots), chebyshev_second(num_points), smoothing=1e-6)
+    (coefficients, schedule), matrix = (
+        spline._operands(torch.empty(0, dtype=dtype)),
+        spline.matrix(),
+    )
+    return ops.with_matrix(coefficients, schedule), schedule, matrix
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Several warps; several chunks of the matrix's rows; one warp's worth after a full chunk.
+@pytest.mark.parametrize(("num_knots", "num_points"), [(20, 100), (40, 130), (17, 272)])
+def test_a_dense_result_depends_on_nothing_but_its_column(
+    grid_library, num_knots, num_points, dtype, transpose
+):
+    coefficients, schedule, matrix = plan_of(num_knots, num_points, dtype)
+    matrix = matrix.T if transpose else matrix
+    values = torch.randn(matrix.shape[1], 1, 260, dtype=torch.float64).to(dtype)
+    little = Device(multiprocessors=1, shared_bytes=44_000)  # blocks have several tiles
+    seen = {}
+    for device in (H100, little):
+        got, launched = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+        seen[launched.kernel] = got
+        assert launched.shared_bytes <= device.shared_bytes
+    assert set(seen) == ({NARROW} if dtype == torch.float64 else {NARROW, WIDE})
+    odd, _ = run_grid(grid_library, values[..., 1:4], coefficients, schedule, transpose)
+    assert torch.equal(odd, got[..., 1:4])
+    assert all(torch.equal(one, got) for one in seen.values())
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    tolerance = TOLERANCES[dtype] * (matrix.abs() @ values[:, 0].double().abs()).max()
+    assert (got.double() - want).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_row_that_is_only_selected_keeps_its_bits(grid_library, transpose):
+    knots = np.linspace(-1, 1, 17)
+    spline = SplineMap(knots, knots[::-1].copy())  # interpolates, in reverse
+    coefficients, schedule = spline._operands(torch.empty(0))
+    coefficients = ops.with_matrix(coefficients, schedule)
+    values = torch.randn(17, 1, 9)
+    got, launched = run_grid(grid_library, values, coefficients, schedule, transpose)
+    assert launched.kernel != SWEEP
+    assert torch.equal(got, values.flip(0))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_plan_for_each_group_on_a_grid(grid_library, transpose):
+    coefficients, schedule, matrices = make_plan(9, plans=4)
+    values = torch.randn(12 if transpose else 9, 4, 7, dtype=torch.float64)
+    got, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    equation = "gio,igm->ogm" if transpose else "goi,igm->ogm"
+    torch.testing.assert_close(got, torch.einsum(equation, matrices, values))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 9, 136])
+def test_indexed_rows_on_a_grid(grid_library, dtype, transpose, columns):
+    coefficients, schedule, _ = make_plan(9, dtype)
+    rows, out_rows = (12, 9) if transpose else (9, 12)
+    gather, scatter, num_rows = make_indices(rows, out_rows, 3, torch.Generator().manual_seed(0))
+    values = torch.randn(2 * rows, columns).to(dtype)
+    for some in with_matrices(coefficients, schedule):
+        gather[1, 1] = 2 * rows  # out of bounds counts as missing
+        got, _ = run_grid(
+            grid_library, values, some, schedule, transpose,
+            gather=gather, scatter=scatter, num_rows=num_rows,
+        )  # fmt: skip
+        gather[1, 1] = -1
+        want = run_grid(grid_library, gathered(values, gather), some, schedule, transpose)[0]
+        assert torch.equal(got, scattered(want, scatter, num_rows))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shared", [0, 15_360, H100.shared_bytes])
+def test_where_the_states_are_kept_changes_nothing(grid_library, shared, transpose):
+    coefficients, schedule, _ = make_plan(17, torch.float32)
+    values = torch.randn(12 if transpose else 17, 2, 260)
+    device = Device(multiprocessors=1, shared_bytes=shared)
+    got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+    assert (grid.kernel, grid.states) == (SWEEP, SHARED if shared else WORKSPACE)
+    assert grid.shared_bytes <= shared
+    want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_workspace_does_not_grow_with_the_batch(grid_library, dtype, transpose):
+    coefficients, schedule, _ = make_plan(9, dtype, plans=2)
+    device = Device(multiprocessors=1, shared_bytes=0)
+    values = torch.randn(12 if transpose else 9, 2, 1537).to(dtype)
+    got, grid = run_grid(grid_library, values, coefficients, schedule, transpose, device)
+    want, _ = run_grid(grid_library, values, coefficients, schedule, transpose)
+    assert torch.equal(got, want)
+    assert values[0].numel() > 3 * grid.blocks * grid.threads  # each thread has several
+    thrice = values.repeat(1, 1, 3)
+    larger = run_grid(grid_library, thrice, coefficients, schedule, transpose, device)[1]
+    assert larger.workspace_bytes == grid.workspace_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserves memory that it does not use")
+def test_indices_beyond_2_to_the_31(grid_library):
+    """Rows 2^31 elements apart, in address space of which only a few pages exist."""
+    coefficients, schedule, (matrix,) = make_plan(5, torch.bfloat16)
+    stride, columns = 2**31, 9
+    no_reserve = 0x4000  # MAP_NORESERVE, which mmap names from Python 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    space = mmap.mmap(-1, 2 * 5 * stride, flags=flags)
+    flat = torch.frombuffer(space, dtype=torch.bfloat16)
+    values = flat.as_strided((5, 1, columns), (stride, columns, 1))
+    values.copy_(torch.randn(5, 1, columns))
+    want = torch.einsum("oi,igm->ogm", matrix, values.double())
+    tolerance = TOLERANCES[torch.bfloat16] * want.abs().max()
+    on_cpu = ops.spline_apply(values, coefficients, schedule)
+    on_grid, _ = run_grid(grid_library, values, coefficients, schedule, transpose=False)
+    assert (on_cpu.double() - want).abs().max() <= tolerance
+    assert (on_grid.double() - want).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize("acc_bytes", [4, 8])
+@pytest.mark.parametrize("num_columns", [8, 9000, 2**31, 2**37])
+@pytest.mark.parametrize("num_knots", [1, 2, 3, 80, 1000, 100_000])
+def test_launch_configurations_of_sweeps(host_library, acc_bytes, num_columns, num_knots):
+    args = SplineArgs(num_knots=num_knots, num_groups=1, num_columns=num_columns)
+    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), acc_bytes == 8, False, H100)
+    per_thread = max(num_knots - 2, 0) * 2 * acc_bytes
+    threads = grid.blocks * grid.threads
+    assert grid.threads in (32, 64, 128)
+    assert 1 <= grid.blocks <= MAX_BLOCKS
+    # Few columns are divided over as many multiprocessors as there are warps of them.
+    assert grid.blocks >= min(132, num_columns // 32)
+    if grid.states == SHARED:
+        assert threads - grid.threads < num_columns <= threads
+        assert grid.shared_bytes == per_thread * grid.threads
+        assert per_thread * 128 <= H100.shared_bytes
+        assert grid.workspace_bytes == 0
+    else:
+        assert per_thread * 128 > H100.shared_bytes
+        assert threads <= max(4 * 132 * 128, num_columns + 127)
+        assert grid.workspace_bytes == per_thread * threads
+        assert grid.shared_bytes == 0
+
+
+@pytest.mark.parametrize("shared_bytes", [32 * 1024 - 1024, H100.shared_bytes])  # of a T4, an H100
+@pytest.mark.parametrize("is_double", [False, True])
+@pytest.mark.parametrize("num_columns", [8, 120, 150_528, 2**37])
+@pytest.mark.parametrize(
+    ("num_knots", "num_points"), [(1, 1), (20, 100), (128, 160), (300, 20), (2000, 20), (20, 5000)]
+)
+def test_launch_configurations_of_products(
+    host_library, shared_bytes, is_double, num_columns, num_knots, num_points
+):
+    device = Device(multiprocessors=132, shared_bytes=shared_bytes)
+    args = SplineArgs(
+        matrix=1, num_knots=num_knots, num_points=num_points, num_groups=1,
+        num_columns=num_columns, in_row_stride=num_columns, out_row_stride=num_columns,
+    )  # fmt: skip
+    grid = host_library.coded_torch_plan_grid(ctypes.byref(args), is_double, False, device)
+    fits = num_knots * (144 if is_double else 80) <= shared_bytes
+    assert (grid.kernel != SWEEP) == fits
+    if fits:
+        assert grid.threads in range(32, 257, 32)
+        assert 0 < grid.shared_bytes <= shared_bytes
+        assert 1 <= grid.blocks <= max(16 * 132, num_points)
+        wide = not is_double and num_columns > 120
+        assert grid.kernel == (WIDE if wide else NARROW)
+        # Every row of the matrix is in a block, and all blocks have work.
+        rows_a_block = grid.threads // 32 * 16
+        chunks = -(-num_points // rows_a_block)
+        assert grid.blocks % chunks == 0
+        assert grid.blocks // chunks <= -(-num_columns // (128 if wide else 32))
+
+
+def test_half_precision_conversions(host_library):
+    """All of float16, and every float32 that lies at or beside a rounding boundary."""
+    halves = np.arange(2**16, dtype=np.uint16)
+    floats = halves.view(np.float16).astype(np.float32)
+    got = np.array([host_library.coded_torch_half_to_float(int(h)) for h in halves], np.float32)
+    np.testing.assert_array_equal(got, floats)
+    finite = np.sort(floats[np.isfinite(floats)])
+    middle = (finite[1:] + finite[:-1]) / 2
+    edges = np.concatenate(
+        [finite, middle, np.nextafter(middle, np.float32(np.inf)),
+         np.nextafter(middle, np.float32(-np.inf)),
+         np.float32([65519.9, 65520, 65521, 1e30, np.inf, -np.inf, np.nan, 1e-40, -0.0])]
+    )[::3]  # fmt: skip
+    for value in edges:
+        half = np.uint16(host_library.coded_torch_float_to_half(float(value)))
+        brain = np.int16(np.uint16(host_library.coded_torch_float_to_bfloat16(float(value))))
+        single = torch.tensor(value)
+        if np.isnan(value):
+            assert np.isnan(half.view(np.float16))
+            assert torch.tensor(brain).view(torch.bfloat16).isnan()
+        else:
+            assert half == single.half().view(torch.int16).numpy().view(np.uint16), value
+            assert brain == single.bfloat16().view(torch.int16).item(), value
+
+
+def accesses_of(body):
+    """By kind and memory, the sizes in bytes of a kernel's accesses."""
+    found = {}
+    pattern = r"\b(ld|st)\.(?!param)(\w+)((?:\.(?:cs|nc))?)(?:\.v(\d))?\.\w(\d+)"
+    for kind, space, use, count, bits in re.findall(pattern, body):
+        found.setdefault(f"{kind}.{space}{use}", set()).add(int(count or 1) * int(bits) // 8)
+    return found
+
+
+def test_kernels_move_16_bytes_at_once(ptx):
+    entries = re.findall(r"\.entry (\w+)\(.*?\)[^{]*^{$(.*?)^}$", ptx, re.S | re.M)
+    sweeps = [accesses_of(body) for name, body in entries if "spline_kernel" in name]
+    assert len(sweeps) == 16
+    for accesses in sweeps:
+        assert accesses["ld.global.nc"] == {4, 16}  # the schedule, and coefficients
+        # None is generic: nvcc knows where the states are.
+        assert {kind.split(".")[1] for kind in accesses} <= {"global", "shared"}
+    wide = {
+        name[name.index("I") + 1]: accesses_of(body)
+        for name, body in entries if re.search("dense_kernel.*Li4E", name)
+    }  # fmt: skip
+    assert set(wide) == {"f", "N"}  # float, and the structs of half precision
+    for kind, accesses in wide.items():
+        assert 16 in accesses["ld.shared"]
+        assert accesses["st.global.cs"] == ({16} if kind == "f" else {8})
+        assert "st.global" not in accesses
+        assert max(accesses["ld.global"]) == (16 if kind == "f" else 8)
