@@ -289,6 +289,12 @@ inline char* checked(uint64_t address, uint64_t bytes) {
   if (address % bytes != 0) throw std::runtime_error("an access is not aligned");
   return reinterpret_cast<char*>(address);
 }
+// Asked before every access of global memory, where something stands in for the device.
+inline thread_local void (*on_access)(uint64_t address, uint64_t bytes, bool writes) = nullptr;
+inline char* checked_global(uint64_t address, uint64_t bytes, bool writes) {
+  if (on_access) on_access(address, bytes, writes);
+  return checked(address, bytes);
+}
 inline char* checked_shared(uint32_t offset, uint32_t bytes, bool writes) {
   if (offset + bytes > current.shared_bytes) throw std::runtime_error("out of the shared memory");
   if (offset % bytes != 0) throw std::runtime_error("a shared access is not aligned");
@@ -321,11 +327,11 @@ void write(char* to, Registers... values) {
 
 template <class T, class... Registers>
 void op_ld_global(uint64_t address, Registers&... to) {
-  read<T>(checked(address, sizeof(T) * sizeof...(to)), to...);
+  read<T>(checked_global(address, sizeof(T) * sizeof...(to), false), to...);
 }
 template <class T, class... Registers>
 void op_st_global(uint64_t address, Registers... values) {
-  write<T>(checked(address, sizeof(T) * sizeof...(values)), values...);
+  write<T>(checked_global(address, sizeof(T) * sizeof...(values), true), values...);
 }
 template <class T, class... Registers>
 void op_ld_shared(uint32_t offset, Registers&... to) {
