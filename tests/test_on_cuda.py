@@ -1,0 +1,403 @@
+"""The package on CUDA devices: answers are the CPU's, where they belong, whoever computes them."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import compare
+from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
+from coded_torch.grouping import Grouping
+from coded_torch.linear import MatrixMap, SplineMap
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Bernoulli, Uniform
+from coded_torch.surrogates import Memory
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, ProcessWorkers
+
+from .serve.servers import Client, built, linear, serving, tensor
+from .waits import host_waits
+
+pytestmark = pytest.mark.cuda
+
+CODES = {
+    "spline": lambda: SplineCode(4, 8),
+    "berrut": lambda: BerrutCode(4, 8),
+    "lagrange": lambda: LagrangeCode(2, 8),
+    "replication": lambda: ReplicationCode(4, 8),
+    "kernel": lambda: KernelCode(4, 8),
+    "kernel that mixes": lambda: KernelCode(encoder=SplineCode(4, 8)),
+    "kernel, spread": lambda: KernelCode(4, 8, metric="spread"),
+}
+every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
+# Answers of float32 that were computed in another order, after a decoder that amplifies.
+TOLERANCE = 1e-3
+# The same in 8 bits.
+TOLERANCE_OF_HALF = 0.1
+DEVICES = ["cuda:0", "cuda:1"]
+POOLS = {
+    "two devices": ["cuda:0", "cuda:1"],
+    "one device twice": ["cuda:0", "cuda:0"],
+    "with the host": ["cuda:0", "cpu"],
+    "the host": ["cpu", "cpu"],
+    "the other device": ["cuda:1"],
+}
+
+
+def random_numbers(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X = random_numbers(30, 12)
+
+
+def network(dtype=torch.float32):
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5))
+    return module.to(dtype).eval()
+
+
+def there(*devices):
+    """The devices, where this machine has them all."""
+    most = max((torch.device(d).index or 0 for d in devices if d != "cpu"), default=0)
+    if most >= torch.cuda.device_count():
+        pytest.skip(f"there is no cuda:{most}")
+    return devices if len(devices) > 1 else devices[0]
+
+
+def coded(module, make_code, **options):
+    """A wrapper that loses two of its workers and shuffles as another does."""
+    options = {"stragglers": Uniform(2, seed=0), "shuffle": random.Random(0)} | options
+    return CodedWrapper(module, make_code(), **options)
+
+
+def check_agreement(make_code, device="cuda:0", x=X, module=None, tolerance=TOLERANCE, **options):
+    """Answers on a device are the CPU's. Options that have a state are given as functions."""
+    device = there(device)
+    module = network() if module is None else module
+
+    def answers(device):
+        made = {key: v() if callable(v) else v for key, v in options.items()}
+        with torch.no_grad():
+            return coded(module.to(device), make_code, **made)(x.to(device))
+
+    want, got = answers("cpu"), answers(device)
+    assert got.device == torch.device(device)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.cpu(), want, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_code
+def test_codes(make_code, device):
+    check_agreement(make_code, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@every_code
+def test_dtypes(make_code, dtype):
+    check_agreement(make_code, x=X.to(dtype), module=network(dtype), tolerance=TOLERANCE_OF_HALF)
+
+
+@pytest.mark.parametrize("ordering", ["arrival", "host", "device"])
+@every_code
+def test_orders(make_code, ordering):
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    given = {"arrival": "arrival", "host": order, "device": order.to("cuda:0")}
+    check_agreement(make_code, ordering=given[ordering])
+
+
+@pytest.mark.parametrize("waiting", [Waiting(), Waiting.first(2)], ids=str)
+@every_code
+def test_modes(make_code, waiting):
+    check_agreement(make_code, waiting=waiting)
+
+
+@every_code
+def test_shares(make_code):
+    check_agreement(make_code, module=nn.Sequential(network(), nn.Softmax(-1)), link="softmax")
+
+
+@every_code
+def test_surrogates(make_code):
+    def surrogates():
+        return [nn.Linear(12, 5), Memory()]
+
+    device = "cuda:0"
+    wrapper = coded(network(), make_code, surrogate=surrogates()).to(device)
+    with torch.no_grad():
+        for seed in range(4):
+            x = random_numbers(30, 12, seed=seed).to(device)
+            answers = wrapper(x)
+            exact = ~wrapper.last_run.predicted.to(device)
+            want = wrapper.module(x)
+            torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
+            assert not wrapper.last_run.rejected
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_code
+def test_gradients(make_code, device):
+    device = there(device)
+
+    def gradients(device):
+        module, x = network().to(device), X.clone().to(device).requires_grad_()
+        coded(module, make_code)(x).square().sum().backward()
+        return [t.grad.cpu() for t in (x, *module.parameters())]
+
+    # A sum over 30 rows.
+    torch.testing.assert_close(gradients(device), gradients("cpu"), atol=30 * TOLERANCE, rtol=0)
+
+
+@contextlib.contextmanager
+def set_default():
+    torch.set_default_device("cuda")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+DEFAULTS = {"set": set_default, "context": lambda: torch.device("cuda")}
+every_default = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAULTS)
+
+
+@every_default
+@every_code
+def test_default_devices(make_code, default):
+    with default():
+        module, x = network_on_default(), X.to("cuda")
+        answers = coded(module, make_code, surrogate=Memory())(x)
+    torch.testing.assert_close(
+        answers.cpu(), coded(network(), make_code, surrogate=Memory())(X), atol=TOLERANCE, rtol=0
+    )
+
+
+def network_on_default():
+    module = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5))
+    assert next(module.parameters()).is_cuda
+    module.load_state_dict(network().state_dict())
+    return module.eval()
+
+
+class MakesTensors(nn.Module):
+    """Adds what it makes on the device that is the default where it runs."""
+
+    def forward(self, x):
+        return x + torch.ones(x.shape[-1])
+
+
+@every_default
+@pytest.mark.parametrize(
+    "pool", [None, ["cuda:0", "cuda:0"]], ids=["LocalWorkers", "DeviceWorkers"]
+)
+def test_modules_see_the_default_of_the_caller(default, pool):
+    x = X.to("cuda")
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        wrapper = CodedWrapper(MakesTensors(), CODES["replication"](), workers=workers)
+        with default():
+            answers = wrapper(x)
+    torch.testing.assert_close(answers, x + 1)
+
+
+@pytest.mark.parametrize(
+    "pool", [None, ["cuda:0", "cuda:0"]], ids=["LocalWorkers", "DeviceWorkers"]
+)
+@every_code
+def test_autocast(make_code, pool):
+    module, x = network().to("cuda"), X.to("cuda")
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        wrapper = CodedWrapper(module, make_code(), workers=workers, shuffle=random.Random(0))
+        stack.enter_context(torch.autocast("cuda", torch.bfloat16))
+        with torch.no_grad():
+            answers = wrapper(x)
+    host = CodedWrapper(network(), make_code(), shuffle=random.Random(0))
+    assert answers.dtype == torch.bfloat16
+    with torch.no_grad():
+        want = host(X)
+    torch.testing.assert_close(answers.cpu().float(), want, atol=TOLERANCE_OF_HALF, rtol=0)
+
+
+@every_code
+def test_after_inference_mode(make_code):
+    wrapper = coded(network().to("cuda"), make_code, surrogate=Memory())
+    x = X.to("cuda")
+    with torch.inference_mode():
+        wrapper(x)
+    wrapper(x).sum().backward()
+    assert all(p.grad.isfinite().all() for p in wrapper.module.parameters())
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["", "gradients"])
+@pytest.mark.parametrize(
+    ("make_code", "waiting"),
+    [(CODES["kernel"], None), (CODES["spline"], Waiting.first(2))],
+    ids=["kernel", "spline"],
+)
+@pytest.mark.parametrize("home", ["cuda:0", "cuda:1", "cpu"])
+@pytest.mark.parametrize("devices", POOLS.values(), ids=POOLS)
+def test_device_workers(devices, home, make_code, waiting, grad):
+    there(home, *devices)
+    module, x = network().to(home), X.clone().to(home).requires_grad_(grad)
+    want = coded(network(), make_code, stragglers=None, waiting=waiting)(X).detach()
+    with DeviceWorkers(devices) as pool:
+        wrapper = coded(module, make_code, stragglers=None, workers=pool, waiting=waiting)
+        for _ in range(3):
+            module.zero_grad()
+            with torch.set_grad_enabled(grad):
+                answers = wrapper(x)
+            assert answers.device == torch.device(home)
+            if grad:
+                answers.square().sum().backward()
+                for leaf in (x, *module.parameters()):
+                    assert leaf.grad.isfinite().all()
+            if waiting is None:  # all results arrive
+                torch.testing.assert_close(answers.detach().cpu(), want, atol=TOLERANCE, rtol=0)
+            assert not wrapper.last_run.rejected
+
+
+def test_faulty_workers():
+    x = X.to("cuda")
+    delays = Bernoulli(0.3, latency=0.02, seed=0)
+    with FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays) as pool:
+        wrapper = CodedWrapper(
+            network().to("cuda"), CODES["kernel"](), workers=pool, waiting=Waiting(deadline=5.0)
+        )
+        with torch.no_grad():
+            for _ in range(5):
+                answers, exact = wrapper(x), ~wrapper.last_run.predicted.to("cuda")
+                want = wrapper.module(x)
+                torch.testing.assert_close(answers[exact], want[exact], atol=TOLERANCE, rtol=0)
+
+
+def test_processes_on_the_host():
+    x = X.to("cuda")
+    with ProcessWorkers(2) as pool, torch.no_grad():
+        wrapper = CodedWrapper(network().to("cuda"), CODES["kernel"](), workers=pool)
+        answers = wrapper(x)
+        torch.testing.assert_close(answers, wrapper.module(x), atol=TOLERANCE, rtol=0)
+
+
+def test_images():
+    conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    conv = conv.double()  # cuDNN may round inputs of float32
+    x = random_numbers(20, 3, 16, 16).double().to(memory_format=torch.channels_last)
+    for images in (x, x[:, :, ::2, ::2]):
+        check_agreement(CODES["spline"], x=images, module=conv)
+        check_agreement(CODES["kernel"], x=images, module=conv)
+
+
+class Classifier(nn.Module):
+    """Logits of sentences, in a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(50, 8), nn.Linear(8, 3)
+
+    def forward(self, tokens, mask, scale):
+        hidden = self.embedding(tokens) * mask[..., None]
+        return {"logits": self.linear(hidden.mean(1)) * scale, "rest": None}
+
+
+@pytest.mark.parametrize("code", ["kernel", "replication"])
+@pytest.mark.parametrize("scale", ["host", "device"])
+def test_tokens_masks_and_shared_arguments(code, scale):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 50, (30, 7), generator=generator)
+    mask = torch.rand(30, 7, generator=generator) > 0.3
+    module = Classifier().eval()
+    options = {"stragglers": None, "in_dims": (0, 0, None)}
+    with torch.no_grad():
+        want = module(tokens, mask, torch.tensor(2.0))["logits"]
+        wrapper = coded(module.to("cuda"), CODES[code], **options)
+        shared = torch.tensor(2.0, device="cuda" if scale == "device" else "cpu")
+        got = wrapper(tokens.cuda(), mask.cuda(), shared)["logits"]
+    torch.testing.assert_close(got.cpu(), want, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["spline", "matrix"])
+def test_linear_maps(kind, dtype, device):
+    device = there(device)
+    maps = {
+        "spline": SplineMap(np.linspace(0, 1, 9), np.linspace(0, 1, 12)),
+        "matrix": MatrixMap(random_numbers(12, 9)),
+    }
+    map, values = maps[kind], random_numbers(9, 300).to(dtype)
+
+    def check(got, want):
+        assert got.device == torch.device(device)
+        tolerance = TOLERANCE_OF_HALF if dtype.itemsize == 2 else TOLERANCE
+        torch.testing.assert_close(got.cpu(), want, atol=tolerance, rtol=0)
+
+    want = map(values)
+    for strided in (values, values[:, ::3], values[:, :0], values[:, :1].expand(9, 5)):
+        check(map(strided.to(device)), map(strided))
+    check(map.adjoint(want.to(device)), map.adjoint(want))
+    batch, grouping = random_numbers(30, 40).to(dtype), Grouping.arrival(30, 9)
+    check(map.gathered(batch.to(device), grouping), map.gathered(batch, grouping))
+    if dtype.itemsize > 2:
+        check(
+            *(
+                torch.func.grad(lambda v: map(v).square().sum())(values.to(d))
+                for d in (device, "cpu")
+            )
+        )
+        check(*(torch.func.vmap(map)(values.expand(2, 9, 300).to(d)) for d in (device, "cpu")))
+
+
+@pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
+def test_compare(labels_on):
+    batches = [random_numbers(48, 12, seed=i) for i in range(3)]
+    labels = [
+        torch.randint(0, 5, (48,), generator=torch.Generator().manual_seed(i)) for i in range(3)
+    ]
+    settings = [(8, 4, 2)]
+    want = compare(network(), batches, settings, labels=labels)
+    got = compare(
+        network().to("cuda"),
+        [x.to("cuda") for x in batches],
+        settings,
+        labels=[y.to(labels_on) for y in labels],
+    )
+    assert str(got).splitlines()[0] == str(want).splitlines()[0]
+
+
+@pytest.mark.parametrize("pool", [None, ["cuda", "cuda"]], ids=["LocalWorkers", "DeviceWorkers"])
+def test_serve(pool):
+    rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        port = stack.enter_context(serving(built(linear().to("cuda"), workers=workers)))
+        client = stack.enter_context(Client(port))
+        status, answer = client.infer({"inputs": [tensor(rows)]})
+    assert status == 200, answer
+    want = linear()(torch.tensor(rows)).flatten()
+    torch.testing.assert_close(torch.tensor(answer["outputs"][0]["data"]), want, atol=1e-3, rtol=0)
+
+
+# Waits in a call of 240 rows, counted on the pretended accelerator; 21 of them look at the results
+# of one worker each. Without compiled kernels a new decoder takes 3 more.
+WAITS = {
+    "spline": (lambda: SplineCode(20, 24), 29 + 3),
+    "replication": (lambda: ReplicationCode(20, 24), 29),
+    "kernel": (lambda: KernelCode(20, 24), 45),
+}
+
+
+@pytest.mark.parametrize(("make_code", "most"), WAITS.values(), ids=WAITS)
+def test_a_warm_call_waits_seldom(make_code, most):
+    x = random_numbers(240, 12).to("cuda")
+    wrapper = CodedWrapper(network().to("cuda"), make_code(), stragglers=Uniform(4, seed=0))
+    with torch.no_grad():
+        for _ in range(2):
+            wrapper(x)
+        with host_waits() as lines:
+            wrapper(x)
+    assert sum(lines.values()) <= most, lines
