@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["exact_matmul", "register"]
+__all__ = ["exact_matmul", "fits_matrix", "register"]
 
 # Numbers of a dense matrix, 256 MB in float32; plans of more are applied on the host.
 _MOST = 1 << 26
@@ -55,6 +55,11 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
 
 
+def fits_matrix(num_knots: int, num_points: int, num_plans: int = 1) -> bool:
+    """Return whether plans are applied as dense matrices, and not on the host."""
+    return num_plans * num_knots * num_points <= _MOST
+
+
 def spline_apply(
     values: Tensor,
     coefficients: Tensor,
@@ -67,7 +72,7 @@ def spline_apply(
     inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
     rows = (values if gather is None else gather).shape[0]
     others = schedule.shape[-1] - 1 - rows
-    if len(coefficients) * rows * others > _MOST:
+    if not fits_matrix(rows, others, len(coefficients)):
         on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
         return result.to(values.device)
@@ -106,7 +111,14 @@ def spline_apply_out(
 
 
 def _matrices(coefficients: Tensor, schedule: Tensor, transpose: bool, rows: int) -> Tensor:
-    """Return ``[P, rows out, rows in]``: the host's operator, applied to the identity."""
+    """Return ``[P, rows out, rows in]``: what the plan comes with, or the host makes of it."""
+    others = schedule.shape[-1] - 1 - rows
+    num_knots, num_points = (others, rows) if transpose else (rows, others)
+    of_sweeps = 12 * num_knots + 4 * num_points
+    if coefficients.shape[1] > of_sweeps and len(coefficients) == 1:  # ops.with_matrix
+        entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
+        matrix = entries.view(num_knots, num_points)
+        return (matrix if transpose else matrix.T).unsqueeze(0)
     kept = _dense.setdefault(coefficients, {})
     if torch.cuda.is_current_stream_capturing():  # nothing new may become part of the graph
         for known, matrices in list(kept.items()):

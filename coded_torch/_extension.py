@@ -9,7 +9,7 @@ import torch
 
 from . import _cuda_fallback
 
-__all__ = ["build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "short_path", "spline_plan"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "build it with `pip install .` in the source folder (needs a C++17 compiler)"
@@ -56,6 +56,7 @@ def _load_cuda() -> str:
 
 
 _CUDA_MISSING = _load_cuda()
+HAS_CUDA_KERNELS = not _CUDA_MISSING
 
 
 def build_info() -> dict[str, str]:

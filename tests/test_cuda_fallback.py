@@ -9,6 +9,7 @@ from coded_torch import ops
 
 from .splines import TOLERANCES
 from .test_ops import make_indices, make_plan
+from .waits import host_waits
 
 pytestmark = pytest.mark.cuda
 
@@ -54,6 +55,20 @@ def test_splines(dtype, plans, transpose):
     with Launches() as launches:
         fallback.spline_apply(*inputs)
     assert len(launches.names) <= MOST_LAUNCHES, launches.names
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_a_plan_that_comes_with_its_matrix_makes_nothing_wait(transpose):
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    values = torch.randn(12 if transpose else 9, 3, 7)
+    want = ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+    exact, _, _ = make_plan(9, torch.float64)
+    coefficients = ops.with_matrix(coefficients, schedule, exact)
+    inputs = on_device(values, coefficients, schedule, transpose)
+    with host_waits() as waits:
+        got = fallback.spline_apply(*inputs)
+    assert not waits
+    agree(got, want, 4 * TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("transpose", [False, True])

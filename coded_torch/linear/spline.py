@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import ops
 from .._arguments import real_array
 from .._arguments import smoothing as check_smoothing
-from .._extension import curve_plan
+from .._cuda_fallback import fits_matrix
+from .._extension import HAS_CUDA_KERNELS, curve_plan
 from ._cost import prefers_matrix
 from .base import LinearMap
 
@@ -85,7 +86,8 @@ class SplineMap(LinearMap):
 
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         coefficients, schedule = super()._to_place(dtype, device)
-        dense = device.type == "cuda" and prefers_matrix(self.num_inputs, self.num_outputs)
+        chooses = prefers_matrix if HAS_CUDA_KERNELS else fits_matrix
+        dense = device.type == "cuda" and chooses(self.num_inputs, self.num_outputs)
         # Compiled code would make the matrix anew in every call.
         if dense and not torch.compiler.is_compiling():
             exact, _ = super()._to_place(torch.float64, device)
