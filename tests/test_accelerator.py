@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from .accelerator.build import build
-from .test_cuda import NVCC
+from .grids import NVCC
 
 ROOT = Path(__file__).parents[1]
 # Its internal headers are used. `.ci/run` reads this line.

@@ -10,8 +10,8 @@ from torch.utils.cpp_extension import include_paths
 
 import coded_torch
 
+from ..grids import run_nvcc
 from ..ptx import translate
-from ..test_cuda import run_nvcc
 
 HERE = Path(__file__).parent
 CXX = ["c++", "-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror"]
