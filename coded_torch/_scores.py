@@ -51,6 +51,7 @@ class Scores:
             error, mean = metrics.rmse(answers, exact), metrics.rmse_mean(answers, exact)
             spread = metrics.rmse(exact.mean(0).expand_as(exact), exact)
         if labels is not None:
+            labels = labels.to(exact.device)  # files and loaders have them on the host
             right, own_right = ((x == labels).double().mean().item() for x in (found, own))
         agreement = (found == own).double().mean().item()
         foreseen = expected if expected is not None and error > 0 else math.nan

@@ -1,4 +1,4 @@
-"""Plans inside function transforms: :func:`torch.func.grad`, ``jacrev``, ``jvp``, not ``vmap``."""
+"""Plans inside function transforms, under autocast, and whatever the caller's default device."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.utils._device import DeviceContext
 
-__all__ = ["differentiated", "exactly", "outside", "plain"]
+__all__ = ["as_called", "differentiated", "exactly", "on_host", "outside", "plain"]
 
 
 def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
@@ -47,15 +49,47 @@ def exactly(device: str = "cpu") -> Iterator[None]:
         yield
 
 
+class _Host(DeviceContext):
+    """The host as the default device, on top of all modes: theirs hold again when it is popped."""
+
+    __enter__ = TorchFunctionMode.__enter__
+    __exit__ = TorchFunctionMode.__exit__
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Make new tensors on the host in a block, or a function, whatever the caller's default device.
+
+    The caller's own code, run from within, is put into a block of :func:`as_called`.
+    """
+    mode = _get_current_function_mode()
+    if mode is None or isinstance(mode, _Host):
+        yield  # without a mode there is no default device, and every call of torch is faster
+        return
+    with _Host("cpu"):
+        yield
+
+
+@contextlib.contextmanager
+def as_called() -> Iterator[None]:
+    """Let the caller's default device hold again, in a block within :func:`on_host`."""
+    if not isinstance(_get_current_function_mode(), _Host):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
+
+
 @contextlib.contextmanager
 def outside() -> Iterator[None]:
-    """A block that computes with plain tensors, though a transform may be under way.
+    """Compute with plain tensors on the host in a block, though a transform may be under way.
 
     Within a transform every operation returns wrapped tensors, whatever it is given. Those have no
     memory that numpy could read, and a plan that kept one would outlive its transform.
     """
-    if torch._C._functorch.peek_interpreter_stack() is None:
-        yield
-        return
-    with temporarily_clear_interpreter_stack():
-        yield
+    with on_host():
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            yield
+            return
+        with temporarily_clear_interpreter_stack():
+            yield

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ._arguments import shown
+from ._transforms import as_called
 from .codes import BatchPlan, Code, ReplicationCode, plan_batch
 from .geometry import Geometry
 from .grouping import order_of
@@ -23,6 +24,7 @@ from .workers import LocalWorkers, Task
 __all__ = ["Trial", "calls_of"]
 
 
+@as_called()
 def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
     """The positional arguments of a call for each of ``batches``.
 
@@ -155,7 +157,7 @@ class Trial:
         task = Task(leaves, inputs.dims, inputs.spec, units, rows, inputs.device, wrapper.out_dims)
         workers = LocalWorkers(max_batch_size=getattr(wrapper.workers, "max_batch_size", None))
         results = Results(task)
-        with torch.no_grad():
+        with torch.no_grad(), as_called():
             for reply in workers.run(wrapper.module, task):
                 results.add(reply)
         if results.rejected:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ._arguments import count, instance, shown
 from ._law import Law, law_of
 from ._scores import Interval, Scores
+from ._transforms import on_host
 from ._trial import Trial, calls_of
 from .codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from .nn import CodedWrapper
@@ -153,6 +154,7 @@ def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
     }
 
 
+@on_host()
 def compare(
     module: nn.Module,
     batches: Iterable[Any],

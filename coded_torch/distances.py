@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import ops
-from ._transforms import exactly
+from ._transforms import as_called, exactly
 from .geometry import Geometry, added_up
 from .grouping import similarity_order
 
@@ -212,7 +212,8 @@ def features_by(metric: Metric, leaves: Sequence[Leaf]) -> list[Tensor] | None:
     Returns:
         None where it applies to none of the inputs.
     """
-    found = [metric.features(leaf) for leaf in leaves]
+    with exactly(leaves[0].x.device.type):
+        found = [metric.features(leaf) for leaf in leaves]
     if all(x is None for x in found):
         return None
     return [leaf.x if x is None else x for leaf, x in zip(leaves, found, strict=True)]
@@ -224,7 +225,7 @@ def features_of(features: Features, inputs: Sequence[Tensor]) -> list[Tensor]:
     Raises:
         ValueError: it returns no floating-point tensors of that batch size. And what it raises.
     """
-    with torch.no_grad():
+    with torch.no_grad(), as_called():
         leaves = pytree.tree_leaves(features(*inputs))
     size = len(inputs[0])
     for leaf in leaves or [None]:

@@ -128,7 +128,7 @@ def smoothing_spline_matrix(
     # One factor after the other, as the cube of the scale may not be a float64.
     t, z, lam = t * scale, z * scale, lam * scale * scale * scale
     h = t.diff()
-    identity = torch.eye(n, dtype=t.dtype)
+    identity = torch.eye(n, dtype=t.dtype, device=t.device)
     g, gamma = identity, torch.zeros_like(identity)
     if n > 2:
         penalties = n * lam / (torch.ones_like(t) if weights is None else _double(weights))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, real
-from ._transforms import exactly
+from ._transforms import exactly, on_host
 from .ops import inner_products, squared_distances
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class Geometry:
     @functools.cached_property
     def squares(self) -> Tensor:
         """The diagonal of M, ``[B]``, on the host."""
-        squares = torch.zeros(self.batch_size, dtype=torch.float64)
+        squares = torch.zeros(self.batch_size, dtype=torch.float64, device="cpu")
         squares[self.finite] = self._points[1].cpu()
         return squares
 
@@ -269,7 +269,8 @@ def added_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     if rows.shape[1] <= _MOST_FEATURES:
         return rows.to(dtype)
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, rows.shape[1:], generator=generator).to(rows.device, dtype) * 2 - 1
+    signs = torch.randint(0, 2, rows.shape[1:], generator=generator, device="cpu")
+    signs = signs.to(rows.device, dtype) * 2 - 1
     sums = rows.new_zeros(len(rows), _BUCKETS, dtype=dtype)
     for part, sign in zip(rows.split(_BUCKETS, 1), signs.split(_BUCKETS), strict=True):
         sums[:, : len(sign)].addcmul_(part.to(dtype), sign)  # one pass over the inputs, no copy
@@ -328,6 +329,7 @@ def _spread(rows: Tensor, largest: float, rounding: float, chosen: Tensor | slic
     return torch.zeros_like(rows)
 
 
+@on_host()
 def _coordinates(rows: Tensor, shrinkage: float, chosen: Tensor | slice) -> Tensor:
     r"""Z ``[B, L]`` with :math:`Z Z^T = M` up to a factor, of centred rows ``[B, d]``.
 

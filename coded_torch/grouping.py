@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, dense, shown
 from ._extension import short_path
+from ._transforms import as_called, on_host
 from .geometry import check_inputs
 
 __all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
@@ -55,6 +56,7 @@ class Grouping:
         tensor([ 0., 10., 20.])
     """
 
+    @on_host()
     def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
         order = _permutation(order)
         # The batch as one group may be larger than any code.
@@ -154,6 +156,7 @@ def check_ordering(owner: object, ordering: Ordering) -> None:
         )
 
 
+@on_host()
 def order_of(
     ordering: Ordering,
     inputs: Sequence[Tensor],
@@ -195,7 +198,8 @@ def order_of(
             return torch.arange(batch_size)
         assert distances is not None
         return similarity_order(distances())
-    order = ordering(list(inputs)) if callable(ordering) else ordering
+    with as_called():
+        order = ordering(list(inputs)) if callable(ordering) else ordering
     try:
         length = len(order)
     except TypeError:

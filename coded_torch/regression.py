@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import dense, positive
-from ._transforms import exactly
+from ._transforms import exactly, on_host
 from .ops import matern52, matern52_among
 
 __all__ = ["MOST_INVERTED", "NUGGET", "KernelRegression", "PartialRegression", "Regression"]
@@ -156,6 +156,7 @@ class KernelRegression(Regression):
         tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
     """
 
+    @on_host()
     def __init__(
         self,
         squared_distances: Tensor,
@@ -206,6 +207,7 @@ class KernelRegression(Regression):
         covariance.diagonal().add_(self.nugget)
         return covariance
 
+    @on_host()
     def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Those of some points with those that have results."""
         points = torch.arange(len(self._squared)) if self._points is None else self._points

@@ -309,7 +309,7 @@ class Trace(Stragglers):
             requests.append(request)
         if not requests:
             raise ValueError(f"Trace: source must have at least one request, got {source!r}")
-        self._latencies = torch.tensor(requests, dtype=torch.float64)
+        self._latencies = torch.tensor(requests, dtype=torch.float64, device="cpu")
         self.num_requests, self.num_workers = self._latencies.shape
         self.position = 0
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import instance, shown
+from ._transforms import on_host
 from ._trial import Trial, calls_of
 from .codes._choices import among
 from .codes._leave_one_out import LeaveOneOut
@@ -33,6 +34,7 @@ __all__ = ["tune"]
 _SETS = 5  # received sets a batch: rare ones decide the squared error
 
 
+@on_host()
 def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
     r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 

@@ -35,7 +35,16 @@ LAYERS = (
     {"ops"},
     {"_extension", "points", "metrics", "stragglers"},
     {"_law"},
-    {"_arguments", "_buffers", "_cuda_fallback", "_heap", "_transforms", "_console", "_weights"},
+    {
+        "_arguments",
+        "_buffers",
+        "_console",
+        "_cuda_fallback",
+        "_heap",
+        "_streams",
+        "_transforms",
+        "_weights",
+    },
 )
 GROUND = LAYERS[-3]
 ALL = set().union(*LAYERS)

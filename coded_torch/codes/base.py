@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count
+from .._transforms import on_host
 from ..linear import LinearMap
 from ..linear.maps import unit_rows
 from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
@@ -205,6 +206,7 @@ class FixedCode(Code):
         self._lock = threading.Lock()
 
     @functools.cached_property
+    @on_host()
     def encoder(self) -> LinearMap:
         """The map from K inputs to N coded inputs."""
         return self._checked("encoder", self._make_encoder(), self.num_data, self.num_workers)
@@ -235,6 +237,7 @@ class FixedCode(Code):
             )
         return self._new_decoder(workers)
 
+    @on_host()
     def _new_decoder(self, key: tuple[int, ...]) -> LinearMap:
         if len(key) < self.min_received:
             raise NotEnoughResults(key, self.min_received, self.num_workers)
@@ -280,6 +283,7 @@ class FixedCode(Code):
         """
         return self.source(received) >= 0
 
+    @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
         """Which result answers which input as it is, bit for bit.
 
@@ -304,6 +308,7 @@ class FixedCode(Code):
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)
 
+    @on_host()
     def left_out(self, received: Sequence[int]) -> Tensor:
         """The map from results to held-out errors: each result less its prediction from others.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import real_array
+from .._transforms import on_host
 from ..linear import LinearMap
 from ..points import chebyshev_first, chebyshev_second
 from .base import FixedCode
@@ -66,6 +67,7 @@ class CurveCode(FixedCode):
     def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
         return self._curve(self.worker_points[list(received)], self.data_points)
 
+    @on_host()
     def left_out(self, received: Sequence[int]) -> Tensor:
         """By the curve: every fourth result but the outermost at once, from all the others."""
         nodes, count = self.worker_points[list(received)], len(received)

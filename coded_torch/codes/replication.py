@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._transforms import on_host
 from ..linear import LinearMap, SelectMap
 from .base import FixedCode
 
@@ -44,6 +45,7 @@ class ReplicationCode(FixedCode):
 
     mixes = False
 
+    @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
         """The place of each input's first result, ``[K]``; here ``received`` in any order."""
         workers = self._received(received)
@@ -52,6 +54,7 @@ class ReplicationCode(FixedCode):
             source[workers[place] % self.num_data] = place
         return source
 
+    @on_host()
     def left_out(self, received: Sequence[int]) -> Tensor:
         """Each input's result as the mean of the other inputs'."""
         source = self.source(received)

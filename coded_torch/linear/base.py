@@ -278,7 +278,7 @@ def _in_one_copy(
     """Host tensors on ``device``: from pinned memory in one copy that is not waited for."""
     sizes = [t.numel() * t.element_size() for t in operands]
     spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    staged = torch.empty(sum(spans), dtype=torch.uint8, pin_memory=pin)
+    staged = torch.empty(sum(spans), dtype=torch.uint8, device=_HOST, pin_memory=pin)
     for span, size, t in zip(staged.split(spans), sizes, operands, strict=True):
         span[:size].copy_(t.contiguous().view(-1).view(torch.uint8))
     parts = staged.to(device, non_blocking=True).split(spans)

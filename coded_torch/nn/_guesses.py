@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._transforms import outside, plain
+from .._transforms import as_called, outside, plain
 from ..surrogates import Memory
 from ..workers.pytrees import flatten, show
 
@@ -187,7 +187,8 @@ def _outputs(
 
     args, kwargs = pytree.tree_map(number, (args, kwargs))
     with torch.no_grad(), outside():
-        leaves, spec = flatten(surrogate(*args, **kwargs))
+        with as_called():
+            leaves, spec = flatten(surrogate(*args, **kwargs))
         if spec != stacked.spec:
             raise ValueError(f"it returned {spec}, where the module returned {stacked.spec}")
         outputs: list[Tensor | None] = []

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._arguments import count, instance
 from .._buffers import Buffers, host_memory
+from .._transforms import on_host
 from ..codes.base import Code
 from ..grouping import check_ordering
 from ..surrogates import Memory
@@ -274,7 +275,7 @@ class CodedWrapper(StandIn):
         try:
             self._warn_of_batch_statistics()
             waiting = waiting or self._waiting()
-            with report.timed("encode"):
+            with report.timed("encode"), on_host():
                 inputs = Inputs(args, kwargs, self.in_dims, self.code)
                 units = self._divide(inputs, waiting) if inputs.batch_size else None
             if units is None:
@@ -298,7 +299,7 @@ class CodedWrapper(StandIn):
                         since=start,
                         agreement=agreement,
                     )
-                with report.timed("decode"):
+                with report.timed("decode"), on_host():
                     if agreement is not None:
                         agreement.conclude(results, report, bool(waiting.degraded))
                     too_few = len(results.units) < units.least

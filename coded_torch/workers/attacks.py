@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .._transforms import as_called, on_host
 from .base import Reply, Task
 from .pytrees import broadcast_dims, flatten
 
@@ -70,7 +71,7 @@ class Attacker:
         """The reply as it arrives."""
         if reply.machine not in self._liars.machines or reply.error is not None:
             return reply
-        with torch.no_grad():
+        with torch.no_grad(), on_host():
             attack = self._liars.attack
             lie = ATTACKS[attack] if isinstance(attack, str) else _own(attack)
             if lie is None:
@@ -115,13 +116,15 @@ class Attacker:
         if self._liars.attack == "shift":
             args, kwargs = self._task.payload(units)
             args, kwargs = pytree.tree_map_only(Tensor, _shifted, (args, kwargs))
-            return self._module(*args, **kwargs)
+            with as_called():
+                return self._module(*args, **kwargs)
         task = self._task
         if self._earlier is not None and _alike(self._earlier, task):
             task = self._earlier
         step = int(torch.randint(1, max(2, task.num_units), (), generator=self.own(reply)))
         args, kwargs = task.payload(sorted((unit + step) % task.num_units for unit in units))
-        return self._module(*args, **kwargs)
+        with as_called():
+            return self._module(*args, **kwargs)
 
 
 def _alike(a: Task, b: Task) -> bool:

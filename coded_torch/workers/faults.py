@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, probability, real
 from .._law import Law, law_of
+from .._transforms import on_host
 from ..stragglers import Stragglers
 from .attacks import ATTACKS, Attack, Attacker, Liars
 from .base import Began, Part, Reply, Request, Task, Workers
@@ -226,6 +227,7 @@ class FaultyWorkers(Workers):
         for block in itertools.count(1):
             yield from self._draw(delays, num_parts, request, block)
 
+    @on_host()
     def _draw(
         self, delays: Stragglers | None, num_parts: int, request: int, block: int
     ) -> list[Fault]:
