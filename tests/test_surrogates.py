@@ -18,6 +18,7 @@ from coded_torch.regression import KernelRegression
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
 from coded_torch.surrogates._space import Space, side_by_side, winner
+from coded_torch.workers import DeviceWorkers, FaultyWorkers
 
 from .nn.modules import rand
 
@@ -197,7 +198,7 @@ def test_features_that_were_added_up_are_taken_as_they_are():
 def test_it_is_the_regression_of_its_coordinates():
     known = filled(50)
     snapshot, x = known._snapshot, rand(20, 4, seed=2)
-    rows, at = snapshot._rows.double(), snapshot._space(x.float()).double()
+    rows, at = snapshot._to_rows[:-2].T.double(), snapshot._space(x.float()).double()
     fit = KernelRegression(torch.cdist(rows, rows).square(), snapshot._length)
     wanted = fit.weights(torch.cdist(at, rows).square()) @ f(rand(50, 4))
     torch.testing.assert_close(known.predict([x])[0].double(), wanted, rtol=1e-3, atol=1e-3)
@@ -608,3 +609,34 @@ def test_arguments_are_checked(arguments, message):
 def test_progress_on_terminals_only(capsys):
     distill(student(), teacher(), [rand(20, 4).float()], epochs=1)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.cuda
+def test_a_stream_predicts_while_the_memory_changes():
+    known, x = filled(), rand(200, 4, seed=1).float().cuda()
+    (want,) = known.predict([x])  # places what it knows, on this stream
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        big = torch.ones(1024, 1024, device="cuda")
+        big = big @ big
+        (got,) = known.predict([x])
+    known.clear()
+    _others = [torch.zeros(600, 98, device="cuda") for _ in range(64)]
+    torch.cuda.synchronize()
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.cuda
+def test_surrogates_go_where_the_wrapper_goes():
+    module, student, x = nn.Linear(4, 2), nn.Linear(4, 2), rand(24, 4).float()
+    student.load_state_dict(module.state_dict())
+    with DeviceWorkers(["cuda"]) as pool, torch.no_grad():
+        lossy = FaultyWorkers(pool, rates={"crash": 0.4}, seed=0)
+        coded = CodedWrapper(module, KernelCode(4, 8), workers=lossy, surrogate=student).cuda()
+        coded.waiting = Waiting.first(4)
+        for inputs in (x, x.cuda()):
+            answers, report = coded.run(inputs)
+            assert answers.device == inputs.device
+            assert not report.notes
+            assert report.surrogate_weights[0][0] > 0.9

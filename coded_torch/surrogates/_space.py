@@ -75,6 +75,11 @@ class Space:
         z: Tensor = (rows - self._centre) @ self._projection
         return z
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """The numbers that it holds."""
+        return self._centre, self._projection
+
     def to(self, device: torch.device) -> Space:
         placed = object.__new__(Space)
         placed._how, placed._shapes = self._how, self._shapes

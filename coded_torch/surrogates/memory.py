@@ -3,6 +3,7 @@ r"""A surrogate that trains itself: regression on what the wrapper has answered.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count
+from .._streams import read_here
 from .._transforms import exactly
 from .._weights import fingerprint
 from ..codes._points import path_step
@@ -275,7 +277,7 @@ class _Snapshot:
         self, form: Any, space: Space, rows: Tensor, length: float, weights: Tensor, mean: Tensor
     ) -> None:
         self.form, self._space, self._length = form, space, length
-        self._rows, self._mean = rows, mean
+        self._mean = mean
         self._weights = weights.T.contiguous().T  # so that the product takes half the time
         # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
         squares = rows.square().sum(1, keepdim=True)
@@ -284,18 +286,22 @@ class _Snapshot:
 
     def on(self, device: torch.device) -> _Snapshot:
         """The same on a device; each device's is kept."""
-        if device == self._rows.device:
+        if device == self._mean.device:
             return self
         placed = self._placed.get(device)
         if placed is None:
-            tensors = (x.to(device) for x in (self._rows, self._weights, self._mean))
-            rows, weights, mean = tensors
-            placed = _Snapshot(self.form, self._space.to(device), rows, self._length, weights, mean)
+            # All is copied, which waits; what another stream computes might not be there yet.
+            placed = copy.copy(self)
+            for name in ("_to_rows", "_weights", "_mean"):
+                setattr(placed, name, getattr(self, name).to(device))
+            placed._space = self._space.to(device)
             self._placed[device] = placed
+        for tensor in (placed._to_rows, placed._weights, placed._mean, *placed._space.tensors):
+            read_here(tensor)  # a newer snapshot may take its place at any time
         return placed
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with exactly(self._rows.device.type):
+        with exactly(self._mean.device.type):
             z = self._space(side_by_side(inputs))
             squares = z.square().sum(1, keepdim=True)
             squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows

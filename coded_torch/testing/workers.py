@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import gc
 import math
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,15 @@ class Modes(nn.Module):
         product = torch.mm(x, x.new_zeros(x.shape[1], 1))  # autocast casts it
         flags = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return product, *(torch.full_like(x, flag) for flag in flags)
+
+
+@contextlib.contextmanager
+def autocast(dtype: torch.dtype) -> Iterator[None]:
+    """Autocast on every device that a worker may have: each kind has its own."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
+        yield
 
 
 class FailsAt(nn.Module):
@@ -374,9 +384,9 @@ class WorkersTests(abc.ABC):
             assert modes() == {(torch.float32, 0.0, 0.0)}
         with torch.inference_mode():
             assert modes() == {(torch.float32, 0.0, 1.0)}
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(torch.bfloat16):
             assert modes() == {(torch.bfloat16, 1.0, 0.0)}
-        with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        with autocast(torch.float16), torch.no_grad():
             assert modes() == {(torch.float16, 0.0, 0.0)}
         assert modes() == {(torch.float32, 1.0, 0.0)}
 

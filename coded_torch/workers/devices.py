@@ -3,13 +3,15 @@ r"""Workers on the devices of this machine: a replica of the module and a thread
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import queue
 import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
+from .._streams import read_here
 from ._loading import load_everywhere
 from .base import Began, Part, Reply, Request, Task, Workers
 from .live import LiveRequest
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["DeviceWorkers"]
 
 _CLOSING_SECONDS = 5.0
+_NO_VIEWS: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class DeviceWorkers(Workers):
@@ -120,11 +124,19 @@ class DeviceWorkers(Workers):
 
 
 class _DeviceRequest(LiveRequest):
-    """A request with what the devices need: when its inputs are ready, and a replica for each."""
+    """A request with what the devices need.
+
+    Attributes:
+        module: what to run.
+        views: of its leaves, by their ids, see :func:`_views`.
+        ready: events, behind which inputs, weights and views are there.
+        replicas: of the module, one for each device.
+    """
 
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
         super().__init__(task, timeout)
         self.module = module
+        self.views = _views(module)
         self.ready = _events((task.device, *threads.devices))
         self.replicas: dict[_Replica, nn.Module] = {}
         self._threads = threads
@@ -136,9 +148,8 @@ class _DeviceRequest(LiveRequest):
         event = super().wait(until)
         if isinstance(event, Reply):
             for leaf in pytree.tree_leaves(event.value):
-                if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
-                    # It was allocated on the thread's stream, and is read on ours from now on.
-                    leaf.record_stream(torch.accelerator.current_stream(leaf.device))
+                if isinstance(leaf, Tensor):
+                    read_here(leaf)  # it was made on the thread's stream
         return event
 
     @property
@@ -268,30 +279,35 @@ class _Replica:
                 for event in request.ready:
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
-            args, kwargs = _to(self.device, request.task.payload(part.units))
-            module = self._module(request)
-            if part.fault is None:
-                value = module(*args, **kwargs)
-            else:
-                value = part.fault.around(lambda: module(*args, **kwargs))
-            value = _to(home, value)
-            for stream in streams:
-                stream.synchronize()  # a result has arrived when it can be read
-        return value
+            try:
+                args, kwargs = _to(self.device, request.task.payload(part.units))
+                # Its backward reads the inputs on this stream, when the caller may have let go.
+                pytree.tree_map_only_(Tensor, read_here, (args, kwargs))
+                module = self._module(request)
+                if part.fault is None:
+                    value = module(*args, **kwargs)
+                else:
+                    value = part.fault.around(lambda: module(*args, **kwargs))
+                return _to(home, value)
+            finally:
+                # A result has arrived when it can be read. Where the module raised, kernels that
+                # it has launched still read the inputs.
+                for stream in streams:
+                    stream.synchronize()
 
     def _module(self, request: _DeviceRequest) -> nn.Module:
         if self not in request.replicas:
-            request.replicas[self] = self._replicate(request.module)
+            request.replicas[self] = self._replicate(request.module, request.views)
         return request.replicas[self]
 
-    def _replicate(self, module: nn.Module) -> nn.Module:
+    def _replicate(self, module: nn.Module, views: Mapping[int, Tensor] = _NO_VIEWS) -> nn.Module:
         moved: dict[int, Tensor] = {}  # tied parameters stay tied
 
         def move(tensor: Tensor | None) -> Any:
             if tensor is None:
                 return None
             if id(tensor) not in moved:
-                moved[id(tensor)] = self._copy(tensor)
+                moved[id(tensor)] = self._copy(views.get(id(tensor), tensor))
             return moved[id(tensor)]
 
         copies: dict[nn.Module, nn.Module] = {
@@ -338,6 +354,22 @@ def _refuse_compiled(module: nn.Module) -> None:
 
 def _to(device: torch.device, tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
+
+
+def _views(module: nn.Module) -> dict[int, Tensor]:
+    """Views of the leaves of a module on accelerators, if gradients are recorded; by their ids.
+
+    Gradients of a leaf are added up on the stream on which it was first used. By a view that is
+    made here, on the caller's: replicas would use it on theirs.
+    """
+    if not torch.is_grad_enabled():
+        return {}
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return {
+        id(tensor): tensor.view_as(tensor)
+        for tensor in tensors
+        if tensor.requires_grad and tensor.device.type != "cpu" and not tensor.is_inference()
+    }
 
 
 def _events(devices: Sequence[torch.device]) -> list[torch.Event]:

@@ -186,9 +186,9 @@ class Ambient:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too
             for kind, dtype in self.autocast:
-                stack.enter_context(
-                    torch.autocast(kind, dtype=dtype, cache_enabled=self.autocast_cache)
-                )
+                # The cache of cast weights is one for all threads, and knows of no stream.
+                cached = self.autocast_cache and device.type == "cpu"
+                stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
             # A default device that is an accelerator means the one that the module is on.
             if self.default_device.type != "cpu":
                 stack.enter_context(device)

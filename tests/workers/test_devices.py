@@ -450,3 +450,46 @@ def test_starting_with_an_example_runs_the_module_on_every_device():
             request.ask(numbered((0,), (1,)))
             events = [request.wait(WAIT) for _ in range(4)]
         assert [event.fresh for event in events if isinstance(event, Began)] == [False, False]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("enabled", [False, True])
+def test_gradients_of_a_batch_on_cuda(enabled):
+    """In single precision and under autocast, whose cache of weights knows no streams."""
+    module = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).cuda()
+    with DeviceWorkers(["cuda", "cuda"]) as pool:
+        coded = CodedWrapper(module, CopyCode(4, 4), workers=pool, waiting=first(0))
+        for seed in range(5):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(200, 64, generator=generator).cuda().requires_grad_()
+            parameters = [x, *module.parameters()]
+            with torch.autocast("cuda", torch.bfloat16, enabled=enabled):
+                wanted, out = module(x), coded(x)
+            torch.testing.assert_close(
+                torch.autograd.grad(out.float().sum(), parameters),
+                torch.autograd.grad(wanted.float().sum(), parameters),
+                rtol=0.05 if enabled else 1e-4,
+                atol=0.5 if enabled else 1e-3,
+            )
+
+
+@pytest.mark.cuda
+def test_a_module_that_raises_has_read_its_weights_when_its_error_arrives():
+    class Raises(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2048, 2048, device="cuda"), requires_grad=False)
+            self.seen: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            # Long enough for the caller, who need not wait, to be there before the last product.
+            self.seen.append(x @ (self.weight @ self.weight) @ self.weight)
+            raise ZeroDivisionError
+
+    module, values = Raises(), torch.ones(1, 1, 2048, device="cuda")
+    with DeviceWorkers(["cuda"]) as pool:
+        (reply,) = pool.run(module, task_of(values))
+        module.weight.zero_()
+        assert isinstance(reply.error.__cause__, ZeroDivisionError)
+        torch.cuda.synchronize()
+        assert bool((module.seen[0] > 0).all())
