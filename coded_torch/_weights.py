@@ -1,4 +1,4 @@
-r"""Whether a module has changed."""
+r"""Where the weights of a module are, and whether they have changed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint"]
+__all__ = ["device_of", "fingerprint"]
+
+
+def device_of(module: Any) -> torch.device | None:
+    """Return the device of a module's first weight; None if it has none, or is no module."""
+    if not isinstance(module, nn.Module):
+        return None
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), None)
 
 
 def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:

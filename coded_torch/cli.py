@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--settings", nargs="+", default=["24,20,4"], metavar="N,K,S", help="[24,20,4]"
     )
     compare.add_argument("--seed", type=int, default=0, help="of the lost workers [0]")
+    compare.add_argument("--device", default="cpu", help="where the model runs, as cuda:0 [cpu]")
     _add_output(compare, "compare")
     compare.set_defaults(run=_compare)
 
@@ -162,7 +163,7 @@ def _demo(args: argparse.Namespace) -> None:
     need("demo", "demo", "matplotlib", "tqdm")
     settings, output = _settings(args), output_path("demo", args.output)
     in_range("demo", "--seed", args.seed, 0, 2**63 - 1)
-    device = _device(args.device)
+    device = _device("demo", args.device)
 
     from tqdm import tqdm
 
@@ -223,10 +224,11 @@ def _compare(args: argparse.Namespace) -> None:
     need("compare", "demo", "matplotlib")
     output = output_path("compare", args.output)
     in_range("compare", "--batch-size", args.batch_size, 1)
+    device = _device("compare", args.device)
 
     def load(flag: str, path: Path) -> list[torch.Tensor]:
         try:
-            rows = torch.load(path, weights_only=True)
+            rows = torch.load(path, map_location=device, weights_only=True)
         except Exception as error:  # whatever else than a tensor the file holds
             why = str(error) or type(error).__name__
             raise ValueError(f"{flag} cannot be read: {why}") from None
@@ -247,6 +249,8 @@ def _compare(args: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise UsageError(f"coded-torch compare: {_first_line(error)}") from None
     model = find_factory("compare", args.factory)()
+    if isinstance(model, torch.nn.Module):  # else compare says what it must be
+        model = model.to(device)
     try:
         found = compare(model, batches, settings, labels=labels, seed=args.seed)
     except (TypeError, ValueError) as error:
@@ -277,13 +281,13 @@ def _settings(args: argparse.Namespace) -> list[tuple[int, int, int]]:
     return [(n, k, s)]
 
 
-def _device(name: str) -> torch.device:
+def _device(command: str, name: str) -> torch.device:
     available = ["cpu"]
     if torch.cuda.is_available():
         available += ["cuda", *_cuda_devices()]
     if name not in available:
         raise UsageError(
-            f"coded-torch demo: --device must be one of {', '.join(available)}, got {name!r}"
+            f"coded-torch {command}: --device must be one of {', '.join(available)}, got {name!r}"
         )
     return torch.device(name)
 

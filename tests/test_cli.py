@@ -36,6 +36,7 @@ from coded_torch.demo.lenet5 import digits
         ("demo --device abacus", "--device must be one of cpu"),
         ("demo --device meta", "--device must be one of cpu"),
         ("demo --device cuda:99", "got 'cuda:99'"),
+        ("compare m:f --inputs f --device cuda:99", "compare: --device must be one of cpu"),
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),

@@ -256,3 +256,13 @@ def test_a_module_that_would_learn_from_the_batches_is_refused():
     with pytest.raises(ValueError, match=r"must be in evaluation mode, as 0 learns .*call eval"):
         compare(module, [x, x], settings=[(4, 2, 1)])
     assert not module[0].running_mean.any()
+
+
+@pytest.mark.cuda
+def test_labels_may_stay_on_the_host():
+    model, batches = torch.nn.Linear(3, 4).cuda(), [torch.randn(24, 3).cuda() for _ in range(3)]
+    labels = [model(x).argmax(1) for x in batches]
+    on_device = compare(model, batches, [(6, 4, 2)], labels=labels)
+    assert str(compare(model, batches, [(6, 4, 2)], labels=[x.cpu() for x in labels])) == str(
+        on_device
+    )

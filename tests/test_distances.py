@@ -416,3 +416,20 @@ def test_tuning_fixes_metric_and_length():
     code = tune(coded, [normal(240, 6) * units])
     assert code.metric == (first,)
     assert copy.deepcopy(code).metric[0] is first
+
+
+def test_autocast_leaves_features_as_they_are():
+    x = normal(64, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = {name: features(name, x) for name in METRICS}
+    for name, found in under.items():
+        want = features(name, x)
+        assert found is want is None or torch.equal(found, want), name
+
+
+@pytest.mark.cuda
+def test_the_recommended_code_under_autocast_on_cuda():
+    module, x = torch.nn.Linear(12, 5).cuda(), normal(64, 12).cuda()
+    coded = CodedWrapper(module, KernelCode(8, 10), stragglers=Uniform(4, seed=0))
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        assert (coded(x) - module(x)).abs().max() < 1

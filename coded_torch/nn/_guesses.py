@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._transforms import as_called, outside, plain
+from .._weights import device_of
 from ..surrogates import Memory
 from ..workers.pytrees import flatten, show
 
@@ -182,10 +183,12 @@ def _outputs(
         TypeError, ValueError: they are not of the form of the module's.
     """
 
-    def number(leaf: Any) -> Any:
-        return plain("surrogate", "input", leaf) if isinstance(leaf, Tensor) else leaf
+    device = device_of(surrogate)  # it went with the wrapper, and the batch may be on the host
 
-    args, kwargs = pytree.tree_map(number, (args, kwargs))
+    def number(leaf: Tensor) -> Tensor:
+        return plain("surrogate", "input", leaf).to(device or leaf.device)
+
+    args, kwargs = pytree.tree_map_only(Tensor, number, (args, kwargs))
     with torch.no_grad(), outside():
         with as_called():
             leaves, spec = flatten(surrogate(*args, **kwargs))

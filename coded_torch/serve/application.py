@@ -27,6 +27,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from .._heap import frozen_heap
+from .._weights import device_of
 from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
 from .batcher import Answer, Batcher
@@ -301,6 +302,9 @@ class Service:
     def _call(self, inputs: list[Tensor], seconds: float) -> tuple[list[Tensor], Report]:
         """Compute a batch. Few rows predict little, so it waits for its deadline, never less."""
         waiting = dataclasses.replace(self.coded.waiting or Waiting(), deadline=seconds)
+        if self.coded.workers.simulated:  # other pools move what they get
+            device = device_of(self.coded.module)
+            inputs = [x.to(device or x.device) for x in inputs]
         with torch.no_grad():
             answers, report = self.coded.run(*inputs, waiting=waiting)
         rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)

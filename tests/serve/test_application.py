@@ -477,3 +477,13 @@ def test_every_machine_has_run_the_model_before_the_application_is_ready():
         assert len(run_by) == 3
         with Client(port) as client:
             assert client.infer(ONE)[0] == 200
+
+
+@pytest.mark.cuda
+def test_a_module_on_cuda_in_this_process():
+    module = linear().cuda()
+    with serving(built(module, workers=LocalWorkers())) as port, Client(port) as client:
+        status, answer = client.infer(ONE)
+    assert status == 200
+    wanted = module(torch.tensor(ROWS, device="cuda")).flatten().tolist()
+    assert answer["outputs"][0]["data"] == pytest.approx(wanted, rel=1e-3)
