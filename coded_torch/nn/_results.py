@@ -6,7 +6,7 @@ Whether the numbers in them can be believed is another question.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,10 +92,10 @@ class Result:
                     f"to be decoded with link='softmax', got {problem}"
                 )
 
-    def not_finite(self) -> str | None:
+    def not_finite(self, is_finite: Callable[[Tensor], bool]) -> str | None:
         """The name of a leaf that is not finite."""
         for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor) and not finite(leaf):
+            if isinstance(leaf, Tensor) and not is_finite(leaf):
                 return self.name(i)
         return None
 
@@ -140,6 +140,7 @@ class Results:
         self._liars: dict[int, str] = {}  # why, by machine
         self._num_replies = 0
         self._last: Result | None = None  # that can be decoded, in any camp
+        self._base: tuple[Tensor | None, bool] = None, False  # looked at last: whether it is finite
 
     def add(self, reply: Reply) -> list[tuple[Part, bool]]:
         """Judge a reply; returns the parts whose results have become good, or bad, by it."""
@@ -163,7 +164,7 @@ class Results:
             return None
         try:
             result = Result(reply, self._task.out_dims, self._last)
-            not_finite = result.not_finite()
+            not_finite = result.not_finite(self._is_finite)
             if not_finite is not None:
                 what = f"returned values that are not finite in {not_finite}"
                 self._errors.append(_error(reply, what))
@@ -182,6 +183,18 @@ class Results:
             self._camps.append(camp := _Camp())
         camp.add(result)
         return camp
+
+    def _is_finite(self, leaf: Tensor) -> bool:
+        """Return whether a leaf is finite: the host waits once for results that are views of one.
+
+        Workers in this process compute all parts at once, and each reply is a part of that.
+        """
+        base = None if leaf.device.type == "cpu" else leaf._base
+        if base is None or base.numel() > self._task.num_units * leaf.numel():
+            return finite(leaf)
+        if base is not self._base[0]:
+            self._base = base, finite(base)
+        return self._base[1] or finite(leaf)
 
     def distrust(self, machine: int, why: str) -> list[tuple[Part, bool]]:
         """Count no result of a machine, now or later; returns the parts whose results are bad now.

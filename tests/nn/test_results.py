@@ -238,3 +238,21 @@ def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
     for n in order:
         results.add(reply(n, (torch.zeros(1, 1), torch.tensor(float(n)))))
     assert results.stack().leaves[1].item() == 0.0
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bad", [None, 2])
+def test_results_that_are_views_of_one_are_waited_for_once(bad):
+    whole = torch.ones(4, 2, device="cuda")
+    if bad is not None:
+        whole[bad] = torch.nan
+    results = Results(task_of(whole[:, None]))
+    replies = [Reply(Part(n, (n,)), n, 0.0, 0.0, leaf) for n, leaf in enumerate(whole.split(1))]
+    results.add(replies[0])
+    torch.cuda.set_sync_debug_mode("error" if bad is None else "default")
+    try:
+        for reply in replies[1:]:
+            results.add(reply)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert results.units == {0, 1, 2, 3} - {bad}
