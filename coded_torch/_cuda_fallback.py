@@ -89,8 +89,10 @@ def spline_apply(
     else:
         out = exact_matmul(matrices, values.transpose(0, 1)).transpose(0, 1)
     out = out.to(dtype)
-    if scatter is None or num_rows is None:
+    if scatter is None:
         return out.contiguous()
+    if num_rows is None:
+        num_rows = scatter.numel()
     # One row more takes what is dropped: index -1 is its index, too.
     result = out.new_zeros(num_rows + 1, columns)
     result[scatter.clamp(-1, num_rows)] = out

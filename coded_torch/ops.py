@@ -58,7 +58,9 @@ def spline_apply(
         scatter: ``[N, G]`` (``[n, G]`` where ``transpose``), int64: row j of group g becomes
             row ``scatter[j, g]`` of the result. No row may be named twice; -1 drops the row; rows
             of the result that are not named are 0.
-        num_rows: with ``scatter``, the number of rows of the result.
+        num_rows: the number of rows of the result, with ``scatter`` only. Defaults to the number
+            of its entries, each of which must name a row then: nothing has to be set to 0, which
+            saves three launches on CUDA.
         out: where the result is written: a tensor of its shape and of the dtype and device of the
             values, any row and group strides, apart from the values. Without derivatives only.
 
@@ -155,8 +157,9 @@ def _fake(
     scatter: Tensor | None = None,
     num_rows: int | None = None,
 ) -> Tensor:
-    if num_rows is not None:
-        return values.new_empty((num_rows, values.shape[-1]))
+    if scatter is not None:
+        rows = scatter.numel() if num_rows is None else num_rows
+        return values.new_empty((rows, values.shape[-1]))
     rows, groups = (values if gather is None else gather).shape[:2]
     return values.new_empty((schedule.shape[-1] - 1 - rows, groups, values.shape[-1]))
 
@@ -174,6 +177,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(coefficients, schedule, gather, scatter)
 
 
+def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """Add each of ``values`` to its row of ``total``, in the same order whenever that is asked.
+
+    ``index_add`` adds rows that repeat in any order on CUDA; ``index_put`` sorts them there, and
+    has no order on the CPU.
+    """
+    if total.is_cuda:
+        return total.index_put((rows,), values, accumulate=True)
+    return total.index_add(0, rows, values)
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, schedule, gather, scatter = ctx.saved_tensors
     grad = spline_apply(
@@ -182,7 +196,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if gather is not None:  # rows may repeat, so they add up; one more row takes those of -1
         rows = torch.where(gather < 0, ctx.rows_in, gather).flatten()
         total = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
-        grad = total.index_add(0, rows, grad.flatten(0, 1))[:-1]
+        grad = add_rows(total, rows, grad.flatten(0, 1))[:-1]
     return grad, None, None, None, None, None, None
 
 

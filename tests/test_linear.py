@@ -298,6 +298,21 @@ class TestOnCuda:
             torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(got.cpu(), want)
 
+    def test_gradients_of_rows_that_repeat_are_the_same_bits(self):
+        map, grouping = spline_map(100, 120), Grouping.arrival(1, 100)  # one row, 100 times
+        copies = SelectMap(1, torch.zeros(120, dtype=torch.int64), torch.arange(0), [[]])
+        upstream = torch.randn(120, 1, 256, device="cuda")
+
+        def gradients():
+            batch = torch.ones(1, 256, device="cuda", requires_grad=True)
+            map.gathered(batch, grouping).backward(upstream)
+            return torch.cat([batch.grad, copies.adjoint(upstream)[0]])
+
+        want = gradients()
+        assert want.abs().max() > 0
+        for _ in range(5):
+            assert torch.equal(gradients(), want)
+
     def test_every_stream_has_its_own_operands(self):
         map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
         want = map(values)
@@ -309,6 +324,7 @@ class TestOnCuda:
         assert torch.equal(got, want)
         assert len(map._placed) == 4  # two dtypes on the host, two streams
 
+    @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
     def test_a_graph_needs_a_call_before(self):
         map, values = spline_map(20, 50), torch.randn(20, 100, device="cuda")
         with (

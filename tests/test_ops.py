@@ -126,6 +126,23 @@ def scattered(result, scatter, num_rows):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
+def test_without_num_rows_every_entry_names_a_row(transpose):
+    coefficients, schedule, _ = make_plan(9)
+    out_rows = 9 if transpose else 12
+    values = torch.randn(21 - out_rows, 2, 3, dtype=torch.float64, requires_grad=True)
+    scatter = torch.randperm(2 * out_rows).view(out_rows, 2)
+
+    def both(**rows):
+        out = ops.spline_apply(
+            values, coefficients, schedule, transpose=transpose, scatter=scatter, **rows
+        )
+        return out, *torch.autograd.grad(out.square().sum(), values)
+
+    for got, want in zip(both(), both(num_rows=2 * out_rows), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("plans", [1, 3])
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -499,8 +516,8 @@ def test_last_line_checks():
         (flat, {"gather": gather[:3]}, r"gather \[3, 2\], coefficients .* do not fit together"),
         (flat, {"gather": gather + 6}, r"gather must lie in -1\.\.5, got 6"),
         (flat, {"gather": gather - 2}, r"gather must lie in -1\.\.5, got -2"),
-        (good, {"scatter": scatter}, "scatter and num_rows >= 0 must be given together"),
-        (good, {"num_rows": 24}, "scatter and num_rows >= 0 must be given together"),
+        (good, {"scatter": scatter, "num_rows": -1}, "num_rows must be at least 0, and given"),
+        (good, {"num_rows": 24}, "num_rows must be at least 0, and given with scatter only"),
         (
             good,
             {"scatter": scatter[:4], "num_rows": 24},

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from .._arguments import count, dense, real_array
 from .base import LinearMap, accumulation_dtype
 
@@ -130,7 +131,7 @@ class SelectMap(LinearMap):
             return out
         chosen = values.index_fill(0, combined, 0) if len(combined) else values
         zeros = values.new_zeros(self.num_inputs, *values.shape[1:])
-        out = zeros.index_add(0, source, chosen)
+        out = ops.add_rows(zeros, source, chosen)
         if len(combined):
             parts = values.index_select(0, combined)
             if len(matrix) == 1:

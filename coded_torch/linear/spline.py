@@ -127,9 +127,12 @@ class SplineMap(LinearMap):
         if num_columns < _FUSED_COLUMNS or (out is not None and target is None):
             return super().scattered(groups, grouping, out=out)
         coefficients, schedule = self._operands(groups)
+        targets = grouping.to(groups.device).targets
+        # Where no group is filled up, every entry names a row.
+        num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
         result = ops.spline_apply(
             groups.reshape(*groups.shape[:2], num_columns), coefficients, schedule,
-            scatter=grouping.to(groups.device).targets, num_rows=grouping.batch_size, out=target,
+            scatter=targets, num_rows=num_rows, out=target,
         )  # fmt: skip
         return result.view(shape) if out is None else out
 

@@ -168,14 +168,15 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
       "spline_apply: ", gathers ? "gather " : "values ", shape_str(grouped), ", coefficients ",
       shape_str(coefficients), " and schedule ", shape_str(schedule), " do not fit together",
       transpose ? " (transpose)" : "");
-  STD_TORCH_CHECK(scatters == indices.num_rows.has_value() && indices.num_rows.value_or(0) >= 0,
-                  "spline_apply: scatter and num_rows >= 0 must be given together");
+  STD_TORCH_CHECK((scatters || !indices.num_rows) && indices.num_rows.value_or(0) >= 0,
+                  "spline_apply: num_rows must be at least 0, and given with scatter only");
   STD_TORCH_CHECK(
       !scatters || (indices.scatter->size(0) == out_rows && indices.scatter->size(1) == groups),
       "spline_apply: scatter must be [", out_rows, ", ", groups, "], got ",
       scatters ? shape_str(*indices.scatter) : "none");
-  const std::vector<int64_t> out_shape = scatters ? std::vector<int64_t>{*indices.num_rows, columns}
-                                                  : std::vector<int64_t>{out_rows, groups, columns};
+  const std::vector<int64_t> out_shape =
+      scatters ? std::vector<int64_t>{indices.num_rows.value_or(out_rows * groups), columns}
+               : std::vector<int64_t>{out_rows, groups, columns};
   if (into) check_out(*into, out_shape, values);
   if (columns > 1 && values.stride(values.dim() - 1) != 1) {
     values = torch::stable::contiguous(values);

@@ -7,6 +7,7 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   // gather int64 [rows in, G]: values is [R, m], and row i of group g is its row gather[i, g];
   // -1 reads zeros. scatter int64 [rows out, G]: the result is [num_rows, m], and row j of group g
   // becomes its row scatter[j, g]; -1 drops it, no row may be named twice, those not named are 0.
+  // Without num_rows, there are as many rows as entries, and every row must be named.
   m.def(
       "spline_apply(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
       "Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> Tensor");

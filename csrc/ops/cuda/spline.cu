@@ -143,7 +143,7 @@ static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const
   const int device_index = values.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
   const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
-  if (indices.scatter) launch_zero_unwritten(call, device_index);
+  if (indices.num_rows) launch_zero_unwritten(call, device_index);
   if (call.args.num_groups == 0 || call.args.num_columns == 0) return call.out;
   const Device device = device_of(device_index);
   switch (call.dtype) {
