@@ -107,7 +107,7 @@ def answered(
         model,
         code,
         workers=pool,
-        waiting=Waiting.first(num_stragglers, degraded="mean"),
+        waiting=Waiting.first(num_stragglers),
         max_adversaries=max_adversaries,
         shuffle=random.Random(seed),
     )

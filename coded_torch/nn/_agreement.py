@@ -98,13 +98,12 @@ class Agreement:
         self._seen = len(results.good)
         return gone
 
-    def conclude(self, results: Results, report: Report, degraded: bool) -> None:
+    def conclude(self, results: Results, report: Report) -> None:
         """Judge what has arrived in the end, and report it.
 
         Args:
             results: of the call.
             report: of the call.
-            degraded: whether to answer all the same where too many machines lie.
         """
         self.check(results)
         known = report.rejected
@@ -117,16 +116,13 @@ class Agreement:
             return
         report.suspects, report.scores = self._verdict.suspects, self._verdict.scores
         if self._verdict.left:
-            if not degraded:
-                units = self._units
-                raise TooManyAdversaries(
-                    results.of_first(len(units.first)),
-                    units.least,
-                    len(units.first),
-                    self._verdict.left,
-                )
-            logger.warning("more machines than max_adversaries lie: %s", self._verdict.left)
-            report.notes += (f"more machines than max_adversaries lie: {self._verdict.left}",)
+            units = self._units
+            raise TooManyAdversaries(
+                results.of_first(len(units.first)),
+                units.least,
+                len(units.first),
+                self._verdict.left,
+            )
 
     def _evidence(self, results: Results) -> tuple[list[Evidence], list[int]]:
         good, units, rows = results.good, self._units, self._units.task.unit_rows

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Set
+from collections.abc import Generator
 
 from torch import nn
 
@@ -65,10 +65,6 @@ def collect(
         Why there are no more results, in words.
     """
 
-    def suffices(received: Set[int]) -> bool:
-        expected = units.plan.expected_rmse(sorted(received))
-        return expected is None or expected <= (waiting.tolerance or 0.0)
-
     with pool.open(module, units.task) as request:
         policy = waiting.decide(
             history,
@@ -80,7 +76,6 @@ def collect(
             # Nothing takes time on a simulated clock but what is simulated.
             since=0.0 if pool.simulated else since - time.perf_counter(),
             idle=lambda: request.idle,
-            suffices=None if waiting.tolerance is None else suffices,
         )
         asked: set[int] = set()
         try:

@@ -6,7 +6,7 @@ import dataclasses
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from ._history import History
@@ -70,14 +70,14 @@ class Hedge(NamedTuple):
 
     Attributes:
         part: its number.
-        of: that of the part it stands in for; None if it was asked for the tolerance's sake.
+        of: that of the part it stands in for.
         units: that it is asked for.
         at: when, in seconds of the call.
         won: whether any of its units were answered by it first.
     """
 
     part: int
-    of: int | None
+    of: int
     units: tuple[int, ...]
     at: float
     won: bool
@@ -93,8 +93,7 @@ class Ended:
 
     Attributes:
         reason: "complete"; "deadline" or "patience", where the rest is to be predicted; "first"
-            where those that were wanted first are there; "tolerance" where the error to expect
-            became tolerable later than that; "failed" where nothing more can come.
+            where those that were wanted first are there; "failed" where nothing more can come.
         hedges: the parts that were asked again.
         fence: seconds after its begin at which the largest part would be asked again; infinite
             while the history is too short.
@@ -157,13 +156,12 @@ class Call:
         spare: Sequence[int] | None,
         since: float,
         idle: Callable[[], int],
-        suffices: Callable[[Set[int]], bool] | None,
     ) -> None:
         self.waiting, self.history, self.needed = waiting, history, needed
         half = -(-needed // 2)
         self.least = 0 if waiting.at_once else half if waiting.deadline else max(least, half)
         self.unit_rows, self.since, self.now = unit_rows, since, since
-        self.idle, self.suffices = idle, suffices
+        self.idle = idle
         self.by_columns = spare is not None
         self.spare = deque(spare or ())
         self.parts = [_Part(i, units, None, since) for i, units in enumerate(first)]
@@ -171,10 +169,9 @@ class Call:
         self.open = len(first)  # parts of which something may come
         self.unbegun = 0  # of those asked again
         self.good: set[int] = set()
-        self.enough: bool | None = None  # whether the error to expect of `good` is tolerable
-        self.goal, self.decodable = needed, math.inf
+        self.decodable = math.inf
         self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
-        self.late = self.lost = self.fenced = self.prepared = self.extended = False
+        self.late = self.lost = self.fenced = self.prepared = False
         self.rows = unit_rows * max(map(len, first))
         self.fences: dict[int, float] = {}
         self.hedges = not waiting.at_once and waiting.extra > 0
@@ -225,24 +222,10 @@ class Call:
         """Why the call ends now; None if it does not."""
         good, at_once = len(self.good), self.waiting.at_once
         if good >= self.needed:
-            everything = good == self.num_units if at_once else not self.by_columns
-            if everything or self._tolerable() or not self.open:
-                if self.extended:
-                    return "tolerance"
-                return "first" if at_once and not everything else "complete"
-            self.extended = True
+            return "first" if at_once and good < self.num_units else "complete"
         if self.late and good >= self.least:
-            if self.waiting.deadline is not None:
-                return "deadline"
-            if self._tolerable():
-                return "tolerance" if self.extended else "patience"
-            self.extended = True
+            return "patience" if self.waiting.deadline is None else "deadline"
         return None if self.open else "failed"
-
-    def _tolerable(self) -> bool:
-        if self.enough is None:
-            self.enough = self.suffices is None or self.suffices(self.good)
-        return self.enough
 
     def _until(self) -> float:
         """When something is to be done if nothing happens."""
@@ -282,7 +265,6 @@ class Call:
     def _settle(self, event: Settled) -> None:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
-        self.enough = None
         before, part.state = part.state, _GOOD if event.ok else _FAILED
         if before <= _RUNNING:
             self.open -= 1
@@ -294,8 +276,6 @@ class Call:
             if len(good) >= self.least:
                 self.decodable = min(self.decodable, event.at)
             part.fresh = bool(part.fresh)
-            if self.by_columns and len(good) >= self.goal and not self._tolerable():
-                self.goal, self.lost = len(good) + 1, True
         else:
             self.lost = True
             if before == _GOOD:
@@ -322,7 +302,7 @@ class Call:
             heapq.heappop(self.timers)
         num_parts, idle = len(self.parts), self.idle()
         lacking = (
-            self.goal - len(self.good) - self._hopeful() if self.by_columns else self.num_units
+            self.needed - len(self.good) - self._hopeful() if self.by_columns else self.num_units
         )
         for part in self.parts[:num_parts]:
             late = part.state == _RUNNING and part.due <= self.now
@@ -342,8 +322,6 @@ class Call:
             pieces = 1 if part.of else max(1, min(_SPLIT, idle, len(missing)))
             idle, lacking = idle - pieces, lacking - len(missing) * self.by_columns
             self._ask(self._stand_ins(missing), pieces, part)
-        if self.by_columns and lacking > 0 and self.spare:
-            self._ask([self.spare.popleft()], 1, None)
         return tuple([part.units for part in self.parts[num_parts:]])
 
     def _hopeful(self) -> int:
@@ -364,7 +342,7 @@ class Call:
         fresh = [self.spare.popleft() for _ in range(min(len(self.spare), len(missing)))]
         return sorted(fresh + missing[len(fresh) :])
 
-    def _ask(self, units: list[int], pieces: int, of: _Part | None) -> None:
+    def _ask(self, units: list[int], pieces: int, of: _Part) -> None:
         for i in range(pieces):
             piece = units[i * len(units) // pieces : (i + 1) * len(units) // pieces]
             self.parts.append(_Part(len(self.parts), tuple(piece), of, self.now))
@@ -385,12 +363,13 @@ class Call:
         hedges = tuple(
             Hedge(
                 part.number,
-                part.of.number if part.of else None,
+                part.of.number,
                 part.units,
                 part.at - self.since,
                 part.won,
             )
             for part in self.parts[self.num_first :]
+            if part.of is not None
         )
         fence = self._fence(self.rows // self.unit_rows)
         deadline, decodable = self.waiting.deadline or self.deadline, self.decodable - self.since

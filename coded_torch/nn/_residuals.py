@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .._transforms import outside, plain
 from ..codes.batch_plan import BatchPlan, few_columns
-from ..codes.plans import MeanPlan
 from ..surrogates import Memory
 from ..workers.pytrees import unflatten
 from ._guesses import from_scale, to_scale
@@ -71,12 +70,11 @@ def answer(
         generations: of the memories among the surrogates, since before the results were computed.
     """
     received, size = stacked.units, units.batch_size
-    report.degraded = len(received) < units.least
     guessed: list[list[Guess | None]] = []
     plan: BatchPlan | None = None
     source = torch.arange(size)
     if not units.is_whole(received):  # else the results are the answers, and nothing is fitted
-        plan = MeanPlan(units.plan) if report.degraded else units.plan
+        plan = units.plan
         source = plan.source(received)
     report.predicted = predicted = source < 0
     if guesses.surrogates and bool(predicted.any()):

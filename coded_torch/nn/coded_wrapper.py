@@ -3,7 +3,6 @@ r"""A module that runs any other module on coded workers."""
 from __future__ import annotations
 
 import inspect
-import logging
 import random
 import secrets
 import time
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from .._law import Law
 
 __all__ = ["CodedWrapper"]
-
-logger = logging.getLogger("coded_torch.nn")
 
 _AT_ONCE, _AS_NEEDED = Waiting.first(), Waiting()
 
@@ -141,7 +138,7 @@ class CodedWrapper(StandIn):
         NotEnoughResults: fewer good results than the code needs; its cause is the error of the
             first part that had one.
         TooManyAdversaries: a :class:`~coded_torch.codes.NotEnoughResults`: results contradict each
-            other even without ``max_adversaries`` machines. With ``degraded``, a warning instead.
+            other even without ``max_adversaries`` machines.
 
     Note:
         By rows, the module's own work and what is asked for again; by columns, up to :math:`N / K`
@@ -301,9 +298,8 @@ class CodedWrapper(StandIn):
                     )
                 with report.timed("decode"), on_host():
                     if agreement is not None:
-                        agreement.conclude(results, report, bool(waiting.degraded))
-                    too_few = len(results.units) < units.least
-                    if too_few and not (results.units and waiting.degraded):
+                        agreement.conclude(results, report)
+                    if len(results.units) < units.least:
                         raise results.failure(units.least, len(units.first), why)
                     of = results.stack()
                     answers = answer(inputs, units, of, guesses, self.link, report, generations)
@@ -313,8 +309,6 @@ class CodedWrapper(StandIn):
             report.failed = False
             return answers
         finally:
-            if report.degraded:
-                logger.warning("answered with the mean of the results of %s", report.received)
             if self.on_run is not None:
                 self.on_run(report)
 

@@ -53,8 +53,7 @@ class Report:
             was left out, or results are predicted as well without. Empty where nothing had to be
             predicted, and of a wrapper without surrogates.
         ended: why the call waited no longer. "complete": every result that was wanted is there;
-            "first": the first N - S are; "tolerance": the expected error is small enough;
-            "deadline"; "patience"; "failed": nothing more could come.
+            "first": the first N - S are; "deadline"; "patience"; "failed": nothing more could come.
         fence: seconds after its begin at which a part of the first ask would be asked again; None:
             not known yet.
         median: of whole calls, in seconds; None: not known yet.
@@ -70,8 +69,6 @@ class Report:
             part was asked.
         compute_seconds: time spent on waiting for the machines and checking their results.
         decode_seconds: time spent on decoding.
-        degraded: whether every answer is the mean of what was received, as that was not enough to
-            decode.
         failed: whether the call raised.
     """
 
@@ -98,7 +95,6 @@ class Report:
     encode_seconds: float = 0.0
     compute_seconds: float = 0.0
     decode_seconds: float = 0.0
-    degraded: bool = False
     failed: bool = True
 
     def note(self, results: Results) -> None:

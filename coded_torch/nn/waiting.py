@@ -28,10 +28,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from .._arguments import count, instance, positive, real
+from .._arguments import count, positive, real
 from ._decisions import (
     Ask,
     Began,
@@ -82,13 +82,6 @@ class Waiting:
         patience: where there is no deadline, medians of whole calls; infinite never to predict.
         extra: work that may be asked again for being late, as a share of all work: what is not
             used is saved up, to 20 parts and one whole call. 0: only failed parts are asked again.
-        tolerance: the error that is good enough, as a share of the outputs' standard deviation.
-            While the code expects a greater one, one more result is waited for (and of a code that
-            mixes, asked for), but not beyond ``deadline``. None, and for codes that cannot say:
-            any error is.
-        degraded: "mean" to answer with the mean of the results, and say so in the report, where
-            some arrived but too few to be decoded. None:
-            :class:`~coded_torch.codes.NotEnoughResults` is raised.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -105,16 +98,13 @@ class Waiting:
     deadline: float | None = None
     patience: float = 3.0
     extra: float = 0.25
-    tolerance: float | None = None
-    degraded: str | None = None
 
     #: Whether all N are asked at once.
     at_once = False
 
     def __post_init__(self) -> None:
-        for argument in ("deadline", "tolerance"):
-            if getattr(self, argument) is not None:
-                self._set(argument, positive("Waiting", argument, getattr(self, argument)))
+        if self.deadline is not None:
+            self._set("deadline", positive("Waiting", "deadline", self.deadline))
         self._set(
             "patience", real("Waiting", "patience", self.patience, "positive", lambda x: x > 0)
         )
@@ -128,37 +118,24 @@ class Waiting:
                 lambda x: 0 <= x < math.inf,
             ),
         )
-        instance("Waiting", "degraded", self.degraded, str, optional=True)
-        if self.degraded not in (None, "mean"):
-            raise ValueError(f"Waiting: degraded must be None or 'mean', got {self.degraded!r}")
 
     def _set(self, argument: str, value: Any) -> None:
         object.__setattr__(self, argument, value)
 
     @staticmethod
-    def first(
-        num_stragglers: int | None = None,
-        *,
-        deadline: float | None = None,
-        tolerance: float | None = None,
-        degraded: str | None = None,
-    ) -> Waiting:
+    def first(num_stragglers: int | None = None, *, deadline: float | None = None) -> Waiting:
         """The paper's way: ask all N columns at once, and stop at the first N - S good results.
 
         Args:
             num_stragglers: S. None: as many as the law of the workers' stragglers makes late;
                 where it names no number, or there is none, 0.
             deadline: seconds from the call; then what is there is decoded, however little.
-            tolerance: as for :class:`Waiting`.
-            degraded: as for :class:`Waiting`.
 
         Raises:
             TypeError: an argument is of another kind than said.
             ValueError: an argument is out of range.
         """
-        return _First(
-            deadline, tolerance=tolerance, degraded=degraded, num_stragglers=num_stragglers
-        )
+        return _First(deadline, num_stragglers=num_stragglers)
 
     @property
     def num_stragglers(self) -> int | None:
@@ -176,7 +153,6 @@ class Waiting:
         spare: Sequence[int] | None = None,
         since: float = 0.0,
         idle: Callable[[], int] = lambda: 1,
-        suffices: Callable[[Set[int]], bool] | None = None,
     ) -> Generator[Decision, Event, Ended]:
         """The decisions of one call; the module's docstring has the protocol.
 
@@ -192,16 +168,12 @@ class Waiting:
                 same rows can stand in for a part.
             since: when the call began, on the clock of the events.
             idle: how many machines would take a part at once.
-            suffices: given the units with a good result, whether the error to expect is tolerable;
-                None if any is.
 
         Returns:
             A generator of decisions that returns :class:`Ended`.
         """
         parts = [tuple(units) for units in first]
-        return Call(
-            self, history, parts, needed, least, unit_rows, spare, since, idle, suffices
-        ).decisions()
+        return Call(self, history, parts, needed, least, unit_rows, spare, since, idle).decisions()
 
     def __repr__(self) -> str:
         return f"Waiting({self._changed()})"

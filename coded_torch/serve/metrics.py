@@ -21,8 +21,7 @@ _NUMBERS: dict[str, tuple[str, ...]] = {  # their texts, and the label; "_total"
         "state",
     ),
     "answers_total": (
-        "Rows that were answered: by the model itself (exact), from others' results (predicted), "
-        "or by their mean (degraded).",
+        "Rows that were answered: by the model itself (exact), from others' results (predicted).",
         "kind",
     ),
     "refusals_total": ("Requests that were not answered.", "reason"),
@@ -102,7 +101,7 @@ class Metrics:
         count("results_total", len(report.rejected), "rejected")
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         count("answers_total", rows - predicted, "exact")
-        count("answers_total", predicted, "degraded" if report.degraded else "predicted")
+        count("answers_total", predicted, "predicted")
         count("rows_computed_total", report.work * rows)
         count("extra_rows_total", max(0.0, report.work - 1) * rows)
         won = sum(hedge.won for hedge in report.hedges)

@@ -129,13 +129,6 @@ def test_more_liars_than_may_be_dropped_are_an_error():
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_or_a_warning(caplog):
-    wrapper = coded(liars=(2, 5, 9), lost=0, waiting=Waiting.first(0, degraded="mean"))
-    assert wrapper(images()).shape == (240, 10)
-    assert any("max_adversaries" in note for note in wrapper.last_run.notes)
-    assert "more machines than max_adversaries lie" in caplog.text
-
-
 def test_rows_of_a_liar_are_asked_again():
     wrapper = coded(KernelCode(8, 11), (3,), lost=0, waiting=Waiting())
     answers, report = wrapper.run(images())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import BatchPlan, Code, NotEnoughResults, ReplicationCode, SplineCode
+from coded_torch.codes import NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
 from coded_torch.testing.workers import (
@@ -22,38 +22,6 @@ from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
 from .pools import Separate
-
-
-class Promising(Code):
-    """Expects the error that a table says for the number of results; answers with their mean."""
-
-    def __init__(self, errors: dict[int, float | None]) -> None:
-        super().__init__(1, 6)
-        self.errors = errors
-
-    def fit(self, grouping, geometry=None, num_stragglers=0):
-        return _Plan(self, grouping)
-
-
-class _Plan(BatchPlan):
-    def __init__(self, code, grouping):
-        self.code, self.batch_size, self.num_groups = code, grouping.batch_size, grouping.num_groups
-
-    def encode(self, values, *, out=None):
-        coded = values.expand(self.code.num_workers, *values.shape)
-        return coded if out is None else out.copy_(coded)
-
-    def decode(self, results, received, *, out=None):
-        assert list(received) == sorted(received)
-        return results.mean(0)
-
-    def expected_errors(self, received, results=None):
-        error = self.code.errors.get(len(received))
-        return None if error is None else torch.full((self.batch_size,), error).double()
-
-
-def arriving_in_order() -> LocalWorkers:
-    return LocalWorkers(Trace([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]]))
 
 
 def test_a_call_that_waited_for_half_says_so():
@@ -72,84 +40,9 @@ def test_a_call_that_waited_for_half_says_so():
         assert report.notes == notes
 
 
-@pytest.mark.parametrize(
-    ("tolerance", "wanted"), [(None, 2), (2.0, 2), (0.5, 3), (0.3, 4), (0.21, 4), (0.01, 6)]
-)
-def test_one_more_is_waited_for_while_the_expected_error_is_too_great(tolerance, wanted):
-    code = Promising({2: 1.0, 3: 0.5, 4: 0.2, 5: 0.1, 6: 0.05})
-    coded = CodedWrapper(
-        nn.Identity(),
-        code,
-        workers=arriving_in_order(),
-        waiting=Waiting.first(4, tolerance=tolerance),
-    )
-    coded(torch.ones(3, 2))
-    assert coded.last_run.received == tuple(range(wanted))
-
-
-def test_a_code_that_cannot_tell_is_not_waited_for():
-    coded = CodedWrapper(
-        nn.Identity(),
-        Promising({}),
-        workers=arriving_in_order(),
-        waiting=Waiting.first(4, tolerance=1e-3),
-    )
-    coded(torch.ones(3, 2))
-    assert len(coded.last_run.received) == 2
-
-
-def test_the_deadline_ends_all_waiting():
-    coded = CodedWrapper(
-        nn.Identity(),
-        Promising(dict.fromkeys(range(7), 1.0)),
-        workers=arriving_in_order(),
-        waiting=Waiting.first(4, tolerance=1e-3, deadline=0.35),
-    )
-    coded(torch.ones(3, 2))
-    assert coded.last_run.received == (0, 1, 2)
-
-
 def too_few(**options) -> CodedWrapper:
     late = Fixed(0.0, math.inf, math.inf, math.inf)
     return CodedWrapper(nn.Identity(), PolynomialCode(2, 4), workers=LocalWorkers(late), **options)
-
-
-def test_too_few_results_are_answered_with_their_mean_if_that_is_asked_for():
-    x = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    with pytest.raises(NotEnoughResults):
-        too_few()(x)
-    coded = too_few(waiting=Waiting.first(degraded="mean"), ordering="arrival")
-    answer = coded(x)
-    assert answer.shape == x.shape
-    assert coded.last_run.degraded
-    assert coded.last_run.expected_rmse is None
-    (worker,) = coded.last_run.received
-    coded_inputs = coded.code.encode(x.view(2, 2, 1).transpose(0, 1))
-    positions = [n for n in range(4) if torch.isclose(coded_inputs[n].mean(), answer[0, 0])]
-    assert worker == 0
-    assert len(positions) == 1  # dealt to whichever worker was in time
-    assert (answer == answer[0]).all()
-
-
-def test_enough_results_are_not_degraded():
-    coded = CodedWrapper(
-        nn.Identity(), PolynomialCode(2, 4), waiting=Waiting.first(degraded="mean")
-    )
-    x = torch.ones(2, 1, dtype=torch.float64)
-    torch.testing.assert_close(coded(x), x)
-    assert not coded.last_run.degraded
-
-
-def test_of_no_result_there_is_no_mean():
-    nobody = Fixed(*[math.inf] * 4)
-    coded = CodedWrapper(
-        nn.Identity(),
-        PolynomialCode(2, 4),
-        workers=LocalWorkers(nobody),
-        waiting=Waiting.first(degraded="mean"),
-    )
-    with pytest.raises(NotEnoughResults):
-        coded(torch.ones(2, 1))
 
 
 class Busy(Separate):
@@ -227,7 +120,7 @@ def test_what_goes_wrong_is_logged(caplog):
 
 
 def test_the_options_travel():
-    coded = too_few(waiting=Waiting.first(degraded="mean", tolerance=0.5))
+    coded = too_few(waiting=Waiting.first(1, deadline=0.5))
     assert pickle.loads(pickle.dumps(coded)).waiting == coded.waiting
 
 

@@ -224,29 +224,6 @@ def test_no_column_is_asked_for_that_is_not_needed():
     assert decisions[1:] == [Ask(((1,), (3,))), Prepare()]
 
 
-def test_one_more_is_waited_for_while_the_expected_error_is_too_great():
-    columns = [(n,) for n in range(6)]
-    waiting = Waiting.first(4, tolerance=0.1)
-    options = {"first": columns, "needed": 2, "suffices": lambda good: len(good) >= 4}
-    assert drive(waiting, settle(0, 1, 2, 3), **options)[2].reason == "tolerance"
-    assert drive(waiting, settle(0, 1, 2), **options)[2] is None
-    options["suffices"] = lambda good: True
-    assert drive(waiting, settle(5, 0), **options)[2].reason == "first"
-    options["suffices"] = lambda good: False
-    assert drive(waiting, settle(*range(6)), **options)[2].reason == "tolerance"
-    limited = dataclasses.replace(waiting, deadline=0.5)
-    assert drive(limited, [*settle(0, 1, 2, at=0.4), None], **options)[2].reason == "deadline"
-
-
-def test_of_a_code_that_mixes_one_more_is_asked_for():
-    options = {"first": [(0,), (2,)], "needed": 2, "spare": [1, 3]}
-    options["suffices"] = lambda good: len(good) >= 3
-    decisions, _, ended = drive(Waiting(tolerance=0.1), settle(0, 1, 2), **options)
-    assert decisions == [Ask(((0,), (2,))), Ask(((1,),))]
-    assert ended.reason == "tolerance"
-    assert ended.hedges[0].of is None
-
-
 def test_asking_all_at_once_ends_with_the_first():
     columns, waiting = [(n,) for n in range(6)], Waiting.first(2, deadline=3.0)
     decisions, _, ended = drive(waiting, settle(5, 1, 0, 3), columns, needed=4)
@@ -373,9 +350,7 @@ def test_options_are_values():
     assert repr(waiting) == "Waiting(deadline=0.05, extra=0.0)"
     assert Waiting.first(2) == Waiting.first(2)
     assert Waiting.first() != Waiting()
-    assert repr(Waiting.first(2, degraded="mean")) == (
-        "Waiting.first(degraded='mean', num_stragglers=2)"
-    )
+    assert repr(Waiting.first(2, deadline=1)) == "Waiting.first(deadline=1.0, num_stragglers=2)"
     for option in (waiting, Waiting.first(3, deadline=1.0)):
         assert pickle.loads(pickle.dumps(option)) == option
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -388,12 +363,11 @@ def test_options_are_values():
     [
         ({"deadline": 0.0}, ValueError, "deadline must be positive and finite, got 0.0"),
         ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
-        ({"tolerance": "a bit"}, TypeError, "tolerance must be positive and finite, got 'a bit'"),
+        ({"deadline": "soon"}, TypeError, "deadline must be positive and finite, got 'soon'"),
         ({"patience": 0}, ValueError, "patience must be positive, got 0"),
         ({"patience": math.nan}, ValueError, "patience must be positive, got nan"),
         ({"extra": -1}, ValueError, "extra must be at least 0 and finite, got -1"),
         ({"extra": math.inf}, ValueError, "extra must be at least 0 and finite, got inf"),
-        ({"degraded": "median"}, ValueError, "degraded must be None or 'mean', got 'median'"),
     ],
 )
 def test_bad_options(options, error, match):

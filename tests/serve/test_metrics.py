@@ -67,15 +67,6 @@ def test_a_batch():
         assert found[(prefix + key[0], *key[1:])] == pytest.approx(value), key
 
 
-def test_means_are_counted_apart():
-    metrics = Metrics()
-    report = Report(predicted=torch.tensor([True, True]), degraded=True)
-    metrics.batch(report, 2, [])
-    found = values(metrics)
-    assert found["coded_torch_answers_total", "degraded"] == 2
-    assert ("coded_torch_answers_total", "predicted") not in found
-
-
 class Shaky(LocalWorkers):
     """A pool of four, of which some have died."""
 
