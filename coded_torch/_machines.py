@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ._arguments import instance, positive, probability, real
-from .nn.waiting import Ask, Began, Decision, Drop, Ended, Event, Settled, Wait
+from .nn.waiting import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 from .stragglers import Stragglers
 
 __all__ = ["PART_ROWS", "Conditions", "Faults", "Machines", "OpenCall"]
@@ -287,7 +287,8 @@ class Machines:
         if call.policy is not None:
             if ok:
                 call.answered.append(call.parts[part])
-            self.step(call, Settled(part, self.now, self.now - began, ok))
+            failure = Failure() if ok else Failure("died", machine)
+            self.step(call, Settled(part, self.now, self.now - began, ok, failure))
 
     def burst(self) -> None:
         machines, pause = len(self.ends), self.conditions.pause

@@ -161,7 +161,7 @@ class Trial:
             for reply in workers.run(wrapper.module, task):
                 results.add(reply)
         if results.rejected:
-            raise results.failure(units, units, "")
+            raise results.misfit or results.rejected[0]
         stacked = results.stack()
         return [
             leaf

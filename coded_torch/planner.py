@@ -255,7 +255,7 @@ def _policies(
     elif kind == "hedged":
         for medians in (1.2, 1.5, 2.0, 3.0):
             yield f"one hedge at {medians:g} medians", k, HedgeOnce(medians=medians), never
-        yield "three re-asks", k, Waiting(patience=never), never
+        yield "three re-asks", k, Waiting(predict=False), never
     elif kind == "replicated":
         if 2 * k <= goal.num_machines:
             yield "all twice, first answers", 2 * k, Waiting.first(1), never
@@ -357,7 +357,7 @@ def _use(goal: Goal, option: Option) -> str:
     elif option.kind == "coded":
         waiting = f"Waiting(deadline={option.deadline:.4g})"
     elif option.kind == "hedged" and "re-asks" in option.name:
-        waiting = "Waiting(patience=math.inf)"
+        waiting = "Waiting(predict=False)"
     else:
         return ""
     num_workers = option.num_workers if option.num_stragglers else goal.num_machines

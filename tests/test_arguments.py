@@ -93,7 +93,8 @@ CALLS = [
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
                        "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,
                        "link": None, "on_run": None}),
-    (nn.Waiting, {"deadline": 1.0, "patience": 3.0, "extra": 0.25}),
+    (nn.Waiting, {"deadline": 1.0, "patience": 3.0, "extra": 0.25, "predict": True,
+                  "on_error": "raise"}),
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),
     (workers.LocalWorkers, {"stragglers": None, "max_batch_size": 4}),
     (workers.DeviceWorkers, {"devices": ["cpu"], "timeout": 1.0}),
@@ -208,7 +209,7 @@ def test_every_public_class_and_function_is_tried():
     tried = {call for call, _ in CALLS if inspect.isclass(call) or inspect.isroutine(call)}
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
-    tried |= {codes.NotEnoughResults, laws.Stragglers}
+    tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers}
     for module in (codes, linear, functional, geometry, grouping, points, laws):
         for name in module.__all__:
             thing = getattr(module, name)

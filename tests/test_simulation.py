@@ -78,7 +78,8 @@ class Watched:
                 assert not copies
                 continue
             assert good.isdisjoint(units), "what is answered is asked again"
-            assert len([x for x in parts if set(x) & set(units)]) <= 4
+            # Late three times, and failed three times, or twenty.
+            assert parts.count(units) <= (7 if self.waiting.predict else 24)
             for n in copies:
                 assert states[n] == "failed" or (states[n] == "running" and due[n] <= now)
             if not any(states[n] == "failed" for n in copies):
@@ -88,9 +89,12 @@ class Watched:
         self.log.append((seconds, ended))
         waiting, half = self.waiting, needed / 2
         assert (ended.reason == "complete") == (len(good) == needed)
-        if ended.reason in ("deadline", "patience"):
+        if ended.reason == "deadline":
+            assert seconds == pytest.approx(waiting.deadline)
+        if ended.reason == "patience":
+            assert waiting.deadline is None
+            assert waiting.predict
             assert len(good) >= half
-            assert (ended.reason == "deadline") == (waiting.deadline is not None)
             # Exactly then, or when the half was there.
             assert seconds == pytest.approx(ended.deadline) or (
                 seconds > ended.deadline and before < half
@@ -98,7 +102,8 @@ class Watched:
         if ended.reason == "failed":
             assert not {"queued", "running"} & set(states)
         if seconds > ended.deadline * (1 + 1e-9):
-            assert before < half, "half was there, and the deadline over"
+            assert waiting.deadline is None
+            assert before < half, "half was there, and patience over"
 
 
 conditions = st.builds(
@@ -117,6 +122,7 @@ policies = st.builds(
     deadline=st.sampled_from([None, 1.2, 3.0]),
     patience=st.sampled_from([1.5, 3.0, math.inf]),
     extra=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
+    predict=st.booleans(),
 )
 
 
@@ -160,6 +166,14 @@ def test_parts_that_always_fail_end_in_a_prediction_of_all():
     assert outcome.ended == {"failed": 10_000}
     assert (outcome.predicted == 1).all()
     assert outcome.work == pytest.approx(3.0)
+
+
+def test_a_policy_that_must_not_predict_computes_all():
+    failing = Conditions(straggling=0.03, dead=0.1, dead_after=1.0)
+    outcome = simulate(Waiting(predict=False), failing, num_machines=6, num_parts=4)
+    assert outcome.ended == {"complete": 10_000}
+    assert (outcome.predicted == 0).all()
+    assert outcome.work < 1.3
 
 
 @pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])

@@ -4,7 +4,7 @@ from .base import Code, FixedCode
 from .batch_plan import BatchPlan
 from .berrut import BerrutCode
 from .curve import CurveCode
-from .errors import NotEnoughResults
+from .errors import DeadlineExceeded, NotEnoughResults
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
 from .plans import plan_batch, plan_rows
@@ -16,6 +16,7 @@ __all__ = [
     "BerrutCode",
     "Code",
     "CurveCode",
+    "DeadlineExceeded",
     "FixedCode",
     "KernelCode",
     "LagrangeCode",

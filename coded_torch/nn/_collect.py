@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import re
 import time
+import traceback
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,6 +26,7 @@ from .waiting import (
     Drop,
     Ended,
     Event,
+    Failure,
     History,
     Prepare,
     Settled,
@@ -29,11 +34,23 @@ from .waiting import (
     Waiting,
 )
 
-__all__ = ["collect"]
-
-_BEYOND = 0.01  # seconds after a deadline, from which it is worth a note
+__all__ = ["Collected", "collect", "seconds_left"]
 
 logger = logging.getLogger("coded_torch.nn")
+
+
+class Collected(NamedTuple):
+    """How the asking and waiting of a call ended.
+
+    Attributes:
+        why: there are no more results, in words.
+        parts: that were asked for.
+        refused: the numbers of those that the module itself fails on.
+    """
+
+    why: str
+    parts: list[workers.Part]
+    refused: tuple[int, ...]
 
 
 def collect(
@@ -47,7 +64,7 @@ def collect(
     *,
     since: float,
     agreement: Agreement | None,
-) -> str:
+) -> Collected:
     """Ask and wait until the policy ends the call.
 
     Args:
@@ -60,11 +77,9 @@ def collect(
         report: where it is written how it went.
         since: when the call began, by :func:`time.perf_counter`.
         agreement: what is asked whether results can be believed; None: they are.
-
-    Returns:
-        Why there are no more results, in words.
     """
-
+    parts: list[workers.Part] = []
+    left = functools.partial(seconds_left, pool, waiting, since)
     with pool.open(module, units.task) as request:
         policy = waiting.decide(
             history,
@@ -74,14 +89,17 @@ def collect(
             unit_rows=units.task.unit_rows,
             spare=units.spare,
             # Nothing takes time on a simulated clock but what is simulated.
-            since=0.0 if pool.simulated else since - time.perf_counter(),
+            since=0.0 if pool.simulated else request.now() + since - time.perf_counter(),
             idle=lambda: request.idle,
+            reserve=history.reserve(units.batch_size, left()),
         )
         asked: set[int] = set()
         try:
             # All at once, nothing is asked again.
             believed = None if waiting.at_once else agreement
-            ended = _follow(policy, request, units, results, asked, report, believed)
+            ended = _follow(
+                policy, request, units, results, parts, asked, report, believed, history, left
+            )
             status = request.status()
         finally:
             report.asked = tuple(sorted(asked))
@@ -95,13 +113,17 @@ def collect(
         for seconds in (ended.fence, ended.median, ended.deadline, ended.decodable)
     )
     if ended.reason == "deadline":
-        beyond = ended.decodable - ended.deadline
-        if _BEYOND < beyond < math.inf:
-            report.notes += (f"enough results came {beyond:.3g} s after the deadline",)
         what = "no more" if results.units else "nothing"
         late = f"{what} arrived within the deadline of {ended.deadline:g} s"
         status = f"{late}; {status}" if status else late
-    return status
+    return Collected(status, parts, ended.refused)
+
+
+def seconds_left(pool: workers.Workers, waiting: Waiting, since: float) -> float:
+    """Seconds to the deadline of a call that began then; infinite if nothing takes real time."""
+    if waiting.deadline is None or pool.simulated:
+        return math.inf
+    return waiting.deadline - (time.perf_counter() - since)
 
 
 def _follow(
@@ -109,9 +131,12 @@ def _follow(
     request: workers.Request,
     units: Units,
     results: Results,
+    parts: list[workers.Part],
     asked: set[int],
     report: Report,
     agreement: Agreement | None,
+    history: History,
+    left: Callable[[], float],
 ) -> Ended:
     """Do what the policy decides, and let it hear what comes of it, until it ends the call.
 
@@ -119,11 +144,13 @@ def _follow(
         policy: see :mod:`coded_torch.nn.waiting`.
         request: to the pool.
         units, results, report: as of :func:`collect`.
+        parts: where all go that are asked.
         asked: where the machines go that begin a part.
         agreement: what is asked whether the results can be believed, when they would complete the
             call; of those that cannot, the policy has the units asked again.
+        history: of latencies.
+        left: seconds to the deadline.
     """
-    parts: list[workers.Part] = []
     events: deque[Event] = deque()
     latencies: dict[int, float] = {}  # by the number of the part
     fresh: set[int] = set()  # numbers of parts whose machine has to load the module
@@ -141,7 +168,10 @@ def _follow(
             bad = {part.number for part, _ in gone}
             settled = gone + [entry for entry in settled if entry[0].number not in bad]
         for part, good in settled:
-            events.append(Settled(part.number, reply.at, latencies[part.number], good))
+            failure = Failure()
+            if not good:
+                failure = _failure(reply if part is reply.part else None)
+            events.append(Settled(part.number, reply.at, latencies[part.number], good, failure))
 
     event: Event = None
     while True:
@@ -171,4 +201,16 @@ def _follow(
         elif isinstance(decision, Drop):
             request.drop([parts[number] for number in decision.parts])
         elif isinstance(decision, Prepare):
-            _ = units.plan  # made now, while we would wait anyway
+            with report.timed("decode"):  # now, while we would wait anyway
+                units.prepare(left(), history)
+
+
+def _failure(reply: workers.Reply | None) -> Failure:
+    """How a part failed, by its reply; None: by what was found out later."""
+    if reply is None or reply.error is None:
+        return Failure() if reply is None else Failure("", reply.machine)
+    error = reply.error
+    cause = error.__cause__ or error
+    text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
+    # Places and sizes differ between the parts of one batch.
+    return Failure(error.kind, error.machine, (type(cause), re.sub(r"\d+", "#", text)))

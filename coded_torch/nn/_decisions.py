@@ -1,145 +1,25 @@
-"""The decisions of one call, and what they answer: the protocol is described in ``waiting.py``."""
+"""The decisions of one call: the protocol is described in ``waiting.py``."""
 
 from __future__ import annotations
 
-import dataclasses
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from collections.abc import Callable, Generator, Hashable, Sequence
+from typing import TYPE_CHECKING
 
+from ._blame import ALONE, DROPPED, EXACT, FAILED, GOOD, QUEUED, RUNNING, Part, judge
 from ._history import History
+from ._protocol import Ask, Began, Decision, Drop, Ended, Event, Hedge, Prepare, Settled, Wait
 
 if TYPE_CHECKING:
     from .waiting import Waiting
 
-__all__ = ["Ask", "Began", "Call", "Decision", "Drop", "Ended", "Event", "Hedge", "Prepare"]
-__all__ += ["Settled", "Wait"]
+__all__ = ["Call"]
 
-_REASKS = 3
-_SPLIT = 4  # machines that the first re-ask of a part is split over
+_REASKS = 3  # of a part that is late
+_SPLIT = 4  # machines that the first re-ask of a late part is split over
 _BURST = 20  # parts, and one whole call, may be asked again before `extra` limits them
-
-
-class Ask(NamedTuple):
-    """Have parts computed, each a tuple of units."""
-
-    parts: tuple[tuple[int, ...], ...]
-
-
-class Drop(NamedTuple):
-    """Parts, by number, that other parts have answered: what has not begun need not begin."""
-
-    parts: tuple[int, ...]
-
-
-class Prepare(NamedTuple):
-    """A fence has fired and half of the time is over: prepare what predictions need."""
-
-
-class Wait(NamedTuple):
-    """Wait for an event, but not beyond a time; ``begins`` if it matters which parts begin."""
-
-    until: float
-    begins: bool = True
-
-
-class Began(NamedTuple):
-    """A machine has begun a part; ``fresh`` if it has not run this module before."""
-
-    part: int
-    at: float
-    fresh: bool = False
-
-
-class Settled(NamedTuple):
-    """A part has ended ``latency`` seconds after it began, with a good result or without.
-
-    A second one for the same part, not ``ok``, takes back what turned out unlike most.
-    """
-
-    part: int
-    at: float
-    latency: float
-    ok: bool
-
-
-class Hedge(NamedTuple):
-    """One part that was asked again.
-
-    Attributes:
-        part: its number.
-        of: that of the part it stands in for.
-        units: that it is asked for.
-        at: when, in seconds of the call.
-        won: whether any of its units were answered by it first.
-    """
-
-    part: int
-    of: int
-    units: tuple[int, ...]
-    at: float
-    won: bool
-
-
-Decision: TypeAlias = Ask | Drop | Prepare | Wait
-Event: TypeAlias = Began | Settled | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a call ended.
-
-    Attributes:
-        reason: "complete"; "deadline" or "patience", where the rest is to be predicted; "first"
-            where those that were wanted first are there; "failed" where nothing more can come.
-        hedges: the parts that were asked again.
-        fence: seconds after its begin at which the largest part would be asked again; infinite
-            while the history is too short.
-        median: of whole calls like this one, in seconds; infinite likewise, and where most were
-            not complete.
-        deadline: of the answer, in seconds of the call; infinite if there was none.
-        decodable: when as many results were there as the rest may be predicted from; infinite if
-            never.
-    """
-
-    reason: str
-    hedges: tuple[Hedge, ...]
-    fence: float
-    median: float
-    deadline: float
-    decodable: float = math.inf
-
-
-_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)
-
-
-class _Part:
-    """A part that was asked, and what stands in for it: parts make a tree, of which leaves count.
-
-    A leaf is hopeful if it waits to begin, or runs and is within its fence.
-    """
-
-    __slots__ = (
-        "at", "due", "fresh", "number", "of", "replaced", "seconds", "state", "units", "won",
-    )  # fmt: skip
-
-    def __init__(self, number: int, units: tuple[int, ...], of: _Part | None, at: float) -> None:
-        self.number, self.units, self.of, self.at = number, units, of, at
-        self.state = _QUEUED
-        self.due = self.seconds = math.inf
-        self.fresh: bool | None = None  # until it begins
-        self.replaced = self.won = False
-
-    def exhausted(self) -> bool:
-        """Whether it must not be asked again."""
-        asked, failed, part = 0, 0, self
-        while True:
-            failed += part.state == _FAILED
-            if part.of is None:
-                return asked >= _REASKS or failed >= _REASKS
-            asked, part = asked + 1, part.of
 
 
 class Call:
@@ -156,33 +36,36 @@ class Call:
         spare: Sequence[int] | None,
         since: float,
         idle: Callable[[], int],
+        reserve: float,
     ) -> None:
         self.waiting, self.history, self.needed = waiting, history, needed
-        half = -(-needed // 2)
-        self.least = 0 if waiting.at_once else half if waiting.deadline else max(least, half)
+        share = 0 if waiting.at_once else -(-needed // 2) if waiting.predict else needed
+        self.least = max(least, share)
         self.unit_rows, self.since, self.now = unit_rows, since, since
         self.idle = idle
         self.by_columns = spare is not None
         self.spare = deque(spare or ())
-        self.parts = [_Part(i, units, None, since) for i, units in enumerate(first)]
+        self.parts = [Part(i, units, None, since) for i, units in enumerate(first)]
         self.num_first, self.num_units = len(first), sum(map(len, first))
         self.open = len(first)  # parts of which something may come
         self.unbegun = 0  # of those asked again
         self.good: set[int] = set()
+        self.refused: dict[int, int] = {}  # by the unit, the part that showed it
+        self.raised: dict[int, Hashable] = {}  # of the first parts, what was raised
+        self.ended = self.failed = 0  # parts, without those that the module raised on
         self.decodable = math.inf
         self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
-        self.late = self.lost = self.fenced = self.prepared = False
+        self.late = self.over = self.lost = self.fenced = self.prepared = False
         self.rows = unit_rows * max(map(len, first))
         self.fences: dict[int, float] = {}
         self.hedges = not waiting.at_once and waiting.extra > 0
         self.median = history.call(self.rows)
         if waiting.deadline is not None:
-            # Where calls often need all of it, more predictions would take more time from all.
-            usual = min(waiting.deadline, 2 * self.median)
-            self.deadline = max(waiting.deadline - history.decoding(), usual)
+            self.deadline, self.end = waiting.deadline - reserve, waiting.deadline
         else:
-            never = waiting.at_once or waiting.patience == math.inf
+            never = waiting.at_once or not waiting.predict or waiting.patience == math.inf
             self.deadline = math.inf if never else waiting.patience * self.median
+            self.end = math.inf
         if self.hedges:
             history.earn(waiting.extra)
 
@@ -211,6 +94,9 @@ class Call:
                 # Only now, when no event was there to come before it.
                 self.now = max(self.now, until)
                 self.late |= self.now >= self.since + self.deadline
+                self.over |= self.now >= self.since + self.end
+                if self._reason() is not None:
+                    continue
             if asked := self._again():
                 yield Ask(asked)
             if self.now >= self._preparing():
@@ -223,6 +109,10 @@ class Call:
         good, at_once = len(self.good), self.waiting.at_once
         if good >= self.needed:
             return "first" if at_once and good < self.num_units else "complete"
+        if self.refused and good + len(self.refused.keys() - self.good) >= self.needed:
+            return "error"
+        if self.over:
+            return "deadline"
         if self.late and good >= self.least:
             return "patience" if self.waiting.deadline is None else "deadline"
         return None if self.open else "failed"
@@ -232,11 +122,11 @@ class Call:
         timers, parts = self.timers, self.parts
         while timers:
             due, number = timers[0]
-            if parts[number].state == _RUNNING and parts[number].due == due:
+            if parts[number].state == RUNNING and parts[number].due == due:
                 break
             heapq.heappop(timers)
         due = min(timers[0][0] if timers else math.inf, self._preparing())
-        return due if self.late else min(due, self.since + self.deadline)
+        return min(due, self.since + (self.end if self.late else self.deadline))
 
     def _preparing(self) -> float:
         """When it is probable enough that something will have to be predicted."""
@@ -253,11 +143,11 @@ class Call:
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
         self.now = max(self.now, event.at)
-        if part.state == _DROPPED:  # too late
+        if part.state == DROPPED:  # too late
             self.open += 1
         elif part.number >= self.num_first:
             self.unbegun -= 1
-        part.state, part.fresh = _RUNNING, event.fresh
+        part.state, part.fresh = RUNNING, event.fresh
         if self.hedges and (fence := self._fence(len(part.units))) < math.inf:
             part.due = event.at + fence
             heapq.heappush(self.timers, (part.due, part.number))
@@ -265,10 +155,12 @@ class Call:
     def _settle(self, event: Settled) -> None:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
-        before, part.state = part.state, _GOOD if event.ok else _FAILED
-        if before <= _RUNNING:
+        before, part.state = part.state, GOOD if event.ok else FAILED
+        part.failure = event.failure
+        if before <= RUNNING:
             self.open -= 1
-            self.unbegun -= before == _QUEUED and part.number >= self.num_first
+            self.unbegun -= before == QUEUED and part.number >= self.num_first
+            self.ended += event.failure.kind != "raised"
         if event.ok:
             num_good = len(good)
             good.update(part.units)
@@ -276,18 +168,32 @@ class Call:
             if len(good) >= self.least:
                 self.decodable = min(self.decodable, event.at)
             part.fresh = bool(part.fresh)
-        else:
-            self.lost = True
-            if before == _GOOD:
-                good.clear()
-                good.update(*(other.units for other in self.parts if other.state == _GOOD))
+            return
+        self.lost = True
+        part.tries += 1
+        if before == GOOD:
+            good.clear()
+            good.update(*(other.units for other in self.parts if other.state == GOOD))
+            if len(good) < self.least:
+                self.decodable = math.inf
+        if event.failure.kind != "raised":
+            self.failed += 1
+        elif part.number < self.num_first:
+            self._raised(part)
+
+    def _raised(self, part: Part) -> None:
+        """Blame the module if it has raised alike for every part of the first ask."""
+        self.raised[part.number] = part.failure.what
+        if 1 < self.num_first == len(self.raised) and len(set(self.raised.values())) == 1:
+            for other in self.parts[: self.num_first]:
+                self.refused |= dict.fromkeys(other.units, other.number)
 
     def _unwanted(self) -> tuple[int, ...]:
         """Parts asked again that have not begun, and have been answered by others."""
-        unwanted = []
+        unwanted, answered = [], self.good | self.refused.keys()
         for part in self.parts[self.num_first :]:
-            if part.state == _QUEUED and self.good.issuperset(part.units):
-                part.state = _DROPPED
+            if part.state == QUEUED and answered.issuperset(part.units):
+                part.state = DROPPED
                 unwanted.append(part.number)
         self.open -= len(unwanted)
         self.unbegun -= len(unwanted)
@@ -305,11 +211,12 @@ class Call:
             self.needed - len(self.good) - self._hopeful() if self.by_columns else self.num_units
         )
         for part in self.parts[:num_parts]:
-            late = part.state == _RUNNING and part.due <= self.now
-            if part.replaced or not (late or part.state >= _FAILED) or part.exhausted():
+            late = part.state == RUNNING and part.due <= self.now
+            if part.replaced or not (late or part.state >= FAILED):
                 continue
-            missing = [unit for unit in part.units if unit not in self.good][: max(0, lacking)]
-            if not missing:
+            missing = [u for u in part.units if u not in self.good and u not in self.refused]
+            missing = missing[: max(0, lacking)]
+            if not missing or (late and part.lates >= _REASKS):
                 continue
             self.fenced |= late
             if late and not self._afford(missing):
@@ -319,16 +226,46 @@ class Call:
                 heapq.heappush(self.timers, (part.due, part.number))
                 continue
             part.replaced = True
-            pieces = 1 if part.of else max(1, min(_SPLIT, idle, len(missing)))
+            pieces = self._pieces(part, late, idle)
+            if not pieces:
+                continue
+            pieces = min(pieces, len(missing))
+            part.lates += late
             idle, lacking = idle - pieces, lacking - len(missing) * self.by_columns
             self._ask(self._stand_ins(missing), pieces, part)
         return tuple([part.units for part in self.parts[num_parts:]])
+
+    def _pieces(self, part: Part, late: bool, idle: int) -> int:
+        """How many stand in for a part; 0 if it is given up."""
+        if late:
+            return 1 if part.of else max(1, min(_SPLIT, idle))
+        if part.state == DROPPED:
+            return 1
+        if self.by_columns:
+            return int(part.tries < ALONE)
+        verdict = judge(part, self._rate(part), ALONE if self.waiting.predict else EXACT)
+        if not verdict.pieces:
+            for failed in part.line():  # what it did says nothing of the workers
+                failed.explained = True
+        if verdict.refused:
+            self.refused |= dict.fromkeys(part.units, part.number)
+        return verdict.pieces
+
+    def _rate(self, part: Part) -> float:
+        """The share of other parts that fail, other than by an exception of the module."""
+        own = sum(other.state == FAILED and other.failure.kind != "raised" for other in part.line())
+        ended, failed = self.ended - own, self.failed - own
+        known_failed, known_ended = self.history.failing()
+        # One more of each, as what was never seen to fail may fail; and this call weighs more, as
+        # all workers may have broken just now.
+        lately = (known_failed + failed + 1) / (known_ended + ended + 1)
+        return max(lately, failed / ended if ended else 0.0)
 
     def _hopeful(self) -> int:
         """Columns that may still come in time."""
         return sum(
             not part.replaced
-            and (part.state == _QUEUED or (part.state == _RUNNING and part.due > self.now))
+            and (part.state == QUEUED or (part.state == RUNNING and part.due > self.now))
             and len(part.units)
             for part in self.parts
         )
@@ -342,10 +279,10 @@ class Call:
         fresh = [self.spare.popleft() for _ in range(min(len(self.spare), len(missing)))]
         return sorted(fresh + missing[len(fresh) :])
 
-    def _ask(self, units: list[int], pieces: int, of: _Part) -> None:
+    def _ask(self, units: list[int], pieces: int, of: Part) -> None:
         for i in range(pieces):
             piece = units[i * len(units) // pieces : (i + 1) * len(units) // pieces]
-            self.parts.append(_Part(len(self.parts), tuple(piece), of, self.now))
+            self.parts.append(Part(len(self.parts), tuple(piece), of, self.now))
         self.open += pieces
         self.unbegun += pieces
 
@@ -360,6 +297,9 @@ class Call:
                 [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
                 (self.rows, took) if typical else None,
             )
+        told = [p for p in ran if p.state in (GOOD, FAILED) and not p.explained]
+        told = [p for p in told if p.failure.kind != "raised"]
+        self.history.failed(sum(p.state == FAILED for p in told), len(told))
         hedges = tuple(
             Hedge(
                 part.number,
@@ -373,4 +313,5 @@ class Call:
         )
         fence = self._fence(self.rows // self.unit_rows)
         deadline, decodable = self.waiting.deadline or self.deadline, self.decodable - self.since
-        return Ended(reason, hedges, fence, self.median, deadline, decodable)
+        refused = tuple(sorted(set(self.refused.values())))
+        return Ended(reason, hedges, fence, self.median, deadline, decodable, refused)

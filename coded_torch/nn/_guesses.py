@@ -126,7 +126,7 @@ def from_scale(decoded: Tensor, link: str | None) -> Tensor:
 def _guess(
     surrogate: Any, inputs: Inputs, units: Units, stacked: Stacked, link: str | None
 ) -> list[Guess | None]:
-    received, plan = list(stacked.units), units.plan
+    received = list(stacked.units)
 
     def ask(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> list[Tensor | None]:
         if isinstance(surrogate, Memory):
@@ -135,7 +135,9 @@ def _guess(
         return _outputs(surrogate, args, kwargs, size, stacked, link)
 
     whole = ask(inputs.args, inputs.kwargs, inputs.batch_size)
-    if plan.code.mixes:
+    if units.by_rows:
+        coded = [leaf if leaf is None else leaf[received].unsqueeze(1) for leaf in whole]
+    elif (plan := units.plan).code.mixes:
         args, kwargs = units.task.payload(received)
         coded = [
             leaf if leaf is None else units.answering(leaf.unflatten(0, (len(received), -1)))

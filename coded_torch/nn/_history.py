@@ -9,13 +9,21 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["History"]
+__all__ = ["CHUNKS", "History"]
 
 _PARTS, _CALLS = 512, 128  # that are remembered
 _LEAST = 32  # parts that have replied, before the history is believed
 _REFIT = 32  # parts, at most _LEAST, after which the time that a row takes is fitted again
 _GROUP = 8  # parts of few rows, and of many, at least, that the fit needs
 _DECODINGS = 16  # that are remembered
+_ENDED = 512  # parts, of which it is remembered how many failed
+# Seconds that KernelCode's regression takes for n rows, 5e-3 + 6e-8 n^2 on one quiet core (an x86
+# of 2023; 64, 512 and 4,096 rows of 784 features, a third of them predicted). What a machine, a
+# module and its surrogates make of it is measured call by call, as a factor.
+_FIT, _FIT_ROWS = 5e-3, 6e-8
+_RETRY = 32  # calls that had no time for a regression, after which the slowest one is forgotten
+_LATE = 5e-3  # seconds by which a busy machine wakes a thread too late
+CHUNKS = 4096, 512  # rows of one regression, the most exact first; the last resort is the mean
 
 
 class _Window:
@@ -66,6 +74,8 @@ class History:
         self._slope = 0.0  # the share of the time of `_most` rows that grows with the rows
         self._debt = 0.0
         self._decodings: deque[float] = deque(maxlen=_DECODINGS)
+        self._warm, self._hurried = False, 0
+        self._failures: deque[bool] = deque(maxlen=_ENDED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
@@ -123,16 +133,58 @@ class History:
         with self._lock:
             return self._calls.quantile(0.5) * self._scale(rows) if self._known() else math.inf
 
-    def decoded(self, seconds: float) -> None:
-        """Remember how long predicting what was missing took."""
-        with self._lock:
-            self._decodings.append(seconds)
+    def decoded(self, seconds: float, rows: int, chunk: int) -> None:
+        """Remember how long predicting took, as :meth:`decoding` is asked for it.
 
-    def decoding(self) -> float:
-        """Seconds that predicting takes, three times of four; 0 until it is known."""
+        But for the first time, when code is loaded.
+        """
+        with self._lock:
+            if self._warm:
+                self._decodings.append(seconds / _predicting(rows, chunk))
+            self._warm = True
+
+    def hurried(self) -> None:
+        """Remember that there was no time for a regression: one that was slow by chance must not
+        rule out all others."""
+        with self._lock:
+            self._hurried += 1
+            if self._hurried % _RETRY == 0 and self._decodings:
+                self._decodings.remove(max(self._decodings))
+
+    def decoding(self, rows: int, chunk: int = CHUNKS[0]) -> float:
+        """Seconds that predicting takes, in seven of eight calls.
+
+        Args:
+            rows: B.
+            chunk: the rows that a regression is of at most; a larger batch takes several.
+        """
         with self._lock:
             ordered = sorted(self._decodings)
-        return ordered[3 * len(ordered) // 4] if ordered else 0.0
+        factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
+        return factor * _predicting(rows, chunk)
+
+    def reserve(self, rows: int, deadline: float) -> float:
+        """Seconds to keep for predicting, before a deadline of so many: at most half of them.
+
+        None where the deadline is infinite, as nothing takes real time then.
+        """
+        if deadline == math.inf:
+            return 0.0
+        for chunk in CHUNKS:
+            seconds = 1.25 * self.decoding(rows, chunk) + min(_LATE, deadline / 20)
+            if seconds <= deadline / 2:
+                return seconds
+        return min(self.decoding(1), deadline / 2)
+
+    def failed(self, failed: int, ended: int) -> None:
+        """Remember how many of the parts that ended failed, for no reason that lies in them."""
+        with self._lock:
+            self._failures.extend([True] * failed + [False] * (ended - failed))
+
+    def failing(self) -> tuple[int, int]:
+        """How many parts failed lately, and how many ended."""
+        with self._lock:
+            return sum(self._failures), len(self._failures)
 
     def earn(self, extra: float) -> None:
         """One more call, which allows for ``extra`` of its work to be asked again."""
@@ -177,6 +229,12 @@ class History:
         self._slope, self._fewest, self._most = slope, fewest, most
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
+
+
+def _predicting(rows: int, chunk: int) -> float:
+    """What a regression takes on a quiet core."""
+    chunks = -(-rows // chunk)
+    return chunks * _FIT + _FIT_ROWS * rows**2 / chunks
 
 
 def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._transforms import outside, plain
 from ..codes.batch_plan import BatchPlan, few_columns
+from ..codes.errors import NotEnoughResults
 from ..surrogates import Memory
 from ..workers.pytrees import unflatten
 from ._guesses import from_scale, to_scale
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from ._results import Stacked
     from ._units import Units
     from .report import Report
+    from .waiting import Waiting
 
-__all__ = ["answer"]
+__all__ = ["alone", "answer"]
 
 _RIDGE = 1.001  # of the surrogates' own squares, so that equal ones share their weight
 _ROWS = 4096  # of results, that determine weights
@@ -108,6 +110,55 @@ def answer(
         _remember(
             memory, generation, inputs, [output.answers for output in outputs], ~predicted, link
         )
+    return unflatten(answers, stacked.spec)
+
+
+def alone(
+    waiting: Waiting,
+    units: Units,
+    stacked: Stacked | None,
+    guesses: Guesses,
+    link: str | None,
+    report: Report,
+    error: Exception,
+) -> Any:
+    """What a surrogate answers where too few results came to predict from.
+
+    Args:
+        waiting, units, guesses, link, report: of the call.
+        stacked: the results that came, or the form of earlier ones; None: there are none.
+        error: what else is raised.
+
+    Raises:
+        Exception: ``error``, where no surrogate can, or may, answer.
+    """
+    blamed = report.refused and waiting.on_error == "raise"
+    if stacked is None or not (units.by_rows and waiting.predict) or blamed:
+        raise error
+    if not isinstance(error, NotEnoughResults):
+        raise error
+    divided = [
+        i
+        for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True))
+        if dim is not None and isinstance(leaf, Tensor)
+    ]
+    each = enumerate(guesses.of(stacked))
+    able = (x for x in each if all(x[1][i] is not None for i in divided))
+    if (first := next(able, None)) is None:
+        raise error
+    number, said = first
+    answers, received = list(stacked.leaves), list(stacked.units)
+    for i in divided:
+        leaf, guess, dim = stacked.leaves[i], said[i], stacked.dims[i]
+        assert guess is not None
+        assert dim is not None
+        whole = from_scale(guess.batch, link).to(leaf.device, leaf.dtype)
+        whole[received] = leaf.squeeze(1)
+        answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
+    report.predicted = torch.ones(units.batch_size, dtype=torch.bool)
+    report.predicted[received] = False
+    name = type(guesses.surrogates[number]).__name__
+    report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
     return unflatten(answers, stacked.spec)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..codes.errors import NotEnoughResults
 from ..workers.base import Part, Reply, Task, WorkerError
 from ..workers.pytrees import (
     CONSTANTS,
@@ -122,6 +121,11 @@ class Stacked(NamedTuple):
     dims: list[int | None]
     spec: pytree.TreeSpec
     formats: list[torch.memory_format]
+
+    def form(self) -> Stacked:
+        """The same without any result."""
+        leaves = [x[:0].detach() if isinstance(x, Tensor) else x for x in self.leaves]
+        return self._replace(units=(), leaves=leaves)
 
 
 class Results:
@@ -279,28 +283,14 @@ class Results:
         """The numbers of the parts with a good result, of those asked for first."""
         return [r.part.number for r in self.good if r.part.number < num_parts]
 
-    def failure(self, least: int, num_parts: int, why: str) -> Exception:
-        """What to raise where the good results are too few.
-
-        Args:
-            least: how many units are needed.
-            num_parts: that were asked for first.
-            why: no more results came, if that is known.
-        """
-        rejected = self.rejected
-        if self._misfits and len(self._misfits) == self._num_replies:  # the module is to blame
-            cause = rejected[0].__cause__
-            assert isinstance(cause, Exception)
-            return cause
-        reasons = [str(rejected[0]).splitlines()[0]] if rejected else []
-        error = NotEnoughResults(
-            self.of_first(num_parts),
-            least,
-            num_parts,
-            "; ".join([*reasons, *([why] if why else [])]),
-        )
-        error.__cause__ = rejected[0] if rejected else None
-        return error
+    @property
+    def misfit(self) -> Exception | None:
+        """What the module is to blame for: that no reply at all is an answer to the task."""
+        if not self._misfits or len(self._misfits) < self._num_replies:
+            return None
+        cause = self.rejected[0].__cause__
+        assert isinstance(cause, Exception)
+        return cause
 
 
 class _Camp:

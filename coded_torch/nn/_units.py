@@ -16,14 +16,20 @@ from .._transforms import differentiated
 from ..codes.base import Code
 from ..codes.batch_plan import BatchPlan
 from ..codes.plans import plan_batch, plan_rows
+from ..codes.replication import ReplicationCode
 from ..grouping import Ordering
 from ..workers.base import Task
+from ._history import CHUNKS, History
 from ._inputs import Inputs
+from .report import Report
+from .waiting import Waiting
 
-__all__ = ["Columns", "Rows", "Units"]
+__all__ = ["Columns", "Rows", "Units", "check_waiting", "most_stragglers"]
 
 _LEAST_BYTES = 1 << 16  # of coded inputs, for which memory is worth looking for
 _ALIGNMENT = 64
+# Seconds by which answers are rather late than worse: what a busy machine wakes a thread too late.
+_SLACK = 5e-3
 
 
 class Units(abc.ABC):
@@ -52,6 +58,11 @@ class Units(abc.ABC):
     audit: int | None = None
 
     @property
+    def by_rows(self) -> bool:
+        """Whether units are rows."""
+        return self.spare is None
+
+    @property
     @abc.abstractmethod
     def plan(self) -> BatchPlan:
         """The code fitted to the batch; made when it is first needed."""
@@ -59,6 +70,17 @@ class Units(abc.ABC):
     def is_whole(self, received: Sequence[int]) -> bool:
         """Whether the results of these units are the answers as they are."""
         return False
+
+    def prepare(self, seconds: float, history: History) -> None:  # noqa: B027 - most have a plan
+        """Make what predictions need, if predicting takes no longer than that."""
+
+    def hasten(self, seconds: float, history: History, report: Report) -> int:
+        """Choose predictions that take no longer than that; the report says if they are worse.
+
+        Returns:
+            The rows of a regression; 0: none is made.
+        """
+        return CHUNKS[0]
 
     def answering(self, results: Tensor) -> Tensor:
         """Results ``[F, R, ...]`` without the audit row."""
@@ -171,6 +193,30 @@ class Rows(Units):
     def is_whole(self, received: Sequence[int]) -> bool:
         return len(received) == self.batch_size
 
+    def prepare(self, seconds: float, history: History) -> None:
+        if history.decoding(self.batch_size) <= seconds:
+            _ = self.plan
+
+    def hasten(self, seconds: float, history: History, report: Report) -> int:
+        code, size = self._code, self.batch_size
+        if not code.uses_geometry:
+            return CHUNKS[0]
+        made = "plan" in vars(self)
+        for chunk in CHUNKS[:1] if made else CHUNKS:
+            chunk = min(chunk, code.max_chunk)
+            # A third of it is the plan's (benchmarks/batches.py).
+            if history.decoding(size, chunk) * (2 / 3 if made else 1) <= seconds + _SLACK:
+                if chunk < min(size, code.max_chunk):
+                    self._code = code.replace()
+                    self._code.max_chunk = chunk
+                    report.notes += (f"predicted {chunk} rows at a time, to keep the deadline",)
+                return chunk
+        history.hurried()
+        vars(self).pop("plan", None)
+        self._code = ReplicationCode(code.num_data, code.num_workers)
+        report.notes += ("predicted by the mean of the results, to keep the deadline",)
+        return 0
+
     @functools.cached_property
     def plan(self) -> BatchPlan:
         inputs, floating = self._inputs, self._inputs.floating()
@@ -180,6 +226,33 @@ class Rows(Units):
             floating,
             batch_size=inputs.batch_size,
             others=[] if floating else inputs.batches(),
+        )
+
+
+def most_stragglers(code: Code, liars: int) -> int:
+    """How many columns can be done without, beside those of so many machines that lie."""
+    return code.num_workers - code.min_received - 2 * liars
+
+
+def check_waiting(code: Code, liars: int, waiting: Waiting | None) -> None:
+    """Raise a ValueError unless a code can do without what the policy does not wait for."""
+    if waiting is not None and not waiting.predict and code.mixes:
+        raise ValueError(
+            "CodedWrapper: waiting.predict must be True with a code that mixes inputs, as all that "
+            f"it decodes is estimated, got False with {code}"
+        )
+    lost = (waiting.num_stragglers if waiting is not None else None) or 0
+    most, needs = most_stragglers(code, liars), f"{code} needs {code.min_received} results"
+    if most < 0:
+        raise ValueError(
+            f"CodedWrapper: max_adversaries must be at most {liars + most // 2}, as {needs} "
+            f"beside those of twice as many machines, got {liars}"
+        )
+    if lost > most:
+        beside = f" beside twice max_adversaries={liars}" if liars else ""
+        raise ValueError(
+            f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {needs}{beside}, "
+            f"got {lost}"
         )
 
 

@@ -2,6 +2,7 @@ r"""A module that runs any other module on coded workers."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import secrets
@@ -20,14 +21,15 @@ from ..surrogates import Memory
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from ._agreement import Agreement
-from ._collect import collect
+from ._collect import collect, seconds_left
 from ._guesses import Guesses, surrogates
 from ._inputs import Inputs
 from ._narrowing import Narrowing
-from ._residuals import answer
-from ._results import Results
+from ._residuals import alone, answer
+from ._results import Results, Stacked
+from ._shortfall import shortfall
 from ._stand_in import StandIn
-from ._units import Columns, Rows, Units
+from ._units import Columns, Rows, Units, check_waiting, most_stragglers
 from .report import Report
 from .waiting import History, Waiting
 
@@ -135,8 +137,11 @@ class CodedWrapper(StandIn):
         TypeError: a tensor cannot be coded, or no part's output can be decoded.
         ValueError: inputs differ in batch size, have not the dimension, or are not finite, or
             there are none; no part's output has the batch size or, with ``link``, probabilities.
-        NotEnoughResults: fewer good results than the code needs; its cause is the error of the
-            first part that had one.
+        NotEnoughResults: fewer good results than the code needs, or than ``waiting`` asks for; its
+            cause is the error of the first part that had one. A
+            :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
+        Exception: of the module, where it fails on a row on two workers alike. Its ``rows``,
+            ``answers`` (NaN in rows that were not computed) and ``report`` say what came.
         TooManyAdversaries: a :class:`~coded_torch.codes.NotEnoughResults`: results contradict each
             other even without ``max_adversaries`` machines.
 
@@ -225,6 +230,7 @@ class CodedWrapper(StandIn):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.on_run, self.last_run = on_run, None
         self._history, self._narrowing, self._dealer = History(), Narrowing(), random.Random(0)
+        self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
         self._encode_memory = Buffers(host_memory, 1, least=1 << 22)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
@@ -279,38 +285,56 @@ class CodedWrapper(StandIn):
                 with report.timed("compute"):
                     answers = module(*args, **kwargs)
             else:
-                results = Results(units.task, self.link)
-                guesses = Guesses(self.surrogate, inputs, units, self.link, report)
-                agreement = self._agreement(inputs, units, guesses)
-                memories = (s for s in self.surrogate if isinstance(s, Memory))
-                generations = [memory.follow(self.module) for memory in memories]
-                with report.timed("compute"):
-                    why = collect(
-                        self.workers,
-                        module,
-                        waiting,
-                        self._history,
-                        units,
-                        results,
-                        report,
-                        since=start,
-                        agreement=agreement,
-                    )
-                with report.timed("decode"), on_host():
-                    if agreement is not None:
-                        agreement.conclude(results, report)
-                    if len(results.units) < units.least:
-                        raise results.failure(units.least, len(units.first), why)
-                    of = results.stack()
-                    answers = answer(inputs, units, of, guesses, self.link, report, generations)
-                if report.ended in ("deadline", "patience") and not self.workers.simulated:
-                    self._history.decoded(report.decode_seconds)
-                    self._narrowing.note(units.plan.code, report.distances)
+                answers = self._compute(module, waiting, inputs, units, report, start)
             report.failed = False
             return answers
         finally:
             if self.on_run is not None:
                 self.on_run(report)
+
+    def _compute(
+        self,
+        module: Any,
+        waiting: Waiting,
+        inputs: Inputs,
+        units: Units,
+        report: Report,
+        since: float,
+    ) -> Any:
+        results, pool = Results(units.task, self.link), self.workers
+        guesses = Guesses(self.surrogate, inputs, units, self.link, report)
+        agreement = self._agreement(inputs, units, guesses)
+        generations = [s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)]
+        left = functools.partial(seconds_left, pool, waiting, since)
+        with report.timed("compute"):
+            collected = collect(
+                pool,
+                module,
+                waiting,
+                self._history,
+                units,
+                results,
+                report,
+                since=since,
+                agreement=agreement,
+            )
+        with report.timed("decode"), on_host():
+            if agreement is not None:
+                agreement.conclude(results, report)
+            error = shortfall(waiting, units, results, report, collected)
+            stacked = results.stack() if results.good else self._form
+            if error is not None:
+                return alone(waiting, units, stacked, guesses, self.link, report, error)
+            assert stacked is not None
+            if self.surrogate:
+                self._form = stacked.form()
+            whole = units.is_whole(stacked.units)
+            chunk = 0 if whole else units.hasten(left(), self._history, report)
+            answers = answer(inputs, units, stacked, guesses, self.link, report, generations)
+        if chunk and not pool.simulated:
+            self._history.decoded(report.decode_seconds, units.batch_size, chunk)
+            self._narrowing.note(units.plan.code, report.distances)
+        return answers
 
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
         check_ordering(self, self.ordering)  # it may have been assigned
@@ -342,9 +366,8 @@ class CodedWrapper(StandIn):
         return secrets.SystemRandom() if self.max_adversaries else self._dealer
 
     def _agreement(self, inputs: Inputs, units: Units, guesses: Guesses) -> Agreement | None:
-        if not self.max_adversaries:
-            return None
-        return Agreement(inputs, units, guesses, self.max_adversaries, self.link, self._deal())
+        most = self.max_adversaries
+        return Agreement(inputs, units, guesses, most, self.link, self._deal()) if most else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Surrogates go where the module goes, though they are none of its parts."""
@@ -368,28 +391,11 @@ class CodedWrapper(StandIn):
         if lost is None:
             law = self.workers.stragglers
             lost = (law and law.num_stragglers) or 0
-        return max(0, min(lost, self._most_stragglers()))
-
-    def _most_stragglers(self) -> int:
-        code = self.code
-        return code.num_workers - code.min_received - 2 * self.max_adversaries
+        return max(0, min(lost, most_stragglers(self.code, self.max_adversaries)))
 
     def _check_waiting(self, waiting: Waiting | None) -> None:
         instance(self, "waiting", waiting, Waiting, optional=True)
-        lost = (waiting.num_stragglers if waiting is not None else None) or 0
-        liars, most = self.max_adversaries, self._most_stragglers()
-        needs = f"{self.code} needs {self.code.min_received} results"
-        if most < 0:
-            raise ValueError(
-                f"CodedWrapper: max_adversaries must be at most {liars + most // 2}, as {needs} "
-                f"beside those of twice as many machines, got {liars}"
-            )
-        if lost > most:
-            beside = f" beside twice max_adversaries={liars}" if liars else ""
-            raise ValueError(
-                f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {needs}{beside}, "
-                f"got {lost}"
-            )
+        check_waiting(self.code, self.max_adversaries, waiting)
 
     def extra_repr(self) -> str:
         return f"{self.code}, {self.workers}, waiting={self._waiting()}"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..distances import Choice
+from ..workers.base import WorkerError
 from .waiting import Hedge
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ class Report:
             was left out, or results are predicted as well without. Empty where nothing had to be
             predicted, and of a wrapper without surrogates.
         ended: why the call waited no longer. "complete": every result that was wanted is there;
-            "first": the first N - S are; "deadline"; "patience"; "failed": nothing more could come.
+            "first": the first N - S are; "deadline"; "patience"; "error": all is there but what the
+            module itself fails on; "failed": nothing more could come.
         fence: seconds after its begin at which a part of the first ask would be asked again; None:
             not known yet.
         median: of whole calls, in seconds; None: not known yet.
@@ -64,6 +66,11 @@ class Report:
         distances: by which metric, of which length, lost answers were predicted, and how well that
             predicted the results from each other; of each decoded output, in their order (and of
             each chunk of a large batch). Empty where nothing was lost or the code has no choice.
+        missing_rows: the rows that no worker computed, where the batch is asked for by rows: they
+            are predicted, or the call raised.
+        errors: by missing row, what went wrong with the last part that held it, if anything did.
+        refused: the rows on which the module itself fails: it raised alike on two workers, or ended
+            its workers when the row was alone.
         notes: what else the caller should know, such as what the code could not look at.
         encode_seconds: time spent on checking, ordering, planning and encoding before the first
             part was asked.
@@ -91,6 +98,9 @@ class Report:
     decodable: float | None = None
     num_groups: int = 0
     distances: tuple[Choice, ...] = ()
+    missing_rows: tuple[int, ...] = ()
+    errors: dict[int, WorkerError] = dataclasses.field(default_factory=dict, repr=False)
+    refused: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
     compute_seconds: float = 0.0

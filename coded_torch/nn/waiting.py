@@ -31,21 +31,22 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from .._arguments import count, positive, real
-from ._decisions import (
+from .._arguments import count, instance, positive, real
+from ._decisions import Call
+from ._history import History
+from ._protocol import (
     Ask,
     Began,
-    Call,
     Decision,
     Drop,
     Ended,
     Event,
+    Failure,
     Hedge,
     Prepare,
     Settled,
     Wait,
 )
-from ._history import History
 
 __all__ = [
     "Ask",
@@ -54,6 +55,7 @@ __all__ = [
     "Drop",
     "Ended",
     "Event",
+    "Failure",
     "Hedge",
     "History",
     "Prepare",
@@ -68,20 +70,34 @@ class Waiting:
     r"""Ask for each input once, again for what takes too long, and predict what is then missing.
 
     - A part that has run longer than a fence (:meth:`History.fence`), from its begin, is asked
-      again: at most three times, the first time split over up to four idle machines. One that
-      failed is asked again at once, until it has failed three times.
-    - At the deadline, less what predicting took lately (but not before two running medians of whole
-      calls), what is missing is predicted, if half is there; else half is waited for. Without a
-      deadline, that is after ``patience`` such medians, queueing included, and as much is waited
-      for as the code needs. Until 32 parts have replied there is neither that nor a fence.
+      again: at most three times, the first time split over up to four idle machines.
+    - A part that failed is asked again at once, in pieces, so that rows on which the module fails
+      come to stand alone: two halves, or four where its worker ended. The same exception for the
+      same rows on two workers is the module's; so is that of rows which raise three times alone. A
+      row that ended its worker twice, alone, is *poison*: it is not asked for again in this call,
+      which so loses at most five workers for one of 64 rows. Where other parts fail as often,
+      workers are to blame, and more is tried. Any row is given up after three failures alone.
+    - The call answers or raises at its deadline. What is missing is predicted in the time that
+      predicting takes, if half is there; else
+      :class:`~coded_torch.codes.DeadlineExceeded` is raised, unless a surrogate can answer. Without
+      a deadline, what is missing is predicted after ``patience`` running medians of whole calls,
+      queueing included, when as much is there. Until 32 parts have replied there is neither that
+      nor a fence.
 
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 
     Args:
         deadline: seconds from the call to its answer.
-        patience: where there is no deadline, medians of whole calls; infinite never to predict.
+        patience: where there is no deadline, medians of whole calls after which what is missing is
+            predicted; infinite: when nothing more can come.
         extra: work that may be asked again for being late, as a share of all work: what is not
             used is saved up, to 20 parts and one whole call. 0: only failed parts are asked again.
+        predict: whether answers may be predicted. False: every row is computed, or the call raises
+            :class:`~coded_torch.codes.NotEnoughResults`, at its deadline or when a row has failed
+            20 times alone; codes that mix inputs, whose answers are all estimates, refuse it.
+        on_error: what a row does on which the module itself fails. "raise": the call computes the
+            other rows and raises the module's exception, whose ``rows``, ``answers`` and ``report``
+            say what came. "predict": the row counts as missing.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -98,6 +114,8 @@ class Waiting:
     deadline: float | None = None
     patience: float = 3.0
     extra: float = 0.25
+    predict: bool = True
+    on_error: str = "raise"
 
     #: Whether all N are asked at once.
     at_once = False
@@ -118,6 +136,12 @@ class Waiting:
                 lambda x: 0 <= x < math.inf,
             ),
         )
+        instance("Waiting", "predict", self.predict, bool)
+        instance("Waiting", "on_error", self.on_error, str)
+        if self.on_error not in ("raise", "predict"):
+            raise ValueError(
+                f"Waiting: on_error must be 'raise' or 'predict', got {self.on_error!r}"
+            )
 
     def _set(self, argument: str, value: Any) -> None:
         object.__setattr__(self, argument, value)
@@ -129,7 +153,7 @@ class Waiting:
         Args:
             num_stragglers: S. None: as many as the law of the workers' stragglers makes late;
                 where it names no number, or there is none, 0.
-            deadline: seconds from the call; then what is there is decoded, however little.
+            deadline: seconds from the call; then what is there is decoded, if the code can.
 
         Raises:
             TypeError: an argument is of another kind than said.
@@ -153,6 +177,7 @@ class Waiting:
         spare: Sequence[int] | None = None,
         since: float = 0.0,
         idle: Callable[[], int] = lambda: 1,
+        reserve: float = 0.0,
     ) -> Generator[Decision, Event, Ended]:
         """The decisions of one call; the module's docstring has the protocol.
 
@@ -168,12 +193,14 @@ class Waiting:
                 same rows can stand in for a part.
             since: when the call began, on the clock of the events.
             idle: how many machines would take a part at once.
+            reserve: seconds before the deadline that predicting takes.
 
         Returns:
             A generator of decisions that returns :class:`Ended`.
         """
         parts = [tuple(units) for units in first]
-        return Call(self, history, parts, needed, least, unit_rows, spare, since, idle).decisions()
+        call = Call(self, history, parts, needed, least, unit_rows, spare, since, idle, reserve)
+        return call.decisions()
 
     def __repr__(self) -> str:
         return f"Waiting({self._changed()})"

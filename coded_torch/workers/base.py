@@ -43,16 +43,19 @@ class WorkerError(RuntimeError):
         part: the number of the part.
         machine: the machine that had it; -1: none had.
         reason: what happened, in words that go on after "machine 3" or "part 3".
+        kind: "raised": the module raised, or what it was sent or returned did; "died": its machine
+            ended, or was ended, while it ran; "": anything else.
     """
 
-    def __init__(self, part: int, machine: int, reason: str) -> None:
+    def __init__(self, part: int, machine: int, reason: str, kind: str = "") -> None:
         self.part = part
         self.machine = machine
         self.reason = reason
+        self.kind = kind
         super().__init__(f"part {part} {reason}" if machine < 0 else f"machine {machine} {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.part, self.machine, self.reason)
+        return type(self), (self.part, self.machine, self.reason, self.kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +309,8 @@ class Workers(abc.ABC):
        is not wanted any more is dropped, and reaches no other request.
     4. Every part that has begun ends in one reply, by an error at the latest when the pool's own
        ``timeout`` is over. Where the module raises, the machine dies or the result cannot be sent,
-       the reply has a :class:`WorkerError` with that cause, and other parts go on.
+       the reply has a :class:`WorkerError` with that cause, and other parts go on. Its ``kind``
+       tells the first two apart.
     5. The value of a reply is what the module returns for :meth:`Task.payload` of the part's units,
        as it is, on the device of the task: whether it can be believed is not the pool's affair.
        :attr:`Part.fault` is applied where the module runs, by :meth:`Fault.around`.

@@ -23,6 +23,7 @@ from .._arguments import find_devices, positive
 from .._streams import read_here
 from ._loading import load_everywhere
 from .base import Began, Part, Reply, Request, Task, Workers
+from .faults import InjectedCrash
 from .live import LiveRequest
 
 if TYPE_CHECKING:
@@ -262,7 +263,8 @@ class _Replica:
         except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
             # Not str(cause), which may raise.
             what = "".join(traceback.format_exception_only(cause)).strip()
-            request.fail(part, f"failed on {self.device}: {what}", cause)
+            kind = "died" if isinstance(cause, InjectedCrash) else "raised"
+            request.fail(part, f"failed on {self.device}: {what}", cause, kind)
         else:
             request.settle(part, value)
 

@@ -28,9 +28,13 @@ from .base import Began, Part, Reply, Request, Task, Workers
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Fault", "FaultyWorkers"]
+__all__ = ["Fault", "FaultyWorkers", "InjectedCrash"]
 
 _DAY = 86_400.0
+
+
+class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a process
+    """The end of a machine that is a thread, and so cannot end alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Fault:
         if self.kind == "crash":
             if die is not None:
                 die()
-            raise RuntimeError("an injected crash")
+            raise InjectedCrash("an injected crash")
         return self.spoil(call())
 
     def spoil(self, value: Any) -> Any:

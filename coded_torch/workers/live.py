@@ -86,10 +86,12 @@ class LiveRequest(Request):
                 machine, latency = (began.machine, at - began.at) if began else (-1, math.inf)
                 self._events.put(Reply(part, machine, at, latency, value, error))
 
-    def fail(self, part: Part, reason: str, cause: BaseException | None = None) -> None:
-        """A part has ended by an error; ``reason`` goes on after "machine 3" or "part 3"."""
+    def fail(
+        self, part: Part, reason: str, cause: BaseException | None = None, kind: str = ""
+    ) -> None:
+        """A part has ended by an error; its arguments are those of :class:`WorkerError`."""
         began = self._open.get(part.number)
-        error = WorkerError(part.number, began.machine if began else -1, reason)
+        error = WorkerError(part.number, began.machine if began else -1, reason, kind)
         error.__cause__ = cause
         self.settle(part, error=error)
 

@@ -141,7 +141,7 @@ class _Batch:
     def reply(self, part: Part, max_rows: int | None) -> tuple[Any, WorkerError | None]:
         """The value of a part, which is let go of here, or its error."""
         if part.fault is not None and part.fault.kind == "crash":
-            return None, WorkerError(part.number, part.number, "died of an injected crash")
+            return None, WorkerError(part.number, part.number, "died of an injected crash", "died")
         if self._values is None:
             self._values = self._compute(max_rows)
         value = self._values.pop(part.number)

@@ -32,7 +32,7 @@ class _Separate(Request):
             try:
                 value = self.module(*args, **kwargs)
             except Exception as cause:
-                error = WorkerError(part.number, part.number, f"failed: {cause!r}")
+                error = WorkerError(part.number, part.number, f"failed: {cause!r}", "raised")
                 error.__cause__ = cause
             self.events.append(Reply(part, part.number, 0.0, 0.0, value, error))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import NotEnoughResults, ReplicationCode, SplineCode
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
 from coded_torch.testing.workers import (
@@ -24,20 +24,29 @@ from ..workers.test_local import Fixed
 from .pools import Separate
 
 
-def test_a_call_that_waited_for_half_says_so():
-    for latencies, decodable, notes in (
-        ([0.1, 0.5, 0.6, 0.7], 0.5, ("enough results came 0.3 s after the deadline",)),
-        ([0.1, 0.15, 0.6, 0.7], 0.15, ()),
-    ):
+def test_a_call_without_half_of_its_results_raises_at_its_deadline():
+    for latencies, enough in (([0.1, 0.5, 0.6, 0.7], False), ([0.1, 0.15, 0.6, 0.7], True)):
         coded = CodedWrapper(
             nn.Identity(),
             ReplicationCode(4, 4),
             workers=LocalWorkers(Trace([latencies])),
             waiting=Waiting(deadline=0.2),
         )
-        _, report = coded.run(torch.randn(4, 2))
-        assert (report.ended, report.decodable) == ("deadline", pytest.approx(decodable))
-        assert report.notes == notes
+        x = torch.randn(4, 2)
+        if enough:
+            _, report = coded.run(x)
+            assert (report.ended, report.decodable) == ("deadline", pytest.approx(0.15))
+            assert report.missing_rows == (2, 3)
+            continue
+        with pytest.raises(DeadlineExceeded, match=r"2 of 4 .*; rows 1 to 3: no reply") as info:
+            coded(x)
+        assert isinstance(info.value, TimeoutError)
+        assert info.value.report is coded.last_run
+        assert (info.value.received, info.value.report.missing_rows) == ((0,), (1, 2, 3))
+        assert torch.equal(info.value.answers[0], x[0])
+        assert info.value.answers[1:].isnan().all()
+        again = pickle.loads(pickle.dumps(info.value))
+        assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
 
 
 def too_few(**options) -> CodedWrapper:
@@ -127,8 +136,9 @@ def test_the_options_travel():
 # ------------------------------------------------------------------ rows
 
 
-def rows(module: nn.Module, **options) -> CodedWrapper:
-    return CodedWrapper(module, ReplicationCode(4, 6), waiting=Waiting(), **options)
+def rows(module: nn.Module, on_error: str = "raise", **options) -> CodedWrapper:
+    waiting = Waiting(on_error=on_error)
+    return CodedWrapper(module, ReplicationCode(4, 6), waiting=waiting, **options)
 
 
 X = torch.arange(1.0, 9.0).view(8, 1)
@@ -177,25 +187,21 @@ def test_a_part_that_failed_is_asked_again_at_once():
     assert torch.equal(coded(X), X)
     run = coded.last_run
     assert run.work == 1.25
-    assert [(hedge.of, hedge.units, hedge.won) for hedge in run.hedges] == [(1, (2, 3), True)]
+    hedges = [(hedge.of, hedge.units, hedge.won) for hedge in run.hedges]
+    assert hedges == [(1, (2,), True), (1, (3,), True)]
     assert (run.ended, list(run.rejected)) == ("complete", [1])
 
 
-def test_what_fails_again_and_again_is_predicted():
-    coded = rows(FailsFirst(3.0, times=99), workers=Separate())
+def test_what_is_rejected_again_and_again_is_predicted():
+    coded = rows(FailsAt(2.0, nan_at_two), workers=Separate())
     answers = coded(X)
     run = coded.last_run
-    assert run.predicted.tolist() == [False, False, True, True, False, False, False, False]
+    assert run.predicted.tolist() == [False, True, *[False] * 6]
     assert torch.equal(answers[~run.predicted], X[~run.predicted])
-    assert (answers[2:4] == X[~run.predicted].mean()).all()
-    assert (run.ended, run.work) == ("failed", 1.5)
+    assert (answers[1] == X[~run.predicted].mean()).all()
+    assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
+    assert "not finite" in run.errors[1].reason
     assert (run.expected_errors > 0).equal(run.predicted)
-
-
-def test_what_fails_everywhere_is_raised():
-    coded = rows(FailsAt(2.0, divide_by_zero), workers=Separate())
-    with pytest.raises(NotEnoughResults, match=r"got 0;.*ZeroDivisionError"):
-        coded(torch.full((8, 1), 2.0))
 
 
 def test_rows_keep_gradients_and_probabilities():
@@ -210,10 +216,10 @@ def test_rows_keep_gradients_and_probabilities():
 def test_answers_computed_under_a_link_are_the_modules_bit_for_bit():
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     module = nn.Sequential(FailsFirst(float(x[2, 0]), times=99), nn.Softmax(-1))
-    coded = rows(module, workers=Separate(), link="softmax")
+    coded = rows(module, on_error="predict", workers=Separate(), link="softmax")
     answers = coded(x)
     own = ~coded.last_run.predicted
-    assert own.sum() == 6
+    assert own.sum() == 7
     assert torch.equal(answers[own], x.softmax(-1)[own])
     torch.testing.assert_close(answers.sum(-1), torch.ones(8))
 

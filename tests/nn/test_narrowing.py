@@ -9,10 +9,11 @@ import torch
 
 from coded_torch.codes import KernelCode, ReplicationCode
 from coded_torch.distances import METRICS, Choice
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper
 from coded_torch.nn._narrowing import Narrowing
-from coded_torch.stragglers import Trace
-from coded_torch.workers import DeviceWorkers, FaultyWorkers
+from coded_torch.workers import DeviceWorkers
+
+from .modules import Call
 
 RANK = Choice(next(x for x in METRICS if x not in ("shrunk", "spread")), 4.0, 0.5)
 
@@ -66,12 +67,13 @@ def test_a_wrapper_compares_fewer_when_it_has_predicted_thrice(monkeypatch):
         return fit_rows(code, *args, **kwargs)
 
     monkeypatch.setattr(KernelCode, "fit_rows", spy)
-    late = Trace([[0.0, 0.0, 0.0, 0.3]])
     x = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
-    with FaultyWorkers(DeviceWorkers(["cpu"] * 4), delays=late) as pool, torch.no_grad():
-        coded = CodedWrapper(torch.nn.Tanh(), KernelCode(4, 4), workers=pool)
+    x[24:, 0] += 50.0
+    module = Call(lambda x: torch.where(x[:, :1] > 25.0, torch.nan, x.tanh()))
+    with DeviceWorkers(["cpu"] * 4) as pool, torch.no_grad():
+        coded = CodedWrapper(module, KernelCode(4, 4), workers=pool)
         for _ in range(5):
-            _, report = coded.run(x, waiting=Waiting(deadline=0.1, extra=0))
+            _, report = coded.run(x)
             assert report.predicted.sum() == 8
     assert seen[:3] == [len(METRICS)] * 3
     assert max(seen[3:]) <= 4

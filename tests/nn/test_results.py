@@ -154,14 +154,11 @@ def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
         coded(x)
 
 
-def test_what_all_workers_fail_by_is_in_the_message():
+def test_what_the_module_raises_for_every_part_is_raised():
     with DeviceWorkers(["cpu"]) as pool:
         coded = CodedWrapper(linear(4), ReplicationCode(2, 6), workers=pool)
-        with pytest.raises(NotEnoughResults) as info:
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
             coded(rand(2, 3))
-    message = str(info.value)
-    assert re.search(r"got 0; .*; machine 0 failed on cpu: RuntimeError: mat1 and mat2", message)
-    assert "\n" not in message
 
 
 def classifier(output: Any, **options: Any) -> CodedWrapper:

@@ -97,20 +97,41 @@ def test_what_the_code_cannot_decode_is_waited_for(least, ended):
 
 
 def test_time_to_predict_is_kept_before_the_deadline():
-    history = known()
     events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
-    waiting = Waiting(deadline=4.0, extra=0)
-    for seconds, until in [(0.0, 4.0), (0.5, 3.5), (5.0, 2.0)]:  # twice what calls take, at least
-        for _ in range(16):
-            history.decoded(seconds)
-        _, waits, ended = drive(waiting, events, history=history)
-        assert waits[-1] == pytest.approx(until)
-        assert (ended.reason, ended.deadline) == ("deadline", 4.0)
-    _, waits, _ = drive(Waiting(deadline=1.2, extra=0), events, history=history)
-    assert waits[-1] == 1.2
-    for _ in range(5):
-        history.decoded(0.5)
-    assert history.decoding() == 5.0  # three of four
+    _, waits, ended = drive(Waiting(deadline=4.0, extra=0), events, history=known(), reserve=0.5)
+    assert waits[-1] == 3.5
+    assert (ended.reason, ended.deadline) == ("deadline", 4.0)
+    few = [*begin(0, 1, 2, 3), *settle(0), None, None]  # to predict from: it is not needed
+    for exact, script in ((False, few), (True, [*events, None])):
+        waiting = Waiting(deadline=4.0, extra=0, predict=not exact)
+        assert drive(waiting, script, history=known(), reserve=0.5)[1][-2:] == [3.5, 4.0]
+
+
+def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
+    history = History()
+    usual = history.decoding(64)
+    for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
+        history.decoded(factor * usual, 64, 4096)
+    assert history.decoding(64) == pytest.approx(2 * usual)  # of eight, one takes longer
+    assert history.decoding(4096) > 10 * history.decoding(1024)
+    assert history.reserve(4096, math.inf) == 0.0
+    late = 0.005
+    assert history.reserve(64, 0.3) == 1.25 * history.decoding(64) + late
+    # A regression of all, several of some, and the mean, as time is short.
+    reserves = [history.reserve(4096, deadline) for deadline in (10.0, 1.0, 0.1)]
+    assert reserves[:2] == [1.25 * history.decoding(4096, size) + late for size in (4096, 512)]
+    assert reserves[2] == history.decoding(1)
+
+
+def test_a_regression_that_was_slow_by_chance_is_tried_again():
+    history = History()
+    usual = history.decoding(64)
+    for factor in (1.0, 99.0):
+        history.decoded(factor * usual, 64, 4096)
+    assert history.decoding(64) == pytest.approx(99 * usual)
+    for _ in range(32):
+        history.hurried()
+    assert history.decoding(64) == usual
 
 
 def test_without_an_idle_machine_a_late_part_queues_whole():
@@ -172,6 +193,10 @@ def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
     enough = drive(waiting, [*settle(0, 1), None], history=known())
     assert enough[2].reason == reason
     assert (enough[2].deadline, enough[2].decodable) == (3.0, 1.0)
+    if reason == "deadline":
+        few = drive(waiting, [*settle(0), None], history=known())[2]
+        assert (few.reason, few.decodable) == (reason, math.inf)
+        return
     later = drive(waiting, [*settle(0), None, *settle(1, at=7.0)], history=known())
     assert later[1][-1] == math.inf
     assert (later[2].reason, later[2].decodable) == (reason, 7.0)
@@ -183,10 +208,9 @@ def test_a_deadline_counts_from_the_call():
     assert ended.deadline == 3.0
 
 
-def test_infinite_patience_never_predicts():
-    _, waits, ended = drive(
-        Waiting(patience=math.inf), [*settle(0, 1), *settle(2, 3, at=99.0)], history=known()
-    )
+@pytest.mark.parametrize("waiting", [Waiting(patience=math.inf), Waiting(predict=False)])
+def test_infinite_patience_waits_for_all_that_can_come(waiting):
+    _, waits, ended = drive(waiting, [*settle(0, 1), *settle(2, 3, at=99.0)], history=known())
     assert set(waits) == {math.inf}
     assert ended.reason == "complete"
 
@@ -366,6 +390,8 @@ def test_options_are_values():
         ({"deadline": "soon"}, TypeError, "deadline must be positive and finite, got 'soon'"),
         ({"patience": 0}, ValueError, "patience must be positive, got 0"),
         ({"patience": math.nan}, ValueError, "patience must be positive, got nan"),
+        ({"predict": 0}, TypeError, "predict must be of type bool, got int"),
+        ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'predict', got 'skip'"),
         ({"extra": -1}, ValueError, "extra must be at least 0 and finite, got -1"),
         ({"extra": math.inf}, ValueError, "extra must be at least 0 and finite, got inf"),
     ],

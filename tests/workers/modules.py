@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import struct
+import signal
 import sys
 import time
 from typing import Any
@@ -163,3 +164,20 @@ class Garbles(nn.Module):
                 sock.send(struct.pack("<qqqqQqQq", 4, 0, 10, 3, 0, -1, 0, 0))
         time.sleep(3600)
         return x
+
+
+class FailsOn(nn.Module):
+    """Raises, ends its process or hangs at inputs that hold a value; else twice the input."""
+
+    def __init__(self, value: float, how: str) -> None:
+        super().__init__()
+        self.value, self.how = value, how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x == self.value).any()):
+            if self.how == "raise":
+                raise ValueError(f"{self.value:g} is not to be had, in {len(x)} rows")
+            if self.how == "segfault":
+                signal.raise_signal(signal.SIGSEGV)
+            time.sleep(3600)
+        return 2.0 * x

@@ -163,7 +163,7 @@ class Supervisor(abc.ABC):
                 return self.fail_to_read(machine, number, cause)
             if kind != RESULT:
                 reason = f"failed in {machine}: {value[0]}"
-                return self.fail(machine, number, reason, remote_cause(value))
+                return self.fail(machine, number, reason, remote_cause(value), "raised")
         if (job := self._finish(machine, number)) is not None:
             job.request.settle(job.part, value)
         return self._assign()
@@ -173,11 +173,16 @@ class Supervisor(abc.ABC):
         self.fail(machine, number, f"sent what cannot be read, from {machine}: {cause}", cause)
 
     def fail(
-        self, machine: Machine, number: int, reason: str, cause: BaseException | None = None
+        self,
+        machine: Machine,
+        number: int,
+        reason: str,
+        cause: BaseException | None = None,
+        kind: str = "",
     ) -> None:
         """A machine has ended a job without a value."""
         if (job := self._finish(machine, number)) is not None:
-            job.request.fail(job.part, reason, cause)
+            job.request.fail(job.part, reason, cause, kind)
         self._assign()
 
     def _finish(self, machine: Machine, number: int) -> Job | None:
@@ -228,7 +233,7 @@ class Supervisor(abc.ABC):
         if not self.closed:
             logger.warning("%s", what)
         if job is not None:
-            job.request.fail(job.part, f"was lost: {what}")
+            job.request.fail(job.part, f"was lost: {what}", kind="died")
         for job in stranded:
             job.request.fail(job.part, f"was never begun: {what}")
         self.wake()

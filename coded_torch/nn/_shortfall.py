@@ -1,0 +1,153 @@
+"""What a call raises instead of answering, and what the exception holds."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..codes.errors import DeadlineExceeded, NotEnoughResults
+from ..workers.base import WorkerError
+from ..workers.pytrees import unflatten
+from ._collect import Collected
+from ._results import Results
+from ._units import Units
+from .report import Report
+from .waiting import Waiting
+
+__all__ = ["shortfall"]
+
+
+def shortfall(
+    waiting: Waiting, units: Units, results: Results, report: Report, collected: Collected
+) -> Exception | None:
+    """What to raise where some rows may not, or cannot, be predicted; None if all may.
+
+    What became of the rows is written into the report.
+    """
+    errors = {error.part: error for error in results.rejected}
+    if units.by_rows:
+        _note_rows(units, results, report, collected, errors)
+    enough = len(results.units) >= _required(waiting, units, report)
+    blamed = [errors[number] for number in collected.refused if number in errors]
+    error: Exception
+    if blamed and (waiting.on_error == "raise" or not enough):
+        error = _of_module(units, results, report, collected, blamed)
+    elif enough:
+        return None
+    else:
+        error = results.misfit or _too_few(waiting, units, results, report, collected.why)
+    return _holding(error, units, results, report)
+
+
+def _required(waiting: Waiting, units: Units, report: Report) -> int:
+    """How many results the others may be predicted from."""
+    if not waiting.predict:
+        return units.needed
+    if waiting.at_once or report.ended == "failed":  # more could not come
+        return units.least
+    return max(units.least, -(-units.needed // 2))
+
+
+def _note_rows(
+    units: Units,
+    results: Results,
+    report: Report,
+    collected: Collected,
+    errors: dict[int, WorkerError],
+) -> None:
+    good = results.units
+    last: dict[int, WorkerError] = {}
+    refused: set[int] = set()
+    for part in collected.parts:
+        if part.number in errors:
+            last |= dict.fromkeys(part.units, errors[part.number])
+        if part.number in collected.refused:
+            refused |= set(part.units) - good
+    report.missing_rows = tuple(sorted(set(range(units.batch_size)) - good))
+    report.errors = {row: last[row] for row in report.missing_rows if row in last}
+    report.refused = tuple(sorted(refused))
+
+
+def _of_module(
+    units: Units,
+    results: Results,
+    report: Report,
+    collected: Collected,
+    blamed: Sequence[WorkerError],
+) -> Exception:
+    """The exception of the module for the first row that it fails on."""
+    first = min(blamed, key=lambda error: collected.parts[error.part].units)
+    cause = first.__cause__
+    if first.kind != "raised" or not isinstance(cause, Exception):
+        return _too_few(Waiting(predict=False), units, results, report, "")
+    if report.refused:
+        rows = _shown(report.refused)
+        note = f"raised by the module on {rows} of the batch; {first}"
+        with contextlib.suppress(AttributeError):  # a class may have slots
+            # What add_note does, which Python 3.10 does not have.
+            cause.__notes__ = [*getattr(cause, "__notes__", ()), note]
+            cause.rows = report.refused  # type: ignore[attr-defined]
+    return cause
+
+
+def _too_few(
+    waiting: Waiting, units: Units, results: Results, report: Report, why: str
+) -> NotEnoughResults:
+    kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
+    rejected = results.rejected
+    if units.by_rows:
+        received, total = sorted(results.units), units.batch_size
+        causes: dict[str, list[int]] = {}
+        for row in report.missing_rows:
+            cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
+            causes.setdefault(cause, []).append(row)
+        reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
+    else:
+        total = len(units.first)
+        received = results.of_first(total)
+        reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
+    required = _required(waiting, units, report)
+    error = kind(received, required, total, "; ".join([*reasons, *([why] if why else [])]))
+    error.__cause__ = report.errors[min(report.errors)] if report.errors else None
+    if error.__cause__ is None and rejected:
+        error.__cause__ = rejected[0]
+    return error
+
+
+def _shown(rows: Sequence[int]) -> str:
+    """Rows, runs of them as their ends."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1][1:] = [row]
+        else:
+            runs.append([row])
+    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
+
+
+def _holding(error: Exception, units: Units, results: Results, report: Report) -> Exception:
+    """The exception with what came."""
+    with contextlib.suppress(AttributeError):
+        error.report = report  # type: ignore[attr-defined]
+        error.answers = _computed(units, results)  # type: ignore[attr-defined]
+    return error
+
+
+def _computed(units: Units, results: Results) -> Any:
+    """The rows that were computed, in the structure of the answers, NaN elsewhere."""
+    if not (units.by_rows and results.good):
+        return None
+    stacked, leaves = results.stack(), []
+    for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True):
+        if dim is not None and isinstance(leaf, Tensor):
+            fill = math.nan if leaf.is_floating_point() else 0
+            whole = leaf.new_full((units.batch_size, *leaf.shape[2:]), fill)
+            whole[list(stacked.units)] = leaf.squeeze(1)
+            leaf = whole.movedim(0, dim)
+        leaves.append(leaf)
+    return unflatten(leaves, stacked.spec)

@@ -1,0 +1,159 @@
+"""Whose fault failures are: the module's, on some row, or that of workers."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import DeadlineExceeded, KernelCode, LagrangeCode, NotEnoughResults
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.surrogates import Memory
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, ProcessWorkers
+
+from ..workers.modules import FailsOn, Heavy, Sleepy
+from .pools import Separate
+
+X = torch.arange(64.0).view(64, 1)
+BAD = 17  # the row that the module fails on
+MOST = 2 * math.ceil(math.log2(11)) + 2  # parts, beyond the first six of 11 rows at most
+
+
+def wrapper(pool, how="raise", **waiting):
+    waiting = Waiting(**{"extra": 0} | waiting)  # what is late is not asked again, but what fails
+    return CodedWrapper(FailsOn(BAD, how), KernelCode(6, 6), workers=pool, waiting=waiting)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ProcessWorkers(6).start() as pool, torch.no_grad():
+        yield pool
+
+
+def check_innocent(error, rows=(BAD,)):
+    """All rows but these were computed."""
+    assert error.report.missing_rows == error.report.refused == rows
+    assert error.answers[list(rows)].isnan().all()
+    kept = [row for row in range(64) if row not in rows]
+    assert torch.equal(error.answers[kept], 2 * X[kept])
+
+
+def test_a_row_that_the_module_raises_on_is_named(pool):
+    coded = wrapper(pool)
+    with pytest.raises(ValueError, match="17 is not to be had, in 1 rows") as info:
+        coded(X)
+    assert info.value.rows == (BAD,)
+    assert "raised by the module on row 17 of the batch" in info.value.__notes__[-1]
+    check_innocent(info.value)
+    assert coded.last_run is info.value.report
+    assert coded.last_run.ended == "error"
+    assert len(coded.last_run.hedges) <= MOST
+
+
+def test_the_row_is_predicted_if_that_is_asked_for(pool):
+    answers, report = wrapper(pool, on_error="predict").run(X)
+    assert report.predicted.nonzero().flatten().tolist() == [BAD]
+    assert report.refused == (BAD,)
+    assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
+    assert isinstance(report.errors[BAD].__cause__, ValueError)
+
+
+def test_what_every_part_raises_is_raised_at_once():
+    calls = []
+
+    class Refuses(nn.Module):
+        def forward(self, x):
+            calls.append(len(x))
+            raise TypeError(f"got {len(x)} rows of a wrong kind")
+
+    with pytest.raises(TypeError, match="of a wrong kind") as info:
+        CodedWrapper(Refuses(), KernelCode(6, 6), workers=Separate(), waiting=Waiting())(X)
+    assert info.value.report.work == 1.0
+    assert info.value.answers is None
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_on_one_worker_it_takes_three_tries(batch):
+    with DeviceWorkers(["cpu"]) as pool:
+        coded = wrapper(pool)
+        with pytest.raises(ValueError, match="not to be had") as info:
+            coded(X[BAD : BAD + batch] if batch < 64 else X)
+        assert info.value.rows == ((BAD,) if batch == 64 else (0,))
+
+
+def test_injected_crashes_of_threads_are_no_errors_of_the_module():
+    with FaultyWorkers(DeviceWorkers(["cpu"] * 6), rates={"crash": 0.3}) as pool:
+        coded = wrapper(pool, predict=False)
+        coded.module = nn.Identity()
+        for _ in range(20):
+            assert torch.equal(coded(X), X)
+
+
+def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
+    for _ in range(3):
+        pids = set(pool.pids)
+        coded = wrapper(pool, "segfault")
+        with pytest.raises(NotEnoughResults, match=r"row 17: .*SIGSEGV") as info:
+            coded(X)
+        check_innocent(info.value)
+        pool.start()
+        assert 2 <= len(pids - set(pool.pids)) <= 5
+
+
+def test_predict_false_computes_every_row_whatever_fails(pool):
+    kinds = ("nan", "infinity", "shape", "dtype", "structure")
+    rates = {"crash": 0.3} | dict.fromkeys(kinds, 0.02)
+    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), predict=False, extra=0.25)
+    for _ in range(12):
+        answers, report = coded.run(X[:BAD])
+        assert torch.equal(answers, 2 * X[:BAD])
+        assert not report.predicted.any()
+        assert report.missing_rows == ()
+
+
+def test_predict_false_names_what_is_missing_and_why():
+    coded = wrapper(Separate(), predict=False)
+    coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
+    with pytest.raises(NotEnoughResults, match=r"64 of 64 .*row 40: machine \d+ ret") as info:
+        coded(X)
+    assert info.value.report.missing_rows == tuple(range(41))
+    assert torch.equal(info.value.answers[41:], X[41:])
+    with pytest.raises(ValueError, match="predict must be True with a code that mixes"):
+        CodedWrapper(nn.Identity(), LagrangeCode(4, 6), waiting=Waiting(predict=False))
+
+
+def late(coded, deadline, x=X):
+    """Seconds after the deadline at which a call raises."""
+    start = time.perf_counter()
+    with pytest.raises(DeadlineExceeded) as info:
+        coded(x)
+    assert len(info.value.received) < 32
+    return time.perf_counter() - start - deadline
+
+
+def test_a_deadline_holds_while_workers_start_and_load_and_hang():
+    with ProcessWorkers(2, grace=600) as pool, torch.no_grad():
+        start = wrapper(pool, deadline=0.1)
+        assert -0.01 < late(start, 0.1) < 0.5
+        pool.start()
+        heavy = wrapper(pool, deadline=0.1)
+        heavy.module = Heavy()
+        assert -0.01 < late(heavy, 0.1) < 0.5
+        hanging = wrapper(pool, deadline=0.1, predict=False)
+        hanging.module = Sleepy()
+        for _ in range(3):
+            assert -0.01 < late(hanging, 0.1, torch.full((64, 1), 100.0)) < 0.5
+
+
+def test_a_memory_answers_with_less_than_half(pool):
+    memory = Memory()
+    coded = wrapper(pool, deadline=5.0).replace(surrogate=memory)
+    coded(X[:BAD])
+    assert coded.last_run.ended == "complete"
+    memory.rebuild()
+    coded.workers = FaultyWorkers(pool, rates={"nan": 1.0})
+    answers, report = coded.run(X[:BAD])
+    assert report.predicted.all()
+    assert "answered alone" in report.notes[-1]
+    torch.testing.assert_close(answers, 2 * X[:BAD], atol=1.0, rtol=0)
