@@ -80,10 +80,12 @@ def app(
     ``uvicorn.run(app(...))``. A request that is not answered gets ``{"error": ...}`` and
 
     - 4xx: its own mistake; a row that is not finite, or of a wrong shape, is named;
-    - 503, with ``Retry-After``: too many requests are waiting, it would probably be late, or
-      workers hang: until a batch is answered again, one request at a time is tried;
-    - 504: its deadline is over, and there was too little to predict from;
-    - 500: the model failed on it.
+    - 503, with ``Retry-After``: too many requests are waiting, it would probably be late, no worker
+      is left that could compute it, or workers hang: until a batch is answered again, one request
+      at a time is tried;
+    - 504: its deadline is over, and there was too little to predict from, or predictions are not
+      wanted, ``Waiting(predict=False)``;
+    - 500: the model failed on it. Requests beside it are answered.
 
     Args:
         coded: the model on its machines. The application closes its pool. Of the wrapper's
@@ -300,13 +302,30 @@ class Service:
         return Response(body, headers=headers, media_type=kind)
 
     def _call(self, inputs: list[Tensor], seconds: float) -> tuple[list[Tensor], Report]:
-        """Compute a batch. Few rows predict little, so it waits for its deadline, never less."""
-        waiting = dataclasses.replace(self.coded.waiting or Waiting(), deadline=seconds)
+        """Compute a batch. Few rows predict little, so it waits for its deadline, never less.
+
+        Where the report says that the call failed, only rows that are not missing have answers;
+        where none has, there are no outputs.
+        """
+        own = self.coded.waiting or Waiting()
+        # A row on which the model fails is no reason not to predict others; the batcher refuses it.
+        waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
         if self.coded.workers.simulated:  # other pools move what they get
             device = device_of(self.coded.module)
             inputs = [x.to(device or x.device) for x in inputs]
-        with torch.no_grad():
-            answers, report = self.coded.run(*inputs, waiting=waiting)
+        try:
+            with torch.no_grad():
+                answers, report = self.coded.run(*inputs, waiting=waiting)
+        except Exception as error:
+            answers, held = getattr(error, "answers", None), getattr(error, "report", None)
+            if not isinstance(held, Report) or not held.missing_rows:
+                raise
+            report = held
+            if answers is None:
+                return [], report
+            report.predicted = torch.zeros(len(inputs[0]), dtype=torch.bool)
+        if own.on_error == "predict" and not report.failed:
+            report.refused = ()
         rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
         if len(leaves) != len(self.outputs):
             raise TypeError(f"the model must return {len(self.outputs)} tensors, got {len(leaves)}")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from ..codes import NotEnoughResults
+from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
 from ..nn.waiting import History
 from .errors import RequestError
@@ -229,17 +229,19 @@ class Batcher:
             outputs, report = await loop.run_in_executor(self._threads, self._call, inputs, left)
         except NotEnoughResults as cause:
             error = RequestError(504, "late", f"too few results within the deadline: {cause}")
-            if time.monotonic() < begin + left:
+            if not isinstance(cause, DeadlineExceeded) and time.monotonic() < begin + left:
                 error = RequestError(500, "failed", f"the model failed: {cause}")
         except Exception as cause:  # whatever the model raises: its requests get an answer
             logger.exception("a batch failed")
             error = RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
         else:
-            self._on_batch(report, rows, [begin - entry.arrived for entry in batch])
-            if report.ended == "failed":  # some rows had time, and no result
-                why = "; ".join(report.rejected.values())
-                error = RequestError(500, "failed", f"the model failed on some rows: {why}")
-        late = error is not None and error.status == 504
+            late = not outputs and report.ended == "deadline"
+            if outputs:
+                self._on_batch(report, rows, [begin - entry.arrived for entry in batch])
+            if len(report.refused) == rows > len(batch[0].inputs[0]):  # all parts raised alike
+                error = _refusal(report, 0)
+        if error is not None:
+            late = error.status == 504
         if not late:
             self._hung = False
         elif left >= self._usual(rows):
@@ -257,8 +259,29 @@ class Batcher:
 
     def _settle(self, batch: list[_Entry], outputs: list[Tensor], report: Report) -> None:
         start = 0
+        # Rows that had time, and no result, or that had none when too few came to predict.
+        lost = set(report.refused)
+        if report.failed or report.ended == "failed":
+            lost |= set(report.missing_rows)
         for entry in batch:
             rows = slice(start, start + entry.rows)
             start = rows.stop
-            if not entry.future.done():
+            if entry.future.done():
+                continue
+            mine = lost.intersection(range(rows.start, rows.stop))
+            if mine:
+                entry.future.set_exception(_refusal(report, min(mine)))
+            else:
                 entry.future.set_result(Answer([output[rows] for output in outputs], report))
+
+
+def _refusal(report: Report, row: int) -> RequestError:
+    """What a request hears of which a row has no answer."""
+    error = report.errors.get(row)
+    if row in report.refused:
+        return RequestError(500, "failed", f"the model failed: {error}")
+    if report.ended == "deadline":
+        return RequestError(504, "late", f"too few results within the deadline: {error or 'none'}")
+    if error is None or error.machine < 0 or error.kind == "died":
+        return RequestError(503, "unavailable", f"no worker computed it: {error or 'none is up'}")
+    return RequestError(500, "failed", f"the model failed: {error}")

@@ -279,7 +279,7 @@ def test_a_deadline_without_results_is_504_and_in_time(said, seconds):
         status, answer = client.infer(ONE, **said)
         took = time.monotonic() - start
         assert (status, answer["error"][:8]) == (504, "too few ")
-        assert seconds <= took < seconds + 1
+        assert seconds - 0.02 <= took < seconds + 1
         held.go.set()
 
 

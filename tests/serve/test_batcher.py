@@ -11,6 +11,7 @@ from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
 from coded_torch.serve.batcher import Batcher
 from coded_torch.serve.errors import RequestError
+from coded_torch.workers import WorkerError
 
 
 class Model:
@@ -21,13 +22,14 @@ class Model:
         self.go = threading.Event()
         self.go.set()
         self.behave = lambda rows, report: None
+        self.failed = False
 
     def __call__(self, inputs, seconds):
         (rows,) = inputs
         self.batches.append(rows[:, 0].tolist())
         self.seconds.append(seconds)
         assert self.go.wait(10)
-        report = Report(ended="complete")
+        report = Report(ended="complete", failed=self.failed)
         self.behave(rows, report)
         return [2 * rows], report
 
@@ -299,7 +301,8 @@ def test_what_has_expired_joins_no_batch(model):
 def test_a_request_that_fails_fails_alone(model):
     def fail(rows, report):
         if 2.0 in rows:
-            report.ended, report.rejected = "failed", {3: "failed in process 7: IndexError: 2"}
+            report.refused = report.missing_rows = (rows.flatten().tolist().index(2.0),)
+            report.errors = {report.refused[0]: WorkerError(3, 1, "raised IndexError: 2", "raised")}
 
     async def run():
         batcher = model.batcher()
@@ -314,7 +317,31 @@ def test_a_request_that_fails_fails_alone(model):
         assert "IndexError: 2" in found[2].message
 
     asyncio.run(run())
-    assert model.batches == [[0], [1, 2, 3, 4], [1], [2], [3], [4]]
+    assert model.batches == [[0], [1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("ended", "machine", "kind", "status"),
+    [("deadline", 1, "", 504), ("failed", -1, "", 503), ("failed", 1, "died", 503)],
+)
+def test_rows_without_a_result_are_late_or_unavailable(model, ended, machine, kind, status):
+    def fail(rows, report):
+        report.ended, report.missing_rows = ended, (0,)
+        report.errors = {0: WorkerError(0, machine, "is gone", kind)}
+
+    async def run():
+        batcher = model.batcher()
+        model.behave = fail
+        model.failed = True
+        model.go.clear()
+        entries = [put(batcher, float(i)) for i in range(3)]
+        await until(lambda: model.batches)
+        model.go.set()
+        return await answers(*entries)
+
+    first, second, third = asyncio.run(run())
+    assert first.status == second.status == status
+    assert third == [4.0]  # it was computed
 
 
 @pytest.mark.parametrize(
