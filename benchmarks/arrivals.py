@@ -137,7 +137,7 @@ def policies(load: Load, part: float) -> dict[str, Waiting]:
         "hedge at 2 medians": HedgeOnce(medians=2.0),
         "hedge at the fence": HedgeOnce(),
         "hedge at p95": HedgeOnce(quantile=0.95),
-        "three re-asks": Waiting(patience=never),
+        "three re-asks": Waiting(predict=False),
         "coded at once": Waiting.first(load.num_stragglers),
         "hedge, predict": Waiting(),
         "hedge, deadline": Waiting(deadline=3 * part),
@@ -211,7 +211,7 @@ class _Dealt:
 def median_part(pool: Workers, model: nn.Module, images: Tensor, load: Load) -> float:
     """The median of a part, in seconds, of requests that come one after the other."""
     model = Sleeping(model).eval() if load.sleep else model
-    scheme = _Dealt(model, load, pool, Waiting(patience=math.inf))
+    scheme = _Dealt(model, load, pool, Waiting(predict=False))
     reports = [scheme(images[: load.batch_size])[1] for _ in range(_WARM_UP)]
     seconds = [at for report in reports[_WARM_UP // 3 :] for at in report.latencies.values()]
     return float(np.median(seconds))

@@ -120,7 +120,8 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(self.pause()):
-            victims = self.random.sample(self.pool.pids, self.random.randint(1, self.most))
+            pids = self.pool.pids
+            victims = self.random.sample(pids, min(len(pids), self.random.randint(1, self.most)))
             start = time.monotonic()
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)

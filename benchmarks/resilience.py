@@ -13,8 +13,8 @@ that it is to reach:
 - leak: what a pool leaves behind;
 - stragglers: a share of the calls takes 50 ms longer, against waiting for all and two-fold
   replication;
-- overhead: of the pool, and of the wrapper with encoding and decoding;
-- ray: actors are killed every three seconds.
+- overhead: of the pool, and of the wrapper; ray: actors are killed every three seconds;
+- exact, poison, deadline: see ``promises.py``.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from coded_torch.workers import (
     Workers,
 )
 
+from . import promises
 from .clients import (
     FEATURES,
     SEED,
@@ -64,7 +65,6 @@ from .clients import (
 from .runs import Measurement
 
 DELAY = 0.05  # seconds
-
 Bars = dict[str, list[float]]  # what was measured, and its bar
 Policy = Callable[[float | None], Waiting]  # by the deadline
 
@@ -380,13 +380,14 @@ SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
         for name, policy in POLICIES.items()
     },
     **{function.__name__: function for function in (stragglers, overhead, ray)},
+    **promises.SCENARIOS,
 }
 
 
+@torch.no_grad()
 def run(name: str, quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)  # the cores are the workers'
-    with torch.no_grad():
-        found = SCENARIOS[name](quick)
+    found = SCENARIOS[name](quick)
     for bar, (value, most) in found["bars"].items():
         print(f"  {'met   ' if value <= most else 'MISSED'} {bar}: {value} (at most {most})")
     return found

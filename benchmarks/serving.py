@@ -54,7 +54,7 @@ THRESHOLDS = {"1.2 medians": 1.2, "1.5 medians": 1.5, "2 medians": 2.0, "3 media
 HEDGES = {f"hedge at {name}": HedgeOnce(medians=x) for name, x in THRESHOLDS.items()}
 POLICIES: dict[str, Waiting | None] = {
     "coded": None,
-    "uncoded": Waiting(patience=math.inf, extra=0),
+    "uncoded": Waiting(predict=False, extra=0),
     **HEDGES,
 }
 SHARES = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)  # slower than so long
