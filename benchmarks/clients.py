@@ -124,7 +124,8 @@ class Killer(threading.Thread):
             victims = self.random.sample(pids, min(len(pids), self.random.randint(1, self.most)))
             start = time.monotonic()
             for pid in victims:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has just died by itself
+                    os.kill(pid, signal.SIGKILL)
             self.kills += len(victims)
             while set(victims) & set(self.pool.pids) or self.pool.num_ready < N:
                 time.sleep(0.002)

@@ -28,7 +28,7 @@ from .base import Began, Part, Reply, Request, Task, Workers
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Fault", "FaultyWorkers", "InjectedCrash"]
+__all__ = ["Fault", "FaultyWorkers"]
 
 _DAY = 86_400.0
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import DeadlineExceeded, NotEnoughResults, ReplicationCode, SplineCode
+from coded_torch.codes import (
+    DeadlineExceeded,
+    KernelCode,
+    NotEnoughResults,
+    ReplicationCode,
+    SplineCode,
+)
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
 from coded_torch.testing.workers import (
@@ -47,6 +53,17 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
         assert info.value.answers[1:].isnan().all()
         again = pickle.loads(pickle.dumps(info.value))
         assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
+
+
+def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
+    late = Trace([[0.0, 0.0, 0.0, 1.0]])
+    x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
+    with FaultyWorkers(DeviceWorkers(["cpu"] * 4), delays=late) as pool, torch.no_grad():
+        coded = CodedWrapper(nn.Tanh(), KernelCode(4, 4), workers=pool)
+        answers, report = coded.run(x, waiting=Waiting(deadline=0.3, extra=0))
+    assert report.missing_rows == tuple(range(3000, 4000))
+    assert "to keep the deadline" in report.notes[-1]
+    assert torch.equal(answers[:3000], x[:3000].tanh())
 
 
 def too_few(**options) -> CodedWrapper:
