@@ -30,6 +30,7 @@ from .clients import SEED, START, Killer, N, percentiles
 
 DEADLINE = 0.3  # seconds
 ROWS = 64
+PAUSE = 0.25  # seconds between two calls with a row that ends its process
 BAD = -1.0  # an input on which the module ends its process
 RATES = {"crash": 0.3} | dict.fromkeys(("nan", "infinity", "shape", "dtype", "structure"), 0.02)
 
@@ -104,33 +105,33 @@ def exact(quick: bool) -> dict[str, Any]:
 
 
 def poison(quick: bool) -> dict[str, Any]:
-    count, seconds = (3, 0.5) if quick else (100, 10.0)
+    count = 3 if quick else 100
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
     with ProcessWorkers(N).start(START) as pool, _ended_processes() as ended:
         mine, others = _coded(pool, model), _coded(pool, model)
 
-        def attack() -> None:
-            with torch.no_grad():
-                for _ in range(count):
-                    x, before = _batch(generator), len(ended)
-                    x[17, 0] = BAD
-                    try:
-                        mine(x)
-                    except NotEnoughResults as error:
-                        computed.append(len(error.received))
+        @torch.no_grad()
+        def call(value: float) -> None:
+            for _ in range(count):
+                x, before = _batch(generator), len(ended)
+                x[17, 0] = value
+                try:
+                    mine(x)
+                except NotEnoughResults as error:
+                    computed.append(len(error.received))
                     lost.append(len(ended) - before)
+                time.sleep(PAUSE)
 
-        mine(_batch(generator))
-        calm = _times_beside(others, lambda: time.sleep(seconds))
-        disturbed = _times_beside(others, attack)
+        calm = _times_beside(others, lambda: call(0.0))
+        disturbed = _times_beside(others, lambda: call(BAD))
     p99 = float(np.percentile(disturbed, 99) / np.percentile(calm, 99))
     return {
         "calls": count,
         "others, calm": percentiles(calm),
         "others, disturbed": percentiles(disturbed),
         "bars": {
-            "calls that computed fewer than 63 rows": [count - computed.count(ROWS - 1), 0],
+            "calls that did not compute 63 rows": [count - computed.count(ROWS - 1), 0],
             "processes lost by a call": [max(lost), 5],
             "others: p99 by that of calm": [round(p99, 3), 2.0],
         },

@@ -95,15 +95,15 @@ class Watched:
             assert waiting.deadline is None
             assert waiting.predict
             assert len(good) >= half
-            # Exactly then, or when the half was there.
+            # Exactly then, or when the half was there, or when it was clear what had failed.
             assert seconds == pytest.approx(ended.deadline) or (
-                seconds > ended.deadline and before < half
+                seconds > ended.deadline and (before < half or "failed" in states)
             )
         if ended.reason == "failed":
             assert not {"queued", "running"} & set(states)
         if seconds > ended.deadline * (1 + 1e-9):
             assert waiting.deadline is None
-            assert before < half, "half was there, and patience over"
+            assert before < half or "failed" in states, "half was there, and patience over"
 
 
 conditions = st.builds(
@@ -156,7 +156,8 @@ def test_what_holds_for_every_call(conditions, waiting, machines, parts, load, s
     predicted = outcomes[0].predicted
     assert ((predicted > 0) == (predicted != 0)).all()
     assert (predicted > 0).sum() == 150 - outcomes[0].ended["complete"]
-    assert set(outcomes[0].ended) <= {"complete", "deadline", "patience", "failed"}
+    # "error": where half of the parts fail, a row may be blamed for it.
+    assert set(outcomes[0].ended) <= {"complete", "deadline", "patience", "failed", "error"}
     if waiting.extra == 0:
         assert watched[0].hedged == 0
 

@@ -91,7 +91,7 @@ def collect(
             # Nothing takes time on a simulated clock but what is simulated.
             since=0.0 if pool.simulated else request.now() + since - time.perf_counter(),
             idle=lambda: request.idle,
-            reserve=history.reserve(units.batch_size, left()),
+            reserve=history.reserve(units.batch_size, left()) if units.regresses else 0.0,
         )
         asked: set[int] = set()
         try:

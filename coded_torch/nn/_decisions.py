@@ -113,9 +113,21 @@ class Call:
             return "error"
         if self.over:
             return "deadline"
-        if self.late and good >= self.least:
-            return "patience" if self.waiting.deadline is None else "deadline"
+        if self.late and good >= self.least and self.waiting.deadline is not None:
+            return "deadline"
+        if self.late and good >= self.least and not self._suspects():
+            return "patience"
         return None if self.open else "failed"
+
+    def _suspects(self) -> bool:
+        """Whether it will soon be known on which row the module fails: no time to predict it."""
+        return any(
+            part.of is not None
+            and (part.state == QUEUED or (part.state == RUNNING and part.due > self.now))
+            and not self.good.issuperset(part.units)
+            and any(other.failure.kind for other in part.line())
+            for part in self.parts[self.num_first :]
+        )
 
     def _until(self) -> float:
         """When something is to be done if nothing happens."""

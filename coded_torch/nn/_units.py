@@ -44,6 +44,7 @@ class Units(abc.ABC):
         least: how many can be decoded at all.
         batch_size: B.
         num_groups: G; 0 for rows.
+        regresses: whether answers are predicted by a regression, which takes time.
         audit: the row of every unit that is the same input for all, which answers nothing; None:
             there is none.
     """
@@ -55,6 +56,7 @@ class Units(abc.ABC):
     least: int
     batch_size: int
     num_groups = 0
+    regresses: bool
     audit: int | None = None
 
     @property
@@ -121,6 +123,7 @@ class Columns(Units):
         memory: Callable[[int], Tensor | None],
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
+        self.regresses = code.uses_geometry
         self._plan = plan_batch(
             code,
             ordering,
@@ -180,6 +183,7 @@ class Rows(Units):
     ) -> None:
         size = inputs.batch_size
         self._inputs, self._code, self._ordering = inputs, code, ordering
+        self.regresses = code.uses_geometry
         leaves = [
             leaf if dim is None else leaf.movedim(dim, 0).unsqueeze(1)  # [B, 1, ...]
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
@@ -199,7 +203,7 @@ class Rows(Units):
 
     def hasten(self, seconds: float, history: History, report: Report) -> int:
         code, size = self._code, self.batch_size
-        if not code.uses_geometry:
+        if not self.regresses:
             return CHUNKS[0]
         made = "plan" in vars(self)
         for chunk in CHUNKS[:1] if made else CHUNKS:

@@ -400,6 +400,7 @@ class WorkersTests(abc.ABC):
             (failed,) = [reply for reply in replies if reply.error is not None]
             assert failed.part.units == (1,)
             assert (failed.error.part, failed.error.machine) == (1, failed.machine)
+            assert failed.error.kind == "raised"
             return failed.error
 
         error = first_error()

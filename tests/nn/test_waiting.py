@@ -9,7 +9,7 @@ import time
 import pytest
 
 from coded_torch.nn import Waiting
-from coded_torch.nn.waiting import Ask, Began, Drop, Ended, History, Prepare, Settled, Wait
+from coded_torch.nn.waiting import Ask, Began, Drop, Ended, Failure, History, Prepare, Settled, Wait
 
 FOUR = [(0, 1), (2, 3), (4, 5), (6, 7)]
 
@@ -169,6 +169,15 @@ def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times
     decisions, _, ended = drive(Waiting(extra=extra), events)
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Ask(((6, 7),))]
     assert ended.reason == "failed"
+
+
+def test_what_failed_is_cleared_up_before_anything_is_predicted():
+    failure = Failure("raised", 0, "wrong")
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 2.5, 2.5, False, failure)]
+    events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # patience is over at 3
+    events += [Settled(5, 3.3, 0.8, False, failure._replace(machine=1))]
+    ended = drive(Waiting(), events, history=known())[2]
+    assert (ended.reason, ended.refused) == ("error", (5,))
 
 
 def test_failures_do_not_need_the_bucket():

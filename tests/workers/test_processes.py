@@ -193,6 +193,7 @@ def test_a_dead_process_is_named_and_replaced():
         assert re.fullmatch(
             r"machine [012] was lost: process \d+ ended with exit code 7", str(errors[0])
         )
+        assert errors[0].kind == "died"
         until(lambda: pool.num_ready == 3)
         assert len(set(pool.pids) - victims) == 1
         assert all(reply.error is None for reply in answers(pool, Exits(), torch.zeros(3, 1, 1)))
