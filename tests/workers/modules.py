@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import socket
 import struct
-import signal
 import sys
 import time
 from typing import Any
