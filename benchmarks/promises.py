@@ -76,7 +76,7 @@ def exact(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     raised = wrong = predicted = 0
     times = []
-    with ProcessWorkers(N).start(START) as pool:
+    with ProcessWorkers(N).start(timeout=START) as pool:
         coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model, predict=False)
         killer = Killer(pool, lambda: 0.5, 1, SEED)
         with killer.at_work():
@@ -108,7 +108,7 @@ def poison(quick: bool) -> dict[str, Any]:
     count = 3 if quick else 100
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
-    with ProcessWorkers(N).start(START) as pool, _ended_processes() as ended:
+    with ProcessWorkers(N).start(timeout=START) as pool, _ended_processes() as ended:
         mine, others = _coded(pool, model), _coded(pool, model)
 
         @torch.no_grad()
@@ -179,7 +179,7 @@ def deadline(quick: bool) -> dict[str, Any]:
         ("slow", "", slow),
         ("die", "die", None),
     ):
-        with ProcessWorkers(N, grace=600).start(START) as pool:
+        with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
             coded = _coded(FaultyWorkers(pool, delays=law), Model(how), deadline=DEADLINE)
             late, outcomes = _lateness(coded, count)
         found[name] = {"outcomes": outcomes, "ms after the deadline": percentiles(late)}
