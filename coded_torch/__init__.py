@@ -1,6 +1,5 @@
 """Coded computing: every answer of a batch from whichever workers reply first."""
 
-import logging
 from importlib.metadata import version
 
 from . import (
@@ -19,9 +18,6 @@ from . import (
 )
 from .codes import NotEnoughResults
 from .compare import compare
-
-# Silent unless the application says where to.
-logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__ = version("coded_torch")
 __all__ = [

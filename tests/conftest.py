@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from coded_torch._logging import SPARING
+
 # Worker processes import the modules of the tests from where they are.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +36,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def missing_cuda():
     pytest.fail("CODED_TORCH_REQUIRE_CUDA=1, but torch sees no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def every_warning():
+    """Warnings that an earlier test has had are logged again."""
+    SPARING.forget()
 
 
 @pytest.fixture

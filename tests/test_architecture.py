@@ -41,6 +41,7 @@ LAYERS = (
         "_console",
         "_cuda_fallback",
         "_heap",
+        "_logging",
         "_streams",
         "_transforms",
         "_weights",

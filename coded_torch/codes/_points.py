@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .._logging import sparing_logger
 from ..distances import (
     METRICS,
     Features,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Points", "made_by", "path_step"]
 
-logger = logging.getLogger("coded_torch.codes")
+logger = sparing_logger("coded_torch.codes")
 
 # Points farther from the batch's centre than so many times the root mean square of its inputs say
 # nothing of the others, and their results may be so large that the mean does not either.

@@ -2,7 +2,6 @@ r"""Which results can be believed, beyond their form: whether they agree with ea
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._evidence import logarithms
+from .._logging import sparing_logger
 from .._transforms import outside, plain
 from ..adversaries import Evidence, Verdict, locate
 from ..codes.base import FixedCode
@@ -27,7 +27,7 @@ from .report import Report
 
 __all__ = ["Agreement", "TooManyAdversaries"]
 
-logger = logging.getLogger("coded_torch.nn")
+logger = sparing_logger("coded_torch.nn")
 
 _COLUMNS = 64
 _AUDIT = 0.03  # how far apart results of the audit row may be, in the outputs' spread
@@ -109,7 +109,8 @@ class Agreement:
         known = report.rejected
         report.note(results)
         for machine in report.rejected.keys() - known:
-            logger.warning("machine %d %s", machine, report.rejected[machine])
+            why = report.rejected[machine]
+            logger.warning("CodedWrapper: a result was rejected: machine %d %s", machine, why)
         report.adversaries = tuple(sorted(self._liars))
         report.notes += self._notes
         if self._verdict is None:

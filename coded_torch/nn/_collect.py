@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import re
 import time
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .._logging import sparing_logger
 from ..workers import base as workers
 from ._agreement import Agreement
 from ._results import Results
@@ -36,7 +36,7 @@ from .waiting import (
 
 __all__ = ["Collected", "collect", "seconds_left"]
 
-logger = logging.getLogger("coded_torch.nn")
+logger = sparing_logger("coded_torch.nn")
 
 
 class Collected(NamedTuple):
@@ -105,7 +105,7 @@ def collect(
             report.asked = tuple(sorted(asked))
             report.note(results)
             for error in results.rejected:
-                logger.warning("%s", error)
+                logger.warning("CodedWrapper: a result was rejected: %s", error)
     report.ended, report.hedges = ended.reason, ended.hedges
     report.num_groups = units.num_groups
     report.fence, report.median, report.deadline, report.decodable = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .._logging import sparing_logger
 from .._transforms import as_called, outside, plain
 from .._weights import device_of
 from ..surrogates import Memory
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Guess", "Guesses", "from_scale", "surrogates", "to_scale"]
 
-logger = logging.getLogger("coded_torch.nn")
+logger = sparing_logger("coded_torch.nn")
 
 
 class Guess(NamedTuple):

@@ -334,6 +334,7 @@ class CodedWrapper(StandIn):
         if chunk and not pool.simulated:
             self._history.decoded(report.decode_seconds, units.batch_size, chunk)
             self._narrowing.note(units.plan.code, report.distances)
+        report.warn(collected.why)
         return answers
 
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .._logging import sparing_logger
 from ..distances import Choice
 from ..workers.base import WorkerError
 from .waiting import Hedge
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
     from ._results import Results
 
 __all__ = ["Report"]
+
+_CUT_SHORT = {
+    "deadline": "the deadline was over",
+    "patience": "the patience was over",
+    "error": "the module fails on them",
+    "failed": "no more results could come",
+}
+
+logger = sparing_logger("coded_torch.nn")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -128,7 +138,20 @@ class Report:
         """
         if self.expected_errors is None:
             return None
-        return float(self.expected_errors.square().mean().sqrt())
+        squares = self.expected_errors.square()
+        return float(squares.mean().sqrt()) if len(squares) else 0.0
+
+    def warn(self, why: str) -> None:
+        """Log which answers were predicted, unless the policy wanted no more results.
+
+        Args:
+            why: there were no more results, in words.
+        """
+        if self.predicted is None or self.ended not in _CUT_SHORT:
+            return
+        if (count := int(self.predicted.sum())) > 0:
+            because, size = why or _CUT_SHORT[self.ended], len(self.predicted)
+            logger.warning("CodedWrapper: %d of %d answers are predicted: %s", count, size, because)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:

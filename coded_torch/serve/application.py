@@ -27,6 +27,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from .._heap import frozen_heap
+from .._logging import sparing_logger
 from .._weights import device_of
 from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
@@ -48,7 +49,7 @@ from .tensors import TensorSpec
 
 __all__ = ["Service", "app"]
 
-logger = logging.getLogger("coded_torch.serve")
+logger = sparing_logger("coded_torch.serve")
 
 _LOADING = 120.0  # seconds, that machines may take to load the model
 _PROGRESS = 2.0  # seconds from one line of progress to the next, while workers load

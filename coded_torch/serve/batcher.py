@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from .._logging import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
 from ..nn.waiting import History
@@ -21,7 +21,7 @@ from .errors import RequestError
 
 __all__ = ["Answer", "Batcher"]
 
-logger = logging.getLogger("coded_torch.serve")
+logger = sparing_logger("coded_torch.serve")
 
 _BATCHES = 64  # whose durations are remembered: some seconds of a busy server
 _TO_ANSWER = 0.01  # seconds that are kept before the deadline, to write the answers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 import os
 import threading
 import time
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count
+from .._logging import sparing_logger
 from .._streams import read_here
 from .._transforms import exactly
 from .._weights import fingerprint
@@ -28,7 +28,7 @@ from ._space import RANK, Space, evenly, side_by_side, winner
 
 __all__ = ["Memory"]
 
-logger = logging.getLogger("coded_torch.surrogates")
+logger = sparing_logger("coded_torch.surrogates")
 
 _FROZEN_AT = 1024  # rows, from which the coordinates are found for the last time
 _LENGTH, _PATH = 2.0, 240  # of the regression, in steps of a path through so many rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import queue
 import shutil
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .._logging import sparing_logger
 from ._supervised.machine import Job, Machine
 from ._supervised.pickles import Pickled, TensorPickler, aligned, cloud_pickler, unpickled
 from ._supervised.pool import SupervisedWorkers
@@ -26,7 +26,7 @@ from ._supervised.worker_main import LoadedModules, set_up
 
 __all__ = ["RayWorkers"]
 
-logger = logging.getLogger("coded_torch.workers")
+logger = sparing_logger("coded_torch.workers")
 
 _LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray binds all sockets to 127.0.0.1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import itertools
-import logging
 import math
 import threading
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..._logging import sparing_logger
 from ..base import Part
 from ..live import LiveRequest
 from .machine import START_SECONDS, Job, Machine
@@ -24,7 +24,7 @@ from .worker_main import RESULT, remote_cause
 
 __all__ = ["START_SECONDS", "Supervisor"]
 
-logger = logging.getLogger("coded_torch.workers")
+logger = sparing_logger("coded_torch.workers")
 
 _CLOSING_SECONDS = 10.0
 _FAILED_STARTS = 3  # in a row, until what waits fails
@@ -231,7 +231,7 @@ class Supervisor(abc.ABC):
                     self._jobs.clear()
             self._changed.notify_all()
         if not self.closed:
-            logger.warning("%s", what)
+            logger.warning("a worker was lost and is replaced: %s", what)
         if job is not None:
             job.request.fail(job.part, f"was lost: {what}", kind="died")
         for job in stranded:

@@ -1,0 +1,69 @@
+"""Loggers whose warnings stay readable: one per cause and minute."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["Sparing", "sparing_logger"]
+
+_SECONDS = 60.0  # between two warnings of one cause
+_MOST_CAUSES = 256  # that are remembered, each by so many characters:
+_CHARACTERS = 200
+
+_NUMBER = re.compile(r"\d[\w.]*")
+
+
+class Sparing(logging.Filter):
+    """Passes one warning per cause and minute, which says how many were held back before it.
+
+    Two warnings of one logger have the same cause if their texts differ in numbers only: the
+    machine, its process, the row, the shape.
+
+    Args:
+        clock: monotonic, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self.forget()
+        # A fork may happen while another thread holds the lock.
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        """Pass every cause again."""
+        self._lock = threading.Lock()
+        # When the cause was passed last, and what was held back since; the least recent first.
+        self._causes: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text, now = record.getMessage(), self._clock()
+        cause = record.name, _NUMBER.sub("#", text)[:_CHARACTERS]
+        with self._lock:
+            since, held = self._causes.pop(cause, (-math.inf, 0))
+            passes = now - since >= _SECONDS
+            self._causes[cause] = (now, 0) if passes else (since, held + 1)
+            if len(self._causes) > _MOST_CAUSES:
+                del self._causes[next(iter(self._causes))]
+        if passes and held:
+            record.msg, record.args = f"{text} ({held} more like it since the last one)", ()
+        return passes
+
+
+#: The one of all our loggers.
+SPARING = Sparing()
+
+
+def sparing_logger(name: str) -> logging.Logger:
+    """The logger of that name, with the filter."""
+    logger = logging.getLogger(name)
+    logger.addFilter(SPARING)
+    return logger
