@@ -3,6 +3,7 @@ r"""A module that stands in for another: what users of the other should not noti
 from __future__ import annotations
 
 import abc
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._arguments import warn
+from ._in_thread import in_thread
 
 __all__ = ["StandIn", "training_part"]
 
@@ -37,12 +39,43 @@ class StandIn(nn.Module, abc.ABC):
         self.module = module
         self.training = module.training
         self._compiled: Callable[..., Any] | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
 
     @abc.abstractmethod
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer; ``module`` is the one inside, or what has been compiled of it."""
+
+    @abc.abstractmethod
+    def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Answer, and return the report of the call beside the answers."""
+
+    async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Await :meth:`run`, which runs in a thread of asyncio.
+
+        Context variables hold there, and so do torch's modes of gradients, inference and autocast.
+        If the task is cancelled, the call ends: what no worker has begun never begins.
+
+        Args:
+            args, kwargs: of :meth:`run`.
+        """
+        return await in_thread(functools.partial(self.run, *args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        """Read what the module has and the wrapper has not, unless it can be called."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")  # none while it is unpickled
+            if name.startswith("_") or not hasattr(module, name):
+                raise
+        value = getattr(module, name)
+        if callable(value):
+            raise AttributeError(
+                f"{type(self).__name__}: {name} would run uncoded, in this process; if that is "
+                f"meant, use coded.module.{name}"
+            )
+        return value
 
     @abc.abstractmethod
     def _is_local(self) -> bool:
@@ -70,14 +103,15 @@ class StandIn(nn.Module, abc.ABC):
         state = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_compiled": None}  # made again where it is needed
 
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(f"{type(self).__name__}: {message}")
+
     def _warn_of_batch_statistics(self) -> None:
-        if not self.training or self._warned:
-            return
-        for kind, effect in _TRAINING_EFFECTS.items():
-            name = training_part(self.module, kind)
-            if name is not None:
-                self._warned = True
-                warn(f"CodedWrapper: {name} is in training mode and {effect}; call eval() on it")
+        for kind, effect in _TRAINING_EFFECTS.items() if self.training else ():
+            if (name := training_part(self.module, kind)) is not None:
+                self._warn_once(f"{name} is in training mode and {effect}; call eval() on it")
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.

@@ -11,13 +11,39 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from .base import Began, Part, Reply, Request, Task, WorkerError
 
-__all__ = ["Ambient", "LiveRequest"]
+__all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
+
+
+class Interruption:
+    """Interrupts, from another thread, the requests that one call has opened."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._requests: list[LiveRequest] = []
+
+    def watch(self, request: LiveRequest) -> None:
+        """Interrupt this one, too."""
+        self._requests.append(request)
+        if self._is_set:
+            request.interrupt()
+
+    def set(self) -> None:
+        """Interrupt all requests, now and later."""
+        self._is_set = True
+        for request in list(self._requests):
+            request.interrupt()
+
+
+#: What interrupts the requests that are opened in this context.
+INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)
 
 
 class LiveRequest(Request):
@@ -44,12 +70,15 @@ class LiveRequest(Request):
         # By the number of the part; None until it begins. What has its reply is not there any more.
         self._open: dict[int, Began | None] = {}
         self._asked: deque[tuple[float, Part]] = deque()  # when each was, the oldest first
-        self._events: queue.SimpleQueue[Began | Reply] = queue.SimpleQueue()
+        # None is an interruption.
+        self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = False
         self.abandoned = False
         # Guards what is open and closed. A pool may take it under a lock of its own, never the
         # other way round.
         self._lock = threading.Lock()
+        if (interruption := INTERRUPTION.get()) is not None:
+            interruption.watch(self)
 
     @abc.abstractmethod
     def _submit(self, parts: Sequence[Part]) -> None:
@@ -95,6 +124,10 @@ class LiveRequest(Request):
         error.__cause__ = cause
         self.settle(part, error=error)
 
+    def interrupt(self) -> None:
+        """Have :meth:`wait` raise a CancelledError, from any thread."""
+        self._events.put(None)
+
     # What the caller calls, from one thread.
 
     def ask(self, parts: Sequence[Part]) -> None:
@@ -109,17 +142,23 @@ class LiveRequest(Request):
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
             if not self._events.empty():  # nobody else takes from it
-                return self._events.get_nowait()
+                return self._next(0.0)
             limit = self._limit()
             try:
                 if limit == math.inf:  # nothing is open: what has happened is here already
-                    return self._events.get_nowait()
+                    return self._next(0.0)
                 seconds = max(min(until, limit) - self.now(), 0.0)
-                return self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
+                return self._next(min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
                 if until < limit or limit == math.inf:
                     return None
                 self._expire(limit)
+
+    def _next(self, seconds: float) -> Began | Reply:
+        event = self._events.get(timeout=seconds)
+        if event is None:
+            raise CancelledError(f"{type(self).__name__}: the call was cancelled")
+        return event
 
     def drop(self, parts: Iterable[Part]) -> None:
         with self._lock:

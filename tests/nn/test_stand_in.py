@@ -123,6 +123,37 @@ def test_hooks_of_the_module_and_of_the_wrapper_run():
     assert calls == [12, 5]
 
 
+class Configured(nn.Linear):
+    """As modules of transformers have it."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.config, self.encoder = {"hidden_size": 3}, nn.Linear(1, 1)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def generate(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "twin", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_attributes_of_the_module_can_be_read_but_not_called(twin):
+    coded = twin(CodedWrapper(Configured(), KernelCode(2, 4)))
+    assert coded.config == {"hidden_size": 3}
+    assert coded.device.type == "cpu"
+    assert coded.weight is coded.module.weight
+    assert coded.code.num_data == 2
+    for name in ("generate", "encoder"):
+        with pytest.raises(AttributeError, match=rf"would run uncoded.* coded\.module\.{name}$"):
+            getattr(coded, name)
+        assert not hasattr(coded, name)
+    with pytest.raises(AttributeError, match="'CodedWrapper' object has no attribute 'nothing'"):
+        _ = coded.nothing
+
+
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize(
     "options",

@@ -1,0 +1,78 @@
+"""The wrapper under asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import KernelCode, NotEnoughResults
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.workers import DeviceWorkers, ProcessWorkers
+
+from ..workers.modules import Sleepy
+from .modules import Call
+
+X = torch.arange(8.0).view(8, 1)
+WHO = contextvars.ContextVar("WHO", default="nobody")
+
+
+def test_answers_and_their_report_beside_other_calls():
+    async def main():
+        return await asyncio.gather(*(coded.arun(X + i, waiting=Waiting()) for i in range(4)))
+
+    with DeviceWorkers(["cpu", "cpu"]) as pool:
+        coded = CodedWrapper(nn.ReLU(), KernelCode(2, 2), workers=pool)
+        for i, (answers, report) in enumerate(asyncio.run(main())):
+            assert torch.equal(answers, X + i)
+            assert report.ended == "complete"
+    assert coded.last_run is None
+
+
+def test_context_variables_and_modes_of_torch_hold():
+    seen = []
+
+    def note(x):
+        seen.append((WHO.get(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return x
+
+    async def main():
+        WHO.set("the caller")
+        with torch.no_grad(), torch.autocast("cpu"):
+            await coded.arun(X)
+        assert threading.current_thread() is threading.main_thread()
+
+    coded = CodedWrapper(Call(note), KernelCode(2, 2))  # runs where it is called
+    asyncio.run(main())
+    assert seen == [("the caller", False, True)]
+
+
+def test_errors_are_those_of_run():
+    coded = CodedWrapper(Call(lambda x: x * torch.nan), KernelCode(2, 2))
+    with pytest.raises(NotEnoughResults):
+        asyncio.run(coded.arun(X))
+
+
+@pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"]), lambda: ProcessWorkers(1)])
+def test_a_cancelled_call_ends_its_thread_and_drops_what_has_not_begun(make):
+    async def main():
+        first = asyncio.create_task(coded.arun(torch.ones(4, 1)))
+        await asyncio.sleep(0.3)
+        start = time.monotonic()
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        # The default executor waits for its threads.
+        await asyncio.get_running_loop().shutdown_default_executor()
+        return time.monotonic() - start
+
+    with make() as pool:
+        pool.start()
+        coded = CodedWrapper(Sleepy(), KernelCode(4, 4), workers=pool)
+        with torch.no_grad():
+            assert asyncio.run(main()) < 2.0  # else four parts of a second each
