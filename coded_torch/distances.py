@@ -52,12 +52,15 @@ class Choice:
         error: of predicting the results that arrived from each other, each left out in turn: root
             mean squared, relative to predicting them by the mean of the others. NaN where there
             are too few of them, or all are equal.
+        trust: how far predictions by the distances were followed away from the mean of the results,
+            in [0, 1]; 0 where they gain nothing against the mean, which is predicted then.
         output: which of the outputs was predicted, counting those that are decoded.
     """
 
     metric: str
     length: float
     error: float
+    trust: float = 1.0
     output: int = 0
 
 

@@ -22,6 +22,10 @@ _TINY = 1e-12
 #: Of more results there is no inverse, and only some are left out, evenly spaced.
 MOST_INVERTED = 512
 _LEFT_OUT = 256
+# Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is
+# predicted in 65 to 78 of 100 batches instead of 17 to 60; where inputs explain little, and in what
+# students leave, the squared error stays within .2 %. A whole standard error costs up to 7 % there.
+_ERRORS = 0.5
 
 
 class Regression(abc.ABC):
@@ -91,12 +95,18 @@ class Regression(abc.ABC):
 
         The slope of the regression, through 0, of every result on its prediction from all others,
         both less the mean of the others: about 1 where the covariance describes the outputs, 0
-        where the inputs say nothing of them.
+        where the inputs say nothing of them. It is 0 where all that it gains against the mean may
+        be chance.
         """
         deviations = self._deviations(results)
         predicted = deviations - self.leave_one_out_residuals(results)
         square = float(predicted.square().sum())
-        return min(max(float((predicted * deviations).sum()) / square, 0), 1) if square > 0 else 1.0
+        if not square > 0:
+            return 1.0
+        slope = min(max(float((predicted * deviations).sum()) / square, 0), 1)
+        gains = (predicted * (2 * deviations - slope * predicted)).sum(1) * (slope / square)
+        by_chance = _ERRORS * float(gains.std(correction=0)) * math.sqrt(len(gains))
+        return slope if float(gains.sum()) > by_chance else 0.0
 
     def _deviations(self, results: Tensor) -> Tensor:
         """The results that are left out, each less the mean of all others."""

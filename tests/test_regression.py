@@ -66,6 +66,15 @@ def test_trust_is_the_slope_of_leaving_one_out(problem):
     assert fit.trust(torch.ones(30, 1, dtype=torch.float64)) == 1
 
 
+def test_no_trust_where_the_gain_may_be_chance(problem, generator):
+    at, among, _ = problem
+    fit = KernelRegression(among, 1.3)
+    noise = [torch.randn(30, 4, generator=generator, dtype=torch.float64) for _ in range(50)]
+    assert sum(fit.trust(results) > 0 for results in noise) <= 12  # else in half of them
+    assert fit.trust(at.sin() + 0.5 * noise[0][:, :3]) > 0.3
+    assert fit.trust(1e100 * at.sin()) == pytest.approx(fit.trust(at.sin()))
+
+
 def test_trust_lies_within_0_and_1():
     at = torch.arange(4, dtype=torch.float64)
     fit = KernelRegression((at[:, None] - at).square(), 3.0)

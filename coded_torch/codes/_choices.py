@@ -44,12 +44,10 @@ class Fitted(NamedTuple):
     Attributes:
         choice: the metric and the length.
         regression: from the results.
-        trust: see :meth:`~coded_torch.regression.Regression.trust`; 1 without results.
     """
 
     choice: Choice
     regression: Regression
-    trust: float = 1.0
 
 
 class Regressions:
@@ -93,8 +91,8 @@ class Regressions:
         regression = self._fitted[key]
         if sample is None:
             return Fitted(Choice(name_of(metric), length, math.nan), regression)
-        choice = Choice(name_of(metric), length, regression.leave_one_out_error(sample))
-        return Fitted(choice, regression, regression.trust(sample))
+        error, trust = regression.leave_one_out_error(sample), regression.trust(sample)
+        return Fitted(Choice(name_of(metric), length, error, trust), regression)
 
     def _best_metric(self, few: Tensor) -> str | Features:
         """The metric in which few results are predicted best from each other."""

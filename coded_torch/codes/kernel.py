@@ -261,17 +261,19 @@ class _KernelPlan(SelectionPlan):
         dense(self.code, "results", results)
         fitted = self._fit(arrived, arrived.sample(results)).fitted
         self.choices = (fitted.choice,)
-        return fitted.regression, fitted.trust
+        return fitted.regression, fitted.choice.trust
 
     def _left_out_square(self, arrived: Arrived, sample: Tensor) -> float:
         fit = self._fit(arrived, sample)
         assert fit.sample is not None
         return float(fit.fitted.regression.leave_one_out_residuals(fit.sample).square().sum())
 
-    def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor:
+    def _variances(self, arrived: Arrived, results: Tensor | None) -> Tensor | float:
         sample = None if results is None else arrived.sample(results)
         fit = self._fit(arrived, sample)
         regression = fit.fitted.regression
+        if fit.fitted.choice.trust == 0:
+            return super()._variances(arrived, results)
         scale = 1.0 if fit.sample is None else regression.output_variance(fit.sample)
         return regression.variances_at(arrived.lost) * scale
 
