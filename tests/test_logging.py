@@ -89,7 +89,7 @@ class Model(nn.Module):
 
 def main():
     x = torch.linspace(0, 3, 24)[:, None]
-    with ProcessWorkers(2) as pool, torch.no_grad():
+    with ProcessWorkers(2).start() as pool, torch.no_grad():
         coded = CodedWrapper(Model(), KernelCode(2, 2), workers=pool)
         with contextlib.suppress(RuntimeError):
             coded.run(torch.cat([-torch.ones(1, 1), x]), waiting=Waiting(deadline=2.0))

@@ -21,7 +21,8 @@ from ..codes.plans import plan_batch
 from ..workers.base import Part
 from ._guesses import Guesses
 from ._inputs import Inputs
-from ._results import Result, Results, improbable
+from ._leaves import decodable, improbable
+from ._results import Result, Results
 from ._units import Units
 from .report import Report
 
@@ -88,6 +89,8 @@ class Agreement:
             return []
         with outside():
             evidence, machines = self._evidence(results)
+            if not evidence:  # no result that is floating-point and of finite inputs
+                return []
             self._verdict = locate(evidence, machines, self._most - len(self._liars))
         self._liars += self._verdict.liars
         gone = [
@@ -135,14 +138,22 @@ class Agreement:
         at, whose = at.repeat_interleave(rows), whose.repeat_interleave(rows)
         group = torch.arange(rows).repeat(len(at) // rows)
         columns = self._columns(good[0])
+        if not columns:
+            return [], machines
         values, probable = self._values(good, columns)
+        if units.not_finite is not None:
+            judged = ~units.not_finite[received][at, group]
+            values, whose, at, group = (x[judged] for x in (values, whose, at, group))
+        if not len(values):
+            return [], machines
         guesses = self._guessed(results, columns)  # of the units received
         evidence = []
         if units.audit is not None:
             audited = group == units.audit
             zeros = torch.zeros(int(audited.sum()), dtype=torch.int64)
             same = values[audited], whose[audited], zeros, zeros, zeros - 1
-            evidence.append(Evidence(*same, None, _AUDIT, probable=probable))
+            if len(zeros):
+                evidence.append(Evidence(*same, None, _AUDIT, probable=probable))
             values, whose, at, group = (x[~audited] for x in (values, whose, at, group))
             group = group - (group > units.audit).long()
         sites = self._sites(received)
@@ -172,9 +183,8 @@ class Agreement:
 
     def _sites(self, received: Sequence[int]) -> list[Sites]:
         plan, inputs = self._units.plan, self._inputs
-        if not isinstance(plan.code, FixedCode):
+        if not isinstance(plan.code, FixedCode) or plan.order is None:  # rows have no order
             return plan.sites(received)
-        assert plan.order is not None  # fixed codes plan all groups alike
         # Decoded along a curve, but judged in input space.
         judge = plan_batch(
             KernelCode(encoder=plan.code),
@@ -190,13 +200,13 @@ class Agreement:
         divided = [
             i
             for i, (leaf, dim) in enumerate(zip(result.leaves, result.dims, strict=True))
-            if dim is not None and isinstance(leaf, Tensor)
+            if decodable(leaf, dim)
         ]
         most = max(1, _COLUMNS // max(1, len(divided)))
         columns = []
         for i in divided:
-            rows = result.leaves[i].movedim(result.dims[i], 0)
-            size = rows[0].numel()
+            rows = result.judged(i)
+            size = rows.shape[1:].numel()
             some = sorted(self._dealer.sample(range(size), most)) if size > most else None
             probabilities = self._link == "softmax" or improbable(rows) is None
             columns.append(_Columns(i, None if some is None else torch.tensor(some), probabilities))

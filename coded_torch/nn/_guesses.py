@@ -14,6 +14,7 @@ from .._transforms import as_called, outside, plain
 from .._weights import device_of
 from ..surrogates import Memory
 from ..workers.pytrees import flatten, show
+from ._leaves import decodable, levelled
 
 if TYPE_CHECKING:
     from ._inputs import Inputs
@@ -131,8 +132,8 @@ def _guess(
     def ask(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> list[Tensor | None]:
         if isinstance(surrogate, Memory):
             leaves = pytree.tree_leaves((args, kwargs))
-            return _remembered(surrogate, leaves, inputs.dims, stacked)
-        return _outputs(surrogate, args, kwargs, size, stacked, link)
+            return _remembered(surrogate, leaves, inputs.dims, stacked, inputs.not_finite)
+        return _outputs(surrogate, args, kwargs, size, stacked, link, inputs.not_finite)
 
     whole = ask(inputs.args, inputs.kwargs, inputs.batch_size)
     if units.by_rows:
@@ -152,7 +153,11 @@ def _guess(
 
 
 def _remembered(
-    memory: Memory, leaves: Sequence[Any], dims: Sequence[int | None], stacked: Stacked
+    memory: Memory,
+    leaves: Sequence[Any],
+    dims: Sequence[int | None],
+    stacked: Stacked,
+    not_finite: Tensor | None,
 ) -> list[Tensor | None]:
     """As :func:`_outputs`, of a memory: it looks at the floating-point leaves that are divided."""
     divided = [
@@ -164,10 +169,9 @@ def _remembered(
         predicted = iter((divided and memory.predict(divided)) or ())
     outputs: list[Tensor | None] = []
     for result, dim in zip(stacked.leaves, stacked.dims, strict=True):
-        decoded = dim is not None and isinstance(result, Tensor)
-        output = next(predicted, None) if decoded else None
+        output = next(predicted, None) if decodable(result, dim) else None
         fits = output is not None and output.shape[1:] == result.shape[2:]
-        outputs.append(output if fits else None)
+        outputs.append(levelled(output, not_finite) if output is not None and fits else None)
     return outputs
 
 
@@ -178,6 +182,7 @@ def _outputs(
     size: int,
     stacked: Stacked,
     link: str | None,
+    not_finite: Tensor | None,
 ) -> list[Tensor | None]:
     """The surrogate's outputs, ``[size, ...]`` for every leaf that is decoded, None for others.
 
@@ -198,7 +203,7 @@ def _outputs(
             raise ValueError(f"it returned {spec}, where the module returned {stacked.spec}")
         outputs: list[Tensor | None] = []
         for leaf, result, dim in zip(leaves, stacked.leaves, stacked.dims, strict=True):
-            if dim is None or not isinstance(result, Tensor):
+            if dim is None or not decodable(result, dim):
                 outputs.append(None)
                 continue
             shape = (size, *result.shape[2:])
@@ -209,7 +214,7 @@ def _outputs(
                 and (leaf := leaf.movedim(dim, 0)).shape == shape
             ):
                 raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
-            leaf = to_scale(leaf, link).to(result.device)
+            leaf = to_scale(levelled(leaf, not_finite), link).to(result.device)
             if not bool(leaf.isfinite().all()):
                 raise ValueError("it returned values that are not finite")
             outputs.append(leaf)

@@ -2,6 +2,7 @@ r"""The arguments of one call of a wrapper, leaf by leaf."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,19 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
+from .._transforms import outside, plain
 from ..codes.base import Code
 from ..workers.pytrees import broadcast_dims, leaf_name, positional
-from ._results import finite
+from ._leaves import finite
 
-__all__ = ["Inputs"]
+__all__ = ["BLIND", "Inputs"]
+
+#: The warning of inputs that are ``blind``, without a surrogate.
+BLIND = (
+    "no input is floating-point, so there are no distances, and missing answers are predicted by "
+    "the mean of the others; give the code a callable, KernelCode(..., metric=features), that "
+    "makes features such as pooled embeddings, or give the wrapper a surrogate"
+)
 
 
 class Inputs:
@@ -23,12 +32,18 @@ class Inputs:
     Args:
         args, kwargs: the arguments.
         in_dims: of the positional ones, see :class:`~coded_torch.nn.CodedWrapper`.
-        code: which says whether inputs are mixed; then all divided leaves must be floating-point.
+        code: which says whether inputs are mixed; then all divided leaves must be floating-point
+            and finite.
+
+    Attributes:
+        not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. They say nothing
+            of other rows. None if there is no such row.
+        blind: whether the code predicts by distances, and there is nothing to measure them on.
 
     Raises:
         TypeError: a tensor to be divided cannot be, or ``in_dims`` holds anything else.
         ValueError: there is no tensor to divide, batch sizes differ, a tensor has not the dimension
-            or is not finite, or one that is given as None has the batch size.
+            or cannot be mixed as it is not finite, or one that is given as None has the batch size.
     """
 
     def __init__(
@@ -66,6 +81,9 @@ class Inputs:
         first = next(iter(divided))
         self.batch_size: int = sizes[first]
         self.device: torch.device = self.leaves[first].device
+        self.not_finite = None if code.mixes else _not_finite(self.floating())
+        features = any(map(callable, getattr(code, "metrics", ())))
+        self.blind = code.uses_geometry and not self.floating() and not features
         for i, dim in enumerate(dims):
             if dim is None or not (dim == "shared" or isinstance(self.leaves[i], Tensor)):
                 self._check_shared(i)
@@ -114,11 +132,12 @@ class Inputs:
                 f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} {said}, "
                 f"got shape {tuple(leaf.shape)}"
             )
-        if not finite(leaf):  # it would spoil its whole group
+        if code.mixes and not finite(leaf):  # it would spoil its whole group
             place = (~leaf.isfinite()).nonzero()[0].tolist()
             raise ValueError(
-                f"CodedWrapper: {self.name(i)} must be finite to be coded, "
-                f"got {leaf[tuple(place)].item()} at {place}"
+                f"CodedWrapper: {self.name(i)} must be finite, as {code} mixes inputs, got "
+                f"{leaf[tuple(place)].item()} in row {place[dim]}, at {place}; take a code that "
+                "repeats inputs (KernelCode, ReplicationCode), or leave the row out"
             )
 
     def _check_shared(self, i: int) -> None:
@@ -153,6 +172,17 @@ class Inputs:
                     raise _own_rows(name, "a list", (len(node),))
                 parts = zip(node, said, strict=True)
                 stack += [(f"{name}[{k}]", part, dim) for k, (part, dim) in enumerate(parts)]
+
+
+def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
+    """The rows that are not finite in one of ``[B, ...]``: bool, ``[B]``; None if all are."""
+    with outside():
+        rows = [
+            (~plain("CodedWrapper", "inputs", x).isfinite()).reshape(len(x), -1).any(1).cpu()
+            for x in batches
+            if not finite(x)
+        ]
+        return torch.stack(rows).any(0) if rows else None
 
 
 def _own_rows(name: str, kind: str, shape: tuple[int, ...]) -> ValueError:

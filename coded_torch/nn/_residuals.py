@@ -8,6 +8,7 @@ that is an input's own result stays that result, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +21,7 @@ from ..codes.errors import NotEnoughResults
 from ..surrogates import Memory
 from ..workers.pytrees import unflatten
 from ._guesses import from_scale, to_scale
+from ._leaves import decodable, filled, levelled
 
 if TYPE_CHECKING:
     from ._guesses import Guess, Guesses
@@ -79,6 +81,10 @@ def answer(
         plan = units.plan
         source = plan.source(received)
     report.predicted = predicted = source < 0
+    known, odd = ~predicted, None
+    if units.not_finite is not None and inputs.not_finite is not None:
+        known &= ~inputs.not_finite
+        odd = units.answering(units.not_finite[list(received)])
     if guesses.surrogates and bool(predicted.any()):
         guessed = guesses.of(stacked)
     answers: list[Any] = []
@@ -88,11 +94,18 @@ def answer(
         if dim is None or not isinstance(leaf, Tensor):
             answers.append(leaf)
             continue
-        leaf = units.answering(leaf)
+        leaf, exact = units.answering(leaf), torch.zeros(size, dtype=torch.float64)
         if plan is None:
-            output = _Output(leaf.squeeze(1), torch.zeros(size, dtype=torch.float64))
+            output = _Output(leaf.squeeze(1), exact)
+        elif not decodable(leaf, dim):
+            output = _Output(leaf.flatten(0, 1)[source.to(leaf.device)], exact)
         else:
-            output = _decode(leaf, plan, received, source, [g[i] for g in guessed], link)
+            output = _decode(leaf, plan, received, source, [g[i] for g in guessed], link, odd)
+            if inputs.not_finite is not None:  # nothing is known of their distances
+                rows = leaf.flatten(0, 1)
+                mean = rows[source[known].to(rows.device)].mean(0)
+                lost = predicted & inputs.not_finite
+                output = output._replace(answers=filled(output.answers, lost, mean))
         outputs.append(output)
         choices.append(() if plan is None else plan.choices)
         moved = output.answers.movedim(0, dim)
@@ -103,13 +116,14 @@ def answer(
         dataclasses.replace(choice, output=i) for i, some in enumerate(choices) for choice in some
     )
     report.expected_errors = outputs[0].expected_errors if outputs else None
+    if report.expected_errors is not None and inputs.not_finite is not None:
+        report.expected_errors[predicted & inputs.not_finite] = math.inf
     if guessed:
         report.surrogate_weights = tuple(output.weights for output in outputs)
     memories = (surrogate for surrogate in guesses.surrogates if isinstance(surrogate, Memory))
+    remembered = [output.answers for output in outputs if output.answers.is_floating_point()]
     for memory, generation in zip(memories, generations, strict=True):
-        _remember(
-            memory, generation, inputs, [output.answers for output in outputs], ~predicted, link
-        )
+        _remember(memory, generation, inputs, remembered, known, link)
     return unflatten(answers, stacked.spec)
 
 
@@ -169,12 +183,23 @@ def _decode(
     source: Tensor,
     guesses: Sequence[Guess | None],
     link: str | None,
+    odd: Tensor | None,
 ) -> _Output:
-    """One output from results ``[F, R, ...]``; ``source`` is the plan's of what was received."""
+    """Decode one output.
+
+    Args:
+        results: ``[F, R, ...]``.
+        plan: that decodes.
+        received: the units that they are of.
+        source: the plan's, of these.
+        guesses: of the surrogates.
+        link: of the wrapper.
+        odd: bool ``[F, R]``, the results of inputs that are not finite; None: there is none.
+    """
     own = source >= 0
-    scaled, rest = results, None
+    scaled, rest = levelled(results, odd), None
     if not bool(own.all()):
-        scaled = to_scale(results, link)
+        scaled = to_scale(scaled, link)
         rest = _rest(scaled, plan, received, guesses)
     weights = (0.0,) * len(guesses)
     if rest is None:

@@ -23,10 +23,9 @@ from ..workers.pytrees import (
     leaf_name,
     show,
 )
+from ._leaves import decodable, finite, improbable
 
-__all__ = ["Result", "Results", "Stacked", "finite", "improbable"]
-
-_ROUNDING = 0.01  # that the sum of probabilities may be off; half precision needs as much
+__all__ = ["Result", "Results", "Stacked"]
 
 
 class Result:
@@ -39,12 +38,25 @@ class Result:
         spec: the structure of the value.
         dims: per leaf, where it has the part's rows; None: it has none.
         repeats: whether the form is that of ``last``, the number of rows included.
+
+    Args:
+        reply: with the value.
+        out_dims: of the task.
+        last: another result.
+        judged: bool, the rows of the part that must be finite, as their inputs are; None: all.
     """
 
     dims: list[Any]
     _form: list[tuple[Any, ...]]
 
-    def __init__(self, reply: Reply, out_dims: Any, last: Result | None = None) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        out_dims: Any,
+        last: Result | None = None,
+        judged: Tensor | None = None,
+    ) -> None:
+        self._judged = judged
         self.part, self.machine, self._value = reply.part, reply.machine, reply.value
         self.leaves, self.spec = flatten(reply.value)
         self.repeats = last is not None and self._repeats(last)
@@ -70,13 +82,28 @@ class Result:
         """The name of a leaf."""
         return leaf_name("output", self._value, i)
 
-    def check(self, task: Task, link: str | None) -> None:
-        """Raise a TypeError or a ValueError if this cannot be decoded."""
+    def judged(self, i: int) -> Tensor:
+        """A leaf, without its rows of inputs that are not finite; the batch is dimension 0 then."""
+        leaf: Tensor = self.leaves[i]
+        dim: Any = self.dims[i]
+        if self._judged is None:
+            return leaf if dim in (0, None) else leaf.movedim(dim, 0)
+        if dim is None:  # such a row may be in it
+            return leaf.flatten()[:0]
+        return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
+
+    def check(self, task: Task, carries: bool) -> None:
+        """Raise a TypeError or a ValueError if this cannot be decoded.
+
+        Args:
+            task: that it is a result of.
+            carries: whether tensors of any dtype can be answers, if every row has one.
+        """
         size = len(self.part.units) * task.unit_rows
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
                 continue
-            if not (isinstance(leaf, Tensor) and leaf.is_floating_point()):
+            if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise TypeError(
                     f"CodedWrapper: {self.name(i)} must be a floating-point tensor to be decoded, "
@@ -84,19 +111,23 @@ class Result:
                     "with torch.utils._pytree, or say None in out_dims"
                 )
             check_batch(self._value, i, leaf, dim, size)
-            problem = improbable(leaf.movedim(dim, 0)) if link == "softmax" else None
+
+    def not_finite(self, is_finite: Callable[[Tensor], bool]) -> str | None:
+        """The name of a leaf that is not finite."""
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor) and not is_finite(self.judged(i)):
+                return self.name(i)
+        return None
+
+    def check_probabilities(self) -> None:
+        """Raise a ValueError if an output is no probability distribution."""
+        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
+            problem = improbable(self.judged(i)) if decodable(leaf, dim) else None
             if problem is not None:
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
                     f"to be decoded with link='softmax', got {problem}"
                 )
-
-    def not_finite(self, is_finite: Callable[[Tensor], bool]) -> str | None:
-        """The name of a leaf that is not finite."""
-        for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor) and not is_finite(leaf):
-                return self.name(i)
-        return None
 
     def resembles(self, other: Result) -> bool:
         return self._form == other._form and (self.spec is other.spec or self.spec == other.spec)
@@ -134,10 +165,20 @@ class Results:
     Args:
         task: what was asked. Results that cannot be answers to it have no vote.
         link: "softmax" if the results must be probabilities.
+        not_finite: the rows of every unit whose results may be anything, see :class:`Units`.
+        carries: whether tensors of any dtype can be answers, if every row has one.
     """
 
-    def __init__(self, task: Task, link: str | None = None) -> None:
-        self._task, self._link = task, link
+    def __init__(
+        self,
+        task: Task,
+        link: str | None = None,
+        not_finite: Tensor | None = None,
+        *,
+        carries: bool = False,
+    ) -> None:
+        self._task, self._link, self._carries = task, link, carries
+        self._not_finite = not_finite
         self._errors: list[WorkerError] = []
         self._misfits: list[WorkerError] = []
         self._camps: list[_Camp] = []
@@ -167,14 +208,19 @@ class Results:
             self._errors.append(_error(reply, self._liars[reply.machine]))
             return None
         try:
-            result = Result(reply, self._task.out_dims, self._last)
+            judged = self._not_finite
+            if judged is not None:
+                judged = ~judged[list(reply.part.units)].flatten()
+            result = Result(reply, self._task.out_dims, self._last, judged)
+            if not result.repeats:
+                result.check(self._task, self._carries)
             not_finite = result.not_finite(self._is_finite)
             if not_finite is not None:
                 what = f"returned values that are not finite in {not_finite}"
                 self._errors.append(_error(reply, what))
                 return None
-            if self._link is not None or not result.repeats:
-                result.check(self._task, self._link)
+            if self._link is not None:
+                result.check_probabilities()
         except (TypeError, ValueError) as cause:
             why = str(cause).removeprefix("CodedWrapper: ")
             error = _error(reply, f"returned what cannot be decoded: {why}")
@@ -325,17 +371,6 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def finite(leaf: Tensor) -> bool:
-    """Whether all of a tensor is finite; of what is not floating-point, it is."""
-    if not leaf.is_floating_point():
-        return True
-    leaf = leaf.detach() if leaf.requires_grad else leaf
-    # What is not finite stays so in every sum; a sum may overflow where nothing else is wrong.
-    return math.isfinite(leaf.sum().item()) or all(
-        map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
-    )
-
-
 def _error(of: Reply | Result, reason: str) -> WorkerError:
     return WorkerError(of.part.number, of.machine, reason)
 
@@ -358,17 +393,3 @@ def _memory_format(leaf: Any) -> torch.memory_format:
             if leaf.dim() == dims and leaf.is_contiguous(memory_format=layout):
                 return layout
     return torch.contiguous_format
-
-
-def improbable(rows: Tensor) -> str | None:
-    """What rows ``[G, ..., C]`` hold, if not probabilities of C classes."""
-    if rows.dim() < 2:
-        return "one number a row"
-    if rows.numel() == 0:
-        return None
-    rows = rows.detach()
-    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
-    if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
-        return None
-    return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"

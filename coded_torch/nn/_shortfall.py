@@ -37,7 +37,10 @@ def shortfall(
     if blamed and (waiting.on_error == "raise" or not enough):
         error = _of_module(units, results, report, collected, blamed)
     elif enough:
-        return None
+        why = _unpredictable(units, results)
+        if not why:
+            return None
+        error = _too_few(Waiting(predict=False), units, results, report, why)
     else:
         error = results.misfit or _too_few(waiting, units, results, report, collected.why)
     return _holding(error, units, results, report)
@@ -50,6 +53,22 @@ def _required(waiting: Waiting, units: Units, report: Report) -> int:
     if waiting.at_once or report.ended == "failed":  # more could not come
         return units.least
     return max(units.least, -(-units.needed // 2))
+
+
+def _unpredictable(units: Units, results: Results) -> str:
+    """Why rows without a result cannot be predicted; "" if they can, or all have one."""
+    received, first = sorted(results.units), results.good[0]
+    odd = units.not_finite
+    why = ""
+    if odd is not None and bool(odd[received].all()):
+        why = "there is no result of finite inputs to predict others from"
+    for i, (leaf, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
+        if dim is not None and isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            remedy = "take Waiting(predict=False), or return logits instead"
+            why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
+    if not why or units.is_whole(received):
+        return ""
+    return why if units.by_rows or not bool(units.plan.exact(received).all()) else ""
 
 
 def _note_rows(

@@ -47,6 +47,8 @@ class Units(abc.ABC):
         regresses: whether answers are predicted by a regression, which takes time.
         audit: the row of every unit that is the same input for all, which answers nothing; None:
             there is none.
+        not_finite: bool ``[units, R]``, the rows of every unit whose inputs are not finite; None:
+            there is none.
     """
 
     task: Task
@@ -58,6 +60,7 @@ class Units(abc.ABC):
     num_groups = 0
     regresses: bool
     audit: int | None = None
+    not_finite: Tensor | None = None
 
     @property
     def by_rows(self) -> bool:
@@ -135,6 +138,8 @@ class Columns(Units):
         self.num_groups = self._plan.num_groups
         leaves = _encode(self._plan, inputs, (lambda _: None) if audit else memory)
         rows = self.num_groups
+        if inputs.not_finite is not None:
+            self.not_finite = self._plan.encode(inputs.not_finite)
         if audit and dealer is not None:
             self.audit, rows = dealer.randrange(rows + 1), rows + 1
             common = dealer.randrange(n), dealer.randrange(self.num_groups)
@@ -142,6 +147,9 @@ class Columns(Units):
                 leaf if dim is None else _insert(leaf, leaf[common], self.audit)
                 for leaf, dim in zip(leaves, inputs.dims, strict=True)
             ]
+            if self.not_finite is not None:
+                own = self.not_finite[common]
+                self.not_finite = _insert(self.not_finite, own, self.audit)
         self.task = _task(inputs, leaves, n, rows, out_dims)
         self.needed, self.least = n - num_stragglers, code.min_received
         self.batch_size = inputs.batch_size
@@ -190,6 +198,8 @@ class Rows(Units):
         ]
         self.task = _task(inputs, leaves, size, 1, out_dims)
         self.needed, self.least, self.batch_size = size, 1, size
+        if inputs.not_finite is not None:
+            self.not_finite = inputs.not_finite[:, None]
         parts = min(code.num_data, size, num_machines or size)
         ends = [i * size // parts for i in range(parts + 1)]
         self.first = [range(*ends[i : i + 2]) for i in range(parts)]

@@ -23,7 +23,7 @@ from ..workers.local import LocalWorkers
 from ._agreement import Agreement
 from ._collect import collect, seconds_left
 from ._guesses import Guesses, surrogates
-from ._inputs import Inputs
+from ._inputs import BLIND, Inputs
 from ._narrowing import Narrowing
 from ._residuals import alone, answer
 from ._results import Results, Stacked
@@ -73,12 +73,14 @@ class CodedWrapper(StandIn):
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
     finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing,
-    and is named in :attr:`last_run`. So mask with a large negative number, or logits after
-    decoding, not with ``-inf``: neither can it be coded, nor do results that hold it count.
+    and is named in :attr:`last_run`. So mask logits with a large negative number, not ``-inf``.
+    Codes that only repeat inputs compute a row with NaN or infinity, too. Where its result is
+    missing, it gets the mean of the others and an infinite expected error.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
-            plain constants that are the same for every part, such as None.
+            plain constants that are the same for every part, such as None. Of codes that only
+            repeat inputs, tensors of other dtypes too, which are never predicted.
         code: the code; it says K and N. Codes that only repeat inputs
             (:class:`~coded_torch.codes.KernelCode`, :class:`~coded_torch.codes.ReplicationCode`)
             take integer and boolean tensors too; codes that mix inputs need floating-point ones.
@@ -135,8 +137,8 @@ class CodedWrapper(StandIn):
 
     Calling raises:
         TypeError: a tensor cannot be coded, or no part's output can be decoded.
-        ValueError: inputs differ in batch size, have not the dimension, or are not finite, or
-            there are none; no part's output has the batch size or, with ``link``, probabilities.
+        ValueError: inputs differ in batch size, have not the dimension, are mixed and not finite,
+            or there are none; no part's output has the batch size or, with ``link``, probabilities.
         NotEnoughResults: fewer good results than the code needs, or than ``waiting`` asks for; its
             cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
@@ -152,8 +154,7 @@ class CodedWrapper(StandIn):
         in their last bits where the module was run on batches of other sizes.) An empty batch goes
         to the module itself.
 
-        Coded inputs on the host go to memory that lasts, the pool's from 64 KiB on, else from 4 MiB
-        on the wrapper's own: never while anything, late workers included, refers to what is there.
+        Coded inputs on the host go to memory that is used again when nothing refers to it.
 
     Reference:
         Moradi, Tahmasebi, Maddah-Ali, "Coded Computing for Resilient Distributed Computing: A
@@ -234,25 +235,18 @@ class CodedWrapper(StandIn):
         self._encode_memory = Buffers(host_memory, 1, least=1 << 22)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
-        """Answer as a call does, and return the report of this very call beside the answers.
+        """Answer, or raise, as a call does, and return the report of this very call beside.
 
         Args:
             args, kwargs: what the module is called with. Hooks of the wrapper do not run.
             waiting: for this call; None: as for every call.
-
-        Raises:
-            TypeError, ValueError, NotEnoughResults: as calling does.
         """
         self._check_waiting(waiting)
         report = Report()
         return self._call(self.module, report, waiting, args, kwargs), report
 
     def replace(self, **changes: Any) -> CodedWrapper:
-        """Another wrapper of the same module, with some options changed.
-
-        Args:
-            changes: arguments of the constructor.
-        """
+        """Return another wrapper, made with other values for some arguments of the constructor."""
         if "stragglers" in changes:
             changes.setdefault("workers", None)
         names = inspect.signature(CodedWrapper).parameters.keys() - {"stragglers", *changes}
@@ -284,6 +278,7 @@ class CodedWrapper(StandIn):
             if units is None:
                 with report.timed("compute"):
                     answers = module(*args, **kwargs)
+                report.note_exact(0)
             else:
                 answers = self._compute(module, waiting, inputs, units, report, start)
             report.failed = False
@@ -301,7 +296,8 @@ class CodedWrapper(StandIn):
         report: Report,
         since: float,
     ) -> Any:
-        results, pool = Results(units.task, self.link), self.workers
+        pool = self.workers
+        results = Results(units.task, self.link, units.not_finite, carries=not self.code.mixes)
         guesses = Guesses(self.surrogate, inputs, units, self.link, report)
         agreement = self._agreement(inputs, units, guesses)
         generations = [s.follow(self.module) for s in self.surrogate if isinstance(s, Memory)]
@@ -339,6 +335,8 @@ class CodedWrapper(StandIn):
 
     def _divide(self, inputs: Inputs, waiting: Waiting) -> Units:
         check_ordering(self, self.ordering)  # it may have been assigned
+        if inputs.blind and waiting.predict and not self.surrogate:
+            self._warn_once(BLIND)
         if not (waiting.at_once or self.code.mixes):
             code = self.code if self.workers.simulated else self._narrowing.of(self.code)
             return Rows(inputs, code, self.ordering, self.workers.num_machines, self.out_dims)

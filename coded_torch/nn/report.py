@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from .._logging import sparing_logger
@@ -58,7 +59,8 @@ class Report:
             their input. None before there are answers.
         expected_errors: ``[B]``, float64, on the host: how far each answer may be off, in root mean
             square: the norm of the error over all numbers of the answer (of the first decoded
-            output, where there are several); 0 where it is exact. Codes other than ``KernelCode``
+            output, where there are several); 0 where it is exact, infinite where the input is not
+            finite. Codes other than ``KernelCode``
             cannot say: None; nor can any under a link, whose errors are in no unit of the answers.
         surrogate_weights: of each surrogate, for every decoded output; 0 where it was not used: it
             was left out, or results are predicted as well without. Empty where nothing had to be
@@ -140,6 +142,11 @@ class Report:
             return None
         squares = self.expected_errors.square()
         return float(squares.mean().sqrt()) if len(squares) else 0.0
+
+    def note_exact(self, size: int) -> None:
+        """Note that all answers are the module's own."""
+        self.predicted = torch.zeros(size, dtype=torch.bool)
+        self.expected_errors = torch.zeros(size, dtype=torch.float64)
 
     def warn(self, why: str) -> None:
         """Log which answers were predicted, unless the policy wanted no more results.

@@ -73,7 +73,7 @@ class Fault:
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
 
     def _spoil_leaf(self, leaf: Tensor) -> Tensor:
-        if self.kind in ("nan", "infinity"):
+        if self.kind in ("nan", "infinity") and leaf.is_floating_point():
             return torch.full_like(leaf, math.nan if self.kind == "nan" else math.inf)
         if self.kind == "shape":
             return torch.cat([leaf, leaf])

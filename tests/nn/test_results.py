@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_torch.codes import (
     KernelCode,
@@ -18,6 +18,8 @@ from coded_torch.codes import (
 )
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.nn._results import Results
+from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Part, Reply
 
@@ -221,6 +223,51 @@ def test_outputs_that_cannot_be_decoded(output, error, match, devices):
         match = "output must have size 2, that of the batch, at dim 0"
     with coded.workers, pytest.raises(error, match=match):
         coded(rand(4, 3))
+
+
+@pytest.mark.parametrize("waiting", [None, Waiting()])
+@pytest.mark.parametrize("make", [KernelCode, ReplicationCode])
+def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(make, waiting):
+    module = Call(lambda x: {"top": x.argmax(1), "logits": x, "pair": x[:, :2].T > 0})
+    options = {
+        "waiting": waiting,
+        "out_dims": {"top": 0, "logits": 0, "pair": 1},
+        "surrogate": [module, Memory()],
+    }
+    x = rand(12, 3)
+    whole = CodedWrapper(module, make(4, 6), workers=Separate(), max_adversaries=1, **options)
+    answers, report = whole.run(x)
+    for name, wanted in module(x).items():
+        assert torch.equal(answers[name], wanted)
+    assert not report.predicted.any()
+    assert not report.expected_errors.any() if make is KernelCode else True
+    lost = CodedWrapper(module, make(4, 4), stragglers=Uniform(1, seed=0), **options)
+    with pytest.raises(
+        NotEnoughResults,
+        match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
+    ):
+        lost(x)
+
+
+def test_results_beside_integers_may_be_corrupted():
+    module = Call(lambda x: (x, x.argmax(1)))
+    pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.2, "infinity": 0.1, "dtype": 0.1}, seed=2)
+    waiting = Waiting(predict=False)
+    coded = CodedWrapper(module, ReplicationCode(4, 4), workers=pool, waiting=waiting)
+    x = rand(12, 3)
+    for _ in range(5):
+        answers = coded(x)
+        assert torch.equal(answers[0], x)
+        assert torch.equal(answers[1], x.argmax(1))
+
+
+def test_an_empty_batch_has_an_empty_report():
+    coded = CodedWrapper(nn.ReLU(), KernelCode(2, 4))
+    answers, report = coded.run(torch.zeros(0, 3))
+    assert answers.shape == (0, 3)
+    assert (report.predicted.dtype, report.predicted.shape) == (torch.bool, (0,))
+    assert report.expected_errors.shape == (0,)
+    assert report.expected_rmse == 0.0
 
 
 def test_outputs_without_any_tensor():

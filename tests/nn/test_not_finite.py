@@ -1,0 +1,187 @@
+"""Rows that are not finite, of codes that repeat inputs: computed, and no others' affair."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch.codes import KernelCode, NotEnoughResults, ReplicationCode
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
+from coded_torch.testing.workers import FailsAt, divide_by_zero
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
+
+from .modules import Call
+from .pools import Separate
+
+CODES = [
+    KernelCode,
+    ReplicationCode,
+    lambda k, n: KernelCode(encoder=ReplicationCode(k, n)),
+]
+WAYS = [None, Waiting()]
+BAD = [2, 7]
+
+
+def spoiled(size: int = 24, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    x = torch.linspace(0, 3, 3 * size, dtype=torch.float64).view(size, 3).to(dtype)
+    x[BAD[0], 1], x[BAD[1]] = math.nan, -math.inf
+    return x
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.nan_to_num(nan=7), b.nan_to_num(nan=7))
+
+
+def others(size: int = 24) -> torch.Tensor:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[BAD] = False
+    return mask
+
+
+@pytest.mark.parametrize("waiting", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", CODES)
+def test_such_a_row_is_answered_as_the_module_does(make, dtype, waiting):
+    x = spoiled(dtype=dtype)
+    for module in (nn.ReLU(), Call(lambda x: x.nan_to_num(nan=-1.0, neginf=3.0))):
+        coded = CodedWrapper(module, make(4, 6), workers=Separate(), waiting=waiting)
+        assert same(coded(x), module(x))
+        assert not coded.last_run.predicted.any()
+        assert not coded.last_run.rejected
+        assert coded.last_run.expected_rmse in (0.0, None)
+
+
+@pytest.mark.parametrize("ordering", ["similarity", "arrival"])
+@pytest.mark.parametrize("make", CODES)
+def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(make, ordering):
+    """And what else is lost is predicted from finite rows alone."""
+    x, module = spoiled(), Call(lambda x: x.sin())
+    seen = torch.zeros(24, dtype=torch.bool)
+    for seed in range(20):
+        stragglers = Uniform(3, seed=seed)
+        coded = CodedWrapper(module, make(4, 6), stragglers=stragglers, ordering=ordering)
+        answers, report = coded.run(x)
+        own, errors = ~report.predicted, report.expected_errors
+        assert same(answers[own], module(x)[own])
+        assert answers[others()].isfinite().all()
+        lost = report.predicted & ~others()
+        seen |= lost
+        mean = module(x)[own & others()].mean(0).expand(int(lost.sum()), 3)
+        torch.testing.assert_close(answers[lost], mean)
+        if errors is not None:
+            assert errors[lost].isinf().all()
+            assert errors[~lost].isfinite().all()
+    assert seen.any()
+
+
+@pytest.mark.parametrize("make", CODES)
+def test_no_other_answer_depends_on_it(make):
+    x, answers = spoiled(), []
+    for odd in (0.0, 1e30, math.nan):
+        module = Call(lambda x, odd=odd: torch.where(x.isfinite(), x.sin(), odd))
+        coded = CodedWrapper(module, make(4, 6), stragglers=Uniform(3, seed=1))
+        answers.append(coded(x))
+        assert coded.last_run.predicted[others()].any()
+    assert torch.equal(answers[0][others()], answers[1][others()])
+    assert torch.equal(answers[0][others()], answers[2][others()])
+
+
+@pytest.mark.parametrize("make", CODES)
+def test_surrogates_and_memories_do_not_see_it(make):
+    x, memory = spoiled(48), Memory()
+    module = Call(lambda x: (90 * x).sin())  # which distances do not predict
+    surrogates = (Call(lambda x: (90 * x).sin() - 0.1 * x), memory)
+    for seed in range(2):
+        coded = CodedWrapper(
+            module, make(4, 6), stragglers=Uniform(3, seed=seed), surrogate=surrogates
+        )
+        known = len(memory)
+        answers = coded(x)
+        run = coded.last_run
+        assert not run.notes
+        assert run.surrogate_weights[0][0] > 0.5
+        assert answers[others(48)].isfinite().all()
+        assert len(memory) - known == (~run.predicted & others(48)).sum()
+
+
+def test_in_any_argument_wherever_the_batch_is():
+    module = Call(lambda tree, scale: {"y": tree["x"][0].T * scale[:, None], "max": scale.max()})
+    coded = CodedWrapper(
+        module,
+        KernelCode(3, 5),
+        workers=Separate(),
+        waiting=Waiting(),
+        in_dims=({"x": 1},),
+        out_dims={"y": 0, "max": None},
+    )
+    scale, x = torch.ones(9), torch.ones(2, 9)
+    scale[4], x[1, 8] = math.inf, math.nan
+    answers, report = coded.run({"x": [x]}, scale=scale)
+    assert same(answers["y"], x.T * scale[:, None])
+    assert not report.rejected
+    mask = torch.arange(9) % 2 == 0
+    masked = CodedWrapper(nn.Identity(), ReplicationCode(3, 5), workers=Separate())
+    assert torch.equal(masked(mask), mask.clone())
+
+
+@pytest.mark.parametrize("waiting", WAYS)
+def test_probabilities_under_a_link(waiting):
+    x = spoiled()
+    coded = CodedWrapper(
+        nn.Softmax(-1), KernelCode(4, 6), stragglers=Uniform(2, seed=0), waiting=waiting,
+        link="softmax",
+    )  # fmt: skip
+    answers, report = coded.run(x)
+    assert not report.rejected
+    assert same(answers[~report.predicted], x.softmax(-1)[~report.predicted])
+    torch.testing.assert_close(answers[others()].sum(-1), torch.ones(22, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("make", CODES)
+@pytest.mark.parametrize("waiting", WAYS)
+def test_a_batch_of_nothing_else(make, waiting):
+    x = torch.full((6, 2), math.nan)
+    coded = CodedWrapper(nn.Identity(), make(3, 6), workers=Separate(), waiting=waiting)
+    assert coded(x).isnan().all()
+    module = FailsAt(7.0, divide_by_zero)
+    x[:2] = 7.0
+    lost = CodedWrapper(module, make(3, 3), workers=Separate(), waiting=Waiting(on_error="predict"))
+    with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
+        lost(x)
+
+
+def test_gradients_are_those_of_the_module():
+    x = spoiled().requires_grad_()
+    coded = CodedWrapper(Call(torch.sin), KernelCode(4, 6), stragglers=Uniform(3, seed=1))
+    answers = coded(x)
+    own = ~coded.last_run.predicted & others()
+    (grad,) = torch.autograd.grad(answers[own].sum(), x)
+    assert torch.equal(grad[own], x.detach().cos()[own])
+    assert answers[others()].isfinite().all()
+
+
+@pytest.mark.parametrize("audit", [False, True])
+@pytest.mark.parametrize("make", CODES)
+def test_faulty_machines_are_found_beside_it(make, audit):
+    x = spoiled(96)
+    pool = FaultyWorkers(LocalWorkers(), attack="sign_flip", adversaries=(2,))
+    coded = CodedWrapper(Call(torch.sin), make(4, 8), workers=pool, max_adversaries=1, audit=audit)
+    answers, report = coded.run(x)
+    assert report.adversaries == (2,)
+    assert torch.equal(answers[others(96)], x.sin()[others(96)])
+
+
+@pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu", "cpu"]), lambda: ProcessWorkers(2)])
+def test_on_real_workers(make):
+    x, module = spoiled(dtype=torch.float16), nn.ReLU()
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(module, KernelCode(2, 2), workers=pool)
+        answers, report = coded.run(x)
+    assert same(answers, module(x))
+    assert report.ended == "complete"
+    assert not report.rejected
