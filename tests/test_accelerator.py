@@ -70,7 +70,7 @@ class Run:
 @pytest.fixture(scope="module")
 def runs(accelerator):
     """Both at once, each with a core of its own."""
-    tests = (ROOT / "tests", ROOT / "tests" / "accelerator" / "self_test.py")
+    tests = (ROOT / "tests", ROOT / "tests" / "accelerator" / "own_checks.py")
     runs = {
         name: Run(accelerator, name, accelerator / f"{name}.txt", *tests)
         for name in ("kernels", "torch")

@@ -10,7 +10,7 @@ from ..test_ops import make_plan
 from ..waits import host_waits
 
 pytestmark = pytest.mark.cuda
-HERE = "accelerator/self_test.py:"
+HERE = "accelerator/own_checks.py:"
 
 
 @pytest.fixture
