@@ -109,7 +109,7 @@ def poison(quick: bool) -> dict[str, Any]:
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
     with ProcessWorkers(N).start(timeout=START) as pool, _ended_processes() as ended:
-        mine, others = _coded(pool, model), _coded(pool, model)
+        mine, others = _coded(pool, model, predict=False), _coded(pool, model)
 
         @torch.no_grad()
         def call(value: float) -> None:

@@ -20,6 +20,7 @@ __all__ = ["ALONE", "EXACT", "Part", "Verdict", "judge"]
 ALONE = 3  # failures of the same rows in a row, after which these are given up
 # The same for calls that may predict nothing: at a failure rate of 0.5 one row of a million is.
 EXACT = 20
+_OFTEN = 4  # workers that parts with a row have ended, after which one that it ended alone will do
 _PIECES = 4  # that a part is cut into which ended its worker, so that few more workers are lost
 # Probabilities that a part fails as often as this one by the rate at which others fail. Below the
 # first, which five others that did not fail reach, its rows are suspected, and it is cut. Below the
@@ -93,10 +94,11 @@ def judge(part: Part, rate: float, most: int) -> Verdict:
     if part.fresh is None:  # no worker had it
         return Verdict(int(part.tries < ALONE))
     line = [other for other in part.line() if other.state == FAILED]
-    chance = rate ** sum(other.failure.kind != "raised" for other in line)
+    times = sum(other.failure.kind != "raised" for other in line)
+    chance = rate**times
     died = failure.kind == "died"
     if alone:
-        poison = died and part.tries >= 2 and chance <= _POISON
+        poison = died and (part.tries >= 2 or times >= _OFTEN) and chance <= _POISON
         return Verdict(int(not poison and part.tries < most), poison)
     # Where nearly all fails, pieces would only lose more workers, but rejected results cost none.
     if chance <= _SUSPECT or (part.tries >= ALONE and not died):

@@ -120,10 +120,9 @@ class Call:
         return None if self.open else "failed"
 
     def _suspects(self) -> bool:
-        """Whether it will soon be known on which row the module fails: no time to predict it."""
+        """Whether it is being found out on which row the module fails: no time to predict it."""
         return any(
-            part.of is not None
-            and (part.state == QUEUED or (part.state == RUNNING and part.due > self.now))
+            part.state <= RUNNING
             and not self.good.issuperset(part.units)
             and any(other.failure.kind for other in part.line())
             for part in self.parts[self.num_first :]
@@ -230,6 +229,8 @@ class Call:
             missing = missing[: max(0, lacking)]
             if not missing or (late and part.lates >= _REASKS):
                 continue
+            if late and any(other.failure.kind == "died" for other in part.line()):
+                continue  # a copy of it would end another worker, too
             self.fenced |= late
             if late and not self._afford(missing):
                 fence = self._fence(len(part.units))
