@@ -304,6 +304,7 @@ class Classifier(nn.Module):
         return {"logits": self.linear(hidden.mean(1)) * scale, "rest": None}
 
 
+@pytest.mark.filterwarnings("ignore:CodedWrapper. no input is floating-point")
 @pytest.mark.parametrize("code", ["kernel", "replication"])
 @pytest.mark.parametrize("scale", ["host", "device"])
 def test_tokens_masks_and_shared_arguments(code, scale):
