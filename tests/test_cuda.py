@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from coded_torch import ops
+from coded_torch._extension import HAS_CUDA_KERNELS
 from coded_torch.linear import SplineMap
 from coded_torch.points import chebyshev_first, chebyshev_second
 
@@ -62,7 +63,8 @@ def test_a_map_on_a_gpu(num_knots, num_points, dtype):
         got, want = apply(values.cuda()), apply(values).double()
         tolerance = 2 * TOLERANCES[dtype] * want.abs().max()
         torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=float(tolerance))
-        assert torch.equal(apply(values[:, 3:13].cuda()), got[:, 3:13])  # whatever is beside it
+        if HAS_CUDA_KERNELS:  # whatever is beside it; cuBLAS promises no such thing
+            assert torch.equal(apply(values[:, 3:13].cuda()), got[:, 3:13])
         into = torch.empty_like(got)
         assert apply(values.cuda(), out=into) is into
         assert torch.equal(into, got)
