@@ -271,7 +271,8 @@ def test_token_ids_are_near_by_their_embeddings():
     def module(tokens):
         return weight[tokens].mean(1).sin()
 
-    blind, report = answered(module, KernelCode(20, 24), tokens)
+    with pytest.warns(UserWarning, match="no distances"):
+        blind, report = answered(module, KernelCode(20, 24), tokens)
     assert len(report.notes) == 1
     for metric in (lambda tokens: weight[tokens], [lambda tokens: weight[tokens].mean(1)]):
         error, report = answered(module, KernelCode(20, 24, metric=metric), tokens)

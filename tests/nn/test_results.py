@@ -21,7 +21,14 @@ from coded_torch.nn._results import Results
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, Part, Reply
+from coded_torch.workers import (
+    DeviceWorkers,
+    FaultyWorkers,
+    LocalWorkers,
+    Part,
+    ProcessWorkers,
+    Reply,
+)
 
 from .modules import Call, Liar, linear, rand
 from .pools import Separate
@@ -247,6 +254,16 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(make, wai
         match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
     ):
         lost(x)
+
+
+@pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"] * 2), lambda: ProcessWorkers(2)])
+def test_what_the_module_refuses_on_every_part_is_its_own_error(make):
+    with make() as pool, torch.no_grad():
+        coded = CodedWrapper(linear(), KernelCode(2, 2), workers=pool)
+        for x in (rand(8, 3).float(), rand(8, 4)):
+            with pytest.raises(RuntimeError, match="mat1 and mat2") as info:
+                coded(x)
+            assert type(info.value) is RuntimeError
 
 
 def test_results_beside_integers_may_be_corrupted():

@@ -339,6 +339,7 @@ class Embed(nn.Module):
         return nn.functional.embedding(ids, torch.arange(8.0).reshape(4, 2)).sum(1)
 
 
+@pytest.mark.filterwarnings("ignore:.*there are no distances")
 def test_a_request_that_makes_the_module_fail_fails_alone():
     inputs = [TensorSpec("ids", "INT64", (-1,))]
     workers = DeviceWorkers(["cpu"] * 6)
