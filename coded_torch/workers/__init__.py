@@ -5,8 +5,9 @@ To add a pool:
 1. Read what :class:`Workers` must keep.
 2. Subclass :class:`~coded_torch.workers.live.LiveRequest`: ``_submit`` puts parts into the queue of
    the pool, ``idle`` counts the machines that are free, ``_obstacle`` says why parts wait.
-3. Where a machine takes a part, call ``begin``, and compute only if it says so; then ``settle`` or
-   ``fail``. Under ``ambient.restored``, with ``task.payload`` and the part's fault, if any.
+3. Where a machine takes a part, call ``begin``, and compute only if it says so, under
+   ``ambient.restored``, with ``task.payload`` and the part's fault, if any. Then ``settle`` or
+   ``fail``, with ``kind="raised"`` if the module did.
 4. Subclass :class:`Workers`: ``num_machines``, ``open``, ``close``, and how it is pickled. Requests
    must not hold the pool, so that it ends when nothing else does.
 5. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``

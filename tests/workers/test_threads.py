@@ -70,7 +70,7 @@ class ThreadRequest(LiveRequest):
         if future.cancelled():
             self.fail(part, "was never begun: the pool was closed")
         elif (cause := future.exception()) is not None:
-            self.fail(part, f"failed: {type(cause).__name__}: {cause}", cause)
+            self.fail(part, f"failed: {type(cause).__name__}: {cause}", cause, kind="raised")
         else:
             self.settle(part, future.result())
 
