@@ -8,12 +8,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -108,20 +106,20 @@ def poison(quick: bool) -> dict[str, Any]:
     count = 3 if quick else 100
     generator, model = torch.Generator().manual_seed(SEED), Model()
     lost, computed = [], []
-    with ProcessWorkers(N).start(timeout=START) as pool, _ended_processes() as ended:
+    with ProcessWorkers(N).start(timeout=START) as pool:
         mine, others = _coded(pool, model, predict=False), _coded(pool, model)
 
         @torch.no_grad()
         def call(value: float) -> None:
             for _ in range(count):
-                x, before = _batch(generator), len(ended)
+                x, before = _batch(generator), pool.num_restarts
                 x[17, 0] = value
                 try:
                     mine(x)
                 except NotEnoughResults as error:
                     computed.append(len(error.received))
-                    lost.append(len(ended) - before)
                 time.sleep(PAUSE)
+                lost.append(pool.num_restarts - before)
 
         calm = _times_beside(others, lambda: call(0.0))
         disturbed = _times_beside(others, lambda: call(BAD))
@@ -136,23 +134,6 @@ def poison(quick: bool) -> dict[str, Any]:
             "others: p99 by that of calm": [round(p99, 3), 2.0],
         },
     }
-
-
-@contextlib.contextmanager
-def _ended_processes() -> Iterator[list[str]]:
-    """What the pools of this process say of processes that end."""
-    ended: list[str] = []
-
-    class Notes(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            ended.append(record.getMessage())
-
-    logger, notes = logging.getLogger("coded_torch.workers"), Notes(logging.WARNING)
-    logger.addHandler(notes)
-    try:
-        yield ended
-    finally:
-        logger.removeHandler(notes)
 
 
 def _times_beside(coded: CodedWrapper, work: Callable[[], object]) -> list[float]:
