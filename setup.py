@@ -15,7 +15,7 @@ from setuptools import Extension, setup
 
 
 def find_toolkit() -> str | None:
-    """Return the CUDA toolkit's folder; None if there is no nvcc.
+    """Return the CUDA toolkit's folder; None if there is no nvcc that runs.
 
     An nvcc on PATH may be a script beside no toolkit at all, which calls one elsewhere: nvcc itself
     says where its toolkit is.
@@ -28,13 +28,16 @@ def find_toolkit() -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "probe.cu")
         source.touch()
-        said = subprocess.run([nvcc, "--dryrun", str(source)], capture_output=True, text=True)
+        try:
+            said = subprocess.run([nvcc, "--dryrun", str(source)], capture_output=True, text=True)
+        except OSError:  # it may be for another processor
+            return None
     top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)
     found = Path(top[1]).resolve() if top else Path(nvcc).parents[1]
     return str(found if Path(found, "bin", "nvcc").exists() else Path(nvcc).parents[1])
 
 
-TOOLKIT = find_toolkit()
+TOOLKIT = None if os.environ.get("CODED_TORCH_CUDA") == "0" else find_toolkit()
 if TOOLKIT:
     os.environ["CUDA_HOME"] = TOOLKIT  # torch reads it when its module is imported
 
@@ -65,15 +68,18 @@ def run_nvcc(toolkit: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def architectures(toolkit: str) -> list[str]:
     """Return nvcc's flags: those of TORCH_CUDA_ARCH_LIST if it is set, else one per generation.
 
-    The newest generation comes as PTX too, for those to follow.
+    Hopper and the newest generation come as PTX too, for those between and those to follow.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         flags: list[str] = cpp_extension._get_cuda_arch_flags()
         return flags
     listed = run_nvcc(toolkit, "--list-gpu-code").stdout
     known = [g for g in GENERATIONS if re.search(rf"\bsm_{g}\b", listed)] or ["80", "90"]
-    *older, newest = (f"-gencode=arch=compute_{g},code=sm_{g}" for g in known)
-    return [*older, newest.replace("code=", "code=[") + f",compute_{known[-1]}]"]
+    ptx = {"90", known[-1]}
+    return [
+        f"-gencode=arch=compute_{g},code={f'[sm_{g},compute_{g}]' if g in ptx else f'sm_{g}'}"
+        for g in known
+    ]
 
 
 def obstacle(toolkit: str) -> str | None:
@@ -214,6 +220,9 @@ class Build(BuildExtension):  # type: ignore[misc]
         library = Path(self.get_ext_fullpath("coded_torch._ops_cuda"))
         library.parent.mkdir(parents=True, exist_ok=True)
         library.with_name("_cuda_missing.txt").write_text(self.missing or "")
+        if self.missing:  # an earlier build in place may have left a library
+            for stale in library.parent.glob("_ops_cuda.*"):
+                stale.unlink()
 
 
 if __name__ == "__main__":

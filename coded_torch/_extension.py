@@ -37,7 +37,7 @@ if why := _load("_ops_cpu"):
 
 def _load_cuda() -> str:
     """Load the CUDA operators, or register torch's own; return why, or an empty string."""
-    reason = "this torch is a CPU build"
+    reason = "this torch is not built for CUDA"
     if torch.version.cuda:  # else they cannot be loaded, whether they were built or not
         reason = _load("_ops_cuda")
         if reason == "it was not built":

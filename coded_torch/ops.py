@@ -124,11 +124,14 @@ def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = N
     """
     exact = coefficients.double() if exact is None else exact
     num_knots = (coefficients.shape[1] - 4 * (schedule.shape[1] - 1)) // 8
+    num_points = schedule.shape[1] - 1 - num_knots
+    fewer = min(num_knots, num_points)
     # The plan is a constant of whatever derivative or vmap is being computed.
     with torch._C._DisableFuncTorch(), torch._C._AutoDispatchBelowAutograd():
-        identity = torch.eye(num_knots, dtype=torch.float64, device="cpu")
-        matrix = _OPERATOR(identity[:, None], exact, schedule, False)  # [N, 1, n]
-        entries = torch.nn.functional.pad(matrix[:, 0].T.reshape(1, -1), (0, -matrix.numel() % 4))
+        identity = torch.eye(fewer, dtype=torch.float64, device="cpu").unsqueeze(1)
+        matrix = _OPERATOR(identity, exact, schedule, num_points < num_knots)  # [., 1, fewer]
+        matrix = matrix[:, 0] if num_points < num_knots else matrix[:, 0].T  # [n, N]
+        entries = torch.nn.functional.pad(matrix.reshape(1, -1), (0, -matrix.numel() % 4))
         return torch.cat([coefficients, entries.to(coefficients)], 1)
 
 

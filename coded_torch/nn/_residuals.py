@@ -166,8 +166,11 @@ def alone(
         leaf, guess, dim = stacked.leaves[i], said[i], stacked.dims[i]
         assert guess is not None
         assert dim is not None
-        whole = from_scale(guess.batch, link).to(leaf.device, leaf.dtype)
-        whole[received] = leaf.squeeze(1)
+        guessed = from_scale(guess.batch, link).to(leaf.device, leaf.dtype)
+        # A copy: the surrogate may return what it keeps, or the inputs themselves.
+        whole = guessed.clone(memory_format=torch.contiguous_format)
+        if received:
+            whole[received] = leaf.squeeze(1)
         answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
     report.predicted = torch.ones(units.batch_size, dtype=torch.bool)
     report.predicted[received] = False

@@ -20,6 +20,8 @@ from .waiting import Waiting
 
 __all__ = ["shortfall"]
 
+_NOTE = "raised by the module on"
+
 
 def shortfall(
     waiting: Waiting, units: Units, results: Results, report: Report, collected: Collected
@@ -103,12 +105,16 @@ def _of_module(
     cause = first.__cause__
     if first.kind != "raised" or not isinstance(cause, Exception):
         return _too_few(Waiting(predict=False), units, results, report, "")
+    if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
+        cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
+        cause.__cause__ = stopped
     if report.refused:
-        rows = _shown(report.refused)
-        note = f"raised by the module on {rows} of the batch; {first}"
-        with contextlib.suppress(AttributeError):  # a class may have slots
-            # What add_note does, which Python 3.10 does not have.
-            cause.__notes__ = [*getattr(cause, "__notes__", ()), note]
+        note = f"{_NOTE} {_shown(report.refused)} of the batch; {first}"
+        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
+            # What add_note does, which Python 3.10 does not have. The module may raise one object
+            # again and again.
+            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
+            cause.__notes__ = [*others, note]
             cause.rows = report.refused  # type: ignore[attr-defined]
     return cause
 
@@ -151,7 +157,7 @@ def _shown(rows: Sequence[int]) -> str:
 
 def _holding(error: Exception, units: Units, results: Results, report: Report) -> Exception:
     """The exception with what came."""
-    with contextlib.suppress(AttributeError):
+    with contextlib.suppress(Exception):  # as above
         error.report = report  # type: ignore[attr-defined]
         error.answers = _computed(units, results)  # type: ignore[attr-defined]
     return error

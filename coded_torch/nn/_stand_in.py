@@ -25,6 +25,9 @@ _TRAINING_EFFECTS: dict[type[nn.Module], str] = {
 }
 
 
+_NONE = object()
+
+
 class StandIn(nn.Module, abc.ABC):
     """A wrapper with the state dict and the mode of the module inside, and compiled as it is.
 
@@ -67,9 +70,9 @@ class StandIn(nn.Module, abc.ABC):
             return super().__getattr__(name)
         except AttributeError:
             module = self.__dict__.get("_modules", {}).get("module")  # none while it is unpickled
-            if name.startswith("_") or not hasattr(module, name):
+            value = _NONE if name.startswith("_") else getattr(module, name, _NONE)
+            if value is _NONE:
                 raise
-        value = getattr(module, name)
         if callable(value):
             raise AttributeError(
                 f"{type(self).__name__}: {name} would run uncoded, in this process; if that is "

@@ -87,7 +87,8 @@ class Waiting:
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 
     Args:
-        deadline: seconds from the call to its answer.
+        deadline: seconds from the call to its answer. The time of surrogates is not bounded: one
+            that takes long makes the call late.
         patience: where there is no deadline, medians of whole calls after which what is missing is
             predicted; infinite: when nothing more can come.
         extra: work that may be asked again for being late, as a share of all work: what is not

@@ -244,7 +244,7 @@ class Batcher:
             late = error.status == 504
         if not late:
             self._hung = False
-        elif left >= self._usual(rows):
+        elif 0 < self._usual(rows) <= left:  # 0: not known yet, as while workers load
             self._hung = True
         if error is None:
             self._settle(batch, outputs, report)

@@ -34,6 +34,18 @@ def test_answers_and_their_report_beside_other_calls():
     assert coded.last_run is None
 
 
+def test_a_module_that_raises_stop_iteration_ends_the_await():
+    """As one does that looks for the device of its first parameter, and has none."""
+
+    def first(x):
+        return x.to(next(iter(())))
+
+    with DeviceWorkers(["cpu", "cpu", "cpu"]) as pool:
+        coded = CodedWrapper(Call(first), KernelCode(3, 3), workers=pool)
+        with pytest.raises(RuntimeError, match="the module raised StopIteration"):
+            asyncio.run(asyncio.wait_for(coded.arun(X), 30))
+
+
 def test_context_variables_and_modes_of_torch_hold():
     seen = []
 

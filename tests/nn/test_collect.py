@@ -55,6 +55,26 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
         assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
 
 
+def test_a_surrogate_that_answers_alone_keeps_what_it_returned():
+    """Its tensor may be the caller's input, or a mean that is expanded to all rows."""
+    x = torch.randn(4, 2)
+    before, mean = x.clone(), torch.ones(2)
+    for surrogate in (lambda rows: rows, lambda rows: mean.expand(len(rows), 2)):
+        coded = CodedWrapper(
+            nn.Identity(),
+            ReplicationCode(4, 4),
+            workers=LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])),
+            waiting=Waiting(deadline=0.2),
+            surrogate=surrogate,
+        )
+        answers, report = coded.run(x)
+        assert report.predicted.tolist() == [False, True, True, True]
+        assert torch.equal(answers[0], before[0])
+        assert torch.equal(answers[1:], surrogate(before)[1:])
+        assert torch.equal(x, before)
+        assert torch.equal(mean, torch.ones(2))
+
+
 def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
     late = Trace([[0.0, 0.0, 0.0, 1.0]])
     x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))

@@ -50,7 +50,7 @@ inline PairsGrid plan_pairs(const DistancesArgs& args, int multiprocessors) {
       std::max(kLeastSlice, over(over(args.num_columns, kMostSlices), kPairsStep) * kPairsStep);
   grid.slices = std::max<int64_t>(over(args.num_columns, grid.slice), 1);
   // Twice as many tiles as half the card takes would fill it by themselves; and workspaces stay
-  // below 60 MB of float32 on an H100.
+  // below 70 MB of float32 on an H100.
   grid.parts = 2 * grid.tiles <= multiprocessors ? grid.slices : 1;
   grid.blocks = grid.tiles * grid.parts;
   return grid;
