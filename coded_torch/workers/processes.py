@@ -27,7 +27,7 @@ from ._supervised.worker_main import JOB, LOADED, MODULE, READY
 __all__ = ["ProcessWorkers"]
 
 _SPARE_DESCRIPTORS = 16
-_UNFORKED = "was not forked, as the server that forks processes ended"
+_UNFORKED = "was not forked, as the server that forks processes failed or ended"
 _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait
 
 
@@ -147,8 +147,14 @@ class _Process(Machine):
         """End the process, though the server that forked it may have ended."""
         with contextlib.suppress(ProcessLookupError):
             if self._handle is not None:
-                signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-            elif self.pid:
+                try:
+                    signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+                    return
+                except ProcessLookupError:
+                    return
+                except (AttributeError, OSError):
+                    pass  # Python, the kernel or a sandbox lacks the call.
+            if self.pid:
                 os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
@@ -219,8 +225,9 @@ class _Processes(Supervisor):
 
     def end(self, machine: Machine) -> None:
         assert isinstance(machine, _Process)
-        if not machine.pid:
-            self._server.discard()  # which has not come to fork it
+        # All pools share the server. Only a server that is too slow to fork is ended.
+        if not machine.pid and not self.closed and not machine.unwanted:
+            self._server.discard()
         machine.kill()
         self._bury(machine)
 
@@ -232,7 +239,7 @@ class _Processes(Supervisor):
                         pass
             elif key.data is self._server:
                 self._server.hear()
-            elif key.fileobj in self._selector.get_map():  # else it has been ended meanwhile
+            elif key.data in self._machines:  # else it has been ended meanwhile
                 self._hear(key.data)
         if self._server.refusal:
             self.refuse(self._server.refusal)
@@ -302,9 +309,16 @@ class _Processes(Supervisor):
         if code is None:
             return _UNFORKED if not machine.pid else "closed its connection, and was killed"
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            return f"was killed by {_signal_name(-code)}"
         up = "" if machine.ready or machine.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Most real-time signals have no name.
+        return f"signal {number}"
 
 
 def _foreign(packages: Iterable[str]) -> list[str]:

@@ -33,6 +33,7 @@ from coded_torch.testing.workers import (
     until,
 )
 from coded_torch.workers import Began, FaultyWorkers, ProcessWorkers, WorkerError
+from coded_torch.workers._supervised import fork_server
 
 from .modules import (
     Exits,
@@ -318,6 +319,84 @@ def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     assert imports["plain"] == 2
     assert imports["extra"] == 2
     assert imports["threaded"] == 2 + 3  # by each process itself
+
+
+_SHARED = """
+import os, signal, sys
+from coded_torch.workers import ProcessWorkers
+from coded_torch.workers._supervised.fork_server import _Server
+
+def begin(*packages):
+    pool = ProcessWorkers(1, preload=packages)
+    try:
+        pool.start(timeout=0.3)
+    except RuntimeError:
+        return pool
+    sys.exit("the pool must not be up so early")
+
+if __name__ == "__main__":
+    sys.path.insert(0, {folder!r})
+    with ProcessWorkers(1).start() as first:
+        server, pids = _Server.current, first.pids
+        with begin("slow_1") as restarted:
+            restarted.restart(0)
+            restarted.start()
+        begin("slow_2").close()
+        print(_Server.current is server, first.pids == pids, sorted(_Server.refused))
+        ProcessWorkers(1).start().close()  # The server has imported slow_2 then.
+        with begin("slow_3") as importing, begin() as waiting:
+            os.kill(server.pid, signal.SIGKILL)
+            importing.start()
+            waiting.start()
+        print(_Server.current is server, first.pids == pids, sorted(_Server.refused))
+"""
+
+
+def test_pools_that_are_starting_leave_the_server_to_others(tmp_path):
+    for name in ("slow_1", "slow_2", "slow_3"):
+        (tmp_path / f"{name}.py").write_text("import time; time.sleep(2)")
+    done = _script(tmp_path, _SHARED.format(folder=str(tmp_path)), 2 * WAIT)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines() == ["True True []", "False True ['slow_3']"]
+
+
+_BUSY_IMPORT = """
+import subprocess
+import torch
+from coded_torch.codes import ReplicationCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import ProcessWorkers
+
+cuda = torch.cuda.is_available()
+child = subprocess.Popen(["true"])
+torch.ones(4_000_000).exp()
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return x * torch.ones(4_000_000).exp().min().log() + torch.get_num_threads()
+
+if __name__ == "__main__":
+    devices = ["cuda" if cuda else "cpu"]
+    with ProcessWorkers(2, threads=2, devices=devices, grace=20.0).start() as pool, torch.no_grad():
+        coded = CodedWrapper(Net(), ReplicationCode(2, 2), workers=pool)
+        print(coded(torch.tensor([[1.0], [2.0]])).flatten().round().tolist())
+    child.wait()
+"""
+
+
+def test_a_main_script_may_use_threads_processes_and_ask_for_gpus_on_import(tmp_path):
+    done = _script(tmp_path, _BUSY_IMPORT, 2 * WAIT)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.strip() == "[3.0, 4.0]"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads what Linux knows")
+def test_the_server_asks_for_gpus_without_the_cuda_runtime(pool):
+    server = fork_server._Server.current.pid
+    environment = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
+    assert b"PYTORCH_NVML_BASED_CUDA_CHECK=1" in environment
 
 
 def test_redundancy_returns_within_a_second_of_a_kill():

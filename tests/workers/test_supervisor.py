@@ -556,6 +556,25 @@ def test_only_machines_that_are_at_an_interrupted_request_are_ended():
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
+def test_overdue_machines_are_replaced_though_one_cannot_be_ended():
+    supervisor = started(2)
+    one = Asking(supervisor, 2)
+    first, second = supervisor.launched
+    end = supervisor.end
+
+    def fail(machine: Numbered) -> None:
+        end(machine)
+        if machine is first:
+            raise OSError("it cannot be ended")
+
+    supervisor.end = fail
+    supervisor.clock.now = GRACE
+    supervisor.tend()
+    assert second.ended
+    assert len(supervisor.launched) == 4
+    assert all("for more than 10 s" in str(reply.error) for reply in replies(one))
+
+
 def test_machines_that_fail_together_fail_once():
     supervisor = InMemory(5)
     one = Asking(supervisor, 1)

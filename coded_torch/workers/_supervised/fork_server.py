@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterable, Sequence
 from multiprocessing import Pipe, reduction, spawn
 from multiprocessing.connection import Connection
@@ -33,6 +32,7 @@ from .worker_main import serve
 __all__ = ["ForkServer", "check_guard", "main", "meet"]
 
 _PID = struct.Struct("<q")
+_SEND_SECONDS = 10.0  # A server that reads nothing for so long counts as lost.
 _MAIN = "__main__"
 
 
@@ -64,8 +64,9 @@ class ForkServer:
         self.refusal = ""
         self._selector = selector
         self._names = dict.fromkeys((_MAIN, *names))  # in the order of asking
-        self._asked: deque[str] = deque()  # and not confirmed
         self._known: set[str] = set()  # asked for, confirmed or not
+        self._importing = ""  # the package that the server imports for this line
+        self._prepared: dict[str, Any] = {}  # the last preparation that was sent
         self._codes: dict[int, int] = {}  # exit codes by process id
         self._server: _Server | None = None
         self._line: Connection[Any, Any] | None = None
@@ -86,16 +87,31 @@ class ForkServer:
             self._server, self._line = _Server.connect()
             self._selector.register(self._line, selectors.EVENT_READ, self)
         self.preload()
-        self._line.send(("fork", _preparation(), arguments))
-        reduction.send_handle(self._line, sock.fileno(), self._server.pid)  # type: ignore[union-attr]
+        self._send("fork", arguments, sock)
 
     def preload(self) -> None:
         """Ask the server, if there is one, for the packages that it has not been asked for."""
         for name in self._names:
             if self._line is not None and name not in self._known | _Server.refused:
                 self._known.add(name)
-                self._asked.append(name)
-                self._line.send(("import", _preparation(), name))
+                self._send("import", name)
+
+    def _send(self, what: str, asked: Any, sock: socket.socket | None = None) -> None:
+        """Send a message, with the preparation if it has changed; on failure, end the server."""
+        assert self._line is not None
+        assert self._server is not None
+        preparation = _preparation()
+        changed = preparation if preparation != self._prepared else None
+        try:
+            self._line.send((what, changed, asked))
+            if sock is not None:
+                reduction.send_handle(self._line, sock.fileno(), self._server.pid)
+        except OSError:
+            while self._line is not None and self._line.poll():
+                self.hear()  # The messages say which package the server is importing.
+            self.discard()
+            raise
+        self._prepared = preparation
 
     def hear(self) -> None:
         """Read one message of the server, if there is any."""
@@ -108,8 +124,10 @@ class ForkServer:
             return
         if what == "exited":
             self._codes[which] = value
+        elif what == "importing":
+            self._importing = which
         else:
-            self._asked.remove(which)
+            self._importing = ""
             if which == _MAIN:
                 self.refusal = value
 
@@ -125,10 +143,10 @@ class ForkServer:
     def discard(self) -> None:
         """End a server that has ended or hangs; the next :meth:`fork` starts another one.
 
-        The next one will not import the package that this one was at.
+        If the server was importing a package for this line, later servers do not import it.
         """
-        if self._asked:
-            _Server.refused.add(self._asked[0])
+        if self._importing:
+            _Server.refused.add(self._importing)
         if self._server is not None:
             self._server.end()
         self.close()
@@ -139,8 +157,8 @@ class ForkServer:
             self._selector.unregister(self._line)
             self._line.close()
         self._line = self._server = None
-        self._asked.clear()
         self._known.clear()
+        self._importing, self._prepared = "", {}
 
 
 class _Server:
@@ -162,10 +180,13 @@ class _Server:
                 (os.POSIX_SPAWN_DUP2, theirs.fileno(), 3),
             ]
             command = [sys.executable, *flags, "-c", program]
+            # torch.cuda.is_available() then asks NVML. The CUDA runtime must not be initialised
+            # here, because it does not work in forked processes.
+            environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
             self.pid = os.posix_spawn(
                 sys.executable,
                 command,
-                os.environ,
+                environment,
                 file_actions=actions,
                 setsigmask=[signal.SIGINT],  # until it is ignored, see main
             )
@@ -174,6 +195,9 @@ class _Server:
     def connect(cls) -> tuple[_Server, Connection[Any, Any]]:
         """The server, and a new line to it."""
         ours, theirs = Pipe()
+        with socket.socket(fileno=os.dup(ours.fileno())) as sock:
+            limit = struct.pack("@ll", int(_SEND_SECONDS), 0)  # a struct timeval
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         with cls._lock, theirs:
             server = cls.current
             # A process that was forked from ours has a server of its own.
@@ -188,9 +212,13 @@ class _Server:
         with self._lock:
             if type(self).current is self:
                 type(self).current = None
-                os.kill(self.pid, signal.SIGKILL)  # our child, so its id is not used again yet
-                os.waitpid(self.pid, 0)
-                self._control.close()
+                try:
+                    # A child keeps its id until it is waited for. The host may have done that.
+                    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                        os.kill(self.pid, signal.SIGKILL)
+                        os.waitpid(self.pid, 0)
+                finally:
+                    self._control.close()
 
 
 def _preparation() -> dict[str, Any]:
@@ -207,6 +235,9 @@ def _preparation() -> dict[str, Any]:
 
 def main(descriptor: int) -> None:
     """Run the server until the process that started it has ended."""
+    # The threads of OpenMP do not survive a fork, so imports must not start any. Each worker sets
+    # its own number of threads.
+    torch.set_num_threads(1)
     forker = _Forker(Connection(descriptor))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     forker.run()
@@ -223,6 +254,7 @@ class _Forker:
         self._control = control
         self._imported: dict[str, str] = {}  # the errors, by name; "": none
         self._owners: dict[int, Connection[Any, Any]] = {}  # the line of a worker, by process id
+        self._preparations: dict[Connection[Any, Any], dict[str, Any]] = {}  # the last of each line
         self._selector = selectors.DefaultSelector()
         self._ended, self._bell = socket.socketpair()
         for end in (self._ended, self._bell):
@@ -254,11 +286,15 @@ class _Forker:
                     self._leave(source)
 
     def _serve(self, line: Connection[Any, Any]) -> None:
-        what, preparation, asked = line.recv()
+        what, changed, asked = line.recv()
+        if changed is not None:
+            self._preparations[line] = changed
+        preparation = self._preparations[line]
         if what == "fork":
             self._fork(line, reduction.recv_handle(line), preparation, asked)
             return
         if asked not in self._imported:
+            line.send(("importing", asked, ""))
             self._imported[asked] = _import(asked, preparation)
             self._set_signals()  # which the main script may have changed
             if threading.active_count() > 1 or torch.cuda.is_initialized():
@@ -272,7 +308,11 @@ class _Forker:
         preparation: dict[str, Any],
         arguments: Sequence[Any],
     ) -> None:
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:  # There are too many processes, or there is too little memory.
+            os.close(descriptor)  # The pool reads the end of the connection, and tries again.
+            return
         if pid:
             os.close(descriptor)
             self._owners[pid] = line
@@ -286,7 +326,8 @@ class _Forker:
             self._selector.close()
             self._bell.close()
             sock = socket.socket(fileno=descriptor)
-            _introduce(sock)
+            with contextlib.suppress(ConnectionError):  # The pool does not want it any more.
+                _introduce(sock)
             _prepare(preparation)
             serve(sock, *arguments)
             code = 0
@@ -305,7 +346,9 @@ class _Forker:
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 pid, status = ended
-                line = self._owners.pop(pid)
+                line = self._owners.pop(pid, None)
+                if line is None:  # The main script started this process.
+                    continue
                 with contextlib.suppress(OSError):  # its pool has ended
                     line.send(("exited", pid, os.waitstatus_to_exitcode(status)))
 
@@ -317,6 +360,7 @@ class _Forker:
         if line is self._control:
             os._exit(0)
         self._selector.unregister(line)
+        self._preparations.pop(line, None)
         line.close()
 
 
@@ -356,7 +400,10 @@ def _flush() -> None:
 
 def _introduce(sock: socket.socket) -> None:
     """Say which process this is; the descriptor goes on to mean this one when its id is reused."""
-    handles = [os.pidfd_open(os.getpid())] if hasattr(os, "pidfd_open") else []
+    try:
+        handles = [os.pidfd_open(os.getpid())]
+    except (AttributeError, OSError):  # Python, the kernel or a sandbox lacks the call.
+        handles = []
     socket.send_fds(sock, [_PID.pack(os.getpid())], handles)
     for handle in handles:
         os.close(handle)

@@ -87,7 +87,8 @@ class TensorPickler:
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, type | types.FunctionType):
-            self.packages.add(obj.__module__)
+            if obj.__module__:  # None in some generated classes and functions
+                self.packages.add(obj.__module__)
         elif isinstance(obj, types.ModuleType):
             self.packages.add(obj.__name__)
         # Parameters come here as the plain tensors inside of them, tied ones once.

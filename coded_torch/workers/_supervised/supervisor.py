@@ -291,8 +291,9 @@ class Supervisor(abc.ABC):
         for machine in overdue:
             try:
                 self.end(machine)
-            finally:
-                self._replace(machine, machine.verdict(self.grace))
+            except Exception:  # The other machines must be ended and replaced, too.
+                logger.exception("%s could not be ended", machine)
+            self._replace(machine, machine.verdict(self.grace))
         if now < self._start_again or len(self._machines) == self.size:
             return
         for index in sorted(set(range(self.size)) - {m.index for m in self._machines}):
