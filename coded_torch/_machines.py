@@ -288,7 +288,7 @@ class Machines:
             if ok:
                 call.answered.append(call.parts[part])
             failure = Failure() if ok else Failure("died", machine)
-            self.step(call, Settled(part, self.now, self.now - began, ok, failure))
+            self.step(call, Settled(part, self.now, self.now - began, ok, failure, machine))
 
     def burst(self) -> None:
         machines, pause = len(self.ends), self.conditions.pause

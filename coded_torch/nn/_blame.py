@@ -2,10 +2,12 @@
 
 A part that fails is computed again in pieces until the rows that it failed for stand alone. Then
 
-- the same exception for the same rows on two workers is the *module's*;
+- the same exception for the same rows on two workers is the *module's*; from one worker alone it
+  is so only if no other worker returns a good result in the call;
 - a row that ended its worker twice, alone, is *poison*, unless workers end as often without it.
 
-Either is refused: it is not asked for again in this call.
+Either is refused: it is not asked for again in this call. A row that only a broken worker fails on
+is given up, but not refused: it is missing.
 """
 
 from __future__ import annotations
@@ -34,14 +36,15 @@ class Part:
     """A part that was asked, and what it stands in for: parts make a tree, of which leaves count.
 
     Attributes:
+        machine: where it was computed; -1: unknown.
         tries: failures of exactly these units in a row.
         lates: how often it was asked again for being late.
         explained: whether its failure is known to be its rows'.
     """
 
     __slots__ = (
-        "at", "due", "explained", "failure", "fresh", "lates", "number", "of", "replaced",
-        "seconds", "state", "tries", "units", "won",
+        "at", "due", "explained", "failure", "fresh", "lates", "machine", "number", "of",
+        "replaced", "seconds", "state", "tries", "units", "won",
     )  # fmt: skip
 
     def __init__(self, number: int, units: tuple[int, ...], of: Part | None, at: float) -> None:
@@ -49,6 +52,7 @@ class Part:
         self.state = QUEUED
         self.due = self.seconds = float("inf")
         self.fresh: bool | None = None  # until it begins
+        self.machine = -1
         self.failure = Failure()
         self.replaced = self.won = self.explained = False
         same = of is not None and len(of.units) == len(units)
@@ -75,13 +79,14 @@ class Verdict(NamedTuple):
     refused: bool = False
 
 
-def judge(part: Part, rate: float, most: int) -> Verdict:
+def judge(part: Part, rate: float, most: int, others: bool = False) -> Verdict:
     """What becomes of a part of rows that has failed.
 
     Args:
         part: the part.
         rate: the share of other parts that fail, without an exception of the module.
         most: failures of the same rows, after which these are given up.
+        others: whether another machine than the one that failed has returned a good result.
     """
     failure, alone = part.failure, len(part.units) == 1
     if failure.kind == "raised":
@@ -89,8 +94,8 @@ def judge(part: Part, rate: float, most: int) -> Verdict:
             return Verdict(2)
         alike = (other.failure for other in part.line() if other.failure.what == failure.what)
         elsewhere = any(other.machine != failure.machine for other in alike)
-        refused = elsewhere or part.tries >= ALONE
-        return Verdict(0 if refused else 1, refused)
+        again = not elsewhere and part.tries < (most if others else ALONE)
+        return Verdict(int(again), elsewhere)
     if part.fresh is None:  # no worker had it
         return Verdict(int(part.tries < ALONE))
     line = [other for other in part.line() if other.state == FAILED]

@@ -153,6 +153,7 @@ def _follow(
     """
     events: deque[Event] = deque()
     latencies: dict[int, float] = {}  # by the number of the part
+    machines: dict[int, int] = {}  # likewise
     fresh: set[int] = set()  # numbers of parts whose machine has to load the module
     begun = 0  # rows
 
@@ -162,6 +163,7 @@ def _follow(
             if reply.part.number not in fresh:
                 report.latencies[reply.machine] = reply.at
         latencies[reply.part.number] = reply.latency
+        machines[reply.part.number] = reply.machine
         settled = results.add(reply)
         if agreement is not None and len(results.units) >= units.needed:
             gone = agreement.check(results)
@@ -171,7 +173,9 @@ def _follow(
             failure = Failure()
             if not good:
                 failure = _failure(reply if part is reply.part else None)
-            events.append(Settled(part.number, reply.at, latencies[part.number], good, failure))
+            number = part.number
+            latency, machine = latencies[number], machines[number]
+            events.append(Settled(number, reply.at, latency, good, failure, machine))
 
     event: Event = None
     while True:

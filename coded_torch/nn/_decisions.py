@@ -51,7 +51,8 @@ class Call:
         self.unbegun = 0  # of those asked again
         self.good: set[int] = set()
         self.refused: dict[int, int] = {}  # by the unit, the part that showed it
-        self.raised: dict[int, Hashable] = {}  # of the first parts, what was raised
+        self.doubtful: dict[int, int] = {}  # likewise, but only one machine has raised
+        self.raised: dict[int, tuple[Hashable, int]] = {}  # what each first part raised, and where
         self.ended = self.failed = 0  # parts, without those that the module raised on
         self.decodable = math.inf
         self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
@@ -65,7 +66,7 @@ class Call:
         else:
             never = waiting.at_once or not waiting.predict or waiting.patience == math.inf
             self.deadline = math.inf if never else waiting.patience * self.median
-            self.end = math.inf
+            self.end = 2 * self.deadline  # of the search for the rows on which the module fails
         if self.hedges:
             history.earn(waiting.extra)
 
@@ -111,12 +112,13 @@ class Call:
             return "first" if at_once and good < self.num_units else "complete"
         if self.refused and good + len(self.refused.keys() - self.good) >= self.needed:
             return "error"
-        if self.over:
-            return "deadline"
-        if self.late and good >= self.least and self.waiting.deadline is not None:
-            return "deadline"
-        if self.late and good >= self.least and not self._suspects():
-            return "patience"
+        if self.waiting.deadline is not None:
+            if self.over or (self.late and good >= self.least):
+                return "deadline"
+        elif self.late and good >= self.least:
+            searching = self.now < self.since + self.end and self._suspects()
+            if not searching:
+                return "patience"
         return None if self.open else "failed"
 
     def _suspects(self) -> bool:
@@ -137,7 +139,11 @@ class Call:
                 break
             heapq.heappop(timers)
         due = min(timers[0][0] if timers else math.inf, self._preparing())
-        return min(due, self.since + (self.end if self.late else self.deadline))
+        if not self.late:
+            return min(due, self.since + self.deadline)
+        if self.waiting.deadline is None and len(self.good) < self.least:
+            return due  # the rest could not be predicted
+        return min(due, self.since + self.end)
 
     def _preparing(self) -> float:
         """When it is probable enough that something will have to be predicted."""
@@ -167,7 +173,7 @@ class Call:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
         before, part.state = part.state, GOOD if event.ok else FAILED
-        part.failure = event.failure
+        part.failure, part.machine = event.failure, event.machine
         if before <= RUNNING:
             self.open -= 1
             self.unbegun -= before == QUEUED and part.number >= self.num_first
@@ -193,9 +199,15 @@ class Call:
             self._raised(part)
 
     def _raised(self, part: Part) -> None:
-        """Blame the module if it has raised alike for every part of the first ask."""
-        self.raised[part.number] = part.failure.what
-        if 1 < self.num_first == len(self.raised) and len(set(self.raised.values())) == 1:
+        """Blame the module if it has raised alike for every part of the first ask.
+
+        One or two parts may each contain a bad row. A single machine may be broken.
+        """
+        self.raised[part.number] = part.failure.what, part.failure.machine
+        if self.good or not 2 < self.num_first == len(self.raised):
+            return
+        causes, machines = map(set, zip(*self.raised.values(), strict=True))
+        if len(causes) == 1 and len(machines) > 1:
             for other in self.parts[: self.num_first]:
                 self.refused |= dict.fromkeys(other.units, other.number)
 
@@ -256,13 +268,36 @@ class Call:
             return 1
         if self.by_columns:
             return int(part.tries < ALONE)
-        verdict = judge(part, self._rate(part), ALONE if self.waiting.predict else EXACT)
+        raised = part.failure.kind == "raised"
+        others = raised and not self._sound() <= {part.failure.machine}
+        most = ALONE if self.waiting.predict else EXACT
+        verdict = judge(part, self._rate(part), most, others)
         if not verdict.pieces:
             for failed in part.line():  # what it did says nothing of the workers
                 failed.explained = True
         if verdict.refused:
             self.refused |= dict.fromkeys(part.units, part.number)
+        elif raised and not verdict.pieces:
+            self.doubtful |= dict.fromkeys(part.units, part.number)
         return verdict.pieces
+
+    def _sound(self) -> set[int]:
+        """The machines that have returned good results in this call."""
+        return {part.machine for part in self.parts if part.state == GOOD}
+
+    def _blame_doubtful(self, reason: str) -> str:
+        """Refuse the rows that failed on one machine, if no other machine is known to work.
+
+        The call may end before any machine has returned a result. Then nothing is known.
+        """
+        sound = self._sound()
+        for unit, number in self.doubtful.items():
+            known = sound or reason == "failed"
+            if unit not in self.good and known and sound <= {self.parts[number].failure.machine}:
+                self.refused.setdefault(unit, number)
+        lacking = self.needed - len(self.good)
+        complete = len(self.refused.keys() - self.good) >= lacking
+        return "error" if reason == "failed" and self.refused and complete else reason
 
     def _rate(self, part: Part) -> float:
         """The share of other parts that fail, other than by an exception of the module."""
@@ -300,6 +335,8 @@ class Call:
         self.unbegun += pieces
 
     def _end(self, reason: str) -> Ended:
+        if self.doubtful:
+            reason = self._blame_doubtful(reason)
         ran = [part for part in self.parts if part.fresh is not None]
         if not self.waiting.at_once:
             # Calls that were cut short count as infinite: left out, they would keep the median,

@@ -59,7 +59,8 @@ class Failure(NamedTuple):
 class Settled(NamedTuple):
     """A part has ended ``latency`` seconds after it began, with a good result or a failure.
 
-    A second one for the same part, not ``ok``, takes back what turned out unlike most.
+    A second one for the same part, not ``ok``, takes back what turned out unlike most. The machine
+    computed the part; -1: unknown.
     """
 
     part: int
@@ -67,6 +68,7 @@ class Settled(NamedTuple):
     latency: float
     ok: bool
     failure: Failure = Failure()
+    machine: int = -1
 
 
 class Hedge(NamedTuple):

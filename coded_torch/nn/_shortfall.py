@@ -52,7 +52,7 @@ def _required(waiting: Waiting, units: Units, report: Report) -> int:
     """How many results the others may be predicted from."""
     if not waiting.predict:
         return units.needed
-    if waiting.at_once or report.ended == "failed":  # more could not come
+    if waiting.at_once or (report.ended == "failed" and not units.by_rows):  # no more could come
         return units.least
     return max(units.least, -(-units.needed // 2))
 

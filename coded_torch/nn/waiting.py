@@ -73,16 +73,17 @@ class Waiting:
       again: at most three times, the first time split over up to four idle machines.
     - A part that failed is asked again at once, in pieces, so that rows on which the module fails
       come to stand alone: two halves, or four where its worker ended. The same exception for the
-      same rows on two workers is the module's; so is that of rows which raise three times alone. A
-      row that ended its worker twice, alone, is *poison*: it is not asked for again in this call,
-      which so loses at most five workers for one of 64 rows. Where other parts fail as often,
-      workers are to blame, and more is tried. Any row is given up after three failures alone.
+      same rows on two workers is the module's. So is the exception of a row that raises three times
+      alone, if no other worker returns a good result in the call. A row that ended its worker
+      twice, alone, is *poison*: it is not asked for again in this call, which so loses at most five
+      workers for one of 64 rows. Where other parts fail as often, workers are to blame, and more is
+      tried. Any row is given up after three failures alone.
     - The call answers or raises at its deadline. What is missing is predicted in the time that
-      predicting takes, if half is there; else
-      :class:`~coded_torch.codes.DeadlineExceeded` is raised, unless a surrogate can answer. Without
-      a deadline, what is missing is predicted after ``patience`` running medians of whole calls,
-      queueing included, when as much is there. Until 32 parts have replied there is neither that
-      nor a fence.
+      predicting takes, if half is there; else :class:`~coded_torch.codes.DeadlineExceeded` is
+      raised, unless a surrogate can answer. Without a deadline, what is missing is predicted after
+      ``patience`` running medians of whole calls, queueing included, when as much is there: after
+      up to twice that while parts that failed are computed again. If nothing more can come, half is
+      needed as well. Until 32 parts have replied there is neither that nor a fence.
 
     Immutable. For the paper's way, all N at once and N - S waited for, see :meth:`first`.
 

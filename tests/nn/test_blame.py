@@ -1,6 +1,7 @@
 """Whose fault failures are: the module's, on some row, or that of workers."""
 
 import math
+import threading
 import time
 
 import pytest
@@ -71,6 +72,61 @@ def test_what_every_part_raises_is_raised_at_once():
         CodedWrapper(Refuses(), KernelCode(6, 6), workers=Separate(), waiting=Waiting())(X)
     assert info.value.report.work == 1.0
     assert info.value.answers is None
+
+
+def test_two_bad_rows_on_two_workers_leave_the_others_computed():
+    class Refuses(nn.Module):
+        def forward(self, x):
+            if bad := sorted({3.0, 60.0} & set(x.flatten().tolist())):
+                raise ValueError(f"{bad[0]} is not to be had")
+            return 2 * x
+
+    with DeviceWorkers(["cpu"] * 2) as pool:
+        coded = CodedWrapper(
+            Refuses(), KernelCode(6, 6), workers=pool, waiting=Waiting(on_error="predict")
+        )
+        answers, report = coded.run(X)
+    assert report.missing_rows == (3, 60)
+    assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
+
+
+class OneBroken(nn.Module):
+    """The first worker raises at once, the others take a while; at first each waits for all."""
+
+    def __init__(self, workers):
+        super().__init__()
+        self.all, self.seen = threading.Barrier(workers), set()
+
+    def forward(self, x):
+        name = threading.current_thread().name
+        if name not in self.seen:
+            self.seen.add(name)
+            self.all.wait(30)
+        if name.startswith("coded_torch-0"):
+            raise RuntimeError("broken")
+        time.sleep(0.05)
+        return 2 * x
+
+
+def test_no_row_is_refused_because_one_worker_is_broken():
+    with DeviceWorkers(["cpu"] * 4) as pool:
+        coded = wrapper(pool)
+        for _ in range(3):
+            coded.module = OneBroken(4)
+            answers, report = coded.run(X)
+            assert report.refused == ()
+            assert len(report.missing_rows) <= 16
+            assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
+
+
+def test_fewer_than_half_are_no_ground_for_predictions():
+    coded = wrapper(Separate())
+    coded.module = nn.Threshold(62.0, math.nan)  # one result is good
+    with pytest.raises(NotEnoughResults, match="at least 32 of 64") as info:
+        coded(X)
+    assert info.value.received == (63,)
+    coded.module = nn.Threshold(31.0, math.nan)
+    assert coded.run(X)[1].predicted.sum() == 32
 
 
 @pytest.mark.parametrize("batch", [1, 2, 64])

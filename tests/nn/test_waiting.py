@@ -180,6 +180,67 @@ def test_what_failed_is_cleared_up_before_anything_is_predicted():
     assert (ended.reason, ended.refused) == ("error", (5,))
 
 
+def raised(*parts, machine, at=1.0):
+    failure = Failure("raised", machine, "wrong")
+    return [Settled(part, at, at, False, failure, machine) for part in parts]
+
+
+def test_the_search_for_what_failed_ends_at_twice_the_patience():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 1.0, 1.0, False, Failure("died", 0))]
+    events += [*begin(4, at=1.0), None, None, None]  # it hangs
+    decisions, waits, ended = drive(Waiting(), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]
+    assert waits[-3:] == [2.5, 3.0, 6.0]  # a copy might end another worker
+    assert (ended.reason, ended.deadline) == ("patience", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("machines", "good", "asked", "reason"),
+    [
+        ((0, 1, 2, 3), False, 0, "error"),
+        ((0, 1), False, 2, None),  # two bad rows are as likely
+        ((0, 0, 0, 0), False, 2, None),  # the machine is broken
+        ((0, 1, 2), True, 2, None),
+    ],
+)
+def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_machines(
+    machines, good, asked, reason
+):
+    first = FOUR[: len(machines)]
+    events = [event for part, m in enumerate(machines) for event in raised(part, machine=m)]
+    if good:  # a piece of the first part comes before the last part raises
+        events.insert(2, Settled(3, 0.9, 0.9, True, machine=4))
+    decisions, _, ended = drive(Waiting(), events, first, needed=2 * len(first))
+    assert decisions[0] == Ask(tuple(first))
+    assert (ended and ended.reason) == reason
+    if ended is None:  # each part is asked again in halves
+        halves = [unit for ask in decisions[1:] for unit in ask.parts]
+        assert halves == [(unit,) for part in first for unit in part]
+        assert len(halves) == asked * len(first)
+    else:
+        assert ended.refused == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))]
+)
+def test_what_only_one_machine_raises_on_is_refused_if_no_other_machine_works(
+    machine, reason, refused
+):
+    events = [*raised(3, 4, 5, 6, 7, 8, 9, machine=0)]
+    events += [Settled(part, 2.0, 2.0, True, machine=machine) for part in range(3)]
+    _, _, ended = drive(Waiting(), events)
+    assert (ended.reason, ended.refused) == (reason, refused)
+
+
+def test_where_nothing_is_predicted_other_machines_get_more_tries():
+    good = [Settled(part, 1.0, 1.0, True, machine=1) for part in range(3)]
+    events = [*good, *raised(*range(3, 12), machine=0), Settled(12, 2.0, 2.0, True, machine=1)]
+    assert drive(Waiting(predict=False), events)[2] is None
+    events += [Settled(13, 3.0, 1.0, True, machine=1)]
+    assert drive(Waiting(predict=False), events)[2].reason == "complete"
+
+
 def test_failures_do_not_need_the_bucket():
     history = known()
     assert history.spend(6.0, most=6.0)
