@@ -237,6 +237,15 @@ def test_what_a_broken_process_sends_ends_that_process_alone():
         assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
 
 
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises, as what runs in the background of a shell may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for():
     with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
         pids = set(pool.pids)
