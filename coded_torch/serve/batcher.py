@@ -244,7 +244,7 @@ class Batcher:
             late = error.status == 504
         if not late:
             self._hung = False
-        elif 0 < self._usual(rows) <= left:  # 0: not known yet, as while workers load
+        elif left >= self._usual(rows):  # 0 while it is not known, as workers that hang never tell
             self._hung = True
         if error is None:
             self._settle(batch, outputs, report)
