@@ -1,4 +1,4 @@
-"""What a GPU applies splines with: times by a model of an H100, and on a card, beside its rivals.
+"""The kernel that a GPU applies splines with: its time by a model of an H100, and on a card.
 
 The model is of csrc/README.md: a kernel takes as long as its memory or its instructions, whichever
 is longer. It decides nothing by itself: ``coded_torch.linear._cost`` chooses, by its instructions.

@@ -14,7 +14,7 @@ def work(results: Results) -> Figure:
     styles = {
         "wait for all": ("wait for all", "0.6", "."),
         "one hedge": ("one hedge", "tab:orange", "s"),
-        "exact": ("up to three re-asks", "tab:green", "^"),
+        "three re-asks, split": ("up to three re-asks", "tab:green", "^"),
         "coded at once": ("the paper's way: all at once", "tab:red", "X"),
         "predict at 3 medians of whole calls": ("Waiting()", "tab:blue", "o"),
         "predict at 3 medians of a part": ("Waiting(deadline=...)", "black", "D"),
@@ -46,7 +46,7 @@ def fan_out(results: Results) -> Figure:
     lines = {  # the policies; what is exact is green, what predicts is blue
         "wait for all": ("wait for all", "0.6", "."),
         "one hedge": ("one hedge, the best of five", "tab:orange", "s"),
-        "exact": ("up to three re-asks, split", "tab:green", "^"),
+        "three re-asks, split": ("up to three re-asks, split", "tab:green", "^"),
         "coded at once": ("coded at once, the paper's way", "tab:red", "x"),
         "predict at 3 medians of whole calls": ("Waiting(), the default", "tab:blue", "o"),
         "predict at 3 medians of a part": ("Waiting(deadline=3 medians)", "black", "o"),

@@ -1,7 +1,7 @@
-"""What a call promises while all goes wrong: scenarios of ``python -m benchmarks resilience``.
+"""The promises of a call while workers fail: scenarios of ``python -m benchmarks resilience``.
 
-- exact: ``Waiting(predict=False)`` where a third of the parts end their process and others return
-  what is wrong, while processes are killed from outside as well;
+- exact: ``Waiting(predict=False)`` where a third of the parts end their process, others return
+  wrong results, and processes are killed from outside as well;
 - poison: one row that ends its process, beside calls of others on the same pool;
 - deadline: calls of 0.3 s while all processes hang, load, are slow, or die.
 """
@@ -34,7 +34,7 @@ RATES = {"crash": 0.3} | dict.fromkeys(("nan", "infinity", "shape", "dtype", "st
 
 
 class Model(nn.Module):
-    """A small network that ends its process at one input, or goes wrong as it is told.
+    """A small network that ends its process at one input, or fails in a way that its input names.
 
     Args:
         how: "", "hang" when it runs, or "load" for ever, or "die" where it is loaded.

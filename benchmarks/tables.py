@@ -22,7 +22,7 @@ PAPER = {"lenet5": (15, 2), "repvgg": (17, 5), "vit": (9, 4)}
 WAITING = {
     "wait for all": "wait for all",
     "one hedge": "one hedge",
-    "exact": "exact",
+    "three re-asks, split": "three re-asks",
     "predict at 3 medians of whole calls": "`Waiting()`",
     "predict at 3 medians of a part": "`Waiting(deadline=3)`",
 }

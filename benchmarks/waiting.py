@@ -45,7 +45,7 @@ NEVER = math.inf
 POLICIES: dict[str, Policy] = {
     "wait for all": Unsplit(patience=NEVER, extra=0),
     "three re-asks, whole": Unsplit(patience=NEVER),
-    "exact": Waiting(predict=False),
+    "three re-asks, split": Waiting(predict=False),
     "predict at 3 medians of a part": Waiting(deadline=3.0),
     "predict at 3 medians of whole calls": Waiting(),
 }

@@ -93,7 +93,7 @@ def spline_apply(
         return out.contiguous()
     if num_rows is None:
         num_rows = scatter.numel()
-    # One row more takes what is dropped: index -1 is its index, too.
+    # An extra row takes the dropped rows: it has index num_rows, and index -1.
     result = out.new_zeros(num_rows + 1, columns)
     result[scatter.clamp(-1, num_rows)] = out
     return result[:-1]

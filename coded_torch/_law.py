@@ -1,4 +1,4 @@
-r"""What every law of lateness does, and laws of one's own."""
+r"""The base class of laws that make workers late, and laws made of a callable."""
 
 from __future__ import annotations
 

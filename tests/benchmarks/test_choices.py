@@ -1,4 +1,4 @@
-"""What a GPU applies splines with, by the model."""
+"""The kernel that a GPU applies splines with, by the model."""
 
 import re
 from pathlib import Path
