@@ -291,7 +291,11 @@ class _Forker:
             self._preparations[line] = changed
         preparation = self._preparations[line]
         if what == "fork":
-            self._fork(line, reduction.recv_handle(line), preparation, asked)
+            descriptor = reduction.recv_handle(line)
+            if self._imported.get(_MAIN):  # The worker could only fail as the import has.
+                os.close(descriptor)
+            else:
+                self._fork(line, descriptor, preparation, asked)
             return
         if asked not in self._imported:
             line.send(("importing", asked, ""))
