@@ -15,7 +15,7 @@ accuracy and the agreement.
 - uncoded: K workers, an input each; an input whose worker is late has no answer, which is wrong;
 - replication: :class:`~coded_torch.codes.ReplicationCode`, where a lost input gets the mean of its
   group; "batch mean": of the batch; "regression": predicted by a regression tuned as the last;
-- KernelCode: as it is; tuned: as :func:`coded_torch.tuning.tune` makes it, on logits.
+- KernelCode: as it is; tuned: as :func:`coded_torch.evaluation.tune.tune` makes it, on logits.
 
 Of 20 photographs (EfficientNet-Lite0) only the agreement with the network means something; there,
 batches are orders of the same 20, so the intervals say nothing about other photographs.
@@ -33,9 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch._scores import Scores, rounded, student
 from coded_torch.codes import BerrutCode, Code, KernelCode, LagrangeCode, SplineCode
-from coded_torch.compare import Scheme
+from coded_torch.evaluation.compare import Scheme
+from coded_torch.evaluation.summary import Scores, rounded, student
 
 from .runs import Measurement, progress
 from .schemes import BATCH_SIZE, FIXED, Uncoded, decode, equal_copies, trial, tuned, unmixed

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BatchPlan, Code, KernelCode, plan_batch
+from coded_torch.evaluation.summary import half_width, rounded
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import Part, Reply, Task

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BerrutCode, SplineCode
+from coded_torch.evaluation.summary import half_width, rounded
 from coded_torch.nn import CodedWrapper, TooManyAdversaries, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import FaultyWorkers, LocalWorkers

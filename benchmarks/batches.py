@@ -6,7 +6,8 @@ training images that no gradient has seen. One batch a case goes through
 :class:`~coded_torch.nn.CodedWrapper` too, which must give the same answers to rounding.
 
 The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, with the
-numbers that :func:`coded_torch.tuning.tune` chooses, "paper, ordered" the same by similarity;
+numbers that :func:`coded_torch.evaluation.tune.tune` chooses, "paper, ordered" the same by
+similarity;
 "Berrut" likewise, with the order of its weights fixed to Berrut's own. "KernelCode, tuned" has the
 numbers of ``tune`` too; "KernelCode, paper's encoder" and "KernelCode, systematic" decode what
 ``SplineCode`` mixes, at the paper's points, and at points that contain the data points.
@@ -30,9 +31,9 @@ from typing import Any
 
 import torch
 
-from coded_torch._scores import Scores, ratio
 from coded_torch.codes import BerrutCode, KernelCode, SplineCode
-from coded_torch.compare import Scheme, received_by
+from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.summary import Scores, ratio
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from coded_torch import ops
+from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 from coded_torch.linear._cost import dense_instructions, prefers_matrix, sweep_instructions
-from coded_torch.points import chebyshev_first, chebyshev_second
 
 from .timing import last_level_cache, measure, rotate
 

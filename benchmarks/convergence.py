@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
-from coded_torch.compare import received_by
+from coded_torch.evaluation.compare import received_by
+from coded_torch.evaluation.summary import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .runs import Measurement, progress

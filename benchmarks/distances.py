@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_torch._scores import Scores, rounded
 from coded_torch.codes import KernelCode, ReplicationCode
-from coded_torch.compare import Scheme, received_by
-from coded_torch.distances import METRICS, Leaf, features_by
+from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.summary import Scores, rounded
+from coded_torch.input_space.distances import METRICS, Leaf, features_by
 from coded_torch.stragglers import Uniform
 
 from . import tasks

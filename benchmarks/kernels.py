@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from coded_torch import ops
 from coded_torch.codes import SplineCode
+from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper
-from coded_torch.points import chebyshev_first, chebyshev_second
 from coded_torch.workers import LocalWorkers
 
 from . import choices

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from coded_torch.codes import FixedCode, KernelCode, ReplicationCode, SplineCode
-from coded_torch.compare import Scheme
-from coded_torch.points import equidistant, systematic
+from coded_torch.codes.nodes import equidistant, systematic
+from coded_torch.evaluation.compare import Scheme
 
 from .runs import Measurement, progress
 from .schemes import BATCH_SIZE, FIXED, Case, equal_copies, evaluate, summaries, uniform

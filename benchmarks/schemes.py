@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coded_torch._scores import Scores
-from coded_torch._trial import Trial
 from coded_torch.codes import BatchPlan, Code, KernelCode, ReplicationCode
-from coded_torch.compare import Scheme, received_by
-from coded_torch.grouping import Grouping
+from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.summary import Scores
+from coded_torch.evaluation.trial import Trial
+from coded_torch.evaluation.tune import tune
+from coded_torch.input_space.ordering import Grouping
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
-from coded_torch.tuning import tune
 from coded_torch.workers import LocalWorkers
 
 from .subjects import AT_ONCE, SEED, Batch

@@ -257,7 +257,7 @@ def command(port: int) -> list[str]:
     # Not the checkout first, as in __init__.py.
     code = (
         "import sys; sys.path.pop(0); sys.modules['uvloop'] = None; "
-        "from coded_torch.cli import main; sys.exit(main())"
+        "from coded_torch.cli.main import main; sys.exit(main())"
     )
     return ["-c", code, "serve", "--memory", "--port", str(port)]
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_torch import metrics
-from coded_torch._scores import half_width, rounded
 from coded_torch.codes import BatchPlan, SplineCode
-from coded_torch.compare import received_by
-from coded_torch.grouping import Grouping
+from coded_torch.evaluation import scores
+from coded_torch.evaluation.compare import received_by
+from coded_torch.evaluation.summary import half_width, rounded
+from coded_torch.input_space.ordering import Grouping
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
@@ -58,7 +58,7 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
                 exact = stage(outputs)
                 noisy = stage(results) + errors * (noise * exact.var(0).mean()).sqrt()
                 decoded = [plan.decode(noisy, received) for plan in _decoders(n, k, grouping)]
-                each[output, noise].append([metrics.rmse(x, exact) ** 2 for x in decoded])
+                each[output, noise].append([scores.rmse(x, exact) ** 2 for x in decoded])
         for what, table in each.items():
             squares[what].append(np.array(table))
     found: dict[str, Any] = {}

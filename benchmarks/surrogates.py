@@ -33,10 +33,10 @@ from coded_torch.codes import (
     ReplicationCode,
     SplineCode,
 )
+from coded_torch.evaluation.tune import tune
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.tuning import tune
 
 from .runs import Measurement, progress
 from .students import RECIPES, small_network, student

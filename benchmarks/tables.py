@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from coded_torch.distances import METRICS
+from coded_torch.input_space.distances import METRICS
 
 from . import tables_beyond
 from .plots import LABELS, NAMES, STYLES, Results

@@ -1,7 +1,8 @@
 """What waiting policies cost and bring, simulated: ``python -m benchmarks waiting``.
 
 Machines that serve one part at a time from one queue, requests that arrive by themselves: see
-:mod:`coded_torch.simulation`. Written to ``results/waiting.json``, for each regime and each fan-out
+:mod:`coded_torch.scheduling.simulation`. Written to ``results/waiting.json``, for each regime and
+each fan-out
 (the number of parts of a request) and each policy: percentiles of latency in medians of a part, the
 share of all inputs that is predicted, calls and inputs beyond those of asking for each input once.
 "One hedge" is the best in hindsight of five times to ask again.
@@ -16,7 +17,7 @@ from typing import Any
 
 from coded_torch.demo.hedging import HedgeOnce, Unsplit
 from coded_torch.nn import Waiting
-from coded_torch.simulation import Conditions, Policy, simulate
+from coded_torch.scheduling.simulation import Conditions, Policy, simulate
 
 from .runs import Measurement
 

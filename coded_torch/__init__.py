@@ -2,37 +2,25 @@
 
 from importlib.metadata import version
 
-from . import (
-    codes,
-    functional,
-    geometry,
-    grouping,
-    linear,
-    metrics,
-    nn,
-    points,
-    stragglers,
-    surrogates,
-    tuning,
-    workers,
-)
+from . import codes, functional, linear, nn, stragglers, surrogates, workers
 from .codes import NotEnoughResults
-from .compare import compare
+from .evaluation.compare import compare
+from .evaluation.tune import tune
+from .nn import CodedWrapper, Report, Waiting
 
 __version__ = version("coded_torch")
 __all__ = [
+    "CodedWrapper",
     "NotEnoughResults",
+    "Report",
+    "Waiting",
     "codes",
     "compare",
     "functional",
-    "geometry",
-    "grouping",
     "linear",
-    "metrics",
     "nn",
-    "points",
     "stragglers",
     "surrogates",
-    "tuning",
+    "tune",
     "workers",
 ]

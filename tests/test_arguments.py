@@ -15,24 +15,13 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_torch import (
-    codes,
-    compare,
-    functional,
-    geometry,
-    grouping,
-    linear,
-    metrics,
-    nn,
-    points,
-    regression,
-    simulation,
-    tuning,
-    workers,
-)
+from coded_torch import codes, compare, functional, linear, nn, tune, workers
 from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
-from coded_torch.codes import plan_batch, plan_rows
+from coded_torch.codes import nodes, plan_batch, plan_rows
+from coded_torch.evaluation import scores
+from coded_torch.input_space import geometry, ordering, regression
+from coded_torch.scheduling import simulation
 
 SECONDS, BYTES = 0.1, 10e6
 X = torch.arange(12.0).view(6, 2)
@@ -69,14 +58,14 @@ CALLS = [
     (functional.smoothing_spline_matrix, {"knots": [0.0, 1.0, 2.0], "points": [0.5],
                                           "smoothing": 0.0, "weights": None}),
     (geometry.Geometry, {"inputs": [X], "shrinkage": 0.1}),
-    (grouping.Grouping, {"order": [1, 0], "num_data": 2}),
-    (grouping.order_of, {"ordering": "arrival", "inputs": [X]}),
-    (grouping.similarity_order, {"distances": torch.ones(2, 2)}),
+    (ordering.Grouping, {"order": [1, 0], "num_data": 2}),
+    (ordering.order_of, {"ordering": "arrival", "inputs": [X]}),
+    (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
     (regression.KernelRegression, {"squared_distances": SQUARES, "length": 1.0, "nugget": 1e-4}),
-    (points.chebyshev_first, {"num_points": 3}),
-    (points.chebyshev_second, {"num_points": 3}),
-    (points.equidistant, {"num_points": 3}),
-    (points.systematic, {"data_points": [-0.5, 0.5], "num_points": 3}),
+    (nodes.chebyshev_first, {"num_points": 3}),
+    (nodes.chebyshev_second, {"num_points": 3}),
+    (nodes.equidistant, {"num_points": 3}),
+    (nodes.systematic, {"data_points": [-0.5, 0.5], "num_points": 3}),
     (laws.Uniform, {"num_stragglers": 1, "seed": 0}),
     (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
     (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),
@@ -86,10 +75,10 @@ CALLS = [
     (laws.Pareto, {"shape": 1.0, "scale": 1.0, "seed": 0}),
     (laws.Markov, {"fail": 0.1, "recover": 0.1, "good": 0.0, "bad": 1.0, "seed": 0}),
     (laws.Trace, {"source": [[1.0]]}),
-    (metrics.rmse, {"decoded": X, "exact": X}),
-    (metrics.rmse_mean, {"decoded": X, "exact": X}),
-    (metrics.top1_agreement, {"decoded": X, "exact": X}),
-    (metrics.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
+    (scores.rmse, {"decoded": X, "exact": X}),
+    (scores.rmse_mean, {"decoded": X, "exact": X}),
+    (scores.top1_agreement, {"decoded": X, "exact": X}),
+    (scores.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
                        "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,
                        "link": None, "on_run": None}),
@@ -102,7 +91,7 @@ CALLS = [
                               "timeout": 1.0, "max_requests": 4}),
     (workers.FaultyWorkers, {"pool": workers.LocalWorkers(), "delays": None, "rates": {"nan": 0.1},
                              "seed": 0}),
-    (tuning.tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.BerrutCode(2, 3)),
+    (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.BerrutCode(2, 3)),
                    "batches": [X], "order": [0]}),
     (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seed": 0,
                "labels": None}),
@@ -210,7 +199,7 @@ def test_every_public_class_and_function_is_tried():
     # Abstract ones, an exception, and what is not for callers to make.
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
     tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers}
-    for module in (codes, linear, functional, geometry, grouping, points, laws):
+    for module in (codes, linear, functional, geometry, ordering, nodes, laws):
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
@@ -252,7 +241,7 @@ def test_the_largest_code(name):
         linear.MatrixMap(torch.ones(2, 3)),
         lambda x: functional.smoothing_spline(x, [0.0, 1.0, 2.0], [0.5]),
         lambda x: geometry.Geometry([x]),
-        grouping.similarity_order,
+        ordering.similarity_order,
     ],
 )
 def test_tensors_that_kernels_cannot_read(use, tensor):

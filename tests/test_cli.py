@@ -9,10 +9,10 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
-from coded_torch.cli import main
+from coded_torch.cli.main import main
 from coded_torch.codes import SplineCode
-from coded_torch.compare import Comparison, Row
 from coded_torch.demo.lenet5 import digits
+from coded_torch.evaluation.compare import Comparison, Row
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_info(capsys):
 )
 def test_standard_output_that_cannot_be_written(command, redirection, reason, tmp_path):
     """One line, and before the work: the demo would take longer than this may."""
-    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     line = f'"$0" -c "{code}" {command} {redirection}'
     # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
     shell = ["sh", "-c", line, sys.executable]
@@ -140,7 +140,7 @@ def test_standard_output_that_cannot_be_written(command, redirection, reason, tm
 
 
 def test_a_reader_that_has_seen_enough(tmp_path):
-    code = "from coded_torch.cli import main; raise SystemExit(main())"
+    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     line = f'{{ "$0" -c "{code}" info; echo $? >&2; }} | true'
     # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
     shell = ["sh", "-c", line, sys.executable]
@@ -152,7 +152,7 @@ def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
+    monkeypatch.setattr("coded_torch.cli.main.compare", interrupt)
     there, new = tmp_path / "there.png", tmp_path / "new.png"
     there.write_bytes(b"a picture")
     for output in (there, new):
@@ -192,7 +192,7 @@ def test_demo_compares_the_two_settings_and_draws_the_first(tmp_path, monkeypatc
             [Row(settings[0], "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)]
         )
 
-    monkeypatch.setattr("coded_torch.cli.compare", compare)
+    monkeypatch.setattr("coded_torch.cli.main.compare", compare)
     assert main(["demo", "--output", str(tmp_path / "picture.svg")]) == 0
     assert seen[:2] == [(8, 8, (100, 20, 60)), (8, 8, (24, 20, 4))]
     assert seen[2:] == [(4, 4, (100, 20, lost)) for lost in range(0, 100, 20)]
@@ -236,6 +236,6 @@ def test_interrupt(monkeypatch, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coded_torch.cli.compare", interrupt)
+    monkeypatch.setattr("coded_torch.cli.main.compare", interrupt)
     assert main(["demo"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

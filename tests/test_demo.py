@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from coded_torch.codes import KernelCode
-from coded_torch.compare import Comparison, Row
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
 from coded_torch.demo.situations import draw, situations
+from coded_torch.evaluation.compare import Comparison, Row
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch.grouping import Grouping
+from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SelectMap, SplineMap, base
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots, memory_for

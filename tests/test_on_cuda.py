@@ -10,7 +10,7 @@ from torch import nn
 
 from coded_torch import compare
 from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
-from coded_torch.grouping import Grouping
+from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Uniform

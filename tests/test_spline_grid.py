@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from coded_torch import ops
+from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
-from coded_torch.points import chebyshev_first, chebyshev_second
 
 from .grids import SOURCES, run_nvcc
 from .ptx import translate

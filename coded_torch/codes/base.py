@@ -25,8 +25,8 @@ from .errors import NotEnoughResults
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from ..geometry import Geometry
-    from ..grouping import Grouping
+    from ..input_space.geometry import Geometry
+    from ..input_space.ordering import Grouping
 
 __all__ = ["Code", "FixedCode"]
 

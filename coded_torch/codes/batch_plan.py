@@ -15,9 +15,9 @@ from ..linear import SelectMap
 from ..linear.base import target
 
 if TYPE_CHECKING:
-    from .. import distances
-    from ..grouping import Grouping
-    from ..regression import KernelRegression
+    from ..input_space import distances
+    from ..input_space.ordering import Grouping
+    from ..input_space.regression import KernelRegression
     from .base import Code, FixedCode
 
 __all__ = ["Arrived", "BatchPlan", "GroupwisePlan", "SelectionPlan", "Sites"]
@@ -129,7 +129,7 @@ class BatchPlan(abc.ABC):
             received: as in :meth:`decode`; it may be tried out before any result is there.
             results: as in :meth:`decode`; without, errors are in units of the outputs' standard
                 deviation (of an output vector's, root of the sum of the variances); with, they are
-                comparable to :func:`coded_torch.metrics.rmse`.
+                comparable to :func:`coded_torch.evaluation.scores.rmse`.
 
         Returns:
             ``[B]``, float64, on the host; None where the code cannot say.

@@ -13,8 +13,8 @@ from torch import Tensor
 from .._arguments import real_array
 from .._transforms import on_host
 from ..linear import LinearMap
-from ..points import chebyshev_first, chebyshev_second
 from .base import FixedCode
+from .nodes import chebyshev_first, chebyshev_second
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -37,9 +37,9 @@ class CurveCode(FixedCode):
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.
         data_points: ``[K]``, finite, strictly increasing; by default
-            :func:`~coded_torch.points.chebyshev_first`.
+            :func:`~coded_torch.codes.nodes.chebyshev_first`.
         worker_points: ``[N]``, likewise; by default
-            :func:`~coded_torch.points.chebyshev_second`, or what the class has instead as
+            :func:`~coded_torch.codes.nodes.chebyshev_second`, or what the class has instead as
             ``default_worker_points``.
     """
 

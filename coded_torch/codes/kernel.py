@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from .._arguments import dense, instance, positive, shown
-from ..distances import METRICS, Choice, Features, name_of
+from ..input_space.distances import METRICS, Choice, Features, name_of
+from ..input_space.points import Points, made_by
+from ..input_space.selection import LENGTHS, Fitted
 from ..linear.maps import unit_rows
-from ._choices import LENGTHS, Fitted
-from ._points import Points, made_by
 from .base import Code, FixedCode
 from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ..geometry import Geometry
-    from ..grouping import Grouping
-    from ..regression import KernelRegression, Regression
+    from ..input_space.geometry import Geometry
+    from ..input_space.ordering import Grouping
+    from ..input_space.regression import KernelRegression, Regression
 
 __all__ = ["KernelCode"]
 
@@ -41,10 +41,11 @@ class KernelCode(Code):
     results of each group along it. But the decoder may know every input that was sent, so results
     can be interpolated in *input space*, over all groups at once: the answers are the posterior
     means of a Gaussian process, given the results at the coded inputs,
-    :class:`~coded_torch.regression.KernelRegression`. Inputs whose own result arrived are answered
+    :class:`~coded_torch.input_space.regression.KernelRegression`. Inputs whose own result arrived
+    are answered
     by that result, bit for bit. Where the batch's own results are predicted badly from each other,
     predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.regression.Regression.trust`.
+    :meth:`~coded_torch.input_space.regression.Regression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
     the others say least about, so a batch is answered exactly up to the inputs whose
@@ -60,7 +61,8 @@ class KernelCode(Code):
     Args:
         num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
         encoder: the code whose encoder it has, and K and N; excludes these.
-        metric: how far inputs are apart: a name in :data:`~coded_torch.distances.METRICS`;
+        metric: how far inputs are apart: a name in
+        :data:`~coded_torch.input_space.distances.METRICS`;
             "auto", all of these; a sequence of names, "auto" and callables; or a callable, which is
             short for ("auto", callable). Where there are several, they compete, and for every
             output of the module the one that predicts the results which arrived best from each

@@ -10,8 +10,8 @@ from numpy.polynomial import chebyshev
 
 from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
-from ..points import chebyshev_first
 from .curve import CurveCode
+from .nodes import chebyshev_first
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -43,7 +43,7 @@ class LagrangeCode(CurveCode):
         degree: the degree of the model as a polynomial, at least 1; by default 1, a linear model.
         decoder_degree: D, at least 0; excludes ``degree``.
         data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`; both are
-            :func:`~coded_torch.points.chebyshev_first` by default.
+            :func:`~coded_torch.codes.nodes.chebyshev_first` by default.
 
     Raises:
         TypeError: a count or a degree is not an integer.

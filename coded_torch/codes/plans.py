@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .._arguments import count, instance, shown
 from .._transforms import outside, plain
-from ..geometry import Geometry, check_inputs
-from ..grouping import Grouping, Ordering, check_ordering, order_of
+from ..input_space.geometry import Geometry, check_inputs
+from ..input_space.ordering import Grouping, Ordering, check_ordering, order_of
 from ..linear.base import target
 from .base import Code
 from .batch_plan import BatchPlan, Sites, few_columns, of_mean

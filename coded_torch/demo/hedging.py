@@ -7,7 +7,7 @@ import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from ..nn.waiting import Ask, Began, Decision, Ended, Event, History, Settled, Wait, Waiting
+from ..scheduling.waiting import Ask, Began, Decision, Ended, Event, History, Settled, Wait, Waiting
 
 __all__ = ["HedgeOnce", "Unsplit"]
 

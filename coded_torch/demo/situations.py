@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codes import Code, KernelCode, ReplicationCode
-from ..compare import Comparison
+from ..evaluation.compare import Comparison
 from ..nn import CodedWrapper, Waiting
 from ..nn.report import Report
 from ..stragglers import Uniform

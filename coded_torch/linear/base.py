@@ -12,7 +12,7 @@ from torch import Tensor
 from .._arguments import count, dense, shown
 
 if TYPE_CHECKING:
-    from ..grouping import Grouping
+    from ..input_space.ordering import Grouping
 
 __all__ = ["LinearMap", "accumulation_dtype", "target"]
 

@@ -19,7 +19,7 @@ from .base import LinearMap
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-    from ..grouping import Grouping
+    from ..input_space.ordering import Grouping
 
 __all__ = ["SplineMap"]
 

@@ -18,9 +18,9 @@ One call of a :class:`CodedWrapper`, file by file:
 - ``report.py``: what became of it.
 """
 
+from ..scheduling.waiting import Waiting
 from ._agreement import TooManyAdversaries
 from .coded_wrapper import CodedWrapper
 from .report import Report
-from .waiting import Waiting
 
 __all__ = ["CodedWrapper", "Report", "TooManyAdversaries", "Waiting"]

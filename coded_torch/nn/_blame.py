@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ._protocol import Failure
+from ..scheduling.protocol import Failure
 
 __all__ = ["ALONE", "EXACT", "Part", "Verdict", "judge"]
 

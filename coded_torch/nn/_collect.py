@@ -14,12 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from .._logging import sparing_logger
-from ..workers import base as workers
-from ._agreement import Agreement
-from ._results import Results
-from ._units import Units
-from .report import Report
-from .waiting import (
+from ..scheduling.waiting import (
     Ask,
     Began,
     Decision,
@@ -33,6 +28,11 @@ from .waiting import (
     Wait,
     Waiting,
 )
+from ..workers import base as workers
+from ._agreement import Agreement
+from ._results import Results
+from ._units import Units
+from .report import Report
 
 __all__ = ["Collected", "collect", "seconds_left"]
 
@@ -141,7 +141,7 @@ def _follow(
     """Do what the policy decides, and let it hear what comes of it, until it ends the call.
 
     Args:
-        policy: see :mod:`coded_torch.nn.waiting`.
+        policy: see :mod:`coded_torch.scheduling.waiting`.
         request: to the pool.
         units, results, report: as of :func:`collect`.
         parts: where all go that are asked.

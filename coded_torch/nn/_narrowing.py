@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..codes.base import Code
 from ..codes.kernel import KernelCode
-from ..distances import Choice
+from ..input_space.distances import Choice
 
 __all__ = ["Narrowing"]
 

@@ -24,12 +24,12 @@ from ._guesses import from_scale, to_scale
 from ._leaves import decodable, filled, levelled
 
 if TYPE_CHECKING:
+    from ..scheduling.waiting import Waiting
     from ._guesses import Guess, Guesses
     from ._inputs import Inputs
     from ._results import Stacked
     from ._units import Units
     from .report import Report
-    from .waiting import Waiting
 
 __all__ = ["alone", "answer"]
 

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from ..codes.errors import DeadlineExceeded, NotEnoughResults
+from ..scheduling.waiting import Waiting
 from ..workers.base import WorkerError
 from ..workers.pytrees import unflatten
 from ._collect import Collected
 from ._results import Results
 from ._units import Units
 from .report import Report
-from .waiting import Waiting
 
 __all__ = ["shortfall"]
 

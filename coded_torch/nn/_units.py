@@ -17,12 +17,12 @@ from ..codes.base import Code
 from ..codes.batch_plan import BatchPlan
 from ..codes.plans import plan_batch, plan_rows
 from ..codes.replication import ReplicationCode
-from ..grouping import Ordering
+from ..input_space.ordering import Ordering
+from ..scheduling.latency_history import CHUNKS, History
+from ..scheduling.waiting import Waiting
 from ..workers.base import Task
-from ._history import CHUNKS, History
 from ._inputs import Inputs
 from .report import Report
-from .waiting import Waiting
 
 __all__ = ["Columns", "Rows", "Units", "check_waiting", "most_stragglers"]
 

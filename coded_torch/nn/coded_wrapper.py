@@ -16,7 +16,8 @@ from .._arguments import count, instance
 from .._buffers import Buffers, host_memory
 from .._transforms import on_host
 from ..codes.base import Code
-from ..grouping import check_ordering
+from ..input_space.ordering import check_ordering
+from ..scheduling.waiting import History, Waiting
 from ..surrogates import Memory
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
@@ -31,7 +32,6 @@ from ._shortfall import shortfall
 from ._stand_in import StandIn
 from ._units import Columns, Rows, Units, check_waiting, most_stragglers
 from .report import Report
-from .waiting import History, Waiting
 
 if TYPE_CHECKING:
     from .._law import Law

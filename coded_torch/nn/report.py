@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .._logging import sparing_logger
-from ..distances import Choice
+from ..input_space.distances import Choice
+from ..scheduling.waiting import Hedge
 from ..workers.base import WorkerError
-from .waiting import Hedge
 
 if TYPE_CHECKING:
     from ._results import Results
@@ -135,8 +135,8 @@ class Report:
     def expected_rmse(self) -> float | None:
         """The root mean squared error to expect of the answers.
 
-        Comparable to :func:`coded_torch.metrics.rmse` of the first decoded output; None where
-        :attr:`expected_errors` is.
+        Comparable to :func:`coded_torch.evaluation.scores.rmse` of the first decoded output; None
+        where :attr:`expected_errors` is.
         """
         if self.expected_errors is None:
             return None

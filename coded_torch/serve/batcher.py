@@ -16,7 +16,7 @@ from torch import Tensor
 from .._logging import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
-from ..nn.waiting import History
+from ..scheduling.waiting import History
 from .errors import RequestError
 
 __all__ = ["Answer", "Batcher"]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..codes._choices import DEFAULT, LENGTH, Regressions
-from ..codes._points import Points
-from ..distances import METRICS, Leaf, Metric, features_by
-from ..geometry import Geometry, added_up
-from ..grouping import Grouping
+from ..input_space.distances import METRICS, Leaf, Metric, features_by
+from ..input_space.geometry import Geometry, added_up
+from ..input_space.ordering import Grouping
+from ..input_space.points import Points
+from ..input_space.selection import DEFAULT, LENGTH, Regressions
 
 __all__ = ["RANK", "Space", "evenly", "side_by_side", "winner"]
 

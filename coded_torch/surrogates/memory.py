@@ -20,10 +20,10 @@ from .._logging import sparing_logger
 from .._streams import read_here
 from .._transforms import exactly
 from .._weights import fingerprint
-from ..codes._points import path_step
-from ..geometry import distances_among
-from ..grouping import similarity_order
-from ..regression import KernelRegression, matern52
+from ..input_space.geometry import distances_among
+from ..input_space.ordering import similarity_order
+from ..input_space.points import path_step
+from ..input_space.regression import KernelRegression, matern52
 from ._space import RANK, Space, evenly, side_by_side, winner
 
 __all__ = ["Memory"]
@@ -43,7 +43,8 @@ class Memory:
     It remembers the inputs and the exact results of the calls, those of inputs that were computed
     unmixed, and predicts from them what the module gives for other inputs: a Matern 5/2 regression
     in 96 coordinates of the inputs, the principal ones of its first 1,024 rows, in the metric of
-    :data:`~coded_torch.distances.METRICS` in which these predict each other best. When 256 results
+    :data:`~coded_torch.input_space.distances.METRICS` in which these predict each other best. When
+    256 results
     are new the regression is made again, by a thread of its own, and no more often than costs 2 %
     of the time; answers never wait for it.
 

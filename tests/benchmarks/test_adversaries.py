@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.locators import Copies, Trial, approxifer, oracle, reweighted, undefended
 from coded_torch.codes import BerrutCode, SplineCode
-from coded_torch.grouping import Grouping
+from coded_torch.input_space.ordering import Grouping
 
 LIAR = 7
 

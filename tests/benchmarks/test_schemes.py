@@ -6,8 +6,8 @@ import torch
 from benchmarks import schemes
 from benchmarks.subjects import subject
 from coded_torch import codes
-from coded_torch._scores import Scores
-from coded_torch.compare import Scheme, received_by
+from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.summary import Scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from scipy.interpolate import BSpline
 
-from coded_torch import metrics
 from coded_torch._arguments import count
 from coded_torch.codes import CurveCode
+from coded_torch.codes.nodes import equidistant
+from coded_torch.evaluation import scores
+from coded_torch.evaluation.tune import tune
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper
-from coded_torch.points import equidistant
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.codes import CodeTests
-from coded_torch.tuning import tune
 
 
 class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve
@@ -74,5 +74,5 @@ def test_it_runs_and_tunes_like_any_other(generator):
     module = torch.nn.Tanh()
     coded = CodedWrapper(module, BSplineCode(8, 24), stragglers=Uniform(4, seed=0))
     mean = module(x).mean(0).expand_as(x)
-    assert metrics.rmse(coded(x), module(x)) < 0.5 * metrics.rmse(mean, module(x))
+    assert scores.rmse(coded(x), module(x)) < 0.5 * scores.rmse(mean, module(x))
     assert tune(coded, [x]).degree in (1, 2, 3)

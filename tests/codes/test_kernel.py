@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coded_torch import metrics, points
-from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode, plan_batch
+from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode, nodes, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.geometry import Geometry
-from coded_torch.grouping import Grouping, similarity_order
+from coded_torch.evaluation import scores
+from coded_torch.input_space.geometry import Geometry
+from coded_torch.input_space.ordering import Grouping, similarity_order
+from coded_torch.input_space.regression import KernelRegression
 from coded_torch.nn import CodedWrapper
-from coded_torch.regression import KernelRegression
 from coded_torch.stragglers import Contiguous, Uniform
 
 
 def spread(num_data, num_workers, **numbers):
     """Workers at points of their own, spread evenly over the data and mixing it."""
-    data = points.equidistant(num_data)
+    data = nodes.equidistant(num_data)
     workers = np.linspace(data[0], data[-1], num_workers)
     encoder = SplineCode(num_data, num_workers, data_points=data, worker_points=workers)
     return KernelCode(encoder=encoder, **numbers)
@@ -30,8 +30,8 @@ def spread(num_data, num_workers, **numbers):
 
 def systematic(num_data, num_workers, **numbers):
     """Every input as it is, and mixtures in the largest gaps."""
-    data = points.equidistant(num_data)
-    workers = points.systematic(data, num_workers)
+    data = nodes.equidistant(num_data)
+    workers = nodes.systematic(data, num_workers)
     encoder = SplineCode(num_data, num_workers, data_points=data, worker_points=workers)
     return KernelCode(encoder=encoder, **numbers)
 
@@ -102,7 +102,7 @@ def test_lost_answers_are_close(make, generator):
     coded = CodedWrapper(Smooth(), make(20, 30), stragglers=Uniform(8, seed=0))
     got = coded(x)
     mean = smooth(x).mean(0).expand_as(got)
-    assert metrics.rmse(got, smooth(x)) < 0.2 * metrics.rmse(mean, smooth(x))
+    assert scores.rmse(got, smooth(x)) < 0.2 * scores.rmse(mean, smooth(x))
 
 
 def test_copies_go_where_the_others_tell_least(generator):
@@ -172,14 +172,14 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
         return torch.cat(answers), expected
 
     answers, expected = run(KernelCode(k, n))
-    error = metrics.rmse(answers, exact)
+    error = scores.rmse(answers, exact)
     paper, _ = run(SplineCode(k, n), ordering="arrival")
     # Over many batches a tenth and less: benchmarks/batches.py. Three of them vary.
-    assert error**2 < 0.2 * metrics.rmse(paper, exact) ** 2
+    assert error**2 < 0.2 * scores.rmse(paper, exact) ** 2
     replicated, _ = run(ReplicationCode(k, n))
-    assert error < metrics.rmse(replicated, exact)
-    accuracy = metrics.relative_accuracy(answers, exact, labels)
-    assert accuracy > metrics.relative_accuracy(replicated, exact, labels)
+    assert error < scores.rmse(replicated, exact)
+    accuracy = scores.relative_accuracy(answers, exact, labels)
+    assert accuracy > scores.relative_accuracy(replicated, exact, labels)
     predicted = torch.tensor(expected).square().mean().sqrt()
     assert 0.75 < predicted / error < 1.25
 
@@ -192,7 +192,7 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
         for law in (Uniform(60, seed=3), Contiguous(60, seed=3)):
             coded = CodedWrapper(model, KernelCode(20, 100), stragglers=law)
             answers = torch.cat([coded(part) for part in images[:960].split(240)])
-            errors.append(metrics.rmse(answers, exact))
+            errors.append(scores.rmse(answers, exact))
     assert errors[1] < 1.25 * errors[0]
 
 
@@ -209,7 +209,7 @@ def test_inputs_that_tell_nothing_are_answered_by_the_mean(generator):
     lost = torch.ones(240, dtype=torch.bool)
     lost[rows] = False
     mean = exact[rows].mean(0).expand_as(exact)
-    assert metrics.rmse(got[lost], exact[lost]) < 1.02 * metrics.rmse(mean[lost], exact[lost])
+    assert scores.rmse(got[lost], exact[lost]) < 1.02 * scores.rmse(mean[lost], exact[lost])
     assert torch.equal(got[rows], exact[rows])
 
 
@@ -327,7 +327,7 @@ def test_near_duplicates(make, dtype, noise, generator):
     x = torch.randn(5, 32, dtype=torch.float64, generator=generator).repeat(12, 1)
     x = (x + noise * torch.randn(60, 32, dtype=torch.float64, generator=generator)).to(dtype)
     got, want, own = answered(make(4, 6), torch.nn.Tanh(), x, 2)
-    assert metrics.rmse(got, want) < 0.1 * metrics.rmse(want.mean(0).expand_as(want), want)
+    assert scores.rmse(got, want) < 0.1 * scores.rmse(want.mean(0).expand_as(want), want)
     if make is KernelCode:
         assert own.sum() >= 40
 
@@ -385,7 +385,7 @@ def test_a_plan_keeps_clear_of_an_input_that_is_not_finite(make, bad, generator)
     clean = (grouping.rows != 7).all(0)
     others = grouping.rows[:, clean].flatten().unique()
     assert answers[others].isfinite().all()
-    assert metrics.rmse(answers[others], smooth(x[others])) < 0.7
+    assert scores.rmse(answers[others], smooth(x[others])) < 0.7
     assert math.isfinite(plan.expected_rmse(received, results))
 
 
@@ -414,7 +414,7 @@ def test_batches_longer_than_a_chunk(generator, monkeypatch):
             Smooth(), KernelCode(8, 12), ordering=ordering, stragglers=Uniform(3, seed=0)
         )
         got = coded(x)
-        assert metrics.rmse(got, smooth(x)) < 0.5
+        assert scores.rmse(got, smooth(x)) < 0.5
         assert coded.last_run.expected_rmse > 0
 
 
@@ -429,7 +429,7 @@ def test_probabilities_are_decoded_as_logits(network):
                 softmax, SplineCode(20, 60), stragglers=Uniform(20, seed=0), link=link
             )
             answers = coded(images[:240])
-            errors.append(metrics.rmse(answers, exact))
+            errors.append(scores.rmse(answers, exact))
         torch.testing.assert_close(answers.sum(1), torch.ones(240))
     assert errors[1] < errors[0]
 
@@ -511,4 +511,4 @@ def test_replication_that_predicts_what_is_lost(generator):
     ours, theirs = (plan.decode(results, received) for plan in plans)
     exact = plans[0].exact(received)
     assert torch.equal(ours[exact], theirs[exact])
-    assert metrics.rmse(ours, smooth(x)) < 0.7 * metrics.rmse(theirs, smooth(x))
+    assert scores.rmse(ours, smooth(x)) < 0.7 * scores.rmse(theirs, smooth(x))

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch import points
-from coded_torch.codes import LagrangeCode, NotEnoughResults
+from coded_torch.codes import LagrangeCode, NotEnoughResults, nodes
 from coded_torch.testing.codes import CodeTests, normal
 
 
@@ -122,8 +121,8 @@ def test_exact_hits_are_copied():
 
 def test_default_points():
     code = LagrangeCode(5, 20)
-    assert np.array_equal(code.data_points, points.chebyshev_first(5))
-    assert np.array_equal(code.worker_points, points.chebyshev_first(20))
+    assert np.array_equal(code.data_points, nodes.chebyshev_first(5))
+    assert np.array_equal(code.worker_points, nodes.chebyshev_first(20))
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from coded_torch.codes import (
     plan_batch,
     plan_rows,
 )
-from coded_torch.codes._points import path_step
+from coded_torch.codes.nodes import equidistant, systematic
 from coded_torch.codes.plans import ChunkedPlan, MeanPlan
-from coded_torch.geometry import Geometry
-from coded_torch.points import equidistant, systematic
-from coded_torch.regression import KernelRegression
+from coded_torch.input_space.geometry import Geometry
+from coded_torch.input_space.points import path_step
+from coded_torch.input_space.regression import KernelRegression
 from coded_torch.testing.codes import DTYPES, normal
 
 SYSTEMATIC = SplineCode(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch import points
-from coded_torch.codes import BerrutCode, SplineCode
+from coded_torch.codes import BerrutCode, SplineCode, nodes
 from coded_torch.codes.base import Code
 from coded_torch.testing.codes import CodeTests
 
@@ -28,8 +27,8 @@ class TestSmoothedSplineCode(CodeTests):
 
 class TestSystematicSplineCode(CodeTests):
     def make(self) -> Code:
-        data = points.equidistant(8)
-        return SplineCode(8, 24, data_points=data, worker_points=points.systematic(data, 24))
+        data = nodes.equidistant(8)
+        return SplineCode(8, 24, data_points=data, worker_points=nodes.systematic(data, 24))
 
 
 NUM_DATA, NUM_STRAGGLERS, NUM_WORKERS = 8, 3, (32, 64, 128, 256, 512)

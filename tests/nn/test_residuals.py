@@ -17,8 +17,8 @@ from coded_torch.codes import (
     ReplicationCode,
     SplineCode,
 )
+from coded_torch.codes.nodes import equidistant, systematic
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.points import equidistant, systematic
 from coded_torch.stragglers import Uniform
 
 from .modules import Call, linear, rand

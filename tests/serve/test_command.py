@@ -16,15 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from coded_torch.cli import main
+from coded_torch.cli.main import main
 
 from .servers import Client, tensor
 
 SLOW = 3  # the bars are those of a machine with nothing else to do
 # On asyncio's own loop, as without uvloop, which is not among the dependencies.
-CODE = (
-    "import sys; sys.modules['uvloop'] = None; from coded_torch.cli import main; sys.exit(main())"
-)
+CODE = """import sys; sys.modules['uvloop'] = None
+from coded_torch.cli.main import main; sys.exit(main())"""
 MODEL = """
 import torch
 

@@ -1,0 +1,1 @@
+"""Comparisons of codes, the choice of their numbers, and plans of redundancy."""

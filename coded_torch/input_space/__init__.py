@@ -1,0 +1,1 @@
+"""Distances between inputs, orders of a batch, and regressions on them."""

@@ -1,0 +1,288 @@
+"""Which inputs are coded together: a batch in an order, cut into groups of K."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import MOST_WORKERS, count, dense, shown
+from .._extension import short_path
+from .._transforms import as_called, on_host
+from .geometry import check_inputs
+
+__all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
+
+#: An order of a batch, which is a name, the permutation itself, or what makes it from the inputs.
+Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
+
+_INDICES = ("order", "rows", "targets", "_inverse")
+
+
+class Grouping:
+    """A permutation of a batch, cut into groups of K consecutive rows. Immutable.
+
+    Data point k of group g is row ``order[g * K + k]`` of the batch. The last group is filled up
+    with copies of its last row, whose answers are dropped.
+
+    Args:
+        order: ``[B]``, each of 0..B-1 once, as a tensor or a sequence of integers.
+        num_data: K, at least 1.
+
+    Attributes:
+        order: ``[B]``, int64.
+        num_data: K
+        batch_size: B
+        num_groups: G, B / K rounded up.
+        rows: ``[K, G]``, int64, the row of the batch at data point k of group g.
+        targets: ``[K, G]``, int64, the row to which the answer of (k, g) goes; -1: nowhere.
+
+    Raises:
+        TypeError: ``order`` or ``num_data`` is not made of integers.
+        ValueError: ``order`` is not a permutation, or ``num_data`` is less than 1.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.input_space.ordering import Grouping
+        >>> grouping = Grouping([2, 0, 1], num_data=2)
+        >>> groups = grouping.gather(torch.tensor([0.0, 10.0, 20.0]))
+        >>> groups
+        tensor([[20., 10.],
+                [ 0., 10.]])
+        >>> grouping.scatter(groups)
+        tensor([ 0., 10., 20.])
+    """
+
+    @on_host()
+    def __init__(self, order: Tensor | Sequence[int], num_data: int) -> None:
+        order = _permutation(order)
+        # The batch as one group may be larger than any code.
+        self.num_data = count(self, "num_data", num_data, most=max(MOST_WORKERS, len(order)))
+        self.order = order
+        self.batch_size = len(order)
+        self.num_groups = -(-self.batch_size // self.num_data)
+        # Filled up, group after group: [G, K] seen as [K, G].
+        padding = self.num_groups * self.num_data - self.batch_size
+        shape = self.num_groups, self.num_data
+        self.rows = torch.cat([order, order[-1:].expand(padding)]).view(shape).T
+        self.targets = torch.cat([order, order.new_full((padding,), -1)]).view(shape).T
+        self._inverse = torch.empty_like(order)
+        self._inverse[order] = torch.arange(self.batch_size)
+        self._copies: dict[torch.device, Grouping] = {}
+
+    @classmethod
+    def arrival(cls, batch_size: int, num_data: int) -> Grouping:
+        """The batch in the order in which it came. The last ones made are kept."""
+        return _arrival(batch_size, num_data)
+
+    def to(self, device: torch.device | str) -> Grouping:
+        """The same grouping with its indices on ``device``; each device's is kept."""
+        device = torch.device(device)
+        placed = self if device == self.rows.device else self._copies.get(device)
+        if placed is None:
+            placed = object.__new__(type(self))
+            placed.__dict__.update(self.__dict__, _copies={})
+            for name in _INDICES:
+                setattr(placed, name, getattr(self, name).to(device))
+            self._copies[device] = placed
+        if placed.rows.is_cuda and not torch.compiler.is_compiling():
+            # Freed before this stream has read them, they must not be another tensor's already: the
+            # allocator only knows of the stream on which they were made.
+            for name in _INDICES:
+                getattr(placed, name).record_stream(torch.cuda.current_stream(device))
+        return placed
+
+    def gather(self, batch: Tensor) -> Tensor:
+        """Rows of a batch into groups: ``[B, ...] -> [K, G, ...]``, differentiable.
+
+        Raises:
+            ValueError: ``batch`` has another batch size.
+        """
+        self.check(batch)
+        return batch[self.to(batch.device).rows]
+
+    def check(self, batch: Tensor) -> None:
+        """Raise what :meth:`gather` raises for a batch of another size."""
+        if batch.shape[:1] != (self.batch_size,):
+            raise ValueError(
+                f"Grouping: batch must have size {self.batch_size} along dim 0, "
+                f"got shape {tuple(batch.shape)}"
+            )
+
+    def scatter(self, groups: Tensor) -> Tensor:
+        """Answers of groups into the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.
+
+        The inverse of :meth:`gather`; what stands at copies is dropped.
+
+        Raises:
+            ValueError: ``groups`` has other sizes along its first two dimensions.
+        """
+        if groups.shape[:2] != self.rows.shape:
+            raise ValueError(
+                f"Grouping: groups must have sizes {tuple(self.rows.shape)} along dims 0 and 1, "
+                f"got shape {tuple(groups.shape)}"
+            )
+        return groups.transpose(0, 1).flatten(0, 1)[self.to(groups.device)._inverse]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies on other devices are made again where the grouping arrives.
+        return {**self.__dict__, "_copies": {}}
+
+    def __repr__(self) -> str:
+        return f"Grouping(batch_size={self.batch_size}, num_data={self.num_data})"
+
+
+def check_ordering(owner: object, ordering: Ordering) -> None:
+    """Raise an error for what can order no batch at all.
+
+    Args:
+        owner: whose argument ``ordering`` is, for the message.
+        ordering: as in :func:`order_of`.
+    """
+    name = owner if isinstance(owner, str) else type(owner).__name__
+    if isinstance(ordering, str):
+        if ordering not in ("similarity", "arrival"):
+            raise ValueError(
+                f"{name}: ordering must be 'similarity', 'arrival', a permutation or a callable, "
+                f"got {shown(ordering)}"
+            )
+    elif not (callable(ordering) or isinstance(ordering, Sized)):
+        raise TypeError(
+            f"{name}: ordering must be a name, a permutation or a callable that returns one, "
+            f"got {shown(ordering)}"
+        )
+
+
+@on_host()
+def order_of(
+    ordering: Ordering,
+    inputs: Sequence[Tensor],
+    distances: Callable[[], Tensor] | None = None,
+    batch_size: int | None = None,
+) -> Tensor | Sequence[int]:
+    """The order of one batch, to be given to :class:`Grouping`, which validates it.
+
+    Args:
+        ordering: ``"similarity"``, :func:`similarity_order` of the distances; ``"arrival"``, as it
+            is; a permutation, say by label, time or embedding; or a callable that is given the
+            coded inputs and returns one.
+        inputs: the coded inputs, each ``[B, ...]``.
+        distances: makes the distances of the inputs, ``[B, B]``; called for ``"similarity"`` only.
+        batch_size: B, where there are no inputs.
+
+    Raises:
+        TypeError: ``ordering`` is none of these.
+        ValueError: ``ordering`` is another name, or orders another number of rows.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.input_space.ordering import order_of
+        >>> x = torch.tensor([3.0, 0.0, 1.0])
+        >>> distances = lambda: (x[:, None] - x).abs()
+        >>> order_of("similarity", [x], distances)
+        tensor([0, 2, 1])
+        >>> order_of(lambda inputs: inputs[0].argsort(), [x])
+        tensor([1, 2, 0])
+    """
+    check_ordering("order_of", ordering)
+    check_inputs("order_of", inputs)
+    if batch_size is None:
+        if not inputs:
+            raise ValueError("order_of: inputs must hold a tensor without batch_size, got none")
+        batch_size = len(inputs[0])
+    if isinstance(ordering, str):
+        if ordering == "arrival":
+            return torch.arange(batch_size)
+        assert distances is not None
+        return similarity_order(distances())
+    with as_called():
+        order = ordering(list(inputs)) if callable(ordering) else ordering
+    try:
+        length = len(order)
+    except TypeError:
+        raise TypeError(
+            "ordering must be a name, a permutation or a callable that returns one, "
+            f"got {shown(order)}"
+        ) from None
+    if length != batch_size:
+        raise ValueError(
+            f"ordering must order the {batch_size} rows of the batch, got {length} entries"
+        )
+    return order
+
+
+def similarity_order(distances: Tensor) -> Tensor:
+    """An order in which neighbours are near each other: a short open path through all rows.
+
+    From the most remote row to the nearest one not yet visited, and so on; then 2-opt and Or-opt
+    until no such move makes the path shorter (or, if the distances are not symmetric, for 20 moves
+    a row). A local optimum, 1 to 2 % shorter than the greedy path of MNIST digits.
+
+    Args:
+        distances: ``[B, B]``, floating-point, symmetric, at least 0; the diagonal is not read. NaN
+            counts as infinity. A row without finite distances to others comes last.
+
+    Returns:
+        ``[B]``, int64, on the host. The same distances give the same order; ties go to the lower
+        index.
+
+    Raises:
+        TypeError: ``distances`` is not a floating-point tensor.
+        ValueError: ``distances`` is not a square matrix.
+
+    Note:
+        Compiled, on one thread of the host, without the GIL: 0.2 ms for 256 rows, 40 ms for 4,096.
+
+    Reference:
+        Croes, "A method for solving traveling-salesman problems", 1958 (2-opt). Or, PhD thesis,
+        Northwestern University, 1976 (Or-opt). Bentley, "Fast algorithms for geometric traveling
+        salesman problems", 1992 (neighbour lists, don't-look bits).
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.input_space.ordering import similarity_order
+        >>> x = torch.tensor([0.0, 5.0, 1.0, 4.0])
+        >>> similarity_order((x[:, None] - x).abs())
+        tensor([0, 2, 3, 1])
+    """
+    dense("similarity_order", "distances", distances)
+    if distances.dim() != 2 or distances.shape[0] != distances.shape[1]:
+        raise ValueError(
+            f"similarity_order: distances must be [B, B], got shape {tuple(distances.shape)}"
+        )
+    dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
+    host = distances.detach().to("cpu", dtype).contiguous()
+    return torch.from_numpy(short_path(host.numpy()))
+
+
+@functools.lru_cache(32)
+def _arrival(batch_size: int, num_data: int) -> Grouping:
+    return Grouping(torch.arange(batch_size), num_data)
+
+
+def _permutation(order: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(order, Tensor):
+        dense("Grouping", "order", order, floating=False)
+    try:
+        tensor = torch.as_tensor(order).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"Grouping: order must be a sequence of integers, got {shown(order)}"
+        ) from None
+    if tensor.dim() != 1:
+        raise ValueError(
+            f"Grouping: order must have one dimension, got shape {tuple(tensor.shape)}"
+        )
+    kind = tensor.dtype
+    if len(tensor) and (kind == torch.bool or kind.is_floating_point or kind.is_complex):
+        raise TypeError(f"Grouping: order must be a sequence of integers, got {kind}")
+    tensor = tensor.to(torch.int64)
+    if not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
+        missing = min(set(range(len(tensor))) - set(tensor.tolist()))
+        raise ValueError(
+            f"Grouping: order must hold each of 0..{len(tensor) - 1} once, got no {missing}"
+        )
+    return tensor.clone()

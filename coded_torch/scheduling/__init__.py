@@ -1,0 +1,1 @@
+"""Which parts are asked for, when, and when a call ends."""

@@ -1,0 +1,194 @@
+"""Redundancy chosen by simulation: what is recommended where it is known what should be."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.runs import RESULTS
+from coded_torch.cli.main import main
+from coded_torch.codes import KernelCode
+from coded_torch.evaluation.planner import (
+    LAWS,
+    PREDICTED,
+    Goal,
+    best,
+    draw,
+    format_options,
+    measured,
+    plan,
+    read_latencies,
+)
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.workers import ProcessWorkers
+
+REQUESTS = 1000
+
+
+def options(goal, law, **changes):
+    return list(plan(goal, law, num_requests=REQUESTS, **{"median": 0.01} | changes))
+
+
+def test_nothing_is_worth_anything_where_nothing_goes_wrong():
+    goal = Goal(deadline=0.2)
+    found = options(goal, LAWS["calm"])
+    assert {option.kind for option in found} == {"uncoded", "hedged", "replicated", "coded"}
+    uncoded = best(found)["uncoded"]
+    assert uncoded.meets
+    assert (uncoded.work, uncoded.predicted, uncoded.accuracy) == (1, 0, 1)
+    text = format_options(goal, found)
+    assert "least work by wait for all" in text
+    assert text.endswith("Coding is not worth it here.")
+    assert max(map(len, text.splitlines()[:-2])) <= 80
+
+
+def test_a_deadline_that_only_predictions_meet():
+    """3 % of the parts take 5 to 50 times as long; six machines for four parts."""
+    goal = Goal(deadline=0.035, accuracy=0.99, num_machines=6)
+    found = best(options(goal, LAWS["straggling"]))
+    assert not found["uncoded"].meets
+    assert found["coded"].meets
+    assert 0 < found["coded"].predicted < 0.05
+    assert found["coded"].deadline < goal.deadline
+    assert found["coded"].fence < found["coded"].deadline
+    (option,) = [option for option in found.values() if option.kind == "coded"]
+    text = format_options(goal, [option])
+    until = f"{option.deadline:.4g}"
+    assert f"In Python: KernelCode({option.num_data}, 6), Waiting(deadline={until})." in text
+    strict = Goal(deadline=0.035, accuracy=1.0)
+    assert not best(options(strict, LAWS["straggling"]))["coded"].meets
+
+
+def test_latencies_of_another_unit_are_refused():
+    with pytest.raises(ValueError, match="latencies must be seconds within reach of the deadline"):
+        next(plan(Goal(deadline=0.1), np.full(100, 46.9)))
+
+
+def test_what_nothing_meets():
+    goal = Goal(deadline=0.001)
+    assert "Nothing meets 99.9 % within 1 ms" in format_options(goal, options(goal, LAWS["mix"]))
+
+
+def test_measured_latencies_are_simulated_as_they_are(tmp_path):
+    """A body around 10 ms, and one in thirty 50 ms longer."""
+    generator = np.random.default_rng(0)
+    seconds = 0.01 * generator.lognormal(0, 0.1, 3000)
+    seconds[::30] += 0.05
+    path = tmp_path / "latencies.csv"
+    path.write_text("seconds,rows\n" + "".join(f"{x},16\n" for x in seconds))
+    read = read_latencies(path)
+    assert np.allclose(read, seconds)
+    median, conditions = measured(read)
+    assert median == pytest.approx(0.01, rel=0.02)
+    assert conditions(median).spread == pytest.approx(0.1, rel=0.2)
+    found = options(Goal(deadline=0.2), read)
+    (uncoded,) = [x for x in found if x.kind == "uncoded" and x.num_data == 4]
+    # A tenth of the requests meet a delay in one of four parts.
+    late = float((uncoded.latencies > 0.05).mean())
+    assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)
+    assert np.median(uncoded.latencies) == pytest.approx(0.011, rel=0.15)
+
+
+def test_calls_that_load_the_model_are_no_latencies():
+    """README's recipe, on processes that have not run the module before."""
+    waiting = Waiting(patience=math.inf, extra=0)
+    with ProcessWorkers(2).start() as workers, torch.no_grad():
+        coded = CodedWrapper(nn.Linear(3, 2), KernelCode(2, 2), workers=workers, waiting=waiting)
+        reports = [coded.run(torch.ones(2, 3))[1] for _ in range(2)]
+    assert [sorted(report.received) for report in reports] == [[0, 1]] * 2
+    assert [sorted(report.latencies) for report in reports] == [[], [0, 1]]
+
+
+def test_latencies_of_a_slow_start_are_pointed_out(tmp_path, capsys):
+    seconds = [6.0, 5.5, 0.01, 5.8, *[0.01, 0.011] * 98, 0.05]
+    path = tmp_path / "latencies.csv"
+    output = tmp_path / "plan.png"
+    line = f"plan --latencies {path} --num-machines 1 --num-requests 1000 --output {output}".split()
+    path.write_text("\n".join(map(str, seconds)))
+    assert main(line) == 0
+    err = capsys.readouterr().err
+    assert "3 latencies at the beginning of the file are far longer than all later" in err
+    assert "up to 6 s" in err
+    path.write_text("\n".join(map(str, seconds[4:])))
+    assert main(line) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_the_servers_packages_are_not_needed(tmp_path):
+    script = """
+import sys
+for package in ("starlette", "anyio", "uvicorn", "orjson", "prometheus_client"):
+    sys.modules[package] = None
+from coded_torch.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+    line = ["plan", "--law", "calm", "--num-requests", "1000", "--output", tmp_path / "plan.png"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *line], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "least work by" in done.stdout
+
+
+def test_the_curve_is_the_measured_one():
+    results = json.loads((RESULTS / "serving.json").read_text())
+    curve = results["measured"]["predicted"]["right class"]
+    assert {str(known): share for known, share in PREDICTED.items() if known} == curve
+    assert PREDICTED[0] == 0.1  # one of ten classes
+    assert sorted(PREDICTED) == list(PREDICTED)
+
+
+def test_the_picture_has_a_line_a_kind():
+    goal = Goal(deadline=0.05)
+    (axes,) = draw(goal, options(goal, LAWS["mix"])).axes
+    labels = [line.get_label() for line in axes.lines]
+    assert [label.partition(":")[0] for label in labels] == [
+        "uncoded",
+        "hedged",
+        "replicated",
+        "coded",
+        "deadline",
+    ]
+
+
+def test_the_command(tmp_path, capsys):
+    output = tmp_path / "plan.png"
+    line = f"plan --law calm --deadline 0.1 --num-requests 1000 --output {output}"
+    assert main(line.split()) == 0
+    assert "least work by wait for all, K = " in capsys.readouterr().out
+    assert output.stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--deadline 0", "Goal: deadline must be positive and finite, got 0.0"),
+        ("--accuracy 2", "Goal: accuracy must be a probability in [0, 1], got 2.0"),
+        ("--num-machines 0", "Goal: num_machines must be at least 1, got 0"),
+        ("--load 1", "Goal: load must be in (0, 1), got 1.0"),
+        ("--known -1", "Goal: known must be at least 0, got -1"),
+        ("--median 0", "plan: median must be positive and finite, got 0.0"),
+        ("--num-requests 10", "--num-requests must be at least 1000, got 10"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--output plan", "--output must end in"),
+        ("--latencies none.csv", "No such file or directory"),
+        ("--latencies few.csv", "there must be at least 100 latencies, got 3"),
+        ("--latencies words.csv", "line 2 must begin with seconds, got 'soon'"),
+        ("--latencies wrong.csv", "latencies must be positive and finite"),
+    ],
+)
+def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "few.csv").write_text("1\n2\n3\n")
+    (tmp_path / "words.csv").write_text("seconds\nsoon\n")
+    (tmp_path / "wrong.csv").write_text("1\n" * 200 + f"{math.inf}\n")
+    assert main(["plan", *arguments.split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("coded-torch plan: ")
+    assert message in err

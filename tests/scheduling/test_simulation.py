@@ -1,0 +1,304 @@
+"""What holds for every policy over every law, and what a simulation is given and gives."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coded_torch import stragglers
+from coded_torch.demo.hedging import HedgeOnce, Unsplit
+from coded_torch.nn import Waiting
+from coded_torch.scheduling.simulation import Conditions, simulate
+from coded_torch.scheduling.waiting import Ask, Began, Drop, History, Settled, Wait
+
+
+class Watched:
+    """A policy whose every decision is checked against what it has been told."""
+
+    def __init__(self, waiting):
+        self.waiting = waiting
+        self.log, self.hedged, self.calls = [], 0.0, 0
+
+    def decide(self, history, first, *, needed, since, **options):
+        self.calls += 1
+        fences = {}
+        policy = self.waiting.decide(history, first, needed=needed, since=since, **options)
+        parts, states, due = [], [], []  # of each part: units; queued, running ...; when late
+        good, event, now = set(), None, since
+        before = 0
+        while True:
+            try:
+                decision = policy.send(event)
+            except StopIteration as stop:
+                self.check_end(stop.value, now - since, good, before, needed, states)
+                return stop.value
+            if isinstance(decision, Wait):
+                event = yield decision
+                before = len(good)
+                now = self.hear(event, decision.until, good, parts, states, due, history, fences)
+                continue
+            if isinstance(decision, Ask):
+                self.check_ask(decision.parts, parts, states, due, now, good, needed)
+            elif isinstance(decision, Drop):
+                for part in decision.parts:
+                    assert states[part] == "queued"
+                    assert good.issuperset(parts[part])
+                    states[part] = "dropped"
+            self.log.append((now, decision))
+            event = yield decision
+
+    def hear(self, event, until, good, parts, states, due, history, fences):
+        """Note what an event says; the time of it."""
+        if event is None:
+            return until
+        if isinstance(event, Began):
+            assert states[event.part] == "queued", "what is not wanted has begun"
+            units = len(parts[event.part])
+            fence = fences.setdefault(units, history.fence(units))
+            states[event.part], due[event.part] = "running", event.at + fence
+        elif isinstance(event, Settled):
+            states[event.part] = "good" if event.ok else "failed"
+            if event.ok:
+                good.update(parts[event.part])
+        return event.at
+
+    def check_ask(self, asked, parts, states, due, now, good, needed):
+        first, before = not parts, list(parts)
+        for units in asked:
+            assert units
+            assert list(units) == sorted(units)
+            copies = [n for n, other in enumerate(before) if set(other) & set(units)]
+            parts.append(units)
+            states.append("queued")
+            due.append(math.inf)
+            if first:
+                assert not copies
+                continue
+            assert good.isdisjoint(units), "what is answered is asked again"
+            # Late three times, and failed three times, or twenty.
+            assert parts.count(units) <= (7 if self.waiting.predict else 24)
+            for n in copies:
+                assert states[n] == "failed" or (states[n] == "running" and due[n] <= now)
+            if not any(states[n] == "failed" for n in copies):
+                self.hedged += len(units) / needed
+
+    def check_end(self, ended, seconds, good, before, needed, states):
+        self.log.append((seconds, ended))
+        waiting, half = self.waiting, needed / 2
+        assert (ended.reason == "complete") == (len(good) == needed)
+        if ended.reason == "deadline":
+            assert seconds == pytest.approx(waiting.deadline)
+        if ended.reason == "patience":
+            assert waiting.deadline is None
+            assert waiting.predict
+            assert len(good) >= half
+            # Exactly then, or when the half was there, or when it was clear what had failed.
+            assert seconds == pytest.approx(ended.deadline) or (
+                seconds > ended.deadline and (before < half or "failed" in states)
+            )
+        if ended.reason == "failed":
+            assert not {"queued", "running"} & set(states)
+        if seconds > ended.deadline * (1 + 1e-9):
+            assert waiting.deadline is None
+            assert before < half or "failed" in states, "half was there, and patience over"
+
+
+conditions = st.builds(
+    Conditions,
+    spread=st.sampled_from([0.0, 0.15, 0.5]),
+    overhead=st.sampled_from([0.0, 0.1, 1.0]),
+    straggling=st.sampled_from([0.0, 0.03, 0.3]),
+    slow=st.sampled_from([0.0, 0.1]),
+    dead=st.sampled_from([0.0, 0.02, 0.5]),
+    dead_after=st.sampled_from([0.5, 20.0]),
+    bursts=st.sampled_from([20.0, math.inf]),
+    delays=st.sampled_from([None, stragglers.ShiftedExponential(0.0, 2.0, seed=0)]),
+)
+policies = st.builds(
+    Waiting,
+    deadline=st.sampled_from([None, 1.2, 3.0]),
+    patience=st.sampled_from([1.5, 3.0, math.inf]),
+    extra=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
+    predict=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    conditions=conditions,
+    waiting=policies,
+    machines=st.integers(1, 8),
+    parts=st.integers(1, 6),
+    load=st.sampled_from([0.3, 0.7, 0.95]),
+    seed=st.integers(0, 99),
+)
+def test_what_holds_for_every_call(conditions, waiting, machines, parts, load, seed):
+    watched = [Watched(waiting), Watched(waiting)]
+    outcomes = [
+        simulate(
+            policy,
+            conditions,
+            num_machines=machines,
+            num_parts=parts,
+            load=load,
+            num_requests=150,
+            seed=seed,
+        )
+        for policy in watched
+    ]
+    assert watched[0].log == watched[1].log
+    np.testing.assert_array_equal(outcomes[0].latencies, outcomes[1].latencies)
+    assert watched[0].calls == outcomes[0].ended.total() == 150
+    assert watched[0].hedged <= waiting.extra * 150 + 1 + 20 / parts + 1e-9
+    predicted = outcomes[0].predicted
+    assert ((predicted > 0) == (predicted != 0)).all()
+    assert (predicted > 0).sum() == 150 - outcomes[0].ended["complete"]
+    # "error": where half of the parts fail, a row may be blamed for it.
+    assert set(outcomes[0].ended) <= {"complete", "deadline", "patience", "failed", "error"}
+    if waiting.extra == 0:
+        assert watched[0].hedged == 0
+
+
+def test_parts_that_always_fail_end_in_a_prediction_of_all():
+    outcome = simulate(Waiting(), Conditions(dead=1.0, dead_after=1.0), num_machines=6, num_parts=4)
+    assert outcome.ended == {"failed": 10_000}
+    assert (outcome.predicted == 1).all()
+    assert outcome.work == pytest.approx(3.0)
+
+
+def test_a_policy_that_must_not_predict_computes_all():
+    failing = Conditions(straggling=0.03, dead=0.1, dead_after=1.0)
+    outcome = simulate(Waiting(predict=False), failing, num_machines=6, num_parts=4)
+    # Where a tenth of the parts fail, a row is blamed for it in fewer than one call of a thousand.
+    assert outcome.ended["complete"] >= 9_990
+    assert set(outcome.ended) <= {"complete", "error"}
+    assert outcome.work < 1.3
+
+
+@pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])
+def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
+    common = {"num_machines": 6, "num_parts": 4, "load": load, "num_requests": 40_000}
+    outcome = simulate(Waiting(), Conditions(), **common)
+    assert outcome.predicted.mean() <= most
+    assert outcome.work <= 1.005
+    uncoded = simulate(Waiting(patience=math.inf, extra=0), Conditions(), **common)
+    assert uncoded.work == uncoded.calls == 1
+    assert outcome.percentile(50) <= 1.1 * uncoded.percentile(50)
+
+
+def test_stragglers_cost_least_where_the_rest_is_predicted():
+    common = {"num_machines": 6, "num_parts": 4, "num_requests": 20_000}
+    conditions = Conditions(straggling=0.03)
+    never = math.inf
+    tails = [
+        simulate(policy, conditions, **common).percentile(99.9)
+        for policy in (
+            Waiting(patience=never, extra=0),
+            HedgeOnce(medians=1.5),
+            Unsplit(patience=never),
+            Waiting(),
+        )
+    ]
+    assert tails == sorted(tails, reverse=True)
+    assert 40 < tails[0] < 60
+    assert tails[-1] < 8
+
+
+def test_when_machines_become_slow_for_good_patience_follows():
+    history = History()
+    for _ in range(128):
+        history.add([(12, 0.1)] * 4, (12, 0.1))
+    outcome = simulate(
+        Waiting(), Conditions(), num_machines=6, num_parts=4, num_requests=2000, history=history
+    )
+    assert outcome.predicted[:50].mean() > 0.1
+    assert outcome.predicted[1000:].mean() < 0.001
+
+
+def test_one_machine_serves_one_part_after_the_other():
+    still = Conditions(spread=0.0)
+    outcome = simulate(
+        Waiting(patience=math.inf, extra=0),
+        still,
+        num_machines=1,
+        num_parts=3,
+        load=0.001,
+        num_requests=20,
+    )
+    np.testing.assert_allclose(outcome.latencies, 3.0)
+
+
+def test_a_paused_machine_goes_on_afterwards():
+    often = Conditions(spread=0.0, bursts=5.0, pause=2.0)
+    outcome = simulate(
+        Waiting(patience=math.inf, extra=0), often, num_machines=1, num_parts=1, load=0.5
+    )
+    free = simulate(
+        Waiting(patience=math.inf, extra=0),
+        dataclasses.replace(often, bursts=math.inf),
+        num_machines=1,
+        num_parts=1,
+        load=0.5,
+    )
+    assert (outcome.latencies >= free.latencies - 1e-9).all()
+    assert outcome.latencies.mean() > 1.5 * free.latencies.mean()
+
+
+def test_the_first_n_less_s_are_waited_for():
+    straggling = Conditions(straggling=0.05)
+    common = {"num_machines": 6, "num_parts": 4, "load": 0.1, "num_requests": 3000}
+    first = simulate(Waiting.first(2), straggling, **common)
+    assert first.calls == first.work == pytest.approx(1.5, rel=1e-2)  # some need not begin
+    assert first.ended["first"] > 2900
+    assert 0.1 < first.predicted.mean() < 0.4  # of 4 results, two may be copies of one share
+    everything = simulate(Waiting.first(0), straggling, **common)
+    assert everything.ended == {"complete": 3000}
+    assert first.percentile(99) < everything.percentile(99) / 3
+
+
+def test_laws_of_the_package_delay_machines():
+    law = stragglers.Uniform(1, seed=0)
+    outcome = simulate(
+        Waiting(patience=math.inf, extra=0),
+        Conditions(delays=law, dead_after=5.0),
+        num_machines=2,
+        num_parts=2,
+        load=0.01,
+        num_requests=200,
+    )
+    # One of two machines fails at each request, and may be given the part again.
+    assert outcome.percentile(50) > 5.0
+    assert outcome.calls > 1.4
+
+
+@pytest.mark.parametrize("hedge", [HedgeOnce(medians=1.5), HedgeOnce(), HedgeOnce(quantile=0.95)])
+def test_rivals_ask_once_more(hedge):
+    outcome = simulate(hedge, Conditions(straggling=0.03, dead=0.01), num_machines=6, num_parts=4)
+    assert outcome.ended == {"complete": 10_000}
+    assert 1.03 < outcome.work < 1.1
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Conditions(dead=2.0), "dead must be a probability"),
+        (lambda: Conditions(spread=-1.0), "spread must be at least 0"),
+        (lambda: Conditions(pause=0.0), "pause must be positive"),
+        (lambda: Conditions(straggling_by=(0.0, 1.0)), "straggling_by must be"),
+        (lambda: Conditions(slow_by=(3.0, 2.0)), "slow_by must be"),
+        (
+            lambda: simulate(Waiting(), Conditions(), num_machines=0, num_parts=1),
+            "num_machines must be at least 1, got 0",
+        ),
+        (
+            lambda: simulate(Waiting(), Conditions(), num_machines=1, num_parts=1, load=1.0),
+            r"load must be in \(0, 1\), got 1.0",
+        ),
+    ],
+)
+def test_bad_arguments(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -1,0 +1,487 @@
+"""What a policy decides, event by event."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import time
+
+import pytest
+
+from coded_torch.nn import Waiting
+from coded_torch.scheduling.waiting import (
+    Ask,
+    Began,
+    Drop,
+    Ended,
+    Failure,
+    History,
+    Prepare,
+    Settled,
+    Wait,
+)
+
+FOUR = [(0, 1), (2, 3), (4, 5), (6, 7)]
+
+
+def drive(waiting, events, first=FOUR, needed=8, history=None, **options):
+    """Send events, one for each Wait; the decisions but Wait, all Waits, and the end if it came."""
+    policy = waiting.decide(history or History(), first, needed=needed, **options)
+    decisions, waits, event, events = [], [], None, iter(events)
+    try:
+        while True:
+            decision = policy.send(event)
+            event = None
+            if isinstance(decision, Wait):
+                waits.append(decision.until)
+                try:
+                    event = next(events)
+                except StopIteration:
+                    return decisions, waits, None
+            else:
+                decisions.append(decision)
+    except StopIteration as stop:
+        assert not list(events)
+        return decisions, waits, stop.value
+
+
+def begin(*parts, at=0.0):
+    return [Began(part, at) for part in parts]
+
+
+def settle(*parts, at=1.0, ok=True):
+    return [Settled(part, at, at, ok) for part in parts]
+
+
+def known(seconds=1.0, rows=2, calls=10):
+    """A history of equal calls."""
+    history = History()
+    for _ in range(calls):
+        history.add([(rows, seconds)] * 4, (rows, seconds))
+    return history
+
+
+def test_while_nothing_is_late_all_is_asked_once():
+    decisions, _, ended = drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=known())
+    assert decisions == [Ask(tuple(FOUR))]
+    assert ended == Ended("complete", (), 1.5, 1.0, 3.0, 1.0)
+
+
+def test_a_part_past_its_fence_is_split_over_idle_machines():
+    events = [*begin(0, 1, 2, 3, at=0.5), *settle(0, 1, 2), None, *settle(3, at=2.1)]
+    decisions, waits, ended = drive(Waiting(), events, history=known(), idle=lambda: 5)
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6,), (7,))), Prepare()]
+    assert waits[0] == 3.0  # nothing runs yet
+    assert waits[-2] == 2.0  # from the begin, not from the call
+    assert [(h.part, h.of, h.units, h.at, h.won) for h in ended.hedges] == [
+        (4, 3, (6,), 2.0, False),
+        (5, 3, (7,), 2.0, False),
+    ]
+
+
+def test_predictions_are_prepared_when_half_of_the_time_is_over():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None, *begin(4, at=1.6), None]
+    decisions, waits, _ = drive(Waiting(deadline=4.0), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Prepare()]
+    assert waits[-2:] == [2.0, 3.1]  # half of the deadline; the fence of the part asked again
+    events = [*events[:-1], *settle(4, at=1.9)]
+    decisions, _, _ = drive(Waiting(deadline=4.0), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]  # everything came before
+
+
+@pytest.mark.parametrize(("least", "ended"), [(1, "patience"), (3, "patience"), (4, "complete")])
+def test_what_the_code_cannot_decode_is_waited_for(least, ended):
+    columns = [(0,), (1,), (2,), (3,)]
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
+    if least == 4:
+        events += [*settle(3, at=9.0)]
+    waiting = Waiting(extra=0)
+    _, _, end = drive(
+        waiting, events, columns, needed=4, least=least, spare=[], history=known(rows=1)
+    )
+    assert end.reason == ended
+    if least == 4:  # an explicit deadline ends the call even so
+        options = {"needed": 4, "least": least, "spare": []}
+        _, _, end = drive(Waiting(extra=0, deadline=2.0), events[:-1], columns, **options)
+        assert end.reason == "deadline"
+
+
+def test_time_to_predict_is_kept_before_the_deadline():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
+    _, waits, ended = drive(Waiting(deadline=4.0, extra=0), events, history=known(), reserve=0.5)
+    assert waits[-1] == 3.5
+    assert (ended.reason, ended.deadline) == ("deadline", 4.0)
+    few = [*begin(0, 1, 2, 3), *settle(0), None, None]  # to predict from: it is not needed
+    for exact, script in ((False, few), (True, [*events, None])):
+        waiting = Waiting(deadline=4.0, extra=0, predict=not exact)
+        assert drive(waiting, script, history=known(), reserve=0.5)[1][-2:] == [3.5, 4.0]
+
+
+def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
+    history = History()
+    usual = history.decoding(64)
+    for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
+        history.decoded(factor * usual, 64, 4096)
+    assert history.decoding(64) == pytest.approx(2 * usual)  # of eight, one takes longer
+    assert history.decoding(4096) > 10 * history.decoding(1024)
+    assert history.reserve(4096, math.inf) == 0.0
+    late = 0.005
+    assert history.reserve(64, 0.3) == 1.25 * history.decoding(64) + late
+    # A regression of all, several of some, and the mean, as time is short.
+    reserves = [history.reserve(4096, deadline) for deadline in (10.0, 1.0, 0.1)]
+    assert reserves[:2] == [1.25 * history.decoding(4096, size) + late for size in (4096, 512)]
+    assert reserves[2] == history.decoding(1)
+
+
+def test_a_regression_that_was_slow_by_chance_is_tried_again():
+    history = History()
+    usual = history.decoding(64)
+    for factor in (1.0, 99.0):
+        history.decoded(factor * usual, 64, 4096)
+    assert history.decoding(64) == pytest.approx(99 * usual)
+    for _ in range(32):
+        history.hurried()
+    assert history.decoding(64) == usual
+
+
+def test_without_an_idle_machine_a_late_part_queues_whole():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
+    decisions, _, _ = drive(Waiting(), events, history=known(), idle=lambda: 0)
+    assert decisions[1] == Ask(((6, 7),))
+
+
+def test_what_is_answered_need_not_begin():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1), None, *settle(2, at=1.6)]
+    decisions, _, _ = drive(Waiting(), events, history=known())
+    assert decisions[1:] == [Ask(((4, 5), (6, 7))), Prepare(), Drop((4,))]
+
+
+def test_what_waits_to_begin_is_not_asked_again():
+    events = [*begin(0, 1, 2), *settle(0, 1, 2), None]
+    decisions, _, ended = drive(Waiting(), events, history=known())
+    assert decisions == [Ask(tuple(FOUR))]
+    assert ended.reason == "patience"
+
+
+def test_a_late_part_is_asked_again_three_times():
+    waiting = Waiting(patience=math.inf)
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2)]
+    for part in range(4, 7):
+        events += [None, *begin(part, at=float(part))]
+    decisions, waits, _ = drive(waiting, [*events, None], history=known())
+    assert decisions.count(Ask(((6, 7),))) == 3
+    assert waits[-1] == math.inf
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.25])
+def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times(extra):
+    events = [*settle(0, 1, 2), *settle(3, ok=False), *settle(4, ok=False), *settle(5, ok=False)]
+    decisions, _, ended = drive(Waiting(extra=extra), events)
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Ask(((6, 7),))]
+    assert ended.reason == "failed"
+
+
+def test_what_failed_is_cleared_up_before_anything_is_predicted():
+    failure = Failure("raised", 0, "wrong")
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 2.5, 2.5, False, failure)]
+    events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # patience is over at 3
+    events += [Settled(5, 3.3, 0.8, False, failure._replace(machine=1))]
+    ended = drive(Waiting(), events, history=known())[2]
+    assert (ended.reason, ended.refused) == ("error", (5,))
+
+
+def raised(*parts, machine, at=1.0):
+    failure = Failure("raised", machine, "wrong")
+    return [Settled(part, at, at, False, failure, machine) for part in parts]
+
+
+def test_the_search_for_what_failed_ends_at_twice_the_patience():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 1.0, 1.0, False, Failure("died", 0))]
+    events += [*begin(4, at=1.0), None, None, None]  # it hangs
+    decisions, waits, ended = drive(Waiting(), events, history=known())
+    assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]
+    assert waits[-3:] == [2.5, 3.0, 6.0]  # a copy might end another worker
+    assert (ended.reason, ended.deadline) == ("patience", 3.0)
+
+
+@pytest.mark.parametrize(
+    ("machines", "good", "asked", "reason"),
+    [
+        ((0, 1, 2, 3), False, 0, "error"),
+        ((0, 1), False, 2, None),  # two bad rows are as likely
+        ((0, 0, 0, 0), False, 2, None),  # the machine is broken
+        ((0, 1, 2), True, 2, None),
+    ],
+)
+def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_machines(
+    machines, good, asked, reason
+):
+    first = FOUR[: len(machines)]
+    events = [event for part, m in enumerate(machines) for event in raised(part, machine=m)]
+    if good:  # a piece of the first part comes before the last part raises
+        events.insert(2, Settled(3, 0.9, 0.9, True, machine=4))
+    decisions, _, ended = drive(Waiting(), events, first, needed=2 * len(first))
+    assert decisions[0] == Ask(tuple(first))
+    assert (ended and ended.reason) == reason
+    if ended is None:  # each part is asked again in halves
+        halves = [unit for ask in decisions[1:] for unit in ask.parts]
+        assert halves == [(unit,) for part in first for unit in part]
+        assert len(halves) == asked * len(first)
+    else:
+        assert ended.refused == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))]
+)
+def test_what_only_one_machine_raises_on_is_refused_if_no_other_machine_works(
+    machine, reason, refused
+):
+    events = [*raised(3, 4, 5, 6, 7, 8, 9, machine=0)]
+    events += [Settled(part, 2.0, 2.0, True, machine=machine) for part in range(3)]
+    _, _, ended = drive(Waiting(), events)
+    assert (ended.reason, ended.refused) == (reason, refused)
+
+
+def test_where_nothing_is_predicted_other_machines_get_more_tries():
+    good = [Settled(part, 1.0, 1.0, True, machine=1) for part in range(3)]
+    events = [*good, *raised(*range(3, 12), machine=0), Settled(12, 2.0, 2.0, True, machine=1)]
+    assert drive(Waiting(predict=False), events)[2] is None
+    events += [Settled(13, 3.0, 1.0, True, machine=1)]
+    assert drive(Waiting(predict=False), events)[2].reason == "complete"
+
+
+def test_failures_do_not_need_the_bucket():
+    history = known()
+    assert history.spend(6.0, most=6.0)
+    events = [*begin(0, 1, 2, 3), *settle(0, 1), *settle(2, ok=False), None]
+    decisions, waits, _ = drive(Waiting(extra=0.01), events, history=history)
+    assert decisions[1:] == [Ask(((4, 5),)), Prepare()]  # part 3 is late, and stays so
+    assert waits[-1] == 3.0
+
+
+def test_without_extra_nothing_is_late():
+    decisions, waits, _ = drive(Waiting(extra=0), begin(0, 1, 2, 3), history=known())
+    assert decisions == [Ask(tuple(FOUR))]
+    assert set(waits) == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "reason"), [(Waiting(), "patience"), (Waiting(deadline=3.0), "deadline")]
+)
+def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
+    enough = drive(waiting, [*settle(0, 1), None], history=known())
+    assert enough[2].reason == reason
+    assert (enough[2].deadline, enough[2].decodable) == (3.0, 1.0)
+    if reason == "deadline":
+        few = drive(waiting, [*settle(0), None], history=known())[2]
+        assert (few.reason, few.decodable) == (reason, math.inf)
+        return
+    later = drive(waiting, [*settle(0), None, *settle(1, at=7.0)], history=known())
+    assert later[1][-1] == math.inf
+    assert (later[2].reason, later[2].decodable) == (reason, 7.0)
+
+
+def test_a_deadline_counts_from_the_call():
+    _, waits, ended = drive(Waiting(deadline=3.0), [*settle(0, 1), None], since=-0.5)
+    assert waits[-1] == 2.5
+    assert ended.deadline == 3.0
+
+
+@pytest.mark.parametrize("waiting", [Waiting(patience=math.inf), Waiting(predict=False)])
+def test_infinite_patience_waits_for_all_that_can_come(waiting):
+    _, waits, ended = drive(waiting, [*settle(0, 1), *settle(2, 3, at=99.0)], history=known())
+    assert set(waits) == {math.inf}
+    assert ended.reason == "complete"
+
+
+def test_a_result_that_turns_out_bad_is_missing_again():
+    events = [*settle(0, 1, 2), *settle(2, ok=False), *settle(3)]
+    decisions, _, ended = drive(Waiting(), events)
+    assert decisions == [Ask(tuple(FOUR)), Ask(((4, 5),))]
+    assert ended is None
+
+
+def test_what_was_dropped_is_asked_again_if_its_answer_turns_out_bad():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1), None, *settle(2, at=1.6)]
+    events += settle(2, at=1.7, ok=False)
+    decisions, _, _ = drive(Waiting(), events, history=known())
+    assert decisions[-2:] == [Drop((4,)), Ask(((4, 5),))]
+
+
+def test_columns_stand_in_for_each_other():
+    columns, options = [(0,), (2,), (4,), (6,)], {"needed": 4, "spare": [1, 3]}
+    events = [*begin(0, 1, 2, 3), *settle(0), None]
+    decisions, _, _ = drive(Waiting(), events, columns, history=known(rows=1), **options)
+    assert decisions[1] == Ask(((1,), (3,), (6,)))  # unused ones, as long as there are some
+    events += [*begin(4, 5, at=1.5), *settle(1, 4, 5, at=1.9)]
+    _, _, ended = drive(Waiting(), events, columns, history=known(rows=1), **options)
+    assert ended.reason == "complete"
+
+
+def test_no_column_is_asked_for_that_is_not_needed():
+    columns = [(0,), (2,), (4,)]
+    events = [*begin(0, 1, 2), *settle(0), None, *begin(3, 4, at=1.5), *settle(1, at=1.6)]
+    decisions, _, _ = drive(
+        Waiting(), events, columns, needed=3, spare=[1, 3, 5], history=known(rows=1)
+    )
+    assert decisions[1:] == [Ask(((1,), (3,))), Prepare()]
+
+
+def test_asking_all_at_once_ends_with_the_first():
+    columns, waiting = [(n,) for n in range(6)], Waiting.first(2, deadline=3.0)
+    decisions, _, ended = drive(waiting, settle(5, 1, 0, 3), columns, needed=4)
+    assert decisions == [Ask(tuple(columns))]
+    assert ended == Ended("first", (), math.inf, math.inf, 3.0, 1.0)
+    assert drive(waiting, settle(*range(6)), columns, needed=6)[2].reason == "complete"
+    events = [*settle(0, ok=False), *settle(1), None]  # failed ones are not asked again
+    decisions, _, ended = drive(waiting, events, columns, needed=4)
+    assert (decisions, ended.reason) == ([Ask(tuple(columns))], "deadline")
+    assert drive(waiting, [*settle(*range(6), ok=False)], columns, needed=4)[2].reason == "failed"
+
+
+def test_if_nothing_can_come_any_more_the_call_has_failed():
+    assert drive(Waiting(), [*settle(0), None])[2].reason == "failed"
+    assert drive(Waiting.first(), [*settle(0), None])[2].reason == "failed"
+
+
+def test_a_call_is_remembered_when_it_has_ended():
+    history = known(calls=7)  # 28 parts
+    late = [Began(0, 0.0, fresh=True), *begin(1, 2, 3), *settle(0, at=9.0), *settle(1, 2, 3)]
+    drive(Waiting(), late, history=history)
+    assert history.fence(2) == math.inf  # 31: that of a new machine does not count
+    drive(Waiting(), late[:-1], history=history)
+    assert history.fence(2) == math.inf  # nor does a call that was left
+    drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=history)
+    assert history.fence(2) == 1.5
+    assert history.call(2) == 1.0
+
+
+def test_the_fence_is_the_tail_of_a_lognormal_body():
+    history = History()
+    history.add([(4, 1.0)] * 20 + [(4, 0.9)] * 20, None)
+    assert history.fence(4) == pytest.approx(max(1.5, (1 / 0.9) ** 4.45))
+    history = History()
+    history.add([(4, 1.0)] * 25 + [(4, 0.8)] * 13, None)
+    assert history.fence(4) == pytest.approx((1 / 0.8) ** 4.45)
+    history.add([(4, math.inf)] * 50, None)
+    assert history.fence(4) == math.inf
+
+
+def test_what_is_old_is_forgotten():
+    history = known(1.0, calls=128)
+    for _ in range(200):
+        history.add([(2, 3.0)] * 4, (2, 3.0))
+    assert (history.part(2), history.fence(2), history.call(2)) == (3.0, 4.5, 3.0)
+
+
+def test_latencies_are_compared_by_what_their_rows_should_take():
+    history = History()
+    for _ in range(16):
+        history.add([(16, 1.0)] * 3 + [(16, math.inf), (4, 0.325)], (16, 1.5))
+    assert history.part(16) == pytest.approx(1.0)
+    assert history.part(4) == pytest.approx(0.325)
+    assert history.part(10) == pytest.approx(0.6625)
+    assert history.part(2) == pytest.approx(0.325)  # no less than ever seen
+    assert history.part(32) == pytest.approx(2.0)
+    assert history.call(32) == pytest.approx(3.0)
+
+
+def test_few_large_parts_do_not_spoil_the_fence_of_small_ones():
+    history = History()
+    for number in range(300):  # parts of 1 row, or 2 that take as long, and hardly ever 8
+        rows = 8 if number % 100 == 40 else 1 + (number % 3 == 0)
+        history.add([(rows, 1.0)], None)
+        if number >= 32:
+            assert history.fence(1) == history.fence(2) == 1.5, number
+
+
+def test_sizes_that_are_new_soon_count_as_what_they_take():
+    history = known(rows=1, calls=8)
+    fences = []
+    for _ in range(24):
+        history.add([(2, 1.0)], None)
+        fences.append(history.fence(1))
+    assert fences[8:] == [1.5] * 16
+
+
+def test_of_one_size_only_fewer_rows_are_given_as_long():
+    history = known(rows=16)
+    assert (history.part(4), history.part(16), history.part(48)) == (1.0, 1.0, 3.0)
+
+
+def test_latencies_of_zero_are_a_history_too():
+    history = known(0.0)
+    assert (history.fence(2), history.call(2)) == (0.0, 0.0)
+    waits = drive(Waiting(patience=math.inf), begin(0, 1), history=history)[1]
+    assert waits == [math.inf, 0.0, 0.0]
+
+
+def test_calls_that_were_cut_short_count_as_infinite():
+    history = known(calls=8)
+    for _ in range(8):
+        drive(Waiting(deadline=1.0), [*settle(0, 1), None], history=history)
+    assert history.call(2) == math.inf
+
+
+def test_the_bucket_is_filled_by_calls():
+    history = History()
+    assert history.spend(1.5, most=2.0)
+    assert not history.spend(0.75, most=2.0)
+    history.earn(0.25)
+    assert history.spend(0.75, most=2.0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copied_history_is_empty(copied):
+    history = copied(known())
+    assert history.fence(2) == math.inf
+    drive(Waiting(), settle(0, 1, 2, 3), history=history)
+
+
+def test_the_policy_costs_little():
+    history = known(calls=200)
+    events = [begin(0, 1, 2, 3) + settle(0, 1, 2, 3) for _ in range(300)]
+    start = time.perf_counter()
+    for script in events:
+        drive(Waiting(), script, history=history)
+    assert (time.perf_counter() - start) / 300 < 1e-3  # ten times the bar, on any machine
+
+
+def test_options_are_values():
+    waiting = Waiting(0.05, extra=0)
+    assert waiting == Waiting(deadline=0.05, extra=0.0)
+    assert repr(waiting) == "Waiting(deadline=0.05, extra=0.0)"
+    assert Waiting.first(2) == Waiting.first(2)
+    assert Waiting.first() != Waiting()
+    assert repr(Waiting.first(2, deadline=1)) == "Waiting.first(deadline=1.0, num_stragglers=2)"
+    for option in (waiting, Waiting.first(3, deadline=1.0)):
+        assert pickle.loads(pickle.dumps(option)) == option
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            option.deadline = 2.0
+    assert (Waiting().num_stragglers, Waiting.first(3).num_stragglers) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"deadline": 0.0}, ValueError, "deadline must be positive and finite, got 0.0"),
+        ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
+        ({"deadline": "soon"}, TypeError, "deadline must be positive and finite, got 'soon'"),
+        ({"patience": 0}, ValueError, "patience must be positive, got 0"),
+        ({"patience": math.nan}, ValueError, "patience must be positive, got nan"),
+        ({"predict": 0}, TypeError, "predict must be of type bool, got int"),
+        ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'predict', got 'skip'"),
+        ({"extra": -1}, ValueError, "extra must be at least 0 and finite, got -1"),
+        ({"extra": math.inf}, ValueError, "extra must be at least 0 and finite, got inf"),
+    ],
+)
+def test_bad_options(options, error, match):
+    with pytest.raises(error, match=f"Waiting: {match}"):
+        Waiting(**options)
+
+
+@pytest.mark.parametrize(("value", "error"), [(-1, ValueError), (1.5, TypeError)])
+def test_bad_numbers_of_stragglers(value, error):
+    with pytest.raises(error, match="num_stragglers must be"):
+        Waiting.first(value)
