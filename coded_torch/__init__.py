@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from . import codes, functional, linear, nn, stragglers, surrogates, workers
 from .codes import NotEnoughResults
+from .codes.row_regression import Regression
 from .evaluation.compare import compare
 from .evaluation.tune import tune
 from .nn import CodedWrapper, Report, Waiting
@@ -12,6 +13,7 @@ __version__ = version("coded_torch")
 __all__ = [
     "CodedWrapper",
     "NotEnoughResults",
+    "Regression",
     "Report",
     "Waiting",
     "codes",

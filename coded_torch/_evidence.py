@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._predictions import Predictions, residuals, spread_of
-from .input_space.regression import KernelRegression
+from .input_space.gaussian_process import KernelRegression
 
 __all__ = [
     "COPIES",

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .input_space.regression import KernelRegression
+from .input_space.gaussian_process import KernelRegression
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

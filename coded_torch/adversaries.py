@@ -3,7 +3,7 @@ r"""Which machines lie: results that are well formed, finite and wrong.
 Two things give a liar away. Where two machines computed the same input, their results are equal up
 to rounding, and to the bit only there; and every result is predicted by those at inputs nearby, by
 the regression that decodes what is lost,
-:class:`~coded_torch.input_space.regression.KernelRegression`. Neither
+:class:`~coded_torch.input_space.gaussian_process.KernelRegression`. Neither
 says much of one row, but a machine answers a row of every group.
 
 What stays hidden: lies of less than a tenth of the outputs' spread, which cost less than dropping

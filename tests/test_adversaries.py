@@ -13,7 +13,7 @@ from coded_torch._predictions import Predictions, student_quantile
 from coded_torch.adversaries import Evidence, _Trial, locate
 from coded_torch.codes import BerrutCode, KernelCode, SplineCode, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.input_space.regression import KernelRegression
+from coded_torch.input_space.gaussian_process import KernelRegression
 from coded_torch.nn import CodedWrapper, TooManyAdversaries
 from coded_torch.stragglers import Uniform
 from coded_torch.workers import FaultyWorkers, LocalWorkers

@@ -12,8 +12,8 @@ from torch import nn
 
 from coded_torch.codes import KernelCode, ReplicationCode, SplineCode
 from coded_torch.input_space.distances import METRICS, Leaf, features_by
+from coded_torch.input_space.gaussian_process import KernelRegression
 from coded_torch.input_space.geometry import Geometry
-from coded_torch.input_space.regression import KernelRegression
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory

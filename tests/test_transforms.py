@@ -9,8 +9,8 @@ from torch import nn
 
 from coded_torch import codes, compare, functional
 from coded_torch.evaluation.tune import tune
+from coded_torch.input_space.gaussian_process import KernelRegression
 from coded_torch.input_space.geometry import Geometry
-from coded_torch.input_space.regression import KernelRegression
 from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace, Uniform

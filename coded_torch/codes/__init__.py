@@ -8,6 +8,7 @@ from .errors import DeadlineExceeded, NotEnoughResults
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
 from .plans import plan_batch, plan_rows
+from .regression import RegressionCode
 from .replication import ReplicationCode
 from .spline import SplineCode
 
@@ -21,6 +22,7 @@ __all__ = [
     "KernelCode",
     "LagrangeCode",
     "NotEnoughResults",
+    "RegressionCode",
     "ReplicationCode",
     "SplineCode",
     "plan_batch",

@@ -6,35 +6,53 @@ import abc
 import functools
 import inspect
 import operator
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count
+from .._arguments import MOST_WORKERS, count, instance
 from .._transforms import on_host
+from ..input_space.ordering import check_ordering
 from ..linear import LinearMap
 from ..linear.maps import unit_rows
 from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
 from .errors import NotEnoughResults
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
     from ..input_space.geometry import Geometry
     from ..input_space.ordering import Grouping
 
-__all__ = ["Code", "FixedCode"]
+__all__ = ["Code", "FixedCode", "Options", "check_link"]
 
 _CACHED_DECODERS = 256
 
 
 def _increasing(workers: tuple[int, ...]) -> bool:
     return all(map(operator.lt, workers, workers[1:]))
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments that every code takes."""
+
+    ordering: str | Tensor | Sequence[int]
+    shuffle: bool | random.Random
+    link: str | None
+
+
+def check_link(owner: object, link: Any) -> None:
+    """Raise an error unless ``link`` is None or "softmax"."""
+    instance(owner, "link", link, str, optional=True)
+    if link not in (None, "softmax"):
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        raise ValueError(f"{name}: link must be None or 'softmax', got {link!r}")
 
 
 class Code(abc.ABC):
@@ -68,10 +86,19 @@ class Code(abc.ABC):
     Args:
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
+        ordering: the order in which a batch is cut into groups of K: "similarity", so that
+            neighbours resemble each other; "arrival"; or a permutation of the batch, a sequence or
+            an integer tensor. Defaults to "similarity".
+        shuffle: whether the columns are asked for in an order drawn anew for every call, so that
+            neighbouring workers that are late together do not lose neighbours on the curve. A
+            ``random.Random`` makes the orders repeatable. Defaults to True.
+        link: "softmax" if all outputs are probabilities over their last dimension: they are
+            decoded on the scale of logits. Defaults to None.
 
     Attributes:
         num_data: K
         num_workers: N
+        ordering, shuffle, link: as given.
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
         uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
@@ -94,7 +121,15 @@ class Code(abc.ABC):
         code._given = args, kwargs
         return code
 
-    def __init__(self, num_data: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        ordering: str | Tensor | Sequence[int] = "similarity",
+        shuffle: bool | random.Random = True,
+        link: str | None = None,
+    ) -> None:
         self.num_data = count(self, "num_data", num_data, most=MOST_WORKERS)
         self.num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         if self.num_workers < self.num_data:
@@ -102,6 +137,11 @@ class Code(abc.ABC):
                 f"{type(self).__name__}: num_workers must be at least num_data, {self.num_data}, "
                 f"got {self.num_workers}"
             )
+        check_ordering(self, ordering)
+        if not isinstance(shuffle, random.Random):
+            instance(self, "shuffle", shuffle, bool)
+        check_link(self, link)
+        self.ordering, self.shuffle, self.link = ordering, shuffle, link
 
     @property
     def min_received(self) -> int:
@@ -120,6 +160,29 @@ class Code(abc.ABC):
                 is nothing to measure.
             num_stragglers: S, how many workers are expected to be late, at least 0.
         """
+
+    def plan(
+        self,
+        inputs: Sequence[Tensor],
+        num_stragglers: int = 0,
+        *,
+        batch_size: int | None = None,
+        others: Sequence[Tensor] = (),
+    ) -> BatchPlan:
+        """Order a batch, cut it into groups of K, and fit the code to it.
+
+        Args:
+            inputs: the floating-point inputs that are coded, ``[B, ...]`` each. There may be none
+                if the code mixes nothing.
+            num_stragglers: S, how many workers are expected to be late, from 0 to N.
+            batch_size: B, which must be given if there is no input.
+            others: the inputs of other dtypes, of which a callable metric may make features.
+        """
+        from .plans import plan_batch
+
+        return plan_batch(
+            self, self.ordering, inputs, num_stragglers, batch_size=batch_size, others=others
+        )
 
     def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
         """Plan a batch whose rows are asked for one by one; only where the code mixes nothing.
@@ -154,18 +217,28 @@ class Code(abc.ABC):
         Raises:
             TypeError, ValueError: as making one; the code has no such argument.
         """
-        names = self._bound().signature.parameters
+        given, names = self._arguments()
         for name in values:
             if name not in names:
                 raise TypeError(
                     f"{type(self).__name__}: replace takes {', '.join(names)}, got {name}"
                 )
-        return type(self)(**(self._bound().arguments | values))
+        return type(self)(**(given | values))
 
-    def _bound(self) -> inspect.BoundArguments:
-        """What the code was made of; of a class, Python 3.10 has the signature of ``__new__``."""
+    def _arguments(self, defaults: bool = False) -> tuple[dict[str, Any], list[str]]:
+        """What the code was made of, by name, and the names of all that its constructor takes."""
         args, kwargs = self._given
-        return inspect.signature(self.__init__).bind(*args, **kwargs)  # type: ignore[misc]
+        # Of the method: for a class, Python 3.10 has the signature of ``__new__``.
+        signature = inspect.signature(self.__init__)  # type: ignore[misc]
+        bound = signature.bind(*args, **kwargs)
+        if defaults:
+            bound.apply_defaults()
+        given, names = dict(bound.arguments), list(signature.parameters)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:  # the options
+                given |= given.pop(name, {})
+                names[names.index(name) :] = Options.__annotations__
+        return given, names
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
@@ -178,9 +251,8 @@ class Code(abc.ABC):
 
     def __repr__(self) -> str:
         """The arguments, without those that are None or arrays."""
-        given = self._bound()
-        given.apply_defaults()
-        values = {k: getattr(self, k, v) for k, v in given.arguments.items() if v is not None}
+        given, _ = self._arguments(defaults=True)
+        values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
         shown = (
             f"{name}={value!r}"
             for name, value in values.items()
@@ -198,10 +270,11 @@ class FixedCode(Code):
 
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.
+        options: ``ordering``, ``shuffle`` and ``link``, likewise.
     """
 
-    def __init__(self, num_data: int, num_workers: int) -> None:
-        super().__init__(num_data, num_workers)
+    def __init__(self, num_data: int, num_workers: int, **options: Unpack[Options]) -> None:
+        super().__init__(num_data, num_workers, **options)
         self._decoders: OrderedDict[tuple[int, ...], LinearMap] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -16,8 +16,8 @@ from ..linear.base import target
 
 if TYPE_CHECKING:
     from ..input_space import distances
+    from ..input_space.gaussian_process import KernelRegression
     from ..input_space.ordering import Grouping
-    from ..input_space.regression import KernelRegression
     from .base import Code, FixedCode
 
 __all__ = ["Arrived", "BatchPlan", "GroupwisePlan", "SelectionPlan", "Sites"]

@@ -13,6 +13,9 @@ from .curve import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from .base import Options
 
 __all__ = ["BerrutCode"]
 
@@ -32,6 +35,8 @@ class BerrutCode(CurveCode):
         order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder with no more than d
             results uses as many as it has, order ``|F| - 1``.
         data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every
+            :class:`~coded_torch.codes.Code`.
 
     Raises:
         TypeError: a count or the order is not an integer.
@@ -63,8 +68,9 @@ class BerrutCode(CurveCode):
         order: int = 0,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points)
+        super().__init__(num_data, num_workers, data_points, worker_points, **options)
         self.order = count(self, "order", order, 0, self.num_data - 1)
 
     def candidates(self) -> dict[str, Sequence[Any]]:

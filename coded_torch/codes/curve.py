@@ -18,6 +18,9 @@ from .nodes import chebyshev_first, chebyshev_second
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from .base import Options
 
 __all__ = ["CurveCode"]
 
@@ -41,6 +44,7 @@ class CurveCode(FixedCode):
         worker_points: ``[N]``, likewise; by default
             :func:`~coded_torch.codes.nodes.chebyshev_second`, or what the class has instead as
             ``default_worker_points``.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every :class:`Code`.
     """
 
     default_worker_points = staticmethod(chebyshev_second)
@@ -51,8 +55,9 @@ class CurveCode(FixedCode):
         num_workers: int,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(num_data, num_workers)
+        super().__init__(num_data, num_workers, **options)
         if data_points is None:
             data_points = chebyshev_first(self.num_data)
         if worker_points is None:

@@ -21,10 +21,12 @@ from .batch_plan import Arrived, BatchPlan, SelectionPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
 
+    from ..input_space.gaussian_process import FittedRegression, KernelRegression
     from ..input_space.geometry import Geometry
     from ..input_space.ordering import Grouping
-    from ..input_space.regression import KernelRegression, Regression
+    from .base import Options
 
 __all__ = ["KernelCode"]
 
@@ -41,11 +43,11 @@ class KernelCode(Code):
     results of each group along it. But the decoder may know every input that was sent, so results
     can be interpolated in *input space*, over all groups at once: the answers are the posterior
     means of a Gaussian process, given the results at the coded inputs,
-    :class:`~coded_torch.input_space.regression.KernelRegression`. Inputs whose own result arrived
+    :class:`~coded_torch.input_space.gaussian_process.KernelRegression`. Inputs whose result arrived
     are answered
     by that result, bit for bit. Where the batch's own results are predicted badly from each other,
     predictions are shrunk towards the mean of the results:
-    :meth:`~coded_torch.input_space.regression.Regression.trust`.
+    :meth:`~coded_torch.input_space.gaussian_process.FittedRegression.trust`.
 
     ``KernelCode(K, N)`` mixes nothing. The extra N - K workers of a group repeat the inputs that
     the others say least about, so a batch is answered exactly up to the inputs whose
@@ -133,6 +135,7 @@ class KernelCode(Code):
         encoder: FixedCode | None = None,
         metric: str | Features | Sequence[str | Features] = "auto",
         length: float | str | Sequence[float] = "auto",
+        **options: Unpack[Options],
     ) -> None:
         instance(self, "encoder", encoder, FixedCode, optional=True)
         if encoder is not None:
@@ -142,7 +145,7 @@ class KernelCode(Code):
                     f"has, got {shown(num_data)} and {shown(num_workers)}"
                 )
             num_data, num_workers = encoder.num_data, encoder.num_workers
-        super().__init__(num_data, num_workers)  # type: ignore[arg-type]  # which refuses None
+        super().__init__(num_data, num_workers, **options)  # type: ignore[arg-type]  # which refuses None
         self.encoder = encoder
         self.metric, self.metrics = metric, _metrics(metric)
         self.lengths = _lengths(length)
@@ -259,7 +262,7 @@ class _KernelPlan(SelectionPlan):
         predicted = torch.addcmul(mean, predicted, sizes, value=trust).to(results.dtype)
         return predicted.view(len(predicted), *results.shape[2:])
 
-    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[Regression, float]:
+    def _chosen(self, arrived: Arrived, results: Tensor) -> tuple[FittedRegression, float]:
         dense(self.code, "results", results)
         fitted = self._fit(arrived, arrived.sample(results)).fitted
         self.choices = (fitted.choice,)

@@ -15,6 +15,9 @@ from .nodes import chebyshev_first
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from .base import Options
 
 __all__ = ["LagrangeCode"]
 
@@ -44,6 +47,8 @@ class LagrangeCode(CurveCode):
         decoder_degree: D, at least 0; excludes ``degree``.
         data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`; both are
             :func:`~coded_torch.codes.nodes.chebyshev_first` by default.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every
+            :class:`~coded_torch.codes.Code`.
 
     Raises:
         TypeError: a count or a degree is not an integer.
@@ -81,8 +86,9 @@ class LagrangeCode(CurveCode):
         decoder_degree: int | None = None,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points)
+        super().__init__(num_data, num_workers, data_points, worker_points, **options)
         if decoder_degree is None:
             degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
             self.decoder_degree = (self.num_data - 1) * degree
@@ -101,7 +107,7 @@ class LagrangeCode(CurveCode):
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
-        if "degree" in self._bound().arguments:
+        if "degree" in self._arguments()[0]:
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}

@@ -12,6 +12,9 @@ from .curve import CurveCode
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from .base import Options
 
 __all__ = ["SplineCode"]
 
@@ -30,6 +33,8 @@ class SplineCode(CurveCode):
             :class:`~coded_torch.linear.SplineMap`.
         decoder_smoothing: :math:`\lambda_d`, likewise; 0 is best for a model without noise.
         data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every
+            :class:`~coded_torch.codes.Code`.
 
     Raises:
         TypeError, ValueError: an argument violates its requirement.
@@ -63,8 +68,9 @@ class SplineCode(CurveCode):
         decoder_smoothing: float = 0.0,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points)
+        super().__init__(num_data, num_workers, data_points, worker_points, **options)
         self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
         self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._transforms import exactly
-from .regression import NUGGET, matern52
+from .gaussian_process import NUGGET, matern52
 
 __all__ = ["LeaveOneOut"]
 

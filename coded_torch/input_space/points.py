@@ -21,8 +21,8 @@ from .distances import (
     name_of,
     squared_distances,
 )
+from .gaussian_process import MOST_INVERTED, FittedRegression, KernelRegression, PartialRegression
 from .geometry import Geometry
-from .regression import MOST_INVERTED, KernelRegression, PartialRegression, Regression
 from .selection import DEFAULT, LENGTH, Fitted, Regressions, key_of
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Points:
             self._whole = KernelRegression(squared, self.first_length * step)
         return self._whole
 
-    def regression(self, metric: str | Features, length: float, points: Tensor) -> Regression:
+    def regression(self, metric: str | Features, length: float, points: Tensor) -> FittedRegression:
         """That given the results of some points."""
         is_first = (metric, length) == (self.first, self.first_length)
         few_lost = 2 * len(points) > len(self.usable)  # else rounding of the inverse would show

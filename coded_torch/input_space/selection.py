@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .distances import Choice, Features, name_of
+from .gaussian_process import FittedRegression
 from .leave_one_out import LeaveOneOut
-from .regression import Regression
 
 if TYPE_CHECKING:
     from .points import Points
@@ -47,7 +47,7 @@ class Fitted(NamedTuple):
     """
 
     choice: Choice
-    regression: Regression
+    regression: FittedRegression
 
 
 class Regressions:
@@ -69,7 +69,7 @@ class Regressions:
         self._at = torch.arange(count) * len(points) // max(count, 1)
         self._metrics: tuple[list[str | Features], LeaveOneOut] | None = None
         self._compared: dict[Any, LeaveOneOut] = {}
-        self._fitted: dict[Any, Regression] = {}
+        self._fitted: dict[Any, FittedRegression] = {}
 
     def fit(self, sample: Tensor | None) -> Fitted:
         """The regression that predicts best.

@@ -20,10 +20,10 @@ from .._logging import sparing_logger
 from .._streams import read_here
 from .._transforms import exactly
 from .._weights import fingerprint
+from ..input_space.gaussian_process import KernelRegression, matern52
 from ..input_space.geometry import distances_among
 from ..input_space.ordering import similarity_order
 from ..input_space.points import path_step
-from ..input_space.regression import KernelRegression, matern52
 from ._space import RANK, Space, evenly, side_by_side, winner
 
 __all__ = ["Memory"]

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from coded_torch.codes import BerrutCode, KernelCode, ReplicationCode, SplineCode, nodes, plan_batch
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.evaluation import scores
+from coded_torch.input_space.gaussian_process import KernelRegression
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.ordering import Grouping, similarity_order
-from coded_torch.input_space.regression import KernelRegression
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 

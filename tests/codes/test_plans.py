@@ -18,9 +18,9 @@ from coded_torch.codes import (
 )
 from coded_torch.codes.nodes import equidistant, systematic
 from coded_torch.codes.plans import ChunkedPlan, MeanPlan
+from coded_torch.input_space.gaussian_process import KernelRegression
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.points import path_step
-from coded_torch.input_space.regression import KernelRegression
 from coded_torch.testing.codes import DTYPES, normal
 
 SYSTEMATIC = SplineCode(

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.input_space.regression import NUGGET, KernelRegression, matern52
+from coded_torch.input_space.gaussian_process import NUGGET, KernelRegression, matern52
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-r"""Regression in input space: answers from results by the distances of their inputs."""
+r"""FittedRegression in input space: answers from results by the distances of their inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._arguments import dense, positive
 from .._transforms import exactly, on_host
 from ..ops import matern52, matern52_among
 
-__all__ = ["MOST_INVERTED", "NUGGET", "KernelRegression", "PartialRegression", "Regression"]
+__all__ = ["MOST_INVERTED", "NUGGET", "FittedRegression", "KernelRegression", "PartialRegression"]
 __all__ += ["matern52"]
 
 #: Variance of a result that its input does not explain, relative to the outputs' variance.
@@ -28,7 +28,7 @@ _LEFT_OUT = 256
 _ERRORS = 0.5
 
 
-class Regression(abc.ABC):
+class FittedRegression(abc.ABC):
     """A regression given results, and how well it predicts each of them from all others.
 
     Attributes:
@@ -127,7 +127,7 @@ class Regression(abc.ABC):
         return float(squares.sum() / self.leave_one_out_variances.sum())
 
 
-class KernelRegression(Regression):
+class KernelRegression(FittedRegression):
     r"""The Gaussian process of an unknown constant mean, given results at M inputs.
 
     With :math:`C = k(Z, Z) + \nu I`, the prediction at an input of covariances :math:`k` with the
@@ -159,7 +159,7 @@ class KernelRegression(Regression):
 
     Example:
         >>> import torch
-        >>> from coded_torch.input_space.regression import KernelRegression
+        >>> from coded_torch.input_space.gaussian_process import KernelRegression
         >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
         >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
         >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
@@ -325,7 +325,7 @@ class KernelRegression(Regression):
         return _solved(some.scatter_(1, self.left_out[:, None], 1), self._factor, transposed=True)
 
 
-class PartialRegression(Regression):
+class PartialRegression(FittedRegression):
     r"""The regression given some of the results of another one, without a new factorisation.
 
     With the projection P of all inputs, U those with and O those without a result, what is
