@@ -81,7 +81,7 @@ CALLS = [
     (scores.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
                        "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,
-                       "link": None, "on_run": None}),
+                       "link": None}),
     (nn.Waiting, {"deadline": 1.0, "patience": 3.0, "extra": 0.25, "predict": True,
                   "on_error": "raise"}),
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),

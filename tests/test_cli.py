@@ -30,7 +30,6 @@ from coded_torch.evaluation.compare import Comparison, Row
         ("demo --num-stragglers -1", "--num-stragglers must be at least 0, got -1"),
         ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
         ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
-        ("demo --num-adversaries 10", "--num-adversaries must be at most 9, (N - S - 1) / 2 with "),
         ("demo --seed -1", "--seed must be at least 0, got -1"),
         ("demo --seed 9223372036854775808", "--seed must be at most 9223372036854775807, "),
         ("demo --device abacus", "--device must be one of cpu"),
@@ -170,9 +169,8 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     assert "Seed 5." in out
     assert "N = 6 workers, K = 3 inputs a group: what becomes of 1,920 answers" in out
     assert "\n  all answer                    1,920          0  " in out
-    for situation in ("3 lost", "3 lost, replication", "3 lost, 1 lies, looked for"):
+    for situation in ("3 lost", "3 lost, replication"):
         assert f"\n  {situation} " in out
-    assert "batches; its worker was named in " in out
     assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):

@@ -32,6 +32,8 @@ CODES = {
     "kernel, spread": lambda: KernelCode(4, 8, metric="spread"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
+REPEATING = {name: make for name, make in CODES.items() if not make().mixes}
+repeating = pytest.mark.parametrize("make_code", REPEATING.values(), ids=REPEATING)
 # Answers of float32 that were computed in another order, after a decoder that amplifies.
 TOLERANCE = 1e-3
 # The same in 8 bits.
@@ -121,7 +123,7 @@ def test_shares(make_code):
     check_agreement(make_code, module=nn.Sequential(network(), nn.Softmax(-1)), link="softmax")
 
 
-@every_code
+@repeating
 def test_surrogates(make_code):
     def surrogates():
         return [nn.Linear(12, 5), Memory()]
@@ -166,7 +168,7 @@ every_default = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAUL
 
 
 @every_default
-@every_code
+@repeating
 def test_default_devices(make_code, default):
     with default():
         module, x = network_on_default(), X.to("cuda")
@@ -223,7 +225,7 @@ def test_autocast(make_code, pool):
     torch.testing.assert_close(answers.cpu().float(), want, atol=TOLERANCE_OF_HALF, rtol=0)
 
 
-@every_code
+@repeating
 def test_after_inference_mode(make_code):
     wrapper = coded(network().to("cuda"), make_code, surrogate=Memory())
     x = X.to("cuda")

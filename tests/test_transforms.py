@@ -15,7 +15,7 @@ from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
+from coded_torch.workers import DeviceWorkers
 
 CODES = {
     "spline": lambda: codes.SplineCode(4, 8),
@@ -40,17 +40,12 @@ def unchanged(make):
         return torch.equal(make(), want)
 
 
-def liars():
-    return FaultyWorkers(LocalWorkers(), attack="noise", adversaries=[1], seed=0)
-
-
 # Made anew for each call, as laws and attacks go on from one to the next.
 OPTIONS = {
     "columns": lambda: {"stragglers": Uniform(2, seed=0)},
     "rows": lambda: {
-        "stragglers": Uniform(2, seed=0), "waiting": Waiting(), "surrogate": torch.sin,
+        "stragglers": Uniform(2, seed=0), "waiting": Waiting(),
     },
-    "liars": lambda: {"workers": liars(), "max_adversaries": 1, "audit": True},
 }  # fmt: skip
 
 
@@ -80,7 +75,6 @@ def test_the_callers_own_code_sees_its_default_device():
         stragglers=Uniform(6, seed=0),
         ordering=lambda inputs: see("ordering", list(range(24))),
         surrogate=lambda x: see("surrogate", x),
-        on_run=lambda report: see("on_run"),
     )
     torch.set_default_device(ELSEWHERE)
     try:
@@ -89,7 +83,7 @@ def test_the_callers_own_code_sees_its_default_device():
             CodedWrapper(Module(), codes.SplineCode(4, 8), workers=pool)(x)
     finally:
         torch.set_default_device(None)
-    names = ("module", "metric", "ordering", "surrogate", "on_run")
+    names = ("module", "metric", "ordering", "surrogate")
     assert seen == {*((name, ELSEWHERE) for name in names), ("module", torch.device("cpu"))}
 
 

@@ -94,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser(
         "demo",
-        help="lose workers of a wrapped LeNet-5, let one lie, and compare the codes",
+        help="lose workers of a wrapped LeNet-5, and compare the codes",
         description="Wrap LeNet-5 and let it read real MNIST test digits while all workers answer, "
-        "while some are lost, and while one lies; then compare codes. In tables and a picture. "
+        "and while some are lost; then compare codes. In tables and a picture. "
         "Without --num-data, --num-workers and --num-stragglers: for (N, K, S) = (24, 20, 4), and "
         "the codes for (100, 20, 60), too.",
     )
@@ -105,13 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--num-workers", type=int, metavar="N", help="workers [100]")
     demo.add_argument("--num-stragglers", type=int, metavar="S", help="late workers [3 N / 5]")
-    demo.add_argument(
-        "--num-adversaries",
-        type=int,
-        metavar="A",
-        default=0,
-        help="workers that lie: show instead what each attack does, and which are named [0]",
-    )
     demo.add_argument("--seed", type=int, default=0, help="of digits and late workers [0]")
     demo.add_argument("--device", default="cpu", help="where everything runs, as cuda:0 [cpu]")
     _add_output(demo, "demo")
@@ -174,17 +167,6 @@ def _demo(args: argparse.Namespace) -> None:
     rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
     batches, truth = ([part[at].to(device) for at in rows] for part in (images, labels))
 
-    if args.num_adversaries:
-        from ..demo.adversaries import Outcome, lie
-
-        n, k, s = settings[-1]
-        most = f", (N - S - 1) / 2 with N = {n} and S = {s}"
-        in_range("demo", "--num-adversaries", args.num_adversaries, 1, (n - s - 1) // 2, most)
-        say(Outcome.header(n, k, s, args.num_adversaries, len(rows) * _BATCH_SIZE))
-        for outcome in lie(model, batches, truth, (n, k, s), args.num_adversaries, args.seed):
-            say(str(outcome))
-        return
-
     from ..demo.situations import Situation, draw, situations
 
     say(
@@ -195,11 +177,6 @@ def _demo(args: argparse.Namespace) -> None:
     say(Situation.header(n, k, len(rows) * _BATCH_SIZE))
     for situation in situations(model, batches, truth, case, args.seed):
         say(str(situation))
-    if situation.lies:
-        say(
-            f"  The lie arrived in {situation.lies} batches; its worker was named in "
-            f"{situation.named}, an honest one in {situation.falsely}."
-        )
     say(f"\n{_SITUATIONS}\n")
 
     def compared(num_batches: int, settings: list[tuple[int, int, int]]) -> Comparison:

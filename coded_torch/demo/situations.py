@@ -1,4 +1,4 @@
-"""What becomes of LeNet-5's answers: all workers answer, some are lost, and one lies."""
+"""What becomes of LeNet-5's answers: all workers answer, or some are lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..evaluation.compare import Comparison
 from ..nn import CodedWrapper, Waiting
 from ..nn.report import Report
 from ..stragglers import Uniform
-from ..workers import FaultyWorkers, LocalWorkers
+from ..workers import LocalWorkers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +38,6 @@ class Situation(NamedTuple):
         error: theirs, as it turns out; None: none is predicted.
         wrong: how many answers are not the module's own, and not flagged.
         right: the share of right answers.
-        lies: in how many batches a lie arrived; where the worker that lies is late, none does.
-        named: in how many of these it was named.
-        falsely: in how many batches an honest one was.
     """
 
     name: str
@@ -50,9 +47,6 @@ class Situation(NamedTuple):
     error: float | None
     wrong: int
     right: float
-    lies: int
-    named: int
-    falsely: int
 
     @staticmethod
     def header(n: int, k: int, count: int) -> str:
@@ -80,35 +74,22 @@ def answered(
     code: Code,
     num_stragglers: int,
     *,
-    liars: Sequence[int] = (),
-    attack: str = "sign_flip",
-    max_adversaries: int = 0,
     seed: int = 0,
 ) -> tuple[Tensor, Report]:
-    """Answer a batch on simulated workers, some of which are late and some of which lie.
+    """Answer a batch on simulated workers, some of which are late.
 
     Args:
         model: what is run.
         batch: its inputs.
         code: the code.
         num_stragglers: S, how many are late.
-        liars: the machines that lie.
-        attack: how they do, one of :data:`~coded_torch.workers.attacks.ATTACKS`.
-        max_adversaries: how many are looked for.
-        seed: of late machines and lies.
+        seed: of late machines.
     """
-    pool = FaultyWorkers(
-        LocalWorkers(Uniform(num_stragglers, seed=seed)),
-        attack=attack,
-        adversaries=liars,
-        seed=seed,
-    )
     coded = CodedWrapper(
         model,
         code,
-        workers=pool,
+        workers=LocalWorkers(Uniform(num_stragglers, seed=seed)),
         waiting=Waiting.first(num_stragglers),
-        max_adversaries=max_adversaries,
         shuffle=random.Random(seed),
     )
     return coded.run(batch)
@@ -121,27 +102,23 @@ def situations(
     case: tuple[int, int, int],
     seed: int = 0,
 ) -> Iterator[Situation]:
-    """Answer all batches while nothing goes wrong, while workers are lost, and while one lies.
+    """Answer all batches while nothing goes wrong, and while workers are lost.
 
     Args:
         model: what is run.
         batches: of inputs.
         labels: of their true classes.
-        case: N, K and S. One lies where N - S is at least 3: of two results that differ, nothing
-            says which is wrong.
-        seed: of late machines, liars and lies.
+        case: N, K and S.
+        seed: of late machines.
     """
     n, k, s = case
     kernel, replication = KernelCode(k, n), ReplicationCode(k, n)
     lost = f"{s} lost" if s else "none lost"
-    yield _situation("all answer", model, batches, labels, kernel, 0, 0, 0, seed)
+    yield _situation("all answer", model, batches, labels, kernel, 0, seed)
     if s:
-        yield _situation(lost, model, batches, labels, kernel, s, 0, 0, seed)
+        yield _situation(lost, model, batches, labels, kernel, s, seed)
         name = f"{lost}, replication"
-        yield _situation(name, model, batches, labels, replication, s, 0, 0, seed)
-    if n - s >= 3:
-        for name, looked_for in ((f"{lost}, 1 lies", 0), (f"{lost}, 1 lies, looked for", 1)):
-            yield _situation(name, model, batches, labels, kernel, s, 1, looked_for, seed)
+        yield _situation(name, model, batches, labels, replication, s, seed)
 
 
 @torch.no_grad()
@@ -152,21 +129,16 @@ def _situation(
     labels: Sequence[Tensor],
     code: Code,
     num_stragglers: int,
-    num_liars: int,
-    looked_for: int,
     seed: int,
 ) -> Situation:
-    own = predicted = wrong = right = lies = named = falsely = 0
+    own = predicted = wrong = right = 0
     expected = squares = 0.0
     for i, batch in enumerate(batches):
-        liars = random.Random(seed + i).sample(range(code.num_workers), num_liars)
         answers, report = answered(
             model,
             batch,
             code,
             num_stragglers,
-            liars=liars,
-            max_adversaries=looked_for,
             seed=seed + i,
         )
         flagged, errors = report.predicted, report.expected_errors
@@ -179,9 +151,6 @@ def _situation(
         right += int((answers.argmax(-1) == labels[i].cpu()).sum())
         expected += math.nan if errors is None else float(errors[flagged].square().sum())
         squares += float((answers - exact)[flagged].square().sum())
-        lies += not {*liars}.isdisjoint({*report.received, *report.adversaries})
-        named += not {*liars}.isdisjoint(report.adversaries)
-        falsely += not {*report.adversaries} <= {*liars}
     return Situation(
         name=name,
         own=own,
@@ -190,9 +159,6 @@ def _situation(
         error=_root(squares, predicted),
         wrong=wrong,
         right=right / sum(map(len, labels)),
-        lies=lies,
-        named=named,
-        falsely=falsely,
     )
 
 

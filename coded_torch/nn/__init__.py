@@ -11,16 +11,14 @@ One call of a :class:`CodedWrapper`, file by file:
   ``_decisions.py``, what it has learnt of latencies in ``_history.py``;
 - ``_collect.py``: does what was decided, on a request to a pool (``workers/base.py``,
   ``workers/local.py``, ...), where late results are dropped (``workers/live.py``);
-- ``_results.py``: which replies are good by their form, and ``_agreement.py``, by their numbers
-  (``adversaries.py``);
+- ``_results.py``: which replies are good, by their form;
 - ``_guesses.py``: what surrogates (``surrogates/``) make of the inputs;
 - ``_residuals.py``: answers from results, with their help;
 - ``report.py``: what became of it.
 """
 
 from ..scheduling.waiting import Waiting
-from ._agreement import TooManyAdversaries
 from .coded_wrapper import CodedWrapper
 from .report import Report
 
-__all__ = ["CodedWrapper", "Report", "TooManyAdversaries", "Waiting"]
+__all__ = ["CodedWrapper", "Report", "Waiting"]

@@ -29,7 +29,6 @@ from ..scheduling.waiting import (
     Waiting,
 )
 from ..workers import base as workers
-from ._agreement import Agreement
 from ._results import Results
 from ._units import Units
 from .report import Report
@@ -63,7 +62,6 @@ def collect(
     report: Report,
     *,
     since: float,
-    agreement: Agreement | None,
 ) -> Collected:
     """Ask and wait until the policy ends the call.
 
@@ -76,7 +74,6 @@ def collect(
         results: where replies go.
         report: where it is written how it went.
         since: when the call began, by :func:`time.perf_counter`.
-        agreement: what is asked whether results can be believed; None: they are.
     """
     parts: list[workers.Part] = []
     left = functools.partial(seconds_left, pool, waiting, since)
@@ -95,11 +92,7 @@ def collect(
         )
         asked: set[int] = set()
         try:
-            # All at once, nothing is asked again.
-            believed = None if waiting.at_once else agreement
-            ended = _follow(
-                policy, request, units, results, parts, asked, report, believed, history, left
-            )
+            ended = _follow(policy, request, units, results, parts, asked, report, history, left)
             status = request.status()
         finally:
             report.asked = tuple(sorted(asked))
@@ -134,7 +127,6 @@ def _follow(
     parts: list[workers.Part],
     asked: set[int],
     report: Report,
-    agreement: Agreement | None,
     history: History,
     left: Callable[[], float],
 ) -> Ended:
@@ -146,8 +138,6 @@ def _follow(
         units, results, report: as of :func:`collect`.
         parts: where all go that are asked.
         asked: where the machines go that begin a part.
-        agreement: what is asked whether the results can be believed, when they would complete the
-            call; of those that cannot, the policy has the units asked again.
         history: of latencies.
         left: seconds to the deadline.
     """
@@ -165,10 +155,6 @@ def _follow(
         latencies[reply.part.number] = reply.latency
         machines[reply.part.number] = reply.machine
         settled = results.add(reply)
-        if agreement is not None and len(results.units) >= units.needed:
-            gone = agreement.check(results)
-            bad = {part.number for part, _ in gone}
-            settled = gone + [entry for entry in settled if entry[0].number not in bad]
         for part, good in settled:
             failure = Failure()
             if not good:

@@ -129,22 +129,15 @@ def _guess(
 ) -> list[Guess | None]:
     received = list(stacked.units)
 
-    def ask(args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> list[Tensor | None]:
-        if isinstance(surrogate, Memory):
-            leaves = pytree.tree_leaves((args, kwargs))
-            return _remembered(surrogate, leaves, inputs.dims, stacked, inputs.not_finite)
-        return _outputs(surrogate, args, kwargs, size, stacked, link, inputs.not_finite)
-
-    whole = ask(inputs.args, inputs.kwargs, inputs.batch_size)
+    if isinstance(surrogate, Memory):
+        whole = _remembered(surrogate, inputs.leaves, inputs.dims, stacked, inputs.not_finite)
+    else:
+        args, kwargs, size = inputs.args, inputs.kwargs, inputs.batch_size
+        whole = _outputs(surrogate, args, kwargs, size, stacked, link, inputs.not_finite)
     if units.by_rows:
         coded = [leaf if leaf is None else leaf[received].unsqueeze(1) for leaf in whole]
-    elif (plan := units.plan).code.mixes:
-        args, kwargs = units.task.payload(received)
-        coded = [
-            leaf if leaf is None else units.answering(leaf.unflatten(0, (len(received), -1)))
-            for leaf in ask(args, kwargs, len(received) * units.task.unit_rows)
-        ]
     else:
+        plan = units.plan
         coded = [leaf if leaf is None else plan.encode(leaf)[received] for leaf in whole]
     return [
         None if batch is None or at is None else Guess(batch, at)

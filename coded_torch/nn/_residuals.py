@@ -84,7 +84,7 @@ def answer(
     known, odd = ~predicted, None
     if units.not_finite is not None and inputs.not_finite is not None:
         known &= ~inputs.not_finite
-        odd = units.answering(units.not_finite[list(received)])
+        odd = units.not_finite[list(received)]
     if guesses.surrogates and bool(predicted.any()):
         guessed = guesses.of(stacked)
     answers: list[Any] = []
@@ -94,7 +94,7 @@ def answer(
         if dim is None or not isinstance(leaf, Tensor):
             answers.append(leaf)
             continue
-        leaf, exact = units.answering(leaf), torch.zeros(size, dtype=torch.float64)
+        exact = torch.zeros(size, dtype=torch.float64)
         if plan is None:
             output = _Output(leaf.squeeze(1), exact)
         elif not decodable(leaf, dim):

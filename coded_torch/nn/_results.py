@@ -1,7 +1,4 @@
-r"""Which replies are good results, judged by their form alone.
-
-Whether the numbers in them can be believed is another question.
-"""
+r"""Which replies are good results, judged by their form alone."""
 
 from __future__ import annotations
 
@@ -182,7 +179,6 @@ class Results:
         self._errors: list[WorkerError] = []
         self._misfits: list[WorkerError] = []
         self._camps: list[_Camp] = []
-        self._liars: dict[int, str] = {}  # why, by machine
         self._num_replies = 0
         self._last: Result | None = None  # that can be decoded, in any camp
         self._base: tuple[Tensor | None, bool] = None, False  # looked at last: whether it is finite
@@ -203,9 +199,6 @@ class Results:
         """The camp of a reply; None: it has no vote."""
         if reply.error is not None:
             self._errors.append(reply.error)
-            return None
-        if reply.machine in self._liars:
-            self._errors.append(_error(reply, self._liars[reply.machine]))
             return None
         try:
             judged = self._not_finite
@@ -245,19 +238,6 @@ class Results:
         if base is not self._base[0]:
             self._base = base, finite(base)
         return self._base[1] or finite(leaf)
-
-    def distrust(self, machine: int, why: str) -> list[tuple[Part, bool]]:
-        """Count no result of a machine, now or later; returns the parts whose results are bad now.
-
-        Args:
-            machine: that has good results.
-            why: in words that go on after "machine 3".
-        """
-        self._liars[machine] = why
-        gone = [result for camp in self._camps for result in camp.remove(machine)]
-        self._camps = [camp for camp in self._camps if camp.results]
-        self._errors += [_error(result, why) for result in gone]
-        return [(result.part, False) for result in gone]
 
     @property
     def _lead(self) -> _Camp | None:
@@ -351,14 +331,6 @@ class _Camp:
         self.results.append(result)
         self.size += len(result.part.units)
         self._first = min(self._first, result.part.number)
-
-    def remove(self, machine: int) -> list[Result]:
-        """Take the results of a machine out."""
-        gone = [result for result in self.results if result.machine == machine]
-        self.results = [result for result in self.results if result.machine != machine]
-        self.size -= sum(len(result.part.units) for result in gone)
-        self._first = min((result.part.number for result in self.results), default=math.inf)
-        return gone
 
     def weight(self) -> tuple[int, float]:
         return self.size, -self._first

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import abc
 import functools
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .._transforms import differentiated
 from ..codes.base import Code
 from ..codes.batch_plan import BatchPlan
 from ..codes.plans import plan_batch, plan_rows
@@ -26,8 +23,6 @@ from .report import Report
 
 __all__ = ["Columns", "Rows", "Units", "check_waiting", "most_stragglers"]
 
-_LEAST_BYTES = 1 << 16  # of coded inputs, for which memory is worth looking for
-_ALIGNMENT = 64
 # Seconds by which answers are rather late than worse: what a busy machine wakes a thread too late.
 _SLACK = 5e-3
 
@@ -45,8 +40,6 @@ class Units(abc.ABC):
         batch_size: B.
         num_groups: G; 0 for rows.
         regresses: whether answers are predicted by a regression, which takes time.
-        audit: the row of every unit that is the same input for all, which answers nothing; None:
-            there is none.
         not_finite: bool ``[units, R]``, the rows of every unit whose inputs are not finite; None:
             there is none.
     """
@@ -59,7 +52,6 @@ class Units(abc.ABC):
     batch_size: int
     num_groups = 0
     regresses: bool
-    audit: int | None = None
     not_finite: Tensor | None = None
 
     @property
@@ -87,12 +79,6 @@ class Units(abc.ABC):
         """
         return CHUNKS[0]
 
-    def answering(self, results: Tensor) -> Tensor:
-        """Results ``[F, R, ...]`` without the audit row."""
-        if self.audit is None:
-            return results
-        return torch.cat([results[:, : self.audit], results[:, self.audit + 1 :]], dim=1)
-
 
 class Columns(Units):
     """The N coded inputs of every group: each column is a row for each of the G groups.
@@ -102,13 +88,9 @@ class Columns(Units):
         code: the code.
         ordering: of the batch.
         num_stragglers: S: N - S results are waited for.
-        num_adversaries: A: the results of as many more may count as missing.
         dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
         all_at_once: whether the other S columns are asked for at once too.
         out_dims: of the module.
-        audit: whether every column gets one common input, in a place drawn from ``dealer``.
-        memory: that the coded inputs may be written to, of so many bytes; see
-            :meth:`~coded_torch.workers.Workers.memory`.
     """
 
     def __init__(
@@ -118,12 +100,9 @@ class Columns(Units):
         ordering: Ordering,
         *,
         num_stragglers: int,
-        num_adversaries: int,
         dealer: random.Random | None,
         all_at_once: bool,
         out_dims: Any,
-        audit: bool,
-        memory: Callable[[int], Tensor | None],
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
         self.regresses = code.uses_geometry
@@ -131,26 +110,18 @@ class Columns(Units):
             code,
             ordering,
             floating,
-            num_stragglers + num_adversaries,
+            num_stragglers,
             batch_size=inputs.batch_size,
             others=[] if floating else inputs.batches(),
         )
         self.num_groups = self._plan.num_groups
-        leaves = _encode(self._plan, inputs, (lambda _: None) if audit else memory)
-        rows = self.num_groups
+        leaves = [
+            leaf if dim is None else self._plan.encode(leaf.movedim(dim, 0) if dim else leaf)
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
         if inputs.not_finite is not None:
             self.not_finite = self._plan.encode(inputs.not_finite)
-        if audit and dealer is not None:
-            self.audit, rows = dealer.randrange(rows + 1), rows + 1
-            common = dealer.randrange(n), dealer.randrange(self.num_groups)
-            leaves = [
-                leaf if dim is None else _insert(leaf, leaf[common], self.audit)
-                for leaf, dim in zip(leaves, inputs.dims, strict=True)
-            ]
-            if self.not_finite is not None:
-                own = self.not_finite[common]
-                self.not_finite = _insert(self.not_finite, own, self.audit)
-        self.task = _task(inputs, leaves, n, rows, out_dims)
+        self.task = _task(inputs, leaves, n, self.num_groups, out_dims)
         self.needed, self.least = n - num_stragglers, code.min_received
         self.batch_size = inputs.batch_size
         # Those asked for first are spread evenly over the curve.
@@ -243,12 +214,12 @@ class Rows(Units):
         )
 
 
-def most_stragglers(code: Code, liars: int) -> int:
-    """How many columns can be done without, beside those of so many machines that lie."""
-    return code.num_workers - code.min_received - 2 * liars
+def most_stragglers(code: Code) -> int:
+    """Return how many columns the code can do without."""
+    return code.num_workers - code.min_received
 
 
-def check_waiting(code: Code, liars: int, waiting: Waiting | None) -> None:
+def check_waiting(code: Code, waiting: Waiting | None) -> None:
     """Raise a ValueError unless a code can do without what the policy does not wait for."""
     if waiting is not None and not waiting.predict and code.mixes:
         raise ValueError(
@@ -256,52 +227,11 @@ def check_waiting(code: Code, liars: int, waiting: Waiting | None) -> None:
             f"it decodes is estimated, got False with {code}"
         )
     lost = (waiting.num_stragglers if waiting is not None else None) or 0
-    most, needs = most_stragglers(code, liars), f"{code} needs {code.min_received} results"
-    if most < 0:
+    if lost > (most := most_stragglers(code)):
         raise ValueError(
-            f"CodedWrapper: max_adversaries must be at most {liars + most // 2}, as {needs} "
-            f"beside those of twice as many machines, got {liars}"
+            f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {code} needs "
+            f"{code.min_received} results, got {lost}"
         )
-    if lost > most:
-        beside = f" beside twice max_adversaries={liars}" if liars else ""
-        raise ValueError(
-            f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {needs}{beside}, "
-            f"got {lost}"
-        )
-
-
-def _encode(plan: BatchPlan, inputs: Inputs, memory: Callable[[int], Tensor | None]) -> list[Any]:
-    """The leaves of the inputs, those that are divided coded: ``[N, G, ...]``.
-
-    What no derivative is asked of is written to one piece of ``memory``, where it is worth that.
-    """
-    units = plan.code.num_workers, plan.num_groups
-    leaves = [
-        leaf.movedim(dim, 0) if dim else leaf
-        for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-    ]
-    ends, total = {}, 0
-    for i, (leaf, dim) in enumerate(zip(leaves, inputs.dims, strict=True)):
-        if dim is not None and leaf.device.type == "cpu" and not differentiated(leaf):
-            size = math.prod(units) * leaf.shape[1:].numel() * leaf.element_size()
-            ends[i] = total, total + size
-            total += -(-size // _ALIGNMENT) * _ALIGNMENT
-    whole = memory(total) if total >= _LEAST_BYTES else None
-    places = {}
-    if whole is not None:
-        for i, (start, end) in ends.items():
-            flat = whole[start:end].view(leaves[i].dtype)
-            places[i] = flat.view(*units, *leaves[i].shape[1:])
-    return [
-        leaf if dim is None else plan.encode(leaf, out=places.get(i))
-        for i, (leaf, dim) in enumerate(zip(leaves, inputs.dims, strict=True))
-    ]
-
-
-def _insert(columns: Tensor, row: Tensor, place: int) -> Tensor:
-    """Columns ``[N, G, ...]`` with one more row, the same in all: ``[N, G + 1, ...]``."""
-    row = row.expand(len(columns), 1, *row.shape)
-    return torch.cat([columns[:, :place], row, columns[:, place:]], dim=1)
 
 
 def _task(

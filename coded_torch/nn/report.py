@@ -47,12 +47,6 @@ class Report:
             had to load the module is left out: that time is no measure of its speed.
         rejected: what was wrong with the results that do not count, by machine; of several the
             last asked for.
-        adversaries: the rejected machines whose well-formed results contradict those of others.
-        suspects: machines of which some lie, as their results differ, but which of them cannot be
-            determined; their results count.
-        scores: z by machine, where adversaries are looked for: how much worse its results are
-            predicted than those of the others, in standard deviations. See
-            :class:`~coded_torch.workers.Reputation`.
         work: rows that machines began to compute, per row of the batch: 1.0 is every input once.
         hedges: what was asked again, when, and which reply won.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
@@ -95,9 +89,6 @@ class Report:
     received: tuple[int, ...] = ()
     latencies: dict[int, float] = dataclasses.field(default_factory=dict)
     rejected: dict[int, str] = dataclasses.field(default_factory=dict)
-    adversaries: tuple[int, ...] = ()
-    suspects: tuple[int, ...] = ()
-    scores: dict[int, float] = dataclasses.field(default_factory=dict)
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)

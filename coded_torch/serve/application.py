@@ -209,9 +209,6 @@ class Service:
             code=ReplicationCode(1, machines),
             waiting=Waiting.first(0, deadline=_LOADING),
             surrogate=(),
-            max_adversaries=0,
-            audit=False,
-            on_run=None,
         )
         with torch.no_grad():
             _, report = each.run(*(x[:1] for x in self._examples))

@@ -160,7 +160,7 @@ def test_as_large_batches_as_the_workers_take_and_nothing_else_is_called(generat
     rows, model = [], torch.nn.Tanh()
     model.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     workers = LocalWorkers(Uniform(2, seed=0), max_batch_size=8)
-    coded = CodedWrapper(model, SplineCode(5, 8), workers=workers, on_run=forbidden)
+    coded = CodedWrapper(model, SplineCode(5, 8), workers=workers)
     coded.register_forward_hook(forbidden)
     tune(coded, [torch.randn(40, 3, generator=generator)])
     assert max(rows) <= 8

@@ -407,7 +407,6 @@ def test_bad_construction():
     ("options", "error", "match"),
     [
         ({"shuffle": "no"}, TypeError, "shuffle must be of type bool, got str"),
-        ({"on_run": 3}, TypeError, "on_run must be of type Callable or None, got int"),
         ({"ordering": "nope"}, ValueError, "ordering must be 'similarity', .* got 'nope'"),
         ({"ordering": 3}, TypeError, "ordering must be a name, .* got 3"),
     ],

@@ -13,7 +13,7 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from .modules import Call
 from .pools import Separate
@@ -163,17 +163,6 @@ def test_gradients_are_those_of_the_module():
     (grad,) = torch.autograd.grad(answers[own].sum(), x)
     assert torch.equal(grad[own], x.detach().cos()[own])
     assert answers[others()].isfinite().all()
-
-
-@pytest.mark.parametrize("audit", [False, True])
-@pytest.mark.parametrize("make", CODES)
-def test_faulty_machines_are_found_beside_it(make, audit):
-    x = spoiled(96)
-    pool = FaultyWorkers(LocalWorkers(), attack="sign_flip", adversaries=(2,))
-    coded = CodedWrapper(Call(torch.sin), make(4, 8), workers=pool, max_adversaries=1, audit=audit)
-    answers, report = coded.run(x)
-    assert report.adversaries == (2,)
-    assert torch.equal(answers[others(96)], x.sin()[others(96)])
 
 
 @pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu", "cpu"]), lambda: ProcessWorkers(2)])

@@ -1,4 +1,4 @@
-"""Answers with the help of surrogates: for every code, and both ways of dividing a batch."""
+"""Answers with the help of surrogates, for both ways of dividing a batch."""
 
 from __future__ import annotations
 
@@ -11,36 +11,22 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.codes import (
-    BerrutCode,
     KernelCode,
-    LagrangeCode,
     ReplicationCode,
     SplineCode,
 )
-from coded_torch.codes.nodes import equidistant, systematic
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 
 from .modules import Call, linear, rand
 
-SYSTEMATIC = SplineCode(
-    5, 9, data_points=equidistant(5), worker_points=systematic(equidistant(5), 9)
-)
 FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
 SELECTING = [
     ReplicationCode(5, 6),
     KernelCode(5, 6),
     KernelCode(encoder=ReplicationCode(5, 9), **FIXED),
 ]
-MIXING = [
-    SplineCode(5, 9),
-    SYSTEMATIC,
-    BerrutCode(5, 9),
-    LagrangeCode(5, 9, decoder_degree=3),
-    KernelCode(encoder=SplineCode(5, 9), **FIXED),
-    KernelCode(encoder=SYSTEMATIC, **FIXED),
-]
-COLUMNS = [(code, None) for code in SELECTING + MIXING]
+COLUMNS = [(code, None) for code in SELECTING]
 ROWS = [(code, Waiting(deadline=1.0)) for code in SELECTING]
 CASES = COLUMNS + ROWS
 
@@ -130,8 +116,6 @@ def test_each_has_its_weight_and_the_best_wins(case):
 def test_nothing_is_asked_where_nothing_is_missing(case):
     calls = []
     code = case[0]
-    if code.mixes and code is not SYSTEMATIC:
-        code = ReplicationCode(3, 3)
     coded = wrap(code, case[1], lost=0, surrogate=calls.append)
     coded(rand(12, 4))
     assert not calls
@@ -286,6 +270,11 @@ def test_surrogates_are_no_part_of_the_module():
 def test_what_is_no_surrogate_is_refused(surrogate):
     with pytest.raises(TypeError, match=r"^CodedWrapper: surrogate must be a callable of the mod"):
         CodedWrapper(linear(), KernelCode(3, 4), surrogate=surrogate)
+
+
+def test_codes_that_mix_take_none():
+    with pytest.raises(ValueError, match=r"^CodedWrapper: surrogate must be left out with a code "):
+        CodedWrapper(linear(), SplineCode(3, 4), surrogate=net())
 
 
 def test_modules_without_gradients_and_inference_mode(case):

@@ -242,7 +242,7 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(make, wai
         "surrogate": [module, Memory()],
     }
     x = rand(12, 3)
-    whole = CodedWrapper(module, make(4, 6), workers=Separate(), max_adversaries=1, **options)
+    whole = CodedWrapper(module, make(4, 6), workers=Separate(), **options)
     answers, report = whole.run(x)
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
