@@ -20,7 +20,7 @@ from coded_torch import stragglers as laws
 from coded_torch._arguments import MOST_WORKERS, count, dense, real
 from coded_torch.codes import nodes, plan_batch, plan_rows
 from coded_torch.evaluation import scores
-from coded_torch.input_space import geometry, ordering, regression
+from coded_torch.input_space import gaussian_process, geometry, ordering
 from coded_torch.scheduling import simulation
 
 SECONDS, BYTES = 0.1, 10e6
@@ -36,6 +36,7 @@ CALLS = [
     (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "decoder_degree": 2,
                           "data_points": None, "worker_points": None}),
     (codes.ReplicationCode, {"num_data": 4, "num_workers": 6}),
+    (codes.RegressionCode, {"num_data": 2, "num_workers": 3, "metric": "shrunk", "length": 1.0}),
     (codes.KernelCode, {"num_data": 4, "num_workers": 6, "metric": "shrunk", "length": 2.0}),
     (codes.KernelCode, {"encoder": codes.SplineCode(4, 6)}),
     (plan_batch, {"code": codes.SplineCode(2, 3), "ordering": "arrival", "inputs": [X],
@@ -61,7 +62,7 @@ CALLS = [
     (ordering.Grouping, {"order": [1, 0], "num_data": 2}),
     (ordering.order_of, {"ordering": "arrival", "inputs": [X]}),
     (ordering.similarity_order, {"distances": torch.ones(2, 2)}),
-    (regression.KernelRegression, {"squared_distances": SQUARES, "length": 1.0, "nugget": 1e-4}),
+    (gaussian_process.KernelRegression, {"squared_distances": SQUARES, "length": 1.0, "nugget": 1e-4}),
     (nodes.chebyshev_first, {"num_points": 3}),
     (nodes.chebyshev_second, {"num_points": 3}),
     (nodes.equidistant, {"num_points": 3}),
