@@ -43,9 +43,6 @@ ERRORS = (
     "smoothing",
     "lagrange",
     "waiting",
-    "adversaries",
-    "false_alarms",
-    "audits",
 )
 # One at a time, or they would measure each other.
 TIMES = ("end_to_end", "latency", "learning", "resilience", "serving")

@@ -1,376 +1,356 @@
-"""The tables of the results, from the JSON alone; ``report.py`` puts them into the pages."""
+"""The tables of READMEs and pages: which numbers of the results they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from coded_torch.input_space.distances import METRICS
+__all__ = ["NAMES", "PAGES", "TABLES", "Column", "Page", "Table"]
 
-from . import tables_beyond
-from .plots import LABELS, NAMES, STYLES, Results
+#: A path below a row's with the format of its number, or a function of the stars and the value.
+Column = str | Callable[[Sequence[str], Any], str]
 
-__all__ = ["TABLES"]
 
-KEPT = 0.99
-# The gains of the spline over Berrut's code that the paper states, averaged over stragglers: by how
-# many percent RMSE is lower, and by how many points RelAcc is higher. RepVGG on CIFAR-10 and a ViT
-# on ImageNet there, on Fashion-MNIST here.
-PAPER = {"lenet5": (15, 2), "repvgg": (17, 5), "vit": (9, 4)}
+class Table(NamedTuple):
+    """A table with a row for every match of a path.
 
-# Waiting policies, from one that asks once to one that predicts, and their columns.
-WAITING = {
-    "wait for all": "wait for all",
-    "one hedge": "one hedge",
-    "three re-asks, split": "three re-asks",
-    "predict at 3 medians of whole calls": "`Waiting()`",
+    Attributes:
+        rows: the path.
+        heads: the headings of what its stars stand for.
+        columns: the columns by their headings.
+        spread: whether the last star's matches are columns, of the only column's values.
+    """
+
+    rows: str
+    heads: tuple[str, ...]
+    columns: Mapping[str, Column]
+    spread: bool = False
+
+
+class Page(NamedTuple):
+    """A page of long tables, each with its heading, and pictures, each with its description."""
+
+    title: str
+    text: str
+    tables: Mapping[str, str]
+    pictures: Sequence[tuple[str, str]] = ()
+
+
+#: Keys of the results as readers know them. Results of version 0.2 have the names of then.
+NAMES = {
+    "lenet5": "LeNet-5, MNIST",
+    "vit": "ViT, Fashion-MNIST",
+    "repvgg": "RepVGG, Fashion-MNIST",
+    "efficientnet-lite0": "EfficientNet-Lite0, 20 photographs",
+    "spline": "spline, as in the paper",
+    "Berrut": "Berrut, as in the paper",
+    "KernelCode": "RegressionCode",
+    "KernelCode, tuned": "RegressionCode, tuned",
+    "default": "RegressionCode",
+    "before": "one metric and length for all",
+    "chosen": "metric and length chosen",
+    "three re-asks, split": "up to three hedges, split",
+    "three re-asks, whole": "up to three hedges, whole",
+    "three re-asks": "up to three hedges",
     "predict at 3 medians of a part": "`Waiting(deadline=3)`",
+    "predict at 3 medians of whole calls": "`Waiting()`",
+    "hedge, predict": "`Waiting()`",
+    "hedge, deadline": "`Waiting(deadline=...)`",
+    "hedge at the fence": "hedge at the hedging threshold",
+    "coded at once": "all N at once, the paper's way",
 }
+#: The spline's gains over Berrut's code that the paper states, averaged over stragglers: by how
+#: many percent RMSE is lower, by how many points accuracy is higher. There, RepVGG is trained on
+#: CIFAR-10 and the ViT on ImageNet.
+PAPER = {"lenet5": (15, 2), "repvgg": (17, 5), "vit": (9, 4)}
+KEPT = 0.99  # of the network's accuracy
 
-Table = Callable[[Results], Iterable[Sequence[str]]]
-
-
-def pm(interval: Sequence[float | None], digits: int = 3, scale: float = 1) -> str:
-    """A number and half the width of its interval."""
-    value, half = interval
-    if value is None:
-        return ""
-    text = f"{scale * value:.{digits}f}"
-    return text if half is None else f"{text} ± {abs(scale) * half:.{digits}f}"
+Cell = Callable[[Sequence[str], Any], str]
 
 
-def of(code: str) -> str:
-    return LABELS.get(code, code)
-
-
-def main_table(results: Results) -> Iterable[Sequence[str]]:
-    yield (
-        "(N, K, S)",
-        "the paper's scheme",
-        "replication, batch mean",
-        "`KernelCode`",
-        "squared error",
-    )
-    for setting, case in results["batches"]["lenet5"]["main"].items():
-        codes = case["codes"]
-        shown = ("paper", "replication, batch mean", "KernelCode")
-        cells = [pm(codes[x]["relative_accuracy"]) for x in shown]
-        yield setting, *cells, f"{codes['KernelCode']['against paper']['mse'][0]:.3f}"
-
-
-def kept(results: Results) -> Iterable[Sequence[str]]:
-    """The most stragglers, of those measured, up to which a code keeps 99 % of the accuracy."""
-    curves = [
-        (name, case, found)
+def kept(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """The most lost workers, of those measured, up to which a code keeps the accuracy."""
+    curves = {
+        f"{NAMES[name]} {case}": (found["stragglers"], found["logits"]["uniform"])
         for name, cases in results["accuracy"].items()
         for case, found in cases.items()
         if name in PAPER
-    ]
-    yield "", *(f"{NAMES[name]} {case}" for name, case, _ in curves)
-    for code in STYLES:
-        if not all(code in found["logits"]["uniform"] for *_, found in curves):
-            continue
-        cells = []
-        for *_, found in curves:
-            values = found["logits"]["uniform"][code]["relative_accuracy"]
-            most = 0
-            for s, (value, _) in zip(found["stragglers"], values, strict=True):
-                if value < KEPT:
-                    break
-                most = s
-            cells.append(str(most) if most else f"< {found['stragglers'][0]}")
-        yield of(code), *cells
-
-
-def fidelity(results: Results) -> Iterable[Sequence[str]]:
-    yield (
-        "",
-        "S",
-        "RMSE lower by, %",
-        "at single S",
-        "the paper",
-        "the other RMSE",
-        "RelAcc higher by, points",
-        "at single S",
-        "the paper",
-    )
-    for name, (rmse, points) in PAPER.items():
-        for case, found in results["accuracy"][name].items():
-            root, mean, accuracy = (gain["averaged"] for gain in found["fidelity"].values())
-            at_root, _, at_accuracy = (
-                [value for value, _ in gain["by stragglers"]] for gain in found["fidelity"].values()
-            )
-            yield (
-                f"{NAMES[name]} {case}",
-                f"{found['stragglers'][0]} to {found['stragglers'][-1]}",
-                pm(root, 1),
-                f"{min(at_root):.0f} to {max(at_root):.0f}",
-                str(rmse),
-                pm(mean, 1),
-                pm(accuracy, 1),
-                f"{min(at_accuracy):.1f} to {max(at_accuracy):.1f}",
-                str(points),
-            )
-
-
-def settings_table(name: str) -> Table:
-    """Every code at the six settings: RelAcc, and the squared error relative to the paper's."""
-
-    def table(results: Results) -> Iterable[Sequence[str]]:
-        cases = results["batches"][name]["main"]
-        yield "", *cases
-        for code in next(iter(cases.values()))["codes"]:
-            each = [case["codes"][code] for case in cases.values()]
-            errors = [x.get("against paper", {"mse": [1.0]})["mse"][0] for x in each]
-            yield (
-                code,
-                *(
-                    f"{pm(x['relative_accuracy'])}, {error:.3f}"
-                    for x, error in zip(each, errors, strict=True)
-                ),
-            )
-
-    return table
-
-
-def predicted(results: Results) -> Iterable[Sequence[str]]:
-    """What KernelCode expects of its error, over what is measured; how far off a batch is."""
-    networks = {name: results["batches"][name]["main"] for name in PAPER}
-    yield "", *next(iter(networks.values()))
-    for name, cases in networks.items():
-        each = [case["codes"]["KernelCode"] for case in cases.values()]
-        yield (
-            NAMES[name],
-            *(
-                f"{pm(x['predicted_to_measured'], 2)}, {100 * x['prediction_off_by']:.0f} %"
-                for x in each
-            ),
-        )
-
-
-def levers(results: Results) -> Iterable[Sequence[str]]:
-    cases = [(n, case, x) for n, y in results["levers"].items() for case, x in y.items()]
-    yield "", *(f"{NAMES[n]} {case}" for n, case, _ in cases)
-    for code in cases[0][2]["codes"]:
-        if code != "KernelCode":
-            against = (x["codes"][code]["against KernelCode"]["mse"] for *_, x in cases)
-            yield code, *(pm(mse, 2) for mse in against)
-
-
-def distances(results: Results) -> Iterable[Sequence[str]]:
-    yield (
-        "data",
-        "(N, K, S)",
-        "error / outputs' variance",
-        "the mean in place of a prediction",
-        "one metric and length for all",
-        "a stem competing",
-        "accuracy over replication's",
-        "expected error / measured",
-    )
-    for name, cases in results["distances"].items():
-        for case, found in cases.items():
-            codes = found["codes"]
-            chosen, stem = codes["chosen"], codes.get("with a stem")
-            yield (
-                NAMES.get(name, name),
-                case,
-                pm(chosen["mse_to_variance"], 4),
-                pm(codes["mean"]["against chosen"]["mse"], 1),
-                pm(codes["before"]["against chosen"]["mse"], 2),
-                pm(stem["against chosen"]["mse"], 2) if stem else "",
-                pm(chosen["against replication"]["relative_accuracy"]),
-                f"{chosen['expected_to_measured']:.2f}",
-            )
-
-
-def alone(results: Results) -> Iterable[Sequence[str]]:
-    """Squared error of each metric alone, its length chosen, at (24, 20, 4)."""
-    found = {
-        name: cases["(24, 20, 4)"]["codes"]
-        for name, cases in results["distances"].items()
-        if "(24, 20, 4)" in cases
     }
-    yield "data", *METRICS, "a stem alone"
-    for name, codes in found.items():
-        errors = (codes.get(x, {}).get("against chosen") for x in (*METRICS, "a stem alone"))
-        yield NAMES.get(name, name), *(f"{e['mse'][0]:.2f}" if e else "" for e in errors)
+    yield ["", *curves]
+    for code in next(iter(curves.values()))[1]:
+        cells = []
+        for counts, codes in curves.values():
+            accuracy = (value for value, _ in codes[code]["relative_accuracy"])
+            lost = next((i for i, value in enumerate(accuracy) if value < KEPT), len(counts))
+            cells.append(str(counts[lost - 1]) if lost else f"< {counts[0]}")
+        yield [NAMES.get(code, code), *cells]
 
 
-def sizes(results: Results) -> Iterable[Sequence[str]]:
-    """Squared error relative to that of replication with the batch's mean, at (24, 20, 4)."""
-    codes = ("paper", "replication, regression", "KernelCode")
-    yield "", "batch", *codes
-    for name, sections in results["batches"].items():
-        for batch, found in sections["batch"].items():
-            errors = [found["codes"][x]["against replication, batch mean"]["mse"] for x in codes]
-            yield NAMES[name], batch, *(pm(error, 2) for error in errors)
+def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+    """The latency that one request in a thousand exceeds, and the share of predicted answers."""
+    share = f", {100 * found['predicted']:.2g} %" if found["predicted"] else ""
+    return f"{found['p99.9']:.1f}{share}"
 
 
-def contiguous(results: Results) -> Iterable[Sequence[str]]:
-    """Points of RelAcc by which a block of neighbours costs more than as many others."""
-    codes = ("KernelCode", "paper")
-    yield "", "(N, K, S)", *(f"{code}{law}" for code in codes for law in ("", ", shuffled"))
-    for name, sections in results["batches"].items():
-        for case, found in sections.get("contiguous", {}).items():
-            cells = []
-            for code in codes:
-                for law in ("contiguous", "contiguous, shuffled"):
-                    change = found[law].get(code, {}).get("against uniform")
-                    cells.append(pm(change["relative_accuracy"], 2, -100) if change else "")
-            yield NAMES[name], case, *cells
+def claimed(which: int) -> Cell:
+    return lambda stars, found: str(PAPER[stars[0]][which]) if stars[0] in PAPER else ""
 
 
-def convergence(results: Results) -> Iterable[Sequence[str]]:
-    def lost(law: str, counts: Sequence[float]) -> str:
-        if law.startswith("each"):
-            return f"{counts[0] / workers[0]:.0%} of N".replace("%", " %")
-        return f"{counts[0]:g}" if counts[0] == counts[-1] else f"{counts[0]:g} to {counts[-1]:g}"
+def off(part: str) -> Cell:
+    """The best smoothing, and what a tenth of it and ten times of it add to the RMSE."""
 
-    workers = results["settings"]["convergence"]["workers"]
-    yield "", "lost", "noise", "spline", "its bound", "Berrut", "its bound"
-    for task, laws in results["convergence"].items():
-        for law, noises in laws.items():
-            for noise, found in noises.items():
-                yield (
-                    NAMES.get(task, task),
-                    lost(law, found["stragglers"]),
-                    "" if noise == "no noise" else "yes",
-                    *slope(found["spline"]),
-                    *slope(found["Berrut"]),
-                )
+    def cell(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+        costs = found["a factor of ten off"][part].values()
+        added = ", ".join(f"{100 * ratio - 100:+.0f} %" for ratio, _ in costs)
+        return f"{found['best'][part]:g}" + (f" ({added})" if added else "")
+
+    return cell
 
 
-def slope(found: Mapping[str, Any]) -> tuple[str, str]:
-    """That of a code's error, and that of its bound, if there is one."""
-    bound = found.get("slope of the bound")
-    return pm(found["slope"], 2), "" if bound is None else f"{bound:.2f}"
+def error(code: str) -> Cell:
+    """The median error at the first count of results, at the threshold and at the last."""
+
+    def cell(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+        middle = found["received"].index(found["threshold"])
+        values = (found["median error"][code][i][0] for i in (0, middle - 1, middle, -1))
+        return ", ".join("none" if value is None else f"{value:.1e}" for value in values)
+
+    return cell
 
 
-def smoothing(results: Results) -> Iterable[Sequence[str]]:
-    def cell(found: Mapping[str, Any], part: str) -> str:
-        """The best smoothing, and what a tenth of it and ten times of it add to the RMSE."""
-        off = found["a factor of ten off"][part]
-        costs = [
-            f"{100 * off[x][0] - 100:+.0f} %" if x in off else "-" for x in ("a tenth", "ten times")
-        ]
-        return f"{found['best'][part]:g}" + (f" ({', '.join(costs)})" if off else "")
-
-    yield "", "(N, K, S)", "outputs", "noise", "encoder", "decoder"
-    for name, cases in results["smoothing"].items():
-        for case, measured in cases.items():
-            for output, noises in measured["surfaces"].items():
-                for noise, found in noises.items():
-                    cells = [cell(found, part) for part in ("encoder", "decoder")]
-                    yield NAMES[name], case, output, noise.split()[1], *cells
+def missed(stars: Sequence[str], pair: Any) -> str:
+    """Whether a number misses its bar; minus signs turn a bar around."""
+    at_least = stars[-1] in ("exact rows", "answered a second", "refused within 10 ms")
+    return "missed" if (pair[0] < pair[1] if at_least else pair[0] > pair[1]) else ""
 
 
-def lagrange(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "inputs", "results", "Lagrange", "spline"
-    for case, kinds in results["lagrange"].items():
-        for kind, found in kinds.items():
-            middle = found["received"].index(found["threshold"])
-            for i in sorted({0, middle - 1, middle, middle + 1, len(found["received"]) - 1}):
-                errors = [found["median error"][x][i][0] for x in ("Lagrange", "spline")]
-                texts = ["does not apply" if e is None else f"{e:.1e}" for e in errors]
-                yield case, kind, str(found["received"][i]), *texts
-
-
-def times(results: Results) -> Iterable[Sequence[str]]:
-    measured = results["end_to_end"]
-    parts = next(iter(measured["cpu"]["lenet5"].values()))["codes"]["KernelCode"]
-    yield "", "(N, K, S)", "", *parts
-    for device, networks in measured.items():
-        for case, found in networks["lenet5"].items():
-            for code, spent in found["codes"].items():
-                yield device, case, code, *(f"{spent[part][0]:.2f}" for part in parts)
-
-
-def network_times(results: Results) -> Iterable[Sequence[str]]:
-    whats = ("the batch", "one worker's inputs", "all workers' inputs", "distances", "path")
-    yield "", "", "(N, K, S)", *whats
-    for device, networks in results["end_to_end"].items():
-        for name, cases in networks.items():
-            for case, found in cases.items():
-                if "network" in found:
-                    spent = [f"{found['network'][what][0]:.1f}" for what in whats]
-                    yield device, NAMES[name], case, *spent
-
-
-def waiting(results: Results) -> Iterable[Sequence[str]]:
-    """Latencies that one in a thousand requests exceeds, and what is predicted; simulated."""
-    yield "machines / parts", *WAITING.values()
-    for regime, found in results["waiting"]["regimes"].items():
-        yield regime, *(_tail(found["policies"][name]) for name in WAITING)
-
-
-def fan_out(results: Results) -> Iterable[Sequence[str]]:
-    """The same for requests of more and more parts."""
-    names = {"coded at once": "coded at once", **WAITING}
-    yield "parts", *names.values()
-    for parts, found in results["waiting"]["fan-out"].items():
-        yield parts, *(_tail(found["policies"][name]) for name in names)
-
-
-def _tail(numbers: Mapping[str, Any]) -> str:
-    predicted = numbers["predicted"]
-    shown = f"{numbers['p99.9']:.1f}"
-    return f"{shown}, {100 * predicted:.2g} %" if predicted else shown
-
-
-def latency(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "", "p50, ms", "p99, ms", "p99.9, ms", "work", "predicted", "right answers"
-    for case, found in results["latency"].items():
-        for policy, numbers in found["policies"].items():
-            times = (f"{numbers[at]:.1f}" for at in ("p50", "p99", "p99.9"))
-            shares = (f"{100 * numbers[what]:.2f} %" for what in ("predicted", "accuracy"))
-            yield case, policy, *times, f"{numbers['work']:.3f}", *shares
-
-
-def resilience(results: Results) -> Iterable[Sequence[str]]:
-    """What was to be at most its bar; minus signs turn it around."""
-    yield "", "", "measured", "bar", ""
-    for scenario, found in results["resilience"].items():
-        for name, (value, most) in found["bars"].items():
-            numbers = f"{abs(value):g}", f"{abs(most):g}"
-            yield scenario, name, *numbers, "" if value <= most else "missed"
-
-
-AT_LEAST = ("exact rows", "answered a second", "refused within 10 ms")
-
-
-def serving(results: Results) -> Iterable[Sequence[str]]:
-    yield "", "", "measured", "bar", ""
-    cases = dict(results["serving"])
-    overload = {f"overload, {rate}": found for rate, found in cases.pop("overload").items()}
-    for case, found in (cases | overload).items():
-        for name, numbers in found.items():
-            if isinstance(numbers, list) and len(numbers) == 2:
-                value, bar = numbers
-                missed = value < bar if name in AT_LEAST else value > bar
-                yield case, name, f"{value:g}", f"{bar:g}", "missed" if missed else ""
-
-
-TABLES: dict[str, Table] = {
-    "main": main_table,
+SETTING = "(N, K, S)"
+FEW = "errors > (6, 4, 2) > 64 > codes"
+GAIN = "fidelity > relative accuracy higher by points > averaged:.1f"
+LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
+LATENCIES = LATENCY | {
+    "work": "work:.3f",
+    "predicted": "predicted:.2%",
+    "right answers": "accuracy:.2%",
+}
+PARTS = {part: f"{part} > 0:.2f" for part in ("plan", "encode", "decode", "decode again")}
+MAIN = {
+    name: f"codes > {code} > relative_accuracy:.3f"
+    for name, code in (
+        ("the paper's scheme", "paper"),
+        ("replication, batch mean", "replication, batch mean"),
+        ("`RegressionCode`", "KernelCode"),
+    )
+} | {"squared error": "codes > KernelCode > against paper > mse > 0:.3f"}
+SCORES = {
+    "accuracy kept": "relative_accuracy:.3f",
+    "squared error / variance": "mse_to_variance:.4f",
+    "over the paper's": "against paper > mse:.3f",
+    "over replication's with the batch mean": "against replication, batch mean > mse:.3f",
+}
+BARS = {"measured": "0:g", "bar": "1:g", "": missed}
+TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = {
+    "main": Table("batches > lenet5 > main > *", (SETTING,), MAIN),
     "kept": kept,
-    "fidelity": fidelity,
-    **{name: settings_table(name) for name in PAPER},
-    "predicted": predicted,
-    "levers": levers,
-    "distances": distances,
-    "alone": alone,
-    "sizes": sizes,
-    "contiguous": contiguous,
-    "convergence": convergence,
-    "smoothing": smoothing,
-    "lagrange": lagrange,
-    "times": times,
-    "network_times": network_times,
-    "waiting": waiting,
-    "serving": serving,
-    "fan_out": fan_out,
-    "latency": latency,
-    "resilience": resilience,
-    **tables_beyond.TABLES,
+    "fidelity": Table(
+        "accuracy > * > *",
+        ("", "(N, K)"),
+        {
+            "RMSE lower by, %": "fidelity > rmse lower by % > averaged:.1f",
+            "in the paper": claimed(0),
+            "mean error lower by, %": "fidelity > rmse_mean lower by % > averaged:.1f",
+            "accuracy higher by, points": GAIN,
+            "there": claimed(1),
+        },
+    ),
+    "batches": Table(
+        "batches > * > main > (24, 20, 4) > codes > *",
+        ("",),
+        {"": "relative_accuracy > 0:.3f"},
+        spread=True,
+    ),
+    "codes": Table("batches > * > main > * > codes > *", ("", SETTING, ""), SCORES),
+    "expected": Table(
+        "batches > * > main > *",
+        ("", SETTING),
+        {
+            "expected over measured RMSE": "codes > KernelCode > predicted_to_measured:.2f",
+            "a batch is off by": "codes > KernelCode > prediction_off_by:.0%",
+        },
+    ),
+    "sizes": Table("batches > * > batch > * > codes > *", ("", "batch", ""), SCORES),
+    "contiguous": Table(
+        "batches > * > contiguous > * > * > *",
+        ("", SETTING, "lost", ""),
+        {"accuracy against uniform losses": "against uniform > relative_accuracy:.4f"},
+    ),
+    "levers": Table(
+        "levers > * > * > codes > *",
+        ("", SETTING),
+        {"": "against KernelCode > mse > 0:.2f"},
+        spread=True,
+    ),
+    "distances": Table(
+        "distances > * > (24, 20, 4)",
+        ("data",),
+        {
+            "error / variance": "codes > chosen > mse_to_variance:.4f",
+            "the batch's mean": "codes > mean > against chosen > mse > 0:.1f",
+            "one metric for all": "codes > before > against chosen > mse > 0:.2f",
+            "a stem competing": "codes > with a stem > against chosen > mse > 0:.2f",
+            "expected error / measured": "codes > chosen > expected_to_measured:.2f",
+        },
+    ),
+    "metrics": Table(
+        "distances > * > * > codes > *",
+        ("data", SETTING),
+        {"": "against chosen > mse > 0:.2f"},
+        True,
+    ),
+    "surrogates_main": Table(
+        "surrogates > *",
+        ("",),
+        {
+            "the paper's scheme": f"{FEW} > paper > without > relative_accuracy > 0:.3f",
+            "`RegressionCode`": f"{FEW} > default > without > relative_accuracy > 0:.3f",
+            "with a memory": "memory > third 3 > relative_accuracy > 0:.3f",
+            "with a student": f"{FEW} > default > with > relative_accuracy > 0:.3f",
+            "replication with a student": f"{FEW} > replication > with > relative_accuracy > 0:.3f",
+        },
+    ),
+    "students": Table(
+        "surrogates > * > errors > * > * > codes > *",
+        ("", SETTING, "batch", ""),
+        {
+            "error over the paper's": "without > against paper > 0:.4f",
+            "with the student": "with > against paper > 0:.4f",
+            "accuracy kept": "without > relative_accuracy:.4f",
+            "with the student, too": "with > relative_accuracy:.4f",
+        },
+    ),
+    "memories": Table(
+        "surrogates > * > memory > *", ("",), {"": "against without:.3f"}, spread=True
+    ),
+    "drift": Table("surrogates > * > drift > *", ("", ""), {"error": "against without:.3f"}),
+    "useless": Table(
+        "surrogates > * > useless > * > * > *", ("", "batch", "code"), {"": "0:.4f"}, spread=True
+    ),
+    "learning": Table(
+        "learning > answers > surrogates > *",
+        ("surrogate",),
+        {
+            "p50, ms": "p50:.1f",
+            "p99, ms": "p99:.1f",
+            "predicted": "predicted:.2%",
+            "right": "right:.2%",
+            "right of the network": "right of the network:.2%",
+        },
+    ),
+    "waiting": Table(
+        "waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, spread=True
+    ),
+    "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, spread=True),
+    "latency": Table(
+        "latency > * > policies > *",
+        ("", ""),
+        LATENCIES,
+    ),
+    "failed": Table("resilience > * > bars > failed", ("",), {"calls failed": "0:g", "bar": "1:g"}),
+    "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
+    "serving": Table(
+        "serving > redundancy > policies > *", ("",), LATENCY | {"failed": "failed:g"}
+    ),
+    "convergence": Table(
+        "convergence > * > * > *",
+        ("", "lost", ""),
+        {
+            "spline": "spline > slope:.2f",
+            "its bound": "spline > slope of the bound:.2f",
+            "Berrut": "Berrut > slope:.2f",
+            "Berrut's bound": "Berrut > slope of the bound:.2f",
+        },
+    ),
+    "smoothing": Table(
+        "smoothing > * > * > surfaces > * > *",
+        ("", SETTING, "outputs", ""),
+        {"encoder": off("encoder"), "decoder": off("decoder")},
+    ),
+    "lagrange": Table(
+        "lagrange > * > *",
+        ("", "inputs"),
+        {"Lagrange": error("Lagrange"), "spline": error("spline")},
+    ),
+    "times": Table("end_to_end > * > * > * > codes > *", ("", "", SETTING, "code"), PARTS),
+    "network_times": Table(
+        "end_to_end > * > * > * > network > *",
+        ("", "", SETTING),
+        {"": "0:.1f"},
+        spread=True,
+    ),
+}
+LOST = "Squared error relative to that of `RegressionCode`"
+PAGES = {
+    "codes": Page(
+        "Codes",
+        "All codes answer the same held-out batches of 240 from the same received sets. Intervals "
+        "are 95 % over batches, paired where codes are compared.",
+        {
+            "fidelity": "The spline's gain over Berrut's code, as the paper measures it",
+            "codes": "Six settings",
+            "expected": "The error that RegressionCode expects",
+            "sizes": "Batches of other sizes and kinds, (24, 20, 4)",
+            "contiguous": "Neighbouring workers lost: accuracy against as many others",
+            "levers": f"{LOST}: other encoders with their own decoders, and one idea left out",
+        },
+        [
+            ("accuracy-softmax", "accuracy lost, softmax outputs"),
+            ("accuracy-contiguous", "accuracy lost, neighbouring workers"),
+        ],
+    ),
+    "metrics": Page(
+        "Metrics",
+        "Squared error of the regression with each metric alone, relative to the choice among all.",
+        {"distances": "The choice among all, (24, 20, 4)", "metrics": "Each metric alone"},
+    ),
+    "surrogates": Page(
+        "Surrogates",
+        "Squared errors are relative to those of the paper's scheme without a surrogate. Below, to "
+        "those of the same code without one.",
+        {
+            "students": "Students",
+            "memories": "A memory, by thirds of a stream that starts cold",
+            "drift": "A memory that knows five classes, asked about the other five",
+            "useless": "Surrogates that do not fit",
+            "learning": "While requests come in",
+        },
+        [("lost", "squared error against lost workers, without a student and with it")],
+    ),
+    "waiting": Page(
+        "Waiting",
+        "Latencies that one request in a thousand exceeds, in medians of a part, and the share of "
+        "predicted answers, simulated. Then percentiles on real processes.",
+        {"waiting": "By regime", "fan_out": "By the number of parts", "latency": "Real processes"},
+        [("fan-out", "p99.9 against the parts of a request, by waiting policy")],
+    ),
+    "resilience": Page(
+        "Resilience",
+        "Times are milliseconds. A minus sign turns a bar around.",
+        {"resilience": "Bars"},
+    ),
+    "theory": Page(
+        "Theory",
+        "Rates, smoothings and thresholds that papers state, measured.",
+        {
+            "convergence": "Slopes of the logarithm of the error over that of N",
+            "smoothing": "The best smoothing, and the cost of a tenth and of ten times of it",
+            "lagrange": "Relative error from K results, from one less than Lagrange's threshold, "
+            "from the threshold, and from all",
+        },
+        [("smoothing", "error by smoothing"), ("lagrange", "error by the number of results")],
+    ),
+    "time": Page(
+        "Time",
+        "Milliseconds of one batch of 240, medians. All codes start with nothing cached.",
+        {"times": "Codes", "network_times": "The networks, and the two parts of ordering"},
+    ),
 }

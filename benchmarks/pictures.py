@@ -1,0 +1,323 @@
+"""The pictures of the results."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from .tables import NAMES
+
+__all__ = ["PICTURES", "curve", "shown"]
+
+STYLES = {  # of a code, the same in every picture
+    "uncoded": {"color": "0.6", "linestyle": ":"},
+    "spline": {"color": "tab:red", "linestyle": ":"},
+    "Berrut": {"color": "tab:purple", "linestyle": ":"},
+    "Lagrange (adapted), ordered": {"color": "tab:brown", "linestyle": "--"},
+    "Floater-Hormann, ordered": {"color": "tab:pink", "linestyle": "--"},
+    "Berrut, ordered": {"color": "tab:purple", "linestyle": "--"},
+    "spline, ordered": {"color": "tab:red", "linestyle": "--"},
+    "replication": {"color": "tab:olive", "marker": "x"},
+    "replication, batch mean": {"color": "tab:orange", "marker": "s"},
+    "replication, regression": {"color": "tab:green", "marker": "^"},
+    "KernelCode": {"color": "tab:blue", "marker": "o"},
+    "KernelCode, tuned": {"color": "black", "marker": "."},
+}
+HIDDEN = ("Berrut",)  # it would hide the spline of the paper
+LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
+LEAST_ERROR = 1e-5  # likewise
+MARKERS = "os^DXv."
+
+Results = Mapping[str, Any]
+
+
+def name_of(key: str) -> str:
+    return NAMES.get(key, key).replace("`", "")
+
+
+def shown(codes: Any) -> list[str]:
+    """Return the codes that pictures show, in the order of their styles."""
+    return [code for code in STYLES if code in set(codes) - set(HIDDEN)]
+
+
+def curve(axes: Axes, x: Any, intervals: Any, name: str) -> None:
+    """Draw a line with its interval, ``[n, 2]``, as a band."""
+    value, half = np.array(intervals, dtype=float).T
+    style = {"markersize": 4, "linewidth": 1.3, **STYLES.get(name, {"marker": "o"})}
+    (line,) = axes.plot(x, value, label=name_of(name), **style)
+    low = np.maximum(value - half, value / 10)  # a logarithm has no zero
+    axes.fill_between(x, low, value + half, color=line.get_color(), alpha=0.12, linewidth=0)
+
+
+def panels(titles: Sequence[str], rows: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """Return a figure with a panel for each title, all of one style."""
+    across = -(-len(titles) // rows)
+    figure = Figure(figsize=(10, height * rows), layout="constrained")
+    every = list(figure.subplots(rows, across, squeeze=False).flat)
+    for axes, title in zip(every, titles, strict=False):
+        axes.set_title(title, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+        axes.xaxis.label.set_size(8)
+        axes.yaxis.label.set_size(8)
+    for axes in every[len(titles) :]:
+        axes.axis("off")
+    return figure, every[: len(titles)]
+
+
+def legend(figure: Figure, columns: int) -> Figure:
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
+    return figure
+
+
+def plain(axis: Axis) -> None:
+    """Label a logarithmic axis of any span with plain numbers."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def dots(of: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> Figure:
+    """Draw numbers by panel, series and row, on a logarithmic axis; a series is a marker."""
+    rows = list(dict.fromkeys(row for p in of.values() for s in p.values() for row in s))
+    figure, every = panels(list(of), height=1.3 + 0.2 * len(rows))
+    for axes, series in zip(every, of.values(), strict=True):
+        for marker, (name, numbers) in zip(MARKERS, series.items(), strict=False):
+            places = [rows.index(row) for row in numbers]
+            axes.plot(numbers.values(), places, marker, label=name_of(name), markersize=5)
+        axes.set_yticks(range(len(rows)), [name_of(row) for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xscale("log")
+        plain(axes.xaxis)
+        axes.set_xlabel(label)
+        if axes is not every[0]:
+            axes.set_yticklabels([])
+    return legend(figure, len(MARKERS))
+
+
+def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> Figure:
+    """The accuracy that is lost, against lost workers."""
+    of = {
+        (name, case): found
+        for name, cases in results["accuracy"].items()
+        for case, found in cases.items()
+    }
+    figure, every = panels([f"{NAMES[name]}, (N, K) = {case}" for name, case in of], rows=3)
+    for axes, ((name, _), found) in zip(every, of.items(), strict=True):
+        photographs = name not in ("lenet5", "vit", "repvgg")
+        measure = "agreement" if photographs else "relative_accuracy"
+        for code in shown(found[output][law]):
+            values = found[output][law][code][measure]
+            lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
+            curve(axes, found["stragglers"], lost, code)
+        axes.set_yscale("log")
+        axes.set_ylim(0.8 * LEAST_LOSS, 1.2)
+        axes.set_yticks([1, 0.1, 0.01, 0.001, LEAST_LOSS], ["all", "10 %", "1 %", "0.1 %", "none"])
+        axes.set_xlabel("workers lost")
+        axes.set_ylabel("answers changed" if photographs else "accuracy lost")
+    return legend(figure, 4)
+
+
+def batches(results: Results) -> Figure:
+    """Squared error over the paper's: a row for each code, a marker for each setting."""
+    return dots(
+        {
+            NAMES[name]: {
+                case: {
+                    code: found["codes"][code]["against paper"]["mse"][0]
+                    for code in [*shown(found["codes"]), "paper, ordered"]
+                }
+                for case, found in results["batches"][name]["main"].items()
+            }
+            for name in ("lenet5", "vit", "repvgg")
+        },
+        "squared error over the paper's",
+    )
+
+
+def distances(results: Results) -> Figure:
+    """Squared error over the outputs' variance at (24, 20, 4), a row for each data set."""
+    cases = {name: of["(24, 20, 4)"]["codes"] for name, of in results["distances"].items()}
+    series = {
+        code: {n: codes[code]["mse_to_variance"][0] for n, codes in cases.items() if code in codes}
+        for code in ("mean", "before", "chosen", "with a stem")
+    }
+    return dots({"(N, K, S) = (24, 20, 4)": series}, "squared error over the variance of outputs")
+
+
+def surrogates(results: Results) -> Figure:
+    """Squared error over the paper's, without a student and with it, a row for each code."""
+    found = {name: of["errors"]["(6, 4, 2)"]["64"] for name, of in results["surrogates"].items()}
+    return dots(
+        {
+            NAMES[name]: {
+                f"{how} a student": {x: c[how]["against paper"][0] for x, c in of["codes"].items()}
+                for how in ("without", "with")
+            }
+            for name, of in found.items()
+        },
+        "squared error over the paper's",
+    )
+
+
+def lost(results: Results) -> Figure:
+    """Squared error against lost workers, a line for each code; dashed: with a student."""
+    cases = results["surrogates"]["lenet5"]["lost"]
+    figure, (axes,) = panels(["LeNet-5 on MNIST, batches of 240, (N, K) = (60, 20)"], height=4.2)
+    at = [int(case.strip("()").split(", ")[2]) for case in cases]
+    for colour, code in enumerate(next(iter(cases.values()))["codes"]):
+        for how, line in (("without", "o-"), ("with", "^--")):
+            each = (x["codes"][code][how]["mse"][0] / x["variance"] for x in cases.values())
+            errors = [max(value, LEAST_ERROR) for value in each]
+            label = f"{name_of(code)}{', with a student' if how == 'with' else ''}"
+            axes.plot(at, errors, line, color=f"C{colour}", label=label, markersize=4)
+    axes.set_yscale("log")
+    axes.set_xlabel("workers lost")
+    axes.set_ylabel("squared error over the outputs' variance")
+    return legend(figure, 3)
+
+
+def work(results: Results) -> Figure:
+    """The tail of requests against the work that it costs, for few parts and for many."""
+    points = results["waiting"]["fan-out"]
+    figure, every = panels([f"a request waits for {parts} parts" for parts in ("4", "128")])
+    for axes, parts in zip(every, ("4", "128"), strict=True):
+        for marker, (policy, found) in zip(MARKERS, points[parts]["policies"].items(), strict=True):
+            at = 1 + found["extra work"], found["p99.9"]
+            axes.plot(*at, marker, label=name_of(policy), markersize=8)
+            if found["predicted"] > 1e-3:
+                text = f"{100 * found['predicted']:.1f} % predicted"
+                axes.annotate(text, at, xytext=(8, -3), textcoords="offset points", fontsize=7)
+        axes.set_yscale("log")
+        axes.set_xlabel("work (1: every row is computed once)")
+        axes.margins(x=0.25)
+    every[0].set_ylabel("p99.9, in medians of a part")
+    return legend(figure, 4)
+
+
+def fan_out(results: Results) -> Figure:
+    """The tail of requests of more and more parts, a line for each waiting policy."""
+    points = results["waiting"]["fan-out"]
+    figure, (axes,) = panels(["one row in a thousand waits longer"], height=4)
+    for policy in points["1"]["policies"]:
+        tails = [found["policies"][policy]["p99.9"] for found in points.values()]
+        axes.plot([int(n) for n in points], tails, "o-", label=name_of(policy))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("parts that a request waits for")
+    axes.set_ylabel("p99.9 of latency, medians of a part")
+    return legend(figure, 4)
+
+
+def latency(results: Results) -> Figure:
+    """Percentiles of every policy, a panel for each case."""
+    return dots(
+        {
+            case: {
+                at: {policy: numbers[at] for policy, numbers in found["policies"].items()}
+                for at in ("p50", "p99", "p99.9")
+            }
+            for case, found in results["latency"].items()
+        },
+        "latency from arrival, ms",
+    )
+
+
+def serving(results: Results) -> Figure:
+    """Through HTTP, under kills: the share of requests that take longer than a time."""
+    found = results["serving"]["redundancy"]
+    figure, (axes,) = panels(["6 processes, 3 % of calls take 50 ms more, one killed every 5 s"])
+    for policy in ("coded", "uncoded", found["best hedge"]):
+        axes.plot(found["latencies"][policy], found["slower shares"], label=policy)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain(axes.xaxis)
+    axes.set_xlabel("latency through HTTP from when a request was due, ms")
+    axes.set_ylabel("share of requests that take longer")
+    return legend(figure, 3)
+
+
+def convergence(results: Results) -> Figure:
+    """Squared error against workers, each beside the theorem's bound through its first point."""
+    laws = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
+    of = {
+        f"{name_of(task)}, {law}, {noise}": found[law][noise]
+        for task, found in results["convergence"].items()
+        for law, noise in laws
+    }
+    figure, every = panels(list(of), rows=2, height=2.6)
+    for axes, each in zip(every, of.values(), strict=True):
+        for code in ("spline", "Berrut"):
+            curve(axes, each["workers"], each[code]["mse"], code)
+            if "bound" in each[code]:
+                bound = each[code]["mse"][0][0] * np.array(each[code]["bound"])
+                axes.plot(each["workers"], bound, "--", color=STYLES[code]["color"])
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("N; dashed: the theorem's rate")
+    return legend(figure, 2)
+
+
+def smoothing(results: Results) -> Figure:
+    """Error relative to the best on the grid of encoder and decoder smoothing."""
+    grid = [f"{x:.0e}".replace("e-0", "e-") for x in results["settings"]["smoothing"]["grid"]]
+    of = {
+        f"(N, K, S) = {case}, {noise}": found["surfaces"]["logits"][noise]["rmse to best"]
+        for noise in ("noise 0.0", "noise 0.01")
+        for case, found in results["smoothing"]["lenet5"].items()
+    }
+    figure, every = panels(list(of), rows=2, height=2.4)
+    for axes, surface in zip(every, of.values(), strict=True):
+        image = axes.imshow(np.log10(surface), vmin=0, vmax=1, origin="lower", aspect="auto")
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(grid)), grid, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(grid)), grid, fontsize=6)
+    figure.supxlabel("smoothing of the decoder", fontsize=8)
+    figure.supylabel("of the encoder", fontsize=8)
+    bar = figure.colorbar(image, ax=every, ticks=[0, np.log10(2), np.log10(5), 1])
+    bar.set_ticklabels(["best", "2 x", "5 x", "10 x or more"], fontsize=7)
+    return figure
+
+
+def lagrange(results: Results) -> Figure:
+    """Error against the number of results, for polynomial models."""
+    of = {f"{c}, {k}": x for c, kinds in results["lagrange"].items() for k, x in kinds.items()}
+    figure, every = panels(list(of), height=2.6)
+    for axes, found in zip(every, of.values(), strict=True):
+        for code, colour in (("Lagrange", "tab:brown"), ("spline", "tab:red")):
+            median, low, high = np.array(found["median error"][code], dtype=float).T
+            axes.plot(found["received"], median, ".-", label=code, color=colour)
+            axes.fill_between(found["received"], low, high, color=colour, alpha=0.15)
+        axes.axvline(found["threshold"], color="0.5", linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_ylim(1e-16, 1e3)
+        axes.set_xlabel("results; dotted: Lagrange's threshold")
+    every[0].set_ylabel("relative error")
+    return legend(figure, 2)
+
+
+PICTURES = {
+    "accuracy": accuracy,
+    "accuracy-softmax": functools.partial(accuracy, output="softmax"),
+    "accuracy-contiguous": functools.partial(accuracy, law="contiguous"),
+    "batches": batches,
+    "distances": distances,
+    "surrogates": surrogates,
+    "lost": lost,
+    "work": work,
+    "fan-out": fan_out,
+    "latency": latency,
+    "serving": serving,
+    "convergence": convergence,
+    "smoothing": smoothing,
+    "lagrange": lagrange,
+}
