@@ -35,7 +35,7 @@ from torch import Tensor
 
 from coded_torch.codes import BerrutCode, Code, KernelCode, LagrangeCode, SplineCode
 from coded_torch.evaluation.compare import Scheme
-from coded_torch.evaluation.summary import Scores, rounded, student
+from coded_torch.evaluation.scores import Scores, rounded, student
 
 from .runs import Measurement, progress
 from .schemes import BATCH_SIZE, FIXED, Uncoded, decode, equal_copies, trial, tuned, unmixed

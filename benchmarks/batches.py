@@ -33,7 +33,7 @@ import torch
 
 from coded_torch.codes import BerrutCode, KernelCode, SplineCode
 from coded_torch.evaluation.compare import Scheme, received_by
-from coded_torch.evaluation.summary import Scores, ratio
+from coded_torch.evaluation.scores import Scores, ratio
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
 from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.summary import half_width, rounded
+from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .runs import Measurement, progress

@@ -23,7 +23,7 @@ import torch
 
 from coded_torch.codes import KernelCode, ReplicationCode
 from coded_torch.evaluation.compare import Scheme, received_by
-from coded_torch.evaluation.summary import Scores, rounded
+from coded_torch.evaluation.scores import Scores, rounded
 from coded_torch.input_space.distances import METRICS, Leaf, features_by
 from coded_torch.stragglers import Uniform
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode, plan_batch
 from coded_torch.evaluation.compare import Scheme, received_by
-from coded_torch.evaluation.summary import Interval, rounded
+from coded_torch.evaluation.scores import Interval, rounded
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.ordering import similarity_order
 from coded_torch.stragglers import Uniform

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from coded_torch.codes import FixedCode, LagrangeCode, SplineCode
 from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.summary import rounded
+from coded_torch.evaluation.scores import rounded
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from coded_torch.codes import BatchPlan, Code, KernelCode, ReplicationCode
 from coded_torch.evaluation.compare import Scheme, received_by
-from coded_torch.evaluation.summary import Scores
+from coded_torch.evaluation.scores import Scores
 from coded_torch.evaluation.trial import Trial
 from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.ordering import Grouping

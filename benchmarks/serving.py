@@ -79,8 +79,8 @@ class Sleeping(nn.Module):
 
 def application(policy: str, sleeping: bool, faulty: bool) -> Any:
     """What a server of this benchmark runs."""
-    from coded_torch.serve import app
-    from coded_torch.serve.factories import lenet5_and_digits, specs
+    from coded_torch.demo.lenet5 import lenet5_and_digits
+    from coded_torch.serve import app, specs
 
     module, examples = lenet5_and_digits()
     inputs, outputs = specs(module, examples)

@@ -23,7 +23,7 @@ import torch
 from coded_torch.codes import BatchPlan, SplineCode
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.summary import half_width, rounded
+from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.stragglers import Uniform
 

@@ -26,7 +26,6 @@ LAYERS = (
     {
         "_arguments",
         "_buffers",
-        "_console",
         "_cuda_fallback",
         "_heap",
         "_logging",

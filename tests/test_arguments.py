@@ -77,8 +77,6 @@ CALLS = [
     (laws.Markov, {"fail": 0.1, "recover": 0.1, "good": 0.0, "bad": 1.0, "seed": 0}),
     (laws.Trace, {"source": [[1.0]]}),
     (scores.rmse, {"decoded": X, "exact": X}),
-    (scores.rmse_mean, {"decoded": X, "exact": X}),
-    (scores.top1_agreement, {"decoded": X, "exact": X}),
     (scores.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
     (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
                        "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,

@@ -22,20 +22,20 @@ from coded_torch.evaluation.compare import Comparison, Row
         ("fly", "invalid choice: 'fly'"),
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
         ("demo --num-data two", "--num-data: invalid int value: 'two'"),
-        ("demo --num-data 0", "--num-data must be at least 1, got 0"),
+        ("demo --num-data 0", "--num-data: must be at least 1, got 0"),
         ("demo --num-data 241 --num-workers 600", "--num-data must be at most 240, the digits"),
         ("demo --num-data 7 --num-workers 6", "--num-data must be at most 6, the workers, got 7"),
-        ("demo --num-workers 0", "--num-workers must be at least 1, got 0"),
-        ("demo --num-workers 1000000000", "--num-workers must be at most 65536, got 1000000000"),
-        ("demo --num-stragglers -1", "--num-stragglers must be at least 0, got -1"),
+        ("demo --num-workers 0", "--num-workers: must be at least 1, got 0"),
+        ("demo --num-workers 1000000000", "--num-workers: must be at most 65536, got 1000000000"),
+        ("demo --num-stragglers -1", "--num-stragglers: must be at least 0, got -1"),
         ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
         ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
-        ("demo --seed -1", "--seed must be at least 0, got -1"),
-        ("demo --seed 9223372036854775808", "--seed must be at most 9223372036854775807, "),
-        ("demo --device abacus", "--device must be one of cpu"),
-        ("demo --device meta", "--device must be one of cpu"),
+        ("demo --seed -1", "--seed: must be at least 0, got -1"),
+        ("demo --seed 9223372036854775808", "--seed: must be at most 9223372036854775807, "),
+        ("demo --device abacus", "--device: must be one of cpu"),
+        ("demo --device meta", "--device: must be one of cpu"),
         ("demo --device cuda:99", "got 'cuda:99'"),
-        ("compare m:f --inputs f --device cuda:99", "compare: --device must be one of cpu"),
+        ("compare m:f --inputs f --device cuda:99", "--device: must be one of cpu"),
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
@@ -43,21 +43,17 @@ from coded_torch.evaluation.compare import Comparison, Row
         ("compare torch --inputs x.pt", "MODULE:FACTORY must name both, got 'torch'"),
         ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
         ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
-        ("compare torch.nn:Tanh --inputs x.pt --settings 1,2", "--settings must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs x.pt --settings 1,2", "--settings: must be N,K,S"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 4,5,1", "1 <= K <= N and 0 <= S < N"),
-        ("compare torch.nn:Tanh --inputs x.pt --settings a,b,c", "--settings must be N,K,S"),
-        ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size must be at least 1"),
-        ("compare a:b --inputs x.pt --output x", "--output must end in .pdf, .png, .svg, got x"),
-        ("demo --output nowhere/demo.png", "--output must be in a folder that exists"),
-        ("demo --output demo", "--output must end in .pdf, .png, .svg, got demo"),
-        ("demo --output folder.png", "--output must be a file that can be written, got [Errno 21]"),
-        ("demo --output link.png", "--output must be a file that can be written, got [Errno 2]"),
+        ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size: must be at least 1"),
+        ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png, .svg, got x"),
+        ("demo --output nowhere/demo.png", "--output: must be in a folder that exists"),
+        ("demo --output demo", "--output: must end in .pdf, .png, .svg, got demo"),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
-    (tmp_path / "link.png").symlink_to("nowhere/demo.png")
     torch.save(torch.ones(480, 1), tmp_path / "x.pt")
     assert main(arguments.split()) == 2
     out, err = capsys.readouterr()
@@ -65,14 +61,15 @@ def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, m
     assert err.count("\n") == 1
     assert err.startswith("coded-torch")
     assert message in err
-    assert sorted(os.listdir(tmp_path)) == ["folder.png", "link.png", "x.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.png", "x.pt"]
 
 
 def test_cuda_needs_a_device(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["demo", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == (
-        "coded-torch demo: --device must be one of cpu, got 'cuda'\n"
+        "coded-torch demo: argument --device: must be one of cpu, got 'cuda' "
+        "(see coded-torch demo --help)\n"
     )
 
 
@@ -147,19 +144,6 @@ def test_a_reader_that_has_seen_enough(tmp_path):
     assert done.stderr.decode() == "1\n"
 
 
-def test_a_file_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("coded_torch.cli.main.compare", interrupt)
-    there, new = tmp_path / "there.png", tmp_path / "new.png"
-    there.write_bytes(b"a picture")
-    for output in (there, new):
-        assert main(["demo", "--output", str(output)]) == 130
-    assert there.read_bytes() == b"a picture"
-    assert not new.exists()
-
-
 def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     output = tmp_path / "picture.png"
     threads, state = torch.get_num_threads(), torch.get_rng_state()
@@ -167,8 +151,8 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert err == ""  # the progress bar is for terminals
     assert "Seed 5." in out
-    assert "N = 6 workers, K = 3 inputs a group: what becomes of 1,920 answers" in out
-    assert "\n  all answer                    1,920          0  " in out
+    assert "N = 6 workers, K = 3 inputs a group: 1,920 answers" in out
+    assert "\n  all answer                     1,920          0  " in out
     for situation in ("3 lost", "3 lost, replication"):
         assert f"\n  {situation} " in out
     assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out

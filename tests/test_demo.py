@@ -1,6 +1,7 @@
 """The shipped digits and network, and what the demo makes of them."""
 
 import importlib.resources
+import math
 
 import pytest
 import torch
@@ -51,12 +52,12 @@ def test_what_becomes_of_answers(shipped):
     batches, classes = images[:480].split(240), labels[:480].split(240)
     found = {each.name: each for each in situations(model, batches, classes, (24, 20, 4))}
     all_answer, lost, replication = found.values()
-    assert (all_answer.own, all_answer.predicted, all_answer.wrong) == (480, 0, 0)
-    assert all_answer.expected is all_answer.error is None
+    assert (all_answer.exact, all_answer.predicted) == (480, 0)
+    assert math.isnan(all_answer.expected)
+    assert math.isnan(all_answer.error)
     assert all_answer.right == (model(images[:480]).argmax(-1) == labels[:480]).float().mean()
     for each in found.values():
-        assert each.own + each.predicted + each.wrong == 480
-    assert lost.wrong == replication.wrong == 0
+        assert each.exact + each.predicted == 480
     assert lost.predicted > 0
     assert lost.error / 1.5 < lost.expected < 1.5 * lost.error
     assert lost.error < replication.error
@@ -69,7 +70,7 @@ def test_predicted_logits_are_drawn_with_their_bars(shipped):
     figure = draw(Comparison([row]), model, images[:240], (24, 20, 4))
     left, axes = figure.axes
     assert left.get_title() == "1 inputs a group on 2 workers"
-    (own,) = [line for line in axes.lines if line.get_label() == "the model's own"]
+    (own,) = [line for line in axes.lines if line.get_label() == "computed by the model"]
     points, _, (bars,) = axes.containers[0]
     assert len(own.get_ydata()) == len(points.get_ydata()) == len(bars.get_segments()) > 20
     assert (own.get_ydata()[1:] >= own.get_ydata()[:-1]).all()

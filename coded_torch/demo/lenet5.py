@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["LeNet5", "digits", "lenet5"]
+__all__ = ["LeNet5", "digits", "lenet5", "lenet5_and_digits"]
 
 
 class LeNet5(nn.Sequential):
@@ -36,7 +36,7 @@ class LeNet5(nn.Sequential):
 
 
 def lenet5() -> LeNet5:
-    """The trained LeNet-5, in evaluation mode; its weights are stored in half precision.
+    """Return the trained LeNet-5, in evaluation mode; its weights are stored in half precision.
 
     It reads 99.17 % of MNIST's 10,000 test digits, and 99.10 % of :func:`digits`, as
     ``benchmarks/networks.py``, which trained it, reports.
@@ -49,13 +49,19 @@ def lenet5() -> LeNet5:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """Real digits: images float32 ``[2000, 1, 28, 28]`` in 0..1, and labels int64 ``[2000]``.
+    """Return real digits: images float32 ``[2000, 1, 28, 28]`` in 0..1, labels int64 ``[2000]``.
 
     Every fifth of the official MNIST test digits; the network has not seen them in training.
     """
     arrays = _arrays("digits.npz")
     images = torch.from_numpy(arrays["images"]).unsqueeze(1).float() / 255
     return images, torch.from_numpy(arrays["labels"]).long()
+
+
+def lenet5_and_digits() -> tuple[LeNet5, tuple[Tensor]]:
+    """Return the network and one digit of each kind, in order, for ``coded-torch serve``."""
+    images, labels = digits()
+    return lenet5(), (images[[int((labels == digit).nonzero()[0]) for digit in range(10)]],)
 
 
 def _arrays(file: str) -> dict[str, np.ndarray]:

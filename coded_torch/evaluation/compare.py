@@ -18,7 +18,7 @@ from .._transforms import on_host
 from ..codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
 from ..nn import CodedWrapper
 from ..stragglers import Stragglers, Uniform
-from .summary import Interval, Scores
+from .scores import Interval, Scores
 from .trial import Trial, calls_of
 from .tune import tune
 

@@ -1,37 +1,38 @@
-"""Which redundancy meets a service-level objective at least work, by simulation.
+"""The redundancy that meets a service-level objective at least work, by simulation.
 
-Policies run on :mod:`coded_torch.scheduling.simulation`, on machines whose latencies were measured
-or follow a law. What is predicted counts as right as often as :data:`PREDICTED` says.
+Policies run on :mod:`coded_torch.scheduling.simulation`, on workers whose latencies were measured
+or follow a law. Predicted rows count as right as often as :data:`PREDICTED` says.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
 
 from .._arguments import count, positive, probability, real
-from ..demo.hedging import HedgeOnce, Unsplit
-from ..scheduling.simulated_pool import PART_ROWS
-from ..scheduling.simulation import Conditions, Outcome, simulate
-from ..scheduling.waiting import History, Waiting
+from ..scheduling.simulation import Conditions, simulate
+from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Seconds: TypeAlias = NDArray[np.float64]
 
 __all__ = [
     "LAWS",
     "PREDICTED",
     "Goal",
     "Option",
+    "best",
     "draw",
     "format_options",
     "plan",
@@ -47,76 +48,73 @@ LAWS = {
     "bursts": Conditions(bursts=300.0),
     "mix": Conditions(straggling=0.01, slow=0.05, dead=0.001, bursts=300.0),
 }
-#: Of LeNet-5's digits whose results are lost, the share that is predicted to be of the right class,
-#: by the number of answers that are remembered: as ``python -m benchmarks serving`` measured it.
+#: The share of predicted rows that name the right class, by the number of remembered answers:
+#: LeNet-5's digits without results, as ``python -m benchmarks serving`` measured it.
 PREDICTED = {0: 0.1, 32: 0.2313, 64: 0.3125, 128: 0.4833, 256: 0.6521, 512: 0.7812, 1024: 0.8542}
-_KINDS = ("uncoded", "hedged", "replicated", "coded")
+_KINDS = ("no redundancy", "hedged", "everything twice", "predicted", "coded")
 _PARTS = (1, 2, 4, 8)
-_SHARE = 0.999  # of the requests, that must be in time
-_FEWEST = 100  # latencies
-_FIRST, _APART = 0.1, 3.0  # share of the latencies that is early; times the longest later one
+_BUDGETS = (0.05, 0.25, 1.0)  # hedging budgets: scarce, the default, and a whole call
+_SHARES = (0.5, 0.7, 0.9)  # of the deadline, after which the rest is predicted
+_IN_TIME = 0.999  # the share of requests that must meet the deadline
+_FEWEST = 100  # latencies, so that their quartiles are known to some percent
 
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What is asked of a service, and what it has.
+    """The objective of a service, and its means.
 
     Args:
-        deadline: seconds, within which 99.9 % of the requests are to be answered.
-        accuracy: the least share of rows answered as rightly as by the model itself, in [0, 1].
-        num_machines: machines.
-        load: the share of the machines' time that requests take, each computed once, in (0, 1).
-        num_data: K of the parts whose latencies are known.
-        known: answers that are remembered, to predict from.
+        deadline: seconds within which 99.9 % of the requests are to be answered.
+        accuracy: the least share of rows answered as rightly as by the model, in [0, 1].
+        num_workers: the number of workers.
+        load: the share of the workers' time that requests take without redundancy, in (0, 1).
+        num_parts: the number of parts of a request at which the latencies were measured.
+        known: the number of remembered answers to predict from.
 
     Raises:
-        TypeError, ValueError: an argument is of another kind than said, or out of range.
+        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     deadline: float
     accuracy: float = 0.99
-    num_machines: int = 6
+    num_workers: int = 6
     load: float = 0.3
-    num_data: int = 4
+    num_parts: int = 4
     known: int = 1024
 
     def __post_init__(self) -> None:
         positive(self, "deadline", self.deadline)
         probability(self, "accuracy", self.accuracy)
-        count(self, "num_machines", self.num_machines)
+        count(self, "num_workers", self.num_workers)
         real(self, "load", self.load, "in (0, 1)", lambda x: 0 < x < 1)
-        count(self, "num_data", self.num_data)
+        count(self, "num_parts", self.num_parts)
         count(self, "known", self.known, least=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A policy, and how it did.
+    """A policy, and its outcome.
 
     Attributes:
-        kind: "uncoded", "hedged", "replicated" or "coded".
-        name: what it does.
-        num_data: K, parts of a request.
-        num_workers: N, columns that are asked for; K where each part is asked for once.
-        num_stragglers: S, of N, that are done without from the start.
-        deadline: seconds, at which it predicts; infinite: never.
-        fence: seconds after which a part is asked again; infinite: never.
-        latencies: of the requests, in seconds, sorted.
-        late: share of the requests that are not in time.
-        work: rows computed per row.
-        predicted: share of rows.
-        accuracy: share of rows answered as rightly as by the model itself.
+        kind: "no redundancy", "hedged", "everything twice", "predicted" or "coded".
+        name: a description.
+        use: the Python code.
+        num_parts: the parts of a request, K with a code.
+        num_asked: the parts that are asked for at once, N with a code.
+        latencies: the latencies of the requests in seconds, sorted.
+        late: the share of requests that miss the deadline.
+        work: the number of computed rows per row.
+        predicted: the share of predicted rows.
+        accuracy: the share of rows answered as rightly as by the model.
         meets: whether it meets the goal.
     """
 
     kind: str
     name: str
-    num_data: int
-    num_workers: int
-    num_stragglers: int
-    deadline: float
-    fence: float
-    latencies: np.ndarray[tuple[int], np.dtype[np.float64]] = dataclasses.field(repr=False)
+    use: str
+    num_parts: int
+    num_asked: int
+    latencies: Seconds = dataclasses.field(repr=False)
     late: float
     work: float
     predicted: float
@@ -127,7 +125,7 @@ class Option:
 class _Tail(Stragglers):
     """Further seconds of a part, drawn from measured ones."""
 
-    def __init__(self, seconds: np.ndarray[tuple[int], np.dtype[np.float64]]) -> None:
+    def __init__(self, seconds: Seconds) -> None:
         super().__init__()
         self._seconds = torch.from_numpy(seconds)
 
@@ -135,11 +133,11 @@ class _Tail(Stragglers):
         return self._seconds[torch.randint(len(self._seconds), (num_workers,), generator=generator)]
 
 
-def read_latencies(path: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Seconds, from the first column of a CSV file; a first line that is no number is a heading.
+def read_latencies(path: Path) -> Seconds:
+    """Read seconds from the first column of a CSV file, whose first line may be a heading.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
         ValueError: it holds fewer than 100 numbers, or something else.
     """
     with path.open(newline="") as stream:
@@ -150,9 +148,8 @@ def read_latencies(path: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
             numbers.append(float(row[0]))
         except ValueError:
             if line:
-                raise ValueError(
-                    f"line {line + 1} must begin with seconds, got {row[0]!r:.40}"
-                ) from None
+                must = f"line {line + 1} must begin with seconds"
+                raise ValueError(f"{must}, got {row[0]!r:.40}") from None
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError("latencies must be positive and finite")
     if len(numbers) < _FEWEST:
@@ -160,56 +157,43 @@ def read_latencies(path: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return np.array(numbers)
 
 
-def slow_start(seconds: np.ndarray[tuple[int], np.dtype[np.float64]]) -> list[float]:
-    """Return the latencies at the beginning that are far longer than all later ones.
+def measured(seconds: Seconds) -> tuple[float, Callable[[float], Conditions]]:
+    """Return the median part, and the conditions of parts of another length.
 
-    They are probably of machines that loaded the model, which later calls do not wait for.
-    """
-    first, later = np.split(seconds, [int(_FIRST * len(seconds))])
-    return [float(x) for x in first if x > _APART * later.max()]
-
-
-def measured(
-    seconds: np.ndarray[tuple[int], np.dtype[np.float64]],
-) -> tuple[float, Callable[[float], Conditions]]:
-    """The median part, and conditions for parts of so many times that, after measured latencies.
-
-    The lower half makes the body, a lognormal; what is beyond the fence that it implies, as in
-    :class:`~coded_torch.nn.Waiting`, is its tail, whose seconds do not depend on a part's size.
+    The lower half of the latencies makes the body, a lognormal. The tail is what is beyond the
+    hedging threshold that this body implies; its seconds do not depend on a part's size.
     """
     lower, median = np.quantile(seconds, 0.25), float(np.median(seconds))
-    spread = math.log(median / lower) / 0.6745
-    fence = median * max(1.5, (median / lower) ** 4.45)
-    tail = np.where(seconds > fence, seconds - median, 0.0)
+    spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
+    threshold = median * max(1.5, (median / lower) ** 4.45)  # as Waiting's
+    tail = np.where(seconds > threshold, seconds - median, 0.0)
     return median, lambda part: Conditions(spread=spread, delays=_Tail(tail / part))
 
 
 def plan(
     goal: Goal,
-    law: Conditions | np.ndarray[tuple[int], np.dtype[np.float64]],
+    law: Conditions | Seconds,
     *,
     median: float | None = None,
     num_requests: int = 5_000,
     seed: int = 0,
 ) -> Iterator[Option]:
-    """Simulate uncoded, hedged, replicated and coded policies.
+    """Simulate policies without redundancy, with hedging, copies, predictions and codes.
 
     Args:
-        goal: to be met.
-        law: what machines do: measured seconds of parts, or conditions.
-        median: seconds that a part takes, under conditions.
-        num_requests: under each policy.
-        seed: of everything.
+        goal: the objective.
+        law: measured seconds of parts, or conditions.
+        median: seconds of a part, under conditions.
+        num_requests: the number of requests under each policy.
+        seed: the seed of everything.
 
     Yields:
-        Each policy with each number of parts, uncoded ones first.
-
-    Note:
-        Seconds, for some sixty policies.
+        Each policy with each number of parts. It takes seconds for some fifty of them.
     """
+    scaled: Callable[[float], Conditions]
     if isinstance(law, Conditions):
-        scale = positive("plan", "median", median)
-        scaled: Callable[[float], Conditions] = functools.partial(_same, law)
+        conditions, scale = law, positive("plan", "median", median)
+        scaled = lambda part: conditions  # noqa: E731 - laws are in multiples of a part
     else:
         scale, scaled = measured(law)
         if scale > 100 * goal.deadline:
@@ -217,95 +201,54 @@ def plan(
                 f"latencies must be seconds within reach of the deadline, {goal.deadline:g}, got a "
                 f"median of {scale:g}"
             )
-    for kind in _KINDS:
-        for k in _PARTS:
-            if k > goal.num_machines:
-                continue
-            # Of a part's time a tenth does not depend on its rows, see Conditions.
-            part = scale * (0.1 + 0.9 * goal.num_data / k)
-            for name, n, policy, until in _policies(kind, k, goal, part):
-                history = History()
-                outcome = simulate(
-                    policy,
-                    scaled(part),
-                    num_machines=goal.num_machines,
-                    num_parts=k,
-                    load=goal.load,
-                    num_requests=num_requests,
-                    num_workers=n,
-                    history=history,
-                    seed=seed,
-                )
-                fence = _fence(policy, history) * part
-                lost = policy.num_stragglers or 0
-                yield _option(goal, outcome, part, kind, name, (k, n, lost), until, fence)
+    for k in (k for k in _PARTS if k <= goal.num_workers):
+        # A tenth of a part's time does not depend on its rows, see Conditions.
+        part = scale * (0.1 + 0.9 * goal.num_parts / k)
+        for kind, name, n, waiting in _policies(k, goal):
+            until = waiting.deadline
+            outcome = simulate(
+                waiting if until is None else dataclasses.replace(waiting, deadline=until / part),
+                scaled(part),
+                num_machines=goal.num_workers,
+                num_parts=k,
+                load=goal.load,
+                num_requests=num_requests,
+                num_workers=n,
+                seed=seed,
+            )
+            latencies = np.sort(outcome.latencies * part)
+            late = float((latencies > goal.deadline).mean())
+            predicted = float(outcome.predicted.mean())
+            right = float(np.interp(goal.known, list(PREDICTED), list(PREDICTED.values())))
+            accuracy = 1 - predicted * (1 - right)
+            meets = late <= 1 - _IN_TIME + 1e-9 and accuracy >= goal.accuracy
+            how = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
+            use = f"CodedWrapper(model, {how}, workers=pool, waiting={waiting})"
+            yield Option(
+                kind, name, use, k, n, latencies, late, outcome.work, predicted, accuracy, meets
+            )
 
 
-def _same(conditions: Conditions, part: float) -> Conditions:
-    """Laws that are multiples of a part are the same for parts of any length."""
-    return conditions
-
-
-def _policies(
-    kind: str, k: int, goal: Goal, part: float
-) -> Iterator[tuple[str, int, Waiting, float]]:
-    never = math.inf
-    if kind == "uncoded":
-        yield "wait for all", k, Unsplit(patience=never, extra=0), never
-    elif kind == "hedged":
-        for medians in (1.2, 1.5, 2.0, 3.0):
-            yield f"one hedge at {medians:g} medians", k, HedgeOnce(medians=medians), never
-        yield "three re-asks", k, Waiting(predict=False), never
-    elif kind == "replicated":
-        if 2 * k <= goal.num_machines:
-            yield "all twice, first answers", 2 * k, Waiting.first(1), never
-    else:
-        for share in (0.5, 0.7, 0.9):
-            until = share * goal.deadline
-            name = f"re-ask, predict at {1e3 * until:.4g} ms"
-            yield name, k, Waiting(deadline=until / part), until
-        for n in range(k + 1, min(2 * k, goal.num_machines + 1)):
-            yield f"all at once, first {k} of {n}", n, Waiting.first(n - k), never
-
-
-def _fence(policy: Waiting, history: History) -> float:
-    """In medians of a part."""
-    if isinstance(policy, HedgeOnce) and policy.medians is not None:
-        return policy.medians * history.part(PART_ROWS)
-    if policy.at_once or policy.extra == 0:
-        return math.inf
-    return history.fence(PART_ROWS)
-
-
-def _option(
-    goal: Goal,
-    outcome: Outcome,
-    part: float,
-    kind: str,
-    name: str,
-    sizes: tuple[int, int, int],
-    until: float,
-    fence: float,
-) -> Option:
-    latencies = np.sort(outcome.latencies * part)
-    late = float((latencies > goal.deadline).mean())
-    predicted = float(outcome.predicted.mean())
-    accuracy = 1 - predicted * (1 - _rightly(goal.known))
-    meets = late <= 1 - _SHARE + 1e-9 and accuracy >= goal.accuracy
-    return Option(
-        kind, name, *sizes, until, fence, latencies, late, outcome.work, predicted, accuracy, meets
-    )
-
-
-def _rightly(known: int) -> float:
-    """The share of predicted rows that are right."""
-    return float(np.interp(known, list(PREDICTED), list(PREDICTED.values())))
+def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
+    """Yield the kind, the name, N and the policy, whose deadline is in seconds."""
+    yield "no redundancy", "wait for all", k, Waiting(predict=False, extra=0)
+    for budget in _BUDGETS:
+        name = f"hedge, at most {budget:.0%} more work"
+        yield "hedged", name, k, Waiting(predict=False, extra=budget)
+    if 2 * k <= goal.num_workers:
+        yield "everything twice", "first answers", 2 * k, Waiting.first(1)
+    for share in _SHARES:
+        until = float(f"{share * goal.deadline:.4g}")
+        name = f"hedge, predict at {1e3 * until:.4g} ms"
+        yield "predicted", name, k, Waiting(deadline=until)
+    for n in range(k + 1, min(2 * k, goal.num_workers + 1)):
+        yield "coded", f"all at once, first {k} of {n}", n, Waiting.first(n - k)
 
 
 def best(options: Sequence[Option]) -> dict[str, Option]:
-    """Of each kind the one that meets the goal at least work, else the one that comes nearest."""
+    """Return the option of each kind that meets the goal at least work, else the nearest one."""
     found: dict[str, Option] = {}
-    for option in options:
+    for option in sorted(options, key=lambda option: _KINDS.index(option.kind)):
         old = found.get(option.kind)
         if old is None or _rank(option) < _rank(old):
             found[option.kind] = option
@@ -313,73 +256,50 @@ def best(options: Sequence[Option]) -> dict[str, Option]:
 
 
 def _rank(option: Option) -> tuple[float, ...]:
-    slowest = float(np.quantile(option.latencies, _SHARE))
-    # Work to three digits: what differs by less is chosen by its tail.
+    slowest = float(np.quantile(option.latencies, _IN_TIME))
+    # Work to three digits: of options that differ by less, the one with the shorter tail wins.
     return (0, round(option.work, 3), slowest) if option.meets else (1, option.late, slowest)
 
 
 def format_options(goal: Goal, options: Sequence[Option]) -> str:
-    """A table of the best of each kind, in 80 columns, and what it says."""
+    """Return a table of the best option of each kind, in 80 columns, and a recommendation."""
     found = best(options)
     lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'predicted':>11}{'':>5}"]
     for kind, option in found.items():
-        slowest = 1e3 * float(np.quantile(option.latencies, _SHARE))
+        slowest = 1e3 * float(np.quantile(option.latencies, _IN_TIME))
         lines += [
             kind,
-            f"  {option.name:32}{option.num_data:3}{option.num_workers:3}{slowest:7.1f}ms"
+            f"  {option.name:32}{option.num_parts:3}{option.num_asked:3}{slowest:7.1f}ms"
             f"{option.late:8.2%}{option.work:7.3f}{option.predicted:11.3%}"
             f"{'  yes' if option.meets else '   no'}",
         ]
-    return "\n".join([*lines, "", _advice(goal, found)])
-
-
-def _advice(goal: Goal, found: dict[str, Option]) -> str:
     what = f"99.9 % within {1e3 * goal.deadline:g} ms and {goal.accuracy:.2%} of the rows right"
     meeting = [option for option in found.values() if option.meets]
     if not meeting:
-        return f"Nothing meets {what}."
+        return "\n".join([*lines, "", f"Nothing meets {what}."])
     chosen = min(meeting, key=lambda option: (_rank(option)[1], _KINDS.index(option.kind)))
-    fence = "" if chosen.fence == math.inf else f", fence {1e3 * chosen.fence:.1f} ms"
-    until = "" if chosen.deadline == math.inf else f", deadline {1e3 * chosen.deadline:.4g} ms"
-    sizes = f"K = {chosen.num_data}, N = {chosen.num_workers}, S = {chosen.num_stragglers}"
-    lines = [f"{what}: least work by {chosen.name}, {sizes}{fence}{until}."]
-    if use := _use(goal, chosen):
-        lines.append(f"In Python: {use}.")
-    if chosen.kind != "coded":
-        lines.append("Coding is not worth it here.")
+    lines += ["", f"{what}: least work by {chosen.kind}, {chosen.name}.", f"Use {chosen.use}."]
+    if chosen.kind not in ("predicted", "coded"):
+        lines.append("Neither predictions nor codes are worth it here.")
     return "\n".join(lines)
 
 
-def _use(goal: Goal, option: Option) -> str:
-    """What to write for an option; "" of what is only there to compare with."""
-    if option.kind == "coded" and option.num_stragglers:
-        waiting = f"Waiting.first({option.num_stragglers})"
-    elif option.kind == "coded":
-        waiting = f"Waiting(deadline={option.deadline:.4g})"
-    elif option.kind == "hedged" and "re-asks" in option.name:
-        waiting = "Waiting(predict=False)"
-    else:
-        return ""
-    num_workers = option.num_workers if option.num_stragglers else goal.num_machines
-    return f"KernelCode({option.num_data}, {num_workers}), {waiting}"
-
-
 def draw(goal: Goal, options: Sequence[Option]) -> Figure:
-    """The share of requests that take longer than a time, against that time, for each kind."""
+    """Draw the share of slower requests against latency, for the best option of each kind."""
     from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for kind, option in best(options).items():
         slower = np.arange(len(option.latencies), 0, -1) / len(option.latencies)
-        label = f"{kind}: {option.name}, K = {option.num_data}"
+        label = f"{kind}: {option.name}, {option.num_parts} parts"
         axes.step(1e3 * option.latencies, slower, label=label, where="post")
     axes.axvline(1e3 * goal.deadline, color="0.4", linestyle=":", label="deadline")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("latency from arrival, ms")
     axes.set_ylabel("share of requests that take longer")
-    axes.set_title(f"{goal.num_machines} machines, load {goal.load:g}, simulated")
+    axes.set_title(f"{goal.num_workers} workers, load {goal.load:g}, simulated")
     axes.grid(which="major", alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     return figure

@@ -1,13 +1,13 @@
-"""A model behind HTTP, on workers that fail: the Open Inference Protocol, in an ASGI application.
+"""A model behind HTTP on unreliable workers: the Open Inference Protocol, in an ASGI application.
 
-One request, file by file: ``application.py`` receives it, ``bodies.py`` reads and unpacks it,
-``protocol.py`` and ``tensors.py`` understand it, ``batcher.py`` computes it together with others,
-``metrics.py`` counts what became of it. ``ray_serve.py`` puts the same into replicas of Ray Serve,
-``factories.py`` makes what the command serves. Needs the extra ``serve``.
+A request passes these files: ``application.py`` receives it, ``protocol.py`` and ``tensors.py``
+parse it, ``batcher.py`` queues it, ``model.py`` computes it together with others, and
+``metrics.py`` counts the outcome. ``ray_serve.py`` puts the application into replicas of Ray Serve.
+Needs the extra ``serve``.
 """
 
 from .application import app
 from .ray_serve import deployment
-from .tensors import DATATYPES, TensorSpec
+from .tensors import DATATYPES, TensorSpec, specs
 
-__all__ = ["DATATYPES", "TensorSpec", "app", "deployment"]
+__all__ = ["DATATYPES", "TensorSpec", "app", "deployment", "specs"]

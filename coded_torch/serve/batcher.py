@@ -1,4 +1,4 @@
-"""Requests together: what waits goes as soon as a slot is free, in order of arrival."""
+"""The queue of requests: a free slot takes the waiting requests, in order of arrival."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
 from ..scheduling.waiting import History
 from .errors import RequestError
+from .model import Batch
 
 __all__ = ["Answer", "Batcher"]
 
 logger = sparing_logger("coded_torch.serve")
 
-_BATCHES = 64  # whose durations are remembered: some seconds of a busy server
-_TO_ANSWER = 0.01  # seconds that are kept before the deadline, to write the answers
+# The number of batches whose durations are remembered: some seconds of a busy server, so that the
+# estimate follows the load. It was not tuned.
+_BATCHES = 64
+# Seconds before the deadline that are kept to write the answers. It trades predicted rows against
+# late answers and was not tuned.
+_TO_ANSWER = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a request gets.
-
-    Attributes:
-        outputs: its rows of every output.
-        report: of the call that computed them, with others.
-    """
+    """The answer to a request: its rows of every output, and the report of the whole call."""
 
     outputs: list[Tensor]
     report: Report
@@ -49,61 +49,56 @@ class _Entry:
     future: asyncio.Future[Answer]
 
     def joins(self, other: _Entry) -> bool:
-        """Whether the rows of both have one shape."""
+        """Return whether the rows of both have the same shape."""
         pairs = zip(self.inputs, other.inputs, strict=True)
         return all(mine.shape[1:] == theirs.shape[1:] for mine, theirs in pairs)
 
 
 class Batcher:
-    """A queue with a bound, and slots in which batches run.
+    """A bounded queue, and slots in which batches run.
 
-    When a slot is free, what waits goes, in order of arrival, as many rows as a batch may have;
-    there is no timer. A batch runs to the earliest deadline of its requests. All times are those
-    of :func:`time.monotonic`. Used by the thread of one event loop.
+    A free slot takes the waiting requests in order of arrival, up to the size of a batch; there is
+    no timer. A batch runs until the earliest deadline of its requests. All times are those of
+    :func:`time.monotonic`. The thread of one event loop uses it.
 
     Args:
-        call: computes a batch: given the inputs and the seconds that there are, it returns outputs
-            ``[B, ...]`` and a report. It is called in threads of the batcher's own.
-        max_batch_size: rows.
-        max_queued_requests: that may wait, those included that are being read.
-        max_ongoing_batches: slots.
-        on_batch: called with the report of every batch, its rows, and the seconds that each of its
-            requests was queued.
+        compute: computes a batch, given its inputs and the seconds that are left. It runs in the
+            batcher's own threads.
+        max_batch_size: the number of rows of a batch.
+        max_queued_requests: the number of requests that may wait, including those being read.
+        max_ongoing_batches: the number of slots.
+        on_batch: called with the report of every batch, the number of its rows, and the seconds
+            that each of its requests waited.
     """
 
     def __init__(
         self,
-        call: Callable[[list[Tensor], float], tuple[list[Tensor], Report]],
+        compute: Callable[[list[Tensor], float], Batch],
         *,
         max_batch_size: int,
         max_queued_requests: int,
         max_ongoing_batches: int,
         on_batch: Callable[[Report, int, Sequence[float]], None],
     ) -> None:
-        self._call, self._on_batch = call, on_batch
+        self._compute, self._on_batch = compute, on_batch
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
         self._max_ongoing = max_ongoing_batches
         self._queue: dict[_Entry, None] = {}  # in order of arrival
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # whether the last batch had its usual time, and too few results
-        # Begin, rows and deadline of each.
+        # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
         self._threads = ThreadPoolExecutor(max_ongoing_batches, "coded_torch batch")
 
     @property
     def num_queued(self) -> int:
-        """Requests that wait, those included that are being read."""
+        """The number of waiting requests, including those being read."""
         return self._reading + len(self._queue)
 
     @contextlib.contextmanager
     def reading(self, deadline: float) -> Iterator[None]:
-        """Hold a place in the queue for a request while it is read.
-
-        Raises:
-            RequestError: there is none, or, unless the server is idle, even one row would probably
-                be late, or the batches before it are overdue (503).
-        """
+        """Hold a place in the queue for a request while it is read, or refuse it (503)."""
         if self.num_queued >= self._max_queued:
             raise RequestError(
                 503, "queue_full", f"{self._max_queued} requests are waiting, the most that may"
@@ -118,13 +113,10 @@ class Batcher:
     def put(
         self, inputs: list[Tensor], arrived: float, deadline: float
     ) -> tuple[asyncio.Future[Answer], Callable[[], None]]:
-        """Queue a request.
+        """Queue a request, or refuse it (503).
 
         Returns:
-            What becomes of it, and a function by which it leaves the queue if it still waits.
-
-        Raises:
-            RequestError: the server is not idle, and it would probably be answered too late (503).
+            The future of its answer, and a function that takes a waiting request off the queue.
         """
         rows = len(inputs[0])
         self._check(rows, deadline)
@@ -140,7 +132,7 @@ class Batcher:
         return future, leave
 
     async def close(self, seconds: float) -> None:
-        """Let what was accepted be answered, but not for longer than that."""
+        """Answer every accepted request, but do not wait longer than ``seconds``."""
         until = time.monotonic() + seconds
         while self._ongoing and (left := until - time.monotonic()) > 0:
             await asyncio.wait(self._ongoing, timeout=left)
@@ -162,29 +154,29 @@ class Batcher:
             )
 
     def _expected(self, rows: int, now: float) -> float:
-        """Seconds until so many more rows are probably answered."""
+        """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(sum(entry.rows for entry in self._queue) + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
-        if len(self._ongoing) < self._max_ongoing:
-            return seconds / self._max_ongoing
-        until_free = min(self._left(now, *batch) for batch in self._ongoing.values())
-        return until_free + seconds / self._max_ongoing
+        seconds /= self._max_ongoing
+        if len(self._ongoing) == self._max_ongoing:
+            seconds += min(self._left(now, *batch) for batch in self._ongoing.values())
+        return seconds
 
     def _left(self, now: float, begin: float, rows: int, deadline: float) -> float:
-        """Seconds until a batch has probably ended; infinite if its deadline has passed."""
+        """Return the seconds until a batch has probably ended; infinity if it is overdue."""
         if now > deadline + _TO_ANSWER:
             return math.inf
         return max(0.0, begin + self._usual(rows) - now)
 
     def _usual(self, rows: int) -> float:
-        """The median of batches of so many rows, in seconds; 0 until enough are known."""
-        # The median, and no more for more rows than were seen: what is refused by a higher estimate
-        # is refused too early.
+        """Return the median duration of a batch in seconds; 0 until enough batches are known."""
+        # Neither a higher quantile nor an extrapolation to more rows: they refuse requests that
+        # would have been answered in time.
         seconds = self._history.part(min(rows, self._history.most_rows))
         return seconds if seconds < math.inf else 0.0
 
     def _fill(self) -> None:
-        """Give what waits to slots that are free."""
+        """Give the waiting requests to free slots."""
         while len(self._ongoing) < self._max_ongoing and (batch := self._take()):
             task = asyncio.get_running_loop().create_task(self._run(batch))
             rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
@@ -193,21 +185,21 @@ class Batcher:
 
     def _free(self, task: asyncio.Task[None]) -> None:
         begin, rows, _ = self._ongoing.pop(task)
-        # From slot to slot: the loop's own delays count, as the next batch has to bear them.
+        # From slot to slot: the delays of the loop count, as the next batch suffers them too.
         self._history.add([(rows, time.monotonic() - begin)], None)
         if not task.cancelled():
             self._fill()
-            task.result()  # raises in the loop what no request has heard of
+            task.result()  # raises in the loop an error that no request was told
 
     def _take(self) -> list[_Entry]:
-        """The next batch; requests whose time is over have left it to their clients' handlers."""
+        """Take the next batch. Requests without time left are dropped: their handlers know."""
         batch: list[_Entry] = []
         rows = 0
         while self._queue:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                del self._queue[entry]  # it would end the batch before anything is there
+                del self._queue[entry]  # it would end the batch before any result came
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
                 break
@@ -217,8 +209,7 @@ class Batcher:
         return batch
 
     async def _run(self, batch: list[_Entry]) -> None:
-        begin = time.monotonic()
-        rows = sum(entry.rows for entry in batch)
+        begin, rows = time.monotonic(), sum(entry.rows for entry in batch)
         left = min(entry.deadline for entry in batch) - begin
         left = max(left - _TO_ANSWER, left / 2, 1e-3)
         columns = zip(*(entry.inputs for entry in batch), strict=True)
@@ -226,62 +217,64 @@ class Batcher:
         loop = asyncio.get_running_loop()
         error: RequestError | None = None
         try:
-            outputs, report = await loop.run_in_executor(self._threads, self._call, inputs, left)
-        except NotEnoughResults as cause:
-            error = RequestError(504, "late", f"too few results within the deadline: {cause}")
-            if not isinstance(cause, DeadlineExceeded) and time.monotonic() < begin + left:
-                error = RequestError(500, "failed", f"the model failed: {cause}")
+            done = await loop.run_in_executor(self._threads, self._compute, inputs, left)
         except Exception as cause:  # whatever the model raises: its requests get an answer
-            logger.exception("a batch failed")
-            error = RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
-        else:
-            late = not outputs and report.ended == "deadline"
-            if outputs:
-                self._on_batch(report, rows, [begin - entry.arrived for entry in batch])
-            if len(report.refused) == rows > len(batch[0].inputs[0]):  # all parts raised alike
-                error = _refusal(report, 0)
-        if error is not None:
+            error = _error(cause, in_time=time.monotonic() < begin + left)
             late = error.status == 504
+        else:
+            late = not done.outputs and done.report.ended == "deadline"
+            if done.outputs:
+                self._on_batch(done.report, rows, [begin - entry.arrived for entry in batch])
+            if len(done.report.refused) == rows > batch[0].rows:  # all parts raised alike
+                error = _refusal(done.report, 0)
         if not late:
             self._hung = False
-        elif left >= self._usual(rows):  # 0 while it is not known, as workers that hang never tell
+        elif left >= self._usual(rows):  # the usual time is 0 until 32 batches have ended
             self._hung = True
         if error is None:
-            self._settle(batch, outputs, report)
+            _settle(batch, done)
         elif late or len(batch) == 1:
             for entry in batch:
                 if not entry.future.done():
                     entry.future.set_exception(error)
-        else:  # it fails for one of them, perhaps, and is answered for the others
+        else:  # one request may be to blame: each is tried alone
             for entry in batch:
                 if not entry.future.done() and entry.deadline > time.monotonic():
                     await self._run([entry])
 
-    def _settle(self, batch: list[_Entry], outputs: list[Tensor], report: Report) -> None:
-        start = 0
-        # Rows that had time, and no result, or that had none when too few came to predict.
-        lost = set(report.refused)
-        if report.failed or report.ended == "failed":
-            lost |= set(report.missing_rows)
-        for entry in batch:
-            rows = slice(start, start + entry.rows)
-            start = rows.stop
-            if entry.future.done():
-                continue
-            mine = lost.intersection(range(rows.start, rows.stop))
-            if mine:
-                entry.future.set_exception(_refusal(report, min(mine)))
-            else:
-                entry.future.set_result(Answer([output[rows] for output in outputs], report))
+
+def _settle(batch: list[_Entry], done: Batch) -> None:
+    """Answer each request, or refuse it for its first row without an answer."""
+    start = 0
+    for entry in batch:
+        rows = slice(start, start + entry.rows)
+        start = rows.stop
+        if entry.future.done():
+            continue
+        if mine := done.unanswered.intersection(range(rows.start, rows.stop)):
+            entry.future.set_exception(_refusal(done.report, min(mine)))
+        else:
+            entry.future.set_result(Answer([output[rows] for output in done.outputs], done.report))
+
+
+def _error(cause: Exception, in_time: bool) -> RequestError:
+    """Return the error of all requests of a batch whose call raised."""
+    if not isinstance(cause, NotEnoughResults):
+        logger.error("a batch failed", exc_info=cause)
+        return RequestError(500, "failed", f"the model failed: {type(cause).__name__}")
+    if in_time and not isinstance(cause, DeadlineExceeded):
+        return RequestError(500, "failed", f"the model failed: {cause}")
+    return RequestError(504, "late", f"too few results within the deadline: {cause}")
 
 
 def _refusal(report: Report, row: int) -> RequestError:
-    """What a request hears of which a row has no answer."""
+    """Return the error of a request one of whose rows has no answer."""
     error = report.errors.get(row)
-    if row in report.refused:
-        return RequestError(500, "failed", f"the model failed: {error}")
-    if report.ended == "deadline":
-        return RequestError(504, "late", f"too few results within the deadline: {error or 'none'}")
-    if error is None or error.machine < 0 or error.kind == "died":
-        return RequestError(503, "unavailable", f"no worker computed it: {error or 'none is up'}")
+    if row not in report.refused:
+        if report.ended == "deadline":
+            why = error or "none"
+            return RequestError(504, "late", f"too few results within the deadline: {why}")
+        if error is None or error.machine < 0 or error.kind == "died":
+            why = error or "none is up"
+            return RequestError(503, "unavailable", f"no worker computed it: {why}")
     return RequestError(500, "failed", f"the model failed: {error}")

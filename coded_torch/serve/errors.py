@@ -1,17 +1,17 @@
-"""Why a request gets no answer."""
+"""The error of a request that gets no answer."""
 
 from __future__ import annotations
 
-__all__ = ["RequestError"]
+__all__ = ["RequestError", "invalid"]
 
 
 class RequestError(Exception):
-    """A request that is not answered.
+    """A request is not answered.
 
-    Attributes:
-        status: of HTTP.
-        reason: one of few words, by which refusals are counted.
-        message: what its client reads.
+    Args:
+        status: the status of HTTP.
+        reason: one of few words; the metrics count refusals by it.
+        message: the text for the client.
     """
 
     def __init__(self, status: int, reason: str, message: str) -> None:
@@ -20,5 +20,5 @@ class RequestError(Exception):
 
 
 def invalid(message: str) -> RequestError:
-    """The client's own mistake."""
+    """Return the error of a request that is itself wrong."""
     return RequestError(400, "invalid", message)

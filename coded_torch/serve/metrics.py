@@ -1,4 +1,4 @@
-"""What is counted, by one set of names, for Prometheus or for Ray."""
+"""The numbers of a server, under one set of names for Prometheus and for Ray."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ __all__ = ["Metrics"]
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-_NUMBERS: dict[str, tuple[str, ...]] = {  # their texts, and the label; "_total": only grow
+# Counters (names that end in "_total") and gauges: the text, and the label if there is one.
+_NUMBERS: dict[str, tuple[str, ...]] = {
     "results_total": (
-        "Machines whose results counted (received); that began a part and lost its result "
-        "(missing), of which it failed or did not count before the end (rejected).",
+        "Workers with a result that counts (received); that began a part and have none (missing), "
+        "of which it failed or was rejected before the end (rejected).",
         "state",
     ),
     "answers_total": (
-        "Rows that were answered: by the model itself (exact), from others' results (predicted).",
+        "Answered rows: computed by the model (exact), or estimated from others (predicted).",
         "kind",
     ),
     "refusals_total": ("Requests that were not answered.", "reason"),
-    "rows_computed_total": ("Rows that machines began to compute.",),
-    "extra_rows_total": ("Those of them beyond one computation of every row.",),
+    "rows_computed_total": ("Rows that workers began to compute.",),
+    "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
     "hedges_total": ("Parts that were asked again, and answered so first (won) or not.", "outcome"),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that ended and were replaced.",),
@@ -34,21 +35,18 @@ _NUMBERS: dict[str, tuple[str, ...]] = {  # their texts, and the label; "_total"
 _HISTOGRAMS = {
     "queued_seconds": ("From the arrival of a request to the begin of its batch.", _SECONDS),
     "encode_seconds": ("Of a batch, before its parts are asked.", _SECONDS),
-    "compute_seconds": ("Of a batch, waiting for machines.", _SECONDS),
+    "compute_seconds": ("Of a batch, waiting for workers.", _SECONDS),
     "decode_seconds": ("Of a batch, making answers from results.", _SECONDS),
-    "expected_error": (
-        "Root mean squared error to expect of the predicted rows of a batch.",
-        _ERRORS,
-    ),
+    "expected_error": ("Root mean squared error expected of a batch's predicted rows.", _ERRORS),
 }
 
 
 class Metrics:
-    """Counts what became of batches and requests.
+    """Counts the outcomes of batches and requests.
 
     Args:
-        ray: whether Ray collects the numbers from its replicas, where it puts ``ray_`` in front of
-            their names. Otherwise :meth:`text` has them.
+        ray: whether Ray collects the numbers from its replicas; it puts ``ray_`` in front of their
+            names. Otherwise :meth:`text` returns them.
     """
 
     def __init__(self, *, ray: bool = False) -> None:
@@ -71,7 +69,7 @@ class Metrics:
             self._numbers[name] = kinds.Histogram(f"coded_torch_{name}", text, **where)
 
     def text(self) -> bytes:
-        """Return all numbers as Prometheus reads them."""
+        """Return all numbers in Prometheus's format."""
         return prometheus_client.generate_latest(self._registry)
 
     def refused(self, reason: str) -> None:
@@ -79,7 +77,7 @@ class Metrics:
         self._count("refusals_total", 1, reason)
 
     def workers(self, pool: Workers) -> None:
-        """Note how many workers of a pool are up, and how many have been replaced."""
+        """Note how many workers of a pool are up, and how many were replaced."""
         if (up := pool.num_ready) is not None:
             self._numbers["workers_up"].set(up)
         restarts = pool.num_restarts
@@ -87,40 +85,38 @@ class Metrics:
         self._restarts = restarts
 
     def batch(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        """A batch was answered.
+        """Count an answered batch.
 
         Args:
-            report: of its call.
-            rows: B
-            queued: seconds, of its requests.
+            report: the report of its call.
+            rows: the number of its rows.
+            queued: the seconds that each of its requests waited.
         """
-        count = self._count
-        lost = set(report.missing) | set(report.rejected)
-        count("results_total", len(report.received), "received")
-        count("results_total", len(lost), "missing")
-        count("results_total", len(report.rejected), "rejected")
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
-        count("answers_total", rows - predicted, "exact")
-        count("answers_total", predicted, "predicted")
-        count("rows_computed_total", report.work * rows)
-        count("extra_rows_total", max(0.0, report.work - 1) * rows)
         won = sum(hedge.won for hedge in report.hedges)
-        count("hedges_total", won, "won")
-        count("hedges_total", len(report.hedges) - won, "lost")
+        for name, label, amount in (
+            ("results_total", "received", len(report.received)),
+            ("results_total", "missing", len({*report.missing, *report.rejected})),
+            ("results_total", "rejected", len(report.rejected)),
+            ("answers_total", "exact", rows - predicted),
+            ("answers_total", "predicted", predicted),
+            ("rows_computed_total", None, report.work * rows),
+            ("extra_rows_total", None, max(0.0, report.work - 1) * rows),
+            ("hedges_total", "won", won),
+            ("hedges_total", "lost", len(report.hedges) - won),
+        ):
+            self._count(name, amount, label)
         for seconds in queued:
             self._numbers["queued_seconds"].observe(seconds)
-        self._numbers["encode_seconds"].observe(report.encode_seconds)
-        self._numbers["compute_seconds"].observe(report.compute_seconds)
-        self._numbers["decode_seconds"].observe(report.decode_seconds)
-        if predicted and report.expected_rmse is not None:
-            self._numbers["expected_error"].observe(
-                report.expected_rmse * (rows / predicted) ** 0.5
-            )
+        for name in ("encode_seconds", "compute_seconds", "decode_seconds"):
+            self._numbers[name].observe(getattr(report, name))
+        if predicted and (error := report.expected_rmse) is not None:
+            self._numbers["expected_error"].observe(error * (rows / predicted) ** 0.5)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]
         if self._ray:
-            if amount > 0:  # Ray takes no other
+            if amount > 0:  # Ray accepts no other
                 counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
         else:
             (counter.labels(label) if label else counter).inc(amount)

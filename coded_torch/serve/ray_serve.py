@@ -1,4 +1,4 @@
-"""The same application in the replicas of Ray Serve."""
+"""The application in replicas of Ray Serve."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from .metrics import Metrics
 
 __all__ = ["deployment"]
 
-_MOST_REQUESTS = 1024  # that Ray lets into a replica, where its default is 5
+# The number of requests that Ray lets into a replica. Ray's default of 5 would refuse before the
+# application's own bound of 256 does.
+_MOST_REQUESTS = 1024
 
 
 def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
-    r"""A deployment for Ray Serve, each of whose replicas serves an application of its own.
+    r"""Make a deployment for Ray Serve, each of whose replicas serves its own application.
 
-    ``serve.run(deployment(make).bind())`` deploys it. What Ray does stays Ray's: autoscaling,
-    rolling updates, the dashboard. The numbers of :mod:`coded_torch.serve.metrics` go to Ray, which
-    puts ``ray_`` in front of their names.
+    ``serve.run(deployment(make).bind())`` deploys it. Ray does autoscaling, rolling updates and the
+    dashboard. The numbers of :mod:`coded_torch.serve.metrics` go to Ray, which puts ``ray_`` in
+    front of their names.
 
-    The workers of a replica are processes of its machine, if ``factory`` makes
-    :class:`~coded_torch.workers.ProcessWorkers`; or actors of the cluster, if it makes
-    :class:`~coded_torch.workers.RayWorkers`: then ``placement_group_bundles=[{"CPU": 1}] * 7,
-    placement_group_strategy="SPREAD"`` reserves places for the replica and, with the workers' own
-    option ``num_cpus=1``, for six of them on different machines.
+    With :class:`~coded_torch.workers.ProcessWorkers` the workers of a replica are processes of its
+    machine, with :class:`~coded_torch.workers.RayWorkers` actors of the cluster. Then
+    ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places
+    for the replica and for six workers on other machines, if they have ``num_cpus=1``.
 
     Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
 
     Args:
-        factory: makes the application, by :func:`~coded_torch.serve.app`; called in the replica.
-        options: of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a replica,
-            and as many wait, so that it is the application that refuses.
+        factory: makes the application by :func:`~coded_torch.serve.app`. The replica calls it.
+        options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
+            replica, and as many wait, so that the application refuses and not Ray.
 
     Raises:
         ImportError: Ray Serve is not installed.
@@ -43,8 +44,8 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
         ValueError: ``max_ongoing_requests`` is not above the application's bound.
 
     Warning:
-        Beside Ray's proxy, each replica binds a port to every interface, from which Ray reads
-        pickles: for a trusted network only. Nothing of the HTTP side is ever unpickled.
+        Ray binds one port of each replica to every interface and reads pickles from it: use it in
+        a trusted network only. Nothing of the HTTP side is ever unpickled.
 
     Note:
         Ray's proxy costs 12 to 17 ms of a processor a request. Where that counts, set
@@ -52,11 +53,8 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
     """
     from ray import serve
 
-    options = {
-        "max_ongoing_requests": _MOST_REQUESTS,
-        "max_queued_requests": _MOST_REQUESTS,
-        **options,
-    }
+    bounds = {"max_ongoing_requests": _MOST_REQUESTS, "max_queued_requests": _MOST_REQUESTS}
+    options = bounds | options
 
     def build() -> Starlette:
         application = checked(factory, options["max_ongoing_requests"])
@@ -67,7 +65,7 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
 
 
 def checked(factory: Callable[[], Starlette], max_ongoing_requests: int) -> Starlette:
-    """What a factory makes, if it is an application that refuses before Ray does."""
+    """Make the application, and check that it refuses requests before Ray does."""
     application = factory()
     service = getattr(getattr(application, "state", None), "service", None)
     if not isinstance(service, Service):

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 from .errors import invalid
 
-__all__ = ["DATATYPES", "TensorSpec", "checked", "from_bytes", "from_json", "to_bytes", "to_json"]
+__all__ = [
+    "DATATYPES",
+    "TensorSpec",
+    "as_taken",
+    "from_bytes",
+    "from_json",
+    "specs",
+    "to_bytes",
+    "to_json",
+]
 
-#: Those of the protocol that torch computes with.
+#: The datatypes of the protocol that torch computes with.
 DATATYPES = {
     "BOOL": torch.bool,
     "UINT8": torch.uint8,
@@ -29,7 +39,8 @@ DATATYPES = {
     "FP32": torch.float32,
     "FP64": torch.float64,
 }
-# Integers of so many bits are held exactly.
+_NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
+# The number of bits of an integer that each of them holds exactly (IEEE 754: the significand).
 _DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
 
@@ -38,12 +49,12 @@ class TensorSpec:
     """An input or an output of a model that is served.
 
     Args:
-        name: in requests and answers.
-        datatype: of the protocol, such as "FP32": a key of :data:`DATATYPES`.
-        shape: of one row, without the batch; -1: any size.
+        name: its name in requests and answers.
+        datatype: a key of :data:`DATATYPES`, such as "FP32".
+        shape: the shape of one row, without the batch. -1 allows any size.
 
     Raises:
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has the wrong type.
         ValueError: there is no such datatype, or a size is less than -1.
     """
 
@@ -63,43 +74,69 @@ class TensorSpec:
 
     @classmethod
     def of(cls, name: str, batch: Tensor) -> TensorSpec:
-        """That of a batch ``[B, ...]``.
-
-        Raises:
-            TypeError: the protocol has no name for its dtype.
-        """
-        datatypes = {dtype: datatype for datatype, dtype in DATATYPES.items()}
-        if batch.dtype not in datatypes:
+        """Return the spec of a batch ``[B, ...]``; TypeError if the dtype has no name here."""
+        if batch.dtype not in _NAMES:
             raise TypeError(f"TensorSpec: {name} must be of one of DATATYPES, got {batch.dtype}")
-        return cls(name, datatypes[batch.dtype], tuple(batch.shape[1:]))
+        return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
 
     @property
     def dtype(self) -> torch.dtype:
-        """In torch."""
+        """The dtype in torch."""
         return DATATYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:
-        """As the protocol describes it; the batch may be of any size."""
+        """Return the spec as the protocol describes it, with a batch of any size."""
         return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
 
     def fits(self, shape: Sequence[int]) -> bool:
-        """Whether a row may be of a shape."""
+        """Return whether a row may have this shape."""
         return len(shape) == len(self.shape) and all(
             ours in (-1, theirs) for ours, theirs in zip(self.shape, shape, strict=True)
         )
 
 
-def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
-    """A tensor from its elements, little-endian and in row-major order.
+def specs(
+    module: nn.Module, examples: Sequence[Tensor], names: Sequence[str] | None = None
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Return the specs of a module's inputs and outputs. The module runs once.
+
+    Args:
+        module: the module.
+        examples: its positional arguments, ``[B, ...]`` each. One is named ``input``, several
+            ``input0``, ``input1`` and so on.
+        names: the names of the outputs. Defaults to the keys of a dict, the fields of a named
+            tuple, else ``output``, or ``output0``, ``output1`` and so on.
 
     Raises:
-        RequestError: there are more or fewer bytes than elements need.
+        TypeError: an output is no tensor, or the protocol has no name for a dtype.
+        ValueError: the module returns another number of outputs than there are ``names``.
     """
-    dtype, numbers = DATATYPES[datatype], math.prod(shape)
-    if len(data) != numbers * dtype.itemsize:
+    with torch.no_grad():
+        made = module(*examples)
+    leaves = pytree.tree_leaves(made)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        raise TypeError("the module must return tensors to be served")
+    keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
+    if names is None:
+        flat = len(keys) == len(leaves)  # else some are nested
+        names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
+    if len(names) != len(leaves):
+        raise ValueError(f"--output-names must be {len(leaves)}, one an output, got {names}")
+    inputs = map(TensorSpec.of, _numbered("input", len(examples)), examples)
+    return list(inputs), list(map(TensorSpec.of, names, leaves))
+
+
+def _numbered(word: str, count: int) -> list[str]:
+    return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
+
+
+def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
+    """Return the tensor of elements that are little-endian and in row-major order."""
+    dtype, size = DATATYPES[datatype], math.prod(shape) * DATATYPES[datatype].itemsize
+    if len(data) != size:
         raise invalid(
-            f"input {name!r} must have {numbers * dtype.itemsize} bytes for shape {list(shape)} of "
-            f"{datatype}, got {len(data)}"
+            f"input {name!r} must have {size} bytes for shape {list(shape)} of {datatype}, "
+            f"got {len(data)}"
         )
     stored = torch.uint8 if dtype is torch.bool else dtype
     tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
@@ -107,74 +144,38 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview)
 
 
 def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Tensor:
-    """A tensor from numbers, in one list or nested as its shape says.
-
-    Raises:
-        RequestError: they are of another shape or kind; a row that is to blame is named.
-    """
+    """Return the tensor of numbers that are in one list, or nested as the shape says."""
+    must = f"the data of input {name!r} must be"
     if not isinstance(data, list):
-        raise invalid(f"the data of input {name!r} must be a list, got {type(data).__name__}")
-    array = _array(data)
-    numbers = math.prod(shape)
-    if array is None or array.shape not in ((numbers,), tuple(shape)):
+        raise invalid(f"{must} a list, got {type(data).__name__}")
+    try:
+        array = np.array(data)
+        got = f"shape {list(array.shape)}"
+    except (ValueError, OverflowError):  # ragged, or nested more deeply than numpy allows
+        array, got = np.array(None), "lists of different lengths"
+    dtype, numbers = DATATYPES[datatype], math.prod(shape)
+    if array.shape not in ((numbers,), tuple(shape)):
         raise invalid(
-            f"the data of input {name!r} must be {numbers} numbers, in one list or nested as its "
-            f"shape {list(shape)}, got {_misshapen(array, shape, data)}"
+            f"{must} {numbers} numbers, in one list or nested as its shape {list(shape)}, got {got}"
         )
-    dtype = DATATYPES[datatype]
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
     if array.dtype.kind not in kinds:
-        raise invalid(f"the data of input {name!r} must be of {datatype}{_alien(array, kinds)}")
+        got = array.dtype.name if array.dtype.kind in "biuf" else "something else among them"
+        raise invalid(f"{must} of {datatype}, got {got}")
     if kinds == "iu":
         least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
         if array.min() < least or array.max() > most:
-            raise invalid(f"the data of input {name!r} must be within {least} and {most}")
+            raise invalid(f"{must} within {least} and {most}")
     wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
     return torch.from_numpy(wide).to(dtype).reshape(*shape)
 
 
-def _array(data: list[Any]) -> np.ndarray[Any, np.dtype[Any]] | None:
-    """The numbers as an array; None if it has holes, or more dimensions than arrays have."""
-    try:
-        return np.array(data)
-    except (ValueError, OverflowError):
-        return None
-
-
-def _misshapen(
-    array: np.ndarray[Any, np.dtype[Any]] | None, shape: Sequence[int], data: list[Any]
-) -> str:
-    if array is not None:
-        return f"shape {list(array.shape)}"
-    for row, values in enumerate(data):
-        part = _array(values) if isinstance(values, list) else np.array(values)
-        if part is None or part.shape != tuple(shape[1:]):
-            return f"{'holes' if part is None else f'shape {list(part.shape)}'} in row {row}"
-    return "holes"
-
-
-def _alien(array: np.ndarray[Any, np.dtype[Any]], kinds: str) -> str:
-    """What else is among the numbers."""
-    if array.dtype.kind == "O":  # such as null
-        rows = array.reshape(len(array), -1)
-        for row, values in enumerate(rows):
-            for value in values:
-                if not isinstance(value, int | float):
-                    return f", got {type(value).__name__} in row {row}"
-    return f", got {array.dtype.name if array.dtype.kind in 'biuf' else 'text'}"
-
-
-def checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that the model takes, every row of it finite.
-
-    Raises:
-        RequestError: the cast would lose digits, or a row is not finite.
-    """
+def as_taken(spec: TensorSpec, tensor: Tensor) -> Tensor:
+    """Return the tensor in the model's dtype, if no digit is lost and every row is finite."""
     if not _holds(spec.dtype, tensor.dtype):
-        sent = next(name for name, dtype in DATATYPES.items() if dtype is tensor.dtype)
         raise invalid(
             f"input {spec.name!r} must be of {spec.datatype}, or of what {spec.datatype} holds "
-            f"without loss, got {sent}"
+            f"without loss, got {_NAMES[tensor.dtype]}"
         )
     tensor = tensor.to(spec.dtype)
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -184,19 +185,19 @@ def checked(spec: TensorSpec, tensor: Tensor) -> Tensor:
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every value of one dtype is one of the other."""
+    """Return whether ``wide`` represents every value of ``narrow`` exactly."""
     if wide.is_floating_point and not narrow.is_floating_point:
         return narrow is torch.bool or torch.iinfo(narrow).bits <= _DIGITS[wide]
     return torch.promote_types(wide, narrow) == wide
 
 
 def to_bytes(tensor: Tensor) -> bytes:
-    """The elements, little-endian and in row-major order."""
+    """Return the elements, little-endian and in row-major order."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def to_json(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """The numbers in one row, as JSON has them; what is not finite becomes null."""
+    """Return the numbers in one row for orjson, which writes null for NaN and infinity."""
     tensor = tensor.detach().cpu().reshape(-1)
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()

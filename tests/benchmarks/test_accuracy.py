@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import accuracy
 from benchmarks.subjects import subject
-from coded_torch.evaluation.summary import Scores
+from coded_torch.evaluation.scores import Scores
 
 
 def test_fidelity_is_the_gain_over_berrut_averaged_over_stragglers(generator):

@@ -7,7 +7,7 @@ from benchmarks import schemes
 from benchmarks.subjects import subject
 from coded_torch import codes
 from coded_torch.evaluation.compare import Scheme, received_by
-from coded_torch.evaluation.summary import Scores
+from coded_torch.evaluation.scores import Scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 

@@ -16,8 +16,7 @@ import torch
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.serve import TensorSpec, app
-from coded_torch.serve.factories import specs
+from coded_torch.serve import TensorSpec, app, specs
 from coded_torch.stragglers import Bernoulli, Stragglers
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
@@ -154,7 +153,6 @@ def test_answers_are_not_packed_unless_that_is_wanted(client, accepted):
         (gzip.compress(bytes(2**27)), {"Content_Encoding": "gzip"}, 413, "at most 71680 bytes"),
         (zlib.compress(bytes(2**27)), {"Content_Encoding": "deflate"}, 413, "at most 71680 bytes"),
         (bytes(71681), {}, 413, "at most 71680 bytes"),
-        (b"{}", {"Coded_Torch_Timeout": "soon"}, 400, "Coded-Torch-Timeout must be a number"),
         (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
     ],
 )
@@ -245,7 +243,7 @@ def test_a_body_that_does_not_come_within_the_deadline_is_408():
 def test_a_client_that_goes_leaves_the_queue():
     held = Held()
     application = built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=30.0)
-    batcher = application.state.service._batcher
+    batcher = application.state.service.batcher
     with serving(application) as port:
         with Client(port) as first, Client(port) as second:
             for client in first, second:
@@ -266,9 +264,7 @@ def wait_until(condition):
     assert condition()
 
 
-@pytest.mark.parametrize(
-    ("said", "seconds"), [({}, 0.2), ({"Coded_Torch_Timeout": "50000"}, 0.05)], ids=str
-)
+@pytest.mark.parametrize(("said", "seconds"), [({}, 0.2), ({"timeout": 50_000}, 0.05)], ids=str)
 def test_a_deadline_without_results_is_504_and_in_time(said, seconds):
     held = Held()
     with (
@@ -276,7 +272,7 @@ def test_a_deadline_without_results_is_504_and_in_time(said, seconds):
         Client(port) as client,
     ):
         start = time.monotonic()
-        status, answer = client.infer(ONE, **said)
+        status, answer = client.infer(ONE | {"parameters": said})
         took = time.monotonic() - start
         assert (status, answer["error"][:8]) == (504, "too few ")
         assert seconds - 0.02 <= took < seconds + 1

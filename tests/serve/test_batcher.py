@@ -11,6 +11,7 @@ from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
 from coded_torch.serve.batcher import Batcher
 from coded_torch.serve.errors import RequestError
+from coded_torch.serve.model import Batch
 from coded_torch.workers import WorkerError
 
 
@@ -31,7 +32,8 @@ class Model:
         assert self.go.wait(10)
         report = Report(ended="complete", failed=self.failed)
         self.behave(rows, report)
-        return [2 * rows], report
+        lost = {*report.refused, *(report.missing_rows if self.failed else ())}
+        return Batch([2 * rows], report, lost)
 
     def batcher(self, **options):
         return Batcher(

@@ -15,7 +15,6 @@ from coded_torch.serve.protocol import (
     EXPECTED_ERROR,
     PREDICTED,
     format_answer,
-    header_timeout,
     largest_body,
     parse,
 )
@@ -55,7 +54,7 @@ def binary(batch, datatype="FP32", size=None, **changes):
 def test_json_numbers_nested_or_in_one_list(data):
     request = read(one(data=data))
     assert torch.equal(request.inputs[0], torch.tensor(ROWS))
-    assert (request.rows, request.id, request.timeout) == (2, None, None)
+    assert (len(request.inputs[0]), request.id, request.timeout) == (2, None, None)
     assert request.outputs == [(OUTPUTS[0], False)]
 
 
@@ -108,9 +107,8 @@ def test_rows_that_are_to_blame_are_named():
     bad[1, 2] = torch.nan
     message, tail = binary(bad)
     assert refused(message, tail=tail) == "input 'input' must be finite, but row 1 is not"
-    assert "got shape [2] in row 1" in refused(one(data=[[1, 2, 3], [4, 5]]))
-    assert "got holes in row 0" in refused(one(data=[[1, 2, [3]], [4, 5, 6]]))
-    assert "got NoneType in row 1" in refused(one(data=[[1, 2, 3], [4, None, 6]]))
+    assert "got lists of different lengths" in refused(one(data=[[1, 2, 3], [4, 5]]))
+    assert "got something else among them" in refused(one(data=[[1, 2, 3], [4, None, 6]]))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +147,7 @@ def test_rows_that_are_to_blame_are_named():
         (one(shape=[9, 3]), "must have 1 to 8 rows, the largest batch, got 9"),
         (one(shape=[10**15, 3]), "must have 1 to 8 rows"),
         (one(data="abc"), "must be a list, got str"),
-        (one(data=["a"] * 6), "must be of FP32, got text"),
+        (one(data=["a"] * 6), "must be of FP32, got something else"),
         (one(data=[True] * 6), "must be of FP32, got bool"),
         (one(data=[1, 2]), "must be 6 numbers, in one list or nested as its shape [2, 3]"),
         (one(data=[[1, 2], [3, 4], [5, 6]]), "got shape [3, 2]"),
@@ -192,7 +190,7 @@ def test_binary_sizes_that_do_not_fit(size, tail, why):
 def test_header_lengths_that_are_none(length):
     with pytest.raises(RequestError, match="Inference-Header-Content-Length must be an integer"):
         parse(b"{}", length, INPUTS, OUTPUTS, MOST)
-    with pytest.raises(RequestError, match="at most the length of the body, 2, got 3"):
+    with pytest.raises(RequestError, match="at most the length of the body, 2, got '3'"):
         parse(b"{}", "3", INPUTS, OUTPUTS, MOST)
 
 
@@ -219,11 +217,6 @@ def test_requested_outputs_and_times():
     request = read(message)
     assert request.outputs == [(EXPECTED_ERROR, True), (OUTPUTS[0], False)]
     assert (request.id, request.timeout) == ("a", 0.05)
-    assert header_timeout("50000") == 0.05
-    assert header_timeout(None) is None
-    for wrong in ("0", "-1", "0.5", "soon", "9" * 30):
-        with pytest.raises(RequestError, match="Coded-Torch-Timeout must be a"):
-            header_timeout(wrong)
 
 
 def test_answers_in_json_and_binary():

@@ -30,9 +30,9 @@ WAIT = 120.0
 def lenet():
     """An application; a factory that is sent to replicas whole, as it stands in no package."""
     from coded_torch.codes import KernelCode
+    from coded_torch.demo.lenet5 import lenet5_and_digits
     from coded_torch.nn import CodedWrapper
-    from coded_torch.serve import app
-    from coded_torch.serve.factories import lenet5_and_digits, specs
+    from coded_torch.serve import app, specs
 
     module, examples = lenet5_and_digits()
     inputs, outputs = specs(module, examples)

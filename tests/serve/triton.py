@@ -7,7 +7,8 @@ import pytest
 import torch
 import tritonclient.http as triton
 
-from coded_torch.serve.factories import lenet5_and_digits, specs
+from coded_torch.demo.lenet5 import lenet5_and_digits
+from coded_torch.serve import specs
 
 from .servers import built
 

@@ -1,7 +1,9 @@
-"""What commands read and write: options that are checked, lines, and files."""
+"""Reading and writing of the commands: checked options, lines and pictures."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.util
 import math
 import os
@@ -10,27 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "SUFFIXES",
     "OutputError",
     "UsageError",
+    "device",
     "find_factory",
-    "in_range",
     "need",
-    "output_path",
+    "number",
+    "picture",
     "save",
     "say",
 ]
 
-#: Of pictures.
-SUFFIXES = (".pdf", ".png", ".svg")
+_SUFFIXES = (".pdf", ".png", ".svg")
 
 
 class UsageError(Exception):
-    """What the user must change, in one line."""
+    """A mistake of the user, in one line."""
 
 
 class OutputError(Exception):
@@ -38,13 +41,13 @@ class OutputError(Exception):
 
 
 def say(text: str = "", end: str = "\n") -> None:
-    """Print at once: an output that cannot be written is found before more work is done for it."""
+    """Print at once, so that an output that cannot be written stops the work early."""
     if sys.stdout is None:
         raise OutputError("it is closed")
     try:
         print(text, end=end, flush=True)
     except OSError as error:
-        # Or the interpreter would fail to flush what is left at its end.
+        # Or the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise OutputError(error) from error
 
@@ -62,10 +65,7 @@ def need(command: str, extra: str, *packages: str) -> None:
 def find_factory(command: str, text: str) -> Callable[[], Any]:
     """Import the function that MODULE:FACTORY names.
 
-    What the module's own code raises is not caught: its traceback is what the user needs.
-
-    Raises:
-        UsageError: there is no such module, or no such function in it.
+    An exception of the module's own code is not caught: the user needs its traceback.
     """
     module, _, name = text.partition(":")
     if not (module and name):
@@ -82,49 +82,47 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
     return factory
 
 
-def in_range(
-    command: str,
-    flag: str,
-    value: float,
-    least: float,
-    most: float = math.inf,
-    why: str = "",
-) -> None:
-    """Raise a UsageError unless an option is within its bounds."""
-    # Negated, so that NaN fails.
-    if not value >= least:
-        raise UsageError(f"coded-torch {command}: {flag} must be at least {least}, got {value}")
-    if not value <= most:
-        raise UsageError(f"coded-torch {command}: {flag} must be at most {most}{why}, got {value}")
+# The functions below are types of arguments: argparse puts the flag in front of their complaints.
 
 
-def output_path(command: str, path: Path) -> Path:
-    """The path of a picture, tried out before the work for it begins."""
-    if path.suffix.lower() not in SUFFIXES:
-        reason = f"must end in {', '.join(SUFFIXES)}, got {path}"
-    elif not path.parent.is_dir():
-        reason = f"must be in a folder that exists, got {path}"
-    else:
-        try:
-            _try_to_write(path)
-            return path
-        except OSError as error:
-            reason = f"must be a file that can be written, got {error}"
-    raise UsageError(f"coded-torch {command}: --output {reason}")
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Return a type of arguments: an int or float within bounds."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:  # negated, so that NaN fails
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse shows it
+    return parse
 
 
-def _try_to_write(path: Path) -> None:
-    """OSError where a file cannot be written; what is there stays as it is."""
-    is_new = not os.path.lexists(path)
-    with path.open("ab"):
-        pass
-    if is_new:
-        path.unlink()
+def device(name: str) -> torch.device:
+    """Return a device that torch has here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cpu", *["cuda"] * (count > 0), *(f"cuda:{i}" for i in range(count))]
+    if name not in available:
+        must = f"must be one of {', '.join(available)}, got {name!r}"
+        raise argparse.ArgumentTypeError(must)
+    return torch.device(name)
 
 
-def save(command: str, picture: Figure, output: Path) -> None:
+def picture(text: str) -> Path:
+    """Return the path of a picture."""
+    path = Path(text)
+    if path.suffix.lower() not in _SUFFIXES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(_SUFFIXES)}, got {path}")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {path}")
+    return path
+
+
+def save(command: str, figure: Figure, output: Path) -> None:
     """Write a picture."""
     try:
-        picture.savefig(output, dpi=150)
+        figure.savefig(output, dpi=150)
     except OSError as error:
         raise UsageError(f"coded-torch {command}: --output cannot be written: {error}") from None
