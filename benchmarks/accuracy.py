@@ -34,11 +34,10 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import BerrutCode, Code, KernelCode, LagrangeCode, SplineCode
-from coded_torch.evaluation.compare import Scheme
 from coded_torch.evaluation.scores import Scores, rounded, student
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Uncoded, decode, equal_copies, trial, tuned, unmixed
+from .schemes import BATCH_SIZE, FIXED, Scheme, Uncoded, decode, equal_copies, trial, tuned, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Subject, subject
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S

@@ -32,14 +32,14 @@ from typing import Any
 import torch
 
 from coded_torch.codes import BerrutCode, KernelCode, SplineCode
-from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Scores, ratio
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
 
 from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, evaluate, summaries, tuned, uniform, unmixed
+from .schemes import BATCH_SIZE, FIXED, Case, Scheme, evaluate, summaries, tuned, uniform, unmixed
 from .subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
 
 CASES = ((100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1))

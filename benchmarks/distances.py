@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from coded_torch.codes import KernelCode, ReplicationCode
-from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Scores, rounded
 from coded_torch.input_space.distances import METRICS, Leaf, features_by
 from coded_torch.stragglers import Uniform
 
 from . import tasks
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, decode, equal_copies, summaries, trial
+from .schemes import BATCH_SIZE, Case, Scheme, decode, equal_copies, summaries, trial
 from .subjects import SEED, Batch, Subject
 from .tasks import Task
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode, plan_batch
-from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Interval, rounded
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.ordering import similarity_order
@@ -29,7 +29,7 @@ from coded_torch.stragglers import Uniform
 
 from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, unmixed
+from .schemes import BATCH_SIZE, FIXED, Case, Scheme, unmixed
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))

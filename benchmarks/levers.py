@@ -15,10 +15,9 @@ from typing import Any
 
 from coded_torch.codes import FixedCode, KernelCode, ReplicationCode, SplineCode
 from coded_torch.codes.nodes import equidistant, systematic
-from coded_torch.evaluation.compare import Scheme
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, equal_copies, evaluate, summaries, uniform
+from .schemes import BATCH_SIZE, FIXED, Case, Scheme, equal_copies, evaluate, summaries, uniform
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))

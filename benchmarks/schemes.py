@@ -5,6 +5,7 @@ Intervals are 95 % over batches, paired where codes are compared.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -13,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.codes import BatchPlan, Code, KernelCode, ReplicationCode
-from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Scores
 from coded_torch.evaluation.trial import Trial
-from coded_torch.evaluation.tune import tune
+from coded_torch.evaluation.tune import SETS, chosen
 from coded_torch.input_space.ordering import Grouping
-from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
-from coded_torch.workers import LocalWorkers
 
 from .subjects import AT_ONCE, SEED, Batch
 
 __all__ = [
     "BATCH_SIZE",
     "Case",
+    "Scheme",
     "Uncoded",
     "decode",
     "equal_copies",
@@ -44,6 +44,19 @@ FIXED: dict[str, Any] = {"metric": "shrunk", "length": 2.0}
 BATCH_SIZE = 240
 
 Case = tuple[int, int, int]  # N, K, S
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
+
+    code: Code
+    ordering: str = "similarity"
+    num_stragglers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.code.ordering != self.ordering:
+            object.__setattr__(self, "code", self.code.replace(ordering=self.ordering))
 
 
 class Uncoded(Code):
@@ -76,8 +89,7 @@ class _Uncoded(BatchPlan):
 
 def trial(model: nn.Module, batch: Batch, received: Iterable[Sequence[int]]) -> Trial:
     """A batch through a network: it runs once on it, and once for each encoder that mixes."""
-    workers = LocalWorkers(max_batch_size=AT_ONCE)
-    return Trial(CodedWrapper(model, Uncoded(1, 1), workers=workers), (batch.images,), received)
+    return Trial(model, (batch.images,), received, max_batch_size=AT_ONCE)
 
 
 def decode(
@@ -89,9 +101,7 @@ def decode(
 ) -> tuple[Tensor, float | None]:
     """The answers ``[B, C]`` of a scheme, of outputs after a stage, and the error it expects."""
     lost = num_stragglers if scheme.num_stragglers is None else scheme.num_stragglers
-    (answers,), expected = tried.decode(
-        scheme.code, received, ordering=scheme.ordering, num_stragglers=lost, stage=stage
-    )
+    (answers,), expected = tried.decode(scheme.code, received, num_stragglers=lost, stage=stage)
     return answers, expected
 
 
@@ -151,11 +161,8 @@ def tuned(
     model: nn.Module, batches: Iterable[Batch], scheme: Scheme, num_stragglers: int
 ) -> Scheme:
     """The scheme with the numbers that answer these batches best, S lost uniformly."""
-    wrapper = CodedWrapper(
-        model,
-        scheme.code,
-        workers=LocalWorkers(Uniform(num_stragglers, seed=SEED + 1), max_batch_size=AT_ONCE),
-        ordering=scheme.ordering,
-        shuffle=False,
-    )
-    return scheme._replace(code=tune(wrapper, [batch.images for batch in batches]))
+    law, trials = Uniform(num_stragglers, seed=SEED + 1), []
+    for batch in batches:
+        sets = [received_by(law, scheme.code.num_workers) for _ in range(SETS)]
+        trials.append((trial(model, batch, sets), sets))
+    return dataclasses.replace(scheme, code=chosen(scheme.code, trials, num_stragglers))

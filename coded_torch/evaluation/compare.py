@@ -2,12 +2,11 @@ r"""Codes side by side on one's own model: the same batches, the same lost worke
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +14,17 @@ from torch import Tensor, nn
 from .._arguments import count, instance, shown
 from .._law import Law, law_of
 from .._transforms import on_host
-from ..codes import BerrutCode, Code, KernelCode, LagrangeCode, ReplicationCode, SplineCode
-from ..nn import CodedWrapper
+from ..codes import BerrutCode, Code, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from ..stragglers import Stragglers, Uniform
 from .scores import Interval, Scores
 from .trial import Trial, calls_of
-from .tune import tune
+from .tune import SETS, chosen
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ["Comparison", "Row", "Scheme", "compare", "received_by", "schemes"]
+__all__ = ["Comparison", "Row", "compare", "peers", "received_by"]
 
 # Okabe and Ito's colours, which the colour-blind can distinguish, and a marker each for print.
 _COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#000000")
@@ -35,22 +33,14 @@ _ERROR = "mean squared error / variance of the outputs"
 _EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axis has no place
 
 
-class Scheme(NamedTuple):
-    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
-
-    code: Code
-    ordering: Any = "similarity"
-    num_stragglers: int | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """How one scheme did at one setting; every number with half the width of its 95 % interval.
+    """The scores of one code at one setting, each with half the width of its 95 % interval.
 
     Attributes:
         setting: N, K and S.
-        name: of the scheme.
-        code: with the numbers that :func:`~coded_torch.evaluation.tune.tune` has chosen.
+        name: the name of the code.
+        code: the code with the numbers that were chosen.
         rmse: the root of the mean squared distance of decoded from exact answers.
         mse: the mean squared distance, in units of the outputs' variance.
         relative_accuracy: right answers over those of the bare module; None without labels.
@@ -66,23 +56,22 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What :func:`compare` found; ``print`` shows it as a table in 80 columns.
+    """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
 
     Attributes:
-        rows: scheme by scheme, setting by setting.
+        rows: code by code, setting by setting.
     """
 
     rows: Sequence[Row]
 
     def __str__(self) -> str:
         lines = []
-        for setting, rows in _grouped(self.rows, lambda row: row.setting).items():
-            n, k, s = setting
+        for (n, k, s), rows in _grouped(self.rows, lambda row: row.setting).items():
+            accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += [
                 "",
                 f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost",
-                f"  {'':<25} {'RMSE':<18}{'MSE / variance':<18}"
-                f"{'RelAcc' if rows[0].relative_accuracy else ''}".rstrip(),
+                f"  {'':<25} {'RMSE':<18}{'MSE / variance':<18}{accuracies}".rstrip(),
             ]
             for row in rows:
                 accuracy = _text(row.relative_accuracy) if row.relative_accuracy else ""
@@ -91,7 +80,7 @@ class Comparison:
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
-        """The squared errors: against S for each N and K, or as bars where there is one S.
+        """Draw the squared errors: against S for each N and K, or as bars if there is one S.
 
         Raises:
             ImportError: matplotlib is missing.
@@ -104,7 +93,7 @@ class Comparison:
         return figure
 
     def draw_on(self, figure: Figure | SubFigure) -> None:
-        """What :meth:`draw` draws, on a figure that is there, or on a part of one."""
+        """Draw on an existing figure, or on a part of one."""
         panels = _grouped(self.rows, lambda row: row.setting[:2])
         places = figure.subplots(1, len(panels), squeeze=False).flat
         for axes, ((n, k), rows) in zip(places, panels.items(), strict=True):
@@ -122,9 +111,8 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
 
 def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
     curves = _grouped(rows, lambda row: row.name)
-    for (name, each), (color, marker) in zip(
-        curves.items(), itertools.cycle(_STYLES), strict=False
-    ):
+    styled = zip(curves.items(), itertools.cycle(_STYLES), strict=False)
+    for (name, each), (color, marker) in styled:
         inexact = [row for row in each if (row.mse[0] or 0) > _EXACT]
         x, y = [row.setting[2] for row in inexact], [row.mse[0] or 0.0 for row in inexact]
         axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
@@ -135,22 +123,22 @@ def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
     axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
 
 
-def schemes(num_data: int, num_workers: int) -> dict[str, Scheme]:
-    """The codes of the paper and of its peers, as published and with the batch in order; and ours.
+def peers(num_data: int, num_workers: int) -> dict[str, Code]:
+    """Return the codes of the paper and of its peers, as published and with the batch in order.
 
     Args:
-        num_data: K
+        num_data: K.
         num_workers: N, at least K.
     """
     k, n = num_data, num_workers
     return {
-        "the paper's scheme": Scheme(SplineCode(k, n), "arrival"),
-        "Berrut": Scheme(BerrutCode(k, n), "arrival"),
-        "the paper's, ordered": Scheme(SplineCode(k, n)),
-        "Berrut, ordered": Scheme(BerrutCode(k, n)),
-        "Lagrange, ordered": Scheme(LagrangeCode(k, n, decoder_degree=k - 1)),
-        "replication": Scheme(ReplicationCode(k, n), "arrival"),
-        "KernelCode": Scheme(KernelCode(k, n)),
+        "the paper's scheme": SplineCode(k, n, ordering="arrival"),
+        "Berrut": BerrutCode(k, n, ordering="arrival"),
+        "the paper's, ordered": SplineCode(k, n),
+        "Berrut, ordered": BerrutCode(k, n),
+        "Lagrange, ordered": LagrangeCode(k, n, decoder_degree=k - 1),
+        "replication": ReplicationCode(k, n, ordering="arrival"),
+        "regression": RegressionCode(k, n),
     }
 
 
@@ -161,7 +149,7 @@ def compare(
     settings: Sequence[tuple[int, int, int]] = ((24, 20, 4),),
     *,
     labels: Iterable[Tensor] | None = None,
-    more: Callable[[int, int], Mapping[str, Code | Scheme]] | None = None,
+    more: Callable[[int, int], Mapping[str, Code]] | None = None,
     in_dims: Any = 0,
     out_dims: Any = 0,
     law: Callable[..., Law] = Uniform,
@@ -170,10 +158,9 @@ def compare(
     r"""Compare the codes on a model of one's own.
 
     The paper's scheme, Berrut's and Lagrange's code, replication and
-    :class:`~coded_torch.codes.KernelCode` answer the same batches from the same workers, S of N
-    lost uniformly. The first quarter of the batches, at least one, is what
-    :func:`~coded_torch.evaluation.tune.tune` chooses every code's numbers on, without labels; the
-    others are answered.
+    :class:`~coded_torch.codes.RegressionCode` answer the same batches from the same workers, S of N
+    lost uniformly. On the first quarter of the batches, at least one, every code's numbers are
+    chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
 
     Args:
         module: the module, in evaluation mode.
@@ -181,27 +168,26 @@ def compare(
             called with: an input, or a tuple of positional arguments.
         settings: N, K and S of each: workers, inputs a group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers; the module's output is then
-            ``[B, classes]``. None: errors only.
-        more: called with K and N of every setting: further codes by their names, tuned and drawn
-            like the others. A :class:`Scheme` says how the batch is ordered, too.
-        in_dims, out_dims: as for :class:`~coded_torch.nn.CodedWrapper`.
+            ``[B, classes]``. Defaults to None: errors only.
+        more: called with K and N of every setting, it returns further codes by their names, which
+            are tuned and drawn like the others.
+        in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
         law: called with S and ``seed=``, it returns the law of the lost workers, whose latency is
-            infinite. Defaults to ``Uniform``; other classes of
-            :mod:`coded_torch.stragglers` will do, and so will a callable that returns one.
-        seed: of the lost workers.
+            infinite: a class of :mod:`coded_torch.stragglers`, or a callable. Defaults to
+            ``Uniform``.
+        seed: the seed of the lost workers.
 
     Returns:
-        A table and a picture. Schemes that mix inputs are not in it where an input is not
-        floating-point.
+        A table and a picture. Codes that mix inputs are left out if an input is not floating-point.
 
     Raises:
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has the wrong type.
         ValueError: there are too few batches, or not as many labels; a setting violates
             K <= N or S < N.
 
     Note:
         For every setting the module runs some N / K times on all batches, and for each encoder that
-        is tried on those for tuning.
+        is tried on the first quarter.
 
     Example:
         >>> import torch
@@ -210,7 +196,7 @@ def compare(
         >>> batches = [torch.randn(60, 2, generator=generator) for _ in range(4)]
         >>> found = coded_torch.compare(torch.nn.Tanh(), batches, settings=[(15, 10, 4)])
         >>> error = {row.name: row.mse[0] for row in found.rows}
-        >>> error["KernelCode"] < error["the paper's, ordered"] < error["the paper's scheme"]
+        >>> error["regression"] < error["the paper's, ordered"] < error["the paper's scheme"]
         True
     """
     instance("compare", "module", module, nn.Module)
@@ -220,16 +206,7 @@ def compare(
             "compare: batches must hold at least two, one to tune on and one to answer, "
             f"got {len(calls)}"
         )
-    if isinstance(labels, Tensor) or not (labels is None or isinstance(labels, Sequence)):
-        got = type(labels).__name__
-        raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
-    truth = [None] * len(calls) if labels is None else list(labels)
-    if len(truth) != len(calls):
-        raise ValueError(f"compare: labels must be given for all {len(calls)}, got {len(truth)}")
-    for classes in truth:
-        if labels is not None and not _integers(classes):
-            got = getattr(classes, "dtype", type(classes).__name__)
-            raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
+    truth = _labels(labels, len(calls))
     instance("compare", "more", more, Callable, optional=True)
     instance("compare", "law", law, Callable)
     instance("compare", "settings", settings, Sequence)
@@ -237,44 +214,73 @@ def compare(
     if not settings:
         raise ValueError("compare: settings must hold at least one (N, K, S), got none")
     seed = count("compare", "seed", seed, least=0)
+
+    def tried(args: Any, law: Stragglers, n: int, count: int) -> tuple[Trial, list[list[int]]]:
+        sets = [received_by(law, n) for _ in range(count)]
+        return Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims), sets
+
     tuning = max(1, len(calls) // 4)
     rows = []
-    for setting in settings:
-        n, k, s = setting
-        coded = CodedWrapper(module, KernelCode(k, n), in_dims=in_dims, out_dims=out_dims)
+    for n, k, s in settings:
         lost = _law(law, s, seed + 1)  # not the workers that are lost later
-        tried = _tuned(coded, calls[:tuning], _all(k, n, more), lost)
-        scores = {name: Scores() for name in tried}
-        drawn = _law(law, s, seed)
+        trials = [tried(args, lost, n, SETS) for args in calls[:tuning]]
+        mixable = trials[0][0].mixable
+        codes = {
+            name: chosen(code, trials, s)
+            for name, code in _all(k, n, more).items()
+            if mixable or not code.mixes
+        }
+        scores = {name: Scores() for name in codes}
+        lost = _law(law, s, seed)
         for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
-            received = received_by(drawn, n)
-            trial = Trial(coded, args, [received])
+            trial, (received,) = tried(args, lost, n, 1)
             if classes is not None:
                 _check_labels(classes, trial.exact)
-            for name, scheme in tried.items():
-                answers, _ = trial.decode(
-                    scheme.code, received, ordering=scheme.ordering, num_stragglers=s
-                )
+            for name, code in codes.items():
+                answers, _ = trial.decode(code, received, num_stragglers=s)
                 scores[name].add(_flat(answers), _flat(trial.exact), classes)
-        rows += [_row(setting, name, tried[name].code, x) for name, x in scores.items()]
+        rows += [_row((n, k, s), name, codes[name], x) for name, x in scores.items()]
     return Comparison(rows)
 
 
-def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Scheme]:
-    """The schemes, and what the caller adds to them."""
-    found = schemes(num_data, num_workers)
+def _labels(labels: Any, count: int) -> list[Any]:
+    """Return the labels of each batch, None where there are none."""
+    if labels is None:
+        return [None] * count
+    if isinstance(labels, Tensor) or not isinstance(labels, Sequence):
+        got = type(labels).__name__
+        raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
+    if len(labels) != count:
+        raise ValueError(f"compare: labels must be given for all {count}, got {len(labels)}")
+    for x in labels:
+        if not isinstance(x, Tensor) or x.dtype == torch.bool or torch.is_floating_point(x):
+            got = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
+    return list(labels)
+
+
+def _check_labels(labels: Tensor, exact: Sequence[Tensor]) -> None:
+    shapes = [tuple(leaf.shape) for leaf in exact]
+    if len(shapes) != 1 or len(shapes[0]) != 2 or labels.shape != shapes[0][:1]:
+        raise ValueError(
+            "compare: labels must be [B] for a module that returns [B, classes], got "
+            f"{list(labels.shape)} for {' and '.join(map(str, map(list, shapes)))}"
+        )
+
+
+def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Code]:
+    """Return the peers, and the codes that the caller adds to them."""
+    found = peers(num_data, num_workers)
     added = {} if more is None else more(num_data, num_workers)
     instance("compare", "what more returns", added, Mapping)
-    for name, given in added.items():
-        scheme = given if isinstance(given, Scheme) else Scheme(given)
-        instance("compare", f"what more returns as {name!r}", scheme.code, Code)
-        sizes = scheme.code.num_data, scheme.code.num_workers
-        if name in found or sizes != (num_data, num_workers):
+    for name, code in added.items():
+        instance("compare", f"what more returns as {name!r}", code, Code)
+        if name in found or (code.num_data, code.num_workers) != (num_data, num_workers):
             raise ValueError(
                 f"compare: more must return codes of K = {num_data} and N = {num_workers} under "
-                f"names that are not taken, got {scheme.code} as {name!r}"
+                f"names that are not taken, got {code} as {name!r}"
             )
-        found[name] = scheme
+        found[name] = code
     return found
 
 
@@ -286,7 +292,7 @@ def _law(law: Callable[..., Law], lost: int, seed: int) -> Stragglers:
 
 
 def received_by(law: Stragglers, num_workers: int) -> list[int]:
-    """The workers that one draw of a law does not lose."""
+    """Return the workers that one draw of a law does not lose."""
     return law.sample(num_workers).isfinite().nonzero().flatten().tolist()
 
 
@@ -303,57 +309,15 @@ def _setting(setting: Any) -> tuple[int, int, int]:
     return n, k, s
 
 
-def _integers(labels: Any) -> bool:
-    if not isinstance(labels, Tensor):
-        return False
-    return not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-
-
-def _check_labels(labels: Tensor, exact: Sequence[Tensor]) -> None:
-    shapes = [tuple(leaf.shape) for leaf in exact]
-    if len(shapes) != 1 or len(shapes[0]) != 2 or labels.shape != shapes[0][:1]:
-        raise ValueError(
-            "compare: labels must be [B] for a module that returns [B, classes], got "
-            f"{list(labels.shape)} for {' and '.join(map(str, map(list, shapes)))}"
-        )
-
-
-def _tuned(
-    coded: CodedWrapper, calls: list[Any], every: dict[str, Scheme], lost: Stragglers
-) -> dict[str, Scheme]:
-    """The schemes that apply, with the best numbers."""
-    if not Trial(coded, calls[0]).mixable:
-        every = {name: scheme for name, scheme in every.items() if not scheme.code.mixes}
-    tuned = {}
-    for name, scheme in every.items():
-        wrapper = CodedWrapper(
-            coded.module,
-            scheme.code,
-            stragglers=copy.deepcopy(lost),  # the same for every scheme
-            ordering=scheme.ordering,
-            shuffle=False,
-            in_dims=coded.in_dims,
-            out_dims=coded.out_dims,
-        )
-        tuned[name] = scheme._replace(code=tune(wrapper, calls))
-    return tuned
-
-
 def _row(setting: tuple[int, int, int], name: str, code: Code, scores: Scores) -> Row:
-    summary = scores.summary()
-    accuracy = summary["relative_accuracy"]
-    return Row(
-        setting=setting,
-        name=name,
-        code=code,
-        rmse=summary["rmse"],
-        mse=summary["mse_to_variance"],
-        relative_accuracy=None if accuracy[0] is None else accuracy,
-    )
+    found = scores.summary()
+    accuracy = found["relative_accuracy"]
+    known = None if accuracy[0] is None else accuracy
+    return Row(setting, name, code, found["rmse"], found["mse_to_variance"], known)
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:
-    """All outputs of an input side by side, ``[B, C]``."""
+    """Put all outputs of an input side by side, ``[B, C]``."""
     return torch.cat([leaf[..., None].flatten(1) for leaf in leaves], 1)
 
 
@@ -365,7 +329,7 @@ def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
 
 
 def _text(interval: Interval) -> str:
-    """A number and half the width of its interval, to the digits that the latter leaves."""
+    """Format a number and half the width of its interval, with the digits that this leaves."""
     value, half = interval
     if value is None:
         return ""

@@ -1,4 +1,4 @@
-"""A wrapped module on one batch, tried with any code and from any received set."""
+"""A module on one batch, tried with any code and any received set."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import shown
 from .._transforms import as_called
-from ..codes import BatchPlan, Code, ReplicationCode, plan_batch
-from ..input_space.geometry import Geometry
-from ..input_space.ordering import order_of
-from ..nn import CodedWrapper
+from ..codes import BatchPlan, Code, ReplicationCode
 from ..nn._inputs import Inputs
-from ..nn._results import Results
 from ..nn._stand_in import training_part
-from ..workers import LocalWorkers, Task
+from ..workers.pytrees import broadcast_dims
 
 __all__ = ["Trial", "calls_of"]
 
 
 @as_called()
 def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
-    """The positional arguments of a call for each of ``batches``.
+    """Return the positional arguments of a call for each of ``batches``.
 
     Raises:
         TypeError: they are not a sequence of batches.
@@ -57,16 +53,17 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
 
 
 class Trial:
-    """One batch: what the module makes of it, and what codes decode it to.
+    """One batch: the module's answers, and the answers that codes decode.
 
     The module runs in this process, without gradients: once on the batch, and once for each
-    distinct encoder on the coded inputs of the workers that are in a received set.
+    distinct encoder, on the coded inputs of the workers that are in a received set.
 
     Args:
-        wrapper: the module and how it is called, and the ordering where nothing else is said. Its
-            workers compute nothing; neither its hooks nor its ``on_run`` are called.
+        module: the module.
         args: the positional arguments of the call.
-        received: the received sets.
+        received: the received sets that will be tried.
+        in_dims, out_dims: as for :class:`~coded_torch.nn.CodedWrapper`.
+        max_batch_size: the number of rows that the module is given at most. Defaults to None.
 
     Attributes:
         inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
@@ -75,99 +72,98 @@ class Trial:
     """
 
     def __init__(
-        self, wrapper: CodedWrapper, args: tuple[Any, ...], received: Iterable[Sequence[int]] = ()
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        received: Iterable[Sequence[int]] = (),
+        *,
+        in_dims: Any = 0,
+        out_dims: Any = 0,
+        max_batch_size: int | None = None,
     ) -> None:
-        # Whether its code mixes is checked when it is tried; the batch itself goes to the module.
-        self._inputs = Inputs(args, {}, wrapper.in_dims, ReplicationCode(1, 1))
-        self._wrapper = wrapper
+        # A code that mixes checks the inputs itself; the batch goes to the module as it is.
+        self._inputs = Inputs(args, {}, in_dims, ReplicationCode(1, 1))
+        self._module, self._out_dims, self._most = module, out_dims, max_batch_size
         self._workers = sorted({worker for workers in received for worker in workers})
         self._place = {worker: i for i, worker in enumerate(self._workers)}
-        self._path: Sequence[int] | Tensor | None = None
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
         self.inputs = self._inputs.floating()
         self.mixable = len(self.inputs) == len(self._inputs.batches())
-        self.exact = [leaf[0] for leaf in self._run(lambda leaf: leaf[None])]
+        self.exact = self._run(self._inputs.batches())
 
     def decode(
         self,
         code: Code,
         received: Sequence[int],
         *,
-        ordering: Any = None,
         num_stragglers: int = 0,
         stage: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> tuple[list[Tensor], float | None]:
-        """Every output's answers, ``[B, ...]``, and the error that the code expects of the first.
+        """Return every output's answers, ``[B, ...]``, and the error that the code expects.
 
         Args:
             code: the code.
-            received: the workers whose results there are, one of the trial's received sets.
-            ordering: of the batch; None: the wrapper's.
-            num_stragglers: S, how many late workers the code is to expect.
-            stage: of every output, what is decoded.
+            received: the workers with results, one of the trial's received sets.
+            num_stragglers: S, the number of late workers that the code is to expect.
+            stage: a function of the results of every output, which is decoded.
         """
-        ordering = self._wrapper.ordering if ordering is None else ordering
-        key = code, ordering if isinstance(ordering, str) else id(ordering), num_stragglers
-        if key not in self._plans:
-            plan = plan_batch(
-                code,
-                self._order(code, ordering),
+        if (code, num_stragglers) not in self._plans:
+            plan = code.plan(
                 self.inputs,
                 num_stragglers,
                 batch_size=self._inputs.batch_size,
                 others=[] if self.inputs else self._inputs.batches(),
             )
-            self._plans[key] = plan, self._results_of(plan)
-        plan, results = self._plans[key]
+            self._plans[code, num_stragglers] = plan, self._results_of(code, plan)
+        plan, results = self._plans[code, num_stragglers]
         rows = [self._place[worker] for worker in received]
         arrived = [stage(result[rows]) for result in results]
         answers = [plan.decode(result, received) for result in arrived]
         return answers, plan.expected_rmse(received, arrived[0])
 
-    def _order(self, code: Code, ordering: Any) -> Any:
-        """The path through the batch, found once for all codes that look at nothing else."""
-        by_path = isinstance(ordering, str) and ordering == "similarity"
-        large = self._inputs.batch_size > code.max_chunk
-        if not (by_path and self.inputs) or code.uses_geometry or large:
-            return ordering
-        if self._path is None:
-            self._path = order_of(ordering, self.inputs, Geometry(self.inputs).distances)
-        return self._path
-
-    def _results_of(self, plan: BatchPlan) -> list[Tensor]:
-        """What the workers of the received sets answer, ``[|workers|, G, ...]`` an output."""
-        if not plan.code.mixes:  # they compute inputs of the batch, whose results are known
+    def _results_of(self, code: Code, plan: BatchPlan) -> list[Tensor]:
+        """Return the results of the workers in received sets, ``[|workers|, G, ...]`` an output."""
+        if not code.mixes:  # workers compute inputs of the batch, whose results are known
             return [plan.encode(leaf)[self._workers] for leaf in self.exact]
         coded = [plan.encode(leaf)[self._workers] for leaf in self._inputs.batches()]
         content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
         if content not in self._results:
-            self._results[content] = self._run(lambda leaf: plan.encode(leaf)[self._workers])
+            results = self._run([x.flatten(0, 1) for x in coded])
+            shape = coded[0].shape[:2]
+            self._results[content] = [x.unflatten(0, shape) for x in results]
         return self._results[content]
 
-    def _run(self, encode: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The module's outputs that are decoded, ``[U, R, ...]``, on inputs encoded as such."""
-        wrapper, inputs = self._wrapper, self._inputs
+    def _run(self, batches: list[Tensor]) -> list[Tensor]:
+        """Return the module's outputs that are decoded, ``[R, ...]``, on rows ``[R, ...]``."""
+        rows = len(batches[0])
+        size = self._most or rows
+        parts = [self._call([x[i : i + size] for x in batches]) for i in range(0, rows, size)]
+        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
+
+    def _call(self, batches: list[Tensor]) -> list[Tensor]:
+        inputs, given = self._inputs, iter(batches)
         leaves = [
-            leaf if dim is None else encode(leaf.movedim(dim, 0))
+            leaf if dim is None else next(given).movedim(0, dim)
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
         ]
-        first = next(x for x, dim in zip(leaves, inputs.dims, strict=True) if dim is not None)
-        units, rows = first.shape[:2]
-        task = Task(leaves, inputs.dims, inputs.spec, units, rows, inputs.device, wrapper.out_dims)
-        workers = LocalWorkers(max_batch_size=getattr(wrapper.workers, "max_batch_size", None))
-        results = Results(task)
+        args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
-            for reply in workers.run(wrapper.module, task):
-                results.add(reply)
-        if results.rejected:
-            raise results.misfit or results.rejected[0]
-        stacked = results.stack()
-        return [
-            leaf
-            for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True)
-            if dim is not None and isinstance(leaf, Tensor)
+            outputs, spec = pytree.tree_flatten(self._module(*args, **kwargs))
+        dims = broadcast_dims("out_dims", self._out_dims, spec)
+        found = [
+            output.movedim(dim, 0)
+            for output, dim in zip(outputs, dims, strict=True)
+            if dim is not None and isinstance(output, Tensor)
         ]
+        for output in found:
+            if not output.is_floating_point():
+                raise TypeError(
+                    f"an output must be a floating-point tensor to be decoded, got {output.dtype}"
+                )
+            if not bool(output.isfinite().all()):
+                raise RuntimeError("the module must return finite outputs, got not finite ones")
+        return found
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from benchmarks import schemes
+from benchmarks.schemes import Scheme
 from benchmarks.subjects import subject
 from coded_torch import codes
-from coded_torch.evaluation.compare import Scheme, received_by
+from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
