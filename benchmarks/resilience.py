@@ -323,10 +323,6 @@ def overhead(quick: bool) -> dict[str, Any]:
     with torch.no_grad(), ProcessWorkers(4).start(timeout=START) as pool:
         for name, columns in (("4 x 40 B", 10), ("4 x 1 MiB", 1 << 18)):
             values = torch.randn(4, 1, columns)
-            if values.nbytes >= 1 << 16:  # where a wrapper encodes: what the pool adds to that
-                memory = pool.memory(values.nbytes)
-                assert memory is not None
-                values = memory.view(values.dtype).view(values.shape).copy_(values)
             task = task_of(values)
 
             def call(task: Any = task) -> None:

@@ -1,14 +1,23 @@
-r"""Where the weights of a module are, and whether they have changed."""
+r"""The device of a module's weights, and whether they have changed."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["device_of", "fingerprint"]
+__all__ = ["device_of", "fingerprint", "unchanged"]
+
+Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
+# In a block of `unchanged`: by the id of a module, itself and its fingerprint.
+_KNOWN: ContextVar[dict[int, tuple[nn.Module, Fingerprint]] | None] = ContextVar(
+    "_KNOWN", default=None
+)
 
 
 def device_of(module: Any) -> torch.device | None:
@@ -19,12 +28,31 @@ def device_of(module: Any) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
-    """The module's tensors, and a key that differs once the module has changed.
+@contextlib.contextmanager
+def unchanged() -> Iterator[None]:
+    """Take modules as unchanged in a block, so that :func:`fingerprint` walks each one once."""
+    token = _KNOWN.set({})
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
-    Keep the tensors beside the key: freed, their memory may come to hold other weights, of which
-    the key would be the same.
+
+def fingerprint(module: nn.Module) -> Fingerprint:
+    """Return the module's tensors, and a key that differs once the module has changed.
+
+    Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
+    with the same key.
     """
+    known = _KNOWN.get()
+    if known is None:
+        return _walk(module)
+    if id(module) not in known:
+        known[id(module)] = module, _walk(module)
+    return known[id(module)][1]
+
+
+def _walk(module: nn.Module) -> Fingerprint:
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []
     for tensor in itertools.chain(module.parameters(), module.buffers()):

@@ -6,9 +6,10 @@ random state. Latencies are in seconds; infinite means that the worker never ans
 
 from __future__ import annotations
 
+import abc
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
-from ._law import Drawn, Stragglers, uniform
+from ._transforms import outside
 
 __all__ = [
     "Bernoulli",
     "Contiguous",
-    "Drawn",
     "Markov",
     "Pareto",
     "ShiftedExponential",
@@ -29,6 +29,81 @@ __all__ = [
     "Trace",
     "Uniform",
 ]
+
+
+class Stragglers(abc.ABC):
+    """A law of the latencies of N workers. A law of your own implements ``_draw``.
+
+    Laws can be pickled and copied. A copy goes on from the same state of its generator.
+
+    Args:
+        seed: seeds the law's own generator, an integer of 64 bits. Defaults to None, a new seed.
+
+    Attributes:
+        num_stragglers: S, if exactly S workers never answer, else None.
+
+    Example:
+        >>> from coded_torch import stragglers
+        >>> class Staggered(stragglers.Stragglers):
+        ...     def _draw(self, num_workers, generator):
+        ...         return [0.1 * i for i in range(num_workers)]
+        >>> Staggered().sample(3)
+        tensor([0.0000, 0.1000, 0.2000], dtype=torch.float64)
+    """
+
+    num_stragglers: int | None = None
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(count(self, "seed", seed, -(2**63), 2**64 - 1))
+
+    def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the latencies of one request.
+
+        Args:
+            num_workers: N, at least 1.
+            generator: a CPU generator. Defaults to the law's own.
+
+        Returns:
+            ``[N]``, float64, seconds; infinite for workers that never answer.
+
+        Raises:
+            TypeError: ``num_workers`` is not an integer, or ``generator`` is no generator.
+            ValueError: the law cannot have ``num_workers`` workers.
+        """
+        instance(self, "generator", generator, torch.Generator, optional=True)
+        num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
+        with outside():
+            drawn = self._draw(num_workers, self._generator if generator is None else generator)
+            drawn = torch.as_tensor(drawn, dtype=torch.float64)
+        if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
+            raise ValueError(
+                f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
+                f"got {drawn.tolist()}"
+            )
+        return drawn
+
+    @abc.abstractmethod
+    def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor | Sequence[float]:
+        """Return the latencies of one request, ``[num_workers]``."""
+
+    def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
+        """Return latencies of 0, and infinite ones for ``workers``, indices or a mask."""
+        latencies = torch.zeros(num_workers, dtype=torch.float64)
+        latencies[workers] = math.inf
+        return latencies
+
+    def __repr__(self) -> str:
+        public = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({', '.join(public)})"
+
+
+def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
+    """Return numbers in [0, 1), so that 1 minus them has a logarithm."""
+    return torch.rand(num_workers, dtype=torch.float64, generator=generator)
 
 
 class _FixedNumber(Stragglers):
@@ -50,7 +125,7 @@ class Uniform(_FixedNumber):
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: ``num_stragglers`` or ``seed`` is not an integer.
@@ -75,7 +150,7 @@ class Contiguous(_FixedNumber):
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: ``num_stragglers`` or ``seed`` is not an integer.
@@ -98,7 +173,7 @@ class Bernoulli(Stragglers):
     Args:
         p: the probability, in [0, 1].
         latency: of those that are late, in seconds, at least 0; by default they never answer.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: ``p`` or ``latency`` is not a number, or ``seed`` not an integer.
@@ -116,7 +191,7 @@ class Bernoulli(Stragglers):
         self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        late = uniform(num_workers, generator) < self.p
+        late = _uniform(num_workers, generator) < self.p
         return torch.where(late, self.latency, 0.0).to(torch.float64)
 
 
@@ -128,7 +203,7 @@ class ShiftedExponential(Stragglers):
     Args:
         shift: the least latency, in seconds, at least 0 and finite.
         rate: per second, positive and finite; the mean latency is ``shift + 1 / rate``.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: ``shift`` or ``rate`` is not a number, or ``seed`` not an integer.
@@ -152,7 +227,7 @@ class ShiftedExponential(Stragglers):
         self.rate = positive(self, "rate", rate)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.shift - torch.log1p(-uniform(num_workers, generator)) / self.rate
+        return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
 
 
 class Pareto(Stragglers):
@@ -163,7 +238,7 @@ class Pareto(Stragglers):
     Args:
         shape: the exponent of the tail, positive and finite; the mean is infinite up to 1.
         scale: the least latency, in seconds, positive and finite.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: ``shape`` or ``scale`` is not a number, or ``seed`` not an integer.
@@ -181,7 +256,7 @@ class Pareto(Stragglers):
         self.scale = positive(self, "scale", scale)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.scale * (1 - uniform(num_workers, generator)) ** (-1 / self.shape)
+        return self.scale * (1 - _uniform(num_workers, generator)) ** (-1 / self.shape)
 
 
 class Markov(Stragglers):
@@ -199,7 +274,7 @@ class Markov(Stragglers):
         recover: in [0, 1]; not 0 together with ``fail``.
         good: the latency of a good worker, in seconds, at least 0.
         bad: the latency of a bad worker, in seconds, at least 0.
-        seed: of the law's own generator; by default a new one for every law.
+        seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Raises:
         TypeError: a probability or latency is not a number, or ``seed`` not an integer.
@@ -240,7 +315,7 @@ class Markov(Stragglers):
         self._state = None
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        numbers = uniform(num_workers, generator)
+        numbers = _uniform(num_workers, generator)
         if self._state is None:
             bad = numbers < self.fail / (self.fail + self.recover)
         elif len(self._state) == num_workers:

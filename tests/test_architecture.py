@@ -22,10 +22,8 @@ LAYERS = (
     {"input_space", "linear"},
     {"ops"},
     {"_extension", "stragglers"},
-    {"_law"},
     {
         "_arguments",
-        "_buffers",
         "_cuda_fallback",
         "_heap",
         "_logging",
@@ -34,7 +32,7 @@ LAYERS = (
         "_weights",
     },
 )
-GROUND = LAYERS[-3]
+GROUND = LAYERS[-2]
 ALL = set().union(*LAYERS)
 
 
@@ -65,7 +63,7 @@ def test_imports_run_down(path):
     assert level is not None, f"{own} has no place among the layers"
     below = set().union(*LAYERS[level:]) | {own}
     if own in GROUND:
-        below = {own} | LAYERS[-2] | LAYERS[-1]
+        below = {own} | LAYERS[-1]
     if own in ("workers", "codes"):
         below -= {"workers", "codes"} - {own}
     wrong = {name for name in imported(path) if name in ALL} - below

@@ -290,23 +290,17 @@ def test_a_law_says_what_it_is():
     assert repr(trace) == "Trace(num_requests=1, num_workers=2, position=0)"
 
 
-def test_a_callable_becomes_a_law():
-    def draw(num_workers, generator):
-        return torch.rand(num_workers, generator=generator)
-
-    assert stragglers.Drawn(draw, seed=0).sample(9).equal(stragglers.Drawn(draw, seed=0).sample(9))
-    with pytest.raises(ValueError, match=r"must return 2 latencies of at least 0, got \[1.0\]"):
-        stragglers.Drawn(lambda n, generator: [1.0]).sample(2)
-    with pytest.raises(ValueError, match=r"at least 0, got \[nan\]"):
-        stragglers.Drawn(lambda n, generator: [math.nan]).sample(1)
-    with pytest.raises(TypeError, match="draw must be of type Callable, got float"):
-        stragglers.Drawn(0.5)
-
-
 def test_a_law_of_ones_own():
-    class Last(stragglers.Stragglers):
-        def _draw(self, num_workers, generator):
-            return torch.arange(num_workers, dtype=torch.float64)
+    class Given(stragglers.Stragglers):
+        def __init__(self, *latencies):
+            super().__init__()
+            self._latencies = latencies
 
-    assert Last().sample(3).tolist() == [0.0, 1.0, 2.0]
-    assert Last().num_stragglers is None
+        def _draw(self, num_workers, generator):
+            return self._latencies
+
+    assert Given(0, 1.0, math.inf).sample(3).tolist() == [0.0, 1.0, math.inf]
+    assert Given(1).num_stragglers is None
+    for latencies in ([1.0], [1.0, -1.0], [1.0, math.nan]):
+        with pytest.raises(ValueError, match=r"Given: _draw must return 2 latencies of at least 0"):
+            Given(*latencies).sample(2)

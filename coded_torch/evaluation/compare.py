@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, shown
-from .._law import Law, law_of
 from .._transforms import on_host
 from ..codes import BerrutCode, Code, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from ..stragglers import Stragglers, Uniform
@@ -152,7 +151,7 @@ def compare(
     more: Callable[[int, int], Mapping[str, Code]] | None = None,
     in_dims: Any = 0,
     out_dims: Any = 0,
-    law: Callable[..., Law] = Uniform,
+    law: Callable[..., Stragglers] = Uniform,
     seed: int = 0,
 ) -> Comparison:
     r"""Compare the codes on a model of one's own.
@@ -284,10 +283,9 @@ def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Code]:
     return found
 
 
-def _law(law: Callable[..., Law], lost: int, seed: int) -> Stragglers:
-    found = law_of("compare", "what law returns", law(lost, seed=seed))
-    if found is None:
-        raise TypeError("compare: what law returns must be a law, got None")
+def _law(law: Callable[..., Stragglers], lost: int, seed: int) -> Stragglers:
+    found = law(lost, seed=seed)
+    instance("compare", "the result of law", found, Stragglers)
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._arguments import instance
 from .._transforms import on_host
+from .._weights import unchanged
 from ..codes.base import Code
 from ..input_space.ordering import check_ordering
 from ..scheduling.waiting import History, Waiting
@@ -30,7 +31,7 @@ from ._units import Columns, Rows, Units, check_waiting, most_stragglers
 from .report import Report
 
 if TYPE_CHECKING:
-    from .._law import Law
+    from ..stragglers import Stragglers
 
 __all__ = ["CodedWrapper"]
 
@@ -163,7 +164,7 @@ class CodedWrapper(StandIn):
         code: Code,
         *,
         workers: Workers | None = None,
-        stragglers: Law | None = None,
+        stragglers: Stragglers | None = None,
         waiting: Waiting | None = None,
         ordering: Any = "similarity",
         shuffle: bool | random.Random = True,
@@ -252,7 +253,8 @@ class CodedWrapper(StandIn):
                 answers = module(*args, **kwargs)
             report.note_exact(0)
         else:
-            answers = self._compute(module, waiting, inputs, units, report, start)
+            with unchanged():  # a memory and a pool look at the weights
+                answers = self._compute(module, waiting, inputs, units, report, start)
         report.failed = False
         return answers
 

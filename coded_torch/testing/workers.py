@@ -209,23 +209,23 @@ class WorkersTests(abc.ABC):
         with pool.open(nn.Identity(), task_of(self.values())) as request:
             request.ask(numbered(*([n] for n in range(5)), *([n] for n in range(5))))
             events = events_of(request)
-        machines = pool.num_machines or 10
+        workers = pool.num_workers or 10
         began: dict[Part, Began] = {}
         for event in events:
-            assert 0 <= event.machine < machines
+            assert 0 <= event.worker < workers
             assert 0 <= event.at <= request.now()
             if isinstance(event, Began):
                 assert event.part not in began
                 began[event.part] = event
             else:
                 start = began[event.part]
-                assert event.machine == start.machine
+                assert event.worker == start.worker
                 assert event.latency == pytest.approx(event.at - start.at)
         assert len(began) == 10
         assert len(events) == 20
-        if pool.num_machines:  # one at a time
-            for machine in range(machines):
-                kinds = [type(event) for event in events if event.machine == machine]
+        if pool.num_workers:  # one at a time
+            for worker in range(workers):
+                kinds = [type(event) for event in events if event.worker == worker]
                 assert kinds == [Began, Reply] * (len(kinds) // 2)
 
     def test_a_wait_ends_when_nothing_more_can_come(self, pool):
@@ -277,17 +277,17 @@ class WorkersTests(abc.ABC):
             assert all(threads.map(request, range(60), timeout=WAIT))
 
     def begin_all(self, pool: Workers, folder: Path, extra: int) -> Request:
-        """A request that keeps every machine at a part, and has ``extra`` more that wait."""
-        if pool.num_machines is None:
-            pytest.skip("a machine is free for every part")
-        machines = pool.num_machines
-        task = task_of(torch.arange(1.0 + machines + extra).reshape(-1, 1, 1))
+        """A request that keeps every worker at a part, and has ``extra`` more that wait."""
+        if pool.num_workers is None:
+            pytest.skip("a worker is free for every part")
+        workers = pool.num_workers
+        task = task_of(torch.arange(1.0 + workers + extra).reshape(-1, 1, 1))
         request = pool.open(Gated(str(folder)), task)
-        request.ask(numbered(*([n] for n in range(machines + extra))))
-        begun = [request.wait(WAIT) for _ in range(machines)]
-        assert sorted(event.machine for event in begun) == list(range(machines))
+        request.ask(numbered(*([n] for n in range(workers + extra))))
+        begun = [request.wait(WAIT) for _ in range(workers)]
+        assert sorted(event.worker for event in begun) == list(range(workers))
         assert request.idle == 0
-        until(lambda: len(list(folder.iterdir())) == machines)
+        until(lambda: len(list(folder.iterdir())) == workers)
         return request
 
     def test_closing_drops_what_has_not_begun_and_no_late_result_is_used(self, pool, tmp_path):
@@ -305,11 +305,11 @@ class WorkersTests(abc.ABC):
             assert all((value == 100 + i).all() for value in got.values())
         assert request.wait(WAIT) is None
         ran = {path.name for path in tmp_path.iterdir()} - {"open"}
-        assert ran == {str(n) for n in range(pool.num_machines)}
+        assert ran == {str(n) for n in range(pool.num_workers)}
 
     def test_parts_that_are_dropped_before_they_begin_never_do(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=4) as request:
-            first = pool.num_machines
+            first = pool.num_workers
             request.drop([Part(n, (n,)) for n in (first + 1, first + 3)])
             (tmp_path / "open").touch()
             kept = {*range(first), first, first + 2}
@@ -318,9 +318,9 @@ class WorkersTests(abc.ABC):
 
     def test_parts_that_have_begun_go_on_though_they_are_dropped(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=0) as request:
-            request.drop(numbered(*([n] for n in range(pool.num_machines))))
+            request.drop(numbered(*([n] for n in range(pool.num_workers))))
             (tmp_path / "open").touch()
-            assert set(by_part(replies_of(request))) == set(range(pool.num_machines))
+            assert set(by_part(replies_of(request))) == set(range(pool.num_workers))
 
     def test_a_wait_ends_at_its_time(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=1) as request:
@@ -330,24 +330,56 @@ class WorkersTests(abc.ABC):
             assert request.wait(0.0) is None
             (tmp_path / "open").touch()
 
-    def test_machines_at_earlier_tasks_are_named_as_the_reason(self, pool, tmp_path):
+    def test_workers_at_earlier_tasks_are_the_obstacle(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=0) as earlier:
-            assert earlier.status() == ""
+            assert earlier.obstacle is None
             with pool.open(nn.Identity(), task_of(self.values())) as request:
                 request.ask(numbered((0,)))
                 assert request.wait(0.01) is None
-                n = pool.num_machines
-                assert request.status().startswith(f"{n} of {n} ")
+                obstacle = request.obstacle
+                assert (obstacle.num_workers, obstacle.earlier) == (pool.num_workers,) * 2
                 assert "are at earlier tasks" in request.status()
                 (tmp_path / "open").touch()
                 assert len(replies_of(request)) == 1
+                assert request.obstacle is None
                 assert request.status() == ""
 
-    def test_machines_are_idle_when_they_have_ended(self, pool, tmp_path):
+    def test_parts_avoid_a_worker(self, pool):
+        if pool.num_workers == 1:
+            pytest.skip("there is no other worker")
+        with pool.open(nn.Identity(), task_of(self.values())) as request:
+            parts = [Part(n, (n % 5,), avoid=1 - n % 2) for n in range(2, 12)]
+            request.ask(parts)
+            request.ask(numbered((0,), first=20))
+            events = events_of(request)
+        assert len(events) == 22
+        assert all(event.worker not in (-1, event.part.avoid) for event in events)
+
+    def test_parts_whose_only_worker_they_must_avoid_fail(self, pool):
+        last = (pool.num_workers or 1) - 1
+        if last and not hasattr(pool, "exclude"):
+            pytest.skip("all workers are left")
+        pool.start()
+        with pool.open(nn.Identity(), task_of(self.values())) as request:
+            for place in range(last):
+                pool.exclude(place)
+            request.ask([Part(last, (0,), avoid=last), Part(last + 1, (1,))])
+            replies = {reply.part.number: reply for reply in replies_of(request)}
+            for place in range(last):
+                pool.restart(place)
+            until(lambda: not last or request.idle == last + 1)
+        assert replies[last + 1].error is None
+        failed = replies[last]
+        assert (failed.worker, failed.latency) == (-1, math.inf)
+        assert str(failed.error) == (
+            f"part {last} did not start: only worker {last}, which it avoids, is left"
+        )
+
+    def test_workers_are_idle_when_they_have_ended(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=2) as request:
             (tmp_path / "open").touch()
-            assert len(replies_of(request)) == pool.num_machines + 2
-            until(lambda: request.idle == pool.num_machines)
+            assert len(replies_of(request)) == pool.num_workers + 2
+            until(lambda: request.idle == pool.num_workers)
 
     def test_answers_of_an_exact_code_are_those_of_the_module(self, pool):
         torch.manual_seed(1)
@@ -399,7 +431,7 @@ class WorkersTests(abc.ABC):
             assert len(replies) == self.num_units
             (failed,) = [reply for reply in replies if reply.error is not None]
             assert failed.part.units == (1,)
-            assert (failed.error.part, failed.error.machine) == (1, failed.machine)
+            assert (failed.error.part, failed.error.worker) == (1, failed.worker)
             assert failed.error.kind == "raised"
             return failed.error
 
@@ -435,7 +467,7 @@ class WorkersTests(abc.ABC):
             with twin:
                 replies = list(twin.run(nn.Identity(), task_of(values)))
                 assert len(replies) == self.num_units
-                assert twin.num_machines == pool.num_machines
+                assert twin.num_workers == pool.num_workers
 
     def test_closing_twice_is_fine_and_leaves_nothing_behind(self):
         before = set(threading.enumerate())
@@ -456,8 +488,8 @@ class WorkersTests(abc.ABC):
             pool.close()
             request.ask(numbered((0,)))
             (reply,) = replies_of(request)
-        assert str(reply.error) == "part 0 was never begun: the pool was closed"
-        assert (reply.machine, reply.latency) == (-1, math.inf)
+        assert str(reply.error) == "part 0 did not start: the pool was closed"
+        assert (reply.worker, reply.latency) == (-1, math.inf)
 
     def test_a_pool_that_nothing_holds_leaves_nothing_behind(self):
         before = set(threading.enumerate())

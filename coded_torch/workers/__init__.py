@@ -1,26 +1,28 @@
-"""Pools of machines that run a module, part by part.
+"""Pools of workers that run a module, part by part.
 
-To add a pool:
+To add a pool on real time:
 
-1. Read what :class:`Workers` must keep.
-2. Subclass :class:`~coded_torch.workers.live.LiveRequest`: ``_submit`` puts parts into the queue of
-   the pool, ``idle`` counts the machines that are free, ``_obstacle`` says why parts wait.
-3. Where a machine takes a part, call ``begin``, and compute only if it says so, under
-   ``ambient.restored``, with ``task.payload`` and the part's fault, if any. Then ``settle`` or
-   ``fail``, with ``kind="raised"`` if the module did.
-4. Subclass :class:`Workers`: ``num_machines``, ``open``, ``close``, and how it is pickled. Requests
-   must not hold the pool, so that it ends when nothing else does.
-5. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
+1. Read the rules of :class:`Workers`.
+2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`, which queues the parts: ``send``
+   hands a job to a worker. A worker calls :func:`~coded_torch.workers.faults.compute` under
+   ``job.request.ambient.restored``, and reports by ``settle``, or by ``fail`` with
+   ``kind="raised"`` if the module raised.
+3. Subclass :class:`Workers`: ``num_workers``, ``open``, which returns a
+   :class:`~coded_torch.workers.dispatch.DispatchedRequest`, ``close``, and pickling. Requests must
+   not hold the pool, so that it ends when nothing else holds it.
+4. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
    is a pool of 60 lines.
+
+A pool with a queue elsewhere implements :class:`~coded_torch.workers.live.LiveRequest` instead.
 """
 
-from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from .base import Began, Obstacle, Part, Reply, Request, WorkerError, Workers
 from .devices import DeviceWorkers
 from .faults import Fault, FaultyWorkers
 from .local import LocalWorkers
-from .processes import ProcessWorkers
+from .processes.pool import ProcessWorkers
 from .ray import RayWorkers
-from .reputation import Reputation
+from .task import Task
 
 __all__ = [
     "Began",
@@ -28,11 +30,11 @@ __all__ = [
     "Fault",
     "FaultyWorkers",
     "LocalWorkers",
+    "Obstacle",
     "Part",
     "ProcessWorkers",
     "RayWorkers",
     "Reply",
-    "Reputation",
     "Request",
     "Task",
     "WorkerError",

@@ -1,10 +1,9 @@
-r"""What machines that lie answer: well formed, finite and wrong."""
+r"""Attacks: wrong results that are well formed and finite."""
 
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -13,94 +12,78 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._transforms import as_called, on_host
-from .base import Reply, Task
+from .base import Reply
 from .pytrees import broadcast_dims, flatten
+from .task import Task
 
-__all__ = ["ATTACKS", "Attacker", "Liars"]
+__all__ = ["ATTACKS", "Attack", "Attacker"]
 
-
-#: What is answered instead of rows of a result, ``[rows, ...]``, with a generator of the machine's.
+#: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
 _Lie = Callable[["Attacker", Reply, Tensor], Tensor]
 
 
-class Liars:
-    """The machines of a pool that lie, and what they have seen.
+@dataclasses.dataclass
+class Attacker:
+    """The attack on one request: it changes the rows in replies of some workers.
 
-    Args:
-        attack: one of :data:`ATTACKS`, or a callable.
-        machines: that lie.
-        strength: of the attacks that have one.
-        seed: of what is drawn, together with the number of the request and the machine.
+    Attributes:
+        attack: a key of :data:`ATTACKS`, or a callable.
+        workers: the places of the workers that answer wrongly.
+        strength: of "noise", "offset" and "scale".
+        seed: of all draws, with the numbers of the request and the worker.
+        module, task, request: the request.
+        earlier: the task of the request before, for "replay", or None.
     """
 
-    def __init__(
-        self, attack: str | Attack, machines: Sequence[int], strength: float, seed: int
-    ) -> None:
-        self.attack, self.machines = attack, frozenset(machines)
-        self.strength, self.seed = strength, seed
-        self._lock = threading.Lock()
-        self._last: Task | None = None  # for replays; of one request only, as tasks are large
-
-    def attacker(self, module: nn.Module, task: Task, request: int) -> Attacker:
-        """What the liars answer in one request."""
-        earlier = None
-        if self.attack == "replay":
-            with self._lock:
-                earlier, self._last = self._last, task
-        return Attacker(self, module, task, request, earlier)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None, "_last": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
-
-
-class Attacker:
-    """The lies of one request: a reply is changed in the tensors that have the part's rows."""
-
-    def __init__(
-        self, liars: Liars, module: nn.Module, task: Task, request: int, earlier: Task | None
-    ) -> None:
-        self._liars, self._module, self._task = liars, module, task
-        self._request, self._earlier = request, earlier
-        self.strength = liars.strength
+    attack: str | Attack
+    workers: Collection[int]
+    strength: float
+    seed: int
+    module: nn.Module
+    task: Task
+    request: int
+    earlier: Task | None
 
     def __call__(self, reply: Reply) -> Reply:
-        """The reply as it arrives."""
-        if reply.machine not in self._liars.machines or reply.error is not None:
+        """Return the reply as it arrives."""
+        if reply.worker not in self.workers or reply.error is not None:
             return reply
         with torch.no_grad(), on_host():
-            attack = self._liars.attack
-            lie = ATTACKS[attack] if isinstance(attack, str) else _own(attack)
-            if lie is None:
-                return dataclasses.replace(reply, value=self._other(reply))
+            if self.attack in ("replay", "shift"):
+                return dataclasses.replace(reply, value=self._of_other_inputs(reply))
             leaves, spec = flatten(reply.value)
-            dims = broadcast_dims("out_dims", self._task.out_dims, spec)
+            dims = broadcast_dims("out_dims", self.task.out_dims, spec)
             lies = [
-                lie(self, reply, leaf.movedim(dim, 0)).to(leaf.dtype).movedim(0, dim)
+                self._lie(reply, leaf.movedim(dim, 0)).to(leaf.dtype).movedim(0, dim)
                 if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point()
                 else leaf
                 for leaf, dim in zip(leaves, dims, strict=True)
             ]
         return dataclasses.replace(reply, value=pytree.tree_unflatten(lies, spec))
 
+    def _lie(self, reply: Reply, rows: Tensor) -> Tensor:
+        if callable(self.attack):
+            return self.attack(rows, self.own(reply))
+        lie = ATTACKS[self.attack]
+        assert lie is not None
+        return lie(self, reply, rows)
+
     def own(self, reply: Reply) -> torch.Generator:
-        """A generator of the machine's own."""
-        return self._generator(1 + reply.machine)
+        """Return a generator of the worker."""
+        return self._generator(1 + reply.worker)
 
     def common(self) -> torch.Generator:
-        """The same for all machines that lie in the request."""
+        """Return a generator that is the same for all workers of the attack."""
         return self._generator(0)
 
     def _generator(self, stream: int) -> torch.Generator:
-        entropy = np.random.SeedSequence((self._liars.seed % 2**64, self._request, 1, stream))
+        entropy = np.random.SeedSequence((self.seed % 2**64, self.request, 1, stream))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def rows_of_one_input(self, reply: Reply) -> Tensor:
-        """Which rows of a part are of one input, the same for all: bool ``[rows]``."""
-        task, generator = self._task, self.common()
+        """Return which rows of a part belong to one drawn input: bool ``[rows]``."""
+        task, generator = self.task, self.common()
         unit = int(torch.randint(task.num_units, (), generator=generator))
         row = int(torch.randint(task.unit_rows, (), generator=generator))
         same = torch.ones(len(reply.part.units) * task.unit_rows, dtype=torch.bool)
@@ -110,41 +93,28 @@ class Attacker:
                 same &= (rows == leaf[unit, row]).flatten(1).all(1).cpu()
         return same
 
-    def _other(self, reply: Reply) -> Any:
-        """What the module returns for other inputs: earlier ones, or shifted ones."""
-        units = list(reply.part.units)
-        if self._liars.attack == "shift":
-            args, kwargs = self._task.payload(units)
-            args, kwargs = pytree.tree_map_only(Tensor, _shifted, (args, kwargs))
-            with as_called():
-                return self._module(*args, **kwargs)
-        task = self._task
-        if self._earlier is not None and _alike(self._earlier, task):
-            task = self._earlier
-        step = int(torch.randint(1, max(2, task.num_units), (), generator=self.own(reply)))
-        args, kwargs = task.payload(sorted((unit + step) % task.num_units for unit in units))
+    def _of_other_inputs(self, reply: Reply) -> Any:
+        """Return the module's output for shifted inputs, or for inputs of the request before."""
+        task, units = self.task, list(reply.part.units)
+        if self.attack == "shift":
+            args, kwargs = pytree.tree_map_only(Tensor, _shifted, task.payload(units))
+        else:
+            if self.earlier is not None and _form(self.earlier) == _form(task):
+                task = self.earlier
+            step = int(torch.randint(1, max(2, task.num_units), (), generator=self.own(reply)))
+            args, kwargs = task.payload(sorted((unit + step) % task.num_units for unit in units))
         with as_called():
-            return self._module(*args, **kwargs)
+            return self.module(*args, **kwargs)
 
 
-def _alike(a: Task, b: Task) -> bool:
-    """Whether results of one can be taken for results of the other."""
-
-    def form(task: Task) -> Any:
-        divided = zip(task.leaves, task.dims, strict=True)
-        shapes = [leaf.shape[2:] for leaf, dim in divided if dim is not None]
-        return task.spec, task.unit_rows, task.num_units, shapes
-
-    return bool(form(a) == form(b))
+def _form(task: Task) -> Any:
+    divided = zip(task.leaves, task.dims, strict=True)
+    shapes = [leaf.shape[2:] for leaf, dim in divided if dim is not None]
+    return task.spec, task.unit_rows, task.num_units, shapes
 
 
 def _shifted(leaf: Tensor) -> Tensor:
-    """Rolled along its last dimension by an eighth of it."""
     return leaf.roll(max(1, leaf.shape[-1] // 8), -1) if leaf.dim() > 1 else leaf
-
-
-def _own(attack: Attack) -> _Lie:
-    return lambda attacker, reply, rows: attack(rows, attacker.own(reply))
 
 
 def _spread(rows: Tensor) -> Tensor:
@@ -156,20 +126,8 @@ def _noise(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
     return rows + attacker.strength * _spread(rows) * noise
 
 
-def _sign_flip(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    return -rows
-
-
-def _scale(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    return rows * (1 + attacker.strength / 2)
-
-
-def _constant(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    return rows.mean(0, keepdim=True).expand_as(rows).contiguous()
-
-
 def _permute(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    """In a circle, in an order that is drawn: no row stays."""
+    """Move the rows in a circle, in a random order, so that no row stays."""
     order = torch.randperm(len(rows), generator=attacker.own(reply)).to(rows.device)
     permuted = torch.empty_like(rows)
     permuted[order] = rows[order.roll(1)]
@@ -184,7 +142,7 @@ def _swap(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
 
 
 def _one_row(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    """One row answers another; of one row alone, nothing is changed."""
+    """Replace one row by another one. A single row stays."""
     a, b = torch.randint(len(rows), (2,), generator=attacker.own(reply)).tolist()
     rows = rows.clone()
     rows[a] = rows[b if b != a else a - 1]
@@ -192,7 +150,7 @@ def _one_row(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
 
 
 def _bit_flip(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    """One bit of one number in each row; what is not finite by it becomes 0."""
+    """Flip one bit of one number in each row. A number that is then not finite becomes 0."""
     generator = attacker.own(reply)
     flat = rows.reshape(len(rows), -1).float()
     places = torch.randint(flat.shape[1], (len(flat), 1), generator=generator).to(flat.device)
@@ -210,17 +168,19 @@ def _offset(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
 
 
 def _copies(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
-    """The results of one input, which all that have it answer alike: with the sign flipped."""
+    """Flip the sign of the results of one input."""
     one = attacker.rows_of_one_input(reply).to(rows.device)
     return torch.where(one.view(-1, *[1] * (rows.dim() - 1)), -rows, rows)
 
 
-#: What machines can do to their results, by name; None where they compute others.
+#: The attacks by name; None if the worker computes other inputs.
 ATTACKS: dict[str, _Lie | None] = {
     "noise": _noise,
-    "sign_flip": _sign_flip,
-    "scale": _scale,
-    "constant": _constant,
+    "sign_flip": lambda attacker, reply, rows: -rows,
+    "scale": lambda attacker, reply, rows: rows * (1 + attacker.strength / 2),
+    "constant": lambda attacker, reply, rows: rows.mean(0, keepdim=True).repeat_interleave(
+        len(rows), 0
+    ),
     "replay": None,
     "permute": _permute,
     "swap": _swap,

@@ -1,29 +1,19 @@
-r"""What every pool of workers does: compute parts of a task on its machines, asked one by one."""
+r"""What every pool of workers does: it computes parts of a task, each on one worker."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import functools
+import itertools
 import math
-import operator
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from .pytrees import (
-    broadcast_dims,
-    check_batch,
-    flatten,
-    kind,
-    leaf_name,
-    positional,
-    show,
-    unflatten,
-)
+from .task import Arguments, Task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,263 +21,206 @@ if TYPE_CHECKING:
     from ..stragglers import Stragglers
     from .faults import Fault
 
-__all__ = ["Began", "Part", "Reply", "Request", "Task", "WorkerError", "Workers"]
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+__all__ = ["Began", "Obstacle", "Part", "Reply", "Request", "Task", "WorkerError", "Workers"]
 
 
 class WorkerError(RuntimeError):
-    """What is wrong with the result of one part; where the module raised, that is the cause.
+    """The reason why a part has no value. If the module raised, its exception is the cause.
 
     Attributes:
         part: the number of the part.
-        machine: the machine that had it; -1: none had.
-        reason: what happened, in words that go on after "machine 3" or "part 3".
-        kind: "raised": the module raised, or what it was sent or returned did; "died": its machine
-            ended, or was ended, while it ran; "": anything else.
+        worker: the place of the worker that had the part, or -1 if no worker had it.
+        reason: what happened, in words that continue "worker 3" or "part 3".
+        kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
+            while it computed; "" for anything else.
     """
 
-    def __init__(self, part: int, machine: int, reason: str, kind: str = "") -> None:
+    def __init__(self, part: int, worker: int, reason: str, kind: str = "") -> None:
         self.part = part
-        self.machine = machine
+        self.worker = worker
         self.reason = reason
         self.kind = kind
-        super().__init__(f"part {part} {reason}" if machine < 0 else f"machine {machine} {reason}")
+        super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.part, self.machine, self.reason, self.kind)
+        return type(self), (self.part, self.worker, self.reason, self.kind)
+
+    @property
+    def machine(self) -> int:
+        return self.worker
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """What one machine is asked for: some of the units of a task.
+    """The units of a task that one worker is asked for.
 
     Attributes:
         number: 0, 1, 2, ... within the request, in the order of asking.
         units: at least one, increasing.
-        fault: an injected fault; ignored when parts are compared.
+        fault: an injected fault; comparisons ignore it.
+        avoid: the place of the worker that must not compute this part; comparisons ignore it.
+            If no other worker is left, the part fails. Defaults to None, any worker.
     """
 
     number: int
     units: tuple[int, ...]
     fault: Fault | None = dataclasses.field(default=None, compare=False)
+    avoid: int | None = dataclasses.field(default=None, compare=False)
 
 
 class Began(NamedTuple):
-    """A machine has begun a part.
+    """A worker has begun a part.
 
     Attributes:
-        part: what it has been asked for.
-        machine: its place in the pool.
-        at: when it got the part, in seconds on the clock of the request.
-        fresh: whether it has not run this module before. Then it has to load, compile or warm up,
-            and the time it takes is no measure of its speed.
+        part: the part.
+        worker: the place of the worker in the pool.
+        at: the time at which the worker got the part, in seconds on the clock of the request.
+        fresh: whether the worker runs this module for the first time. It must load, compile or warm
+            up first, so its time says nothing about its speed.
     """
 
     part: Part
-    machine: int
+    worker: int
     at: float
     fresh: bool = False
+
+    @property
+    def machine(self) -> int:
+        return self.worker
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Reply:
-    """What came of a part: a value, or the error that stands in for it.
+    """The end of a part: a value or an error.
 
     Attributes:
-        part: what was asked for.
-        machine: the machine that had it, its place in the pool; -1: none had.
-        at: when the reply arrived, in seconds on the clock of the request.
-        latency: seconds since the machine began the part; infinite where none did.
-        value: what the module returned for the rows of the part, a pytree; tensors lie on the
-            device of the task.
-        error: what went wrong, or None.
+        part: the part.
+        worker: the place of the worker that had the part, or -1 if no worker had it.
+        at: the time of arrival, in seconds on the clock of the request.
+        latency: seconds since the worker began the part; infinite if no worker did.
+        value: the module's output for the rows of the part, a pytree. Tensors are on the device of
+            the task.
+        error: the error, or None.
     """
 
     part: Part
-    machine: int
+    worker: int
     at: float
     latency: float
     value: Any = None
     error: WorkerError | None = None
 
+    @property
+    def machine(self) -> int:
+        return self.worker
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Task:
-    """A call of the module, cut into units; a machine is asked for some of them, a part.
 
-    A unit is a row of a batch (then R = 1), or one of N columns of coded inputs, of one row per
-    group.
+class Obstacle(NamedTuple):
+    """The reason why parts of a request have not begun.
 
     Attributes:
-        leaves: the leaves of ``(args, kwargs)``: a divided one is a tensor ``[U, R, ...]`` of any
-            dtype, any other is the same for every part.
-        dims: per leaf, the dimension at which the module expects the batch; None: not divided.
-        spec: the structure of ``(args, kwargs)``.
-        num_units: U
-        unit_rows: R
-        device: where the divided leaves are, and the results go.
-        out_dims: the batch dimension of the module's outputs, a pytree prefix of them.
+        num_workers: the number of workers in the pool.
+        earlier: how many of them compute parts of other requests.
+        starting: how many are not up yet.
+        excluded: how many get no parts until they are restarted.
+        kind: the word for the workers, such as "processes".
+        grace: seconds that a part may take before its worker is replaced; infinite if none is.
+        trouble: why the last worker that should have started did not.
     """
 
-    leaves: Sequence[Any]
-    dims: Sequence[int | None]
-    spec: pytree.TreeSpec
-    num_units: int
-    unit_rows: int
-    device: torch.device
-    out_dims: Any = 0
+    num_workers: int
+    earlier: int = 0
+    starting: int = 0
+    excluded: int = 0
+    kind: str = "workers"
+    grace: float = math.inf
+    trouble: str = ""
 
-    def payload(self, units: Sequence[int]) -> Arguments:
-        """The ``(args, kwargs)`` of some units, one batch of ``len(units) * R`` rows.
-
-        Args:
-            units: at least one. Of consecutive ones the batch is a view, of others a copy.
-        """
-        (payload,) = self.payloads(units)
-        return payload
-
-    def payloads(self, units: Sequence[int], max_rows: int | None = None) -> Iterator[Arguments]:
-        """The :meth:`payload` in batches of at most ``max_rows`` rows."""
-        run = range(units[0], units[0] + len(units))
-
-        def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
-            if all(map(operator.eq, units, run)):
-                leaf = leaf[run.start : run.stop]
-            else:
-                leaf = leaf.index_select(0, torch.tensor(units, device=leaf.device))
-            return leaf.flatten(0, 1)
-
-        rows = [
-            leaf if dim is None else chosen(leaf)
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+    def __str__(self) -> str:
+        grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
+        reasons = [
+            (self.earlier, f"are at earlier tasks{grace}"),
+            (self.starting, f"are starting{self.trouble and f'; {self.trouble}'}"),
+            (self.excluded, "are excluded"),
         ]
-        size = len(units) * self.unit_rows
-        step = max_rows or size
-        for start in range(0, size, step):
-            batch = [
-                leaf if dim is None else leaf[start : start + step].movedim(0, dim)
-                for leaf, dim in zip(rows, self.dims, strict=True)
-            ]
-            yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
-
-    @functools.cached_property
-    def _is_positional(self) -> bool:
-        """Whether the arguments are the leaves by position: made in a tenth of the time."""
-        return bool(self.spec == positional(len(self.leaves))[0])
-
-    def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-        """Cut what the module returned for the batches of :meth:`payloads` into parts.
-
-        Args:
-            outputs: one per batch.
-            counts: how many units each part has.
-
-        Returns:
-            One output per part, of ``count * R`` rows.
-
-        Raises:
-            ValueError: the outputs of the batches differ in structure, kind or a constant, or a
-                tensor has not one row per row of its batch.
-        """
-        flat, specs = zip(*map(flatten, outputs), strict=True)
-        if any(spec != specs[0] for spec in specs):
-            raise ValueError(
-                "Task: the module must return the same structure for every batch, got "
-                f"{' and '.join(sorted(set(map(str, specs))))}"
-            )
-        sizes = [count * self.unit_rows for count in counts]
-        columns: list[Sequence[Any]] = []
-        for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
-            pieces = [leaves[i] for leaves in flat]
-            if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
-                got = " and ".join(sorted({show(piece) for piece in pieces}))
-                raise ValueError(
-                    f"CodedWrapper: {leaf_name('output', outputs[0], i)} must be the same for "
-                    f"every batch, or a tensor of one dtype, got {got}"
-                )
-            if dim is None or not isinstance(pieces[0], Tensor):
-                columns.append(pieces[:1] * len(counts))
-                continue
-            check_batch(outputs[0], i, pieces[0], dim)
-            leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-            check_batch(outputs[0], i, leaf, dim, sum(sizes))
-            columns.append(leaf.split(sizes, dim))
-        return [unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]
+        return "; ".join(
+            f"{n} of {self.num_workers} {self.kind} {what}" for n, what in reasons if n
+        )
 
 
 class Request(abc.ABC):
-    """A task at a pool, while it is open: parts are asked for, and what comes of them arrives.
+    """A task that is open at a pool: parts are asked for, and events arrive.
 
-    Of every part that is asked for comes, unless it is dropped before:
+    Each part that is asked for, and not dropped before it begins, causes either
 
-    * :class:`Began` when a machine gets it, and later one :class:`Reply`; or
-    * one :class:`Reply` with an error, where no machine ever gets it.
+    * :class:`Began` when a worker gets it, and later one :class:`Reply`; or
+    * one :class:`Reply` with an error, if no worker ever gets it.
 
-    A reply with an error comes no later than the pool's ``timeout`` seconds after the part was
-    asked for; what arrives after that is dropped. A request is used by one thread, and closed by
-    it; :meth:`close` is called where a ``with`` statement ends.
+    A reply with an error arrives at most the pool's ``timeout`` seconds after the part was asked
+    for; whatever arrives later is dropped. One thread uses a request and closes it, usually by a
+    ``with`` statement.
     """
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
-        """Have parts computed, in this order, each by the next machine that is free.
+        """Have parts computed, in this order, each by the next idle worker.
 
-        May be called again while the request is open, and never waits for a machine.
+        The call never waits for a worker, and may be repeated while the request is open.
 
         Args:
-            parts: numbered on from the last ones. They may share units with earlier ones.
+            parts: numbered on from the last ones. Parts may share units.
 
         Raises:
-            RuntimeError: the request is closed. Where the pool is, the parts fail.
+            RuntimeError: the request is closed. If the pool is closed, the parts fail.
         """
 
     @abc.abstractmethod
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        """The next thing that happens.
+        """Return the next event.
 
         Args:
-            until: a time on the clock of the request. What has happened already is returned even
-                if that is past.
+            until: a time on the clock of the request. Events that have already happened are
+                returned even if that time has passed.
 
         Returns:
-            None: that time has come, or nothing more can happen before another part is asked for.
+            None if that time has come, or if nothing more can happen before another part is asked.
         """
 
     @abc.abstractmethod
     def drop(self, parts: Iterable[Part]) -> None:
-        """Parts whose answers are not needed any more: those that have not begun never will.
-
-        The others go on, and their replies arrive.
-        """
+        """Drop parts: those that have not begun never will. The others go on, and reply."""
 
     @abc.abstractmethod
     def now(self) -> float:
-        """Seconds since the request was opened."""
+        """Return the seconds since the request was opened."""
 
     @property
     @abc.abstractmethod
     def idle(self) -> int:
-        """How many machines would begin a part at once if it were asked for now."""
+        """The number of workers that would begin a part at once."""
+
+    @property
+    def obstacle(self) -> Obstacle | None:
+        """The reason why parts have not begun; None if they have, or if the pool cannot tell."""
+        return None
 
     def status(self) -> str:
-        """Why parts that were asked for have not begun, as far as the pool can say: "" or, say,
-        "6 of 6 processes are at earlier tasks (grace 30 s)"."""
-        return ""
+        """Return the obstacle in words: "", or "6 of 6 processes are at earlier tasks"."""
+        return str(self.obstacle or "")
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Drop all that has not begun, and whatever arrives from now on; twice is fine."""
+        """Drop all parts that have not begun, and every later event. May be called twice."""
 
     def abandon(self) -> None:
-        """Close, and end even what machines are at, where the pool can."""
+        """Close the request, and end even the workers that compute its parts, if the pool can."""
         self.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        # Ctrl-C is to leave nothing behind that keeps the next call waiting.
+        # After Ctrl-C, nothing may be left that keeps the next call waiting.
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self.abandon()
         else:
@@ -295,91 +228,79 @@ class Request(abc.ABC):
 
 
 class Workers(abc.ABC):
-    """A pool of machines that run a module, each on one part of a task at a time.
+    """A pool of workers that run a module, each on one part of a task at a time.
 
-    A pool must keep this:
+    A pool must keep these rules:
 
-    1. :meth:`open` returns at once. It raises what makes the whole task impossible (a module that
-       cannot be sent, gradients that cannot pass, a closed pool). The caller's grad mode, inference
-       mode and autocast at that moment hold wherever the module runs.
-    2. Parts wait in one queue, in the order of asking, whatever request they are of. A machine that
-       is free takes the first that is still wanted: its request is open and it is not dropped. From
-       then on it has begun, which the request reports with the machine and the time.
-    3. A machine that is at a part ends it, wanted or not, before it takes another. A result that
-       is not wanted any more is dropped, and reaches no other request.
-    4. Every part that has begun ends in one reply, by an error at the latest when the pool's own
-       ``timeout`` is over. Where the module raises, the machine dies or the result cannot be sent,
-       the reply has a :class:`WorkerError` with that cause, and other parts go on. Its ``kind``
-       tells the first two apart.
-    5. The value of a reply is what the module returns for :meth:`Task.payload` of the part's units,
-       as it is, on the device of the task: whether it can be believed is not the pool's affair.
-       :attr:`Part.fault` is applied where the module runs, by :meth:`Fault.around`.
-    6. Machines are numbered by their places, 0 to :attr:`num_machines` - 1; one that replaces
-       another has the other's number.
-    7. Pools may be shared between threads and wrappers, copied and pickled (without what they
-       hold). :meth:`close` lets go of everything, and so does the end of a pool that is not closed;
-       open requests get an error for each part that is missing.
+    1. :meth:`open` returns at once. It raises whatever makes the whole task impossible: a module
+       that cannot be sent, gradients that cannot pass, a closed pool. The caller's grad mode,
+       inference mode and autocast at that moment hold wherever the module runs.
+    2. Parts wait in one queue, in the order of asking, whichever request they belong to. An idle
+       worker takes the first part that is still wanted (its request is open and the part is not
+       dropped) and that need not avoid this worker. The request then reports that the part began.
+    3. A worker ends its part, wanted or not, before it takes another one. A result that nobody
+       wants any more is dropped, and reaches no other request.
+    4. Each part that has begun ends in one reply, by an error at the latest when the ``timeout``
+       of the pool is over. If the module raises, the worker dies, or the result cannot be sent, the
+       reply has a :class:`WorkerError` with that cause, and other parts go on.
+    5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
+       unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
+       applies :attr:`Part.fault`.
+    6. Workers are numbered by their places, 0 to :attr:`num_workers` - 1. A worker that replaces
+       another one has the same number.
+    7. A part is never given to the worker :attr:`Part.avoid`. If no other worker is left, it fails.
+    8. Pools may be shared between threads and wrappers, copied and pickled (without their workers).
+       :meth:`close` releases everything, and so does the end of a pool that is not closed; open
+       requests get an error for each part that is missing.
 
     Subclasses implement :meth:`open`, and :meth:`close` if they hold anything. A pool on real time
-    gets all of its request but the machines from :class:`~coded_torch.workers.live.LiveRequest`.
-    ``tests/workers/test_threads.py`` is a small one, :mod:`coded_torch.testing.workers` tests any.
+    inherits its request and its queue from :mod:`~coded_torch.workers.dispatch`.
+    ``tests/workers/test_threads.py`` is a small pool, :mod:`coded_torch.testing.workers` tests any.
     """
 
-    #: The law by which the pool delays its machines, if it does.
+    #: The law by which the pool delays its workers, if it does.
     stragglers: Stragglers | None = None
-    #: Whether time is virtual, so that waiting and computing cost none.
+    #: Whether time is virtual, so that waiting and computing take none.
     simulated: bool = False
-    #: How many machines there are; None where there are as many as parts are asked for.
-    num_machines: int | None = None
+    #: The number of workers; None if there is one for each part.
+    num_workers: int | None = None
+
+    @property
+    def num_machines(self) -> int | None:
+        return self.num_workers
 
     @property
     def num_ready(self) -> int | None:
-        """The number of machines that are up now; None where :attr:`num_machines` is."""
-        return self.num_machines
+        """The number of workers that are up now; None if :attr:`num_workers` is."""
+        return self.num_workers
 
     @property
     def num_restarts(self) -> int:
-        """The number of machines that have ended so far and that the pool replaced."""
+        """The number of workers that have ended and were replaced."""
         return 0
 
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
-        """Begin a request: its clock starts, and nothing is asked for yet.
+        """Open a request: its clock starts, and no part is asked for yet.
 
         Args:
-            module: what to run.
-            task: on what.
+            module: the module to run.
+            task: its inputs.
         """
-
-    def memory(self, num_bytes: int) -> Tensor | None:
-        """Memory of this machine that those of the pool read where it is.
-
-        What is encoded into it need not be written again for them. A machine that is late may read
-        there until it ends, and what it writes there is seen by no other; so the memory is used
-        again when the result and all its views are gone, and every machine is done with it.
-
-        Args:
-            num_bytes: at least 1.
-
-        Returns:
-            uint8, ``[num_bytes]``; None: the pool has none, or all of it is in use, and any other
-            memory will do.
-        """
-        return None
 
     @final
     def run(
         self, module: nn.Module, task: Task, *, deadline: float = math.inf
     ) -> Generator[Reply, None, None]:
-        """Ask for every unit at once, as a part of its own.
+        """Ask for every unit at once, each as a part of its own.
 
         Args:
-            module: what to run.
-            task: on what.
-            deadline: seconds to wait for replies; by default as long as the pool itself allows.
+            module: the module to run.
+            task: its inputs.
+            deadline: seconds to wait for replies. Defaults to as long as the pool allows.
 
         Yields:
-            Replies in order of arrival. Closing the generator closes the request.
+            Replies in the order of arrival. Closing the generator closes the request.
         """
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])
@@ -390,21 +311,62 @@ class Workers(abc.ABC):
     def start(
         self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
     ) -> Self:
-        """Bring up what the first request would else bring up, and wait for it.
+        """Start all workers and have them load a module, which else the first request does.
 
         Args:
-            module: what is loaded by every machine, where machines load modules.
-            example: what each machine calls the module with: an input or a tuple of positional
-                arguments.
+            module: the module that every worker loads before this returns. Defaults to none.
+            example: an input, or a tuple of positional arguments, that every worker calls the
+                module with, so that no later call warms up. Defaults to None, no call.
             timeout: seconds.
+
+        Raises:
+            RuntimeError: not all workers loaded the module in time.
+            WorkerError: a worker could not load or call the module.
         """
+        if module is not None and self.num_workers is not None:
+            self._load_everywhere(module, example, self.num_workers, timeout)
         return self
 
+    def _load_everywhere(self, module: nn.Module, example: Any, size: int, seconds: float) -> None:
+        loaded, numbers = set[int](), itertools.count()
+        with torch.no_grad(), self.open(module, _loading(example)) as request:
+            while len(loaded) < size:
+                # Idle workers take a part each. A busy one gets its part in a later round.
+                round = [Part(next(numbers), (0,)) for _ in range(size - len(loaded))]
+                request.ask(round)
+                while round:
+                    event = request.wait(seconds)
+                    if event is None:
+                        raise RuntimeError(
+                            f"{type(self).__name__}: only {len(loaded)} of {size} workers loaded "
+                            "the module in time; "
+                            f"{request.status() or 'the others are still loading'}"
+                        )
+                    if isinstance(event, Reply):
+                        if event.error is not None:
+                            raise event.error
+                        round.remove(event.part)
+                        loaded.add(event.worker)
+
     def close(self) -> None:  # noqa: B027 - most pools hold nothing
-        """Let go of everything the pool holds; twice is fine."""
+        """Release everything that the pool holds. May be called twice."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _loading(example: Any) -> Task:
+    args = example if isinstance(example, tuple) else (example,)
+    leaves, spec = pytree.tree_flatten((args, {}))
+    kind = _Loading if example is None else Task
+    return kind(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
+
+
+class _Loading(Task):
+    """No call at all, since a module cannot be called without known arguments."""
+
+    def payload(self, units: Sequence[int]) -> Arguments | None:  # type: ignore[override]
+        return None

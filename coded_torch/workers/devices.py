@@ -10,9 +10,9 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,53 +21,49 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._streams import read_here
-from ._loading import load_everywhere
-from .base import Began, Part, Reply, Request, Task, Workers
-from .faults import InjectedCrash
-from .live import LiveRequest
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .base import Began, Reply, Request, Task
+from .dispatch import DispatchedRequest, DispatchedWorkers, Dispatcher, Job, Worker
+from .faults import InjectedCrash, compute
 
 __all__ = ["DeviceWorkers"]
 
-_CLOSING_SECONDS = 5.0
+_CLOSING_SECONDS = 5.0  # that closing a pool waits for its threads; not tuned
 _NO_VIEWS: Mapping[int, Tensor] = MappingProxyType({})
 
 
-class DeviceWorkers(Workers):
-    r"""A replica of the module and a thread per device; each takes the next part when it is free.
+class DeviceWorkers(DispatchedWorkers):
+    r"""A replica of the module and a thread per device. An idle thread takes the next part.
 
-    So a slow device holds back no more than the part that it is at. Where the module raises, the
-    part has failed, with the exception as the cause of its error. Results come back to the device
-    of the inputs, and gradients reach the module's own parameters.
+    So a slow device delays only its own part. If the module raises, the part has failed, with the
+    exception as the cause of its error. Results come back to the device of the inputs, and
+    gradients reach the module's own parameters.
 
-    Replicas are shallow copies of the module's tree, made anew for every request, so that they see
-    its attributes, hooks and modes as they are. Tensors that already lie on the device are shared;
-    copies of the others are kept, and made again when the original has changed (an in-place change
-    through ``.data`` goes unnoticed) or when gradients have to flow through the copy. What a
-    replica assigns to its attributes is lost, as with :class:`torch.nn.DataParallel`. What
-    ``torch.compile(module)`` and ``module.compile()`` make is tied to the original and refused; a
+    Replicas are shallow copies of the module's tree. Every request makes them anew, so that they
+    see the present attributes, hooks and modes. Tensors that already lie on the device are shared.
+    Copies of the others are kept, and made again when the original has changed (an in-place change
+    through ``.data`` goes unnoticed) or when gradients have to flow through the copy. Attributes
+    that a replica assigns are lost, as with :class:`torch.nn.DataParallel`. A module that is
+    compiled as a whole, by ``torch.compile(module)`` or ``module.compile()``, is refused; a
     ``forward`` that is decorated with ``torch.compile`` is compiled once for all replicas.
 
     Args:
-        devices: one entry per replica; a device may occur more than once.
+        devices: one entry per replica. A device may occur more than once.
         timeout: seconds after which a part that was asked for and has not replied has failed.
 
     Raises:
-        TypeError: ``devices`` is a single one, or ``timeout`` not a number.
-        ValueError: no device, one that is not there, or ``timeout`` not positive and finite.
+        TypeError: ``devices`` is a single device, or ``timeout`` not a number.
+        ValueError: a device is missing or unknown, or ``timeout`` not positive and finite.
 
     Opening raises:
         TypeError: a part of the module is compiled as a whole.
         RuntimeError: the pool is closed, or the module runs on this pool itself.
 
     Note:
-        A thread cannot be ended: one whose module hangs is at its part until this process ends.
+        A thread cannot be ended. A thread whose module hangs stays until this process ends.
 
         Random numbers come from the generators of this process, one per device. Parts on the CPU
-        take different ones, in the order in which they happen to run. Accelerators that were seeded
-        alike, as :func:`torch.manual_seed` does, draw the same numbers: seed them apart, with
+        take different numbers, in the order in which they happen to run. Accelerators that
+        :func:`torch.manual_seed` seeded alike draw the same numbers: seed them apart, with
         ``torch.cuda.manual_seed`` under ``torch.cuda.device``.
 
     Example:
@@ -84,7 +80,7 @@ class DeviceWorkers(Workers):
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
-        # An empty tensor has the index of "cuda", and fails here where there is no such device.
+        # An empty tensor has the index of "cuda", and fails here if there is no such device.
         self.devices = find_devices(
             self, devices, lambda device: torch.empty(0, device=device).device
         )
@@ -92,8 +88,8 @@ class DeviceWorkers(Workers):
         self._open()
 
     def _open(self) -> None:
-        self.num_machines = len(self.devices)
-        # The threads know the jobs, not the pool: a pool that nothing holds is closed.
+        self.num_workers = len(self.devices)
+        # The threads know the queue, not the pool: a pool that nothing holds is closed.
         self._threads = _Threads(self.devices)
         self._finalizer = weakref.finalize(self, self._threads.close)
 
@@ -102,15 +98,11 @@ class DeviceWorkers(Workers):
         self._threads.check()
         return _DeviceRequest(module, task, self.timeout, self._threads)
 
-    def start(
-        self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
-    ) -> Self:
-        if module is not None and example is not None:
-            load_everywhere(self, module, example, timeout)
-        return self
+    def _dispatcher(self) -> Dispatcher:
+        return self._threads
 
     def close(self) -> None:
-        """End the threads, waiting a few seconds for what they are at; twice is fine."""
+        """End the threads, and wait a few seconds for their parts. May be called twice."""
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,26 +116,21 @@ class DeviceWorkers(Workers):
         return f"DeviceWorkers({[str(device) for device in self.devices]})"
 
 
-class _DeviceRequest(LiveRequest):
-    """A request with what the devices need.
+class _DeviceRequest(DispatchedRequest):
+    """A request with the data that the devices need.
 
     Attributes:
-        module: what to run.
-        views: of its leaves, by their ids, see :func:`_views`.
+        module: the module to run.
+        views: views of its leaves, by their ids, see :func:`_views`.
         ready: events, behind which inputs, weights and views are there.
-        replicas: of the module, one for each device.
+        replicas: the replica of the module on each worker.
     """
 
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
-        super().__init__(task, timeout)
-        self.module = module
+        super().__init__(task, timeout, threads, module)
         self.views = _views(module)
         self.ready = _events((task.device, *threads.devices))
         self.replicas: dict[_Replica, nn.Module] = {}
-        self._threads = threads
-
-    def _submit(self, parts: Sequence[Part]) -> None:
-        self._threads.submit((self, part) for part in parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = super().wait(until)
@@ -153,126 +140,102 @@ class _DeviceRequest(LiveRequest):
                     read_here(leaf)  # it was made on the thread's stream
         return event
 
-    @property
-    def idle(self) -> int:
-        return self._threads.idle()
 
-    def _obstacle(self) -> str:
-        return self._threads.obstacle(self)
+class _Threads(Dispatcher):
+    """The threads of a pool, one per device."""
 
-
-_Job = tuple[_DeviceRequest, Part]
-
-
-class _Threads:
-    """The threads of a pool, one per device, and the jobs that wait for them."""
+    kind = "devices"
 
     def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__(len(devices))
         self.devices = devices
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._replicas: list[_Replica] = []
-        self._threads: list[threading.Thread] = []
-        self._closed = False
+        self._replicas = [_Replica(device, index) for index, device in enumerate(devices)]
+        for replica in self._replicas:
+            self.add(replica)
 
     def check(self) -> None:
         """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError("DeviceWorkers: the pool is closed")
-        if threading.current_thread() in self._threads:
+        if any(replica.thread is threading.current_thread() for replica in self._replicas):
             raise RuntimeError(
                 "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
                 "for itself; give a wrapper inside of a wrapper a pool of its own"
             )
 
-    def submit(self, jobs: Iterable[_Job]) -> None:
-        """Queue jobs, and start the threads if they have not been."""
-        with self._lock:
-            if self._closed:
-                _fail(jobs)
-                return
-            for i in range(len(self._threads), len(self.devices)):
-                replica = _Replica(self.devices[i], i)
-                name = f"coded_torch-{i}-{replica.device}"
-                thread = threading.Thread(
-                    target=replica.serve, args=(self._jobs,), name=name, daemon=True
-                )
-                thread.start()
-                self._threads.append(thread)
-                self._replicas.append(replica)
-            for job in jobs:
-                self._jobs.put(job)
+    def send(self, worker: Worker, job: Job) -> None:
+        assert isinstance(worker, _Replica)
+        worker.give(job, self)
 
-    def idle(self) -> int:
-        """How many threads have nothing to do."""
-        busy = sum(replica.request is not None for replica in self._replicas)
-        return max(len(self.devices) - busy - self._jobs.qsize(), 0)
-
-    def obstacle(self, request: _DeviceRequest) -> str:
-        """How many threads are at other requests than this one."""
-        earlier = sum(replica.request not in (None, request) for replica in self._replicas)
-        return f"{earlier} of {len(self.devices)} devices are at earlier tasks" if earlier else ""
+    def restart(self, index: int) -> None:
+        self._replicas[index].forget()
+        super().restart(index)
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            with contextlib.suppress(queue.Empty):
-                while job := self._jobs.get_nowait():
-                    _fail([job])
-            for _ in self._threads:
-                self._jobs.put(None)
+        """End the threads."""
+        self.stop()
+        for replica in self._replicas:
+            replica.inbox.put(None)
         end = time.monotonic() + _CLOSING_SECONDS
-        for thread in self._threads:
-            if thread is not threading.current_thread():
+        for replica in self._replicas:
+            thread = replica.thread
+            if thread is not None and thread is not threading.current_thread():
                 thread.join(max(end - time.monotonic(), 0.0))
 
 
-class _Replica:
-    """What one thread holds: its device, and copies of the tensors that live elsewhere.
-
-    Attributes:
-        device: where it computes.
-        index: its place in the pool.
-        request: whose part it is at; None: it is idle.
-    """
+class _Replica(Worker):
+    """A device with its thread, and its copies of tensors that lie elsewhere."""
 
     def __init__(self, device: torch.device, index: int = 0) -> None:
+        super().__init__(index)
         self.device = device
-        self.index = index
-        self.request: _DeviceRequest | None = None
+        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None  # until its first job
         self._seen: MutableMapping[nn.Module, bool] = WeakIdKeyDictionary()
         self._streams: dict[torch.device, torch.Stream] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all copies."""
         # tensor -> (its version, its copy's version, the copy)
         self._copies: MutableMapping[Tensor, tuple[Any, int, Tensor]] = WeakIdKeyDictionary()
 
-    def serve(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+    def is_new_to(self, module: nn.Module) -> bool:
+        return module not in self._seen
+
+    def give(self, job: Job, threads: _Threads) -> None:
+        """Have the thread do a job."""
+        self._seen[job.module] = True
+        self.inbox.put(job)
+        if self.thread is None:
+            name = f"coded_torch-{self.index}-{self.device}"
+            self.thread = threading.Thread(
+                target=self._serve, args=(threads,), name=name, daemon=True
+            )
+            self.thread.start()
+
+    def _serve(self, threads: _Threads) -> None:
         """Do jobs until there comes None."""
-        while (job := jobs.get()) is not None:
-            request, part = job
-            self.request = request
-            if request.begin(part, self.index, fresh=request.module not in self._seen):
-                self._seen[request.module] = True
-                self._answer(request, part)
-            # An idle thread must keep no batch alive.
-            self.request = None
-            del job, request
+        while (job := self.inbox.get()) is not None:
+            number = job.number
+            try:
+                assert isinstance(job.request, _DeviceRequest)
+                value = self._call(job.request, job)
+            except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
+                # Not str(cause), which may raise.
+                what = "".join(traceback.format_exception_only(cause)).strip()
+                kind = "died" if isinstance(cause, InjectedCrash) else "raised"
+                threads.fail(self, number, f"failed on {self.device}: {what}", cause, kind)
+            else:
+                threads.settle(self, number, value)
+                del value
+            del job  # an idle thread must keep no batch alive
 
-    def _answer(self, request: _DeviceRequest, part: Part) -> None:
-        try:
-            value = self._call(request, part)
-        except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
-            # Not str(cause), which may raise.
-            what = "".join(traceback.format_exception_only(cause)).strip()
-            kind = "died" if isinstance(cause, InjectedCrash) else "raised"
-            request.fail(part, f"failed on {self.device}: {what}", cause, kind)
-        else:
-            request.settle(part, value)
-
-    def _call(self, request: _DeviceRequest, part: Part) -> Any:
+    def _call(self, request: _DeviceRequest, job: Job) -> Any:
         home = request.task.device
         with contextlib.ExitStack() as stack:
-            # Own streams, or the caller's decoding would queue behind a part that is late. The last
-            # one entered makes this device the current one.
+            # Own streams, or the caller's decoding would queue behind a late part. The last stream
+            # that is entered makes this device the current one.
             streams = [
                 self._stream(d) for d in dict.fromkeys((home, self.device)) if d.type != "cpu"
             ]
@@ -282,18 +245,13 @@ class _Replica:
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                args, kwargs = _to(self.device, request.task.payload(part.units))
+                arguments = _to(self.device, request.task.payload(job.part.units))
                 # Its backward reads the inputs on this stream, when the caller may have let go.
-                pytree.tree_map_only_(Tensor, read_here, (args, kwargs))
-                module = self._module(request)
-                if part.fault is None:
-                    value = module(*args, **kwargs)
-                else:
-                    value = part.fault.around(lambda: module(*args, **kwargs))
-                return _to(home, value)
+                pytree.tree_map_only_(Tensor, read_here, arguments)
+                return _to(home, compute(self._module(request), arguments, job.part.fault))
             finally:
-                # A result has arrived when it can be read. Where the module raised, kernels that
-                # it has launched still read the inputs.
+                # A result has arrived when it can be read. If the module raised, the kernels that
+                # it launched still read the inputs.
                 for stream in streams:
                     stream.synchronize()
 
@@ -344,8 +302,8 @@ class _Replica:
 
 def _refuse_compiled(module: nn.Module) -> None:
     for name, part in module.named_modules():
-        # What torch.compile(module) returns hands attributes on to the original: replicating it
-        # would take that apart. Its context gives it away: its class would import the compiler.
+        # torch.compile(module) returns a proxy of the original: replicating it would take the
+        # original apart. Only its context shows it, as its class would import the compiler.
         if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
             raise TypeError(
                 f"DeviceWorkers: {name or 'the module'} must not be compiled as a whole, as its "
@@ -359,10 +317,10 @@ def _to(device: torch.device, tree: Any) -> Any:
 
 
 def _views(module: nn.Module) -> dict[int, Tensor]:
-    """Views of the leaves of a module on accelerators, if gradients are recorded; by their ids.
+    """Return views of the module's leaves on accelerators, by id, if gradients are recorded.
 
-    Gradients of a leaf are added up on the stream on which it was first used. By a view that is
-    made here, on the caller's: replicas would use it on theirs.
+    Gradients of a leaf are added up on the stream on which it was first used. A view that is made
+    here makes this the caller's stream: replicas would use the leaf on theirs.
     """
     if not torch.is_grad_enabled():
         return {}
@@ -375,14 +333,9 @@ def _views(module: nn.Module) -> dict[int, Tensor]:
 
 
 def _events(devices: Sequence[torch.device]) -> list[torch.Event]:
-    """Marks in the current streams of the devices, behind all that a replica may read."""
+    """Record events in the devices' current streams, behind everything that a replica may read."""
     return [
         torch.accelerator.current_stream(device).record_event()
         for device in set(devices)
         if device.type != "cpu"
     ]
-
-
-def _fail(jobs: Iterable[_Job]) -> None:
-    for request, part in jobs:
-        request.fail(part, "was never begun: the pool was closed")

@@ -1,4 +1,4 @@
-r"""What goes wrong on purpose: for tests, and to see what redundancy is worth."""
+r"""Faults on purpose: for tests, and to measure the value of redundancy."""
 
 from __future__ import annotations
 
@@ -19,45 +19,43 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, probability, real
-from .._law import Law, law_of
 from .._transforms import on_host
 from ..stragglers import Stragglers
-from .attacks import ATTACKS, Attack, Attacker, Liars
-from .base import Began, Part, Reply, Request, Task, Workers
+from .attacks import ATTACKS, Attack, Attacker
+from .base import Began, Obstacle, Part, Reply, Request, Workers
+from .task import Arguments, Task
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Fault", "FaultyWorkers"]
+__all__ = ["Fault", "FaultyWorkers", "compute"]
 
-_DAY = 86_400.0
+_DAY = 86_400.0  # seconds that a hung call sleeps
 
 
 class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a process
-    """The end of a machine that is a thread, and so cannot end alone."""
+    """The end of a worker that is a thread, and so cannot end alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one call of the module.
+    """A fault of one module call.
 
     Attributes:
-        delay: seconds that the call takes longer; infinite: it hangs.
-        kind: a name of :attr:`KINDS`, or None: the result is right.
+        delay: seconds that the call takes longer; if infinite, it hangs.
+        kind: an element of :attr:`KINDS`, or None if the result is right.
     """
 
-    #: What a fault may do, which is to end the machine, or to return what the module did not.
     KINDS: ClassVar = ("crash", "nan", "infinity", "shape", "dtype", "structure")
 
     delay: float = 0.0
     kind: str | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything goes wrong."""
         return self.delay > 0 or self.kind is not None
 
     def around(self, call: Callable[[], Any], die: Callable[[], None] | None = None) -> Any:
-        """What a machine returns instead of ``call()``; ``die`` ends it, else an error."""
+        """Return a worker's result instead of ``call()``. A crash calls ``die``, or raises."""
         if self.delay > 0:
             time.sleep(min(self.delay, _DAY))
         if self.kind == "crash":
@@ -67,7 +65,7 @@ class Fault:
         return self.spoil(call())
 
     def spoil(self, value: Any) -> Any:
-        """The result, made wrong in the way of this fault."""
+        """Return the result, made wrong by this fault."""
         if self.kind == "structure":
             return [value, None]
         return pytree.tree_map_only(Tensor, self._spoil_leaf, value)
@@ -82,48 +80,67 @@ class Fault:
         return leaf
 
 
-class FaultyWorkers(Workers):
-    r"""Any pool, some of whose calls are delayed, hang, crash or return rubbish, from one seed.
+def compute(
+    module: nn.Module,
+    arguments: Arguments | None,
+    fault: Fault | None = None,
+    die: Callable[[], None] | None = None,
+) -> Any:
+    """Call a module as a worker must.
 
-    Faults happen where the module runs: a delayed call keeps its machine busy, a crash ends its
-    process (a thread of :class:`~coded_torch.workers.DeviceWorkers` raises instead), a hung one
+    Args:
+        module: the module.
+        arguments: a :meth:`Task.payload`. If it is None, the module is not called.
+        fault: the fault of the part, or None.
+        die: ends the worker. Defaults to None, if a worker cannot end alone.
+    """
+    if arguments is None:
+        return None
+    args, kwargs = arguments
+    if fault is None:
+        return module(*args, **kwargs)
+    return fault.around(lambda: module(*args, **kwargs), die)
+
+
+class FaultyWorkers(Workers):
+    r"""A pool some of whose calls are late, hang, crash or return wrong results, by one seed.
+
+    Faults happen where the module runs: a delayed call keeps its worker busy, a crash ends its
+    process (a thread of :class:`~coded_torch.workers.DeviceWorkers` raises instead), a hung call
     stays until the pool kills it. On :class:`~coded_torch.workers.LocalWorkers` delays pass on the
     virtual clock.
 
     The faults of a part depend on the seed, the number of its request (in the order in which
-    requests first ask) and its own number, so on nothing that timing changes: of a request that
-    asks for n parts first, part p has entry p modulo n of a draw for n workers, from a generator
-    of (seed, request, p // n). Laws with a state (:class:`~coded_torch.stragglers.Markov`,
-    :class:`~coded_torch.stragglers.Trace`) move on once a request, by the first draw; the others
-    of a request are made by a copy of the law that goes on from there. ``crash_every`` alone goes
-    by the clock.
+    requests first ask) and its own number, not on timing. If a request asks for n parts first, part
+    p has entry p modulo n of a draw for n workers, from a generator of (seed, request, p // n).
+    Laws with a state (:class:`~coded_torch.stragglers.Markov`,
+    :class:`~coded_torch.stragglers.Trace`) move on once a request, by the first draw; a copy of the
+    law makes the others. Only ``crash_every`` goes by the clock.
 
     Args:
-        pool: the pool that computes; closing this one closes it.
+        pool: the pool that computes. Closing this pool closes it.
         delays: the law of the seconds that the parts of a request take longer; infinite: they hang.
-            Or a callable, see :class:`~coded_torch.stragglers.Drawn`.
-        rates: how often a part meets each of :attr:`Fault.KINDS`: "crash", "nan", "infinity",
-            "shape", "dtype", "structure" (probabilities, at most 1 in sum).
-        seed: of all of it, modulo 2^64.
-        crash_every: seconds from one crash to the next, beside those of ``rates``: a part that is
-            drawn of the first request after that many ends its machine. None: there are none.
-        attack: what machines that lie do to every result of theirs, which stays well formed and
-            finite; drawn from (seed, request, machine). "noise", "offset" (the same for all): add
-            ``strength`` times the standard deviation of the result; "scale": multiply by
-            1 + strength / 2. "sign_flip"; "constant": the mean row for all; "permute": rows;
-            "swap": the two largest outputs; "one_row": one row answers another; "bit_flip": a bit
-            in each row; "copies": one input that is drawn for the request is answered wrongly,
-            alike by all that lie. "replay": results of other inputs of the last request, in the
-            first of this one; "shift": of inputs that are shifted along their last dimension by an
-            eighth. These two call the module in this process. Or a callable, which is given rows
-            of a result, ``[rows, ...]``, and a generator, and returns what to answer instead.
-        adversaries: the machines that lie, by their places in the pool.
-        strength: of the attack, as said.
+        rates: the probabilities of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
+            "dtype", "structure"), at most 1 in sum.
+        seed: an integer, modulo 2^64.
+        crash_every: seconds between further crashes: a drawn part of the first request after that
+            time ends its worker. Defaults to None, no such crashes.
+        attack: what the workers in ``adversaries`` do to their results, which stay well formed and
+            finite; drawn from (seed, request, worker). "noise" and "offset" (the same for all) add
+            ``strength`` standard deviations of the result; "scale" multiplies by 1 + strength / 2;
+            "sign_flip"; "constant": the mean row; "permute": rows; "swap": the two largest outputs;
+            "one_row": one row answers another; "bit_flip": a bit in each row; "copies": the results
+            of one drawn input, alike on all workers; "replay": results of the request before;
+            "shift": results of inputs that are shifted along their last dimension by an eighth.
+            The last two call the module in this process. Or a callable that maps rows of a result,
+            ``[rows, ...]``, and a generator to wrong rows.
+        adversaries: the places of the workers that attack.
+        strength: of the attack.
 
     Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: a rate is no probability or has another name, or their sum exceeds 1; another
-            name of an attack, adversaries without one.
+        TypeError: an argument has the wrong type.
+        ValueError: a rate is no probability or has an unknown name, their sum exceeds 1, the attack
+            is unknown, or there are adversaries without an attack.
 
     Example:
         >>> import torch
@@ -142,7 +159,7 @@ class FaultyWorkers(Workers):
         self,
         pool: Workers,
         *,
-        delays: Law | None = None,
+        delays: Stragglers | None = None,
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
         crash_every: float | None = None,
@@ -151,7 +168,7 @@ class FaultyWorkers(Workers):
         strength: float = 1.0,
     ) -> None:
         instance(self, "pool", pool, Workers)
-        delays = law_of(self, "delays", delays)
+        instance(self, "delays", delays, Stragglers, optional=True)
         instance(self, "rates", rates, Mapping, optional=True)
         self.rates = {
             kind: probability(self, f"rates[{kind!r}]", rate)
@@ -164,45 +181,44 @@ class FaultyWorkers(Workers):
                 )
         if not sum(self.rates.values()) <= 1:
             raise ValueError(f"FaultyWorkers: rates must be at most 1 in sum, got {self.rates}")
-        self.pool = pool
-        self.delays = delays
+        self.pool, self.delays = pool, delays
         self.stragglers = pool.stragglers if delays is None else delays
-        self.simulated, self.num_machines = pool.simulated, pool.num_machines
+        self.simulated, self.num_workers = pool.simulated, pool.num_workers
         self.seed = count(self, "seed", seed, least=None)
         self.crash_every = (
             None if crash_every is None else positive(self, "crash_every", crash_every)
-        )
-        self._crashed: float | None = None  # until the first request
-        self.attack = attack
-        self.strength = real(self, "strength", strength, "finite", math.isfinite)
-        self.adversaries = tuple(
-            count(self, "adversaries", machine, least=0) for machine in adversaries
         )
         if attack is not None and not callable(attack) and attack not in ATTACKS:
             raise ValueError(
                 f"FaultyWorkers: attack must be one of {', '.join(ATTACKS)}, a callable or None, "
                 f"got {attack!r}"
             )
+        self.attack = attack
+        self.strength = real(self, "strength", strength, "finite", math.isfinite)
+        self.adversaries = tuple(
+            count(self, "adversaries", place, least=0) for place in adversaries
+        )
         if self.adversaries and attack is None:
             raise ValueError(
                 f"FaultyWorkers: adversaries must come with an attack, got {self.adversaries}"
             )
-        self._liars = (
-            Liars(attack, self.adversaries, self.strength, self.seed)
-            if attack is not None and self.adversaries
-            else None
-        )
         self._requests = 0
+        self._crashed: float | None = None  # until the first request
+        self._last: Task | None = None  # for "replay"; of one request only, as tasks are large
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        def attacker(number: int) -> Attacker | None:
-            return self._liars.attacker(module, task, number) if self._liars else None
+        def attacker(request: int) -> Attacker | None:
+            attack, places = self.attack, frozenset(self.adversaries)
+            if attack is None or not places:
+                return None
+            with self._lock:
+                earlier, self._last = self._last, task if attack == "replay" else None
+            return Attacker(
+                attack, places, self.strength, self.seed, module, task, request, earlier
+            )
 
         return _FaultyRequest(self.pool.open(module, task), self._begin, attacker)
-
-    def memory(self, num_bytes: int) -> Tensor | None:
-        return self.pool.memory(num_bytes)
 
     @property
     def num_ready(self) -> int | None:
@@ -213,7 +229,7 @@ class FaultyWorkers(Workers):
         return self.pool.num_restarts
 
     def _begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
-        """The number of a new request, and the faults of its parts, without end."""
+        """Return the number of a new request, and the faults of its parts, without end."""
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
             first = self._draw(self.delays, num_parts, request, 0)
@@ -225,17 +241,12 @@ class FaultyWorkers(Workers):
                 part = np.random.default_rng((self.seed % 2**64, request)).integers(num_parts)
                 first[part] = dataclasses.replace(first[part], kind="crash")
             delays = copy.copy(self.delays)
-        return request, itertools.chain(first, self._further(delays, num_parts, request))
-
-    def _further(self, delays: Stragglers | None, num_parts: int, request: int) -> Iterator[Fault]:
-        for block in itertools.count(1):
-            yield from self._draw(delays, num_parts, request, block)
+        further = (self._draw(delays, num_parts, request, n) for n in itertools.count(1))
+        return request, itertools.chain(first, itertools.chain.from_iterable(further))
 
     @on_host()
-    def _draw(
-        self, delays: Stragglers | None, num_parts: int, request: int, block: int
-    ) -> list[Fault]:
-        entropy = np.random.SeedSequence((self.seed % 2**64, request, block))
+    def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
+        entropy = np.random.SeedSequence((self.seed % 2**64, *key))
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         seconds = [0.0] * num_parts
         if delays is not None:
@@ -258,8 +269,8 @@ class FaultyWorkers(Workers):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """What only the pool has, such as ``exclude``, ``restart`` and ``pids``."""
-        if name.startswith("_") or name == "pool":  # of this one, and not there yet
+        """Return an attribute that only the pool has: ``exclude``, ``restart``, ``pids``, ..."""
+        if name.startswith("_") or name == "pool":  # our own, which does not exist yet
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
 
@@ -268,7 +279,7 @@ class FaultyWorkers(Workers):
         self.pool.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {**vars(self), "_lock": None, "_last": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -281,7 +292,7 @@ class FaultyWorkers(Workers):
 
 
 class _FaultyRequest(Request):
-    """A request of another pool, whose parts get their faults here, and whose replies lies."""
+    """A request of another pool. It adds faults to the parts, and attacks the replies."""
 
     def __init__(
         self,
@@ -300,12 +311,8 @@ class _FaultyRequest(Request):
             self._attack = self._attacker(number)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
-        faults = (self._faults[part.number] for part in parts)
         self._request.ask(
-            [
-                dataclasses.replace(part, fault=fault or None)
-                for part, fault in zip(parts, faults, strict=True)
-            ]
+            [dataclasses.replace(p, fault=self._faults[p.number] or None) for p in parts]
         )
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
@@ -324,8 +331,9 @@ class _FaultyRequest(Request):
     def idle(self) -> int:
         return self._request.idle
 
-    def status(self) -> str:
-        return self._request.status()
+    @property
+    def obstacle(self) -> Obstacle | None:
+        return self._request.obstacle
 
     def close(self) -> None:
         self._request.close()
@@ -335,5 +343,5 @@ class _FaultyRequest(Request):
 
 
 def kill_own_process() -> None:
-    """End this process as a crash of compiled code would: at once, without a word."""
+    """End this process at once, as a crash of compiled code would."""
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-r"""Requests of pools whose machines compute while real time passes."""
+r"""Requests to workers that compute while real time passes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .base import Began, Part, Reply, Request, Task, WorkerError
+from .base import Began, Obstacle, Part, Reply, Request, Task, WorkerError
 
 __all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
 
@@ -30,7 +30,7 @@ class Interruption:
         self._requests: list[LiveRequest] = []
 
     def watch(self, request: LiveRequest) -> None:
-        """Interrupt this one, too."""
+        """Interrupt this request, too."""
         self._requests.append(request)
         if self._is_set:
             request.interrupt()
@@ -42,24 +42,24 @@ class Interruption:
             request.interrupt()
 
 
-#: What interrupts the requests that are opened in this context.
+#: The interruption of the requests that are opened in this context.
 INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)
 
 
 class LiveRequest(Request):
-    """All of a request but the machines, whose threads report to :meth:`begin` and :meth:`settle`.
+    """A request whose workers report to :meth:`begin`, :meth:`settle` and :meth:`fail`.
 
-    Subclasses put parts into the queue of their pool, in ``_submit``, and say how many machines
-    are :attr:`idle`.
+    Subclasses implement ``_submit``, :attr:`idle` and ``_obstacle``, unless they are a
+    :class:`~coded_torch.workers.dispatch.DispatchedRequest`.
 
     Args:
-        task: what the parts are of.
+        task: the inputs.
         timeout: seconds after which a part that was asked for has failed.
 
     Attributes:
         task: the same.
         ambient: the modes of the caller.
-        abandoned: whether its caller was interrupted, so that not even its machines go on.
+        abandoned: whether the caller was interrupted, so that even its workers need not go on.
     """
 
     def __init__(self, task: Task, timeout: float) -> None:
@@ -67,14 +67,14 @@ class LiveRequest(Request):
         self.ambient = Ambient.capture()
         self._timeout = timeout
         self._opened = time.monotonic()
-        # By the number of the part; None until it begins. What has its reply is not there any more.
+        # By the number of the part: None until it begins, no entry after its reply.
         self._open: dict[int, Began | None] = {}
-        self._asked: deque[tuple[float, Part]] = deque()  # when each was, the oldest first
-        # None is an interruption.
+        self._asked: deque[tuple[float, Part]] = deque()  # times of asking, the oldest first
+        # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = False
         self.abandoned = False
-        # Guards what is open and closed. A pool may take it under a lock of its own, never the
+        # Guards _open and _closed. A pool may take it while it holds a lock of its own, never the
         # other way round.
         self._lock = threading.Lock()
         if (interruption := INTERRUPTION.get()) is not None:
@@ -84,51 +84,51 @@ class LiveRequest(Request):
     def _submit(self, parts: Sequence[Part]) -> None:
         """Put the parts into the queue of the pool."""
 
-    def _obstacle(self) -> str:
-        """Why parts may not have begun, as :meth:`status` says it."""
-        return ""
+    def _obstacle(self) -> Obstacle | None:
+        """Return the reason why parts may not have begun."""
+        return None
 
-    # What the machines call, from any thread.
+    # The workers call these methods, from any thread.
 
     def wants(self, part: Part) -> bool:
-        """Whether a part has still to be begun."""
+        """Return whether a part has still to begin."""
         return self._open.get(part.number, part) is None
 
     def awaits(self, part: Part) -> bool:
-        """Whether the reply to a part is still awaited."""
+        """Return whether the reply to a part is still awaited."""
         return part.number in self._open
 
-    def begin(self, part: Part, machine: int, fresh: bool = False) -> bool:
-        """A machine has got a part. Returns whether it is wanted; if not, it must not begin."""
+    def begin(self, part: Part, worker: int, fresh: bool = False) -> bool:
+        """Note that a worker has got a part. If this returns False, it must not compute it."""
         with self._lock:
             if not self.wants(part):
                 return False
-            began = self._open[part.number] = Began(part, machine, self.now(), fresh)
+            began = self._open[part.number] = Began(part, worker, self.now(), fresh)
             self._events.put(began)
             return True
 
     def settle(self, part: Part, value: Any = None, error: WorkerError | None = None) -> None:
-        """A part has ended, begun or not. Dropped if nothing waits for it."""
+        """End a part, begun or not. Does nothing if its reply is not awaited."""
         with self._lock:
             if part.number in self._open:
                 began, at = self._open.pop(part.number), self.now()
-                machine, latency = (began.machine, at - began.at) if began else (-1, math.inf)
-                self._events.put(Reply(part, machine, at, latency, value, error))
+                worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
+                self._events.put(Reply(part, worker, at, latency, value, error))
 
     def fail(
         self, part: Part, reason: str, cause: BaseException | None = None, kind: str = ""
     ) -> None:
-        """A part has ended by an error; its arguments are those of :class:`WorkerError`."""
+        """End a part by a :class:`WorkerError` of these arguments."""
         began = self._open.get(part.number)
-        error = WorkerError(part.number, began.machine if began else -1, reason, kind)
+        error = WorkerError(part.number, began.worker if began else -1, reason, kind)
         error.__cause__ = cause
         self.settle(part, error=error)
 
     def interrupt(self) -> None:
-        """Have :meth:`wait` raise a CancelledError, from any thread."""
+        """Have :meth:`wait` raise a CancelledError."""
         self._events.put(None)
 
-    # What the caller calls, from one thread.
+    # The caller calls these methods, from one thread.
 
     def ask(self, parts: Sequence[Part]) -> None:
         with self._lock:
@@ -145,14 +145,14 @@ class LiveRequest(Request):
                 return self._next(0.0)
             limit = self._limit()
             try:
-                if limit == math.inf:  # nothing is open: what has happened is here already
+                if limit == math.inf:  # nothing is open: whatever has happened is here already
                     return self._next(0.0)
                 seconds = max(min(until, limit) - self.now(), 0.0)
                 return self._next(min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
                 if until < limit or limit == math.inf:
                     return None
-                self._expire(limit)
+                self._expire()
 
     def _next(self, seconds: float) -> Began | Reply:
         event = self._events.get(timeout=seconds)
@@ -168,10 +168,11 @@ class LiveRequest(Request):
     def now(self) -> float:
         return time.monotonic() - self._opened
 
-    def status(self) -> str:
+    @property
+    def obstacle(self) -> Obstacle | None:
         with self._lock:
             waiting = None in self._open.values()
-        return self._obstacle() if waiting else ""
+        return self._obstacle() if waiting else None
 
     def close(self) -> None:
         with self._lock:
@@ -180,13 +181,13 @@ class LiveRequest(Request):
             self._events = queue.SimpleQueue()  # nothing that has arrived is needed any more
 
     def _limit(self) -> float:
-        """When the oldest part that is open fails."""
+        """Return when the oldest open part fails."""
         with self._lock:
             while self._asked and self._asked[0][1].number not in self._open:
                 self._asked.popleft()
         return self._asked[0][0] + self._timeout if self._asked else math.inf
 
-    def _expire(self, limit: float) -> None:
+    def _expire(self) -> None:
         """Let the oldest part fail."""
         status = self.status()
         _, part = self._asked.popleft()
@@ -196,7 +197,7 @@ class LiveRequest(Request):
 
 @dataclasses.dataclass(frozen=True)
 class Ambient:
-    """The caller's modes that a module call depends on, to hold in another thread as well."""
+    """The modes of the caller that a module call depends on, to be restored elsewhere."""
 
     grad: bool
     inference: bool
@@ -206,7 +207,7 @@ class Ambient:
 
     @classmethod
     def capture(cls) -> Ambient:
-        """The modes of this thread."""
+        """Return the modes of this thread."""
         accelerator = torch.accelerator.current_accelerator()
         return cls(
             torch.is_grad_enabled(),
@@ -227,10 +228,10 @@ class Ambient:
             stack.enter_context(torch.inference_mode(self.inference))
             stack.enter_context(torch.set_grad_enabled(self.grad))  # inference mode sets it too
             for kind, dtype in self.autocast:
-                # The cache of cast weights is one for all threads, and knows of no stream.
+                # All threads share one cache of cast weights, which knows of no stream.
                 cached = self.autocast_cache and device.type == "cpu"
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=cached))
-            # A default device that is an accelerator means the one that the module is on.
+            # If the default device is an accelerator, it stands for the module's device.
             if self.default_device.type != "cpu":
                 stack.enter_context(device)
             yield

@@ -1,4 +1,4 @@
-r"""Workers in this process, whose lateness is simulated on a virtual clock."""
+r"""Workers in this process, simulated on a virtual clock."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ from typing import Any
 
 from torch import nn
 
-from .._arguments import count
-from .._law import Law, law_of
-from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
+from .._arguments import count, instance
+from ..stragglers import Stragglers
+from .base import Began, Part, Reply, Request, WorkerError, Workers
+from .task import Task
 
 __all__ = ["LocalWorkers"]
 
 
 class LocalWorkers(Workers):
-    r"""Machines that are simulated in this process: as many as parts are asked for, all idle.
+    r"""Simulated workers: one for each part, all idle.
 
-    Every part begins on a machine of its own when it is asked for, and takes as long as the law
-    says. Nothing really waits: times are on a virtual clock, on which the module itself takes none,
-    and which stands still but in :meth:`Request.wait`. An exception of the module is the caller's,
-    since all parts run the same code.
+    Part n begins on worker n as soon as it is asked for, and takes as long as the law says. Times
+    are on a virtual clock, which only :meth:`Request.wait` moves; the module itself takes none. An
+    exception of the module is raised to the caller, since all parts run the same code.
 
-    The first ask, of n parts, takes one draw of the law for n workers; part p of the request,
-    whenever it is asked for, takes entry p modulo n of draw p // n.
+    The first ask, of n parts, takes one draw of the law for n workers. Part p of the request takes
+    entry p modulo n of draw p // n, whenever it is asked for.
 
     Args:
-        stragglers: the law of the latencies, or a callable, see
-            :class:`~coded_torch.stragglers.Drawn`; None: all parts are answered at once.
-        max_batch_size: the most rows in one call of the module, to bound memory; None: one call.
+        stragglers: the law of the latencies. Defaults to None, no latencies.
+        max_batch_size: the most rows in one call of the module, to bound memory. Defaults to None,
+            one call.
 
     Raises:
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has the wrong type.
         ValueError: ``max_batch_size`` is less than 1.
 
     Note:
         The parts that are asked for together are computed together, in one batch in the order of
-        their units, when the first of their replies is due: which bits they give depends on which
-        of them reply at all, not on when. Parts that never reply are not computed.
+        their units, when the first of their replies is due. So the bits of the results depend on
+        which parts reply, not on when. Parts that never reply are not computed.
 
     Example:
         >>> from coded_torch.workers import LocalWorkers
@@ -51,10 +51,13 @@ class LocalWorkers(Workers):
 
     simulated = True
 
-    def __init__(self, stragglers: Law | None = None, *, max_batch_size: int | None = None) -> None:
+    def __init__(
+        self, stragglers: Stragglers | None = None, *, max_batch_size: int | None = None
+    ) -> None:
+        instance(self, "stragglers", stragglers, Stragglers, optional=True)
         if max_batch_size is not None:
             max_batch_size = count(self, "max_batch_size", max_batch_size)
-        self.stragglers = law_of(self, "stragglers", stragglers)
+        self.stragglers = stragglers
         self.max_batch_size = max_batch_size
 
     def open(self, module: nn.Module, task: Task) -> Request:
@@ -72,11 +75,11 @@ class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0
-        # When it happens, in which order at one time, what; and where the value is computed.
+        # The time and order of an event, its part, and the batch of a reply.
         self._events: list[tuple[float, int, Part, _Batch | None]] = []
         self._order = itertools.count()
-        self._first = 0  # how many parts were asked for first
-        self._latencies: list[float] = []  # drawn so far, by the number of the part
+        self._first = 0  # the number of parts of the first ask
+        self._latencies: list[float] = []  # by the number of the part
         self._closed = False
 
     def ask(self, parts: Sequence[Part]) -> None:
@@ -86,33 +89,36 @@ class _LocalRequest(Request):
         ends = [self._clock + self._latency(part) for part in parts]
         finite = [(end, part) for end, part in zip(ends, parts, strict=True) if end < math.inf]
         batch = _Batch(self._module, self._task, [part for _, part in finite])
-        begin = [(self._clock, next(self._order), part, None) for part in parts]
-        self._events += begin
+        self._events += [
+            (self._clock, next(self._order), part, None) for part in parts if not _stuck(part)
+        ]
         self._events += [(end, next(self._order), part, batch) for end, part in finite]
-        heapq.heapify(self._events)  # in no time, where all take as long
+        heapq.heapify(self._events)  # in no time, if all take as long
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         bound = until if until > self._clock else self._clock
         if self._events and self._events[0][0] <= bound:
             self._clock, _, part, batch = heapq.heappop(self._events)
-            machine = part.number
             if batch is None:
-                return Began(part, machine, self._clock)
-            value, error = batch.reply(part, self._pool.max_batch_size)
-            return Reply(part, machine, self._clock, self._latency(part), value, error)
+                return Began(part, part.number, self._clock)
+            if _stuck(part):
+                reason = f"did not start: only worker {part.avoid}, which it avoids, is left"
+                error = WorkerError(part.number, -1, reason)
+                return Reply(part, -1, self._clock, math.inf, None, error)
+            value, failed = batch.reply(part, self._pool.max_batch_size)
+            return Reply(part, part.number, self._clock, self._latency(part), value, failed)
         if bound < math.inf:
             self._clock = bound
         return None
 
     def drop(self, parts: Iterable[Part]) -> None:
-        """Nothing: all parts begin when they are asked for."""
+        """Do nothing: all parts begin when they are asked for."""
 
     def now(self) -> float:
         return self._clock
 
     @property
     def idle(self) -> int:
-        """More than anything asks for."""
         return sys.maxsize
 
     def close(self) -> None:
@@ -123,8 +129,15 @@ class _LocalRequest(Request):
         law, drawn = self._pool.stragglers, self._latencies
         while law is not None and len(drawn) <= part.number:
             drawn += law.sample(self._first).tolist()
+        if _stuck(part):
+            return 0.0
         latency = 0.0 if law is None else drawn[part.number]
         return latency if part.fault is None else latency + part.fault.delay
+
+
+def _stuck(part: Part) -> bool:
+    """Return whether a part must avoid the worker that it would have."""
+    return part.avoid == part.number
 
 
 class _Batch:
@@ -133,13 +146,17 @@ class _Batch:
     def __init__(self, module: nn.Module, task: Task, parts: Sequence[Part]) -> None:
         self._module, self._task = module, task
         self._parts = sorted(
-            (part for part in parts if part.fault is None or part.fault.kind != "crash"),
+            (
+                part
+                for part in parts
+                if not (_stuck(part) or (part.fault is not None and part.fault.kind == "crash"))
+            ),
             key=lambda part: part.units,
         )
         self._values: dict[int, Any] | None = None
 
     def reply(self, part: Part, max_rows: int | None) -> tuple[Any, WorkerError | None]:
-        """The value of a part, which is let go of here, or its error."""
+        """Return the value of a part, which is released here, or its error."""
         if part.fault is not None and part.fault.kind == "crash":
             return None, WorkerError(part.number, part.number, "died of an injected crash", "died")
         if self._values is None:
@@ -149,16 +166,14 @@ class _Batch:
 
     def _compute(self, max_rows: int | None) -> dict[int, Any]:
         units = [unit for part in self._parts for unit in part.units]
-        outputs = []
-        for args, kwargs in self._task.payloads(units, max_rows):
-            try:
-                outputs.append(self._module(*args, **kwargs))
-            except Exception as error:
-                if sys.version_info >= (3, 11):
-                    error.add_note(
-                        f"LocalWorkers: raised by the module on units {units}, "
-                        f"{self._task.unit_rows} rows each"
-                    )
-                raise
+        try:
+            outputs = [self._module(*a, **k) for a, k in self._task.payloads(units, max_rows)]
+        except Exception as error:
+            if sys.version_info >= (3, 11):
+                error.add_note(
+                    f"LocalWorkers: raised by the module on units {units}, "
+                    f"{self._task.unit_rows} rows each"
+                )
+            raise
         values = self._task.cut(outputs, [len(part.units) for part in self._parts])
         return {part.number: value for part, value in zip(self._parts, values, strict=True)}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import importlib.util
 import os
 import queue
 import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .._logging import sparing_logger
-from ._supervised.machine import Job, Machine
-from ._supervised.pickles import Pickled, TensorPickler, aligned, cloud_pickler, unpickled
-from ._supervised.pool import SupervisedWorkers
-from ._supervised.supervisor import Supervisor
-from ._supervised.worker_main import LoadedModules, set_up
+from .dispatch import Job, Worker, logger
+from .processes.modules import LoadedModules, set_up
+from .processes.pickles import Pickled, TensorPickler, aligned, cloud_pickler, unpickled
+from .processes.supervised import SupervisedWorkers
+from .processes.supervisor import Supervisor, WatchedWorker
 
 __all__ = ["RayWorkers"]
-
-logger = sparing_logger("coded_torch.workers")
-
-_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray binds all sockets to 127.0.0.1
 
 # A pickle, and the bytes of its tensors as arrays, each of which Ray writes once to its store.
 Packed = tuple[bytes, list[Any]]
@@ -37,55 +35,47 @@ Packed = tuple[bytes, list[Any]]
 class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, on as many machines as a Ray cluster has.
 
-    As :class:`~coded_torch.workers.ProcessWorkers`, but for where the workers are: any of them
-    takes any part, one that dies or takes longer than ``grace`` is replaced, the module is sent
-    once, and gradients do not pass. Modules that are defined in a script or a session need not be
-    importable elsewhere.
+    The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`: an
+    idle actor takes the next part, an actor that dies or takes longer than ``grace`` is replaced,
+    the module is sent once, and gradients do not pass. Modules that are defined in a script or a
+    session need not be importable elsewhere. Ray comes with ``pip install 'coded_torch[ray]'``.
 
-    Needs the extra ``ray``: ``pip install 'coded_torch[ray]'``.
-
-    A cluster of its own listens on the loopback interface only, if this pool is what imports Ray:
-    it then sets ``RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0`` before, which Ray reads at its import only
-    (set it yourself where you import Ray first). Otherwise, and in a cluster that is joined, the
-    processes of Ray listen on every interface, for anything that reaches this machine.
+    If this pool is the first to import Ray, a cluster of its own listens on the loopback interface
+    only. Otherwise, and in a cluster that is joined, the processes of Ray listen on every
+    interface, to everything that reaches this machine.
 
     Args:
-        num_workers: how many actors.
-        address: of the cluster, as :func:`ray.init` takes it. None: the one that this process is
-            connected to, else one of its own on this machine, without dashboard and usage report;
-            it ends with the last pool that uses it. A process is in one cluster at a time.
-        threads: how many threads each actor uses for one operation.
-        grace: seconds that a part may take, as for processes, but loading the module included.
+        num_workers: the number of actors, at least 1.
+        address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
+            that this process is connected to, else one of its own on this machine, which ends with
+            the last pool that uses it. A process is in one cluster at a time.
+        threads: the number of threads that each actor uses for one operation.
+        grace: seconds that a part may take, with loading the module.
         timeout: seconds after which a part that was asked for and has not replied has failed.
-        max_requests: how many requests may be served at once; the parts of others wait for room.
-        actor_options: what Ray is to know of each actor, such as ``num_gpus=1``, ``resources``,
-            ``scheduling_strategy``; by default ``num_cpus=0``, so that any number of them runs
-            anywhere. With ``num_gpus``, the actor computes on the first of them.
+        actor_options: options of each actor for Ray, such as ``num_gpus=1``, ``resources``,
+            ``scheduling_strategy``. By default ``num_cpus=0``, so that any number of actors runs
+            anywhere. With ``num_gpus``, an actor computes on the first of them.
 
     Raises:
         ImportError: Ray is not installed.
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has the wrong type.
         ValueError: a number is not positive.
 
     Starting raises:
         RuntimeError: this process is in another cluster.
 
     Note:
-        Some milliseconds a request, ten times what processes take on one machine. Ray restarts no
-        actor: this pool does, as it knows sooner. An actor of which Ray itself hears nothing (one
-        that is stopped) is ended after ``grace``.
+        A request takes some milliseconds, ten times what processes take on one machine. Ray hears
+        nothing of an actor that is stopped: it is ended after ``grace``.
 
     Example:
         .. code-block:: python
 
             import torch
-            from coded_torch.codes import KernelCode
-            from coded_torch.nn import CodedWrapper
             from coded_torch.workers import RayWorkers
 
-            with RayWorkers(6, address="auto", num_gpus=1).start() as workers, torch.no_grad():
-                coded = CodedWrapper(torch.nn.Linear(3, 2), KernelCode(4, 6), workers=workers)
-                print(coded(torch.randn(8, 3)).shape)
+            with RayWorkers(6, address="auto", num_gpus=1).start(torch.nn.Linear(3, 2)) as workers:
+                print(workers.pids)
     """
 
     def __init__(
@@ -96,25 +86,21 @@ class RayWorkers(SupervisedWorkers):
         threads: int = 1,
         grace: float = 30.0,
         timeout: float = 600.0,
-        max_requests: int = 64,
         **actor_options: Any,
     ) -> None:
-        if address is None and "ray" not in sys.modules:
-            os.environ.setdefault(_LOOPBACK, "0")
-        _ray()
+        if importlib.util.find_spec("ray") is None:
+            raise ImportError(
+                "RayWorkers: Ray must be installed, got none; pip install 'coded_torch[ray]'"
+            )
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
-        super().__init__(
-            num_workers, threads=threads, grace=grace, timeout=timeout, max_requests=max_requests
-        )
+        super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make_supervisor(self) -> Supervisor:
         return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
 
 
-class _Actor(Machine):
-    """One actor."""
-
+class _Actor(WatchedWorker):
     def __init__(self, index: int, handle: Any) -> None:
         super().__init__(index)
         self.handle = handle
@@ -124,66 +110,60 @@ class _Actor(Machine):
 
 
 class _Actors(Supervisor):
-    """The actors of a pool. What Ray reports comes through a queue."""
+    """The actors of a pool. News of Ray come through a queue."""
 
-    noun = "actors"
+    kind = "actors"
 
     def __init__(
-        self,
-        size: int,
-        grace: float,
-        address: str | None,
-        threads: int,
-        options: dict[str, Any],
+        self, size: int, grace: float, address: str | None, threads: int, options: dict[str, Any]
     ) -> None:
         super().__init__(size, grace)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
         self._threads = threads
-        self._class = _ray().remote(
-            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
-        )(_actor_class())
-        self._cluster = _Cluster.join(address, self)  # last: it is left when these end
+        self._cluster = _Cluster.join(address, self)
+        try:
+            self._class = _ray().remote(
+                concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
+            )(_actor_class())
+        except BaseException:
+            self._cluster.leave(self)
+            raise
 
     def pack(self, module: nn.Module) -> Any:
         self._cluster.check()
         return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call
 
-    def launch(self, index: int) -> Machine:
+    def launch(self, index: int) -> WatchedWorker:
         try:
             self._cluster.check()
         except RuntimeError as error:
             self.refuse(str(error))
             raise
-        machine = _Actor(index, self._class.remote(self._threads, self.seed(index)))
-        self._listen(machine, None, machine.handle.hello.remote())
-        return machine
+        worker = _Actor(index, self._class.remote(self._threads, self.seed(index)))
+        self._listen(worker, None, worker.handle.hello.remote())
+        return worker
 
-    def send(self, machine: Machine, job: Job) -> None:
-        assert isinstance(machine, _Actor)
+    def send(self, worker: Worker, job: Job) -> None:
+        assert isinstance(worker, _Actor)
         self._cluster.check()
-        packed = _pack(job.contents())
-        machine.load(job.module)
-        reply = machine.handle.call.remote(job.module.number, job.module.package, *packed)
-        self._listen(machine, job.number, reply)
+        packed = _pack(job.module.job(job.request.task, job.part))
+        worker.load(job.module)
+        reply = worker.handle.call.remote(job.module.number, job.module.package, *packed)
+        self._listen(worker, job.number, reply)
 
-    def end(self, machine: Machine) -> None:
-        assert isinstance(machine, _Actor)
+    def end(self, worker: WatchedWorker) -> None:
+        assert isinstance(worker, _Actor)
         # An actor whose cluster has ended, or that Ray does not know any more, has ended.
         with contextlib.suppress(RuntimeError, _ray().exceptions.ActorHandleNotFoundError):
             self._cluster.check()
-            _ray().kill(machine.handle, no_restart=True)
+            _ray().kill(worker.handle, no_restart=True)
 
     def wait(self, seconds: float) -> None:
-        try:
+        with contextlib.suppress(queue.Empty):
             news = self._news.get(timeout=seconds)
-        except queue.Empty:
-            return
-        while news is not None:
-            self._hear(*news)
-            try:
+            while news is not None:
+                self._hear(*news)
                 news = self._news.get_nowait()
-            except queue.Empty:
-                return
 
     def wake(self) -> None:
         self._news.put(None)
@@ -191,38 +171,39 @@ class _Actors(Supervisor):
     def let_go(self) -> None:
         self._cluster.leave(self)
 
-    def _listen(self, machine: _Actor, number: int | None, reference: Any) -> None:
+    def _listen(self, worker: _Actor, number: int | None, reference: Any) -> None:
         reference.future().add_done_callback(
-            lambda future: self._news.put((machine, number, future))
+            lambda future: self._news.put((worker, number, future))
         )
 
-    def _hear(self, machine: _Actor, number: int | None, future: Any) -> None:
+    def _hear(self, worker: _Actor, number: int | None, future: Any) -> None:
         try:
             said = future.result()
         except _ray().exceptions.RayActorError as error:
             lines = str(error).strip().splitlines()
-            self.lost(machine, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
+            self.lost(worker, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
         except Exception as cause:
             if number is None:
-                self.lost(machine, f"did not come up: {cause}")
+                self.lost(worker, f"did not come up: {cause}")
             else:
-                self.fail_to_read(machine, number, cause)
+                self.fail_to_read(worker, number, cause)
         else:
             if number is not None:
-                kind, packed = said
-                self.take(machine, number, kind, lambda: _unpack(*packed))
-            elif not machine.ready:
-                machine.pid = said
-                end = machine.handle.end.options(concurrency_group="end").remote()
-                self._listen(machine, None, end)
-                self.ready(machine)
+                succeeded, packed = said
+                self.take(worker, number, succeeded, lambda: _unpack(*packed))
+            elif not worker.ready:
+                worker.pid = said
+                end = worker.handle.end.options(concurrency_group="end").remote()
+                self._listen(worker, None, end)
+                self.ready(worker)
 
 
 class _Cluster:
     """The connection of this process to Ray, and the pools that use it.
 
     Args:
-        folder: of the cluster's files, where it is ours; None: we joined it.
+        address: the address by which the process was connected.
+        folder: the cluster's files, if it is ours; None if we joined it.
         connected: whether this pool connected the process to Ray, and so disconnects it.
     """
 
@@ -233,12 +214,12 @@ class _Cluster:
         self._address, self._folder, self._connected = address, folder, connected
         self._session = _session()
         self._users: list[_Actors] = []
-        # Before Ray's own, which is older: it would leave pools that cannot end their actors.
+        # Runs before Ray's own exit handler, which would leave pools that cannot end their actors.
         atexit.register(self._exit)
 
     @classmethod
     def join(cls, address: str | None, user: _Actors) -> _Cluster:
-        """The cluster, for one more pool.
+        """Return the cluster, for one more pool.
 
         Raises:
             RuntimeError: this process is connected to another one.
@@ -257,29 +238,34 @@ class _Cluster:
 
     @classmethod
     def _connect(cls, address: str | None) -> _Cluster:
-        ray, quiet = _ray(), {"log_to_driver": False, "logging_level": "ERROR"}
-        ours = address is None and not ray.is_initialized()
-        if not ours or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
-            logger.warning("the processes of Ray listen on every interface of their machines")
-        if ray.is_initialized():
-            return cls(None, None, connected=False)
-        if address is not None:
-            ray.init(address=address, **quiet)
-            return cls(address, None, connected=True)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        folder = tempfile.mkdtemp(prefix="ray-")
-        ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet)
-        return cls(None, folder, connected=True)
+        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+        # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
+        ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+        with _environment(ours if address is None else {}):
+            ray = _ray()
+            begin = address is None and not ray.is_initialized()
+            if not begin or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+                logger.warning("the processes of Ray listen on every interface of their machines")
+            if ray.is_initialized():
+                return cls(None, None, connected=False)
+            if address is not None:
+                ray.init(address=address, **quiet)
+                return cls(address, None, connected=True)
+            folder = tempfile.mkdtemp(prefix="ray-")
+            ray.init(
+                include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet
+            )
+            return cls(None, folder, connected=True)
 
     def check(self) -> None:
-        """Raise a RuntimeError where Ray would begin a cluster of its own: this one has ended."""
+        """Raise a RuntimeError if the cluster has ended: Ray would begin another one."""
         if self._session != _session():
             raise RuntimeError(
                 "RayWorkers: this process has left the cluster of the pool; start another pool"
             )
 
     def leave(self, user: _Actors) -> None:
-        """A pool has ended; with the last one ends what was begun for the first."""
+        """Note that a pool has ended. With the last pool, end the cluster of its own."""
         with self._lock:
             self._users.remove(user)
             if self._users:
@@ -297,16 +283,28 @@ class _Cluster:
             user.close()
 
 
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables that are not set, for a block."""
+    new = variables.keys() - os.environ.keys()
+    os.environ.update({name: variables[name] for name in new})
+    try:
+        yield
+    finally:
+        for name in new:
+            os.environ.pop(name, None)
+
+
 def _session() -> tuple[str, str]:
-    """The address of the cluster that this process is in, and what Ray calls its stay there."""
-    if not _ray().is_initialized():
+    """Return the address of the cluster that this process is in, and Ray's id of its stay there."""
+    if "ray" not in sys.modules or not _ray().is_initialized():
         return "none", ""
     context = _ray().get_runtime_context()
     return context.gcs_address, context.get_job_id()
 
 
 class Serving:
-    """What runs in an actor."""
+    """The part of an actor that this package implements."""
 
     def __init__(self, threads: int, seed: int) -> None:
         set_up(threads, seed)
@@ -315,18 +313,18 @@ class Serving:
 
     def call(
         self, number: int, package: list[Any], stream: bytes, arrays: list[Any]
-    ) -> tuple[int, Packed]:
+    ) -> tuple[bool, Packed]:
         """Do a job, as :class:`LoadedModules` does."""
         if number not in self._modules:
             self._modules.add(number, lambda: _unpack(*_ray().get(package[0])))
-        kind, contents = self._modules.call(lambda: _unpack(stream, arrays))
-        return kind, _packed(contents)
+        succeeded, contents = self._modules.call(lambda: _unpack(stream, arrays))
+        return succeeded, _packed(contents)
 
 
 def _actor_class() -> type:
-    """The class of the actors, which is sent to them whole, and finds this package by itself.
+    """Return the class of the actors, which is sent to them whole, and finds this package itself.
 
-    Ray puts the folder that the driver is in before all others, where there may be the sources.
+    Ray puts the driver's folder before all others, which may hold the sources of this package.
     """
     home = str(Path(__file__).resolve().parents[2])
 
@@ -334,7 +332,7 @@ def _actor_class() -> type:
         def __init__(self, threads: int, seed: int) -> None:
             import sys
 
-            sys.path.insert(0, home)  # on other machines, where there is none, this does nothing
+            sys.path.insert(0, home)  # on other machines, this folder does not exist
             try:
                 from coded_torch.workers.ray import Serving
             finally:
@@ -350,7 +348,7 @@ def _actor_class() -> type:
             return self.serving.call(*job)
 
         def end(self) -> None:
-            """Never returns: waiting for it is how the end of the actor is noticed."""
+            """Never return: the pool notices the end of the actor by waiting for this."""
             import time
 
             while True:
@@ -381,15 +379,12 @@ def _unpack(stream: bytes, arrays: list[Any]) -> Any:
     return unpickled(memory.data, len(stream))
 
 
+@functools.cache
 def _cloud_pickler() -> type[TensorPickler]:
     return cloud_pickler(_ray().cloudpickle.CloudPickler)
 
 
 def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise ImportError(
-            "RayWorkers: Ray must be installed, got none; pip install 'coded_torch[ray]'"
-        ) from error
+    import ray
+
     return ray

@@ -12,7 +12,7 @@ from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.compare import Comparison, Row, compare, peers, received_by
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Contiguous, Uniform
+from coded_torch.stragglers import Contiguous, Trace, Uniform
 
 NAMES = list(peers(4, 6))
 
@@ -87,13 +87,13 @@ def test_workers_are_lost_by_any_law(shipped):
 
     def law(lost, seed):
         asked.append((lost, seed))
-        return lambda n, generator: [math.inf] * lost + [0.0] * (n - lost)
+        return Trace([[math.inf] * lost + [0.0] * (9 - lost)])
 
     compare(model, batches[:2], [(9, 8, 1)], law=law, seed=5)
     assert sorted(asked) == [(1, 5), (1, 6)]
     uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
     assert compare(model, batches[:2], [(9, 8, 3)], law=Contiguous).rows[0].rmse > uniform
-    with pytest.raises(TypeError, match=r"what law returns must be .*Stragglers"):
+    with pytest.raises(TypeError, match=r"the result of law must be .*Stragglers"):
         compare(model, batches[:2], [(9, 8, 1)], law=lambda lost, seed: 0.5)
 
 

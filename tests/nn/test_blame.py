@@ -171,7 +171,7 @@ def test_predict_false_computes_every_row_whatever_fails(pool):
 def test_predict_false_names_what_is_missing_and_why():
     coded = wrapper(Separate(), predict=False)
     coded.module = nn.Threshold(40.0, math.nan)  # of rows 0 to 40
-    with pytest.raises(NotEnoughResults, match=r"64 of 64 .*row 40: machine \d+ ret") as info:
+    with pytest.raises(NotEnoughResults, match=r"64 of 64 .*row 40: worker \d+ ret") as info:
         coded(X)
     assert info.value.report.missing_rows == tuple(range(41))
     assert torch.equal(info.value.answers[41:], X[41:])

@@ -159,7 +159,7 @@ def test_what_goes_wrong_is_logged(caplog):
     with caplog.at_level(logging.WARNING, "coded_torch"):
         coded(torch.tensor([[1.0], [2.0], [3.0]]))
     assert [record.name for record in caplog.records] == ["coded_torch.nn"] * 2
-    assert "machine 1 returned values that are not finite" in caplog.text
+    assert "worker 1 returned values that are not finite" in caplog.text
     assert "1 of 3 answers are predicted: no more results could come" in caplog.text
 
 

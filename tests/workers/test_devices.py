@@ -109,7 +109,7 @@ def test_a_part_whose_module_raises_fails_and_the_others_are_answered():
         assert isinstance(error, WorkerError)
         assert isinstance(error.__cause__, ZeroDivisionError)
         assert str(error) == (
-            f"machine {error.machine} failed on cpu: ZeroDivisionError: boom at [2.0]"
+            f"worker {error.worker} failed on cpu: ZeroDivisionError: boom at [2.0]"
         )
 
 
@@ -132,7 +132,7 @@ def test_even_an_exit_in_a_worker_ends_no_thread():
         for _ in range(3):
             replies = list(pool.run(FailsAt(1.0, leave), units(0, 1)))
             assert [str(r.error) for r in replies if r.error] == [
-                "machine 0 failed on cpu: SystemExit: bye"
+                "worker 0 failed on cpu: SystemExit: bye"
             ]
 
 
@@ -147,7 +147,7 @@ def test_even_an_exception_that_cannot_be_printed_ends_no_thread():
     with DeviceWorkers(["cpu"]) as pool:
         module = FailsAt(0.0, fail)
         replies = {r.part.number: r for r in pool.run(module, units(0, 1), deadline=WAIT)}
-        assert re.match("machine 0 failed on cpu: .*MuteError: <.*failed>", str(replies[0].error))
+        assert re.match("worker 0 failed on cpu: .*MuteError: <.*failed>", str(replies[0].error))
         assert replies[1].error is None
 
 
@@ -236,13 +236,13 @@ def test_a_part_fails_when_the_timeout_is_over():
         replies = {reply.part.number: reply for reply in pool.run(module, units(0, 1))}
         assert replies[0].error is None
         late = replies[1]
-        assert str(late.error) == f"machine {late.machine} did not reply within 0.5 s"
+        assert str(late.error) == f"worker {late.worker} did not reply within 0.5 s"
         assert late.at >= 0.5
         # What is asked now finds one device free; two parts that block it find none.
         with pool.open(module, units(1, 1)) as request:
             request.ask(numbered((0,), (1,)))
             errors = {r.part.number: str(r.error) for r in replies_of(request)}
-        assert errors[0] == f"machine {1 - late.machine} did not reply within 0.5 s"
+        assert errors[0] == f"worker {1 - late.worker} did not reply within 0.5 s"
         assert errors[1] == (
             "part 1 did not reply within 0.5 s; 1 of 2 devices are at earlier tasks"
         )
@@ -258,8 +258,8 @@ def test_a_module_is_new_to_each_device_once():
                 request.ask(numbered((0,), (1,), (2,)))
                 for event in events_of(request):
                     if isinstance(event, Began):
-                        assert event.fresh == (event.machine not in seen)
-                        seen.add(event.machine)
+                        assert event.fresh == (event.worker not in seen)
+                        seen.add(event.worker)
         with pool.open(nn.Identity(), units(0)) as request:
             request.ask(numbered((0,)))
             assert events_of(request)[0].fresh
@@ -267,7 +267,7 @@ def test_a_module_is_new_to_each_device_once():
 
 def test_all_devices_are_idle_before_the_first_request():
     with DeviceWorkers(["cpu", "cpu"]) as pool, pool.open(nn.Identity(), units(0)) as request:
-        assert request.idle == pool.num_machines == 2
+        assert request.idle == pool.num_workers == 2
 
 
 def test_closing_ends_a_waiting_request():
@@ -282,8 +282,8 @@ def test_closing_ends_a_waiting_request():
     waiting.join(WAIT)
     assert sorted(str(r.error) for r in replies) == [
         "None",
-        "part 1 was never begun: the pool was closed",
-        "part 2 was never begun: the pool was closed",
+        "part 1 did not start: the pool was closed",
+        "part 2 did not start: the pool was closed",
     ]
     with pytest.raises(RuntimeError, match="DeviceWorkers: the pool is closed"):
         next(pool.run(module, units(0)))

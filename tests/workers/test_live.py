@@ -1,4 +1,4 @@
-"""Requests on real time, whose machines are the test."""
+"""Requests on real time, whose workers are the test."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_only_what_is_open_and_not_dropped_begins_and_only_once():
     request.drop([first, second, Part(99, (0,))])
     assert not request.begin(second, 5)
     began = request.wait()
-    assert (began.part, began.machine, began.fresh) == (first, 4, True)
+    assert (began.part, began.worker, began.fresh) == (first, 4, True)
     request.close()
     assert not request.begin(third, 5)
     request.settle(first, "late")
@@ -63,18 +63,18 @@ def test_a_part_has_one_reply_and_its_latency_is_from_when_it_began():
     assert isinstance(began := request.wait(), Began)
     reply = request.wait()
     assert request.wait() is None
-    assert (reply.value, reply.machine, reply.error) == ("value", 2, None)
+    assert (reply.value, reply.worker, reply.error) == ("value", 2, None)
     assert reply.latency == reply.at - began.at
     assert reply.at >= began.at >= 0.02
 
 
-def test_what_was_never_begun_fails_without_a_machine():
+def test_what_was_never_begun_fails_without_a_worker():
     request = Quiet()
     request.ask(parts := numbered((0,)))
-    request.fail(parts[0], "was never begun: there was none")
+    request.fail(parts[0], "did not start: there was none")
     (reply,) = replies_of(request)
-    assert (reply.machine, reply.latency) == (-1, math.inf)
-    assert str(reply.error) == "part 0 was never begun: there was none"
+    assert (reply.worker, reply.latency) == (-1, math.inf)
+    assert str(reply.error) == "part 0 did not start: there was none"
 
 
 def test_every_part_fails_at_its_own_time():
@@ -88,7 +88,7 @@ def test_every_part_fails_at_its_own_time():
     replies = replies_of(request)
     assert [reply.part.number for reply in replies] == [0, 1, 2]
     assert [str(reply.error) for reply in replies] == [
-        "machine 3 did not reply within 0.2 s",
+        "worker 3 did not reply within 0.2 s",
         "part 1 did not reply within 0.2 s; all is quiet",
         "part 2 did not reply within 0.2 s; all is quiet",
     ]
@@ -115,13 +115,13 @@ def test_nothing_begins_once_close_has_returned():
         begun: list[float] = []
         go = threading.Barrier(2)
 
-        def machine(request=request, begun=begun, go=go) -> None:
+        def worker(request=request, begun=begun, go=go) -> None:
             go.wait()
             for part in request.parts:
                 if request.begin(part, 0):
                     begun.append(time.monotonic())
 
-        thread = threading.Thread(target=machine)
+        thread = threading.Thread(target=worker)
         thread.start()
         go.wait()
         request.close()

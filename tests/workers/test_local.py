@@ -109,18 +109,18 @@ def test_laws_for_one_number_of_workers_serve_parts_that_are_asked_later():
         assert len(late) in range(8, 13)
 
 
-def test_every_part_has_a_machine_of_its_own():
+def test_every_part_has_a_worker_of_its_own():
     pool = LocalWorkers()
-    assert (pool.num_machines, pool.simulated) == (None, True)
+    assert (pool.num_workers, pool.simulated) == (None, True)
     with pool.open(nn.Identity(), task_of(values(3))) as request:
         assert request.idle > 10**6
         request.ask(numbered((0,), (1,), (2,)))
         request.ask(numbered((1,), first=3))
-        assert [reply.machine for reply in replies_of(request)] == [0, 1, 2, 3]
+        assert [reply.worker for reply in replies_of(request)] == [0, 1, 2, 3]
 
 
 def test_waiting_is_on_the_virtual_clock():
-    pool = LocalWorkers(Fixed(3600.0, 10.0, 20.0, math.nan))
+    pool = LocalWorkers(Fixed(3600.0, 10.0, 20.0, math.inf))
     task = task_of(values(4))
 
     def got(deadline: float) -> list[int]:

@@ -33,7 +33,7 @@ from coded_torch.testing.workers import (
     until,
 )
 from coded_torch.workers import Began, FaultyWorkers, ProcessWorkers, WorkerError
-from coded_torch.workers._supervised import fork_server
+from coded_torch.workers.processes import fork_server
 
 from .modules import (
     Exits,
@@ -109,9 +109,9 @@ def test_memory_is_used_again_without_the_garbage_collector():
                 answers(pool, nn.Identity(), torch.ones(1, 1, 1))
         finally:
             gc.enable()
-        (machine,) = pool._supervisor.machines
-        assert machine.connection._made <= 4
-        assert len(machine.connection._known) <= 4
+        (worker,) = pool._supervisor.workers
+        assert worker.connection._made <= 4
+        assert len(worker.connection._known) <= 4
 
 
 def test_inputs_that_a_module_keeps_stay_what_they_are():
@@ -192,7 +192,7 @@ def test_a_dead_process_is_named_and_replaced():
         errors = [reply.error for reply in replies if reply.error is not None]
         assert [error.part for error in errors] == [1]
         assert re.fullmatch(
-            r"machine [012] was lost: process \d+ ended with exit code 7", str(errors[0])
+            r"worker [012] was lost: process \d+ ended with exit code 7", str(errors[0])
         )
         assert errors[0].kind == "died"
         until(lambda: pool.num_ready == 3)
@@ -333,7 +333,7 @@ def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
 _SHARED = """
 import os, signal, sys
 from coded_torch.workers import ProcessWorkers
-from coded_torch.workers._supervised.fork_server import _Server
+from coded_torch.workers.processes.fork_server import _Server
 
 def begin(*packages):
     pool = ProcessWorkers(1, preload=packages)
@@ -417,7 +417,7 @@ def test_redundancy_returns_within_a_second_of_a_kill():
             until(lambda victim=victim: victim not in pool.pids)
             until(lambda: pool.num_ready == 3)
             assert len(set(pool.pids) - set(before)) == 1
-            assert time.monotonic() - start < 10  # 1 s on a machine that has nothing else to do
+            assert time.monotonic() - start < 10  # 1 s on a worker that has nothing else to do
 
 
 def test_a_hung_process_is_killed_after_its_grace():
@@ -585,44 +585,14 @@ def test_an_excluded_process_gets_nothing_until_it_is_restarted():
     with ProcessWorkers(2, grace=WAIT, timeout=WAIT).start(timeout=WAIT) as pool:
         before = set(pool.pids)
         pool.exclude(1)
-        assert all(reply.machine == 0 for reply in answers(pool, Pid(), torch.zeros(6, 1, 1)))
+        assert all(reply.worker == 0 for reply in answers(pool, Pid(), torch.zeros(6, 1, 1)))
         pool.restart(1)
         until(lambda: pool.num_ready == 2 and set(pool.pids) != before)
         assert len(set(pool.pids) & before) == 1
         asleep = answers(pool, Sleepy(), torch.full((6, 1, 1), 0.05))
-        assert {reply.machine for reply in asleep} == {0, 1}
-        with pytest.raises(ValueError, match="ProcessWorkers: machine must be at most 1, got 2"):
+        assert {reply.worker for reply in asleep} == {0, 1}
+        with pytest.raises(ValueError, match="ProcessWorkers: worker must be at most 1, got 2"):
             pool.exclude(2)
-
-
-def test_a_full_pool_says_so_and_serves_when_there_is_room():
-    with ProcessWorkers(1, max_requests=1, timeout=WAIT).start(timeout=WAIT) as pool:
-        task = task_of(torch.ones(1, 1, 1))
-        first = pool.open(nn.Identity(), task)
-        first.ask(numbered((0,)))
-        assert len(replies_of(first)) == 1
-        with pool.open(nn.Identity(), task) as second:
-            second.ask(numbered((0,), (0,)))
-            start = second.now()
-            assert second.wait(start + 0.05) is None
-            assert start + 0.05 <= second.now() < start + 5
-            assert second.status() == "1 other requests are open, the most that there may be"
-            threading.Timer(0.1, first.close).start()
-            assert len(replies_of(second)) == 2
-            assert second.status() == ""
-
-
-def test_a_part_that_never_had_room_fails_when_the_timeout_is_over():
-    with ProcessWorkers(1, max_requests=1, timeout=0.5).start(timeout=WAIT) as pool:
-        task = task_of(torch.ones(1, 1, 1))
-        with pool.open(nn.Identity(), task) as first, pool.open(nn.Identity(), task) as second:
-            first.ask(numbered((0,)))
-            second.ask(numbered((0,)))
-            (reply,) = replies_of(second)
-        assert str(reply.error) == (
-            "part 0 did not reply within 0.5 s; "
-            "1 other requests are open, the most that there may be"
-        )
 
 
 @pytest.mark.parametrize("kind", ["nan", "infinity", "shape", "dtype", "structure", "crash"])
@@ -686,7 +656,6 @@ def test_a_forked_process_is_refused():
         ({"grace": "1"}, TypeError, "grace must be positive and finite, got '1'"),
         ({"grace": 0.0}, ValueError, "grace must be positive and finite, got 0.0"),
         ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
-        ({"max_requests": 0}, ValueError, "max_requests must be at least 1, got 0"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
         ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
         ({"preload": "numpy"}, TypeError, "preload must be a list of names, got 'numpy'"),
@@ -810,7 +779,7 @@ def test_too_few_open_files_are_named_and_no_thread_ends_by_it(tmp_path):
         capture_output=True,
         text=True,
         timeout=2 * WAIT,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48)),
     )
     assert done.stderr.count("Traceback") == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]

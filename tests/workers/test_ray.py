@@ -93,8 +93,8 @@ def test_a_module_is_new_to_each_actor_once(cluster):
                 for _ in range(4):
                     event = request.wait(WAIT)
                     if isinstance(event, Began):
-                        assert event.fresh == (event.machine not in seen)
-                        seen.add(event.machine)
+                        assert event.fresh == (event.worker not in seen)
+                        seen.add(event.worker)
     assert seen == {0, 1}
 
 
@@ -190,7 +190,11 @@ def sockets(pid):  # of a process and all that come from it
             for child in (task / "children").read_text().split():
                 yield from sockets(child)
 
-with RayWorkers(1).start() as pool:
+pool = RayWorkers(1)
+assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+with pool.start():
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+    assert "RAY_USAGE_STATS_ENABLED" not in os.environ
     ours = set(sockets(os.getpid()))
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{{table}}").read_text().splitlines()[1:]:

@@ -12,14 +12,12 @@ import torch
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
-from coded_torch.testing.workers import numbered, task_of, until
+from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers._supervised.machine import Job, Machine
-from coded_torch.workers._supervised.modules import PackedModule
-from coded_torch.workers._supervised.pool import SupervisedWorkers
-from coded_torch.workers._supervised.supervisor import START_SECONDS, Supervisor
-from coded_torch.workers._supervised.worker_main import RESULT
-from coded_torch.workers.live import LiveRequest
+from coded_torch.workers.dispatch import DispatchedRequest, Job
+from coded_torch.workers.processes.modules import PackedModule
+from coded_torch.workers.processes.supervised import SupervisedWorkers
+from coded_torch.workers.processes.supervisor import START_SECONDS, Supervisor, WatchedWorker
 
 GRACE = 10.0
 
@@ -31,7 +29,7 @@ class Clock:
         return self.now
 
 
-class Numbered(Machine):
+class Numbered(WatchedWorker):
     """A machine that does nothing by itself."""
 
     serial = itertools.count()
@@ -63,14 +61,14 @@ class InMemory(Supervisor):
         self.launched.append(machine)
         return machine
 
-    def send(self, machine: Machine, job: Job) -> None:
+    def send(self, machine: WatchedWorker, job: Job) -> None:
         assert isinstance(machine, Numbered)
         assert not machine.ended, "asked a machine that has ended"
         assert job.request.awaits(job.part), "began what is not wanted"
         machine.load(job.module)
         machine.sent.append(job)
 
-    def end(self, machine: Machine) -> None:
+    def end(self, machine: WatchedWorker) -> None:
         assert isinstance(machine, Numbered)
         machine.ended = True
 
@@ -84,29 +82,18 @@ class InMemory(Supervisor):
 MODULE = PackedModule(0, None, frozenset({0}), b"")
 
 
-class Asking(LiveRequest):
+class Asking(DispatchedRequest):
     """A request to a supervisor, on real time, on which nothing here depends."""
 
     def __init__(self, supervisor: Supervisor, num_parts: int) -> None:
-        super().__init__(task_of(torch.zeros(1, 1, 1)), timeout=3600.0)
-        self.supervisor = supervisor
+        super().__init__(task_of(torch.zeros(1, 1, 1)), 3600.0, supervisor, MODULE)
         self.asked: list[Part] = []
         self.more(num_parts)
 
-    def more(self, num_parts: int) -> None:
-        parts = numbered(*[[0]] * num_parts, first=len(self.asked))
+    def more(self, num_parts: int, avoid: int | None = None) -> None:
+        parts = [Part(len(self.asked) + n, (0,), avoid=avoid) for n in range(num_parts)]
         self.asked += parts
         self.ask(parts)
-
-    def _submit(self, parts):
-        self.supervisor.submit(self, MODULE, parts)
-
-    @property
-    def idle(self) -> int:
-        return self.supervisor.num_idle
-
-    def _obstacle(self) -> str:
-        return self.supervisor.obstacle(self)
 
 
 def events(request: Asking) -> list[Began | Reply]:
@@ -184,7 +171,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         """Machines answer in any order, so results are delayed and reordered."""
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         job = machine.job
-        self.supervisor.take(machine, job.number, RESULT, lambda: (job.number, machine.number))
+        self.supervisor.take(machine, job.number, True, lambda: (job.number, machine.number))
 
     @precondition(lambda self: any(machine.sent for machine in self.supervisor.launched))
     @rule(data=st.data())
@@ -195,7 +182,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         other = self.pick(data, self.supervisor.launched)
         if other.job is None or other.job.number != job.number:
             before = other.job
-            self.supervisor.take(other, job.number, RESULT, lambda: "stale")
+            self.supervisor.take(other, job.number, True, lambda: "stale")
             assert other.job is before
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
@@ -205,7 +192,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         if machine.job.number != number:
             job = machine.job
-            self.supervisor.take(machine, number, RESULT, lambda: "corrupt")
+            self.supervisor.take(machine, number, True, lambda: "corrupt")
             assert machine.job is job
 
     @precondition(lambda self: self.alive())
@@ -244,7 +231,7 @@ class SupervisorMachine(RuleBasedStateMachine):
                     assert number not in self.began[request] | self.dropped[request]
                     self.began[request].add(number)
                     continue
-                assert (event.machine >= 0) == (number in self.began[request])
+                assert (event.worker >= 0) == (number in self.began[request])
                 assert number not in self.dropped[request]
                 got.append(event)
                 if event.error is None:
@@ -261,7 +248,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_job_is_forgotten_and_none_is_at_two_machines(self) -> None:
-        busy = [machine.job for machine in self.supervisor._machines if machine.job is not None]
+        busy = [machine.job for machine in self.supervisor._workers if machine.job is not None]
         waiting = list(self.supervisor._jobs)
         numbers = [job.number for job in busy + waiting]
         assert len(set(numbers)) == len(numbers)
@@ -281,7 +268,7 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @invariant()
     def there_are_never_too_many_machines(self) -> None:
-        places = [machine.index for machine in self.supervisor._machines]
+        places = [machine.index for machine in self.supervisor._workers]
         assert len(set(places)) == len(places) <= self.supervisor.size
 
     def teardown(self) -> None:
@@ -298,20 +285,20 @@ class SupervisorMachine(RuleBasedStateMachine):
                     self.supervisor.ready(machine)
                 if (job := machine.job) is not None:
                     self.supervisor.take(
-                        machine, job.number, RESULT, lambda m=machine: (m.job.number, m.number)
+                        machine, job.number, True, lambda m=machine: (m.job.number, m.number)
                     )
-            busy = any(machine.job for machine in self.supervisor._machines)
+            busy = any(machine.job for machine in self.supervisor._workers)
             if (
                 not busy
                 and not self.supervisor._jobs
-                and len(self.supervisor._machines) == self.supervisor.size
+                and len(self.supervisor._workers) == self.supervisor.size
             ):
                 break
         self.every_reply_is_the_answer_to_its_own_job()
         for request in self.requests:
             missing = len(request.asked) - len(self.got[request])
             assert missing == len(self.dropped[request])
-        assert len(self.supervisor._machines) == self.supervisor.size
+        assert len(self.supervisor._workers) == self.supervisor.size
 
 
 TestSupervisor = SupervisorMachine.TestCase
@@ -332,7 +319,7 @@ def test_a_machine_that_is_overdue_is_ended_and_replaced():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     late, good = supervisor.launched
-    supervisor.take(good, good.job.number, RESULT, lambda: "good")
+    supervisor.take(good, good.job.number, True, lambda: "good")
     supervisor.clock.now = GRACE
     supervisor.tend()
     assert late.ended
@@ -340,7 +327,7 @@ def test_a_machine_that_is_overdue_is_ended_and_replaced():
     first, second = replies(one)
     assert first.value == "good"
     assert str(second.error) == (
-        f"machine 0 was lost: {late} was at one job for more than 10 s, and was ended"
+        f"worker 0 was lost: {late} was at one job for more than 10 s, and was ended"
     )
     assert [machine.index for machine in supervisor.launched] == [0, 1, 0]
 
@@ -391,7 +378,7 @@ def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_what_wai
     supervisor.ready(supervisor.launched[-1])
     another = Asking(supervisor, 1)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.job.number, RESULT, lambda: "up again")
+    supervisor.take(last, last.job.number, True, lambda: "up again")
     assert replies(another)[0].value == "up again"
 
 
@@ -408,7 +395,7 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
         bad = supervisor.launched[-1]
     assert replies(one) == []
     for _ in range(2):
-        supervisor.take(good, good.job.number, RESULT, lambda: "good")
+        supervisor.take(good, good.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
@@ -426,7 +413,7 @@ def test_a_machine_that_cannot_be_launched_is_tried_again():
         supervisor.clock.now += supervisor.pause()
     errors = [str(reply.error) for reply in replies(one)]
     assert errors == [
-        f"part {n} was never begun: machine 0 could not be started: OSError: too many open files"
+        f"part {n} did not start: worker 0 could not be started: OSError: too many open files"
         for n in range(2)
     ]
     supervisor.launch = launch
@@ -437,7 +424,7 @@ def test_a_machine_that_cannot_be_launched_is_tried_again():
 def test_any_number_of_jobs_may_be_unsendable():
     supervisor = started(1)
 
-    def refuse(machine: Machine, job: Job) -> None:
+    def refuse(machine: WatchedWorker, job: Job) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -449,7 +436,7 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
     supervisor = started(2)
     send = supervisor.send
 
-    def interrupted(machine: Machine, job: Job) -> None:
+    def interrupted(machine: WatchedWorker, job: Job) -> None:
         supervisor.send = send
         raise KeyboardInterrupt
 
@@ -460,14 +447,14 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
     one.close()
     another = Asking(supervisor, 2)
     for machine in supervisor.launched:
-        supervisor.take(machine, machine.job.number, RESULT, lambda: "good")
+        supervisor.take(machine, machine.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
 def test_what_cannot_be_sent_is_the_jobs_error():
     supervisor = started(1)
 
-    def refuse(machine: Machine, job: Job) -> None:
+    def refuse(machine: WatchedWorker, job: Job) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -484,7 +471,7 @@ def test_a_module_is_new_to_each_machine_once_and_to_its_successor():
         request = Asking(supervisor, machines)
         for machine in supervisor.launched:
             if machine.job is not None:
-                supervisor.take(machine, machine.job.number, RESULT, lambda: None)
+                supervisor.take(machine, machine.job.number, True, lambda: None)
         return [event.fresh for event in events(request) if isinstance(event, Began)]
 
     assert fresh(1) == [True]
@@ -502,13 +489,13 @@ def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)
     supervisor.tend()
-    assert request.status() == "3 of 3 machines are starting"
+    assert request.status() == "3 of 3 workers are starting"
     supervisor.ready(supervisor.launched[0])
     assert request.status() == ""
     later = Asking(supervisor, 1)
     supervisor.lost(supervisor.launched[1], "ended before it was up")
     assert later.status() == (
-        "1 of 3 machines are at earlier tasks (grace 10 s); 2 of 3 machines are starting; "
+        "1 of 3 workers are at earlier tasks (grace 10 s); 2 of 3 workers are starting; "
         f"{supervisor.launched[1]} ended before it was up"
     )
 
@@ -528,7 +515,7 @@ def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with
     end = supervisor.end
 
     def too_late(machine: Numbered) -> None:
-        supervisor.take(machine, machine.sent[0].number, RESULT, lambda: "just in time")
+        supervisor.take(machine, machine.sent[0].number, True, lambda: "just in time")
         end(machine)
 
     supervisor.end = too_late
@@ -537,7 +524,7 @@ def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with
     assert late.ended
     assert len(late.sent) == 1
     supervisor.ready(supervisor.launched[-1])
-    supervisor.take(supervisor.launched[-1], 1, RESULT, lambda: "by another")
+    supervisor.take(supervisor.launched[-1], 1, True, lambda: "by another")
     first, second = replies(one)
     assert "was at one job for more than 10 s" in str(first.error)
     assert second.value == "by another"
@@ -549,10 +536,10 @@ def test_only_machines_that_are_at_an_interrupted_request_are_ended():
     first, second, third = supervisor.launched
     interrupted.abandoned = True
     interrupted.abandon()
-    supervisor.take(first, first.job.number, RESULT, lambda: "done meanwhile")
+    supervisor.take(first, first.job.number, True, lambda: "done meanwhile")
     supervisor.tend()
     assert [machine.ended for machine in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.job.number, RESULT, lambda: "good")
+    supervisor.take(third, third.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
@@ -620,7 +607,7 @@ class Served(InMemory):
 
 class Pool(SupervisedWorkers):
     def __init__(self) -> None:
-        super().__init__(1, threads=1, grace=GRACE, timeout=60.0, max_requests=1)
+        super().__init__(1, threads=1, grace=GRACE, timeout=60.0)
 
     def _make_supervisor(self) -> Supervisor:
         self.served = Served(1)

@@ -9,13 +9,10 @@ import pickle
 import sys
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .shared_memory import Inputs
 
 __all__ = ["Pickled", "TensorPickler", "aligned", "cloud_pickler", "unpickled"]
 
@@ -23,48 +20,37 @@ _ALIGNMENT = 64
 
 
 class Pickled:
-    """An object as its pickle, without the tensors, and the tensors with their places.
+    """The pickle of an object without its tensors, and the tensors with their places.
 
     Args:
         value: the object.
-        pickler: how to pickle it; None: by name, and what belongs to an interactive session by
-            value.
-        find: says which of its tensors lie in shared memory already; those of one piece of that
-            stay there.
+        pickler: pickles it. Defaults to a pickler that sends classes by name, and classes of an
+            interactive session by value.
 
     Raises:
         Exception: whatever keeps ``value`` from being pickled.
     """
 
-    def __init__(
-        self,
-        value: Any,
-        pickler: type[TensorPickler] | None = None,
-        find: Callable[[Tensor], Inputs | None] | None = None,
-    ) -> None:
+    def __init__(self, value: Any, pickler: type[TensorPickler] | None = None) -> None:
         try:
-            writer, buffer = self._written(value, pickler or _Pickler, find)
+            writer, buffer = self._written(value, pickler or _Pickler)
         except _InteractiveError as error:
-            writer, buffer = self._written(value, _by_value(error), find)
+            writer, buffer = self._written(value, _by_value(error))
         self.stream = buffer.getbuffer()
-        self.tensors, self.inputs, self.packages = writer.tensors, writer.inputs, writer.packages
+        self.tensors, self.packages = writer.tensors, writer.packages
         self.start = aligned(len(self.stream))
         self.size = self.start + writer.size
 
     def _written(
-        self,
-        value: Any,
-        pickler: type[TensorPickler],
-        find: Callable[[Tensor], Inputs | None] | None,
+        self, value: Any, pickler: type[TensorPickler]
     ) -> tuple[TensorPickler, io.BytesIO]:
         buffer = io.BytesIO()
         writer = pickler(buffer, pickle.HIGHEST_PROTOCOL)
-        writer.find = find
         writer.dump(value)
         return writer, buffer
 
     def write(self, memory: mmap.mmap | memoryview) -> None:
-        """Write all of it to the beginning of ``memory``, and let go of the tensors."""
+        """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
         memory[: len(self.stream)] = self.stream
         for tensor, offset in self.tensors:
             place = torch.frombuffer(
@@ -75,14 +61,12 @@ class Pickled:
 
 
 class TensorPickler:
-    """Mixed into a pickler: of plain tensors, it notes dtype, shape and place instead."""
+    """Mixed into a pickler: it pickles dtype, shape and place of plain tensors."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.tensors: list[tuple[Tensor, int]] = []
         self.size = 0
-        self.find: Callable[[Tensor], Inputs | None] | None = None
-        self.inputs: Inputs | None = None
         self.packages: set[str] = set()  # that the reader has to import
 
     def reducer_override(self, obj: Any) -> Any:
@@ -98,18 +82,13 @@ class TensorPickler:
         if obj.device.type == "meta" or not count:
             return self.reduce_other(obj)
         dtype = str(obj.dtype).removeprefix("torch.")
-        found = self.find and self.find(obj)
-        if found and (self.inputs is None or self.inputs.block is found.block):
-            self.inputs = found
-            offset = obj.storage_offset() * obj.element_size()
-            return _input_at, (dtype, tuple(obj.shape), obj.stride(), offset)
         offset = self.size
         self.tensors.append((obj, offset))
         self.size += aligned(count * obj.element_size())
         return _tensor_at, (dtype, count, tuple(obj.shape), offset)
 
     def reduce_other(self, obj: Any) -> Any:
-        """How to pickle anything else."""
+        """Return how to pickle any other object."""
         return NotImplemented
 
     def dump(self, obj: Any) -> None:
@@ -118,7 +97,7 @@ class TensorPickler:
 
 
 class _InteractiveError(pickle.PicklingError):
-    """What has this name here cannot be found by it elsewhere."""
+    """A class or function that no other process can find by its name."""
 
 
 class _Pickler(TensorPickler, pickle.Pickler):
@@ -134,7 +113,7 @@ class _Pickler(TensorPickler, pickle.Pickler):
 
 
 def cloud_pickler(base: Any) -> type[TensorPickler]:
-    """A pickler that sends classes by value where no other process can import them.
+    """Return a pickler that sends classes by value if no other process can import them.
 
     Args:
         base: the ``CloudPickler`` of cloudpickle, or of Ray.
@@ -157,20 +136,17 @@ def _by_value(error: _InteractiveError) -> type[TensorPickler]:
     return cloud_pickler(cloudpickle.CloudPickler)
 
 
-def unpickled(
-    memory: memoryview, length: int, inputs: memoryview | None = None, copy: int = 0
-) -> Any:
+def unpickled(memory: memoryview, length: int, copy: int = 0) -> Any:
     """Read an object.
 
     Args:
-        memory: where it lies.
-        length: of the pickle.
-        inputs: memory that the message refers to.
-        copy: the bytes of the largest tensor that is copied; larger ones are views of the memory,
-            and keep it.
+        memory: the memory that the object was written to.
+        length: the length of the pickle.
+        copy: the bytes up to which tensors are copied. Larger ones are views, which keep the
+            memory.
     """
 
-    # Not methods: the unpickler remembers them, and a cycle would hold the memory until the next
+    # Not a method: the unpickler remembers it, and a cycle would hold the memory until the next
     # garbage collection.
     def tensor_at(dtype: str, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
         flat = torch.frombuffer(
@@ -178,40 +154,25 @@ def unpickled(
         ).view(shape)
         return flat.clone() if flat.nbytes <= copy else flat
 
-    def input_at(
-        dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], offset: int
-    ) -> Tensor:
-        count = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-        assert inputs is not None
-        flat = torch.frombuffer(inputs, dtype=getattr(torch, dtype), count=count, offset=offset)
-        # What a module writes must stay unseen by others. To map the memory for this process
-        # alone would do, but its page faults take up to three times as long as a copy.
-        return flat.as_strided(shape, strides).clone()
-
     reader = _Unpickler(io.BytesIO(memory[:length]))
-    reader.readers = {_tensor_at.__name__: tensor_at, _input_at.__name__: input_at}
+    reader.tensor_at = tensor_at
     return reader.load()
 
 
 class _Unpickler(pickle.Unpickler):
-    readers: dict[str, Callable[..., Tensor]]
+    tensor_at: Callable[..., Tensor]
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == __name__ and name in self.readers:
-            return self.readers[name]
+        if module == __name__ and name == _tensor_at.__name__:
+            return self.tensor_at
         return super().find_class(module, name)
 
 
 def _tensor_at(*_: Any) -> Tensor:
-    """Stands in a pickle for what reads a tensor from the memory behind it."""
+    """Stand in a pickle for the function that reads a tensor from the memory behind it."""
     raise pickle.UnpicklingError("a block must be read where its memory is")
 
 
-def _input_at(*_: Any) -> Tensor:
-    """The same for what lies in memory of the pool."""
-    raise pickle.UnpicklingError("a message must be read where its inputs are")
-
-
 def aligned(size: int) -> int:
-    """Bytes that so many take, as what is behind them begins on a line of the cache."""
+    """Return the bytes that so many take, as the next tensor begins on a cache line."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

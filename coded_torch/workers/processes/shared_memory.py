@@ -1,20 +1,15 @@
 r"""Messages between two processes of one machine, with their tensors in shared memory.
 
 Pickling a tensor copies it twice and writes it through a pipe; :mod:`torch.multiprocessing` moves
-its storage to a file of its own and sends the descriptor, for every tensor and message. Here a side
-writes all of a message into memory that the other has mapped already, and sends 64 bytes. What the
-other reads are views of that memory; when they are gone, the memory is used again.
-
-What lies in shared memory already, inputs that were encoded there, is not written again: the
-message says where it is. Its reader copies it, so that what a module writes to its inputs reaches
-nobody else.
+its storage to a file of its own and sends the descriptor, for every tensor and message. Here a
+side writes all of a message into memory that the other has mapped already, and sends 48 bytes. The
+tensors that the other reads are views of that memory. When they are gone, the memory is used again.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import itertools
 import mmap
 import os
 import socket
@@ -25,40 +20,34 @@ import weakref
 from collections import deque
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from .pickles import Pickled, unpickled
 
-__all__ = ["MOST_BLOCKS", "Block", "Connection", "Inputs", "Message", "rounded"]
+__all__ = ["Block", "Connection", "Message"]
 
-# Kind, number, bytes of the pickle; its block, and blocks that have been read; the place of inputs,
-# and places that have been read; which of block and inputs come with a descriptor.
-_HEADER = struct.Struct("<qqqqQqQq")
-_NEW_BLOCK, _NEW_INPUTS = 1, 2
+# Kind, number, bytes of the pickle, its block, blocks that were read, whether the block is new.
+_HEADER = struct.Struct("<qqqqQq")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # of an enumeration, "&" takes microseconds
-MOST_BLOCKS = 64  # bits of the fields of what has been read
+_MOST_BLOCKS = 64  # bits of the field of blocks that were read
 # Blocks of a connection that results may keep, with a descriptor and a mapping each: the results of
-# a few calls, which is what callers hold. Further results are copied.
+# a few calls, which callers hold. Further results are copied. Not tuned.
 _MOST_KEPT = 8
-# Bytes of a tensor that is copied where it is read, as a view would keep a whole block. The copy
-# takes some 5 us, about as long as making a view.
+# Bytes up to which a tensor is copied when it is read, as a view would keep a whole block. The copy
+# of 64 KiB takes some 5 us, about as long as a view.
 _SMALL = 1 << 16
-_LEAST = 1 << 16
-_numbers = itertools.count()  # of the blocks that this process has
+_LEAST = 1 << 16  # bytes of a block; smaller ones would save nothing but pages
 
 
 class Block:
-    """Anonymous shared memory that holds a pickle, and behind it the bytes of its tensors.
+    """Anonymous shared memory with a pickle, and behind it the bytes of its tensors.
 
     Args:
         size: bytes to reserve.
-        descriptor: of memory that another process has reserved; None: new memory.
+        descriptor: the descriptor of memory of another process. Defaults to None, new memory.
     """
 
     def __init__(self, size: int = 0, descriptor: int | None = None) -> None:
         new = descriptor is None
         self.descriptor = _anonymous_file() if descriptor is None else descriptor
-        self.number = next(_numbers)
         self._close = weakref.finalize(self, os.close, self.descriptor)
         self._ours = new
         if new:
@@ -77,33 +66,24 @@ class Block:
 
     @classmethod
     def of(cls, pickled: Pickled) -> tuple[Block, int]:
-        """A block just large enough for an object, and the length of its pickle."""
+        """Return a block that just holds an object, and the length of its pickle."""
         block = cls(pickled.size)
         pickled.write(block.memory)
         return block, len(pickled.stream)
 
 
 class Message(NamedTuple):
-    """What came through a channel: a kind, a number, and where the value is."""
+    """A message: its kind, its number, and the place of its value."""
 
     kind: int
     number: int
     memory: memoryview
     length: int
-    inputs: memoryview | None = None
     copy: int = 0
 
     def value(self) -> Any:
-        """The object; its tensors are copies, or views of the memory, which they keep."""
-        return unpickled(self.memory, self.length, self.inputs, self.copy)
-
-
-class Inputs(NamedTuple):
-    """A tensor in shared memory: the place of that, and its block."""
-
-    tensor: Tensor
-    place: int
-    block: Block
+        """Return the object. Its tensors are copies, or views of the memory, which they keep."""
+        return unpickled(self.memory, self.length, self.copy)
 
 
 class Connection:
@@ -121,11 +101,6 @@ class Connection:
         self._known: dict[int, Block] = {}  # the other side's
         self._kept: set[int] = set()  # of these, those that are being read
         self._done: deque[int] = deque()  # and those that are read
-        # By place, the same for inputs: those that the other side may read, and knows; its own.
-        self._lent_inputs: dict[int, deque[Tensor]] = {}
-        self._shown: dict[int, int] = {}  # the number of the block
-        self._known_inputs: dict[int, Block] = {}
-        self._done_inputs: deque[int] = deque()
         self._held: list[tuple[bytes, Block]] = []  # to be sent with the next message
         self._received: deque[Block] = deque()  # of headers that have not been read
 
@@ -133,47 +108,37 @@ class Connection:
         """The descriptor to wait for."""
         return self.socket.fileno()
 
-    def send(self, kind: int, number: int, pickled: Pickled) -> None:
-        """Send an object.
+    def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
+        """Send a message, with an object or without.
 
         Raises:
             ConnectionError: nothing reads any more.
             OSError: there is no memory to be had.
         """
-        descriptors: list[int] = []
-        new = 0
+        if pickled is None:
+            return self._write([_HEADER.pack(kind, number, 0, -1, _mask(self._done), 0)], [])
         block: Block | None = None
         if self._free:
             index, block = self._free.pop()
         else:
             index = self._made
             self._made += 1
-        if block is None or len(block) < pickled.size:
-            block = Block(rounded(pickled.size))
-            descriptors.append(block.descriptor)
-            new = _NEW_BLOCK
+        new = block is None or len(block) < pickled.size
+        if block is None or new:
+            block = Block(_rounded(pickled.size))
         pickled.write(block.memory)
-        if index < MOST_BLOCKS:  # any further ones are used once
+        if index < _MOST_BLOCKS:  # any further ones are used once
             self._lent[index] = block
-        place = -1
-        if pickled.inputs is not None:
-            tensor, place, inputs = pickled.inputs
-            self._lent_inputs.setdefault(place, deque()).append(tensor)
-            if self._shown.get(place) != inputs.number:
-                self._shown[place] = inputs.number
-                descriptors.append(inputs.descriptor)
-                new |= _NEW_INPUTS
-        read, read_inputs = _mask(self._done), _mask(self._done_inputs)
-        where = len(pickled.stream), index, read, place, read_inputs, new
-        self._write([_HEADER.pack(kind, number, *where)], descriptors)
+        where = len(pickled.stream), index, _mask(self._done), new
+        return self._write([_HEADER.pack(kind, number, *where)], [block.descriptor] if new else [])
 
     def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
-        """Send a block as it is; the reader maps the same memory, for itself.
+        """Send a block as it is. The reader maps the same memory, copied where it writes.
 
-        It goes with the next message, as together they wake the other side once, or by
+        The block goes with the next message, as together they wake the other side once, or by
         :meth:`flush`.
         """
-        header = _HEADER.pack(kind, number, length, -1, 0, -1, 0, _NEW_BLOCK)
+        header = _HEADER.pack(kind, number, length, -1, 0, True)
         self._held.append((header, block))
 
     def flush(self) -> None:
@@ -185,52 +150,45 @@ class Connection:
         self._write([], [])
 
     def receive(self) -> Message | None:
-        """The next message; None: the other side has ended.
+        """Return the next message, or None if the other side has ended.
 
         Raises:
-            OSError: the memory that the message is in cannot be had.
+            OSError: this process cannot get the memory that the message is in.
         """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
-            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 3)
+            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 2)
         except ConnectionError:
             return None
         if len(data) < _HEADER.size:
             return None
-        kind, number, length, index, read, place, read_inputs, new = _HEADER.unpack(data)
+        kind, number, length, index, read, new = _HEADER.unpack(data)
         for done in _bits(read):
             self._free.append((done, self._lent.pop(done)))
-        for done in _bits(read_inputs):
-            self._lent_inputs[done].popleft()
-        # Those of headers that were sent together come with the first.
+        # The descriptors of headers that were sent together come with the first.
         self._received += [Block(descriptor=descriptor) for descriptor in descriptors]
-        if flags & _TRUNCATED or len(self._received) < new.bit_count():
+        if flags & _TRUNCATED or len(self._received) < new:
             # The kernel drops descriptors that are one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        block = self._received.popleft() if new & _NEW_BLOCK else None
-        if new & _NEW_INPUTS:
-            self._known_inputs[place] = self._received.popleft()
-        inputs = None
-        if place >= 0:
-            inputs = memoryview(self._known_inputs[place].memory)
-            weakref.finalize(inputs, self._done_inputs.append, place).atexit = False
-        if not 0 <= index < MOST_BLOCKS:
+        if not length:
+            return Message(kind, number, memoryview(b""), 0)
+        block = self._received.popleft() if new else None
+        if not 0 <= index < _MOST_BLOCKS:
             assert block is not None  # others may have got the same, such as a module
             own = mmap.mmap(block.descriptor, 0, access=mmap.ACCESS_COPY)
-            return Message(kind, number, memoryview(own), length, inputs)
+            return Message(kind, number, memoryview(own), length)
         if block is not None:
             self._known[index] = block
         memory = memoryview(self._known[index].memory)
         copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
         self._kept.add(index)
         weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
-        return Message(kind, number, memory, length, inputs, copy)
+        return Message(kind, number, memory, length, copy)
 
     def close(self) -> None:
-        """Let go of the connection and of all memory that is not being read."""
+        """Release the connection, and all memory that nobody reads."""
         self.socket.close()
         self._free, self._lent, self._known = [], {}, {}
-        self._lent_inputs, self._known_inputs = {}, {}
 
     def _write(self, headers: list[bytes], descriptors: list[int]) -> None:
         held, self._held = self._held, []
@@ -252,7 +210,7 @@ def _let_go(place: int, kept: set[int], done: deque[int]) -> None:
 
 
 def _mask(places: deque[int]) -> int:
-    """Takes places out, each at most once, and returns them as bits."""
+    """Take places out, each at most once, and return them as bits."""
     mask = 0
     while places and not mask >> places[0] & 1:
         mask |= 1 << places.popleft()
@@ -260,17 +218,17 @@ def _mask(places: deque[int]) -> int:
 
 
 def _bits(mask: int) -> list[int]:
-    """The places in a mask."""
+    """Return the places in a mask."""
     return [place for place in range(mask.bit_length()) if mask >> place & 1]
 
 
-def rounded(size: int) -> int:
-    """Room for somewhat more, so that it does for the next."""
+def _rounded(size: int) -> int:
+    """Return a size with some room, so that the block serves somewhat larger messages, too."""
     return max(_LEAST, 1 << (size - 1).bit_length())
 
 
 def _anonymous_file() -> int:
-    """A descriptor of memory without a name: it ends with the last process that holds it."""
+    """Return a descriptor of memory without a name. It ends with the last process that has it."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("coded_torch")
     with tempfile.TemporaryFile() as file:

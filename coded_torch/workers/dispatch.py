@@ -1,0 +1,286 @@
+r"""The queue of a pool: parts of all requests, and the idle workers that take them."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import math
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from .._arguments import count
+from .._logging import sparing_logger
+from .base import Obstacle, Part, Task, Workers
+from .live import LiveRequest
+
+__all__ = ["DispatchedRequest", "DispatchedWorkers", "Dispatcher", "Job", "Worker"]
+
+logger = sparing_logger("coded_torch.workers")
+
+
+class Worker:
+    """A worker, from its start to its end. Its successor has the same place, ``index``."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.job: Job | None = None
+        self.ready = False  # whether it is up
+        self.excluded = False  # whether it gets no more jobs
+
+    def is_new_to(self, module: Any) -> bool:
+        """Return whether the worker would have to load a module first."""
+        return False
+
+    def __str__(self) -> str:
+        return f"worker {self.index}"
+
+
+class Job(NamedTuple):
+    """A part of a request. Its number tells it from all other jobs of the pool."""
+
+    number: int
+    request: LiveRequest
+    module: Any
+    part: Part
+
+    def wanted(self) -> bool:
+        """Return whether it has still to begin."""
+        return self.request.wants(self.part)
+
+
+class Dispatcher(abc.ABC):
+    """Gives each idle worker the first job that is still wanted and need not avoid this worker.
+
+    Subclasses implement :meth:`send`, :meth:`add` their workers, report results by :meth:`settle`
+    and :meth:`fail`, and :meth:`stop` the queue. All methods may be called from any thread.
+
+    Args:
+        size: the number of workers.
+    """
+
+    #: The word for the workers in messages.
+    kind = "workers"
+    #: Seconds that a job may take before its worker is ended; infinite if none is.
+    grace = math.inf
+    #: Why the last worker that should have started did not.
+    trouble = ""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.closed = False
+        self._changed = threading.Condition()
+        self._workers: list[Worker] = []
+        self._idle: deque[Worker] = deque()
+        self._jobs: deque[Job] = deque()
+        self._numbers = itertools.count()
+
+    @abc.abstractmethod
+    def send(self, worker: Worker, job: Job) -> None:
+        """Hand a job to a worker, without waiting for it. An exception fails the job."""
+
+    # The pool calls these methods.
+
+    def submit(self, request: LiveRequest, module: Any, parts: Sequence[Part]) -> None:
+        """Have parts of a request computed."""
+        with self._changed:
+            if not self.closed:
+                for part in parts:
+                    self._jobs.append(Job(next(self._numbers), request, module, part))
+        if self.closed:
+            self.stop(Job(-1, request, module, part) for part in parts)
+        self._refuse()
+        self._assign()
+
+    def exclude(self, index: int) -> None:
+        """Give the worker at a place no more jobs."""
+        with self._changed:
+            for worker in self._at(index):
+                worker.excluded = True
+                if worker in self._idle:
+                    self._idle.remove(worker)
+        self._refuse()
+
+    def restart(self, index: int) -> None:
+        """Give the worker at a place jobs again, or replace it."""
+        with self._changed:
+            for worker in self._at(index):
+                if worker.excluded and worker.job is None:
+                    self._idle.append(worker)
+                worker.excluded = False
+        self._assign()
+
+    def _at(self, index: int) -> list[Worker]:
+        return [worker for worker in self._workers if worker.index == index]
+
+    @property
+    def num_idle(self) -> int:
+        """The number of workers that would begin a job at once."""
+        with self._changed:
+            return len(self._idle)
+
+    def obstacle(self, request: LiveRequest) -> Obstacle:
+        """Return the reason why parts of a request may not have begun."""
+        with self._changed:
+            jobs = [worker.job for worker in self._workers if worker.job is not None]
+            earlier = sum(job.request is not request for job in jobs)
+            starting = self.size - sum(worker.ready for worker in self._workers)
+            excluded = sum(worker.excluded for worker in self._workers)
+        return Obstacle(self.size, earlier, starting, excluded, self.kind, self.grace, self.trouble)
+
+    # The workers call these methods.
+
+    def add(self, worker: Worker, ready: bool = True) -> None:
+        """Add a worker that is up, or one that starts."""
+        with self._changed:
+            self._workers.append(worker)
+        if ready:
+            self.ready(worker)
+
+    def ready(self, worker: Worker) -> None:
+        """Note that a worker is up, and give it jobs."""
+        with self._changed:
+            worker.ready = True
+            if not worker.excluded:
+                self._idle.append(worker)
+            self._changed.notify_all()
+        self._assign()
+
+    def settle(self, worker: Worker, number: int, value: Any) -> None:
+        """End a job by a value."""
+        if (job := self._finish(worker, number)) is not None:
+            job.request.settle(job.part, value)
+        self._assign()
+
+    def fail(
+        self,
+        worker: Worker,
+        number: int,
+        reason: str,
+        cause: BaseException | None = None,
+        kind: str = "",
+    ) -> None:
+        """End a job by an error, see :class:`~coded_torch.workers.WorkerError`."""
+        if (job := self._finish(worker, number)) is not None:
+            job.request.fail(job.part, reason, cause, kind)
+        self._assign()
+
+    def _finish(self, worker: Worker, number: int) -> Job | None:
+        """Make a worker idle, and return its job; None if that is another one."""
+        with self._changed:
+            job = worker.job
+            if job is None or job.number != number or worker not in self._workers:
+                logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
+                return None
+            worker.job = None
+            if not worker.excluded:
+                self._idle.append(worker)
+            return job
+
+    def _assign(self) -> None:
+        """Send idle workers the jobs that are still wanted."""
+        while (begun := self._begin()) is not None:
+            worker, job = begun
+            try:
+                self.send(worker, job)
+            except BaseException as cause:
+                if self._finish(worker, job.number) is not None:
+                    job.request.fail(job.part, f"could not be asked: {cause}", cause)
+                if not isinstance(cause, Exception):  # an interrupt
+                    raise
+
+    def _begin(self) -> tuple[Worker, Job] | None:
+        """Begin the first job that an idle worker may take."""
+        with self._changed:
+            at = 0
+            while at < len(self._jobs):
+                job = self._jobs[at]
+                others = (worker for worker in self._idle if worker.index != job.part.avoid)
+                worker = next(others, None)
+                if worker is None and job.wanted():
+                    if not self._idle:
+                        return None
+                    at += 1
+                    continue
+                del self._jobs[at]
+                if worker is not None:
+                    fresh = worker.is_new_to(job.module)
+                    if job.request.begin(job.part, worker.index, fresh):
+                        self._idle.remove(worker)
+                        self._note(worker, job)
+                        return worker, job
+            return None
+
+    def _note(self, worker: Worker, job: Job) -> None:
+        """Note under the lock that a worker begins a job."""
+        worker.job = job
+
+    def _refuse(self) -> None:
+        """Fail the jobs whose only worker they must avoid."""
+        with self._changed:
+            left = set(range(self.size)) - {w.index for w in self._workers if w.excluded}
+            refused = [
+                job for job in self._jobs if job.part.avoid is not None and left <= {job.part.avoid}
+            ]
+            for job in refused:
+                self._jobs.remove(job)
+        for job in refused:
+            only = f"only worker {job.part.avoid}, which it avoids, is left"
+            job.request.fail(job.part, f"did not start: {only}")
+
+    def stop(self, jobs: Iterable[Job] = ()) -> None:
+        """Fail all jobs that wait, and all later ones, as the pool is closed."""
+        with self._changed:
+            self.closed = True
+            jobs = [*self._jobs, *jobs]
+            self._jobs.clear()
+        for job in jobs:
+            job.request.fail(job.part, f"did not start: {self.ending}")
+
+    @property
+    def ending(self) -> str:
+        """Why the pool has ended."""
+        return "the pool was closed"
+
+
+class DispatchedWorkers(Workers):
+    """A pool whose parts wait in the queue of a dispatcher."""
+
+    num_workers: int
+
+    @abc.abstractmethod
+    def _dispatcher(self) -> Dispatcher:
+        """Return the queue, started if it was not."""
+
+    def exclude(self, worker: int) -> None:
+        """Give the worker at a place in the pool no more parts until it is restarted."""
+        self._dispatcher().exclude(self._place(worker))
+
+    def restart(self, worker: int) -> None:
+        """Replace the worker at a place in the pool, excluded or not.
+
+        A thread cannot be ended: it only gets parts again.
+        """
+        self._dispatcher().restart(self._place(worker))
+
+    def _place(self, worker: int) -> int:
+        return count(self, "worker", worker, least=0, most=self.num_workers - 1)
+
+
+class DispatchedRequest(LiveRequest):
+    """A request whose parts wait in the queue of a dispatcher, as jobs with this module."""
+
+    def __init__(self, task: Task, timeout: float, dispatcher: Dispatcher, module: Any) -> None:
+        super().__init__(task, timeout)
+        self.dispatcher, self.module = dispatcher, module
+
+    def _submit(self, parts: Sequence[Part]) -> None:
+        self.dispatcher.submit(self, self.module, parts)
+
+    @property
+    def idle(self) -> int:
+        return self.dispatcher.num_idle
+
+    def _obstacle(self) -> Obstacle:
+        return self.dispatcher.obstacle(self)

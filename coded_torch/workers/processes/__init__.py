@@ -1,0 +1,1 @@
+"""Processes as workers, and their supervision, which Ray actors share."""

@@ -1,0 +1,337 @@
+r"""The supervisor of workers that may hang or die: it starts, watches and replaces them."""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..dispatch import Dispatcher, Job, Worker, logger
+from .modules import ModuleStore, PackedModule, remote_cause
+
+__all__ = ["START_SECONDS", "Supervisor", "WatchedWorker"]
+
+# Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
+# tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
+START_SECONDS = 120.0
+# Seconds that closing a pool waits for its thread. Not tuned.
+_CLOSING_SECONDS = 10.0
+# Failed starts in a row after which waiting jobs fail, instead of at their timeout. Not tuned.
+_FAILED_STARTS = 3
+# Seconds between attempts to start: .2, .4, ..., at most this. Not tuned.
+_LONGEST_PAUSE = 5.0
+# Seconds to wait for news: selectors count milliseconds in 31 bits.
+_LONGEST_WAIT = 3600.0
+# Seconds until the thread goes on after an unexpected exception, so that it does not spin.
+_REPAIR_SECONDS = 1.0
+_pools = itertools.count()
+
+
+class WatchedWorker(Worker):
+    """A process or an actor.
+
+    Attributes:
+        pid: its process id; 0 until it is up.
+        since: when it began to start, or its job, or had loaded the module of its job.
+        loading: whether it has still to load the module of its job.
+        unwanted: whether it is to be replaced.
+        modules: the numbers of the modules that it holds.
+    """
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.pid = 0
+        self.since = 0.0
+        self.loading = self.unwanted = False
+        self.modules: frozenset[int] = frozenset()
+
+    def is_new_to(self, module: PackedModule) -> bool:
+        return module.number not in self.modules
+
+    def load(self, module: PackedModule) -> None:
+        """Note which modules the worker holds once it has a job with this one."""
+        self.modules = self.modules & module.alive | {module.number}
+
+    def due(self, grace: float) -> float:
+        """Return when the worker is to be ended; infinite while it has nothing to do."""
+        if self._is_useless:
+            return -math.inf
+        if self.ready and self.job is None:
+            return math.inf
+        return self.since + self._limit(grace)[0]
+
+    def verdict(self, grace: float) -> str:
+        """Return why it is ended when it is due, in words that continue its name."""
+        if self._is_useless:
+            return "was to be restarted" if self.unwanted else "was at a call that was interrupted"
+        limit, what = self._limit(grace)
+        return f"was {what} for more than {limit:g} s, and was ended"
+
+    @property
+    def _is_useless(self) -> bool:
+        return self.unwanted or (self.job is not None and self.job.request.abandoned)
+
+    def _limit(self, grace: float) -> tuple[float, str]:
+        """Return the seconds that it has for what it does, and what that is."""
+        if self.ready and not self.loading:
+            return grace, "at one job"
+        return max(START_SECONDS, grace), "loading a module" if self.ready else "starting"
+
+
+class Supervisor(Dispatcher):
+    """The workers of a pool, and the jobs that wait for them.
+
+    A worker that is lost is replaced, and its job fails. A worker that computes a job for longer
+    than ``grace`` seconds is ended; where loading the module is reported, it does not count.
+
+    Subclasses start, ask and end workers, and report to :meth:`ready`, :meth:`take`, :meth:`fail`
+    and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
+
+    Args:
+        size: the number of workers.
+        grace: seconds, positive.
+        clock: returns the time in seconds.
+    """
+
+    _workers: list[WatchedWorker]  # type: ignore[assignment]
+
+    def __init__(
+        self, size: int, grace: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(size)
+        self.grace = grace
+        self.modules = ModuleStore(self.pack)
+        self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
+        self.num_lost = 0  # workers, while the pool is open
+        self.refusal = ""  # why no worker can ever start
+        self._clock = clock
+        self._failed_starts = 0
+        self._start_again = -math.inf
+        self._pool, self._starts = next(_pools), [0] * size  # how often each place was taken
+
+    @abc.abstractmethod
+    def pack(self, module: nn.Module) -> Any:
+        """Return a module in the form in which workers get it."""
+
+    @abc.abstractmethod
+    def launch(self, index: int) -> WatchedWorker:
+        """Begin to start the worker at a place."""
+
+    @abc.abstractmethod
+    def end(self, worker: WatchedWorker) -> None:
+        """End a worker at once, whatever state it is in."""
+
+    @abc.abstractmethod
+    def wait(self, seconds: float) -> None:
+        """Wait for news of the workers, or a call of :meth:`wake`, and report the news."""
+
+    @abc.abstractmethod
+    def wake(self) -> None:
+        """Make :meth:`wait` return."""
+
+    def let_go(self) -> None:
+        """Release everything but the workers, which have ended."""
+
+    def seed(self, index: int) -> int:
+        """Return the seed of the next worker at a place, different from all others."""
+        key = torch.initial_seed() % 2**64, self._pool, index, self._starts[index]
+        self._starts[index] += 1
+        return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+    # The workers call these methods, through whatever hears them.
+
+    def ready(self, worker: Worker) -> None:
+        self._failed_starts = 0
+        super().ready(worker)
+
+    def loaded(self, worker: WatchedWorker) -> None:
+        """Note that a worker has loaded the module of its job, or, before it is up, the last."""
+        with self._changed:
+            worker.loading, worker.since = False, self._clock()
+        if not worker.ready:
+            self.ready(worker)
+
+    def take(
+        self, worker: WatchedWorker, number: int, succeeded: bool, read: Callable[[], Any]
+    ) -> None:
+        """Take the result of a job. If nobody waits for it, it is not even read.
+
+        Args:
+            worker: the worker that sent it.
+            number: the number of the job.
+            succeeded: whether the result is a value.
+            read: returns the value, or the argument of :func:`remote_cause`.
+        """
+        job, value = worker.job, None
+        if job is not None and job.request.awaits(job.part):
+            try:
+                value = read()
+            except Exception as cause:  # whatever unpickling raises
+                return self.fail_to_read(worker, number, cause)
+            if not succeeded:
+                reason = f"failed in {worker}: {value[0]}"
+                return self.fail(worker, number, reason, remote_cause(value), "raised")
+        return self.settle(worker, number, value)
+
+    def fail_to_read(self, worker: WatchedWorker, number: int, cause: Exception) -> None:
+        """Fail a job whose result cannot be read."""
+        self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", cause)
+
+    def lost(self, worker: WatchedWorker, reason: str) -> None:
+        """Note that a worker has ended; ``reason`` continues its name."""
+        with self._changed:
+            if worker not in self._workers:
+                return
+            self._remove(worker)
+        self._replace(worker, reason)
+
+    def _note(self, worker: Worker, job: Job) -> None:
+        assert isinstance(worker, WatchedWorker)
+        worker.job, worker.since, worker.loading = job, self._clock(), False
+
+    def _remove(self, worker: WatchedWorker) -> None:
+        """Take a worker out, under the lock: it gets no job, and none of its results counts."""
+        self._workers.remove(worker)
+        self.num_lost += not self.closed
+        if worker in self._idle:
+            self._idle.remove(worker)
+
+    def _replace(self, worker: WatchedWorker, reason: str) -> None:
+        """Fail the job of a worker that was taken out, and have a new one started."""
+        with self._changed:
+            what, job, stranded = f"{worker} {reason}", worker.job, []
+            now = self._clock()
+            if not worker.ready:
+                self.trouble = what
+                if now >= self._start_again:  # workers that fail together fail once
+                    self._failed_starts += 1
+                    self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
+                if self._failed_starts >= _FAILED_STARTS and not any(
+                    other.ready for other in self._workers
+                ):
+                    stranded = list(self._jobs)
+                    self._jobs.clear()
+            self._changed.notify_all()
+        if not self.closed:
+            logger.warning("a worker was lost and is replaced: %s", what)
+        if job is not None:
+            job.request.fail(job.part, f"was lost: {what}", kind="died")
+        for job in stranded:
+            job.request.fail(job.part, f"did not start: {what}")
+        self.wake()
+
+    def restart(self, index: int) -> None:
+        """Have the worker at a place ended and replaced."""
+        with self._changed:
+            for worker in self._workers:
+                worker.unwanted |= worker.index == index
+        self.wake()
+
+    # The thread calls these methods.
+
+    def tend(self) -> None:
+        """End the workers that are overdue, and start those that are missing."""
+        now = self._clock()
+        with self._changed:
+            overdue = [worker for worker in self._workers if worker.due(self.grace) <= now]
+            # Taken out here: a worker that got its next job now would end with that one.
+            for worker in overdue:
+                self._remove(worker)
+        for worker in overdue:
+            self._try_to_end(worker)
+            self._replace(worker, worker.verdict(self.grace))
+        if now < self._start_again or len(self._workers) == self.size:
+            return
+        for index in sorted(set(range(self.size)) - {worker.index for worker in self._workers}):
+            try:
+                worker = self.launch(index)
+            except Exception as cause:  # too many processes or files: later it may succeed
+                worker = WatchedWorker(index)
+                self.add(worker, ready=False)
+                self.lost(worker, f"could not be started: {type(cause).__name__}: {cause}")
+                return
+            worker.since = self._clock()
+            self.add(worker, ready=False)
+
+    def pause(self) -> float:
+        """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
+        with self._changed:
+            due = [worker.due(self.grace) for worker in self._workers]
+            if len(due) < self.size:
+                due.append(self._start_again)
+        # A job that begins meanwhile is due no earlier than a grace from now.
+        longest = min(self.grace, _LONGEST_WAIT)
+        return max(0.0, min([longest, *(time - self._clock() for time in due)]))
+
+    def serve(self) -> None:
+        """Tend the workers until the pool is closed."""
+        try:
+            while not self.closed:
+                try:
+                    self.tend()
+                    self.wait(self.pause())
+                except Exception as cause:
+                    # The pool goes on: workers and requests are as they were.
+                    logger.exception("%s: the thread of the pool goes on", self.thread.name)
+                    self.trouble = f"{type(cause).__name__}: {cause}"
+                    time.sleep(_REPAIR_SECONDS)
+        finally:
+            with self._changed:
+                self.closed = True
+                self._changed.notify_all()
+                workers = list(self._workers)
+            for worker in workers:
+                self._try_to_end(worker)
+                self.lost(worker, f"was ended: {self.ending}")
+            self.stop()
+            self.modules.clear()
+            self.let_go()
+
+    def _try_to_end(self, worker: WatchedWorker) -> None:
+        try:
+            self.end(worker)
+        except Exception:  # the other workers must be ended, too
+            logger.exception("%s could not be ended", worker)
+
+    # The pool calls these methods.
+
+    def refuse(self, reason: str) -> None:
+        """Close, as no worker can ever start."""
+        self.trouble = self.refusal = reason
+        self.closed = True
+
+    @property
+    def ending(self) -> str:
+        return self.refusal or super().ending
+
+    def close(self) -> None:
+        """End the workers and the thread. May be called twice."""
+        self.closed = True
+        self.wake()
+        if self.thread.ident is not None and self.thread is not threading.current_thread():
+            self.thread.join(_CLOSING_SECONDS)
+
+    @property
+    def workers(self) -> list[WatchedWorker]:
+        """The workers that are up."""
+        with self._changed:
+            return [worker for worker in self._workers if worker.ready]
+
+    def wait_until_ready(self, timeout: float) -> bool:
+        """Wait until all workers are up, and return whether they are."""
+
+        def settled() -> bool:
+            up = sum(worker.ready for worker in self._workers)
+            return up == self.size or self.closed or self._failed_starts >= _FAILED_STARTS
+
+        with self._changed:
+            self._changed.wait_for(settled, timeout)
+        return len(self.workers) == self.size
