@@ -1,4 +1,8 @@
-"""Checks of arguments; each complaint names whose argument, what it must be and what it is."""
+"""Checks of arguments.
+
+Each error names the owner (a function's name, or the object that is given the argument), the
+argument, the requirement and the value. The wrong type is a TypeError, a wrong value a ValueError.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import numbers
 import operator
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,17 +38,17 @@ __all__ = [
     "warn",
 ]
 
-#: The largest N: more workers in one group than machines to be had, and few enough for every plan.
+#: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
 
-# Where calls of modules pass through on their way to us.
+# The folders of the files that calls of modules pass through on their way to this package.
 _INSIDE = tuple(str(Path(file).parent) for file in (__file__, str(torch.__file__)))
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool = False) -> None:
-    """Raise a TypeError unless ``value`` is of a type, or None if it is optional."""
+    """Raise a TypeError unless ``value`` has a type, or is None and may be."""
     if not (isinstance(value, kind) or (optional and value is None)):
         raise TypeError(
             f"{_name(owner)}: {argument} must be of type {kind.__name__}"
@@ -55,12 +59,7 @@ def instance(owner: object, argument: str, value: Any, kind: Any, optional: bool
 def count(
     owner: object, argument: str, value: Any, least: int | None = 1, most: int | None = None
 ) -> int:
-    """The integer that ``value`` is, of whatever type but bool.
-
-    Raises:
-        TypeError: it is none.
-        ValueError: it is less than ``least`` or greater than ``most``.
-    """
+    """Return ``value`` as an int, from ``least`` to ``most``; a bool is none."""
     try:
         integer = None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -78,12 +77,7 @@ def count(
 def real(
     owner: object, argument: str, value: Any, requirement: str, valid: Callable[[float], bool]
 ) -> float:
-    """The float that ``value`` is, of whatever type but bool.
-
-    Raises:
-        TypeError: it is no real number.
-        ValueError: it is not ``valid``.
-    """
+    """Return ``value`` as a float that is ``valid``; a bool is none."""
     message = f"{_name(owner)}: {argument} must be {requirement}, got {shown(value)}"
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(message)
@@ -97,50 +91,41 @@ def real(
 
 
 def positive(owner: object, argument: str, value: Any) -> float:
-    """A :func:`real` number that is positive and finite."""
+    """Return ``value`` as a float that is positive and finite."""
     return real(owner, argument, value, "positive and finite", lambda x: 0 < x < math.inf)
 
 
 def probability(owner: object, argument: str, value: Any) -> float:
-    """A :func:`real` number in [0, 1]."""
+    """Return ``value`` as a float in [0, 1]."""
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
 
 
 def dense(owner: object, argument: str, value: Any, floating: bool = True) -> None:
     """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
 
-    That is neither sparse, nested, quantised, masked nor without storage, and, if ``floating``,
-    of float64, float32, bfloat16 or float16.
+    It must be neither sparse, nested, quantised, masked nor on the meta device and, if
+    ``floating``, have 16, 32 or 64 bits.
     """
-    if isinstance(value, Tensor):
-        if (
-            (value.dtype in _FLOATS or not floating)
-            and value.layout is torch.strided
-            and not (value.is_meta or value.is_nested or value.is_quantized)
-            and not isinstance(value, MaskedTensor)
-        ):
-            return
-        got = str(value.dtype)
-        if isinstance(value, MaskedTensor):
-            got = "a masked tensor"
-        elif value.is_nested:
-            got = "a nested tensor"
-        elif value.layout is not torch.strided:
-            got = f"layout {value.layout}"
-        elif value.is_meta:
-            got = "a tensor on the meta device"
-    else:
+    if not isinstance(value, Tensor):
         got = type(value).__name__
+    elif isinstance(value, MaskedTensor):
+        got = "a masked tensor"
+    elif value.is_nested:
+        got = "a nested tensor"
+    elif value.layout is not torch.strided:
+        got = f"layout {value.layout}"
+    elif value.is_meta:
+        got = "a tensor on the meta device"
+    elif value.is_quantized or (floating and value.dtype not in _FLOATS):
+        got = str(value.dtype)
+    else:
+        return
     kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 
 
 def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64]:
-    """The numbers as a float64 array of their own.
-
-    Raises:
-        TypeError: they are not real numbers.
-    """
+    """Return real numbers as a new float64 array."""
     if isinstance(numbers, Tensor):
         dense(owner, argument, numbers, floating=False)
         numbers = numbers.detach().cpu()
@@ -155,12 +140,7 @@ def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64
 
 
 def smoothing(owner: object, argument: str, value: Any) -> float:
-    """A smoothing as a float, from anything that holds one number.
-
-    Raises:
-        TypeError: it is no real number.
-        ValueError: it is negative or not finite.
-    """
+    """Return a smoothing as a float: finite and at least 0, of anything that holds one number."""
     if type(value) is float and 0 <= value < math.inf:
         return value
     array = real_array(owner, argument, value)
@@ -175,44 +155,29 @@ def smoothing(owner: object, argument: str, value: Any) -> float:
 def find_devices(
     owner: object, devices: Any, find: Callable[[torch.device | str], torch.device]
 ) -> tuple[torch.device, ...]:
-    """The devices that a pool is given; ``find`` gives that of a name.
-
-    Raises:
-        TypeError: they are not a sequence of devices.
-        ValueError: there are none, or one cannot be found.
-    """
-    try:
-        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
-    except TypeError:
-        named = None
-    if named is None:
-        raise TypeError(
-            f"{_name(owner)}: devices must be a sequence of devices, got {shown(devices)}"
-        )
+    """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
+    must = f"{_name(owner)}: devices must"
+    if isinstance(devices, str | torch.device | Tensor) or not isinstance(devices, Iterable):
+        raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
     found = []
-    for device in named:
+    for device in devices:
         try:
             found.append(find(device))
         except TypeError:
-            raise TypeError(
-                f"{_name(owner)}: devices must be names of devices, got {shown(device)}"
-            ) from None
+            raise TypeError(f"{must} be names of devices, got {shown(device)}") from None
         except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
-            raise ValueError(
-                f"{_name(owner)}: devices must be available, got {str(device)!r}"
-            ) from error
+            raise ValueError(f"{must} be available, got {str(device)!r}") from error
     if not found:
-        raise ValueError(f"{_name(owner)}: devices must name at least one device, got none")
+        raise ValueError(f"{must} name at least one device, got none")
     return tuple(found)
 
 
 def _name(owner: object) -> str:
-    """That of a function, or the type of an object, which is given the argument."""
     return owner if isinstance(owner, str) else type(owner).__name__
 
 
 def shown(value: Any) -> str:
-    """What a value looks like, in no more than a line."""
+    """Return the look of a value in at most one line."""
     if isinstance(value, int) and abs(value) > 10**40:  # Python does not even print very long ones
         return f"an integer of {value.bit_length()} bits"
     text = repr(value).replace("\n", " ")
@@ -220,7 +185,7 @@ def shown(value: Any) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn of the caller's line: the innermost that is neither ours nor torch's."""
+    """Warn of the caller's line: the innermost that is neither in this package nor in torch."""
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1

@@ -1,4 +1,4 @@
-"""Python's collector, kept from what a process that answers has set up."""
+"""The garbage collector of a process that answers requests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["frozen_heap"]
 
 @contextlib.contextmanager
 def frozen_heap() -> Iterator[None]:
-    """Keep full collections from looking at what is there already, in all of the process.
+    """Keep full collections from visiting the objects that exist already, in the whole process.
 
-    One stops all threads while it looks at every object: some 100 ms with torch imported. Where the
-    host has frozen objects itself, they stay frozen, as all have to be unfrozen at once.
+    A full collection stops all threads while it visits every object: some 100 ms with torch
+    imported. If the host has frozen objects itself, all stay frozen: Python unfreezes all or none.
     """
     by_host = gc.get_freeze_count() > 0
     gc.collect()

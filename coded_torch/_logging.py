@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 __all__ = ["Sparing", "sparing_logger"]
 
-_SECONDS = 60.0  # between two warnings of one cause
-_MOST_CAUSES = 256  # that are remembered, each by so many characters:
-_CHARACTERS = 200
+# Bounds, not tuned: seconds between two warnings of one cause, remembered causes, and the characters
+# by which each is remembered.
+_SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 
 _NUMBER = re.compile(r"\d[\w.]*")
 
@@ -23,10 +23,7 @@ class Sparing(logging.Filter):
     """Passes one warning per cause and minute, which says how many were held back before it.
 
     Two warnings of one logger have the same cause if their texts differ in numbers only: the
-    machine, its process, the row, the shape.
-
-    Args:
-        clock: monotonic, in seconds.
+    worker, its process, the row, the shape. The clock is monotonic, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -37,9 +34,9 @@ class Sparing(logging.Filter):
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """Pass every cause again."""
+        """Forget all causes, so that each passes again."""
         self._lock = threading.Lock()
-        # When the cause was passed last, and what was held back since; the least recent first.
+        # When a cause passed last, and the number held back since; the least recent first.
         self._causes: dict[tuple[str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -58,12 +55,12 @@ class Sparing(logging.Filter):
         return passes
 
 
-#: The one of all our loggers.
+#: The filter of all loggers of this package.
 SPARING = Sparing()
 
 
 def sparing_logger(name: str) -> logging.Logger:
-    """The logger of that name, with the filter."""
+    """Return the logger of that name, with the filter."""
     logger = logging.getLogger(name)
     logger.addFilter(SPARING)
     return logger

@@ -299,10 +299,8 @@ def _check_examples(examples: Any, inputs: Sequence[TensorSpec]) -> None:
     for spec, x in zip(inputs, examples, strict=True):
         instance("app", f"the example of {spec.name!r}", x, Tensor)
         if not (x.dim() and len(x) and spec.fits(x.shape[1:])):
-            raise ValueError(
-                f"app: the example of {spec.name!r} must have rows of shape {list(spec.shape)}, "
-                f"got shape {list(x.shape)}"
-            )
+            must = f"must have rows of shape {list(spec.shape)}, got shape {list(x.shape)}"
+            raise ValueError(f"app: the example of {spec.name!r} {must}")
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -34,14 +34,11 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
     Args:
         factory: makes the application by :func:`~coded_torch.serve.app`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
-            replica, and as many wait, so that the application refuses and not Ray.
+            replica, and as many wait, so that the application refuses and not Ray. Keep
+            ``max_ongoing_requests`` above the application's ``max_queued_requests``.
 
     Raises:
         ImportError: Ray Serve is not installed.
-
-    Raises in the replica:
-        TypeError: ``factory`` makes something else.
-        ValueError: ``max_ongoing_requests`` is not above the application's bound.
 
     Warning:
         Ray binds one port of each replica to every interface and reads pickles from it: use it in
@@ -57,25 +54,19 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
     options = bounds | options
 
     def build() -> Starlette:
-        application = checked(factory, options["max_ongoing_requests"])
-        application.state.service.metrics = Metrics(ray=True)
+        application = factory()
+        service_of(application).metrics = Metrics(ray=True)
         return application
 
     return serve.deployment(**options)(serve.ingress(build)())
 
 
-def checked(factory: Callable[[], Starlette], max_ongoing_requests: int) -> Starlette:
-    """Make the application, and check that it refuses requests before Ray does."""
-    application = factory()
+def service_of(application: Any) -> Service:
+    """Return the service of an application, or raise a TypeError in the replica."""
     service = getattr(getattr(application, "state", None), "service", None)
     if not isinstance(service, Service):
         raise TypeError(
             "deployment: factory must return what coded_torch.serve.app does, got "
             f"{type(application).__name__}"
         )
-    if service.max_queued_requests >= max_ongoing_requests:
-        raise ValueError(
-            "deployment: max_ongoing_requests must be above the application's own "
-            f"max_queued_requests, {service.max_queued_requests}, got {max_ongoing_requests}"
-        )
-    return application
+    return service

@@ -207,12 +207,10 @@ def test_the_numbers_of_a_replica_are_in_rays_metrics(port):
 
 def test_it_is_the_application_that_refuses():
     from coded_torch.serve import deployment
-    from coded_torch.serve.ray_serve import checked
+    from coded_torch.serve.ray_serve import service_of
 
     made = deployment(lenet, name="x")
     assert (made.max_ongoing_requests, made.max_queued_requests) == (1024, 1024)
     with pytest.raises(TypeError, match=r"factory must return what .*app does, got int"):
-        checked(lambda: 3, 1024)
-    with pytest.raises(ValueError, match=r"must be above .* max_queued_requests, 256, got 256"):
-        checked(lenet, 256)
-    assert checked(lenet, 257).state.service.name == "m"
+        service_of(3)
+    assert service_of(lenet()).name == "m"
