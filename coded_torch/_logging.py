@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 __all__ = ["Sparing", "sparing_logger"]
 
-# Bounds, not tuned: seconds between two warnings of one cause, remembered causes, and the characters
+# Bounds, not tuned: seconds between two warnings of a cause, remembered causes, and the characters
 # by which each is remembered.
 _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 

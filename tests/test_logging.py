@@ -7,29 +7,23 @@ import re
 import subprocess
 import sys
 import threading
+import types
 
 import pytest
 
 from coded_torch._logging import Sparing
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return types.SimpleNamespace(now=0.0)
 
 
 @pytest.fixture
 def passed(clock):
     """Warns through a filter of its own; returns the texts that passed."""
     logger, texts = logging.Logger("coded_torch.test"), []
-    logger.addFilter(Sparing(clock))
+    logger.addFilter(Sparing(lambda: clock.now))
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())
     logger.addHandler(handler)
@@ -112,7 +106,7 @@ def test_python_shows_what_went_wrong_where_nothing_is_configured(tmp_path):
     assert ran.stdout == "done\n", ran.stderr
     for line in (
         "a worker was lost and is replaced: process",
-        r"CodedWrapper: a result was rejected: machine \d returned values that are not finite in",
+        r"CodedWrapper: a result was rejected: worker \d returned values that are not finite in",
         r"CodedWrapper: \d+ of 2\d answers are predicted: ",
     ):
         assert re.search(line, ran.stderr), ran.stderr
