@@ -91,19 +91,9 @@ def test_the_commands(capsys):
     assert main(["bench"]) == 2
 
 
-def test_help_names_every_flag(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["demo", "--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    for flag in ("num-data", "num-workers", "num-stragglers", "seed", "device", "output"):
-        assert f"--{flag}" in out
-
-
 def test_version(capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="^0$"):
         main(["--version"])
-    assert stop.value.code == 0
     assert capsys.readouterr().out == f"coded_torch {coded_torch.__version__}\n"
 
 

@@ -1,6 +1,7 @@
 """The application under uvicorn: routes, bodies, refusals, disconnects and the end."""
 
 import contextlib
+import functools
 import gc
 import gzip
 import json
@@ -15,7 +16,6 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, specs
 from coded_torch.stragglers import Bernoulli, Stragglers
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
@@ -74,11 +74,8 @@ def test_metadata(client):
         status, found = client.get(f"/v2/models/m{version}")
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
-        assert [spec["name"] for spec in found["outputs"]] == [
-            "output",
-            "predicted",
-            "expected_error",
-        ]
+        names = [spec["name"] for spec in found["outputs"]]
+        assert names == ["output", "predicted", "expected_error"]
 
 
 @pytest.mark.parametrize("version", ["", "/versions/1"])
@@ -118,29 +115,23 @@ def test_a_bad_request_is_400_and_leaves_the_connection_usable(client):
 
 
 @pytest.mark.parametrize(
-    ("encoding", "squeeze"),
-    [("gzip", gzip.compress), ("deflate", zlib.compress), ("identity", bytes)],
+    ("encoding", "squeeze", "accepted"),
+    [
+        ("gzip", gzip.compress, "br, gzip;q=0.5"),
+        ("deflate", zlib.compress, "deflate"),
+        ("identity", bytes, ""),
+    ],
 )
-def test_packed_bodies(client, encoding, squeeze):
+def test_packed_bodies(client, encoding, squeeze, accepted):
     many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
     body = squeeze(json.dumps(many).encode())
-    headers = {"Content_Encoding": encoding, "Accept_Encoding": f"br, {encoding};q=0.5"}
+    headers = {"Content_Encoding": encoding, "Accept_Encoding": accepted}
     status, found, answer = client.send("POST", PATH, body, **headers)
     assert status == 200
-    assert found["content-encoding"] == ("gzip" if encoding == "gzip" else None)
-    if encoding == "gzip":
+    assert found["content-encoding"] == ("gzip" if "gzip" in accepted else None)
+    if "gzip" in accepted:
         answer = gzip.decompress(answer)
     assert json.loads(answer)["outputs"][0]["shape"] == [64, 2]
-
-
-@pytest.mark.parametrize("accepted", ["", "deflate", "br"])
-def test_answers_are_not_packed_unless_that_is_wanted(client, accepted):
-    many = {"inputs": [tensor(torch.arange(192.0).reshape(64, 3).tolist())]}
-    _, found, answer = client.send(
-        "POST", PATH, json.dumps(many).encode(), Accept_Encoding=accepted
-    )
-    assert found["content-encoding"] is None
-    assert json.loads(answer)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +203,13 @@ def test_a_full_queue_is_noticed_before_the_body_is_read():
         for thread in threads:
             thread.join(30)
     assert answers == [200, 200]
+
+
+def started(targets):
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def refused(port):
@@ -347,10 +345,7 @@ def test_a_request_that_makes_the_module_fail_fails_alone():
                 answers[name] = client.infer({"inputs": [tensor(ids, "ids", "INT64")]})
 
         asked = {f"good {i}": [[i, 1]] for i in range(4)} | {"bad": [[0, 9]]}
-        threads = [threading.Thread(target=ask, args=item) for item in asked.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        for thread in started(functools.partial(ask, *item) for item in asked.items()):
             thread.join(30)
     assert answers["bad"][0] == 500
     assert "index out of range" in answers["bad"][1]["error"]
@@ -379,9 +374,7 @@ def test_what_was_accepted_is_answered_at_the_end():
             with Client(port) as client:
                 answers.append(client.infer(ONE)[0])
 
-        threads = [threading.Thread(target=ask) for _ in range(5)]
-        for thread in threads:
-            thread.start()
+        threads = started(ask for _ in range(5))
         assert held.begun.acquire(timeout=30)
         time.sleep(0.2)  # the others are queued
         threading.Timer(0.3, held.go.set).start()
@@ -407,20 +400,8 @@ def test_metrics_have_no_label_of_a_clients_making(client):
     client.infer({"inputs": [tensor(ROWS, "secret")]}, PATH)
     client.send("POST", "/v2/models/secret/infer", b"{}")
     text = metrics(client)
+    assert 'coded_torch_refusals_total{reason="invalid"}' in text
     assert "secret" not in text
-    for name in (
-        'coded_torch_results_total{state="received"}',
-        'coded_torch_answers_total{kind="exact"}',
-        'coded_torch_refusals_total{reason="invalid"}',
-        "coded_torch_queued_seconds_bucket",
-        "coded_torch_encode_seconds_sum",
-        "coded_torch_compute_seconds_sum",
-        "coded_torch_decode_seconds_count",
-        "coded_torch_extra_rows_total",
-        "coded_torch_hedges_total",
-        "coded_torch_expected_error_bucket",
-    ):
-        assert name in text, name
 
 
 @pytest.mark.parametrize(
@@ -442,11 +423,9 @@ def test_metrics_have_no_label_of_a_clients_making(client):
     ],
 )
 def test_bad_arguments(changes, message):
-    coded = built().state.service.coded
-    assert isinstance(coded, CodedWrapper)
     options = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 1.0}
     with pytest.raises((TypeError, ValueError)) as caught:
-        app(**{"coded": coded} | options | changes)
+        app(**{"coded": built().state.service.coded} | options | changes)
     assert message in str(caught.value)
 
 

@@ -191,11 +191,9 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(tmp_path)
     request = example(capsys, "mine:make", "--example", "2")
     assert [entry["name"] for entry in request["inputs"]] == ["input0", "input1"]
+    options = ["--name", "double", "--output-names", "x,sum", "--deadline", "5"]
     with (
-        running("mine:make", "--name", "double", "--output-names", "x,sum", cwd=tmp_path) as (
-            _,
-            port,
-        ),
+        running("mine:make", *options, cwd=tmp_path) as (_, port),
         Client(port) as client,
     ):
         metadata = client.get("/v2/models/double")[1]

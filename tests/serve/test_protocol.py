@@ -95,12 +95,6 @@ def test_what_is_cast_loses_nothing(sent, taken):
     assert torch.equal(found.to(dtype), values)
 
 
-def test_half_precision_is_taken_for_single():
-    halves = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).half()
-    message, tail = binary(halves, "FP16")
-    assert torch.equal(read(message, tail=tail).inputs[0], halves.float())
-
-
 def test_rows_that_are_to_blame_are_named():
     assert "row 1 is not" in refused(one(data=[[1, 2, 3], [4, 1e39, 6]]))
     bad = torch.tensor(ROWS)

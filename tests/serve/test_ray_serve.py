@@ -40,8 +40,11 @@ def lenet():
     return app(coded, name="m", inputs=inputs, outputs=outputs, deadline=30.0)
 
 
-def pids():
-    """A model whose answer is the process that it runs in, after as many seconds as it is given."""
+def where(actors=0):
+    """A model whose answer is the process that it runs in, after as many seconds as it is given.
+
+    That is the replica, or one of so many actors of the cluster that the replica asks.
+    """
     import os
     import time
 
@@ -50,14 +53,16 @@ def pids():
     from coded_torch.codes import KernelCode
     from coded_torch.nn import CodedWrapper
     from coded_torch.serve import TensorSpec, app
+    from coded_torch.workers import LocalWorkers, RayWorkers
 
     class Where(torch.nn.Module):
         def forward(self, x):
             time.sleep(float(x.max()))
             return torch.full_like(x, os.getpid(), dtype=torch.float64)
 
+    workers = RayWorkers(actors) if actors else LocalWorkers()
     return app(
-        CodedWrapper(Where(), KernelCode(4, 6)),
+        CodedWrapper(Where(), KernelCode(2, 2), workers=workers),
         name="m",
         inputs=[TensorSpec("seconds", "FP32", ())],
         outputs=[TensorSpec("pid", "FP64", ())],
@@ -65,35 +70,12 @@ def pids():
     )
 
 
-def on_actors():
-    """The processes of two actors of the cluster, which the replica asks."""
-    import os
-
-    import torch
-
-    from coded_torch.codes import KernelCode
-    from coded_torch.nn import CodedWrapper
-    from coded_torch.serve import TensorSpec, app
-    from coded_torch.workers import RayWorkers
-
-    class Where(torch.nn.Module):
-        def forward(self, x):
-            return torch.full_like(x, os.getpid(), dtype=torch.float64)
-
-    return app(
-        CodedWrapper(Where(), KernelCode(2, 2), workers=RayWorkers(2)),
-        name="m",
-        inputs=[TensorSpec("seconds", "FP32", ())],
-        outputs=[TensorSpec("pid", "FP64", ())],
-        deadline=30.0,
-    )
-
-
-def by_value(function):
+def by_value(function, *defaults):
     """The same function as one of no module, so that it is pickled whole."""
     import types
 
-    copy = types.FunctionType(function.__code__, {"__builtins__": __builtins__}, function.__name__)
+    known = {"__builtins__": __builtins__}
+    copy = types.FunctionType(function.__code__, known, function.__name__, defaults)
     copy.__module__ = "__main__"
     return copy
 
@@ -119,9 +101,9 @@ def deployed():
         try:
             lenet_app = deployment(by_value(lenet), **options).bind()
             serve.run(lenet_app, name="lenet", route_prefix="/lenet")
-            where = deployment(by_value(pids), num_replicas=2, **options).bind()
-            serve.run(where, name="where", route_prefix="/where")
-            actors = deployment(by_value(on_actors), **options).bind()
+            replicas = deployment(by_value(where, 0), num_replicas=2, **options).bind()
+            serve.run(replicas, name="where", route_prefix="/where")
+            actors = deployment(by_value(where, 2), **options).bind()
             serve.run(actors, name="actors", route_prefix="/actors")
             yield port
         finally:
