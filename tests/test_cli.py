@@ -92,7 +92,7 @@ def test_the_commands(capsys):
 
 
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--version"])
     assert capsys.readouterr().out == f"coded_torch {coded_torch.__version__}\n"
 
