@@ -1,25 +1,12 @@
-"""How good the answers are, code by code, at six settings: ``python -m benchmarks batches``.
+"""How good are the answers, code by code, at six settings? ``python -m benchmarks batches``.
 
-All codes answer the same batches from the same received sets; answers are logits, compared with
-the model's own. Batches come from the official test images; every number that is tuned is tuned on
-training images that no gradient has seen. One batch a case goes through
-:class:`~coded_torch.nn.CodedWrapper` too, which must give the same answers to rounding.
+Answers are logits, compared with the network's own. "Paper" is the paper's scheme in the order of
+arrival, its smoothings tuned; "paper, ordered" the same by similarity. Replication fills in the mean
+of a group's results, "batch mean" the batch's; "no redundancy" predicts with the same regression.
 
-The codes: "paper" is :class:`~coded_torch.codes.SplineCode` in the order of arrival, with the
-numbers that :func:`coded_torch.evaluation.tune.tune` chooses, "paper, ordered" the same by
-similarity;
-"Berrut" likewise, with the order of its weights fixed to Berrut's own. "KernelCode, tuned" has the
-numbers of ``tune`` too; "KernelCode, paper's encoder" and "KernelCode, systematic" decode what
-``SplineCode`` mixes, at the paper's points, and at points that contain the data points.
-"replication" is :class:`~coded_torch.codes.ReplicationCode`, which fills in the mean of a group's
-results; "replication, batch mean" that of the batch's, and "replication, regression" what
-``KernelCode`` predicts.
-
-Sections, each network's every case on its own:
-
-- main: every code, where K inputs go to N workers and S of them are lost;
-- batch: batches of other sizes, of random pixels, and of 20 photographs of as many kinds;
-- contiguous: blocks of neighbouring workers lost, with and without inputs dealt at random.
+- main: K inputs go to N workers, and S of them are lost;
+- batch: batches of other sizes, and of random pixels;
+- contiguous: neighbouring workers are lost, with and without columns dealt at random.
 """
 
 from __future__ import annotations
@@ -31,16 +18,24 @@ from typing import Any
 
 import torch
 
-from coded_torch.codes import BerrutCode, KernelCode, SplineCode
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Scores, ratio
-from coded_torch.nn import CodedWrapper
+from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
 from coded_torch.stragglers import Contiguous, Uniform
 
-from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, Scheme, evaluate, summaries, tuned, uniform, unmixed
-from .subjects import PHOTOGRAPHS, SEED, Batch, Subject, run, subject
+from .schemes import (
+    BATCH_SIZE,
+    FIXED,
+    Case,
+    Scheme,
+    evaluate,
+    ratio,
+    received_by,
+    summaries,
+    tuned,
+    uniform,
+    unmixed,
+)
+from .subjects import SEED, Batch, Subject, run, subject
 
 CASES = ((100, 20, 60), (60, 20, 20), (24, 20, 4), (20, 8, 3), (10, 8, 2), (9, 8, 1))
 FEW, MANY = (24, 20, 4), (100, 20, 60)
@@ -60,169 +55,97 @@ class Bench:
     def subject(self) -> Subject:
         return subject(self.name, self.quick)
 
-    def batches(self, count: int, size: int = BATCH_SIZE) -> Iterator[Batch]:
-        count = 2 if self.quick else count
-        return progress(self.subject.batches("held_out", size, count), "batches", count)
-
-    def tuning_batches(self, count: int) -> Iterator[Batch]:
-        return progress(self.subject.batches("tuning", BATCH_SIZE, count), "tuning", count)
+    def batches(self, part: str, count: int, size: int = BATCH_SIZE) -> Iterator[Batch]:
+        count = min(count, 2) if self.quick else count
+        return progress(self.subject.batches(part, size, count), part, count)
 
     def _paper(self, case: Case, ordering: str) -> Scheme:
         n, k, s = case
-        batches = self.tuning_batches(self.count["tuning"])
-        return tuned(self.subject.model, batches, Scheme(SplineCode(k, n), ordering), s)
-
-    def schemes(self, case: Case) -> dict[str, Scheme]:
-        n, k, s = case
-        batches = self.tuning_batches(self.count["tuning, kernel"])
-        kernel = KernelCode(k, n, **FIXED)
-        return {
-            "paper": self.paper(case, "arrival"),
-            "Berrut": Scheme(BerrutCode(k, n), "arrival"),
-            "Berrut, ordered": Scheme(BerrutCode(k, n)),
-            "paper, ordered": self.paper(case, "similarity"),
-            **unmixed(case),
-            "KernelCode, tuned": tuned(self.subject.model, batches, Scheme(kernel), s),
-            **self.mixed(case),
-        }
-
-    def mixed(self, case: Case) -> dict[str, Scheme]:
-        every = encoders(*case[:2])
-        return {
-            name: Scheme(KernelCode(encoder=every[encoder], **FIXED))
-            for name, encoder in (
-                ("KernelCode, systematic", "spline, systematic"),
-                ("KernelCode, paper's encoder", "spline, as in the paper"),
-            )
-        }
+        batches = self.batches("tuning", self.count["tuning"])
+        return Scheme(tuned(self.subject.model, batches, SplineCode(k, n, ordering=ordering), s))
 
     def some(self, case: Case) -> dict[str, Scheme]:
-        return {"paper": self.paper(case, "arrival"), **unmixed(case), **self.mixed(case)}
+        return {"paper": self.paper(case, "arrival"), **unmixed(case)}
 
     def main(self, case: Case) -> dict[str, Any]:
-        schemes = self.schemes(case)
-        self.check(case, schemes)
-        batches = self.batches(self.count["main"])
-        scores = evaluate(self.subject.model, batches, schemes, case[2], uniform(case))
+        n, k, s = case
+        batches = self.batches("tuning", self.count["tuning, kernel"])
+        kernel = tuned(self.subject.model, batches, RegressionCode(k, n, **FIXED), s)
+        schemes = self.some(case) | {
+            "Berrut": Scheme(BerrutCode(k, n, ordering="arrival")),
+            "Berrut, ordered": Scheme(BerrutCode(k, n)),
+            "paper, ordered": self.paper(case, "similarity"),
+            "KernelCode, tuned": Scheme(kernel, s),
+        }
+        batches = self.batches("held_out", self.count["main"])
+        scores = evaluate(self.subject.model, batches, uniform(case), lambda law: schemes)
+        chosen = ("paper", "paper, ordered", "KernelCode, tuned")
         return {
-            "tuned": {
-                name: repr(schemes[name].code)
-                for name in ("paper", "paper, ordered", "KernelCode, tuned")
-            },
+            "tuned": {name: repr(schemes[name].code) for name in chosen},
             "codes": summaries(scores["uniform"], REFERENCES),
         }
 
-    @torch.no_grad()
-    def check(self, case: Case, schemes: dict[str, Scheme]) -> None:
-        """That the wrapper gives the same answers."""
-        s, model = case[2], self.subject.model
-        whole = next(self.subject.batches("held_out", BATCH_SIZE, 1))
-        some = {name: schemes[name] for name in ("paper", "replication", *self.mixed(case))}
-        some["KernelCode"] = schemes["KernelCode"]
-        scores = evaluate(model, [whole], some, s, uniform(case))["uniform"]
-        for name, scheme in some.items():
-            wrapper = CodedWrapper(
-                model,
-                scheme.code,
-                stragglers=Uniform(s, seed=SEED),
-                ordering=scheme.ordering,
-                shuffle=False,
-            )
-            again = Scores()
-            again.add(wrapper(whole.images), model(whole.images))
-            mse, wrapped = (float(x.columns[3][0]) for x in (scores[name], again))
-            if not abs(mse - wrapped) <= 1e-3 * mse:
-                raise RuntimeError(f"{name} {case}: squared error {mse}, the wrapper's {wrapped}")
-
-    def batch(self, size: int) -> dict[str, Any]:
-        batches = self.batches(SIZES[size], size)
-        scores = evaluate(self.subject.model, batches, self.some(FEW), FEW[2], uniform(FEW))
+    def batch(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        schemes = self.some(FEW)
+        scores = evaluate(self.subject.model, batches, uniform(FEW), lambda law: schemes)
         return {"codes": summaries(scores["uniform"], REFERENCES)}
 
+    def sized(self, size: int) -> dict[str, Any]:
+        return self.batch(self.batches("held_out", SIZES[size], size))
+
     def noise(self) -> dict[str, Any]:
-        """Random pixels, whose labels are what the network takes them for."""
+        """Try random pixels, whose labels are what the network takes them for."""
         count, model = 2 if self.quick else 20, self.subject.model
-        generator = torch.Generator().manual_seed(SEED)
         shape = (count * BATCH_SIZE, *self.subject.held_out.images.shape[1:])
-        images = torch.rand(shape, generator=generator)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(SEED))
         labels = run(model, images).argmax(-1)
         whole = Batch(images, labels)
+        share = float(labels.bincount().max() / len(labels))
         batches = Subject(model, whole, whole).batches("held_out", BATCH_SIZE, count)
-        scores = evaluate(self.subject.model, batches, self.some(FEW), FEW[2], uniform(FEW))
-        return {
-            "share of the commonest class": float(labels.bincount().max() / len(labels)),
-            "codes": summaries(scores["uniform"], REFERENCES),
-        }
+        return {"share of the commonest class": share, **self.batch(batches)}
 
     def contiguous(self, case: Case) -> dict[str, Any]:
         n, _, s = case
         laws, shuffler = (Uniform(s, seed=SEED), Contiguous(s, seed=SEED)), random.Random(SEED)
 
-        def received(index: int) -> dict[str, list[int]]:
+        def sets(index: int) -> dict[str, list[list[int]]]:
             uniform, contiguous = (received_by(law, n) for law in laws)
             positions = shuffler.sample(range(n), n)
             return {
-                "uniform": uniform,
-                "contiguous": contiguous,
-                "contiguous, shuffled": sorted(positions[worker] for worker in contiguous),
+                "uniform": [uniform],
+                "contiguous": [contiguous],
+                "contiguous, shuffled": [sorted(positions[worker] for worker in contiguous)],
             }
 
         schemes = self.some(case) if case in (FEW, MANY) else unmixed(case)
-        batches = self.batches(self.count["contiguous"])
-        scores = evaluate(self.subject.model, batches, schemes, s, received)
+        batches = self.batches("held_out", self.count["contiguous"])
+        scores = evaluate(self.subject.model, batches, sets, lambda law: schemes)
         table: dict[str, Any] = {law: summaries(found, REFERENCES) for law, found in scores.items()}
-        for name in schemes:
+        for law, name in ((law, name) for law in list(table)[1:] for name in schemes):
             right, own, *_ = scores["uniform"][name].columns
-            for law in ("contiguous", "contiguous, shuffled"):
-                theirs = scores[law][name].columns[0]
-                table[law][name]["against uniform"] = {
-                    "relative_accuracy": ratio(theirs - right, own)
-                }
+            points = ratio(scores[law][name].columns[0] - right, own)
+            table[law][name]["against uniform"] = {"relative_accuracy": points}
         return table
-
-    def photographs(self) -> dict[str, Any]:
-        """One batch of 20, and many received sets; tuned on 20 smaller ones of other things."""
-        n, k, s = FEW
-        law = Uniform(s, seed=SEED)
-        sets = {str(i): received_by(law, n) for i in range(50)}
-        tuning = list(self.subject.batches("tuning", k, self.count["tuning"]))
-        spline, model = SplineCode(k, n), self.subject.model
-        schemes = {
-            "paper": tuned(model, tuning, Scheme(spline, "arrival"), s),
-            "paper, ordered": tuned(model, tuning, Scheme(spline), s),
-            **unmixed(FEW),
-            **self.mixed(FEW),
-        }
-        by_set = evaluate(model, [self.subject.held_out], schemes, s, lambda index: sets)
-        pooled = {name: Scores() for name in schemes}
-        for scores in by_set.values():
-            for name in schemes:
-                pooled[name] += scores[name]
-        return {"codes": summaries(pooled, REFERENCES)}
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
-    for name in ("lenet5",) if quick else NETWORKS:
+    for name in NETWORKS[:1] if quick else NETWORKS:
         bench = Bench(name, quick)
         for case in CASES[-2:] if quick else CASES:
             yield (name, "main", str(case)), functools.partial(bench.main, case)
         for size in list(SIZES)[:2] if quick else SIZES:
-            yield (name, "batch", str(size)), functools.partial(bench.batch, size)
+            yield (name, "batch", str(size)), functools.partial(bench.sized, size)
         yield (name, "batch", "random pixels"), bench.noise
         for case in CASES[-1:] if quick else CASES:
             yield (name, "contiguous", str(case)), functools.partial(bench.contiguous, case)
-    if not quick:
-        yield (PHOTOGRAPHS, "batch", "photographs"), Bench(PHOTOGRAPHS, quick).photographs
 
 
 def counts(quick: bool) -> dict[str, dict[str, int]]:
-    """How many batches of what, by network."""
+    """Return how many batches of what, by network."""
     many = {"main": 50, "contiguous": 25, "tuning": 8, "tuning, kernel": 4}
     few = {"main": 50, "contiguous": 10, "tuning": 3, "tuning, kernel": 2}
     some = {"main": 2, "contiguous": 2, "tuning": 1, "tuning, kernel": 1}
-    if quick:
-        return {"lenet5": some}
-    return {"lenet5": many, "vit": many, "repvgg": few, PHOTOGRAPHS: few}
+    return {"lenet5": some} if quick else {"lenet5": many, "vit": many, "repvgg": few}
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Clients that send requests and check every answer, and what goes wrong around them."""
+"""Clients that check every answer, and a thread that kills workers beside them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from coded_torch.codes import LagrangeCode, NotEnoughResults
 from coded_torch.nn import CodedWrapper, Report, Waiting
-from coded_torch.workers import Task, Workers
+from coded_torch.workers import Workers
 
-__all__ = [
-    "FEATURES",
-    "SEED",
-    "START",
-    "Client",
-    "K",
-    "Killer",
-    "N",
-    "S",
-    "affine",
-    "percentiles",
-    "stopped",
-    "task_of",
-]
+__all__ = ["FEATURES", "SEED", "START", "Client", "K", "Killer", "N", "S", "affine", "stopped"]
 
 SEED = 0
 K, N, S = 4, 6, 2
@@ -43,7 +28,7 @@ TOLERANCE = 1e-6  # of double precision, relative to the largest output
 
 
 def affine() -> nn.Module:
-    """A module of which Lagrange's code gives back exactly what it computes, from any K results."""
+    """Return a module whose results Lagrange's code gives back exactly, from any K of them."""
     generator = torch.Generator().manual_seed(SEED)
     layer = nn.Linear(FEATURES, 10, dtype=torch.float64)
     for parameter in layer.parameters():
@@ -51,48 +36,33 @@ def affine() -> nn.Module:
     return layer.requires_grad_(False)
 
 
-def task_of(values: Tensor) -> Task:
-    """The call of a module on ``values [U, R, ...]``."""
-    leaves, spec = pytree.tree_flatten(((values,), {}))
-    units, rows = values.shape[:2]
-    return Task(leaves, [0], spec, units, rows, values.device)
-
-
 class Client:
     """Sends requests through a wrapper, and checks each answer."""
 
     def __init__(self, pool: Workers, waiting: Waiting) -> None:
         self.model = affine()
-        self.coded = CodedWrapper(
-            self.model,
-            LagrangeCode(K, N, degree=1),
-            workers=pool,
-            waiting=waiting,
-            ordering="arrival",
-            on_run=self._keep,
-        )
+        code = LagrangeCode(K, N, degree=1, ordering="arrival")
+        self.coded = CodedWrapper(self.model, code, workers=pool, waiting=waiting)
         self.generator = torch.Generator().manual_seed(SEED)
-        self.report: Report | None = None
+        self.reports: list[Report] = []
         self.worst = 0.0
 
-    def _keep(self, report: Report) -> None:
-        self.report = report
-
     def request(self) -> float:
-        """Milliseconds that one request took."""
+        """Send a request; returns its seconds."""
         x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
         start = time.perf_counter()
-        answer = self.coded(x)
+        answer, report = self.coded.run(x)
         spent = time.perf_counter() - start
         exact = self.model(x)
         error = float((answer - exact).abs().max() / exact.abs().max())
         if not error <= TOLERANCE:
             raise AssertionError(f"an answer differs by {error} from what the module computes")
         self.worst = max(self.worst, error)
-        return spent * 1e3
+        self.reports.append(report)
+        return spent
 
     def requests(self, count: int) -> tuple[list[float], int]:
-        """The times of those that were answered, and how many failed."""
+        """Send requests; returns the seconds of those that were answered, and how many failed."""
         times, failed = [], 0
         for _ in range(count):
             try:
@@ -102,18 +72,13 @@ class Client:
         return times, failed
 
 
-def percentiles(times: Sequence[float]) -> dict[str, float]:
-    names = {"p50": 50.0, "p99": 99.0, "p99.9": 99.9}
-    return {name: round(float(np.percentile(times, at)), 3) for name, at in names.items()}
-
-
 class Killer(threading.Thread):
     """Kills some workers of a pool, waits until it is whole again and some time more, repeats."""
 
-    def __init__(self, pool: Any, pause: Callable[[], float], most: int, seed: int) -> None:
+    def __init__(self, pool: Any, pause: Callable[[], float], most: int) -> None:
         super().__init__(daemon=True)
         self.pool, self.pause, self.most = pool, pause, most
-        self.random = random.Random(seed)
+        self.random = random.Random(SEED)
         self.done = threading.Event()
         self.kills = 0
         self.recoveries: list[float] = []

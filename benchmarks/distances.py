@@ -1,13 +1,12 @@
-"""On which data prediction helps, and which distances fit them: ``python -m benchmarks distances``.
+"""On which data does prediction help, and which metrics fit them? ``python -m benchmarks distances``.
 
-Small networks on tables, sequences, text and pictures (``tasks.py``); a network of raw inputs is
-that of standardised ones behind its own scaling. :class:`~coded_torch.codes.KernelCode` with one
-metric and length for all ("before"), with both chosen ("chosen"), with a cheap part of the module
-that competes ("with a stem") or is alone, and with each metric alone; beside replication, and the
-batch's mean in place of what is lost. Outputs are logits or, of tables with numbers to predict,
-these numbers, standardised.
+Small networks on tables, sequences, text and pictures (``tasks.py``). ``RegressionCode`` with one
+metric and length for all ("before"), with both chosen ("chosen"), with a stem of the module that
+competes, and with each metric alone; beside replication, no redundancy, and the batch's mean in
+place of what is missing. Outputs are logits or, of tables with numbers to predict, these numbers,
+standardised.
 
-Of tables, the held-out rows of each split are one batch, 240 at most, with 40 received sets; of all
+Of tables, the held-out rows of each split are one batch, 240 at most, with 40 received sets. Of all
 else, every batch has one.
 """
 
@@ -21,15 +20,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_torch.codes import KernelCode, ReplicationCode
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Scores, rounded
+from coded_torch.codes import RegressionCode, ReplicationCode
 from coded_torch.input_space.distances import METRICS, Leaf, features_by
 from coded_torch.stragglers import Uniform
 
 from . import tasks
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case, Scheme, decode, equal_copies, summaries, trial
+from .schemes import (
+    BATCH_SIZE,
+    FIXED,
+    Case,
+    Scheme,
+    Scores,
+    evaluate,
+    received_by,
+    rounded,
+    summaries,
+)
 from .subjects import SEED, Batch, Subject
 from .tasks import Task
 
@@ -40,74 +47,63 @@ REFERENCES = ("before", "chosen", "replication", "mean")
 
 
 def schemes(task: Task, case: Case, alone: bool) -> dict[str, Scheme]:
-    """What is compared.
-
-    Args:
-        task: the network and its inputs.
-        case: N, K, S.
-        alone: whether also every metric for itself.
-    """
-    n, k, _ = case
-    codes = {
-        "before": KernelCode(k, n, metric="shrunk", length=2.0),
-        "chosen": KernelCode(k, n),
-        "length chosen": KernelCode(k, n, metric="shrunk"),
-    }
+    """Return what is compared, and every metric alone if asked for."""
+    n, k, s = case
+    metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:
-        codes["with a stem"] = KernelCode(k, n, metric=task.stem)
-        codes["a stem alone"] = KernelCode(k, n, metric=[task.stem])
+        metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
     leaf = Leaf(task.inputs[:BATCH_SIZE])
     for name, metric in METRICS.items() if alone else ():
         if features_by(metric, [leaf]) is not None:
-            codes[name] = KernelCode(k, n, metric=name)
+            metrics[name] = name
     return {
-        **{name: Scheme(code) for name, code in codes.items()},
-        "replication": Scheme(ReplicationCode(k, n), "arrival"),
-        "mean": equal_copies(KernelCode(k, n, metric="shrunk", length=1e-9)),
+        "before": Scheme(RegressionCode(k, n, **FIXED), s),
+        **{name: Scheme(RegressionCode(k, n, metric=m), s) for name, m in metrics.items()},
+        "no redundancy, regression": Scheme(RegressionCode(k, k)),
+        "replication": Scheme(ReplicationCode(k, n, ordering="arrival")),
+        "mean": Scheme(RegressionCode(k, n, metric="shrunk", length=1e-9)),
     }
 
 
-def drawn(name: str, raw: bool, case: Case, quick: bool) -> Iterator[tuple[Task, Batch, list[Any]]]:
-    """Batches, each with the network it is for and the sets of workers that answer it."""
-    n, _, s = case
-    law, counts = Uniform(s, seed=SEED), settings(quick)
+def drawn(name: str, raw: bool, case: Case, quick: bool) -> Iterator[tuple[Task, list[Batch]]]:
+    """Yield networks with their batches."""
+    counts = settings(quick)
     if name in tasks.TABLES:
         for split in range(counts["splits"]):
             task = tasks.table(name, split, raw)
-            batch = Batch(task.inputs[:BATCH_SIZE], _labels(task)[:BATCH_SIZE])
-            yield task, batch, [received_by(law, n) for _ in range(counts["received sets a split"])]
+            yield task, [Batch(task.inputs[:BATCH_SIZE], _labels(task, BATCH_SIZE))]
         return
     task = tasks.sequence(name) if name in tasks.SEQUENCES else tasks.pictures(name)
-    size = BATCH_SIZE if case == CASES[0] else SMALL
     whole = Batch(task.inputs, _labels(task))
-    subject = Subject(task.model, whole, whole)
-    for batch in subject.batches("held_out", size, counts["batches"]):
-        yield task, batch, [received_by(law, n)]
+    size = BATCH_SIZE if case == CASES[0] else SMALL
+    of = Subject(task.model, whole, whole)
+    yield task, list(of.batches("held_out", size, counts["batches"]))
 
 
-def _labels(task: Task) -> torch.Tensor:
-    """The classes; where there are none, all are right."""
-    return torch.zeros(len(task.inputs), dtype=torch.int64) if task.labels is None else task.labels
+def _labels(task: Task, most: int | None = None) -> torch.Tensor | None:
+    return None if task.labels is None else task.labels[:most]
 
 
 def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
-    scores: dict[str, Scores] = {}
-    for task, batch, sets in progress(drawn(name, raw, case, quick), "batches"):
-        compared = schemes(task, case, alone=case == CASES[0])
-        tried = trial(task.model, batch, sets)
-        for received in sets:
-            for scheme_name, scheme in compared.items():
-                answers, expected = decode(tried, scheme, received, case[2])
-                labels = None if task.labels is None else batch.labels
-                scores.setdefault(scheme_name, Scores()).add(
-                    answers, tried.exact[0], labels, expected
-                )
-    codes = summaries(scores, REFERENCES)
-    for scheme_name, of_scheme in scores.items():  # of all batches, not on average over them
+    n, _, s = case
+    scores: dict[str, dict[str, Scores]] = {}
+    count = settings(quick)["received sets a split"] if name in tasks.TABLES else 1
+    law = Uniform(s, seed=SEED)
+    for task, batches in drawn(name, raw, case, quick):
+        every = schemes(task, case, alone=case == CASES[0])
+        evaluate(
+            task.model,
+            progress(batches, "batches"),
+            lambda index: {"": [received_by(law, n) for _ in range(count)]},
+            lambda key, every=every: every,
+            scores,
+        )
+    codes = summaries(scores[""], REFERENCES)
+    for scheme, of_scheme in scores[""].items():  # of all batches, not on average over them
         mse, expected = of_scheme.columns[3], of_scheme.columns[6]
         known = ~np.isnan(expected)
         root = math.sqrt(expected[known].sum() / mse[known].sum()) if known.any() else math.nan
-        codes[scheme_name]["expected_to_measured"] = rounded(root)[0]
+        codes[scheme]["expected_to_measured"] = rounded(root)[0]
     return {"codes": codes}
 
 

@@ -1,11 +1,11 @@
-"""Where the time goes, code by code: ``python -m benchmarks end_to_end``.
+"""Where does the time go, code by code? ``python -m benchmarks end_to_end``.
 
 Milliseconds, median and quartiles, for one batch of 240: planning (measuring distances, ordering,
 fitting the code); encoding; decoding from a received set seen for the first time, and again. All
-codes take the same batch and received sets and begin with nothing cached. Beside them the network
-itself: on the batch, on what one worker gets, and on what all N get. With ``--device cuda`` network
-and batch are on the GPU, and what codes plan on the host counts in full. A batch of 4,000, on the
-host, is measured against the float32 factorisation of as many results as arrive of it, too.
+codes begin with nothing cached. Beside them the network itself: on the batch, on what one worker
+gets, and on what all N get. With ``--device cuda`` network and batch are on the GPU, and what codes
+plan on the host counts in full. A batch of 4,000, on the host, is measured against the float32
+factorisation of as many results as arrive of it, too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, SplineCode, plan_batch
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Interval, rounded
+from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, SplineCode, plan_batch
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.ordering import similarity_order
 from coded_torch.stragglers import Uniform
 
-from .levers import encoders
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, Scheme, unmixed
+from .schemes import BATCH_SIZE, FIXED, Case, Scheme, received_by, rounded, unmixed
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
@@ -42,51 +39,40 @@ LARGE, ARRIVED, LARGE_BAR = 4000, 3400, 4.5
 
 
 def schemes(case: Case) -> dict[str, Scheme]:
-    n, k, _ = case
-    every = encoders(n, k)
-    fixed = {
-        "paper": SplineCode(k, n, decoder_smoothing=1e-6),
-        "Berrut": BerrutCode(k, n),
-        "Floater-Hormann": BerrutCode(k, n, order=1),
-        "Lagrange (adapted)": LagrangeCode(k, n, decoder_degree=k // 2),
-    }
+    (n, k, _), arrival = case, {"ordering": "arrival"}
     return {
-        **{name: Scheme(code, "arrival") for name, code in fixed.items()},
+        "paper": Scheme(SplineCode(k, n, decoder_smoothing=1e-6, **arrival)),
+        "Berrut": Scheme(BerrutCode(k, n, **arrival)),
+        "Floater-Hormann": Scheme(BerrutCode(k, n, order=1, **arrival)),
+        "Lagrange (adapted)": Scheme(LagrangeCode(k, n, decoder_degree=k // 2, **arrival)),
         "paper, ordered": Scheme(SplineCode(k, n)),
-        **unmixed(case),
-        "KernelCode, systematic": Scheme(KernelCode(encoder=every["spline, systematic"], **FIXED)),
-        "KernelCode, paper's encoder": Scheme(KernelCode(encoder=SplineCode(k, n), **FIXED)),
+        **{name: scheme for name, scheme in unmixed(case).items() if scheme.code.num_workers == n},
     }
 
 
-def stopwatch(device: str) -> Callable[[], float]:
-    """Seconds, once the device has done all that was asked of it."""
-
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    return now
+def seconds_of(run: Callable[[], object], device: str) -> float:
+    """Return the seconds until the device has done all that it was asked for."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
 
 
 def time_code(
-    scheme: Scheme, images: Tensor, exact: Tensor, received: list[int], s: int, device: str
-) -> np.ndarray:
-    """Seconds for each of ``PARTS``."""
-    now, code = stopwatch(device), copy.deepcopy(scheme.code)  # with nothing cached
-    expected = s if scheme.num_stragglers is None else scheme.num_stragglers
-    clocks = [now()]
-    plan = plan_batch(code, scheme.ordering, [images], expected)
-    clocks.append(now())
-    plan.encode(images)
-    clocks.append(now())
-    results = plan.encode(exact)[received]  # numbers of the right shape
-    for _ in range(2):
-        start = now()
-        plan.decode(results, received)
-        clocks.append(clocks[-1] + now() - start)
-    return np.diff(clocks)
+    scheme: Scheme, images: Tensor, exact: Tensor, received: list[int], device: str
+) -> list[float]:
+    """Return seconds for each of ``PARTS``."""
+    code, plans = copy.deepcopy(scheme.code), []  # with nothing cached
+
+    def plan() -> None:
+        plans.append(plan_batch(code, code.ordering, [images], scheme.lost))
+
+    seconds = [seconds_of(plan, device), seconds_of(lambda: plans[0].encode(images), device)]
+    results = plans[0].encode(exact)[received]  # numbers of the right shape
+    decode = functools.partial(plans[0].decode, results, received)
+    return [*seconds, seconds_of(decode, device), seconds_of(decode, device)]
 
 
 @torch.no_grad()
@@ -95,28 +81,28 @@ def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any
     of, law, runs = subject(name, quick), Uniform(s, seed=SEED), settings(quick)["runs"]
     model = of.model.to(device)
     images = next(of.batches("held_out", BATCH_SIZE, 1)).images.to(device)
-    exact, every, seconds = model(images), schemes(case), {}
+    exact, every = model(images), schemes(case)
+    seconds: dict[str, list[list[float]]] = {code: [] for code in every}
     for received in progress([received_by(law, n) for _ in range(runs)], "runs"):
         for code, scheme in every.items():  # in turns: what slows the machine slows all alike
-            spent = time_code(scheme, images, exact, received, s, device)
-            seconds.setdefault(code, []).append(spent)
+            seconds[code].append(time_code(scheme, images, exact, received, device))
     groups = -(-BATCH_SIZE // k)
     coded = images[torch.arange(n * groups) % BATCH_SIZE]
-    contestants: dict[str, Callable[[], object]] = {
+    distances = Geometry([images]).distances()
+    others: dict[str, Callable[[], object]] = {
         "the batch": lambda: model(images),
         "one worker's inputs": lambda: model(coded[:groups]),
         "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
         "distances": lambda: Geometry([images]).distances(),
+        "path": lambda: similarity_order(distances),
     }
-    distances = Geometry([images]).distances()
-    contestants["path"] = lambda: similarity_order(distances)
     table: dict[str, Any] = {
         "codes": {
             code: dict(zip(PARTS, quartiles(each), strict=True)) for code, each in seconds.items()
         },
         "network": {
             what: quartiles([[seconds_of(run, device)] for _ in range(runs)])[0]
-            for what, run in contestants.items()
+            for what, run in others.items()
         },
     }
     of.model.to("cpu")
@@ -130,12 +116,12 @@ def large(quick: bool) -> dict[str, Any]:
     images = subject("lenet5", quick).held_out.images
     images = images[torch.arange(size) % len(images)]
     exact, law = images.flatten(1)[:, :10], Uniform(s, seed=SEED)
-    scheme = Scheme(KernelCode(k, n, **FIXED))
+    scheme = Scheme(RegressionCode(k, n, **FIXED), s)
     matrix = torch.randn(arrived, arrived)
     matrix = torch.mm(matrix, matrix.T).div_(arrived) + torch.eye(arrived)
     seconds, factorisation = [], []
     for received in [received_by(law, n) for _ in range(3 if quick else 7)]:
-        seconds.append(time_code(scheme, images, exact, received, s, "cpu"))
+        seconds.append(time_code(scheme, images, exact, received, "cpu"))
         factorisation.append([seconds_of(lambda: torch.linalg.cholesky(matrix), "cpu")])
     codes = {"KernelCode": dict(zip(PARTS, quartiles(seconds), strict=True))}
     spent = codes["KernelCode"]["plan"][0] + codes["KernelCode"]["decode"][0]
@@ -145,26 +131,16 @@ def large(quick: bool) -> dict[str, Any]:
     return {"codes": codes, "factorisation": of_factorisation, "ratio, bar": [ratio, LARGE_BAR]}
 
 
-def seconds_of(run: Callable[[], object], device: str) -> float:
-    now = stopwatch(device)
-    start = now()
-    run()
-    return now() - start
-
-
-def quartiles(rows: Sequence[Sequence[float]] | list[np.ndarray]) -> list[Interval]:
-    """Median, lower and upper quartile of every column, in milliseconds."""
+def quartiles(rows: Sequence[Sequence[float]]) -> list[Any]:
+    """Return median, lower and upper quartile of every column, in milliseconds."""
     return [rounded(*column) for column in np.percentile(rows, (50, 25, 75), axis=0).T * 1e3]
 
 
 def measurements(quick: bool, device: str) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         for case in CASES[:1] if quick else CASES:
-            yield (
-                (device, name, str(case)),
-                functools.partial(end_to_end, name, case, quick, device),
-            )
-
+            key = device, name, str(case)
+            yield key, functools.partial(end_to_end, name, case, quick, device)
     if device == "cpu":
         yield ("cpu", "lenet5", f"{CASES[0]}, {LARGE:,} inputs"), functools.partial(large, quick)
 

@@ -1,7 +1,7 @@
-"""Requests that arrive by themselves at an HTTP server in a process of its own.
+"""Requests that arrive on their own at an HTTP server in a process of its own.
 
 A request's latency counts from when it was due, whether or not the generator was late. The server
-writes down when each request reached it and what it answered, which no lag of the generator spoils.
+writes down when each request reached it and when it answered, which no lag of the generator spoils.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 
-__all__ = ["Reply", "Server", "alive", "drive", "family", "record_times", "request", "serving"]
+__all__ = ["Reply", "Server", "drive", "record_times", "request", "serving"]
 
 START = 120.0  # seconds that a server may take to come up
 _TIMES = "/times"
@@ -31,13 +31,14 @@ _TIMES = "/times"
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What came of one request.
+    """The reply to one request.
 
     Attributes:
-        number: which one.
-        status: of the answer; 0: there was none.
-        seconds: from when it was due.
-        body: of the answer, with the length of its JSON in front.
+        number: the number of the request.
+        status: the answer's status; 0 if there was none.
+        seconds: from when the request was due.
+        head_length: the length of the JSON in front of the body.
+        body: the answer's body.
     """
 
     number: int
@@ -48,7 +49,7 @@ class Reply:
 
 
 def request(path: str, body: bytes, head_length: int) -> bytes:
-    """A request with binary tensors behind so many bytes of JSON."""
+    """Return a request with binary tensors behind so many bytes of JSON."""
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
         f"Inference-Header-Content-Length: {head_length}\r\n\r\n"
@@ -95,31 +96,26 @@ async def _drive(port: int, requests: Sequence[bytes], due: Sequence[float]) -> 
 
 async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {}
-    for line in head[1:]:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
+    parts = (line.partition(":") for line in head[1:])
+    headers = {name.lower(): value.strip() for name, _, value in parts}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
     return int(head[0].split()[1]), headers, body
 
 
 def record_times(application: Any) -> Any:
-    """An ASGI application that also writes down status and seconds of each request for inference.
+    """Return an ASGI application that also writes down status and seconds of each POST request.
 
-    They are taken from the application's first word of a request to the last of its answer, and are
-    to be had under ``/times``.
+    They are taken from the first byte of a request to the last of its answer, and are served, once,
+    under ``/times``.
     """
     times: list[tuple[int, float]] = []
 
     async def recording(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["path"] == _TIMES:
-            if scope["type"] == "http":
-                body = json.dumps(times).encode()
-                await send({"type": "http.response.start", "status": 200, "headers": []})
-                await send({"type": "http.response.body", "body": body})
-                times.clear()
-                return
-            await application(scope, receive, send)
+        if scope["type"] == "http" and scope["path"] == _TIMES:
+            body = json.dumps(times).encode()
+            times.clear()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body})
             return
         start, status = time.perf_counter(), 0
 
@@ -129,7 +125,7 @@ def record_times(application: Any) -> Any:
             await send(message)
 
         await application(scope, receive, noted)
-        if scope["method"] == "POST":
+        if scope.get("method") == "POST":
             times.append((status, time.perf_counter() - start))
 
     return recording
@@ -144,36 +140,30 @@ class Server:
     log: Path
 
     def get(self, path: str) -> bytes:
-        from urllib.request import urlopen
-
         with urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
             return bytes(answer.read())
 
     def times(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """Status and seconds ``[n, 2]`` of the requests since the last look."""
+        """Return status and seconds ``[n, 2]`` of the requests since the last look."""
         return np.array(json.loads(self.get(_TIMES)), dtype=np.float64).reshape(-1, 2)
 
     def killed(self) -> int:
-        """How many processes of its pool were killed so far."""
+        """Return how many processes of its pool were killed so far."""
         return len(set(re.findall(r"process (\d+) was killed by SIGKILL", self.log.read_text())))
 
     def resident(self) -> int:
-        """Bytes of memory of the process alone."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        """Return the KiB of memory of the process alone."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0])
 
 
 @contextlib.contextmanager
-def serving(command: Callable[[int], Sequence[str]]) -> Iterator[Server]:
-    """Run a server.
-
-    Args:
-        command: what runs it on a port.
-    """
+def serving(*command: str) -> Iterator[Server]:
+    """Run a Python command that serves at the port that it is given last."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    line = [sys.executable, *command(port)]
     with tempfile.NamedTemporaryFile() as log:
+        line = [sys.executable, *command, str(port)]
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=log)
         try:
             server = Server(port, process, Path(log.name))
@@ -195,25 +185,3 @@ def _wait_until_ready(server: Server) -> None:
                 text = server.log.read_text()
                 raise RuntimeError(f"the server did not come up: {text}") from None
             time.sleep(0.05)
-
-
-def family(pid: int) -> set[int]:
-    """The process ids of all that a process has started, and that they have."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                stat = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
-                parents[int(entry)] = int(stat[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has buried does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

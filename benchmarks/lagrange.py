@@ -1,14 +1,12 @@
-"""Polynomial models, exactly by Lagrange or nearly by splines: ``python -m benchmarks lagrange``.
+"""When is Lagrange coding of polynomial models exact? ``python -m benchmarks lagrange``.
 
-The model is a polynomial of known degree, applied to every entry of the inputs: Lagrange coding is
-exact from (K - 1) degree + 1 results on, in exact arithmetic, and does not apply below; splines
-answer from any number of results, approximately. Degree 3 with K = 5, and degree 15 with K = 10, as
-in the paper; random polynomials, random inputs, uniformly lost workers, in double precision. Errors
-are root mean squares relative to that of the answers: medians and quartiles over trials, as a few
-received sets decide every mean.
+The model is a polynomial of known degree, applied to every entry of the inputs. Lagrange coding is
+exact from (K - 1) degree + 1 results on, and does not apply below; splines answer from any number of
+results, approximately. Degree 3 with K = 5, and degree 15 with K = 10, as in the paper; random
+polynomials, uniformly lost workers, double precision. Errors are root mean squares relative to the
+answers': medians and quartiles over trials, as a few received sets decide every mean.
 
-The inputs of a group are independent ("random"), or lie on a smooth curve ("smooth"), as where data
-are samples of one trajectory.
+The inputs of a group are independent ("random"), or lie on a smooth curve ("smooth").
 """
 
 from __future__ import annotations
@@ -24,11 +22,10 @@ from numpy.polynomial import chebyshev
 from torch import Tensor
 
 from coded_torch.codes import FixedCode, LagrangeCode, SplineCode
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import rounded
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
+from .schemes import received_by, rounded
 from .subjects import SEED
 
 CASES = ((3, 5, 26), (15, 10, 272))  # degree, K, N: twice the threshold
@@ -37,13 +34,13 @@ ENTRIES = 64  # of an input
 
 
 def polynomial(degree: int, rng: np.random.Generator) -> np.ndarray:
-    """Chebyshev coefficients of a random polynomial, no larger than 1 on [-1, 1]."""
+    """Return Chebyshev coefficients of a random polynomial, no larger than 1 on [-1, 1]."""
     coefficients = rng.standard_normal(degree + 1)
     return coefficients / np.abs(coefficients).sum()
 
 
 def draw_inputs(kind: str, num_data: int, rng: np.random.Generator) -> np.ndarray:
-    """``[K, ENTRIES]`` within [-1, 1]."""
+    """Return inputs ``[K, ENTRIES]`` within [-1, 1]."""
     if kind == "random":
         return rng.uniform(-1, 1, (num_data, ENTRIES))
     time, phases = np.linspace(-1, 1, num_data)[:, None], rng.uniform(0, 2 * np.pi, ENTRIES)
@@ -53,7 +50,7 @@ def draw_inputs(kind: str, num_data: int, rng: np.random.Generator) -> np.ndarra
 def relative_error(
     code: FixedCode, inputs: Tensor, exact: Tensor, coefficients: np.ndarray, received: list[int]
 ) -> float:
-    """NaN where the code does not apply."""
+    """Return the relative error, NaN where the code does not apply."""
     if len(received) < code.min_received:
         return math.nan
     coded = code.encode(inputs)[received].numpy()

@@ -1,9 +1,9 @@
-"""What stragglers cost in latency, and what ends it: ``python -m benchmarks latency``.
+"""What do stragglers cost in latency, and what ends it? ``python -m benchmarks latency``.
 
-Requests arrive by themselves at LeNet-5, under several waiting policies, on the same worker
-processes and with the same arrivals and delays for all, see ``arrivals.py``.
-Written to ``results/latency.json``: for each case and policy the medians, over five runs, of
-percentiles in milliseconds, work, the share of predicted answers, and accuracy.
+Requests arrive on their own at LeNet-5, under several waiting policies, on the same worker
+processes, with the same arrivals and delays for all, see ``traffic.py``. For each case and policy:
+the medians, over five rounds, of percentiles in milliseconds, of work, of the share of predicted
+answers and of accuracy. The load is the share of their time for which workers are busy.
 """
 
 from __future__ import annotations
@@ -15,32 +15,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from coded_torch.demo.lenet5 import digits, lenet5
+from coded_torch.nn import Waiting
 from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
 
-from .arrivals import (
-    FEW,
-    ROUNDS,
-    Load,
-    Outcome,
-    format_outcomes,
-    measure,
-    median_part,
-    merge,
-)
+from .hedging import WAIT_FOR_ALL, HedgeOnce
 from .runs import Measurement, progress
+from .traffic import Load, Reply, dealt, delayed, drive, median_part, percentiles
 
+ROUNDS = 5  # in turns, so that what slows the machine down slows all policies alike
 CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")
-SOME = (*FEW, "hedge, deadline")
+SOME = (*CALM, "three re-asks", "coded at once", "hedge, deadline")
 
 
 class Case(NamedTuple):
-    """What is sent to which pool, and under which policies; None: all.
-
-    The load is the share of their time for which machines are at parts, as the rate and the
-    median of a part have it where requests come one after the other.
-    """
+    """What is sent to which pool, and under which policies; None: all."""
 
     pool: type[Workers]
     load: float
@@ -57,48 +48,85 @@ CASES = {
 QUICK = "load 0.4, 3 % delayed"
 
 
-def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Medians over runs."""
-
-    def median(values: Iterable[float], digits: int) -> float:
-        return round(float(np.median(list(values))), digits)
-
-    late = np.concatenate([outcome.overruns for outcome in outcomes])
+def policies(load: Load, part: float) -> dict[str, Waiting]:
+    """Return what is compared; ``part`` is the median of a part, in seconds."""
     return {
-        **{
-            f"p{at:g}": median((outcome.percentile(at) for outcome in outcomes), 2)
-            for at in (50, 99, 99.9)
-        },
-        "failed": sum(outcome.failed for outcome in outcomes),
-        "work": median((outcome.work for outcome in outcomes), 4),
-        "predicted": median((outcome.predicted for outcome in outcomes), 5),
-        "accuracy": median((outcome.accuracy for outcome in outcomes), 4),
-        "answered per second": median((outcome.throughput for outcome in outcomes), 2),
-        "after the deadline, p99.9": round(float(np.percentile(late, 99.9)) * 1e3, 2)
-        if len(late)
-        else None,
+        "wait for all": WAIT_FOR_ALL,
+        **{f"hedge at {x:g} medians": HedgeOnce(medians=x) for x in (1.2, 1.5, 2.0)},
+        "hedge at the fence": HedgeOnce(),
+        "hedge at p95": HedgeOnce(quantile=0.95),
+        "three re-asks": Waiting(predict=False),
+        "coded at once": Waiting.first(load.num_stragglers),
+        "hedge, predict": Waiting(),
+        "hedge, deadline": Waiting(deadline=3 * part),
     }
 
 
+def outcome(replies: Sequence[Reply], labels: Sequence[Tensor]) -> dict[str, float | None]:
+    """Return how one policy did in one round."""
+    answered = [(r, y) for r, y in zip(replies, labels, strict=True) if r.report is not None]
+    rows = sum(len(y) for _, y in answered)
+    right = sum(int((r.answers.argmax(-1) == y).sum()) for r, y in answered)
+    predicted = sum(int(r.report.predicted.sum()) for r, _ in answered)
+    late = [r.spent - r.report.deadline for r, _ in answered if r.report.ended == "deadline"]
+    return {
+        **percentiles([r.latency for r, _ in answered]),
+        "failed": len(replies) - len(answered),
+        "work": float(np.mean([r.report.work for r, _ in answered])),
+        "predicted": predicted / rows,
+        "accuracy": right / rows,
+        "after the deadline, p99.9": percentiles(late)["p99.9"] if late else None,
+    }
+
+
+def median(outcomes: Sequence[dict[str, float | None]], what: str) -> float | None:
+    values = [x for each in outcomes if (x := each[what]) is not None]
+    return round(float(np.median(values)), 5) if values else None
+
+
+def compare(
+    pool: Workers, load: Load, names: Sequence[str] | None, busy: float, rounds: int
+) -> tuple[Load, float, dict[str, list[dict[str, float | None]]]]:
+    """Send the load under every policy; return it with its rate, a part's median, the outcomes."""
+    model, (images, labels) = lenet5(), digits()
+    first = images[: load.batch_size]
+    part = median_part(dealt(model, load, pool, Waiting(predict=False)), first)
+    load = dataclasses.replace(
+        load, rate=round(busy * load.num_workers / (load.num_data * part), 1)
+    )
+    every = {
+        name: dealt(model, load, pool, waiting)
+        for name, waiting in policies(load, part).items()
+        if names is None or name in names
+    }
+    for coded in every.values():
+        median_part(coded, first)  # the policy learns how long parts take
+    outcomes: dict[str, list[dict[str, float | None]]] = {name: [] for name in every}
+    generator = torch.Generator().manual_seed(load.seed)
+    for number in progress(range(rounds), "rounds", rounds):
+        rows = [
+            torch.randperm(len(images), generator=generator)[: load.batch_size]
+            for _ in range(-(-load.num_requests // rounds))
+        ]
+        for name, coded in every.items():
+            coded.workers = delayed(pool, load, number)
+            replies = drive(coded.run, [images[x] for x in rows], load.rate, load.seed + number)
+            outcomes[name].append(outcome(replies, [labels[x] for x in rows]))
+    return load, part, outcomes
+
+
 def latency(name: str, quick: bool) -> dict[str, Any]:
-    case = CASES[name]
-    load = Load(**case.changes)
-    if quick:
-        load = dataclasses.replace(load, num_requests=100)
+    case, rounds = CASES[name], 1 if quick else ROUNDS
+    load = Load(**case.changes | ({"num_requests": 40} if quick else {}))
     torch.set_num_threads(1)  # the cores are the workers'
     with case.pool(load.num_workers).start() as pool:
-        part = median_part(pool, lenet5(), digits()[0], load)
-        rate = round(case.load * load.num_workers / (load.num_data * part), 1)
-        load = dataclasses.replace(load, rate=rate)
-        rounds = list(
-            progress(measure(pool, lenet5(), *digits(), load, case.policies), name, total=ROUNDS)
-        )
-    print(format_outcomes(merge(rounds)))
+        load, part, outcomes = compare(pool, load, case.policies, case.load, rounds)
     return {
         "load": dataclasses.asdict(load),
         "median of a part": round(1e3 * part, 2),
         "policies": {
-            policy: summary([outcomes[policy] for outcomes in rounds]) for policy in rounds[0]
+            policy: {what: median(each, what) for what in each[0]}
+            for policy, each in outcomes.items()
         },
     }
 

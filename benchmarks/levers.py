@@ -1,10 +1,8 @@
-"""What each idea of the recommended code is worth: ``python -m benchmarks levers``.
+"""What is each idea of the recommended code worth? ``python -m benchmarks levers``.
 
-Encoders times decoders: inputs repeated, equally or as :class:`~coded_torch.codes.KernelCode` does,
-or mixed along the paper's curve, with the points of three kinds; decoded by the code's own decoder,
-or by regression in input space. Then ``KernelCode`` with one of its ideas left out at a time: the
-order of the batch, the metric, the unequal copies. Logits, uniform stragglers, the batch in order
-by similarity unless said, the same held-out batches and received sets for all.
+Encoders with their own decoders: inputs repeated equally, or mixed along the paper's curve with
+three kinds of points. Then ``RegressionCode`` with one of its ideas left out: the order of the batch,
+the metric, the unequal copies. Logits, uniform stragglers, ordered by similarity unless said.
 """
 
 from __future__ import annotations
@@ -13,45 +11,41 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from coded_torch.codes import FixedCode, KernelCode, ReplicationCode, SplineCode
+from coded_torch.codes import RegressionCode, ReplicationCode, SplineCode
 from coded_torch.codes.nodes import equidistant, systematic
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, FIXED, Case, Scheme, equal_copies, evaluate, summaries, uniform
+from .schemes import BATCH_SIZE, FIXED, Case, Scheme, evaluate, summaries, uniform
 from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
 
 
-def encoders(n: int, k: int) -> dict[str, FixedCode]:
-    data = equidistant(k)
-    return {
-        "equal copies": ReplicationCode(k, n),
-        "spline, as in the paper": SplineCode(k, n),
-        "spline, equidistant": SplineCode(k, n, data_points=data, worker_points=equidistant(n)),
-        "spline, systematic": SplineCode(k, n, data_points=data, worker_points=systematic(data, n)),
-    }
+def euclidean(x: Any) -> Any:
+    return x.flatten(1)
 
 
 def schemes(case: Case) -> dict[str, Scheme]:
-    n, k, _ = case
-    best = {"KernelCode": Scheme(KernelCode(k, n, **FIXED))}
-    for name, code in encoders(n, k).items():
-        best[f"{name}; own decoder"] = Scheme(code)
-        best[f"{name}; regression"] = Scheme(KernelCode(encoder=code, **FIXED))
+    n, k, s = case
+    data = equidistant(k)
+    even, own = {"worker_points": equidistant(n)}, {"worker_points": systematic(data, n)}
     return {
-        **best,
-        "order: arrival": Scheme(KernelCode(k, n, **FIXED), "arrival"),
-        "metric: Euclidean": Scheme(KernelCode(k, n, **FIXED | {"metric": "euclidean"})),
-        "copies: equal": equal_copies(KernelCode(k, n, **FIXED)),
+        "KernelCode": Scheme(RegressionCode(k, n, **FIXED), s),
+        "equal copies; own decoder": Scheme(ReplicationCode(k, n)),
+        "spline, as in the paper; own decoder": Scheme(SplineCode(k, n)),
+        "spline, equidistant; own decoder": Scheme(SplineCode(k, n, data_points=data, **even)),
+        "spline, systematic; own decoder": Scheme(SplineCode(k, n, data_points=data, **own)),
+        "order: arrival": Scheme(RegressionCode(k, n, ordering="arrival", **FIXED), s),
+        "metric: Euclidean": Scheme(RegressionCode(k, n, **FIXED | {"metric": euclidean}), s),
+        "copies: equal": Scheme(RegressionCode(k, n, **FIXED)),
     }
 
 
 def levers(name: str, case: Case, quick: bool) -> dict[str, Any]:
-    of, count = subject(name, quick), settings(quick)["batches"]
+    of, count, every = subject(name, quick), settings(quick)["batches"], schemes(case)
     batches = progress(of.batches("held_out", BATCH_SIZE, count), "batches", count)
-    scores = evaluate(of.model, batches, schemes(case), case[2], uniform(case))
+    scores = evaluate(of.model, batches, uniform(case), lambda law: every)
     return {"codes": summaries(scores["uniform"], ("KernelCode",))}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -179,43 +178,48 @@ class Network(NamedTuple):
 
 
 def load(name: str, seed: int = 0) -> Network:
-    """The network from the cache; trained first, in minutes, where the cache does not have it.
+    """Return the network from the cache; it is trained first, in minutes, if it is not there.
 
     Raises:
         MissingDataError: the package with its data is not installed.
     """
     recipe = RECIPES[name]
     data = recipe.load()
-    path = weights_file(name, seed)
+    model = cached(
+        weights_file(name, seed),
+        lambda: fuse(recipe.build()),
+        lambda: train(recipe, *training_images(data), seed),
+    )
+    tuning = tuning_images(data)
+    held_out = Images(pixels(data.test_images), data.test_labels)
+    return Network(name, model, Images(pixels(tuning[0]), tuning[1]), held_out)
+
+
+def cached(path: Path, build: Callable[[], nn.Module], train: Callable[[], nn.Module]) -> nn.Module:
+    """Return a network with the weights of a file, which is written first if it is not there."""
     if not path.exists():
-        print(f"training {name}: {path} does not exist", flush=True)
-        save(train(recipe, *training_images(data), seed), path)
+        print(f"training {path.stem}: {path} does not exist", flush=True)
+        save(train(), path)
     with torch.device("meta"):  # or it would draw first weights from the global random state
-        model = fuse(recipe.build())
+        model = build()
     with np.load(path) as arrays:
         weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
     model.load_state_dict(weights, assign=True)
-    tuning, held_out = tuning_images(data), (data.test_images, data.test_labels)
-    return Network(
-        name,
-        model.eval(),
-        Images(pixels(tuning[0]), tuning[1]),
-        Images(pixels(held_out[0]), held_out[1]),
-    )
+    return model.eval()
 
 
 def weights_file(name: str, seed: int) -> Path:
-    """Where the weights are cached."""
+    """Return where the weights are cached."""
     return CACHE / f"{name}-seed{seed}.npz"
 
 
 def training_images(data: DataSet) -> tuple[Tensor, Tensor]:
-    """The images and labels that networks learn from."""
+    """Return the images and labels that networks learn from."""
     return data.train_images[:-NUM_TUNING], data.train_labels[:-NUM_TUNING]
 
 
 def tuning_images(data: DataSet) -> tuple[Tensor, Tensor]:
-    """The images and labels kept back to tune codes on."""
+    """Return the images and labels that are kept back to tune codes on."""
     return data.train_images[-NUM_TUNING:], data.train_labels[-NUM_TUNING:]
 
 
@@ -240,7 +244,7 @@ def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Modul
         steps_per_epoch=-(-len(labels) // batch),
     )
     for epoch in range(1, recipe.epochs + 1):
-        start, total = time.perf_counter(), 0.0
+        total = 0.0
         model.train()
         for rows in torch.randperm(len(labels), generator=shuffle).split(batch):
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
@@ -251,10 +255,7 @@ def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Modul
             optimiser.step()
             schedule.step()
             total += loss.item() * len(rows)
-        seconds = time.perf_counter() - start
-        print(
-            f"epoch {epoch}: training loss {total / len(labels):.4f}, {seconds:.1f} s", flush=True
-        )
+        print(f"epoch {epoch}: loss {total / len(labels):.4f}", flush=True)
     model = fuse(model.eval())
     round_to_half(model)
     return model
@@ -270,7 +271,7 @@ def round_to_half(model: nn.Module) -> None:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images whose largest logit is at the label."""
+    """Return the share of images whose largest logit is at the label."""
     right = [
         model(pixels(x)).argmax(-1) == y
         for x, y in zip(images.split(1000), labels.split(1000), strict=True)
@@ -301,25 +302,18 @@ def main() -> int:
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 2
-    test = data.test_images, data.test_labels
+    path, learn_from = weights_file(args.network, args.seed), training_images(data)
     if args.write_package:  # no code is tuned on images that ship, so all the others may teach
-        learn_from, path = (
-            (data.train_images, data.train_labels),
-            PACKAGE_DATA / f"{args.network}.npz",
-        )
-        other, images = "every fifth of them", tuple(tensor[SHIPPED_DIGITS] for tensor in test)
-    else:
-        learn_from, path = training_images(data), weights_file(args.network, args.seed)
-        other, images = "tuning images", tuning_images(data)
+        path = PACKAGE_DATA / f"{args.network}.npz"
+        learn_from = data.train_images, data.train_labels
     model = train(recipe, *learn_from, args.seed)
-    for what, (x, labels) in (("test images", test), (other, images)):
-        print(f"{len(labels)} {what}: {accuracy(model, x, labels):.2%} right")
+    share = accuracy(model, data.test_images, data.test_labels)
     save(model, path)
-    print(f"wrote {path}")
+    print(f"{share:.2%} of the test images right; wrote {path}")
     if args.write_package:
-        digits, labels = (tensor.numpy().astype(np.uint8) for tensor in images)
-        np.savez_compressed(PACKAGE_DATA / "digits.npz", images=digits, labels=labels)
-        print(f"wrote {PACKAGE_DATA / 'digits.npz'}")
+        images, labels = (x[SHIPPED_DIGITS] for x in (data.test_images, data.test_labels))
+        arrays = {"images": images.numpy(), "labels": labels.numpy().astype(np.uint8)}
+        np.savez_compressed(PACKAGE_DATA / "digits.npz", **arrays)
     return 0
 
 

@@ -1,68 +1,76 @@
-"""Codes and how they are used, tried on the same batches with the same received sets.
+"""What all questions of accuracy share: schemes, and one loop that tries them.
 
-Intervals are 95 % over batches, paired where codes are compared.
+All schemes answer the same batches from the same received sets. Intervals are 95 % over batches,
+paired where schemes are compared. This is the only file here that knows how trials are made.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from coded_torch.codes import BatchPlan, Code, KernelCode, ReplicationCode
+from coded_torch.codes import BatchPlan, Code, RegressionCode, ReplicationCode
 from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Scores
+from coded_torch.evaluation.scores import Scores, half_width, ratio, rounded, student
 from coded_torch.evaluation.trial import Trial
-from coded_torch.evaluation.tune import SETS, chosen
+from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.ordering import Grouping
+from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
 from .subjects import AT_ONCE, SEED, Batch
 
 __all__ = [
     "BATCH_SIZE",
+    "FIXED",
+    "OUTPUTS",
     "Case",
     "Scheme",
+    "Scores",
     "Uncoded",
-    "decode",
-    "equal_copies",
     "evaluate",
+    "half_width",
+    "ratio",
+    "received_by",
+    "rounded",
+    "student",
     "summaries",
-    "trial",
     "tuned",
     "uniform",
     "unmixed",
 ]
 
-#: One metric and one length for all networks; ``distances.py`` measures what it is worth that the
-#: results choose them, which is the default.
+#: One metric and one length for all networks. The distances benchmark measures the gain of choosing
+#: them by the results, which is the default of RegressionCode.
 FIXED: dict[str, Any] = {"metric": "shrunk", "length": 2.0}
 BATCH_SIZE = 240
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda x: x.softmax(-1),
+    "logits": lambda x: x,
+}
 
 Case = tuple[int, int, int]  # N, K, S
+_Key = TypeVar("_Key", bound=Hashable)
+Sets = Mapping[_Key, Sequence[Sequence[int]]]  # received sets by a law, a count of lost workers...
 
 
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """A code, the ordering of the batch, and the S that the code expects, if it is another."""
+class Scheme(NamedTuple):
+    """A code, how many late workers it expects, and which outputs are decoded."""
 
     code: Code
-    ordering: str = "similarity"
-    num_stragglers: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.code.ordering != self.ordering:
-            object.__setattr__(self, "code", self.code.replace(ordering=self.ordering))
+    lost: int = 0
+    output: str = "logits"
 
 
 class Uncoded(Code):
-    """The first K of the N workers compute an input each; one whose worker is late has no answer.
+    """No redundancy: the first K of N workers compute an input each.
 
-    Missing answers are NaN, which counts as wrong.
+    An input whose worker is late has no answer. Missing answers are NaN, which counts as wrong.
     """
 
     mixes = False
@@ -87,82 +95,106 @@ class _Uncoded(BatchPlan):
         return self._grouping.scatter(answers)
 
 
-def trial(model: nn.Module, batch: Batch, received: Iterable[Sequence[int]]) -> Trial:
-    """A batch through a network: it runs once on it, and once for each encoder that mixes."""
-    return Trial(model, (batch.images,), received, max_batch_size=AT_ONCE)
-
-
-def decode(
-    tried: Trial,
-    scheme: Scheme,
-    received: Sequence[int],
-    num_stragglers: int,
-    stage: Callable[[Tensor], Tensor] = lambda x: x,
-) -> tuple[Tensor, float | None]:
-    """The answers ``[B, C]`` of a scheme, of outputs after a stage, and the error it expects."""
-    lost = num_stragglers if scheme.num_stragglers is None else scheme.num_stragglers
-    (answers,), expected = tried.decode(scheme.code, received, num_stragglers=lost, stage=stage)
-    return answers, expected
-
-
-def uniform(case: Case) -> Callable[[int], dict[str, list[int]]]:
-    """Each batch's received set, S of N lost uniformly."""
-    n, _, s = case
-    law = Uniform(s, seed=SEED)
-    return lambda index: {"uniform": received_by(law, n)}
-
-
 def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
-    schemes: Mapping[str, Scheme],
-    num_stragglers: int,
-    received: Callable[[int], Mapping[str, list[int]]],
-) -> dict[str, dict[str, Scores]]:
-    """Scores by law and scheme; ``received`` gives each batch's received set under every law."""
-    scores: dict[str, dict[str, Scores]] = {}
+    sets: Callable[[int], Sets[_Key]],
+    schemes: Callable[[_Key], Mapping[Any, Scheme]],
+    scores: dict[_Key, dict[Any, Scores]] | None = None,
+) -> dict[_Key, dict[Any, Scores]]:
+    """Try schemes on batches.
+
+    Args:
+        model: the network; it runs once on a batch, and once for each encoder that mixes.
+        batches: the batches.
+        sets: received sets by keys, given the number of the batch.
+        schemes: what is tried where a key's sets are received.
+        scores: scores to add to. Defaults to none.
+    """
+    scores = {} if scores is None else scores
     for index, batch in enumerate(batches):
-        sets = received(index)
-        tried = trial(model, batch, sets.values())
-        for law, workers in sets.items():
-            for name, scheme in schemes.items():
-                answers, expected = decode(tried, scheme, workers, num_stragglers)
-                of_scheme = scores.setdefault(law, {}).setdefault(name, Scores())
-                of_scheme.add(answers, tried.exact[0], batch.labels, expected)
+        drawn = [(key, received) for key, some in sets(index).items() for received in some]
+        trials = _Trials(model, batch, [received for _, received in drawn])
+        for key, received in drawn:
+            answers: dict[
+                Scheme, tuple[Tensor, Tensor, float | None]
+            ] = {}  # several names may share one
+            for name, scheme in schemes(key).items():
+                if len(_within(received, scheme.code.num_workers)) < scheme.code.min_received:
+                    continue
+                if scheme not in answers:
+                    answers[scheme] = trials.decode(scheme, received)
+                found, exact, expected = answers[scheme]
+                of_scheme = scores.setdefault(key, {}).setdefault(name, Scores())
+                of_scheme.add(found, exact, batch.labels, expected)
     return scores
 
 
+class _Trials:
+    """A batch through a network, for codes of any N: workers beyond a code's N do nothing."""
+
+    def __init__(self, model: nn.Module, batch: Batch, sets: Sequence[Sequence[int]]) -> None:
+        self._model, self._batch, self._sets = model, batch, sets
+        self._of: dict[int, Trial] = {}
+
+    def decode(
+        self, scheme: Scheme, received: Sequence[int]
+    ) -> tuple[Tensor, Tensor, float | None]:
+        """Return the scheme's answers ``[B, C]``, the exact ones, and the error it expects."""
+        n, stage = scheme.code.num_workers, OUTPUTS[scheme.output]
+        if n not in self._of:
+            workers = LocalWorkers(max_batch_size=AT_ONCE)
+            wrapper = CodedWrapper(self._model, Uncoded(1, 1), workers=workers)
+            self._of[n] = Trial(wrapper, (self._batch.images,), [_within(x, n) for x in self._sets])
+        (answers,), expected = self._of[n].decode(
+            scheme.code,
+            _within(received, n),
+            ordering=scheme.code.ordering,
+            num_stragglers=scheme.lost,
+            stage=stage,
+        )
+        return answers, stage(self._of[n].exact[0]), expected
+
+
+def _within(received: Sequence[int], n: int) -> list[int]:
+    return [worker for worker in received if worker < n]
+
+
+def uniform(case: Case) -> Callable[[int], dict[str, list[list[int]]]]:
+    """Return a function that draws a batch's received set, S of N workers lost uniformly."""
+    n, _, s = case
+    law = Uniform(s, seed=SEED)
+    return lambda index: {"uniform": [received_by(law, n)]}
+
+
 def summaries(scores: Mapping[str, Scores], references: Sequence[str]) -> dict[str, Any]:
-    """The summary of every scheme, against those of the references that are among them."""
+    """Return the summary of every scheme, against those of the references that are among them."""
     others = {name: scores[name] for name in references if name in scores}
     return {name: s.summary(others) for name, s in scores.items()}
 
 
 def unmixed(case: Case) -> dict[str, Scheme]:
-    """The schemes that mix nothing."""
-    n, k, _ = case
+    """Return the schemes that mix nothing, trivial baselines first."""
+    n, k, s = case
     return {
-        "replication": Scheme(ReplicationCode(k, n), "arrival"),
-        # A regression that reaches no other input fills in the mean of all results of the batch,
-        # which is better than the mean of a group's, ReplicationCode's.
-        "replication, batch mean": equal_copies(KernelCode(k, n, **FIXED | {"length": 1e-9})),
-        "replication, regression": equal_copies(KernelCode(k, n, **FIXED)),
-        "KernelCode": Scheme(KernelCode(k, n, **FIXED)),
+        "uncoded": Scheme(Uncoded(k, n, ordering="arrival")),
+        "no redundancy, regression": Scheme(RegressionCode(k, k, **FIXED)),
+        "replication": Scheme(ReplicationCode(k, n, ordering="arrival")),
+        # A regression that reaches no other input predicts the mean of the batch's results, which
+        # is better than the mean of a group's. If none is expected to be late, copies are equal.
+        "replication, batch mean": Scheme(RegressionCode(k, n, **FIXED | {"length": 1e-9})),
+        "replication, regression": Scheme(RegressionCode(k, n, **FIXED)),
+        "KernelCode": Scheme(RegressionCode(k, n, **FIXED), s),
     }
 
 
-def equal_copies(code: KernelCode) -> Scheme:
-    """Replication with lost answers predicted by the code: where none is late, no input is
-    preferred."""
-    return Scheme(code, num_stragglers=0)
-
-
-def tuned(
-    model: nn.Module, batches: Iterable[Batch], scheme: Scheme, num_stragglers: int
-) -> Scheme:
-    """The scheme with the numbers that answer these batches best, S lost uniformly."""
-    law, trials = Uniform(num_stragglers, seed=SEED + 1), []
-    for batch in batches:
-        sets = [received_by(law, scheme.code.num_workers) for _ in range(SETS)]
-        trials.append((trial(model, batch, sets), sets))
-    return dataclasses.replace(scheme, code=chosen(scheme.code, trials, num_stragglers))
+def tuned(model: nn.Module, batches: Iterable[Batch], code: Code, lost: int) -> Code:
+    """Return the code with the parameters that answer these batches best, S lost uniformly."""
+    wrapper = CodedWrapper(
+        model,
+        code,
+        workers=LocalWorkers(Uniform(lost, seed=SEED + 1), max_batch_size=AT_ONCE),
+        ordering=code.ordering,
+        shuffle=False,
+    )
+    return tune(wrapper, [batch.images for batch in batches])

@@ -1,12 +1,10 @@
-"""How the paper's code depends on its smoothing: ``python -m benchmarks smoothing``.
+"""How does the paper's code depend on its smoothing? ``python -m benchmarks smoothing``.
 
-The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on
-the grid, and what a factor of ten off the best costs, which the paper puts at about 3 %. In the
-order of arrival, with the paper's points; the same held-out batches and received sets for all. So
-the best is the best on these very batches: a surface is looked at here, no code is tuned.
-
-With noise, workers' outputs carry independent Gaussian errors whose variance is a hundredth of the
-outputs', as where workers compute with few bits: then smoothing has something to remove.
+The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on the
+grid, and the cost of a factor of ten off the best, which the paper puts at about 3 %. In the order
+of arrival, with the paper's points. The best is the best on these very batches: a surface is looked
+at, no code is tuned. With noise, workers' outputs carry independent Gaussian errors whose variance
+is a hundredth of the outputs', as where workers compute with few bits.
 """
 
 from __future__ import annotations
@@ -21,20 +19,16 @@ import numpy as np
 import torch
 
 from coded_torch.codes import BatchPlan, SplineCode
-from coded_torch.evaluation import scores
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
-from .schemes import BATCH_SIZE, Case
+from .schemes import BATCH_SIZE, OUTPUTS, Case, half_width, received_by, rounded
 from .subjects import SEED, run, subject
 
 GRID = (0.0, *(10.0**x for x in range(-12, -1)))
 CASES = ((100, 20, 20), (100, 20, 60), (24, 20, 4))
 NOISES = (0.0, 0.01)  # of the outputs' variance
-OUTPUTS = {"logits": lambda x: x, "softmax": lambda x: x.softmax(-1)}
 
 
 @torch.no_grad()
@@ -58,7 +52,9 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
                 exact = stage(outputs)
                 noisy = stage(results) + errors * (noise * exact.var(0).mean()).sqrt()
                 decoded = [plan.decode(noisy, received) for plan in _decoders(n, k, grouping)]
-                each[output, noise].append([scores.rmse(x, exact) ** 2 for x in decoded])
+                each[output, noise].append(
+                    [float((x - exact).square().sum(1).mean()) for x in decoded]
+                )
         for what, table in each.items():
             squares[what].append(np.array(table))
     found: dict[str, Any] = {}
@@ -73,7 +69,7 @@ def _decoders(n: int, k: int, grouping: Grouping) -> list[BatchPlan]:
 
 
 def _surface(squares: np.ndarray) -> dict[str, Any]:
-    """From squared errors ``[batches, encoder, decoder]``."""
+    """Summarise squared errors ``[batches, encoder, decoder]``."""
     rmse = np.sqrt(squares.mean(0))
     best = np.unravel_index(rmse.argmin(), rmse.shape)
     return {
@@ -88,7 +84,7 @@ def _surface(squares: np.ndarray) -> dict[str, Any]:
 
 
 def _neighbours(squares: np.ndarray, best: tuple[int, int], axis: int) -> dict[str, Any]:
-    """The RMSE at a tenth and at ten times the best smoothing relative to that at the best."""
+    """Return the RMSE at a tenth and at ten times the best smoothing over that at the best."""
     found = {}
     for name, step in (("a tenth", -1), ("ten times", 1)):
         at = list(best)

@@ -82,7 +82,7 @@ def convolutions() -> nn.Module:
 
 
 class Recipe(NamedTuple):
-    """How a student is made; the larger a network, the longer an epoch, as it gives the answers."""
+    """A student's network, and its epochs: the larger a teacher, the longer an epoch."""
 
     build: Callable[[], nn.Module]
     epochs: int
@@ -101,8 +101,8 @@ class Student(NamedTuple):
 
     Attributes:
         model: in evaluation mode.
-        error: the variance of what it misses over that of the outputs, on inputs held out.
-        seconds: that teaching it took, of one thread's own time.
+        error: the variance of what it misses over the variance of the outputs, held out.
+        seconds: the time of teaching it, of one thread.
     """
 
     model: nn.Module
@@ -112,9 +112,9 @@ class Student(NamedTuple):
 
 @functools.cache
 def student(name: str, quick: bool = False) -> Student:
-    """The student of a network, taught on the images that this has learnt from, without labels.
+    """Return the student of a network, taught on its training images, without labels.
 
-    A quick one on the tuning images. From the cache; taught first where the cache does not have it,
+    A quick one is taught on the tuning images. It is taught first if the cache does not have it,
     which takes minutes.
     """
     of, recipe = subject(name, quick), RECIPES[name]
@@ -124,13 +124,10 @@ def student(name: str, quick: bool = False) -> Student:
         model = recipe.build()
     if quick or not path.exists():
         start = time.thread_time()
+        images = of.tuning.images if quick else learnt_from(name)
+        epochs = 2 if quick else recipe.epochs
         error = distill(
-            model,
-            of.model,
-            (of.tuning.images if quick else learnt_from(name)).split(500),
-            epochs=2 if quick else recipe.epochs,
-            augment=shifted,
-            seed=SEED,
+            model, of.model, images.split(500), epochs=epochs, augment=shifted, seed=SEED
         )
         taught = Student(model, error, time.thread_time() - start)
         if not quick:
@@ -145,13 +142,13 @@ def student(name: str, quick: bool = False) -> Student:
 
 
 def learnt_from(name: str) -> Tensor:
-    """The images that a network has learnt from, none of which codes are tuned or tried on."""
+    """Return the images that a network has learnt from; codes are tuned and tried on others."""
     images = pixels(training_images(networks.RECIPES[name].load())[0])
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def shifted(images: Tensor) -> Tensor:
-    """Every picture by up to two pixels, each way."""
+    """Shift every picture by up to two pixels, each way."""
     generator = torch.Generator().manual_seed(int(images.sum()) % 2**31)
     moves = torch.randint(-2, 3, (len(images), 2), generator=generator).tolist()
     return torch.stack([x.roll(move, (-2, -1)) for x, move in zip(images, moves, strict=True)])

