@@ -1,6 +1,7 @@
-"""How fast maps are applied: against a copy of the same bytes, a matrix product, and SciPy.
+"""How fast are maps applied, against a copy, a matrix product and SciPy? Run as a module.
 
-Large results go to memory that is there, and, ``fresh``, to new memory.
+``python -m benchmarks.kernels``. Large results go to memory that is there, and, ``fresh``, to new
+memory. Bars that are missed by more than noise are printed, and the exit code is 1 then.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper
 from coded_torch.workers import LocalWorkers
 
-from . import choices
+from . import gpu_model
 from .runs import RESULTS, environment, write_results
-from .timing import Timing, last_level_cache, measure, reuse_memory, rotate
+from .timing import last_level_cache, measure, reuse_memory, rotate
 
-# (K, N, columns)
+# K, N, columns
 SIZES = (
     (8, 10, 150_528),
     (20, 100, 150_528),
@@ -47,48 +48,45 @@ MATMUL_BARS = (1.2, 2.0, 7.0, 12.0, 35.0)
 # system grants them by itself, 1.2. The first is too small: its memory is soon an old one's.
 FRESH_BARS = (None, 0.5, 0.5, 0.7, 0.7)
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-# Of the copy, what a wrapper's `encode_seconds` may be at the second size.
-ENCODE_BAR = 1.3
-# A layout or dtype and what it is compared with: times slower at most.
+ENCODE_BAR = 1.3  # of the copy, what a wrapper's `encode_seconds` may be at the second size
+# A layout or dtype: times slower than "forward" at most.
 RELATIVE_BARS = {
-    "transpose": ("forward", 1.3),
-    "bfloat16": ("forward", 1.0),
-    "float16": ("forward", 1.0),
-    "strided": ("forward", 1.15),
-    "indexed": ("forward", 1.15),
+    "transpose": 1.3,
+    "bfloat16": 1.0,
+    "float16": 1.0,
+    "strided": 1.15,
+    "indexed": 1.15,
 }
-# Times faster than SciPy's map, a new received set at least.
-SCIPY_BAR = 20
-# A bar missed by this factor is a regression, whatever else the machine was doing.
-REGRESSION = 1.6
+SCIPY_BAR = 20  # times faster than SciPy's map, a new received set at least
+SMALL_BARS = {"seen": 30e-6, "new": 80e-6, "plan of 1000": 100e-6}  # seconds
+REGRESSION = 1.6  # a bar missed by this factor is a regression, whatever else the machine did
 SMOOTHING = 1e-6
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 + 3e-5, torch.float16: 2.0**-11 + 3e-5}
 
 
+def spline_of(num_data: int, num_workers: int) -> SplineMap:
+    knots, points = chebyshev_first(num_data), chebyshev_second(num_workers)
+    return SplineMap(knots, points, smoothing=SMOOTHING)
+
+
 def check(what: str, got: Tensor, want: Tensor) -> None:
-    """Correctness first: relative to the largest value, on the columns that ``want`` has."""
-    got = got[..., : want.shape[-1]]
-    error = ((got.double() - want).abs().max() / want.abs().max()).item()
+    """Raise an error if the columns that ``want`` has differ, relative to its largest value."""
+    error = ((got[..., : want.shape[-1]].double() - want).abs().max() / want.abs().max()).item()
     if not error <= TOLERANCES[got.dtype]:
         raise AssertionError(f"{what}: the error is {error:.1e}")
 
 
 def contestants(num_data: int, num_workers: int, columns: int) -> dict[str, Any]:
-    """By name, functions that apply the map, or do what it is compared with, to the next buffer."""
-    spline = SplineMap(
-        chebyshev_first(num_data), chebyshev_second(num_workers), smoothing=SMOOTHING
-    )
+    """Return functions that apply the map, or its rivals, to the next buffer."""
+    spline = spline_of(num_data, num_workers)
     matrix = spline.matrix()
-    dense = matrix.float()
-    cache = last_level_cache()
+    dense, cache = matrix.float(), last_level_cache()
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    def over(
-        apply: Callable[..., Tensor], operator: Tensor, make: Callable[[], Tensor]
-    ) -> Callable[[], Tensor]:
+    def over(apply: Callable[..., Tensor], operator: Tensor, make: Callable[[], Tensor]) -> Any:
         values = make()
         out = values.new_zeros(len(operator), values.shape[1])
         want = operator @ values[:, :512].double()
@@ -120,22 +118,23 @@ def contestants(num_data: int, num_workers: int, columns: int) -> dict[str, Any]
         source, target = next(copies)
         return target.copy_(source)
 
+    def inputs(dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        return lambda: randn(num_data, columns, dtype=dtype)
+
     return {
         "copy": copy,
-        "forward": over(spline, matrix, lambda: randn(num_data, columns)),
-        "matmul": over(
-            functools.partial(torch.mm, dense), matrix, lambda: randn(num_data, columns)
-        ),
+        "forward": over(spline, matrix, inputs()),
+        "matmul": over(functools.partial(torch.mm, dense), matrix, inputs()),
         "transpose": over(spline.adjoint, matrix.T, lambda: randn(num_workers, columns)),
-        "bfloat16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.bfloat16)),
-        "float16": over(spline, matrix, lambda: randn(num_data, columns, dtype=torch.float16)),
+        "bfloat16": over(spline, matrix, inputs(torch.bfloat16)),
+        "float16": over(spline, matrix, inputs(torch.float16)),
         "strided": over(spline, matrix, lambda: randn(num_data, columns + 64)[:, :columns]),
         "indexed": over(indexed, permuted, lambda: randn(2 * num_data, columns)),
     }
 
 
 def scipy_seconds_per_column(num_data: int, num_workers: int, runs: int) -> float:
-    """``make_smoothing_spline`` and its evaluation, float64, 64 columns at once, from C order."""
+    """Time ``make_smoothing_spline`` and its evaluation, float64, 64 columns at once."""
     knots, points = chebyshev_first(num_data), chebyshev_second(num_workers)
     values = np.random.default_rng(0).standard_normal((num_data, 64))
 
@@ -146,62 +145,48 @@ def scipy_seconds_per_column(num_data: int, num_workers: int, runs: int) -> floa
     return measure({"scipy": run}, runs=runs)["scipy"].median / values.shape[1]
 
 
+def sizes(shrink: int) -> list[dict[str, int]]:
+    names = ("num_data", "num_workers", "columns")
+    return [dict(zip(names, (k, n, c // shrink), strict=True)) for k, n, c in SIZES]
+
+
 def fresh(runs: int, shrink: int, threads: int) -> list[dict[str, Any]]:
-    """Results that are new in every call, from the allocator as it is; filling them plainly."""
+    """Time results that are new in every call, from the allocator as it is, and plain filling."""
     torch.set_num_threads(threads)
     setting = HUGE_PAGES.read_text() if HUGE_PAGES.exists() else ""
-    on_request, always = "[madvise]" in setting, "[always]" in setting
     rows = []
-    for (num_data, num_workers, all_columns), bar in zip(SIZES, FRESH_BARS, strict=True):
-        columns = all_columns // shrink
-        spline = SplineMap(
-            chebyshev_first(num_data), chebyshev_second(num_workers), smoothing=SMOOTHING
-        )
+    for size, bar in zip(sizes(shrink), FRESH_BARS, strict=True):
+        num_data, num_workers, columns = size.values()
         inputs = rotate(
             lambda shape=(num_data, columns): torch.randn(shape),
             num_data * columns * 4,
             last_level_cache(),
         )
-        timings = measure(
-            {
-                "spline": lambda apply=spline, inputs=inputs: apply(next(inputs)),
-                "fill": lambda shape=(num_workers, columns): torch.empty(shape).fill_(1.0),
-            },
-            runs=runs,
-        )
-        row = {
-            "num_data": num_data,
-            "num_workers": num_workers,
-            "columns": columns,
-            "seconds": {name: timing._asdict() for name, timing in timings.items()},
-            "over_fill": timings["spline"].median / timings["fill"].median,
-            "over_fill_bar": bar if on_request else 1.2 if always and bar else None,
+        spline = spline_of(num_data, num_workers)
+        functions = {
+            "spline": lambda apply=spline, inputs=inputs: apply(next(inputs)),
+            "fill": lambda shape=(num_workers, columns): torch.empty(shape).fill_(1.0),
         }
-        rows.append(row)
-        print(
-            f"{num_data:5d} -> {num_workers:<5d} x {columns:<7d} fresh: "
-            f"{row['over_fill']:.2f}x filling (<= {row['over_fill_bar']})",
-            flush=True,
-        )
+        timings = measure(functions, runs=runs)
+        given = bar if "[madvise]" in setting else 1.2 if "[always]" in setting and bar else None
+        ratio = timings["spline"].median / timings["fill"].median
+        seconds = {name: timing._asdict() for name, timing in timings.items()}
+        rows.append({**size, "seconds": seconds, "over_fill": ratio, "over_fill_bar": given})
+        print(f"{num_data:5d} -> {num_workers:<5d} fresh: {ratio:.2f}x filling (<= {given})")
     return rows
 
 
 def large(runs: int, shrink: int) -> list[dict[str, Any]]:
     rows = []
     wide = "avx512" in torch.ops.coded_torch.cpu_capabilities()
-    for (num_data, num_workers, all_columns), over_copy, faster in zip(
-        SIZES, COPY_BARS[wide], MATMUL_BARS, strict=True
-    ):
-        over_matmul = faster if wide else faster / 2
-        columns = all_columns // shrink
-        functions = contestants(num_data, num_workers, columns)
-        timings = measure(functions, runs=runs)
+    for size, over_copy, faster in zip(sizes(shrink), COPY_BARS[wide], MATMUL_BARS, strict=True):
+        num_data, num_workers, columns = size.values()
+        timings = measure(contestants(**size), runs=runs)
         medians = {name: timing.median for name, timing in timings.items()}
         moved = (num_data + num_workers) * columns * 4
+        scipy = scipy_seconds_per_column(num_data, num_workers, runs)
         row: dict[str, Any] = {
-            "num_data": num_data,
-            "num_workers": num_workers,
-            "columns": columns,
+            **size,
             "bytes": moved,
             "copy_gb_per_s": moved / medians["copy"] / 1e9,
             "seconds": {name: timing._asdict() for name, timing in timings.items()},
@@ -210,56 +195,23 @@ def large(runs: int, shrink: int) -> list[dict[str, Any]]:
             # Of the fastest runs: what the machine can do when it does nothing else.
             "over_copy_best": timings["forward"].best / timings["copy"].best,
             "faster_than_matmul": medians["matmul"] / medians["forward"],
-            "faster_than_matmul_bar": over_matmul,
+            "faster_than_matmul_bar": faster if wide else faster / 2,
             "relative": {
-                name: {"ratio": medians[name] / medians[base], "bar": bar}
-                for name, (base, bar) in RELATIVE_BARS.items()
+                name: {"ratio": medians[name] / medians["forward"], "bar": bar}
+                for name, bar in RELATIVE_BARS.items()
             },
+            "faster_than_scipy": scipy / (medians["forward"] / columns),
         }
-        scipy = scipy_seconds_per_column(num_data, num_workers, runs)
-        row["faster_than_scipy"] = scipy / (medians["forward"] / columns)
         rows.append(row)
         print(
-            f"{num_data:5d} -> {num_workers:<5d} x {columns:<7d} "
-            f"copy {row['copy_gb_per_s']:6.1f} GB/s | "
+            f"{num_data:5d} -> {num_workers:<5d} copy {row['copy_gb_per_s']:6.1f} GB/s | "
             f"{row['over_copy']:5.2f}x copy (<= {over_copy}, best {row['over_copy_best']:.2f}) | "
-            f"{row['faster_than_matmul']:6.1f}x matmul (>= {over_matmul}) | "
+            f"{row['faster_than_matmul']:6.1f}x matmul (>= {row['faster_than_matmul_bar']}) | "
             + " ".join(f"{n} {r['ratio']:.2f}" for n, r in row["relative"].items())
             + f" | {row['faster_than_scipy']:.0f}x SciPy",
             flush=True,
         )
     return rows
-
-
-def encode(runs: int, shrink: int) -> dict[str, float]:
-    """What encoding costs a call of a wrapper, all checks included, against the same copy."""
-    num_data, num_workers, columns = SIZES[1]
-    columns //= shrink
-    coded = CodedWrapper(
-        _First(),
-        SplineCode(num_data, num_workers, encoder_smoothing=SMOOTHING),
-        workers=LocalWorkers(),
-        ordering="arrival",
-    )
-    halves = (num_data + num_workers) * columns // 2
-    source, target = torch.randn(halves), torch.zeros(halves)
-    x = torch.randn(num_data, columns)
-    coded(x)  # its memory is there from then on
-    seconds, copies = [], []
-    for _ in range(runs):
-        coded(x)
-        assert coded.last_run is not None
-        seconds.append(coded.last_run.encode_seconds)
-        copies.append(
-            measure({"copy": lambda: target.copy_(source)}, runs=1)["copy"].median  # in turns
-        )
-    row = {
-        "seconds": float(np.median(seconds)),
-        "over_copy": float(np.median(seconds) / np.median(copies)),
-        "over_copy_bar": ENCODE_BAR,
-    }
-    print(f"encode in a wrapper: {row['over_copy']:.2f}x copy (<= {ENCODE_BAR})", flush=True)
-    return row
 
 
 class _First(nn.Module):
@@ -269,15 +221,49 @@ class _First(nn.Module):
         return x[:, :1]
 
 
+def encode(runs: int, shrink: int) -> dict[str, float]:
+    """Time what encoding costs a call of a wrapper, all checks included, against the same copy."""
+    num_data, num_workers, columns = sizes(shrink)[1].values()
+    code = SplineCode(num_data, num_workers, encoder_smoothing=SMOOTHING, ordering="arrival")
+    coded = CodedWrapper(_First(), code, workers=LocalWorkers())
+    halves = (num_data + num_workers) * columns // 2
+    source, target = torch.randn(halves), torch.zeros(halves)
+    x = torch.randn(num_data, columns)
+    seconds, copies = [], []
+    for _ in range(runs + 1):  # in turns
+        seconds.append(coded.run(x)[1].encode_seconds)
+        copies.append(measure({"": lambda: target.copy_(source)}, runs=1)[""].median)
+    median = float(np.median(seconds[1:]))
+    ratio = median / float(np.median(copies[1:]))
+    print(f"encode in a wrapper: {ratio:.2f}x copy (<= {ENCODE_BAR})", flush=True)
+    return {"seconds": median, "over_copy": ratio, "over_copy_bar": ENCODE_BAR}
+
+
+def crossover(runs: int) -> list[dict[str, Any]]:
+    """Measure on the CPU from which size on sweeps beat a product, columns in and out of cache."""
+    rows = []
+    for columns, n in itertools.product((256, 65_536), (2, 3, 4, 6, 8, 12, 16)):
+        spline = SplineMap(np.linspace(-1, 1, n), np.linspace(-1, 1, n + max(1, n // 4)))
+        dense, values = spline.matrix(torch.float32), torch.ones(n, columns)
+        functions = {
+            "sweeps": lambda s=spline, v=values: s(v),
+            "matmul": lambda d=dense, v=values: d @ v,
+        }
+        timings = measure(functions, runs=runs, calls=50)
+        ratio = timings["matmul"].median / timings["sweeps"].median
+        rows.append({"num_data": n, "columns": columns, "faster_than_matmul": ratio})
+        print(f"{n:5d} x {columns}: {ratio:.2f}x matmul", flush=True)
+    return rows
+
+
 def small(runs: int, calls: int) -> dict[str, Any]:
-    """What serving pays per decode of logits: 80 of 100 results, 20 answers, 10 columns."""
-    code = SplineCode(20, 100)
-    rng = np.random.default_rng(0)
+    """Time what serving pays per decode of logits: 80 of 100 results, 20 answers, 10 columns."""
+    code, rng = SplineCode(20, 100), np.random.default_rng(0)
     sets = [sorted(rng.choice(100, 80, replace=False).tolist()) for _ in range(4096)]
     new = itertools.cycle(sets)  # far more than are kept
     results = torch.randn(80, 10, generator=torch.Generator().manual_seed(0))
     knots, points = code.worker_points[sets[0]], code.data_points
-    values = results.double().numpy()
+    values, thousand = results.double().numpy(), np.sort(rng.uniform(-1, 1, 1000))
 
     def scipy_map() -> Any:
         return scipy.interpolate.make_smoothing_spline(knots, values, lam=0.0)(points)
@@ -286,66 +272,50 @@ def small(runs: int, calls: int) -> dict[str, Any]:
         return scipy.interpolate.CubicSpline(knots, values, bc_type="natural")(points)
 
     check("decode", code.decode(results, sets[0]), torch.from_numpy(scipy_map()))
-    thousand = np.sort(rng.uniform(-1, 1, 1000))
-    timings: dict[str, Timing] = measure(
-        {
-            "seen": lambda: code.decode(results, sets[0]),
-            "new": lambda: code.decode(results, next(new)),
-            "plan of 1000": lambda: SplineMap(thousand, thousand),
-        },
-        runs=runs, calls=calls,
-    )  # fmt: skip
-    timings |= measure(
-        {"scipy": scipy_map, "scipy interpolation": scipy_interpolation},
-        runs=runs, calls=max(1, calls // 20),
-    )  # fmt: skip
-    bars = {"seen": 30e-6, "new": 80e-6, "plan of 1000": 100e-6}
-    for name, bar in bars.items():
-        print(f"{name}: {timings[name].median * 1e6:.1f} us (<= {bar * 1e6:.0f})")
-    faster = {
-        name: timings[name].median / timings["new"].median
-        for name in ("scipy", "scipy interpolation")
+    ours = {
+        "seen": lambda: code.decode(results, sets[0]),
+        "new": lambda: code.decode(results, next(new)),
+        "plan of 1000": lambda: SplineMap(thousand, thousand),
     }
+    scipys = {"scipy": scipy_map, "scipy interpolation": scipy_interpolation}
+    timings = measure(ours, runs=runs, calls=calls)
+    timings |= measure(scipys, runs=runs, calls=max(1, calls // 20))
+    for name, bar in SMALL_BARS.items():
+        print(f"{name}: {timings[name].median * 1e6:.1f} us (<= {bar * 1e6:.0f})")
+    map_ratio, interpolation = (timings[x].median / timings["new"].median for x in scipys)
     print(
-        f"new: {faster['scipy']:.1f}x make_smoothing_spline (>= {SCIPY_BAR}), "
-        f"{faster['scipy interpolation']:.1f}x CubicSpline",
-        flush=True,
+        f"new: {map_ratio:.1f}x make_smoothing_spline (>= {SCIPY_BAR}), {interpolation:.1f}x other"
     )
     return {
         "seconds": {name: timing._asdict() for name, timing in timings.items()},
-        "bars": bars,
-        "new_faster_than_scipy": faster["scipy"],
+        "bars": SMALL_BARS,
+        "new_faster_than_scipy": map_ratio,
         "new_faster_than_scipy_bar": SCIPY_BAR,
-        "new_faster_than_scipy_interpolation": faster["scipy interpolation"],
+        "new_faster_than_scipy_interpolation": interpolation,
     }
 
 
 def regressions(results: dict[str, Any]) -> list[str]:
-    """Which ratios miss their bars by more than noise; absolute times depend on the machine."""
-    found = []
-
-    def compare(what: str, times_slower: float) -> None:
-        if not times_slower <= REGRESSION:
-            found.append(f"{what}: {times_slower:.2f} times its bar")
-
+    """Return the ratios that miss their bars by more than noise."""
+    slower: dict[str, float] = {}
     for threads, rows in results["fresh"].items():
-        for row in rows:
-            if row["over_fill_bar"]:
-                what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}, fresh"
-                compare(what, row["over_fill"] / row["over_fill_bar"])
+        for row in filter(lambda row: row["over_fill_bar"], rows):
+            name = f"{threads} threads, {row['num_data']} -> {row['num_workers']}, fresh"
+            slower[name] = row["over_fill"] / row["over_fill_bar"]
     for threads, row in results["encode"].items():
-        compare(f"{threads} threads, encode", row["over_copy"] / row["over_copy_bar"])
+        slower[f"{threads} threads, encode"] = row["over_copy"] / row["over_copy_bar"]
     for threads, rows in results["large"].items():
         for row in rows:
-            what = f"{threads} threads, {row['num_data']} -> {row['num_workers']}"
-            compare(f"{what}, of the copy", row["over_copy_best"] / row["over_copy_bar"])
+            name = f"{threads} threads, {row['num_data']} -> {row['num_workers']}"
+            slower[f"{name}, of the copy"] = row["over_copy_best"] / row["over_copy_bar"]
             matmul = row["faster_than_matmul_bar"] / row["faster_than_matmul"]
-            compare(f"{what}, against matmul", matmul)
-            for name, relative in row["relative"].items():
-                compare(f"{what}, {name}", relative["ratio"] / relative["bar"])
-    small = results["small"]
-    compare("a new set, SciPy", small["new_faster_than_scipy_bar"] / small["new_faster_than_scipy"])
-    return found
+            slower[f"{name}, against matmul"] = matmul
+            for kind, relative in row["relative"].items():
+                slower[f"{name}, {kind}"] = relative["ratio"] / relative["bar"]
+    of = results["small"]
+    slower["a new set, SciPy"] = of["new_faster_than_scipy_bar"] / of["new_faster_than_scipy"]
+    every = slower.items()
+    return [f"{what}: {x:.2f} times its bar" for what, x in every if not x <= REGRESSION]
 
 
 def on_cpu(numbers_of_threads: list[int], runs: int, shrink: int) -> dict[str, Any]:
@@ -355,13 +325,12 @@ def on_cpu(numbers_of_threads: list[int], runs: int, shrink: int) -> dict[str, A
         print(f"{threads} threads", flush=True)
         # In a process of its own: this one keeps memory that was freed.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            found = process.submit(fresh, runs, shrink, threads).result()
-        results["fresh"][threads] = found
+            results["fresh"][threads] = process.submit(fresh, runs, shrink, threads).result()
         results["encode"][threads] = encode(runs, shrink)
         results["large"][threads] = large(runs, shrink)
     torch.set_num_threads(1)
     reuse_memory()
-    results["crossover"] = choices.crossover(runs)
+    results["crossover"] = crossover(runs)
     results["small"] = small(runs, calls=1000 // shrink)
     return results
 
@@ -369,24 +338,22 @@ def on_cpu(numbers_of_threads: list[int], runs: int, shrink: int) -> dict[str, A
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=[1, 2], help="default: %(default)s"
-    )
-    parser.add_argument("--runs", type=int, default=21, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="[%(default)s]")
+    parser.add_argument("--runs", type=int, default=21, help="[%(default)s]")
     parser.add_argument("--quick", action="store_true", help="small and rough; writes nothing")
-    parser.add_argument(
-        "--model", action="store_true", help="print what an H100 would do, by a model, and end"
-    )
+    what = "print what an H100 would do, by a model, and end"
+    parser.add_argument("--model", action="store_true", help=what)
     args = parser.parse_args()
     if args.model:
-        choices.model()
+        gpu_model.model()
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
     runs, shrink = (3, 16) if args.quick else (args.runs, 1)
     if args.device == "cuda":
-        results: dict[str, Any] = {"choices": choices.measured(runs, shrink)}
-        missed = choices.regressions(results["choices"])
+        rows = gpu_model.measured(runs, shrink)
+        results: dict[str, Any] = {"choices": rows}
+        missed = [str(row) for row in rows if not row["ratio"] <= row["ratio_bar"]]
     else:
         results = on_cpu(args.threads, runs, shrink)
         missed = regressions(results)
@@ -394,8 +361,7 @@ def main() -> int:
         return 0
     path = RESULTS / f"kernels-{args.device}.json"
     write_results(path, {"environment": environment(args.device), **results})
-    print("wrote", path.name)
-    print("\n".join(missed), end="\n" if missed else "")
+    print("\n".join([f"wrote {path.name}", *missed]))
     return 1 if missed else 0
 
 

@@ -7,8 +7,7 @@ from benchmarks import resilience
 
 # Bars on times are for the long runs: a few requests on a busy machine have no 99th percentile.
 EXACT = ("failed", "mixed", "children", "descriptors", "threads", "shared-memory segments")
-EXACT += ("wrong", "predicted", "calls that did not compute 63 rows")
-EXACT += ("processes lost by a call",)
+EXACT += ("wrong", "predicted")
 SHORT = [name for name in resilience.SCENARIOS if name not in ("overhead", "ray")]
 
 

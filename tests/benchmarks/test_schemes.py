@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from benchmarks import schemes
-from benchmarks.schemes import Scheme
+from benchmarks.schemes import Scheme, Scores, received_by
 from benchmarks.subjects import subject
 from coded_torch import codes
-from coded_torch.evaluation.compare import received_by
-from coded_torch.evaluation.scores import Scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
 
 @pytest.fixture(scope="module")
@@ -18,84 +17,65 @@ def of():
     return subject("lenet5", quick=True)
 
 
+def tried(of, batches, sets, some):
+    return schemes.evaluate(of.model, batches, lambda index: sets, lambda key: some)
+
+
 @pytest.mark.parametrize(
-    "scheme",
+    "code",
     [
-        Scheme(codes.SplineCode(8, 10), "arrival"),
-        Scheme(codes.KernelCode(8, 10)),
-        Scheme(codes.KernelCode(encoder=codes.SplineCode(8, 10))),
+        codes.SplineCode(8, 10, ordering="arrival", shuffle=False),
+        codes.RegressionCode(8, 10, shuffle=False),
     ],
-    ids=["paper", "KernelCode", "paper's encoder"],
+    ids=["paper", "RegressionCode"],
 )
 @torch.no_grad()
-def test_a_scheme_answers_as_the_wrapper_does(of, scheme):
+def test_a_scheme_answers_as_the_wrapper_does(of, code):
     batch = next(of.batches("held_out", 40, 1))
-    received = received_by(Uniform(3, seed=5), 10)
-    tried = schemes.trial(of.model, batch, [received])
-    answers, _ = schemes.decode(tried, scheme, received, 3)
+    sets = {"": [received_by(Uniform(3, seed=5), 10)]}
+    score = tried(of, [batch], sets, {"it": Scheme(code, 3)})[""]["it"]
     wrapper = CodedWrapper(
         of.model,
-        scheme.code,
-        stragglers=Uniform(3, seed=5),
-        ordering=scheme.ordering,
+        code,
+        workers=LocalWorkers(Uniform(3, seed=5)),
+        ordering=code.ordering,
         shuffle=False,
     )
-    scale = tried.exact[0].abs().max()
-    torch.testing.assert_close(answers, wrapper(batch.images), rtol=0, atol=1e-4 * scale)
+    again = Scores()
+    again.add(wrapper(batch.images), of.model(batch.images), batch.labels)
+    assert score.columns[3] == pytest.approx(again.columns[3], rel=1e-3)
+    assert score.columns[0] == again.columns[0]
 
 
-@torch.no_grad()
-def test_replication_with_the_batchs_mean_is_that(of):
-    """Equal copies; what no worker answered is the mean of all inputs that one did."""
+def test_baselines_are_what_they_are_called(of):
+    """The batch's mean; the network's own answers or none; no copies, so workers beyond K do nothing."""
+    case = (10, 8, 2)
     batch = next(of.batches("held_out", 40, 1))
-    received = received_by(Uniform(5, seed=0), 10)
-    tried = schemes.trial(of.model, batch, [received])
-    scheme = schemes.unmixed((10, 8, 5))["replication, batch mean"]
-    answers, _ = schemes.decode(tried, scheme, received, 5)
-    exact = tried.exact[0]
-    own = (answers == exact).all(1)
-    assert 0 < int((~own).sum()) < 30
-    mean = exact[own].mean(0, keepdim=True)
-    torch.testing.assert_close(answers[~own], mean.expand(int((~own).sum()), -1))
+    both = {"all": [list(range(10))], "few": [[0, 1, 2, 3, 4, 5, 8, 9]]}
+    scores = tried(of, [batch], both, schemes.unmixed(case))
+    for name, of_scheme in scores["all"].items():
+        assert of_scheme.columns[3] == pytest.approx(0, abs=1e-6), name
+    few = {name: of_scheme.columns[:, 0] for name, of_scheme in scores["few"].items()}
+    right, own, agreement, mse, *_ = few["uncoded"]
+    assert agreement == 6 / 8  # the first K workers have an input of each group, two are lost
+    assert mse != mse
+    variance = few["replication, batch mean"][5]
+    assert few["no redundancy, regression"][3] < 0.5 * variance
+    assert few["KernelCode"][3] < few["replication, batch mean"][3] < variance
 
 
-def test_uncoded_answers_are_the_models_own_or_missing(of):
-    batch = next(of.batches("held_out", 24, 1))
-    received = [0, 2, 9, 11]
-    tried = schemes.trial(of.model, batch, [received])
-    answers, _ = schemes.decode(tried, Scheme(schemes.Uncoded(8, 12), "arrival"), received, 8)
-    answered = torch.arange(24) % 8 < 3
-    answered &= torch.arange(24) % 8 != 1
-    torch.testing.assert_close(answers[answered], tried.exact[0][answered])
-    assert answers[~answered].isnan().all()
-    scores = Scores()
-    scores.add(answers, tried.exact[0], batch.labels)
-    assert scores.summary()["agreement"][0] == 0.25
-    assert scores.summary()["rmse"] == [None, None]
+def test_a_tuned_code_has_other_numbers_only(of):
+    code = codes.SplineCode(4, 6, encoder_smoothing=0.01, ordering="arrival")
+    found = schemes.tuned(of.model, of.batches("tuning", 24, 1), code, 1)
+    assert (found.num_data, found.num_workers, found.ordering) == (4, 6, "arrival")
+    assert repr(found) != repr(code)
 
 
-def test_a_tuned_scheme_has_other_numbers_only(of):
-    batches = list(of.batches("tuning", 40, 2))
-    scheme = Scheme(codes.SplineCode(8, 10), "arrival")
-    tuned = schemes.tuned(of.model, batches, scheme, 2)
-    assert tuned.ordering == "arrival"
-    assert isinstance(tuned.code, codes.SplineCode)
-    assert tuned.code.decoder_smoothing > 0
-
-
-def test_scores_are_by_law_and_scheme(of):
-    def received(index):
-        return {"few": [0, 1], "many": list(range(10))}
-
-    some = {"replication": Scheme(codes.ReplicationCode(8, 10), "arrival")}
-    scores = schemes.evaluate(of.model, of.batches("held_out", 16, 3), some, 2, received)
-    assert {law: list(found) for law, found in scores.items()} == {
-        "few": ["replication"],
-        "many": ["replication"],
-    }
-    assert scores["many"]["replication"].columns.shape == (7, 3)
-    assert scores["many"]["replication"].summary()["agreement"] == [1.0, 0.0]
-    summary = schemes.summaries(
-        {**scores["few"], "other": scores["many"]["replication"]}, ["other"]
-    )
-    assert summary["replication"]["against other"]["relative_accuracy"][0] < 0
+def test_scores_are_by_key_and_scheme(of):
+    batches = list(of.batches("held_out", 24, 2))
+    code = codes.RegressionCode(4, 6)
+    sets = {"one": [[0, 1, 2, 3]], "two": [[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]]}
+    found = tried(of, batches, sets, {"a": Scheme(code), "b": Scheme(code)})
+    assert found["one"]["a"].columns.shape == (7, 2)
+    assert found["two"]["b"].columns.shape == (7, 4)
+    assert (found["two"]["a"].columns == found["two"]["b"].columns).all()
