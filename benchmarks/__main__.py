@@ -17,7 +17,7 @@ INTERRUPTED = 130  # the exit code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 if a benchmark failed; 130 if they were interrupted."""
+    """Return the exit code: 0; 1 if a benchmark failed; 130 if they were interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Run benchmarks, each a question, and keep their numbers in benchmarks/results;"
@@ -41,19 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="WORD", help="only what has these in its name"
     )
     one.add_argument("--output", type=Path, metavar="FILE", help="instead of results/NAME.json")
-    one.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="[%(default)s]")
-    one.add_argument("--threads", type=int, default=1, help="[%(default)s]")
     args = parser.parse_args(argv)
     names = args.names or [*ERRORS, *TIMES]
     for name in names:
         if name not in ERRORS + TIMES:
             parser.error(f"NAME must be one of {', '.join(ERRORS + TIMES)}, got {name!r}")
-    for flag in ("jobs", "threads"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag} must be at least 1, got {getattr(args, flag)}")
-    alone = (args.only, args.output, args.device, args.threads)
-    if len(names) > 1 and alone != ([], None, "cpu", 1):
-        parser.error(f"--only, --output, --device and --threads need one NAME, got {len(names)}")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    if len(names) > 1 and (args.only, args.output) != ([], None):
+        parser.error(f"--only and --output need one NAME, got {len(names)}")
     try:
         return run(args) if len(names) == 1 else run_all(names, args.quick, args.jobs)
     except ValueError as error:
@@ -64,23 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """One benchmark, in this process."""
+    """Run one benchmark, in this process."""
     import torch
 
     (name,) = args.names
     benchmark = importlib.import_module(f".{name}", __package__)
-    devices = getattr(benchmark, "DEVICES", ("cpu",))
-    if args.device not in devices:
-        raise ValueError(f"--device must be {' or '.join(devices)} for {name}, got {args.device}")
-    torch.set_num_threads(args.threads)
-    file = name if args.device == "cpu" else f"{name}-{args.device}"
-    path = args.output or (None if args.quick else RESULTS / f"{file}.json")
-    keep(name, benchmark, quick=args.quick, device=args.device, only=args.only, path=path)
+    torch.set_num_threads(1)
+    path = args.output or (None if args.quick else RESULTS / f"{name}.json")
+    keep(name, benchmark, quick=args.quick, only=args.only, path=path)
     return 0
 
 
 def run_all(names: Sequence[str], quick: bool, jobs: int) -> int:
-    """Several, each in a process of its own with one thread; none begins after one has failed."""
+    """Run several, each in a process of its own; none begins after one has failed."""
     stopped = threading.Event()
 
     def start(name: str) -> int:

@@ -218,7 +218,7 @@ def gains(scores: Sequence[Mapping[Name, Scores]]) -> dict[str, Any]:
     }
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name, curves in (QUICK if quick else CURVES).items():
         for curve in curves:
             yield (name, str(curve[:2])), functools.partial(accuracy, name, curve, quick)

@@ -1,8 +1,8 @@
 """How good are the answers, code by code, at six settings? ``python -m benchmarks batches``.
 
 Answers are logits, compared with the network's own. "Paper" is the paper's scheme in the order of
-arrival, its smoothings tuned; "paper, ordered" the same by similarity. Replication fills in the mean
-of a group's results, "batch mean" the batch's; "no redundancy" predicts with the same regression.
+arrival, its smoothings tuned; "paper, ordered" the same by similarity. Replication fills in the
+mean of a group's results, "batch mean" the batch's; "no redundancy" has the same regression.
 
 - main: K inputs go to N workers, and S of them are lost;
 - batch: batches of other sizes, and of random pixels;
@@ -128,7 +128,7 @@ class Bench:
         return table
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         bench = Bench(name, quick)
         for case in CASES[-2:] if quick else CASES:

@@ -1,4 +1,4 @@
-"""How fast does the paper's code get better with more workers? ``python -m benchmarks convergence``.
+"""How fast does the paper's error fall with more workers? ``python -m benchmarks convergence``.
 
 The mean squared error of x sin x at K = 8 inputs in [0, 10], and of LeNet-5's logits on batches of
 60 digits at K = 20, for N workers. S of them are lost uniformly, S fixed or growing as the square
@@ -152,7 +152,7 @@ def _slopes(task: Task, squares: np.ndarray) -> np.ndarray:
     return np.polyfit(np.log(task.workers), np.log(squares).T, 1)[0]
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in TASKS:
         for law, make in LAWS.items():
             # No theorem says what noise does where each worker is lost with a probability.

@@ -1,4 +1,4 @@
-"""On which data does prediction help, and which metrics fit them? ``python -m benchmarks distances``.
+"""On which data does prediction help, by which metrics? ``python -m benchmarks distances``.
 
 Small networks on tables, sequences, text and pictures (``tasks.py``). ``RegressionCode`` with one
 metric and length for all ("before"), with both chosen ("chosen"), with a stem of the module that
@@ -107,7 +107,7 @@ def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
     return {"codes": codes}
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     tables = tasks.TABLES[:1] if quick else tasks.TABLES
     for name in (*tables, *(() if quick else (*tasks.SEQUENCES, *PICTURES))):
         for raw in (False, True) if name in tasks.RAW else (False,):

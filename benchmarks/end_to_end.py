@@ -3,8 +3,7 @@
 Milliseconds, median and quartiles, for one batch of 240: planning (measuring distances, ordering,
 fitting the code); encoding; decoding from a received set seen for the first time, and again. All
 codes begin with nothing cached. Beside them the network itself: on the batch, on what one worker
-gets, and on what all N get. With ``--device cuda`` network and batch are on the GPU, and what codes
-plan on the host counts in full. A batch of 4,000, on the host, is measured against the float32
+gets, and on what all N get. A batch of 4,000 is measured against the float32
 factorisation of as many results as arrive of it, too.
 """
 
@@ -31,7 +30,6 @@ from .subjects import SEED, subject
 
 CASES = ((24, 20, 4), (100, 20, 60))
 NETWORKS = ("lenet5", "vit", "repvgg")
-DEVICES = ("cpu", "cuda")
 PARTS = ("plan", "encode", "decode", "decode again")
 # A large batch: inputs, results that arrive, and how many factorisations of so many planning and
 # decoding may take.
@@ -50,42 +48,35 @@ def schemes(case: Case) -> dict[str, Scheme]:
     }
 
 
-def seconds_of(run: Callable[[], object], device: str) -> float:
-    """Return the seconds until the device has done all that it was asked for."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
+def seconds_of(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
-    wait()
     return time.perf_counter() - start
 
 
-def time_code(
-    scheme: Scheme, images: Tensor, exact: Tensor, received: list[int], device: str
-) -> list[float]:
+def time_code(scheme: Scheme, images: Tensor, exact: Tensor, received: list[int]) -> list[float]:
     """Return seconds for each of ``PARTS``."""
     code, plans = copy.deepcopy(scheme.code), []  # with nothing cached
 
     def plan() -> None:
         plans.append(plan_batch(code, code.ordering, [images], scheme.lost))
 
-    seconds = [seconds_of(plan, device), seconds_of(lambda: plans[0].encode(images), device)]
+    seconds = [seconds_of(plan), seconds_of(lambda: plans[0].encode(images))]
     results = plans[0].encode(exact)[received]  # numbers of the right shape
     decode = functools.partial(plans[0].decode, results, received)
-    return [*seconds, seconds_of(decode, device), seconds_of(decode, device)]
+    return [*seconds, seconds_of(decode), seconds_of(decode)]
 
 
 @torch.no_grad()
-def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any]:
+def end_to_end(name: str, case: Case, quick: bool) -> dict[str, Any]:
     n, k, s = case
     of, law, runs = subject(name, quick), Uniform(s, seed=SEED), settings(quick)["runs"]
-    model = of.model.to(device)
-    images = next(of.batches("held_out", BATCH_SIZE, 1)).images.to(device)
+    model, images = of.model, next(of.batches("held_out", BATCH_SIZE, 1)).images
     exact, every = model(images), schemes(case)
     seconds: dict[str, list[list[float]]] = {code: [] for code in every}
     for received in progress([received_by(law, n) for _ in range(runs)], "runs"):
         for code, scheme in every.items():  # in turns: what slows the machine slows all alike
-            seconds[code].append(time_code(scheme, images, exact, received, device))
+            seconds[code].append(time_code(scheme, images, exact, received))
     groups = -(-BATCH_SIZE // k)
     coded = images[torch.arange(n * groups) % BATCH_SIZE]
     distances = Geometry([images]).distances()
@@ -96,17 +87,15 @@ def end_to_end(name: str, case: Case, quick: bool, device: str) -> dict[str, Any
         "distances": lambda: Geometry([images]).distances(),
         "path": lambda: similarity_order(distances),
     }
-    table: dict[str, Any] = {
+    return {
         "codes": {
             code: dict(zip(PARTS, quartiles(each), strict=True)) for code, each in seconds.items()
         },
         "network": {
-            what: quartiles([[seconds_of(run, device)] for _ in range(runs)])[0]
+            what: quartiles([[seconds_of(run)] for _ in range(runs)])[0]
             for what, run in others.items()
         },
     }
-    of.model.to("cpu")
-    return table
 
 
 @torch.no_grad()
@@ -121,8 +110,8 @@ def large(quick: bool) -> dict[str, Any]:
     matrix = torch.mm(matrix, matrix.T).div_(arrived) + torch.eye(arrived)
     seconds, factorisation = [], []
     for received in [received_by(law, n) for _ in range(3 if quick else 7)]:
-        seconds.append(time_code(scheme, images, exact, received, "cpu"))
-        factorisation.append([seconds_of(lambda: torch.linalg.cholesky(matrix), "cpu")])
+        seconds.append(time_code(scheme, images, exact, received))
+        factorisation.append([seconds_of(lambda: torch.linalg.cholesky(matrix))])
     codes = {"KernelCode": dict(zip(PARTS, quartiles(seconds), strict=True))}
     spent = codes["KernelCode"]["plan"][0] + codes["KernelCode"]["decode"][0]
     (of_factorisation,) = quartiles(factorisation)
@@ -136,13 +125,11 @@ def quartiles(rows: Sequence[Sequence[float]]) -> list[Any]:
     return [rounded(*column) for column in np.percentile(rows, (50, 25, 75), axis=0).T * 1e3]
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         for case in CASES[:1] if quick else CASES:
-            key = device, name, str(case)
-            yield key, functools.partial(end_to_end, name, case, quick, device)
-    if device == "cpu":
-        yield ("cpu", "lenet5", f"{CASES[0]}, {LARGE:,} inputs"), functools.partial(large, quick)
+            yield ("cpu", name, str(case)), functools.partial(end_to_end, name, case, quick)
+    yield ("cpu", "lenet5", f"{CASES[0]}, {LARGE:,} inputs"), functools.partial(large, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -82,7 +82,8 @@ def _row(size: tuple[int, int, int], seconds: dict[str, float]) -> dict[str, Any
         flush=True,
     )
     sizes = {"num_knots": num_knots, "num_points": num_points, "columns": columns}
-    return {**sizes, "chosen": chosen, "seconds": seconds, "ratio": ratio, "ratio_bar": bar}
+    bars = {"the better of copy and product": [ratio, bar]}
+    return {**sizes, "what": chosen, "seconds": seconds, "bars": bars}
 
 
 def measured(runs: int, shrink: int) -> list[dict[str, Any]]:

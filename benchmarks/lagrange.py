@@ -1,8 +1,8 @@
 """When is Lagrange coding of polynomial models exact? ``python -m benchmarks lagrange``.
 
 The model is a polynomial of known degree, applied to every entry of the inputs. Lagrange coding is
-exact from (K - 1) degree + 1 results on, and does not apply below; splines answer from any number of
-results, approximately. Degree 3 with K = 5, and degree 15 with K = 10, as in the paper; random
+exact from (K - 1) degree + 1 results on, and does not apply below; splines answer from any number
+of results, approximately. Degree 3 with K = 5, and degree 15 with K = 10, as in the paper; random
 polynomials, uniformly lost workers, double precision. Errors are root mean squares relative to the
 answers': medians and quartiles over trials, as a few received sets decide every mean.
 
@@ -79,7 +79,7 @@ def compare(degree: int, k: int, n: int, kind: str, quick: bool) -> dict[str, An
     return {"threshold": threshold, "received": [int(x) for x in counts], "median error": curves}
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for degree, k, n in CASES[:1] if quick else CASES:
         for kind in INPUTS:
             key = f"degree {degree}, K = {k}, N = {n}", kind

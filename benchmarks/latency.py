@@ -131,7 +131,7 @@ def latency(name: str, quick: bool) -> dict[str, Any]:
     }
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in [QUICK] if quick else CASES:
         yield (name,), functools.partial(latency, name, quick)
 

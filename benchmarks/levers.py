@@ -1,8 +1,9 @@
 """What is each idea of the recommended code worth? ``python -m benchmarks levers``.
 
 Encoders with their own decoders: inputs repeated equally, or mixed along the paper's curve with
-three kinds of points. Then ``RegressionCode`` with one of its ideas left out: the order of the batch,
-the metric, the unequal copies. Logits, uniform stragglers, ordered by similarity unless said.
+three kinds of points. Then ``RegressionCode`` with one of its ideas left out: the order of the
+batch, the metric, the unequal copies.
+Logits, uniform stragglers, ordered by similarity unless said.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def levers(name: str, case: Case, quick: bool) -> dict[str, Any]:
     return {"codes": summaries(scores["uniform"], ("KernelCode",))}
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         for case in CASES:
             yield (name, str(case)), functools.partial(levers, name, case, quick)

@@ -160,7 +160,11 @@ def surrogates(results: Results) -> Figure:
     return dots(
         {
             NAMES[name]: {
-                f"{how} a student": {x: c[how]["against paper"][0] for x, c in of["codes"].items()}
+                f"{how} a student": {
+                    code: each[how]["against paper"][0]
+                    for code, each in of["codes"].items()
+                    if how in each
+                }
                 for how in ("without", "with")
             }
             for name, of in found.items()
@@ -176,6 +180,8 @@ def lost(results: Results) -> Figure:
     at = [int(case.strip("()").split(", ")[2]) for case in cases]
     for colour, code in enumerate(next(iter(cases.values()))["codes"]):
         for how, line in (("without", "o-"), ("with", "^--")):
+            if how not in next(iter(cases.values()))["codes"][code]:
+                continue
             each = (x["codes"][code][how]["mse"][0] / x["variance"] for x in cases.values())
             errors = [max(value, LEAST_ERROR) for value in each]
             label = f"{name_of(code)}{', with a student' if how == 'with' else ''}"

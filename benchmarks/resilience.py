@@ -1,4 +1,4 @@
-"""Do requests still answer, right and in time, while workers die? ``python -m benchmarks resilience``.
+"""Do requests still answer, and rightly, while workers die? ``python -m benchmarks resilience``.
 
 Every scenario runs real processes and checks every answer: the module is affine, so the code gives
 back exactly what it computes. Times are milliseconds. What is measured stands beside its bar.
@@ -307,7 +307,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
     return found
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in SCENARIOS:
         yield (name,), functools.partial(run, name, quick)
 

@@ -45,7 +45,7 @@ ERRORS = (
     "waiting",
 )
 # One at a time, or they would measure each other.
-TIMES = ("end_to_end", "latency", "learning", "resilience", "serving")
+TIMES = ("end_to_end", "latency", "resilience", "serving")
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
 #: Where its numbers go in the file, and what makes them.
@@ -54,15 +54,12 @@ _LINE = 1000  # characters: the record of a code fits
 
 
 class Benchmark(Protocol):
-    """A module of this package that ``python -m benchmarks`` runs.
-
-    It may have ``DEVICES`` too, a tuple of what it can be run on; by default the CPU alone.
-    """
+    """A module of this package that ``python -m benchmarks`` runs."""
 
     def settings(self, quick: bool) -> dict[str, Any]:
         """What the numbers depend on beside the code."""
 
-    def measurements(self, quick: bool, device: str) -> Iterable[Measurement]:
+    def measurements(self, quick: bool) -> Iterable[Measurement]:
         """What is measured, one after the other."""
 
 
@@ -75,7 +72,7 @@ def _processor() -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What a number depends on besides code and settings."""
+    """Return what a number depends on besides code and settings."""
     return {
         "processor": _processor(),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
@@ -89,7 +86,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What :func:`write_results` wrote; empty if there is no such file."""
+    """Return what :func:`write_results` wrote; empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -102,7 +99,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def _format(value: Any, indent: str = "") -> str:
-    """JSON in which an object or a list fills one line if it fits there, else one for each item."""
+    """Return JSON with an object or a list on one line if it fits, else a line for each item."""
     text = json.dumps(value)
     if not isinstance(value, (Mapping, list)) or (len(text) <= _LINE and indent):
         return text
@@ -117,45 +114,38 @@ def _format(value: Any, indent: str = "") -> str:
 
 
 def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterator[_T]:
-    """A progress bar over ``items``, on terminals only."""
+    """Show a progress bar over ``items``, on terminals only."""
     return iter(tqdm(items, desc=what, total=total, leave=False, disable=None))
 
 
 def keep(
-    name: str,
-    benchmark: Benchmark,
-    *,
-    quick: bool,
-    device: str = "cpu",
-    only: Iterable[str] = (),
-    path: Path | None,
+    name: str, benchmark: Benchmark, *, quick: bool, only: Iterable[str] = (), path: Path | None
 ) -> None:
-    """Run what a benchmark measures, one after the other, and keep the numbers of each once done.
+    """Run what a benchmark measures, and write the numbers of each measurement once done.
 
-    A run that was stopped is gone on with by the next one: what is in the file is not measured
-    again. What needs data that are not installed is left out, and a message says how to get them.
+    Measurements that are in the file are not repeated, so a run that was stopped goes on. One whose
+    data are not installed is left out, and a message says how to get them.
 
     Args:
-        name: of the benchmark.
+        name: the benchmark's name.
         benchmark: the module.
-        quick: small and rough, with data that ship in the package.
-        device: "cpu" or "cuda".
-        only: words that what is measured must have among its names.
-        path: of the file; None: keep nothing.
+        quick: whether it is small and rough, with data that ship in the package.
+        only: words that the names of a measurement must have among them.
+        path: the file; None: nothing is kept.
 
     Raises:
-        ValueError: the file was measured with other settings, or in another environment; nothing
-            has all the words among its names.
+        ValueError: the file was measured with other settings, or in another environment; no
+            measurement has all the words among its names.
     """
     head = {
         "command": f"python -m benchmarks {name}{' --quick' if quick else ''}",
         "settings": benchmark.settings(quick),
-        "environment": environment(device),
+        "environment": environment(),
     }
     results = read_results(path) if path else {}
     if results and (others := [key for key in head if results.get(key) != head[key]]):
         raise ValueError(f"{path} was measured with other {others[0]}; move it away")
-    chosen = [x for x in benchmark.measurements(quick, device) if set(only) <= set(x[0])]
+    chosen = [x for x in benchmark.measurements(quick) if set(only) <= set(x[0])]
     if not chosen:
         raise ValueError(f"--only must be names of what {name} measures, got {' '.join(only)}")
     todo = [x for x in chosen if not _found(results.get("measured", {}), x[0])]
@@ -177,7 +167,7 @@ def keep(
 
 
 def _found(measured: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
-    """What is in the results under a key; empty if nothing is."""
+    """Return what is in the results under a key; empty if nothing is."""
     for part in key:
         measured = measured.get(part, {})
     return measured

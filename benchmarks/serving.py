@@ -2,42 +2,44 @@
 
 The application of :mod:`coded_torch.serve` under uvicorn, in a process of its own, on six worker
 processes; requests of 1 to 8 rows arrive on their own, and latencies count from when a request was
-due. Each number stands beside its bar:
+due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
 
-- faults: LeNet-5, some calls delayed by 50 ms, a worker killed every 5 s; every row is compared
-  with what the module computes;
-- redundancy: a module that sleeps, the same faults; coded, uncoded, and with one hedge after
-  each of four thresholds, in turns;
-- overload: far more requests than can be answered, by the server's own clock;
+- faults: LeNet-5; every row is compared with what the module computes;
+- redundancy: a module that sleeps; coded, uncoded, and with one hedge after each of four
+  thresholds, in turns;
 - predicted: how often LeNet-5's class is predicted rightly from so many earlier answers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import http.client
 import json
-import logging
 import math
+import socket
+import subprocess
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coded_torch.codes import RegressionCode
+from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.demo.lenet5 import digits, lenet5
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from .hedging import WAIT_FOR_ALL, HedgeOnce
-from .http_load import Reply, Server, drive, record_times, request, serving
 from .runs import Measurement
+from .traffic import Reply, drive, percentiles
 
 SEED = 0
 K, N = 4, 6
@@ -51,7 +53,8 @@ ROUNDS = 2
 WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
 HELD_OUT = 960  # digits
-OUTPUTS = ("output", "predicted", "expected_error")
+START = 120.0  # seconds that a server may take to come up
+OUTPUTS = [{"name": name, "parameters": {"binary_data": True}} for name in ("output", "predicted")]
 
 
 class Sleeping(nn.Module):
@@ -66,103 +69,113 @@ class Sleeping(nn.Module):
         return self.model(images)
 
 
-def application(policy: str, *how: str) -> Any:
-    """Return what a server of this benchmark runs; it may be "sleeping" and "faulty"."""
+def main(policy: str, module: str, port: str) -> None:
+    """Serve "sleeping" or "lenet5" under a policy, for the benchmark."""
+    import uvicorn
+
     from coded_torch.serve import TensorSpec, app
 
-    sleeping, faulty = "sleeping" in how, "faulty" in how
-    pool: Any = ProcessWorkers(N, grace=10 * DEADLINE)
-    if faulty:
-        law = Bernoulli(0.03, latency=0.05, seed=SEED)
-        pool = FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0)
+    torch.set_num_threads(1)  # the processors are the workers'
+    pool = ProcessWorkers(N, grace=10 * DEADLINE)
+    law = Bernoulli(0.03, latency=0.05, seed=SEED)
     coded = CodedWrapper(
-        Sleeping().eval() if sleeping else lenet5(),
+        Sleeping().eval() if module == "sleeping" else lenet5(),
         RegressionCode(K, N),
-        workers=pool,
+        workers=FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0),
         waiting=POLICIES[policy],
         surrogate=Memory() if policy == "coded" else (),
     )
-    return app(
+    served = app(
         coded,
         name="lenet5",
         inputs=[TensorSpec("input", "FP32", (1, 28, 28))],
         outputs=[TensorSpec("output", "FP32", (10,))],
         deadline=DEADLINE,
-        max_ongoing_batches=2 if sleeping else 1,
+        max_ongoing_batches=2 if module == "sleeping" else 1,
     )
+    # uvloop is no dependency.
+    uvicorn.run(served, host="127.0.0.1", port=int(port), loop="asyncio", log_level="critical")
 
 
-def serve(policy: str, *how: str) -> Any:
-    return serving("-m", "benchmarks.serving", policy, *how)
+@contextlib.contextmanager
+def serving(policy: str, module: str) -> Iterator[Callable[[Tensor], tuple[Tensor, Report]]]:
+    """Run a server; yields a function that has it answer images, in any thread."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "benchmarks.serving", policy, module, str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + START
+    try:
+        while True:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v2/health/ready"):
+                break
+            if process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("the server did not come up")
+            time.sleep(0.05)
+        send = functools.partial(_send, threading.local(), port)
+        drive(send, batches(WARM_UP, SEED + 1)[0], 50.0, SEED + 1)
+        yield send
+    finally:
+        process.kill()
+        process.wait(30)
 
 
-def requests_of(count: int, seed: int) -> tuple[list[bytes], list[Tensor]]:
-    """Return requests, and the rows of the digits that each holds."""
-    images, _ = digits()
-    generator = torch.Generator().manual_seed(seed)
-    made, rows = [], []
-    outputs = [{"name": name, "parameters": {"binary_data": True}} for name in OUTPUTS]
-    for _ in range(count):
-        size = int(torch.randint(1, MOST_ROWS + 1, (), generator=generator))
-        chosen = torch.randint(len(images), (size,), generator=generator)
-        data = images[chosen].numpy().tobytes()
-        entry = {"name": "input", "datatype": "FP32", "shape": [size, 1, 28, 28]}
-        entry["parameters"] = {"binary_data_size": len(data)}
-        head = json.dumps({"inputs": [entry], "outputs": outputs}).encode()
-        made.append(request("/v2/models/lenet5/infer", head + data, len(head)))
-        rows.append(chosen)
-    return made, rows
+def _send(mine: threading.local, port: int, images: Tensor) -> tuple[Tensor, Report]:
+    """Send a request over this thread's connection."""
+    if not hasattr(mine, "connection"):
+        mine.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    size, data = len(images), images.numpy().tobytes()
+    entry = {"name": "input", "datatype": "FP32", "shape": list(images.shape)}
+    entry["parameters"] = {"binary_data_size": len(data)}
+    head = json.dumps({"inputs": [entry], "outputs": OUTPUTS}).encode()
+    length = {"Inference-Header-Content-Length": str(len(head))}
+    mine.connection.request("POST", "/v2/models/lenet5/infer", head + data, length)
+    answer = mine.connection.getresponse()
+    body = answer.read()
+    if answer.status != 200:
+        raise NotEnoughResults(f"status {answer.status}")
+    body = body[int(answer.headers["Inference-Header-Content-Length"]) :]
+    logits = np.frombuffer(body, "<f4", 10 * size).reshape(size, 10).copy()
+    predicted = np.frombuffer(body, bool, size, 40 * size).copy()
+    return torch.from_numpy(logits), Report(predicted=torch.from_numpy(predicted))
 
 
-def answers_of(reply: Reply, size: int) -> tuple[Tensor, Tensor]:
-    """Return logits ``[n, 10]``, and which rows were predicted."""
-    data = reply.body[reply.head_length :]
-    logits = np.frombuffer(data, "<f4", 10 * size).reshape(size, 10)
-    predicted = np.frombuffer(data, bool, size, 40 * size)
-    return torch.from_numpy(logits.copy()), torch.from_numpy(predicted.copy())
+def batches(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return images of requests, and the rows of the digits that they are."""
+    images, generator = digits()[0], torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, MOST_ROWS + 1, (count,), generator=generator).tolist()
+    rows = [torch.randint(len(images), (size,), generator=generator) for size in sizes]
+    return [images[x] for x in rows], rows
 
 
-def percentile(seconds: Any, at: float) -> float:
-    """Return a percentile in milliseconds."""
-    return round(1e3 * float(np.percentile(seconds, at)), 2)
+def sent(policy: str, module: str, count: int, rate: float, seed: int) -> list[Reply]:
+    with serving(policy, module) as send:
+        return drive(send, batches(count, seed)[0], rate, seed)
 
 
-def warm_up(server: Server) -> None:
-    drive(server.port, requests_of(WARM_UP, SEED + 1)[0], 50.0, SEED + 1)
-    server.times()
-
-
+@torch.no_grad()
 def faults(seconds: float) -> dict[str, Any]:
-    rate = 100.0
-    requests, rows = requests_of(int(rate * seconds), SEED)
-    images, labels = digits()
-    with torch.no_grad():
-        exact = lenet5()(images)
-    with serve("coded", "faulty") as server:
-        warm_up(server)
-        replies = drive(server.port, requests, rate, SEED)
-        by_server, killed = server.times(), server.killed()
-    answered = [reply for reply in replies if reply.status == 200]
-    found = [answers_of(reply, len(rows[reply.number])) for reply in answered]
-    chosen = torch.cat([rows[reply.number] for reply in answered])
-    logits, flag = (torch.cat(parts) for parts in zip(*found, strict=True))
-    error = (logits - exact[chosen]).abs().amax(1)
-    times = [reply.seconds for reply in replies]
+    rate, (images, labels) = 100.0, digits()
+    count = int(rate * seconds)
+    rows, exact = batches(count, SEED)[1], lenet5()(images)
+    replies = sent("coded", "lenet5", count, rate, SEED)
+    answered = [(r, x) for r, x in zip(replies, rows, strict=True) if r.report is not None]
+    logits = torch.cat([reply.answers for reply, _ in answered])
+    flag = torch.cat([reply.report.predicted for reply, _ in answered])
+    chosen = torch.cat([x for _, x in answered])
+    error = (logits - exact[chosen]).abs().amax(1)[~flag].max()
+    times = percentiles([reply.latency for reply in replies])
     return {
-        "requests": len(requests),
-        "lost": [len(requests) - len(answered), 0],
-        "statuses": Counter(str(reply.status) for reply in replies),
-        "largest error of an unflagged row": [float(f"{float(error[~flag].max()):.2g}"), 1e-3],
-        "p50": percentile(times, 50),
-        "p99": percentile(times, 99),
-        "p99.9": [percentile(times, 99.9), 1e3 * (DEADLINE + SLACK)],
-        "p99.9 by the server": percentile(by_server[:, 1], 99.9),
+        "requests": count,
+        "lost": [count - len(answered), 0],
+        "largest error of an unflagged row": [float(f"{float(error):.2g}"), 1e-3],
+        **times,
+        "p99.9": [times["p99.9"], 1e3 * (DEADLINE + SLACK)],
         "exact rows": [round(float((~flag).double().mean()), 5), 0.995],
         "predicted rows": int(flag.sum()),
         "predicted rows of the right class": int(
             (flag & (logits.argmax(1) == labels[chosen])).sum()
         ),
-        "killed": killed,
     }
 
 
@@ -171,16 +184,12 @@ def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, 
     found: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
     pooled: dict[str, list[float]] = {policy: [] for policy in policies}
     for turn in range(rounds):
-        requests, _ = requests_of(int(rate * seconds), SEED + turn)
         for policy in policies:
-            with serve(policy, "sleeping", "faulty") as server:
-                warm_up(server)
-                replies = drive(server.port, requests, rate, SEED + turn)
-            latencies = [reply.seconds for reply in replies]
-            pooled[policy] += latencies
-            numbers = {f"p{at:g}": percentile(latencies, at) for at in (50, 99, 99.9)}
-            failed = sum(reply.status != 200 for reply in replies)
-            found[policy].append({**numbers, "failed": failed})
+            replies = sent(policy, "sleeping", int(rate * seconds), rate, SEED + turn)
+            times = [reply.latency for reply in replies]
+            failed = sum(reply.report is None for reply in replies)
+            pooled[policy] += times
+            found[policy].append(percentiles(times) | {"failed": failed})
     medians = {
         policy: {key: round(float(np.median([x[key] for x in runs])), 2) for key in runs[0]}
         for policy, runs in found.items()
@@ -191,8 +200,8 @@ def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, 
         "policies": medians,
         "slower shares": SHARES,
         "latencies": {
-            policy: [percentile(seconds, 100 - 100 * share) for share in SHARES]
-            for policy, seconds in pooled.items()
+            policy: np.quantile(times, 1 - np.array(SHARES)).dot(1e3).round(2).tolist()
+            for policy, times in pooled.items()
         },
         "best hedge": best,
         "p99 against uncoded": [round(coded / medians["uncoded"]["p99"], 3), 0.8],
@@ -200,37 +209,10 @@ def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, 
     }
 
 
-def overload(rate: float, seconds: float) -> dict[str, Any]:
-    requests, _ = requests_of(int(rate * seconds), SEED)
-    with serve("coded") as server:
-        warm_up(server)
-        drive(server.port, requests[: len(requests) // 4], rate, SEED)  # it grows to its size
-        server.times()
-        before, start = server.resident(), time.perf_counter()
-        replies = drive(server.port, requests, rate, SEED)
-        took = time.perf_counter() - start
-        (status, spent), after = server.times().T, server.resident()
-    refused = spent[status == 503]
-    return {
-        "sent": len(requests),
-        "lost": sum(reply.status == 0 for reply in replies),
-        "statuses": Counter(status.astype(int).astype(str).tolist()),
-        "answered a second": [round(float((status == 200).sum()) / took, 1), 200],
-        "p99.9": [percentile(spent, 99.9), 1e3 * (DEADLINE + SLACK)],
-        "refused within 10 ms": [
-            round(float((refused < 0.01).mean()), 4) if len(refused) else 1.0,
-            0.95,
-        ],
-        "share of 504": [round(float((status == 504).mean()), 4), 0.04],
-        "memory, relative": [round(after / before, 3), 1.1],
-    }
-
-
 @torch.no_grad()
 def predicted() -> dict[str, Any]:
     """Return the share of missing digits that get the right class, by the answers remembered."""
-    images, labels = digits()
-    model, found = lenet5(), {}
+    (images, labels), model, found = digits(), lenet5(), {}
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
     half_lost = LocalWorkers(Trace([[math.inf, 0.0] * 2]))
     for known in KNOWN:
@@ -252,34 +234,15 @@ def predicted() -> dict[str, Any]:
     return {"right class": found}
 
 
-def measurements(quick: bool, device: str) -> Iterator[Measurement]:
+def measurements(quick: bool) -> Iterator[Measurement]:
     yield ("predicted",), predicted
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
-    for rate in (600.0, 2000.0):
-        what = "overload", f"{rate:g} a second"
-        yield what, functools.partial(overload, rate, 2 if quick else 20)
     how = (2, 1, list(HEDGES)[:1]) if quick else (12, ROUNDS, list(HEDGES))
     yield ("redundancy",), functools.partial(redundancy, *how)
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {"seed": SEED, "deadline": DEADLINE, "K": K, "N": N, "rounds": ROUNDS}
-
-
-def main(policy: str, *how: str) -> None:
-    """Serve, for the benchmark; the last word is the port."""
-    import uvicorn
-
-    logging.basicConfig(level="WARNING")  # kills are counted by what pools log
-    torch.set_num_threads(1)  # the processors are the workers'
-    uvicorn.run(
-        record_times(application(policy, *how[:-1])),
-        host="127.0.0.1",
-        port=int(how[-1]),
-        loop="asyncio",  # uvloop is no dependency
-        log_level="critical",
-        timeout_keep_alive=75,
-    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """How does the paper's code depend on its smoothing? ``python -m benchmarks smoothing``.
 
-The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on the
-grid, and the cost of a factor of ten off the best, which the paper puts at about 3 %. In the order
-of arrival, with the paper's points. The best is the best on these very batches: a surface is looked
-at, no code is tuned. With noise, workers' outputs carry independent Gaussian errors whose variance
+The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on
+the grid, and the cost of a factor of ten off the best, which the paper puts at about 3 %. In the
+order of arrival, with the paper's points. The best is the best on these very batches. With noise, workers' outputs carry independent Gaussian errors whose variance
 is a hundredth of the outputs', as where workers compute with few bits.
 """
 
@@ -97,7 +96,7 @@ def _neighbours(squares: np.ndarray, best: tuple[int, int], axis: int) -> dict[s
     return found
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in ("lenet5",) if quick else ("lenet5", "vit"):
         for case in CASES[-1:] if quick else CASES:
             yield (name, str(case)), functools.partial(smoothing, name, case, quick)

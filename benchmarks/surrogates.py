@@ -201,7 +201,7 @@ def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
     return found
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         for case in (FEW, SMALL) if quick else CASES:
             for size in SIZES[:1] if quick else SIZES:

@@ -235,17 +235,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "useless": Table(
         "surrogates > * > useless > * > * > *", ("", "batch", "code"), {"": "0:.4f"}, spread=True
     ),
-    "learning": Table(
-        "learning > answers > surrogates > *",
-        ("surrogate",),
-        {
-            "p50, ms": "p50:.1f",
-            "p99, ms": "p99:.1f",
-            "predicted": "predicted:.2%",
-            "right": "right:.2%",
-            "right of the network": "right of the network:.2%",
-        },
-    ),
     "waiting": Table(
         "waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, spread=True
     ),
@@ -321,7 +310,6 @@ PAGES = {
             "memories": "A memory, by thirds of a stream that starts cold",
             "drift": "A memory that knows five classes, asked about the other five",
             "useless": "Surrogates that do not fit",
-            "learning": "While requests come in",
         },
         [("lost", "squared error against lost workers, without a student and with it")],
     ),

@@ -39,8 +39,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time functions in turns, so that what slows the machine down slows all of them alike.
 
-    Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes between
-    two events of the current stream.
+    Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes
+    between two events of the current stream.
     """
     time_once = _time_cuda if device == "cuda" else _time_cpu
     seconds: dict[str, list[float]] = {name: [] for name in functions}

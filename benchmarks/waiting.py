@@ -1,8 +1,8 @@
 """What do waiting policies cost and bring, simulated? ``python -m benchmarks waiting``.
 
 Workers serve one part at a time from one queue, and requests arrive on their own, see
-:mod:`coded_torch.scheduling.simulation`. For each regime, each number of parts of a request and each
-policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls and
+:mod:`coded_torch.scheduling.simulation`. For each regime, each number of parts of a request and
+each policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls and
 rows beyond asking for each row once. "One hedge" is the best in hindsight of five times to hedge.
 
 3 %, 10 %: so many parts take 5 to 50 times as long. Slow: every worker is slow for 5 % of the time,
@@ -87,7 +87,7 @@ def compare(regime: Regime, requests: int, policies: Mapping[str, Policy]) -> di
     return {"policies": {**outcomes, "one hedge": {**hedges[best], "after": best}}}
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     sizes = settings(quick)
     for name in ["6 / 4, 3 %", "6 / 4, mix"] if quick else REGIMES:
         requests = sizes["requests"] // (4 if REGIMES[name][1] > 100 else 1)

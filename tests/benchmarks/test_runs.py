@@ -18,7 +18,7 @@ def measure(tmp_path):
     def run(measurements, only=(), settings=None):
         benchmark = types.SimpleNamespace(
             settings=lambda quick: settings or {"seed": 0},
-            measurements=lambda quick, device: measurements,
+            measurements=lambda quick: measurements,
         )
         runs.keep("thing", benchmark, quick=False, only=only, path=path)
         return json.loads(path.read_text())
@@ -56,7 +56,7 @@ def test_other_settings_do_not_mix(measure):
 
 def test_other_environments_do_not_mix(measure, monkeypatch):
     measure([(("a",), lambda: {"value": 1})])
-    monkeypatch.setattr(runs, "environment", lambda device: {"threads": 99})
+    monkeypatch.setattr(runs, "environment", lambda: {"threads": 99})
     with pytest.raises(ValueError, match="measured with other environment"):
         measure([(("b",), forbidden)])
 
