@@ -17,11 +17,9 @@ from coded_torch.codes import BatchPlan, Code, RegressionCode, ReplicationCode
 from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import Scores, half_width, ratio, rounded, student
 from coded_torch.evaluation.trial import Trial
-from coded_torch.evaluation.tune import tune
+from coded_torch.evaluation.tune import SETS, chosen
 from coded_torch.input_space.ordering import Grouping
-from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
-from coded_torch.workers import LocalWorkers
 
 from .subjects import AT_ONCE, SEED, Batch
 
@@ -143,15 +141,11 @@ class _Trials:
         """Return the scheme's answers ``[B, C]``, the exact ones, and the error it expects."""
         n, stage = scheme.code.num_workers, OUTPUTS[scheme.output]
         if n not in self._of:
-            workers = LocalWorkers(max_batch_size=AT_ONCE)
-            wrapper = CodedWrapper(self._model, Uncoded(1, 1), workers=workers)
-            self._of[n] = Trial(wrapper, (self._batch.images,), [_within(x, n) for x in self._sets])
+            sets = [_within(x, n) for x in self._sets]
+            images = (self._batch.images,)
+            self._of[n] = Trial(self._model, images, sets, max_batch_size=AT_ONCE)
         (answers,), expected = self._of[n].decode(
-            scheme.code,
-            _within(received, n),
-            ordering=scheme.code.ordering,
-            num_stragglers=scheme.lost,
-            stage=stage,
+            scheme.code, _within(received, n), num_stragglers=scheme.lost, stage=stage
         )
         return answers, stage(self._of[n].exact[0]), expected
 
@@ -190,11 +184,8 @@ def unmixed(case: Case) -> dict[str, Scheme]:
 
 def tuned(model: nn.Module, batches: Iterable[Batch], code: Code, lost: int) -> Code:
     """Return the code with the parameters that answer these batches best, S lost uniformly."""
-    wrapper = CodedWrapper(
-        model,
-        code,
-        workers=LocalWorkers(Uniform(lost, seed=SEED + 1), max_batch_size=AT_ONCE),
-        ordering=code.ordering,
-        shuffle=False,
-    )
-    return tune(wrapper, [batch.images for batch in batches])
+    law, trials = Uniform(lost, seed=SEED + 1), []
+    for batch in batches:
+        sets = [received_by(law, code.num_workers) for _ in range(SETS)]
+        trials.append((Trial(model, (batch.images,), sets, max_batch_size=AT_ONCE), sets))
+    return chosen(code, trials, lost)

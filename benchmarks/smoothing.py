@@ -2,8 +2,8 @@
 
 The root mean squared error over a grid of encoder and decoder smoothing, relative to the best on
 the grid, and the cost of a factor of ten off the best, which the paper puts at about 3 %. In the
-order of arrival, with the paper's points. The best is the best on these very batches. With noise, workers' outputs carry independent Gaussian errors whose variance
-is a hundredth of the outputs', as where workers compute with few bits.
+order of arrival, with the paper's points. The best is the best on these very batches. With noise,
+workers' outputs carry independent Gaussian errors whose variance is a hundredth of the outputs'.
 """
 
 from __future__ import annotations

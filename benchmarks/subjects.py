@@ -68,7 +68,7 @@ def run(model: nn.Module, images: Tensor) -> Tensor:
 
 @functools.cache
 def subject(name: str, quick: bool = False) -> Subject:
-    """Return a network with its inputs; a quick one needs no data but those that ship in the package.
+    """Return a network with its inputs; a quick one needs only data that ship in the package.
 
     Args:
         name: a name in ``networks.RECIPES``, or "efficientnet-lite0".

@@ -23,7 +23,7 @@ from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, Workers
 
-__all__ = ["Load", "Reply", "Sleeping", "drive", "dealt", "delayed", "median_part", "percentiles"]
+__all__ = ["Load", "Reply", "Sleeping", "dealt", "delayed", "drive", "median_part", "percentiles"]
 
 _CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
 _WARM_UP = 30

@@ -2,13 +2,13 @@
 
 Workers serve one part at a time from one queue, and requests arrive on their own, see
 :mod:`coded_torch.scheduling.simulation`. For each regime, each number of parts of a request and
-each policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls and
-rows beyond asking for each row once. "One hedge" is the best in hindsight of five times to hedge.
+each policy: percentiles of latency in medians of a part, the share of rows that is predicted, calls
+and rows beyond asking for each row once. "One hedge" is the best in hindsight of five times.
 
 3 %, 10 %: so many parts take 5 to 50 times as long. Slow: every worker is slow for 5 % of the time,
 in spells, by 3 to 10. Dead: 1 % of the parts fail after 100 medians. Bursts: every 300 medians a
-fifth of the workers pause for 10. Mix: 1 % stragglers, slow, .1 % dead, bursts. The load is .3 where
-not said.
+fifth of the workers pause for 10. Mix: 1 % stragglers, slow, .1 % dead, bursts. The load is .3
+where not said.
 """
 
 from __future__ import annotations

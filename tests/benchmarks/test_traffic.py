@@ -71,7 +71,7 @@ def test_a_call_without_an_answer_is_a_reply_without_one():
     from coded_torch.codes import NotEnoughResults
 
     def fail(images):
-        raise NotEnoughResults("none")
+        raise NotEnoughResults((), 1, 2)
 
     (reply,) = traffic.drive(fail, [torch.zeros(1)], 1e4, 0)
     assert reply.report is None
