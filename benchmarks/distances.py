@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from coded_torch.codes import RegressionCode, ReplicationCode
-from coded_torch.input_space.distances import METRICS, Leaf, features_by
+from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.stragglers import Uniform
 
 from . import tasks
@@ -52,9 +52,9 @@ def schemes(task: Task, case: Case, alone: bool) -> dict[str, Scheme]:
     metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:
         metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
-    leaf = Leaf(task.inputs[:BATCH_SIZE])
+    leaves = leaves_of([task.inputs[:BATCH_SIZE]])
     for name, metric in METRICS.items() if alone else ():
-        if features_by(metric, [leaf]) is not None:
+        if transforms(metric, leaves) is not None:
             metrics[name] = name
     return {
         "before": Scheme(RegressionCode(k, n, **FIXED), s),

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, SplineCode, plan_batch
-from coded_torch.input_space.geometry import Geometry
+from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, SplineCode
+from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.input_space.ordering import similarity_order
 from coded_torch.stragglers import Uniform
 
@@ -59,7 +59,7 @@ def time_code(scheme: Scheme, images: Tensor, exact: Tensor, received: list[int]
     code, plans = copy.deepcopy(scheme.code), []  # with nothing cached
 
     def plan() -> None:
-        plans.append(plan_batch(code, code.ordering, [images], scheme.lost))
+        plans.append(code.plan([images], scheme.lost))
 
     seconds = [seconds_of(plan), seconds_of(lambda: plans[0].encode(images))]
     results = plans[0].encode(exact)[received]  # numbers of the right shape
@@ -79,13 +79,13 @@ def end_to_end(name: str, case: Case, quick: bool) -> dict[str, Any]:
             seconds[code].append(time_code(scheme, images, exact, received))
     groups = -(-BATCH_SIZE // k)
     coded = images[torch.arange(n * groups) % BATCH_SIZE]
-    distances = Geometry([images]).distances()
+    squared, _ = Distances(Sources([images]), ["shrunk"]).by("shrunk")
     others: dict[str, Callable[[], object]] = {
         "the batch": lambda: model(images),
         "one worker's inputs": lambda: model(coded[:groups]),
         "all workers' inputs": lambda: [model(part) for part in coded.split(BATCH_SIZE)],
-        "distances": lambda: Geometry([images]).distances(),
-        "path": lambda: similarity_order(distances),
+        "distances and path": lambda: Distances(Sources([images]), ["shrunk"]),
+        "path": lambda: similarity_order(squared.sqrt()),
     }
     return {
         "codes": {

@@ -73,8 +73,8 @@ class Uncoded(Code):
 
     mixes = False
 
-    def fit(self, grouping: Grouping, geometry: Any = None, num_stragglers: int = 0) -> BatchPlan:
-        return _Uncoded(self, grouping)
+    def plan(self, inputs: Sequence[Tensor], num_stragglers: int = 0, **_: Any) -> BatchPlan:
+        return _Uncoded(self, Grouping.arrival(len(inputs[0]), self.num_data))
 
 
 class _Uncoded(BatchPlan):

@@ -4,9 +4,9 @@ from importlib.metadata import version
 
 from . import codes, functional, linear, nn, stragglers, surrogates, workers
 from .codes import NotEnoughResults
-from .codes.row_regression import Regression
 from .evaluation.compare import compare
 from .evaluation.tune import tune
+from .input_space.regression import Regression
 from .nn import CodedWrapper, Report, Waiting
 
 __version__ = version("coded_torch")

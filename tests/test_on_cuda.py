@@ -28,7 +28,6 @@ CODES = {
     "lagrange": lambda: LagrangeCode(2, 8),
     "replication": lambda: ReplicationCode(4, 8),
     "kernel": lambda: KernelCode(4, 8),
-    "kernel that mixes": lambda: KernelCode(encoder=SplineCode(4, 8)),
     "kernel, spread": lambda: KernelCode(4, 8, metric="spread"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)

@@ -10,14 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import KernelCode, ReplicationCode, SplineCode
-from coded_torch.input_space.distances import METRICS, Leaf, features_by
-from coded_torch.input_space.gaussian_process import KernelRegression
+from coded_torch.codes import KernelCode, ReplicationCode
 from coded_torch.input_space.geometry import Geometry
+from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
-from coded_torch.surrogates._space import Space, side_by_side, winner
 from coded_torch.workers import DeviceWorkers, FaultyWorkers
 
 from .nn.modules import rand
@@ -101,7 +99,7 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         known.observe([rand(17, 4, seed=i)], [torch.full((17, 1), float(i))])
         known.rebuild()
         assert len(known) <= 100
-    kept = sum(len(seen) for seen, _ in known._rows)
+    kept = sum(len(outputs) for _, outputs in known._rows)
     assert kept == len(known) == 100
     (old,) = known.predict([rand(17, 4, seed=0)])
     (new,) = known.predict([rand(17, 4, seed=29)])
@@ -127,47 +125,21 @@ def test_coordinates_are_frozen():
     assert error(known) < 0.05
 
 
-SHAPES = {
-    "shrunk": (7,),
-    "euclidean": (7,),
-    "covariance": (7,),
-    "spread": (7,),
-    "spread_all": (7,),
-    "spread_shrunk": (7,),
-    "spread_covariance": (7,),
-    "whitened": (7,),
-    "mean": (5, 3),
-    "mean_spread": (5, 3),
-    "grey": (3, 4, 4),
-    "colour": (3, 4, 4),
-    "spectrum": (600,),
-}
-
-
 @pytest.mark.parametrize("metric", METRICS)
 def test_coordinates_have_the_distances_of_a_metric(metric):
-    x = rand(60, *SHAPES[metric]).float() * torch.linspace(1, 3, SHAPES[metric][-1])
-    space = Space(side_by_side([x]), [x.shape[1:]], metric)
-    z = space(side_by_side([x])).double()
-    how = METRICS[metric]
-    wanted = Geometry(features_by(how, [Leaf(x)]), shrinkage=how.shrinkage).squared_distances()
+    shape = (5, 3) if metric == "mean_spread" else (7,)
+    x = rand(60, *shape).float() * torch.linspace(1, 3, shape[-1])
+    a = [*leaves_of([x]), *leaves_of([1e4 * x.flatten(1).square()])]  # inputs count alike
+    space, how = memory._Space(a, metric), METRICS[metric]
+    z = space(a).double()
+    features = [each(leaf) for each, leaf in zip(transforms(how, a), a, strict=True)]
+    wanted = Geometry(features).squared_distances(how.shrinkage)[0].double()
     got = torch.cdist(z, z).square()
     got *= wanted.mean() / got.mean()
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean()))
     # They are frozen: what a batch holds beside a row does not move it.
-    torch.testing.assert_close(space(side_by_side([x[:1]])), z[:1].float(), rtol=1e-3, atol=1e-3)
-
-
-def test_several_inputs_have_coordinates_together():
-    a, b = rand(80, 3).float(), 1e4 * rand(80, 5, 2).float()
-    space = Space(side_by_side([a, b]), [a.shape[1:], b.shape[1:]], "spread")
-    z = space(side_by_side([a, b])).double()
-    features = features_by(METRICS["spread"], [Leaf(a), Leaf(b)])
-    wanted = Geometry(features, shrinkage=0.0).squared_distances()
-    got = torch.cdist(z, z).square()
-    torch.testing.assert_close(
-        got * (wanted.mean() / got.mean()), wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean())
-    )
+    alone = space([leaf.at(torch.tensor([0])) for leaf in a])
+    torch.testing.assert_close(alone, z[:1].float(), rtol=1e-3, atol=1e-3)
 
 
 def test_it_measures_in_the_metric_that_predicts_best():
@@ -181,7 +153,6 @@ def test_it_measures_in_the_metric_that_predicts_best():
     x, unseen = (rand(n, 4, seed=n) * scale for n in (1100, 200))
     known.observe([x], [hidden(x)])
     known.rebuild()
-    assert winner(x.float(), hidden(x), [x.shape[1:]]).startswith("spread")
     (got,) = known.predict([unseen])
     error = (got - hidden(unseen)).square().mean() / hidden(unseen).var()
     assert float(error) < 0.2
@@ -195,25 +166,16 @@ def test_features_that_were_added_up_are_taken_as_they_are():
     assert known.predict([x])[0].shape == (60, 1)
 
 
-def test_it_is_the_regression_of_its_coordinates():
-    known = filled(50)
-    snapshot, x = known._snapshot, rand(20, 4, seed=2)
-    rows, at = snapshot._to_rows[:-2].T.double(), snapshot._space(x.float()).double()
-    fit = KernelRegression(torch.cdist(rows, rows).square(), snapshot._length)
-    wanted = fit.weights(torch.cdist(at, rows).square()) @ f(rand(50, 4))
-    torch.testing.assert_close(known.predict([x])[0].double(), wanted, rtol=1e-3, atol=1e-3)
-
-
 def test_the_regression_is_made_beside_and_seldom(monkeypatch):
     began, go = threading.Event(), threading.Event()
-    make = memory._regression
+    make = memory._Snapshot
 
     def slow(*args):
         began.set()
         assert go.wait(10)
         return make(*args)
 
-    monkeypatch.setattr(memory, "_regression", slow)
+    monkeypatch.setattr(memory, "_Snapshot", slow)
     known, x = Memory(), rand(256, 4)
     known.observe([x[:255]], [f(x[:255])])
     assert not began.is_set()  # 256 must be new
@@ -224,20 +186,20 @@ def test_the_regression_is_made_beside_and_seldom(monkeypatch):
     go.set()
     known.rebuild()
     assert known.predict([x]) is not None
-    # As long as it would take more than a twentieth of the time, nothing happens.
+    # As long as it would take more than a fiftieth of the time, nothing happens.
     known._seconds = 1e6
     began.clear()
     known.observe([x], [f(x)])
     assert not began.is_set()
-    known._seconds = known._choosing = 0.0
+    known._seconds = 0.0
     known.observe([x], [f(x)])
     assert began.wait(10)
     known.rebuild()
 
 
 def test_what_is_cleared_meanwhile_stays_so(monkeypatch):
-    go, make = threading.Event(), memory._regression
-    monkeypatch.setattr(memory, "_regression", lambda *args: go.wait(10) and make(*args))
+    go, make = threading.Event(), memory._Snapshot
+    monkeypatch.setattr(memory, "_Snapshot", lambda *args: go.wait(10) and make(*args))
     known, x = Memory(), rand(300, 4)
     known.observe([x], [f(x)])
     known.clear()
@@ -253,7 +215,7 @@ def test_a_failure_is_logged_and_what_was_known_stays(monkeypatch, caplog):
     def fail(*args):
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(memory, "_regression", fail)
+    monkeypatch.setattr(memory, "_Snapshot", fail)
     known.observe([rand(9, 4)], [f(rand(9, 4))])
     known.rebuild()
     assert "a memory could not be rebuilt" in caplog.text
@@ -321,13 +283,6 @@ def test_all_are_remembered_where_nothing_is_missing(waiting):
     assert not coded.last_run.predicted.any()
     known.rebuild()
     torch.testing.assert_close(known.predict([x])[0].double(), f(x), rtol=0, atol=0.01)
-
-
-def test_mixtures_are_predicted_too_but_never_remembered():
-    known = filled(1000)
-    coded = wrap(known, SplineCode(5, 12))
-    batches = [rand(32, 4, seed=100 + i) for i in range(8)]
-    assert mse(coded, batches) < 0.5 * mse(wrap((), SplineCode(5, 12)), batches)
 
 
 def test_it_is_forgotten_when_the_weights_change():

@@ -9,7 +9,7 @@ from torch import nn
 
 from coded_torch import codes, compare, functional
 from coded_torch.evaluation.tune import tune
-from coded_torch.input_space.gaussian_process import KernelRegression
+from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
@@ -23,7 +23,6 @@ CODES = {
     "lagrange": lambda: codes.LagrangeCode(2, 8),
     "replication": lambda: codes.ReplicationCode(4, 8),
     "kernel": lambda: codes.KernelCode(4, 8),
-    "mixed": lambda: codes.KernelCode(encoder=codes.SplineCode(4, 8)),
     "features": lambda: codes.KernelCode(4, 8, metric=torch.abs),
 }
 ELSEWHERE = torch.device("meta")  # where a tensor has no numbers, so that every mistake shows
@@ -73,7 +72,6 @@ def test_the_callers_own_code_sees_its_default_device():
         Module(),
         codes.KernelCode(4, 8, metric=lambda x: see("metric", x)),
         stragglers=Uniform(6, seed=0),
-        ordering=lambda inputs: see("ordering", list(range(24))),
         surrogate=lambda x: see("surrogate", x),
     )
     torch.set_default_device(ELSEWHERE)
@@ -83,7 +81,7 @@ def test_the_callers_own_code_sees_its_default_device():
             CodedWrapper(Module(), codes.SplineCode(4, 8), workers=pool)(x)
     finally:
         torch.set_default_device(None)
-    names = ("module", "metric", "ordering", "surrogate")
+    names = ("module", "metric", "surrogate")
     assert seen == {*((name, ELSEWHERE) for name in names), ("module", torch.device("cpu"))}
 
 
@@ -105,15 +103,14 @@ def test_maps_and_plans_under_a_default_device():
     assert unchanged(lambda: SplineMap([0.0, 1.0, 3.0], np.linspace(0, 3, 7))(x[:3]))
     assert unchanged(lambda: functional.smoothing_spline(x[:3], [0.0, 1.0, 3.0], [0.5, 2.0]))
     assert unchanged(lambda: functional.smoothing_spline_matrix([0.0, 1.0, 3.0], [0.5, 2.0]))
-    assert unchanged(lambda: Geometry([x]).squares)
-    assert unchanged(lambda: KernelRegression(distances, 2.0).weights_at(points))
+    assert unchanged(lambda: Geometry([x]).squared_distances(0.01)[0])
+    assert unchanged(lambda: GaussianProcess(distances, 2.0).weights_at(points))
     assert unchanged(lambda: Trace([[0.1, 0.2]]).sample(2))
     for make in CODES.values():
         code = make()
         if isinstance(code, codes.FixedCode):
             received = list(range(1, 8))
             assert unchanged(lambda: make().encoder.matrix())  # noqa: B023
-            assert unchanged(lambda: make().left_out(received))  # noqa: B023
             assert unchanged(lambda: make().source(received))  # noqa: B023
 
 
@@ -124,7 +121,7 @@ def test_tuning_and_comparing_under_a_default_device():
         coded = CodedWrapper(nn.Tanh(), CODES["kernel"](), stragglers=Uniform(2, seed=0))
         chosen = tune(coded, batches[:1], metric=["shrunk"], length=[1.0, 2.0])
         row = compare(nn.Tanh(), batches, [(4, 4, 1)]).rows[-1]
-        return torch.tensor([*chosen.lengths, row.mse[0]], device="cpu")
+        return torch.tensor([chosen.length, row.mse[0]], device="cpu")
 
     assert unchanged(results)
 

@@ -1,13 +1,12 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import Code, FixedCode
-from .batch_plan import BatchPlan
+from .base import Code, DeadlineExceeded, FixedCode, NotEnoughResults
+from .batch_plan import plan_batch, plan_rows
 from .berrut import BerrutCode
-from .curve import CurveCode
-from .errors import DeadlineExceeded, NotEnoughResults
 from .kernel import KernelCode
 from .lagrange import LagrangeCode
-from .plans import plan_batch, plan_rows
+from .nodes import CurveCode
+from .plans import BatchPlan
 from .regression import RegressionCode
 from .replication import ReplicationCode
 from .spline import SplineCode

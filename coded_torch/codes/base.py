@@ -17,26 +17,69 @@ import torch
 from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, instance
-from .._transforms import on_host
-from ..input_space.ordering import check_ordering
+from .._transforms import on_host, outside
+from ..input_space.ordering import Grouping, check_ordering
+from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap
 from ..linear.maps import unit_rows
-from .batch_plan import BatchPlan, GroupwisePlan, SelectionPlan
-from .errors import NotEnoughResults
+from .plans import BatchPlan, GroupwisePlan, order_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-    from ..input_space.geometry import Geometry
-    from ..input_space.ordering import Grouping
+__all__ = ["Code", "DeadlineExceeded", "FixedCode", "NotEnoughResults", "Options"]
 
-__all__ = ["Code", "FixedCode", "Options", "check_link"]
-
+# A decoder of 20 of 24 workers holds some 10 KB; it was not tuned.
 _CACHED_DECODERS = 256
+_SHOWN = 16  # of the missing results, in the message
 
 
-def _increasing(workers: tuple[int, ...]) -> bool:
-    return all(map(operator.lt, workers, workers[1:]))
+class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
+    """Fewer results arrived than can be decoded.
+
+    Results are numbered as what was asked for: those of a code by its workers, those of a call of a
+    wrapper by the rows of its batch, or by the columns.
+
+    Args:
+        received: the results that arrived, in any order.
+        required: how many are needed.
+        num_workers: how many there would be: N, or the number of rows.
+        reason: why the others did not arrive, in a few words, if that is known.
+
+    Attributes:
+        received: the results that arrived, in increasing order.
+        required, num_workers, reason: as given.
+        missing: the results that did not arrive, in increasing order.
+        report: of the call of a wrapper; None elsewhere.
+        answers: what the call has computed, in the structure of its answer, NaN (0 in integers) in
+            the other rows; None if nothing is, and by columns.
+    """
+
+    def __init__(
+        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
+    ) -> None:
+        self.received = tuple(sorted(received))
+        self.required = required
+        self.num_workers = num_workers
+        self.reason = reason
+        self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
+        self.report: Any = None
+        self.answers: Any = None
+        more = len(self.missing) - _SHOWN
+        super().__init__(
+            f"decoding needs at least {required} of {num_workers} results, "
+            f"got {len(self.received)}; missing: {list(self.missing[:_SHOWN])}"
+            + (f" and {more} more" if more > 0 else "")
+            + (f"; {reason}" if reason else "")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {"report": self.report, "answers": self.answers}
+        return type(self), (self.received, self.required, self.num_workers, self.reason), state
+
+
+class DeadlineExceeded(NotEnoughResults, TimeoutError):  # noqa: N818 - as above
+    """The deadline of a call has passed, and too few results are there to predict the others."""
 
 
 class Options(TypedDict, total=False):
@@ -47,40 +90,30 @@ class Options(TypedDict, total=False):
     link: str | None
 
 
-def check_link(owner: object, link: Any) -> None:
-    """Raise an error unless ``link`` is None or "softmax"."""
-    instance(owner, "link", link, str, optional=True)
-    if link not in (None, "softmax"):
-        name = owner if isinstance(owner, str) else type(owner).__name__
-        raise ValueError(f"{name}: link must be None or 'softmax', got {link!r}")
-
-
 class Code(abc.ABC):
     r"""How a batch becomes coded inputs for N workers, and their results become its answers.
 
     The contract. A code is immutable once made, and may be shared between threads, pickled and
-    copied. :meth:`replace` and ``repr`` use the arguments of its constructor as given. :meth:`fit`
-    makes a :class:`BatchPlan` without touching a value:
-    a plan is linear in values and in results, decodes every received set of at least
-    :attr:`min_received` workers, and gives the same bits for the same results. Constants are
-    reproduced: where all inputs are equal, all coded inputs are the same, and where all results
-    are, all answers, so the rows of every matrix sum to 1. An answer that is called exact is some
-    worker's result of that very input, bit for bit.
+    copied. :meth:`replace` and ``repr`` use the arguments of its constructor as given. :meth:`plan`
+    makes a :class:`~coded_torch.codes.plans.BatchPlan`, which is linear in values and in results,
+    decodes every received set of at least :attr:`min_received` workers, and gives the same bits for
+    the same results. Constants are reproduced: the rows of every matrix sum to 1. An answer that is
+    called exact is some worker's result of that very input, bit for bit.
 
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`CurveCode` if inputs and workers sit at points of a curve besides, else from this.
+       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers sit at points of a curve
+       besides, else from this class.
     2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
-       kept under its name; ``super().__init__`` first, which checks K and N.
+       kept under its name; pass the other ones on to ``super().__init__``, which comes first.
     3. Write ``_make_encoder()``, which returns a :class:`~coded_torch.linear.LinearMap` from K
        inputs to N, and ``_make_decoder(received)``, which returns one from the results of the
-       workers in a tuple to K answers (of a curve ``_curve``; here :meth:`fit`). For a dense matrix
-       that is ``MatrixMap(matrix)``. Write :attr:`min_received` if one result is not enough.
+       workers in a tuple to K answers (of a curve ``_curve``; here :meth:`plan`). For a dense
+       matrix that is ``MatrixMap(matrix)``. Write :attr:`min_received` if one result is not enough.
     4. Give :meth:`candidates` for the numbers that are worth tuning.
     5. Test it: inherit :class:`coded_torch.testing.codes.CodeTests`, and implement ``make``.
-       ``tests/codes/test_b_spline.py`` is an example from end to end. A code of this package is
-       exported in ``codes/__init__.py``.
+       ``tests/codes/test_b_spline.py`` is an example from end to end.
     6. Compare it: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
 
     Args:
@@ -100,14 +133,11 @@ class Code(abc.ABC):
         num_workers: N
         ordering, shuffle, link: as given.
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
-            any dtype, and :func:`~coded_torch.codes.plan_rows` can plan them row by row.
-        uses_geometry: whether :meth:`fit` looks at the distances between the inputs.
-        max_chunk: the most inputs to order and to fit at once; memory and time grow with its
-            square.
+            any dtype.
 
     Raises:
-        TypeError: a count is not an integer.
-        ValueError: a count is out of range.
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument is out of range.
     """
 
     mixes: bool = True
@@ -149,18 +179,6 @@ class Code(abc.ABC):
         return 1
 
     @abc.abstractmethod
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
-        """Plan the coding of one batch, before any of its values is touched.
-
-        Args:
-            grouping: how the batch is cut into groups of K.
-            geometry: the distances between its inputs, if :attr:`uses_geometry`; None where there
-                is nothing to measure.
-            num_stragglers: S, how many workers are expected to be late, at least 0.
-        """
-
     def plan(
         self,
         inputs: Sequence[Tensor],
@@ -171,48 +189,29 @@ class Code(abc.ABC):
     ) -> BatchPlan:
         """Order a batch, cut it into groups of K, and fit the code to it.
 
+        Planning looks at numbers only: it passes no gradients, and works inside
+        :func:`torch.func.grad`, ``jacrev`` and ``jvp``.
+
         Args:
-            inputs: the floating-point inputs that are coded, ``[B, ...]`` each. There may be none
-                if the code mixes nothing.
+            inputs: the floating-point inputs that are coded, ``[B, ...]`` each, B at least 1. There
+                may be none if the code mixes nothing: then there are no distances, and the plan's
+                note says what that means.
             num_stragglers: S, how many workers are expected to be late, from 0 to N.
             batch_size: B, which must be given if there is no input.
             others: the inputs of other dtypes, of which a callable metric may make features.
+
+        Raises:
+            TypeError: an argument is of another kind than said.
+            ValueError: the ordering is of another batch size; inputs differ in batch size, or there
+                is none; :func:`torch.func.vmap` hides a dimension of an input.
         """
-        from .plans import plan_batch
-
-        return plan_batch(
-            self, self.ordering, inputs, num_stragglers, batch_size=batch_size, others=others
-        )
-
-    def fit_rows(self, grouping: Grouping, geometry: Geometry | None = None) -> BatchPlan:
-        """Plan a batch whose rows are asked for one by one; only where the code mixes nothing.
-
-        Unless overridden, lost rows are answered by the mean of those that arrived.
-
-        Args:
-            grouping: the whole batch as one group.
-            geometry: as in :meth:`fit`.
-        """
-        return SelectionPlan(self, torch.arange(grouping.batch_size)[:, None], grouping.batch_size)
-
-    def measured(self, others: Sequence[Tensor]) -> tuple[Code, list[Tensor], str]:
-        """What distances are measured on where no input is floating-point.
-
-        Args:
-            others: the inputs, ``[B, ...]`` each.
-
-        Returns:
-            The code to plan with, the tensors, ``[B, ...]`` each or none, and why there are none,
-            if there is more to say.
-        """
-        return self, [], ""
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Values that are worth trying, by the name of the argument that :meth:`replace` takes."""
         return {}
 
     def replace(self, **values: Any) -> Self:
-        """The code made anew with other values for some of its arguments, checked as ever.
+        """Return the code made anew with other values for some of its arguments.
 
         Raises:
             TypeError, ValueError: as making one; the code has no such argument.
@@ -240,13 +239,17 @@ class Code(abc.ABC):
                 names[names.index(name) :] = Options.__annotations__
         return given, names
 
+    def check_stragglers(self, num_stragglers: int) -> None:
+        """Raise an error unless ``num_stragglers`` workers can be late."""
+        count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
+
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
         if self.mixes and isinstance(values, Tensor) and not values.is_floating_point():
             raise TypeError(
                 f"{type(self).__name__}: values must be floating-point to be mixed, got "
                 f"{values.dtype}; codes that mix nothing, such as ReplicationCode and "
-                "KernelCode(K, N), carry any"
+                "RegressionCode, carry any"
             )
 
     def __repr__(self) -> str:
@@ -304,7 +307,7 @@ class FixedCode(Code):
         decoder = self._cached(workers)
         if decoder is not None:
             return decoder
-        if not _increasing(workers):
+        if not _is_increasing(workers):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {list(workers)}"
             )
@@ -381,25 +384,6 @@ class FixedCode(Code):
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)
 
-    @on_host()
-    def left_out(self, received: Sequence[int]) -> Tensor:
-        """The map from results to held-out errors: each result less its prediction from others.
-
-        Here each is predicted as the mean of all others; codes with a better way override this.
-
-        Args:
-            received: as in :meth:`source`.
-
-        Returns:
-            ``[R, |F|]``, float64: row by row, a result less its prediction from others. None, R =
-            0, where there are too few to predict one.
-        """
-        count = len(received)
-        if count < 2:
-            return torch.zeros(0, count, dtype=torch.float64)
-        others = (1 - torch.eye(count, dtype=torch.float64)) / (count - 1)
-        return torch.eye(count, dtype=torch.float64) - others
-
     @functools.cached_property
     def _own(self) -> Tensor:
         """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
@@ -425,7 +409,7 @@ class FixedCode(Code):
         """
         workers = self._received(received)
         decoder = self._cached(workers)  # whose keys are in increasing order
-        if decoder is None and _increasing(workers):
+        if decoder is None and _is_increasing(workers):
             decoder = self._new_decoder(workers)
         elif decoder is None:
             order = sorted(range(len(workers)), key=workers.__getitem__)
@@ -434,11 +418,26 @@ class FixedCode(Code):
             results = results.index_select(dim, torch.tensor(order, device=results.device))
         return decoder(results, dim)
 
-    def fit(
-        self, grouping: Grouping, geometry: Geometry | None = None, num_stragglers: int = 0
-    ) -> BatchPlan:
-        """Every group for itself, all alike; the geometry is not looked at."""
-        return GroupwisePlan(self, grouping)
+    def plan(
+        self,
+        inputs: Sequence[Tensor],
+        num_stragglers: int = 0,
+        *,
+        batch_size: int | None = None,
+        others: Sequence[Tensor] = (),
+    ) -> GroupwisePlan:
+        self.check_stragglers(num_stragglers)
+        inputs, size = check_batch(type(self).__name__, inputs, batch_size)
+        if not inputs and self.mixes:
+            raise ValueError(
+                f"{type(self).__name__}: inputs must hold a floating-point tensor to be mixed, got "
+                "none"
+            )
+        with outside():
+            if isinstance(self.ordering, str) and (self.ordering == "arrival" or not inputs):
+                return GroupwisePlan(self, Grouping.arrival(size, self.num_data))
+            order = order_of(self.ordering, inputs, size, self.num_data)
+            return GroupwisePlan(self, Grouping(order, self.num_data))
 
     @abc.abstractmethod
     def _make_encoder(self) -> LinearMap: ...
@@ -474,3 +473,7 @@ class FixedCode(Code):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._decoders, self._lock = OrderedDict(), threading.Lock()
+
+
+def _is_increasing(workers: tuple[int, ...]) -> bool:
+    return all(map(operator.lt, workers, workers[1:]))

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._arguments import count
 from ..linear import LinearMap, MatrixMap
-from .curve import CurveCode
+from .nodes import CurveCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -10,8 +10,7 @@ from numpy.polynomial import chebyshev
 
 from .._arguments import MOST_WORKERS, count, shown
 from ..linear import LinearMap, MatrixMap
-from .curve import CurveCode
-from .nodes import chebyshev_first
+from .nodes import CurveCode, chebyshev_first
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -1,17 +1,24 @@
-r"""Data points and worker points: where inputs and workers sit on the curve, within [-1, 1]."""
+r"""Codes whose inputs and workers sit at points of a curve, and families of points in [-1, 1]."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import abc
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .._arguments import MOST_WORKERS, count, real_array
+from ..linear import LinearMap
+from .base import FixedCode
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+    from typing_extensions import Unpack
+
+    from .base import Options
 
 __all__ = [
+    "CurveCode",
     "chebyshev_first",
     "chebyshev_second",
     "equidistant",
@@ -154,3 +161,68 @@ def _sines(quarter_turns: NDArray[np.float64]) -> NDArray[np.float64]:
     # symmetry independent of how the mathematical library rounds.
     sines = np.sin(quarter_turns * (np.pi / 2))
     return (sines - sines[::-1]) / 2
+
+
+class CurveCode(FixedCode):
+    r"""A code that lays a curve through the inputs and reads coded inputs off it.
+
+    Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
+    at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
+    :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
+
+    Subclasses implement ``_make_encoder`` and ``_curve``.
+
+    Args:
+        num_data, num_workers: K and N, as for every :class:`Code`.
+        data_points: ``[K]``, finite, strictly increasing; by default
+            :func:`~coded_torch.codes.nodes.chebyshev_first`.
+        worker_points: ``[N]``, likewise; by default
+            :func:`~coded_torch.codes.nodes.chebyshev_second`, or what the class has instead as
+            ``default_worker_points``.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every :class:`Code`.
+    """
+
+    default_worker_points = staticmethod(chebyshev_second)
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        data_points: ArrayLike | None = None,
+        worker_points: ArrayLike | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(num_data, num_workers, **options)
+        if data_points is None:
+            data_points = chebyshev_first(self.num_data)
+        if worker_points is None:
+            worker_points = self.default_worker_points(self.num_workers)
+        self.data_points = self._points("data_points", data_points, self.num_data)
+        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+
+    @abc.abstractmethod
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
+        """The decoder's curve through results at ``nodes``, read off at ``points``."""
+
+    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+        return self._curve(self.worker_points[list(received)], self.data_points)
+
+    def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
+        array = real_array(self, argument, points)
+        if array.shape != (size,):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
+            )
+        # Negated, so that NaN fails.
+        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):
+            raise ValueError(
+                f"{type(self).__name__}: {argument} must be finite and strictly increasing, "
+                f"got {array.tolist()}"
+            )
+        array.flags.writeable = False
+        return array
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for points in (self.data_points, self.worker_points):
+            points.flags.writeable = False

@@ -19,11 +19,14 @@ class ReplicationCode(FixedCode):
     r"""Replication, the baseline without mixing: worker n computes input ``n mod K``.
 
     Answered inputs come back bit for bit as their first received worker, in the order of workers,
-    computed them. Inputs without an answer get the mean of the answered ones, every input
+    computed them. Inputs without an answer get the mean of the group's answered ones, every input
     counted once. ``ReplicationCode(K, K)`` is uncoded inference.
 
     Args:
-        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
+        num_data: K, as for every :class:`~coded_torch.codes.Code`.
+        num_workers: N, as for every :class:`~coded_torch.codes.Code`.
+        options: ``ordering``, ``shuffle`` and ``link``, as for every
+            :class:`~coded_torch.codes.Code`.
 
     Raises:
         TypeError: a count is not an integer.
@@ -47,22 +50,12 @@ class ReplicationCode(FixedCode):
 
     @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
-        """The place of each input's first result, ``[K]``; here ``received`` in any order."""
+        """Return the place of each input's first result, ``[K]``; ``received`` in any order."""
         workers = self._received(received)
         source = torch.full((self.num_data,), -1)
         for place in sorted(range(len(workers)), key=workers.__getitem__, reverse=True):
             source[workers[place] % self.num_data] = place
         return source
-
-    @on_host()
-    def left_out(self, received: Sequence[int]) -> Tensor:
-        """Each input's result as the mean of the other inputs'."""
-        source = self.source(received)
-        first = source[source >= 0].sort().values
-        among = super().left_out(first.tolist())
-        errors = torch.zeros(len(among), len(received), dtype=torch.float64)
-        errors[:, first] = among
-        return errors
 
     def _make_encoder(self) -> LinearMap:
         source = torch.arange(self.num_workers) % self.num_data

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._arguments import smoothing
 from ..linear import LinearMap, SplineMap
-from .curve import CurveCode
+from .nodes import CurveCode
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,102 +1,230 @@
-r"""FittedRegression in input space: answers from results by the distances of their inputs."""
+r"""Regression on distances: predictions, their errors, and how well results predict each other."""
 
 from __future__ import annotations
 
-import abc
 import functools
 import math
 
 import torch
 from torch import Tensor
 
-from .._arguments import dense, positive
 from .._transforms import exactly, on_host
 from ..ops import matern52, matern52_among
+from .geometry import evenly
 
-__all__ = ["MOST_INVERTED", "NUGGET", "FittedRegression", "KernelRegression", "PartialRegression"]
-__all__ += ["matern52"]
+__all__ = ["NUGGET", "GaussianProcess", "matern52", "scaled"]
 
-#: Variance of a result that its input does not explain, relative to the outputs' variance.
+#: The variance of a result that its input does not explain, relative to the outputs' variance. It
+#: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
+#: as large (theory, section 10).
 NUGGET = 1e-4
-_TINY = 1e-12
-#: Of more results there is no inverse, and only some are left out, evenly spaced.
-MOST_INVERTED = 512
+# Of more results only some are left out, evenly spaced: leaving out all of 3,400 takes .5 s.
+# (benchmarks batches)
+_ALL_LEFT_OUT = 512
 _LEFT_OUT = 256
 # Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is
 # predicted in 65 to 78 of 100 batches instead of 17 to 60; where inputs explain little, and in what
 # students leave, the squared error stays within .2 %. A whole standard error costs up to 7 % there.
+# (benchmarks learning)
 _ERRORS = 0.5
 
 
-class FittedRegression(abc.ABC):
-    """A regression given results, and how well it predicts each of them from all others.
+class GaussianProcess:
+    r"""The Gaussian process of an unknown constant mean, given results at M points.
+
+    With :math:`C = k(Z, Z) + \nu I` for a Matern 5/2 covariance :math:`k`, the prediction at a
+    point of covariances :math:`k` with the results :math:`y` is the best linear unbiased one,
+
+    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
+
+    linear in the results, so any number of outputs shares one factorisation.
+
+    Args:
+        squared_distances: ``[P, P]``, of some points, float32 or float64. In float32, which
+            predicts as well up to 4,096 results and takes half the time, all is computed in
+            float32, unless there is no factorisation.
+        length: of the covariance, positive.
+        points: ``[M]``, the points whose results are given, at least one. Defaults to all.
 
     Attributes:
         left_out: ``[n]``, the results that are predicted from all others, each in turn: all, or, of
             more than 512, 256 of them, evenly spaced.
+
+    Note:
+        :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
+
+    References:
+        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.input_space.gaussian_process import GaussianProcess
+        >>> at = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
+        >>> squares = (at[:, None] - at).square()
+        >>> process = GaussianProcess(squares, 2.0, points=torch.arange(3))
+        >>> process.weights_at(torch.tensor([3])).round(decimals=2)
+        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
     """
 
-    left_out: Tensor
-    _last: tuple[Tensor, Tensor] | None = None
+    @on_host()
+    @exactly()
+    def __init__(
+        self, squared_distances: Tensor, length: float, points: Tensor | None = None
+    ) -> None:
+        self._squared, self._length, self._nugget = squared_distances, length, NUGGET
+        self._points = torch.arange(len(squared_distances)) if points is None else points
+        self._factor, failed = self._factored(squared_distances.dtype)
+        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
+            if bool(squared_distances.isnan().any()):
+                raise ValueError("GaussianProcess: squared_distances must be numbers, got NaN")
+            if self._factor.dtype == torch.float64:
+                self._nugget *= 10
+            self._factor, failed = self._factored(torch.float64)
+        count = len(self._factor)
+        self._leaves_all = count <= _ALL_LEFT_OUT
+        self.left_out = evenly(count, count if self._leaves_all else _LEFT_OUT)
+        some = self._factor.new_zeros(len(self.left_out), count)
+        # The rows of the factor's inverse, transposed, that belong to what is left out.
+        self._of_left_out = self._half(some.scatter_(1, self.left_out[:, None], 1))
+        self._half_one = self._half_of_results(self._factor.new_ones(1, count))
+        self._mean = _solved(self._half_one, self._factor)  # [1, M], 1' C^-1
+        self._precision = float(self._mean.sum())
+        self._last_half: tuple[Tensor, Tensor] | None = None
+        self._last_residuals: tuple[Tensor, Tensor] | None = None
 
-    @abc.abstractmethod
+    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
+        """Return the covariance's lower Cholesky factor, and whether there is none."""
+        # Laid out as LAPACK has it, which is the same, as it is symmetric.
+        covariance = self._covariances(self._points, dtype).mT
+        covariance.diagonal().add_(self._nugget)
+        failed = covariance.new_empty((), dtype=torch.int32)
+        # In its own memory: of many results, new memory takes an eighth as long again.
+        torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
+        return covariance, bool(failed)
+
+    def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the covariances of some points with the points that have results."""
+        return matern52_among(self._squared.to(dtype), rows, self._points, self._length)
+
+    def _half(self, covariances: Tensor) -> Tensor:
+        return _solved(covariances, self._factor, transposed=True)
+
+    def _half_at(self, points: Tensor) -> Tensor:
+        """Return, for variances beside weights, what they share; the last is kept."""
+        if self._last_half is None or self._last_half[0] is not points:
+            self._last_half = points, self._half(self._covariances(points, self._factor.dtype))
+        return self._last_half[1]
+
+    @on_host()
+    @exactly()
     def weights_at(self, points: Tensor) -> Tensor:
-        """The weights of the results in predictions, ``[L, M]``; every row sums to one.
+        """Return the weights of the results in predictions, ``[L, M]``; every row sums to one.
 
         Args:
-            points: ``[L]``, without results, of those that the distances are of.
+            points: ``[L]``, without results.
         """
+        weights = _solved(self._half_at(points), self._factor)
+        left = 1 - weights.sum(1, keepdim=True)
+        return weights.addmm_(left, self._mean, alpha=1 / self._precision)
 
-    @abc.abstractmethod
+    @on_host()
+    @exactly()
     def variances_at(self, points: Tensor) -> Tensor:
-        """The variances of predictions, ``[L]``, float64, in units of the outputs' variance."""
+        """Return the variances of predictions, ``[L]``, float64, in the outputs' variance."""
+        half = self._half_at(points)
+        left = 1 - (half @ self._half_one.T).squeeze(1).double()
+        explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
+        explained -= left.square() / self._precision
+        variances: Tensor = (1 + self._nugget - explained).clamp_(min=0)
+        return variances
 
-    @abc.abstractmethod
-    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        """Predictions from ``results [M, C]``, ``[L, C]``: where C < L, cheaper than by weights."""
+    @exactly()
+    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
+        y = results.to(self._factor.dtype)
+        mean = (self._mean @ y / self._precision).squeeze(0)
+        return torch.cholesky_solve(y - mean, self._factor), mean
 
-    @property
-    @abc.abstractmethod
+    # Leaving out: with the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result
+    # that is left out is (P y) / P_ii, of variance 1 / P_ii.
+
+    def _half_of_results(self, rows: Tensor) -> Tensor:
+        """Return rows times the factor's inverse, transposed: by a product, if it is known."""
+        return rows @ self._of_left_out if self._leaves_all else self._half(rows)
+
+    @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
-        """The variance of each result that is left out, predicted from all others, ``[n]``."""
+        """The variance of each result that is left out, ``[n]``, float64."""
+        mean = self._mean[0, self.left_out]
+        squares = self._of_left_out.square().sum(1)
+        inverses = squares.addcmul_(mean, mean, value=-1 / self._precision).double()
+        return 1 / inverses.clamp(min=1e-12)  # of a single result they are 0
 
-    @abc.abstractmethod
-    def _residuals(self, results: Tensor) -> Tensor:
-        """Of centred results ``[M, C]`` of size 1 at most, ``[n, C]``, over their variances."""
-
+    @on_host()
+    @exactly()
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """``results [M, C]`` that are left out less their predictions from all others, ``[n, C]``.
-
-        Those of the same tensor as last time are kept.
+        """Return the results that are left out less their predictions from all others.
 
         Args:
-            results: float64.
+            results: ``[M, C]``, float64. The residuals of the last tensor are kept.
+
+        Returns:
+            ``[n, C]``, float64.
         """
-        if self._last is not None and self._last[0] is results:
-            return self._last[1]
-        centred = results - results.mean(0)  # which leaves residuals as they are, and precise
-        size = (float(centred.abs().max()) if centred.numel() else 0.0) or 1.0
-        residuals = self._residuals(centred.div_(size)).double()
-        self._last = results, residuals * (self.leave_one_out_variances[:, None] * size)
-        return self._last[1]
+        if self._last_residuals is not None and self._last_residuals[0] is results:
+            return self._last_residuals[1]
+        y, size = scaled(results)
+        residuals = self._over_variances(y).T.double()
+        self._last_residuals = results, residuals * (self.leave_one_out_variances[:, None] * size)
+        return self._last_residuals[1]
+
+    def _over_variances(self, y: Tensor) -> Tensor:
+        """Return the residuals of ``y [C, M]`` over their variances, ``[C, n]``."""
+        y = y.to(self._factor.dtype)
+        mean = y @ self._mean.T / self._precision
+        products = self._half_of_results(y) @ self._of_left_out.T
+        return products.addmm_(mean, self._mean[:, self.left_out], alpha=-1)
+
+    @exactly()
+    def losses(self, y: Tensor) -> Tensor:
+        r"""Return how badly each result that is left out is predicted, ``[n]``: less is better.
+
+        The loss is the negative logarithm of the density that the others' prediction and its
+        variance give to each number of a result, on average and but for a constant, at the best
+        variance of the outputs: with the residuals e, their variances v, and the mean q of
+        :math:`e^2 / v` over all numbers,
+
+        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
+            + \tfrac12 \log v .
+
+        It weighs down residuals where the process knows that it cannot predict, so a few inputs far
+        from all others do not decide.
+
+        Args:
+            y: ``[C, M]``, results as :func:`scaled` returns them.
+        """
+        variances = self.leave_one_out_variances
+        squares = self._over_variances(y).square_().mean(0).double().mul_(variances)
+        mean = squares.mean().clamp(min=1e-300)
+        return (squares.div_(mean).sub_(1).add_(mean.log()).add_(variances.log())).div_(2)
 
     def leave_one_out_error(self, results: Tensor) -> float:
-        """The root mean square of the residuals, relative to predicting by the mean of the others.
+        """Return the root mean square of the residuals, relative to the mean of the others'.
 
-        NaN where all results are equal.
+        Returns:
+            NaN if all results are equal.
         """
-        deviations = self._deviations(results)
-        square = float(deviations.square().sum())
+        square = float(self._deviations(results).square().sum())
         left = float(self.leave_one_out_residuals(results).square().sum())
         return math.sqrt(left / square) if square > 0 else math.nan
 
     def trust(self, results: Tensor) -> float:
-        r"""How far to follow predictions away from the mean, in [0, 1], by ``results [M, C]``.
+        r"""Return how far to follow predictions away from the mean, in [0, 1].
 
-        The slope of the regression, through 0, of every result on its prediction from all others,
-        both less the mean of the others: about 1 where the covariance describes the outputs, 0
-        where the inputs say nothing of them. It is 0 where all that it gains against the mean may
-        be chance.
+        It is the slope of the regression, through 0, of every result on its prediction from all
+        others, both less the mean of the others: about 1 where the covariance describes the
+        outputs, 0 where the inputs say nothing of them. It is 0 where all that it gains against the
+        mean may be chance.
         """
         deviations = self._deviations(results)
         predicted = deviations - self.leave_one_out_residuals(results)
@@ -109,17 +237,16 @@ class FittedRegression(abc.ABC):
         return slope if float(gains.sum()) > by_chance else 0.0
 
     def _deviations(self, results: Tensor) -> Tensor:
-        """The results that are left out, each less the mean of all others."""
+        """Return the results that are left out, each less the mean of all others."""
         deviations = results[self.left_out] - results.mean(0)
         return deviations.mul_(len(results) / max(len(results) - 1, 1))
 
     def output_variance(self, results: Tensor) -> float:
-        """The outputs' variance, by which leave-one-out residuals are as large as is expected.
+        """Return the outputs' variance, by which residuals are as large as is expected.
 
-        The sum of the squared residuals of ``results [M, C]`` over that of their variances; 0 where
-        there is one result only, which says nothing of it. The restricted likelihood's maximum
-        weighs residuals where the variance is small, and is often larger where the kernel does not
-        describe the outputs: errors expected by it were up to 1.3 times those measured.
+        That is the sum of the squared residuals over the sum of their variances; 0 for one result,
+        which says nothing of it. The restricted likelihood's maximum weighs residuals where the
+        variance is small: errors expected by it were up to 1.3 times those measured.
         """
         if len(results) < 2:
             return 0.0
@@ -127,263 +254,18 @@ class FittedRegression(abc.ABC):
         return float(squares.sum() / self.leave_one_out_variances.sum())
 
 
-class KernelRegression(FittedRegression):
-    r"""The Gaussian process of an unknown constant mean, given results at M inputs.
+def scaled(results: Tensor) -> tuple[Tensor, float]:
+    """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, float32; and the size.
 
-    With :math:`C = k(Z, Z) + \nu I`, the prediction at an input of covariances :math:`k` with the
-    results :math:`y` is the best linear unbiased one,
-
-    .. math:: k^T C^{-1} y + (1 - k^T C^{-1} 1) \, \frac{1^T C^{-1} y}{1^T C^{-1} 1} ,
-
-    linear in the results, so any number of outputs shares one factorisation.
-
-    Args:
-        squared_distances: ``[P, P]``, of some points, P at least 1. In float32, which predicts as
-            well up to 4,096 results and takes half the time, all is computed in float32, unless
-            there is no factorisation.
-        length: of the :func:`matern52` covariance, positive.
-        nugget: :math:`\nu`, positive; it also keeps repeated inputs apart. Where the distances are
-            so badly rounded that no points have them, it is raised tenfold until there is a
-            factorisation, in float64.
-        points: ``[M]``, those whose results are given; None: all.
-
-    Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument violates its requirement, or a distance is NaN.
-
-    Note:
-        :math:`O(M^3)` once, :math:`O(M^2)` per prediction.
-
-    References:
-        Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space.gaussian_process import KernelRegression
-        >>> at = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-        >>> fit = KernelRegression((at[:, None] - at).square(), length=2.0)
-        >>> fit.weights(torch.tensor([[0.25, 0.25, 2.25]], dtype=torch.float64)).round(decimals=2)
-        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
+    Residuals stay as they are, but for the size, and precise.
     """
-
-    @on_host()
-    def __init__(
-        self,
-        squared_distances: Tensor,
-        length: float,
-        nugget: float = NUGGET,
-        points: Tensor | None = None,
-    ) -> None:
-        dense(self, "squared_distances", squared_distances)
-        p, *others = squared_distances.shape or (0,)
-        if others != [p] or p == 0:
-            raise ValueError(
-                "KernelRegression: squared_distances must be [M, M], M at least 1, "
-                f"got shape {tuple(squared_distances.shape)}"
-            )
-        self.length = positive(self, "length", length)
-        self.nugget = positive(self, "nugget", nugget)
-        self._squared, self._points = squared_distances, points
-        self._factor, failed = self._factored(squared_distances.dtype)
-        if failed and bool(self._covariance(squared_distances.dtype).isnan().any()):
-            raise ValueError("KernelRegression: squared_distances must be numbers, got NaN")
-        if failed and squared_distances.dtype != torch.float64:
-            self._factor, failed = self._factored(torch.float64)
-        while failed:  # ends: with a nugget of M at the latest, the diagonal dominates
-            self.nugget *= 10
-            self._factor, failed = self._factored(torch.float64)
-        m = len(self._factor)
-        self.left_out = torch.arange(m)
-        if m > MOST_INVERTED:
-            self.left_out = torch.arange(_LEFT_OUT) * m // _LEFT_OUT
-        self._half_one = _solved(self._factor.new_ones(1, m), self._factor, transposed=True)
-        self._mean = _solved(self._half_one, self._factor, transposed=False)  # [1, M], C^-1 1
-        self._precision = float(self._mean.sum())
-        self._last_half: tuple[Tensor, Tensor] | None = None
-
-    def _factored(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The covariance's lower Cholesky factor, and whether there is none."""
-        covariance = self._covariance(dtype).mT  # laid out as LAPACK has it: it is symmetric
-        failed = covariance.new_empty((), dtype=torch.int32)
-        # In its own memory: where there are many results, new memory takes an eighth as long again.
-        torch.linalg.cholesky_ex(covariance, out=(covariance, failed))
-        return covariance, failed
-
-    def _covariance(self, dtype: torch.dtype) -> Tensor:
-        if self._points is None:
-            covariance = matern52(self._squared.to(dtype), self.length)
-        else:
-            covariance = self._covariances(self._points, dtype)
-        covariance.diagonal().add_(self.nugget)
-        return covariance
-
-    @on_host()
-    def _covariances(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
-        """Those of some points with those that have results."""
-        points = torch.arange(len(self._squared)) if self._points is None else self._points
-        return matern52_among(self._squared.to(dtype), rows, points, self.length)
-
-    def squared_distance(self, i: int, j: int) -> float:
-        """That of two inputs with results."""
-        at = [i, j] if self._points is None else self._points[[i, j]].tolist()
-        return float(self._squared[at[0], at[1]])
-
-    def weights(self, squared_distances: Tensor) -> Tensor:
-        """The weights of the results, ``[L, M]``, for inputs at distances ``[L, M]`` from theirs.
-
-        Every row sums to one.
-        """
-        return self._weights(self._half(self._matern(squared_distances)))
-
-    def variances(self, squared_distances: Tensor) -> Tensor:
-        """The predictions' variances ``[L]``, in units of the outputs' variance, likewise."""
-        return self._variances(self._half(self._matern(squared_distances)))
-
-    def weights_at(self, points: Tensor) -> Tensor:
-        return self._weights(self._half_at(points))
-
-    def variances_at(self, points: Tensor) -> Tensor:
-        return self._variances(self._half_at(points))
-
-    @exactly()
-    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        coefficients, mean = self.coefficients(results)
-        return torch.addmm(mean, self._covariances(points, self._factor.dtype), coefficients)
-
-    def _matern(self, squared_distances: Tensor) -> Tensor:
-        return matern52(squared_distances.to(self._factor.dtype), self.length)
-
-    def _half_at(self, points: Tensor) -> Tensor:
-        """Of some points, kept for variances beside weights."""
-        if self._last_half is None or self._last_half[0] is not points:
-            self._last_half = points, self._half(self._covariances(points, self._factor.dtype))
-        return self._last_half[1]
-
-    def _half(self, covariances: Tensor) -> Tensor:
-        return _solved(covariances, self._factor, transposed=True)
-
-    @exactly()
-    def _weights(self, half: Tensor) -> Tensor:
-        weights = _solved(half, self._factor, transposed=False)
-        left = 1 - weights.sum(1, keepdim=True)
-        return weights.addmm_(left, self._mean, alpha=1 / self._precision)
-
-    @exactly()
-    def _variances(self, half: Tensor) -> Tensor:
-        left = 1 - (half @ self._half_one.T).squeeze(1).double()
-        explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
-        explained -= left.square() / self._precision
-        variances: Tensor = (1 + self.nugget - explained).clamp_(min=0)
-        return variances
-
-    def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
-        """A, ``[M, C]``, and b, ``[C]``: where covariances are k, the prediction is ``k A + b``."""
-        y = results.to(self._factor.dtype)
-        mean = (self._mean @ y / self._precision).squeeze(0)
-        return torch.cholesky_solve(y - mean, self._factor), mean
-
-    @functools.cached_property
-    def leave_one_out_variances(self) -> Tensor:
-        if len(self.left_out) == len(self._factor):
-            inverses = self.projection.diagonal().double()
-        else:
-            mean = self._mean[0, self.left_out].double()
-            inverses = self._of_left_out.double().square().sum(1) - mean.square() / self._precision
-        return 1 / inverses.clamp(min=_TINY)  # of a single result they are 0
-
-    @exactly()
-    def _residuals(self, results: Tensor) -> Tensor:
-        results = results.to(self._factor.dtype)
-        if len(self.left_out) == len(self._factor):
-            return self.projection @ results
-        y = results.T.contiguous()  # [C, M]
-        mean = y @ self._mean.T / self._precision
-        # Long rows, few of them: transposed, it takes seven times as long.
-        products = _solved(y, self._factor, transposed=True) @ self._of_left_out.T  # [C, n]
-        return products.addmm_(mean, self._mean[:, self.left_out], alpha=-1).T
-
-    @property
-    def covariance(self) -> Tensor:
-        """C, ``[M, M]``."""
-        return torch.mm(self._factor, self._factor.T)
-
-    @functools.cached_property
-    def projection(self) -> Tensor:
-        r""":math:`P = C^{-1} - m m^\top / 1^\top m`, :math:`m = C^{-1} 1`, ``[M, M]``.
-
-        Leaving a set I of results out, their residuals are :math:`P_{II}^{-1} (P y)_I`, of
-        variance :math:`P_{II}^{-1}`.
-        """
-        mean = self._mean[0]
-        inverse = torch.cholesky_inverse(self._factor)
-        return torch.addr(inverse, mean, mean, alpha=-1 / self._precision)
-
-    @functools.cached_property
-    def _of_left_out(self) -> Tensor:
-        """The rows of the factor's inverse, transposed, that belong to what is left out."""
-        some = self._factor.new_zeros(len(self.left_out), len(self._factor))
-        return _solved(some.scatter_(1, self.left_out[:, None], 1), self._factor, transposed=True)
+    y = results - results.mean(0)
+    size = (float(y.abs().max()) if y.numel() else 0.0) or 1.0
+    return y.div_(size).T.float().contiguous(), size
 
 
-class PartialRegression(FittedRegression):
-    r"""The regression given some of the results of another one, without a new factorisation.
-
-    With the projection P of all inputs, U those with and O those without a result, what is
-    predicted for O is :math:`-P_{OO}^{-1} P_{OU} \, y`, of variance :math:`P_{OO}^{-1}`, and the
-    projection of U alone is :math:`P_{UU} - P_{UO} P_{OO}^{-1} P_{OU}`.
-
-    Args:
-        whole: the regression given the results of all M inputs.
-        points: ``[U]``, those whose results are given, at least one.
-
-    Note:
-        :math:`O(M^2)` where few are without a result, beside the projection of the whole.
-    """
-
-    @exactly()
-    def __init__(self, whole: KernelRegression, points: Tensor) -> None:
-        projection = whole.projection
-        given = torch.zeros(len(projection), dtype=torch.bool).index_fill_(0, points, True)
-        self._others = (~given).nonzero().flatten()
-        self._points, self._projection = points, projection
-        self.left_out = torch.arange(len(points))
-        across = projection.index_select(0, self._others)  # [O, M]
-        self._factor = torch.linalg.cholesky(across.index_select(1, self._others))
-        known = across.index_select(1, points)  # [O, U]
-        half = torch.linalg.solve_triangular(self._factor, known, upper=False)
-        self._of_others = torch.linalg.solve_triangular(self._factor.mT, half, upper=True).neg_()
-        inverses = (projection.diagonal()[points] - half.square_().sum(0)).double()
-        self._variances: Tensor = 1 / inverses.clamp_(min=_TINY)  # of a single result they are 0
-
-    @property
-    def leave_one_out_variances(self) -> Tensor:
-        return self._variances
-
-    def weights_at(self, points: Tensor) -> Tensor:
-        weights: Tensor = self._of_others.index_select(0, torch.searchsorted(self._others, points))
-        # What rounding leaves of the sum.
-        return weights.add_((1 - weights.sum(1, keepdim=True)) / len(self._points))
-
-    def variances_at(self, points: Tensor) -> Tensor:
-        variances = torch.cholesky_inverse(self._factor).diagonal()
-        return variances.index_select(0, torch.searchsorted(self._others, points)).double()
-
-    @exactly()
-    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        weights = self.weights_at(points)  # which are there
-        return weights @ results.to(weights.dtype)
-
-    @exactly()
-    def _residuals(self, results: Tensor) -> Tensor:
-        results = results.to(self._projection.dtype)
-        every = results.new_empty(len(self._projection), results.shape[1])
-        every.index_copy_(0, self._points, results)
-        every.index_copy_(0, self._others, self._of_others @ results)
-        return torch.mm(self._projection, every).index_select(0, self._points)
-
-
-def _solved(rows: Tensor, factor: Tensor, *, transposed: bool) -> Tensor:
-    """Rows times the inverse of a lower triangle, or of its transpose.
+def _solved(rows: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return rows times the inverse of a lower triangle, or of its transpose.
 
     So LAPACK takes all as it lies; solving for columns copies both operands.
     """

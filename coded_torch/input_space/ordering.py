@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, dense, shown
 from .._extension import short_path
-from .._transforms import as_called, on_host
-from .geometry import check_inputs
+from .._streams import placed, to_device
+from .._transforms import on_host
 
-__all__ = ["Grouping", "Ordering", "order_of", "similarity_order"]
+__all__ = ["Grouping", "Ordering", "similarity_order"]
 
-#: An order of a batch, which is a name, the permutation itself, or what makes it from the inputs.
-Ordering = str | Tensor | Sequence[int] | Callable[[list[Tensor]], Tensor | Sequence[int]]
+#: An order of a batch, which is "similarity", "arrival" or the permutation itself.
+Ordering = str | Tensor | Sequence[int]
 
-_INDICES = ("order", "rows", "targets", "_inverse")
+_INDICES = ("rows", "targets", "_inverse")
 
 
 class Grouping:
@@ -71,29 +71,25 @@ class Grouping:
         self.targets = torch.cat([order, order.new_full((padding,), -1)]).view(shape).T
         self._inverse = torch.empty_like(order)
         self._inverse[order] = torch.arange(self.batch_size)
-        self._copies: dict[torch.device, Grouping] = {}
+        self._copies: dict[tuple[Any, ...], Grouping] = {}
 
     @classmethod
     def arrival(cls, batch_size: int, num_data: int) -> Grouping:
         """The batch in the order in which it came. The last ones made are kept."""
         return _arrival(batch_size, num_data)
 
-    def to(self, device: torch.device | str) -> Grouping:
-        """The same grouping with its indices on ``device``; each device's is kept."""
-        device = torch.device(device)
-        placed = self if device == self.rows.device else self._copies.get(device)
-        if placed is None:
-            placed = object.__new__(type(self))
-            placed.__dict__.update(self.__dict__, _copies={})
-            for name in _INDICES:
-                setattr(placed, name, getattr(self, name).to(device))
-            self._copies[device] = placed
-        if placed.rows.is_cuda and not torch.compiler.is_compiling():
-            # Freed before this stream has read them, they must not be another tensor's already: the
-            # allocator only knows of the stream on which they were made.
-            for name in _INDICES:
-                getattr(placed, name).record_stream(torch.cuda.current_stream(device))
-        return placed
+    def to(self, device: torch.device) -> Grouping:
+        """Return the same grouping with its indices on ``device``; each stream's is kept."""
+        if device == self.rows.device:
+            return self
+
+        def make() -> Grouping:
+            grouping = object.__new__(type(self))
+            indices = to_device([getattr(self, name) for name in _INDICES], device)
+            grouping.__dict__.update(self.__dict__, **dict(zip(_INDICES, indices, strict=True)))
+            return grouping
+
+        return placed(self, self._copies, device, make)
 
     def gather(self, batch: Tensor) -> Tensor:
         """Rows of a batch into groups: ``[B, ...] -> [K, G, ...]``, differentiable.
@@ -135,83 +131,22 @@ class Grouping:
         return f"Grouping(batch_size={self.batch_size}, num_data={self.num_data})"
 
 
-def check_ordering(owner: object, ordering: Ordering) -> None:
+def check_ordering(owner: object, ordering: Any) -> None:
     """Raise an error for what can order no batch at all.
 
     Args:
         owner: whose argument ``ordering`` is, for the message.
-        ordering: as in :func:`order_of`.
+        ordering: "similarity", "arrival" or a permutation.
     """
     name = owner if isinstance(owner, str) else type(owner).__name__
     if isinstance(ordering, str):
         if ordering not in ("similarity", "arrival"):
             raise ValueError(
-                f"{name}: ordering must be 'similarity', 'arrival', a permutation or a callable, "
+                f"{name}: ordering must be 'similarity', 'arrival' or a permutation, "
                 f"got {shown(ordering)}"
             )
-    elif not (callable(ordering) or isinstance(ordering, Sized)):
-        raise TypeError(
-            f"{name}: ordering must be a name, a permutation or a callable that returns one, "
-            f"got {shown(ordering)}"
-        )
-
-
-@on_host()
-def order_of(
-    ordering: Ordering,
-    inputs: Sequence[Tensor],
-    distances: Callable[[], Tensor] | None = None,
-    batch_size: int | None = None,
-) -> Tensor | Sequence[int]:
-    """The order of one batch, to be given to :class:`Grouping`, which validates it.
-
-    Args:
-        ordering: ``"similarity"``, :func:`similarity_order` of the distances; ``"arrival"``, as it
-            is; a permutation, say by label, time or embedding; or a callable that is given the
-            coded inputs and returns one.
-        inputs: the coded inputs, each ``[B, ...]``.
-        distances: makes the distances of the inputs, ``[B, B]``; called for ``"similarity"`` only.
-        batch_size: B, where there are no inputs.
-
-    Raises:
-        TypeError: ``ordering`` is none of these.
-        ValueError: ``ordering`` is another name, or orders another number of rows.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space.ordering import order_of
-        >>> x = torch.tensor([3.0, 0.0, 1.0])
-        >>> distances = lambda: (x[:, None] - x).abs()
-        >>> order_of("similarity", [x], distances)
-        tensor([0, 2, 1])
-        >>> order_of(lambda inputs: inputs[0].argsort(), [x])
-        tensor([1, 2, 0])
-    """
-    check_ordering("order_of", ordering)
-    check_inputs("order_of", inputs)
-    if batch_size is None:
-        if not inputs:
-            raise ValueError("order_of: inputs must hold a tensor without batch_size, got none")
-        batch_size = len(inputs[0])
-    if isinstance(ordering, str):
-        if ordering == "arrival":
-            return torch.arange(batch_size)
-        assert distances is not None
-        return similarity_order(distances())
-    with as_called():
-        order = ordering(list(inputs)) if callable(ordering) else ordering
-    try:
-        length = len(order)
-    except TypeError:
-        raise TypeError(
-            "ordering must be a name, a permutation or a callable that returns one, "
-            f"got {shown(order)}"
-        ) from None
-    if length != batch_size:
-        raise ValueError(
-            f"ordering must order the {batch_size} rows of the batch, got {length} entries"
-        )
-    return order
+    elif not isinstance(ordering, Sized):
+        raise TypeError(f"{name}: ordering must be a name or a permutation, got {shown(ordering)}")
 
 
 def similarity_order(distances: Tensor) -> Tensor:
@@ -236,7 +171,7 @@ def similarity_order(distances: Tensor) -> Tensor:
     Note:
         Compiled, on one thread of the host, without the GIL: 0.2 ms for 256 rows, 40 ms for 4,096.
 
-    Reference:
+    References:
         Croes, "A method for solving traveling-salesman problems", 1958 (2-opt). Or, PhD thesis,
         Northwestern University, 1976 (Or-opt). Bentley, "Fast algorithms for geometric traveling
         salesman problems", 1992 (neighbour lists, don't-look bits).

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, dense, shown
+from .._streams import placed, to_device
 
 if TYPE_CHECKING:
     from ..input_space.ordering import Grouping
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["LinearMap", "accumulation_dtype", "target"]
 
 _HOST = torch.device("cpu")
-# Bytes, as wide as the widest access.
-_ALIGNMENT = 16
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,9 +57,9 @@ class LinearMap(abc.ABC):
         self.num_inputs = num_inputs
         self.num_outputs = num_outputs
         # Both dtypes at once: a map that changed on first use would be compiled twice.
-        self._placed: dict[tuple[object, ...], tuple[Tensor, ...]] = {
-            (torch.float64, _HOST): operands,
-            (torch.float32, _HOST): rounded or _place(operands, torch.float32, _HOST),
+        self._placed: dict[tuple[Any, ...], tuple[Tensor, ...]] = {
+            (_HOST, torch.float64, 0): operands,
+            (_HOST, torch.float32, 0): rounded or _place(operands, torch.float32, _HOST),
         }
 
     def __call__(self, values: Tensor, dim: int = 0, *, out: Tensor | None = None) -> Tensor:
@@ -150,35 +149,19 @@ class LinearMap(abc.ABC):
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
         dtype, device = accumulation_dtype(values.dtype), values.device
-        key: tuple[object, ...] = (dtype, device)
-        if device.type == "cuda" and not torch.compiler.is_compiling():
-            if torch.cuda.is_current_stream_capturing():
-                return self._operands_of_warm_up(dtype, device)
-            # Each stream has its own: its order is all that separates the copy from its uses, and
-            # the last use from the memory's next.
-            key = (dtype, device, torch.cuda.current_stream(device).cuda_stream)
-        operands = self._placed.get(key)
-        if operands is None:
-            operands = self._placed[key] = _place(self._to_place(dtype, device), dtype, device)
-        return operands
+
+        def make() -> tuple[Tensor, ...]:
+            return _place(self._to_place(dtype, device), dtype, device)
+
+        return placed(self, self._placed, device, make, dtype)
 
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """The operands on the host that ``device`` gets; to be overridden where it needs others."""
-        return self._placed[dtype, _HOST]
-
-    def _operands_of_warm_up(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """What an earlier call placed: a copy made during capture would be part of the graph."""
-        for key, operands in list(self._placed.items()):
-            if key[:2] == (dtype, device):
-                return operands
-        raise RuntimeError(
-            f"{type(self).__name__}: the map must have been applied to {dtype} values on {device} "
-            "before it is captured in a CUDA graph, got none"
-        )
+        return self._placed[_HOST, dtype, 0]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on other devices are made again where the map arrives.
-        on_host = {key: operands for key, operands in self._placed.items() if key[1] == _HOST}
+        on_host = {key: operands for key, operands in self._placed.items() if key[0] == _HOST}
         return {**self.__dict__, "_placed": on_host}
 
     def check(self, values: Tensor, dim: int = 0) -> None:
@@ -268,21 +251,5 @@ def _place(
             return _place(operands, dtype, device)
     if device.type == "cuda" and not torch.compiler.is_compiling():
         with torch._C._DisableFuncTorch():  # or a transform keeps what outlives it
-            return _in_one_copy(operands, device, pin=True)  # from the host, of this dtype already
+            return tuple(to_device(operands, device))  # from the host, of this dtype already
     return tuple(t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)
-
-
-def _in_one_copy(
-    operands: tuple[Tensor, ...], device: torch.device, pin: bool
-) -> tuple[Tensor, ...]:
-    """Host tensors on ``device``: from pinned memory in one copy that is not waited for."""
-    sizes = [t.numel() * t.element_size() for t in operands]
-    spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-    staged = torch.empty(sum(spans), dtype=torch.uint8, device=_HOST, pin_memory=pin)
-    for span, size, t in zip(staged.split(spans), sizes, operands, strict=True):
-        span[:size].copy_(t.contiguous().view(-1).view(torch.uint8))
-    parts = staged.to(device, non_blocking=True).split(spans)
-    return tuple(
-        part[:size].view(t.dtype).view(t.shape)
-        for part, size, t in zip(parts, sizes, operands, strict=True)
-    )

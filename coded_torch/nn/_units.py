@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..codes.base import Code
-from ..codes.batch_plan import BatchPlan
-from ..codes.plans import plan_batch, plan_rows
+from ..codes.batch_plan import BatchPlan, plan_batch, plan_rows
 from ..codes.replication import ReplicationCode
 from ..input_space.ordering import Ordering
 from ..scheduling.latency_history import CHUNKS, History
@@ -205,13 +204,14 @@ class Rows(Units):
     @functools.cached_property
     def plan(self) -> BatchPlan:
         inputs, floating = self._inputs, self._inputs.floating()
-        return plan_rows(
+        plan: BatchPlan = plan_rows(
             self._code,
             self._ordering,
             floating,
             batch_size=inputs.batch_size,
             others=[] if floating else inputs.batches(),
         )
+        return plan
 
 
 def most_stragglers(code: Code) -> int:

@@ -16,7 +16,8 @@ from .._arguments import count, instance, positive, real
 
 __all__ = ["distill"]
 
-_PIECES = 10  # into which one large batch is cut, to hold one out
+# One batch of ten, or a tenth of a single batch, is held out. It was not tuned.
+_PIECES = 10
 
 
 def distill(
@@ -37,9 +38,8 @@ def distill(
     r"""Teach a student the outputs of a module, for ``CodedWrapper(..., surrogate=student)``.
 
     It learns from the module's own outputs, on inputs without labels: half of them as they are,
-    half mixtures, as codes make them, all with some noise. What is minimised is the squared
-    error over the variance of each output; a share of the batches is held out, and the weights that
-    are best there are kept.
+    half mixtures of them, all with some noise. It minimises the squared error over the variance of
+    each output; a share of the batches is held out, and the weights that are best there are kept.
 
     Args:
         student: takes what the module takes and returns what it returns, but is cheap: a twentieth
@@ -48,21 +48,22 @@ def distill(
         batches: inputs like those that will be answered, a few thousand rows; each is what the
             module is called with: an input, or a tuple of positional arguments. All tensors have
             the batch along dimension 0.
-        epochs: at most so many passes over the inputs.
-        learning_rate: of Adam at first; it falls to 0 along a cosine.
-        rows: of a step.
-        noise: its standard deviation at most, in that of each input; drawn anew for every step.
-        augment: called with the arguments of a step before they are mixed, returns others like
-            them, such as shifted pictures.
-        patience: epochs without a better error on what is held out, after which it stops.
-        link: as of the wrapper: "softmax" to compare the logarithms of outputs that are
-            probabilities.
-        seed: of order, mixtures and noise. The global random state is not touched.
-        progress: show epochs and error, on terminals only.
+        epochs: at most so many passes over the inputs. Defaults to 100.
+        learning_rate: of Adam at first; it falls to 0 along a cosine. Defaults to 5e-3.
+        rows: of a step. Defaults to 64.
+        noise: its standard deviation at most, in that of each input. Defaults to 0.03.
+        augment: called with the arguments of a step, returns others like them, such as shifted
+            pictures. Defaults to None.
+        patience: epochs without a better error on what is held out, after which it stops. Defaults
+            to 30.
+        link: "softmax" to compare the logarithms of outputs that are probabilities. Defaults to
+            None.
+        seed: of order, mixtures and noise. The global random state is not touched. Defaults to 0.
+        progress: show epochs and error, on terminals only. Defaults to True.
 
     Returns:
         The error that it reached: the variance of f - s over that of f, on what is held out, the
-        mean over the outputs. The squared error of coded answers falls by about this factor.
+        mean over the outputs. The squared error of predicted answers falls by about this factor.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -92,60 +93,54 @@ def distill(
     if link not in (None, "softmax"):
         raise ValueError(f"distill: link must be None or 'softmax', got {link!r}")
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    pieces = _pieces([_Arguments.of(batch, device) for batch in batches])
-    held_out = pieces[:: max(2, min(_PIECES, len(pieces)))]
-    taught = _Arguments.together([p for p in pieces if all(p is not h for h in held_out)])
+    taught, held_out = _divided([_Arguments(batch, device) for batch in batches])
     with torch.no_grad():
         exact = [_outputs(module, piece, link) for piece in held_out]
-        variances = [
-            torch.cat(leaves).var(0).mean().clamp(min=1e-30) for leaves in zip(*exact, strict=True)
-        ]
+    variances = [torch.cat(x).var(0).mean().clamp(min=1e-30) for x in zip(*exact, strict=True)]
     generator = torch.Generator(device).manual_seed(seed)
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(parameters, learning_rate)
-    steps = -(-taught.size // rows)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * steps)
+    optimiser = torch.optim.Adam(
+        (p for p in student.parameters() if p.requires_grad), learning_rate
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimiser, epochs * -(-taught.size // rows)
+    )
+
+    def learn(some: Tensor) -> None:
+        step = taught.at(some)
+        if augment is not None:
+            step = _Arguments(augment(*step.args), device)
+        step = step.mixed(generator).noisy(noise, generator)
+        with torch.no_grad():
+            wanted = _outputs(module, step, link)
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in map(_wide, wanted)]).all(0)
+        if not bool(finite.all()):  # mixtures may lie where the module has no outputs
+            if not bool(finite.any()):
+                return
+            step, wanted = step.at(finite), [leaf[finite] for leaf in wanted]
+        with torch.enable_grad():
+            pairs = zip(_outputs(student, step, link), wanted, variances, strict=True)
+            loss = torch.stack([(got - y).square().mean() / v for got, y, v in pairs]).mean()
+            optimiser.zero_grad()
+            loss.backward()
+        optimiser.step()
+        schedule.step()
+
+    shown = progress and sys.stderr.isatty()
     best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
     for epoch in range(epochs):
         student.train()
-        order = torch.randperm(taught.size, generator=generator, device=device)
-        for some in order.split(rows):
-            step = taught.at(some)
-            if augment is not None:
-                step = _Arguments.of(augment(*step.args), device)
-            step = step.mixed(generator).noisy(noise, generator)
-            with torch.no_grad():
-                wanted = _outputs(module, step, link)
-                finite = _finite_rows(wanted)
-                if not bool(finite.all()):  # mixtures may lie where the module has no outputs
-                    if not bool(finite.any()):
-                        continue
-                    step, wanted = step.at(finite), [leaf[finite] for leaf in wanted]
-            with torch.enable_grad():
-                got = _outputs(student, step, link)
-                losses = [
-                    (a - b).square().mean() / v
-                    for a, b, v in zip(got, wanted, variances, strict=True)
-                ]
-                loss = torch.stack(losses).mean()
-                optimiser.zero_grad()
-                loss.backward()
-            optimiser.step()
-            schedule.step()
+        for some in torch.randperm(taught.size, generator=generator, device=device).split(rows):
+            learn(some)
         error = _error(student.eval(), held_out, exact, variances, link)
+        waited += 1
         if error < best:
             best, best_state, waited = error, copy.deepcopy(student.state_dict()), 0
-        else:
-            waited += 1
-        if progress and sys.stderr.isatty():
-            print(
-                f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}",
-                end="",
-                file=sys.stderr,
-            )
+        if shown:
+            line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
+            print(line, end="", file=sys.stderr)
         if waited >= patience:
             break
-    if progress and sys.stderr.isatty():
+    if shown:
         print(file=sys.stderr)
     student.load_state_dict(best_state)
     if not math.isfinite(best):
@@ -159,101 +154,90 @@ def distill(
 class _Arguments:
     """Positional arguments, whose tensors have their batch along dimension 0."""
 
-    def __init__(self, leaves: list[Any], spec: pytree.TreeSpec) -> None:
-        self._leaves, self._spec = leaves, spec
-        self.size = len(next(leaf for leaf in leaves if isinstance(leaf, Tensor)))
-
-    @classmethod
-    def of(cls, batch: Any, device: torch.device) -> _Arguments:
-        leaves, spec = pytree.tree_flatten(batch if isinstance(batch, tuple) else (batch,))
-        leaves = [x.detach().to(device) if isinstance(x, Tensor) else x for x in leaves]
-        sizes = {x.shape[:1] for x in leaves if isinstance(x, Tensor)}
+    def __init__(self, batch: Any, device: torch.device) -> None:
+        leaves, self._spec = pytree.tree_flatten(batch if isinstance(batch, tuple) else (batch,))
+        self._leaves = [x.detach().to(device) if isinstance(x, Tensor) else x for x in leaves]
+        tensors = [x for x in self._leaves if isinstance(x, Tensor)]
+        sizes = {x.shape[:1] for x in tensors}
         if len(sizes) != 1 or not all(sizes):
             raise ValueError(
                 "distill: batches must hold tensors of one batch size along dimension 0, got "
-                f"{[tuple(x.shape) for x in leaves if isinstance(x, Tensor)]}"
+                f"{[tuple(x.shape) for x in tensors]}"
             )
-        return cls(leaves, spec)
-
-    @classmethod
-    def together(cls, several: Sequence[_Arguments]) -> _Arguments:
-        columns = zip(*(one._leaves for one in several), strict=True)
-        return cls(
-            [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns], several[0]._spec
-        )
+        self.size = len(tensors[0])
 
     @property
     def args(self) -> tuple[Any, ...]:
         args: tuple[Any, ...] = pytree.tree_unflatten(self._leaves, self._spec)
         return args
 
-    def _each(self, change: Callable[[Tensor], Tensor], floating: bool = True) -> _Arguments:
-        return _Arguments(
-            [
-                change(x)
-                if isinstance(x, Tensor) and (x.is_floating_point() or not floating)
-                else x
-                for x in self._leaves
-            ],
-            self._spec,
-        )
+    def changed(self, change: Callable[..., Tensor], *others: _Arguments) -> _Arguments:
+        """Return the same with other tensors, made of these and of the same tensors of others."""
+        made = copy.copy(self)
+        columns = zip(self._leaves, *(other._leaves for other in others), strict=True)
+        made._leaves = [change(*x) if isinstance(x[0], Tensor) else x[0] for x in columns]
+        made.size = len(next(x for x in made._leaves if isinstance(x, Tensor)))
+        return made
 
     def at(self, rows: Tensor | slice) -> _Arguments:
-        return self._each(lambda x: x[rows], floating=False)
+        return self.changed(lambda x: x[rows])
 
     def mixed(self, generator: torch.Generator) -> _Arguments:
-        """The second half mixed with the first, row by row, where all tensors can be mixed.
+        """Return the second half mixed with the first, row by row, if all tensors can be mixed.
 
         Each is between two rows, and moved away from two others: the weights sum to one, and some
-        are negative, as those of splines and rational functions are.
+        are negative.
         """
-        if not all(x.is_floating_point() for x in self._leaves if isinstance(x, Tensor)):
-            return self
         half = self.size // 2
+        tensors = [x for x in self._leaves if isinstance(x, Tensor)]
+        if not half or not all(x.is_floating_point() for x in tensors):
+            return self
         share, beyond = torch.rand(2, half, generator=generator, device=generator.device)
         beyond = beyond * share * (1 - share)
 
         def mix(x: Tensor) -> Tensor:
-            if not half:
-                return x
             wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums may be too large
             w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(wide.dtype) for one in (share, beyond))
             first, second = wide[-half:], wide[:half]
             away = first + second - first.roll(1, 0) - second.roll(1, 0)
             return torch.cat([x[:-half], (torch.lerp(first, second, w) + v * away).to(x.dtype)])
 
-        return self._each(mix)
+        return self.changed(mix)
 
     def noisy(self, noise: float, generator: torch.Generator) -> _Arguments:
-        """Every row with noise of a level of its own, up to ``noise``."""
+        """Return every row with noise of a level of its own, up to ``noise``."""
         if not noise or self.size < 2:
             return self
 
         def change(x: Tensor) -> Tensor:
-            shape = len(x), *[1] * (x.dim() - 1)
-            level = torch.rand(shape, generator=generator, device=x.device, dtype=x.dtype)
-            drawn = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            return x + noise * x.std() * level * drawn
+            if not x.is_floating_point():
+                return x
+            how: Any = {"generator": generator, "device": x.device, "dtype": x.dtype}
+            level = torch.rand(len(x), *[1] * (x.dim() - 1), **how)
+            return x + noise * x.std() * level * torch.randn(x.shape, **how)
 
-        return self._each(change)
+        return self.changed(change)
 
 
-def _pieces(batches: list[_Arguments]) -> list[_Arguments]:
-    """At least two, so that one can be held out, of two rows at least."""
+def _divided(batches: list[_Arguments]) -> tuple[_Arguments, list[_Arguments]]:
+    """Return what is taught, and what is held out: batches or parts of one, two rows each."""
+    pieces = batches
     if len(batches) == 1 and batches[0].size >= 4:
         number = min(_PIECES, batches[0].size // 2)
-        return [batches[0].at(slice(i, None, number)) for i in range(number)]
-    if len(batches) > 1 and min(batch.size for batch in batches) > 1:
-        return batches
-    sizes = [batch.size for batch in batches]
-    raise ValueError(
-        "distill: batches must hold four rows, or several batches two each, to hold some out, "
-        f"got {f'{sum(sizes)} in {len(sizes)}' if sizes else 'no batch'}"
-    )
+        pieces = [batches[0].at(slice(i, None, number)) for i in range(number)]
+    elif len(batches) < 2 or min(batch.size for batch in batches) < 2:
+        sizes = [batch.size for batch in batches]
+        raise ValueError(
+            "distill: batches must hold four rows, or several batches two each, to hold some out, "
+            f"got {f'{sum(sizes)} in {len(sizes)}' if sizes else 'no batch'}"
+        )
+    step = max(2, min(_PIECES, len(pieces)))
+    first, *others = [piece for i, piece in enumerate(pieces) if i % step]
+    return first.changed(lambda *x: torch.cat(x), *others), pieces[::step]
 
 
 def _outputs(module: nn.Module, arguments: _Arguments, link: str | None) -> list[Tensor]:
-    """The floating-point outputs, on the scale on which they are decoded."""
+    """Return the floating-point outputs, on the scale on which they are predicted."""
     leaves = pytree.tree_leaves(module(*arguments.args))
     outputs = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     if link is None:
@@ -261,12 +245,8 @@ def _outputs(module: nn.Module, arguments: _Arguments, link: str | None) -> list
     return [x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in outputs]
 
 
-def _finite_rows(leaves: Sequence[Tensor]) -> Tensor:
-    """Where all leaves ``[n, ...]`` are finite, bool, ``[n]``."""
-    rows = [
-        leaf.isfinite().flatten(1).all(1) if leaf.dim() > 1 else leaf.isfinite() for leaf in leaves
-    ]
-    return torch.stack(rows).all(0)
+def _wide(leaf: Tensor) -> Tensor:
+    return leaf[:, None] if leaf.dim() == 1 else leaf
 
 
 @torch.no_grad()
@@ -277,7 +257,7 @@ def _error(
     variances: Sequence[Tensor],
     link: str | None,
 ) -> float:
-    """The variance of what the student misses, over that of the outputs."""
+    """Return the variance of what the student misses, over that of the outputs."""
     missed = [
         [f - s for f, s in zip(outputs, _outputs(student, piece, link), strict=True)]
         for piece, outputs in zip(pieces, exact, strict=True)

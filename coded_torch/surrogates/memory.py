@@ -3,7 +3,7 @@ r"""A surrogate that trains itself: regression on what the wrapper has answered.
 from __future__ import annotations
 
 import contextlib
-import copy
+import math
 import os
 import threading
 import time
@@ -17,40 +17,54 @@ from torch import Tensor, nn
 
 from .._arguments import count
 from .._logging import sparing_logger
-from .._streams import read_here
 from .._transforms import exactly
 from .._weights import fingerprint
-from ..input_space.gaussian_process import KernelRegression, matern52
-from ..input_space.geometry import distances_among
+from ..input_space.gaussian_process import GaussianProcess, matern52, scaled
+from ..input_space.geometry import LANDMARKS, distances_among, evenly, typical_rows
+from ..input_space.metrics import (
+    DEFAULT,
+    METRICS,
+    Distances,
+    Leaf,
+    Sources,
+    leaves_of,
+    path_step,
+    transforms,
+)
 from ..input_space.ordering import similarity_order
-from ..input_space.points import path_step
-from ._space import RANK, Space, evenly, side_by_side, winner
+from ..input_space.selection import LENGTH, Fits
 
 __all__ = ["Memory"]
 
 logger = sparing_logger("coded_torch.surrogates")
 
-_FROZEN_AT = 1024  # rows, from which the coordinates are found for the last time
-_LENGTH, _PATH = 2.0, 240  # of the regression, in steps of a path through so many rows
-_FRESH = 256  # new rows, after which the regression is made again
-_SHARE = 0.02  # of the time, that may go into that
+# Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
+# 128 by less than 3 %. (theory, section 10; benchmarks learning)
+_RANK = 96
+# Directions that hold less of the variance are rounding; it was not tuned.
+_NOTHING = 1e-6
+# Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
+# 1 % against 512. (benchmarks learning)
+_FROZEN_AT = 1024
+_PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
+# New rows after which the regression is made again, and the share of the time that may go into
+# that; neither was tuned.
+_FRESH = 256
+_SHARE = 0.02
 _MOST_NUMBERS = 2**25  # that are kept, 128 MB
 
 
 class Memory:
     r"""Kernel regression on the last results that the wrapper has seen, a surrogate for nothing.
 
-    It remembers the inputs and the exact results of the calls, those of inputs that were computed
-    unmixed, and predicts from them what the module gives for other inputs: a Matern 5/2 regression
-    in 96 coordinates of the inputs, the principal ones of its first 1,024 rows, in the metric of
-    :data:`~coded_torch.input_space.distances.METRICS` in which these predict each other best. When
-    256 results
-    are new the regression is made again, by a thread of its own, and no more often than costs 2 %
-    of the time; answers never wait for it.
+    It remembers inputs and their exact results, and predicts from them what the module gives for
+    other inputs: a Matern 5/2 regression in 96 coordinates of the inputs, the principal ones of its
+    first 1,024 rows, in the metric of :data:`~coded_torch.input_space.metrics.METRICS` in which
+    these predict each other best. When 256 results are new, a thread makes the regression again, no
+    more often than costs 2 % of the time; answers never wait for it.
 
     The memory is forgotten as soon as the module's weights change, is no part of the wrapper's
-    state dict, and is empty in pickles and copies. Where it knows nothing of what is asked, as
-    after the data have changed, the wrapper does not use it.
+    state dict, and is empty in pickles and copies.
 
     Warning:
         It keeps projections of inputs, and outputs, of all users of the module: of one request, to
@@ -58,28 +72,24 @@ class Memory:
         :meth:`clear` forgets.
 
     Args:
-        capacity: the most results that are remembered, at least 1; the oldest go first. Outputs of
-            many numbers make it fewer, so that no more than 128 MB are kept.
+        capacity: the most results that are remembered, at least 1; the oldest go first. If outputs
+            have many numbers, fewer are: no more than 128 MB are kept. Defaults to 2048.
 
     Raises:
         TypeError, ValueError: ``capacity`` is no integer of at least 1.
 
     Note:
-        Only floating-point inputs that have a batch dimension are looked at. All inputs and outputs
-        must have the shapes of the first that it saw, but for the batch; others are ignored. Making
-        the regression of 2,048 rows takes some .1 s of one thread; predicting 240 rows some ms.
+        Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
+        other shapes than the first are ignored. Making the regression of 2,048 rows takes some .1 s
+        of one thread; predicting 240 rows takes some ms.
 
     Example:
         >>> import torch
-        >>> from coded_torch.codes import KernelCode
-        >>> from coded_torch.nn import CodedWrapper
-        >>> from coded_torch.stragglers import Uniform
         >>> from coded_torch.surrogates import Memory
-        >>> memory = Memory()
-        >>> tanh = torch.nn.Tanh()
-        >>> coded = CodedWrapper(tanh, KernelCode(4, 6), stragglers=Uniform(2), surrogate=memory)
-        >>> _ = coded(torch.linspace(-2, 2, 600)[:, None])
-        >>> len(memory) > 400
+        >>> memory, x = Memory(), torch.linspace(-2, 2, 600)[:, None]
+        >>> memory.observe([x], [x.tanh()])
+        >>> memory.rebuild()
+        >>> bool((memory.predict([x])[0] - x.tanh()).abs().max() < 0.01)
         True
     """
 
@@ -90,15 +100,14 @@ class Memory:
         self._looks: tuple[Any, Any] = None, None  # what is kept for the second to be true
         self._making: Future[None] | None = None
         self._process = 0  # whose thread makes regressions
-        # When the last regression ended, and how long it and finding its space took.
-        self._ended, self._seconds, self._size, self._choosing = 0.0, 0.0, 1, 0.0
+        self._ended = self._seconds = 0.0  # of the last regression: when, and how long it took
         self._forget()
 
     def _forget(self) -> None:
         self._generation += 1
         self._form: Any = None
-        self._space: Space | None = None  # once it is frozen
-        self._rows: deque[tuple[Tensor, Tensor]] = deque()  # inputs or coordinates; outputs
+        self._space: _Space | None = None  # once it is frozen
+        self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
 
@@ -108,7 +117,7 @@ class Memory:
             self._forget()
 
     def __len__(self) -> int:
-        """The results that are remembered."""
+        """Return how many results are remembered."""
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
@@ -134,47 +143,46 @@ class Memory:
         Args:
             inputs: ``[n, ...]`` each, floating-point, finite.
             outputs: ``[n, ...]`` each, of these inputs, floating-point, finite.
-            generation: what :meth:`follow` returned before they were computed; None: just then.
+            generation: what :meth:`follow` returned before they were computed. Defaults to now.
         """
         if not (inputs and outputs and len(outputs[0])):
             return
         form = _form(inputs), _form(outputs)
-        space = self._space
         with torch.no_grad():
-            row = side_by_side(inputs).cpu(), _flat(outputs).cpu()
+            seen: Any = [_copied(leaf) for leaf in leaves_of(inputs)]
+            flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
+            space = self._space
             if space is not None and form == self._form:
-                row = space(row[0]), row[1]
+                seen = space(seen)
         with self._lock:
-            if generation is not None and generation != self._generation:
+            if generation not in (None, self._generation) or self._form not in (None, form):
                 return
-            self._form = self._form or form
-            if form != self._form:
-                return
-            if space is not self._space:  # frozen meanwhile
+            if space is not self._space:  # frozen, or forgotten, meanwhile
                 if self._space is None or space is not None:
                     return
-                row = self._space(row[0]), row[1]
-            self._rows.append(row)
-            self._num_rows += len(row[0])
-            self._num_fresh += len(row[0])
-            self._trim(row[1].shape[1])
+                seen = self._space(seen)
+            self._form = form
+            self._rows.append((seen, flat))
+            self._num_rows += len(flat)
+            self._num_fresh += len(flat)
+            self._trim(flat.shape[1])
             self._rebuild()
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """What the module gives for these inputs, as far as is remembered.
+        """Return what the module gives for these inputs, as far as is remembered.
 
         Args:
             inputs: ``[n, ...]`` each, as :meth:`observe` takes them.
 
         Returns:
-            ``[n, ...]``, float32, for every output; None as long as nothing has been learnt, and of
-            inputs of other shapes.
+            ``[n, ...]``, float32, for every output, where the inputs are; None as long as nothing
+            has been learnt, and of inputs of other shapes.
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
             return None
         with torch.no_grad():
-            return snapshot.on(inputs[0].device).predict(inputs)
+            return snapshot.predict(inputs)
 
     def rebuild(self) -> None:
         """Learn all that is remembered now, and wait for it.
@@ -192,24 +200,22 @@ class Memory:
                 making.result()
 
     def _trim(self, num_outputs: int) -> None:
-        most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + RANK)))
-        while self._num_rows > most:
+        most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + _RANK)))
+        while (surplus := self._num_rows - most) > 0:
             seen, outputs = self._rows.popleft()
-            surplus = self._num_rows - most
-            if len(seen) > surplus:
+            if len(outputs) > surplus:
                 # A copy, or what is dropped would stay in memory.
-                self._rows.appendleft((seen[surplus:].clone(), outputs[surplus:].clone()))
-            self._num_rows -= min(surplus, len(seen))
+                rest = torch.arange(surplus, len(outputs))
+                kept = seen[rest] if isinstance(seen, Tensor) else [leaf.at(rest) for leaf in seen]
+                self._rows.appendleft((kept, outputs[rest]))
+            self._num_rows -= min(surplus, len(outputs))
 
     def _rebuild(self) -> None:
-        """Make the regression again, if it is worth while and its turn; never waits."""
+        """Make the regression again, if it is worth while and its turn; never wait."""
         self._settle_in()
-        if self._making is not None or self._num_fresh < min(_FRESH, self.capacity):
-            return
-        expected = self._seconds * (self._num_rows / self._size) ** 2
-        if self._space is None:
-            expected += self._choosing
-        if expected <= _SHARE * (time.monotonic() - self._ended):
+        worth = self._num_fresh >= min(_FRESH, self.capacity)
+        in_turn = self._seconds <= _SHARE * (time.monotonic() - self._ended)
+        if self._making is None and worth and in_turn:
             self._start()
 
     def _settle_in(self) -> None:
@@ -226,29 +232,22 @@ class Memory:
             self._num_fresh = 0
 
     def _make(
-        self, generation: int, form: Any, space: Space | None, rows: list[tuple[Tensor, Tensor]]
+        self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
         try:
             start = time.thread_time()  # not what others did meanwhile
-            seen, outputs = (torch.cat(column) for column in zip(*rows, strict=True))
-            found = space or Space(seen, form[0], winner(seen, outputs, form[0]))
-            if space is None:
-                seen = found(seen)
-            chosen = time.thread_time()
-            snapshot = _Snapshot(form, found, *_regression(seen, outputs))
-            seconds = time.thread_time() - chosen
+            outputs = torch.cat([y for _, y in rows])
+            found = space or _Space.of([x for x, _ in rows], outputs)
+            known = [x if space else found(x) for x, _ in rows]
+            snapshot = _Snapshot(form, found, torch.cat(known), outputs)
             with self._lock:
-                self._seconds, self._size, self._choosing = seconds, len(seen), chosen - start
+                self._seconds = time.thread_time() - start
                 if generation != self._generation:
                     return
                 self._snapshot = snapshot
-                if space is None and len(seen) >= min(_FROZEN_AT, self.capacity):
+                if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity):
                     self._space = found
-                    parts = seen.split([len(x) for x, _ in rows])
-                    known = {id(x): z for (x, _), z in zip(rows, parts, strict=True)}
-                    self._rows = deque(
-                        (known[id(x)] if id(x) in known else found(x), y) for x, y in self._rows
-                    )
+                    self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
         finally:
@@ -262,6 +261,67 @@ class Memory:
         return f"Memory(capacity={self.capacity})"
 
 
+class _Space:
+    """Few coordinates of inputs, whose distances are those of a metric that rows determine."""
+
+    def __init__(self, leaves: Sequence[Leaf], metric: str) -> None:
+        some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
+        some = some[evenly(len(some), LANDMARKS)]
+        leaves = [leaf.at(some) for leaf in leaves]
+        if (maps := transforms(METRICS[metric], leaves)) is None:
+            metric = DEFAULT
+            maps = transforms(METRICS[metric], leaves)
+        assert maps is not None
+        self._maps = maps
+        features = [each(leaf).double() for each, leaf in zip(maps, leaves, strict=True)]
+        centred = [x - x.mean(0) for x in features]
+        # Several inputs count alike.
+        spreads = [float(x.square().sum(1).mean().sqrt()) for x in centred]
+        scale = torch.cat(
+            [
+                x.new_full((x.shape[1],), 1 / spread if spread > 0 else 0.0)
+                for x, spread in zip(centred, spreads, strict=True)
+            ]
+        )
+        rows = torch.cat(centred, 1)
+        values, vectors = torch.linalg.eigh((rows * scale) @ (rows * scale).T)
+        values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
+        shrinkage, total = METRICS[metric].shrinkage, float(values.sum())
+        if shrinkage < math.inf:  # of X' U, sqrt(1 / (l + tau)) makes the metric's directions
+            weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
+            vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
+        projection = scale[:, None] * ((rows * scale).T @ vectors)
+        square = float((rows @ projection).square().sum(1).mean())
+        self._projection = (projection * (square**-0.5 if square > 0 else 0.0)).float()
+        self._centre = torch.cat([x.mean(0) for x in features])
+
+    @classmethod
+    def of(cls, seen: Sequence[list[Leaf]], outputs: Tensor) -> _Space:
+        """Return the coordinates in which up to 512 rows predict each other's outputs best.
+
+        Among the few rows of a batch another metric wins: the more there are, the finer it is.
+        """
+        leaves = [
+            Leaf(
+                torch.cat([x.rows for x in column]),
+                None if column[0].pooled is None else torch.cat([x.pooled for x in column]),
+            )
+            for column in zip(*seen, strict=True)
+        ]
+        some = evenly(len(outputs), LANDMARKS)
+        distances = Distances(Sources((), [leaf.at(some) for leaf in leaves]), tuple(METRICS))
+        usable = distances.usable.nonzero().flatten()
+        fits = Fits(distances, (LENGTH,), usable, compared=LANDMARKS)
+        return cls(leaves, str(fits.metric(scaled(outputs[some][usable].double())[0], LENGTH)))
+
+    def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
+        """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
+        features = [each(leaf) for each, leaf in zip(self._maps, leaves, strict=True)]
+        with exactly():
+            z: Tensor = (torch.cat(features, 1) - self._centre).float() @ self._projection
+            return z
+
+
 class _Snapshot:
     """A regression that is never changed.
 
@@ -269,62 +329,38 @@ class _Snapshot:
         form: the shapes of inputs and outputs.
         space: of the coordinates.
         rows: ``[M, r]``, coordinates.
-        length: of the kernel.
-        weights: ``[M, C]``.
-        mean: ``[C]``.
+        outputs: ``[M, C]``.
     """
 
-    def __init__(
-        self, form: Any, space: Space, rows: Tensor, length: float, weights: Tensor, mean: Tensor
-    ) -> None:
-        self.form, self._space, self._length = form, space, length
-        self._mean = mean
-        self._weights = weights.T.contiguous().T  # so that the product takes half the time
+    def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
+        self.form, self._space = form, space
+        squared = distances_among(rows)
+        some = evenly(len(rows), _PATH)
+        among = squared[some][:, some]
+        self._length = LENGTH * path_step(among, similarity_order(among.sqrt()))
+        weights, mean = GaussianProcess(squared, self._length).coefficients(outputs)
+        self._mean = mean.float()
+        self._weights = weights.float().T.contiguous().T  # so that the product takes half the time
         # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
         squares = rows.square().sum(1, keepdim=True)
         self._to_rows = torch.cat([rows, torch.ones_like(squares), squares], 1).T
-        self._placed: dict[torch.device, _Snapshot] = {}
-
-    def on(self, device: torch.device) -> _Snapshot:
-        """The same on a device; each device's is kept."""
-        if device == self._mean.device:
-            return self
-        placed = self._placed.get(device)
-        if placed is None:
-            # All is copied, which waits; what another stream computes might not be there yet.
-            placed = copy.copy(self)
-            for name in ("_to_rows", "_weights", "_mean"):
-                setattr(placed, name, getattr(self, name).to(device))
-            placed._space = self._space.to(device)
-            self._placed[device] = placed
-        for tensor in (placed._to_rows, placed._weights, placed._mean, *placed._space.tensors):
-            read_here(tensor)  # a newer snapshot may take its place at any time
-        return placed
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        with exactly(self._mean.device.type):
-            z = self._space(side_by_side(inputs))
+        with exactly():
+            z = self._space(leaves_of(inputs))
             squares = z.square().sum(1, keepdim=True)
             squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
             covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
-            outputs = torch.addmm(self._mean, covariances, self._weights)
+            outputs = torch.addmm(self._mean, covariances, self._weights).to(inputs[0].device)
         shapes = self.form[1]
         parts = outputs.split([shape.numel() for shape in shapes], 1)
         return [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
 
 
-def _regression(rows: Tensor, outputs: Tensor) -> tuple[Tensor, float, Tensor, Tensor]:
-    """The rows, the length, the weights ``[M, C]`` and the mean ``[C]``, in float32."""
-    squared = distances_among(rows)
-    some = evenly(len(rows), _PATH)
-    among = squared[some][:, some]
-    length = _LENGTH * path_step(among, similarity_order(among.sqrt()))
-    weights, mean = KernelRegression(squared, length).coefficients(outputs)
-    return rows, length, weights.float(), mean.float()
-
-
-def _flat(outputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(len(x), -1).float() for x in outputs], 1)
+def _copied(leaf: Leaf) -> Leaf:
+    """Return a leaf in memory of its own, float32: the caller may change the inputs."""
+    pooled = None if leaf.pooled is None else leaf.pooled.float()
+    return Leaf(leaf.rows.to(torch.float32, copy=True), pooled)
 
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:

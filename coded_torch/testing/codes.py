@@ -211,17 +211,6 @@ class CodeTests:
             assert torch.equal(results[source[exact]], inputs[exact])
         assert (code.source(range(code.min_received - 1)) == -1).all()
 
-    def test_results_are_left_out_one_by_one_or_in_turns(self, code, received):
-        for workers in (received, range(code.num_workers), received[:1]):
-            errors = code.left_out(workers)
-            assert errors.shape[1:] == (len(workers),)
-            assert len(errors) <= len(workers)
-            # Constants are predicted, and each row is a result less what others say.
-            torch.testing.assert_close(
-                errors.sum(1), torch.zeros(len(errors)).double(), rtol=0, atol=1e-6
-            )
-            assert (errors == 1).any(1).all()
-
     # The object.
 
     def test_travels(self, code, received):

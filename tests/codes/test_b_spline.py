@@ -25,8 +25,8 @@ class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve
 
     default_worker_points = staticmethod(equidistant)
 
-    def __init__(self, num_data, num_workers, *, degree=3):  # 2. checked, and kept under its name
-        super().__init__(num_data, num_workers)
+    def __init__(self, num_data, num_workers, *, degree=3, **options):  # 2. checked, and kept
+        super().__init__(num_data, num_workers, **options)
         self.degree = count(self, "degree", degree, most=self.num_data - 1)
         inner = np.linspace(-1, 1, self.num_data - self.degree + 1)
         self._knots = np.pad(inner, self.degree, mode="edge")

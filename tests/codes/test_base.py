@@ -8,9 +8,9 @@ from coded_torch.codes import (
     BerrutCode,
     Code,
     CurveCode,
-    KernelCode,
     LagrangeCode,
     NotEnoughResults,
+    RegressionCode,
     ReplicationCode,
     SplineCode,
     base,
@@ -49,7 +49,7 @@ def test_not_enough_results_keeps_its_reason():
         (SplineCode(4, 6, decoder_smoothing=0.1), "encoder_smoothing=0.0, decoder_smoothing=0.1"),
         (BerrutCode(4, 6, order=2), "order=2"),
         (LagrangeCode(4, 6, decoder_degree=5), "decoder_degree=5"),
-        (KernelCode(4, 6, length=3), "metric='auto', length=3.0"),
+        (RegressionCode(4, 6, length=3), "metric='auto', length=3.0"),
     ],
 )
 def test_a_code_says_what_it_was_made_of(code, text):
@@ -63,9 +63,9 @@ def test_a_code_says_all_that_has_a_name():
     assert repr(LagrangeCode(4, 12, degree=2)) == (
         "LagrangeCode(num_data=4, num_workers=12, degree=2)"
     )
-    assert repr(KernelCode(encoder=ReplicationCode(2, 3), metric="euclidean")) == (
-        "KernelCode(encoder=ReplicationCode(num_data=2, num_workers=3), metric='euclidean', "
-        "length='auto')"
+    assert repr(RegressionCode(2, 3, metric="spread", ordering="arrival", shuffle=False)) == (
+        "RegressionCode(num_data=2, num_workers=3, metric='spread', length='auto', "
+        "ordering='arrival', shuffle=False)"
     )
 
 

@@ -408,7 +408,7 @@ def test_bad_construction():
     [
         ({"shuffle": "no"}, TypeError, "shuffle must be of type bool, got str"),
         ({"ordering": "nope"}, ValueError, "ordering must be 'similarity', .* got 'nope'"),
-        ({"ordering": 3}, TypeError, "ordering must be a name, .* got 3"),
+        ({"ordering": 3}, TypeError, "ordering must be a name or a permutation, got 3"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, error, match):

@@ -21,7 +21,6 @@ from .pools import Separate
 CODES = [
     KernelCode,
     ReplicationCode,
-    lambda k, n: KernelCode(encoder=ReplicationCode(k, n)),
 ]
 WAYS = [None, Waiting()]
 BAD = [2, 7]

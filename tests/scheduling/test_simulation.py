@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coded_torch import stragglers
 from benchmarks.hedging import HedgeOnce, Unsplit
+from coded_torch import stragglers
 from coded_torch.nn import Waiting
 from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Ask, Began, Drop, History, Settled, Wait

@@ -1,0 +1,448 @@
+"""Missing answers, predicted from the answers of similar inputs."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._arguments import count, dense, instance, positive, shown
+from .._transforms import outside, plain
+from ..linear import SelectMap
+from .gaussian_process import GaussianProcess
+from .geometry import check_inputs, evenly
+from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
+from .selection import LENGTH, LENGTHS, Fits, Fitted
+
+__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "few_columns"]
+
+#: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
+#: parts the squared error is 1.6, 2.4, 4.0 times as large. (theory, section 10)
+MOST_ROWS = 4096
+# Columns of the results, to judge predictions by: the outputs' variance and trust are as exact from
+# some 64 outputs as from all. It was not tuned.
+_COLUMNS = 64
+# Rows whose variances are found together where copies are planned: predicting an input from more
+# than its neighbours on the path changes its variance little. (MKL factorises 500 rows in less than
+# half the time that it takes for 512.)
+_NEIGHBOURS = 500
+_BLIND = "no floating-point input to measure distances on: missing answers are the mean"
+
+
+class Regression:
+    """Predicts missing rows of a batch by regression on the rows that have results.
+
+    The predictions are the posterior means of a Gaussian process in input space,
+    :class:`~coded_torch.input_space.gaussian_process.GaussianProcess`, shrunk towards the mean of
+    the results as far as these are predicted badly from each other. Without floating-point inputs,
+    missing rows get the mean.
+
+    Args:
+        metric: how far inputs are apart: a name in
+            :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a sequence of
+            names, "auto" and callables; or a callable, which is short for ("auto", callable). If
+            there are several, the one that predicts the results best from each other, each left out
+            in turn, predicts the missing ones, for every output of the module. A callable is given
+            the floating-point inputs, ``[B, ...]`` each (if there are none, the others), and
+            returns the tensors that distances are measured on, such as the module's own embedding,
+            pooled. It runs without gradients, once a call, if a row is missing. If it fails, it is
+            left out, and the report says so. Defaults to "auto".
+        length: of the regression, positive, in median distances between neighbours on a path
+            through the batch. "auto" chooses among 1, 2, 4, 8 and half a step to both sides, by the
+            root of 2. Defaults to "auto".
+        link: "softmax" if all outputs are probabilities over their last dimension: they are
+            predicted on the scale of logits. Defaults to None.
+
+    Attributes:
+        metrics, lengths: those that compete.
+
+    Raises:
+        TypeError: an argument is of another kind than said.
+        ValueError: an argument violates its requirement.
+
+    Note:
+        :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
+        predicted in parts. A metric other than "shrunk", and a length other than 2, are taken if
+        they predict better by more than two standard errors of the gain. The same inputs and
+        results give the same bits.
+
+        Gradients of predictions take distances, metric, length and trust as constant.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch import Regression
+        >>> x = torch.linspace(0, 3, 16)[:, None]
+        >>> plan = Regression().plan([x])
+        >>> known = [0, 1, 2, 4, 5, 6, 8, 9, 10, 11, 13, 14, 15]
+        >>> answers = plan.decode(x.sin()[known][:, None], known)
+        >>> bool((answers - x.sin()).abs().max() < 0.01)
+        True
+    """
+
+    def __init__(
+        self,
+        metric: str | Features | Sequence[str | Features] = "auto",
+        length: float | str = "auto",
+        link: str | None = None,
+    ) -> None:
+        self.metric, self.metrics = metric, _metrics(metric)
+        if isinstance(length, str):
+            if length != "auto":
+                raise ValueError(f"Regression: length must be positive or 'auto', got {length!r}")
+            self.lengths: tuple[float, ...] = LENGTHS
+        else:
+            self.lengths = (positive(self, "length", length),)
+        self.length = self.lengths[0] if isinstance(length, numbers.Real) else length
+        check_link(self, link)
+        self.link = link
+
+    def plan(
+        self,
+        inputs: Sequence[Tensor],
+        batch_size: int | None = None,
+        *,
+        others: Sequence[Tensor] = (),
+        chunk: int = MOST_ROWS,
+    ) -> RowPlan:
+        """Plan one batch, before any of its results is there.
+
+        Args:
+            inputs: the floating-point inputs that are divided, ``[B, ...]`` each. If there is none,
+                missing rows get the mean of the others.
+            batch_size: B, which must be given if there is no input.
+            others: the inputs of other dtypes, of which a callable metric makes features if there
+                is no floating-point input.
+            chunk: the most rows that are predicted together.
+
+        Raises:
+            TypeError, ValueError: the inputs differ in batch size, or there is none and no
+                ``batch_size``; :func:`torch.func.vmap` hides a dimension of an input.
+        """
+        inputs, size = check_batch("Regression", inputs, batch_size)
+        parts = max(1, -(-size // count("Regression", "chunk", chunk)))
+        rows = list(torch.arange(size, device="cpu").tensor_split(parts))
+        with outside():
+            return RowPlan(self, inputs, size, others, rows)
+
+    def __repr__(self) -> str:
+        given = {"metric": self.metric, "length": self.length, "link": self.link}
+        shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None))
+        return f"Regression({', '.join(shown)})"
+
+
+class RowPlan:
+    """A regression fitted to one batch, whose rows are asked for one by one.
+
+    Results are ``[F, G, ...]``, ``received`` names the F units that they are of, increasing; here
+    units are rows, and G is 1.
+
+    Args:
+        regression: that predicts.
+        inputs: plain tensors, ``[B, ...]`` each.
+        batch_size: B.
+        others: inputs of other dtypes.
+        parts: the rows that are predicted together, which make up the batch.
+
+    Attributes:
+        batch_size: B.
+        num_groups: G.
+        note: what the caller should know, one line; mostly empty.
+        choices: how missing answers of the output decoded last were predicted, for every part.
+    """
+
+    def __init__(
+        self,
+        regression: Regression,
+        inputs: Sequence[Tensor],
+        batch_size: int,
+        others: Sequence[Tensor],
+        parts: Sequence[Tensor],
+    ) -> None:
+        self.regression, self.batch_size, self.num_groups = regression, batch_size, 1
+        self.choices: tuple[Choice, ...] = ()
+        self._note, metrics = "", regression.metrics
+        if not inputs:
+            inputs, self._note = _made_of(metrics, others)
+            metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
+        self._sources = Sources(inputs) if inputs else None
+        self._parts = [
+            _Part(
+                regression,
+                rows,
+                None if self._sources is None else Distances(self._sources, metrics, rows),
+            )
+            for rows in parts
+        ]
+        self._back = torch.cat([part.rows for part in self._parts]).argsort()
+        self._last: tuple[tuple[int, ...], Tensor] | None = None
+
+    @property
+    def note(self) -> str:
+        notes = [self._note, *(self._sources.notes if self._sources else ())]
+        return "; ".join(note for note in notes if note)
+
+    @property
+    def order(self) -> Tensor:
+        """A path through the batch, part by part, ``[B]``."""
+        return torch.cat([part.rows[part.order] for part in self._parts])
+
+    def source(self, received: Sequence[int]) -> Tensor:
+        """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
+        key = tuple(received)
+        if self._last is None or self._last[0] != key:  # asked for every output; not a history
+            with outside():
+                self._last = key, self._source(torch.tensor(key, dtype=torch.int64))
+        return self._last[1]
+
+    def _source(self, received: Tensor) -> Tensor:
+        source = torch.full((self.batch_size,), -1)
+        return source.index_copy_(0, received, torch.arange(len(received)))
+
+    def used(self, received: Sequence[int]) -> Tensor:
+        """Return the distinct results that others are predicted from: flat indices ``[F, G]``."""
+        source = self.source(received)
+        return source[source >= 0]
+
+    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
+        rows, source = results.flatten(0, 1), self.source(received)
+        maps, choices = [], []
+        with outside():
+            for part in self._parts:
+                map, choice = part.map(source, rows)
+                maps.append(map)
+                choices += [choice] if choice is not None else []
+        self.choices = tuple(choices)
+        if len(maps) == 1:
+            return maps[0](rows)
+        return torch.cat([map(rows) for map in maps])[self._back.to(rows.device)]
+
+    def expected_errors(
+        self, received: Sequence[int], results: Tensor | None = None
+    ) -> Tensor | None:
+        """Return the root mean squared error to expect of each answer; 0 for exact ones.
+
+        Args:
+            received: as for :meth:`decode`.
+            results: as for :meth:`decode`; without, errors are in the outputs' standard deviation.
+
+        Returns:
+            ``[B]``, float64, on the host: the norm over all numbers of an answer. None if there are
+            no results.
+        """
+        source = self.source(received)
+        if not bool((source >= 0).any()):
+            return None
+        with outside():
+            rows = None if results is None else results.flatten(0, 1)
+            variances = torch.cat([part.variances(source, rows) for part in self._parts])
+            size = 1 if results is None else results.shape[2:].numel()
+            return variances[self._back].mul_(size).sqrt_()
+
+    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
+        """Return the root mean square of :meth:`expected_errors` over the batch, or None."""
+        errors = self.expected_errors(received, results)
+        return None if errors is None else math.sqrt(float(errors.square().mean()))
+
+    def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
+        """Return the sum of squared errors of predicting results from the others.
+
+        It compares results under one plan: outputs, and what is left of them beside an
+        approximation.
+        """
+        rows, source = results.flatten(0, 1), self.source(received)
+        with outside():
+            return sum(part.left_out_square(source, rows) for part in self._parts)
+
+    def leave_one_out_variances(self) -> Tensor:
+        """Return the variance of each input predicted from the inputs near it, ``[B]``."""
+        return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
+
+
+class _Part:
+    """The rows of a batch that are predicted together.
+
+    Args:
+        regression: that predicts.
+        rows: ``[b]``, of the batch.
+        distances: of these rows; None if there are none.
+    """
+
+    def __init__(self, regression: Regression, rows: Tensor, distances: Distances | None) -> None:
+        self.rows, self._distances, self._lengths = rows, distances, regression.lengths
+        self.order = torch.arange(len(rows)) if distances is None else distances.order
+        # Of results, and of what surrogates leave of them; not a history.
+        self._fits: Fits | None = None
+        self._fitted: list[Fitted] = []
+
+    def map(self, source: Tensor, results: Tensor) -> tuple[SelectMap, Choice | None]:
+        """Return the map from all results to the answers of these rows.
+
+        Args:
+            source: ``[B]``, the place of each row's own result, or -1.
+            results: ``[n, ...]``.
+        """
+        own, used, choice = source[self.rows], source[:0], None
+        weights = torch.zeros(0, 0)
+        lost = (own < 0).nonzero().flatten()
+        if len(lost):
+            dense("Regression", "results", results)
+            points, used = self._used(source)
+            weights = torch.full((1, len(used)), 1 / len(used))
+            fitted = self._fit(points, few_columns(results, used))
+            if fitted is not None:
+                choice = fitted.choice
+                # Shrunk towards the mean as far as results are not predicted by each other.
+                if choice.trust > 0:
+                    mean = (1 - choice.trust) / len(used)
+                    weights = fitted.process.weights_at(lost).mul(choice.trust).add_(mean)
+        return SelectMap(len(results), own, used, weights), choice
+
+    def variances(self, source: Tensor, results: Tensor | None) -> Tensor:
+        """Return the variances of the answers of these rows, ``[b]``, float64; 0 if exact."""
+        own = source[self.rows]
+        lost = (own < 0).nonzero().flatten()
+        variances = torch.zeros(len(own), dtype=torch.float64)
+        if not len(lost):
+            return variances
+        points, used = self._used(source)
+        sample = None if results is None else few_columns(results, used)
+        fitted = self._fit(points, sample)
+        if fitted is None or fitted.choice.trust == 0:  # about the mean
+            variance = 1.0
+            if sample is not None:
+                variance = float(sample.var(0).mean()) if len(sample) > 1 else 0.0
+            return variances.index_fill_(0, lost, variance * (1 + 1 / len(used)))
+        sample = fitted.sample
+        scale = 1.0 if sample is None else fitted.process.output_variance(sample)
+        return variances.index_copy_(0, lost, fitted.process.variances_at(lost) * scale)
+
+    def left_out_square(self, source: Tensor, results: Tensor) -> float:
+        """Return the sum of squared errors of predicting results from the others."""
+        points, used = self._used(source)
+        sample = few_columns(results, used)
+        fitted = self._fit(points, sample)
+        if fitted is None:
+            n = len(sample)
+            return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
+        assert fitted.sample is not None
+        return float(fitted.process.leave_one_out_residuals(fitted.sample).square().sum())
+
+    def leave_one_out_variances(self) -> Tensor:
+        """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
+        variances = torch.ones(len(self.rows), dtype=torch.float64)
+        if self._distances is None:
+            return variances
+        squared, step = self._distances.by(self._distances.first)
+        length = step * (self._lengths[0] if len(self._lengths) == 1 else LENGTH)
+        for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
+            variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
+        return variances
+
+    def _used(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows that predict the others, among these, and the places of their results.
+
+        If no result of these rows is there, some results of the batch are used, by their mean.
+        """
+        own = source[self.rows]
+        has = own >= 0
+        if self._distances is not None and bool((has & self._distances.usable).any()):
+            has = has & self._distances.usable
+        points = has.nonzero().flatten()
+        if len(points):
+            return points, own[points]
+        known = source[source >= 0]
+        return points, known[evenly(len(known), MOST_ROWS)]
+
+    def _fit(self, points: Tensor, sample: Tensor | None) -> Fitted | None:
+        if self._distances is None or not len(points):
+            return None
+        if self._fits is None or not torch.equal(self._fits.points, points):
+            self._fits, self._fitted = Fits(self._distances, self._lengths, points), []
+        for fitted in self._fitted:
+            if _same(fitted.sample, sample):
+                return fitted
+        self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
+        return self._fitted[-1]
+
+
+def few_columns(results: Tensor, rows: Tensor) -> Tensor:
+    """Return some columns of some results ``[n, ...]``: ``[M, C]``, float64 on the host."""
+    columns = plain("decode", "results", results).reshape(len(results), -1)
+    columns = columns[:, :: max(1, columns.shape[1] // _COLUMNS)]
+    return columns.to("cpu", torch.float64)[rows]
+
+
+def check_batch(
+    owner: str, inputs: Sequence[Tensor], batch_size: int | None
+) -> tuple[list[Tensor], int]:
+    """Return the plain inputs and the size of the batch.
+
+    Raises:
+        TypeError, ValueError: as :meth:`Regression.plan`.
+    """
+    check_inputs(owner, inputs)
+    numbers = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
+    if batch_size is None and not numbers:
+        raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")
+    size = len(numbers[0]) if numbers else count(owner, "batch_size", batch_size)
+    if batch_size not in (None, size) or size == 0:
+        raise ValueError(
+            f"{owner}: batch_size must be that of the inputs, at least 1, got {shown(batch_size)} "
+            f"for inputs of {size} rows"
+        )
+    return numbers, size
+
+
+def check_link(owner: object, link: Any) -> None:
+    """Raise an error unless ``link`` is None or "softmax"."""
+    instance(owner, "link", link, str, optional=True)
+    if link not in (None, "softmax"):
+        name = owner if isinstance(owner, str) else type(owner).__name__
+        raise ValueError(f"{name}: link must be None or 'softmax', got {link!r}")
+
+
+def _made_of(
+    metrics: Sequence[str | Features], others: Sequence[Tensor]
+) -> tuple[list[Tensor], str]:
+    """Return what the first callable that works makes of inputs that are not floating-point."""
+    notes = [_BLIND]
+    for metric in metrics if others else ():
+        if not isinstance(metric, str):
+            made, note = made_by(metric, [plain("Regression", "others", x) for x in others])
+            if made is not None:
+                return made, ""
+            notes.append(note)
+    return [], "; ".join(notes)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _metrics(metric: Any) -> tuple[str | Features, ...]:
+    """Return the metrics that compete, each once."""
+    several = ("auto", metric) if callable(metric) else metric
+    several = (several,) if isinstance(several, str) else several
+    if not isinstance(several, Sequence):
+        raise TypeError(
+            "Regression: metric must be a name, a callable or a sequence of these, "
+            f"got {shown(metric)}"
+        )
+    found: list[str | Features] = []
+    for one in several:
+        if not (callable(one) or isinstance(one, str)):
+            raise TypeError(f"Regression: metric must hold names and callables, got {shown(one)}")
+        if isinstance(one, str) and one not in ("auto", *METRICS):
+            raise ValueError(
+                f"Regression: metric must be 'auto' or one of {', '.join(METRICS)}, "
+                f"got {shown(one)}"
+            )
+        found += METRICS if one == "auto" else [one]
+    if not found:
+        raise ValueError("Regression: metric must hold at least one, got none")
+    return tuple(dict.fromkeys(found))

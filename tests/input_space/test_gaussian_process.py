@@ -1,0 +1,142 @@
+"""Regression on distances against the dense formulas, and at its limits."""
+
+import math
+
+import pytest
+import torch
+
+from coded_torch.input_space.gaussian_process import NUGGET, GaussianProcess, matern52, scaled
+
+KNOWN, ASKED = torch.arange(30), torch.arange(30, 35)
+
+
+@pytest.fixture
+def problem(generator):
+    """Points with results, 30, and without, 5; the squared distances of all."""
+    at = torch.randn(35, 3, dtype=torch.float64, generator=generator)
+    return at[:30], torch.cdist(at, at).square()
+
+
+def given(squared, length=1.3, points=KNOWN):
+    return GaussianProcess(squared, length, points)
+
+
+def dense(squared, length):
+    """The best linear unbiased predictor by its bordered system, and its variance."""
+    m = len(KNOWN)
+    c = matern52(squared[:m, :m], length) + NUGGET * torch.eye(m, dtype=torch.float64)
+    border = torch.zeros(m + 1, m + 1, dtype=torch.float64)
+    border[:m, :m], border[:m, m], border[m, :m] = c, 1, 1
+    k = torch.cat([matern52(squared[m:, :m], length), torch.ones(5, 1, dtype=torch.float64)], dim=1)
+    solved = torch.linalg.solve(border, k.T)
+    return solved[:m].T, 1 + NUGGET - (k * solved.T).sum(1)
+
+
+def test_agrees_with_the_bordered_system(problem):
+    at, squared = problem
+    process = given(squared)
+    weights, variances = dense(squared, 1.3)
+    torch.testing.assert_close(process.weights_at(ASKED), weights)
+    torch.testing.assert_close(process.variances_at(ASKED), variances)
+    torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
+    coefficients, mean = process.coefficients(at.sin())
+    covariances = matern52(squared[30:, :30], 1.3)
+    torch.testing.assert_close(covariances @ coefficients + mean, weights @ at.sin())
+
+
+@pytest.mark.parametrize("most", [512, 10])
+def test_leaving_one_out_is_leaving_one_out(problem, most, monkeypatch):
+    monkeypatch.setattr("coded_torch.input_space.gaussian_process._ALL_LEFT_OUT", most)
+    monkeypatch.setattr("coded_torch.input_space.gaussian_process._LEFT_OUT", 6)
+    at, squared = problem
+    process, y = given(squared), at.sin()
+    residuals = process.leave_one_out_residuals(y)
+    assert len(process.left_out) == (30 if most > 30 else 6)
+    for place, i in enumerate(process.left_out.tolist()):
+        rest = torch.tensor([j for j in range(30) if j != i])
+        without, at_i = given(squared, points=rest), torch.tensor([i])
+        torch.testing.assert_close(
+            process.leave_one_out_variances[place], without.variances_at(at_i)[0]
+        )
+        left = y[i] - (without.weights_at(at_i) @ y[rest])[0]
+        torch.testing.assert_close(residuals[place], left, rtol=1e-4, atol=1e-6)
+    e, v = residuals, process.leave_one_out_variances
+    q = (e.square().mean(1) / v).mean()
+    want = (q.log() + e.square().mean(1) / (q * v) - 1 + v.log()) / 2
+    got, size = process.losses(scaled(y)[0]), scaled(y)[1]
+    torch.testing.assert_close(got + math.log(size), want, rtol=1e-4, atol=1e-4)
+
+
+def test_trust_is_the_slope_of_leaving_one_out(problem):
+    at, squared = problem
+    process = given(squared)
+    noise = torch.randn(30, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    results = torch.cat([at.sin(), noise], dim=1)
+    above, below = 0.0, 0.0
+    for i in range(30):
+        rest = torch.tensor([j for j in range(30) if j != i])
+        weights = given(squared, points=rest).weights_at(torch.tensor([i]))
+        mean = results[rest].mean(0)
+        predicted = (weights @ results[rest])[0] - mean
+        above += float((predicted * (results[i] - mean)).sum())
+        below += float(predicted.square().sum())
+    assert 0.1 < above / below < 0.9
+    assert process.trust(results) == pytest.approx(above / below, rel=1e-4)
+    assert process.trust(at.sin()) > 0.8
+    assert process.trust(torch.ones(30, 1, dtype=torch.float64)) == 1
+
+
+def test_no_trust_where_the_gain_may_be_chance(problem, generator):
+    at, squared = problem
+    process = given(squared)
+    noise = [torch.randn(30, 4, generator=generator, dtype=torch.float64) for _ in range(50)]
+    assert (
+        sum(process.trust(results) > 0 for results in noise) <= 18
+    )  # else in more than half of them
+    assert process.trust(at.sin() + 0.5 * noise[0][:, :3]) > 0.3
+    assert process.trust(1e100 * at.sin()) == pytest.approx(process.trust(at.sin()))
+
+
+def test_trust_lies_within_0_and_1():
+    at = torch.arange(4, dtype=torch.float64)
+    process = GaussianProcess((at[:, None] - at).square(), 3.0)
+    zigzag = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]], dtype=torch.float64)
+    assert process.trust(zigzag) == 0
+    assert process.trust(at[:, None]) == 1
+
+
+def test_the_outputs_variance(generator):
+    """Drawn from the model with variance 9, it is estimated as 9."""
+    at = torch.randn(200, 2, dtype=torch.float64, generator=generator)
+    squared = torch.cdist(at, at).square()
+    factor = torch.linalg.cholesky(
+        matern52(squared, 1.0) + NUGGET * torch.eye(200, dtype=torch.float64)
+    )
+    draws = 3 * factor @ torch.randn(200, 50, dtype=torch.float64, generator=generator) + 7
+    assert GaussianProcess(squared, 1.0).output_variance(draws) == pytest.approx(9, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_distances_that_no_points_have(generator, dtype):
+    """Equal to a and to b, which differ: the kernel is indefinite by much more than the nugget."""
+    noise = torch.rand(35, 35, dtype=torch.float64, generator=generator).to(dtype)
+    weights = given((noise + noise.T).fill_diagonal_(0), 1.0).weights_at(ASKED)
+    assert weights.abs().max() < 10
+    torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
+
+
+def test_distances_that_are_no_numbers():
+    with pytest.raises(ValueError, match="squared_distances must be numbers, got NaN"):
+        GaussianProcess(torch.full((3, 3), math.nan, dtype=torch.float64), 1.0)
+
+
+def test_one_result_and_repeated_inputs():
+    squared = torch.tensor([[0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
+    one = GaussianProcess(squared, 1.0, torch.tensor([0]))
+    assert one.weights_at(torch.tensor([1])).item() == pytest.approx(1)
+    assert one.output_variance(torch.ones(1, 2, dtype=torch.float64)) == 0
+    assert one.trust(torch.ones(1, 2, dtype=torch.float64)) == 1
+    for far in (0.0, math.inf):  # all at one place; each infinitely far from all others
+        squared = torch.full((5, 5), far, dtype=torch.float64).fill_diagonal_(0)
+        weights = GaussianProcess(squared, 1.0, torch.arange(4)).weights_at(torch.tensor([4]))
+        torch.testing.assert_close(weights, torch.full((1, 4), 0.25, dtype=torch.float64))

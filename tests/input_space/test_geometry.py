@@ -1,0 +1,142 @@
+"""Distances in a metric that the rows determine themselves."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coded_torch.input_space.geometry import Geometry, added_up, typical_rows
+
+SHRINKAGES = [0.0, 0.01, math.inf]
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def measured(features, shrinkage):
+    return Geometry(features).squared_distances(shrinkage)[0]
+
+
+def naive(features, shrinkage):
+    """Squared distances of all rows, and their squared lengths, in float64."""
+    rows = []
+    for x in features:
+        centred = x.double() - x.double().mean(0)
+        rows.append(centred / centred.square().sum(1).mean().sqrt())
+    x = torch.cat(rows, 1)
+    covariance = x.T @ x
+    metric = covariance if shrinkage else torch.eye(len(covariance), dtype=torch.float64)
+    if 0 < shrinkage < math.inf:
+        eye = torch.eye(len(covariance), dtype=torch.float64)
+        metric = covariance @ torch.linalg.inv(covariance + shrinkage * covariance.trace() * eye)
+    gram = x @ metric @ x.T
+    gram = gram * len(gram) / gram.trace()
+    squares = gram.diagonal()
+    return squares[:, None] + squares - 2 * gram, squares
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.003, 0.01, 0.3, 30.0, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("widths", [[3], [1], [40], [16, 5, 1]])
+def test_distances_and_lengths(shrinkage, dtype, widths):
+    features = [randn(24, w, seed=i, dtype=dtype) * 7**i + 3 * i for i, w in enumerate(widths)]
+    squared, squares = Geometry(features).squared_distances(shrinkage)
+    want, lengths = naive(features, shrinkage)
+    assert squared.dtype == torch.float32
+    torch.testing.assert_close(squared.double(), want, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(squares.double(), lengths, atol=2e-4, rtol=1e-3)
+    assert torch.equal(squared, squared.T)
+    assert (squared >= 0).all()
+    assert (squared.diagonal() == 0).all()
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+@pytest.mark.parametrize("width", [3, 784, 14_700])
+def test_equal_rows_are_at_distance_zero(shrinkage, width):
+    x = added_up(randn(33, width) + 5)[torch.arange(66) % 33]
+    zero = torch.eye(33, dtype=torch.bool).repeat(2, 2)
+    assert torch.equal(measured([x], shrinkage) == 0, zero)
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+@pytest.mark.parametrize("batch_size", [0, 1, 2, 5])
+@pytest.mark.parametrize("fill", [0.0, 0.1, 1e18])
+def test_batches_without_any_spread(batch_size, fill, shrinkage):
+    squared = measured([torch.full((batch_size, 7), fill)], shrinkage)
+    assert torch.equal(squared, torch.zeros(batch_size, batch_size))
+    assert measured([torch.zeros(batch_size, 0)], shrinkage).shape == (batch_size, batch_size)
+
+
+@given(st.sampled_from([1e-18, 1e-3, 1e3, 1e18]), st.floats(-100, 100))
+@settings(deadline=None)
+def test_distances_do_not_depend_on_scale_and_offset(scale, offset):
+    x = randn(8, 10, dtype=torch.float64)
+    for shrinkage in SHRINKAGES:
+        want = measured([x], shrinkage)
+        torch.testing.assert_close(
+            measured([(x + offset) * scale], shrinkage), want, atol=1e-4, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_any_scale_that_float32_has(shrinkage, scale):
+    x = randn(12, 30)
+    assert typical_rows([x * scale]).all()
+    got, want = measured([x * scale], shrinkage), measured([x], shrinkage)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30, 255.0])
+def test_rows_that_are_not_typical(bad):
+    """They are not finite, or far longer than others, in any of the inputs."""
+    x, y = randn(12, 6), randn(12, 1)
+    x[2, 3], y[7] = bad, bad
+    assert (~typical_rows([x, y])).nonzero().flatten().tolist() == [2, 7]
+    ones = torch.ones(40, 3)
+    ones[7] = 100
+    assert (~typical_rows([ones])).nonzero().flatten().tolist() == [7]
+    zeros = torch.zeros(40, 3)
+    zeros[7] = 100  # most are 0: the others are not too long
+    assert typical_rows([zeros]).all()
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.01])
+@pytest.mark.parametrize("noise", [1e-3, 0.01, 0.03])
+def test_distances_of_near_duplicates_are_those_of_points(shrinkage, noise):
+    """They are a thousandth of the rows' lengths: their squares are a float32's rounding."""
+    x = randn(5, 32, dtype=torch.float64).repeat(12, 1)
+    x += noise * randn(60, 32, seed=1, dtype=torch.float64)
+    got, want = measured([x.float()], shrinkage).double(), naive([x], shrinkage)[0]
+    near = (want < 0.1) & ~torch.eye(60, dtype=torch.bool)
+    assert float((got / want - 1)[near].abs().max()) < 3e-5 / noise
+
+
+@pytest.mark.parametrize("shrinkage", [0.01, math.inf])
+def test_landmarks_tell_the_covariance(shrinkage):
+    low_rank = randn(700, 6) @ randn(6, 50, seed=1)
+    got, want = measured([low_rank], shrinkage), naive([low_rank], shrinkage)[0]
+    # Another 512 rows would give another covariance, by 1 / sqrt(512) or 4 %.
+    assert float((got - want).abs().max()) < 0.05 * float(want.max())
+    assert not torch.allclose(got.double(), want, atol=1e-3)
+
+
+def test_many_features_are_added_up():
+    x = randn(100, 8) @ randn(8, 3 * 60 * 60, seed=1)
+    assert torch.equal(added_up(x), added_up(x))
+    assert added_up(x).shape == (100, 2039)
+    got, want = measured([added_up(x)], 0.0), naive([x], 0.0)[0]
+    ratio = (got / want)[~torch.eye(100, dtype=torch.bool)]
+    ratio = ratio / ratio.mean()
+    assert float(ratio.std()) < 2 / math.sqrt(2039)
+    assert float((ratio - 1).abs().max()) > 1e-4  # they were
+
+
+def test_autocast_is_left_alone():
+    x = randn(6, 40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = measured([x], 0.01)
+    assert torch.equal(got, measured([x], 0.01))
