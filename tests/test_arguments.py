@@ -68,10 +68,11 @@ CALLS = [
     (laws.Trace, {"source": [[1.0]]}),
     (scores.rmse, {"decoded": X, "exact": X}),
     (scores.relative_accuracy, {"decoded": X, "exact": X, "labels": torch.ones(6).long()}),
-    (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.KernelCode(2, 3), "workers": None,
-                       "stragglers": None, "waiting": None, "ordering": "arrival", "shuffle": True,
-                       "link": None}),
-    (nn.Waiting, {"deadline": 1.0, "patience": 3.0, "extra": 0.25, "predict": True,
+    (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": codes.ReplicationCode(2, 3),
+                       "workers": None, "waiting": None}),
+    (nn.CodedWrapper, {"module": torch.nn.Tanh(), "code": None, "workers": workers.LocalWorkers(),
+                       "parts": 2, "predictor": None}),
+    (nn.Waiting, {"deadline": 1.0, "predict_after": 3.0, "hedge_budget": 0.25, "predict": True,
                   "on_error": "raise"}),
     (nn.Waiting.first, {"num_stragglers": 1, "deadline": 1.0}),
     (workers.LocalWorkers, {"stragglers": None, "max_batch_size": 4}),
@@ -189,7 +190,7 @@ def test_every_public_class_and_function_is_tried():
     tried |= {codes.BatchPlan, codes.Code, codes.CurveCode, codes.FixedCode, linear.LinearMap}
     tried |= {codes.NotEnoughResults, codes.DeadlineExceeded, laws.Stragglers}
     for module in (codes, linear, functional, ordering, nodes, laws):
-        for name in {*module.__all__} - {"KernelCode", "plan_batch", "plan_rows"}:
+        for name in {*module.__all__}:
             thing = getattr(module, name)
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert thing in tried, name

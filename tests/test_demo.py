@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from coded_torch.codes import KernelCode
+from coded_torch.codes import RegressionCode
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
 from coded_torch.demo.situations import draw, situations
 from coded_torch.evaluation.compare import Comparison, Row
@@ -66,7 +66,7 @@ def test_what_becomes_of_answers(shipped):
 
 def test_predicted_logits_are_drawn_with_their_bars(shipped):
     model, images, _ = shipped
-    row = Row((2, 1, 1), "a code", KernelCode(1, 2), [1.0, 0.1], [1.0, 0.1], None)
+    row = Row((2, 1, 1), "a code", RegressionCode(1, 2), [1.0, 0.1], [1.0, 0.1], None)
     figure = draw(Comparison([row]), model, images[:240], (24, 20, 4))
     left, axes = figure.axes
     assert left.get_title() == "1 inputs a group on 2 workers"

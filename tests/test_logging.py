@@ -71,8 +71,7 @@ def test_of_many_threads_one_is_heard(passed):
 SCRIPT = """
 import contextlib, os, torch
 from torch import nn
-from coded_torch.codes import KernelCode
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 
 class Model(nn.Module):
@@ -84,7 +83,7 @@ class Model(nn.Module):
 def main():
     x = torch.linspace(0, 3, 24)[:, None]
     with ProcessWorkers(2).start() as pool, torch.no_grad():
-        coded = CodedWrapper(Model(), KernelCode(2, 2), workers=pool)
+        coded = CodedWrapper(Model(), workers=pool)
         with contextlib.suppress(RuntimeError):
             coded.run(torch.cat([-torch.ones(1, 1), x]), waiting=Waiting(deadline=2.0))
         nan = coded.replace(workers=FaultyWorkers(pool, rates={"nan": 0.7}, seed=1))

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from coded_torch import compare
-from coded_torch.codes import BerrutCode, KernelCode, LagrangeCode, ReplicationCode, SplineCode
+from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers, ProcessWorkers
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from .serve.servers import Client, built, linear, serving, tensor
 from .waits import host_waits
@@ -27,8 +27,8 @@ CODES = {
     "berrut": lambda: BerrutCode(4, 8),
     "lagrange": lambda: LagrangeCode(2, 8),
     "replication": lambda: ReplicationCode(4, 8),
-    "kernel": lambda: KernelCode(4, 8),
-    "kernel, spread": lambda: KernelCode(4, 8, metric="spread"),
+    "kernel": lambda: RegressionCode(4, 8),
+    "kernel, spread": lambda: RegressionCode(4, 8, metric="spread"),
 }
 every_code = pytest.mark.parametrize("make_code", CODES.values(), ids=CODES)
 REPEATING = {name: make for name, make in CODES.items() if not make().mixes}
@@ -69,10 +69,11 @@ def there(*devices):
     return devices if len(devices) > 1 else devices[0]
 
 
-def coded(module, make_code, **options):
+def coded(module, make_code, *, ordering="similarity", link=None, **options):
     """A wrapper that loses two of its workers and shuffles as another does."""
-    options = {"stragglers": Uniform(2, seed=0), "shuffle": random.Random(0)} | options
-    return CodedWrapper(module, make_code(), **options)
+    code = make_code().replace(ordering=ordering, link=link, shuffle=random.Random(0))
+    options = {"workers": LocalWorkers(Uniform(2, seed=0))} | options
+    return CodedWrapper(module, code, **options)
 
 
 def check_agreement(make_code, device="cuda:0", x=X, module=None, tolerance=TOLERANCE, **options):
@@ -213,11 +214,13 @@ def test_autocast(make_code, pool):
     module, x = network().to("cuda"), X.to("cuda")
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
-        wrapper = CodedWrapper(module, make_code(), workers=workers, shuffle=random.Random(0))
+        wrapper = CodedWrapper(
+            module, make_code().replace(shuffle=random.Random(0)), workers=workers
+        )
         stack.enter_context(torch.autocast("cuda", torch.bfloat16))
         with torch.no_grad():
             answers = wrapper(x)
-    host = CodedWrapper(network(), make_code(), shuffle=random.Random(0))
+    host = CodedWrapper(network(), make_code().replace(shuffle=random.Random(0)))
     assert answers.dtype == torch.bfloat16
     with torch.no_grad():
         want = host(X)
@@ -245,9 +248,9 @@ def test_after_inference_mode(make_code):
 def test_device_workers(devices, home, make_code, waiting, grad):
     there(home, *devices)
     module, x = network().to(home), X.clone().to(home).requires_grad_(grad)
-    want = coded(network(), make_code, stragglers=None, waiting=waiting)(X).detach()
+    want = coded(network(), make_code, workers=None, waiting=waiting)(X).detach()
     with DeviceWorkers(devices) as pool:
-        wrapper = coded(module, make_code, stragglers=None, workers=pool, waiting=waiting)
+        wrapper = coded(module, make_code, workers=pool, waiting=waiting)
         for _ in range(3):
             module.zero_grad()
             with torch.set_grad_enabled(grad):
@@ -266,9 +269,7 @@ def test_faulty_workers():
     x = X.to("cuda")
     delays = Bernoulli(0.3, latency=0.02, seed=0)
     with FaultyWorkers(DeviceWorkers(["cuda", "cuda"]), delays=delays) as pool:
-        wrapper = CodedWrapper(
-            network().to("cuda"), CODES["kernel"](), workers=pool, waiting=Waiting(deadline=5.0)
-        )
+        wrapper = CodedWrapper(network().to("cuda"), workers=pool, waiting=Waiting(deadline=5.0))
         with torch.no_grad():
             for _ in range(5):
                 answers, exact = wrapper(x), ~wrapper.last_run.predicted.to("cuda")
@@ -279,7 +280,7 @@ def test_faulty_workers():
 def test_processes_on_the_host():
     x = X.to("cuda")
     with ProcessWorkers(2) as pool, torch.no_grad():
-        wrapper = CodedWrapper(network().to("cuda"), CODES["kernel"](), workers=pool)
+        wrapper = CodedWrapper(network().to("cuda"), workers=pool)
         answers = wrapper(x)
         torch.testing.assert_close(answers, wrapper.module(x), atol=TOLERANCE, rtol=0)
 
@@ -389,14 +390,16 @@ def test_serve(pool):
 WAITS = {
     "spline": (lambda: SplineCode(20, 24), 29 + 3),
     "replication": (lambda: ReplicationCode(20, 24), 29),
-    "kernel": (lambda: KernelCode(20, 24), 45),
+    "kernel": (lambda: RegressionCode(20, 24), 45),
 }
 
 
 @pytest.mark.parametrize(("make_code", "most"), WAITS.values(), ids=WAITS)
 def test_a_warm_call_waits_seldom(make_code, most):
     x = random_numbers(240, 12).to("cuda")
-    wrapper = CodedWrapper(network().to("cuda"), make_code(), stragglers=Uniform(4, seed=0))
+    wrapper = CodedWrapper(
+        network().to("cuda"), make_code(), workers=LocalWorkers(Uniform(4, seed=0))
+    )
     with torch.no_grad():
         for _ in range(2):
             wrapper(x)

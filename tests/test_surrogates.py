@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import KernelCode, ReplicationCode
+from coded_torch.codes import RegressionCode
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory, distill, memory
-from coded_torch.workers import DeviceWorkers, FaultyWorkers
+from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
-from .nn.modules import rand
+from .nn.modules import WAYS, divided, rand
 
 
 def f(x):
@@ -238,13 +238,12 @@ def test_capacity_is_a_count(capacity):
 # In a wrapper.
 
 
-def wrap(known, code=None, module=None, waiting=None, **options):
+def wrap(known, way="regression", module=None, link=None, **options):
     return CodedWrapper(
         module or Function(),
-        code or KernelCode(5, 6),
-        stragglers=Uniform(2, seed=1),
+        **divided(way, 5, 6, link),
+        workers=LocalWorkers(Uniform(2, seed=1)),
         surrogate=known,
-        waiting=waiting,
         **options,
     )
 
@@ -254,11 +253,10 @@ def mse(coded, batches):
         return sum(float((coded(x) - coded.module(x)).square().mean()) for x in batches)
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting(deadline=1.0)])
-@pytest.mark.parametrize("code", [KernelCode(5, 6), ReplicationCode(5, 6)], ids=repr)
-def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(code, waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(way):
     known = Memory()
-    coded = wrap(known, code, waiting=waiting)
+    coded = wrap(known, way)
     exact = 0
     for i in range(10):
         coded(rand(64, 4, seed=i))
@@ -266,15 +264,16 @@ def test_a_wrapper_fills_it_with_exact_answers_and_asks_it(code, waiting):
     assert len(known) == exact
     known.rebuild()
     batches = [rand(32, 4, seed=100 + i) for i in range(8)]
-    alone = wrap((), code, waiting=waiting)
+    alone = wrap((), way)
     assert mse(coded, batches) < 0.5 * mse(alone, batches)
     assert coded.last_run.surrogate_weights[0][0] > 0.5
 
 
-@pytest.mark.parametrize("waiting", [Waiting(), Waiting.first(0)])
-def test_all_are_remembered_where_nothing_is_missing(waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_all_are_remembered_where_nothing_is_missing(way):
     known, x = Memory(), rand(10, 4)
-    coded = CodedWrapper(Function(), KernelCode(5, 6), surrogate=known, waiting=waiting)
+    pool = LocalWorkers()
+    coded = CodedWrapper(Function(), **divided(way, 5, 6), workers=pool, surrogate=known)
     coded(x)
     assert len(known) == 10
     with torch.inference_mode():
@@ -588,7 +587,7 @@ def test_surrogates_go_where_the_wrapper_goes():
     student.load_state_dict(module.state_dict())
     with DeviceWorkers(["cuda"]) as pool, torch.no_grad():
         lossy = FaultyWorkers(pool, rates={"crash": 0.4}, seed=0)
-        coded = CodedWrapper(module, KernelCode(4, 8), workers=lossy, surrogate=student).cuda()
+        coded = CodedWrapper(module, RegressionCode(4, 8), workers=lossy, surrogate=student).cuda()
         coded.waiting = Waiting.first(4)
         for inputs in (x, x.cuda()):
             answers, report = coded.run(inputs)

@@ -1,5 +1,6 @@
 """The package's own work is done on the host, whatever default device its caller has."""
 
+import copy
 import random
 
 import numpy as np
@@ -12,18 +13,18 @@ from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Trace, Uniform
 from coded_torch.surrogates import Memory
-from coded_torch.workers import DeviceWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 CODES = {
     "spline": lambda: codes.SplineCode(4, 8),
     "berrut": lambda: codes.BerrutCode(4, 8),
     "lagrange": lambda: codes.LagrangeCode(2, 8),
     "replication": lambda: codes.ReplicationCode(4, 8),
-    "kernel": lambda: codes.KernelCode(4, 8),
-    "features": lambda: codes.KernelCode(4, 8, metric=torch.abs),
+    "kernel": lambda: codes.RegressionCode(4, 8),
+    "features": lambda: codes.RegressionCode(4, 8, metric=torch.abs),
 }
 ELSEWHERE = torch.device("meta")  # where a tensor has no numbers, so that every mistake shows
 
@@ -39,22 +40,18 @@ def unchanged(make):
         return torch.equal(make(), want)
 
 
-# Made anew for each call, as laws and attacks go on from one to the next.
-OPTIONS = {
-    "columns": lambda: {"stragglers": Uniform(2, seed=0)},
-    "rows": lambda: {
-        "stragglers": Uniform(2, seed=0), "waiting": Waiting(),
-    },
-}  # fmt: skip
+# Made anew for each call, as laws go on from one to the next.
+WAYS = {
+    name: lambda make=make: {"code": make().replace(shuffle=False)} for name, make in CODES.items()
+}
+WAYS["rows"] = lambda: {"parts": 4}
 
 
-@pytest.mark.parametrize("make", CODES.values(), ids=CODES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_answers_under_a_default_device(make, options):
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_answers_under_a_default_device(way):
     x = randn(30, 3)
-    assert unchanged(
-        lambda: CodedWrapper(nn.Tanh(), make(), shuffle=random.Random(0), **options())(x)
-    )
+    pool = LocalWorkers(Uniform(2, seed=0))
+    assert unchanged(lambda: CodedWrapper(nn.Tanh(), **way(), workers=copy.deepcopy(pool))(x))
 
 
 def test_the_callers_own_code_sees_its_default_device():
@@ -70,8 +67,8 @@ def test_the_callers_own_code_sees_its_default_device():
 
     coded = CodedWrapper(
         Module(),
-        codes.KernelCode(4, 8, metric=lambda x: see("metric", x)),
-        stragglers=Uniform(6, seed=0),
+        codes.RegressionCode(4, 8, metric=lambda x: see("metric", x)),
+        workers=LocalWorkers(Uniform(6, seed=0)),
         surrogate=lambda x: see("surrogate", x),
     )
     torch.set_default_device(ELSEWHERE)
@@ -89,7 +86,7 @@ def test_a_memory_and_wide_inputs_under_a_default_device():
     memory, x, wide = Memory(), randn(300, 3), randn(8, 8193)
     with ELSEWHERE:
         coded = CodedWrapper(
-            nn.Tanh(), CODES["kernel"](), stragglers=Uniform(3, seed=0), surrogate=memory
+            nn.Tanh(), CODES["kernel"](), workers=LocalWorkers(Uniform(3, seed=0)), surrogate=memory
         )
         coded(x)
         memory.rebuild()
@@ -118,7 +115,7 @@ def test_tuning_and_comparing_under_a_default_device():
     batches = [randn(8, 3, seed=seed) for seed in range(2)]
 
     def results():
-        coded = CodedWrapper(nn.Tanh(), CODES["kernel"](), stragglers=Uniform(2, seed=0))
+        coded = CodedWrapper(nn.Tanh(), CODES["kernel"](), workers=LocalWorkers(Uniform(2, seed=0)))
         chosen = tune(coded, batches[:1], metric=["shrunk"], length=[1.0, 2.0])
         row = compare(nn.Tanh(), batches, [(4, 4, 1)]).rows[-1]
         return torch.tensor([chosen.length, row.mse[0]], device="cpu")
@@ -133,7 +130,9 @@ def test_answers_under_cuda_as_the_default_device(make):
 
     def answers(x):
         coded = CodedWrapper(
-            nn.Tanh(), make(), stragglers=Uniform(2, seed=0), shuffle=random.Random(0)
+            nn.Tanh(),
+            make().replace(shuffle=random.Random(0)),
+            workers=LocalWorkers(Uniform(2, seed=0)),
         )
         return [coded(x) for _ in range(2)][1].cpu()
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import MOST_WORKERS
-from ..codes import KernelCode
 from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
@@ -162,8 +161,7 @@ def _serve(args: argparse.Namespace) -> None:
     memory = [Memory()] if args.memory else []
     options = ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches")
     try:
-        code = KernelCode(args.num_data, args.num_workers)
-        coded = CodedWrapper(module, code, workers=workers, surrogate=memory)
+        coded = CodedWrapper(module, workers=workers, parts=args.num_data, surrogate=memory)
         built = app(
             coded,
             name=name,

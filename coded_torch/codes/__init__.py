@@ -1,9 +1,7 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
 from .base import Code, DeadlineExceeded, FixedCode, NotEnoughResults
-from .batch_plan import plan_batch, plan_rows
 from .berrut import BerrutCode
-from .kernel import KernelCode
 from .lagrange import LagrangeCode
 from .nodes import CurveCode
 from .plans import BatchPlan
@@ -18,12 +16,9 @@ __all__ = [
     "CurveCode",
     "DeadlineExceeded",
     "FixedCode",
-    "KernelCode",
     "LagrangeCode",
     "NotEnoughResults",
     "RegressionCode",
     "ReplicationCode",
     "SplineCode",
-    "plan_batch",
-    "plan_rows",
 ]

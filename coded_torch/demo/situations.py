@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..codes import Code, KernelCode, ReplicationCode
+from ..codes import Code, RegressionCode, ReplicationCode
 from ..evaluation.compare import Comparison
 from ..nn import CodedWrapper, Waiting
 from ..nn.report import Report
@@ -56,10 +56,9 @@ def _answered(
     """Answer a batch on simulated workers, some of which are lost."""
     coded = CodedWrapper(
         model,
-        code,
+        code.replace(shuffle=random.Random(seed)),
         workers=LocalWorkers(Uniform(num_stragglers, seed=seed)),
         waiting=Waiting.first(num_stragglers),
-        shuffle=random.Random(seed),
     )
     return coded.run(batch)
 
@@ -75,11 +74,14 @@ def situations(
     """Answer all batches while all workers reply, and while S of N, in ``case``, are lost."""
     n, k, s = case
     lost = [
-        (f"{s} lost", KernelCode(k, n), s),
+        (f"{s} lost", RegressionCode(k, n), s),
         (f"{s} lost, replication", ReplicationCode(k, n), s),
     ]
     count = sum(map(len, labels))
-    for name, code, num_stragglers in [("all answer", KernelCode(k, n), 0), *(lost if s else ())]:
+    for name, code, num_stragglers in [
+        ("all answer", RegressionCode(k, n), 0),
+        *(lost if s else ()),
+    ]:
         predicted = right = 0
         expected = squares = 0.0
         for i, (batch, classes) in enumerate(zip(batches, labels, strict=True)):
@@ -112,7 +114,7 @@ def draw(
     from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
     n, k, s = case
-    answers, report = _answered(model, batch, KernelCode(k, n), s, seed)
+    answers, report = _answered(model, batch, RegressionCode(k, n), s, seed)
     assert report.predicted is not None  # there are answers
     rows = report.predicted.nonzero().flatten()[:_DRAWN]
     which = torch.arange(len(rows)) % answers.shape[1]

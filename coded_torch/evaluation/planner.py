@@ -231,10 +231,10 @@ def plan(
 
 def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
     """Yield the kind, the name, N and the policy, whose deadline is in seconds."""
-    yield "no redundancy", "wait for all", k, Waiting(predict=False, extra=0)
+    yield "no redundancy", "wait for all", k, Waiting(predict=False, hedge_budget=0)
     for budget in _BUDGETS:
         name = f"hedge, at most {budget:.0%} more work"
-        yield "hedged", name, k, Waiting(predict=False, extra=budget)
+        yield "hedged", name, k, Waiting(predict=False, hedge_budget=budget)
     if 2 * k <= goal.num_workers:
         yield "everything twice", "first answers", 2 * k, Waiting.first(1)
     for share in _SHARES:

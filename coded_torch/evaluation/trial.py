@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import shown
 from .._transforms import as_called
-from ..codes import BatchPlan, Code, ReplicationCode
-from ..nn._inputs import Inputs
-from ..nn._stand_in import training_part
+from ..codes import BatchPlan, Code
+from ..nn.inputs import Inputs
+from ..nn.module_proxy import training_part
 from ..workers.pytrees import broadcast_dims
 
 __all__ = ["Trial", "calls_of"]
@@ -82,7 +82,7 @@ class Trial:
         max_batch_size: int | None = None,
     ) -> None:
         # A code that mixes checks the inputs itself; the batch goes to the module as it is.
-        self._inputs = Inputs(args, {}, in_dims, ReplicationCode(1, 1))
+        self._inputs = Inputs(args, {}, in_dims)
         self._module, self._out_dims, self._most = module, out_dims, max_batch_size
         self._workers = sorted({worker for workers in received for worker in workers})
         self._place = {worker: i for i, worker in enumerate(self._workers)}

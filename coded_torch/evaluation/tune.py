@@ -61,15 +61,16 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
 
     Example:
         >>> import torch
-        >>> from coded_torch import CodedWrapper, codes, stragglers, tune
+        >>> from coded_torch import CodedWrapper, codes, stragglers, tune, workers
         >>> x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-        >>> law = stragglers.Uniform(4, seed=0)
-        >>> coded = CodedWrapper(torch.nn.Tanh(), codes.SplineCode(10, 20), stragglers=law)
+        >>> pool = workers.LocalWorkers(stragglers.Uniform(4, seed=0))
+        >>> coded = CodedWrapper(torch.nn.Tanh(), codes.SplineCode(10, 20), workers=pool)
         >>> coded.code = tune(coded, [x], encoder_smoothing=[0.0], decoder_smoothing=[1e-6, 1.0])
         >>> coded.code
         SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
+    code = _code(wrapper)
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
@@ -82,7 +83,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
             most = getattr(wrapper.workers, "max_batch_size", None)
             yield Trial(wrapper.module, args, sets, max_batch_size=most, **dims), sets
 
-    return chosen(wrapper.code, trials(), _num_stragglers(wrapper), values)
+    return chosen(code, trials(), _num_stragglers(wrapper), values)
 
 
 def chosen(
@@ -141,7 +142,8 @@ def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
-    n, lost = wrapper.code.num_workers, _num_stragglers(wrapper)
+    code, lost = _code(wrapper), _num_stragglers(wrapper)
+    n = code.num_workers
     # A copy: the wrapper's own calls lose what they would have lost.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
@@ -149,10 +151,16 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     while True:
         latencies = law.sample(n).tolist()
         first = sorted(range(n), key=latencies.__getitem__)[: n - lost]
-        place = shuffler.sample(range(n), n) if wrapper.code.shuffle else range(n)
+        place = shuffler.sample(range(n), n) if code.shuffle else range(n)
         in_time = (worker for worker in first if latencies[worker] <= deadline)
         yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
 
 
 def _num_stragglers(wrapper: CodedWrapper) -> int:
-    return wrapper._num_stragglers(wrapper._waiting())
+    return wrapper._num_stragglers(_code(wrapper), wrapper._waiting())
+
+
+def _code(wrapper: CodedWrapper) -> Code:
+    if wrapper.code is None:
+        raise ValueError("tune: wrapper must have a code, got one without")
+    return wrapper.code

@@ -1,4 +1,4 @@
-"""How long parts and whole calls took lately, which says what is late."""
+"""How long parts, calls and predictions took lately, which says what is late."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["CHUNKS", "History"]
+__all__ = ["CHUNKS", "History", "PredictionTimes"]
 
-_PARTS, _CALLS = 512, 128  # that are remembered
-_LEAST = 32  # parts that have replied, before the history is believed
-_REFIT = 32  # parts, at most _LEAST, after which the time that a row takes is fitted again
-_GROUP = 8  # parts of few rows, and of many, at least, that the fit needs
-_DECODINGS = 16  # that are remembered
-_ENDED = 512  # parts, of which it is remembered how many failed
-# Seconds that KernelCode's regression takes for n rows, 5e-3 + 6e-8 n^2 on one quiet core (an x86
-# of 2023; 64, 512 and 4,096 rows of 784 features, a third of them predicted). What a machine, a
-# module and its surrogates make of it is measured call by call, as a factor.
-_FIT, _FIT_ROWS = 5e-3, 6e-8
-_RETRY = 32  # calls that had no time for a regression, after which the slowest one is forgotten
-_LATE = 5e-3  # seconds by which a busy machine wakes a thread too late
-CHUNKS = 4096, 512  # rows of one regression, the most exact first; the last resort is the mean
+# None of the numbers of parts below was tuned: more parts follow changes more slowly, fewer make
+# thresholds noisier.
+_PARTS, _CALLS = 512, 128  # remembered
+_LEAST = 32  # parts that have replied before the history is believed
+_REFIT = 32  # parts, at most _LEAST, after which the line through sizes is fitted again
+_GROUP = 8  # parts of few rows, and of many, that the fit needs at least
+_ENDED = 512  # parts of which it is remembered how many failed
+# A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
+# stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. 1.5 medians at
+# least, which trades work on calm machines against latency: benchmarks/waiting.py has 1.2 to 2.
+_TAIL, _LEAST_TAIL = 4.45, 1.5
 
 
 class _Window:
-    """The last so many latencies, in the order of their ratios to what their rows should take."""
+    """The last latencies, in the order of their ratios to the time their rows should take."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -51,19 +49,21 @@ class _Window:
 
 
 class History:
-    """How long parts, calls and predictions took lately, and how much was asked again.
+    """The latencies of parts and calls of one module on one pool, and the work that was hedged.
 
-    Remembers the last 512 parts and 128 calls; a part never seen to end, or a call that was not
-    complete, counts as infinitely long. Latencies are compared after division by
-    ``a + b rows``, a line through the medians of the small and the large parts; fewer rows than
-    ever seen are taken to last as long as the fewest seen, more as long in proportion. Threads may
-    share it; pickled or copied, it is empty.
+    A part never seen to end, or a call that was not complete, counts as infinitely long. Latencies
+    are compared after division by ``a + b rows``, a line through the medians of the small and the
+    large parts. Fewer rows than ever seen are taken to last as long as the fewest seen, more rows
+    proportionally longer. Threads may share a history; a copy, or one that was pickled, is empty.
 
     Args:
-        num_parts: how many parts are remembered.
+        num_parts: the number of parts that are remembered. Defaults to 512.
+
+    Attributes:
+        predictions: the times that predictions took.
 
     Note:
-        Some ten microseconds a part.
+        Ten microseconds a part.
     """
 
     def __init__(self, num_parts: int = _PARTS) -> None:
@@ -73,9 +73,8 @@ class History:
         self._fewest = self._most = 1  # rows
         self._slope = 0.0  # the share of the time of `_most` rows that grows with the rows
         self._debt = 0.0
-        self._decodings: deque[float] = deque(maxlen=_DECODINGS)
-        self._warm, self._hurried = False, 0
         self._failures: deque[bool] = deque(maxlen=_ENDED)
+        self.predictions = PredictionTimes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
@@ -84,9 +83,9 @@ class History:
         """Remember a call.
 
         Args:
-            parts: rows and seconds, infinite if never seen to end, of the parts that began.
-            call: the rows of its largest part, and seconds, infinite if it was not complete; None
-                if it is no measure of others.
+            parts: rows and seconds of the parts that began, infinite if never seen to end.
+            call: the rows of its largest part, and seconds, infinite if it was not complete. None
+                if the call is no measure of others.
         """
         with self._lock:
             for rows, seconds in parts:
@@ -107,74 +106,30 @@ class History:
         return self._most
 
     def part(self, rows: int, quantile: float = 0.5) -> float:
-        """A quantile of parts of so many rows, in seconds; infinite until 32 have replied."""
+        """Return a quantile of parts of so many rows in seconds; infinite until 32 have replied."""
         with self._lock:
             return self._parts.quantile(quantile) * self._scale(rows) if self._known() else math.inf
 
-    def fence(self, rows: int) -> float:
-        r"""Seconds after which a part of so many rows is asked again.
+    def hedging_threshold(self, rows: int) -> float:
+        r"""Return the seconds after which a part of so many rows is late.
 
-        With the median m and the lower quartile q of parts, :math:`m \max(1.5, (m / q)^{4.45})`:
-        the upper tail of a lognormal body, by its lower half, which stragglers do not touch.
+        With the median m and the lower quartile q of parts, :math:`m \max(1.5, (m / q)^{4.45})`.
         Infinite until 32 parts have replied.
         """
         with self._lock:
             median, quartile = self._parts.quantile(0.5), self._parts.quantile(0.25)
             if not self._known() or median == math.inf:
                 return math.inf
-            tail = (median / quartile) ** 4.45 if quartile else 1.5
-            return median * max(1.5, tail) * self._scale(rows)
+            tail = (median / quartile) ** _TAIL if quartile else _LEAST_TAIL
+            return median * max(_LEAST_TAIL, tail) * self._scale(rows)
 
     def call(self, rows: int) -> float:
-        """The median of calls whose largest part has so many rows, in seconds.
+        """Return the median of calls whose largest part has so many rows, in seconds.
 
-        Infinite until one is known and 32 parts have replied, and where most were not complete.
+        Infinite until a call is known and 32 parts have replied, or if most were not complete.
         """
         with self._lock:
             return self._calls.quantile(0.5) * self._scale(rows) if self._known() else math.inf
-
-    def decoded(self, seconds: float, rows: int, chunk: int) -> None:
-        """Remember how long predicting took, as :meth:`decoding` is asked for it.
-
-        But for the first time, when code is loaded.
-        """
-        with self._lock:
-            if self._warm:
-                self._decodings.append(seconds / _predicting(rows, chunk))
-            self._warm = True
-
-    def hurried(self) -> None:
-        """Remember that there was no time for a regression: one that was slow by chance must not
-        rule out all others."""
-        with self._lock:
-            self._hurried += 1
-            if self._hurried % _RETRY == 0 and self._decodings:
-                self._decodings.remove(max(self._decodings))
-
-    def decoding(self, rows: int, chunk: int = CHUNKS[0]) -> float:
-        """Seconds that predicting takes, in seven of eight calls.
-
-        Args:
-            rows: B.
-            chunk: the rows that a regression is of at most; a larger batch takes several.
-        """
-        with self._lock:
-            ordered = sorted(self._decodings)
-        factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
-        return factor * _predicting(rows, chunk)
-
-    def reserve(self, rows: int, deadline: float) -> float:
-        """Seconds to keep for predicting, before a deadline of so many: at most half of them.
-
-        None where the deadline is infinite, as nothing takes real time then.
-        """
-        if deadline == math.inf:
-            return 0.0
-        for chunk in CHUNKS:
-            seconds = 1.25 * self.decoding(rows, chunk) + min(_LATE, deadline / 20)
-            if seconds <= deadline / 2:
-                return seconds
-        return min(self.decoding(1), deadline / 2)
 
     def failed(self, failed: int, ended: int) -> None:
         """Remember how many of the parts that ended failed, for no reason that lies in them."""
@@ -182,17 +137,17 @@ class History:
             self._failures.extend([True] * failed + [False] * (ended - failed))
 
     def failing(self) -> tuple[int, int]:
-        """How many parts failed lately, and how many ended."""
+        """Return how many parts failed lately, and how many ended."""
         with self._lock:
             return sum(self._failures), len(self._failures)
 
-    def earn(self, extra: float) -> None:
-        """One more call, which allows for ``extra`` of its work to be asked again."""
+    def earn(self, budget: float) -> None:
+        """Allow ``budget`` of one more call's work to be hedged."""
         with self._lock:
-            self._debt = max(0.0, self._debt - extra)
+            self._debt = max(0.0, self._debt - budget)
 
     def spend(self, work: float, most: float) -> bool:
-        """Whether ``work``, in whole calls, may be asked again; ``most`` without earning any."""
+        """Return whether ``work``, in whole calls, may be hedged; ``most`` without any earned."""
         with self._lock:
             if self._debt + work > most:
                 return False
@@ -203,7 +158,7 @@ class History:
         return self._replied >= _LEAST
 
     def _scale(self, rows: int) -> float:
-        """Of the time of ``_most`` rows, the share that these should take."""
+        """Return the share of the time of ``_most`` rows that these should take."""
         if rows > self._most:
             return rows / self._most
         return 1.0 + self._slope * (max(rows, self._fewest) / self._most - 1.0)
@@ -231,15 +186,71 @@ class History:
         self._calls.rescale(self._scale)
 
 
-def _predicting(rows: int, chunk: int) -> float:
-    """What a regression takes on a quiet core."""
-    chunks = -(-rows // chunk)
-    return chunks * _FIT + _FIT_ROWS * rows**2 / chunks
-
-
 def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
-    """Of rows and of seconds."""
+    """Return the medians of rows and of seconds."""
     if not parts:
         return 0, 0.0
     rows, seconds = map(sorted, zip(*parts, strict=True))
     return rows[len(parts) // 2], seconds[len(parts) // 2]
+
+
+#: Rows that are predicted together, the most exact first; 0: each by the mean of all results.
+CHUNKS = 4096, 512, 0
+_REMEMBERED = 16  # predictions; not tuned
+_RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
+# Seconds that a regression of n rows takes, 5e-3 + 6e-8 n^2 on one quiet core (an x86 of 2023; 64,
+# 512 and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor
+# of a machine, a module and its surrogates is measured call by call.
+_FIT, _FIT_ROWS = 5e-3, 6e-8
+# A busy machine wakes a thread up to 5 ms late (benchmarks/promises.py, "deadline").
+_LATE = 5e-3
+_RESERVED = 1.25  # of the usual time, so that few predictions are late
+
+
+class PredictionTimes:
+    """How long predictions took lately, in proportion to those of a quiet core."""
+
+    def __init__(self) -> None:
+        self._factors: deque[float] = deque(maxlen=_REMEMBERED)
+        self._warm, self._hurried = False, 0
+
+    def add(self, seconds: float, rows: int, chunk: int) -> None:
+        """Remember how long it took to predict; not for the first time, as code is loaded then."""
+        if not chunk:
+            # A regression that was slow by chance must not rule out all others.
+            self._hurried += 1
+            if self._hurried % _RETRY == 0 and self._factors:
+                self._factors.remove(max(self._factors))
+            return
+        if self._warm:
+            self._factors.append(seconds / _quiet_seconds(rows, chunk))
+        self._warm = True
+
+    def seconds(self, rows: int, chunk: int = CHUNKS[0]) -> float:
+        """Return the seconds that predicting takes in seven of eight calls.
+
+        Args:
+            rows: B.
+            chunk: rows that are predicted together.
+        """
+        ordered = sorted(self._factors)
+        factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
+        return factor * _quiet_seconds(rows, chunk)
+
+    def reserve(self, rows: int, deadline: float) -> tuple[int, float]:
+        """Return how many rows to predict together, and how many seconds to keep for that.
+
+        At most half of the time to the deadline is kept; none if that is infinite.
+        """
+        if deadline == math.inf:
+            return CHUNKS[0], 0.0
+        for chunk in CHUNKS[:-1]:
+            seconds = _RESERVED * self.seconds(rows, chunk) + min(_LATE, deadline / 20)
+            if seconds <= deadline / 2:
+                return chunk, seconds
+        return 0, min(self.seconds(1), max(deadline, 0.0) / 2)
+
+
+def _quiet_seconds(rows: int, chunk: int) -> float:
+    chunks = -(-rows // chunk)
+    return chunks * _FIT + _FIT_ROWS * rows**2 / chunks

@@ -1,4 +1,4 @@
-"""What a policy and its driver say to each other: ``waiting.py`` describes the protocol."""
+"""The decisions of a policy and the events that it is sent; ``waiting.py`` has the protocol."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ class Ask(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Parts, by number, that other parts have answered: what has not begun need not begin."""
+    """Let parts, by number, not begin any more: other parts have answered their units."""
 
     parts: tuple[int, ...]
 
 
 class Prepare(NamedTuple):
-    """A fence has fired and half of the time is over: prepare what predictions need."""
+    """Prepare predictions: a part is late and half of the time is over."""
 
 
 class Wait(NamedTuple):
-    """Wait for an event, but not beyond a time; ``begins`` if it matters which parts begin."""
+    """Wait for an event until a time. The policy needs a :class:`Began` only if ``begins``."""
 
     until: float
     begins: bool = True
 
 
 class Began(NamedTuple):
-    """A machine has begun a part; ``fresh`` if it has not run this module before."""
+    """A worker has begun a part; ``fresh`` if the worker has not run this module before."""
 
     part: int
     at: float
@@ -46,9 +46,9 @@ class Failure(NamedTuple):
     """How a part failed.
 
     Attributes:
-        kind: "raised" by the module; "died": its worker ended; "": anything else.
-        machine: where; -1: on none.
-        what: equal where the same exception was raised, but for numbers in its message.
+        kind: "raised" if the module raised, "died" if the worker ended, "" for anything else.
+        machine: the worker, -1 if no worker had the part.
+        what: equal for equal exceptions, numbers in their messages aside.
     """
 
     kind: str = ""
@@ -59,8 +59,8 @@ class Failure(NamedTuple):
 class Settled(NamedTuple):
     """A part has ended ``latency`` seconds after it began, with a good result or a failure.
 
-    A second one for the same part, not ``ok``, takes back what turned out unlike most. The machine
-    computed the part; -1: unknown.
+    A second event for the same part, not ``ok``, takes back a result that turned out to be unlike
+    most others.
     """
 
     part: int
@@ -72,13 +72,13 @@ class Settled(NamedTuple):
 
 
 class Hedge(NamedTuple):
-    """One part that was asked again.
+    """A part that stands in for one that was late or failed.
 
     Attributes:
-        part: its number.
-        of: that of the part it stands in for.
-        units: that it is asked for.
-        at: when, in seconds of the call.
+        part: the number of this part.
+        of: the number of the part that it stands in for.
+        units: the units that it is asked for.
+        at: seconds from the call to the ask.
         won: whether any of its units were answered by it first.
     """
 
@@ -98,25 +98,20 @@ class Ended:
     """How a call ended.
 
     Attributes:
-        reason: "complete"; "deadline" or "patience", where the rest is to be predicted; "first"
-            where those that were wanted first are there; "error" where all is there but what the
-            module itself fails on, or where it raised alike for every part; "failed" where nothing
-            more can come.
-        hedges: the parts that were asked again.
-        fence: seconds after its begin at which the largest part would be asked again; infinite
-            while the history is too short.
-        median: of whole calls like this one, in seconds; infinite likewise, and where most were
-            not complete.
-        deadline: of the answer, in seconds of the call; infinite if there was none.
-        decodable: when as many results were there as the rest may be predicted from; infinite if
-            never.
-        refused: the parts that the module itself fails on, by number: single rows, or every part.
+        reason: as in :attr:`coded_torch.Report.ended`.
+        hedges: the parts that stood in for others.
+        hedging_threshold: seconds after which the largest part counts as late; infinite while too
+            few latencies are known.
+        median: of whole calls like this one, in seconds; infinite while unknown.
+        deadline: seconds from the call to its answer at the latest; infinite without one.
+        decodable: seconds from the call until the rest could be predicted; infinite if never.
+        refused: the numbers of the parts that the module itself fails on.
     """
 
     reason: str
-    hedges: tuple[Hedge, ...]
-    fence: float
-    median: float
-    deadline: float
+    hedges: tuple[Hedge, ...] = ()
+    hedging_threshold: float = math.inf
+    median: float = math.inf
+    deadline: float = math.inf
     decodable: float = math.inf
     refused: tuple[int, ...] = ()

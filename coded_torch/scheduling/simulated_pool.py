@@ -15,7 +15,7 @@ import numpy as np
 
 from .._arguments import instance, positive, probability, real
 from ..stragglers import Stragglers
-from .waiting import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
+from .protocol import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 
 __all__ = ["PART_ROWS", "Conditions", "Faults", "Machines", "OpenCall"]
 

@@ -16,8 +16,10 @@ import numpy as np
 import torch
 
 from .._arguments import count, instance, real
+from .latency_history import History
+from .protocol import Decision, Ended, Event
 from .simulated_pool import PART_ROWS, Conditions, Faults, Machines, OpenCall
-from .waiting import Decision, Ended, Event, History, Waiting
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

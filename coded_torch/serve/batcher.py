@@ -16,7 +16,7 @@ from torch import Tensor
 from .._logging import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
-from ..scheduling.waiting import History
+from ..scheduling.latency_history import History
 from .errors import RequestError
 from .model import Batch
 

@@ -66,6 +66,8 @@ class Model:
         size = pool.num_machines or 1
         each = self._coded.replace(
             code=ReplicationCode(1, size),
+            parts=None,
+            predictor=None,
             waiting=Waiting.first(0, deadline=_LOADING),
             surrogate=(),
         )
@@ -82,7 +84,7 @@ class Model:
         Raises:
             Exception: the model fails, and no row has an answer for another reason than time.
         """
-        own = self._coded.waiting or Waiting()
+        own = self._coded.waiting or (Waiting.first() if self._coded.code else Waiting())
         # A row on which the model fails is no reason not to predict others; it is refused alone.
         waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
         if self._coded.workers.simulated:  # other pools move what they get

@@ -447,11 +447,9 @@ class WorkersTests(abc.ABC):
         waiting = Waiting.first(1)
         coded = CodedWrapper(
             FailsAt(2.0, nan_at_two),
-            CopyCode(n, n),
+            CopyCode(n, n, ordering="arrival", shuffle=False),
             workers=pool,
             waiting=waiting,
-            ordering="arrival",
-            shuffle=False,
         )
         x = torch.arange(float(n)).reshape(n, 1)
         out = coded(x)

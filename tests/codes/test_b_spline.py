@@ -14,6 +14,7 @@ from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.codes import CodeTests
+from coded_torch.workers import LocalWorkers
 
 
 class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve
@@ -72,7 +73,7 @@ def test_arguments_are_checked():
 def test_it_runs_and_tunes_like_any_other(generator):
     x = torch.randn(64, 2, dtype=torch.float64, generator=generator)
     module = torch.nn.Tanh()
-    coded = CodedWrapper(module, BSplineCode(8, 24), stragglers=Uniform(4, seed=0))
+    coded = CodedWrapper(module, BSplineCode(8, 24), workers=LocalWorkers(Uniform(4, seed=0)))
     mean = module(x).mean(0).expand_as(x)
     assert scores.rmse(coded(x), module(x)) < 0.5 * scores.rmse(mean, module(x))
     assert tune(coded, [x]).degree in (1, 2, 3)

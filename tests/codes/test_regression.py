@@ -14,6 +14,7 @@ from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Uniform
+from coded_torch.workers import LocalWorkers
 
 
 def smooth(x):
@@ -77,7 +78,7 @@ def test_with_every_worker_the_answers_are_the_models_own(batch_size, generator)
 
 def test_lost_answers_are_close(generator):
     x = inputs(200, generator)
-    coded = CodedWrapper(Smooth(), RegressionCode(20, 30), stragglers=Uniform(8, seed=0))
+    coded = CodedWrapper(Smooth(), RegressionCode(20, 30), workers=LocalWorkers(Uniform(8, seed=0)))
     got = coded(x)
     mean = smooth(x).mean(0).expand_as(got)
     assert scores.rmse(got, smooth(x)) < 0.2 * scores.rmse(mean, smooth(x))
@@ -137,7 +138,7 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
         exact = model(images)
 
     def run(code):
-        coded = CodedWrapper(model, code, stragglers=Uniform(s, seed=1))
+        coded = CodedWrapper(model, code, workers=LocalWorkers(Uniform(s, seed=1)))
         with torch.inference_mode():
             answers, expected = [], []
             for part in images.split(240):
@@ -164,7 +165,7 @@ def test_a_burst_of_late_neighbours_is_no_worse_than_others(network):
         exact = model(images[:960])
         errors = []
         for law in (Uniform(60, seed=3), Contiguous(60, seed=3)):
-            coded = CodedWrapper(model, RegressionCode(20, 100), stragglers=law)
+            coded = CodedWrapper(model, RegressionCode(20, 100), workers=LocalWorkers(law))
             answers = torch.cat([coded(part) for part in images[:960].split(240)])
             errors.append(scores.rmse(answers, exact))
     assert errors[1] < 1.25 * errors[0]
@@ -235,7 +236,7 @@ def test_results_beyond_the_range_of_float32(scale, generator):
 
 def answered(code, model, x, lost, seed=0):
     """The answers, the truth, and which of them are the model's own, bit for bit."""
-    coded = CodedWrapper(model, code, stragglers=Uniform(lost, seed=seed))
+    coded = CodedWrapper(model, code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     with torch.inference_mode():
         got, want = coded(x), model(x)
     assert got.isfinite().all()
@@ -303,7 +304,7 @@ def test_probabilities_are_decoded_as_logits(network):
         exact = softmax(images[:240])
         for link in (None, "softmax"):
             coded = CodedWrapper(
-                softmax, SplineCode(20, 60), stragglers=Uniform(20, seed=0), link=link
+                softmax, SplineCode(20, 60, link=link), workers=LocalWorkers(Uniform(20, seed=0))
             )
             answers = coded(images[:240])
             errors.append(scores.rmse(answers, exact))

@@ -13,6 +13,7 @@ from coded_torch.evaluation import scores
 from coded_torch.evaluation.compare import Comparison, Row, compare, peers, received_by
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Trace, Uniform
+from coded_torch.workers import LocalWorkers
 
 NAMES = list(peers(4, 6))
 
@@ -47,10 +48,8 @@ def test_numbers_are_those_of_the_wrapper(shipped, found, name):
     row = by_name(found, (24, 20, 4))[name]
     coded = CodedWrapper(
         model,
-        row.code,
-        stragglers=Uniform(4, seed=3),
-        ordering=row.code.ordering,
-        shuffle=False,
+        row.code.replace(shuffle=False),
+        workers=LocalWorkers(Uniform(4, seed=3)),
     )
     with torch.inference_mode():
         answers = [coded(x) for x in batches[1:]]

@@ -12,7 +12,6 @@ from torch import nn
 
 from benchmarks.runs import RESULTS
 from coded_torch.cli.main import main
-from coded_torch.codes import KernelCode
 from coded_torch.evaluation.planner import (
     LAWS,
     PREDICTED,
@@ -44,7 +43,7 @@ def test_nothing_is_worth_anything_where_nothing_goes_wrong():
     assert (alone.work, alone.predicted, alone.accuracy) == (1, 0, 1)
     text = format_options(goal, found)
     assert "least work by no redundancy, wait for all" in text
-    assert "waiting=Waiting(extra=0.0, predict=False))." in text
+    assert "waiting=Waiting(hedge_budget=0.0, predict=False))." in text
     assert text.endswith("Neither predictions nor codes are worth it here.")
     assert max(map(len, text.splitlines()[:-3])) <= 80
 
@@ -96,9 +95,9 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
 
 def test_calls_that_load_the_model_are_no_latencies():
     """README's recipe, on processes that have not run the module before."""
-    waiting = Waiting(patience=math.inf, extra=0)
+    waiting = Waiting(predict_after=math.inf, hedge_budget=0)
     with ProcessWorkers(2).start() as workers, torch.no_grad():
-        coded = CodedWrapper(nn.Linear(3, 2), KernelCode(2, 2), workers=workers, waiting=waiting)
+        coded = CodedWrapper(nn.Linear(3, 2), workers=workers, waiting=waiting)
         reports = [coded.run(torch.ones(2, 3))[1] for _ in range(2)]
     assert [sorted(report.received) for report in reports] == [[0, 1]] * 2
     assert [sorted(report.latencies) for report in reports] == [[], [0, 1]]

@@ -7,6 +7,7 @@ from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, Splin
 from coded_torch.evaluation.trial import Trial
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_the_module_runs_once_for_each_encoder_on_what_is_received(x):
 def test_answers_are_those_of_the_wrapper(x, kind, ordering):
     code = kind(8, 10, ordering=ordering, shuffle=False)
     law = Uniform(3, seed=0)
-    coded = CodedWrapper(torch.nn.Tanh(), code, stragglers=law, ordering=ordering, shuffle=False)
+    coded = CodedWrapper(torch.nn.Tanh(), code, workers=LocalWorkers(law))
     received = Uniform(3, seed=0).sample(10).isfinite().nonzero().flatten().tolist()
     trial = Trial(torch.nn.Tanh(), (x,), [received])
     (answers,), expected = trial.decode(code, received, num_stragglers=3)

@@ -18,11 +18,8 @@ from coded_torch.workers import LocalWorkers
 def wrapped(module, code, law=None, **options):
     return CodedWrapper(
         module,
-        code,
+        code.replace(ordering=code.ordering, shuffle=code.shuffle, link=code.link),
         workers=LocalWorkers(law or Uniform(2, seed=0)),
-        ordering=code.ordering,
-        shuffle=code.shuffle,
-        link=code.link,
         **options,
     )
 

@@ -11,6 +11,7 @@ from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.metrics import METRICS, Distances, Sources, leaves_of, transforms
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -36,7 +37,7 @@ class Some(torch.nn.Module):
 
 def answered(module, code, *x, lost=4, seed=0):
     """The squared error of the answers, and the report."""
-    coded = CodedWrapper(Some(module), code, stragglers=Uniform(lost, seed=seed))
+    coded = CodedWrapper(Some(module), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     got, want = coded(*x), module(*x)
     assert torch.equal(got[~coded.last_run.predicted], want[~coded.last_run.predicted])
     return float((got - want).square().sum()), coded.last_run
@@ -108,7 +109,9 @@ def test_every_output_has_its_own_choice():
     def module(x):
         return torch.cat([x.mean(1).sin(), x.std(1)], 1), x[:, 0] @ normal(3, 4, seed=2)
 
-    coded = CodedWrapper(Some(module), RegressionCode(20, 24), stragglers=Uniform(4, seed=0))
+    coded = CodedWrapper(
+        Some(module), RegressionCode(20, 24), workers=LocalWorkers(Uniform(4, seed=0))
+    )
     coded(x)
     first, second = coded.last_run.distances
     assert (first.output, second.output) == (0, 1)
@@ -197,7 +200,9 @@ def test_a_callable_runs_once_without_gradients():
         return x.square()
 
     code = RegressionCode(20, 24, metric=stem)
-    coded = CodedWrapper(Some(lambda x: (x.sin(), x.cos())), code, stragglers=Uniform(4, seed=0))
+    coded = CodedWrapper(
+        Some(lambda x: (x.sin(), x.cos())), code, workers=LocalWorkers(Uniform(4, seed=0))
+    )
     coded(normal(100, 3).requires_grad_())
     assert seen == [100]
 
@@ -329,7 +334,9 @@ def test_a_regression_says_what_it_was_made_of():
 def test_tuning_fixes_metric_and_length():
     units = torch.tensor([1e-3, 1.0, 100.0, 1.0, 1e-2, 30.0])
     coded = CodedWrapper(
-        Some(lambda x: ramp(x / units)), RegressionCode(20, 24), stragglers=Uniform(4, seed=0)
+        Some(lambda x: ramp(x / units)),
+        RegressionCode(20, 24),
+        workers=LocalWorkers(Uniform(4, seed=0)),
     )
     code = tune(coded, [normal(240, 6, seed=i) * units for i in range(3)])
     assert code.metric in ("spread", "spread_covariance")
@@ -339,6 +346,6 @@ def test_tuning_fixes_metric_and_length():
 @pytest.mark.cuda
 def test_the_regression_under_autocast_on_cuda():
     module, x = torch.nn.Linear(12, 5).cuda(), normal(64, 12).cuda()
-    coded = CodedWrapper(module, RegressionCode(8, 10), stragglers=Uniform(4, seed=0))
+    coded = CodedWrapper(module, RegressionCode(8, 10), workers=LocalWorkers(Uniform(4, seed=0)))
     with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
         assert (coded(x) - module(x)).abs().max() < 1

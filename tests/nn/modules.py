@@ -7,6 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from coded_torch import Regression
+from coded_torch.codes import RegressionCode, ReplicationCode
+
+#: The ways to divide a batch whose inputs are not mixed.
+WAYS = ("rows", "regression", "replication")
+FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
+
+
+def divided(way: str, k: int, n: int, link: str | None = None, **choice: Any) -> dict[str, Any]:
+    """Arguments of a wrapper: K parts of rows, or the N columns of a code that repeats K inputs."""
+    if way == "rows":
+        return {"parts": k, "predictor": Regression(link=link, **choice)}
+    if way == "regression":
+        return {"code": RegressionCode(k, n, link=link, **choice)}
+    return {"code": ReplicationCode(k, n, link=link)}
+
+
 EXACT = {"rtol": 1e-8, "atol": 1e-8}  # codes of degree up to 4, from any K of up to 9 results
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import KernelCode, NotEnoughResults
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import NotEnoughResults, ReplicationCode
 from coded_torch.workers import DeviceWorkers, ProcessWorkers
 
 from ..workers.modules import Sleepy
@@ -27,7 +27,7 @@ def test_answers_and_their_report_beside_other_calls():
         return await asyncio.gather(*(coded.arun(X + i, waiting=Waiting()) for i in range(4)))
 
     with DeviceWorkers(["cpu", "cpu"]) as pool:
-        coded = CodedWrapper(nn.ReLU(), KernelCode(2, 2), workers=pool)
+        coded = CodedWrapper(nn.ReLU(), workers=pool)
         for i, (answers, report) in enumerate(asyncio.run(main())):
             assert torch.equal(answers, X + i)
             assert report.ended == "complete"
@@ -41,7 +41,7 @@ def test_a_module_that_raises_stop_iteration_ends_the_await():
         return x.to(next(iter(())))
 
     with DeviceWorkers(["cpu", "cpu", "cpu"]) as pool:
-        coded = CodedWrapper(Call(first), KernelCode(3, 3), workers=pool)
+        coded = CodedWrapper(Call(first), workers=pool)
         with pytest.raises(RuntimeError, match="the module raised StopIteration"):
             asyncio.run(asyncio.wait_for(coded.arun(X), 30))
 
@@ -59,13 +59,13 @@ def test_context_variables_and_modes_of_torch_hold():
             await coded.arun(X)
         assert threading.current_thread() is threading.main_thread()
 
-    coded = CodedWrapper(Call(note), KernelCode(2, 2))  # runs where it is called
+    coded = CodedWrapper(Call(note), ReplicationCode(2, 2))  # runs where it is called
     asyncio.run(main())
     assert seen == [("the caller", False, True)]
 
 
 def test_errors_are_those_of_run():
-    coded = CodedWrapper(Call(lambda x: x * torch.nan), KernelCode(2, 2))
+    coded = CodedWrapper(Call(lambda x: x * torch.nan), ReplicationCode(2, 2))
     with pytest.raises(NotEnoughResults):
         asyncio.run(coded.arun(X))
 
@@ -85,6 +85,6 @@ def test_a_cancelled_call_ends_its_thread_and_drops_what_has_not_begun(make):
 
     with make() as pool:
         pool.start()
-        coded = CodedWrapper(Sleepy(), KernelCode(4, 4), workers=pool)
+        coded = CodedWrapper(Sleepy(), parts=4, workers=pool)
         with torch.no_grad():
             assert asyncio.run(main()) < 2.0  # else four parts of a second each

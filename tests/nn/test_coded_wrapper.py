@@ -16,12 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import (
-    KernelCode,
-    NotEnoughResults,
-    ReplicationCode,
-)
-from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch import CodedWrapper, Regression, Report, Waiting
+from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
 from coded_torch.stragglers import ShiftedExponential, Uniform
 from coded_torch.testing.workers import CopyCode, PolynomialCode
 from coded_torch.workers import DeviceWorkers, LocalWorkers
@@ -65,7 +61,7 @@ def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, ext
     lost = data.draw(st.integers(0, extra))
     batch = data.draw(st.integers(0, 3 * num_data + 1))
     seed = data.draw(st.integers(0, 1000))
-    coded = CodedWrapper(linear(), code, stragglers=Uniform(lost, seed=seed))
+    coded = CodedWrapper(linear(), code, workers=LocalWorkers(Uniform(lost, seed=seed)))
     x = rand(batch, 3, seed=seed)
     out = coded(x)
     torch.testing.assert_close(out, coded.module(x), **EXACT)
@@ -100,7 +96,7 @@ def test_pytrees_and_in_dims(data, batch, num_data):
     coded = CodedWrapper(
         Moved(),
         PolynomialCode(num_data, num_data + 2),
-        stragglers=Uniform(1, seed=0),
+        workers=LocalWorkers(Uniform(1, seed=0)),
         in_dims=(pair_dims, {"x": x_dim, "shift": "shared"}),
     )
     got, wanted = coded(*args, extra=extra), coded.module(*args, extra=extra)
@@ -125,7 +121,8 @@ def test_batches_around_the_size_of_a_group(batch):
 def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
     seen = []
     coded = CodedWrapper(
-        Call(lambda x: seen.append(x) or x), CopyCode(3, 3), ordering="arrival", shuffle=False
+        Call(lambda x: seen.append(x) or x),
+        CopyCode(3, 3, ordering="arrival", shuffle=False),
     )
     x = torch.arange(1.0, 6.0)
     assert torch.equal(coded(x), x)
@@ -178,7 +175,7 @@ def test_answers_do_not_depend_on_the_order_of_replies(seed, batch):
     torch.manual_seed(seed)
     module, x = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)), rand(batch, 3).float()
     first, second = (
-        CodedWrapper(module, PolynomialCode(2, 5), stragglers=Fixed(*times.tolist()))
+        CodedWrapper(module, PolynomialCode(2, 5), workers=LocalWorkers(Fixed(*times.tolist())))
         for times in (latencies, in_order)
     )
     assert torch.equal(first(x), second(x))
@@ -190,7 +187,7 @@ def test_the_report():
     coded = CodedWrapper(
         linear(),
         PolynomialCode(2, 5),
-        stragglers=Fixed(0.5, 0.1, math.inf, 0.3, 0.2),
+        workers=LocalWorkers(Fixed(0.5, 0.1, math.inf, 0.3, 0.2)),
         waiting=Waiting.first(2),
     )
     assert coded.last_run is None
@@ -221,34 +218,52 @@ def test_the_number_of_stragglers_is_the_laws_or_the_given_one():
         return 8 - len(coded.last_run.received)
 
     assert lost() == 0
-    assert lost(stragglers=Uniform(2)) == 2
     assert lost(workers=LocalWorkers(Uniform(2))) == 2
-    assert lost(stragglers=Uniform(2), num_stragglers=4) == 4
+    assert lost(workers=LocalWorkers(Uniform(2)), num_stragglers=4) == 4
     assert lost(num_stragglers=np.int64(3)) == 3
     assert repr(lost(num_stragglers=torch.tensor(1))) == "1"
-    assert lost(stragglers=Uniform(2), num_stragglers=0) == 2  # no more will come
-    assert lost(stragglers=ShiftedExponential(0.0, 1.0)) == 0
-    assert lost(stragglers=ShiftedExponential(0.0, 1.0), num_stragglers=5) == 5
+    assert lost(workers=LocalWorkers(Uniform(2)), num_stragglers=0) == 2  # no more will come
+    assert lost(workers=LocalWorkers(ShiftedExponential(0.0, 1.0))) == 0
+    assert lost(workers=LocalWorkers(ShiftedExponential(0.0, 1.0)), num_stragglers=5) == 5
 
 
-def test_a_code_that_is_assigned_loses_what_it_can():
+def test_what_is_assigned_is_checked_as_what_is_given():
     coded = CodedWrapper(linear(), ReplicationCode(3, 5), waiting=Waiting.first(4))
-
-    def received() -> int:
-        coded(rand(1, 3))
-        return len(coded.last_run.received)
-
-    assert received() == 1
-    coded.code = PolynomialCode(3, 5)
-    assert received() == 3
-    coded.code = ReplicationCode(3, 5)
-    assert received() == 1
+    coded(rand(1, 3))
+    assert len(coded.last_run.received) == 1
+    with pytest.raises(ValueError, match="num_stragglers must be at most 2, as PolynomialCode"):
+        coded.code = PolynomialCode(3, 5)
+    assert coded.code.min_received == 1
     coded.waiting, coded.workers = None, LocalWorkers(Uniform(1))
-    assert received() == 4
+    coded.code = PolynomialCode(3, 5)
+    coded(rand(1, 3))
+    assert len(coded.last_run.received) == 4
+    for name, value in (("workers", None), ("code", 3), ("parts", 2), ("surrogate", linear())):
+        before = getattr(coded, name)
+        with pytest.raises((TypeError, ValueError), match=f"^CodedWrapper: {name} must be"):
+            setattr(coded, name, value)
+        assert getattr(coded, name) is before
+
+
+def test_latencies_belong_to_one_module_on_one_pool():
+    def pool(seconds):
+        return LocalWorkers(Fixed(*[seconds] * 4))
+
+    coded = CodedWrapper(linear(), parts=4, workers=pool(1.0))
+    for change in (
+        lambda: setattr(coded, "workers", pool(2.0)),
+        lambda: setattr(coded, "module", linear()),
+    ):
+        for _ in range(9):
+            coded(rand(8, 3))
+        assert coded.last_run.hedging_threshold == 1.5 * coded.last_run.median
+        change()
+        coded(rand(8, 3))
+        assert coded.last_run.hedging_threshold is None
 
 
 def test_a_law_that_loses_more_than_the_code_can():
-    coded = CodedWrapper(linear(), PolynomialCode(3, 5), stragglers=Uniform(3))
+    coded = CodedWrapper(linear(), PolynomialCode(3, 5), workers=LocalWorkers(Uniform(3)))
     with pytest.raises(NotEnoughResults, match="at least 3 of 5 results, got 2"):
         coded(rand(3, 3))
     assert len(coded.last_run.received) == 2
@@ -258,7 +273,10 @@ def test_a_law_that_loses_more_than_the_code_can():
 def test_the_deadline_is_on_the_clock_of_the_workers():
     law = Fixed(1.0, 2.0, 3.0, 4.0, 5.0)
     coded = CodedWrapper(
-        linear(), PolynomialCode(2, 5), stragglers=law, waiting=Waiting.first(deadline=3.5)
+        linear(),
+        PolynomialCode(2, 5),
+        workers=LocalWorkers(law),
+        waiting=Waiting.first(deadline=3.5),
     )
     x = rand(4, 3)
     torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
@@ -269,13 +287,13 @@ def test_the_deadline_is_on_the_clock_of_the_workers():
 
 
 def classifier(output: Any, **options: Any) -> CodedWrapper:
-    return CodedWrapper(Call(output), KernelCode(3, 6), link="softmax", **options)
+    return CodedWrapper(Call(output), RegressionCode(3, 6, link="softmax"), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_probabilities_stay_such(dtype):
     x = (4 * rand(12, 50)).to(dtype)
-    coded = classifier(lambda x: x.softmax(-1), stragglers=Uniform(2, seed=0))
+    coded = classifier(lambda x: x.softmax(-1), workers=LocalWorkers(Uniform(2, seed=0)))
     out = coded(x)
     assert out.dtype == dtype
     torch.testing.assert_close(
@@ -283,7 +301,7 @@ def test_probabilities_stay_such(dtype):
     )
     # The error of logarithms is in no unit of the answers.
     assert coded.last_run.expected_rmse is None
-    coded.link = None
+    coded.code = coded.code.replace(link=None)
     coded(x)
     assert coded.last_run.expected_rmse is not None
 
@@ -306,11 +324,9 @@ def test_gradients_are_those_of_finite_differences():
     module = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     coded = CodedWrapper(
         module,
-        PolynomialCode(2, 4),
-        stragglers=Fixed(0.0, math.inf, 2.0, 1.0),
+        PolynomialCode(2, 4, ordering="arrival", shuffle=False),
+        workers=LocalWorkers(Fixed(0.0, math.inf, 2.0, 1.0)),
         waiting=Waiting.first(1),
-        ordering="arrival",
-        shuffle=False,
     )
     x = rand(3, 2).requires_grad_()
     assert torch.autograd.gradcheck(coded, (x,))
@@ -350,7 +366,9 @@ def test_half_precision(dtype):
 
 def test_concurrent_calls_keep_their_reports_whole():
     law = ShiftedExponential(0.0, 1.0)
-    coded = CodedWrapper(linear(), PolynomialCode(2, 6), stragglers=law, waiting=Waiting.first(3))
+    coded = CodedWrapper(
+        linear(), PolynomialCode(2, 6), workers=LocalWorkers(law), waiting=Waiting.first(3)
+    )
     reports = []
 
     def call(i: int) -> bool:
@@ -369,7 +387,9 @@ def test_concurrent_calls_keep_their_reports_whole():
 
 def test_the_global_random_state_is_not_touched():
     state = torch.get_rng_state()
-    CodedWrapper(Call(lambda x: x), PolynomialCode(2, 4), stragglers=Uniform(1))(rand(3, 2))
+    CodedWrapper(Call(lambda x: x), PolynomialCode(2, 4), workers=LocalWorkers(Uniform(1)))(
+        rand(3, 2)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -382,8 +402,6 @@ def test_representation():
 
 def test_bad_construction():
     module, code = linear(), PolynomialCode(3, 5)
-    with pytest.raises(ValueError, match=r"stragglers must be given .* got workers and str"):
-        CodedWrapper(module, code, workers=LocalWorkers(), stragglers=Uniform(1))
     for lost in (3, 5):
         with pytest.raises(
             ValueError, match=r"waiting.num_stragglers must be at most 2, .* needs 3 results"
@@ -393,31 +411,34 @@ def test_bad_construction():
         CodedWrapper(module, code).run(rand(3, 3), waiting=Waiting.first(3))
     with pytest.raises(TypeError, match="module must be of type Module, got function"):
         CodedWrapper(lambda x: x, code)
-    with pytest.raises(TypeError, match="code must be of type Code, got int"):
+    with pytest.raises(TypeError, match="code must be of type Code or None, got int"):
         CodedWrapper(module, 3)
-    with pytest.raises(TypeError, match="workers must be of type Workers or None, got str"):
+    with pytest.raises(TypeError, match="workers must be of type Workers, got str"):
         CodedWrapper(module, code, workers="cpu")
     with pytest.raises(TypeError, match="waiting must be of type Waiting or None, got float"):
         CodedWrapper(module, code, waiting=1.0)
-    with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None"):
-        CodedWrapper(module, code, stragglers=3)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"shuffle": "no"}, TypeError, "shuffle must be of type bool, got str"),
-        ({"ordering": "nope"}, ValueError, "ordering must be 'similarity', .* got 'nope'"),
-        ({"ordering": 3}, TypeError, "ordering must be a name or a permutation, got 3"),
+        ({}, ValueError, "workers must be given without a code, got None"),
+        ({"workers": LocalWorkers()}, ValueError, "parts must be given with LocalWorkers, which"),
+        ({"workers": LocalWorkers(), "parts": 0}, ValueError, "parts must be at least 1, got 0"),
+        (
+            {"workers": LocalWorkers(), "parts": 2, "waiting": Waiting.first()},
+            ValueError,
+            r"waiting must be Waiting\(...\) without a code, .* got Waiting.first\(\)",
+        ),
+        ({"code": ReplicationCode(2, 4), "parts": 2}, ValueError, "parts must be None with a code"),
+        (
+            {"code": ReplicationCode(2, 4), "predictor": Regression()},
+            ValueError,
+            "predictor must be None with a code",
+        ),
+        ({"workers": LocalWorkers(), "parts": 2, "predictor": "mean"}, TypeError, "predictor must"),
     ],
 )
-def test_bad_options_are_refused_at_once(options, error, match):
+def test_what_does_not_fit_is_refused_at_once(options, error, match):
     with pytest.raises(error, match=f"^CodedWrapper: {match}"):
-        CodedWrapper(linear(), PolynomialCode(2, 4), **options)
-
-
-def test_an_ordering_that_is_assigned_is_checked_too():
-    coded = CodedWrapper(linear(), PolynomialCode(2, 4))
-    coded.ordering = "nope"
-    with pytest.raises(ValueError, match=r"^CodedWrapper: ordering must be"):
-        coded(rand(2, 3))
+        CodedWrapper(linear(), **options)

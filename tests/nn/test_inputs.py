@@ -10,25 +10,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import (
     BerrutCode,
-    KernelCode,
     LagrangeCode,
+    RegressionCode,
     ReplicationCode,
     SplineCode,
 )
-from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
-from coded_torch.workers import DeviceWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
-from .modules import EXACT, Call, rand
+from .modules import EXACT, WAYS, Call, divided, rand
 
-CODES = [PolynomialCode, KernelCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
+CODES = [PolynomialCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
 
 
 @pytest.mark.parametrize("devices", [None, ["cpu"]])
-@pytest.mark.parametrize("make", [code for code in CODES if code.mixes and code is not KernelCode])
+@pytest.mark.parametrize("make", [code for code in CODES if code.mixes])
 def test_codes_that_mix_name_the_row_that_is_not_finite(make, devices):
     x = rand(4, 3)
     x[2, 1] = -math.inf
@@ -45,7 +45,7 @@ def test_codes_that_mix_name_the_row_that_is_not_finite(make, devices):
 def test_inputs_may_be_as_great_as_their_sum_is_not(dtype):
     greatest = torch.finfo(dtype).max
     x = torch.tensor([[greatest], [greatest], [-greatest], [1.0]], dtype=dtype)
-    coded = CodedWrapper(nn.Identity(), ReplicationCode(2, 4), ordering="arrival")
+    coded = CodedWrapper(nn.Identity(), ReplicationCode(2, 4, ordering="arrival"))
     assert torch.equal(coded(x), x)
 
 
@@ -106,11 +106,11 @@ X = torch.tensor([[3.0], [1.0], [4.0], [2.0]])
 MASK = torch.tensor([[1], [0], [1], [0]]).bool()
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-@pytest.mark.parametrize("make", [ReplicationCode, KernelCode])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lost", [0, 2])
-def test_codes_that_repeat_inputs_carry_masks(make, waiting, lost):
-    coded = CodedWrapper(Masked(), make(4, 8), stragglers=Uniform(lost, seed=0), waiting=waiting)
+def test_masks_are_carried_where_inputs_are_not_mixed(way, lost):
+    pool = LocalWorkers(Uniform(lost, seed=0))
+    coded = CodedWrapper(Masked(), **divided(way, 4, 8), workers=pool)
     exact = Masked()(X, MASK)
     answers = coded(X, MASK)
     own = ~coded.last_run.predicted
@@ -150,31 +150,32 @@ def test_the_remedies_that_the_error_names_work():
     assert torch.equal(divided(X, MASK), X * MASK)
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-def test_token_ids_alone(waiting):
+@pytest.mark.parametrize("way", ["rows", "regression"])
+def test_token_ids_alone(way):
     """Nothing to measure distances on: arrival, equal copies, the mean; and the report says so."""
     torch.manual_seed(0)
     module, ids = nn.EmbeddingBag(50, 3), torch.randint(0, 50, (12, 5))
-    law = Uniform(2 if waiting else 3, seed=1)
-    coded = CodedWrapper(module, KernelCode(4, 6), stragglers=law, waiting=waiting)
-    with pytest.warns(UserWarning, match="no distances.* metric=features.* or .* a surrogate$"):
+    pool = LocalWorkers(Uniform(2 if way == "rows" else 3, seed=1))
+    coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
+    with pytest.warns(UserWarning, match="no distances.*metric=features.* or .* a surrogate$"):
         answers, exact = coded(ids), module(ids)
     run = coded.last_run
     with warnings.catch_warnings():  # once, and not where one of the remedies is taken
         warnings.simplefilter("error")
-        coded.workers.stragglers = None
+        pool.stragglers = None
         coded(ids)
         coded.replace(surrogate=module)(ids)
         coded.replace(waiting=Waiting(predict=False))(ids)
-        coded.replace(code=KernelCode(4, 6, metric=lambda ids: ids.float()))(ids)
-        coded.replace(code=ReplicationCode(4, 6))(ids)  # predicts by the mean, whatever there is
+        CodedWrapper(module, **divided(way, 4, 6, metric=lambda ids: ids.float()), workers=pool)(
+            ids
+        )
+        CodedWrapper(module, ReplicationCode(4, 6))(ids)  # predicts by the mean in any case
     own = ~run.predicted
     assert torch.equal(answers[own], exact[own])
-    if waiting is None:
-        assert 0 < own.sum() < 12
-        assert "no floating-point input" in run.notes[0]
-        mean = exact[own].mean(0).expand_as(answers)
-        torch.testing.assert_close(answers[~own], mean[~own])
+    assert 0 < own.sum() < 12
+    assert "no floating-point input" in run.notes[0]
+    mean = exact[own].mean(0).expand_as(answers)
+    torch.testing.assert_close(answers[~own], mean[~own])
 
 
 class Words(nn.Module):
@@ -192,11 +193,14 @@ class Words(nn.Module):
         return self.gru(packed)[1][-1]
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-def test_a_recurrent_network_with_lengths(waiting):
+@pytest.mark.parametrize("way", ["rows", "regression"])
+def test_a_recurrent_network_with_lengths(way):
     x, lengths = rand(24, 7, 4).float(), torch.arange(24) % 7 + 1
     coded = CodedWrapper(
-        Words(), KernelCode(8, 12), stragglers=Uniform(2, seed=0), in_dims=(0, 0), waiting=waiting
+        Words(),
+        **divided(way, 8, 12),
+        workers=LocalWorkers(Uniform(2, seed=0)),
+        in_dims=(0, 0),
     )
     with torch.no_grad():
         answers, exact = coded(x, lengths), coded.module(x, lengths)
@@ -205,8 +209,8 @@ def test_a_recurrent_network_with_lengths(waiting):
     torch.testing.assert_close(answers[own], exact[own])
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-def test_a_transformer_with_token_ids_and_attention_mask(waiting):
+@pytest.mark.parametrize("way", ["rows", "regression"])
+def test_a_transformer_with_token_ids_and_attention_mask(way):
     import transformers  # seconds
 
     torch.manual_seed(0)
@@ -222,8 +226,8 @@ def test_a_transformer_with_token_ids_and_attention_mask(waiting):
     def embedded(ids: Tensor, mask: Tensor) -> Tensor:
         return (bert.embeddings.word_embeddings(ids) * mask[..., None]).mean(1)
 
-    code = KernelCode(5, 8, metric=embedded)
-    coded = CodedWrapper(bert, code, stragglers=Uniform(2, seed=0), waiting=waiting)
+    pool = LocalWorkers(Uniform(2, seed=0))
+    coded = CodedWrapper(bert, **divided(way, 5, 8, metric=embedded), workers=pool)
     for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds}):
         with torch.no_grad():
             answers = coded(**inputs, attention_mask=mask.long())
@@ -239,7 +243,7 @@ def test_codes_that_mix_refuse_masks_with_the_ways_out():
     with pytest.raises(
         TypeError,
         match=r"args\[1\] must be floating-point, as SplineCode\(.*\) mixes inputs, got "
-        r'torch.bool; take a code that repeats them .* "shared" in in_dims$',
+        r'torch.bool; leave the code out, .* "shared" in in_dims$',
     ):
         coded(X, MASK)
 
@@ -252,9 +256,9 @@ def test_vmap_over_the_wrapper_is_one_line():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
-@pytest.mark.parametrize("make", [SplineCode, KernelCode, ReplicationCode, BerrutCode])
+@pytest.mark.parametrize("make", [SplineCode, RegressionCode, ReplicationCode, BerrutCode])
 def test_functional_transforms_pass(make, ordering):
-    coded, x = CodedWrapper(Call(torch.tanh), make(2, 4), ordering=ordering), rand(4, 3)
+    coded, x = CodedWrapper(Call(torch.tanh), make(2, 4).replace(ordering=ordering)), rand(4, 3)
     grad = torch.func.grad(lambda v: coded(v).sum())(x)
     wanted = torch.autograd.functional.jacobian(lambda v: coded(v).sum(), x)
     torch.testing.assert_close(grad, wanted)
@@ -277,11 +281,10 @@ UNREADABLE = {
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of prototypes
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-@pytest.mark.parametrize("make", [SplineCode, KernelCode, ReplicationCode])
+@pytest.mark.parametrize("how", [{"parts": 2}, {"code": SplineCode(2, 4)}])
 @pytest.mark.parametrize("kind", UNREADABLE)
-def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, make, waiting):
-    coded = CodedWrapper(nn.Identity(), make(2, 4), waiting=waiting)
+def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
+    coded = CodedWrapper(nn.Identity(), workers=LocalWorkers(), **how)
     x = UNREADABLE[kind](torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     with pytest.raises(
         TypeError, match=r"^CodedWrapper: args\[0\] must be a dense, strided"
@@ -291,15 +294,17 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, make, waiting)
 
 
 def test_what_looks_like_a_row_an_input_but_is_no_tensor_is_refused():
-    coded = CodedWrapper(Call(lambda x, mask: x * torch.as_tensor(mask)), KernelCode(4, 4))
+    coded = CodedWrapper(Call(lambda x, mask: x * torch.as_tensor(mask)), ReplicationCode(4, 4))
     with pytest.raises(ValueError, match=r"args\[1\] must be a tensor if .*, as an array is"):
         coded(X, MASK.numpy())
     with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be a tensor if .*, as a list is"):
         coded(X, mask=[1, 0, 1, 0])
     deep = Call(lambda x, options: x)
     with pytest.raises(ValueError, match=r"args\[1\]\['a'\]\[1\] must be a tensor"):
-        CodedWrapper(deep, KernelCode(4, 4))(X, {"a": (None, [1, 0, 1, 0])})
-    shared = CodedWrapper(coded.module, KernelCode(4, 4), in_dims=(0, "shared"))
+        CodedWrapper(deep, ReplicationCode(4, 4))(X, {"a": (None, [1, 0, 1, 0])})
+    shared = CodedWrapper(coded.module, ReplicationCode(4, 4), in_dims=(0, "shared"))
     assert torch.equal(shared(X, np.ones(1)), X)
     assert torch.equal(shared(X.expand(4, 4), np.ones(4)), X.expand(4, 4))
-    assert torch.equal(CodedWrapper(deep, KernelCode(4, 4))(X, (1, 2, 3, 4)), X)  # as sizes are
+    assert torch.equal(
+        CodedWrapper(deep, ReplicationCode(4, 4))(X, (1, 2, 3, 4)), X
+    )  # as sizes are

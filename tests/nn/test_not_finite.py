@@ -1,4 +1,4 @@
-"""Rows that are not finite, of codes that repeat inputs: computed, and no others' affair."""
+"""Rows that are not finite, where inputs are not mixed: computed, and no others' affair."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import KernelCode, NotEnoughResults, ReplicationCode
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
-from coded_torch.workers import DeviceWorkers, ProcessWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
 
-from .modules import Call
+from .modules import WAYS, Call, divided
 from .pools import Separate
 
-CODES = [
-    KernelCode,
-    ReplicationCode,
-]
-WAYS = [None, Waiting()]
 BAD = [2, 7]
 
 
@@ -42,13 +37,12 @@ def others(size: int = 24) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize("waiting", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("make", CODES)
-def test_such_a_row_is_answered_as_the_module_does(make, dtype, waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_such_a_row_is_answered_as_the_module_does(way, dtype):
     x = spoiled(dtype=dtype)
     for module in (nn.ReLU(), Call(lambda x: x.nan_to_num(nan=-1.0, neginf=3.0))):
-        coded = CodedWrapper(module, make(4, 6), workers=Separate(), waiting=waiting)
+        coded = CodedWrapper(module, **divided(way, 4, 6), workers=Separate())
         assert same(coded(x), module(x))
         assert not coded.last_run.predicted.any()
         assert not coded.last_run.rejected
@@ -56,14 +50,17 @@ def test_such_a_row_is_answered_as_the_module_does(make, dtype, waiting):
 
 
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
-@pytest.mark.parametrize("make", CODES)
-def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(make, ordering):
+@pytest.mark.parametrize("way", WAYS)
+def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, ordering):
     """And what else is lost is predicted from finite rows alone."""
     x, module = spoiled(), Call(lambda x: x.sin())
     seen = torch.zeros(24, dtype=torch.bool)
     for seed in range(20):
-        stragglers = Uniform(3, seed=seed)
-        coded = CodedWrapper(module, make(4, 6), stragglers=stragglers, ordering=ordering)
+        stragglers = Uniform(3 if way != "rows" else 2, seed=seed)
+        how = divided(way, 4, 6)
+        if way != "rows":
+            how["code"] = how["code"].replace(ordering=ordering)
+        coded = CodedWrapper(module, **how, workers=LocalWorkers(stragglers))
         answers, report = coded.run(x)
         own, errors = ~report.predicted, report.expected_errors
         assert same(answers[own], module(x)[own])
@@ -78,27 +75,27 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(make, order
     assert seen.any()
 
 
-@pytest.mark.parametrize("make", CODES)
-def test_no_other_answer_depends_on_it(make):
+@pytest.mark.parametrize("way", WAYS)
+def test_no_other_answer_depends_on_it(way):
     x, answers = spoiled(), []
     for odd in (0.0, 1e30, math.nan):
         module = Call(lambda x, odd=odd: torch.where(x.isfinite(), x.sin(), odd))
-        coded = CodedWrapper(module, make(4, 6), stragglers=Uniform(3, seed=1))
+        pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=1))
+        coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
         answers.append(coded(x))
         assert coded.last_run.predicted[others()].any()
     assert torch.equal(answers[0][others()], answers[1][others()])
     assert torch.equal(answers[0][others()], answers[2][others()])
 
 
-@pytest.mark.parametrize("make", CODES)
-def test_surrogates_and_memories_do_not_see_it(make):
+@pytest.mark.parametrize("way", WAYS)
+def test_surrogates_and_memories_do_not_see_it(way):
     x, memory = spoiled(48), Memory()
     module = Call(lambda x: (90 * x).sin())  # which distances do not predict
     surrogates = (Call(lambda x: (90 * x).sin() - 0.1 * x), memory)
     for seed in range(2):
-        coded = CodedWrapper(
-            module, make(4, 6), stragglers=Uniform(3, seed=seed), surrogate=surrogates
-        )
+        pool = LocalWorkers(Uniform(3 if way != "rows" else 2, seed=seed))
+        coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool, surrogate=surrogates)
         known = len(memory)
         answers = coded(x)
         run = coded.last_run
@@ -112,9 +109,8 @@ def test_in_any_argument_wherever_the_batch_is():
     module = Call(lambda tree, scale: {"y": tree["x"][0].T * scale[:, None], "max": scale.max()})
     coded = CodedWrapper(
         module,
-        KernelCode(3, 5),
+        parts=3,
         workers=Separate(),
-        waiting=Waiting(),
         in_dims=({"x": 1},),
         out_dims={"y": 0, "max": None},
     )
@@ -124,39 +120,39 @@ def test_in_any_argument_wherever_the_batch_is():
     assert same(answers["y"], x.T * scale[:, None])
     assert not report.rejected
     mask = torch.arange(9) % 2 == 0
-    masked = CodedWrapper(nn.Identity(), ReplicationCode(3, 5), workers=Separate())
+    masked = CodedWrapper(nn.Identity(), ReplicationCode(3, 5))
     assert torch.equal(masked(mask), mask.clone())
 
 
-@pytest.mark.parametrize("waiting", WAYS)
-def test_probabilities_under_a_link(waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_probabilities_under_a_link(way):
     x = spoiled()
-    coded = CodedWrapper(
-        nn.Softmax(-1), KernelCode(4, 6), stragglers=Uniform(2, seed=0), waiting=waiting,
-        link="softmax",
-    )  # fmt: skip
+    pool = LocalWorkers(Uniform(2, seed=0))
+    coded = CodedWrapper(nn.Softmax(-1), **divided(way, 4, 6, "softmax"), workers=pool)
     answers, report = coded.run(x)
     assert not report.rejected
     assert same(answers[~report.predicted], x.softmax(-1)[~report.predicted])
     torch.testing.assert_close(answers[others()].sum(-1), torch.ones(22, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("make", CODES)
-@pytest.mark.parametrize("waiting", WAYS)
-def test_a_batch_of_nothing_else(make, waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_of_nothing_else(way):
     x = torch.full((6, 2), math.nan)
-    coded = CodedWrapper(nn.Identity(), make(3, 6), workers=Separate(), waiting=waiting)
+    coded = CodedWrapper(nn.Identity(), **divided(way, 3, 6), workers=Separate())
     assert coded(x).isnan().all()
     module = FailsAt(7.0, divide_by_zero)
     x[:2] = 7.0
-    lost = CodedWrapper(module, make(3, 3), workers=Separate(), waiting=Waiting(on_error="predict"))
+    waiting = Waiting(on_error="predict")
+    lost = CodedWrapper(module, **divided(way, 3, 3), workers=Separate(), waiting=waiting)
     with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
         lost(x)
 
 
 def test_gradients_are_those_of_the_module():
     x = spoiled().requires_grad_()
-    coded = CodedWrapper(Call(torch.sin), KernelCode(4, 6), stragglers=Uniform(3, seed=1))
+    coded = CodedWrapper(
+        Call(torch.sin), RegressionCode(4, 6), workers=LocalWorkers(Uniform(3, seed=1))
+    )
     answers = coded(x)
     own = ~coded.last_run.predicted & others()
     (grad,) = torch.autograd.grad(answers[own].sum(), x)
@@ -168,7 +164,7 @@ def test_gradients_are_those_of_the_module():
 def test_on_real_workers(make):
     x, module = spoiled(dtype=torch.float16), nn.ReLU()
     with make() as pool, torch.no_grad():
-        coded = CodedWrapper(module, KernelCode(2, 2), workers=pool)
+        coded = CodedWrapper(module, workers=pool)
         answers, report = coded.run(x)
     assert same(answers, module(x))
     assert report.ended == "complete"

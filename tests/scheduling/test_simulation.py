@@ -5,14 +5,14 @@ import math
 
 import numpy as np
 import pytest
+from coded_torch.demo.hedging import HedgeOnce, Unsplit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.hedging import HedgeOnce, Unsplit
-from coded_torch import stragglers
-from coded_torch.nn import Waiting
+from coded_torch import Waiting, stragglers
+from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling.protocol import Ask, Began, Drop, Settled, Wait
 from coded_torch.scheduling.simulation import Conditions, simulate
-from coded_torch.scheduling.waiting import Ask, Began, Drop, History, Settled, Wait
 
 
 class Watched:
@@ -24,7 +24,7 @@ class Watched:
 
     def decide(self, history, first, *, needed, since, **options):
         self.calls += 1
-        fences = {}
+        thresholds = {}
         policy = self.waiting.decide(history, first, needed=needed, since=since, **options)
         parts, states, due = [], [], []  # of each part: units; queued, running ...; when late
         good, event, now = set(), None, since
@@ -38,7 +38,9 @@ class Watched:
             if isinstance(decision, Wait):
                 event = yield decision
                 before = len(good)
-                now = self.hear(event, decision.until, good, parts, states, due, history, fences)
+                now = self.hear(
+                    event, decision.until, good, parts, states, due, history, thresholds
+                )
                 continue
             if isinstance(decision, Ask):
                 self.check_ask(decision.parts, parts, states, due, now, good, needed)
@@ -50,15 +52,15 @@ class Watched:
             self.log.append((now, decision))
             event = yield decision
 
-    def hear(self, event, until, good, parts, states, due, history, fences):
+    def hear(self, event, until, good, parts, states, due, history, thresholds):
         """Note what an event says; the time of it."""
         if event is None:
             return until
         if isinstance(event, Began):
             assert states[event.part] == "queued", "what is not wanted has begun"
             units = len(parts[event.part])
-            fence = fences.setdefault(units, history.fence(units))
-            states[event.part], due[event.part] = "running", event.at + fence
+            threshold = thresholds.setdefault(units, history.hedging_threshold(units))
+            states[event.part], due[event.part] = "running", event.at + threshold
         elif isinstance(event, Settled):
             states[event.part] = "good" if event.ok else "failed"
             if event.ok:
@@ -91,7 +93,7 @@ class Watched:
         assert (ended.reason == "complete") == (len(good) == needed)
         if ended.reason == "deadline":
             assert seconds == pytest.approx(waiting.deadline)
-        if ended.reason == "patience":
+        if ended.reason == "predict_after":
             assert waiting.deadline is None
             assert waiting.predict
             assert len(good) >= half
@@ -103,7 +105,7 @@ class Watched:
             assert not {"queued", "running"} & set(states)
         if seconds > ended.deadline * (1 + 1e-9):
             assert waiting.deadline is None
-            assert before < half or "failed" in states, "half was there, and patience over"
+            assert before < half or "failed" in states, "half was there, and it is time to predict"
 
 
 conditions = st.builds(
@@ -120,8 +122,8 @@ conditions = st.builds(
 policies = st.builds(
     Waiting,
     deadline=st.sampled_from([None, 1.2, 3.0]),
-    patience=st.sampled_from([1.5, 3.0, math.inf]),
-    extra=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
+    predict_after=st.sampled_from([1.5, 3.0, math.inf]),
+    hedge_budget=st.sampled_from([0.0, 0.02, 0.25, 2.0]),
     predict=st.booleans(),
 )
 
@@ -152,13 +154,13 @@ def test_what_holds_for_every_call(conditions, waiting, machines, parts, load, s
     assert watched[0].log == watched[1].log
     np.testing.assert_array_equal(outcomes[0].latencies, outcomes[1].latencies)
     assert watched[0].calls == outcomes[0].ended.total() == 150
-    assert watched[0].hedged <= waiting.extra * 150 + 1 + 20 / parts + 1e-9
+    assert watched[0].hedged <= waiting.hedge_budget * 150 + 1 + 20 / parts + 1e-9
     predicted = outcomes[0].predicted
     assert ((predicted > 0) == (predicted != 0)).all()
     assert (predicted > 0).sum() == 150 - outcomes[0].ended["complete"]
     # "error": where half of the parts fail, a row may be blamed for it.
-    assert set(outcomes[0].ended) <= {"complete", "deadline", "patience", "failed", "error"}
-    if waiting.extra == 0:
+    assert set(outcomes[0].ended) <= {"complete", "deadline", "predict_after", "failed", "error"}
+    if waiting.hedge_budget == 0:
         assert watched[0].hedged == 0
 
 
@@ -184,7 +186,7 @@ def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
     outcome = simulate(Waiting(), Conditions(), **common)
     assert outcome.predicted.mean() <= most
     assert outcome.work <= 1.005
-    uncoded = simulate(Waiting(patience=math.inf, extra=0), Conditions(), **common)
+    uncoded = simulate(Waiting(predict_after=math.inf, hedge_budget=0), Conditions(), **common)
     assert uncoded.work == uncoded.calls == 1
     assert outcome.percentile(50) <= 1.1 * uncoded.percentile(50)
 
@@ -196,9 +198,9 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     tails = [
         simulate(policy, conditions, **common).percentile(99.9)
         for policy in (
-            Waiting(patience=never, extra=0),
+            Waiting(predict_after=never, hedge_budget=0),
             HedgeOnce(medians=1.5),
-            Unsplit(patience=never),
+            Unsplit(predict_after=never),
             Waiting(),
         )
     ]
@@ -207,7 +209,7 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     assert tails[-1] < 8
 
 
-def test_when_machines_become_slow_for_good_patience_follows():
+def test_when_machines_become_slow_for_good_the_median_follows():
     history = History()
     for _ in range(128):
         history.add([(12, 0.1)] * 4, (12, 0.1))
@@ -221,7 +223,7 @@ def test_when_machines_become_slow_for_good_patience_follows():
 def test_one_machine_serves_one_part_after_the_other():
     still = Conditions(spread=0.0)
     outcome = simulate(
-        Waiting(patience=math.inf, extra=0),
+        Waiting(predict_after=math.inf, hedge_budget=0),
         still,
         num_machines=1,
         num_parts=3,
@@ -234,10 +236,14 @@ def test_one_machine_serves_one_part_after_the_other():
 def test_a_paused_machine_goes_on_afterwards():
     often = Conditions(spread=0.0, bursts=5.0, pause=2.0)
     outcome = simulate(
-        Waiting(patience=math.inf, extra=0), often, num_machines=1, num_parts=1, load=0.5
+        Waiting(predict_after=math.inf, hedge_budget=0),
+        often,
+        num_machines=1,
+        num_parts=1,
+        load=0.5,
     )
     free = simulate(
-        Waiting(patience=math.inf, extra=0),
+        Waiting(predict_after=math.inf, hedge_budget=0),
         dataclasses.replace(often, bursts=math.inf),
         num_machines=1,
         num_parts=1,
@@ -262,7 +268,7 @@ def test_the_first_n_less_s_are_waited_for():
 def test_laws_of_the_package_delay_machines():
     law = stragglers.Uniform(1, seed=0)
     outcome = simulate(
-        Waiting(patience=math.inf, extra=0),
+        Waiting(predict_after=math.inf, hedge_budget=0),
         Conditions(delays=law, dead_after=5.0),
         num_machines=2,
         num_parts=2,

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from coded_torch.nn import Waiting
-from coded_torch.scheduling.waiting import (
+from coded_torch import Waiting
+from coded_torch.scheduling.latency_history import History, PredictionTimes
+from coded_torch.scheduling.protocol import (
     Ask,
     Began,
     Drop,
     Ended,
     Failure,
-    History,
     Prepare,
     Settled,
     Wait,
@@ -67,7 +67,7 @@ def test_while_nothing_is_late_all_is_asked_once():
     assert ended == Ended("complete", (), 1.5, 1.0, 3.0, 1.0)
 
 
-def test_a_part_past_its_fence_is_split_over_idle_machines():
+def test_a_late_part_is_split_over_idle_machines():
     events = [*begin(0, 1, 2, 3, at=0.5), *settle(0, 1, 2), None, *settle(3, at=2.1)]
     decisions, waits, ended = drive(Waiting(), events, history=known(), idle=lambda: 5)
     assert decisions == [Ask(tuple(FOUR)), Ask(((6,), (7,))), Prepare()]
@@ -83,65 +83,70 @@ def test_predictions_are_prepared_when_half_of_the_time_is_over():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None, *begin(4, at=1.6), None]
     decisions, waits, _ = drive(Waiting(deadline=4.0), events, history=known())
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Prepare()]
-    assert waits[-2:] == [2.0, 3.1]  # half of the deadline; the fence of the part asked again
+    assert waits[-2:] == [2.0, 3.1]  # half of the deadline; the threshold of the part asked again
     events = [*events[:-1], *settle(4, at=1.9)]
     decisions, _, _ = drive(Waiting(deadline=4.0), events, history=known())
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]  # everything came before
 
 
-@pytest.mark.parametrize(("least", "ended"), [(1, "patience"), (3, "patience"), (4, "complete")])
+@pytest.mark.parametrize(
+    ("least", "ended"), [(1, "predict_after"), (3, "predict_after"), (4, "complete")]
+)
 def test_what_the_code_cannot_decode_is_waited_for(least, ended):
     columns = [(0,), (1,), (2,), (3,)]
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
     if least == 4:
         events += [*settle(3, at=9.0)]
-    waiting = Waiting(extra=0)
+    waiting = Waiting(hedge_budget=0)
     _, _, end = drive(
         waiting, events, columns, needed=4, least=least, spare=[], history=known(rows=1)
     )
     assert end.reason == ended
     if least == 4:  # an explicit deadline ends the call even so
         options = {"needed": 4, "least": least, "spare": []}
-        _, _, end = drive(Waiting(extra=0, deadline=2.0), events[:-1], columns, **options)
+        _, _, end = drive(Waiting(hedge_budget=0, deadline=2.0), events[:-1], columns, **options)
         assert end.reason == "deadline"
 
 
 def test_time_to_predict_is_kept_before_the_deadline():
     events = [*begin(0, 1, 2, 3), *settle(0, 1), None]
-    _, waits, ended = drive(Waiting(deadline=4.0, extra=0), events, history=known(), reserve=0.5)
+    _, waits, ended = drive(
+        Waiting(deadline=4.0, hedge_budget=0), events, history=known(), reserve=0.5
+    )
     assert waits[-1] == 3.5
     assert (ended.reason, ended.deadline) == ("deadline", 4.0)
     few = [*begin(0, 1, 2, 3), *settle(0), None, None]  # to predict from: it is not needed
     for exact, script in ((False, few), (True, [*events, None])):
-        waiting = Waiting(deadline=4.0, extra=0, predict=not exact)
+        waiting = Waiting(deadline=4.0, hedge_budget=0, predict=not exact)
         assert drive(waiting, script, history=known(), reserve=0.5)[1][-2:] == [3.5, 4.0]
 
 
 def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
-    history = History()
-    usual = history.decoding(64)
+    times = PredictionTimes()
+    usual = times.seconds(64)
     for factor in [99.0] + [1.0] * 13 + [2.0] * 3:  # the first loads code
-        history.decoded(factor * usual, 64, 4096)
-    assert history.decoding(64) == pytest.approx(2 * usual)  # of eight, one takes longer
-    assert history.decoding(4096) > 10 * history.decoding(1024)
-    assert history.reserve(4096, math.inf) == 0.0
+        times.add(factor * usual, 64, 4096)
+    assert times.seconds(64) == pytest.approx(2 * usual)  # of eight, one takes longer
+    assert times.seconds(4096) > 10 * times.seconds(1024)
+    assert times.reserve(4096, math.inf) == (4096, 0.0)
     late = 0.005
-    assert history.reserve(64, 0.3) == 1.25 * history.decoding(64) + late
+    assert times.reserve(64, 0.3) == (4096, 1.25 * times.seconds(64) + late)
     # A regression of all, several of some, and the mean, as time is short.
-    reserves = [history.reserve(4096, deadline) for deadline in (10.0, 1.0, 0.1)]
-    assert reserves[:2] == [1.25 * history.decoding(4096, size) + late for size in (4096, 512)]
-    assert reserves[2] == history.decoding(1)
+    for deadline, chunk in ((10.0, 4096), (1.0, 512)):
+        seconds = 1.25 * times.seconds(4096, chunk) + late
+        assert times.reserve(4096, deadline) == (chunk, seconds)
+    assert times.reserve(4096, 0.1) == (0, times.seconds(1))
 
 
 def test_a_regression_that_was_slow_by_chance_is_tried_again():
-    history = History()
-    usual = history.decoding(64)
-    for factor in (1.0, 99.0):
-        history.decoded(factor * usual, 64, 4096)
-    assert history.decoding(64) == pytest.approx(99 * usual)
+    times = PredictionTimes()
+    usual = times.seconds(64)
+    for factor in (1.0, 1.0, 99.0):
+        times.add(factor * usual, 64, 4096)
+    assert times.seconds(64) == pytest.approx(99 * usual)
     for _ in range(32):
-        history.hurried()
-    assert history.decoding(64) == usual
+        times.add(0.001, 64, 0)
+    assert times.seconds(64) == usual
 
 
 def test_without_an_idle_machine_a_late_part_queues_whole():
@@ -160,11 +165,11 @@ def test_what_waits_to_begin_is_not_asked_again():
     events = [*begin(0, 1, 2), *settle(0, 1, 2), None]
     decisions, _, ended = drive(Waiting(), events, history=known())
     assert decisions == [Ask(tuple(FOUR))]
-    assert ended.reason == "patience"
+    assert ended.reason == "predict_after"
 
 
 def test_a_late_part_is_asked_again_three_times():
-    waiting = Waiting(patience=math.inf)
+    waiting = Waiting(predict_after=math.inf)
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2)]
     for part in range(4, 7):
         events += [None, *begin(part, at=float(part))]
@@ -173,10 +178,10 @@ def test_a_late_part_is_asked_again_three_times():
     assert waits[-1] == math.inf
 
 
-@pytest.mark.parametrize("extra", [0.0, 0.25])
-def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times(extra):
+@pytest.mark.parametrize("hedge_budget", [0.0, 0.25])
+def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times(hedge_budget):
     events = [*settle(0, 1, 2), *settle(3, ok=False), *settle(4, ok=False), *settle(5, ok=False)]
-    decisions, _, ended = drive(Waiting(extra=extra), events)
+    decisions, _, ended = drive(Waiting(hedge_budget=hedge_budget), events)
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),)), Ask(((6, 7),))]
     assert ended.reason == "failed"
 
@@ -184,7 +189,7 @@ def test_failed_parts_are_asked_again_at_once_until_they_have_failed_three_times
 def test_what_failed_is_cleared_up_before_anything_is_predicted():
     failure = Failure("raised", 0, "wrong")
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 2.5, 2.5, False, failure)]
-    events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # patience is over at 3
+    events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # predicted from 3 on
     events += [Settled(5, 3.3, 0.8, False, failure._replace(machine=1))]
     ended = drive(Waiting(), events, history=known())[2]
     assert (ended.reason, ended.refused) == ("error", (5,))
@@ -195,13 +200,13 @@ def raised(*parts, machine, at=1.0):
     return [Settled(part, at, at, False, failure, machine) for part in parts]
 
 
-def test_the_search_for_what_failed_ends_at_twice_the_patience():
+def test_the_search_for_what_failed_ends_at_twice_predict_after():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 1.0, 1.0, False, Failure("died", 0))]
     events += [*begin(4, at=1.0), None, None, None]  # it hangs
     decisions, waits, ended = drive(Waiting(), events, history=known())
     assert decisions == [Ask(tuple(FOUR)), Ask(((6, 7),))]
     assert waits[-3:] == [2.5, 3.0, 6.0]  # a copy might end another worker
-    assert (ended.reason, ended.deadline) == ("patience", 3.0)
+    assert (ended.reason, ended.deadline) == ("predict_after", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -255,19 +260,19 @@ def test_failures_do_not_need_the_bucket():
     history = known()
     assert history.spend(6.0, most=6.0)
     events = [*begin(0, 1, 2, 3), *settle(0, 1), *settle(2, ok=False), None]
-    decisions, waits, _ = drive(Waiting(extra=0.01), events, history=history)
+    decisions, waits, _ = drive(Waiting(hedge_budget=0.01), events, history=history)
     assert decisions[1:] == [Ask(((4, 5),)), Prepare()]  # part 3 is late, and stays so
     assert waits[-1] == 3.0
 
 
 def test_without_extra_nothing_is_late():
-    decisions, waits, _ = drive(Waiting(extra=0), begin(0, 1, 2, 3), history=known())
+    decisions, waits, _ = drive(Waiting(hedge_budget=0), begin(0, 1, 2, 3), history=known())
     assert decisions == [Ask(tuple(FOUR))]
     assert set(waits) == {3.0}
 
 
 @pytest.mark.parametrize(
-    ("waiting", "reason"), [(Waiting(), "patience"), (Waiting(deadline=3.0), "deadline")]
+    ("waiting", "reason"), [(Waiting(), "predict_after"), (Waiting(deadline=3.0), "deadline")]
 )
 def test_the_rest_is_predicted_if_half_is_there(waiting, reason):
     enough = drive(waiting, [*settle(0, 1), None], history=known())
@@ -288,8 +293,8 @@ def test_a_deadline_counts_from_the_call():
     assert ended.deadline == 3.0
 
 
-@pytest.mark.parametrize("waiting", [Waiting(patience=math.inf), Waiting(predict=False)])
-def test_infinite_patience_waits_for_all_that_can_come(waiting):
+@pytest.mark.parametrize("waiting", [Waiting(predict_after=math.inf), Waiting(predict=False)])
+def test_what_is_never_predicted_waits_for_all_that_can_come(waiting):
     _, waits, ended = drive(waiting, [*settle(0, 1), *settle(2, 3, at=99.0)], history=known())
     assert set(waits) == {math.inf}
     assert ended.reason == "complete"
@@ -349,30 +354,30 @@ def test_a_call_is_remembered_when_it_has_ended():
     history = known(calls=7)  # 28 parts
     late = [Began(0, 0.0, fresh=True), *begin(1, 2, 3), *settle(0, at=9.0), *settle(1, 2, 3)]
     drive(Waiting(), late, history=history)
-    assert history.fence(2) == math.inf  # 31: that of a new machine does not count
+    assert history.hedging_threshold(2) == math.inf  # 31: that of a new machine does not count
     drive(Waiting(), late[:-1], history=history)
-    assert history.fence(2) == math.inf  # nor does a call that was left
+    assert history.hedging_threshold(2) == math.inf  # nor does a call that was left
     drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=history)
-    assert history.fence(2) == 1.5
+    assert history.hedging_threshold(2) == 1.5
     assert history.call(2) == 1.0
 
 
-def test_the_fence_is_the_tail_of_a_lognormal_body():
+def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body():
     history = History()
     history.add([(4, 1.0)] * 20 + [(4, 0.9)] * 20, None)
-    assert history.fence(4) == pytest.approx(max(1.5, (1 / 0.9) ** 4.45))
+    assert history.hedging_threshold(4) == pytest.approx(max(1.5, (1 / 0.9) ** 4.45))
     history = History()
     history.add([(4, 1.0)] * 25 + [(4, 0.8)] * 13, None)
-    assert history.fence(4) == pytest.approx((1 / 0.8) ** 4.45)
+    assert history.hedging_threshold(4) == pytest.approx((1 / 0.8) ** 4.45)
     history.add([(4, math.inf)] * 50, None)
-    assert history.fence(4) == math.inf
+    assert history.hedging_threshold(4) == math.inf
 
 
 def test_what_is_old_is_forgotten():
     history = known(1.0, calls=128)
     for _ in range(200):
         history.add([(2, 3.0)] * 4, (2, 3.0))
-    assert (history.part(2), history.fence(2), history.call(2)) == (3.0, 4.5, 3.0)
+    assert (history.part(2), history.hedging_threshold(2), history.call(2)) == (3.0, 4.5, 3.0)
 
 
 def test_latencies_are_compared_by_what_their_rows_should_take():
@@ -387,22 +392,22 @@ def test_latencies_are_compared_by_what_their_rows_should_take():
     assert history.call(32) == pytest.approx(3.0)
 
 
-def test_few_large_parts_do_not_spoil_the_fence_of_small_ones():
+def test_few_large_parts_do_not_spoil_the_threshold_of_small_ones():
     history = History()
     for number in range(300):  # parts of 1 row, or 2 that take as long, and hardly ever 8
         rows = 8 if number % 100 == 40 else 1 + (number % 3 == 0)
         history.add([(rows, 1.0)], None)
         if number >= 32:
-            assert history.fence(1) == history.fence(2) == 1.5, number
+            assert history.hedging_threshold(1) == history.hedging_threshold(2) == 1.5, number
 
 
 def test_sizes_that_are_new_soon_count_as_what_they_take():
     history = known(rows=1, calls=8)
-    fences = []
+    thresholds = []
     for _ in range(24):
         history.add([(2, 1.0)], None)
-        fences.append(history.fence(1))
-    assert fences[8:] == [1.5] * 16
+        thresholds.append(history.hedging_threshold(1))
+    assert thresholds[8:] == [1.5] * 16
 
 
 def test_of_one_size_only_fewer_rows_are_given_as_long():
@@ -412,8 +417,8 @@ def test_of_one_size_only_fewer_rows_are_given_as_long():
 
 def test_latencies_of_zero_are_a_history_too():
     history = known(0.0)
-    assert (history.fence(2), history.call(2)) == (0.0, 0.0)
-    waits = drive(Waiting(patience=math.inf), begin(0, 1), history=history)[1]
+    assert (history.hedging_threshold(2), history.call(2)) == (0.0, 0.0)
+    waits = drive(Waiting(predict_after=math.inf), begin(0, 1), history=history)[1]
     assert waits == [math.inf, 0.0, 0.0]
 
 
@@ -435,7 +440,7 @@ def test_the_bucket_is_filled_by_calls():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copied_history_is_empty(copied):
     history = copied(known())
-    assert history.fence(2) == math.inf
+    assert history.hedging_threshold(2) == math.inf
     drive(Waiting(), settle(0, 1, 2, 3), history=history)
 
 
@@ -449,9 +454,9 @@ def test_the_policy_costs_little():
 
 
 def test_options_are_values():
-    waiting = Waiting(0.05, extra=0)
-    assert waiting == Waiting(deadline=0.05, extra=0.0)
-    assert repr(waiting) == "Waiting(deadline=0.05, extra=0.0)"
+    waiting = Waiting(0.05, hedge_budget=0)
+    assert waiting == Waiting(deadline=0.05, hedge_budget=0.0)
+    assert repr(waiting) == "Waiting(deadline=0.05, hedge_budget=0.0)"
     assert Waiting.first(2) == Waiting.first(2)
     assert Waiting.first() != Waiting()
     assert repr(Waiting.first(2, deadline=1)) == "Waiting.first(deadline=1.0, num_stragglers=2)"
@@ -468,12 +473,16 @@ def test_options_are_values():
         ({"deadline": 0.0}, ValueError, "deadline must be positive and finite, got 0.0"),
         ({"deadline": math.inf}, ValueError, "deadline must be positive and finite, got inf"),
         ({"deadline": "soon"}, TypeError, "deadline must be positive and finite, got 'soon'"),
-        ({"patience": 0}, ValueError, "patience must be positive, got 0"),
-        ({"patience": math.nan}, ValueError, "patience must be positive, got nan"),
+        ({"predict_after": 0}, ValueError, "predict_after must be positive, got 0"),
+        ({"predict_after": math.nan}, ValueError, "predict_after must be positive, got nan"),
         ({"predict": 0}, TypeError, "predict must be of type bool, got int"),
         ({"on_error": "skip"}, ValueError, "on_error must be 'raise' or 'predict', got 'skip'"),
-        ({"extra": -1}, ValueError, "extra must be at least 0 and finite, got -1"),
-        ({"extra": math.inf}, ValueError, "extra must be at least 0 and finite, got inf"),
+        ({"hedge_budget": -1}, ValueError, "hedge_budget must be at least 0 and finite, got -1"),
+        (
+            {"hedge_budget": math.inf},
+            ValueError,
+            "hedge_budget must be at least 0 and finite, got inf",
+        ),
     ],
 )
 def test_bad_options(options, error, match):

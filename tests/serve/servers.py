@@ -10,9 +10,9 @@ import torch
 import uvicorn
 from torch import nn
 
-from coded_torch.codes import KernelCode
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app
+from coded_torch.workers import LocalWorkers
 
 INPUTS = [TensorSpec("input", "FP32", (3,))]
 OUTPUTS = [TensorSpec("output", "FP32", (2,))]
@@ -27,8 +27,8 @@ def built(module=None, *, workers=None, inputs=INPUTS, outputs=OUTPUTS, surrogat
     """An application of a small module."""
     coded = CodedWrapper(
         linear() if module is None else module,
-        KernelCode(4, 6),
-        workers=workers,
+        workers=LocalWorkers() if workers is None else workers,
+        parts=4,
         surrogate=surrogate,
     )
     return app(

@@ -29,14 +29,14 @@ WAIT = 120.0
 
 def lenet():
     """An application; a factory that is sent to replicas whole, as it stands in no package."""
-    from coded_torch.codes import KernelCode
+    from coded_torch import CodedWrapper
     from coded_torch.demo.lenet5 import lenet5_and_digits
-    from coded_torch.nn import CodedWrapper
     from coded_torch.serve import app, specs
+    from coded_torch.workers import LocalWorkers
 
     module, examples = lenet5_and_digits()
     inputs, outputs = specs(module, examples)
-    coded = CodedWrapper(module, KernelCode(4, 6))
+    coded = CodedWrapper(module, workers=LocalWorkers(), parts=4)
     return app(coded, name="m", inputs=inputs, outputs=outputs, deadline=30.0)
 
 
@@ -50,8 +50,7 @@ def where(actors=0):
 
     import torch
 
-    from coded_torch.codes import KernelCode
-    from coded_torch.nn import CodedWrapper
+    from coded_torch import CodedWrapper
     from coded_torch.serve import TensorSpec, app
     from coded_torch.workers import LocalWorkers, RayWorkers
 
@@ -62,7 +61,7 @@ def where(actors=0):
 
     workers = RayWorkers(actors) if actors else LocalWorkers()
     return app(
-        CodedWrapper(Where(), KernelCode(2, 2), workers=workers),
+        CodedWrapper(Where(), workers=workers, parts=2),
         name="m",
         inputs=[TensorSpec("seconds", "FP32", ())],
         outputs=[TensorSpec("pid", "FP64", ())],

@@ -147,11 +147,9 @@ def test_batches_have_at_most_the_maximum_size(limit, sizes):
 def test_another_result_stands_in_for_one_that_is_rejected():
     coded = CodedWrapper(
         FailsAt(1.0, lambda x: torch.where(x == 1.0, torch.inf, x)),
-        CopyCode(4, 4),
+        CopyCode(4, 4, ordering="arrival", shuffle=False),
         workers=LocalWorkers(Fixed(0.4, 0.1, 0.2, 0.3)),
         waiting=Waiting.first(2),
-        ordering="arrival",
-        shuffle=False,
     )
     x = torch.arange(4.0).reshape(4, 1)
     assert coded(x).flatten().tolist() == [0.0, 0.0, 2.0, 3.0]

@@ -13,15 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import (
-    KernelCode,
-    ReplicationCode,
-    SplineCode,
-)
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import RegressionCode, ReplicationCode, SplineCode
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
-from coded_torch.workers import DeviceWorkers
+from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from .modules import EXACT, linear, rand
 
@@ -141,7 +137,7 @@ class Configured(nn.Linear):
     "twin", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
 )
 def test_attributes_of_the_module_can_be_read_but_not_called(twin):
-    coded = twin(CodedWrapper(Configured(), KernelCode(2, 4)))
+    coded = twin(CodedWrapper(Configured(), RegressionCode(2, 4)))
     assert coded.config == {"hidden_size": 3}
     assert coded.device.type == "cpu"
     assert coded.weight is coded.module.weight
@@ -159,7 +155,7 @@ def test_attributes_of_the_module_can_be_read_but_not_called(twin):
     "options",
     [
         dict,
-        lambda: {"stragglers": Uniform(1), "waiting": Waiting.first(1)},
+        lambda: {"workers": LocalWorkers(Uniform(1)), "waiting": Waiting.first(1)},
         lambda: {"workers": DeviceWorkers(["cpu", "cpu"]), "waiting": Waiting(deadline=60.0)},
     ],
 )
@@ -211,13 +207,13 @@ def test_batch_statistics_in_training_get_one_warning():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("make", [SplineCode, KernelCode])
+@pytest.mark.parametrize("make", [SplineCode, RegressionCode])
 def test_compiling_the_wrapper_compiles_the_module(make, mode):
     torch.compiler.reset()
     module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
-    coded = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))
+    coded = CodedWrapper(module, make(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))
     with mode():
-        wanted = CodedWrapper(module, make(4, 6), stragglers=Uniform(1, seed=0))(x)
+        wanted = CodedWrapper(module, make(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))(x)
         compiled = torch.compile(coded)
         torch.testing.assert_close(compiled(x), wanted)
         assert coded.last_run.received
@@ -229,8 +225,8 @@ def test_compiling_the_wrapper_compiles_the_module(make, mode):
 def test_a_wrapper_that_is_compiled_in_place():
     torch.compiler.reset()
     module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
-    coded = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))
-    wanted = CodedWrapper(module, SplineCode(4, 6), stragglers=Uniform(1, seed=0))(x)
+    coded = CodedWrapper(module, SplineCode(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))
+    wanted = CodedWrapper(module, SplineCode(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))(x)
     coded.compile()
     torch.testing.assert_close(coded(x), wanted)
     assert module._compiled_call_impl is not None

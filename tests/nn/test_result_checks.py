@@ -11,13 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch.codes import (
-    KernelCode,
-    NotEnoughResults,
-    ReplicationCode,
-)
-from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.nn._results import Results
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
+from coded_torch.nn.result_checks import Results
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
@@ -30,7 +26,8 @@ from coded_torch.workers import (
     Reply,
 )
 
-from .modules import Call, Liar, linear, rand
+from ..waits import host_waits
+from .modules import WAYS, Call, Liar, divided, linear, rand
 from .pools import Separate
 
 
@@ -72,7 +69,9 @@ def test_all_results_rejected():
 def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
     x = torch.arange(4.0).reshape(4, 1)
     coded = CodedWrapper(
-        Liar({at: lie}), CopyCode(4, 4), workers=Separate(), ordering="arrival", shuffle=False
+        Liar({at: lie}),
+        CopyCode(4, 4, ordering="arrival", shuffle=False),
+        workers=Separate(),
     )
     out = coded(x)
     assert out["kind"] == "good"
@@ -84,8 +83,8 @@ def test_a_result_unlike_most_is_missing_and_named(lie, reason, at):
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 2, 0], [1, 2, 3, 0]])
 def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
-    results = Results(task_of(torch.zeros(4, 1, 1)))
-    changes = [results.add(reply(n, torch.zeros(1, 1 + n % 2))) for n in order]
+    results = checked(task_of(torch.zeros(4, 1, 1)))
+    changes = [results.add([reply(n, torch.zeros(1, 1 + n % 2))])[0] for n in order]
     assert results.units == {0, 2}
     assert results.stack().units == (0, 2)
     assert [error.machine for error in results.rejected] == [1, 3]
@@ -98,14 +97,18 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
     assert final == {0: True, 1: False, 2: True, 3: False}
 
 
+def checked(task: Any) -> Results:
+    return Results(task, None, None, carries=False)
+
+
 def reply(n: int, value: Any) -> Reply:
     return Reply(Part(n, (n,)), n, 0.0, 0.0, value)
 
 
 def test_of_results_of_one_unit_the_first_counts():
-    results = Results(task_of(torch.zeros(3, 1, 1)))
+    results = checked(task_of(torch.zeros(3, 1, 1)))
     for n, units in enumerate([(2,), (0, 1), (1, 2)]):
-        results.add(Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n))))
+        results.add([Reply(Part(n, units), n, 0.0, 0.0, torch.full((len(units), 1), float(n)))])
     units, (leaf,), *_ = results.stack()
     assert units == (0, 1, 2)
     assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
@@ -144,11 +147,9 @@ WRONG = [
 def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
     coded = CodedWrapper(
         FailsAt(0.0, output),
-        CopyCode(4, 4),
+        CopyCode(4, 4, ordering="arrival", shuffle=False),
         workers=Separate(),
         waiting=Waiting.first(3),
-        ordering="arrival",
-        shuffle=False,
     )
     x = torch.arange(4.0).reshape(4, 1)
     assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
@@ -157,7 +158,9 @@ def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(outp
 
 @pytest.mark.parametrize(("output", "reason"), WRONG)
 def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
-    coded = CodedWrapper(FailsAt(1.0, output), Needy(4, 4), workers=Separate(), shuffle=False)
+    coded = CodedWrapper(
+        FailsAt(1.0, output), Needy(4, 4).replace(shuffle=False), workers=Separate()
+    )
     x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
     with pytest.raises(NotEnoughResults, match=f"got 2; .*; worker . returned .* {reason}"):
         coded(x)
@@ -171,7 +174,7 @@ def test_what_the_module_raises_for_every_part_is_raised():
 
 
 def classifier(output: Any, **options: Any) -> CodedWrapper:
-    return CodedWrapper(Call(output), KernelCode(3, 6), link="softmax", **options)
+    return CodedWrapper(Call(output), RegressionCode(3, 6, link="softmax"), **options)
 
 
 @pytest.mark.parametrize("devices", [None, ["cpu"]])
@@ -232,23 +235,22 @@ def test_outputs_that_cannot_be_decoded(output, error, match, devices):
         coded(rand(4, 3))
 
 
-@pytest.mark.parametrize("waiting", [None, Waiting()])
-@pytest.mark.parametrize("make", [KernelCode, ReplicationCode])
-def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(make, waiting):
+@pytest.mark.parametrize("way", WAYS)
+def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     module = Call(lambda x: {"top": x.argmax(1), "logits": x, "pair": x[:, :2].T > 0})
     options = {
-        "waiting": waiting,
         "out_dims": {"top": 0, "logits": 0, "pair": 1},
         "surrogate": [module, Memory()],
     }
     x = rand(12, 3)
-    whole = CodedWrapper(module, make(4, 6), workers=Separate(), **options)
+    whole = CodedWrapper(module, **divided(way, 4, 6), workers=Separate(), **options)
     answers, report = whole.run(x)
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
     assert not report.predicted.any()
-    assert not report.expected_errors.any() if make is KernelCode else True
-    lost = CodedWrapper(module, make(4, 4), stragglers=Uniform(1, seed=0), **options)
+    assert not report.expected_errors.any()
+    pool = LocalWorkers(Uniform(1, seed=0))
+    lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
     with pytest.raises(
         NotEnoughResults,
         match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
@@ -259,7 +261,7 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(make, wai
 @pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"] * 2), lambda: ProcessWorkers(2)])
 def test_what_the_module_refuses_on_every_part_is_its_own_error(make):
     with make() as pool, torch.no_grad():
-        coded = CodedWrapper(linear(), KernelCode(2, 2), workers=pool)
+        coded = CodedWrapper(linear(), workers=pool)
         for x in (rand(8, 3).float(), rand(8, 4)):
             with pytest.raises(RuntimeError, match="mat1 and mat2") as info:
                 coded(x)
@@ -270,7 +272,7 @@ def test_results_beside_integers_may_be_corrupted():
     module = Call(lambda x: (x, x.argmax(1)))
     pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.2, "infinity": 0.1, "dtype": 0.1}, seed=2)
     waiting = Waiting(predict=False)
-    coded = CodedWrapper(module, ReplicationCode(4, 4), workers=pool, waiting=waiting)
+    coded = CodedWrapper(module, parts=4, workers=pool, waiting=waiting)
     x = rand(12, 3)
     for _ in range(5):
         answers = coded(x)
@@ -279,7 +281,7 @@ def test_results_beside_integers_may_be_corrupted():
 
 
 def test_an_empty_batch_has_an_empty_report():
-    coded = CodedWrapper(nn.ReLU(), KernelCode(2, 4))
+    coded = CodedWrapper(nn.ReLU(), ReplicationCode(2, 4))
     answers, report = coded.run(torch.zeros(0, 3))
     assert answers.shape == (0, 3)
     assert (report.predicted.dtype, report.predicted.shape) == (torch.bool, (0,))
@@ -295,25 +297,35 @@ def test_outputs_without_any_tensor():
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
     task = task_of(torch.zeros(2, 1, 1))
-    results = Results(dataclasses.replace(task, out_dims=(0, None)))
+    results = checked(dataclasses.replace(task, out_dims=(0, None)))
     for n in order:
-        results.add(reply(n, (torch.zeros(1, 1), torch.tensor(float(n)))))
+        results.add([reply(n, (torch.zeros(1, 1), torch.tensor(float(n))))])
     assert results.stack().leaves[1].item() == 0.0
 
 
-@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("views", [True, False])
 @pytest.mark.parametrize("bad", [None, 2])
-def test_results_that_are_views_of_one_are_waited_for_once(bad):
-    whole = torch.ones(4, 2, device="cuda")
+def test_replies_that_arrive_together_are_judged_together(views, bad, dtype):
+    whole = torch.full((4, 2), torch.finfo(dtype).max, dtype=dtype)  # whose sum is not finite
     if bad is not None:
         whole[bad] = torch.nan
-    results = Results(task_of(whole[:, None]))
-    replies = [Reply(Part(n, (n,)), n, 0.0, 0.0, leaf) for n, leaf in enumerate(whole.split(1))]
-    results.add(replies[0])
-    torch.cuda.set_sync_debug_mode("error" if bad is None else "default")
-    try:
-        for reply in replies[1:]:
-            results.add(reply)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    results = checked(task_of(whole[:, None]))
+    settled = results.add(
+        [reply(n, leaf if views else leaf.clone()) for n, leaf in enumerate(whole.split(1))]
+    )
+    assert [good for ((_, good),) in settled] == [n != bad for n in range(4)]
     assert results.units == {0, 1, 2, 3} - {bad}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("views", [True, False])
+def test_replies_that_arrive_together_are_waited_for_once(views):
+    whole = torch.ones(4, 2, device="cuda")
+    results = checked(task_of(whole[:, None]))
+    with host_waits() as lines:
+        results.add(
+            [reply(n, leaf if views else leaf.clone()) for n, leaf in enumerate(whole.split(1))]
+        )
+    assert results.units == {0, 1, 2, 3}
+    assert sum(lines.values()) == 1, lines

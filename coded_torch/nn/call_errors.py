@@ -1,4 +1,4 @@
-"""What a call raises instead of answering, and what the exception holds."""
+"""The exceptions that a call raises instead of answering, and the answers that they hold."""
 
 from __future__ import annotations
 
@@ -9,58 +9,58 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codes.errors import DeadlineExceeded, NotEnoughResults
+from ..codes.base import DeadlineExceeded, NotEnoughResults
 from ..scheduling.waiting import Waiting
 from ..workers.base import WorkerError
 from ..workers.pytrees import unflatten
-from ._collect import Collected
-from ._results import Results
-from ._units import Units
+from .division import Division
+from .execute import Executed
 from .report import Report
+from .result_checks import Results
 
-__all__ = ["shortfall"]
+__all__ = ["error_of", "holding"]
 
 _NOTE = "raised by the module on"
 
 
-def shortfall(
-    waiting: Waiting, units: Units, results: Results, report: Report, collected: Collected
+def error_of(
+    waiting: Waiting, division: Division, results: Results, report: Report, executed: Executed
 ) -> Exception | None:
-    """What to raise where some rows may not, or cannot, be predicted; None if all may.
+    """Return what to raise if some rows may not, or cannot, be predicted; None if all may.
 
-    What became of the rows is written into the report.
+    The report says which rows are missing, and why.
     """
     errors = {error.part: error for error in results.rejected}
-    if units.by_rows:
-        _note_rows(units, results, report, collected, errors)
-    enough = len(results.units) >= _required(waiting, units, report)
-    blamed = [errors[number] for number in collected.refused if number in errors]
+    if division.by_rows:
+        _note_rows(division, results, report, executed, errors)
+    enough = len(results.units) >= _required(waiting, division, report)
+    blamed = [errors[number] for number in executed.refused if number in errors]
     error: Exception
     if blamed and (waiting.on_error == "raise" or not enough):
-        error = _of_module(units, results, report, collected, blamed)
+        error = _of_module(division, results, report, executed, blamed)
     elif enough:
-        why = _unpredictable(units, results)
+        why = _unpredictable(division, results)
         if not why:
             return None
-        error = _too_few(Waiting(predict=False), units, results, report, why)
+        error = _too_few(Waiting(predict=False), division, results, report, why)
     else:
-        error = results.misfit or _too_few(waiting, units, results, report, collected.why)
-    return _holding(error, units, results, report)
+        error = results.misfit or _too_few(waiting, division, results, report, executed.why)
+    return holding(error, division, results, report)
 
 
-def _required(waiting: Waiting, units: Units, report: Report) -> int:
-    """How many results the others may be predicted from."""
+def _required(waiting: Waiting, division: Division, report: Report) -> int:
+    """Return how many results the others may be predicted from."""
     if not waiting.predict:
-        return units.needed
-    if waiting.at_once or (report.ended == "failed" and not units.by_rows):  # no more could come
-        return units.least
-    return max(units.least, -(-units.needed // 2))
+        return division.needed
+    if waiting.at_once or (report.ended == "failed" and not division.by_rows):  # no more could come
+        return division.least
+    return max(division.least, -(-division.needed // 2))
 
 
-def _unpredictable(units: Units, results: Results) -> str:
-    """Why rows without a result cannot be predicted; "" if they can, or all have one."""
+def _unpredictable(division: Division, results: Results) -> str:
+    """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
     received, first = sorted(results.units), results.good[0]
-    odd = units.not_finite
+    odd = division.not_finite
     why = ""
     if odd is not None and bool(odd[received].all()):
         why = "there is no result of finite inputs to predict others from"
@@ -68,43 +68,43 @@ def _unpredictable(units: Units, results: Results) -> str:
         if dim is not None and isinstance(leaf, Tensor) and not leaf.is_floating_point():
             remedy = "take Waiting(predict=False), or return logits instead"
             why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
-    if not why or units.is_whole(received):
+    if not why or division.is_whole(received):
         return ""
-    return why if units.by_rows or not bool(units.plan.exact(received).all()) else ""
+    return why if division.by_rows or bool((division.plan().source(received) < 0).any()) else ""
 
 
 def _note_rows(
-    units: Units,
+    division: Division,
     results: Results,
     report: Report,
-    collected: Collected,
+    executed: Executed,
     errors: dict[int, WorkerError],
 ) -> None:
     good = results.units
     last: dict[int, WorkerError] = {}
     refused: set[int] = set()
-    for part in collected.parts:
+    for part in executed.parts:
         if part.number in errors:
             last |= dict.fromkeys(part.units, errors[part.number])
-        if part.number in collected.refused:
+        if part.number in executed.refused:
             refused |= set(part.units) - good
-    report.missing_rows = tuple(sorted(set(range(units.batch_size)) - good))
+    report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
     report.errors = {row: last[row] for row in report.missing_rows if row in last}
     report.refused = tuple(sorted(refused))
 
 
 def _of_module(
-    units: Units,
+    division: Division,
     results: Results,
     report: Report,
-    collected: Collected,
+    executed: Executed,
     blamed: Sequence[WorkerError],
 ) -> Exception:
-    """The exception of the module for the first row that it fails on."""
-    first = min(blamed, key=lambda error: collected.parts[error.part].units)
+    """Return the exception of the module for the first row that it fails on."""
+    first = min(blamed, key=lambda error: executed.parts[error.part].units)
     cause = first.__cause__
     if first.kind != "raised" or not isinstance(cause, Exception):
-        return _too_few(Waiting(predict=False), units, results, report, "")
+        return _too_few(Waiting(predict=False), division, results, report, "")
     if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
         cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
         cause.__cause__ = stopped
@@ -120,22 +120,22 @@ def _of_module(
 
 
 def _too_few(
-    waiting: Waiting, units: Units, results: Results, report: Report, why: str
+    waiting: Waiting, division: Division, results: Results, report: Report, why: str
 ) -> NotEnoughResults:
     kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
     rejected = results.rejected
-    if units.by_rows:
-        received, total = sorted(results.units), units.batch_size
+    if division.by_rows:
+        received, total = sorted(results.units), division.batch_size
         causes: dict[str, list[int]] = {}
         for row in report.missing_rows:
             cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
             causes.setdefault(cause, []).append(row)
         reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
     else:
-        total = len(units.first)
+        total = len(division.first)
         received = results.of_first(total)
         reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
-    required = _required(waiting, units, report)
+    required = _required(waiting, division, report)
     error = kind(received, required, total, "; ".join([*reasons, *([why] if why else [])]))
     error.__cause__ = report.errors[min(report.errors)] if report.errors else None
     if error.__cause__ is None and rejected:
@@ -144,7 +144,7 @@ def _too_few(
 
 
 def _shown(rows: Sequence[int]) -> str:
-    """Rows, runs of them as their ends."""
+    """Show rows, runs of them as their ends."""
     runs: list[list[int]] = []
     for row in rows:
         if runs and row == runs[-1][-1] + 1:
@@ -155,23 +155,23 @@ def _shown(rows: Sequence[int]) -> str:
     return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
 
 
-def _holding(error: Exception, units: Units, results: Results, report: Report) -> Exception:
-    """The exception with what came."""
+def holding(error: Exception, division: Division, results: Results, report: Report) -> Exception:
+    """Return the exception with the report and the answers that came."""
     with contextlib.suppress(Exception):  # as above
         error.report = report  # type: ignore[attr-defined]
-        error.answers = _computed(units, results)  # type: ignore[attr-defined]
+        error.answers = _computed(division, results)  # type: ignore[attr-defined]
     return error
 
 
-def _computed(units: Units, results: Results) -> Any:
-    """The rows that were computed, in the structure of the answers, NaN elsewhere."""
-    if not (units.by_rows and results.good):
+def _computed(division: Division, results: Results) -> Any:
+    """Return the rows that were computed, in the structure of the answers, NaN elsewhere."""
+    if not (division.by_rows and results.good):
         return None
     stacked, leaves = results.stack(), []
     for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True):
         if dim is not None and isinstance(leaf, Tensor):
             fill = math.nan if leaf.is_floating_point() else 0
-            whole = leaf.new_full((units.batch_size, *leaf.shape[2:]), fill)
+            whole = leaf.new_full((division.batch_size, *leaf.shape[2:]), fill)
             whole[list(stacked.units)] = leaf.squeeze(1)
             leaf = whole.movedim(0, dim)
         leaves.append(leaf)

@@ -1,9 +1,9 @@
-r"""Which replies are good results, judged by their form alone."""
+r"""Which replies are good results, judged by their form, and the good ones side by side."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,42 +20,44 @@ from ..workers.pytrees import (
     leaf_name,
     show,
 )
-from ._leaves import decodable, finite, improbable
+from .inputs import finite
 
-__all__ = ["Result", "Results", "Stacked"]
+__all__ = ["Result", "Results", "Stacked", "decodable"]
+
+_ROUNDING = 0.01  # that the sum of probabilities may be off; half precision needs as much
+
+
+def decodable(leaf: Any, dim: int | None) -> bool:
+    """Return whether a leaf of the results is divided, and can be predicted."""
+    return dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
-    Attributes:
-        part: what was asked.
-        machine: what answered.
-        leaves: of the value.
-        spec: the structure of the value.
-        dims: per leaf, where it has the part's rows; None: it has none.
-        repeats: whether the form is that of ``last``, the number of rows included.
-
     Args:
         reply: with the value.
         out_dims: of the task.
-        last: another result.
+        last: another result; if the form is the same, it need not be worked out again.
         judged: bool, the rows of the part that must be finite, as their inputs are; None: all.
+
+    Attributes:
+        part: the part that was asked for.
+        machine: the worker that answered.
+        leaves: of the value.
+        spec: the structure of the value.
+        dims: the dimension of each leaf that has the part's rows; None if it has none.
+        repeats: whether the form is the same as that of ``last``, the number of rows included.
     """
 
-    dims: list[Any]
-    _form: list[tuple[Any, ...]]
-
     def __init__(
-        self,
-        reply: Reply,
-        out_dims: Any,
-        last: Result | None = None,
-        judged: Tensor | None = None,
+        self, reply: Reply, out_dims: Any, last: Result | None, judged: Tensor | None
     ) -> None:
         self._judged = judged
         self.part, self.machine, self._value = reply.part, reply.machine, reply.value
         self.leaves, self.spec = flatten(reply.value)
+        self.dims: list[Any]
+        self._form: list[tuple[Any, ...]]
         self.repeats = last is not None and self._repeats(last)
         if last is not None and self.repeats:
             self.dims, self._form = last.dims, last._form
@@ -68,21 +70,22 @@ class Result:
             return False
         if self.spec is not last.spec and self.spec != last.spec:  # to compare takes microseconds
             return False
-        for mine, its in zip(self.leaves, last.leaves, strict=True):
-            if not (isinstance(mine, Tensor) and isinstance(its, Tensor)):
-                return False
-            if mine.shape != its.shape or mine.dtype != its.dtype:
-                return False
-        return True
+        return all(
+            isinstance(mine, Tensor)
+            and isinstance(its, Tensor)
+            and mine.shape == its.shape
+            and mine.dtype == its.dtype
+            for mine, its in zip(self.leaves, last.leaves, strict=True)
+        )
 
     def name(self, i: int) -> str:
-        """The name of a leaf."""
+        """Return the name of a leaf."""
         return leaf_name("output", self._value, i)
 
     def judged(self, i: int) -> Tensor:
-        """A leaf, without its rows of inputs that are not finite; the batch is dimension 0 then."""
+        """Return a leaf without the rows of inputs that are not finite; the batch is dim 0 then."""
         leaf: Tensor = self.leaves[i]
-        dim: Any = self.dims[i]
+        dim = self.dims[i]
         if self._judged is None:
             return leaf if dim in (0, None) else leaf.movedim(dim, 0)
         if dim is None:  # such a row may be in it
@@ -90,7 +93,7 @@ class Result:
         return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
 
     def check(self, task: Task, carries: bool) -> None:
-        """Raise a TypeError or a ValueError if this cannot be decoded.
+        """Raise a TypeError or a ValueError if the result cannot be decoded.
 
         Args:
             task: that it is a result of.
@@ -109,17 +112,10 @@ class Result:
                 )
             check_batch(self._value, i, leaf, dim, size)
 
-    def not_finite(self, is_finite: Callable[[Tensor], bool]) -> str | None:
-        """The name of a leaf that is not finite."""
-        for i, leaf in enumerate(self.leaves):
-            if isinstance(leaf, Tensor) and not is_finite(self.judged(i)):
-                return self.name(i)
-        return None
-
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            problem = improbable(self.judged(i)) if decodable(leaf, dim) else None
+            problem = _improbable(self.judged(i)) if decodable(leaf, dim) else None
             if problem is not None:
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
@@ -127,6 +123,8 @@ class Result:
                 )
 
     def resembles(self, other: Result) -> bool:
+        if self._form is other._form:
+            return True
         return self._form == other._form and (self.spec is other.spec or self.spec == other.spec)
 
     def __str__(self) -> str:
@@ -137,11 +135,11 @@ class Stacked(NamedTuple):
     """The good results side by side.
 
     Attributes:
-        units: that have one, increasing.
-        leaves: ``[F, R, ...]`` each; where there is no batch, of the part that was asked first.
-        dims: per leaf, where the module has its batch.
+        units: that have a result, increasing.
+        leaves: ``[F, R, ...]`` each; a leaf without a batch, of the part that was asked first.
+        dims: the batch dimension of each leaf of the module's output.
         spec: the structure of the module's output.
-        formats: per leaf, the memory format of the module's output.
+        formats: the memory format of each leaf of the module's output.
     """
 
     units: tuple[int, ...]
@@ -151,7 +149,7 @@ class Stacked(NamedTuple):
     formats: list[torch.memory_format]
 
     def form(self) -> Stacked:
-        """The same without any result."""
+        """Return the same without any result."""
         leaves = [x[:0].detach() if isinstance(x, Tensor) else x for x in self.leaves]
         return self._replace(units=(), leaves=leaves)
 
@@ -161,116 +159,124 @@ class Results:
 
     Args:
         task: what was asked. Results that cannot be answers to it have no vote.
-        link: "softmax" if the results must be probabilities.
-        not_finite: the rows of every unit whose results may be anything, see :class:`Units`.
+        link: "softmax" if the results must be probabilities, or None.
+        not_finite: bool ``[units, R]``, rows whose results may be anything; None: there is none.
         carries: whether tensors of any dtype can be answers, if every row has one.
     """
 
     def __init__(
-        self,
-        task: Task,
-        link: str | None = None,
-        not_finite: Tensor | None = None,
-        *,
-        carries: bool = False,
+        self, task: Task, link: str | None, not_finite: Tensor | None, *, carries: bool
     ) -> None:
         self._task, self._link, self._carries = task, link, carries
         self._not_finite = not_finite
         self._errors: list[WorkerError] = []
         self._misfits: list[WorkerError] = []
-        self._camps: list[_Camp] = []
+        self._groups: list[_Group] = []
         self._num_replies = 0
-        self._last: Result | None = None  # that can be decoded, in any camp
-        self._base: tuple[Tensor | None, bool] = None, False  # looked at last: whether it is finite
+        self._last: Result | None = None  # that can be decoded, in any group
+        self.units: set[int] = set()  # with a good result
 
-    def add(self, reply: Reply) -> list[tuple[Part, bool]]:
-        """Judge a reply; returns the parts whose results have become good, or bad, by it."""
-        self._num_replies += 1
-        before = self._lead
-        mine = self._judge(reply)
-        lead = self._lead
-        if lead is before or before is None:
-            return [(reply.part, mine is not None and mine is lead)]
-        # Others have the majority now.
-        lost = [(result.part, False) for result in before.results]
-        return lost + [(result.part, True) for result in lead.results] if lead else lost
+    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, bool]]]:
+        """Judge replies that arrived together.
 
-    def _judge(self, reply: Reply) -> _Camp | None:
-        """The camp of a reply; None: it has no vote."""
+        Returns:
+            For each reply the parts whose results have become good, or bad, by it.
+        """
+        self._num_replies += len(replies)
+        formed = [self._form(reply) for reply in replies]
+        names = iter(_not_finite([result for result in formed if result is not None]))
+        return [
+            self._count(reply, result, next(names) if result is not None else None)
+            for reply, result in zip(replies, formed, strict=True)
+        ]
+
+    def _form(self, reply: Reply) -> Result | None:
+        """Return the result of a reply, if it can be decoded."""
         if reply.error is not None:
             self._errors.append(reply.error)
             return None
+        judged = self._not_finite
+        if judged is not None:
+            judged = ~judged[list(reply.part.units)].flatten()
         try:
-            judged = self._not_finite
-            if judged is not None:
-                judged = ~judged[list(reply.part.units)].flatten()
             result = Result(reply, self._task.out_dims, self._last, judged)
             if not result.repeats:
                 result.check(self._task, self._carries)
-            not_finite = result.not_finite(self._is_finite)
-            if not_finite is not None:
-                what = f"returned values that are not finite in {not_finite}"
-                self._errors.append(_error(reply, what))
-                return None
-            if self._link is not None:
-                result.check_probabilities()
         except (TypeError, ValueError) as cause:
-            why = str(cause).removeprefix("CodedWrapper: ")
-            error = _error(reply, f"returned what cannot be decoded: {why}")
-            error.__cause__ = cause
-            self._misfits.append(error)
+            self._misfits.append(_misfit(reply, cause))
             return None
         self._last = result
-        camp = next((c for c in self._camps if result.resembles(c.results[0])), None)
-        if camp is None:
-            self._camps.append(camp := _Camp())
-        camp.add(result)
-        return camp
+        return result
 
-    def _is_finite(self, leaf: Tensor) -> bool:
-        """Return whether a leaf is finite: the host waits once for results that are views of one.
-
-        Workers in this process compute all parts at once, and each reply is a part of that.
-        """
-        base = None if leaf.device.type == "cpu" else leaf._base
-        if base is None or base.numel() > self._task.num_units * leaf.numel():
-            return finite(leaf)
-        if base is not self._base[0]:
-            self._base = base, finite(base)
-        return self._base[1] or finite(leaf)
+    def _count(
+        self, reply: Reply, result: Result | None, not_finite: str | None
+    ) -> list[tuple[Part, bool]]:
+        if result is not None and not_finite is not None:
+            what = f"returned values that are not finite in {not_finite}"
+            self._errors.append(_error(reply, what))
+            result = None
+        if result is not None and self._link is not None:
+            try:
+                result.check_probabilities()
+            except ValueError as cause:
+                self._misfits.append(_misfit(reply, cause))
+                result = None
+        if result is None:
+            return [(reply.part, False)]
+        before = self._lead
+        group = next((g for g in self._groups if result.resembles(g.results[0])), None)
+        if group is None:
+            self._groups.append(group := _Group())
+        group.add(result)
+        lead = self._lead
+        if lead is before or before is None:
+            if group is lead:
+                self.units.update(result.part.units)
+            return [(reply.part, group is lead)]
+        # Others have the majority now.
+        self.units = {unit for result in lead.results for unit in result.part.units}
+        lost = [(other.part, False) for other in before.results]
+        return lost + [(other.part, True) for other in lead.results]
 
     @property
-    def _lead(self) -> _Camp | None:
-        if len(self._camps) == 1:
-            return self._camps[0]
-        return max(self._camps, key=_Camp.weight, default=None)
+    def _lead(self) -> Any:
+        if len(self._groups) == 1:
+            return self._groups[0]
+        return max(self._groups, key=_Group.weight, default=None)
 
     @property
     def good(self) -> list[Result]:
         """The largest group of results of one form; of equal ones, that of the part asked first."""
-        return self._lead.results if self._lead else []
-
-    @property
-    def units(self) -> set[int]:
-        """The units with a good result."""
-        return {unit for result in self.good for unit in result.part.units}
+        return self._lead.results if self._groups else []
 
     @property
     def rejected(self) -> list[WorkerError]:
         """What is wrong with all other replies, in the order in which their parts were asked."""
         lead, errors = self._lead, self._errors + self._misfits
-        for camp in self._camps:
-            if lead is None or camp is lead:
+        for group in self._groups:
+            if group is lead:
                 continue
-            many = "as many" if camp.size == lead.size else "most"
-            for result in camp.results:
+            many = "as many" if group.size == lead.size else "most"
+            for result in group.results:
                 why = f"returned {result}, where {many} returned {lead.results[0]}"
                 errors.append(_error(result, why))
         return sorted(errors, key=lambda error: error.part)
 
+    def of_first(self, num_parts: int) -> list[int]:
+        """Return the numbers of the parts with a good result, of those asked for first."""
+        return [r.part.number for r in self.good if r.part.number < num_parts]
+
+    @property
+    def misfit(self) -> Exception | None:
+        """The error of the first reply if no reply at all is an answer to the task."""
+        if not self._misfits or len(self._misfits) < self._num_replies:
+            return None
+        cause = self.rejected[0].__cause__
+        assert isinstance(cause, Exception)
+        return cause
+
     def stack(self) -> Stacked:
-        """The good results, of each unit the first that arrived; there must be one at least."""
-        rows = self._task.unit_rows
+        """Stack the good results, of each unit the first that arrived; there must be one."""
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
         answers: dict[int, Result] = {}
         for result in self.good:
@@ -289,9 +295,7 @@ class Results:
         places = [place[unit] for unit in units]
         in_place = places == list(range(at))
         leaves: list[Any] = []
-        formats = []
         for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
-            formats.append(_memory_format(own))
             if dim is None or not isinstance(own, Tensor):
                 leaves.append(own)
                 continue
@@ -299,27 +303,15 @@ class Results:
             if dim != 0:
                 column = [leaf.movedim(dim, 0) for leaf in column]
             stacked = column[0] if len(column) == 1 else torch.cat(column)
-            stacked = stacked.unflatten(0, (-1, rows))  # [places, R, ...]
+            stacked = stacked.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
             if not in_place:
                 stacked = stacked.index_select(0, torch.tensor(places, device=stacked.device))
             leaves.append(stacked)
+        formats = [_memory_format(leaf) for leaf in first.leaves]
         return Stacked(units, leaves, first.dims, first.spec, formats)
 
-    def of_first(self, num_parts: int) -> list[int]:
-        """The numbers of the parts with a good result, of those asked for first."""
-        return [r.part.number for r in self.good if r.part.number < num_parts]
 
-    @property
-    def misfit(self) -> Exception | None:
-        """What the module is to blame for: that no reply at all is an answer to the task."""
-        if not self._misfits or len(self._misfits) < self._num_replies:
-            return None
-        cause = self.rejected[0].__cause__
-        assert isinstance(cause, Exception)
-        return cause
-
-
-class _Camp:
+class _Group:
     """Results that resemble each other, in order of arrival."""
 
     def __init__(self) -> None:
@@ -337,7 +329,7 @@ class _Camp:
 
 
 class _Text(str):
-    """What a container prints without quotes."""
+    """A text that a container prints without quotes."""
 
     __slots__ = ()
     __repr__ = str.__str__
@@ -347,8 +339,60 @@ def _error(of: Reply | Result, reason: str) -> WorkerError:
     return WorkerError(of.part.number, of.machine, reason)
 
 
+def _misfit(reply: Reply, cause: Exception) -> WorkerError:
+    why = str(cause).removeprefix("CodedWrapper: ")
+    error = _error(reply, f"returned what cannot be decoded: {why}")
+    error.__cause__ = cause
+    return error
+
+
+def _not_finite(results: Sequence[Result]) -> list[str | None]:
+    """Return, for each result, the name of a leaf that is not finite, None if all are.
+
+    The host waits for a device once, unless there is something wrong.
+    """
+    names: list[str | None] = [None] * len(results)
+    rows = [
+        (n, i, result.judged(i))
+        for n, result in enumerate(results)
+        for i, leaf in enumerate(result.leaves)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
+    if len(rows) > 1 and _together_finite([leaf for _, _, leaf in rows]):
+        return names
+    for n, i, leaf in rows:
+        if names[n] is None and not finite(leaf):
+            names[n] = results[n].name(i)
+    return names
+
+
+def _together_finite(leaves: Sequence[Tensor]) -> bool:
+    """Return whether all are finite; False also where a sum overflows."""
+    base = leaves[0]._base
+    # Workers in this process compute all parts at once, and each reply is a part of that.
+    if base is not None and all(leaf._base is base for leaf in leaves):
+        return finite(base)
+    device = leaves[0].device
+    sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
+    return math.isfinite(torch.stack(sums).sum().item())
+
+
+def _improbable(rows: Tensor) -> str | None:
+    """Return what rows ``[G, ..., C]`` hold, if not probabilities of C classes."""
+    if rows.dim() < 2:
+        return "one number a row"
+    if rows.numel() == 0:
+        return None
+    rows = rows.detach()
+    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
+    if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
+        return None
+    return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"
+
+
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
-    """The kind of a leaf; of a tensor the shape too, but for how many rows there are."""
+    """Return the kind of a leaf; of a tensor the shape too, but for how many rows there are."""
     if not isinstance(leaf, Tensor):
         return kind(leaf)
     shape: Sequence[int] = leaf.shape
@@ -359,7 +403,7 @@ def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
 
 
 def _memory_format(leaf: Any) -> torch.memory_format:
-    """That of a tensor, if its strides leave no doubt."""
+    """Return the memory format of a tensor, if its strides leave no doubt."""
     if isinstance(leaf, Tensor) and not leaf.is_contiguous():
         for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if leaf.dim() == dims and leaf.is_contiguous(memory_format=layout):

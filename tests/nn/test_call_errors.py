@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch.codes import DeadlineExceeded, KernelCode, LagrangeCode, NotEnoughResults
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import DeadlineExceeded, LagrangeCode, NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, ProcessWorkers
 
@@ -22,8 +22,8 @@ MOST = 2 * math.ceil(math.log2(11)) + 2  # parts, beyond the first six of 11 row
 
 
 def wrapper(pool, how="raise", **waiting):
-    waiting = Waiting(**{"extra": 0} | waiting)  # what is late is not asked again, but what fails
-    return CodedWrapper(FailsOn(BAD, how), KernelCode(6, 6), workers=pool, waiting=waiting)
+    waiting = Waiting(**{"hedge_budget": 0} | waiting)  # only what fails is asked again
+    return CodedWrapper(FailsOn(BAD, how), parts=6, workers=pool, waiting=waiting)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_what_every_part_raises_is_raised_at_once():
             raise TypeError(f"got {len(x)} rows of a wrong kind")
 
     with pytest.raises(TypeError, match="of a wrong kind") as info:
-        CodedWrapper(Refuses(), KernelCode(6, 6), workers=Separate(), waiting=Waiting())(X)
+        CodedWrapper(Refuses(), parts=6, workers=Separate())(X)
     assert info.value.report.work == 1.0
     assert info.value.answers is None
 
@@ -82,9 +82,8 @@ def test_two_bad_rows_on_two_workers_leave_the_others_computed():
             return 2 * x
 
     with DeviceWorkers(["cpu"] * 2) as pool:
-        coded = CodedWrapper(
-            Refuses(), KernelCode(6, 6), workers=pool, waiting=Waiting(on_error="predict")
-        )
+        waiting = Waiting(on_error="predict")
+        coded = CodedWrapper(Refuses(), parts=6, workers=pool, waiting=waiting)
         answers, report = coded.run(X)
     assert report.missing_rows == (3, 60)
     assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
@@ -112,7 +111,7 @@ def test_no_row_is_refused_because_one_worker_is_broken():
     with DeviceWorkers(["cpu"] * 4) as pool:
         coded = wrapper(pool)
         for _ in range(3):
-            coded.module = OneBroken(4)
+            coded.module, coded.parts = OneBroken(4), 4
             answers, report = coded.run(X)
             assert report.refused == ()
             assert len(report.missing_rows) <= 16
@@ -160,7 +159,7 @@ def test_a_row_that_ends_its_worker_costs_five_at_most(pool):
 def test_predict_false_computes_every_row_whatever_fails(pool):
     kinds = ("nan", "infinity", "shape", "dtype", "structure")
     rates = {"crash": 0.3} | dict.fromkeys(kinds, 0.02)
-    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), predict=False, extra=0.25)
+    coded = wrapper(FaultyWorkers(pool, rates=rates, seed=3), predict=False, hedge_budget=0.25)
     for _ in range(12):
         answers, report = coded.run(X[:BAD])
         assert torch.equal(answers, 2 * X[:BAD])

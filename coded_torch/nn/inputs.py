@@ -2,6 +2,7 @@ r"""The arguments of one call of a wrapper, leaf by leaf."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,16 +15,8 @@ from .._arguments import dense
 from .._transforms import outside, plain
 from ..codes.base import Code
 from ..workers.pytrees import broadcast_dims, leaf_name, positional
-from ._leaves import finite
 
-__all__ = ["BLIND", "Inputs"]
-
-#: The warning of inputs that are ``blind``, without a surrogate.
-BLIND = (
-    "no input is floating-point, so there are no distances, and missing answers are predicted by "
-    "the mean of the others; give the code a callable, KernelCode(..., metric=features), that "
-    "makes features such as pooled embeddings, or give the wrapper a surrogate"
-)
+__all__ = ["Inputs", "finite"]
 
 
 class Inputs:
@@ -32,22 +25,30 @@ class Inputs:
     Args:
         args, kwargs: the arguments.
         in_dims: of the positional ones, see :class:`~coded_torch.nn.CodedWrapper`.
-        code: which says whether inputs are mixed; then all divided leaves must be floating-point
-            and finite.
+        mixing: the code if it mixes inputs; then all divided leaves must be floating-point and
+            finite. Defaults to None.
 
     Attributes:
-        not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. They say nothing
-            of other rows. None if there is no such row.
-        blind: whether the code predicts by distances, and there is nothing to measure them on.
+        leaves: of the arguments, positional ones first.
+        dims: the batch dimension of each leaf; None if all of it is for every part.
+        spec: the structure of ``(args, kwargs)``.
+        batch_size: B
+        device: of the first leaf that is divided.
+        not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity, which say nothing
+            of other rows. None if there is no such row, or inputs are mixed.
 
     Raises:
-        TypeError: a tensor to be divided cannot be, or ``in_dims`` holds anything else.
+        TypeError: a tensor cannot be divided, or ``in_dims`` holds anything else.
         ValueError: there is no tensor to divide, batch sizes differ, a tensor has not the dimension
             or cannot be mixed as it is not finite, or one that is given as None has the batch size.
     """
 
     def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], in_dims: Any, code: Code
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_dims: Any,
+        mixing: Code | None = None,
     ) -> None:
         self.args, self.kwargs = args, kwargs
         # The common case, at a tenth of the cost.
@@ -70,7 +71,7 @@ class Inputs:
             got = ", ".join(sorted(others)) or "none"
             raise ValueError(f"CodedWrapper: inputs must hold a tensor to be coded, got {got}")
         for i, dim in divided.items():
-            self._check(i, dim, code)
+            self._check(i, dim, mixing)
         sizes = {i: self.leaves[i].shape[dim] for i, dim in divided.items()}
         if len(set(sizes.values())) > 1:
             got = ", ".join(f"{size} in {self.name(i)}" for i, size in sizes.items())
@@ -81,9 +82,7 @@ class Inputs:
         first = next(iter(divided))
         self.batch_size: int = sizes[first]
         self.device: torch.device = self.leaves[first].device
-        self.not_finite = None if code.mixes else _not_finite(self.floating())
-        features = any(map(callable, getattr(code, "metrics", ())))
-        self.blind = code.uses_geometry and not self.floating() and not features
+        self.not_finite = _not_finite(self.floating()) if mixing is None else None
         for i, dim in enumerate(dims):
             if dim is None or not (dim == "shared" or isinstance(self.leaves[i], Tensor)):
                 self._check_shared(i)
@@ -99,7 +98,7 @@ class Inputs:
         return leaf_name("kwargs", self.kwargs, i - self.num_positional)
 
     def batches(self) -> list[Tensor]:
-        """The divided inputs, ``[B, ...]`` each."""
+        """Return the divided inputs, ``[B, ...]`` each."""
         return [
             leaf.movedim(dim, 0) if dim else leaf
             for leaf, dim in zip(self.leaves, self.dims, strict=True)
@@ -107,10 +106,10 @@ class Inputs:
         ]
 
     def floating(self) -> list[Tensor]:
-        """Those of :meth:`batches` that are floating-point: distances are measured on them."""
+        """Return the floating-point :meth:`batches`: distances are measured on them."""
         return [leaf for leaf in self.batches() if leaf.is_floating_point()]
 
-    def _check(self, i: int, dim: int, code: Code) -> None:
+    def _check(self, i: int, dim: int, mixing: Code | None) -> None:
         leaf = self.leaves[i]
         if torch._C._functorch.is_batchedtensor(leaf):
             raise TypeError(
@@ -119,10 +118,10 @@ class Inputs:
             )
         whole = not (leaf.is_floating_point() or leaf.is_complex())
         dense("CodedWrapper", self.name(i), leaf, floating=not whole)
-        if whole and code.mixes:
+        if whole and mixing is not None:
             raise TypeError(
-                f"CodedWrapper: {self.name(i)} must be floating-point, as {code} mixes inputs, got "
-                f"{leaf.dtype}; take a code that repeats them (KernelCode, ReplicationCode), code "
+                f"CodedWrapper: {self.name(i)} must be floating-point, as {mixing} mixes inputs, "
+                f"got {leaf.dtype}; leave the code out, or take one that repeats inputs, or code "
                 "what it is turned into instead (the embeddings of tokens), or, if it is meant for "
                 'the whole batch, pass it by position with "shared" in in_dims'
             )
@@ -132,12 +131,12 @@ class Inputs:
                 f"CodedWrapper: {self.name(i)} must have the batch dimension {dim} {said}, "
                 f"got shape {tuple(leaf.shape)}"
             )
-        if code.mixes and not finite(leaf):  # it would spoil its whole group
+        if mixing is not None and not finite(leaf):  # it would spoil its whole group
             place = (~leaf.isfinite()).nonzero()[0].tolist()
             raise ValueError(
-                f"CodedWrapper: {self.name(i)} must be finite, as {code} mixes inputs, got "
-                f"{leaf[tuple(place)].item()} in row {place[dim]}, at {place}; take a code that "
-                "repeats inputs (KernelCode, ReplicationCode), or leave the row out"
+                f"CodedWrapper: {self.name(i)} must be finite, as {mixing} mixes inputs, got "
+                f"{leaf[tuple(place)].item()} in row {place[dim]}, at {place}; leave the "
+                "code out, or take one that repeats inputs, or leave the row out"
             )
 
     def _check_shared(self, i: int) -> None:
@@ -174,8 +173,19 @@ class Inputs:
                 stack += [(f"{name}[{k}]", part, dim) for k, (part, dim) in enumerate(parts)]
 
 
+def finite(leaf: Tensor) -> bool:
+    """Return whether all of a tensor is finite; integers are."""
+    if not leaf.is_floating_point():
+        return True
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    # A value that is not finite stays so in every sum; a sum may overflow without one.
+    return math.isfinite(leaf.sum().item()) or all(
+        map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
+    )
+
+
 def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
-    """The rows that are not finite in one of ``[B, ...]``: bool, ``[B]``; None if all are."""
+    """Return the rows of ``[B, ...]`` that are not finite: bool, ``[B]``; None if all are."""
     with outside():
         rows = [
             (~plain("CodedWrapper", "inputs", x).isfinite()).reshape(len(x), -1).any(1).cpu()

@@ -1,8 +1,9 @@
-r"""A module that stands in for another: what users of the other should not notice."""
+r"""A module that stands in for another: its state dict, mode, attributes and compilation."""
 
 from __future__ import annotations
 
 import abc
+import asyncio
 import functools
 import re
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._arguments import warn
-from ._in_thread import in_thread
+from ..workers.live import INTERRUPTION, Ambient, Interruption
 
-__all__ = ["StandIn", "training_part"]
+__all__ = ["ModuleProxy", "training_part"]
 
 _TRAINING_EFFECTS: dict[type[nn.Module], str] = {
     _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
@@ -28,8 +29,8 @@ _TRAINING_EFFECTS: dict[type[nn.Module], str] = {
 _NONE = object()
 
 
-class StandIn(nn.Module, abc.ABC):
-    """A wrapper with the state dict and the mode of the module inside, and compiled as it is.
+class ModuleProxy(nn.Module, abc.ABC):
+    """A wrapper with the state dict and the mode of the module inside.
 
     Subclasses implement :meth:`_forward` and :meth:`_is_local`.
 
@@ -47,25 +48,25 @@ class StandIn(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Answer; ``module`` is the one inside, or what has been compiled of it."""
+        """Return the answers; ``module`` is the one inside, or compiled from it."""
 
     @abc.abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Answer, and return the report of the call beside the answers."""
+        """Return the answers and the report of the call."""
 
     async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Await :meth:`run`, which runs in a thread of asyncio.
 
-        Context variables hold there, and so do torch's modes of gradients, inference and autocast.
-        If the task is cancelled, the call ends: what no worker has begun never begins.
+        Context variables and torch's modes of gradients, inference and autocast hold there. If the
+        task is cancelled, the call ends, and parts that no worker has begun never begin.
 
         Args:
             args, kwargs: of :meth:`run`.
         """
-        return await in_thread(functools.partial(self.run, *args, **kwargs))
+        return await _in_thread(functools.partial(self.run, *args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
-        """Read what the module has and the wrapper has not, unless it can be called."""
+        """Return an attribute of the module that the wrapper has not, unless it can be called."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -82,7 +83,7 @@ class StandIn(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _is_local(self) -> bool:
-        """Whether the very module inside runs, and not copies of it."""
+        """Return whether the module itself runs, and not copies of it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -91,7 +92,7 @@ class StandIn(nn.Module, abc.ABC):
 
     @_disable_dynamo
     def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a compiled wrapper does: none of its own Python is for the compiler."""
+        """Run a compiled wrapper: none of its own Python is for the compiler."""
         if not self._is_local():
             return self._forward(self.module, args, kwargs)
         if self._compiled is None:
@@ -132,7 +133,7 @@ class StandIn(nn.Module, abc.ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _name_keys(wrapper: StandIn, _: Any) -> None:
+def _name_keys(wrapper: ModuleProxy, _: Any) -> None:
     """Name missing, unexpected and bad keys as they are in the state dict, without ``module.``."""
     prefix, complaints = vars(wrapper).pop("_loading")
     pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
@@ -140,8 +141,24 @@ def _name_keys(wrapper: StandIn, _: Any) -> None:
         texts[:] = [pattern.sub(prefix, text) for text in texts]
 
 
+async def _in_thread(call: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Await a call in a thread; if the awaiting task is cancelled, interrupt its request."""
+    ambient, interruption = Ambient.capture(), Interruption()
+
+    def run() -> tuple[Any, Any]:
+        INTERRUPTION.set(interruption)  # in the context of the thread
+        with ambient.restored(ambient.default_device):
+            return call()
+
+    try:
+        return await asyncio.to_thread(run)
+    except asyncio.CancelledError:
+        interruption.set()
+        raise
+
+
 def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
-    """The name of the first part of a kind that is in training mode, or None."""
+    """Return the name of the first part of a kind that is in training mode, or None."""
     for name, part in module.named_modules():
         if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
             return name or "the module"

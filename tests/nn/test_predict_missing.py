@@ -1,4 +1,4 @@
-"""Answers with the help of surrogates, for both ways of dividing a batch."""
+"""Answers with the help of surrogates, for all ways of dividing a batch."""
 
 from __future__ import annotations
 
@@ -10,25 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch.codes import (
-    KernelCode,
-    ReplicationCode,
-    SplineCode,
-)
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import ReplicationCode, SplineCode
 from coded_torch.stragglers import Uniform
+from coded_torch.workers import LocalWorkers
 
-from .modules import Call, linear, rand
-
-FIXED = {"metric": "shrunk", "length": 2.0}  # to choose takes time
-SELECTING = [
-    ReplicationCode(5, 6),
-    KernelCode(5, 6),
-    KernelCode(5, 7, **FIXED),
-]
-COLUMNS = [(code, None) for code in SELECTING]
-ROWS = [(code, Waiting(deadline=1.0)) for code in SELECTING]
-CASES = COLUMNS + ROWS
+from .modules import FIXED, WAYS, Call, divided, linear, rand
 
 
 def net() -> nn.Module:
@@ -39,12 +26,12 @@ def net() -> nn.Module:
     return nn.Sequential(*layers).double().requires_grad_(False)
 
 
-def wrap(code, waiting, module=None, lost=2, **options) -> CodedWrapper:
+def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
     return CodedWrapper(
         net() if module is None else module,
-        code,
-        stragglers=Uniform(lost, seed=1),
-        waiting=waiting,
+        **divided(way, 5, 6, link, **FIXED if way == "rows" else {}),
+        workers=LocalWorkers(Uniform(lost, seed=1)),
+        waiting=Waiting(deadline=1.0) if way == "rows" else None,
         **options,
     )
 
@@ -53,70 +40,63 @@ def mse(coded: CodedWrapper, x: Tensor) -> float:
     return float((coded(x) - coded.module(x)).square().mean())
 
 
-def named(case):
-    return f"{case[0]}-{'columns' if case[1] is None else 'rows'}"
-
-
-@pytest.fixture(params=CASES, ids=named)
-def case(request):
+@pytest.fixture(params=WAYS)
+def way(request):
     return request.param
 
 
 @pytest.mark.parametrize("scale", [1.0, -3.0, 1e-4])
-def test_what_a_surrogate_knows_is_not_decoded(case, scale):
+def test_what_a_surrogate_knows_is_not_decoded(way, scale):
     f, x = net(), rand(23, 4)
-    coded = wrap(*case, surrogate=lambda x: scale * f(x))
+    coded = wrap(way, surrogate=lambda x: scale * f(x))
     answers, run = coded(x), coded.last_run
     assert run.predicted.any()
     ((weight,),) = run.surrogate_weights
     assert weight == pytest.approx(1 / scale, rel=2e-3)  # but for the ridge
-    without = mse(wrap(*case), x)
+    without = mse(wrap(way), x)
     assert float((answers - f(x)).square().mean()) < 1e-4 * without
     if run.expected_rmse is not None:
         assert run.expected_rmse < 0.05 * without**0.5
 
 
-def test_own_results_stay_bit_for_bit(case):
+def test_own_results_stay_bit_for_bit(way):
     def cubic(x):  # the same bits wherever in a batch a row stands
         return x[:, :3] * x[:, 1:] * x[:, 1:]
 
     x = rand(23, 4)
-    coded = wrap(*case, module=Call(cubic), surrogate=lambda x: cubic(x) + 1e-3 * x[:, :3])
+    coded = wrap(way, module=Call(cubic), surrogate=lambda x: cubic(x) + 1e-3 * x[:, :3])
     answers = coded(x)
     own = ~coded.last_run.predicted
     assert any(coded.last_run.surrogate_weights[0])
-    if not case[0].mixes:
-        assert own.any()
+    assert own.any()
     assert torch.equal(answers[own], cubic(x)[own])
 
 
 @pytest.mark.parametrize("size", [8, 64])
-def test_noise_costs_next_to_nothing(case, size):
+def test_noise_costs_next_to_nothing(way, size):
     generator = torch.Generator().manual_seed(0)
 
     def noise(x):
         return torch.randn(len(x), 3, generator=generator, dtype=x.dtype)
 
-    helped, alone = wrap(*case, surrogate=noise), wrap(*case)
+    helped, alone = wrap(way, surrogate=noise), wrap(way)
     ratios = [(mse(helped, x), mse(alone, x)) for x in (rand(size, 4, seed=i) for i in range(60))]
     with_noise, without = map(sum, zip(*ratios, strict=True))
     assert with_noise < (1.03 if size == 64 else 1.05) * without
 
 
-def test_each_has_its_weight_and_the_best_wins(case):
+def test_each_has_its_weight_and_the_best_wins(way):
     f, x = net(), rand(40, 4)
-    good = wrap(*case, surrogate=[lambda x: x[:, :3].sin(), f, lambda x: 0 * x[:, :3] + 1])
-    assert mse(good, x) < 1e-4 * mse(wrap(*case), x)
+    good = wrap(way, surrogate=[lambda x: x[:, :3].sin(), f, lambda x: 0 * x[:, :3] + 1])
+    assert mse(good, x) < 1e-4 * mse(wrap(way), x)
     ((sine, network, constant),) = good.last_run.surrogate_weights
     assert abs(sine) < 0.01 < network
     assert constant == 0  # constants are reproduced anyway
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_nothing_is_asked_where_nothing_is_missing(case):
+def test_nothing_is_asked_where_nothing_is_missing(way):
     calls = []
-    code = case[0]
-    coded = wrap(code, case[1], lost=0, surrogate=calls.append)
+    coded = wrap(way, lost=0, surrogate=calls.append)
     coded(rand(12, 4))
     assert not calls
     assert (coded.last_run.surrogate_weights, coded.last_run.notes) == ((), ())
@@ -138,20 +118,20 @@ def fails(x):
         (lambda x: x[:, :3] / 0, "ValueError: it returned values that are not finite"),
     ],
 )
-def test_one_that_fails_is_left_out(case, surrogate, why, caplog):
+def test_one_that_fails_is_left_out(way, surrogate, why, caplog):
     x = rand(23, 4)
-    coded = wrap(*case, surrogate=[surrogate, net()])
+    coded = wrap(way, surrogate=[surrogate, net()])
     answers, run = coded(x), coded.last_run
     (note,) = run.notes
     assert note.startswith("surrogate 0 (")
     assert note.partition("left out: ")[2].endswith(why) or why in note
     assert caplog.records[0].getMessage() == note
     assert caplog.records[0].exc_info is not None
-    alone = wrap(*case, surrogate=net())
+    alone = wrap(way, surrogate=net())
     assert torch.equal(answers, alone(x))
     assert run.surrogate_weights == ((0.0, *alone.last_run.surrogate_weights[0]),)
-    only = wrap(*case, surrogate=surrogate)
-    assert torch.equal(only(x), wrap(*case)(x))
+    only = wrap(way, surrogate=surrogate)
+    assert torch.equal(only(x), wrap(way)(x))
     assert only.last_run.surrogate_weights == ((0.0,),)
 
 
@@ -170,8 +150,7 @@ class Towers(nn.Module):
         return {"y": (left * scale[:, None]).T, "z": [self.right(pair.second), None], "k": 7}
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_pytrees_and_dims(case):
+def test_pytrees_and_dims(way):
     args, scale = (Pair(rand(4, 23), rand(23, 4, seed=1)), rand(4, seed=2)), rand(23, seed=3)
     dims = {
         "in_dims": (Pair(1, 0), "shared"),
@@ -183,7 +162,7 @@ def test_pytrees_and_dims(case):
         out = f(*args, **kwargs)
         return {"y": 2 * out["y"], "z": [-out["z"][0], None], "k": 8}
 
-    coded = wrap(*case, module=f, surrogate=surrogate, **dims)
+    coded = wrap(way, module=f, surrogate=surrogate, **dims)
     out, exact = coded(*args, scale=scale), f(*args, scale=scale)
     for got, wanted in ((out["y"], exact["y"]), (out["z"][0], exact["z"][0])):
         assert float((got - wanted).square().mean()) < 1e-4 * float(wanted.square().mean())
@@ -193,10 +172,10 @@ def test_pytrees_and_dims(case):
     assert coded.last_run.notes == ()
 
 
-def test_probabilities(case):
+def test_probabilities(way):
     f = nn.Sequential(net(), nn.Softmax(-1))
     x = rand(23, 4)
-    coded = wrap(*case, module=f, surrogate=f, link="softmax")
+    coded = wrap(way, module=f, surrogate=f, link="softmax")
     answers = coded(x)
     torch.testing.assert_close(answers, f(x), rtol=0, atol=1e-2)
     torch.testing.assert_close(answers.sum(-1), torch.ones(23).double())
@@ -205,8 +184,7 @@ def test_probabilities(case):
     assert coded.last_run.expected_errors is None
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
-def test_gradients_pass_through_results_only(case):
+def test_gradients_pass_through_results_only(way):
     class Scaled(nn.Module):
         def __init__(self, scale):
             super().__init__()
@@ -216,7 +194,7 @@ def test_gradients_pass_through_results_only(case):
             return self.scale * x[:, :3].sin()
 
     student = Scaled(0.9)
-    coded = wrap(*case, module=Scaled(1.0), lost=1, surrogate=student)
+    coded = wrap(way, module=Scaled(1.0), lost=1, surrogate=student)
     x = rand(23, 4).requires_grad_()
     coded(x).sum().backward()
     assert any(coded.last_run.surrogate_weights[0])
@@ -228,9 +206,9 @@ def test_gradients_pass_through_results_only(case):
     assert coded.module.scale.grad.isfinite()
 
 
-def test_half_precision_and_autocast(case):
+def test_half_precision_and_autocast(way):
     f, x = net().float(), rand(23, 4).float()
-    coded = wrap(*case, module=f, surrogate=lambda x: 0.9 * f(x))
+    coded = wrap(way, module=f, surrogate=lambda x: 0.9 * f(x))
     with torch.autocast("cpu", torch.bfloat16):
         answers, exact = coded(x), f(x)
     assert answers.dtype == torch.bfloat16
@@ -243,9 +221,9 @@ def test_half_precision_and_autocast(case):
 
 def test_surrogates_are_no_part_of_the_module():
     student = linear(4, 3)
-    coded = wrap(KernelCode(5, 6), None, surrogate=student)
+    coded = wrap("regression", surrogate=student)
     assert coded.surrogate == (student,)
-    assert coded.replace(shuffle=False).surrogate == (student,)
+    assert coded.replace(waiting=None).surrogate == (student,)
     names = {name for name, _ in coded.named_parameters()}
     assert names == {f"module.{name}" for name, _ in net().named_parameters()}
     assert coded.state_dict().keys() == net().state_dict().keys()
@@ -259,7 +237,7 @@ def test_surrogates_are_no_part_of_the_module():
 @pytest.mark.parametrize("surrogate", [3, "net", [net(), None], {"a": net()}])
 def test_what_is_no_surrogate_is_refused(surrogate):
     with pytest.raises(TypeError, match=r"^CodedWrapper: surrogate must be a callable of the mod"):
-        CodedWrapper(linear(), KernelCode(3, 4), surrogate=surrogate)
+        CodedWrapper(linear(), ReplicationCode(3, 4), surrogate=surrogate)
 
 
 def test_codes_that_mix_take_none():
@@ -267,14 +245,14 @@ def test_codes_that_mix_take_none():
         CodedWrapper(linear(), SplineCode(3, 4), surrogate=net())
 
 
-def test_modules_without_gradients_and_inference_mode(case):
+def test_modules_without_gradients_and_inference_mode(way):
     grad_modes = []
 
     def surrogate(x):
         grad_modes.append(torch.is_grad_enabled())
         return net()(x)
 
-    coded = wrap(*case, module=net().requires_grad_(True), surrogate=surrogate)
+    coded = wrap(way, module=net().requires_grad_(True), surrogate=surrogate)
     coded(rand(23, 4))
     assert grad_modes
     assert not any(grad_modes)

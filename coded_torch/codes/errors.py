@@ -1,5 +1,0 @@
-"""Old names, until the wrapper uses the new ones."""
-
-from .base import DeadlineExceeded, NotEnoughResults
-
-__all__ = ["DeadlineExceeded", "NotEnoughResults"]
