@@ -6,12 +6,10 @@ import argparse
 import importlib
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .runs import ERRORS, RESULTS, TIMES, keep
+from .runs import QUESTIONS, RESULTS, keep
 
 INTERRUPTED = 130  # the exit code
 
@@ -21,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Run benchmarks, each a question, and keep their numbers in benchmarks/results;"
-        f" those that are there are not measured again. In this order: {', '.join(ERRORS + TIMES)}."
+        f" those that are there are not measured again. In this order: {', '.join(QUESTIONS)}."
         " Compiled kernels have a command of their own: python -m benchmarks.kernels.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="which of these [all]")
@@ -30,28 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="small and rough, without data packages; keeps nothing unless --output says where",
     )
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        help="how many to run at once, of those that measure no times [%(default)s]",
-    )
     one = parser.add_argument_group("with one NAME")
     one.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="only what has these in its name"
     )
     one.add_argument("--output", type=Path, metavar="FILE", help="instead of results/NAME.json")
     args = parser.parse_args(argv)
-    names = args.names or [*ERRORS, *TIMES]
+    names = args.names or list(QUESTIONS)
     for name in names:
-        if name not in ERRORS + TIMES:
-            parser.error(f"NAME must be one of {', '.join(ERRORS + TIMES)}, got {name!r}")
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+        if name not in QUESTIONS:
+            parser.error(f"NAME must be one of {', '.join(QUESTIONS)}, got {name!r}")
     if len(names) > 1 and (args.only, args.output) != ([], None):
         parser.error(f"--only and --output need one NAME, got {len(names)}")
     try:
-        return run(args) if len(names) == 1 else run_all(names, args.quick, args.jobs)
+        return run(args) if len(names) == 1 else run_all(names, args.quick)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -71,27 +61,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_all(names: Sequence[str], quick: bool, jobs: int) -> int:
+def run_all(names: Sequence[str], quick: bool) -> int:
     """Run several, each in a process of its own; none begins after one has failed."""
-    stopped = threading.Event()
-
-    def start(name: str) -> int:
-        if stopped.is_set():
-            return 0
+    for name in (name for name in QUESTIONS if name in names):
         command = [sys.executable, "-m", __package__, name, *(["--quick"] if quick else [])]
         code = subprocess.run(command).returncode
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         if code:
-            stopped.set()
-            if code != INTERRUPTED:
-                print(f"{name} failed with exit code {code}", file=sys.stderr)
-        return code
-
-    with ThreadPoolExecutor(jobs) as pool:
-        codes = list(pool.map(start, [name for name in names if name in ERRORS]))
-    codes += [start(name) for name in names if name in TIMES]
-    if INTERRUPTED in codes:
-        raise KeyboardInterrupt
-    return int(any(codes))
+            print(f"{name} failed with exit code {code}", file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

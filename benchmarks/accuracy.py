@@ -8,9 +8,6 @@ A code with parameters is used at its best among its ``candidates()`` on tuning 
 uniform stragglers, for each S, output and aim: least squared error for the errors, and most of the
 network's own classes for accuracy and agreement. "Ordered" is by similarity, else by arrival.
 Lagrange (adapted) is decoded by least squares of a tuned degree.
-
-Of 20 photographs (EfficientNet-Lite0) only the agreement means something. Their batches are orders
-of the same 20, so intervals say nothing about other photographs.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ from .schemes import (
     tuned,
     unmixed,
 )
-from .subjects import PHOTOGRAPHS, SEED, Subject, subject
+from .subjects import SEED, Subject, subject
 
 Curve = tuple[int, int, tuple[int, ...]]  # N, K and every S
 Key = tuple[str, int]  # law and S
@@ -50,11 +47,10 @@ CURVES: dict[str, tuple[Curve, ...]] = {
     ),
     "vit": ((20, 8, (1, 2, 3, 4, 5, 6, 8, 10, 12)),),
     "repvgg": ((60, 20, (2, 5, 10, 15, 20, 25, 30, 35, 40)),),
-    PHOTOGRAPHS: ((24, 20, (1, 2, 4, 6, 8)),),
 }
 QUICK: dict[str, tuple[Curve, ...]] = {"lenet5": ((20, 8, (1, 3, 8)),)}
-BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15, PHOTOGRAPHS: 5}
-TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2), PHOTOGRAPHS: (2, 1)}  # codes, kernel
+BATCHES = {"lenet5": 40, "vit": 40, "repvgg": 15}
+TUNING = {"lenet5": (6, 4), "vit": (6, 4), "repvgg": (4, 2)}  # codes, kernel
 TUNING_SETS = 5  # received sets per batch: rare ones decide the squared error
 LAWS = ("uniform", "contiguous")
 AIMS = ("squared error", "agreement")

@@ -110,20 +110,19 @@ def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> 
         (name, case): found
         for name, cases in results["accuracy"].items()
         for case, found in cases.items()
+        if name in NAMES
     }
-    figure, every = panels([f"{NAMES[name]}, (N, K) = {case}" for name, case in of], rows=3)
-    for axes, ((name, _), found) in zip(every, of.items(), strict=True):
-        photographs = name not in ("lenet5", "vit", "repvgg")
-        measure = "agreement" if photographs else "relative_accuracy"
+    figure, every = panels([f"{NAMES[name]}, (N, K) = {case}" for name, case in of], rows=2)
+    for axes, found in zip(every, of.values(), strict=True):
         for code in shown(found[output][law]):
-            values = found[output][law][code][measure]
+            values = found[output][law][code]["relative_accuracy"]
             lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
             curve(axes, found["stragglers"], lost, code)
         axes.set_yscale("log")
         axes.set_ylim(0.8 * LEAST_LOSS, 1.2)
         axes.set_yticks([1, 0.1, 0.01, 0.001, LEAST_LOSS], ["all", "10 %", "1 %", "0.1 %", "none"])
         axes.set_xlabel("workers lost")
-        axes.set_ylabel("answers changed" if photographs else "accuracy lost")
+        axes.set_ylabel("accuracy lost")
     return legend(figure, 4)
 
 
@@ -294,23 +293,6 @@ def smoothing(results: Results) -> Figure:
     return figure
 
 
-def lagrange(results: Results) -> Figure:
-    """Error against the number of results, for polynomial models."""
-    of = {f"{c}, {k}": x for c, kinds in results["lagrange"].items() for k, x in kinds.items()}
-    figure, every = panels(list(of), height=2.6)
-    for axes, found in zip(every, of.values(), strict=True):
-        for code, colour in (("Lagrange", "tab:brown"), ("spline", "tab:red")):
-            median, low, high = np.array(found["median error"][code], dtype=float).T
-            axes.plot(found["received"], median, ".-", label=code, color=colour)
-            axes.fill_between(found["received"], low, high, color=colour, alpha=0.15)
-        axes.axvline(found["threshold"], color="0.5", linestyle=":", linewidth=1)
-        axes.set_yscale("log")
-        axes.set_ylim(1e-16, 1e3)
-        axes.set_xlabel("results; dotted: Lagrange's threshold")
-    every[0].set_ylabel("relative error")
-    return legend(figure, 2)
-
-
 PICTURES = {
     "accuracy": accuracy,
     "accuracy-softmax": functools.partial(accuracy, output="softmax"),
@@ -325,5 +307,4 @@ PICTURES = {
     "serving": serving,
     "convergence": convergence,
     "smoothing": smoothing,
-    "lagrange": lagrange,
 }

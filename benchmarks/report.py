@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .pictures import PICTURES
-from .runs import ERRORS, RESULTS, TIMES
+from .runs import QUESTIONS, RESULTS
 from .tables import NAMES, PAGES, TABLES, Column, Table
 
 __all__ = ["READMES", "fill", "load_results", "pages", "rows_of"]
@@ -28,15 +28,15 @@ __all__ = ["READMES", "fill", "load_results", "pages", "rows_of"]
 FOLDER = Path(__file__).resolve().parent
 MEASUREMENTS = FOLDER.parent / "notebooks" / "measurements"
 READMES = (FOLDER.parent / "README.md", FOLDER / "README.md")
-#: Parts of the names of codes that version 0.3 does not have any more.
-GONE = ("systematic", "paper's encoder", "; regression")
+#: Parts of the names of codes that version 0.3 does not have, and of data that are not tried now.
+GONE = ("systematic", "paper's encoder", "efficientnet")
 
 Results = Mapping[str, Any]
 
 
 def load_results(folder: Path = RESULTS) -> dict[str, Any]:
     """Return the numbers of every question by its name, and the settings of all of them."""
-    paths = {name: folder / f"{name}.json" for name in ERRORS + TIMES}
+    paths = {name: folder / f"{name}.json" for name in QUESTIONS}
     files = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     results = {name: file["measured"] for name, file in files.items()}
     return {**results, "settings": {name: file["settings"] for name, file in files.items()}}

@@ -11,9 +11,7 @@ With ``Waiting()``, and with all N asked at once:
 - corruption: results that are wrong in every way that a check can see;
 - leak: what a pool leaves behind.
 
-Once: overhead of the pool and of the wrapper; ray, whose actors are killed every three seconds;
-exact, ``Waiting(predict=False)`` where a third of the parts end their process and others are wrong;
-deadline, calls of .3 s while all processes hang.
+Once: overhead of the pool and of the wrapper; ray, whose actors are killed every three seconds.
 """
 
 from __future__ import annotations
@@ -31,17 +29,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import NotEnoughResults, RegressionCode, SplineCode
+from coded_torch.codes import NotEnoughResults, SplineCode
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers, RayWorkers, Task
 
-from .clients import FEATURES, SEED, START, Client, K, Killer, N, S, stopped
+from .clients import SEED, START, Client, K, Killer, N, S, stopped
 from .runs import Measurement
 from .traffic import percentiles
 
@@ -236,65 +233,13 @@ def _times(call: Callable[[], object], runs: int) -> dict[str, float]:
     return percentiles(times[10:])
 
 
-class Hanging(nn.Module):
-    """A small network, in float32; it may hang."""
-
-    def __init__(self, hangs: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(SEED)
-        self.layers, self.hangs = nn.Linear(FEATURES, 10), hangs
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.hangs:
-            time.sleep(3600)
-        return self.layers(x)  # type: ignore[no-any-return]
-
-
-def exact(quick: bool) -> dict[str, Any]:
-    count, generator, model = 15 if quick else 2_000, torch.Generator().manual_seed(SEED), Hanging()
-    raised = wrong = predicted = 0
-    rates = {"crash": 0.3} | dict.fromkeys(BROKEN, 0.02)
-    with ProcessWorkers(N).start(timeout=START) as pool:
-        faulty = FaultyWorkers(pool, rates=rates, seed=SEED)
-        waiting, code = Waiting(predict=False), RegressionCode(N, N)
-        coded = CodedWrapper(model, code, workers=faulty, waiting=waiting)
-        killer = Killer(pool, lambda: 0.5, 1)
-        with killer.at_work():
-            for _ in range(count):
-                x = torch.rand(24, FEATURES, generator=generator)
-                try:
-                    answers, report = coded.run(x)
-                except NotEnoughResults:
-                    raised += 1
-                    continue
-                wrong += not torch.allclose(answers, model(x), atol=1e-5)
-                predicted += int(report.predicted.sum())
-    bars = {"wrong": [wrong, 0], "predicted": [predicted, 0], "raised": [raised / count, 0.01]}
-    return {"calls": count, "rates": rates, "kills": killer.kills, "bars": bars}
-
-
-def deadline(quick: bool) -> dict[str, Any]:
-    limit, late = 0.3, []
-    with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
-        waiting, code = Waiting(deadline=limit), RegressionCode(N, N)
-        coded = CodedWrapper(Hanging(hangs=True), code, workers=pool, waiting=waiting)
-        for _ in range(3 if quick else 125):
-            start = time.perf_counter()
-            with contextlib.suppress(NotEnoughResults):
-                coded(torch.rand(64, FEATURES))
-            late.append((time.perf_counter() - start - limit) * 1e3)
-    p99, latest = (round(float(np.percentile(late, at)), 2) for at in (99, 100))
-    bars = {"p99, ms after the deadline": [p99, 10], "latest, ms after the deadline": [latest, 30]}
-    return {"calls": len(late), "bars": bars}
-
-
 SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
     **{
         f"{function.__name__}{name}": functools.partial(function, policy=policy)
         for function in (kill, pause, mixing, corruption, leak)
         for name, policy in (("", as_needed), (", all at once", at_once))
     },
-    **{function.__name__: function for function in (overhead, ray, exact, deadline)},
+    **{function.__name__: function for function in (overhead, ray)},
 }
 
 

@@ -21,9 +21,8 @@ from .data import MissingDataError
 from .timing import last_level_cache
 
 __all__ = [
-    "ERRORS",
+    "QUESTIONS",
     "RESULTS",
-    "TIMES",
     "Benchmark",
     "Measurement",
     "environment",
@@ -33,19 +32,19 @@ __all__ = [
     "write_results",
 ]
 
-ERRORS = (
+QUESTIONS = (
     "accuracy",
     "batches",
-    "levers",
     "distances",
     "surrogates",
     "convergence",
     "smoothing",
-    "lagrange",
     "waiting",
+    "end_to_end",
+    "latency",
+    "resilience",
+    "serving",
 )
-# One at a time, or they would measure each other.
-TIMES = ("end_to_end", "latency", "resilience", "serving")
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
 #: Where its numbers go in the file, and what makes them.

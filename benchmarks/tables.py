@@ -41,7 +41,6 @@ NAMES = {
     "lenet5": "LeNet-5, MNIST",
     "vit": "ViT, Fashion-MNIST",
     "repvgg": "RepVGG, Fashion-MNIST",
-    "efficientnet-lite0": "EfficientNet-Lite0, 20 photographs",
     "spline": "spline, as in the paper",
     "Berrut": "Berrut, as in the paper",
     "KernelCode": "RegressionCode",
@@ -103,17 +102,6 @@ def off(part: str) -> Cell:
         costs = found["a factor of ten off"][part].values()
         added = ", ".join(f"{100 * ratio - 100:+.0f} %" for ratio, _ in costs)
         return f"{found['best'][part]:g}" + (f" ({added})" if added else "")
-
-    return cell
-
-
-def error(code: str) -> Cell:
-    """The median error at the first count of results, at the threshold and at the last."""
-
-    def cell(stars: Sequence[str], found: Mapping[str, Any]) -> str:
-        middle = found["received"].index(found["threshold"])
-        values = (found["median error"][code][i][0] for i in (0, middle - 1, middle, -1))
-        return ", ".join("none" if value is None else f"{value:.1e}" for value in values)
 
     return cell
 
@@ -183,12 +171,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         "batches > * > contiguous > * > * > *",
         ("", SETTING, "lost", ""),
         {"accuracy against uniform losses": "against uniform > relative_accuracy:.4f"},
-    ),
-    "levers": Table(
-        "levers > * > * > codes > *",
-        ("", SETTING),
-        {"": "against KernelCode > mse > 0:.2f"},
-        spread=True,
     ),
     "distances": Table(
         "distances > * > (24, 20, 4)",
@@ -264,11 +246,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         ("", SETTING, "outputs", ""),
         {"encoder": off("encoder"), "decoder": off("decoder")},
     ),
-    "lagrange": Table(
-        "lagrange > * > *",
-        ("", "inputs"),
-        {"Lagrange": error("Lagrange"), "spline": error("spline")},
-    ),
     "times": Table("end_to_end > * > * > * > codes > *", ("", "", SETTING, "code"), PARTS),
     "network_times": Table(
         "end_to_end > * > * > * > network > *",
@@ -277,7 +254,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         spread=True,
     ),
 }
-LOST = "Squared error relative to that of `RegressionCode`"
 PAGES = {
     "codes": Page(
         "Codes",
@@ -289,7 +265,6 @@ PAGES = {
             "expected": "The error that RegressionCode expects",
             "sizes": "Batches of other sizes and kinds, (24, 20, 4)",
             "contiguous": "Neighbouring workers lost: accuracy against as many others",
-            "levers": f"{LOST}: other encoders with their own decoders, and one idea left out",
         },
         [
             ("accuracy-softmax", "accuracy lost, softmax outputs"),
@@ -327,14 +302,12 @@ PAGES = {
     ),
     "theory": Page(
         "Theory",
-        "Rates, smoothings and thresholds that papers state, measured.",
+        "Rates and smoothings that papers state, measured.",
         {
             "convergence": "Slopes of the logarithm of the error over that of N",
             "smoothing": "The best smoothing, and the cost of a tenth and of ten times of it",
-            "lagrange": "Relative error from K results, from one less than Lagrange's threshold, "
-            "from the threshold, and from all",
         },
-        [("smoothing", "error by smoothing"), ("lagrange", "error by the number of results")],
+        [("smoothing", "error by smoothing")],
     ),
     "time": Page(
         "Time",

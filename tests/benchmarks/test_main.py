@@ -8,13 +8,13 @@ import types
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import lagrange, networks, runs
+from benchmarks import convergence, networks, runs
 
 
 def test_every_benchmark_is_there_with_what_it_needs():
     import importlib
 
-    for name in runs.ERRORS + runs.TIMES:
+    for name in runs.QUESTIONS:
         benchmark = importlib.import_module(f"benchmarks.{name}")
         for quick in (False, True):
             assert benchmark.settings(quick)
@@ -28,26 +28,21 @@ def test_quick_runs_need_no_data(tmp_path, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(networks, "load", forbidden)
-    path = tmp_path / "lagrange.json"
-    assert command.main(["lagrange", "--quick", "--output", str(path)]) == 0
-    for kinds in json.loads(path.read_text())["measured"].values():
-        for found in kinds.values():
-            exact = dict(zip(found["received"], found["median error"]["Lagrange"], strict=True))
-            for count, (error, *_) in exact.items():
-                if count < found["threshold"]:
-                    assert error is None
-                else:
-                    assert error < 1e-9
-            spline = [error for error, *_ in found["median error"]["spline"]]
-            assert spline[-1] < 0.1 * spline[0]
+    path = tmp_path / "smoothing.json"
+    assert command.main(["smoothing", "--quick", "--output", str(path)]) == 0
+    (cases,) = json.loads(path.read_text())["measured"].values()
+    for case in cases.values():
+        for noises in case["surfaces"].values():
+            for found in noises.values():
+                assert min(map(min, found["rmse to best"])) == 1
 
 
 def test_one_that_was_stopped(monkeypatch, capsys):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lagrange, "measurements", lambda *_: [(("a",), interrupt)])
-    assert command.main(["lagrange", "--quick"]) == 130
+    monkeypatch.setattr(convergence, "measurements", lambda *_: [(("a",), interrupt)])
+    assert command.main(["convergence", "--quick"]) == 130
     assert "what is done is kept" in capsys.readouterr().out
 
 
@@ -65,19 +60,19 @@ def started(monkeypatch):
     return types.SimpleNamespace(calls=calls, codes=codes)
 
 
-def test_several_run_in_processes_of_their_own_those_of_times_last(started):
-    assert command.main(["--quick", "latency", "lagrange", "accuracy"]) == 0
-    assert list(started.calls) == ["lagrange", "accuracy", "latency"]
+def test_several_run_in_processes_of_their_own(started):
+    assert command.main(["--quick", "latency", "convergence", "accuracy"]) == 0
+    assert list(started.calls) == ["accuracy", "convergence", "latency"]
     assert set(map(tuple, started.calls.values())) == {("--quick",)}
     assert command.main([]) == 0
-    assert set(started.calls) == set(runs.ERRORS + runs.TIMES)
+    assert set(started.calls) == set(runs.QUESTIONS)
 
 
 def test_none_begins_after_one_has_failed(started, capsys):
-    started.codes["levers"] = 1
+    started.codes["distances"] = 1
     assert command.main([]) == 1
-    assert list(started.calls) == ["accuracy", "batches", "levers"]
-    assert capsys.readouterr().err == "levers failed with exit code 1\n"
+    assert list(started.calls) == ["accuracy", "batches", "distances"]
+    assert capsys.readouterr().err == "distances failed with exit code 1\n"
 
 
 def test_an_interrupt_stops_all(started, capsys):
@@ -87,31 +82,11 @@ def test_an_interrupt_stops_all(started, capsys):
     assert "what is done is kept" in capsys.readouterr().out
 
 
-def test_several_at_once_but_those_of_times(started, monkeypatch):
-    import threading
-
-    meet, alone = threading.Barrier(2, timeout=60), []
-    run = subprocess.run
-
-    def at_once(line):
-        if line[3] == "latency":
-            alone.append(meet.n_waiting)
-        else:
-            meet.wait()  # returns when the other one is there
-        return run(line)
-
-    monkeypatch.setattr(subprocess, "run", at_once)
-    assert command.main(["--jobs", "2", "latency", "accuracy", "batches"]) == 0
-    assert alone == [0]
-    assert list(started.calls)[-1] == "latency"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("speed", "NAME must be one of accuracy, batches,"),
-        ("--jobs 0", "--jobs must be at least 1, got 0"),
-        ("lagrange levers --only x", "--only and --output need one NAME"),
+        ("accuracy batches --only x", "--only and --output need one NAME"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):
