@@ -5,21 +5,18 @@ arrival, its smoothings tuned; "paper, ordered" the same by similarity. Replicat
 mean of a group's results, "batch mean" the batch's; "no redundancy" has the same regression.
 
 - main: K inputs go to N workers, and S of them are lost;
-- batch: batches of other sizes, and of random pixels;
-- contiguous: neighbouring workers are lost, with and without columns dealt at random.
+- batch: batches of other sizes, and of random pixels.
 """
 
 from __future__ import annotations
 
 import functools
-import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, SplineCode
-from coded_torch.stragglers import Contiguous, Uniform
 
 from .runs import Measurement, progress
 from .schemes import (
@@ -28,8 +25,6 @@ from .schemes import (
     Case,
     Scheme,
     evaluate,
-    ratio,
-    received_by,
     summaries,
     tuned,
     uniform,
@@ -104,29 +99,6 @@ class Bench:
         batches = Subject(model, whole, whole).batches("held_out", BATCH_SIZE, count)
         return {"share of the commonest class": share, **self.batch(batches)}
 
-    def contiguous(self, case: Case) -> dict[str, Any]:
-        n, _, s = case
-        laws, shuffler = (Uniform(s, seed=SEED), Contiguous(s, seed=SEED)), random.Random(SEED)
-
-        def sets(index: int) -> dict[str, list[list[int]]]:
-            uniform, contiguous = (received_by(law, n) for law in laws)
-            positions = shuffler.sample(range(n), n)
-            return {
-                "uniform": [uniform],
-                "contiguous": [contiguous],
-                "contiguous, shuffled": [sorted(positions[worker] for worker in contiguous)],
-            }
-
-        schemes = self.some(case) if case in (FEW, MANY) else unmixed(case)
-        batches = self.batches("held_out", self.count["contiguous"])
-        scores = evaluate(self.subject.model, batches, sets, lambda law: schemes)
-        table: dict[str, Any] = {law: summaries(found, REFERENCES) for law, found in scores.items()}
-        for law, name in ((law, name) for law in list(table)[1:] for name in schemes):
-            right, own, *_ = scores["uniform"][name].columns
-            points = ratio(scores[law][name].columns[0] - right, own)
-            table[law][name]["against uniform"] = {"relative_accuracy": points}
-        return table
-
 
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
@@ -136,15 +108,13 @@ def measurements(quick: bool) -> Iterable[Measurement]:
         for size in list(SIZES)[:2] if quick else SIZES:
             yield (name, "batch", str(size)), functools.partial(bench.sized, size)
         yield (name, "batch", "random pixels"), bench.noise
-        for case in CASES[-1:] if quick else CASES:
-            yield (name, "contiguous", str(case)), functools.partial(bench.contiguous, case)
 
 
 def counts(quick: bool) -> dict[str, dict[str, int]]:
     """Return how many batches of what, by network."""
-    many = {"main": 50, "contiguous": 25, "tuning": 8, "tuning, kernel": 4}
-    few = {"main": 50, "contiguous": 10, "tuning": 3, "tuning, kernel": 2}
-    some = {"main": 2, "contiguous": 2, "tuning": 1, "tuning, kernel": 1}
+    many = {"main": 50, "tuning": 8, "tuning, kernel": 4}
+    few = {"main": 50, "tuning": 3, "tuning, kernel": 2}
+    some = {"main": 2, "tuning": 1, "tuning, kernel": 1}
     return {"lenet5": some} if quick else {"lenet5": many, "vit": many, "repvgg": few}
 
 

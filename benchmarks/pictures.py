@@ -32,7 +32,6 @@ STYLES = {  # of a code, the same in every picture
 }
 HIDDEN = ("Berrut",)  # it would hide the spline of the paper
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
-LEAST_ERROR = 1e-5  # likewise
 MARKERS = "os^DXv."
 
 Results = Mapping[str, Any]
@@ -172,25 +171,6 @@ def surrogates(results: Results) -> Figure:
     )
 
 
-def lost(results: Results) -> Figure:
-    """Squared error against lost workers, a line for each code; dashed: with a student."""
-    cases = results["surrogates"]["lenet5"]["lost"]
-    figure, (axes,) = panels(["LeNet-5 on MNIST, batches of 240, (N, K) = (60, 20)"], height=4.2)
-    at = [int(case.strip("()").split(", ")[2]) for case in cases]
-    for colour, code in enumerate(next(iter(cases.values()))["codes"]):
-        for how, line in (("without", "o-"), ("with", "^--")):
-            if how not in next(iter(cases.values()))["codes"][code]:
-                continue
-            each = (x["codes"][code][how]["mse"][0] / x["variance"] for x in cases.values())
-            errors = [max(value, LEAST_ERROR) for value in each]
-            label = f"{name_of(code)}{', with a student' if how == 'with' else ''}"
-            axes.plot(at, errors, line, color=f"C{colour}", label=label, markersize=4)
-    axes.set_yscale("log")
-    axes.set_xlabel("workers lost")
-    axes.set_ylabel("squared error over the outputs' variance")
-    return legend(figure, 3)
-
-
 def work(results: Results) -> Figure:
     """The tail of requests against the work that it costs, for few parts and for many."""
     points = results["waiting"]["fan-out"]
@@ -235,20 +215,6 @@ def latency(results: Results) -> Figure:
         },
         "latency from arrival, ms",
     )
-
-
-def serving(results: Results) -> Figure:
-    """Through HTTP, under kills: the share of requests that take longer than a time."""
-    found = results["serving"]["redundancy"]
-    figure, (axes,) = panels(["6 processes, 3 % of calls take 50 ms more, one killed every 5 s"])
-    for policy in ("coded", "uncoded", found["best hedge"]):
-        axes.plot(found["latencies"][policy], found["slower shares"], label=policy)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    plain(axes.xaxis)
-    axes.set_xlabel("latency through HTTP from when a request was due, ms")
-    axes.set_ylabel("share of requests that take longer")
-    return legend(figure, 3)
 
 
 def convergence(results: Results) -> Figure:
@@ -300,11 +266,9 @@ PICTURES = {
     "batches": batches,
     "distances": distances,
     "surrogates": surrogates,
-    "lost": lost,
     "work": work,
     "fan-out": fan_out,
     "latency": latency,
-    "serving": serving,
     "convergence": convergence,
     "smoothing": smoothing,
 }

@@ -1,12 +1,10 @@
 """What does a model behind HTTP bear? ``python -m benchmarks serving``.
 
-The application of :mod:`coded_torch.serve` under uvicorn, in a process of its own, on six worker
-processes; requests of 1 to 8 rows arrive on their own, and latencies count from when a request was
-due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
+LeNet-5 in the application of :mod:`coded_torch.serve` under uvicorn, in a process of its own, on
+six worker processes. Requests of 1 to 8 rows arrive on their own, and latencies count from when a
+request was due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
 
-- faults: LeNet-5; every row is compared with what the module computes;
-- redundancy: a module that sleeps; coded, uncoded, and with one hedge after each of four
-  thresholds, in turns;
+- faults: every row is compared with what the module computes;
 - predicted: how often LeNet-5's class is predicted rightly from so many earlier answers.
 """
 
@@ -22,13 +20,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.request import urlopen
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.demo.lenet5 import digits, lenet5
@@ -37,19 +35,14 @@ from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
-from .hedging import WAIT_FOR_ALL, HedgeOnce
 from .runs import Measurement
-from .traffic import Reply, drive, percentiles
+from .traffic import drive, percentiles
 
 SEED = 0
 K, N = 4, 6
 DEADLINE = 0.2
 MOST_ROWS = 8  # of a request
 SLACK = 0.015  # seconds after the deadline
-HEDGES = {f"hedge at {x:g} medians": HedgeOnce(medians=x) for x in (1.2, 1.5, 2.0, 3.0)}
-POLICIES: dict[str, Waiting | None] = {"coded": None, "uncoded": WAIT_FOR_ALL, **HEDGES}
-SHARES = (0.9, 0.75, 0.5, 0.25, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)  # slower than so long
-ROUNDS = 2
 WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
 HELD_OUT = 960  # digits
@@ -57,20 +50,8 @@ START = 120.0  # seconds that a server may take to come up
 OUTPUTS = [{"name": name, "parameters": {"binary_data": True}} for name in ("output", "predicted")]
 
 
-class Sleeping(nn.Module):
-    """LeNet-5 after 10 ms of sleep: a worker that is elsewhere."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = lenet5()
-
-    def forward(self, images: Tensor) -> Any:
-        time.sleep(0.01)
-        return self.model(images)
-
-
-def main(policy: str, module: str, port: str) -> None:
-    """Serve "sleeping" or "lenet5" under a policy, for the benchmark."""
+def main(port: str) -> None:
+    """Serve, for the benchmark."""
     import uvicorn
 
     from coded_torch.serve import TensorSpec, app
@@ -79,11 +60,10 @@ def main(policy: str, module: str, port: str) -> None:
     pool = ProcessWorkers(N, grace=10 * DEADLINE)
     law = Bernoulli(0.03, latency=0.05, seed=SEED)
     coded = CodedWrapper(
-        Sleeping().eval() if module == "sleeping" else lenet5(),
+        lenet5(),
         RegressionCode(K, N),
         workers=FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0),
-        waiting=POLICIES[policy],
-        surrogate=Memory() if policy == "coded" else (),
+        surrogate=Memory(),
     )
     served = app(
         coded,
@@ -91,18 +71,17 @@ def main(policy: str, module: str, port: str) -> None:
         inputs=[TensorSpec("input", "FP32", (1, 28, 28))],
         outputs=[TensorSpec("output", "FP32", (10,))],
         deadline=DEADLINE,
-        max_ongoing_batches=2 if module == "sleeping" else 1,
     )
     # uvloop is no dependency.
     uvicorn.run(served, host="127.0.0.1", port=int(port), loop="asyncio", log_level="critical")
 
 
 @contextlib.contextmanager
-def serving(policy: str, module: str) -> Iterator[Callable[[Tensor], tuple[Tensor, Report]]]:
+def serving() -> Iterator[Callable[[Tensor], tuple[Tensor, Report]]]:
     """Run a server; yields a function that has it answer images, in any thread."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.serving", policy, module, str(port)]
+    command = [sys.executable, "-m", "benchmarks.serving", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + START
     try:
@@ -148,17 +127,13 @@ def batches(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:
     return [images[x] for x in rows], rows
 
 
-def sent(policy: str, module: str, count: int, rate: float, seed: int) -> list[Reply]:
-    with serving(policy, module) as send:
-        return drive(send, batches(count, seed)[0], rate, seed)
-
-
 @torch.no_grad()
 def faults(seconds: float) -> dict[str, Any]:
     rate, (images, labels) = 100.0, digits()
     count = int(rate * seconds)
     rows, exact = batches(count, SEED)[1], lenet5()(images)
-    replies = sent("coded", "lenet5", count, rate, SEED)
+    with serving() as send:
+        replies = drive(send, batches(count, SEED)[0], rate, SEED)
     answered = [(r, x) for r, x in zip(replies, rows, strict=True) if r.report is not None]
     logits = torch.cat([reply.answers for reply, _ in answered])
     flag = torch.cat([reply.report.predicted for reply, _ in answered])
@@ -176,36 +151,6 @@ def faults(seconds: float) -> dict[str, Any]:
         "predicted rows of the right class": int(
             (flag & (logits.argmax(1) == labels[chosen])).sum()
         ),
-    }
-
-
-def redundancy(seconds: float, rounds: int, hedges: Sequence[str]) -> dict[str, Any]:
-    rate, policies = 50.0, ("coded", "uncoded", *hedges)
-    found: dict[str, list[dict[str, float]]] = {policy: [] for policy in policies}
-    pooled: dict[str, list[float]] = {policy: [] for policy in policies}
-    for turn in range(rounds):
-        for policy in policies:
-            replies = sent(policy, "sleeping", int(rate * seconds), rate, SEED + turn)
-            times = [reply.latency for reply in replies]
-            failed = sum(reply.report is None for reply in replies)
-            pooled[policy] += times
-            found[policy].append(percentiles(times) | {"failed": failed})
-    medians = {
-        policy: {key: round(float(np.median([x[key] for x in runs])), 2) for key in runs[0]}
-        for policy, runs in found.items()
-    }
-    best = min(hedges, key=lambda policy: medians[policy]["p99"])
-    coded = medians["coded"]["p99"]
-    return {
-        "policies": medians,
-        "slower shares": SHARES,
-        "latencies": {
-            policy: np.quantile(times, 1 - np.array(SHARES)).dot(1e3).round(2).tolist()
-            for policy, times in pooled.items()
-        },
-        "best hedge": best,
-        "p99 against uncoded": [round(coded / medians["uncoded"]["p99"], 3), 0.8],
-        "p99 against the best hedge": [round(coded / medians[best]["p99"], 3), 1.0],
     }
 
 
@@ -237,12 +182,10 @@ def predicted() -> dict[str, Any]:
 def measurements(quick: bool) -> Iterator[Measurement]:
     yield ("predicted",), predicted
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
-    how = (2, 1, list(HEDGES)[:1]) if quick else (12, ROUNDS, list(HEDGES))
-    yield ("redundancy",), functools.partial(redundancy, *how)
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    return {"seed": SEED, "deadline": DEADLINE, "K": K, "N": N, "rounds": ROUNDS}
+    return {"seed": SEED, "deadline": DEADLINE, "K": K, "N": N}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ All answers are those of :class:`~coded_torch.nn.CodedWrapper`, on held-out imag
 received sets for all. Codes that repeat inputs are tried without a surrogate and with one; beside
 them the paper's scheme, its smoothings tuned, and the surrogate alone.
 
-- errors: a student, see ``students.py``; lost: the same against the number of lost workers;
+- errors: a student, see ``students.py``;
 - memory: a stream of requests of images none of which comes twice, from a cold start. The memory
   learns whenever 256 results are new, as it does where requests take some time;
 - useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained;
@@ -35,7 +35,6 @@ from .subjects import subject as plain_subject
 
 CASES = ((24, 20, 4), (100, 20, 60), (60, 20, 20), (20, 8, 3), (10, 8, 2), (6, 4, 2))
 FEW, SMALL = (24, 20, 4), (6, 4, 2)
-LOST = tuple((60, 20, s) for s in (4, 8, 12, 16, 24, 28, 32, 36, 40))
 NETWORKS = ("lenet5", "vit", "repvgg")
 SIZES = (64, 240)
 LEARNS_AFTER = 256  # results, see Memory
@@ -207,9 +206,6 @@ def measurements(quick: bool) -> Iterable[Measurement]:
             for size in SIZES[:1] if quick else SIZES:
                 key = name, "errors", str(case), str(size)
                 yield key, functools.partial(errors, name, case, size, quick)
-        for case in (LOST[:1] if quick else LOST) if name == NETWORKS[0] else ():
-            key = name, "lost", str(case)
-            yield key, functools.partial(errors, name, case, SIZES[-1], quick)
         yield (name, "memory"), functools.partial(memory, name, quick)
         yield (name, "drift"), functools.partial(drift, name, quick)
         for size in (8, 64):
