@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from coded_torch.codes import BatchPlan, SplineCode
-from coded_torch.input_space.ordering import Grouping
+from coded_torch.codes import SplineCode
 from coded_torch.stragglers import Uniform
 
 from .runs import Measurement, progress
@@ -35,36 +33,33 @@ def smoothing(name: str, case: Case, quick: bool) -> dict[str, Any]:
     n, k, s = case
     of, generator = subject(name, quick), torch.Generator().manual_seed(SEED)
     law, count = Uniform(s, seed=SEED), settings(quick)["batches"]
-    grouping = Grouping.arrival(BATCH_SIZE, k)
-    squares: dict[tuple[str, float], list[np.ndarray]] = defaultdict(list)
+    codes = [SplineCode(k, n, encoder_smoothing=x, decoder_smoothing=x) for x in GRID]
+    squares: dict[tuple[str, float], list[list[list[float]]]] = {
+        key: [] for key in itertools.product(OUTPUTS, NOISES)
+    }
     for batch in progress(of.batches("held_out", BATCH_SIZE, count), "batches", count):
-        received = received_by(law, n)
-        outputs = run(of.model, batch.images)
-        shape = len(received), grouping.num_groups, outputs.shape[-1]
-        errors = torch.randn(shape, generator=generator)
-        each: dict[tuple[str, float], list[list[float]]] = defaultdict(list)
-        for smoothing in GRID:
-            encoder = SplineCode(k, n, encoder_smoothing=smoothing)
-            coded = encoder.fit(grouping).encode(batch.images)[received]
-            results = run(of.model, coded.flatten(0, 1)).view(shape)
-            for (output, stage), noise in itertools.product(OUTPUTS.items(), NOISES):
-                exact = stage(outputs)
-                noisy = stage(results) + errors * (noise * exact.var(0).mean()).sqrt()
-                decoded = [plan.decode(noisy, received) for plan in _decoders(n, k, grouping)]
-                each[output, noise].append(
-                    [float((x - exact).square().sum(1).mean()) for x in decoded]
-                )
-        for what, table in each.items():
-            squares[what].append(np.array(table))
+        received, groups = received_by(law, n), batch.images.unflatten(0, (-1, k)).transpose(0, 1)
+        exact = run(of.model, groups.flatten(0, 1)).unflatten(0, groups.shape[:2])
+        errors = torch.randn(len(received), *exact.shape[1:], generator=generator)
+        coded = [code.encode(groups)[received] for code in codes]
+        results = [run(of.model, x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in coded]
+        for (output, noise), table in squares.items():
+            stage = OUTPUTS[output]
+            want = stage(exact)
+            spread = (noise * want.flatten(0, 1).var(0).mean()).sqrt()
+            table.append(
+                [
+                    [
+                        float((code.decode(noisy, received) - want).square().sum(-1).mean())
+                        for code in codes
+                    ]
+                    for noisy in (stage(x) + spread * errors for x in results)
+                ]
+            )
     found: dict[str, Any] = {}
     for (output, noise), tables in squares.items():
         found.setdefault(output, {})[f"noise {noise}"] = _surface(np.array(tables))
     return {"surfaces": found}
-
-
-@functools.cache
-def _decoders(n: int, k: int, grouping: Grouping) -> list[BatchPlan]:
-    return [SplineCode(k, n, decoder_smoothing=x).fit(grouping) for x in GRID]
 
 
 def _surface(squares: np.ndarray) -> dict[str, Any]:
@@ -103,9 +98,5 @@ def measurements(quick: bool) -> Iterable[Measurement]:
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    return {
-        "seed": SEED,
-        "batch size": BATCH_SIZE,
-        "batches": 2 if quick else 20,
-        "grid": list(GRID),
-    }
+    count = 2 if quick else 20
+    return {"seed": SEED, "batch size": BATCH_SIZE, "batches": count, "grid": list(GRID)}
