@@ -1,7 +1,8 @@
 r"""Laws of lateness: how long each of N workers takes to answer one request.
 
 Every law draws from a ``torch.Generator``, its own or the one it is given, never from the global
-random state. Latencies are in seconds; infinite means that the worker never answers.
+random state. Latencies are in seconds; infinite means that the worker never answers. An argument of
+another type raises a TypeError, one out of its domain a ValueError.
 """
 
 from __future__ import annotations
@@ -127,10 +128,6 @@ class Uniform(_FixedNumber):
         num_stragglers: S, at least 0, and at most the number of workers.
         seed: seeds the law's own generator. Defaults to None, a new seed.
 
-    Raises:
-        TypeError: ``num_stragglers`` or ``seed`` is not an integer.
-        ValueError: ``num_stragglers`` is negative.
-
     Example:
         >>> from coded_torch import stragglers
         >>> stragglers.Uniform(2, seed=0).sample(5).isinf().sum()
@@ -152,10 +149,6 @@ class Contiguous(_FixedNumber):
         num_stragglers: S, at least 0, and at most the number of workers.
         seed: seeds the law's own generator. Defaults to None, a new seed.
 
-    Raises:
-        TypeError: ``num_stragglers`` or ``seed`` is not an integer.
-        ValueError: ``num_stragglers`` is negative.
-
     Example:
         >>> from coded_torch import stragglers
         >>> stragglers.Contiguous(5, seed=0).sample(5)
@@ -174,10 +167,6 @@ class Bernoulli(Stragglers):
         p: the probability, in [0, 1].
         latency: of those that are late, in seconds, at least 0; by default they never answer.
         seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Raises:
-        TypeError: ``p`` or ``latency`` is not a number, or ``seed`` not an integer.
-        ValueError: ``p`` is no probability, or ``latency`` negative.
 
     Example:
         >>> from coded_torch import stragglers
@@ -204,10 +193,6 @@ class ShiftedExponential(Stragglers):
         shift: the least latency, in seconds, at least 0 and finite.
         rate: per second, positive and finite; the mean latency is ``shift + 1 / rate``.
         seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Raises:
-        TypeError: ``shift`` or ``rate`` is not a number, or ``seed`` not an integer.
-        ValueError: ``shift`` or ``rate`` is out of range.
 
     Reference:
         K. Lee et al., *Speeding up distributed machine learning using codes*, IEEE Trans. Inf.
@@ -240,10 +225,6 @@ class Pareto(Stragglers):
         scale: the least latency, in seconds, positive and finite.
         seed: seeds the law's own generator. Defaults to None, a new seed.
 
-    Raises:
-        TypeError: ``shape`` or ``scale`` is not a number, or ``seed`` not an integer.
-        ValueError: ``shape`` or ``scale`` is out of range.
-
     Example:
         >>> from coded_torch import stragglers
         >>> bool((stragglers.Pareto(shape=2.0, scale=0.1).sample(100) >= 0.1).all())
@@ -275,10 +256,6 @@ class Markov(Stragglers):
         good: the latency of a good worker, in seconds, at least 0.
         bad: the latency of a bad worker, in seconds, at least 0.
         seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Raises:
-        TypeError: a probability or latency is not a number, or ``seed`` not an integer.
-        ValueError: a probability or latency is out of range.
 
     Example:
         >>> from coded_torch import stragglers

@@ -57,9 +57,8 @@ class Part:
     Attributes:
         number: 0, 1, 2, ... within the request, in the order of asking.
         units: at least one, increasing.
-        fault: an injected fault; comparisons ignore it.
-        avoid: the place of the worker that must not compute this part; comparisons ignore it.
-            If no other worker is left, the part fails. Defaults to None, any worker.
+        fault: an injected fault. Comparisons ignore it, and ``avoid``.
+        avoid: the place of the worker that must not compute this part. Defaults to None.
     """
 
     number: int
@@ -74,9 +73,9 @@ class Began(NamedTuple):
     Attributes:
         part: the part.
         worker: the place of the worker in the pool.
-        at: the time at which the worker got the part, in seconds on the clock of the request.
-        fresh: whether the worker runs this module for the first time. It must load, compile or warm
-            up first, so its time says nothing about its speed.
+        at: the time, in seconds on the clock of the request.
+        fresh: whether the worker runs this module for the first time, so that its time says nothing
+            about its speed.
     """
 
     part: Part
@@ -151,21 +150,15 @@ class Obstacle(NamedTuple):
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
-    Each part that is asked for, and not dropped before it begins, causes either
-
-    * :class:`Began` when a worker gets it, and later one :class:`Reply`; or
-    * one :class:`Reply` with an error, if no worker ever gets it.
-
-    A reply with an error arrives at most the pool's ``timeout`` seconds after the part was asked
-    for; whatever arrives later is dropped. One thread uses a request and closes it, usually by a
-    ``with`` statement.
+    Each part that is asked for, and not dropped before it begins, causes :class:`Began` when a
+    worker gets it, and then one :class:`Reply`; or only a reply with an error, if no worker gets
+    it. A reply arrives at most the pool's ``timeout`` seconds after the part was asked for;
+    whatever arrives later is dropped. One thread uses a request, and closes it.
     """
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
-        """Have parts computed, in this order, each by the next idle worker.
-
-        The call never waits for a worker, and may be repeated while the request is open.
+        """Have parts computed, in this order, each by the next idle worker, without waiting.
 
         Args:
             parts: numbered on from the last ones. Parts may share units.
@@ -176,14 +169,10 @@ class Request(abc.ABC):
 
     @abc.abstractmethod
     def wait(self, until: float = math.inf) -> Began | Reply | None:
-        """Return the next event.
+        """Return the next event, or None at the time ``until`` of the request's clock.
 
-        Args:
-            until: a time on the clock of the request. Events that have already happened are
-                returned even if that time has passed.
-
-        Returns:
-            None if that time has come, or if nothing more can happen before another part is asked.
+        Events that have already happened are returned even later. None also means that nothing
+        more can happen before another part is asked for.
         """
 
     @abc.abstractmethod
@@ -232,30 +221,24 @@ class Workers(abc.ABC):
 
     A pool must keep these rules:
 
-    1. :meth:`open` returns at once. It raises whatever makes the whole task impossible: a module
-       that cannot be sent, gradients that cannot pass, a closed pool. The caller's grad mode,
-       inference mode and autocast at that moment hold wherever the module runs.
-    2. Parts wait in one queue, in the order of asking, whichever request they belong to. An idle
-       worker takes the first part that is still wanted (its request is open and the part is not
-       dropped) and that need not avoid this worker. The request then reports that the part began.
-    3. A worker ends its part, wanted or not, before it takes another one. A result that nobody
-       wants any more is dropped, and reaches no other request.
-    4. Each part that has begun ends in one reply, by an error at the latest when the ``timeout``
-       of the pool is over. If the module raises, the worker dies, or the result cannot be sent, the
-       reply has a :class:`WorkerError` with that cause, and other parts go on.
+    1. :meth:`open` returns at once. It raises whatever makes the whole task impossible. The
+       caller's grad mode, inference mode and autocast at that moment hold where the module runs.
+    2. Parts of all requests wait in one queue, in the order of asking. An idle worker takes the
+       first part whose request is open, that is not dropped, and that need not avoid this worker.
+    3. A worker ends its part, wanted or not, before it takes another one. An unwanted result is
+       dropped.
+    4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
+       If the module raises, the worker dies, or the result cannot be sent, the reply has an error
+       with that cause, and other parts go on.
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
        unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
        applies :attr:`Part.fault`.
     6. Workers are numbered by their places, 0 to :attr:`num_workers` - 1. A worker that replaces
-       another one has the same number.
+       another one has its number.
     7. A part is never given to the worker :attr:`Part.avoid`. If no other worker is left, it fails.
-    8. Pools may be shared between threads and wrappers, copied and pickled (without their workers).
-       :meth:`close` releases everything, and so does the end of a pool that is not closed; open
-       requests get an error for each part that is missing.
-
-    Subclasses implement :meth:`open`, and :meth:`close` if they hold anything. A pool on real time
-    inherits its request and its queue from :mod:`~coded_torch.workers.dispatch`.
-    ``tests/workers/test_threads.py`` is a small pool, :mod:`coded_torch.testing.workers` tests any.
+    8. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
+       :meth:`close`, and the end of a pool that is not closed, release everything; the missing
+       parts of open requests fail.
     """
 
     #: The law by which the pool delays its workers, if it does.
@@ -281,26 +264,15 @@ class Workers(abc.ABC):
 
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
-        """Open a request: its clock starts, and no part is asked for yet.
-
-        Args:
-            module: the module to run.
-            task: its inputs.
-        """
+        """Open a request for a module and its inputs. Its clock starts."""
 
     @final
     def run(
         self, module: nn.Module, task: Task, *, deadline: float = math.inf
     ) -> Generator[Reply, None, None]:
-        """Ask for every unit at once, each as a part of its own.
+        """Ask for each unit as a part of its own, and yield replies in the order of arrival.
 
-        Args:
-            module: the module to run.
-            task: its inputs.
-            deadline: seconds to wait for replies. Defaults to as long as the pool allows.
-
-        Yields:
-            Replies in the order of arrival. Closing the generator closes the request.
+        Waits at most ``deadline`` seconds. Closing the generator closes the request.
         """
         with self.open(module, task) as request:
             request.ask([Part(n, (n,)) for n in range(task.num_units)])

@@ -38,13 +38,11 @@ class DeviceWorkers(DispatchedWorkers):
     exception as the cause of its error. Results come back to the device of the inputs, and
     gradients reach the module's own parameters.
 
-    Replicas are shallow copies of the module's tree. Every request makes them anew, so that they
-    see the present attributes, hooks and modes. Tensors that already lie on the device are shared.
-    Copies of the others are kept, and made again when the original has changed (an in-place change
-    through ``.data`` goes unnoticed) or when gradients have to flow through the copy. Attributes
+    Every request makes the replicas anew, shallow copies of the module's tree. Tensors that already
+    lie on the device are shared. Copies of the others are kept until the original changes (an
+    in-place change through ``.data`` goes unnoticed) or gradients flow through them. Attributes
     that a replica assigns are lost, as with :class:`torch.nn.DataParallel`. A module that is
-    compiled as a whole, by ``torch.compile(module)`` or ``module.compile()``, is refused; a
-    ``forward`` that is decorated with ``torch.compile`` is compiled once for all replicas.
+    compiled as a whole is refused; decorate the ``forward`` of its class with ``torch.compile``.
 
     Args:
         devices: one entry per replica. A device may occur more than once.
@@ -61,10 +59,8 @@ class DeviceWorkers(DispatchedWorkers):
     Note:
         A thread cannot be ended. A thread whose module hangs stays until this process ends.
 
-        Random numbers come from the generators of this process, one per device. Parts on the CPU
-        take different numbers, in the order in which they happen to run. Accelerators that
-        :func:`torch.manual_seed` seeded alike draw the same numbers: seed them apart, with
-        ``torch.cuda.manual_seed`` under ``torch.cuda.device``.
+        Random numbers come from the generators of this process, one per device. Accelerators that
+        :func:`torch.manual_seed` seeded alike draw the same numbers: seed them apart.
 
     Example:
         >>> import torch
@@ -117,18 +113,12 @@ class DeviceWorkers(DispatchedWorkers):
 
 
 class _DeviceRequest(DispatchedRequest):
-    """A request with the data that the devices need.
-
-    Attributes:
-        module: the module to run.
-        views: views of its leaves, by their ids, see :func:`_views`.
-        ready: events, behind which inputs, weights and views are there.
-        replicas: the replica of the module on each worker.
-    """
+    """A request with the data that the devices need."""
 
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
         super().__init__(task, timeout, threads, module)
         self.views = _views(module)
+        # Inputs, weights and views are there behind these events.
         self.ready = _events((task.device, *threads.devices))
         self.replicas: dict[_Replica, nn.Module] = {}
 

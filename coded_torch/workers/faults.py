@@ -112,10 +112,8 @@ class FaultyWorkers(Workers):
 
     The faults of a part depend on the seed, the number of its request (in the order in which
     requests first ask) and its own number, not on timing. If a request asks for n parts first, part
-    p has entry p modulo n of a draw for n workers, from a generator of (seed, request, p // n).
-    Laws with a state (:class:`~coded_torch.stragglers.Markov`,
-    :class:`~coded_torch.stragglers.Trace`) move on once a request, by the first draw; a copy of the
-    law makes the others. Only ``crash_every`` goes by the clock.
+    p has entry p modulo n of draw p // n for n workers. Laws with a state move on once a request.
+    Only ``crash_every`` goes by the clock.
 
     Args:
         pool: the pool that computes. Closing this pool closes it.

@@ -23,20 +23,18 @@ __all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
 
 
 class Interruption:
-    """Interrupts, from another thread, the requests that one call has opened."""
+    """Interrupts, from another thread, the requests that one call opens."""
 
     def __init__(self) -> None:
         self._is_set = False
         self._requests: list[LiveRequest] = []
 
     def watch(self, request: LiveRequest) -> None:
-        """Interrupt this request, too."""
         self._requests.append(request)
         if self._is_set:
             request.interrupt()
 
     def set(self) -> None:
-        """Interrupt all requests, now and later."""
         self._is_set = True
         for request in list(self._requests):
             request.interrupt()
@@ -49,15 +47,10 @@ INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", defau
 class LiveRequest(Request):
     """A request whose workers report to :meth:`begin`, :meth:`settle` and :meth:`fail`.
 
-    Subclasses implement ``_submit``, :attr:`idle` and ``_obstacle``, unless they are a
-    :class:`~coded_torch.workers.dispatch.DispatchedRequest`.
-
-    Args:
-        task: the inputs.
-        timeout: seconds after which a part that was asked for has failed.
+    Subclasses implement ``_submit``, :attr:`idle` and ``_obstacle``. A part fails ``timeout``
+    seconds after it was asked for.
 
     Attributes:
-        task: the same.
         ambient: the modes of the caller.
         abandoned: whether the caller was interrupted, so that even its workers need not go on.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import importlib.util
 import os
 import queue
@@ -16,20 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .dispatch import Job, Worker, logger
 from .processes.modules import LoadedModules, set_up
-from .processes.pickles import Pickled, TensorPickler, aligned, cloud_pickler, unpickled
 from .processes.supervised import SupervisedWorkers
 from .processes.supervisor import Supervisor, WatchedWorker
 
 __all__ = ["RayWorkers"]
-
-# A pickle, and the bytes of its tensors as arrays, each of which Ray writes once to its store.
-Packed = tuple[bytes, list[Any]]
 
 
 class RayWorkers(SupervisedWorkers):
@@ -131,7 +126,7 @@ class _Actors(Supervisor):
 
     def pack(self, module: nn.Module) -> Any:
         self._cluster.check()
-        return [_ray().put(_pack(module))]  # in a list, or Ray would resolve it in every call
+        return [_ray().put(module)]  # in a list, or Ray would resolve it in every call
 
     def launch(self, index: int) -> WatchedWorker:
         try:
@@ -146,9 +141,9 @@ class _Actors(Supervisor):
     def send(self, worker: Worker, job: Job) -> None:
         assert isinstance(worker, _Actor)
         self._cluster.check()
-        packed = _pack(job.module.job(job.request.task, job.part))
+        contents = _portable(job.module.job(job.request.task, job.part))
         worker.load(job.module)
-        reply = worker.handle.call.remote(job.module.number, job.module.package, *packed)
+        reply = worker.handle.call.remote(job.module.number, job.module.package, contents)
         self._listen(worker, job.number, reply)
 
     def end(self, worker: WatchedWorker) -> None:
@@ -189,8 +184,8 @@ class _Actors(Supervisor):
                 self.fail_to_read(worker, number, cause)
         else:
             if number is not None:
-                succeeded, packed = said
-                self.take(worker, number, succeeded, lambda: _unpack(*packed))
+                succeeded, value = said
+                self.take(worker, number, succeeded, lambda: value)
             elif not worker.ready:
                 worker.pid = said
                 end = worker.handle.end.options(concurrency_group="end").remote()
@@ -309,16 +304,13 @@ class Serving:
     def __init__(self, threads: int, seed: int) -> None:
         set_up(threads, seed)
         device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
-        self._modules = LoadedModules(device, _cloud_pickler())
+        self._modules = LoadedModules(device, _portable)
 
-    def call(
-        self, number: int, package: list[Any], stream: bytes, arrays: list[Any]
-    ) -> tuple[bool, Packed]:
+    def call(self, number: int, package: list[Any], contents: Any) -> tuple[bool, Any]:
         """Do a job, as :class:`LoadedModules` does."""
         if number not in self._modules:
-            self._modules.add(number, lambda: _unpack(*_ray().get(package[0])))
-        succeeded, contents = self._modules.call(lambda: _unpack(stream, arrays))
-        return succeeded, _packed(contents)
+            self._modules.add(number, lambda: _ray().get(package[0]))
+        return self._modules.call(lambda: contents)
 
 
 def _actor_class() -> type:
@@ -357,31 +349,19 @@ def _actor_class() -> type:
     return CodedTorchWorker
 
 
-def _pack(value: Any) -> Packed:
-    return _packed(Pickled(value, _cloud_pickler()))
+def _portable(tree: Any) -> Any:
+    """Return a pytree with tensors on the CPU, without gradients and the storage of views."""
+
+    def move(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        whole = tensor.layout is not torch.strided
+        return tensor if whole or _fills(tensor) else tensor.clone()
+
+    return pytree.tree_map_only(Tensor, move, tree)
 
 
-def _packed(contents: Pickled) -> Packed:
-    tensors = (
-        tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        for tensor, _ in contents.tensors
-    )
-    return bytes(contents.stream), [flat.view(-1).view(torch.uint8).numpy() for flat in tensors]
-
-
-def _unpack(stream: bytes, arrays: list[Any]) -> Any:
-    # Ray's arrays are views of memory that others read: a write would end the process.
-    parts = [np.frombuffer(stream, np.uint8), *arrays]
-    ends = np.cumsum([aligned(len(part)) for part in parts]).tolist()
-    memory = np.empty(ends[-1], np.uint8)
-    for start, part in zip([0, *ends], parts, strict=False):
-        memory[start : start + len(part)] = part
-    return unpickled(memory.data, len(stream))
-
-
-@functools.cache
-def _cloud_pickler() -> type[TensorPickler]:
-    return cloud_pickler(_ray().cloudpickle.CloudPickler)
+def _fills(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _ray() -> Any:

@@ -55,10 +55,9 @@ class Task:
     out_dims: Any = 0
 
     def payload(self, units: Sequence[int]) -> Arguments:
-        """Return the ``(args, kwargs)`` of some units, a batch of ``len(units) * R`` rows.
+        """Return the ``(args, kwargs)`` of units, a batch of ``len(units) * R`` rows.
 
-        Args:
-            units: at least one. The batch of consecutive units is a view, of others a copy.
+        The batch of consecutive units is a view, of others a copy.
         """
         (payload,) = self.payloads(units)
         return payload
@@ -93,14 +92,7 @@ class Task:
         return bool(self.spec == positional(len(self.leaves))[0])
 
     def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
-        """Cut the module's outputs for the batches of :meth:`payloads` into parts.
-
-        Args:
-            outputs: one per batch.
-            counts: the number of units of each part.
-
-        Returns:
-            One output per part, of ``count * R`` rows.
+        """Cut the outputs for the batches of :meth:`payloads` into parts of ``counts`` units.
 
         Raises:
             ValueError: the outputs of the batches differ in structure, kind or a constant, or a

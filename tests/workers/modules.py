@@ -47,17 +47,6 @@ class Tied(nn.Module):
         return x + (self.second.weight.sum() - self.first.weight.sum())
 
 
-class Sparse(nn.Module):
-    """Multiplies by a sparse buffer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("matrix", torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to_sparse())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.matrix @ x.T).T
-
-
 class Pid(nn.Module):
     """The process that answers, beside the input."""
 
@@ -97,26 +86,18 @@ class Unpicklable(nn.Module):
 
 
 class Remembers(nn.Module):
-    """Returns the input of the call before, which it has kept."""
+    """Returns the input of the call before, which it has kept, and the present one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last: Tensor | None = None
+        # Sparse tensors can be sent, too.
+        self.register_buffer("matrix", torch.tensor([[0.0, 1.0], [1.0, 0.0]]).to_sparse())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.matrix.is_sparse
         last, self.last = self.last, x
-        return x if last is None else last
-
-
-class Doubles(nn.Module):
-    """The sum of its inputs, twice; in place if wanted."""
-
-    def __init__(self, in_place: bool = False) -> None:
-        super().__init__()
-        self.in_place = in_place
-
-    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
-        return x.mul_(2.0) if self.in_place else 2.0 * sum(others, x)
+        return x if last is None else last, x
 
 
 class Trap:

@@ -15,7 +15,6 @@ from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
     WorkersTests,
-    by_part,
     divide_by_zero,
     events_of,
     numbered,
@@ -135,15 +134,6 @@ def test_waiting_is_on_the_virtual_clock():
         assert (request.wait(3.0), request.now()) == (None, 7.0)
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 6), (4, [4, 2]), (6, [6]), (None, [6])])
-def test_batches_have_at_most_the_maximum_size(limit, sizes):
-    module = Counting()
-    got = by_part(list(LocalWorkers(max_batch_size=limit).run(module, task_of(values(3)))))
-    assert list(map(len, module.batches)) == sizes
-    for n, value in got.items():
-        assert torch.equal(value, torch.full((2, 1), float(n)))
-
-
 def test_another_result_stands_in_for_one_that_is_rejected():
     coded = CodedWrapper(
         FailsAt(1.0, lambda x: torch.where(x == 1.0, torch.inf, x)),
@@ -178,19 +168,16 @@ def test_latencies_come_from_the_law():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(
-    ("size", "error"), [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]
-)
-def test_bad_batch_sizes(size, error):
-    with pytest.raises(error, match=r"LocalWorkers: max_batch_size must be .* got"):
-        LocalWorkers(max_batch_size=size)
-
-
-def test_a_batch_size_is_any_kind_of_integer():
-    size = LocalWorkers(max_batch_size=np.int64(2)).max_batch_size
-    assert type(size) is int
+@pytest.mark.parametrize(("limit", "sizes"), [(np.int64(4), [4, 2]), (None, [6])])
+def test_batches_have_at_most_the_maximum_size(limit, sizes):
+    module = Counting()
+    list(LocalWorkers(max_batch_size=limit).run(module, task_of(values(3))))
+    assert list(map(len, module.batches)) == sizes
 
 
 def test_bad_arguments():
+    for size, error in [(0, ValueError), (-3, ValueError), (2.0, TypeError), (True, TypeError)]:
+        with pytest.raises(error, match=r"LocalWorkers: max_batch_size must be .* got"):
+            LocalWorkers(max_batch_size=size)
     with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None, got int"):
         LocalWorkers(3)

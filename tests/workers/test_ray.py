@@ -16,8 +16,8 @@ from torch import nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, numbered, task_of, until
-from coded_torch.workers import Began, FaultyWorkers, RayWorkers
+from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, task_of, until
+from coded_torch.workers import FaultyWorkers, RayWorkers
 
 from .modules import Exits, Scale
 
@@ -34,8 +34,10 @@ pytestmark = [
 def cluster():
     """One cluster for all tests, held by a pool of its own."""
     with RayWorkers(1).start(timeout=WAIT) as pool:
+        pids = pool.pids
         yield pool
     assert not ray.is_initialized()
+    until(lambda: not any(map(_runs, pids)))
 
 
 @pytest.fixture(scope="module", name="pool")
@@ -47,8 +49,11 @@ def shared_pool(cluster):
 class TestRayWorkers(WorkersTests):
     differentiable = False
 
+    # The dispatcher does this, and restarting takes seconds.
+    test_parts_whose_only_worker_they_must_avoid_fail = None
+
     def make(self) -> RayWorkers:
-        return RayWorkers(2)
+        return RayWorkers(1)
 
     @pytest.fixture
     def pool(self, pool):  # actors take seconds to start
@@ -84,20 +89,6 @@ def test_a_class_without_a_module_is_sent_along(pool):
     assert {float(reply.value) for reply in answers(pool, Local(), torch.ones(3, 1, 1))} == {2.0}
 
 
-def test_a_module_is_new_to_each_actor_once(cluster):
-    module, seen = nn.Identity(), set()
-    with RayWorkers(2).start(timeout=WAIT) as pool, torch.no_grad():
-        for _ in range(4):
-            with pool.open(module, task_of(torch.ones(1, 1, 1))) as request:
-                request.ask(numbered((0,), (0,)))
-                for _ in range(4):
-                    event = request.wait(WAIT)
-                    if isinstance(event, Began):
-                        assert event.fresh == (event.worker not in seen)
-                        seen.add(event.worker)
-    assert seen == {0, 1}
-
-
 def test_a_dead_actor_is_named_and_replaced(pool):
     replies = answers(pool, Exits(), torch.tensor([[[0.0]], [[1.0]], [[2.0]]]))
     assert [reply.part.number for reply in replies if reply.error is not None] == [1]
@@ -129,114 +120,85 @@ def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(clus
     until(lambda: not any(map(_runs, stopped)))
 
 
-@pytest.mark.parametrize("kind", ["nan", "crash"])
-def test_faults_spoil_nothing(cluster, kind):
+def test_faults_spoil_nothing_and_a_pool_that_nobody_holds_ends_its_actors(cluster):
     n = 4
-    with FaultyWorkers(RayWorkers(n).start(timeout=WAIT), rates={kind: 0.1}, seed=0) as pool:
-        code = PolynomialCode(2, n)
-        coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
-        for i in range(6):
-            x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
-            torch.testing.assert_close(coded(x), x)
-
-
-def test_closing_ends_the_actors(cluster):
-    pool = RayWorkers(2).start(timeout=WAIT)
+    rates = {"nan": 0.08, "crash": 0.04}
+    pool = FaultyWorkers(RayWorkers(n).start(nn.Identity(), timeout=WAIT), rates=rates, seed=0)
+    code = PolynomialCode(2, n)
+    coded = CodedWrapper(nn.Identity(), code, workers=pool, waiting=Waiting.first(1))
+    for i in range(10):
+        x = torch.tensor([[i, 1.0], [i + 1.0, 2.0]], dtype=torch.float64)
+        torch.testing.assert_close(coded(x), x)
     pids = pool.pids
-    pool.close()
-    pool.close()
-    until(lambda: not any(map(_runs, pids)))
-
-
-def test_a_pool_that_nobody_holds_ends_its_actors(cluster):
-    pool = RayWorkers(2).start(timeout=WAIT)
-    pids = pool.pids
-    del pool
+    del pool, coded
     gc.collect()
     until(lambda: not any(map(_runs, pids)))
 
 
-_AT_EXIT = """
+_SCRIPT = """
+import contextlib, logging, os
+from pathlib import Path
 import torch
 from coded_torch.codes import ReplicationCode
-from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.nn import CodedWrapper
 from coded_torch.workers import RayWorkers
+
+logging.basicConfig()
 
 class Double(torch.nn.Module):  # of the script itself
     def forward(self, x):
         return 2 * x
 
-pool = RayWorkers(2).start()
-coded = CodedWrapper(Double(), ReplicationCode(2, 2), workers=pool)
-with torch.no_grad():
-    print(coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist(), *pool.pids, flush=True)
-"""
-
-
-_LISTENING = """
-import contextlib, logging, os
-from pathlib import Path
-from coded_torch.workers import RayWorkers
-
-logging.basicConfig()
-{first}
-
 def sockets(pid):  # of a process and all that come from it
     with contextlib.suppress(FileNotFoundError):
-        for link in Path(f"/proc/{{pid}}/fd").iterdir():
+        for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 yield os.readlink(link)
-        for task in Path(f"/proc/{{pid}}/task").iterdir():
+        for task in Path(f"/proc/{pid}/task").iterdir():
             for child in (task / "children").read_text().split():
                 yield from sockets(child)
 
-pool = RayWorkers(1)
+pool = RayWorkers(2)
 assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
-with pool.start():
-    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
-    assert "RAY_USAGE_STATS_ENABLED" not in os.environ
-    ours = set(sockets(os.getpid()))
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{{table}}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{{fields[9]}}]" in ours:  # it listens
-                print(fields[1].split(":")[0])
+pool.start()
+assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+assert "RAY_USAGE_STATS_ENABLED" not in os.environ
+ours = set(sockets(os.getpid()))
+for table in ("tcp", "tcp6"):
+    for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in ours:  # it listens
+            print(fields[1].split(":")[0])
+coded = CodedWrapper(Double(), ReplicationCode(2, 2), workers=pool)
+with torch.no_grad():
+    print(coded(torch.tensor([[-1.0], [2.0]])).flatten().tolist(), *pool.pids, flush=True)
 """
 _LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="reads what Linux knows")
-@pytest.mark.parametrize(("first", "alone"), [("", True), ("import ray", False)])
-def test_a_cluster_of_its_own_listens_on_the_loopback_interface(first, alone, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
-    done = subprocess.run(
-        [sys.executable, "-c", _LISTENING.format(first=first)],
-        capture_output=True,
-        text=True,
-        timeout=2 * WAIT,
-        env=environment,
-        cwd=tmp_path,  # not the checkout, whose package is not built
-    )
-    assert done.returncode == 0, done.stderr
-    listening = done.stdout.split()
-    assert len(listening) >= 5
-    assert set(listening) <= _LOOPBACK or not alone
-    assert ("listen on every interface" in done.stderr) == (not alone)
-
-
-def test_exit_is_clean(tmp_path):
+def test_a_cluster_of_its_own_listens_on_the_loopback_interface_and_ends_with_the_script(tmp_path):
     script, folder = tmp_path / "script.py", tmp_path / "sources"
-    script.write_text(_AT_EXIT)
+    script.write_text(_SCRIPT)
     # The folder that one is in comes first for actors; they must not take the package from there.
     (folder / "coded_torch").mkdir(parents=True)
     (folder / "coded_torch" / "__init__.py").write_text("raise ImportError('not built')")
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=2 * WAIT, cwd=folder
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=2 * WAIT,
+        env={name: value for name, value in os.environ.items() if name[:4] != "RAY_"},
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert "listen on every interface" not in done.stderr
     answer, pids = done.stdout.strip().rsplit("]", 1)
-    assert answer == "[-2.0, 4.0"
+    *listening, numbers = answer.splitlines()
+    assert numbers == "[-2.0, 4.0"
+    assert len(listening) >= 5
+    assert set(listening) <= _LOOPBACK
     until(lambda: not any(map(_runs, map(int, pids.split()))))
 
 

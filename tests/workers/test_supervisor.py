@@ -348,15 +348,12 @@ def test_loading_a_module_is_no_part_of_the_grace():
     assert machine.ended
     (reply,) = replies(one)
     assert "was at one job for more than 10 s" in str(reply.error)
-
-
-def test_a_module_that_takes_too_long_to_load_is_an_error():
-    supervisor = started(1)
-    one = Asking(supervisor, 1)
-    supervisor.launched[0].loading = True
+    supervisor.ready(supervisor.launched[1])
+    two = Asking(supervisor, 1)
+    supervisor.launched[1].loading = True
     supervisor.clock.now += START_SECONDS
     supervisor.tend()
-    (reply,) = replies(one)
+    (reply,) = replies(two)
     assert f"was loading a module for more than {START_SECONDS:g} s" in str(reply.error)
 
 
@@ -421,15 +418,18 @@ def test_a_machine_that_cannot_be_launched_is_tried_again():
     assert len(supervisor.launched) == 2
 
 
-def test_any_number_of_jobs_may_be_unsendable():
+def test_any_number_of_jobs_that_cannot_be_sent_fail():
     supervisor = started(1)
 
     def refuse(machine: WatchedWorker, job: Job) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
-    many = Asking(supervisor, 2000)
-    assert len(replies(many)) == 2000
+    failed = replies(Asking(supervisor, 2000))
+    assert len(failed) == 2000
+    assert "could not be asked: too heavy" in str(failed[0].error)
+    assert isinstance(failed[0].error.__cause__, ValueError)
+    assert supervisor.num_idle == 1
 
 
 def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
@@ -449,19 +449,6 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
     for machine in supervisor.launched:
         supervisor.take(machine, machine.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(another)] == ["good", "good"]
-
-
-def test_what_cannot_be_sent_is_the_jobs_error():
-    supervisor = started(1)
-
-    def refuse(machine: WatchedWorker, job: Job) -> None:
-        raise ValueError("too heavy")
-
-    supervisor.send = refuse
-    (reply,) = replies(Asking(supervisor, 1))
-    assert "could not be asked: too heavy" in str(reply.error)
-    assert isinstance(reply.error.__cause__, ValueError)
-    assert supervisor.launched[0].job is None
 
 
 def test_a_module_is_new_to_each_machine_once_and_to_its_successor():
@@ -498,14 +485,6 @@ def test_the_obstacle_is_said():
         "1 of 3 workers are at earlier tasks (grace 10 s); 2 of 3 workers are starting; "
         f"{supervisor.launched[1]} ended before it was up"
     )
-
-
-def test_what_is_not_wanted_is_let_go_of_though_no_machine_is_free():
-    supervisor = InMemory(1)
-    for _ in range(5):
-        Asking(supervisor, 3).close()
-    Asking(supervisor, 1)
-    assert len(supervisor._jobs) == 1
 
 
 def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
@@ -615,7 +594,8 @@ class Pool(SupervisedWorkers):
         return self.served
 
 
-def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(caplog):
+def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(caplog, monkeypatch):
+    monkeypatch.setattr("coded_torch.workers.processes.supervisor._REPAIR_SECONDS", 0.01)
     pool = Pool()
     pool.start(timeout=60.0)
     until(lambda: "the thread of the pool goes on" in caplog.text)

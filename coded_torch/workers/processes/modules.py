@@ -20,25 +20,21 @@ from ..._weights import fingerprint
 from ..base import Part, Task
 from ..faults import compute, kill_own_process
 from ..live import Ambient
-from .pickles import Pickled, TensorPickler
 
 __all__ = ["LoadedModules", "ModuleStore", "PackedModule", "remote_cause", "set_up"]
 
 
+# An exception in words, its traceback, and itself if it can travel.
+_Failure = tuple[str, str, Exception | None]
+
+
 class PackedModule(NamedTuple):
-    """The module of a request: the data that all its jobs share.
+    """The module of a request: the data that all its jobs share."""
 
-    Attributes:
-        number: the number of the module in its present state, so that it is sent once.
-        package: the module, as it is sent.
-        alive: the numbers of all modules that may still be needed.
-        head: number, alive and the caller's modes, pickled.
-    """
-
-    number: int
-    package: Any
-    alive: frozenset[int]
-    head: bytes
+    number: int  # of the module in its present state, so that it is sent once
+    package: Any  # the module, as it is sent
+    alive: frozenset[int]  # the numbers of all modules that may still be needed
+    head: bytes  # number, alive and the caller's modes, pickled
 
     def job(self, task: Task, part: Part) -> tuple[Any, ...]:
         """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
@@ -124,13 +120,13 @@ class LoadedModules:
 
     Args:
         device: the device that computes.
-        pickler: pickles results.
+        pack: makes results ready to be sent.
     """
 
-    def __init__(self, device: torch.device, pickler: type[TensorPickler] | None = None) -> None:
+    def __init__(self, device: torch.device, pack: Callable[[Any], Any]) -> None:
         self.device = device
-        self._pickler = pickler
-        self._modules: dict[int, nn.Module | Pickled] = {}
+        self._pack = pack
+        self._modules: dict[int, nn.Module | _Failure] = {}
         self._head = b""
         self._open: tuple[int, Ambient]
 
@@ -142,26 +138,26 @@ class LoadedModules:
         try:
             self._modules[number] = read().to(self.device)
         except Exception as error:
-            self._modules[number] = Pickled(_failure(error))
+            self._modules[number] = _failure(error)
 
-    def call(self, read: Callable[[], Any]) -> tuple[bool, Pickled]:
-        """Do a :meth:`PackedModule.job`, and return whether it succeeded, and its result."""
+    def call(self, read: Callable[[], Any]) -> tuple[bool, Any]:
+        """Do a :meth:`PackedModule.job`. Return whether it succeeded, and its packed result."""
         try:
             head, fault, arguments = read()
             module, ambient = self._look_up(head)
-            if isinstance(module, Pickled):
-                return False, module
+            if isinstance(module, tuple):
+                return False, self._pack(module)
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     arguments = pytree.tree_map_only(
                         Tensor, lambda tensor: tensor.to(self.device), arguments
                     )
                 value = compute(module, arguments, fault, kill_own_process)
-                return True, Pickled(value, self._pickler)
+                return True, self._pack(value)
         except Exception as cause:
-            return False, Pickled(_failure(cause))
+            return False, self._pack(_failure(cause))
 
-    def _look_up(self, head: bytes) -> tuple[nn.Module | Pickled, Ambient]:
+    def _look_up(self, head: bytes) -> tuple[nn.Module | _Failure, Ambient]:
         if head != self._head:
             number, alive, ambient = pickle.loads(head)
             for gone in self._modules.keys() - alive - {number}:
@@ -171,7 +167,7 @@ class LoadedModules:
         return self._modules[number], ambient
 
 
-def remote_cause(contents: tuple[str, str, Exception | None]) -> Exception:
+def remote_cause(contents: _Failure) -> Exception:
     """Return the exception that a module raised elsewhere, caused by its traceback there."""
     what, trace, raised = contents
     cause = raised or RuntimeError(what)
@@ -188,8 +184,7 @@ class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that 
         return f"\n{self.trace}"
 
 
-def _failure(cause: Exception) -> tuple[str, str, Exception | None]:
-    """Return an exception in words, its traceback, and itself if it can travel."""
+def _failure(cause: Exception) -> _Failure:
     what = "".join(traceback.format_exception_only(cause)).strip()
     trace = "".join(traceback.format_exception(cause))
     try:

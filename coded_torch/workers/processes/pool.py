@@ -35,8 +35,7 @@ class ProcessWorkers(SupervisedWorkers):
 
     Inputs and results pass through shared memory. A process that dies is replaced at once, a
     process that takes longer than ``grace`` for a part is killed and replaced; the part has failed,
-    the request goes on. Ctrl-C ends the processes that compute parts of the interrupted call. A
-    slow, stopped or starting process delays no later request while others are idle.
+    the request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
 
     The module is sent to each process once, and again when a parameter or buffer was replaced or
     changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
@@ -44,23 +43,19 @@ class ProcessWorkers(SupervisedWorkers):
     inference mode go unnoticed until :meth:`forget` is called. Changes that a call makes to the
     module stay in its process. Gradients do not pass through processes.
 
-    Each process draws its own random numbers, from torch, NumPy and :mod:`random`. Its seed depends
-    on :func:`torch.initial_seed` when the process starts, the number of the pool in this process,
-    the place of the process in the pool, and how often that place was taken. So the numbers of a
-    process can be repeated. Answers of a module that draws numbers cannot, as time decides which
-    process takes a part. A generator that the module holds is copied, and draws the same numbers in
-    every process.
+    Each process draws its own random numbers, from torch, NumPy and :mod:`random`, by a seed that
+    depends on :func:`torch.initial_seed`, the pool, the place of the process and its restarts.
+    Answers of a module that draws numbers cannot be repeated, as time decides which process takes a
+    part. A generator that the module holds draws the same numbers in every process.
 
     Args:
         num_workers: the number of processes, at least 1.
         devices: the devices of the processes, in turn. This process never touches them. Defaults to
             the CPU.
         threads: the number of threads that each process uses for one operation.
-        grace: seconds that a part may take, without loading the module, which may take two minutes.
-            It finds hung processes, not late ones, so it follows no deadline: a process that is
-            late for one call may be right for the next, and replacing it takes time. A few times
-            the module's slowest run is a good choice. Until the grace is over, a module that hangs
-            keeps its process from later requests.
+        grace: seconds that a part may take, without loading the module. It finds hung processes,
+            not late ones, so it follows no deadline: replacing a process takes time. A few times
+            the module's slowest run is a good choice.
         timeout: seconds after which a part that was asked for and has not replied has failed.
         preload: the names of packages that the processes find imported, beside the packages of the
             module's classes.
@@ -80,15 +75,13 @@ class ProcessWorkers(SupervisedWorkers):
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
-        the module's class from there. Classes of a notebook or an interactive session are sent by
-        value, if cloudpickle is installed. The pool needs Unix domain sockets, so it does not run
-        on Windows.
+        the module's class from there. Classes of an interactive session are sent by value, if
+        cloudpickle is installed. The pool needs Unix domain sockets, so it does not run on Windows.
 
-        Processes are forked from a server, which all pools of this process share. The server
-        imports torch, the main script, ``preload`` and the packages of the modules that are sent.
-        The processes themselves import packages that start threads or initialise CUDA. The server
-        takes seconds to start, then a process some 50 ms. A new process loads the module that was
-        sent last before it counts as up; ``start(module, example)`` has all processes load it.
+        Processes are forked, in some 50 ms, from a server, which takes seconds to start and serves
+        all pools of this process. It imports torch, the main script, ``preload`` and the packages
+        of the modules that are sent, but for packages that start threads or initialise CUDA. A new
+        process loads the module that was sent last before it counts as up.
 
     Example:
         .. code-block:: python

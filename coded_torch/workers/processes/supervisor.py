@@ -36,22 +36,15 @@ _pools = itertools.count()
 
 
 class WatchedWorker(Worker):
-    """A process or an actor.
-
-    Attributes:
-        pid: its process id; 0 until it is up.
-        since: when it began to start, or its job, or had loaded the module of its job.
-        loading: whether it has still to load the module of its job.
-        unwanted: whether it is to be replaced.
-        modules: the numbers of the modules that it holds.
-    """
+    """A process or an actor."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
-        self.pid = 0
-        self.since = 0.0
-        self.loading = self.unwanted = False
-        self.modules: frozenset[int] = frozenset()
+        self.pid = 0  # 0 until it is up
+        self.since = 0.0  # when it began to start, or its job, or had loaded the job's module
+        self.loading = False  # whether it has still to load the module of its job
+        self.unwanted = False  # whether it is to be replaced
+        self.modules: frozenset[int] = frozenset()  # the numbers of those that it holds
 
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
@@ -162,13 +155,9 @@ class Supervisor(Dispatcher):
     def take(
         self, worker: WatchedWorker, number: int, succeeded: bool, read: Callable[[], Any]
     ) -> None:
-        """Take the result of a job. If nobody waits for it, it is not even read.
+        """Take the result of a job: a value, or the argument of :func:`remote_cause`.
 
-        Args:
-            worker: the worker that sent it.
-            number: the number of the job.
-            succeeded: whether the result is a value.
-            read: returns the value, or the argument of :func:`remote_cause`.
+        If nobody waits for the result, it is not even read.
         """
         job, value = worker.job, None
         if job is not None and job.request.awaits(job.part):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from .modules import LoadedModules, set_up
+from .pickles import Pickled
 from .shared_memory import Connection
 
 __all__ = ["FAILURE", "HELLO", "JOB", "LOADED", "MAIN", "MODULE", "READY", "RESULT"]
@@ -48,7 +49,7 @@ def _serve(connection: Connection, device: torch.device, threads: int, seed: int
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller's process
     set_up(threads, seed)
     gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-    modules = LoadedModules(device)
+    modules = LoadedModules(device, Pickled)
     with contextlib.suppress(ConnectionError):
         connection.send(READY, 0)
         while message := connection.receive():
