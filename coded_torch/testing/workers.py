@@ -348,12 +348,12 @@ class WorkersTests(abc.ABC):
         if pool.num_workers == 1:
             pytest.skip("there is no other worker")
         with pool.open(nn.Identity(), task_of(self.values())) as request:
-            parts = [Part(n, (n % 5,), avoid=1 - n % 2) for n in range(2, 12)]
+            parts = [Part(n, (n % 5,), avoid=frozenset({1 - n % 2})) for n in range(2, 12)]
             request.ask(parts)
             request.ask(numbered((0,), first=20))
             events = events_of(request)
         assert len(events) == 22
-        assert all(event.worker not in (-1, event.part.avoid) for event in events)
+        assert all(event.worker not in {-1, *event.part.avoid} for event in events)
 
     def test_parts_whose_only_worker_they_must_avoid_fail(self, pool):
         last = (pool.num_workers or 1) - 1
@@ -363,7 +363,7 @@ class WorkersTests(abc.ABC):
         with pool.open(nn.Identity(), task_of(self.values())) as request:
             for place in range(last):
                 pool.exclude(place)
-            request.ask([Part(last, (0,), avoid=last), Part(last + 1, (1,))])
+            request.ask([Part(last, (0,), avoid=frozenset({last})), Part(last + 1, (1,))])
             replies = {reply.part.number: reply for reply in replies_of(request)}
             for place in range(last):
                 pool.restart(place)
@@ -372,7 +372,7 @@ class WorkersTests(abc.ABC):
         failed = replies[last]
         assert (failed.worker, failed.latency) == (-1, math.inf)
         assert str(failed.error) == (
-            f"part {last} did not start: only worker {last}, which it avoids, is left"
+            f"part {last} did not start: it avoids all workers that are left"
         )
 
     def test_workers_are_idle_when_they_have_ended(self, pool, tmp_path):

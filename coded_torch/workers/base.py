@@ -58,13 +58,14 @@ class Part:
         number: 0, 1, 2, ... within the request, in the order of asking.
         units: at least one, increasing.
         fault: an injected fault. Comparisons ignore it, and ``avoid``.
-        avoid: the place of the worker that must not compute this part. Defaults to None.
+        avoid: the places of workers that must not compute this part. If no other worker is left,
+            the part fails. Defaults to none.
     """
 
     number: int
     units: tuple[int, ...]
     fault: Fault | None = dataclasses.field(default=None, compare=False)
-    avoid: int | None = dataclasses.field(default=None, compare=False)
+    avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
 
 
 class Began(NamedTuple):
@@ -235,7 +236,7 @@ class Workers(abc.ABC):
        applies :attr:`Part.fault`.
     6. Workers are numbered by their places, 0 to :attr:`num_workers` - 1. A worker that replaces
        another one has its number.
-    7. A part is never given to the worker :attr:`Part.avoid`. If no other worker is left, it fails.
+    7. A part is never given to a worker of :attr:`Part.avoid`. If no other is left, it fails.
     8. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
        :meth:`close`, and the end of a pool that is not closed, release everything; the missing
        parts of open requests fail.

@@ -196,7 +196,7 @@ class Dispatcher(abc.ABC):
             at = 0
             while at < len(self._jobs):
                 job = self._jobs[at]
-                others = (worker for worker in self._idle if worker.index != job.part.avoid)
+                others = (worker for worker in self._idle if worker.index not in job.part.avoid)
                 worker = next(others, None)
                 if worker is None and job.wanted():
                     if not self._idle:
@@ -217,17 +217,14 @@ class Dispatcher(abc.ABC):
         worker.job = job
 
     def _refuse(self) -> None:
-        """Fail the jobs whose only worker they must avoid."""
+        """Fail the jobs that must avoid all workers that are left."""
         with self._changed:
             left = set(range(self.size)) - {w.index for w in self._workers if w.excluded}
-            refused = [
-                job for job in self._jobs if job.part.avoid is not None and left <= {job.part.avoid}
-            ]
+            refused = [job for job in self._jobs if job.part.avoid and left <= job.part.avoid]
             for job in refused:
                 self._jobs.remove(job)
         for job in refused:
-            only = f"only worker {job.part.avoid}, which it avoids, is left"
-            job.request.fail(job.part, f"did not start: {only}")
+            job.request.fail(job.part, "did not start: it avoids all workers that are left")
 
     def stop(self, jobs: Iterable[Job] = ()) -> None:
         """Fail all jobs that wait, and all later ones, as the pool is closed."""

@@ -102,7 +102,7 @@ class _LocalRequest(Request):
             if batch is None:
                 return Began(part, part.number, self._clock)
             if _stuck(part):
-                reason = f"did not start: only worker {part.avoid}, which it avoids, is left"
+                reason = "did not start: it avoids all workers that are left"
                 error = WorkerError(part.number, -1, reason)
                 return Reply(part, -1, self._clock, math.inf, None, error)
             value, failed = batch.reply(part, self._pool.max_batch_size)
@@ -137,7 +137,7 @@ class _LocalRequest(Request):
 
 def _stuck(part: Part) -> bool:
     """Return whether a part must avoid the worker that it would have."""
-    return part.avoid == part.number
+    return part.number in part.avoid
 
 
 class _Batch:

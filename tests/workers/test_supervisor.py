@@ -90,7 +90,7 @@ class Asking(DispatchedRequest):
         self.asked: list[Part] = []
         self.more(num_parts)
 
-    def more(self, num_parts: int, avoid: int | None = None) -> None:
+    def more(self, num_parts: int, avoid: frozenset[int] = frozenset()) -> None:
         parts = [Part(len(self.asked) + n, (0,), avoid=avoid) for n in range(num_parts)]
         self.asked += parts
         self.ask(parts)
