@@ -244,7 +244,6 @@ class _Processes(Supervisor):
             worker.modules, worker.since = frozenset([number]), self._clock()
             with contextlib.suppress(ConnectionError):  # it has died, which is heard next
                 worker.connection.send_block(MODULE, number, *package)
-                worker.connection.flush()
 
     def _check_descriptors(self) -> None:
         """Raise an OSError unless there are enough descriptors for a process and its messages."""

@@ -101,8 +101,6 @@ class Connection:
         self._known: dict[int, Block] = {}  # the other side's
         self._kept: set[int] = set()  # of these, those that are being read
         self._done: deque[int] = deque()  # and those that are read
-        self._held: list[tuple[bytes, Block]] = []  # to be sent with the next message
-        self._received: deque[Block] = deque()  # of headers that have not been read
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -116,7 +114,7 @@ class Connection:
             OSError: there is no memory to be had.
         """
         if pickled is None:
-            return self._write([_HEADER.pack(kind, number, 0, -1, _mask(self._done), 0)], [])
+            return self._write(kind, number, 0, -1, _mask(self._done))
         block: Block | None = None
         if self._free:
             index, block = self._free.pop()
@@ -129,25 +127,12 @@ class Connection:
         pickled.write(block.memory)
         if index < _MOST_BLOCKS:  # any further ones are used once
             self._lent[index] = block
-        where = len(pickled.stream), index, _mask(self._done), new
-        return self._write([_HEADER.pack(kind, number, *where)], [block.descriptor] if new else [])
+        where = len(pickled.stream), index, _mask(self._done)
+        return self._write(kind, number, *where, block if new else None)
 
     def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
-        """Send a block as it is. The reader maps the same memory, copied where it writes.
-
-        The block goes with the next message, as together they wake the other side once, or by
-        :meth:`flush`.
-        """
-        header = _HEADER.pack(kind, number, length, -1, 0, True)
-        self._held.append((header, block))
-
-    def flush(self) -> None:
-        """Send the blocks that wait for a message.
-
-        Raises:
-            ConnectionError: nothing reads any more.
-        """
-        self._write([], [])
+        """Send a block as it is. The reader maps the same memory, copied where it writes."""
+        self._write(kind, number, length, -1, 0, block)
 
     def receive(self) -> Message | None:
         """Return the next message, or None if the other side has ended.
@@ -157,7 +142,7 @@ class Connection:
         """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
-            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 2)
+            data, descriptors, flags, _ = socket.recv_fds(self.socket, _HEADER.size, 1)
         except ConnectionError:
             return None
         if len(data) < _HEADER.size:
@@ -165,14 +150,12 @@ class Connection:
         kind, number, length, index, read, new = _HEADER.unpack(data)
         for done in _bits(read):
             self._free.append((done, self._lent.pop(done)))
-        # The descriptors of headers that were sent together come with the first.
-        self._received += [Block(descriptor=descriptor) for descriptor in descriptors]
-        if flags & _TRUNCATED or len(self._received) < new:
+        if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops descriptors that are one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        block = Block(descriptor=descriptors[0]) if new else None
         if not length:
             return Message(kind, number, memoryview(b""), 0)
-        block = self._received.popleft() if new else None
         if not 0 <= index < _MOST_BLOCKS:
             assert block is not None  # others may have got the same, such as a module
             own = mmap.mmap(block.descriptor, 0, access=mmap.ACCESS_COPY)
@@ -190,15 +173,21 @@ class Connection:
         self.socket.close()
         self._free, self._lent, self._known = [], {}, {}
 
-    def _write(self, headers: list[bytes], descriptors: list[int]) -> None:
-        held, self._held = self._held, []
-        headers = [*(header for header, _ in held), *headers]
-        descriptors = [*(block.descriptor for _, block in held), *descriptors]
+    def _write(
+        self,
+        kind: int,
+        number: int,
+        length: int,
+        index: int,
+        read: int,
+        block: Block | None = None,
+    ) -> None:
+        header = _HEADER.pack(kind, number, length, index, read, block is not None)
         try:
-            if descriptors:
-                socket.send_fds(self.socket, headers, descriptors)
+            if block is None:
+                self.socket.sendall(header)
             else:
-                self.socket.sendall(b"".join(headers))
+                socket.send_fds(self.socket, [header], [block.descriptor])
         except OSError as error:
             raise ConnectionError(f"nothing reads any more: {error}") from error
 
