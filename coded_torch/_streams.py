@@ -15,9 +15,9 @@ _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
 def read_here(tensor: Tensor) -> Tensor:
-    """Keep the memory of a tensor, once it is freed, until the current stream has read it.
+    """Keep the memory of a tensor until the current stream has read it, though it is freed.
 
-    The allocator knows of the stream on which the tensor was made, and of no other.
+    The allocator knows only the stream that made the tensor.
     """
     if tensor.device.type != "cpu":
         tensor.record_stream(torch.accelerator.current_stream(tensor.device))

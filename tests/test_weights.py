@@ -41,3 +41,12 @@ def test_fingerprints_are_kept_for_a_block_alone():
             module.weight.add_(1)
         assert fingerprint(module)[1] == before
     assert fingerprint(module)[1] != before
+
+
+def test_sparse_weights_that_are_replaced_are_noticed():
+    module = nn.Linear(2, 1)
+    module.register_buffer("matrix", torch.eye(2).to_sparse())
+    tensors, before = fingerprint(module)
+    assert fingerprint(module)[1] == before
+    module.matrix = torch.eye(2).to_sparse()
+    assert fingerprint(module)[1] != before

@@ -1,4 +1,4 @@
-r"""Inputs and outputs of a module, leaf by leaf."""
+r"""The inputs and outputs of a module, leaf by leaf."""
 
 from __future__ import annotations
 
@@ -16,42 +16,38 @@ __all__ += ["positional", "show", "unflatten"]
 
 _LEAF = pytree.tree_structure(0)
 
-#: Kinds of outputs that pass through, if they are the same wherever the module runs. A float is
-#: none of them: it is a loss or a score, which depends on the inputs.
+#: The types of outputs that pass through, if all workers return the same. A float does not: it is a
+#: loss or a score, which depends on the inputs.
 CONSTANTS = (type(None), bool, int, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """As ``pytree.tree_flatten``, without its microseconds for a tree that is one tensor."""
+    """Return the leaves and structure of a tree. A single tensor takes no microseconds."""
     return ([tree], _LEAF) if isinstance(tree, Tensor) else pytree.tree_flatten(tree)
 
 
 def unflatten(leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """The inverse of :func:`flatten`, likewise."""
+    """Return the tree of these leaves and this structure."""
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(leaves, spec)
 
 
 @functools.cache
 def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
-    """The structures of ``(args, kwargs)`` and of args, for so many tensors by position."""
+    """Return the structures of ``(args, kwargs)`` and of args, for ``count`` positional tensors."""
     args = (0,) * count
     return pytree.tree_structure((args, {})), pytree.tree_structure(args)
 
 
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
-    """The batch dimension of every leaf of ``spec``, from ``dims``, a pytree prefix of it.
+    """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
     Args:
-        argument: whose value ``dims`` is.
-        dims: integers, None, or one of ``names``, in a tree.
+        argument: the name of the argument ``dims``, for errors.
+        dims: a tree of integers, None, or elements of ``names``.
         spec: the structure of the values.
-        names: that may stand for a dimension.
-
-    Raises:
-        TypeError: ``dims`` has a leaf that is none of these.
-        ValueError: ``dims`` is not a prefix.
+        names: words that may stand for a dimension.
     """
-    if dims is None or type(dims) is int:  # the same for all
+    if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves
     flat: list[int | None] = []
     tree = pytree.tree_unflatten([0] * spec.num_leaves, spec)
@@ -74,30 +70,27 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
 
 
 def kind(leaf: Any) -> tuple[Any, ...]:
-    """What must be the same wherever the module runs: all of a constant, else the type."""
+    """Return what all workers must return alike: a constant itself, else the type."""
     if isinstance(leaf, Tensor):
         return Tensor, leaf.dtype
     return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
 
 
 def show(leaf: Any) -> str:
-    """A leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
+    """Return a leaf for messages: the dtype and shape of a tensor, a constant, else the type."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)}"
     return repr(leaf) if isinstance(leaf, CONSTANTS) else type(leaf).__name__
 
 
 def leaf_name(root: str, tree: Any, index: int) -> str:
-    """The name of a leaf of ``tree``, as one would write it in Python."""
+    """Return the Python expression of a leaf of ``tree``."""
     path, _ = pytree.tree_flatten_with_path(tree)[0][index]
     return root + pytree.keystr(path)
 
 
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
-    """Raise a ValueError unless ``leaf`` has a dimension ``dim``, of ``size`` if that is given.
-
-    ``output`` and ``index`` say which leaf of the module's output it is.
-    """
+    """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
     if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
         rows = "a batch dimension" if size is None else f"size {size}, that of the batch,"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The policy of supervised pools, on machines in memory and a clock that only the tests move."""
+"""The policy of supervised pools, on workers in memory and a clock that only the tests move."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Clock:
 
 
 class Numbered(WatchedWorker):
-    """A machine that does nothing by itself."""
+    """A worker that does nothing by itself."""
 
     serial = itertools.count()
 
@@ -46,7 +46,7 @@ class Numbered(WatchedWorker):
 
 
 class InMemory(Supervisor):
-    """A supervisor of machines that the test drives."""
+    """A supervisor of workers that the test drives."""
 
     def __init__(self, size: int) -> None:
         self.clock = Clock()
@@ -57,20 +57,20 @@ class InMemory(Supervisor):
         return None
 
     def launch(self, index: int) -> Numbered:
-        machine = Numbered(index)
-        self.launched.append(machine)
-        return machine
+        worker = Numbered(index)
+        self.launched.append(worker)
+        return worker
 
-    def send(self, machine: WatchedWorker, job: Job) -> None:
-        assert isinstance(machine, Numbered)
-        assert not machine.ended, "asked a machine that has ended"
+    def send(self, worker: WatchedWorker, job: Job) -> None:
+        assert isinstance(worker, Numbered)
+        assert not worker.ended, "asked a worker that has ended"
         assert job.request.awaits(job.part), "began what is not wanted"
-        machine.load(job.module)
-        machine.sent.append(job)
+        worker.load(job.module)
+        worker.sent.append(job)
 
-    def end(self, machine: WatchedWorker) -> None:
-        assert isinstance(machine, Numbered)
-        machine.ended = True
+    def end(self, worker: WatchedWorker) -> None:
+        assert isinstance(worker, Numbered)
+        worker.ended = True
 
     def wait(self, seconds: float) -> None:
         raise AssertionError("no thread serves this supervisor")
@@ -113,16 +113,16 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.requests: list[Asking] = []  # that are open
         self.began: dict[Asking, set[int]] = {}
         self.got: dict[Asking, list[Reply]] = {}
-        self.excluded: dict[int, int] = {}  # by the number of a machine, the jobs it had had then
+        self.excluded: dict[int, int] = {}  # by the number of a worker, the jobs it had had then
         self.dropped: dict[Asking, set[int]] = {}  # before they had begun
         self.answered: set[int] = set()  # numbers of jobs whose answer was let through
         self.supervisor.tend()
 
     def alive(self) -> list[Numbered]:
-        return [machine for machine in self.supervisor.launched if not machine.ended]
+        return [worker for worker in self.supervisor.launched if not worker.ended]
 
-    def pick(self, data, machines: list[Numbered]) -> Numbered:
-        return data.draw(st.sampled_from(machines), label="machine")
+    def pick(self, data, workers: list[Numbered]) -> Numbered:
+        return data.draw(st.sampled_from(workers), label="worker")
 
     @rule(num_parts=st.integers(1, 6))
     def open(self, num_parts: int) -> None:
@@ -144,13 +144,13 @@ class SupervisorMachine(RuleBasedStateMachine):
     def restart(self, index: int) -> None:
         self.supervisor.restart(index)
         self.supervisor.tend()
-        assert not any(machine.excluded for machine in self.alive() if machine.index == index)
+        assert not any(worker.excluded for worker in self.alive() if worker.index == index)
 
     @invariant()
     def the_excluded_get_nothing(self) -> None:
-        for machine in self.alive():
-            sent = self.excluded.get(machine.number)
-            assert sent is None or sent >= len(machine.sent)
+        for worker in self.alive():
+            sent = self.excluded.get(worker.number)
+            assert sent is None or sent >= len(worker.sent)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -160,7 +160,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         self.dropped[request] |= {part.number for part in parts if request.wants(part)}
         request.drop(parts)
 
-    @precondition(lambda self: any(not machine.ready for machine in self.alive()))
+    @precondition(lambda self: any(not worker.ready for worker in self.alive()))
     @rule(data=st.data())
     def come_up(self, data) -> None:
         self.supervisor.ready(self.pick(data, [m for m in self.alive() if not m.ready]))
@@ -168,17 +168,17 @@ class SupervisorMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
     @rule(data=st.data())
     def deliver(self, data) -> None:
-        """Machines answer in any order, so results are delayed and reordered."""
-        machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
-        job = machine.job
-        self.supervisor.take(machine, job.number, True, lambda: (job.number, machine.number))
+        """Workers answer in any order, so results are delayed and reordered."""
+        worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
+        job = worker.job
+        self.supervisor.take(worker, job.number, True, lambda: (job.number, worker.number))
 
-    @precondition(lambda self: any(machine.sent for machine in self.supervisor.launched))
+    @precondition(lambda self: any(worker.sent for worker in self.supervisor.launched))
     @rule(data=st.data())
     def deliver_again_or_stale(self, data) -> None:
-        """An answer to an old job, from the machine that had it or from another one."""
-        machine = self.pick(data, [m for m in self.supervisor.launched if m.sent])
-        job = data.draw(st.sampled_from(machine.sent), label="job")
+        """An answer to an old job, from the worker that had it or from another one."""
+        worker = self.pick(data, [m for m in self.supervisor.launched if m.sent])
+        job = data.draw(st.sampled_from(worker.sent), label="job")
         other = self.pick(data, self.supervisor.launched)
         if other.job is None or other.job.number != job.number:
             before = other.job
@@ -188,26 +188,26 @@ class SupervisorMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
     @rule(data=st.data(), number=st.integers(-5, 10**6))
     def corrupt(self, data, number: int) -> None:
-        """A number that no job has: the machine is still at its job."""
-        machine = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
-        if machine.job.number != number:
-            job = machine.job
-            self.supervisor.take(machine, number, True, lambda: "corrupt")
-            assert machine.job is job
+        """A number that no job has: the worker is still at its job."""
+        worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
+        if worker.job.number != number:
+            job = worker.job
+            self.supervisor.take(worker, number, True, lambda: "corrupt")
+            assert worker.job is job
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
     def die(self, data) -> None:
-        machine = self.pick(data, self.alive())
-        machine.ended = True
-        self.supervisor.lost(machine, "died")
-        self.supervisor.lost(machine, "died")  # comes twice
+        worker = self.pick(data, self.alive())
+        worker.ended = True
+        self.supervisor.lost(worker, "died")
+        self.supervisor.lost(worker, "died")  # comes twice
 
     @precondition(lambda self: self.alive())
     @rule(data=st.data())
     def pause_or_continue(self, data) -> None:
-        machine = self.pick(data, self.alive())
-        machine.paused = not machine.paused
+        worker = self.pick(data, self.alive())
+        worker.paused = not worker.paused
 
     @rule(seconds=st.sampled_from([0.1, 1.0, GRACE, START_SECONDS]))
     def time_passes(self, seconds: float) -> None:
@@ -235,10 +235,10 @@ class SupervisorMachine(RuleBasedStateMachine):
                 assert number not in self.dropped[request]
                 got.append(event)
                 if event.error is None:
-                    job_number, machine = event.value  # neither stale nor corrupt
+                    job_number, worker = event.value  # neither stale nor corrupt
                     assert job_number not in self.answered
                     self.answered.add(job_number)
-                    sent = next(m for m in self.supervisor.launched if m.number == machine).sent
+                    sent = next(m for m in self.supervisor.launched if m.number == worker).sent
                     job = next(job for job in sent if job.number == job_number)
                     assert (job.request, job.part) == (request, event.part)
                 else:
@@ -247,8 +247,8 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert len(set(numbers)) == len(numbers)
 
     @invariant()
-    def no_job_is_forgotten_and_none_is_at_two_machines(self) -> None:
-        busy = [machine.job for machine in self.supervisor._workers if machine.job is not None]
+    def no_job_is_forgotten_and_none_is_at_two_workers(self) -> None:
+        busy = [worker.job for worker in self.supervisor._workers if worker.job is not None]
         waiting = list(self.supervisor._jobs)
         numbers = [job.number for job in busy + waiting]
         assert len(set(numbers)) == len(numbers)
@@ -259,35 +259,35 @@ class SupervisorMachine(RuleBasedStateMachine):
             assert asked - self.dropped[request] <= mine | answered
 
     @invariant()
-    def no_machine_is_idle_while_a_job_waits(self) -> None:
+    def no_worker_is_idle_while_a_job_waits(self) -> None:
         wanted = any(job.wanted() for job in self.supervisor._jobs)
         assert not (wanted and self.supervisor._idle)
-        for machine in self.supervisor._idle:
-            assert machine.ready
-            assert machine.job is None
+        for worker in self.supervisor._idle:
+            assert worker.ready
+            assert worker.job is None
 
     @invariant()
-    def there_are_never_too_many_machines(self) -> None:
-        places = [machine.index for machine in self.supervisor._workers]
+    def there_are_never_too_many_workers(self) -> None:
+        places = [worker.index for worker in self.supervisor._workers]
         assert len(set(places)) == len(places) <= self.supervisor.size
 
     def teardown(self) -> None:
         if not hasattr(self, "supervisor"):
             return
-        # When all machines work again, everything is answered.
+        # When all workers work again, everything is answered.
         for index in range(self.supervisor.size):
             self.supervisor.restart(index)
         for _ in range(200):
             self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause
             self.supervisor.tend()
-            for machine in self.alive():
-                if not machine.ready:
-                    self.supervisor.ready(machine)
-                if (job := machine.job) is not None:
+            for worker in self.alive():
+                if not worker.ready:
+                    self.supervisor.ready(worker)
+                if (job := worker.job) is not None:
                     self.supervisor.take(
-                        machine, job.number, True, lambda m=machine: (m.job.number, m.number)
+                        worker, job.number, True, lambda m=worker: (m.job.number, m.number)
                     )
-            busy = any(machine.job for machine in self.supervisor._workers)
+            busy = any(worker.job for worker in self.supervisor._workers)
             if (
                 not busy
                 and not self.supervisor._jobs
@@ -310,12 +310,12 @@ TestSupervisor.settings = hypothesis.settings(
 def started(size: int) -> InMemory:
     supervisor = InMemory(size)
     supervisor.tend()
-    for machine in supervisor.launched:
-        supervisor.ready(machine)
+    for worker in supervisor.launched:
+        supervisor.ready(worker)
     return supervisor
 
 
-def test_a_machine_that_is_overdue_is_ended_and_replaced():
+def test_a_worker_that_is_overdue_is_ended_and_replaced():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     late, good = supervisor.launched
@@ -329,23 +329,23 @@ def test_a_machine_that_is_overdue_is_ended_and_replaced():
     assert str(second.error) == (
         f"worker 0 was lost: {late} was at one job for more than 10 s, and was ended"
     )
-    assert [machine.index for machine in supervisor.launched] == [0, 1, 0]
+    assert [worker.index for worker in supervisor.launched] == [0, 1, 0]
 
 
 def test_loading_a_module_is_no_part_of_the_grace():
     supervisor = started(1)
     one = Asking(supervisor, 1)
-    (machine,) = supervisor.launched
-    machine.loading = True  # as sending did, where modules are loaded there
+    (worker,) = supervisor.launched
+    worker.loading = True  # as sending did, where modules are loaded there
     supervisor.clock.now += START_SECONDS - 1
     supervisor.tend()
-    supervisor.loaded(machine)
+    supervisor.loaded(worker)
     supervisor.clock.now += GRACE - 1
     supervisor.tend()
-    assert not machine.ended
+    assert not worker.ended
     supervisor.clock.now += 1
     supervisor.tend()
-    assert machine.ended
+    assert worker.ended
     (reply,) = replies(one)
     assert "was at one job for more than 10 s" in str(reply.error)
     supervisor.ready(supervisor.launched[1])
@@ -357,7 +357,7 @@ def test_loading_a_module_is_no_part_of_the_grace():
     assert f"was loading a module for more than {START_SECONDS:g} s" in str(reply.error)
 
 
-def test_machines_that_do_not_come_up_are_tried_less_and_less_often_and_what_waits_fails():
+def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_waits_fails():
     supervisor = InMemory(1)
     one = Asking(supervisor, 2)
     pauses = []
@@ -396,7 +396,7 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
-def test_a_machine_that_cannot_be_launched_is_tried_again():
+def test_a_worker_that_cannot_be_launched_is_tried_again():
     supervisor = InMemory(2)
     one = Asking(supervisor, 2)
     launch = supervisor.launch
@@ -421,7 +421,7 @@ def test_a_machine_that_cannot_be_launched_is_tried_again():
 def test_any_number_of_jobs_that_cannot_be_sent_fail():
     supervisor = started(1)
 
-    def refuse(machine: WatchedWorker, job: Job) -> None:
+    def refuse(worker: WatchedWorker, job: Job) -> None:
         raise ValueError("too heavy")
 
     supervisor.send = refuse
@@ -432,11 +432,11 @@ def test_any_number_of_jobs_that_cannot_be_sent_fail():
     assert supervisor.num_idle == 1
 
 
-def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
+def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
     supervisor = started(2)
     send = supervisor.send
 
-    def interrupted(machine: WatchedWorker, job: Job) -> None:
+    def interrupted(worker: WatchedWorker, job: Job) -> None:
         supervisor.send = send
         raise KeyboardInterrupt
 
@@ -446,19 +446,19 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_machine():
         one.more(2)
     one.close()
     another = Asking(supervisor, 2)
-    for machine in supervisor.launched:
-        supervisor.take(machine, machine.job.number, True, lambda: "good")
+    for worker in supervisor.launched:
+        supervisor.take(worker, worker.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
-def test_a_module_is_new_to_each_machine_once_and_to_its_successor():
+def test_a_module_is_new_to_each_worker_once_and_to_its_successor():
     supervisor = started(2)
 
-    def fresh(machines: int) -> list[bool]:
-        request = Asking(supervisor, machines)
-        for machine in supervisor.launched:
-            if machine.job is not None:
-                supervisor.take(machine, machine.job.number, True, lambda: None)
+    def fresh(workers: int) -> list[bool]:
+        request = Asking(supervisor, workers)
+        for worker in supervisor.launched:
+            if worker.job is not None:
+                supervisor.take(worker, worker.job.number, True, lambda: None)
         return [event.fresh for event in events(request) if isinstance(event, Began)]
 
     assert fresh(1) == [True]
@@ -487,15 +487,15 @@ def test_the_obstacle_is_said():
     )
 
 
-def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
+def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_it():
     supervisor = started(1)
     one = Asking(supervisor, 2)
     (late,) = supervisor.launched
     end = supervisor.end
 
-    def too_late(machine: Numbered) -> None:
-        supervisor.take(machine, machine.sent[0].number, True, lambda: "just in time")
-        end(machine)
+    def too_late(worker: Numbered) -> None:
+        supervisor.take(worker, worker.sent[0].number, True, lambda: "just in time")
+        end(worker)
 
     supervisor.end = too_late
     supervisor.clock.now = GRACE
@@ -509,7 +509,7 @@ def test_a_machine_that_answers_at_the_last_moment_begins_nothing_that_ends_with
     assert second.value == "by another"
 
 
-def test_only_machines_that_are_at_an_interrupted_request_are_ended():
+def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     supervisor = started(3)
     interrupted, other = Asking(supervisor, 2), Asking(supervisor, 1)
     first, second, third = supervisor.launched
@@ -517,20 +517,20 @@ def test_only_machines_that_are_at_an_interrupted_request_are_ended():
     interrupted.abandon()
     supervisor.take(first, first.job.number, True, lambda: "done meanwhile")
     supervisor.tend()
-    assert [machine.ended for machine in (first, second, third)] == [False, True, False]
+    assert [worker.ended for worker in (first, second, third)] == [False, True, False]
     supervisor.take(third, third.job.number, True, lambda: "good")
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
-def test_overdue_machines_are_replaced_though_one_cannot_be_ended():
+def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     first, second = supervisor.launched
     end = supervisor.end
 
-    def fail(machine: Numbered) -> None:
-        end(machine)
-        if machine is first:
+    def fail(worker: Numbered) -> None:
+        end(worker)
+        if worker is first:
             raise OSError("it cannot be ended")
 
     supervisor.end = fail
@@ -541,13 +541,13 @@ def test_overdue_machines_are_replaced_though_one_cannot_be_ended():
     assert all("for more than 10 s" in str(reply.error) for reply in replies(one))
 
 
-def test_machines_that_fail_together_fail_once():
+def test_workers_that_fail_together_fail_once():
     supervisor = InMemory(5)
     one = Asking(supervisor, 1)
     for _ in range(2):
         supervisor.tend()
-        for machine in supervisor.launched[-5:]:
-            supervisor.lost(machine, "ended with its server")
+        for worker in supervisor.launched[-5:]:
+            supervisor.lost(worker, "ended with its server")
         supervisor.clock.now += supervisor.pause()
     assert replies(one) == []
 
@@ -576,9 +576,9 @@ class Served(InMemory):
         self.blocked.wait(60.0)
 
     def launch(self, index: int) -> Numbered:
-        machine = super().launch(index)
-        threading.Timer(0.1, self.ready, (machine,)).start()  # when the pool knows it
-        return machine
+        worker = super().launch(index)
+        threading.Timer(0.1, self.ready, (worker,)).start()  # when the pool knows it
+        return worker
 
     def wake(self) -> None:
         self.woken = True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Pickled", "TensorPickler", "aligned", "cloud_pickler", "unpickled"]
 
-_ALIGNMENT = 64
+_ALIGNMENT = 64  # bytes of a cache line
 
 
 class Pickled:

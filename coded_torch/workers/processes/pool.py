@@ -25,7 +25,7 @@ from .worker_main import HELLO, JOB, LOADED, MODULE, READY, RESULT, check_guard
 
 __all__ = ["ProcessWorkers"]
 
-# Descriptors that must be free to start a process: its socket, and memory for messages.
+# Descriptors that must be free to start a process: its socket, and memory for messages. Not tuned.
 _SPARE_DESCRIPTORS = 16
 _DYING_SECONDS = 0.5  # that the kernel may take to end a process, while others wait; not tuned
 
