@@ -15,4 +15,4 @@ This package needs pytest, and so it is imported by tests alone.
 import pytest
 
 # Else their asserts would not explain themselves.
-pytest.register_assert_rewrite(f"{__name__}.codes", f"{__name__}.workers")
+pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("codes", "helpers", "workers")))
