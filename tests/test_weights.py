@@ -46,7 +46,8 @@ def test_fingerprints_are_kept_for_a_block_alone():
 def test_sparse_weights_that_are_replaced_are_noticed():
     module = nn.Linear(2, 1)
     module.register_buffer("matrix", torch.eye(2).to_sparse())
-    tensors, before = fingerprint(module)
+    kept, before = fingerprint(module)
     assert fingerprint(module)[1] == before
+    assert len(kept) == 3
     module.matrix = torch.eye(2).to_sparse()
     assert fingerprint(module)[1] != before
