@@ -7,17 +7,9 @@ import math
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from coded_torch.scheduling.waiting import (
-    Ask,
-    Began,
-    Decision,
-    Ended,
-    Event,
-    History,
-    Settled,
-    Wait,
-    Waiting,
-)
+from coded_torch.nn import Waiting
+from coded_torch.scheduling.latency_history import History
+from coded_torch.scheduling.protocol import Ask, Began, Decision, Ended, Event, Settled, Wait
 
 __all__ = ["WAIT_FOR_ALL", "HedgeOnce", "Unsplit"]
 
@@ -84,7 +76,11 @@ class HedgeOnce(Waiting):
     def _after(self, history: History, rows: int) -> float:
         if self.quantile is not None:
             return history.part(rows, self.quantile)
-        return history.fence(rows) if self.medians is None else history.part(rows) * self.medians
+        return (
+            history.hedging_threshold(rows)
+            if self.medians is None
+            else history.part(rows) * self.medians
+        )
 
 
 class Unsplit(Waiting):
@@ -96,4 +92,4 @@ class Unsplit(Waiting):
         return super().decide(history, first, needed=needed, **options | {"idle": lambda: 1})
 
 
-WAIT_FOR_ALL = Unsplit(patience=math.inf, extra=0)
+WAIT_FOR_ALL = Unsplit(predict_after=math.inf, hedge_budget=0)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import NotEnoughResults, RegressionCode
+from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import Bernoulli, Trace
@@ -61,8 +61,8 @@ def main(port: str) -> None:
     law = Bernoulli(0.03, latency=0.05, seed=SEED)
     coded = CodedWrapper(
         lenet5(),
-        RegressionCode(K, N),
         workers=FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0),
+        parts=K,
         surrogate=Memory(),
     )
     served = app(
@@ -166,8 +166,8 @@ def predicted() -> dict[str, Any]:
         memory.rebuild()
         coded = CodedWrapper(
             model,
-            RegressionCode(K, N),
             workers=half_lost,
+            parts=K,
             waiting=Waiting(deadline=1.0),
             surrogate=lambda x, memory=memory: memory.predict([x])[0],
         )

@@ -85,10 +85,13 @@ class Reply(NamedTuple):
 def dealt(
     model: nn.Module, load: Load, pool: Workers, waiting: Waiting, surrogate: Any = ()
 ) -> CodedWrapper:
-    """Return a wrapper that deals each batch to workers, in K parts."""
+    """Return a wrapper that deals each batch to workers by rows, or all N columns at once."""
     model = Sleeping(model).eval() if load.sleep else model
-    code = RegressionCode(load.num_data, load.num_workers)
-    return CodedWrapper(model, code, workers=pool, waiting=waiting, surrogate=surrogate)
+    code = RegressionCode(load.num_data, load.num_workers) if waiting.at_once else None
+    parts = None if waiting.at_once else load.num_data
+    return CodedWrapper(
+        model, code, workers=pool, waiting=waiting, parts=parts, surrogate=surrogate
+    )
 
 
 def delayed(pool: Workers, load: Load, number: int) -> FaultyWorkers:

@@ -34,13 +34,7 @@ def test_a_scheme_answers_as_the_wrapper_does(of, code):
     batch = next(of.batches("held_out", 40, 1))
     sets = {"": [received_by(Uniform(3, seed=5), 10)]}
     score = tried(of, [batch], sets, {"it": Scheme(code, 3)})[""]["it"]
-    wrapper = CodedWrapper(
-        of.model,
-        code,
-        workers=LocalWorkers(Uniform(3, seed=5)),
-        ordering=code.ordering,
-        shuffle=False,
-    )
+    wrapper = CodedWrapper(of.model, code, workers=LocalWorkers(Uniform(3, seed=5)))
     again = Scores()
     again.add(wrapper(batch.images), of.model(batch.images), batch.labels)
     assert score.columns[3] == pytest.approx(again.columns[3], rel=1e-3)

@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from coded_torch.demo.hedging import HedgeOnce, Unsplit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.hedging import HedgeOnce, Unsplit
 from coded_torch import Waiting, stragglers
 from coded_torch.scheduling.latency_history import History
 from coded_torch.scheduling.protocol import Ask, Began, Drop, Settled, Wait
