@@ -1,7 +1,7 @@
 """The kernels that apply splines on a GPU: their times by a model of an H100, and on a card.
 
 The model is of csrc/README.md: a kernel takes as long as its memory or its instructions, whichever
-is longer. It decides nothing by itself: ``coded_torch.linear._cost`` chooses, by its instructions.
+is longer. It decides nothing by itself: ``coded_torch.linear.spline`` chooses, by its instructions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from coded_torch import ops
 from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
-from coded_torch.linear._cost import dense_instructions, prefers_matrix, sweep_instructions
+from coded_torch.linear.spline import dense_instructions, prefers_matrix, sweep_instructions
 
 from .timing import last_level_cache, measure, rotate
 

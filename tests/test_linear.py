@@ -9,10 +9,11 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
+from coded_torch._streams import to_device
 from coded_torch.input_space.ordering import Grouping
-from coded_torch.linear import MatrixMap, SelectMap, SplineMap, base
+from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 
-from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots, memory_for
+from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 
 
 def spline_map(num_inputs, num_outputs):
@@ -65,67 +66,6 @@ class TestLinearMaps:
         torch.testing.assert_close(got, map.matrix() @ values)
         last = values.transpose(-1, -2)
         torch.testing.assert_close(map(last, dim=-1), got.transpose(-1, -2))
-
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    @pytest.mark.parametrize("dim", [0, 1, 2])
-    def test_into_memory_that_is_there(self, make, dim, dtype):
-        map = make(5, 7)
-        for apply, size in ((map, 5), (map.adjoint, 7)):
-            shape = [3, 4, 6]
-            shape[dim] = size
-            values = torch.randn(shape).to(dtype)
-            want = apply(values, dim)
-            apart = torch.full((*want.shape[:-1], 2 * want.shape[-1]), 7).to(dtype)
-            for layout, memory, out in (
-                *memory_for(want),
-                ("columns apart", apart, apart[..., ::2]),
-            ):
-                assert apply(values, dim, out=out) is out
-                assert torch.equal(out, want), layout
-                out.fill_(7)
-                assert (memory == 7).all(), layout
-
-    @pytest.mark.parametrize("columns", [2, 300])
-    def test_groups_into_memory_that_is_there(self, make, columns):
-        to, back, grouping = make(4, 6), make(6, 4), Grouping(range(9), 4)
-        batch = torch.randn(9, columns)
-        coded = to.gathered(batch, grouping)  # [6, 3, columns]
-        answers = back.scattered(coded, grouping)
-        for apply, values, want in (
-            (to.gathered, batch, coded),
-            (back.scattered, coded, answers),
-        ):
-            apart = torch.full((*want.shape[:-1], 2 * want.shape[-1]), 7.0)
-            for layout, memory, out in (
-                *memory_for(want),
-                ("columns apart", apart, apart[..., ::2]),
-            ):
-                assert apply(values, grouping, out=out) is out
-                assert torch.equal(out, want), layout
-                out.fill_(7)
-                assert (memory == 7).all(), layout
-            with pytest.raises(ValueError, match=r"out must be torch.float32 of shape \("):
-                apply(values, grouping, out=torch.empty(2, columns))
-
-    def test_memory_that_does_not_fit(self, make):
-        map, values = make(4, 6), torch.randn(3, 4, 2)
-        name = type(map).__name__
-        for out in (
-            torch.empty(3, 4, 2),
-            torch.empty(3, 6, 2, dtype=torch.float64),
-            torch.empty(3, 6, 2, device="meta"),
-        ):
-            with pytest.raises(
-                ValueError, match=rf"{name}: out must be torch.float32 of shape \(3, 6"
-            ):
-                map(values, 1, out=out)
-        out = torch.empty(3, 6, 2)
-        with pytest.raises(ValueError, match=f"{name}: out must be None where gradients are rec"):
-            map(values.requires_grad_(), 1, out=out)
-        with torch.no_grad():
-            assert map(values, 1, out=out) is out
-        with torch.inference_mode():
-            assert map(values, 1, out=torch.empty(3, 6, 2)).is_inference()
 
     def test_gradients(self, make):
         map = make(5, 7)
@@ -274,16 +214,18 @@ def test_float32_is_enough_for_the_sweeps(n, tolerance, kind):
                 assert (error <= allowed).all(), (smoothing, dtype, apply, error.max())
 
 
-def test_operands_travel_in_one_copy():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_operands_travel_together(device):
     operands = (
         torch.randn(1, 7, dtype=torch.float64), torch.randn(3, 2).T, torch.zeros(0, 4),
         torch.arange(5, dtype=torch.int32), torch.arange(3), torch.tensor(2.0),
     )  # fmt: skip
-    placed = base._in_one_copy(operands, torch.device("cpu"), pin=False)
-    assert all(map(torch.equal, placed, operands))
+    placed = to_device(operands, torch.device(device))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(placed, operands, strict=True))
     assert [t.dtype for t in placed] == [t.dtype for t in operands]
-    assert len({t.untyped_storage().data_ptr() for t in placed}) == 1
-    assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in placed if t.numel())
+    if device == "cuda":  # in one copy
+        assert len({t.untyped_storage().data_ptr() for t in placed}) == 1
+        assert all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in placed if t.numel())
 
 
 @pytest.mark.cuda

@@ -129,6 +129,21 @@ class GaussianProcess:
 
     @on_host()
     @exactly()
+    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
+        """Return predictions, ``[L, C]``: of few outputs, without the weights.
+
+        Args:
+            points: ``[L]``, without results.
+            results: ``[M, C]``, float64.
+        """
+        centre = results.mean(0)
+        sizes = (results - centre).abs_().amax(0).clamp_(min=1e-300)  # float32 has not their range
+        coefficients, mean = self.coefficients((results - centre) / sizes)
+        predicted = torch.addmm(mean, self._covariances(points, self._factor.dtype), coefficients)
+        return torch.addcmul(centre, predicted.double(), sizes)
+
+    @on_host()
+    @exactly()
     def variances_at(self, points: Tensor) -> Tensor:
         """Return the variances of predictions, ``[L]``, float64, in the outputs' variance."""
         half = self._half_at(points)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, dense, instance, positive, shown
-from .._transforms import outside, plain
+from .._transforms import differentiated, outside, plain
 from ..linear import SelectMap
 from .gaussian_process import GaussianProcess
 from .geometry import check_inputs, evenly
@@ -210,16 +210,17 @@ class RowPlan:
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
         rows, source = results.flatten(0, 1), self.source(received)
-        maps, choices = [], []
-        with outside():
-            for part in self._parts:
-                map, choice = part.map(source, rows)
-                maps.append(map)
-                choices += [choice] if choice is not None else []
+        plain = rows.device.type == "cpu" and not differentiated(rows)
+        answers, choices = [], []
+        for part in self._parts:
+            with outside():
+                map, predicted, choice = part.map(source, rows, plain)
+            answers.append(map(rows if predicted is None else torch.cat([rows, predicted])))
+            choices += [choice] if choice is not None else []
         self.choices = tuple(choices)
-        if len(maps) == 1:
-            return maps[0](rows)
-        return torch.cat([map(rows) for map in maps])[self._back.to(rows.device)]
+        if len(answers) == 1:
+            return answers[0]
+        return torch.cat(answers)[self._back.to(rows.device)]
 
     def expected_errors(
         self, received: Sequence[int], results: Tensor | None = None
@@ -279,12 +280,21 @@ class _Part:
         self._fits: Fits | None = None
         self._fitted: list[Fitted] = []
 
-    def map(self, source: Tensor, results: Tensor) -> tuple[SelectMap, Choice | None]:
-        """Return the map from all results to the answers of these rows.
+    def map(
+        self, source: Tensor, results: Tensor, plain: bool
+    ) -> tuple[SelectMap, Tensor | None, Choice | None]:
+        """Return the map from results to the answers of these rows.
 
         Args:
             source: ``[B]``, the place of each row's own result, or -1.
             results: ``[n, ...]``.
+            plain: whether they are on the host, and no derivative is asked for: few outputs are
+                predicted without weights then, which saves a sixth of the time of 3,400 results
+                (benchmarks batches).
+
+        Returns:
+            The map; predictions that stand behind the results, if they are there already; and how
+            they were made.
         """
         own, used, choice = source[self.rows], source[:0], None
         weights = torch.zeros(0, 0)
@@ -297,10 +307,17 @@ class _Part:
             if fitted is not None:
                 choice = fitted.choice
                 # Shrunk towards the mean as far as results are not predicted by each other.
+                if plain and 0 < results[0].numel() < len(lost):
+                    y = results[used].reshape(len(used), -1).double()
+                    predicted = fitted.process.predictions_at(lost, y)
+                    predicted = torch.lerp(y.mean(0), predicted, choice.trust)
+                    own = own.index_copy(0, lost, torch.arange(len(lost)) + len(results))
+                    select = SelectMap(len(results) + len(lost), own, used[:0], weights[:, :0])
+                    return select, predicted.to(results.dtype).view(-1, *results.shape[1:]), choice
                 if choice.trust > 0:
                     mean = (1 - choice.trust) / len(used)
                     weights = fitted.process.weights_at(lost).mul(choice.trust).add_(mean)
-        return SelectMap(len(results), own, used, weights), choice
+        return SelectMap(len(results), own, used, weights), None, choice
 
     def variances(self, source: Tensor, results: Tensor | None) -> Tensor:
         """Return the variances of the answers of these rows, ``[b]``, float64; 0 if exact."""

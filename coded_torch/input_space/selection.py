@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 #: distances)
 LENGTH = 2.0
 LENGTHS = (1.0, 2.0, 4.0, 8.0)
-# Metrics and lengths are compared on so many results, or on a quarter of them if that is more: on
+# Metrics and lengths are compared on so many results, or on an eighth of them if that is more: on
 # all of 204, which cost several times as much, no better ones are found. (benchmarks distances)
 _COMPARED = 144
 # In batches of more rows, metrics are compared in the distances of the compared rows alone.
@@ -74,7 +74,7 @@ class Fits:
         self.points = points
         self._distances, self._lengths = distances, lengths
         self._processes: dict[Any, GaussianProcess] = {}
-        self._few = evenly(len(points), max(compared, len(points) // 4))
+        self._few = evenly(len(points), max(compared, len(points) // 8))
 
     def fit(self, sample: Tensor | None) -> Fitted:
         """Return the regression that predicts results best.

@@ -3,7 +3,6 @@ r"""What every linear map is, and where its numbers are kept."""
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +14,13 @@ from .._streams import placed, to_device
 if TYPE_CHECKING:
     from ..input_space.ordering import Grouping
 
-__all__ = ["LinearMap", "accumulation_dtype", "target"]
+__all__ = ["LinearMap", "accumulation_dtype"]
 
 _HOST = torch.device("cpu")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which maps compute on values of ``dtype``: float64 for float64, else float32."""
+    """Return the dtype in which maps compute: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -37,7 +36,7 @@ class LinearMap(abc.ABC):
     reads the map's memory at every replay: keep the map, and the grouping if any, for as long.
 
     Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host
-    and in float64 (``rounded``: the same in float32, where they are at hand); ``_operands``
+    and in float64 (``rounded``: the same in float32, if they exist already); ``_operands``
     hands them out in the dtype and on the device of the values.
     """
 
@@ -62,77 +61,63 @@ class LinearMap(abc.ABC):
             (_HOST, torch.float32, 0): rounded or _place(operands, torch.float32, _HOST),
         }
 
-    def __call__(self, values: Tensor, dim: int = 0, *, out: Tensor | None = None) -> Tensor:
+    def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
         """Apply the map along ``dim``.
 
         Args:
             values: ``[..., num_inputs, ...]``, float64, float32, bfloat16 or float16.
             dim: the dimension that the map replaces.
-            out: where the result goes, of its shape and of the dtype and device of the values,
-                apart from them. It is written once, in place, where its strides allow: where it is
-                contiguous before and after ``dim``. Without gradients only.
 
         Returns:
-            ``[..., num_outputs, ...]``, the same in every other dimension; ``out`` where given.
+            ``[..., num_outputs, ...]``, the same in every other dimension.
 
         Raises:
             TypeError: ``values`` is not a dense, strided tensor of such a dtype.
-            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``; ``out`` does
-                not fit, or gradients are recorded.
+            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``.
         """
-        return self._along(values, dim, transpose=False, out=out)
+        return self._along(values, dim, transpose=False)
 
-    def adjoint(self, values: Tensor, dim: int = 0, *, out: Tensor | None = None) -> Tensor:
+    def adjoint(self, values: Tensor, dim: int = 0) -> Tensor:
         """Apply the transpose along ``dim``: ``[..., num_outputs, ...] -> [..., num_inputs, ...]``.
 
-        Takes ``out``, and raises, as :meth:`__call__` does.
+        Raises what :meth:`__call__` raises.
         """
-        return self._along(values, dim, transpose=True, out=out)
+        return self._along(values, dim, transpose=True)
 
-    def gathered(self, batch: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
         """Apply the map to the groups of a batch: ``map(grouping.gather(batch))``.
 
         Args:
             batch: ``[B, ...]``.
             grouping: of B rows in groups of ``num_inputs``.
-            out: as for :meth:`__call__`.
 
         Returns:
             ``[num_outputs, G, ...]``.
-
-        Raises:
-            TypeError: as :meth:`__call__`.
-            ValueError: as :meth:`__call__`; the batch has another size than the grouping.
         """
-        return self(grouping.gather(batch), out=out)
+        return self(grouping.gather(batch))
 
-    def scattered(self, groups: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
         """Apply the map and put its results in a batch's order: ``grouping.scatter(map(groups))``.
 
         Args:
             groups: ``[num_inputs, G, ...]``.
             grouping: of B rows in G groups of ``num_outputs``.
-            out: as for :meth:`__call__`.
 
         Returns:
             ``[B, ...]``.
-
-        Raises:
-            TypeError: as :meth:`__call__`.
-            ValueError: as :meth:`__call__`; the groups have other sizes than map and grouping.
         """
-        batch = grouping.scatter(self(groups))
-        if out is None:
-            return batch
-        self._target(out, batch.shape, batch.shape, groups)
-        return out.copy_(batch)
+        return grouping.scatter(self(groups))
 
     def matrix(
         self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
     ) -> Tensor:
-        """The dense matrix of the map, ``[num_outputs, num_inputs]``, computed in float64."""
+        """Return the dense matrix of the map, ``[num_outputs, num_inputs]``, made in float64."""
         identity = torch.eye(self.num_inputs, dtype=torch.float64, device="cpu")
         return self(identity).to(dtype=dtype, device=device)
+
+    def check(self, values: Tensor, dim: int = 0) -> None:
+        """Raise what :meth:`__call__` raises for values that the map cannot be applied to."""
+        self._dimension(values, dim, self.num_inputs)
 
     def __repr__(self) -> str:
         return (
@@ -141,11 +126,7 @@ class LinearMap(abc.ABC):
 
     @abc.abstractmethod
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
-        """Apply the map or its transpose to ``values [n, G, m]``; returns ``[N, G, m]``."""
-
-    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
-        """As ``_apply`` into ``out [N, G, m]``; to be overridden where that saves a copy."""
-        out.copy_(self._apply(values, transpose))
+        """Apply the map or its transpose to ``values [n, G, m]``; return ``[N, G, m]``."""
 
     def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
         dtype, device = accumulation_dtype(values.dtype), values.device
@@ -156,17 +137,13 @@ class LinearMap(abc.ABC):
         return placed(self, self._placed, device, make, dtype)
 
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """The operands on the host that ``device`` gets; to be overridden where it needs others."""
+        """Return the operands on the host for ``device``; to be overridden if it needs others."""
         return self._placed[_HOST, dtype, 0]
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies on other devices are made again where the map arrives.
         on_host = {key: operands for key, operands in self._placed.items() if key[0] == _HOST}
         return {**self.__dict__, "_placed": on_host}
-
-    def check(self, values: Tensor, dim: int = 0) -> None:
-        """Raise what :meth:`__call__` raises for values that the map cannot be applied to."""
-        self._dimension(values, dim, self.num_inputs)
 
     def _dimension(self, values: Tensor, dim: int, size: int) -> int:
         name = type(self).__name__
@@ -186,61 +163,17 @@ class LinearMap(abc.ABC):
             )
         return dim
 
-    def _target(
-        self, out: Tensor, shape: Sequence[int], flat: Sequence[int], values: Tensor
-    ) -> Tensor | None:
-        return target(self, out, shape, flat, values)
-
-    def _along(self, values: Tensor, dim: int, transpose: bool, out: Tensor | None) -> Tensor:
+    def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
         size = self.num_outputs if transpose else self.num_inputs
         dim = self._dimension(values, dim, size)
         before, after = values.shape[:dim], values.shape[dim + 1 :]
-        if out is None and dim == 0:  # as below, in as few calls as a decoder can afford
+        if dim == 0:  # as below, in as few calls as a decoder can afford
             result = self._apply(values.reshape(size, 1, after.numel()), transpose)
             return result.view(result.shape[0], *after)
         # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
         grouped = values.reshape(before.numel(), size, after.numel()).transpose(0, 1)
-        if out is None:
-            result = self._apply(grouped, transpose)
-            return result.transpose(0, 1).reshape(*before, result.shape[0], *after)
-        results = self.num_inputs if transpose else self.num_outputs
-        shape, flat = (*before, results, *after), (before.numel(), results, after.numel())
-        target = self._target(out, shape, flat, values)
-        if target is None:
-            return out.copy_(self._along(values, dim, transpose, None))
-        self._write(target.transpose(0, 1), grouped, transpose)
-        return out
-
-
-def target(
-    owner: object, out: Tensor, shape: Sequence[int], flat: Sequence[int], values: Tensor
-) -> Tensor | None:
-    """``out``, which must fit, as ``flat`` with contiguous columns; None: no view is that.
-
-    Args:
-        owner: whose argument ``out`` is, for the message.
-        out: where a result is to be written.
-        shape: of the result.
-        flat: of the view.
-        values: what the result is made of, of the same dtype and device.
-
-    Raises:
-        ValueError: ``out`` does not fit, or gradients are recorded.
-    """
-    name = type(owner).__name__
-    fits = out.shape == torch.Size(shape) and out.dtype == values.dtype
-    if not (fits and out.device == values.device):
-        raise ValueError(
-            f"{name}: out must be {values.dtype} of shape {tuple(shape)} on {values.device}, "
-            f"got {out.dtype} of shape {tuple(out.shape)} on {out.device}"
-        )
-    if torch.is_grad_enabled() and (values.requires_grad or out.requires_grad):
-        raise ValueError(f"{name}: out must be None where gradients are recorded")
-    try:
-        view = out.view(*flat)
-    except RuntimeError:
-        return None
-    return view if view.shape[-1] <= 1 or view.stride(-1) == 1 else None
+        result = self._apply(grouped, transpose)
+        return result.transpose(0, 1).reshape(*before, result.shape[0], *after)
 
 
 def _place(

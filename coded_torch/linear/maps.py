@@ -50,22 +50,14 @@ class MatrixMap(LinearMap):
         (matrix,) = self._operands(values)
         return _product(matrix.T if transpose else matrix, values)
 
-    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
-        (matrix,) = self._operands(values)
-        _product(matrix.T if transpose else matrix, values, out)
 
-
-def _product(matrix: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
-    """``[N, n] x [n, G, m] -> [N, G, m]``, computed in the dtype of the matrix."""
+def _product(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return ``[N, n] x [n, G, m] -> [N, G, m]``, computed in the dtype of the matrix."""
     # Autocast would round the matrix to half precision, which decoders cannot afford.
     with torch.autocast(values.device.type, enabled=False):
         # Contiguous, because BLAS rounds a strided view of the same numbers differently.
         columns = values.flatten(1).to(matrix.dtype).contiguous()
-        if out is not None and out.is_contiguous() and out.dtype == matrix.dtype:
-            torch.mm(matrix, columns, out=out.flatten(1))
-            return out
-        result = (matrix @ columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
-    return result if out is None else out.copy_(result)
+        return (matrix @ columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
 
 
 class SelectMap(LinearMap):
@@ -139,19 +131,9 @@ class SelectMap(LinearMap):
             out = out.index_add(0, used, _product(matrix.T, parts).to(values.dtype))
         return out
 
-    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
-        if transpose:
-            super()._write(out, values, transpose)
-            return
-        source, combined, used, matrix = self._operands(values)
-        torch.index_select(values, 0, source, out=out)
-        if len(combined):
-            parts = _product(matrix, values.index_select(0, used))
-            out.index_copy_(0, combined, parts.expand(len(combined), *parts.shape[1:]))
-
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """The column that each row of a matrix picks, ``[rows]``; -1 for rows that are no unit vector.
+    """Return the column that each row of a matrix picks, ``[rows]``; -1 for other rows.
 
     A map with such a row passes the value on, bit for bit.
     """

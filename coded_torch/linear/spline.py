@@ -13,7 +13,6 @@ from .._arguments import real_array
 from .._arguments import smoothing as check_smoothing
 from .._cuda_fallback import fits_matrix
 from .._extension import HAS_CUDA_KERNELS, curve_plan
-from ._cost import prefers_matrix
 from .base import LinearMap
 
 if TYPE_CHECKING:
@@ -21,8 +20,19 @@ if TYPE_CHECKING:
 
     from ..input_space.ordering import Grouping
 
-__all__ = ["SplineMap"]
+__all__ = ["SplineMap", "dense_instructions", "prefers_matrix", "sweep_instructions"]
 
+# Instructions of a warp for 32 columns of float32, counted in the PTX that nvcc 13.0 writes for
+# sm_90, moves left out: of the sweeps for each knot and each point, and of the product for each
+# entry of the matrix. The product takes 75 for 16 rows of the matrix and four columns a thread.
+_PER_KNOT = 90
+_PER_POINT = 35
+_PER_ENTRY = 1.2
+# Matrices have their rows in multiples of this number (kDenseRows in dense_block.h).
+_ROWS = 16
+# How many times longer an instruction of a sweep takes, since it depends on the one before. By the
+# model of an H100 that `python -m benchmarks.kernels --model` prints, not yet measured.
+_WAITING = 1.5
 # With rows of indices the columns of each group fill tiles of their own, where groups side by side
 # share them. For fewer columns than these, copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
@@ -98,46 +108,55 @@ class SplineMap(LinearMap):
         coefficients, schedule = self._operands(values)
         return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
 
-    def _write(self, out: Tensor, values: Tensor, transpose: bool) -> None:
-        coefficients, schedule = self._operands(values)
-        ops.spline_apply(values, coefficients, schedule, transpose=transpose, out=out)
-
-    def gathered(self, batch: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
-        """As :meth:`LinearMap.gathered`, reading the rows where they lie."""
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+        """Return what :meth:`LinearMap.gathered` returns, reading the rows where they lie."""
         self._dimension(batch, 0, grouping.batch_size)
         num_columns = batch.shape[1:].numel()
-        flat = (self.num_outputs, grouping.num_groups, num_columns)
-        shape = (*flat[:2], *batch.shape[1:])
-        target = None if out is None else self._target(out, shape, flat, batch)
-        if num_columns < _FUSED_COLUMNS or (out is not None and target is None):
-            return super().gathered(batch, grouping, out=out)
+        if num_columns < _FUSED_COLUMNS:
+            return super().gathered(batch, grouping)
         coefficients, schedule = self._operands(batch)
-        rows = batch.reshape(len(batch), num_columns)
-        gather = grouping.to(batch.device).rows
-        result = ops.spline_apply(rows, coefficients, schedule, gather=gather, out=target)
-        return result.view(shape) if out is None else out
+        rows, gather = batch.reshape(len(batch), num_columns), grouping.to(batch.device).rows
+        result = ops.spline_apply(rows, coefficients, schedule, gather=gather)
+        return result.view(self.num_outputs, grouping.num_groups, *batch.shape[1:])
 
-    def scattered(self, groups: Tensor, grouping: Grouping, *, out: Tensor | None = None) -> Tensor:
-        """As :meth:`LinearMap.scattered`, writing the rows where they belong."""
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+        """Return what :meth:`LinearMap.scattered` returns, writing rows where they belong."""
         for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
             self._dimension(groups, dim, size)
         num_columns = groups.shape[2:].numel()
-        flat, shape = (grouping.batch_size, num_columns), (grouping.batch_size, *groups.shape[2:])
-        target = None if out is None else self._target(out, shape, flat, groups)
-        if num_columns < _FUSED_COLUMNS or (out is not None and target is None):
-            return super().scattered(groups, grouping, out=out)
+        if num_columns < _FUSED_COLUMNS:
+            return super().scattered(groups, grouping)
         coefficients, schedule = self._operands(groups)
         targets = grouping.to(groups.device).targets
-        # Where no group is filled up, every entry names a row.
+        # If no group is filled up, every entry names a row.
         num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
+        values = groups.reshape(*groups.shape[:2], num_columns)
         result = ops.spline_apply(
-            groups.reshape(*groups.shape[:2], num_columns), coefficients, schedule,
-            scatter=targets, num_rows=num_rows, out=target,
-        )  # fmt: skip
-        return result.view(shape) if out is None else out
+            values, coefficients, schedule, scatter=targets, num_rows=num_rows
+        )
+        return result.view(grouping.batch_size, *groups.shape[2:])
 
 
 def _numbers(argument: str, numbers: ArrayLike | Tensor) -> NDArray[np.float64]:
     if type(numbers) is np.ndarray and numbers.dtype == np.float64:
         return numbers  # as it is: the planner only reads it
     return real_array("smoothing spline", argument, numbers)
+
+
+def sweep_instructions(num_knots: int, num_points: int) -> float:
+    """Return the instructions of a warp that sweeps its 32 columns."""
+    return _PER_KNOT * num_knots + _PER_POINT * num_points
+
+
+def dense_instructions(num_knots: int, num_points: int) -> float:
+    """Return the instructions for 32 columns of the product with the dense matrix."""
+    return _PER_ENTRY * num_knots * -(-num_points // _ROWS) * _ROWS
+
+
+def prefers_matrix(num_knots: int, num_points: int) -> bool:
+    """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep.
+
+    The number of columns has no say: a column's result must not depend on it.
+    """
+    dense = dense_instructions(num_knots, num_points)
+    return 0 < dense <= _WAITING * sweep_instructions(num_knots, num_points)
