@@ -134,6 +134,7 @@ class Code(abc.ABC):
         ordering, shuffle, link: as given.
         mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
             any dtype.
+        uses_geometry: whether planning measures distances between the inputs, which takes time.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -142,7 +143,6 @@ class Code(abc.ABC):
 
     mixes: bool = True
     uses_geometry: bool = False
-    max_chunk: int = 4096
 
     _given: tuple[tuple[Any, ...], dict[str, Any]]
 
