@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.hedging import HedgeOnce, Unsplit
 from coded_torch import Waiting, stragglers
 from coded_torch.scheduling.latency_history import History
 from coded_torch.scheduling.protocol import Ask, Began, Drop, Settled, Wait
