@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Pickled", "TensorPickler", "aligned", "cloud_pickler", "unpickled"]
+__all__ = ["Pickled", "unpickled"]
 
 _ALIGNMENT = 64  # bytes of a cache line
 
@@ -22,30 +22,27 @@ _ALIGNMENT = 64  # bytes of a cache line
 class Pickled:
     """The pickle of an object without its tensors, and the tensors with their places.
 
-    Args:
-        value: the object.
-        pickler: pickles it. Defaults to a pickler that sends classes by name, and classes of an
-            interactive session by value.
+    Classes go by name, and classes of an interactive session by value.
 
     Raises:
         Exception: whatever keeps ``value`` from being pickled.
     """
 
-    def __init__(self, value: Any, pickler: type[TensorPickler] | None = None) -> None:
+    def __init__(self, value: Any) -> None:
         try:
-            writer, buffer = self._written(value, pickler or _Pickler)
+            writer, buffer = self._written(value, _Pickler)
         except _InteractiveError as error:
             writer, buffer = self._written(value, _by_value(error))
         self.stream = buffer.getbuffer()
         self.tensors, self.packages = writer.tensors, writer.packages
-        self.start = aligned(len(self.stream))
+        self.start = _aligned(len(self.stream))
         self.size = self.start + writer.size
 
     def _written(
-        self, value: Any, pickler: type[TensorPickler]
-    ) -> tuple[TensorPickler, io.BytesIO]:
+        self, value: Any, pickler: type[_TensorPickler]
+    ) -> tuple[_TensorPickler, io.BytesIO]:
         buffer = io.BytesIO()
-        writer = pickler(buffer, pickle.HIGHEST_PROTOCOL)
+        writer: Any = pickler(buffer, pickle.HIGHEST_PROTOCOL)
         writer.dump(value)
         return writer, buffer
 
@@ -60,7 +57,7 @@ class Pickled:
         self.tensors = []
 
 
-class TensorPickler:
+class _TensorPickler:
     """Mixed into a pickler: it pickles dtype, shape and place of plain tensors."""
 
     def __init__(self, *args: Any) -> None:
@@ -84,23 +81,19 @@ class TensorPickler:
         dtype = str(obj.dtype).removeprefix("torch.")
         offset = self.size
         self.tensors.append((obj, offset))
-        self.size += aligned(count * obj.element_size())
+        self.size += _aligned(count * obj.element_size())
         return _tensor_at, (dtype, count, tuple(obj.shape), offset)
 
     def reduce_other(self, obj: Any) -> Any:
         """Return how to pickle any other object."""
         return NotImplemented
 
-    def dump(self, obj: Any) -> None:
-        """Pickle ``obj``."""
-        super().dump(obj)  # type: ignore[misc]
-
 
 class _InteractiveError(pickle.PicklingError):
     """A class or function that no other process can find by its name."""
 
 
-class _Pickler(TensorPickler, pickle.Pickler):
+class _Pickler(_TensorPickler, pickle.Pickler):
     def reduce_other(self, obj: Any) -> Any:
         # Classes and functions go by name: other processes have to find them.
         if (
@@ -112,28 +105,20 @@ class _Pickler(TensorPickler, pickle.Pickler):
         return NotImplemented
 
 
-def cloud_pickler(base: Any) -> type[TensorPickler]:
-    """Return a pickler that sends classes by value if no other process can import them.
-
-    Args:
-        base: the ``CloudPickler`` of cloudpickle, or of Ray.
-    """
-
-    class CloudPickler(TensorPickler, base):  # type: ignore[misc]
-        def reduce_other(self, obj: Any) -> Any:
-            return base.reducer_override(self, obj)
-
-    return CloudPickler
-
-
-def _by_value(error: _InteractiveError) -> type[TensorPickler]:
+def _by_value(error: _InteractiveError) -> type[_TensorPickler]:
+    """Return a pickler that sends the classes of an interactive session by value."""
     try:
-        import cloudpickle
+        from cloudpickle import CloudPickler as Base
     except ImportError:
         raise pickle.PicklingError(
             f"{error}; install cloudpickle, or define it in a file that can be imported"
         ) from None
-    return cloud_pickler(cloudpickle.CloudPickler)
+
+    class CloudPickler(_TensorPickler, Base):  # type: ignore[misc]
+        def reduce_other(self, obj: Any) -> Any:
+            return Base.reducer_override(self, obj)
+
+    return CloudPickler
 
 
 def unpickled(memory: memoryview, length: int, copy: int = 0) -> Any:
@@ -150,7 +135,7 @@ def unpickled(memory: memoryview, length: int, copy: int = 0) -> Any:
     # garbage collection.
     def tensor_at(dtype: str, count: int, shape: tuple[int, ...], offset: int) -> Tensor:
         flat = torch.frombuffer(
-            memory, dtype=getattr(torch, dtype), count=count, offset=aligned(length) + offset
+            memory, dtype=getattr(torch, dtype), count=count, offset=_aligned(length) + offset
         ).view(shape)
         return flat.clone() if flat.nbytes <= copy else flat
 
@@ -173,6 +158,6 @@ def _tensor_at(*_: Any) -> Tensor:
     raise pickle.UnpicklingError("a block must be read where its memory is")
 
 
-def aligned(size: int) -> int:
+def _aligned(size: int) -> int:
     """Return the bytes that so many take, as the next tensor begins on a cache line."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT
