@@ -165,7 +165,7 @@ class Bernoulli(Stragglers):
 
     Args:
         p: the probability, in [0, 1].
-        latency: of those that are late, in seconds, at least 0; by default they never answer.
+        latency: the latency of a late worker, in seconds, at least 0. Defaults to infinity.
         seed: seeds the law's own generator. Defaults to None, a new seed.
 
     Example:

@@ -178,7 +178,7 @@ class Request(abc.ABC):
 
     @abc.abstractmethod
     def drop(self, parts: Iterable[Part]) -> None:
-        """Drop parts: those that have not begun never will. The others go on, and reply."""
+        """Drop parts. Parts that have begun go on, and reply; the others never begin."""
 
     @abc.abstractmethod
     def now(self) -> float:

@@ -310,7 +310,7 @@ def _views(module: nn.Module) -> dict[int, Tensor]:
     """Return views of the module's leaves on accelerators, by id, if gradients are recorded.
 
     Gradients of a leaf are added up on the stream on which it was first used. A view that is made
-    here makes this the caller's stream: replicas would use the leaf on theirs.
+    here makes this the caller's stream: replicas use other streams.
     """
     if not torch.is_grad_enabled():
         return {}

@@ -123,7 +123,7 @@ class FaultyWorkers(Workers):
         seed: an integer, modulo 2^64.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
-        attack: what the workers in ``adversaries`` do to their results, which stay well formed and
+        attack: a change of the results of ``adversaries``, which stay well formed and
             finite; drawn from (seed, request, worker). "noise" and "offset" (the same for all) add
             ``strength`` standard deviations of the result; "scale" multiplies by 1 + strength / 2;
             "sign_flip"; "constant": the mean row; "permute": rows; "swap": the two largest outputs;

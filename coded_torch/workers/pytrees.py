@@ -70,7 +70,7 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
 
 
 def kind(leaf: Any) -> tuple[Any, ...]:
-    """Return what all workers must return alike: a constant itself, else the type."""
+    """Return the key that all workers must agree on: a constant itself, else the type."""
     if isinstance(leaf, Tensor):
         return Tensor, leaf.dtype
     return (type(leaf), leaf) if isinstance(leaf, CONSTANTS) else (type(leaf),)
@@ -92,7 +92,7 @@ def leaf_name(root: str, tree: Any, index: int) -> str:
 def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | None = None) -> None:
     """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
     if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
-        rows = "a batch dimension" if size is None else f"size {size}, that of the batch,"
+        rows = "a batch dimension" if size is None else f"size {size}, the batch size,"
         raise ValueError(
             f"CodedWrapper: {leaf_name('output', output, index)} must have {rows} at dim {dim}, "
             f"got shape {tuple(leaf.shape)}"

@@ -50,7 +50,7 @@ def test_all_results_rejected():
         ),
         (
             lambda v: v | {"y": torch.cat([v["y"], v["y"]])},
-            r"^returned what cannot be decoded: output\['y'\] must have size 1, that of the batch, "
+            r"^returned what cannot be decoded: output\['y'\] must have size 1, the batch size, "
             r"at dim 0, got shape \(2, 1\)$",
         ),
         (lambda v: v | {"kind": "bad"}, "bad.*most.*good"),
@@ -230,7 +230,7 @@ def test_outputs_that_cannot_be_decoded(output, error, match, devices):
     workers = None if devices is None else DeviceWorkers(devices)
     coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=workers)
     if devices is not None and error is ValueError:
-        match = "output must have size 2, that of the batch, at dim 0"
+        match = "output must have size 2, the batch size, at dim 0"
     with coded.workers, pytest.raises(error, match=match):
         coded(rand(4, 3))
 

@@ -116,7 +116,7 @@ def set_up(threads: int, seed: int) -> None:
 
 
 class LoadedModules:
-    """The modules that a worker was sent, or the errors of those that cannot be used.
+    """The modules that a worker was sent, or the errors of unusable ones.
 
     Args:
         device: the device that computes.

@@ -99,8 +99,8 @@ class Connection:
         self._free: list[tuple[int, Block]] = []  # to write into
         self._lent: dict[int, Block] = {}  # written, and read by the other side
         self._known: dict[int, Block] = {}  # the other side's
-        self._kept: set[int] = set()  # of these, those that are being read
-        self._done: deque[int] = deque()  # and those that are read
+        self._kept: set[int] = set()  # indices of blocks that are being read
+        self._done: deque[int] = deque()  # indices of blocks that were read
 
     def fileno(self) -> int:
         """The descriptor to wait for."""

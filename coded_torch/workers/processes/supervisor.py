@@ -44,7 +44,7 @@ class WatchedWorker(Worker):
         self.since = 0.0  # when it began to start, or its job, or had loaded the job's module
         self.loading = False  # whether it has still to load the module of its job
         self.unwanted = False  # whether it is to be replaced
-        self.modules: frozenset[int] = frozenset()  # the numbers of those that it holds
+        self.modules: frozenset[int] = frozenset()  # the numbers of its modules
 
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
@@ -73,7 +73,7 @@ class WatchedWorker(Worker):
         return self.unwanted or (self.job is not None and self.job.request.abandoned)
 
     def _limit(self, grace: float) -> tuple[float, str]:
-        """Return the seconds that it has for what it does, and what that is."""
+        """Return the seconds that it has for its present task, and the name of the task."""
         if self.ready and not self.loading:
             return grace, "at one job"
         return max(START_SECONDS, grace), "loading a module" if self.ready else "starting"
@@ -227,7 +227,7 @@ class Supervisor(Dispatcher):
     # The thread calls these methods.
 
     def tend(self) -> None:
-        """End the workers that are overdue, and start those that are missing."""
+        """End overdue workers, and start missing ones."""
         now = self._clock()
         with self._changed:
             overdue = [worker for worker in self._workers if worker.due(self.grace) <= now]
