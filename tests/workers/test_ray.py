@@ -59,6 +59,10 @@ class TestRayWorkers(WorkersTests):
     def pool(self, pool):  # actors take seconds to start
         return pool
 
+    def test_a_pool_may_be_copied_and_pickled(self, cluster):
+        with self.make() as pool:
+            super().test_a_pool_may_be_copied_and_pickled(pool)
+
 
 def answers(pool, module, values):
     with torch.no_grad():
