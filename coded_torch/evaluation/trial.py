@@ -62,7 +62,7 @@ class Trial:
         module: the module.
         args: the positional arguments of the call.
         received: the received sets that will be tried.
-        in_dims, out_dims: as for :class:`~coded_torch.nn.CodedWrapper`.
+        in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
         max_batch_size: the number of rows that the module is given at most. Defaults to None.
 
     Attributes:

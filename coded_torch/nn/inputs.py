@@ -24,7 +24,7 @@ class Inputs:
 
     Args:
         args, kwargs: the arguments.
-        in_dims: of the positional ones, see :class:`~coded_torch.nn.CodedWrapper`.
+        in_dims: of the positional ones, see :class:`~coded_torch.CodedWrapper`.
         mixing: the code if it mixes inputs; then all divided leaves must be floating-point and
             finite. Defaults to None.
 

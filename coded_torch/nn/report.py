@@ -34,7 +34,7 @@ logger = sparing_logger("coded_torch.nn")
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """How one call of a :class:`~coded_torch.nn.CodedWrapper` went; if it raised, how far it came.
+    """How one call of a :class:`~coded_torch.CodedWrapper` went; if it raised, how far it came.
 
     A worker is named by its place in the pool, ``0 .. num_machines - 1``. On
     :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.

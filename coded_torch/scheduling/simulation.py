@@ -1,7 +1,7 @@
 r"""Waiting policies on machines that exist only as queues: thousands of open calls on one clock.
 
 The same generator of decisions that a wrapper drives over real workers,
-:meth:`coded_torch.nn.Waiting.decide`, is driven here over machines that follow :class:`Conditions`.
+:meth:`coded_torch.Waiting.decide`, is driven here over machines that follow :class:`Conditions`.
 Time is counted in medians of a part of the first ask, where nothing goes wrong.
 """
 
@@ -28,7 +28,7 @@ __all__ = ["Conditions", "Outcome", "Policy", "simulate"]
 
 
 class Policy(Protocol):
-    """Anything that decides as :class:`~coded_torch.nn.Waiting` does."""
+    """Anything that decides as :class:`~coded_torch.Waiting` does."""
 
     def decide(
         self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
@@ -77,7 +77,7 @@ def simulate(
     bursts.
 
     Args:
-        policy: a :class:`~coded_torch.nn.Waiting`, or what decides like one. Of one that asks all N
+        policy: a :class:`~coded_torch.Waiting`, or what decides like one. Of one that asks all N
             at once, column n holds the share ``n mod K`` of the inputs.
         conditions: what parts take, and what goes wrong.
         num_machines: at least 1.
@@ -96,10 +96,10 @@ def simulate(
         Some ten microseconds a part.
 
     Example:
-        >>> from coded_torch.nn import Waiting
+        >>> from coded_torch import Waiting
         >>> from coded_torch.scheduling.simulation import Conditions, simulate
         >>> straggling = Conditions(straggling=0.03)
-        >>> for waiting in Waiting(), Waiting(patience=float("inf"), extra=0):
+        >>> for waiting in Waiting(), Waiting(predict_after=float("inf"), hedge_budget=0):
         ...     outcome = simulate(waiting, straggling, num_machines=6, num_parts=4)
         ...     print(f"{outcome.percentile(99):.1f}")
         3.7
