@@ -15,7 +15,7 @@ LAYERS = (
     {"cli"},
     {"serve"},
     {"evaluation", "demo"},
-    {"nn", "scheduling"},
+    {"nn", "scheduling", "verification"},
     {"surrogates"},
     {"workers", "codes"},
     {"functional"},

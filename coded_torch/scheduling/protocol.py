@@ -12,9 +12,10 @@ __all__ += ["Settled", "Wait"]
 
 
 class Ask(NamedTuple):
-    """Have parts computed, each a tuple of units."""
+    """Have parts computed, each a tuple of units, but not by workers that they ``avoid``."""
 
     parts: tuple[tuple[int, ...], ...]
+    avoid: tuple[frozenset[int], ...] = ()
 
 
 class Drop(NamedTuple):

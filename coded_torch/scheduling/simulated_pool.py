@@ -197,7 +197,7 @@ class Machines:
         self.now = 0.0
         self.events: list[tuple[float, int, int, Any]] = []
         self.order = itertools.count()
-        self.queue: deque[tuple[OpenCall, int]] = deque()
+        self.queue: deque[tuple[OpenCall, int, frozenset[int]]] = deque()
         self.idle = deque(range(faults.machines))
         self.running: list[tuple[OpenCall, int, float, bool] | None] = [None] * faults.machines
         self.ends = [0.0] * faults.machines
@@ -220,8 +220,9 @@ class Machines:
             decision = policy.send(event)
             while type(decision) is not Wait:
                 if type(decision) is Ask:
-                    for units in decision.parts:
-                        self.queue.append((call, len(call.parts)))
+                    avoid = decision.avoid or (frozenset[int](),) * len(decision.parts)
+                    for units, some in zip(decision.parts, avoid, strict=True):
+                        self.queue.append((call, len(call.parts), some))
                         call.parts.append(units)
                 elif type(decision) is Drop:
                     call.dropped.update(decision.parts)
@@ -251,11 +252,21 @@ class Machines:
 
     def dispatch(self) -> None:
         """Let idle machines take what is wanted."""
+        passed = []
         while self.idle and self.queue:
-            call, part = self.queue.popleft()
+            call, part, avoid = entry = self.queue.popleft()
             if call.policy is None or part in call.dropped:
                 continue
-            self.begin(self.idle.popleft(), call, part)
+            machine = next((machine for machine in self.idle if machine not in avoid), None)
+            if machine is None:
+                if len(avoid) < len(self.ends):
+                    passed.append(entry)
+                else:  # no machine is left, as a pool would say
+                    self.step(call, Settled(part, self.now, math.inf, False))
+                continue
+            self.idle.remove(machine)
+            self.begin(machine, call, part)
+        self.queue.extendleft(reversed(passed))
 
     def begin(self, machine: int, call: OpenCall, part: int) -> None:
         conditions, faults, now = self.conditions, self.faults, self.now

@@ -1,0 +1,172 @@
+"""What is known of workers after many calls, and which rows are checked in any case."""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["LEARNABLE", "Drawn", "Strikes", "draw"]
+
+# A worker that is new, restarted or struck is checked so many times as often as others, until so
+# many rows were clean. More finds faults sooner and costs work at the start; not tuned further.
+_OFTEN, _PROBATION = 10, 30
+_HALVING = 2_000  # calls after which strikes count half, so that rare accidents do not add up
+#: The largest tolerance that is learnt, in spreads of the outputs. Half precision differs by up to
+#: .01; results that are off by .06 begin to change classes (benchmarks/verification.py).
+LEARNABLE = 0.03
+_UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
+
+
+class Strikes:
+    """The strikes of the workers of one pool, and what is known of the module. Thread-safe.
+
+    Args:
+        num_workers: M.
+        share: of the rows that are checked.
+        generator: draws the rows. Defaults to the secret one of the operating system.
+
+    Attributes:
+        excluded: the workers that get no parts until they are restarted.
+        tolerance: results of a row that differ by no more agree, in spreads of the outputs.
+        whole: whether results depend on the rows beside them, so only whole parts are compared.
+        stopped: why nothing is verified any more, or "".
+    """
+
+    def __init__(
+        self, num_workers: int, share: float, generator: random.Random | None = None
+    ) -> None:
+        self.num_workers, self.share = num_workers, share
+        self.random = generator or secrets.SystemRandom()
+        self.excluded: set[int] = set()
+        self.tolerance, self.whole, self.stopped = 0.0, False, ""
+        self._strikes: dict[int, int] = {}
+        self._clean: Counter[int] = Counter()
+        self._calls = self._undecided = 0
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies begin anew
+        return type(self), (self.num_workers, self.share)
+
+    @property
+    def workers(self) -> set[int]:
+        """The workers that are not excluded."""
+        return set(range(self.num_workers)) - self.excluded
+
+    @property
+    def jury(self) -> int:
+        """The votes that decide. With two of five, a colluding pair would convict others."""
+        return 3 if len(self.workers) >= 5 else 2
+
+    @property
+    def often(self) -> float:
+        """The share of rows that are checked of workers on probation."""
+        return min(1.0, _OFTEN * self.share)
+
+    def fresh(self, worker: int) -> bool:
+        """Return whether a worker is on probation."""
+        return self._clean[worker] < _PROBATION
+
+    def sample(self, rows: Sequence[int], share: float) -> list[int]:
+        """Draw a share of rows, on average."""
+        many = share * len(rows)
+        some = int(many) + (self.random.random() < many % 1)
+        return self.random.sample(rows, min(some, len(rows)))
+
+    def count_call(self) -> None:
+        with self._lock:
+            self._calls += 1
+            if self._calls % _HALVING == 0:
+                self._strikes = {w: n // 2 for w, n in self._strikes.items() if n > 1}
+                self._undecided //= 2
+
+    def passed(self, worker: int) -> None:
+        """Note that another worker got the same result for a row."""
+        with self._lock:
+            self._clean[worker] += 1
+
+    def renew(self, workers: Collection[int]) -> None:
+        """Put workers that were restarted on probation."""
+        with self._lock:
+            for worker in workers:
+                self._clean[worker] = 0
+                self._strikes.pop(worker, None)
+                self.excluded.discard(worker)
+
+    def strike(self, worker: int) -> bool:
+        """Count a wrong result, and return whether its worker is excluded from now on.
+
+        A random module gives strikes to all workers alike. So it takes many more than the others
+        have: by chance an honest worker is out in one of 10,000 modules' lives.
+        """
+        with self._lock:
+            own = self._strikes[worker] = self._strikes.get(worker, 0) + 1
+            self._clean[worker] = 0
+            others = sum(self._strikes.values()) - own
+            if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
+                self.excluded.add(worker)
+                del self._strikes[worker]
+                return True
+            most = max(self._strikes.values())
+            if len(self._strikes) >= 3 and most <= 2 * (own + others - most):
+                self.stopped = "results of several workers differ when they are asked again"
+            return False
+
+    def learn(self, difference: float, most: float = LEARNABLE / 2) -> str:
+        """Take a difference between honest results for rounding, if it is small; return a note."""
+        with self._lock:
+            if difference <= most:
+                self.tolerance = max(self.tolerance, 2 * difference)
+                return f"honest results differ by {difference:.1e} of the outputs' spread"
+            self.whole = True
+            return f"results depend on the rows beside them, by {difference:.1e} of their spread"
+
+    def undecided(self, count: int = 1) -> None:
+        """Count a trial that showed nothing."""
+        with self._lock:
+            self._undecided += count
+            if self._undecided >= _UNDECIDED:
+                self.stopped = "the module does not repeat its results"
+
+
+class Drawn(NamedTuple):
+    """The parts to ask for first, with their check rows; the rows to check; their share."""
+
+    parts: tuple[tuple[int, ...], ...]
+    rows: frozenset[int] = frozenset()
+    rate: float = 0.0
+
+
+def draw(parts: Sequence[Sequence[int]], strikes: Strikes, idle: int = 0) -> Drawn:
+    """Draw rows and hide each in the part of another worker, so that no further round is needed.
+
+    Who gets which part is not known yet, so more rows are drawn only if all workers are on
+    probation.
+
+    Args:
+        parts: rows, each in one part.
+        strikes: of the pool.
+        idle: how many workers would begin a part at once.
+    """
+    plain = tuple(map(tuple, parts))
+    if strikes.stopped or len(strikes.workers) < 2:
+        return Drawn(plain)
+    if strikes.whole:  # parts are asked for twice
+        twice = tuple(part for part in plain if strikes.random.random() < strikes.share)
+        return Drawn((*plain, *twice), frozenset().union(*twice), strikes.share)
+    rate = strikes.often if all(map(strikes.fresh, strikes.workers)) else strikes.share
+    chosen = [strikes.sample(part, rate) for part in plain]
+    rows = frozenset().union(*chosen)
+    if rows and idle > len(plain) and max(map(len, plain)) == 1:
+        # In a part of one row a check would take as long again, and others are idle.
+        return Drawn((*plain, tuple(sorted(rows))), rows, rate)
+    hidden = [set(part) for part in plain]
+    for i, some in enumerate(chosen if len(plain) > 1 else ()):
+        for row in some:
+            j = strikes.random.randrange(len(plain) - 1)
+            hidden[j + (j >= i)].add(row)
+    return Drawn(tuple(tuple(sorted(part)) for part in hidden), rows, rate)

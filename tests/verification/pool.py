@@ -1,0 +1,91 @@
+"""Workers that compute at once, and numbers as results."""
+
+import math
+import random
+from collections import deque
+
+from coded_torch.scheduling.protocol import Ask, Settled, Wait
+from coded_torch.verification import Strikes, Trials, draw
+
+
+class Numbers:
+    """The results of a call: one number a row; odd rows are named by the test."""
+
+    tolerance = 1e-3
+
+    def __init__(self, odd=(), scores=None):
+        self.by_part = {}
+        self._odd, self._scores = odd, scores or {}
+
+    def differences(self, part, other):
+        mine, its = self.by_part[part], self.by_part[other]
+        by = {row: abs(mine[row] - its[row]) for row in mine if row in its}
+        return {row: math.inf if math.isnan(x) else x for row, x in by.items()}
+
+    def odd(self, answers):
+        return [row for row in self._odd if row in answers]
+
+    def scores(self, answers):
+        return self._scores
+
+
+class Pool:
+    """M workers; ``returned(worker, row, asked)`` is what one returns for a row.
+
+    Args:
+        asked: how often the worker was asked for parts in this call before.
+    """
+
+    def __init__(self, num_workers, share=0.02, seed=0, proven=True):
+        self.random = random.Random(seed)
+        self.strikes = Strikes(num_workers, share, random.Random(seed + 1))
+        if proven:
+            self.prove()
+
+    def prove(self):
+        for worker in range(self.strikes.num_workers):
+            for _ in range(30):
+                self.strikes.passed(worker)
+
+    def call(self, size, returned, odd=(), scores=None, lost=lambda worker, part: False, **options):
+        """The verdict on a call, the answers by row, the work, and the worker of each row."""
+        self.strikes.count_call()
+        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
+        count = min(len(order), size)
+        parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
+        drawn = draw(parts, self.strikes, idle=len(order))
+        numbers, times = Numbers(odd, scores), dict.fromkeys(order, 0)
+
+        def compute(part, rows, worker):
+            numbers.by_part[part] = {row: returned(worker, row, times[worker]) for row in rows}
+            times[worker] += 1
+
+        replies = [(part, order[part % len(order)]) for part in range(len(drawn.parts))]
+        for part, worker in replies:
+            compute(part, drawn.parts[part], worker)
+        self.random.shuffle(replies)
+        trials = Trials(self.strikes, numbers, drawn.parts, replies, drawn, **options)
+        policy, events, event = trials.decisions(), deque(), None
+        while True:
+            try:
+                decision = policy.send(event)
+            except StopIteration as stop:
+                verdict = stop.value
+                break
+            event = None
+            if isinstance(decision, Ask):
+                first = len(trials.asked) - len(decision.parts)
+                for part, (rows, avoid) in enumerate(zip(*decision, strict=True), first):
+                    able = sorted(self.strikes.workers - avoid)
+                    worker = self.random.choice(able) if able else -1
+                    if able and lost(worker, part):
+                        continue
+                    if able:
+                        compute(part, rows, worker)
+                    events.append(Settled(part, 0.0, 0.0, bool(able), machine=worker))
+            elif isinstance(decision, Wait) and events:
+                event = events.popleft()
+        answers = {row: numbers.by_part[part][row] for row, part in verdict.answers.items()}
+        self.work = sum(map(len, trials.asked)) / size
+        self.trials = trials
+        return verdict, answers
