@@ -99,7 +99,7 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         known.observe([rand(17, 4, seed=i)], [torch.full((17, 1), float(i))])
         known.rebuild()
         assert len(known) <= 100
-    kept = sum(len(outputs) for _, outputs in known._rows)
+    kept = sum(len(outputs) for _, outputs, _ in known._rows)
     assert kept == len(known) == 100
     (old,) = known.predict([rand(17, 4, seed=0)])
     (new,) = known.predict([rand(17, 4, seed=29)])
@@ -118,7 +118,7 @@ def test_coordinates_are_frozen():
     known = filled(1100)
     space = known._space
     assert space is not None
-    assert all(seen.shape[1] <= 96 for seen, _ in known._rows)
+    assert all(seen.shape[1] <= 96 for seen, *_ in known._rows)
     known.observe([rand(300, 4, seed=5)], [f(rand(300, 4, seed=5))])
     known.rebuild()
     assert known._space is space
@@ -308,7 +308,7 @@ def test_after_the_data_have_changed_it_is_not_believed():
     known = filled(1000, outputs=lambda x: -3 * f(x.flip(1)))
     coded, alone = wrap(known), wrap(())
     batches = [rand(64, 4, seed=100 + i) for i in range(12)]
-    known.observe = lambda *args: None
+    known.observe = lambda *args, **kwargs: None
     assert mse(coded, batches) < 1.02 * mse(alone, batches)
 
 

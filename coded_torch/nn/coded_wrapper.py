@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._arguments import count, instance
+from .._arguments import count, instance, real
 from .._transforms import on_host
 from .._weights import unchanged
 from ..codes.base import Code
@@ -27,6 +27,7 @@ from .module_proxy import ModuleProxy
 from .predict_missing import Surrogates, answer, answer_alone, checked_surrogates
 from .report import Report
 from .result_checks import Results, Stacked
+from .verify import Check, Verifier
 
 __all__ = ["CodedWrapper"]
 
@@ -35,7 +36,7 @@ _BLIND = (
     "the mean of the others; give a callable, such as predictor=Regression(metric=features), that "
     "makes features such as pooled embeddings, or give the wrapper a surrogate"
 )
-_CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate")
+_CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
 
 
 class CodedWrapper(ModuleProxy):
@@ -88,6 +89,9 @@ class CodedWrapper(ModuleProxy):
             is missing, their residuals are predicted; a surrogate that does not help gets weight 0.
             They run in this process, where the batch is, without gradients. Defaults to none;
             refused with codes that mix inputs.
+        verify: the share of rows, such as 0.02, that a second worker computes, to find workers that
+            return wrong results: these are corrected, and such workers excluded. By rows, on pools
+            of at least three workers; with two, disputes are only reported. Defaults to None, none.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for a value that is meant for the whole batch; or
             a pytree prefix of such. A tensor that is given as None and has the batch size along
@@ -153,6 +157,7 @@ class CodedWrapper(ModuleProxy):
         parts: int | None = None,
         predictor: Regression | None = None,
         surrogate: Any = (),
+        verify: float | None = None,
         in_dims: Any = 0,
         out_dims: Any = 0,
     ) -> None:
@@ -164,12 +169,14 @@ class CodedWrapper(ModuleProxy):
             workers = LocalWorkers()
         self.code, self.workers, self.waiting = code, workers, waiting
         self.parts, self.predictor, self.surrogate = parts, predictor, surrogate
+        self.verify = verify
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
         self._dealer = random.Random(0)
         self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
         self._check()
         self._is_made = True
+        self._verifier = Verifier(self.workers, verify) if verify else None
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Answer, or raise, as a call does, and return the report of this very call, too.
@@ -278,7 +285,9 @@ class CodedWrapper(ModuleProxy):
                 report,
                 since=since,
                 reserve=reserve,
+                check=Check(self._verifier, inputs) if self._verifier is not None else None,
             )
+            surrogates.owners = executed.owners
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, executed)
             stacked = results.stack() if results.good else self._form
@@ -319,6 +328,8 @@ class CodedWrapper(ModuleProxy):
                 raise
         if name in ("workers", "module"):
             self._history = History()  # of this module on this pool
+        if name in ("workers", "module", "verify") and "_is_made" in vars(self):
+            self._verifier = Verifier(self.workers, self.verify) if self.verify else None
 
     def _check(self) -> None:
         """Raise a TypeError or a ValueError unless the settings fit each other."""
@@ -350,7 +361,22 @@ class CodedWrapper(ModuleProxy):
                     "CodedWrapper: surrogate must be left out with a code that mixes inputs, as "
                     f"the surrogate alone has less error, got one with {code}"
                 )
+        if self.verify is not None:
+            self._check_verify(self.verify)
         self._check_waiting(self.waiting)
+
+    def _check_verify(self, share: float) -> None:
+        real(self, "verify", share, "between 0 and 1", lambda x: 0 <= x <= 1)
+        if share and self.code is not None:
+            raise ValueError(
+                "CodedWrapper: verify must be None with a code, as only rows can be verified, got "
+                f"{share}"
+            )
+        if share and (self.workers.num_workers or 0) < 2:
+            raise ValueError(
+                "CodedWrapper: verify must be None on a pool without two workers that can be told "
+                f"apart, got {share} with {self.workers}"
+            )
 
     def _check_waiting(self, waiting: Waiting | None) -> None:
         instance(self, "waiting", waiting, Waiting, optional=True)

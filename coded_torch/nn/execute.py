@@ -7,10 +7,10 @@ import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._logging import sparing_logger
 from ..scheduling.latency_history import History
@@ -31,10 +31,12 @@ from ..workers import base as workers
 from .division import Division
 from .report import Report
 from .result_checks import Results
+from .verify import Check
 
 __all__ = ["Executed", "execute", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
+_T = TypeVar("_T")
 
 
 class Executed(NamedTuple):
@@ -44,11 +46,14 @@ class Executed(NamedTuple):
         why: why there are no more results, in words.
         parts: all parts that were asked for.
         refused: the numbers of the parts that the module itself fails on.
+        owners: int64 ``[B]``, by row the worker that computed the answer; -1 if it is in doubt.
+            None if nothing was verified.
     """
 
     why: str
     parts: list[workers.Part]
     refused: tuple[int, ...]
+    owners: Tensor | None = None
 
 
 def execute(
@@ -62,8 +67,9 @@ def execute(
     *,
     since: float,
     reserve: float,
+    check: Check | None = None,
 ) -> Executed:
-    """Ask and wait until the policy ends the call.
+    """Ask and wait until the policy ends the call, and verify the results.
 
     Args:
         pool: computes the parts.
@@ -75,23 +81,27 @@ def execute(
         report: of the call.
         since: when the call began, by :func:`time.perf_counter`.
         reserve: seconds before the deadline that predicting takes.
+        check: verifies the results; None if they are not.
     """
     with pool.open(module, division.task) as request:
+        # Nothing takes time on a simulated clock but what is simulated.
+        began = 0.0 if pool.simulated else request.now() + since - time.perf_counter()
         policy = waiting.decide(
             history,
-            division.first,
+            division.first if check is None else check.first(division.first, request.idle),
             needed=division.needed,
             least=division.least,
             unit_rows=division.task.unit_rows,
             spare=division.spare,
-            # Nothing takes time on a simulated clock but what is simulated.
-            since=0.0 if pool.simulated else request.now() + since - time.perf_counter(),
+            since=began,
             idle=lambda: request.idle,
             reserve=reserve,
         )
-        execution = _Execution(request, division, results, report)
+        execution = _Execution(request, division, results, report, check)
         try:
             ended = execution.follow(policy)
+            if check is not None:
+                execution.verify(check, ended, began, waiting)
             why = request.status()
         finally:
             execution.note()
@@ -101,7 +111,7 @@ def execute(
         what = "no more" if results.units else "nothing"
         late = f"{what} arrived within the deadline of {ended.deadline:g} s"
         why = f"{late}; {why}" if why else late
-    return Executed(why, execution.parts, ended.refused)
+    return Executed(why, execution.parts, ended.refused, execution.owners)
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, since: float) -> float:
@@ -115,25 +125,32 @@ class _Execution:
     """One request while its call goes on."""
 
     def __init__(
-        self, request: workers.Request, division: Division, results: Results, report: Report
+        self,
+        request: workers.Request,
+        division: Division,
+        results: Results,
+        report: Report,
+        check: Check | None,
     ) -> None:
         self._request, self._division = request, division
         self._results, self._report = results, report
+        self._check, self._checking = check, False
         self.parts: list[workers.Part] = []
+        self.owners: Tensor | None = None
         self._events: deque[Event] = deque()
         self._began: set[int] = set()  # workers
         self._begun_units = 0
         self._fresh: set[int] = set()  # numbers of parts whose worker has to load the module
         self._replies: dict[int, workers.Reply] = {}  # by the number of the part
 
-    def follow(self, policy: Generator[Decision, Event, Ended]) -> Ended:
-        """Do what the policy decides, and let it hear what comes of it, until it ends the call."""
+    def follow(self, policy: Generator[Decision, Event, _T]) -> _T:
+        """Do what a policy decides, and let it hear what comes of it, until it ends."""
         event: Event = None
         while True:
             try:
                 decision = policy.send(event)
             except StopIteration as stop:
-                ended: Ended = stop.value
+                ended: _T = stop.value
                 return ended
             event = None
             if isinstance(decision, Wait):
@@ -142,14 +159,45 @@ class _Execution:
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
                 first = len(self.parts)
-                parts = [workers.Part(first + i, tuple(p)) for i, p in enumerate(decision.parts)]
-                self.parts += parts
-                self._request.ask(parts)
+                self.parts += [
+                    workers.Part(first + i, tuple(units), avoid=avoid)
+                    for i, (units, avoid) in enumerate(self._avoiding(decision))
+                ]
+                self._request.ask(self.parts[first:])
+                if self._check is not None and not first:
+                    self._check.prepare()
             elif isinstance(decision, Drop):
                 self._request.drop([self.parts[number] for number in decision.parts])
             elif isinstance(decision, Prepare):
                 with self._report.timed("decode"):  # now, while the call would wait anyway
                     self._division.plan()
+
+    def _avoiding(self, ask: Ask) -> Iterable[tuple[Sequence[int], frozenset[int]]]:
+        """Return the units of each part, and the workers that must not compute them."""
+        out = self._check.avoid if self._check is not None else frozenset()
+        avoid = [out | some for some in ask.avoid] or [out] * len(ask.parts)
+        return zip(ask.parts, avoid, strict=True)
+
+    def verify(self, check: Check, ended: Ended, began: float, waiting: Waiting) -> None:
+        """Have results verified while there is time, and let those that hold be the answers."""
+        until = began + ended.deadline if ended.reason in ("complete", "failed") else -math.inf
+        soon = began + ended.hedging_threshold
+        bounded = waiting.deadline is not None or ended.reason == "error"
+        self._events.clear()  # the results are there
+        self._checking = True
+        fresh = {self._replies[n].machine for n in self._fresh if n in self._replies}
+        verdict = self.follow(
+            check.decisions(
+                [part.units for part in self.parts],
+                self._results.good,
+                fresh,
+                soon=soon if soon < math.inf else -math.inf,
+                until=until,
+                end=until if bounded else math.inf,
+            )
+        )
+        self._results.choose(verdict.answers)
+        self.owners = check.conclude(verdict, self._report)
 
     def _listen(self, wait: Wait) -> None:
         """Wait for something that the policy hears of, and judge together what arrives together.
@@ -190,6 +238,9 @@ class _Execution:
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good
             for part, good in settled:
+                if good and self._checking and self._check is not None:
+                    result = next(r for r in reversed(self._results.good) if r.part is part)
+                    self._check.add(result)
                 of = self._replies[part.number]
                 failure = Failure() if good or of is not reply else _failure(reply)
                 self._events.append(

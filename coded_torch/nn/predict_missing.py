@@ -81,6 +81,8 @@ class Surrogates:
         self.each = surrogates
         self.link = link
         self._inputs, self._report = inputs, report
+        #: int64 [B], by row the worker of its result, -1 if it is in doubt; None: nothing is known.
+        self.owners: Tensor | None = None
         # Since before results are computed: they are not remembered if the module changes then.
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
@@ -163,6 +165,8 @@ class Surrogates:
             answers: the floating-point ones, ``[B, ...]`` each.
             exact: bool ``[B]``, which rows are exact, and of finite inputs.
         """
+        if self.owners is not None:
+            exact = exact & (self.owners >= 0)
         if not self._memories or not bool(exact.any()):
             return
         everything = bool(exact.all())
@@ -174,8 +178,11 @@ class Surrogates:
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]
             outputs = [_to_scale(rows(leaf), self.link) for leaf in answers]
+            owners = None if self.owners is None else self.owners[exact]
             for memory, generation in self._memories:
-                memory.observe(inputs, outputs, generation)
+                for worker in self._report.excluded:
+                    memory.forget(worker)
+                memory.observe(inputs, outputs, generation, workers=owners)
 
 
 class _Output(NamedTuple):

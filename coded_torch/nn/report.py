@@ -18,6 +18,7 @@ from ..workers.base import WorkerError
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
+    from ..verification import Verdict
     from .result_checks import Results
 
 __all__ = ["Report"]
@@ -72,6 +73,14 @@ class Report:
         errors: by missing row, what went wrong with the last part that held it, if anything did.
         refused: the rows on which the module itself fails: it raised alike on two workers, or ended
             its workers when the row was alone.
+        verified: bool ``[B]``, on the host: the rows that two workers computed alike. None without
+            ``verify``.
+        unverified: bool ``[B]``, on the host: the rows whose check did not come in time, or could
+            not be decided. None without ``verify``.
+        disputes: how often the results of two workers differed.
+        corrected: the rows whose first result was wrong, and was replaced.
+        strikes: by worker, how many wrong results it was found to return.
+        excluded: the workers that get no more parts until they are restarted.
         notes: what else the caller should know.
         encode_seconds: from the call to the first ask: checking, ordering, planning and encoding.
         compute_seconds: of waiting for the workers and checking their results.
@@ -98,6 +107,12 @@ class Report:
     missing_rows: tuple[int, ...] = ()
     errors: dict[int, WorkerError] = dataclasses.field(default_factory=dict, repr=False)
     refused: tuple[int, ...] = ()
+    verified: Tensor | None = dataclasses.field(default=None, repr=False)
+    unverified: Tensor | None = dataclasses.field(default=None, repr=False)
+    disputes: int = 0
+    corrected: tuple[int, ...] = ()
+    strikes: dict[int, int] = dataclasses.field(default_factory=dict)
+    excluded: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     encode_seconds: float = 0.0
     compute_seconds: float = 0.0
@@ -134,6 +149,17 @@ class Report:
         for name in ("hedging_threshold", "median", "deadline", "decodable"):
             seconds = getattr(ended, name)
             setattr(self, name, None if seconds == math.inf else seconds)
+
+    def note_verdict(self, verdict: Verdict, size: int) -> None:
+        """Note what verification found."""
+        for name in ("verified", "unverified"):
+            rows = torch.zeros(size, dtype=torch.bool)
+            rows[sorted(getattr(verdict, name))] = True
+            setattr(self, name, rows)
+        self.corrected = tuple(sorted(verdict.corrected))
+        self.disputes, self.strikes = verdict.disputes, verdict.strikes
+        self.excluded = verdict.excluded
+        self.notes += verdict.notes
 
     def note_exact(self, size: int) -> None:
         """Note that all answers are the module's own."""

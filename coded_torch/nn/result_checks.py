@@ -3,7 +3,7 @@ r"""Which replies are good results, judged by their form, and the good ones side
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,6 +175,7 @@ class Results:
         self._num_replies = 0
         self._last: Result | None = None  # that can be decoded, in any group
         self.units: set[int] = set()  # with a good result
+        self._chosen: Mapping[int, int] | None = None
 
     def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, bool]]]:
         """Judge replies that arrived together.
@@ -262,6 +263,10 @@ class Results:
                 errors.append(_error(result, why))
         return sorted(errors, key=lambda error: error.part)
 
+    def choose(self, parts: Mapping[int, int]) -> None:
+        """Let the results of these parts, by unit, be the answers, and no others."""
+        self._chosen, self.units = parts, set(parts)
+
     def of_first(self, num_parts: int) -> list[int]:
         """Return the numbers of the parts with a good result, of those asked for first."""
         return [r.part.number for r in self.good if r.part.number < num_parts]
@@ -276,12 +281,16 @@ class Results:
         return cause
 
     def stack(self) -> Stacked:
-        """Stack the good results, of each unit the first that arrived; there must be one."""
+        """Stack the good results, of each unit the first that arrived, or the one that was chosen.
+
+        There must be one.
+        """
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
         answers: dict[int, Result] = {}
         for result in self.good:
             for unit in result.part.units:
-                answers.setdefault(unit, result)
+                if self._chosen is None or self._chosen.get(unit) == result.part.number:
+                    answers.setdefault(unit, result)
         units = tuple(sorted(answers))
         # Side by side in the order of their units, which leaves little or nothing to put in place.
         good = list(dict.fromkeys(answers[unit] for unit in units))

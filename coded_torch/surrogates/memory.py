@@ -107,7 +107,8 @@ class Memory:
         self._generation += 1
         self._form: Any = None
         self._space: _Space | None = None  # once it is frozen
-        self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
+        # Leaves or coordinates; outputs; workers.
+        self._rows: deque[tuple[Any, Tensor, Tensor]] = deque()
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
 
@@ -115,6 +116,16 @@ class Memory:
         """Forget everything."""
         with self._lock:
             self._forget()
+
+    def forget(self, worker: int) -> None:
+        """Forget what a worker computed, as far as :meth:`observe` was told of it."""
+        with self._lock:
+            rows = [_some(row, (row[2] != worker).nonzero().flatten()) for row in self._rows]
+            if (num_rows := sum(len(outputs) for _, outputs, _ in rows)) < self._num_rows:
+                self._rows = deque(row for row in rows if len(row[1]))
+                self._num_rows, self._num_fresh = num_rows, _FRESH
+                self._generation += 1  # a regression that is being made has its results, too
+                self._snapshot = None
 
     def __len__(self) -> int:
         """Return how many results are remembered."""
@@ -136,7 +147,11 @@ class Memory:
             return self._generation
 
     def observe(
-        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], generation: int | None = None
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+        generation: int | None = None,
+        workers: Tensor | None = None,
     ) -> None:
         """Remember results.
 
@@ -144,6 +159,7 @@ class Memory:
             inputs: ``[n, ...]`` each, floating-point, finite.
             outputs: ``[n, ...]`` each, of these inputs, floating-point, finite.
             generation: what :meth:`follow` returned before they were computed. Defaults to now.
+            workers: int64 ``[n]``, which worker computed each. Defaults to -1, nobody knows.
         """
         if not (inputs and outputs and len(outputs[0])):
             return
@@ -162,7 +178,8 @@ class Memory:
                     return
                 seen = self._space(seen)
             self._form = form
-            self._rows.append((seen, flat))
+            workers = torch.full((len(flat),), -1) if workers is None else workers
+            self._rows.append((seen, flat, workers))
             self._num_rows += len(flat)
             self._num_fresh += len(flat)
             self._trim(flat.shape[1])
@@ -202,13 +219,11 @@ class Memory:
     def _trim(self, num_outputs: int) -> None:
         most = max(1, min(self.capacity, _MOST_NUMBERS // (num_outputs + _RANK)))
         while (surplus := self._num_rows - most) > 0:
-            seen, outputs = self._rows.popleft()
-            if len(outputs) > surplus:
+            row = self._rows.popleft()
+            if len(row[1]) > surplus:
                 # A copy, or what is dropped would stay in memory.
-                rest = torch.arange(surplus, len(outputs))
-                kept = seen[rest] if isinstance(seen, Tensor) else [leaf.at(rest) for leaf in seen]
-                self._rows.appendleft((kept, outputs[rest]))
-            self._num_rows -= min(surplus, len(outputs))
+                self._rows.appendleft(_some(row, torch.arange(surplus, len(row[1]))))
+            self._num_rows -= min(surplus, len(row[1]))
 
     def _rebuild(self) -> None:
         """Make the regression again, if it is worth while and its turn; never wait."""
@@ -226,7 +241,7 @@ class Memory:
             self._process, self._making = os.getpid(), None
 
     def _start(self) -> None:
-        args = self._generation, self._form, self._space, list(self._rows)
+        args = self._generation, self._form, self._space, [row[:2] for row in self._rows]
         with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
             self._making = self._maker.submit(self._make, *args)
             self._num_fresh = 0
@@ -247,7 +262,7 @@ class Memory:
                 self._snapshot = snapshot
                 if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity):
                     self._space = found
-                    self._rows = deque((found(x), y) for x, y in self._rows)
+                    self._rows = deque((found(x), y, who) for x, y, who in self._rows)
         except Exception:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
         finally:
@@ -259,6 +274,13 @@ class Memory:
 
     def __repr__(self) -> str:
         return f"Memory(capacity={self.capacity})"
+
+
+def _some(row: tuple[Any, Tensor, Tensor], at: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """Return some results of a call."""
+    seen, outputs, workers = row
+    kept = seen[at] if isinstance(seen, Tensor) else [leaf.at(at) for leaf in seen]
+    return kept, outputs[at], workers[at]
 
 
 class _Space:

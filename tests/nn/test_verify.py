@@ -1,0 +1,296 @@
+"""Verification of a wrapper's calls: on workers that compute at once, and on processes."""
+
+import logging
+import math
+import pickle
+import random
+import time
+from collections import Counter, deque
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.surrogates import Memory
+from coded_torch.workers import FaultyWorkers, ProcessWorkers
+from coded_torch.workers.base import Began, Reply, Request, WorkerError, Workers
+
+ROWS = 48
+
+
+class AtOnce(Workers):
+    """M workers of this process that compute at once; any free one takes a part.
+
+    Args:
+        spoil: ``(worker, outputs, asked) -> outputs``, what a worker returns instead, and how often
+            it was asked for parts of the request before.
+    """
+
+    def __init__(self, num_workers, spoil=lambda worker, outputs, asked: outputs, seed=0):
+        self.num_workers, self.spoil = num_workers, spoil
+        self.random, self.out, self.seen = random.Random(seed), set(), set()
+        self.log = []
+
+    def open(self, module, task):
+        return _AtOnce(self, module, task)
+
+    def exclude(self, worker):
+        self.out.add(worker)
+
+    def restart(self, worker):
+        self.out.discard(worker)
+        self.seen.discard(worker)
+
+
+class _AtOnce(Request):
+    def __init__(self, pool, module, task):
+        self.pool, self.module, self.task = pool, module, task
+        self.events, self.times = deque(), Counter()
+        self.opened = time.monotonic()
+
+    def ask(self, parts):
+        pool = self.pool
+        for part in parts:
+            able = sorted(set(range(pool.num_workers)) - pool.out - part.avoid)
+            if not able:
+                error = WorkerError(part.number, -1, "has no worker")
+                self.events.append(Reply(part, -1, self.now(), math.inf, None, error))
+                continue
+            least = min(self.times[worker] for worker in able)
+            worker = pool.random.choice([w for w in able if self.times[w] == least])
+            args, kwargs = self.task.payload(part.units)
+            with torch.no_grad():
+                value = self.module(*args, **kwargs)
+            value = pool.spoil(worker, value, self.times[worker])
+            self.times[worker] += 1
+            pool.log.append((worker, part.units))
+            self.events.append(Began(part, worker, self.now(), worker not in pool.seen))
+            pool.seen.add(worker)
+            self.events.append(Reply(part, worker, self.now(), 1e-3, value))
+
+    def wait(self, until=math.inf):
+        return self.events.popleft() if self.events else None
+
+    def drop(self, parts):
+        pass
+
+    def now(self):
+        return time.monotonic() - self.opened
+
+    @property
+    def idle(self):
+        return self.pool.num_workers - len(self.pool.out)
+
+    def close(self):
+        self.events.clear()
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+
+
+def wrong(*workers, size=1.0):
+    return lambda worker, outputs, asked: outputs + size * (worker in workers)
+
+
+def batch(seed=0, rows=ROWS):
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def wrap(pool, verify=0.05, **options):
+    return CodedWrapper(network(), workers=pool, verify=verify, **options)
+
+
+class TestHonestWorkers:
+    def test_are_verified(self):
+        coded = wrap(AtOnce(6))
+        for seed in range(5):
+            x = batch(seed)
+            answers, report = coded.run(x)
+            assert torch.allclose(answers, coded.module(x), atol=1e-6)
+            assert report.verified.sum() >= 0.1 * ROWS
+            assert not report.unverified.any()
+            assert (report.disputes, report.corrected, report.strikes) == (0, (), {})
+            assert report.work == pytest.approx(1 + report.verified.sum() / ROWS)
+            assert not report.predicted.any()
+
+    def test_cost_nothing_without_it(self):
+        pool = AtOnce(6)
+        _, report = wrap(pool, None).run(batch())
+        assert report.verified is None
+        assert report.work == 1.0
+        assert sorted(units for _, units in pool.log) == [
+            tuple(range(i, i + 8)) for i in range(0, ROWS, 8)
+        ]
+
+
+class TestAWrongWorker:
+    def test_is_corrected_excluded_and_logged(self, caplog):
+        pool = AtOnce(6, wrong(2))
+        coded, x = wrap(pool), batch()
+        with caplog.at_level(logging.WARNING):
+            answers, report = coded.run(x)
+        assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
+        assert report.excluded == (2,)
+        assert report.strikes.keys() == {2}
+        assert report.corrected
+        assert pool.out == {2}
+        levels = {record.levelname for record in caplog.records if "worker 2" in record.message}
+        assert levels == {"WARNING", "ERROR"}
+
+    def test_is_on_probation_once_it_is_restarted(self):
+        pool = AtOnce(6, wrong(2))
+        coded = wrap(pool, verify=0.02)
+        for seed in range(30):
+            _, report = coded.run(batch(seed))
+            if report.excluded:
+                break
+        assert pool.out == {2}
+        pool.spoil = lambda worker, outputs, asked: outputs
+        pool.restart(2)
+        asked = Counter()
+        for seed in range(10):
+            pool.log.clear()
+            _, report = coded.run(batch(seed))
+            asked.update(worker for worker, _ in pool.log)
+            assert not report.strikes
+        assert asked[2] >= 10
+
+    def test_that_is_out_gets_nothing_from_pools_that_cannot_exclude(self):
+        pool = AtOnce(6, wrong(2))
+        pool.exclude = None
+        coded = wrap(pool)
+        coded.run(batch())
+        pool.log.clear()
+        coded.run(batch(1))
+        assert 2 not in {worker for worker, _ in pool.log}
+
+    def test_that_is_right_when_asked_again_is_struck(self):
+        pool = AtOnce(12, lambda worker, outputs, asked: outputs + (worker == 3 and not asked))
+        coded, struck = wrap(pool), 0
+        for seed in range(3):
+            x = batch(seed)
+            answers, report = coded.run(x)
+            assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
+            struck += report.strikes.get(3, 0)
+        assert struck == 3
+        assert not pool.out
+
+    def test_of_two_workers_is_only_reported(self):
+        coded = wrap(AtOnce(2, wrong(0)))
+        _, report = coded.run(batch())
+        assert report.disputes
+        assert report.unverified.any()
+        assert not report.strikes
+
+    def test_leaves_nothing_in_a_memory(self):
+        memory = Memory()
+        pool = AtOnce(6, wrong(2, size=0.0))
+        coded = wrap(pool, surrogate=memory)
+        coded._verifier.strikes.share = 0.0
+        coded.run(batch())
+        assert len(memory) == ROWS
+        pool.spoil, coded._verifier.strikes.share = wrong(2), 0.05
+        coded.run(batch(1))
+        assert pool.out == {2}
+        assert len(memory) == ROWS - 8  # of the first call, without those of worker 2
+        coded.run(batch(2))
+        assert len(memory) == 2 * ROWS - 8
+
+    def test_rows_that_nobody_else_computes_in_time_are_predicted(self):
+        pool = AtOnce(6, wrong(2))
+        coded = wrap(pool)
+        coded._verifier.strikes._strikes[2] = 6  # the next is the last
+        request = _AtOnce.ask
+
+        def ask(self, parts):
+            request(self, [part for part in parts if not (part.avoid == {2} and pool.log)])
+
+        _AtOnce.ask = ask
+        try:
+            answers, report = coded.run(batch())
+        finally:
+            _AtOnce.ask = request
+        assert report.excluded == (2,)
+        assert torch.isfinite(answers).all()
+        good = ~report.predicted
+        assert torch.allclose(answers[good], coded.module(batch()).detach()[good], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_faulty_process_is_excluded_restarted_and_on_probation():
+    class Fault:
+        size = 1.0
+
+        def __call__(self, rows, generator):
+            return rows + self.size
+
+    fault = Fault()
+    with ProcessWorkers(4) as processes:
+        pool = FaultyWorkers(processes, attack=fault, adversaries=[2])
+        coded, excluded = wrap(pool, verify=0.1), []
+        for seed in range(20):
+            x = batch(seed)
+            answers, report = coded.run(x)
+            assert not report.predicted.any()
+            excluded += report.excluded
+            if report.corrected or not report.unverified.any():
+                assert report.strikes.keys() <= {2}
+            if 2 in excluded:
+                assert torch.allclose(answers, coded.module(x).detach(), atol=1e-5)
+        assert excluded == [2]
+        fault.size = 0.0
+        processes.restart(2)
+        asked = set()
+        for seed in range(20):
+            x = batch(seed)
+            answers, report = coded.run(x)
+            assert torch.allclose(answers, coded.module(x).detach(), atol=1e-5)
+            assert not report.strikes
+            asked |= set(report.asked)
+            if 2 in asked:
+                break
+        assert 2 in asked
+        assert coded._verifier.strikes.fresh(2)
+        assert not coded._verifier.strikes.fresh(0)
+
+
+class TestDeadline:
+    def test_checks_that_are_late_are_unverified(self):
+        coded = wrap(AtOnce(6), waiting=Waiting(deadline=5.0))
+        _, report = coded.run(batch())
+        assert report.ended == "complete"
+        assert report.verified.any()
+
+
+class TestArguments:
+    def test_a_code_refuses(self):
+        from coded_torch import codes
+
+        with pytest.raises(ValueError, match="verify must be None with a code"):
+            CodedWrapper(network(), codes.ReplicationCode(2, 4), workers=AtOnce(4), verify=0.1)
+
+    def test_local_workers_refuse(self):
+        from coded_torch.workers import LocalWorkers
+
+        with pytest.raises(ValueError, match="verify must be None on a pool"):
+            CodedWrapper(network(), workers=LocalWorkers(), parts=4, verify=0.1)
+
+    @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
+    def test_shares_are_between_0_and_1(self, share):
+        with pytest.raises(ValueError, match="verify must be between 0 and 1"):
+            wrap(AtOnce(4), share)
+
+    def test_another_pool_begins_anew(self):
+        coded = wrap(AtOnce(6, wrong(2)))
+        coded.run(batch())
+        coded.workers = AtOnce(6)
+        assert coded._verifier.strikes.excluded == set()
+
+    def test_copies_begin_anew_and_hold_no_rows(self):
+        coded = wrap(AtOnce(6, seed=1), verify=0.5)
+        coded.run(batch())
+        other = pickle.loads(pickle.dumps(coded._verifier.scores))
+        assert other._recent is None
