@@ -32,6 +32,7 @@ from .model import Model
 from .protocol import (
     EXPECTED_ERROR,
     PREDICTED,
+    VERIFIED,
     VERSION,
     InferRequest,
     format_answer,
@@ -64,8 +65,9 @@ def app(
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
     results where workers replied, else with predictions. The outputs ``predicted`` and
-    ``expected_error`` say which rows were predicted and how far off they may be, for clients that
-    ask for them. The parameter ``predicted_rows`` of every answer is the number of such rows.
+    ``expected_error`` say which rows were predicted and how far off they may be, and ``verified``
+    which rows two workers computed alike, for clients that ask for them. The parameter
+    ``predicted_rows`` of every answer is the number of predicted rows.
 
     The lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
     objects that existed before. The application runs under any ASGI server, in one process:
@@ -97,8 +99,8 @@ def app(
     instance("app", "coded", coded, CodedWrapper)
     instance("app", "name", name, str)
     inputs, outputs = _specs("inputs", inputs), _specs("outputs", outputs)
-    if {spec.name for spec in outputs} & {PREDICTED.name, EXPECTED_ERROR.name}:
-        raise ValueError("app: outputs must not be named predicted or expected_error")
+    if {spec.name for spec in outputs} & {PREDICTED.name, EXPECTED_ERROR.name, VERIFIED.name}:
+        raise ValueError("app: outputs must not be named predicted, expected_error or verified")
     if examples is not None:
         _check_examples(examples, inputs)
     return Service(
@@ -228,7 +230,7 @@ class Service:
 
     @property
     def _all_outputs(self) -> tuple[TensorSpec, ...]:
-        return (*self.outputs, PREDICTED, EXPECTED_ERROR)
+        return (*self.outputs, PREDICTED, EXPECTED_ERROR, VERIFIED)
 
     async def _read(self, request: Request, deadline: float) -> InferRequest:
         try:

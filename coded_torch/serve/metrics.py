@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import prometheus_client
@@ -29,6 +29,13 @@ _NUMBERS: dict[str, tuple[str, ...]] = {
     "rows_computed_total": ("Rows that workers began to compute.",),
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
     "hedges_total": ("Parts that were asked again, and answered so first (won) or not.", "outcome"),
+    "checks_total": (
+        "Rows that were computed twice, and alike (verified); whose check did not come in time or "
+        "was not decided (unverified); whose first result was wrong (corrected).",
+        "outcome",
+    ),
+    "strikes_total": ("Wrong results that workers were found to return.", "worker"),
+    "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that ended and were replaced.",),
 }
@@ -104,6 +111,9 @@ class Metrics:
             ("extra_rows_total", None, max(0.0, report.work - 1) * rows),
             ("hedges_total", "won", won),
             ("hedges_total", "lost", len(report.hedges) - won),
+            *(("checks_total", outcome, many) for outcome, many in _checks(report)),
+            *(("strikes_total", str(w), many) for w, many in report.strikes.items()),
+            ("excluded_total", None, len(report.excluded)),
         ):
             self._count(name, amount, label)
         for seconds in queued:
@@ -120,3 +130,10 @@ class Metrics:
                 counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
         else:
             (counter.labels(label) if label else counter).inc(amount)
+
+
+def _checks(report: Report) -> Iterator[tuple[str, int]]:
+    if report.verified is not None and report.unverified is not None:
+        yield "verified", int(report.verified.sum())
+        yield "unverified", int(report.unverified.sum())
+        yield "corrected", len(report.corrected)

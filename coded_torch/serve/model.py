@@ -29,8 +29,8 @@ class Batch(NamedTuple):
     """A computed batch.
 
     Attributes:
-        outputs: ``[B, ...]`` each, ``predicted`` and ``expected_error`` behind the model's own.
-            Empty if no row has an answer.
+        outputs: ``[B, ...]`` each, ``predicted``, ``expected_error`` and ``verified`` behind the
+            model's own. Empty if no row has an answer.
         report: the report of the call.
         unanswered: the rows without an answer.
     """
@@ -70,6 +70,7 @@ class Model:
             predictor=None,
             waiting=Waiting.first(0, deadline=_LOADING),
             surrogate=(),
+            verify=None,
         )
         with torch.no_grad():
             _, report = each.run(*(x[:1] for x in self._examples))
@@ -109,7 +110,10 @@ class Model:
         assert predicted is not None  # there are answers
         if errors is None:
             errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
-        return Batch([*leaves, predicted, errors.float()], report, unanswered)
+        verified = (
+            torch.zeros(rows, dtype=torch.bool) if report.verified is None else report.verified
+        )
+        return Batch([*leaves, predicted, errors.float(), verified], report, unanswered)
 
     def _checked(self, leaves: list[Any], rows: int) -> list[Tensor]:
         if len(leaves) != len(self._outputs):

@@ -23,6 +23,7 @@ from .tensors import DATATYPES, TensorSpec, as_taken, from_bytes, from_json, to_
 __all__ = [
     "EXPECTED_ERROR",
     "PREDICTED",
+    "VERIFIED",
     "VERSION",
     "InferRequest",
     "example_request",
@@ -39,6 +40,8 @@ _WINDOWS = {"gzip": 31, "deflate": 15}  # zlib's window bits, which name the for
 VERSION = "1"
 #: The output that says which rows are predicted.
 PREDICTED = TensorSpec("predicted", "BOOL", ())
+#: The output that says which rows two workers computed alike.
+VERIFIED = TensorSpec("verified", "BOOL", ())
 #: The output with the root mean squared error to expect of each row, NaN where it is not known.
 EXPECTED_ERROR = TensorSpec("expected_error", "FP32", ())
 
@@ -198,7 +201,7 @@ def _outputs(
 ) -> list[tuple[TensorSpec, bool]]:
     if not message.get("outputs"):
         return [(spec, binary) for spec in specs]
-    known = {spec.name: spec for spec in (*specs, PREDICTED, EXPECTED_ERROR)}
+    known = {spec.name: spec for spec in (*specs, PREDICTED, EXPECTED_ERROR, VERIFIED)}
     wanted = []
     for entry, parameters in _entries("output", message["outputs"], known):
         name = entry["name"]

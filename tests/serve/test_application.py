@@ -75,7 +75,7 @@ def test_metadata(client):
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
-        assert names == ["output", "predicted", "expected_error"]
+        assert names == ["output", "predicted", "expected_error", "verified"]
 
 
 @pytest.mark.parametrize("version", ["", "/versions/1"])
@@ -414,7 +414,7 @@ def test_metrics_have_no_label_of_a_clients_making(client):
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "app: outputs must not be named predicted or expected_error",
+            "app: outputs must not be named predicted, expected_error or verified",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

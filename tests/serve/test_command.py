@@ -256,7 +256,10 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
         ("mine:empty", "the examples of mine:empty must have rows, got none"),
         ("mine:wordy", "the module must return tensors to be served"),
         ("mine:named --output-names a", "--output-names must be 2, one an output, got ['a']"),
-        ("mine:predicted", "outputs must not be named predicted or expected_error (see coded-"),
+        (
+            "mine:predicted",
+            "outputs must not be named predicted, expected_error or verified (see coded-",
+        ),
     ],
 )
 def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):

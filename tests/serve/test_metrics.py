@@ -37,6 +37,11 @@ def test_a_batch():
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
         predicted=torch.tensor([True, False, False, True]),
         expected_errors=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
+        verified=torch.tensor([False, True, True, False]),
+        unverified=torch.tensor([True, False, False, False]),
+        corrected=(1,),
+        strikes={2: 4},
+        excluded=(2,),
         encode_seconds=0.002,
         compute_seconds=0.03,
         decode_seconds=0.004,
@@ -56,6 +61,11 @@ def test_a_batch():
         ("extra_rows_total",): 2,
         ("hedges_total", "won"): 1,
         ("hedges_total", "lost"): 2,
+        ("checks_total", "verified"): 2,
+        ("checks_total", "unverified"): 1,
+        ("checks_total", "corrected"): 1,
+        ("strikes_total", "2"): 4,
+        ("excluded_total",): 1,
         ("queued_seconds_sum",): 0.3,
         ("queued_seconds_count",): 2,
         ("encode_seconds_sum",): 0.002,
@@ -87,7 +97,9 @@ def test_the_dashboard_shows_every_number():
     dashboard = json.loads((folder / "grafana.json").read_text())
     shown = set(re.findall(r"\$\{prefix\}coded_torch_(\w+)", json.dumps(dashboard)))
     metrics = Metrics()
-    metrics.batch(Report(predicted=torch.tensor([True])), 1, [0.1])
+    true = torch.tensor([True])
+    report = Report(predicted=true, verified=true, unverified=~true, strikes={2: 1})
+    metrics.batch(report, 1, [0.1])
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
     counted = {
