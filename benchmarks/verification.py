@@ -1,0 +1,373 @@
+"""Wrong answers that reach the caller, and what finding them costs.
+
+Workers compute at once here, and one of them returns wrong results: whole parts (noise of a share
+of the outputs' spread, results of other inputs, the two largest outputs swapped), one row that
+answers another, a block of outputs in all rows, or one number (of another row, or with a bit of its
+exponent or mantissa flipped). LeNet-5 answers digits.
+
+- *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong.
+- *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
+- *honest*: charges, disputes and work of requests in which nobody is wrong.
+- *modules*: the same for modules and pools whose honest results differ.
+- *peers*: all computed twice, with a third worker where two differ, or three times, by majority.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coded_torch.scheduling.protocol import Ask, Event, Settled, Wait
+from coded_torch.verification import Results, Scores, Strikes, Trials, Verdict, draw
+
+from .runs import Measurement, progress
+from .subjects import SEED, run, subject
+
+WORKERS, BATCH_SIZE = 24, 240
+SHARES = (0.01, 0.02, 0.03, 0.1)
+SIZES = (8, 24, 64, 240)
+ROUNDING = 2.5e-6  # of the outputs' spread, by which honest results differ
+#: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
+Compute = Callable[[int, Sequence[int], bool], Tensor]
+
+
+class Outcome(NamedTuple):
+    """What became of one call.
+
+    Attributes:
+        answers: ``[B, C]``, NaN where none is left.
+        verdict: of the verification.
+        computed: rows.
+        first: by row, the worker that computed it first.
+    """
+
+    answers: Tensor
+    verdict: Verdict
+    computed: int
+    first: dict[int, int]
+
+
+class Fleet:
+    """Workers that compute at once, whoever is asked.
+
+    Args:
+        num_workers: M, which is the number of parts, too.
+        share: of the rows that are checked.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
+        self.random = random.Random(seed)
+        self.strikes = Strikes(num_workers, share, random.Random(seed + 1))
+        self.scores = Scores()
+
+    def settle(self) -> Fleet:
+        """Take all workers for proven, with no strikes."""
+        strikes = self.strikes
+        strikes.renew(range(strikes.num_workers))
+        for worker in range(strikes.num_workers):
+            for _ in range(30):
+                strikes.passed(worker)
+        return self
+
+    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
+        """Answer a batch of ``size`` rows; without inputs, nothing is scored."""
+        self.strikes.count_call()
+        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
+        count = min(len(order), size)
+        parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
+        drawn = draw(parts, self.strikes, idle=len(order))
+        results = Results(size, self.scores, self.scores.fit(inputs))
+        replies = [(part, order[part % len(order)]) for part in range(len(drawn.parts))]
+        for part, worker in replies:
+            results.add(part, drawn.parts[part], [compute(worker, drawn.parts[part], False)])
+        self.random.shuffle(replies)
+        trials = Trials(self.strikes, results, drawn.parts, replies, drawn)
+        verdict = self._drive(trials, results, compute)
+        results.conclude(verdict, inputs, trials.worker)
+        answers = results.outputs(verdict.answers)
+        first = {row: trials.worker[part] for row, part in trials.first.items()}
+        return Outcome(answers, verdict, sum(map(len, trials.asked)), first)
+
+    def _drive(self, trials: Trials, results: Results, compute: Compute) -> Verdict:
+        policy, events, event = trials.decisions(), deque[Event](), None
+        while True:
+            try:
+                decision = policy.send(event)
+            except StopIteration as stop:
+                return stop.value
+            event = None
+            if isinstance(decision, Ask):
+                first = len(trials.asked) - len(decision.parts)
+                asked = zip(decision.parts, decision.avoid, strict=True)
+                for part, (rows, avoid) in enumerate(asked, first):
+                    able = sorted(self.strikes.workers - avoid)
+                    worker = self.random.choice(able) if able else -1
+                    if able:
+                        results.add(part, rows, [compute(worker, rows, True)])
+                    events.append(Settled(part, 0.0, 0.0, bool(able), machine=worker))
+            elif isinstance(decision, Wait) and events:
+                event = events.popleft()
+
+
+class Data:
+    """Inputs, and what the module returns for them.
+
+    Attributes:
+        inputs: ``[n, ...]``.
+        outputs: ``[n, C]``.
+        spread: of the outputs.
+    """
+
+    def __init__(self, quick: bool = False, seed: int = SEED) -> None:
+        digits = subject("lenet5", quick)
+        self.inputs = torch.cat([digits.tuning.images, digits.held_out.images])
+        self.outputs = run(digits.model, self.inputs)
+        self.spread = float(self.outputs.std())
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, size: int) -> Tensor:
+        return torch.randint(len(self.inputs), (size,), generator=self.generator)
+
+    def normal(self, rows: Tensor, size: float) -> Tensor:
+        return rows + size * self.spread * torch.randn(rows.shape, generator=self.generator)
+
+    def other(self, count: int) -> Tensor:
+        return self.outputs[self.batch(count)]
+
+    def draw(self, below: int) -> int:
+        return int(torch.randint(below, (), generator=self.generator))
+
+
+#: What a worker returns instead of rows ``[n, C]``.
+Fault = Callable[[Data, Tensor], Tensor]
+
+
+def _noise(size: float) -> Fault:
+    return lambda data, rows: data.normal(rows, size)
+
+
+def _swap(data: Data, rows: Tensor) -> Tensor:
+    top = rows.topk(2, -1).indices
+    return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
+
+
+def _one_row(data: Data, rows: Tensor) -> Tensor:
+    rows = rows.clone()
+    rows[data.draw(len(rows))] = data.other(1)[0]
+    return rows
+
+
+def _block(data: Data, rows: Tensor) -> Tensor:
+    rows, width = rows.clone(), max(1, rows.shape[1] // 4)
+    at = data.draw(rows.shape[1] - width + 1)
+    rows[:, at : at + width] = data.other(len(rows))[:, at : at + width]
+    return rows
+
+
+def _number(change: Callable[[Data, Tensor, int], Tensor]) -> Fault:
+    def fault(data: Data, rows: Tensor) -> Tensor:
+        rows, column = rows.clone(), data.draw(rows.shape[1])
+        row = data.draw(len(rows))
+        rows[row, column] = change(data, rows[row, column], column)
+        return rows
+
+    return fault
+
+
+def _flipped(low: int, high: int) -> Callable[[Data, Tensor, int], Tensor]:
+    def flip(data: Data, number: Tensor, column: int) -> Tensor:
+        bits = number.view(torch.int32) ^ (1 << (low + data.draw(high - low)))
+        flipped = bits.view(torch.float32)
+        return flipped if bool(flipped.isfinite()) else torch.zeros(())
+
+    return flip
+
+
+FAULTS: dict[str, Fault] = {
+    "noise 1": _noise(1),
+    "noise .3": _noise(0.3),
+    "noise .1": _noise(0.1),
+    "noise .05": _noise(0.05),
+    "replay": lambda data, rows: data.other(len(rows)),
+    "swap": _swap,
+    "block": _block,
+    "one row": _one_row,
+    "one output": _number(lambda data, number, column: data.other(1)[0, column]),
+    "exponent": _number(_flipped(23, 31)),
+    "mantissa": _number(_flipped(12, 23)),
+}
+WHOLE = ("noise 1", "noise .3", "noise .1", "noise .05", "replay", "swap", "block")
+
+
+def honest(
+    data: Data, fleet: Fleet, sizes: Iterable[int], *, score: bool = True
+) -> dict[str, float]:
+    """Requests in which nobody is wrong."""
+    found: Counter[str] = Counter()
+    for size in sizes:
+        at = data.batch(size)
+        call = fleet.call(
+            size,
+            lambda worker, rows, again, at=at: data.normal(
+                data.outputs[at[list(rows)]], ROUNDING / 4
+            ),
+            [data.inputs[at]] if score else [],
+        )
+        verdict = call.verdict
+        found.update(requests=1, rows=size, computed=call.computed, disputes=verdict.disputes)
+        found.update(charges=sum(verdict.strikes.values()), verified=len(verdict.verified))
+    return {**found, "work": found["computed"] / found["rows"]}
+
+
+def left(data: Data, fleet: Fleet, fault: Fault, count: int, size: int) -> dict[str, float]:
+    """Requests in each of which one proven worker is wrong, a new one."""
+    found: Counter[str] = Counter()
+    for number in range(count):
+        worker, at = number % fleet.settle().strikes.num_workers, data.batch(size)
+        truth = data.outputs[at]
+
+        def compute(
+            by: int, rows: Sequence[int], again: bool, worker: int = worker, truth: Tensor = truth
+        ) -> Tensor:
+            right = data.normal(truth[list(rows)], ROUNDING / 4)
+            return fault(data, right) if by == worker else right
+
+        wrong: list[Tensor] = []
+        call = fleet.call(size, _noting(compute, wrong, worker, truth), [data.inputs[at]])
+        found.update(_compared(data, call, truth, wrong))
+        found.update(found=worker in call.verdict.strikes)
+        found.update(false_charges=len(call.verdict.strikes.keys() - {worker}))
+    rates = {"left": found["left"] / max(1, found["wrong"])}
+    rates["harmful left"] = found["harmful left"] / max(1, found["harmful"])
+    return {**found, **rates}
+
+
+def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -> Compute:
+    """The same, and what the worker returned first for the rows, NaN for others."""
+    wrong.append(torch.full_like(truth, float("nan")))
+
+    def noting(by: int, rows: Sequence[int], again: bool) -> Tensor:
+        returned = compute(by, rows, again)
+        if by == worker and not again:
+            wrong[0][list(rows)] = returned
+        return returned
+
+    return noting
+
+
+def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> dict[str, int]:
+    """Count wrong rows, those that reach the caller, and of both those that do harm."""
+
+    def off(answers: Tensor) -> tuple[Tensor, Tensor]:
+        by = (answers - truth).abs() / data.spread
+        harmful = (answers.argmax(1) != truth.argmax(1)) | (by.square().mean(1).sqrt() > 0.1)
+        return by.amax(1) > 1e-3, harmful & answers.isfinite().all(1)
+
+    made, harm = off(wrong[0])
+    stays, harms = off(call.answers)
+    counted = {"wrong": made, "harmful": harm, "left": stays, "harmful left": harms}
+    return {name: int(rows.sum()) for name, rows in counted.items()}
+
+
+def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
+    """Requests until a worker that is wrong in a share of its parts is excluded."""
+    fleet = Fleet(WORKERS, share, seed).settle()
+    for number in range(1, most + 1):
+        at = data.batch(BATCH_SIZE)
+
+        def compute(by: int, rows: Sequence[int], again: bool, at: Tensor = at) -> Tensor:
+            right = data.outputs[at[list(rows)]]
+            return fault(data, right) if by == 0 and fleet.random.random() < rate else right
+
+        verdict = fleet.call(BATCH_SIZE, compute, [data.inputs[at]]).verdict
+        assert verdict.excluded in ((), (0,)), verdict
+        if verdict.excluded:
+            return number
+    return most
+
+
+def _quantised(data: Data, right: Tensor, worker: int) -> Tensor:
+    """As by dynamic quantisation: the scale is of the rows that are computed together."""
+    scale = right.abs().max() / 31
+    return (right / scale).round() * scale
+
+
+def _dropout(data: Data, right: Tensor, worker: int) -> Tensor:
+    return data.normal(right, 0.3)
+
+
+def _random_rows(data: Data, right: Tensor, worker: int) -> Tensor:
+    lucky = torch.rand(len(right), 1, generator=data.generator) < 0.01
+    return torch.where(lucky, data.normal(right, 0.3), right)
+
+
+def _mixed(data: Data, right: Tensor, worker: int) -> Tensor:
+    return right + (worker % 2) * 0.01 * data.spread * (right * 1e3).sin()
+
+
+#: Honest results that differ from those of another worker.
+MODULES = {
+    "int8": _quantised,
+    "dropout": _dropout,
+    "1 in 100 rows random": _random_rows,
+    "mixed hardware": _mixed,
+}
+
+
+def _pair(data: Data, right: Tensor, worker: int) -> Tensor:
+    return right.roll(1, -1) if worker < 2 else right
+
+
+def requests(
+    data: Data, fleet: Fleet, returned: Callable[..., Tensor], count: int, *, relent: bool = False
+) -> dict[str, Any]:
+    """Requests in which workers return what they do; ``relent``: only when they are asked first."""
+    strikes: Counter[int] = Counter()
+    excluded: list[int] = []
+    notes: dict[str, int] = {}
+    wrong = disputes = 0
+    for number in range(count):
+        at = data.batch(BATCH_SIZE)
+        truth = data.outputs[at]
+
+        def compute(worker: int, rows: Sequence[int], again: bool, truth: Tensor = truth) -> Tensor:
+            right = truth[list(rows)]
+            return right if again and relent else returned(data, right, worker)
+
+        call = fleet.call(BATCH_SIZE, compute, [data.inputs[at]])
+        strikes.update(call.verdict.strikes)
+        excluded += call.verdict.excluded
+        disputes += call.verdict.disputes
+        for note in call.verdict.notes:
+            notes.setdefault(note, number)
+        wrong += int(((call.answers - truth).abs().amax(1) > 1e-3 * data.spread).sum())
+    return {
+        "strikes": dict(sorted(strikes.items())),
+        "excluded": excluded,
+        "disputes": disputes,
+        "wrong rows left": wrong,
+        "notes": notes,
+    }
+
+
+def measure_left(quick: bool, share: float) -> dict[str, Any]:
+    data, fleet, count = Data(quick), Fleet(WORKERS, share), 24 if quick else 480
+    honest(data, fleet, [BATCH_SIZE] * 40)
+    faults = progress(FAULTS.items(), "faults")
+    return {name: left(data, fleet, fault, count, BATCH_SIZE) for name, fault in faults}
+
+
+def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+    for share in SHARES:
+        yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {"seed": SEED, "workers": WORKERS, "rows": BATCH_SIZE}
