@@ -189,20 +189,6 @@ def work(results: Results) -> Figure:
     return legend(figure, 4)
 
 
-def fan_out(results: Results) -> Figure:
-    """The tail of requests of more and more parts, a line for each waiting policy."""
-    points = results["waiting"]["fan-out"]
-    figure, (axes,) = panels(["one row in a thousand waits longer"], height=4)
-    for policy in points["1"]["policies"]:
-        tails = [found["policies"][policy]["p99.9"] for found in points.values()]
-        axes.plot([int(n) for n in points], tails, "o-", label=name_of(policy))
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("parts that a request waits for")
-    axes.set_ylabel("p99.9 of latency, medians of a part")
-    return legend(figure, 4)
-
-
 def latency(results: Results) -> Figure:
     """Percentiles of every policy, a panel for each case."""
     return dots(
@@ -238,27 +224,6 @@ def convergence(results: Results) -> Figure:
     return legend(figure, 2)
 
 
-def smoothing(results: Results) -> Figure:
-    """Error relative to the best on the grid of encoder and decoder smoothing."""
-    grid = [f"{x:.0e}".replace("e-0", "e-") for x in results["settings"]["smoothing"]["grid"]]
-    of = {
-        f"(N, K, S) = {case}, {noise}": found["surfaces"]["logits"][noise]["rmse to best"]
-        for noise in ("noise 0.0", "noise 0.01")
-        for case, found in results["smoothing"]["lenet5"].items()
-    }
-    figure, every = panels(list(of), rows=2, height=2.4)
-    for axes, surface in zip(every, of.values(), strict=True):
-        image = axes.imshow(np.log10(surface), vmin=0, vmax=1, origin="lower", aspect="auto")
-        axes.grid(visible=False)
-        axes.set_xticks(range(len(grid)), grid, rotation=90, fontsize=6)
-        axes.set_yticks(range(len(grid)), grid, fontsize=6)
-    figure.supxlabel("smoothing of the decoder", fontsize=8)
-    figure.supylabel("of the encoder", fontsize=8)
-    bar = figure.colorbar(image, ax=every, ticks=[0, np.log10(2), np.log10(5), 1])
-    bar.set_ticklabels(["best", "2 x", "5 x", "10 x or more"], fontsize=7)
-    return figure
-
-
 PICTURES = {
     "accuracy": accuracy,
     "accuracy-softmax": functools.partial(accuracy, output="softmax"),
@@ -267,8 +232,6 @@ PICTURES = {
     "distances": distances,
     "surrogates": surrogates,
     "work": work,
-    "fan-out": fan_out,
     "latency": latency,
     "convergence": convergence,
-    "smoothing": smoothing,
 }

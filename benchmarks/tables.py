@@ -289,7 +289,6 @@ PAGES = {
         "Latencies that one request in a thousand exceeds, in medians of a part, and the share of "
         "predicted answers, simulated. Then percentiles on real processes.",
         {"waiting": "By regime", "fan_out": "By the number of parts", "latency": "Real processes"},
-        [("fan-out", "p99.9 against the parts of a request, by waiting policy")],
     ),
     "resilience": Page(
         "Resilience",
@@ -303,7 +302,6 @@ PAGES = {
             "convergence": "Slopes of the logarithm of the error over that of N",
             "smoothing": "The best smoothing, and the cost of a tenth and of ten times of it",
         },
-        [("smoothing", "error by smoothing")],
     ),
     "time": Page(
         "Time",
