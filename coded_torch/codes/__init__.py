@@ -1,10 +1,10 @@
 """Codes: an encoder, and a decoder for every set of workers that may answer."""
 
-from .base import Code, DeadlineExceeded, FixedCode, NotEnoughResults
+from .base import Code, FixedCode
 from .berrut import BerrutCode
 from .lagrange import LagrangeCode
 from .nodes import CurveCode
-from .plans import BatchPlan
+from .plans import BatchPlan, DeadlineExceeded, NotEnoughResults
 from .regression import RegressionCode
 from .replication import ReplicationCode
 from .spline import SplineCode

@@ -22,64 +22,14 @@ from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap
 from ..linear.maps import unit_rows
-from .plans import BatchPlan, GroupwisePlan, order_of
+from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, order_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
-__all__ = ["Code", "DeadlineExceeded", "FixedCode", "NotEnoughResults", "Options"]
+__all__ = ["Code", "FixedCode", "Options"]
 
-# A decoder of 20 of 24 workers holds some 10 KB; it was not tuned.
-_CACHED_DECODERS = 256
-_SHOWN = 16  # of the missing results, in the message
-
-
-class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
-    """Fewer results arrived than can be decoded.
-
-    Results are numbered as what was asked for: those of a code by its workers, those of a call of a
-    wrapper by the rows of its batch, or by the columns.
-
-    Args:
-        received: the results that arrived, in any order.
-        required: how many are needed.
-        num_workers: how many there would be: N, or the number of rows.
-        reason: why the others did not arrive, in a few words, if that is known.
-
-    Attributes:
-        received: the results that arrived, in increasing order.
-        required, num_workers, reason: as given.
-        missing: the results that did not arrive, in increasing order.
-        report: of the call of a wrapper; None elsewhere.
-        answers: what the call has computed, in the structure of its answer, NaN (0 in integers) in
-            the other rows; None if nothing is, and by columns.
-    """
-
-    def __init__(
-        self, received: Sequence[int], required: int, num_workers: int, reason: str = ""
-    ) -> None:
-        self.received = tuple(sorted(received))
-        self.required = required
-        self.num_workers = num_workers
-        self.reason = reason
-        self.missing = tuple(sorted(set(range(num_workers)) - set(received)))
-        self.report: Any = None
-        self.answers: Any = None
-        more = len(self.missing) - _SHOWN
-        super().__init__(
-            f"decoding needs at least {required} of {num_workers} results, "
-            f"got {len(self.received)}; missing: {list(self.missing[:_SHOWN])}"
-            + (f" and {more} more" if more > 0 else "")
-            + (f"; {reason}" if reason else "")
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        state = {"report": self.report, "answers": self.answers}
-        return type(self), (self.received, self.required, self.num_workers, self.reason), state
-
-
-class DeadlineExceeded(NotEnoughResults, TimeoutError):  # noqa: N818 - as above
-    """The deadline of a call has passed, and too few results are there to predict the others."""
+_CACHED_DECODERS = 256  # of 20 of 24 workers each holds some 10 KB; it was not tuned
 
 
 class Options(TypedDict, total=False):
@@ -267,13 +217,9 @@ class Code(abc.ABC):
 class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
-    Subclasses implement ``_make_encoder``, ``_make_decoder`` and, where one result is not enough,
-    :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and kept;
-    decoders in a bounded cache.
-
-    Args:
-        num_data, num_workers: K and N, as for every :class:`Code`.
-        options: ``ordering``, ``shuffle`` and ``link``, likewise.
+    Subclasses implement ``_make_encoder``, ``_make_decoder`` and, if one result is not enough,
+    :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and kept.
+    Arguments are those of every :class:`Code`.
     """
 
     def __init__(self, num_data: int, num_workers: int, **options: Unpack[Options]) -> None:
@@ -288,7 +234,7 @@ class FixedCode(Code):
         return self._checked("encoder", self._make_encoder(), self.num_data, self.num_workers)
 
     def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
-        """The map from the results of the ``received`` workers to the K answers.
+        """Return the map from the results of the ``received`` workers to the K answers.
 
         Args:
             received: the indices of the workers that answered, strictly increasing.
@@ -298,8 +244,7 @@ class FixedCode(Code):
             NotEnoughResults: fewer than :attr:`min_received` results.
 
         Note:
-            The code keeps the last 256 decoders used. A CUDA graph that decodes needs its own for
-            as long as it is replayed: keep what this returns.
+            The code keeps the last 256 decoders. Keep what a CUDA graph replays.
         """
         return self._decoder(self._received(received))
 
@@ -338,33 +283,17 @@ class FixedCode(Code):
             return decoder
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``.
-
-        For one's own loops. A wrapper encodes batches of any size by a plan, see :meth:`fit`.
-        """
+        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
         self.check_values(values)
         return self.encoder(values, dim)
 
     def exact(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Which inputs are answered by a worker's result of that very input, bit for bit.
-
-        Args:
-            received: as in :meth:`source`.
-
-        Returns:
-            Bool, ``[K]``.
-
-        Raises:
-            TypeError, ValueError: as :meth:`decoder`.
-        """
+        """Return which inputs are answered by a result of that very input: bool, ``[K]``."""
         return self.source(received) >= 0
 
     @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Which result answers which input as it is, bit for bit.
-
-        Those that a row of the decoder picks, of a worker whose row of the encoder picks that
-        input.
+        """Return which result answers which input as it is, bit for bit.
 
         Args:
             received: the indices of the workers that answered, strictly increasing.
@@ -372,12 +301,9 @@ class FixedCode(Code):
         Returns:
             ``[K]``, places among the received, -1 for inputs that have none; all -1 for fewer than
             :attr:`min_received`.
-
-        Raises:
-            TypeError, ValueError: as :meth:`decoder`.
         """
         workers = self._received(received)
-        own = self._own[list(workers)] if self._repeats else self._own[:0]
+        own = self._own[list(workers)]
         if len(workers) < self.min_received or not bool((own >= 0).any()):
             return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
@@ -388,11 +314,6 @@ class FixedCode(Code):
     def _own(self) -> Tensor:
         """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
         return unit_rows(self.encoder.matrix())
-
-    @functools.cached_property
-    def _repeats(self) -> bool:
-        """Whether a worker computes an input as it is."""
-        return bool((self._own >= 0).any())
 
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
@@ -467,7 +388,7 @@ class FixedCode(Code):
 
     def __getstate__(self) -> dict[str, Any]:
         # The maps are cheap to plan again, and a lock cannot travel.
-        dropped = ("_decoders", "_lock", "encoder", "_own", "_repeats")
+        dropped = ("_decoders", "_lock", "encoder", "_own")
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Grouping:
 
     @classmethod
     def arrival(cls, batch_size: int, num_data: int) -> Grouping:
-        """The batch in the order in which it came. The last ones made are kept."""
+        """Return the batch in the order in which it came. The last ones made are kept."""
         return _arrival(batch_size, num_data)
 
     def to(self, device: torch.device) -> Grouping:
@@ -92,29 +92,18 @@ class Grouping:
         return placed(self, self._copies, device, make)
 
     def gather(self, batch: Tensor) -> Tensor:
-        """Rows of a batch into groups: ``[B, ...] -> [K, G, ...]``, differentiable.
-
-        Raises:
-            ValueError: ``batch`` has another batch size.
-        """
-        self.check(batch)
-        return batch[self.to(batch.device).rows]
-
-    def check(self, batch: Tensor) -> None:
-        """Raise what :meth:`gather` raises for a batch of another size."""
+        """Return rows of a batch in groups: ``[B, ...] -> [K, G, ...]``, differentiable."""
         if batch.shape[:1] != (self.batch_size,):
             raise ValueError(
                 f"Grouping: batch must have size {self.batch_size} along dim 0, "
                 f"got shape {tuple(batch.shape)}"
             )
+        return batch[self.to(batch.device).rows]
 
     def scatter(self, groups: Tensor) -> Tensor:
-        """Answers of groups into the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.
+        """Return answers in the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.
 
-        The inverse of :meth:`gather`; what stands at copies is dropped.
-
-        Raises:
-            ValueError: ``groups`` has other sizes along its first two dimensions.
+        It is the inverse of :meth:`gather`; what stands at copies is dropped.
         """
         if groups.shape[:2] != self.rows.shape:
             raise ValueError(
@@ -124,7 +113,6 @@ class Grouping:
         return groups.transpose(0, 1).flatten(0, 1)[self.to(groups.device)._inverse]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies on other devices are made again where the grouping arrives.
         return {**self.__dict__, "_copies": {}}
 
     def __repr__(self) -> str:
@@ -132,12 +120,7 @@ class Grouping:
 
 
 def check_ordering(owner: object, ordering: Any) -> None:
-    """Raise an error for what can order no batch at all.
-
-    Args:
-        owner: whose argument ``ordering`` is, for the message.
-        ordering: "similarity", "arrival" or a permutation.
-    """
+    """Raise an error for what can order no batch at all."""
     name = owner if isinstance(owner, str) else type(owner).__name__
     if isinstance(ordering, str):
         if ordering not in ("similarity", "arrival"):
@@ -150,11 +133,11 @@ def check_ordering(owner: object, ordering: Any) -> None:
 
 
 def similarity_order(distances: Tensor) -> Tensor:
-    """An order in which neighbours are near each other: a short open path through all rows.
+    """Return an order in which neighbours are near each other: a short open path.
 
-    From the most remote row to the nearest one not yet visited, and so on; then 2-opt and Or-opt
-    until no such move makes the path shorter (or, if the distances are not symmetric, for 20 moves
-    a row). A local optimum, 1 to 2 % shorter than the greedy path of MNIST digits.
+    The path goes from the most remote row to the nearest one not yet visited, and so on; then
+    2-opt and Or-opt shorten it until no such move does (or, if the distances are not symmetric, for
+    20 moves a row).
 
     Args:
         distances: ``[B, B]``, floating-point, symmetric, at least 0; the diagonal is not read. NaN

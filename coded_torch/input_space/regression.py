@@ -10,26 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import count, dense, instance, positive, shown
+from .._arguments import count, instance, positive, shown
 from .._transforms import differentiated, outside, plain
-from ..linear import SelectMap
-from .gaussian_process import GaussianProcess
-from .geometry import check_inputs, evenly
+from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
-from .selection import LENGTH, LENGTHS, Fits, Fitted
+from .selection import LENGTHS, MOST_ROWS, Part
 
-__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "few_columns"]
+__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link"]
 
-#: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
-#: parts the squared error is 1.6, 2.4, 4.0 times as large. (theory, section 10)
-MOST_ROWS = 4096
-# Columns of the results, to judge predictions by: the outputs' variance and trust are as exact from
-# some 64 outputs as from all. It was not tuned.
-_COLUMNS = 64
-# Rows whose variances are found together where copies are planned: predicting an input from more
-# than its neighbours on the path changes its variance little. (MKL factorises 500 rows in less than
-# half the time that it takes for 512.)
-_NEIGHBOURS = 500
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 
 
@@ -170,8 +158,8 @@ class RowPlan:
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
         self._sources = Sources(inputs) if inputs else None
         self._parts = [
-            _Part(
-                regression,
+            Part(
+                regression.lengths,
                 rows,
                 None if self._sources is None else Distances(self._sources, metrics, rows),
             )
@@ -264,136 +252,6 @@ class RowPlan:
         return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
 
 
-class _Part:
-    """The rows of a batch that are predicted together.
-
-    Args:
-        regression: that predicts.
-        rows: ``[b]``, of the batch.
-        distances: of these rows; None if there are none.
-    """
-
-    def __init__(self, regression: Regression, rows: Tensor, distances: Distances | None) -> None:
-        self.rows, self._distances, self._lengths = rows, distances, regression.lengths
-        self.order = torch.arange(len(rows)) if distances is None else distances.order
-        # Of results, and of what surrogates leave of them; not a history.
-        self._fits: Fits | None = None
-        self._fitted: list[Fitted] = []
-
-    def map(
-        self, source: Tensor, results: Tensor, plain: bool
-    ) -> tuple[SelectMap, Tensor | None, Choice | None]:
-        """Return the map from results to the answers of these rows.
-
-        Args:
-            source: ``[B]``, the place of each row's own result, or -1.
-            results: ``[n, ...]``.
-            plain: whether they are on the host, and no derivative is asked for: few outputs are
-                predicted without weights then, which saves a sixth of the time of 3,400 results
-                (benchmarks batches).
-
-        Returns:
-            The map; predictions that stand behind the results, if they are there already; and how
-            they were made.
-        """
-        own, used, choice = source[self.rows], source[:0], None
-        weights = torch.zeros(0, 0)
-        lost = (own < 0).nonzero().flatten()
-        if len(lost):
-            dense("Regression", "results", results)
-            points, used = self._used(source)
-            weights = torch.full((1, len(used)), 1 / len(used))
-            fitted = self._fit(points, few_columns(results, used))
-            if fitted is not None:
-                choice = fitted.choice
-                # Shrunk towards the mean as far as results are not predicted by each other.
-                if plain and 0 < results[0].numel() < len(lost):
-                    y = results[used].reshape(len(used), -1).double()
-                    predicted = fitted.process.predictions_at(lost, y)
-                    predicted = torch.lerp(y.mean(0), predicted, choice.trust)
-                    own = own.index_copy(0, lost, torch.arange(len(lost)) + len(results))
-                    select = SelectMap(len(results) + len(lost), own, used[:0], weights[:, :0])
-                    return select, predicted.to(results.dtype).view(-1, *results.shape[1:]), choice
-                if choice.trust > 0:
-                    mean = (1 - choice.trust) / len(used)
-                    weights = fitted.process.weights_at(lost).mul(choice.trust).add_(mean)
-        return SelectMap(len(results), own, used, weights), None, choice
-
-    def variances(self, source: Tensor, results: Tensor | None) -> Tensor:
-        """Return the variances of the answers of these rows, ``[b]``, float64; 0 if exact."""
-        own = source[self.rows]
-        lost = (own < 0).nonzero().flatten()
-        variances = torch.zeros(len(own), dtype=torch.float64)
-        if not len(lost):
-            return variances
-        points, used = self._used(source)
-        sample = None if results is None else few_columns(results, used)
-        fitted = self._fit(points, sample)
-        if fitted is None or fitted.choice.trust == 0:  # about the mean
-            variance = 1.0
-            if sample is not None:
-                variance = float(sample.var(0).mean()) if len(sample) > 1 else 0.0
-            return variances.index_fill_(0, lost, variance * (1 + 1 / len(used)))
-        sample = fitted.sample
-        scale = 1.0 if sample is None else fitted.process.output_variance(sample)
-        return variances.index_copy_(0, lost, fitted.process.variances_at(lost) * scale)
-
-    def left_out_square(self, source: Tensor, results: Tensor) -> float:
-        """Return the sum of squared errors of predicting results from the others."""
-        points, used = self._used(source)
-        sample = few_columns(results, used)
-        fitted = self._fit(points, sample)
-        if fitted is None:
-            n = len(sample)
-            return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        assert fitted.sample is not None
-        return float(fitted.process.leave_one_out_residuals(fitted.sample).square().sum())
-
-    def leave_one_out_variances(self) -> Tensor:
-        """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
-        variances = torch.ones(len(self.rows), dtype=torch.float64)
-        if self._distances is None:
-            return variances
-        squared, step = self._distances.by(self._distances.first)
-        length = step * (self._lengths[0] if len(self._lengths) == 1 else LENGTH)
-        for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
-            variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
-        return variances
-
-    def _used(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows that predict the others, among these, and the places of their results.
-
-        If no result of these rows is there, some results of the batch are used, by their mean.
-        """
-        own = source[self.rows]
-        has = own >= 0
-        if self._distances is not None and bool((has & self._distances.usable).any()):
-            has = has & self._distances.usable
-        points = has.nonzero().flatten()
-        if len(points):
-            return points, own[points]
-        known = source[source >= 0]
-        return points, known[evenly(len(known), MOST_ROWS)]
-
-    def _fit(self, points: Tensor, sample: Tensor | None) -> Fitted | None:
-        if self._distances is None or not len(points):
-            return None
-        if self._fits is None or not torch.equal(self._fits.points, points):
-            self._fits, self._fitted = Fits(self._distances, self._lengths, points), []
-        for fitted in self._fitted:
-            if _same(fitted.sample, sample):
-                return fitted
-        self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
-        return self._fitted[-1]
-
-
-def few_columns(results: Tensor, rows: Tensor) -> Tensor:
-    """Return some columns of some results ``[n, ...]``: ``[M, C]``, float64 on the host."""
-    columns = plain("decode", "results", results).reshape(len(results), -1)
-    columns = columns[:, :: max(1, columns.shape[1] // _COLUMNS)]
-    return columns.to("cpu", torch.float64)[rows]
-
-
 def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
@@ -435,10 +293,6 @@ def _made_of(
                 return made, ""
             notes.append(note)
     return [], "; ".join(notes)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def _metrics(metric: Any) -> tuple[str | Features, ...]:

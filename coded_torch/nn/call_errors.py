@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..codes.base import DeadlineExceeded, NotEnoughResults
+from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..scheduling.waiting import Waiting
 from ..workers.base import WorkerError
 from ..workers.pytrees import unflatten

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from .._logging import sparing_logger
 from .._transforms import as_called, outside, plain
 from .._weights import device_of
-from ..codes.base import NotEnoughResults
-from ..codes.plans import BatchPlan
-from ..input_space.regression import RowPlan, few_columns
+from ..codes.plans import BatchPlan, NotEnoughResults
+from ..input_space.regression import RowPlan
+from ..input_space.selection import few_columns
 from ..surrogates import Memory
 from ..workers.pytrees import flatten, show, unflatten
 from .result_checks import Stacked, decodable

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from coded_torch import Regression
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, plans
 from coded_torch.codes.nodes import equidistant, systematic
-from coded_torch.input_space import regression
+from coded_torch.input_space import selection
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.testing.codes import DTYPES, normal
@@ -277,6 +277,6 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
 
 def test_few_columns_stand_for_many():
     results = normal(6, 200)
-    some = regression.few_columns(results, torch.tensor([1, 4]))
+    some = selection.few_columns(results, torch.tensor([1, 4]))
     assert some.shape == (2, 67)
     assert torch.equal(some, results[[1, 4]][:, ::3].double())
