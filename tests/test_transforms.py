@@ -10,7 +10,6 @@ from torch import nn
 
 from coded_torch import codes, compare, functional
 from coded_torch.evaluation.tune import tune
-from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
 from coded_torch.nn import CodedWrapper
@@ -95,13 +94,11 @@ def test_a_memory_and_wide_inputs_under_a_default_device():
 
 
 def test_maps_and_plans_under_a_default_device():
-    x, distances = randn(12, 5), randn(12, 1).sub(randn(1, 12)).square().double()
-    points = torch.tensor([3, 5])
+    x = randn(12, 5)
     assert unchanged(lambda: SplineMap([0.0, 1.0, 3.0], np.linspace(0, 3, 7))(x[:3]))
     assert unchanged(lambda: functional.smoothing_spline(x[:3], [0.0, 1.0, 3.0], [0.5, 2.0]))
     assert unchanged(lambda: functional.smoothing_spline_matrix([0.0, 1.0, 3.0], [0.5, 2.0]))
     assert unchanged(lambda: Geometry([x]).squared_distances(0.01)[0])
-    assert unchanged(lambda: GaussianProcess(distances, 2.0).weights_at(points))
     assert unchanged(lambda: Trace([[0.1, 0.2]]).sample(2))
     for make in CODES.values():
         code = make()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, instance, positive, shown
-from .._transforms import differentiated, outside, plain
+from .._transforms import differentiated, exactly, outside, plain
 from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
 from .selection import LENGTHS, MOST_ROWS, Part
@@ -201,7 +201,7 @@ class RowPlan:
         plain = rows.device.type == "cpu" and not differentiated(rows)
         answers, choices = [], []
         for part in self._parts:
-            with outside():
+            with outside(), exactly():
                 map, predicted, choice = part.map(source, rows, plain)
             answers.append(map(rows if predicted is None else torch.cat([rows, predicted])))
             choices += [choice] if choice is not None else []
@@ -226,7 +226,7 @@ class RowPlan:
         source = self.source(received)
         if not bool((source >= 0).any()):
             return None
-        with outside():
+        with outside(), exactly():
             rows = None if results is None else results.flatten(0, 1)
             variances = torch.cat([part.variances(source, rows) for part in self._parts])
             size = 1 if results is None else results.shape[2:].numel()
@@ -244,12 +244,13 @@ class RowPlan:
         approximation.
         """
         rows, source = results.flatten(0, 1), self.source(received)
-        with outside():
+        with outside(), exactly():
             return sum(part.left_out_square(source, rows) for part in self._parts)
 
     def leave_one_out_variances(self) -> Tensor:
         """Return the variance of each input predicted from the inputs near it, ``[B]``."""
-        return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
+        with outside(), exactly():
+            return torch.cat([part.leave_one_out_variances() for part in self._parts])[self._back]
 
 
 def check_batch(
