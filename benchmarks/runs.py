@@ -40,6 +40,7 @@ QUESTIONS = (
     "convergence",
     "smoothing",
     "waiting",
+    "verification",
     "end_to_end",
     "latency",
     "resilience",

@@ -364,7 +364,7 @@ def measure_left(quick: bool, share: float) -> dict[str, Any]:
     return {name: left(data, fleet, fault, count, BATCH_SIZE) for name, fault in faults}
 
 
-def measurements(quick: bool, device: str) -> Iterable[Measurement]:
+def measurements(quick: bool) -> Iterable[Measurement]:
     for share in SHARES:
         yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
 
