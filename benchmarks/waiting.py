@@ -65,7 +65,7 @@ def outcome(policy: Policy, regime: Regime, requests: int) -> dict[str, Any]:
     found = simulate(
         policy,
         conditions,
-        num_machines=workers,
+        num_workers=workers,
         num_parts=parts,
         load=load,
         num_requests=requests,

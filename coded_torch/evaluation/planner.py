@@ -209,11 +209,11 @@ def plan(
             outcome = simulate(
                 waiting if until is None else dataclasses.replace(waiting, deadline=until / part),
                 scaled(part),
-                num_machines=goal.num_workers,
+                num_workers=goal.num_workers,
                 num_parts=k,
                 load=goal.load,
                 num_requests=num_requests,
-                num_workers=n,
+                num_columns=n,
                 seed=seed,
             )
             latencies = np.sort(outcome.latencies * part)

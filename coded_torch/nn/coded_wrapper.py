@@ -245,7 +245,7 @@ class CodedWrapper(ModuleProxy):
                     self._warn_once(_BLIND)
         division: Division
         if code is None:
-            parts = self.parts or pool.num_machines or 1
+            parts = self.parts or pool.num_workers or 1
             predictor = self.predictor or _PREDICTOR
             division = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
         else:
@@ -340,7 +340,7 @@ class CodedWrapper(ModuleProxy):
         if parts is not None:
             count(self, "parts", parts)
         if code is None:
-            if parts is None and pool.num_machines is None:
+            if parts is None and pool.num_workers is None:
                 raise ValueError(
                     f"CodedWrapper: parts must be given with {type(pool).__name__}, which has no "
                     "number of workers, got None"

@@ -185,7 +185,7 @@ class _Execution:
         bounded = waiting.deadline is not None or ended.reason == "error"
         self._events.clear()  # the results are there
         self._checking = True
-        fresh = {self._replies[n].machine for n in self._fresh if n in self._replies}
+        fresh = {self._replies[n].worker for n in self._fresh if n in self._replies}
         verdict = self.follow(
             check.decisions(
                 [part.units for part in self.parts],
@@ -222,7 +222,7 @@ class _Execution:
             self._judge(replies)
 
     def _begin(self, heard: workers.Began) -> None:
-        self._began.add(heard.machine)
+        self._began.add(heard.worker)
         self._begun_units += len(heard.part.units)
         if heard.fresh:
             self._fresh.add(heard.part.number)
@@ -231,10 +231,10 @@ class _Execution:
         latencies = self._report.latencies
         for reply in replies:
             self._replies[reply.part.number] = reply
-            if reply.machine >= 0:  # else no worker had it
-                latencies.pop(reply.machine, None)
+            if reply.worker >= 0:  # else no worker had it
+                latencies.pop(reply.worker, None)
                 if reply.part.number not in self._fresh:
-                    latencies[reply.machine] = reply.at
+                    latencies[reply.worker] = reply.at
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good
             for part, good in settled:
@@ -244,7 +244,7 @@ class _Execution:
                 of = self._replies[part.number]
                 failure = Failure() if good or of is not reply else _failure(reply)
                 self._events.append(
-                    Settled(part.number, reply.at, of.latency, good, failure, of.machine)
+                    Settled(part.number, reply.at, of.latency, good, failure, of.worker)
                 )
 
     def note(self) -> None:
@@ -261,8 +261,8 @@ def _failure(reply: workers.Reply) -> Failure:
     """Return how a part failed, by its reply."""
     error = reply.error
     if error is None:
-        return Failure("", reply.machine)
+        return Failure("", reply.worker)
     cause = error.__cause__ or error
     text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
     # Places and sizes differ between the parts of one batch.
-    return Failure(error.kind, error.machine, (type(cause), re.sub(r"\d+", "#", text)))
+    return Failure(error.kind, error.worker, (type(cause), re.sub(r"\d+", "#", text)))

@@ -37,7 +37,7 @@ logger = sparing_logger("coded_torch.nn")
 class Report:
     """How one call of a :class:`~coded_torch.CodedWrapper` went; if it raised, how far it came.
 
-    A worker is named by its place in the pool, ``0 .. num_machines - 1``. On
+    A worker is named by its place in the pool, ``0 .. num_workers - 1``. On
     :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
 
     Attributes:
@@ -138,9 +138,9 @@ class Report:
 
     def note_results(self, results: Results) -> None:
         """Note whose results count, and what is wrong with the others."""
-        self.received = tuple(sorted({result.machine for result in results.good}))
+        self.received = tuple(sorted({result.worker for result in results.good}))
         self.rejected = {  # -1: no worker had the part
-            error.machine: error.reason for error in results.rejected if error.machine >= 0
+            error.worker: error.reason for error in results.rejected if error.worker >= 0
         }
 
     def note_end(self, ended: Ended) -> None:

@@ -43,7 +43,7 @@ class Result:
 
     Attributes:
         part: the part that was asked for.
-        machine: the worker that answered.
+        worker: the place of the worker that answered.
         leaves: of the value.
         spec: the structure of the value.
         dims: the dimension of each leaf that has the part's rows; None if it has none.
@@ -54,7 +54,7 @@ class Result:
         self, reply: Reply, out_dims: Any, last: Result | None, judged: Tensor | None
     ) -> None:
         self._judged = judged
-        self.part, self.machine, self._value = reply.part, reply.machine, reply.value
+        self.part, self.worker, self._value = reply.part, reply.worker, reply.value
         self.leaves, self.spec = flatten(reply.value)
         self.dims: list[Any]
         self._form: list[tuple[Any, ...]]
@@ -345,7 +345,7 @@ class _Text(str):
 
 
 def _error(of: Reply | Result, reason: str) -> WorkerError:
-    return WorkerError(of.part.number, of.machine, reason)
+    return WorkerError(of.part.number, of.worker, reason)
 
 
 def _misfit(reply: Reply, cause: Exception) -> WorkerError:

@@ -97,7 +97,7 @@ class Check:
         """
         for result in good:
             self.add(result)
-        replies = [(result.part.number, result.machine) for result in good]
+        replies = [(result.part.number, result.worker) for result in good]
         # One that was excluded before the call, and has a part, has been restarted.
         self.strikes.renew(fresh | (self._out & {worker for _, worker in replies}))
         self._trials = Trials(self.strikes, self._results, asked, replies, self._drawn, **times)

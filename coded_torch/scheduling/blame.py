@@ -61,7 +61,7 @@ def judge(part: Part, rate: float, most: int, others: bool = False) -> Verdict:
         if not alone:
             return Verdict(2)
         alike = (other.failure for other in part.line() if other.failure.what == failure.what)
-        elsewhere = any(other.machine != failure.machine for other in alike)
+        elsewhere = any(other.worker != failure.worker for other in alike)
         again = not elsewhere and part.tries < (most if others else ALONE)
         return Verdict(int(again), elsewhere)
     if part.fresh is None:  # no worker had it
@@ -90,4 +90,4 @@ def raised_alike(failures: Mapping[int, Failure], num_parts: int) -> bool:
     if not 2 < num_parts == len(failures):
         return False
     causes = {failure.what for failure in failures.values()}
-    return len(causes) == 1 and len({failure.machine for failure in failures.values()}) > 1
+    return len(causes) == 1 and len({failure.worker for failure in failures.values()}) > 1

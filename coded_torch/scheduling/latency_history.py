@@ -20,7 +20,7 @@ _GROUP = 8  # parts of few rows, and of many, that the fit needs at least
 _ENDED = 512  # parts of which it is remembered how many failed
 # A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
 # stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. 1.5 medians at
-# least, which trades work on calm machines against latency: benchmarks/waiting.py has 1.2 to 2.
+# least, which trades work on calm workers against latency: benchmarks/waiting.py has 1.2 to 2.
 _TAIL, _LEAST_TAIL = 4.45, 1.5
 
 
@@ -200,9 +200,9 @@ _REMEMBERED = 16  # predictions; not tuned
 _RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
 # Seconds that a regression of n rows takes, 5e-3 + 6e-8 n^2 on one quiet core (an x86 of 2023; 64,
 # 512 and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor
-# of a machine, a module and its surrogates is measured call by call.
+# of a worker, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
-# A busy machine wakes a thread up to 5 ms late (benchmarks/promises.py, "deadline").
+# A busy worker wakes a thread up to 5 ms late (benchmarks/promises.py, "deadline").
 _LATE = 5e-3
 _RESERVED = 1.25  # of the usual time, so that few predictions are late
 

@@ -41,15 +41,15 @@ class Part:
     """A part that was asked, and the part it stands in for: parts make a tree, leaves count.
 
     Attributes:
-        machine: the worker that computed it; -1: unknown.
+        worker: the worker that computed it; -1: unknown.
         tries: failures of exactly these units in a row.
         lates: how often it was hedged.
         explained: whether its failure is known to be its rows' fault.
     """
 
     __slots__ = (
-        "at", "due", "explained", "failure", "fresh", "lates", "machine", "number", "of",
-        "replaced", "seconds", "state", "tries", "units", "won",
+        "at", "due", "explained", "failure", "fresh", "lates", "number", "of", "replaced",
+        "seconds", "state", "tries", "units", "won", "worker",
     )  # fmt: skip
 
     def __init__(self, number: int, units: tuple[int, ...], of: Part | None, at: float) -> None:
@@ -57,7 +57,7 @@ class Part:
         self.state = _QUEUED
         self.due = self.seconds = math.inf
         self.fresh: bool | None = None  # until it begins
-        self.machine = -1
+        self.worker = -1
         self.failure = Failure()
         self.replaced = self.won = self.explained = False
         self.tries: int = of.tries if of is not None and len(of.units) == len(units) else 0
@@ -234,7 +234,7 @@ class Call:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
         before, part.state = part.state, _GOOD if event.ok else _FAILED
-        part.failure, part.machine = event.failure, event.machine
+        part.failure, part.worker = event.failure, event.worker
         if before <= _RUNNING:
             self.open -= 1
             self.unbegun -= before == _QUEUED and part.number >= self.num_first
@@ -325,7 +325,7 @@ class Call:
         if self.by_columns:
             return int(part.tries < ALONE)
         raised = part.failure.kind == "raised"
-        others = raised and not self._sound() <= {part.failure.machine}
+        others = raised and not self._sound() <= {part.failure.worker}
         most = ALONE if self.waiting.predict else EXACT
         verdict = judge(part, self._rate(part), most, others)
         if not verdict.pieces:
@@ -339,7 +339,7 @@ class Call:
 
     def _sound(self) -> set[int]:
         """Return the workers that have returned good results in this call."""
-        return {part.machine for part in self.parts if part.state == _GOOD}
+        return {part.worker for part in self.parts if part.state == _GOOD}
 
     def _rate(self, part: Part) -> float:
         """Return the share of other parts that fail, other than by an exception of the module."""
@@ -398,7 +398,7 @@ class Call:
         sound = self._sound()
         for unit, number in self.doubtful.items():
             known = sound or reason == "failed"
-            if unit not in self.good and known and sound <= {self.parts[number].failure.machine}:
+            if unit not in self.good and known and sound <= {self.parts[number].failure.worker}:
                 self.refused.setdefault(unit, number)
         lacking = self.needed - len(self.good)
         complete = len(self.refused.keys() - self.good) >= lacking

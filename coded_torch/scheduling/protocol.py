@@ -48,12 +48,12 @@ class Failure(NamedTuple):
 
     Attributes:
         kind: "raised" if the module raised, "died" if the worker ended, "" for anything else.
-        machine: the worker, -1 if no worker had the part.
+        worker: the worker, -1 if no worker had the part.
         what: equal for equal exceptions, numbers in their messages aside.
     """
 
     kind: str = ""
-    machine: int = -1
+    worker: int = -1
     what: Hashable = None
 
 
@@ -69,7 +69,7 @@ class Settled(NamedTuple):
     latency: float
     ok: bool
     failure: Failure = Failure()
-    machine: int = -1
+    worker: int = -1
 
 
 class Hedge(NamedTuple):

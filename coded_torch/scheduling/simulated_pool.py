@@ -1,4 +1,4 @@
-"""Machines that exist only as queues on one clock, and what goes wrong with them."""
+"""SimulatedWorkers that exist only as queues on one clock, and what goes wrong with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .._arguments import instance, positive, probability, real
 from ..stragglers import Stragglers
 from .protocol import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 
-__all__ = ["PART_ROWS", "Conditions", "Faults", "Machines", "OpenCall"]
+__all__ = ["PART_ROWS", "Conditions", "Faults", "OpenCall", "SimulatedWorkers"]
 
 PART_ROWS = 12  # of a part of the first ask: 2, 3 and 4 divide it
 
@@ -34,14 +34,14 @@ class Conditions:
         overhead: of a part's time, the share that does not depend on its inputs.
         straggling: the probability that a part takes longer by a factor from ``straggling_by``,
             log-uniform between the two.
-        slow: the share of time in which a machine is slower by a factor from ``slow_by``, in
+        slow: the share of time in which a worker is slower by a factor from ``slow_by``, in
             exponential spells.
         spell: their mean, in times between two requests.
         dead: the probability that a part fails, after ``dead_after``.
-        bursts: the mean time between two bursts, exponential: a fifth of the machines, side by
+        bursts: the mean time between two bursts, exponential: a fifth of the workers, side by
             side, do nothing for ``pause``. Infinite: none.
         delays: a law of further seconds, one second being the median part; drawn for every request,
-            one a machine. A part that is never to end fails after ``dead_after``.
+            one a worker. A part that is never to end fails after ``dead_after``.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -113,27 +113,27 @@ class OpenCall:
         self.parts: list[tuple[int, ...]] = []
         self.answered: list[tuple[int, ...]] = []
         self.dropped: set[int] = set()
-        self.delays: list[float] = []  # by machine, where there is a law of them
+        self.delays: list[float] = []  # by worker, where there is a law of them
         self.timer = self.until = math.inf  # when it is woken, and when it wants to be
 
 
 class Faults:
-    """What makes parts long, the same for every policy: by request and part, machine and time."""
+    """What makes parts long, the same for every policy: by request and part, worker and time."""
 
     def __init__(
         self,
         conditions: Conditions,
-        machines: int,
+        workers: int,
         requests: int,
         parts: int,
         gap: float,
         seed: int,
     ) -> None:
-        self.conditions, self.machines, self.parts = conditions, machines, parts
+        self.conditions, self.workers, self.parts = conditions, workers, parts
         self._drawn = np.random.default_rng([seed, 1])
         self.first = self._draw(requests * parts)
         self.later: Iterator[float] = iter(())
-        self._spells = [self._spell(random.Random(f"{seed} {m}"), gap) for m in range(machines)]
+        self._spells = [self._spell(random.Random(f"{seed} {m}"), gap) for m in range(workers)]
         self._current = [next(spells) for spells in self._spells]
 
     def _draw(self, size: int) -> list[float]:
@@ -147,7 +147,7 @@ class Faults:
         return list(np.where(dead, math.inf, factors).tolist())
 
     def _spell(self, generator: random.Random, gap: float) -> Iterator[tuple[float, float, float]]:
-        """The spells in which a machine is slow: begin, end, factor."""
+        """The spells in which a worker is slow: begin, end, factor."""
         slow, (low, high) = self.conditions.slow, self.conditions.slow_by
         if not slow:
             yield math.inf, math.inf, 1.0
@@ -170,19 +170,19 @@ class Faults:
         self.later = iter(self._draw(1000))
         return next(self.later)
 
-    def slowness(self, machine: int, now: float) -> float:
-        """The factor by which a machine is slow now; to be asked in the order of time."""
-        begin, end, factor = self._current[machine]
+    def slowness(self, worker: int, now: float) -> float:
+        """The factor by which a worker is slow now; to be asked in the order of time."""
+        begin, end, factor = self._current[worker]
         while end <= now:
-            begin, end, factor = self._current[machine] = next(self._spells[machine])
+            begin, end, factor = self._current[worker] = next(self._spells[worker])
         return factor if begin <= now else 1.0
 
 
 _END, _TIMER, _BURST, _RESUME = range(4)
 
 
-class Machines:
-    """Machines, one queue, and one clock."""
+class SimulatedWorkers:
+    """SimulatedWorkers, one queue, and one clock."""
 
     def __init__(
         self,
@@ -198,10 +198,10 @@ class Machines:
         self.events: list[tuple[float, int, int, Any]] = []
         self.order = itertools.count()
         self.queue: deque[tuple[OpenCall, int, frozenset[int]]] = deque()
-        self.idle = deque(range(faults.machines))
-        self.running: list[tuple[OpenCall, int, float, bool] | None] = [None] * faults.machines
-        self.ends = [0.0] * faults.machines
-        self.resumes = [0.0] * faults.machines
+        self.idle = deque(range(faults.workers))
+        self.running: list[tuple[OpenCall, int, float, bool] | None] = [None] * faults.workers
+        self.ends = [0.0] * faults.workers
+        self.resumes = [0.0] * faults.workers
         self.bursts = random.Random(f"{seed} bursts")
         self.open = self.begun_parts = self.begun_rows = 0
         self._burst_later()
@@ -251,68 +251,68 @@ class Machines:
             self.wake_in_time(call)
 
     def dispatch(self) -> None:
-        """Let idle machines take what is wanted."""
+        """Let idle workers take what is wanted."""
         passed = []
         while self.idle and self.queue:
             call, part, avoid = entry = self.queue.popleft()
             if call.policy is None or part in call.dropped:
                 continue
-            machine = next((machine for machine in self.idle if machine not in avoid), None)
-            if machine is None:
+            worker = next((worker for worker in self.idle if worker not in avoid), None)
+            if worker is None:
                 if len(avoid) < len(self.ends):
                     passed.append(entry)
-                else:  # no machine is left, as a pool would say
+                else:  # no worker is left, as a pool would say
                     self.step(call, Settled(part, self.now, math.inf, False))
                 continue
-            self.idle.remove(machine)
-            self.begin(machine, call, part)
+            self.idle.remove(worker)
+            self.begin(worker, call, part)
         self.queue.extendleft(reversed(passed))
 
-    def begin(self, machine: int, call: OpenCall, part: int) -> None:
+    def begin(self, worker: int, call: OpenCall, part: int) -> None:
         conditions, faults, now = self.conditions, self.faults, self.now
         rows = len(call.parts[part]) * self.unit_rows
         seconds = faults.factor(call.number, part)
         seconds *= conditions.overhead + (1 - conditions.overhead) * rows / PART_ROWS
         if conditions.slow:
-            seconds *= faults.slowness(machine, now)
+            seconds *= faults.slowness(worker, now)
         if call.delays:
-            seconds += call.delays[machine]
+            seconds += call.delays[worker]
         ok = seconds < math.inf
-        self.ends[machine] = now + (seconds if ok else conditions.dead_after)
-        self.running[machine] = call, part, now, ok
-        self.at(self.ends[machine], _END, machine)
+        self.ends[worker] = now + (seconds if ok else conditions.dead_after)
+        self.running[worker] = call, part, now, ok
+        self.at(self.ends[worker], _END, worker)
         self.begun_parts += 1
         self.begun_rows += rows
         self.step(call, Began(part, now))
 
-    def end(self, machine: int) -> None:
-        if self.ends[machine] > self.now:  # it was paused meanwhile
-            self.at(self.ends[machine], _END, machine)
+    def end(self, worker: int) -> None:
+        if self.ends[worker] > self.now:  # it was paused meanwhile
+            self.at(self.ends[worker], _END, worker)
             return
-        running = self.running[machine]
+        running = self.running[worker]
         assert running is not None
         call, part, began, ok = running
-        self.running[machine] = None
-        if self.resumes[machine] <= self.now:
-            self.idle.append(machine)
+        self.running[worker] = None
+        if self.resumes[worker] <= self.now:
+            self.idle.append(worker)
         if call.policy is not None:
             if ok:
                 call.answered.append(call.parts[part])
-            failure = Failure() if ok else Failure("died", machine)
-            self.step(call, Settled(part, self.now, self.now - began, ok, failure, machine))
+            failure = Failure() if ok else Failure("died", worker)
+            self.step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
 
     def burst(self) -> None:
-        machines, pause = len(self.ends), self.conditions.pause
-        first, resume = self.bursts.randrange(machines), self.now + pause
-        for i in range(first, first + max(1, round(machines / 5))):
-            machine = i % machines
-            longer = resume - max(self.now, self.resumes[machine])
-            self.resumes[machine] = resume
-            if self.running[machine] is not None:
-                self.ends[machine] += longer
-            elif machine in self.idle:
-                self.idle.remove(machine)
-            self.at(resume, _RESUME, machine)
+        workers, pause = len(self.ends), self.conditions.pause
+        first, resume = self.bursts.randrange(workers), self.now + pause
+        for i in range(first, first + max(1, round(workers / 5))):
+            worker = i % workers
+            longer = resume - max(self.now, self.resumes[worker])
+            self.resumes[worker] = resume
+            if self.running[worker] is not None:
+                self.ends[worker] += longer
+            elif worker in self.idle:
+                self.idle.remove(worker)
+            self.at(resume, _RESUME, worker)
         self._burst_later()
 
     def _burst_later(self) -> None:
@@ -320,10 +320,10 @@ class Machines:
             gap = self.bursts.expovariate(1.0) * self.conditions.bursts
             self.at(self.now + gap, _BURST, None)
 
-    def resume(self, machine: int) -> None:
-        paused = self.resumes[machine] > self.now
-        if not paused and self.running[machine] is None and machine not in self.idle:
-            self.idle.append(machine)
+    def resume(self, worker: int) -> None:
+        paused = self.resumes[worker] > self.now
+        if not paused and self.running[worker] is None and worker not in self.idle:
+            self.idle.append(worker)
 
     def run(self, arrivals: Sequence[float], arrive: Callable[[int, float], OpenCall]) -> None:
         """Until the last call has ended."""

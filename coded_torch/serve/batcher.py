@@ -274,7 +274,7 @@ def _refusal(report: Report, row: int) -> RequestError:
         if report.ended == "deadline":
             why = error or "none"
             return RequestError(504, "late", f"too few results within the deadline: {why}")
-        if error is None or error.machine < 0 or error.kind == "died":
+        if error is None or error.worker < 0 or error.kind == "died":
             why = error or "none is up"
             return RequestError(503, "unavailable", f"no worker computed it: {why}")
     return RequestError(500, "failed", f"the model failed: {error}")

@@ -63,7 +63,7 @@ class Model:
         pool.start()
         if self._examples is None or pool.simulated:
             return
-        size = pool.num_machines or 1
+        size = pool.num_workers or 1
         each = self._coded.replace(
             code=ReplicationCode(1, size),
             parts=None,

@@ -63,7 +63,7 @@ class Verified:
                 asked += decision.parts
             event = yield self._avoiding(decision)
             if isinstance(event, Settled) and event.ok:
-                replies.append((event.part, event.machine))
+                replies.append((event.part, event.worker))
         until = since + ended.deadline if ended.reason == "complete" else -math.inf
         soon = since + ended.hedging_threshold
         results: Any = _Results(self)

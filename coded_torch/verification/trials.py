@@ -179,7 +179,7 @@ class Trials:
             if isinstance(event, Settled):
                 parts.discard(event.part)
                 if event.ok:
-                    self._arrived(event.part, event.machine)
+                    self._arrived(event.part, event.worker)
                 elif event.part in self.worker:  # taken back
                     self.void.add(event.part)
 

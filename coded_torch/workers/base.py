@@ -45,10 +45,6 @@ class WorkerError(RuntimeError):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.part, self.worker, self.reason, self.kind)
 
-    @property
-    def machine(self) -> int:
-        return self.worker
-
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -84,10 +80,6 @@ class Began(NamedTuple):
     at: float
     fresh: bool = False
 
-    @property
-    def machine(self) -> int:
-        return self.worker
-
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Reply:
@@ -109,10 +101,6 @@ class Reply:
     latency: float
     value: Any = None
     error: WorkerError | None = None
-
-    @property
-    def machine(self) -> int:
-        return self.worker
 
 
 class Obstacle(NamedTuple):
@@ -248,10 +236,6 @@ class Workers(abc.ABC):
     simulated: bool = False
     #: The number of workers; None if there is one for each part.
     num_workers: int | None = None
-
-    @property
-    def num_machines(self) -> int | None:
-        return self.num_workers
 
     @property
     def num_ready(self) -> int | None:

@@ -87,7 +87,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
     changes = [results.add([reply(n, torch.zeros(1, 1 + n % 2))])[0] for n in order]
     assert results.units == {0, 2}
     assert results.stack().units == (0, 2)
-    assert [error.machine for error in results.rejected] == [1, 3]
+    assert [error.worker for error in results.rejected] == [1, 3]
     assert (
         results.rejected[0].reason
         == "returned float32 (1, 2), where as many returned float32 (1, 1)"

@@ -131,18 +131,18 @@ policies = st.builds(
 @given(
     conditions=conditions,
     waiting=policies,
-    machines=st.integers(1, 8),
+    workers=st.integers(1, 8),
     parts=st.integers(1, 6),
     load=st.sampled_from([0.3, 0.7, 0.95]),
     seed=st.integers(0, 99),
 )
-def test_what_holds_for_every_call(conditions, waiting, machines, parts, load, seed):
+def test_what_holds_for_every_call(conditions, waiting, workers, parts, load, seed):
     watched = [Watched(waiting), Watched(waiting)]
     outcomes = [
         simulate(
             policy,
             conditions,
-            num_machines=machines,
+            num_workers=workers,
             num_parts=parts,
             load=load,
             num_requests=150,
@@ -164,7 +164,7 @@ def test_what_holds_for_every_call(conditions, waiting, machines, parts, load, s
 
 
 def test_parts_that_always_fail_end_in_a_prediction_of_all():
-    outcome = simulate(Waiting(), Conditions(dead=1.0, dead_after=1.0), num_machines=6, num_parts=4)
+    outcome = simulate(Waiting(), Conditions(dead=1.0, dead_after=1.0), num_workers=6, num_parts=4)
     assert outcome.ended == {"failed": 10_000}
     assert (outcome.predicted == 1).all()
     assert outcome.work == pytest.approx(3.0)
@@ -172,7 +172,7 @@ def test_parts_that_always_fail_end_in_a_prediction_of_all():
 
 def test_a_policy_that_must_not_predict_computes_all():
     failing = Conditions(straggling=0.03, dead=0.1, dead_after=1.0)
-    outcome = simulate(Waiting(predict=False), failing, num_machines=6, num_parts=4)
+    outcome = simulate(Waiting(predict=False), failing, num_workers=6, num_parts=4)
     # Where a tenth of the parts fail, a row is blamed for it in fewer than one call of a thousand.
     assert outcome.ended["complete"] >= 9_990
     assert set(outcome.ended) <= {"complete", "error"}
@@ -181,7 +181,7 @@ def test_a_policy_that_must_not_predict_computes_all():
 
 @pytest.mark.parametrize(("load", "most"), [(0.3, 0.0005), (0.7, 0.01), (0.9, 0.04)])
 def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
-    common = {"num_machines": 6, "num_parts": 4, "load": load, "num_requests": 40_000}
+    common = {"num_workers": 6, "num_parts": 4, "load": load, "num_requests": 40_000}
     outcome = simulate(Waiting(), Conditions(), **common)
     assert outcome.predicted.mean() <= most
     assert outcome.work <= 1.005
@@ -191,7 +191,7 @@ def test_when_calm_little_is_predicted_and_nothing_slower(load, most):
 
 
 def test_stragglers_cost_least_where_the_rest_is_predicted():
-    common = {"num_machines": 6, "num_parts": 4, "num_requests": 20_000}
+    common = {"num_workers": 6, "num_parts": 4, "num_requests": 20_000}
     conditions = Conditions(straggling=0.03)
     tails = [
         simulate(policy, conditions, **common).percentile(99.9)
@@ -206,23 +206,23 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     assert tails[-1] < 8
 
 
-def test_when_machines_become_slow_for_good_the_median_follows():
+def test_when_workers_become_slow_for_good_the_median_follows():
     history = History()
     for _ in range(128):
         history.add([(12, 0.1)] * 4, (12, 0.1))
     outcome = simulate(
-        Waiting(), Conditions(), num_machines=6, num_parts=4, num_requests=2000, history=history
+        Waiting(), Conditions(), num_workers=6, num_parts=4, num_requests=2000, history=history
     )
     assert outcome.predicted[:50].mean() > 0.1
     assert outcome.predicted[1000:].mean() < 0.001
 
 
-def test_one_machine_serves_one_part_after_the_other():
+def test_one_worker_serves_one_part_after_the_other():
     still = Conditions(spread=0.0)
     outcome = simulate(
         Waiting(predict_after=math.inf, hedge_budget=0),
         still,
-        num_machines=1,
+        num_workers=1,
         num_parts=3,
         load=0.001,
         num_requests=20,
@@ -230,19 +230,19 @@ def test_one_machine_serves_one_part_after_the_other():
     np.testing.assert_allclose(outcome.latencies, 3.0)
 
 
-def test_a_paused_machine_goes_on_afterwards():
+def test_a_paused_worker_goes_on_afterwards():
     often = Conditions(spread=0.0, bursts=5.0, pause=2.0)
     outcome = simulate(
         Waiting(predict_after=math.inf, hedge_budget=0),
         often,
-        num_machines=1,
+        num_workers=1,
         num_parts=1,
         load=0.5,
     )
     free = simulate(
         Waiting(predict_after=math.inf, hedge_budget=0),
         dataclasses.replace(often, bursts=math.inf),
-        num_machines=1,
+        num_workers=1,
         num_parts=1,
         load=0.5,
     )
@@ -252,7 +252,7 @@ def test_a_paused_machine_goes_on_afterwards():
 
 def test_the_first_n_less_s_are_waited_for():
     straggling = Conditions(straggling=0.05)
-    common = {"num_machines": 6, "num_parts": 4, "load": 0.1, "num_requests": 3000}
+    common = {"num_workers": 6, "num_parts": 4, "load": 0.1, "num_requests": 3000}
     first = simulate(Waiting.first(2), straggling, **common)
     assert first.calls == first.work == pytest.approx(1.5, rel=1e-2)  # some need not begin
     assert first.ended["first"] > 2900
@@ -262,17 +262,17 @@ def test_the_first_n_less_s_are_waited_for():
     assert first.percentile(99) < everything.percentile(99) / 3
 
 
-def test_laws_of_the_package_delay_machines():
+def test_laws_of_the_package_delay_workers():
     law = stragglers.Uniform(1, seed=0)
     outcome = simulate(
         Waiting(predict_after=math.inf, hedge_budget=0),
         Conditions(delays=law, dead_after=5.0),
-        num_machines=2,
+        num_workers=2,
         num_parts=2,
         load=0.01,
         num_requests=200,
     )
-    # One of two machines fails at each request, and may be given the part again.
+    # One of two workers fails at each request, and may be given the part again.
     assert outcome.percentile(50) > 5.0
     assert outcome.calls > 1.4
 
@@ -286,11 +286,11 @@ def test_laws_of_the_package_delay_machines():
         (lambda: Conditions(straggling_by=(0.0, 1.0)), "straggling_by must be"),
         (lambda: Conditions(slow_by=(3.0, 2.0)), "slow_by must be"),
         (
-            lambda: simulate(Waiting(), Conditions(), num_machines=0, num_parts=1),
-            "num_machines must be at least 1, got 0",
+            lambda: simulate(Waiting(), Conditions(), num_workers=0, num_parts=1),
+            "num_workers must be at least 1, got 0",
         ),
         (
-            lambda: simulate(Waiting(), Conditions(), num_machines=1, num_parts=1, load=1.0),
+            lambda: simulate(Waiting(), Conditions(), num_workers=1, num_parts=1, load=1.0),
             r"load must be in \(0, 1\), got 1.0",
         ),
     ],

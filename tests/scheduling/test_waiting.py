@@ -67,7 +67,7 @@ def test_while_nothing_is_late_all_is_asked_once():
     assert ended == Ended("complete", (), 1.5, 1.0, 3.0, 1.0)
 
 
-def test_a_late_part_is_split_over_idle_machines():
+def test_a_late_part_is_split_over_idle_workers():
     events = [*begin(0, 1, 2, 3, at=0.5), *settle(0, 1, 2), None, *settle(3, at=2.1)]
     decisions, waits, ended = drive(Waiting(), events, history=known(), idle=lambda: 5)
     assert decisions == [Ask(tuple(FOUR)), Ask(((6,), (7,))), Prepare()]
@@ -149,7 +149,7 @@ def test_a_regression_that_was_slow_by_chance_is_tried_again():
     assert times.seconds(64) == usual
 
 
-def test_without_an_idle_machine_a_late_part_queues_whole():
+def test_without_an_idle_worker_a_late_part_queues_whole():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None]
     decisions, _, _ = drive(Waiting(), events, history=known(), idle=lambda: 0)
     assert decisions[1] == Ask(((6, 7),))
@@ -190,14 +190,14 @@ def test_what_failed_is_cleared_up_before_anything_is_predicted():
     failure = Failure("raised", 0, "wrong")
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 2.5, 2.5, False, failure)]
     events += [*begin(4, 5, at=2.5), None, *settle(4, at=3.2)]  # predicted from 3 on
-    events += [Settled(5, 3.3, 0.8, False, failure._replace(machine=1))]
+    events += [Settled(5, 3.3, 0.8, False, failure._replace(worker=1))]
     ended = drive(Waiting(), events, history=known())[2]
     assert (ended.reason, ended.refused) == ("error", (5,))
 
 
-def raised(*parts, machine, at=1.0):
-    failure = Failure("raised", machine, "wrong")
-    return [Settled(part, at, at, False, failure, machine) for part in parts]
+def raised(*parts, worker, at=1.0):
+    failure = Failure("raised", worker, "wrong")
+    return [Settled(part, at, at, False, failure, worker) for part in parts]
 
 
 def test_the_search_for_what_failed_ends_at_twice_predict_after():
@@ -210,21 +210,21 @@ def test_the_search_for_what_failed_ends_at_twice_predict_after():
 
 
 @pytest.mark.parametrize(
-    ("machines", "good", "asked", "reason"),
+    ("workers", "good", "asked", "reason"),
     [
         ((0, 1, 2, 3), False, 0, "error"),
         ((0, 1), False, 2, None),  # two bad rows are as likely
-        ((0, 0, 0, 0), False, 2, None),  # the machine is broken
+        ((0, 0, 0, 0), False, 2, None),  # the worker is broken
         ((0, 1, 2), True, 2, None),
     ],
 )
-def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_machines(
-    machines, good, asked, reason
+def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_workers(
+    workers, good, asked, reason
 ):
-    first = FOUR[: len(machines)]
-    events = [event for part, m in enumerate(machines) for event in raised(part, machine=m)]
+    first = FOUR[: len(workers)]
+    events = [event for part, m in enumerate(workers) for event in raised(part, worker=m)]
     if good:  # a piece of the first part comes before the last part raises
-        events.insert(2, Settled(3, 0.9, 0.9, True, machine=4))
+        events.insert(2, Settled(3, 0.9, 0.9, True, worker=4))
     decisions, _, ended = drive(Waiting(), events, first, needed=2 * len(first))
     assert decisions[0] == Ask(tuple(first))
     assert (ended and ended.reason) == reason
@@ -236,23 +236,21 @@ def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_machines(
         assert ended.refused == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize(
-    ("machine", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))]
-)
-def test_what_only_one_machine_raises_on_is_refused_if_no_other_machine_works(
-    machine, reason, refused
+@pytest.mark.parametrize(("worker", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))])
+def test_what_only_one_worker_raises_on_is_refused_if_no_other_worker_works(
+    worker, reason, refused
 ):
-    events = [*raised(3, 4, 5, 6, 7, 8, 9, machine=0)]
-    events += [Settled(part, 2.0, 2.0, True, machine=machine) for part in range(3)]
+    events = [*raised(3, 4, 5, 6, 7, 8, 9, worker=0)]
+    events += [Settled(part, 2.0, 2.0, True, worker=worker) for part in range(3)]
     _, _, ended = drive(Waiting(), events)
     assert (ended.reason, ended.refused) == (reason, refused)
 
 
-def test_where_nothing_is_predicted_other_machines_get_more_tries():
-    good = [Settled(part, 1.0, 1.0, True, machine=1) for part in range(3)]
-    events = [*good, *raised(*range(3, 12), machine=0), Settled(12, 2.0, 2.0, True, machine=1)]
+def test_where_nothing_is_predicted_other_workers_get_more_tries():
+    good = [Settled(part, 1.0, 1.0, True, worker=1) for part in range(3)]
+    events = [*good, *raised(*range(3, 12), worker=0), Settled(12, 2.0, 2.0, True, worker=1)]
     assert drive(Waiting(predict=False), events)[2] is None
-    events += [Settled(13, 3.0, 1.0, True, machine=1)]
+    events += [Settled(13, 3.0, 1.0, True, worker=1)]
     assert drive(Waiting(predict=False), events)[2].reason == "complete"
 
 
@@ -354,7 +352,7 @@ def test_a_call_is_remembered_when_it_has_ended():
     history = known(calls=7)  # 28 parts
     late = [Began(0, 0.0, fresh=True), *begin(1, 2, 3), *settle(0, at=9.0), *settle(1, 2, 3)]
     drive(Waiting(), late, history=history)
-    assert history.hedging_threshold(2) == math.inf  # 31: that of a new machine does not count
+    assert history.hedging_threshold(2) == math.inf  # 31: that of a new worker does not count
     drive(Waiting(), late[:-1], history=history)
     assert history.hedging_threshold(2) == math.inf  # nor does a call that was left
     drive(Waiting(), begin(0, 1, 2, 3) + settle(0, 1, 2, 3), history=history)
@@ -450,7 +448,7 @@ def test_the_policy_costs_little():
     start = time.perf_counter()
     for script in events:
         drive(Waiting(), script, history=history)
-    assert (time.perf_counter() - start) / 300 < 1e-3  # ten times the bar, on any machine
+    assert (time.perf_counter() - start) / 300 < 1e-3  # ten times the bar, on any worker
 
 
 def test_options_are_values():

@@ -437,7 +437,7 @@ class Seen(nn.Module):
 
     def forward(self, x):
         run_by.add(threading.get_ident())
-        time.sleep(0.05)  # so that every machine is wanted
+        time.sleep(0.05)  # so that every worker is wanted
         return x[:, :2]
 
 
@@ -447,7 +447,7 @@ def test_examples_are_checked(examples):
         built(examples=examples)
 
 
-def test_every_machine_has_run_the_model_before_the_application_is_ready():
+def test_every_worker_has_run_the_model_before_the_application_is_ready():
     pool = DeviceWorkers(["cpu"] * 3)
     with serving(built(Seen().eval(), workers=pool, examples=[torch.zeros(2, 3)])) as port:
         assert len(run_by) == 3

@@ -256,14 +256,14 @@ async def test_a_request_that_fails_fails_alone(quick):
 
 
 @pytest.mark.parametrize(
-    ("ended", "machine", "kind", "status"),
+    ("ended", "worker", "kind", "status"),
     [("deadline", 1, "", 504), ("failed", -1, "", 503), ("failed", 1, "died", 503)],
 )
 @in_loop
-async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, machine, kind, status):
+async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worker, kind, status):
     def fail(rows, report):
         report.ended, report.missing_rows = ended, (0,)
-        report.errors = {0: WorkerError(0, machine, "is gone", kind)}
+        report.errors = {0: WorkerError(0, worker, "is gone", kind)}
 
     batcher = quick.batcher()
     quick.behave, quick.failed = fail, True

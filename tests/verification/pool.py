@@ -82,7 +82,7 @@ class Pool:
                         continue
                     if able:
                         compute(part, rows, worker)
-                    events.append(Settled(part, 0.0, 0.0, bool(able), machine=worker))
+                    events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
             elif isinstance(decision, Wait) and events:
                 event = events.popleft()
         answers = {row: numbers.by_part[part][row] for row, part in verdict.answers.items()}
