@@ -54,7 +54,7 @@ def add_serve(commands: Any) -> None:
     )
     _add_numbers(
         serve,
-        ("num-data", number(int, 1, MOST_WORKERS), 4, "K, parts of a batch"),
+        ("parts", number(int, 1, MOST_WORKERS), 4, "parts of a batch"),
         ("num-workers", number(int, 1, MOST_WORKERS), 6, "worker processes"),
         ("deadline", number(float, 1e-3, 3600), 0.2, "seconds from the arrival of a request"),
         ("port", number(int, 0, 65535), 8000, "the port to listen on; 0: any"),
@@ -96,7 +96,7 @@ def add_plan(commands: Any) -> None:
         ("deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
         ("accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
         ("num-workers", int, 6, "workers"),
-        ("num-parts", int, 4, "parts of a request, whose latencies are known"),
+        ("parts", int, 4, "parts of a request, whose latencies are known"),
         ("median", float, 0.01, "seconds that a part takes, under a law"),
         ("load", float, 0.3, "the share of the workers' time that requests take"),
         ("known", int, 1024, "remembered answers to predict from"),
@@ -161,7 +161,7 @@ def _serve(args: argparse.Namespace) -> None:
     memory = [Memory()] if args.memory else []
     options = ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches")
     try:
-        coded = CodedWrapper(module, workers=workers, parts=args.num_data, surrogate=memory)
+        coded = CodedWrapper(module, workers=workers, parts=args.parts, surrogate=memory)
         built = app(
             coded,
             name=name,

@@ -68,7 +68,7 @@ class Goal:
         accuracy: the least share of rows answered as rightly as by the model, in [0, 1].
         num_workers: the number of workers.
         load: the share of the workers' time that requests take without redundancy, in (0, 1).
-        num_parts: the number of parts of a request at which the latencies were measured.
+        parts: the number of parts of a request at which the latencies were measured.
         known: the number of remembered answers to predict from.
 
     Raises:
@@ -79,7 +79,7 @@ class Goal:
     accuracy: float = 0.99
     num_workers: int = 6
     load: float = 0.3
-    num_parts: int = 4
+    parts: int = 4
     known: int = 1024
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Goal:
         probability(self, "accuracy", self.accuracy)
         count(self, "num_workers", self.num_workers)
         real(self, "load", self.load, "in (0, 1)", lambda x: 0 < x < 1)
-        count(self, "num_parts", self.num_parts)
+        count(self, "parts", self.parts)
         count(self, "known", self.known, least=0)
 
 
@@ -99,8 +99,8 @@ class Option:
         kind: "no redundancy", "hedged", "everything twice", "predicted" or "coded".
         name: a description.
         use: the Python code.
-        num_parts: the parts of a request, K with a code.
-        num_asked: the parts that are asked for at once, N with a code.
+        parts: the parts of a request, K with a code.
+        asked: the parts that are asked for at once, N with a code.
         latencies: the latencies of the requests in seconds, sorted.
         late: the share of requests that miss the deadline.
         work: the number of computed rows per row.
@@ -112,8 +112,8 @@ class Option:
     kind: str
     name: str
     use: str
-    num_parts: int
-    num_asked: int
+    parts: int
+    asked: int
     latencies: Seconds = dataclasses.field(repr=False)
     late: float
     work: float
@@ -203,7 +203,7 @@ def plan(
             )
     for k in (k for k in _PARTS if k <= goal.num_workers):
         # A tenth of a part's time does not depend on its rows, see Conditions.
-        part = scale * (0.1 + 0.9 * goal.num_parts / k)
+        part = scale * (0.1 + 0.9 * goal.parts / k)
         for kind, name, n, waiting in _policies(k, goal):
             until = waiting.deadline
             outcome = simulate(
@@ -269,7 +269,7 @@ def format_options(goal: Goal, options: Sequence[Option]) -> str:
         slowest = 1e3 * float(np.quantile(option.latencies, _IN_TIME))
         lines += [
             kind,
-            f"  {option.name:32}{option.num_parts:3}{option.num_asked:3}{slowest:7.1f}ms"
+            f"  {option.name:32}{option.parts:3}{option.asked:3}{slowest:7.1f}ms"
             f"{option.late:8.2%}{option.work:7.3f}{option.predicted:11.3%}"
             f"{'  yes' if option.meets else '   no'}",
         ]
@@ -292,7 +292,7 @@ def draw(goal: Goal, options: Sequence[Option]) -> Figure:
     axes = figure.add_subplot()
     for kind, option in best(options).items():
         slower = np.arange(len(option.latencies), 0, -1) / len(option.latencies)
-        label = f"{kind}: {option.name}, {option.num_parts} parts"
+        label = f"{kind}: {option.name}, {option.parts} parts"
         axes.step(1e3 * option.latencies, slower, label=label, where="post")
     axes.axvline(1e3 * goal.deadline, color="0.4", linestyle=":", label="deadline")
     axes.set_xscale("log")

@@ -57,7 +57,7 @@ def test_a_deadline_that_only_predictions_meet():
     assert option.meets
     assert 0 < option.predicted < 0.05
     text = format_options(goal, [option])
-    use = f"CodedWrapper(model, parts={option.num_parts}, workers=pool, waiting=Waiting(deadline="
+    use = f"CodedWrapper(model, parts={option.parts}, workers=pool, waiting=Waiting(deadline="
     assert f"Use {use}0.0" in text
     strict = Goal(deadline=0.035, accuracy=1.0)
     assert not best(options(strict, LAWS["straggling"]))["predicted"].meets
@@ -86,7 +86,7 @@ def test_measured_latencies_are_simulated_as_they_are(tmp_path):
     assert median == pytest.approx(0.01, rel=0.02)
     assert conditions(median).spread == pytest.approx(0.1, rel=0.2)
     found = options(Goal(deadline=0.2), read)
-    (uncoded,) = [x for x in found if x.kind == "no redundancy" and x.num_parts == 4]
+    (uncoded,) = [x for x in found if x.kind == "no redundancy" and x.parts == 4]
     # A tenth of the requests meet a delay in one of four parts.
     late = float((uncoded.latencies > 0.05).mean())
     assert late == pytest.approx(1 - (29 / 30) ** 4, abs=0.05)

@@ -18,7 +18,7 @@ from coded_torch.workers import LocalWorkers
 def wrapped(module, code, law=None, **options):
     return CodedWrapper(
         module,
-        code.replace(ordering=code.ordering, shuffle=code.shuffle, link=code.link),
+        code,
         workers=LocalWorkers(law or Uniform(2, seed=0)),
         **options,
     )

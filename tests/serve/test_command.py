@@ -222,7 +222,7 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
     body = json.dumps({"inputs": [tensor([[1.0, 2.0, 3.0]])]}).encode()
     took = []
     with (
-        running("mine:small", "--num-workers", "1", "--num-data", "1", cwd=tmp_path) as (_, port),
+        running("mine:small", "--num-workers", "1", "--parts", "1", cwd=tmp_path) as (_, port),
         Client(port) as client,
     ):
         for _ in range(20):
@@ -237,7 +237,7 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
     ("arguments", "message"),
     [
         ("--num-workers 0", "--num-workers: must be at least 1, got 0"),
-        ("--num-data 7", "num_workers must be at least num_data"),
+        ("--parts 0", "--parts: must be at least 1, got 0"),
         ("--deadline 0", "--deadline: must be at least 0.001, got 0.0"),
         ("--deadline nan", "--deadline: must be at least 0.001, got nan"),
         ("--port 65536", "--port: must be at most 65535, got 65536"),
