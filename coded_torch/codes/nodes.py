@@ -30,7 +30,7 @@ _TIE = 1e-9
 
 
 def chebyshev_first(num_points: int) -> NDArray[np.float64]:
-    r"""The Chebyshev points of the first kind, the roots of :math:`T_n`, in increasing order.
+    r"""Return the Chebyshev points of the first kind, the roots of :math:`T_n`, increasing.
 
     .. math:: \cos\frac{(2k - 1)\pi}{2n}, \qquad k = n, \dots, 1
 
@@ -39,10 +39,6 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
 
     Returns:
         ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
-
-    Raises:
-        TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch.codes import nodes
@@ -54,7 +50,7 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
 
 
 def chebyshev_second(num_points: int) -> NDArray[np.float64]:
-    r"""The Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`, increasing.
+    r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`.
 
     .. math:: \cos\frac{(k - 1)\pi}{n - 1}, \qquad k = n, \dots, 1
 
@@ -63,10 +59,6 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
 
     Returns:
         ``[n]``, float64, from -1 to 1, symmetric about 0 to the bit; ``[0.]`` for n = 1.
-
-    Raises:
-        TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch.codes import nodes
@@ -78,12 +70,11 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
 
 
 def equidistant(num_points: int) -> NDArray[np.float64]:
-    r"""The midpoints of n equal cells of [-1, 1].
+    r"""Return the midpoints of n equal cells of [-1, 1].
 
     .. math:: \frac{2k - 1 - n}{n}, \qquad k = 1, \dots, n
 
-    Midpoints and not a grid with both ends: the theory asks for points inside (-1, 1), and of two
-    such sets the larger reaches further out on both sides, so that with more workers than data no
+    Of two such sets the larger reaches further out on both sides, so with more workers than data no
     answer is extrapolated because one outermost worker is late.
 
     Args:
@@ -91,10 +82,6 @@ def equidistant(num_points: int) -> NDArray[np.float64]:
 
     Returns:
         ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
-
-    Raises:
-        TypeError: ``num_points`` is not an integer.
-        ValueError: ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch.codes import nodes
@@ -106,7 +93,7 @@ def equidistant(num_points: int) -> NDArray[np.float64]:
 
 
 def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
-    r"""Worker points that contain every data point; the others split the largest gaps evenly.
+    r"""Return worker points that contain every data point; the others split the largest gaps.
 
     A worker at a data point computes an uncoded input, so its answer is exact. Where fewer points
     are left than gaps tie for the largest, they are spread evenly over those gaps. No point lies
@@ -118,11 +105,6 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
 
     Returns:
         ``[N]``, float64, strictly increasing, the data points in it to the bit.
-
-    Raises:
-        TypeError: ``num_points`` is not an integer, or ``data_points`` not real.
-        ValueError: ``data_points`` is not a strictly increasing vector within [-1, 1], or
-            ``num_points`` is out of its range.
 
     Example:
         >>> from coded_torch.codes import nodes

@@ -294,28 +294,21 @@ class _Space:
             metric = DEFAULT
             maps = transforms(METRICS[metric], leaves)
         assert maps is not None
-        self._maps = maps
         features = [each(leaf).double() for each, leaf in zip(maps, leaves, strict=True)]
-        centred = [x - x.mean(0) for x in features]
+        self._maps, self._means = maps, [x.mean(0) for x in features]
         # Several inputs count alike.
-        spreads = [float(x.square().sum(1).mean().sqrt()) for x in centred]
-        scale = torch.cat(
-            [
-                x.new_full((x.shape[1],), 1 / spread if spread > 0 else 0.0)
-                for x, spread in zip(centred, spreads, strict=True)
-            ]
-        )
-        rows = torch.cat(centred, 1)
-        values, vectors = torch.linalg.eigh((rows * scale) @ (rows * scale).T)
+        spreads = [float(x.var(0, correction=0).sum().sqrt()) for x in features]
+        self._factors = [1 / spread if spread > 0 else 0.0 for spread in spreads]
+        rows = self._scaled(leaves)
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
         shrinkage, total = METRICS[metric].shrinkage, float(values.sum())
         if shrinkage < math.inf:  # of X' U, sqrt(1 / (l + tau)) makes the metric's directions
             weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
-        projection = scale[:, None] * ((rows * scale).T @ vectors)
+        projection = rows.T @ vectors
         square = float((rows @ projection).square().sum(1).mean())
-        self._projection = (projection * (square**-0.5 if square > 0 else 0.0)).float()
-        self._centre = torch.cat([x.mean(0) for x in features])
+        self._projection = projection * (square**-0.5 if square > 0 else 0.0)
 
     @classmethod
     def of(cls, seen: Sequence[list[Leaf]], outputs: Tensor) -> _Space:
@@ -338,10 +331,12 @@ class _Space:
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
-        features = [each(leaf) for each, leaf in zip(self._maps, leaves, strict=True)]
-        with exactly():
-            z: Tensor = (torch.cat(features, 1) - self._centre).float() @ self._projection
-            return z
+        z: Tensor = self._scaled(leaves) @ self._projection
+        return z.float()
+
+    def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
+        parts = zip(self._maps, leaves, self._means, self._factors, strict=True)
+        return torch.cat([(each(leaf) - mean) * factor for each, leaf, mean, factor in parts], 1)
 
 
 class _Snapshot:
