@@ -3,6 +3,7 @@ r"""Attacks: wrong results that are well formed and finite."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -34,6 +35,8 @@ class Attacker:
         seed: of all draws, with the numbers of the request and the worker.
         module, task, request: the request.
         earlier: the task of the request before, for "replay", or None.
+        rate: the share of their parts that are wrong.
+        first: the number from which on parts are right; infinite if none is.
     """
 
     attack: str | Attack
@@ -44,10 +47,14 @@ class Attacker:
     task: Task
     request: int
     earlier: Task | None
+    rate: float = 1.0
+    first: float = math.inf
 
     def __call__(self, reply: Reply) -> Reply:
         """Return the reply as it arrives."""
         if reply.worker not in self.workers or reply.error is not None:
+            return reply
+        if reply.part.number >= self.first or self._spares(reply.part.number):
             return reply
         with torch.no_grad(), on_host():
             if self.attack in ("replay", "shift"):
@@ -77,8 +84,13 @@ class Attacker:
         """Return a generator that is the same for all workers of the attack."""
         return self._generator(0)
 
-    def _generator(self, stream: int) -> torch.Generator:
-        entropy = np.random.SeedSequence((self.seed % 2**64, self.request, 1, stream))
+    def _spares(self, part: int) -> bool:
+        return (
+            self.rate < 1 and float(torch.rand((), generator=self._generator(part, 2))) >= self.rate
+        )
+
+    def _generator(self, stream: int, kind: int = 1) -> torch.Generator:
+        entropy = np.random.SeedSequence((self.seed % 2**64, self.request, kind, stream))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def rows_of_one_input(self, reply: Reply) -> Tensor:
@@ -162,6 +174,40 @@ def _bit_flip(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
     return flat.scatter(1, places, flipped).view(rows.shape)
 
 
+def _one_output(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
+    """Replace one number by that of another row."""
+    flat = rows.reshape(len(rows), -1).clone()
+    row, column = torch.randint(2**30, (2,), generator=attacker.own(reply)).tolist()
+    row, column = row % len(flat), column % flat.shape[1]
+    flat[row, column] = flat[row - 1, column]
+    return flat.view(rows.shape)
+
+
+def _block(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
+    """Replace a quarter of the outputs by those of another row, in all rows."""
+    flat = rows.reshape(len(rows), -1).clone()
+    width = max(1, flat.shape[1] // 4)
+    at = int(torch.randint(flat.shape[1] - width + 1, (), generator=attacker.own(reply)))
+    flat[:, at : at + width] = flat[:, at : at + width].roll(1, 0)
+    return flat.view(rows.shape)
+
+
+def _bit(low: int, high: int) -> _Lie:
+    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
+
+    def flip(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
+        generator, flat = attacker.own(reply), rows.flatten().float().clone()
+        place = int(torch.randint(len(flat), (), generator=generator))
+        bit = int(torch.randint(low, high, (), generator=generator))
+        word = flat[place : place + 1].view(torch.int32) ^ (1 << bit)
+        flipped = word.view(torch.float32)
+        fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
+        flat[place] = torch.where(fits, flipped, 0.0)[0]
+        return flat.view(rows.shape)
+
+    return flip
+
+
 def _offset(attacker: Attacker, reply: Reply, rows: Tensor) -> Tensor:
     offset = torch.randn(rows.shape[1:], generator=attacker.common()).to(rows.device)
     return rows + attacker.strength * _spread(rows) * offset
@@ -185,7 +231,11 @@ ATTACKS: dict[str, _Lie | None] = {
     "permute": _permute,
     "swap": _swap,
     "one_row": _one_row,
+    "one_output": _one_output,
+    "block": _block,
     "bit_flip": _bit_flip,
+    "exponent": _bit(23, 31),
+    "mantissa": _bit(13, 23),
     "offset": _offset,
     "copies": _copies,
     "shift": None,

@@ -127,13 +127,18 @@ class FaultyWorkers(Workers):
             finite; drawn from (seed, request, worker). "noise" and "offset" (the same for all) add
             ``strength`` standard deviations of the result; "scale" multiplies by 1 + strength / 2;
             "sign_flip"; "constant": the mean row; "permute": rows; "swap": the two largest outputs;
-            "one_row": one row answers another; "bit_flip": a bit in each row; "copies": the results
+            "one_row": one row answers another; "one_output" and "block" do so with one number, and
+            with a quarter of the outputs of all rows; "bit_flip": a bit in each row; "exponent" and
+            "mantissa": a bit of one number; "copies": the results
             of one drawn input, alike on all workers; "replay": results of the request before;
             "shift": results of inputs that are shifted along their last dimension by an eighth.
             The last two call the module in this process. Or a callable that maps rows of a result,
             ``[rows, ...]``, and a generator to wrong rows.
         adversaries: the places of the workers that attack.
         strength: of the attack.
+        attack_rate: the share of their parts that are attacked. Defaults to 1.
+        relents: whether they are right whenever they are asked again in a request. Defaults to
+            False.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -164,6 +169,8 @@ class FaultyWorkers(Workers):
         attack: str | Attack | None = None,
         adversaries: Iterable[int] = (),
         strength: float = 1.0,
+        attack_rate: float = 1.0,
+        relents: bool = False,
     ) -> None:
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
@@ -193,6 +200,8 @@ class FaultyWorkers(Workers):
             )
         self.attack = attack
         self.strength = real(self, "strength", strength, "finite", math.isfinite)
+        self.attack_rate = probability(self, "attack_rate", attack_rate)
+        self.relents = relents
         self.adversaries = tuple(
             count(self, "adversaries", place, least=0) for place in adversaries
         )
@@ -206,15 +215,15 @@ class FaultyWorkers(Workers):
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        def attacker(request: int) -> Attacker | None:
+        def attacker(request: int, num_first: int) -> Attacker | None:
             attack, places = self.attack, frozenset(self.adversaries)
             if attack is None or not places:
                 return None
             with self._lock:
                 earlier, self._last = self._last, task if attack == "replay" else None
-            return Attacker(
-                attack, places, self.strength, self.seed, module, task, request, earlier
-            )
+            given = attack, places, self.strength, self.seed, module, task, request, earlier
+            first = num_first if self.relents else math.inf
+            return Attacker(*given, rate=self.attack_rate, first=first)
 
         return _FaultyRequest(self.pool.open(module, task), self._begin, attacker)
 
@@ -296,7 +305,7 @@ class _FaultyRequest(Request):
         self,
         request: Request,
         begin: Callable[[int], tuple[int, Iterator[Fault]]],
-        attacker: Callable[[int], Attacker | None],
+        attacker: Callable[[int, int], Attacker | None],
     ) -> None:
         self._request, self._begin, self._attacker = request, begin, attacker
         self._further: Iterator[Fault] | None = None
@@ -306,7 +315,7 @@ class _FaultyRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         if self._further is None:
             number, self._further = self._begin(len(parts))
-            self._attack = self._attacker(number)
+            self._attack = self._attacker(number, len(parts))
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
         self._request.ask(
