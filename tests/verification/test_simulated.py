@@ -1,0 +1,41 @@
+"""Verification beside a waiting policy, on simulated workers."""
+
+import pytest
+
+from coded_torch.scheduling.simulation import Conditions, simulate
+from coded_torch.scheduling.waiting import Waiting
+from coded_torch.verification.simulated import Verified
+
+
+def run(policy, conditions, num_requests=300, workers=24):
+    return simulate(
+        policy, conditions, num_workers=workers, num_parts=20, num_requests=num_requests
+    )
+
+
+@pytest.mark.parametrize("straggling", [0.0, 0.03])
+def test_honest_workers_cost_little_time_and_work(straggling):
+    conditions, verified = Conditions(straggling=straggling), Verified(Waiting(), 24)
+    for worker in range(24):
+        for _ in range(30):
+            verified.strikes.passed(worker)
+    plain, checked = run(Waiting(), conditions), run(verified, conditions)
+    assert checked.latencies.mean() <= plain.latencies.mean() + 0.2
+    assert checked.work <= plain.work + 0.03
+    assert not any(verdict.strikes for verdict in verified.verdicts)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_only_a_faulty_worker_is_excluded(rate):
+    verified = Verified(Waiting(), 24, wrong={3: rate})
+    run(verified, Conditions(straggling=0.03))
+    struck = {worker for verdict in verified.verdicts for worker in verdict.strikes}
+    assert struck == {3}
+    if rate == 1.0:
+        assert verified.strikes.excluded == {3}
+
+
+def test_a_deadline_is_kept():
+    verified = Verified(Waiting(deadline=2.5), 24, wrong={3: 1.0})
+    outcome = run(verified, Conditions(straggling=0.03))
+    assert outcome.latencies.max() <= 2.5 + 1e-9
