@@ -314,7 +314,7 @@ def test_tokens_masks_and_shared_arguments(code, scale):
     tokens = torch.randint(0, 50, (30, 7), generator=generator)
     mask = torch.rand(30, 7, generator=generator) > 0.3
     module = Classifier().eval()
-    options = {"stragglers": None, "in_dims": (0, 0, None)}
+    options = {"workers": LocalWorkers(), "in_dims": (0, 0, None)}
     with torch.no_grad():
         want = module(tokens, mask, torch.tensor(2.0))["logits"]
         wrapper = coded(module.to("cuda"), CODES[code], **options)
