@@ -21,7 +21,7 @@ NAMES = list(peers(4, 6))
 @pytest.fixture(scope="module")
 def shipped():
     images, labels = digits()
-    return lenet5(), list(images[:960].split(240)), list(labels[:960].split(240))
+    return lenet5(), list(images[:384].split(96)), list(labels[:384].split(96))
 
 
 @pytest.fixture(scope="module")
