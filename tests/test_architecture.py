@@ -1,84 +1,132 @@
-"""Arrows between modules run down only."""
+"""The shape of the package, read from its files: imports run down, files are small and few."""
 
 import ast
 import importlib.util
+import inspect
 from pathlib import Path
 
 import pytest
 
 import coded_torch
+from coded_torch import CodedWrapper
 
 PACKAGE = Path(coded_torch.__file__).parent
-# Each module may import those of the groups after its own, and its own group.
+# Each folder, or file beside the folders, may import those of the layers after its own, and itself.
 LAYERS = (
     {"testing"},
     {"cli"},
-    {"serve"},
-    {"evaluation", "demo"},
-    {"nn", "scheduling", "verification"},
-    {"surrogates"},
-    {"workers", "codes"},
+    {"demo"},
+    {"serve", "evaluation"},
+    {"nn"},
+    {"scheduling", "codes", "verification", "surrogates"},
+    {"input_space", "workers"},
     {"functional"},
-    {"input_space", "linear"},
+    {"linear"},
     {"ops"},
     {"_extension", "stragglers"},
-    {
-        "_arguments",
-        "_cuda_fallback",
-        "_heap",
-        "_logging",
-        "_streams",
-        "_transforms",
-        "_weights",
-    },
+    {"_arguments", "_cuda_fallback", "_heap", "_logging", "_streams", "_transforms", "_weights"},
 )
-GROUND = LAYERS[-2]
-ALL = set().union(*LAYERS)
+FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
+# The inherited suites count as tests.
+COUNTED = [path for name, path in FILES.items() if name.parts[0] != "testing"]
+every_file = pytest.mark.parametrize("name", sorted(FILES), ids=str)
 
 
-def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        if path != PACKAGE / "__init__.py":
-            yield path
+def is_typing(node):
+    """Whether a statement is ``if TYPE_CHECKING:``."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def imported(path):
-    """The modules of this package that a file imports, wherever the import stands."""
-    package = ".".join(["coded_torch", *path.relative_to(PACKAGE).parts[:-1]])
-    for node in ast.walk(ast.parse(path.read_text())):
+def statements(tree):
+    """All nodes but those that only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if not is_typing(node):
+            yield node
+            yield from statements(node)
+
+
+def imported(name):
+    """The files of this package that a file imports, wherever the import stands."""
+    package = ".".join(("coded_torch", *name.parts[:-1]))
+    for node in statements(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             source = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
-            names = [f"{source}.{alias.name}" for alias in node.names]
+            modules = [f"{source}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (name.split(".")[1] for name in names if name.startswith("coded_torch."))
+        for module in modules:
+            if module.partition(".")[0] == "coded_torch" and (
+                file := file_of(module.split(".")[1:])
+            ):
+                yield file
 
 
-@pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_run_down(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    level = next((i for i, layer in enumerate(LAYERS) if own in layer), None)
+def file_of(parts):
+    """The file of a module, or of what is imported from a module."""
+    for end in range(len(parts), 0, -1):
+        path = Path(*parts[:end])
+        for candidate in (path / "__init__.py", path.with_suffix(".py")):
+            if candidate in FILES:
+                return candidate
+    return None  # compiled, or the package itself, for its version
+
+
+def place(name):
+    """The layer of a file, and the folder or file that has it."""
+    own = name.parts[0].removesuffix(".py")
+    return next((i for i, layer in enumerate(LAYERS) if own in layer), None), own
+
+
+@every_file
+def test_imports_run_down(name):
+    if name == Path("__init__.py"):
+        return
+    level, own = place(name)
     assert level is not None, f"{own} has no place among the layers"
-    below = set().union(*LAYERS[level:]) | {own}
-    if own in GROUND:
-        below = {own} | LAYERS[-1]
-    if own in ("workers", "codes"):
-        below -= {"workers", "codes"} - {own}
-    wrong = {name for name in imported(path) if name in ALL} - below
-    assert not wrong, f"{own} imports {wrong}"
+    for other in imported(name):
+        below, its = place(other)
+        assert its == own or below > level, f"{own} imports {other}"
 
 
-@pytest.mark.parametrize("path", list(modules()), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_few_modules_call_ops(path):
-    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own not in ("linear", "input_space", "ops"):
-        assert "ops" not in imported(path)
+def test_no_files_import_each_other():
+    done = set()
+
+    def visit(name, path):
+        assert name not in path, " imports ".join(map(str, (*path[path.index(name) :], name)))
+        if name not in done:
+            for other in imported(name):
+                if other != name:
+                    visit(other, (*path, name))
+            done.add(name)
+
+    for name in FILES:
+        visit(name, ())
+
+
+@every_file
+def test_few_files_call_ops(name):
+    if name.parts[0] not in ("linear", "input_space"):
+        assert Path("ops.py") not in imported(name)
+
+
+@every_file
+def test_files_are_small(name):
+    assert len(FILES[name].read_text().splitlines()) <= 400
+
+
+def test_files_are_few():
+    assert len(COUNTED) <= 72
+    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 14_500
+
+
+def test_the_wrapper_takes_ten_arguments():
+    assert len(inspect.signature(CodedWrapper).parameters) <= 10
 
 
 def test_only_the_suites_need_pytest():
-    users = {path.parts[-2] for path in modules() if "import pytest" in path.read_text()}
+    users = {name.parts[0] for name, path in FILES.items() if "import pytest" in path.read_text()}
     assert users == {"testing"}
 
 

@@ -133,7 +133,8 @@ def _too_few(
         reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
     else:
         total = len(division.first)
-        received = results.of_first(total)
+        numbers = (result.part.number for result in results.good)
+        received = [number for number in numbers if number < total]
         reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
     required = _required(waiting, division, report)
     error = kind(received, required, total, "; ".join([*reasons, *([why] if why else [])]))

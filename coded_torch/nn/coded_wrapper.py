@@ -57,12 +57,11 @@ class CodedWrapper(ModuleProxy):
       with the first N - S results. With ``Waiting()``, N - S columns are asked first, and the other
       S stand in for late ones.
 
-    Answers come back in the caller's order. :attr:`last_run` says which of them were predicted.
+    Answers come back in the caller's order.
 
-    The wrapper stands in for the module: the keys of its state dict are those of the module, and
-    ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
-    The names of its parameters begin with ``module.``. ``torch.compile(coded)`` and
-    ``coded.compile()`` compile the module, for workers in this process only.
+    The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd,
+    autocast, pickling and deep copies work as they do for it. The names of its parameters begin
+    with ``module.``. Compiling the wrapper compiles the module, for workers in this process only.
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
     finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing
@@ -104,12 +103,11 @@ class CodedWrapper(ModuleProxy):
         last_run: the :class:`Report` of the call that ended last, even by an error; None before
             the first. If several threads call, :meth:`run` returns each its own.
 
-    The arguments are attributes, and may be assigned; values are checked as here. A new pool or a
-    new module begins with an empty history of latencies.
+    The arguments are attributes. An assigned value is checked; a new pool or module begins with an
+    empty history of latencies.
 
     Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: arguments do not fit each other.
+        TypeError, ValueError: an argument is of another kind than said, or does not fit others.
 
     Calling raises:
         TypeError: a tensor cannot be coded, or no part's output can be decoded.
@@ -179,12 +177,7 @@ class CodedWrapper(ModuleProxy):
         self._verifier = Verifier(self.workers, verify) if verify else None
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
-        """Answer, or raise, as a call does, and return the report of this very call, too.
-
-        Args:
-            args, kwargs: the arguments of the module. Hooks of the wrapper do not run.
-            waiting: for this call. Defaults to the policy of the wrapper.
-        """
+        """Return the answers and the report of a call with its own policy; hooks do not run."""
         self._check_waiting(waiting)
         report = Report()
         return self._call(self.module, report, waiting, args, kwargs), report
@@ -355,8 +348,8 @@ class CodedWrapper(ModuleProxy):
                         f"CodedWrapper: {name} must be None with a code, {reason}, got {value}"
                     )
             if self.surrogate and code.mixes:
-                # Measured on two networks in ten settings: with a student, the paper's scheme has
-                # more error than the student alone in seven (benchmarks/surrogates.py).
+                # With a student, the paper's scheme has more error than the student alone in
+                # seven of ten settings measured on two networks (benchmarks/surrogates.py).
                 raise ValueError(
                     "CodedWrapper: surrogate must be left out with a code that mixes inputs, as "
                     f"the surrogate alone has less error, got one with {code}"
@@ -424,7 +417,7 @@ class CodedWrapper(ModuleProxy):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _is_local(self) -> bool:
-        return self.workers.simulated  # others run replicas, or copies in other processes
+        return self.workers.simulated
 
     def extra_repr(self) -> str:
         how = f"parts={self.parts}" if self.code is None else str(self.code)

@@ -67,7 +67,7 @@ class Surrogates:
         inputs: of the call.
         link: "softmax" or None.
         report: of the call.
-        module: the module that memories follow.
+        module: that memories follow.
     """
 
     def __init__(
@@ -159,12 +159,7 @@ class Surrogates:
         return output
 
     def remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
-        """Have memories learn exact answers, on the scale on which they are decoded.
-
-        Args:
-            answers: the floating-point ones, ``[B, ...]`` each.
-            exact: bool ``[B]``, which rows are exact, and of finite inputs.
-        """
+        """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
         if self.owners is not None:
             exact = exact & (self.owners >= 0)
         if not self._memories or not bool(exact.any()):
@@ -186,31 +181,17 @@ class Surrogates:
 
 
 class _Output(NamedTuple):
-    """One output, decoded.
+    """One output, decoded."""
 
-    Attributes:
-        answers: ``[B, ...]``.
-        expected_errors: ``[B]``, or None if the code cannot say.
-        weights: of each surrogate.
-    """
-
-    answers: Tensor
-    expected_errors: Tensor | None
-    weights: tuple[float, ...] = ()
+    answers: Tensor  # [B, ...]
+    expected_errors: Tensor | None  # [B]; None if the code cannot say
+    weights: tuple[float, ...] = ()  # of each surrogate
 
 
 def answer(
     inputs: Inputs, division: Division, stacked: Stacked, surrogates: Surrogates, report: Report
 ) -> Any:
-    """Return the answers of one call, in the structure that the module gives them.
-
-    Args:
-        inputs: of the call.
-        division: of the batch.
-        stacked: the good results.
-        surrogates: of the call.
-        report: of the call.
-    """
+    """Return the answers of one call, in the structure that the module gives them."""
     received, size = stacked.units, division.batch_size
     plan: BatchPlan | RowPlan | None = None
     source = torch.arange(size)
@@ -269,13 +250,8 @@ def answer_alone(
 ) -> Any:
     """Return a surrogate's answers for missing rows if there are too few results to predict from.
 
-    Args:
-        waiting, division, surrogates, report: of the call.
-        stacked: the results that came, or the form of earlier ones; None: there are none.
-        error: the error that is raised otherwise.
-
-    Raises:
-        Exception: ``error``, if no surrogate can, or may, answer.
+    If no surrogate can, or may, answer, ``error`` is raised. ``stacked`` holds the results that
+    came, or the form of earlier ones; None if there are none.
     """
     blamed = report.refused and waiting.on_error == "raise"
     may = division.by_rows and waiting.predict and not blamed
@@ -318,12 +294,7 @@ def _decode(
     guesses: Sequence[Tensor | None],
     link: str | None,
 ) -> _Output:
-    """Decode one output, ``[F, R, ...]``.
-
-    Args:
-        source: the result that is each input's own, -1 if none is.
-        guesses: the outputs of the surrogates, ``[B, ...]``.
-    """
+    """Decode one output, ``[F, R, ...]``, with the outputs of the surrogates, ``[B, ...]``."""
     own, odd = source >= 0, division.not_finite
     scaled = results if odd is None else _levelled(results, odd[list(received)])
     all_own = bool(own.all())
@@ -384,12 +355,9 @@ def _residuals(
 def _least_squares(
     results: Tensor, guesses: Sequence[Tensor], rows: Tensor
 ) -> tuple[list[float], float, float]:
-    """Return the weights of guesses ``[F, R, ...]`` in results, both less their means.
+    """Return the weights of guesses in results, ``[F, R, ...]`` each, less their means.
 
-    Args:
-        results: ``[F, R, ...]``.
-        guesses: of every surrogate.
-        rows: the results to look at, flat indices.
+    Only the results at ``rows``, flat indices, are looked at.
 
     Returns:
         The weights, the share of the squares that the guesses explain, and the share that as many

@@ -171,7 +171,7 @@ class Results:
         self._not_finite = not_finite
         self._errors: list[WorkerError] = []
         self._misfits: list[WorkerError] = []
-        self._groups: list[_Group] = []
+        self._groups: list[list[Result]] = []  # by form, each in order of arrival
         self._num_replies = 0
         self._last: Result | None = None  # that can be decoded, in any group
         self.units: set[int] = set()  # with a good result
@@ -224,52 +224,43 @@ class Results:
                 result = None
         if result is None:
             return [(reply.part, False)]
-        before = self._lead
-        group = next((g for g in self._groups if result.resembles(g.results[0])), None)
+        before = self.good
+        group = next((g for g in self._groups if result.resembles(g[0])), None)
         if group is None:
-            self._groups.append(group := _Group())
-        group.add(result)
-        lead = self._lead
-        if lead is before or before is None:
+            self._groups.append(group := [])
+        group.append(result)
+        lead = self.good
+        if lead is before or not before:
             if group is lead:
                 self.units.update(result.part.units)
             return [(reply.part, group is lead)]
         # Others have the majority now.
-        self.units = {unit for result in lead.results for unit in result.part.units}
-        lost = [(other.part, False) for other in before.results]
-        return lost + [(other.part, True) for other in lead.results]
-
-    @property
-    def _lead(self) -> Any:
-        if len(self._groups) == 1:
-            return self._groups[0]
-        return max(self._groups, key=_Group.weight, default=None)
+        self.units = {unit for result in lead for unit in result.part.units}
+        return [(other.part, False) for other in before] + [(other.part, True) for other in lead]
 
     @property
     def good(self) -> list[Result]:
         """The largest group of results of one form; of equal ones, that of the part asked first."""
-        return self._lead.results if self._groups else []
+        if len(self._groups) == 1:
+            return self._groups[0]
+        return max(self._groups, key=_weight, default=[])
 
     @property
     def rejected(self) -> list[WorkerError]:
         """What is wrong with all other replies, in the order in which their parts were asked."""
-        lead, errors = self._lead, self._errors + self._misfits
+        lead, errors = self.good, self._errors + self._misfits
         for group in self._groups:
             if group is lead:
                 continue
-            many = "as many" if group.size == lead.size else "most"
-            for result in group.results:
-                why = f"returned {result}, where {many} returned {lead.results[0]}"
+            many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
+            for result in group:
+                why = f"returned {result}, where {many} returned {lead[0]}"
                 errors.append(_error(result, why))
         return sorted(errors, key=lambda error: error.part)
 
     def choose(self, parts: Mapping[int, int]) -> None:
         """Let the results of these parts, by unit, be the answers, and no others."""
         self._chosen, self.units = parts, set(parts)
-
-    def of_first(self, num_parts: int) -> list[int]:
-        """Return the numbers of the parts with a good result, of those asked for first."""
-        return [r.part.number for r in self.good if r.part.number < num_parts]
 
     @property
     def misfit(self) -> Exception | None:
@@ -320,21 +311,10 @@ class Results:
         return Stacked(units, leaves, first.dims, first.spec, formats)
 
 
-class _Group:
-    """Results that resemble each other, in order of arrival."""
-
-    def __init__(self) -> None:
-        self.results: list[Result] = []
-        self.size = 0  # in units
-        self._first = math.inf  # the lowest number of a part
-
-    def add(self, result: Result) -> None:
-        self.results.append(result)
-        self.size += len(result.part.units)
-        self._first = min(self._first, result.part.number)
-
-    def weight(self) -> tuple[int, float]:
-        return self.size, -self._first
+def _weight(group: Sequence[Result]) -> tuple[int, int]:
+    """Return the units of a group, and the number of its first part, negative."""
+    parts = [result.part for result in group]
+    return sum(len(part.units) for part in parts), -min(part.number for part in parts)
 
 
 class _Text(str):

@@ -38,14 +38,7 @@ _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)
 
 
 class Part:
-    """A part that was asked, and the part it stands in for: parts make a tree, leaves count.
-
-    Attributes:
-        worker: the worker that computed it; -1: unknown.
-        tries: failures of exactly these units in a row.
-        lates: how often it was hedged.
-        explained: whether its failure is known to be its rows' fault.
-    """
+    """A part that was asked, and the part it stands in for: parts make a tree, leaves count."""
 
     __slots__ = (
         "at", "due", "explained", "failure", "fresh", "lates", "number", "of", "replaced",
@@ -57,9 +50,11 @@ class Part:
         self.state = _QUEUED
         self.due = self.seconds = math.inf
         self.fresh: bool | None = None  # until it begins
-        self.worker = -1
+        self.worker = -1  # the worker that computed it; -1: unknown
         self.failure = Failure()
-        self.replaced = self.won = self.explained = False
+        self.replaced = self.won = False
+        self.explained = False  # whether its failure is known to be its rows' fault
+        # Failures of exactly these units in a row, and how often they were hedged.
         self.tries: int = of.tries if of is not None and len(of.units) == len(units) else 0
         self.lates: int = of.lates if of is not None else 0
 
@@ -73,10 +68,6 @@ class Part:
     @property
     def failed(self) -> bool:
         return self.state == _FAILED
-
-    @property
-    def open(self) -> bool:
-        return self.state <= _RUNNING
 
 
 class Call:
@@ -162,8 +153,6 @@ class Call:
                 yield Prepare()
         return self._end(reason)
 
-    # When something is to be done.
-
     def _reason(self) -> str | None:
         """Return why the call ends now, None if it does not."""
         good = len(self.good)
@@ -182,7 +171,7 @@ class Call:
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is looked for: no time to predict it."""
         return any(
-            part.open
+            part.state <= _RUNNING
             and not self.good.issuperset(part.units)
             and any(other.failure.kind for other in part.line())
             for part in self.parts[self.num_first :]
@@ -215,8 +204,6 @@ class Call:
             seconds = self.history.hedging_threshold(num_units * self.unit_rows)
             self.thresholds[num_units] = seconds
         return seconds
-
-    # What happened.
 
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
@@ -272,8 +259,6 @@ class Call:
         self.open -= len(unwanted)
         self.unbegun -= len(unwanted)
         return tuple(unwanted)
-
-    # What is asked again.
 
     def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
         """Ask for what is late or failed, and return the new parts."""
@@ -370,8 +355,6 @@ class Call:
         self.open += pieces
         self.unbegun += pieces
 
-    # How it ended.
-
     def _end(self, reason: str) -> Ended:
         if self.doubtful:
             reason = self._blame_doubtful(reason)
@@ -414,6 +397,6 @@ class Call:
             [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
             (self.rows, took) if typical else None,
         )
-        told = [p for p in ran if p.state in (_GOOD, _FAILED) and not p.explained]
-        told = [p for p in told if p.failure.kind != "raised"]
+        told = [p for p in ran if p.state in (_GOOD, _FAILED)]
+        told = [p for p in told if not (p.explained or p.failure.kind == "raised")]
         self.history.failed(sum(p.failed for p in told), len(told))
