@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._arguments import count, instance, real
+from .._arguments import instance
 from .._transforms import on_host
 from .._weights import unchanged
 from ..codes.base import Code
@@ -27,6 +27,7 @@ from .module_proxy import ModuleProxy
 from .predict_missing import Surrogates, answer, answer_alone, checked_surrogates
 from .report import Report
 from .result_checks import Results, Stacked
+from .settings import check_settings, check_waiting
 from .verify import Check, Verifier
 
 __all__ = ["CodedWrapper"]
@@ -172,13 +173,13 @@ class CodedWrapper(ModuleProxy):
         self.last_run = None
         self._dealer = random.Random(0)
         self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
-        self._check()
+        check_settings(self)
         self._is_made = True
         self._verifier = Verifier(self.workers, verify) if verify else None
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Return the answers and the report of a call with its own policy; hooks do not run."""
-        self._check_waiting(waiting)
+        check_waiting(self.code, waiting)
         report = Report()
         return self._call(self.module, report, waiting, args, kwargs), report
 
@@ -315,7 +316,7 @@ class CodedWrapper(ModuleProxy):
         super().__setattr__(name, value)
         if name in _CHECKED and "_is_made" in vars(self):
             try:
-                self._check()
+                check_settings(self)
             except (TypeError, ValueError):
                 super().__setattr__(name, before)
                 raise
@@ -323,77 +324,6 @@ class CodedWrapper(ModuleProxy):
             self._history = History()  # of this module on this pool
         if name in ("workers", "module", "verify") and "_is_made" in vars(self):
             self._verifier = Verifier(self.workers, self.verify) if self.verify else None
-
-    def _check(self) -> None:
-        """Raise a TypeError or a ValueError unless the settings fit each other."""
-        code, pool, parts = self.code, self.workers, self.parts
-        instance(self, "code", code, Code, optional=True)
-        instance(self, "workers", pool, Workers)
-        instance(self, "predictor", self.predictor, Regression, optional=True)
-        if parts is not None:
-            count(self, "parts", parts)
-        if code is None:
-            if parts is None and pool.num_workers is None:
-                raise ValueError(
-                    f"CodedWrapper: parts must be given with {type(pool).__name__}, which has no "
-                    "number of workers, got None"
-                )
-        else:
-            for name, reason in (
-                ("parts", "which says how many columns there are"),
-                ("predictor", "which says how missing answers are predicted"),
-            ):
-                if (value := getattr(self, name)) is not None:
-                    raise ValueError(
-                        f"CodedWrapper: {name} must be None with a code, {reason}, got {value}"
-                    )
-            if self.surrogate and code.mixes:
-                # With a student, the paper's scheme has more error than the student alone in
-                # seven of ten settings measured on two networks (benchmarks/surrogates.py).
-                raise ValueError(
-                    "CodedWrapper: surrogate must be left out with a code that mixes inputs, as "
-                    f"the surrogate alone has less error, got one with {code}"
-                )
-        if self.verify is not None:
-            self._check_verify(self.verify)
-        self._check_waiting(self.waiting)
-
-    def _check_verify(self, share: float) -> None:
-        real(self, "verify", share, "between 0 and 1", lambda x: 0 <= x <= 1)
-        if share and self.code is not None:
-            raise ValueError(
-                "CodedWrapper: verify must be None with a code, as only rows can be verified, got "
-                f"{share}"
-            )
-        if share and (self.workers.num_workers or 0) < 2:
-            raise ValueError(
-                "CodedWrapper: verify must be None on a pool without two workers that can be told "
-                f"apart, got {share} with {self.workers}"
-            )
-
-    def _check_waiting(self, waiting: Waiting | None) -> None:
-        instance(self, "waiting", waiting, Waiting, optional=True)
-        code = self.code
-        if waiting is None:
-            return
-        if code is None:
-            if waiting.at_once:
-                raise ValueError(
-                    "CodedWrapper: waiting must be Waiting(...) without a code, as rows do not "
-                    f"stand in for each other, got {waiting}"
-                )
-            return
-        if not waiting.predict and code.mixes:
-            raise ValueError(
-                "CodedWrapper: waiting.predict must be True with a code that mixes inputs, as all "
-                f"that it decodes is estimated, got False with {code}"
-            )
-        lost, most = waiting.num_stragglers or 0, code.num_workers - code.min_received
-        if lost > most:
-            raise ValueError(
-                f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {code} needs "
-                f"{code.min_received} results, got {lost}"
-            )
 
     def _waiting(self) -> Waiting:
         """Return the policy in force for calls that bring none of their own."""

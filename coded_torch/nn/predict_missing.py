@@ -60,15 +60,7 @@ def checked_surrogates(given: Any) -> tuple[Any, ...]:
 
 
 class Surrogates:
-    """The surrogates in one call; they are asked only if something is missing.
-
-    Args:
-        surrogates: of the wrapper.
-        inputs: of the call.
-        link: "softmax" or None.
-        report: of the call.
-        module: that memories follow.
-    """
+    """The surrogates in one call; they are asked only if something is missing."""
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class Part:
 
 
 class Call:
-    """One call that asks as needed, as far as it has come; for its arguments see ``decide``."""
+    """One call, as far as it has come; for its arguments see ``decide``."""
 
     def __init__(
         self,
@@ -137,8 +137,7 @@ class Call:
                 if not self.lost:
                     continue
             elif until == math.inf:
-                reason = "failed"
-                break
+                return self._end("failed")
             else:
                 # Only now, when no event was there to come before it.
                 self.now = max(self.now, until)
@@ -266,9 +265,9 @@ class Call:
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
         num_parts, idle = len(self.parts), self.idle()
-        lacking = (
-            self.needed - len(self.good) - self._hopeful() if self.by_columns else self.num_units
-        )
+        lacking = self.num_units
+        if self.by_columns:
+            lacking = self.needed - len(self.good) - self._hopeful()
         for part in self.parts[:num_parts]:
             late = part.state == _RUNNING and part.due <= self.now
             if part.replaced or not (late or part.state >= _FAILED):
@@ -295,9 +294,8 @@ class Call:
         most = 1 + _BURST / self.num_first
         if self.history.spend(len(missing) / self.num_units, most):
             return True
-        threshold = self._threshold(len(part.units))
         # On a clock that stands still, where parts take no time, it would be due for ever.
-        part.due = self.now + threshold if threshold else math.inf
+        part.due = self.now + (self._threshold(len(part.units)) or math.inf)
         heapq.heappush(self.timers, (part.due, part.number))
         return False
 
@@ -323,16 +321,16 @@ class Call:
         return verdict.pieces
 
     def _sound(self) -> set[int]:
-        """Return the workers that have returned good results in this call."""
-        return {part.worker for part in self.parts if part.state == _GOOD}
+        """Return the workers that have returned good results."""
+        return {part.machine for part in self.parts if part.state == _GOOD}
 
     def _rate(self, part: Part) -> float:
         """Return the share of other parts that fail, other than by an exception of the module."""
         own = sum(other.failed and other.failure.kind != "raised" for other in part.line())
         ended, failed = self.ended - own, self.failed - own
         known_failed, known_ended = self.history.failing()
-        # One more of each, as what was never seen to fail may fail; and this call weighs more, as
-        # all workers may have broken just now.
+        # One more of each, as what was never seen to fail may fail. This call weighs more: all
+        # workers may have broken just now.
         lately = (known_failed + failed + 1) / (known_ended + ended + 1)
         return max(lately, failed / ended if ended else 0.0)
 
@@ -389,8 +387,8 @@ class Call:
 
     def _remember(self) -> None:
         ran = [part for part in self.parts if part.fresh is not None]
-        # Calls that were cut short count as infinite: left out, they would keep the median, and
-        # so the time after which is predicted, at what calls took before the workers became slow.
+        # Calls that were cut short count as infinite: without them the median would stay at what
+        # calls took before the workers became slow.
         took = self.now - self.since if len(self.good) >= self.needed else math.inf
         typical = not any(part.fresh for part in ran)
         self.history.add(
