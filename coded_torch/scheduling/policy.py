@@ -322,7 +322,7 @@ class Call:
 
     def _sound(self) -> set[int]:
         """Return the workers that have returned good results."""
-        return {part.machine for part in self.parts if part.state == _GOOD}
+        return {part.worker for part in self.parts if part.state == _GOOD}
 
     def _rate(self, part: Part) -> float:
         """Return the share of other parts that fail, other than by an exception of the module."""
