@@ -259,3 +259,17 @@ def test_modules_without_gradients_and_inference_mode(way):
     with torch.inference_mode():
         coded(rand(23, 4))
     assert coded.last_run.notes == ()
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_raised_with_the_answers_that_came(error):
+    def surrogate(x):
+        raise error("no memory is left")
+
+    coded, x = wrap("rows", surrogate=surrogate), rand(23, 4)
+    with pytest.raises(error, match="no memory is left") as info:
+        coded(x)
+    assert info.value.report is coded.last_run
+    own = ~coded.last_run.predicted
+    torch.testing.assert_close(info.value.answers[own], net()(x)[own])
+    assert info.value.answers[~own].isnan().all()
