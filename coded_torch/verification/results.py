@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .scores import Fit, Scores, columns
+from .scores import Fit, Scores, columns, features
 
 if TYPE_CHECKING:
     from .trials import Verdict
@@ -45,6 +46,7 @@ class Results:
         self._leaves: dict[int, list[Tensor]] = {}  # by part, [rows, ...] each
         self._differences: dict[tuple[int, int], dict[int, float]] = {}
         self._spreads: list[float] = []
+        self._looked: tuple[Mapping[int, int], Tensor] | None = None
         self._scored: tuple[list[float], list[float]] = [], []
 
     def add(self, part: int, rows: Sequence[int], leaves: Iterable[Tensor]) -> None:
@@ -109,6 +111,8 @@ class Results:
 
     def outputs(self, answers: Mapping[int, int]) -> Tensor:
         """Return the outputs that are looked at, ``[B, C]``; NaN where there is no answer."""
+        if self._looked is not None and self._looked[0] == answers:
+            return self._looked[1]
         starts, columns_of = dict[int, int](), list[list[Tensor]]()
         at = 0
         for part in dict.fromkeys(answers.values()):
@@ -119,6 +123,7 @@ class Results:
         outputs = torch.full((self._size, looked.shape[1]), math.nan)
         places = [starts[part] + self._places[part][row] for row, part in answers.items()]
         outputs[list(answers)] = looked[places]
+        self._looked = dict(answers), outputs
         return outputs
 
     def conclude(
@@ -134,14 +139,15 @@ class Results:
         for worker in verdict.excluded:
             self._scores.forget(worker)
         if not verdict.doubted:  # wrong results make those beside them look odd
-            self._scores.learn(*self._scored)
+            self._scores.later(functools.partial(self._scores.learn, *self._scored))
         if inputs and verdict.answers:
             outputs, owners = self.outputs(verdict.answers), torch.full((self._size,), -1)
             for row, part in verdict.answers.items():
                 if workers[part] not in verdict.doubted:
                     owners[row] = workers[part]
             owners[~outputs.isfinite().all(1)] = -1
-            self._scores.remember(inputs, outputs, owners)
+            seen = torch.cat(features(inputs), 1)  # a copy, as the inputs may change
+            self._scores.later(functools.partial(self._scores.remember, seen, outputs, owners))
 
 
 def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..input_space.geometry import added_up
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
 from ..input_space.selection import LENGTH
 
-__all__ = ["ODD_PARTS", "ODD_ROWS", "Fit", "Scores", "columns"]
+__all__ = ["ODD_PARTS", "ODD_ROWS", "Fit", "Scores", "columns", "features"]
 
 _ROWS, _LEAST = 240, 30  # of a fit: 4 ms, while workers compute; more rows find little more
 _COLUMNS = 64  # outputs that are looked at, evenly spaced
@@ -34,6 +34,8 @@ class Scores:
         self.rows, self.parts = _Running(ODD_ROWS), _Running(ODD_PARTS)
         # Features, outputs and workers of the last rows. They serve scores only, never answers.
         self._recent: tuple[Tensor, ...] | None = None
+        # What calls left to learn, which is done while workers compute for a later call.
+        self._pending: deque[Callable[[], None]] = deque()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:  # rows of users are in no copy
@@ -46,13 +48,14 @@ class Scores:
         Args:
             inputs: floating-point, ``[B, ...]`` each.
         """
+        self.settle()
         if not inputs:
             return []
-        features, recent, fits = _features(inputs), self._recent, []
-        widths = [x.shape[1] for x in features]
+        leaves, recent, fits = features(inputs), self._recent, []
+        widths = [x.shape[1] for x in leaves]
         step = -(-len(inputs[0]) // _ROWS)
         for i in range(step):
-            some, past = torch.cat(features, 1)[i::step], None
+            some, past = torch.cat(leaves, 1)[i::step], None
             if recent is not None and recent[0].shape[1] == sum(widths) and len(some) < _ROWS:
                 earlier, past = (x[len(some) - _ROWS :] for x in recent[:2])
                 some = torch.cat([some, earlier])
@@ -60,6 +63,19 @@ class Scores:
                 rows = list(range(i, len(inputs[0]), step))
                 fits.append(Fit(rows, some.split(widths, 1), past))
         return fits
+
+    def later(self, learn: Callable[[], None]) -> None:
+        """Have something learnt before the next fit."""
+        self._pending.append(learn)
+
+    def settle(self) -> None:
+        """Learn what calls have left."""
+        while self._pending:
+            try:
+                learn = self._pending.popleft()
+            except IndexError:  # another thread was faster
+                return
+            learn()
 
     def odd(
         self, scores: Mapping[int, float], parts: Sequence[Sequence[int]]
@@ -84,17 +100,16 @@ class Scores:
             self.parts.add(parts)
 
     @on_host()
-    def remember(self, inputs: Sequence[Tensor], outputs: Tensor, workers: Tensor) -> None:
+    def remember(self, features: Tensor, outputs: Tensor, workers: Tensor) -> None:
         """Keep rows of a call for later fits.
 
         Args:
-            inputs: of the call.
+            features: ``[B, d]``, of its inputs.
             outputs: ``[B, C]``, those that are looked at.
             workers: ``[B]``, whose results they are; -1 for rows that are not kept.
         """
         kept = (workers >= 0).nonzero().flatten()[-_ROWS:]
-        features = torch.cat(_features([x[kept.to(x.device)] for x in inputs]), 1)
-        now: tuple[Tensor, ...] = features, outputs[kept], workers[kept]
+        now: tuple[Tensor, ...] = features[kept], outputs[kept], workers[kept]
         with self._lock:
             if self._recent is not None:
                 pairs = list(zip(self._recent, now, strict=True))
@@ -104,6 +119,7 @@ class Scores:
 
     def forget(self, worker: int | None = None) -> None:
         """Let go of the rows of one worker, or of all, as those of other weights."""
+        self.settle()
         with self._lock:
             if self._recent is not None:
                 kept = self._recent[2] != worker if worker is not None else slice(0)
@@ -158,7 +174,8 @@ def columns(outputs: Sequence[Tensor]) -> Tensor:
     return flat[:, :: max(1, -(-flat.shape[1] // _COLUMNS))].cpu()
 
 
-def _features(inputs: Sequence[Tensor]) -> list[Tensor]:
+def features(inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return what distances between inputs ``[B, ...]`` are measured on, on the host."""
     return [added_up(x.detach()).cpu() for x in inputs]
 
 

@@ -88,6 +88,7 @@ class TestScores:
         x, y = batch(64)
         found, answers = results(scores, x, y)
         found.conclude(Verdict(answers=answers, doubted={1}), [x], dict(enumerate(range(4))))
+        scores.settle()
         assert set(scores._recent[2].tolist()) == {0, 2, 3}
         scores.forget(2)
         assert set(scores._recent[2].tolist()) == {0, 3}
