@@ -11,7 +11,8 @@ With ``Waiting()``, and with all N asked at once:
 - corruption: results that are wrong in every way that a check can see;
 - leak: what a pool leaves behind.
 
-Once: overhead of the pool and of the wrapper; ray, whose actors are killed every three seconds.
+Once: overhead of the pool and of the wrapper; ray, whose actors are killed every three seconds; and
+the promises of a call by rows (``promises.py``): exact, poison, deadline.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers, RayWorkers, Task
 
+from . import promises
 from .clients import SEED, START, Client, K, Killer, N, S, stopped
 from .runs import Measurement
 from .traffic import percentiles
@@ -240,6 +242,7 @@ SCENARIOS: dict[str, Callable[[bool], dict[str, Any]]] = {
         for name, policy in (("", as_needed), (", all at once", at_once))
     },
     **{function.__name__: function for function in (overhead, ray)},
+    **promises.SCENARIOS,
 }
 
 

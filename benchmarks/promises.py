@@ -1,0 +1,198 @@
+"""The promises of a call while workers fail: scenarios of ``python -m benchmarks resilience``.
+
+- exact: ``Waiting(predict=False)`` where a third of the parts end their process, others return
+  wrong results, and processes are killed from outside as well;
+- poison: one row that ends its process, beside calls of others on the same pool;
+- deadline: calls of 0.3 s while all processes hang, load, are slow, or die.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from coded_torch.codes import NotEnoughResults
+from coded_torch.nn import CodedWrapper, Waiting
+from coded_torch.stragglers import Bernoulli
+from coded_torch.workers import FaultyWorkers, ProcessWorkers, Workers
+from coded_torch.workers.faults import kill_own_process
+
+from .clients import SEED, START, Killer, N
+from .traffic import percentiles
+
+DEADLINE = 0.3  # seconds
+ROWS = 64
+PAUSE = 0.25  # seconds between two calls with a row that ends its process
+BAD = -1.0  # an input on which the module ends its process
+RATES = {"crash": 0.3} | dict.fromkeys(("nan", "infinity", "shape", "dtype", "structure"), 0.02)
+
+
+class Model(nn.Module):
+    """A small network that ends its process at one input, or fails in a way that its input names.
+
+    Args:
+        how: "", "hang" when it runs, or "load" for ever, or "die" where it is loaded.
+    """
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.layers = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x[:, 0] == BAD).any()):
+            kill_own_process()
+        if self.how == "hang":
+            time.sleep(3600)
+        return self.layers(x)  # type: ignore[no-any-return]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.how == "load":
+            time.sleep(3600)
+        if self.how == "die":
+            kill_own_process()
+
+
+def _coded(pool: Workers, model: nn.Module, **waiting: Any) -> CodedWrapper:
+    return CodedWrapper(model, workers=pool, waiting=Waiting(**waiting))
+
+
+def _batch(generator: torch.Generator, rows: int = ROWS) -> Tensor:
+    return torch.rand(rows, 64, generator=generator)
+
+
+def exact(quick: bool) -> dict[str, Any]:
+    count, rows = 15 if quick else 2_000, 24
+    generator, model = torch.Generator().manual_seed(SEED), Model()
+    raised = wrong = predicted = 0
+    times = []
+    with ProcessWorkers(N).start(timeout=START) as pool:
+        coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model, predict=False)
+        killer = Killer(pool, lambda: 0.5, 1)
+        with killer.at_work():
+            for _ in range(count):
+                x = _batch(generator, rows)
+                start = time.perf_counter()
+                try:
+                    answers, report = coded.run(x)
+                except NotEnoughResults:
+                    raised += 1
+                    continue
+                times.append((time.perf_counter() - start) * 1e3)
+                wrong += not torch.allclose(answers, model(x), atol=1e-5)
+                predicted += int(report.predicted.sum())
+    return {
+        "calls": count,
+        "rates": RATES,
+        "kills": killer.kills,
+        "times": percentiles(times),
+        "bars": {
+            "wrong": [wrong, 0],
+            "predicted": [predicted, 0],
+            "share that raise": [round(raised / count, 4), 0.01],
+        },
+    }
+
+
+def poison(quick: bool) -> dict[str, Any]:
+    count = 3 if quick else 100
+    generator, model = torch.Generator().manual_seed(SEED), Model()
+    lost, computed = [], []
+    with ProcessWorkers(N).start(timeout=START) as pool:
+        mine, others = _coded(pool, model, predict=False), _coded(pool, model)
+
+        @torch.no_grad()
+        def call(value: float) -> None:
+            for _ in range(count):
+                x, before = _batch(generator), pool.num_restarts
+                x[17, 0] = value
+                try:
+                    mine(x)
+                except NotEnoughResults as error:
+                    computed.append(len(error.received))
+                time.sleep(PAUSE)
+                lost.append(pool.num_restarts - before)
+
+        calm = _times_beside(others, lambda: call(0.0))
+        disturbed = _times_beside(others, lambda: call(BAD))
+    p99 = float(np.percentile(disturbed, 99) / np.percentile(calm, 99))
+    return {
+        "calls": count,
+        "others, calm": percentiles(calm),
+        "others, disturbed": percentiles(disturbed),
+        "bars": {
+            "calls that did not compute 63 rows": [count - computed.count(ROWS - 1), 0],
+            "processes lost by a call": [max(lost), 5],
+            "others: p99 by that of calm": [round(p99, 3), 2.0],
+        },
+    }
+
+
+def _times_beside(coded: CodedWrapper, work: Callable[[], object]) -> list[float]:
+    """Return the milliseconds of a wrapper's calls while something else is done."""
+    generator, times = torch.Generator().manual_seed(SEED), []
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        start = time.perf_counter()
+        coded(_batch(generator))
+        times.append((time.perf_counter() - start) * 1e3)
+        time.sleep(0.005)
+    return times
+
+
+def deadline(quick: bool) -> dict[str, Any]:
+    count = 3 if quick else 125
+    slow = Bernoulli(0.4, latency=2 * DEADLINE)
+    found: dict[str, Any] = {"calls of each": count, "bars": {}}
+    every = []
+    for name, how, law in (
+        ("hang", "hang", None),
+        ("load", "load", None),
+        ("slow", "", slow),
+        ("die", "die", None),
+    ):
+        with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
+            coded = _coded(FaultyWorkers(pool, delays=law), Model(how), deadline=DEADLINE)
+            late, outcomes = _lateness(coded, count)
+        found[name] = {"outcomes": outcomes, "ms after the deadline": percentiles(late)}
+        every += late
+    found["a bare sleep, ms after its time"] = percentiles([_oversleep() for _ in range(count)])
+    found["bars"]["p99, ms after the deadline"] = [round(float(np.percentile(every, 99)), 2), 10.0]
+    found["bars"]["latest, ms after the deadline"] = [round(max(every), 2), 30.0]
+    return found
+
+
+def _oversleep() -> float:
+    """Return the milliseconds by which this machine wakes a thread too late."""
+    start = time.perf_counter()
+    time.sleep(DEADLINE)
+    return (time.perf_counter() - start - DEADLINE) * 1e3
+
+
+def _lateness(coded: CodedWrapper, count: int) -> tuple[list[float], dict[str, int]]:
+    """Return the milliseconds after the deadline, and how often calls ended in each way."""
+    generator, late, outcomes = torch.Generator().manual_seed(SEED), [], Counter[str]()
+    for _ in range(count):
+        x = _batch(generator)
+        start = time.perf_counter()
+        try:
+            _, report = coded.run(x)
+            outcome = report.ended
+        except NotEnoughResults as error:
+            outcome = type(error).__name__
+        late.append((time.perf_counter() - start - DEADLINE) * 1e3)
+        outcomes[outcome] += 1
+    return late, dict(outcomes)
+
+
+SCENARIOS = {function.__name__: function for function in (exact, poison, deadline)}
