@@ -120,11 +120,12 @@ class _DeviceRequest(DispatchedRequest):
         self.views = _views(module)
         # Inputs, weights and views are there behind these events.
         self.ready = _events((task.device, *threads.devices))
+        self.on_host = all(x.device.type == "cpu" for x in task.leaves if isinstance(x, Tensor))
         self.replicas: dict[_Replica, nn.Module] = {}
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = super().wait(until)
-        if isinstance(event, Reply):
+        if self.ready and isinstance(event, Reply):
             for leaf in pytree.tree_leaves(event.value):
                 if isinstance(leaf, Tensor):
                     read_here(leaf)  # it was made on the thread's stream
@@ -181,7 +182,7 @@ class _Replica(Worker):
         self.device = device
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None  # until its first job
-        self._seen: MutableMapping[nn.Module, bool] = WeakIdKeyDictionary()
+        self._seen = weakref.WeakSet[nn.Module]()
         self._streams: dict[torch.device, torch.Stream] = {}
         self.forget()
 
@@ -195,7 +196,7 @@ class _Replica(Worker):
 
     def give(self, job: Job, threads: _Threads) -> None:
         """Have the thread do a job."""
-        self._seen[job.module] = True
+        self._seen.add(job.module)
         self.inbox.put(job)
         if self.thread is None:
             name = f"coded_torch-{self.index}-{self.device}"
@@ -235,9 +236,11 @@ class _Replica(Worker):
                     stream.wait_event(event)
             stack.enter_context(request.ambient.restored(self.device))
             try:
-                arguments = _to(self.device, request.task.payload(job.part.units))
-                # Its backward reads the inputs on this stream, when the caller may have let go.
-                pytree.tree_map_only_(Tensor, read_here, arguments)
+                arguments = request.task.payload(job.part.units)
+                if streams or not request.on_host:  # walking through them takes 25 us
+                    arguments = _to(self.device, arguments)
+                    # Its backward reads the inputs on this stream, when the caller may have let go.
+                    pytree.tree_map_only_(Tensor, read_here, arguments)
                 return _to(home, compute(self._module(request), arguments, job.part.fault))
             finally:
                 # A result has arrived when it can be read. If the module raised, the kernels that
@@ -303,6 +306,8 @@ def _refuse_compiled(module: nn.Module) -> None:
 
 
 def _to(device: torch.device, tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree.to(device)
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
 
 
