@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
 from .tables import NAMES
 
@@ -32,6 +33,7 @@ STYLES = {  # of a code, the same in every picture
 }
 HIDDEN = ("Berrut",)  # it would hide the spline of the paper
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
+FEWEST_ROWS = 30  # of which a share is drawn
 MARKERS = "os^DXv."
 
 Results = Mapping[str, Any]
@@ -224,6 +226,35 @@ def convergence(results: Results) -> Figure:
     return legend(figure, 2)
 
 
+def verification(results: Results) -> Figure:
+    """Wrong rows that reach the caller against extra work, all of them and those that do harm."""
+    measured = results["verification"]
+    points = {share: (measured["work"][share], of) for share, of in measured["left"].items()}
+    points |= {
+        name: (of["work"], of) for name, of in measured["peers"].items() if name != "seconds"
+    }
+    methods = [(work - 1, of["faults"]) for work, of in points.values()]
+    methods.sort(key=operator.itemgetter(0))
+    faults = ("noise .3", "noise .05", "block", "one row", "one output", "exponent")
+    figure, every = panels(["all wrong rows", "harmful rows: another class, or off by .1"])
+    for axes, key in zip(every, ("", "harmful "), strict=True):
+        for n, fault in enumerate(faults):
+            made = [of[fault][key.strip() or "wrong"] for _, of in methods]
+            if min(made) < FEWEST_ROWS:
+                continue
+            shares = [of[fault][f"{key}left"] / x for (_, of), x in zip(methods, made, strict=True)]
+            extra = [work for work, _ in methods]
+            style = {"marker": MARKERS[n], "color": f"C{n}", "markersize": 5, "linewidth": 1}
+            axes.plot(extra, shares, label=fault, **style)
+        axes.set_xscale("symlog", linthresh=0.01)
+        axes.set_xticks([0, 0.01, 0.1, 1, 2], ["0", "1 %", "10 %", "100 %", "200 %"])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+        axes.set_xlabel("extra work (up to 10 %: verify=.01 to .1; from 100 %: votes)")
+        axes.set_ylabel("left")
+    return legend(figure, len(faults))
+
+
 PICTURES = {
     "accuracy": accuracy,
     "accuracy-softmax": functools.partial(accuracy, output="softmax"),
@@ -234,4 +265,5 @@ PICTURES = {
     "work": work,
     "latency": latency,
     "convergence": convergence,
+    "verification": verification,
 }

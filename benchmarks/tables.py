@@ -91,6 +91,21 @@ def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
     return f"{found['p99.9']:.1f}{share}"
 
 
+def found_wrong(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """The share of wrong rows that reach the caller, by fault, and the work of honest requests."""
+    measured = results["verification"]
+    checked = {
+        f"`verify={share}`": {"work": measured["work"][share], **found}
+        for share, found in measured["left"].items()
+    }
+    peers = {name: found for name, found in measured["peers"].items() if name != "seconds"}
+    methods = {"nothing": peers.pop("nothing"), **checked, **peers}
+    yield ["", "work", *methods["nothing"]["faults"]]
+    for method, found in methods.items():
+        shares = (f"{100 * each['share left']:.3g} %" for each in found["faults"].values())
+        yield [method, f"{found['work']:.3f}", *shares]
+
+
 def claimed(which: int) -> Cell:
     return lambda stars, found: str(PAPER[stars[0]][which]) if stars[0] in PAPER else ""
 
@@ -227,6 +242,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         LATENCIES,
     ),
     "failed": Table("resilience > * > bars > failed", ("",), {"calls failed": "0:g", "bar": "1:g"}),
+    "verification": found_wrong,
     "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
     "convergence": Table(

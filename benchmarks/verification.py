@@ -12,9 +12,9 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 - *modules*: charges and notes, if honest results of a module or pool differ.
 - *liars*: two workers that collude, and one that is right whenever it is asked again.
 - *latency*: simulated, with and without.
-
-The honest peers need no measurement: if all is computed twice, and a third time where two results
-differ, or three times, a single faulty worker leaves no wrong row, for 2.0 and 3.0 times the work.
+- *work*: of honest requests, by the share of checked rows.
+- *peers*: *left* and *work* if all parts are computed once, twice (and by a third worker where two
+  results differ), or three times, and a majority decides.
 """
 
 from __future__ import annotations
@@ -125,6 +125,50 @@ class Fleet:
                 event = events.popleft()
 
 
+class Voters:
+    """Workers that compute every part several times; a majority decides, row by row.
+
+    If two results of a part differ, a third worker computes it.
+
+    Args:
+        num_workers: M, which is the number of parts, too.
+        copies: the number of workers that compute each part: 1, 2 or 3.
+        tolerance: up to which results are alike.
+    """
+
+    def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
+        self.num_workers, self.copies, self.tolerance = num_workers, copies, tolerance
+        self.random = random.Random(SEED)
+
+    def settle(self) -> None:
+        """Do nothing: no worker has a record."""
+
+    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
+        """Answer a batch of ``size`` rows, a multiple of M."""
+        order = self.random.sample(range(self.num_workers), self.num_workers)
+        answers, computed, step = list[Tensor](), 0, size // self.num_workers
+        for part in range(self.num_workers):
+            rows = range(part * step, (part + 1) * step)
+            workers = [order[(part + copy) % self.num_workers] for copy in range(3)]
+            results = [compute(w, rows, n > 0) for n, w in enumerate(workers[: self.copies])]
+            if self.copies == 2 and not self._alike(*results).all():
+                results.append(compute(workers[2], rows, True))
+            computed += len(rows) * len(results)
+            answers.append(self._elected(results))
+        return Outcome(torch.cat(answers), Verdict(), computed, {})
+
+    def _elected(self, results: Sequence[Tensor]) -> Tensor:
+        """Return the first result, but where the other two are alike and differ from it."""
+        if len(results) < 3:
+            return results[0]
+        first, second, third = results
+        outvoted = self._alike(second, third) & ~self._alike(first, second)
+        return torch.where((outvoted & ~self._alike(first, third)).unsqueeze(1), second, first)
+
+    def _alike(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().amax(1) <= self.tolerance
+
+
 class Data:
     """Inputs, and what the module returns for them.
 
@@ -216,7 +260,7 @@ POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults tha
 
 
 def honest(
-    data: Data, fleet: Fleet, sizes: Iterable[int], *, score: bool = True
+    data: Data, fleet: Fleet | Voters, sizes: Iterable[int], *, score: bool = True
 ) -> dict[str, float]:
     """Requests in which nobody is wrong."""
     found: Counter[str] = Counter()
@@ -235,11 +279,14 @@ def honest(
     return {**found, "work": found["computed"] / found["rows"]}
 
 
-def left(data: Data, fleet: Fleet, fault: Fault, count: int, size: int) -> dict[str, float]:
+def left(
+    data: Data, fleet: Fleet | Voters, fault: Fault, count: int, size: int
+) -> dict[str, float]:
     """Requests in each of which one proven worker is wrong, a new one."""
     found: Counter[str] = Counter()
     for number in range(count):
-        worker, at = number % fleet.settle().strikes.num_workers, data.batch(size)
+        fleet.settle()
+        worker, at = number % WORKERS, data.batch(size)
         truth = data.outputs[at]
 
         def compute(
@@ -368,13 +415,18 @@ def requests(
     }
 
 
-def measure_left(quick: bool, share: float) -> dict[str, Any]:
-    data, fleet, count = Data(), Fleet(WORKERS, share), 24 if quick else 240
-    honest(data, fleet, [BATCH_SIZE] * 40)
+def _left_by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, Any]:
     faults = progress(FAULTS.items(), "faults")
     found = {name: left(data, fleet, fault, count, BATCH_SIZE) for name, fault in faults}
     for x in found.values():
         x["share left"] = x["left"] / max(1, x["wrong"])
+    return found
+
+
+def measure_left(quick: bool, share: float) -> dict[str, Any]:
+    data, fleet, count = Data(), Fleet(WORKERS, share), 24 if quick else 240
+    honest(data, fleet, [BATCH_SIZE] * 40)
+    found = _left_by_fault(data, fleet, count)
     pooled = [found[name] for name in POOLED]
     harmful, stays = (sum(x[key] for x in pooled) for key in ("harmful", "harmful left"))
     return {"faults": found, "harmful rows of whole parts left": stays / max(1, harmful)}
@@ -396,6 +448,23 @@ def measure_honest(quick: bool) -> dict[str, Any]:
     drawn, fleet = random.Random(SEED), Fleet(WORKERS, 0.02)
     count = 200 if quick else 20_000
     return honest(Data(), fleet, progress(drawn.choices(SIZES, k=count), "requests"))
+
+
+def measure_work(quick: bool) -> dict[str, Any]:
+    """The work of honest requests, by the share of checked rows."""
+    data, sizes = Data(), [BATCH_SIZE] * (20 if quick else 300)
+    fleets = {f"{share:g}": Fleet(WORKERS, share).settle() for share in SHARES}
+    return {share: honest(data, fleet, sizes)["work"] for share, fleet in fleets.items()}
+
+
+def measure_peers(quick: bool) -> dict[str, Any]:
+    found, count = {}, 24 if quick else 240
+    for copies, name in enumerate(("nothing", "everything twice", "everything three times"), 1):
+        data = Data()
+        voters = Voters(WORKERS, copies, 1e-3 * data.spread)
+        work = honest(data, voters, [BATCH_SIZE] * 20)["work"]
+        found[name] = {"work": work, "faults": _left_by_fault(data, voters, count)}
+    return found
 
 
 def measure_small(quick: bool) -> dict[str, Any]:
@@ -458,6 +527,8 @@ def measurements(quick: bool) -> Iterable[Measurement]:
         yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
     yield ("until",), functools.partial(measure_until, quick)
     yield ("honest",), functools.partial(measure_honest, quick)
+    yield ("work",), functools.partial(measure_work, quick)
+    yield ("peers",), functools.partial(measure_peers, quick)
     yield ("small",), functools.partial(measure_small, quick)
     yield ("modules",), functools.partial(measure_modules, quick)
     yield ("liars",), functools.partial(measure_liars, quick)
