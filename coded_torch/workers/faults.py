@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -215,17 +216,7 @@ class FaultyWorkers(Workers):
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        def attacker(request: int, num_first: int) -> Attacker | None:
-            attack, places = self.attack, frozenset(self.adversaries)
-            if attack is None or not places:
-                return None
-            with self._lock:
-                earlier, self._last = self._last, task if attack == "replay" else None
-            given = attack, places, self.strength, self.seed, module, task, request, earlier
-            first = num_first if self.relents else math.inf
-            return Attacker(*given, rate=self.attack_rate, first=first)
-
-        return _FaultyRequest(self.pool.open(module, task), self._begin, attacker)
+        return _FaultyRequest(self, module, task)
 
     @property
     def num_ready(self) -> int | None:
@@ -235,10 +226,13 @@ class FaultyWorkers(Workers):
     def num_restarts(self) -> int:
         return self.pool.num_restarts
 
-    def _begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
-        """Return the number of a new request, and the faults of its parts, without end."""
+    def _begin(
+        self, module: nn.Module, task: Task, num_parts: int
+    ) -> tuple[Iterator[Fault], Attacker | None]:
+        """Return the faults of the parts of a new request, without end, and the attack on it."""
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
+            earlier, self._last = self._last, task if self.attack == "replay" else None
             first = self._draw(self.delays, num_parts, request, 0)
             now = time.monotonic()
             if self._crashed is None:
@@ -249,7 +243,10 @@ class FaultyWorkers(Workers):
                 first[part] = dataclasses.replace(first[part], kind="crash")
             delays = copy.copy(self.delays)
         further = (self._draw(delays, num_parts, request, n) for n in itertools.count(1))
-        return request, itertools.chain(first, itertools.chain.from_iterable(further))
+        faults = itertools.chain(first, itertools.chain.from_iterable(further))
+        if not self.adversaries:
+            return faults, None
+        return faults, Attacker(self, module, task, request, earlier, num_parts)
 
     @on_host()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
@@ -301,21 +298,16 @@ class FaultyWorkers(Workers):
 class _FaultyRequest(Request):
     """A request of another pool. It adds faults to the parts, and attacks the replies."""
 
-    def __init__(
-        self,
-        request: Request,
-        begin: Callable[[int], tuple[int, Iterator[Fault]]],
-        attacker: Callable[[int, int], Attacker | None],
-    ) -> None:
-        self._request, self._begin, self._attacker = request, begin, attacker
+    def __init__(self, pool: FaultyWorkers, module: nn.Module, task: Task) -> None:
+        self._request = pool.pool.open(module, task)
+        self._begin = functools.partial(pool._begin, module, task)
         self._further: Iterator[Fault] | None = None
         self._faults: list[Fault] = []
         self._attack: Attacker | None = None
 
     def ask(self, parts: Sequence[Part]) -> None:
         if self._further is None:
-            number, self._further = self._begin(len(parts))
-            self._attack = self._attacker(number, len(parts))
+            self._further, self._attack = self._begin(len(parts))
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
         self._request.ask(
