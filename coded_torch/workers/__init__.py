@@ -8,12 +8,10 @@ To add a pool on real time:
    ``job.request.ambient.restored``, and reports by ``settle``, or by ``fail`` with
    ``kind="raised"`` if the module raised.
 3. Subclass :class:`Workers`: ``num_workers``, ``open``, which returns a
-   :class:`~coded_torch.workers.dispatch.DispatchedRequest`, ``close``, and pickling. Requests must
+   :class:`~coded_torch.workers.live.LiveRequest`, ``close``, and pickling. Requests must
    not hold the pool, so that it ends when nothing else holds it.
 4. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
    is a pool of 60 lines.
-
-A pool with a queue elsewhere implements :class:`~coded_torch.workers.live.LiveRequest` instead.
 """
 
 from .base import Began, Obstacle, Part, Reply, Request, WorkerError, Workers

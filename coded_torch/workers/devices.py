@@ -22,8 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._arguments import find_devices, positive
 from .._streams import read_here
 from .base import Began, Reply, Request, Task
-from .dispatch import DispatchedRequest, DispatchedWorkers, Dispatcher, Job, Worker
+from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
 from .faults import InjectedCrash, compute
+from .live import LiveRequest
 
 __all__ = ["DeviceWorkers"]
 
@@ -112,7 +113,7 @@ class DeviceWorkers(DispatchedWorkers):
         return f"DeviceWorkers({[str(device) for device in self.devices]})"
 
 
-class _DeviceRequest(DispatchedRequest):
+class _DeviceRequest(LiveRequest):
     """A request with the data that the devices need."""
 
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from .._arguments import count
 from .._logging import sparing_logger
-from .base import Obstacle, Part, Task, Workers
+from .base import Obstacle, Part, Workers
 from .live import LiveRequest
 
-__all__ = ["DispatchedRequest", "DispatchedWorkers", "Dispatcher", "Job", "Worker"]
+__all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
 
 logger = sparing_logger("coded_torch.workers")
 
@@ -263,21 +263,3 @@ class DispatchedWorkers(Workers):
 
     def _place(self, worker: int) -> int:
         return count(self, "worker", worker, least=0, most=self.num_workers - 1)
-
-
-class DispatchedRequest(LiveRequest):
-    """A request whose parts wait in the queue of a dispatcher, as jobs with this module."""
-
-    def __init__(self, task: Task, timeout: float, dispatcher: Dispatcher, module: Any) -> None:
-        super().__init__(task, timeout)
-        self.dispatcher, self.module = dispatcher, module
-
-    def _submit(self, parts: Sequence[Part]) -> None:
-        self.dispatcher.submit(self, self.module, parts)
-
-    @property
-    def idle(self) -> int:
-        return self.dispatcher.num_idle
-
-    def _obstacle(self) -> Obstacle:
-        return self.dispatcher.obstacle(self)

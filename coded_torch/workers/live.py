@@ -2,7 +2,6 @@ r"""Requests to workers that compute while real time passes."""
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import math
@@ -13,11 +12,14 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .base import Began, Obstacle, Part, Reply, Request, Task, WorkerError
+
+if TYPE_CHECKING:
+    from .dispatch import Dispatcher
 
 __all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
 
@@ -47,7 +49,7 @@ INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", defau
 class LiveRequest(Request):
     """A request whose workers report to :meth:`begin`, :meth:`settle` and :meth:`fail`.
 
-    Subclasses implement ``_submit``, :attr:`idle` and ``_obstacle``. A part fails ``timeout``
+    Its parts wait in the queue of a dispatcher, as jobs with ``module``. A part fails ``timeout``
     seconds after it was asked for.
 
     Attributes:
@@ -55,8 +57,8 @@ class LiveRequest(Request):
         abandoned: whether the caller was interrupted, so that even its workers need not go on.
     """
 
-    def __init__(self, task: Task, timeout: float) -> None:
-        self.task = task
+    def __init__(self, task: Task, timeout: float, dispatcher: Dispatcher, module: Any) -> None:
+        self.task, self.dispatcher, self.module = task, dispatcher, module
         self.ambient = Ambient.capture()
         self._timeout = timeout
         self._opened = time.monotonic()
@@ -72,14 +74,6 @@ class LiveRequest(Request):
         self._lock = threading.Lock()
         if (interruption := INTERRUPTION.get()) is not None:
             interruption.watch(self)
-
-    @abc.abstractmethod
-    def _submit(self, parts: Sequence[Part]) -> None:
-        """Put the parts into the queue of the pool."""
-
-    def _obstacle(self) -> Obstacle | None:
-        """Return the reason why parts may not have begun."""
-        return None
 
     # The workers call these methods, from any thread.
 
@@ -130,7 +124,7 @@ class LiveRequest(Request):
             self._open |= {part.number: None for part in parts}
         now = self.now()
         self._asked.extend((now, part) for part in parts)
-        self._submit(parts)
+        self.dispatcher.submit(self, self.module, parts)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
@@ -162,10 +156,14 @@ class LiveRequest(Request):
         return time.monotonic() - self._opened
 
     @property
+    def idle(self) -> int:
+        return self.dispatcher.num_idle
+
+    @property
     def obstacle(self) -> Obstacle | None:
         with self._lock:
             waiting = None in self._open.values()
-        return self._obstacle() if waiting else None
+        return self.dispatcher.obstacle(self) if waiting else None
 
     def close(self) -> None:
         with self._lock:

@@ -16,22 +16,22 @@ from coded_torch.workers.live import LiveRequest
 WAIT = 60.0
 
 
+class Nobody:
+    """A dispatcher without workers."""
+
+    def submit(self, request, module, parts):
+        request.parts += parts
+
+    def obstacle(self, request):
+        return "all is quiet"
+
+
 class Quiet(LiveRequest):
     """Keeps the parts that it is asked for."""
 
     def __init__(self, timeout: float = WAIT) -> None:
-        super().__init__(task_of(torch.zeros(8, 1, 1)), timeout)
+        super().__init__(task_of(torch.zeros(8, 1, 1)), timeout, Nobody(), None)
         self.parts: list[Part] = []
-
-    def _submit(self, parts):
-        self.parts += parts
-
-    @property
-    def idle(self):
-        return 0
-
-    def _obstacle(self):
-        return "all is quiet"
 
 
 def test_only_what_is_open_and_not_dropped_begins_and_only_once():

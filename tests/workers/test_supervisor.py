@@ -14,7 +14,8 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
-from coded_torch.workers.dispatch import DispatchedRequest, Job
+from coded_torch.workers.dispatch import Job
+from coded_torch.workers.live import LiveRequest
 from coded_torch.workers.processes.modules import PackedModule
 from coded_torch.workers.processes.supervised import SupervisedWorkers
 from coded_torch.workers.processes.supervisor import START_SECONDS, Supervisor, WatchedWorker
@@ -82,7 +83,7 @@ class InMemory(Supervisor):
 MODULE = PackedModule(0, None, frozenset({0}), b"")
 
 
-class Asking(DispatchedRequest):
+class Asking(LiveRequest):
     """A request to a supervisor, on real time, on which nothing here depends."""
 
     def __init__(self, supervisor: Supervisor, num_parts: int) -> None:

@@ -11,13 +11,13 @@ from torch import nn
 from coded_torch.testing.workers import WorkersTests
 from coded_torch.workers import Task
 from coded_torch.workers.dispatch import (
-    DispatchedRequest,
     DispatchedWorkers,
     Dispatcher,
     Job,
     Worker,
 )
 from coded_torch.workers.faults import compute
+from coded_torch.workers.live import LiveRequest
 
 
 class ThreadWorkers(DispatchedWorkers):
@@ -28,11 +28,11 @@ class ThreadWorkers(DispatchedWorkers):
         self._threads = Threads(num_workers)
         self._close = weakref.finalize(self, self._threads.close)
 
-    def open(self, module: nn.Module, task: Task) -> DispatchedRequest:
+    def open(self, module: nn.Module, task: Task) -> LiveRequest:
         if not self._close.alive:
             raise RuntimeError("ThreadWorkers: the pool is closed")
         # The request holds the threads, not the pool, which ends when nothing else holds it.
-        return DispatchedRequest(task, self.timeout, self._threads, module)
+        return LiveRequest(task, self.timeout, self._threads, module)
 
     def _dispatcher(self) -> Dispatcher:
         return self._threads

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..._arguments import count, instance, positive, warn
 from ..base import Began, Reply, Request, Task
-from ..dispatch import DispatchedRequest, DispatchedWorkers
-from ..live import Ambient
+from ..dispatch import DispatchedWorkers
+from ..live import Ambient, LiveRequest
 from .supervisor import START_SECONDS, Supervisor
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class SupervisedWorkers(DispatchedWorkers):
         return f"{type(self).__name__}({self.num_workers})"
 
 
-class _SupervisedRequest(DispatchedRequest):
+class _SupervisedRequest(LiveRequest):
     """A request whose module is packed, and whose results go to the device of the task."""
 
     dispatcher: Supervisor
