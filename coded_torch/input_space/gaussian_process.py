@@ -207,8 +207,7 @@ class GaussianProcess:
         .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
             + \tfrac12 \log v .
 
-        It weighs down residuals where the process knows that it cannot predict, so a few inputs far
-        from all others do not decide.
+        So a few inputs far from all others do not decide.
 
         Args:
             y: ``[C, M]``, results as :func:`scaled` returns them.
@@ -232,9 +231,7 @@ class GaussianProcess:
         r"""Return how far to follow predictions away from the mean, in [0, 1].
 
         It is the slope of the regression, through 0, of every result on its prediction from all
-        others, both less the mean of the others: about 1 where the covariance describes the
-        outputs, 0 where the inputs say nothing of them. It is 0 where all that it gains against the
-        mean may be chance.
+        others, both less the mean of the others; 0 if its gain against the mean may be chance.
         """
         deviations = self._deviations(results)
         predicted = deviations - self.leave_one_out_residuals(results)
@@ -254,9 +251,8 @@ class GaussianProcess:
     def output_variance(self, results: Tensor) -> float:
         """Return the outputs' variance, by which residuals are as large as is expected.
 
-        That is the sum of the squared residuals over the sum of their variances; 0 for one result,
-        which says nothing of it. The restricted likelihood's maximum weighs residuals where the
-        variance is small: errors expected by it were up to 1.3 times those measured.
+        That is the sum of the squared residuals over the sum of their variances; 0 for one result.
+        With the restricted likelihood's maximum, expected errors were up to 1.3 times too large.
         """
         if len(results) < 2:
             return 0.0

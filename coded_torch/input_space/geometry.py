@@ -17,9 +17,8 @@ from ..ops import inner_products, squared_distances
 __all__ = ["LANDMARKS", "Geometry", "added_up", "check_inputs", "distances_among", "evenly"]
 __all__ += ["typical_rows"]
 
-# More features are added up in buckets, with random signs: of 150,528, Gram matrices take a seventh
-# of the time. The number of buckets is prime, so that the columns of a picture do not fall into the
-# same ones row after row. (benchmarks end_to_end)
+# More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
+# of the time (benchmarks end_to_end). It is prime, as columns of a picture would share buckets.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
 # So many rows determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
@@ -45,9 +44,8 @@ class Geometry:
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,
 
-    up to a factor that makes the mean of the diagonal 1. Directions that hold less than the share
-    ``shrinkage`` of the variance count less than in the Euclidean metric, which is
-    ``shrinkage = 0``; ``math.inf`` is :math:`M = X C X^\top`, the metric of the covariance alone.
+    up to a factor that makes the mean of the diagonal 1. ``shrinkage = 0`` is the Euclidean metric,
+    ``math.inf`` is :math:`M = X C X^\top`, the metric of the covariance alone.
 
     Args:
         features: ``[n, d]`` each, floating-point, finite, on the host.
@@ -93,8 +91,7 @@ class Geometry:
         square = float(rows.square().sum()) / max(len(rows), 1)
         rows = (rows * (1 / math.sqrt(square)) if square > 0 else rows).contiguous()
         squares = rows.square().sum(1)
-        # From differences of coordinates: inner products that are rounded to float32 belong to no
-        # points where rows nearly repeat each other.
+        # From differences of coordinates: rounded inner products would part rows that repeat.
         nothing = (_ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
         return squared_distances(rows, squares, nothing), squares
 
@@ -113,9 +110,8 @@ class Geometry:
     def _coordinates(self, shrinkage: float) -> Tensor:
         r"""Return Z ``[n, L]`` with :math:`Z Z^\top = M` up to a factor.
 
-        With :math:`X_S` the landmarks and :math:`C = X_S^\top X_S`, that is
-        :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top`, where no two large terms are
-        subtracted.
+        It is :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top` for landmarks :math:`X_S`,
+        as no two large terms are subtracted.
         """
         products = self._products
         if len(products) > LANDMARKS:
@@ -160,10 +156,7 @@ def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
 
 
 def added_up(x: Tensor) -> Tensor:
-    """Return the features ``[B, d]``, added up until no more than 8,192 are left, in float32.
-
-    Float64 stays.
-    """
+    """Return the features ``[B, d]``, at most 8,192, in float32 or float64."""
     rows = x.flatten(1) if x.dim() > 1 else x[:, None]
     dtype = torch.promote_types(x.dtype, torch.float32)
     if rows.shape[1] <= _MOST_FEATURES:

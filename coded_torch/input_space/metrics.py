@@ -28,12 +28,11 @@ Features = Callable[..., Any]
 # Features that vary less, relative to the overall spread, are rounding. In float32 a constant
 # feature has 1e-7; it was not tuned.
 _NOTHING = 1e-6
-# Rows farther from the centre than so many times the root mean square say nothing of the others,
-# and their results may be so large that the mean does not either. It was not tuned.
+# Rows farther from the centre than so many times the root mean square predict no others, as their
+# results may be large. It was not tuned.
 _FAR = 8
-# The least step, in root mean squares of the rows' lengths: with less for its length, as noisy
-# copies of a few pictures have, a regression sees next to nothing of the others, and all of
-# rounding. It was not tuned.
+# The least step, in root mean squares of the rows' lengths: noisy copies of a few pictures would
+# have so short a length that rounding decides. It was not tuned.
 _SHORTEST = 0.01
 
 
@@ -45,11 +44,9 @@ class Choice:
         metric: the name of the metric.
         length: of the regression, in median distances between neighbours on a path through the
             batch.
-        error: the root mean squared error of predicting the results from each other, each left out
-            in turn, relative to predicting them by the mean of the others. NaN if there are too few
-            of them, or all are equal.
-        trust: how far predictions were followed away from the mean of the results, in [0, 1]; 0 if
-            they gain nothing against the mean, which is predicted then.
+        error: the leave-one-out root mean squared error, relative to predicting the mean of the
+            others. NaN if there are too few results, or all are equal.
+        trust: how far predictions go away from the mean of the results, in [0, 1].
         output: which of the decoded outputs was predicted.
     """
 
@@ -105,9 +102,8 @@ def _by_spread(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
     if rows.shape[1] < 2 or len(rows) < 2:
         return None
     largest = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)  # squares may overflow
-    own = (
-        (rows - rows.mean(0)).div_(largest).square_().mean(0).sqrt_()
-    )  # std takes 20 times as long
+    centred = (rows - rows.mean(0)).div_(largest)
+    own = centred.square_().mean(0).sqrt_()  # std takes 20 times as long
     least = _NOTHING * own.square().mean().sqrt()
     scale = torch.where(own > least, 1 / own, 0.0) / largest
     return lambda leaf: leaf.rows * scale
@@ -171,22 +167,13 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
 
 
 def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Callable[[Leaf], Tensor]] | None:
-    """Return a map from each leaf to its features; inputs that the metric does not fit stay.
-
-    Returns:
-        None if the metric applies to none of the inputs.
-    """
+    """Return a map from each leaf to its features; None if the metric applies to no leaf."""
     found = [metric.fit(leaf) for leaf in leaves]
     return [one or _rows for one in found] if any(found) else None
 
 
 def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
-    """Return what a callable makes of the inputs, ``[B, ...]`` each; or None and why.
-
-    Args:
-        features: called without gradients, where the inputs are.
-        inputs: ``[B, ...]`` each.
-    """
+    """Return what a callable makes of the inputs, ``[B, ...]`` each; or None and why."""
     size = len(inputs[0])
     try:
         with torch.no_grad(), as_called():

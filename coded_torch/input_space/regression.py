@@ -125,8 +125,7 @@ class Regression:
 class RowPlan:
     """A regression fitted to one batch, whose rows are asked for one by one.
 
-    Results are ``[F, G, ...]``, ``received`` names the F units that they are of, increasing; here
-    units are rows, and G is 1.
+    Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing.
 
     Args:
         regression: that predicts.
@@ -181,7 +180,7 @@ class RowPlan:
     def source(self, received: Sequence[int]) -> Tensor:
         """Return the result that is each input's own, ``[B]``: a flat index ``[F, G]``, or -1."""
         key = tuple(received)
-        if self._last is None or self._last[0] != key:  # asked for every output; not a history
+        if self._last is None or self._last[0] != key:  # asked again for every output
             with outside():
                 self._last = key, self._source(torch.tensor(key, dtype=torch.int64))
         return self._last[1]
@@ -238,11 +237,7 @@ class RowPlan:
         return None if errors is None else math.sqrt(float(errors.square().mean()))
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
-        """Return the sum of squared errors of predicting results from the others.
-
-        It compares results under one plan: outputs, and what is left of them beside an
-        approximation.
-        """
+        """Return the sum of squared errors of predicting results from the others."""
         rows, source = results.flatten(0, 1), self.source(received)
         with outside(), exactly():
             return sum(part.left_out_square(source, rows) for part in self._parts)
@@ -256,11 +251,7 @@ class RowPlan:
 def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
-    """Return the plain inputs and the size of the batch.
-
-    Raises:
-        TypeError, ValueError: as :meth:`Regression.plan`.
-    """
+    """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
     check_inputs(owner, inputs)
     numbers = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
     if batch_size is None and not numbers:

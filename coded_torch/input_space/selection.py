@@ -26,14 +26,14 @@ _T = TypeVar("_T")
 #: distances)
 LENGTH = 2.0
 LENGTHS = (1.0, 2.0, 4.0, 8.0)
-# Metrics and lengths are compared on so many results, or on an eighth of them if that is more: on
-# all of 204, which cost several times as much, no better ones are found. (benchmarks distances)
+# Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
+# several times as much, and find no better ones. (benchmarks distances)
 _COMPARED = 144
 # In batches of more rows, metrics are compared in the distances of the compared rows alone.
 _MEASURED = 1024
-# Choices that gain less than so many standard errors, from result to result, gain by chance: the
-# default stays. With one standard error another length lost up to half as much again where results
-# are few; with two hardly any gain is left out. (benchmarks distances)
+# Standard errors that a choice must gain, else the default stays. With one, another length lost up
+# to half as much again where results are few; with two hardly any gain is lost. (benchmarks
+# distances)
 _ERRORS = 2
 # Of fewer results, which metric predicts best is chance. (benchmarks distances)
 _LEAST = 8

@@ -57,13 +57,11 @@ _MOST_NUMBERS = 2**25  # that are kept, 128 MB
 class Memory:
     r"""Kernel regression on the last results that the wrapper has seen, a surrogate for nothing.
 
-    It remembers inputs and their exact results, and predicts from them what the module gives for
-    other inputs: a Matern 5/2 regression in 96 coordinates of the inputs, the principal ones of its
-    first 1,024 rows, in the metric of :data:`~coded_torch.input_space.metrics.METRICS` in which
-    these predict each other best. When 256 results are new, a thread makes the regression again, no
-    more often than costs 2 % of the time; answers never wait for it.
+    It predicts other inputs by a Matern 5/2 regression in 96 coordinates: the principal ones of its
+    first 1,024 inputs, in the metric in which these predict each other best. When 256 results are
+    new, a thread makes the regression again, in at most 2 % of the time; answers never wait for it.
 
-    The memory is forgotten as soon as the module's weights change, is no part of the wrapper's
+    The memory is forgotten as soon as the module's weights change. It is no part of the wrapper's
     state dict, and is empty in pickles and copies.
 
     Warning:
@@ -192,8 +190,8 @@ class Memory:
             inputs: ``[n, ...]`` each, as :meth:`observe` takes them.
 
         Returns:
-            ``[n, ...]``, float32, for every output, where the inputs are; None as long as nothing
-            has been learnt, and of inputs of other shapes.
+            ``[n, ...]``, float32, for every output, on the inputs' device. None if nothing has been
+            learnt for inputs of these shapes.
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
@@ -202,16 +200,10 @@ class Memory:
             return snapshot.predict(inputs)
 
     def rebuild(self) -> None:
-        """Learn all that is remembered now, and wait for it.
-
-        Nobody has to call this. It is for a memory that was given results by :meth:`observe`, and
-        is to know them before the first request.
-        """
+        """Learn all that is remembered, and wait: for results observed before the first call."""
         for _ in range(2):  # one that is under way may have begun before the last results
             with self._lock:
-                self._settle_in()
-                if self._making is None and self._num_fresh:
-                    self._start()
+                self._rebuild(at_once=True)
                 making = self._making
             if making is not None:
                 making.result()
@@ -225,26 +217,19 @@ class Memory:
                 self._rows.appendleft(_some(row, torch.arange(surplus, len(row[1]))))
             self._num_rows -= min(surplus, len(row[1]))
 
-    def _rebuild(self) -> None:
-        """Make the regression again, if it is worth while and its turn; never wait."""
-        self._settle_in()
-        worth = self._num_fresh >= min(_FRESH, self.capacity)
-        in_turn = self._seconds <= _SHARE * (time.monotonic() - self._ended)
-        if self._making is None and worth and in_turn:
-            self._start()
-
-    def _settle_in(self) -> None:
-        """Have a thread in this process: it has none at first, and a fork leaves it behind."""
-        if self._process != os.getpid():
+    def _rebuild(self, at_once: bool = False) -> None:
+        """Have the thread make the regression again, at once or in its turn; never wait."""
+        if self._process != os.getpid():  # there is no thread at first, and none after a fork
             # One for all regressions: the allocator keeps some of what each thread has freed.
             self._maker = ThreadPoolExecutor(1, "coded_torch memory")
             self._process, self._making = os.getpid(), None
-
-    def _start(self) -> None:
-        args = self._generation, self._form, self._space, [row[:2] for row in self._rows]
-        with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
-            self._making = self._maker.submit(self._make, *args)
-            self._num_fresh = 0
+        enough = self._num_fresh >= min(_FRESH, self.capacity)
+        in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
+        if self._making is None and self._num_fresh and (at_once or in_turn):
+            args = self._generation, self._form, self._space, [row[:2] for row in self._rows]
+            with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
+                self._making = self._maker.submit(self._make, *args)
+                self._num_fresh = 0
 
     def _make(
         self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
