@@ -100,6 +100,7 @@ def add_plan(commands: Any) -> None:
         ("median", float, 0.01, "seconds that a part takes, under a law"),
         ("load", float, 0.3, "the share of the workers' time that requests take"),
         ("known", int, 1024, "remembered answers to predict from"),
+        ("verify", float, 0.0, "the share of rows that a second worker computes, such as 0.02"),
         ("num-requests", number(int, 1000), 5000, "requests under each policy"),
         ("seed", _SEED, 0, "the seed of everything"),
     )

@@ -20,6 +20,7 @@ from .._arguments import count, positive, probability, real
 from ..scheduling.simulation import Conditions, simulate
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
+from ..verification.simulated import Verified
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,9 @@ class Goal:
         load: the share of the workers' time that requests take without redundancy, in (0, 1).
         parts: the number of parts of a request at which the latencies were measured.
         known: the number of remembered answers to predict from.
+        verify: the share of rows that a second worker computes, as for
+            :class:`~coded_torch.CodedWrapper`. Above 0, codes and copies of whole requests are left
+            out, as they cannot be verified.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
@@ -81,6 +85,7 @@ class Goal:
     load: float = 0.3
     parts: int = 4
     known: int = 1024
+    verify: float = 0.0
 
     def __post_init__(self) -> None:
         positive(self, "deadline", self.deadline)
@@ -89,6 +94,11 @@ class Goal:
         real(self, "load", self.load, "in (0, 1)", lambda x: 0 < x < 1)
         count(self, "parts", self.parts)
         count(self, "known", self.known, least=0)
+        probability(self, "verify", self.verify)
+        if self.verify and self.num_workers < 2:
+            raise ValueError(
+                f"Goal: num_workers must be at least 2 to verify, got {self.num_workers}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +215,8 @@ def plan(
         # A tenth of a part's time does not depend on its rows, see Conditions.
         part = scale * (0.1 + 0.9 * goal.parts / k)
         for kind, name, n, waiting in _policies(k, goal):
-            until = waiting.deadline
             outcome = simulate(
-                waiting if until is None else dataclasses.replace(waiting, deadline=until / part),
+                _simulated(waiting, part, goal, seed),
                 scaled(part),
                 num_workers=goal.num_workers,
                 num_parts=k,
@@ -223,10 +232,18 @@ def plan(
             accuracy = 1 - predicted * (1 - right)
             meets = late <= 1 - _IN_TIME + 1e-9 and accuracy >= goal.accuracy
             how = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
+            how = f"{how}, verify={goal.verify:g}" if goal.verify else how
             use = f"CodedWrapper(model, {how}, workers=pool, waiting={waiting})"
             yield Option(
                 kind, name, use, k, n, latencies, late, outcome.work, predicted, accuracy, meets
             )
+
+
+def _simulated(waiting: Waiting, part: float, goal: Goal, seed: int) -> Waiting | Verified:
+    """Return a policy whose deadline is in multiples of a part, with verification if wanted."""
+    if waiting.deadline is not None:
+        waiting = dataclasses.replace(waiting, deadline=waiting.deadline / part)
+    return Verified(waiting, goal.num_workers, goal.verify, seed=seed) if goal.verify else waiting
 
 
 def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
@@ -235,12 +252,14 @@ def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
     for budget in _BUDGETS:
         name = f"hedge, at most {budget:.0%} more work"
         yield "hedged", name, k, Waiting(predict=False, hedge_budget=budget)
-    if 2 * k <= goal.num_workers:
+    if 2 * k <= goal.num_workers and not goal.verify:
         yield "everything twice", "first answers", 2 * k, Waiting.first(1)
     for share in _SHARES:
         until = float(f"{share * goal.deadline:.4g}")
         name = f"hedge, predict at {1e3 * until:.4g} ms"
         yield "predicted", name, k, Waiting(deadline=until)
+    if goal.verify:
+        return
     for n in range(k + 1, min(2 * k, goal.num_workers + 1)):
         yield "coded", f"all at once, first {k} of {n}", n, Waiting.first(n - k)
 
@@ -279,7 +298,9 @@ def format_options(goal: Goal, options: Sequence[Option]) -> str:
         return "\n".join([*lines, "", f"Nothing meets {what}."])
     chosen = min(meeting, key=lambda option: (_rank(option)[1], _KINDS.index(option.kind)))
     lines += ["", f"{what}: least work by {chosen.kind}, {chosen.name}.", f"Use {chosen.use}."]
-    if chosen.kind not in ("predicted", "coded"):
+    if goal.verify:
+        lines.append("Codes are left out, as their results cannot be verified.")
+    elif chosen.kind not in ("predicted", "coded"):
         lines.append("Neither predictions nor codes are worth it here.")
     return "\n".join(lines)
 

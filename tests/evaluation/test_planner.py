@@ -63,6 +63,19 @@ def test_a_deadline_that_only_predictions_meet():
     assert not best(options(strict, LAWS["straggling"]))["predicted"].meets
 
 
+def test_verification_costs_its_share_of_work_and_leaves_codes_out():
+    plain = best(options(Goal(deadline=0.2), LAWS["calm"]))
+    goal = Goal(deadline=0.2, verify=0.1)
+    found = options(goal, LAWS["calm"])
+    assert list(best(found)) == ["no redundancy", "hedged", "predicted"]
+    extra = best(found)["no redundancy"].work - plain["no redundancy"].work
+    assert 0.1 <= extra <= 0.15  # and the odd ones; new workers are checked more often
+    assert all(", verify=0.1, workers=pool" in option.use for option in found)
+    assert format_options(goal, found).endswith("as their results cannot be verified.")
+    with pytest.raises(ValueError, match="num_workers must be at least 2 to verify, got 1"):
+        Goal(deadline=0.2, verify=0.1, num_workers=1)
+
+
 def test_latencies_of_another_unit_are_refused():
     with pytest.raises(ValueError, match="latencies must be seconds within reach of the deadline"):
         next(plan(Goal(deadline=0.1), np.full(100, 46.9)))
@@ -156,6 +169,7 @@ def test_the_command(tmp_path, capsys):
         ("--accuracy 2", "Goal: accuracy must be a probability in [0, 1], got 2.0"),
         ("--num-workers 0", "Goal: num_workers must be at least 1, got 0"),
         ("--load 1", "Goal: load must be in (0, 1), got 1.0"),
+        ("--verify 2", "Goal: verify must be a probability in [0, 1], got 2.0"),
         ("--known -1", "Goal: known must be at least 0, got -1"),
         ("--median 0", "plan: median must be positive and finite, got 0.0"),
         ("--num-requests 10", "--num-requests: must be at least 1000, got 10"),
