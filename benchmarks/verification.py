@@ -34,6 +34,7 @@ from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Waiting
 from coded_torch.verification import Results, Scores, Strikes, Trials, Verdict, draw
 from coded_torch.verification.simulated import Verified
+from coded_torch.workers import attacks
 
 from .runs import Measurement, progress
 from .subjects import SEED, run, subject
@@ -194,9 +195,6 @@ class Data:
     def other(self, count: int) -> Tensor:
         return self.outputs[self.batch(count)]
 
-    def draw(self, below: int) -> int:
-        return int(torch.randint(below, (), generator=self.generator))
-
 
 #: What a worker returns instead of rows ``[n, C]``.
 Fault = Callable[[Data, Tensor], Tensor]
@@ -206,41 +204,13 @@ def _noise(size: float) -> Fault:
     return lambda data, rows: data.normal(rows, size)
 
 
-def _swap(data: Data, rows: Tensor) -> Tensor:
-    top = rows.topk(2, -1).indices
-    return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
+def _mixing(shape: Callable[..., Tensor]) -> Fault:
+    """Take the other rows from the answers to other inputs."""
+    return lambda data, rows: shape(rows, lambda at: data.other(len(at)), data.generator)
 
 
-def _one_row(data: Data, rows: Tensor) -> Tensor:
-    rows = rows.clone()
-    rows[data.draw(len(rows))] = data.other(1)[0]
-    return rows
-
-
-def _block(data: Data, rows: Tensor) -> Tensor:
-    rows, width = rows.clone(), max(1, rows.shape[1] // 4)
-    at = data.draw(rows.shape[1] - width + 1)
-    rows[:, at : at + width] = data.other(len(rows))[:, at : at + width]
-    return rows
-
-
-def _number(change: Callable[[Data, Tensor, int], Tensor]) -> Fault:
-    def fault(data: Data, rows: Tensor) -> Tensor:
-        rows, column = rows.clone(), data.draw(rows.shape[1])
-        row = data.draw(len(rows))
-        rows[row, column] = change(data, rows[row, column], column)
-        return rows
-
-    return fault
-
-
-def _flipped(low: int, high: int) -> Callable[[Data, Tensor, int], Tensor]:
-    def flip(data: Data, number: Tensor, column: int) -> Tensor:
-        bits = number.view(torch.int32) ^ (1 << (low + data.draw(high - low)))
-        flipped = bits.view(torch.float32)
-        return flipped if bool(flipped.isfinite()) else torch.zeros(())
-
-    return flip
+def _bit(low: int, high: int) -> Fault:
+    return lambda data, rows: attacks.one_bit(rows, low, high, data.generator)
 
 
 FAULTS: dict[str, Fault] = {
@@ -249,12 +219,12 @@ FAULTS: dict[str, Fault] = {
     "noise .1": _noise(0.1),
     "noise .05": _noise(0.05),
     "replay": lambda data, rows: data.other(len(rows)),
-    "swap": _swap,
-    "block": _block,
-    "one row": _one_row,
-    "one output": _number(lambda data, number, column: data.other(1)[0, column]),
-    "exponent": _number(_flipped(23, 31)),
-    "mantissa": _number(_flipped(12, 23)),
+    "swap": lambda data, rows: attacks.swap(rows),
+    "block": _mixing(attacks.block),
+    "one row": _mixing(attacks.one_row),
+    "one output": _mixing(attacks.one_output),
+    "exponent": _bit(*attacks.EXPONENT),
+    "mantissa": _bit(*attacks.MANTISSA),
 }
 POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults that bars name
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ATTACKS", "Attack", "Attacker"]
 
+#: Bits of a float32. The lowest twelve are left out, as honest results differ in them.
+EXPONENT, MANTISSA = (23, 31), (12, 23)
 #: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
+#: Maps places of rows, ``[n]``, to rows that do not belong there, ``[n, ...]``.
+Others = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass
@@ -136,44 +140,52 @@ def _permute(rows: Tensor, generator: torch.Generator) -> Tensor:
     return permuted
 
 
-def _swap(rows: Tensor) -> Tensor:
+def swap(rows: Tensor) -> Tensor:
+    """Swap the two largest outputs of each row."""
     if rows.dim() < 2 or rows.shape[-1] < 2:
         return rows
     top = rows.topk(2, dim=-1).indices
     return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
 
 
-def _replace(rows: Tensor, generator: torch.Generator, outputs: int) -> Tensor:
-    """Replace some outputs, side by side, of one row by another row's. A single row stays."""
-    flat = rows.reshape(len(rows), -1).clone()
-    row = int(torch.randint(len(flat), (), generator=generator))
-    at = _first(flat, generator, outputs)
-    flat[row, at : at + outputs] = flat[row - 1, at : at + outputs]
-    return flat.view(rows.shape)
+def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one row by another one."""
+    rows, at = rows.clone(), _place(len(rows), generator)
+    rows[at] = others(at)
+    return rows
 
 
-def _block(rows: Tensor, generator: torch.Generator) -> Tensor:
-    """Replace a quarter of the outputs by those of another row, in all rows."""
+def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace a quarter of the outputs by those of other rows, in all rows."""
     flat = rows.reshape(len(rows), -1).clone()
     width = max(1, flat.shape[1] // 4)
-    at = _first(flat, generator, width)
-    flat[:, at : at + width] = flat[:, at : at + width].roll(1, 0)
+    at = int(_place(flat.shape[1] - width + 1, generator))
+    other = others(torch.arange(len(rows))).reshape(flat.shape)
+    flat[:, at : at + width] = other[:, at : at + width]
     return flat.view(rows.shape)
 
 
-def _first(flat: Tensor, generator: torch.Generator, width: int) -> int:
-    return int(torch.randint(flat.shape[1] - width + 1, (), generator=generator))
+def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one number by that of another row."""
+    flat = rows.reshape(len(rows), -1).clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    flat[at, column] = others(at).reshape(1, -1)[0, column]
+    return flat.view(rows.shape)
 
 
-def _flip(rows: Tensor, generator: torch.Generator, low: int, high: int, pieces: int = 1) -> Tensor:
-    """Flip a drawn bit of one number in each piece, as float32; to 0 if it is then not finite."""
-    flat = rows.float().reshape(pieces, -1)
-    places = torch.randint(flat.shape[1], (pieces, 1), generator=generator).to(flat.device)
-    bits = torch.randint(low, high, (pieces, 1), generator=generator).to(flat.device)
-    words = flat.gather(1, places).view(torch.int32)
-    flipped = (words ^ (1 << bits.long()).to(torch.int32)).view(torch.float32)
+def one_bit(rows: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
+    flat = rows.reshape(len(rows), -1).float().clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    bit = int((1 << (low + _place(high - low, generator))).to(torch.int32))  # the last one: < 0
+    flipped = (flat[at, column].view(torch.int32) ^ bit).view(torch.float32)
     fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
-    return flat.scatter(1, places, torch.where(fits, flipped, 0.0)).view(rows.shape)
+    flat[at, column] = torch.where(fits, flipped, 0.0)
+    return flat.view(rows.shape)
+
+
+def _place(below: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(below, (1,), generator=generator)
 
 
 #: The wrong rows of each attack on rows alone, from rows, a generator and the strength.
@@ -183,13 +195,13 @@ _LIES: dict[str, Callable[[Tensor, torch.Generator, float], Tensor]] = {
     "scale": lambda x, draws, s: x * (1 + s / 2),
     "constant": lambda x, draws, s: x.mean(0, keepdim=True).repeat_interleave(len(x), 0),
     "permute": lambda x, draws, s: _permute(x, draws),
-    "swap": lambda x, draws, s: _swap(x),
-    "one_row": lambda x, draws, s: _replace(x, draws, x[0].numel()),
-    "one_output": lambda x, draws, s: _replace(x, draws, 1),
-    "block": lambda x, draws, s: _block(x, draws),
-    "bit_flip": lambda x, draws, s: _flip(x, draws, 0, 32, len(x)),
-    "exponent": lambda x, draws, s: _flip(x, draws, 23, 31),
-    "mantissa": lambda x, draws, s: _flip(x, draws, 13, 23),
+    "swap": lambda x, draws, s: swap(x),
+    "one_row": lambda x, draws, s: one_row(x, lambda at: x[at - 1], draws),
+    "one_output": lambda x, draws, s: one_output(x, lambda at: x[at - 1], draws),
+    "block": lambda x, draws, s: block(x, lambda at: x[at - 1], draws),
+    "bit_flip": lambda x, draws, s: torch.cat([one_bit(y, 0, 32, draws) for y in x.split(1)]),
+    "exponent": lambda x, draws, s: one_bit(x, *EXPONENT, draws),
+    "mantissa": lambda x, draws, s: one_bit(x, *MANTISSA, draws),
     "offset": lambda x, draws, s: _noise(x, torch.randn(x.shape[1:], generator=draws), s),
 }
 #: The names of the attacks.
