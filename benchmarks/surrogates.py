@@ -176,7 +176,7 @@ def drift(name: str, quick: bool) -> dict[str, Any]:
         halves.append(Subject(of.model, whole, whole).batches("held_out", 64, count))
     stream(of, halves[0], known)
     # All that it knows is wrong, and it learns nothing of the other half.
-    known.observe = lambda *args: None  # type: ignore[method-assign]
+    known.observe = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return {"never seen classes": stream(of, halves[1], known)}
 
 
