@@ -281,7 +281,7 @@ class CodedWrapper(ModuleProxy):
                 reserve=reserve,
                 check=Check(self._verifier, inputs) if self._verifier is not None else None,
             )
-            surrogates.owners = executed.owners
+            surrogates.learn_owners(executed.owners)
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, executed)
             stacked = results.stack() if results.good else self._form

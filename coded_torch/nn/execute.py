@@ -101,7 +101,7 @@ def execute(
         try:
             ended = execution.follow(policy)
             if check is not None:
-                execution.verify(check, ended, began, waiting)
+                execution.verify(check, ended, began, waiting, reserve)
             why = request.status()
         finally:
             execution.note()
@@ -178,9 +178,12 @@ class _Execution:
         avoid = [out | some for some in ask.avoid] or [out] * len(ask.parts)
         return zip(ask.parts, avoid, strict=True)
 
-    def verify(self, check: Check, ended: Ended, began: float, waiting: Waiting) -> None:
+    def verify(
+        self, check: Check, ended: Ended, began: float, waiting: Waiting, reserve: float
+    ) -> None:
         """Have results verified while there is time, and let those that hold be the answers."""
-        until = began + ended.deadline if ended.reason in ("complete", "failed") else -math.inf
+        end = began + ended.deadline - reserve  # predictions may follow
+        until = end if ended.reason in ("complete", "failed") else -math.inf
         soon = began + ended.hedging_threshold
         bounded = waiting.deadline is not None or ended.reason == "error"
         self._events.clear()  # the results are there

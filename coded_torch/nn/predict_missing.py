@@ -73,7 +73,6 @@ class Surrogates:
         self.each = surrogates
         self.link = link
         self._inputs, self._report = inputs, report
-        #: int64 [B], by row the worker of its result, -1 if it is in doubt; None: nothing is known.
         self.owners: Tensor | None = None
         # Since before results are computed: they are not remembered if the module changes then.
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
@@ -83,8 +82,7 @@ class Surrogates:
 
         Returns:
             For each surrogate and leaf ``[B, ...]``; None if the leaf is not decoded, or the
-            surrogate failed, as the log and the report say then. Exact answers must not be lost for
-            a surrogate; but a lack of memory is raised, as it concerns the whole process.
+            surrogate failed, which is logged. Only a lack of memory is raised, as all suffer by it.
         """
         found: list[list[Tensor | None]] = []
         for number, surrogate in enumerate(self.each):
@@ -150,25 +148,28 @@ class Surrogates:
             raise ValueError("it returned values that are not finite")
         return output
 
+    def learn_owners(self, owners: Tensor | None) -> None:
+        """Note the workers of all rows, ``[B]``, -1 in doubt; memories forget excluded ones."""
+        self.owners = owners
+        for worker in self._report.excluded:
+            self._memories = [(m, m.forget(worker, at)) for m, at in self._memories]
+
     def remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
         if self.owners is not None:
             exact = exact & (self.owners >= 0)
         if not self._memories or not bool(exact.any()):
             return
-        everything = bool(exact.all())
 
         def rows(leaf: Tensor) -> Tensor:
             leaf = plain("Memory", "leaf", leaf)
-            return leaf if everything else leaf[exact.to(leaf.device)]
+            return leaf if bool(exact.all()) else leaf[exact.to(leaf.device)]
 
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]
             outputs = [_to_scale(rows(leaf), self.link) for leaf in answers]
             owners = None if self.owners is None else self.owners[exact]
             for memory, generation in self._memories:
-                for worker in self._report.excluded:
-                    memory.forget(worker)
                 memory.observe(inputs, outputs, generation, workers=owners)
 
 

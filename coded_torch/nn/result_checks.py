@@ -150,8 +150,8 @@ class Stacked(NamedTuple):
 
     def form(self) -> Stacked:
         """Return the same without any result."""
-        leaves = [x[:0].detach() if isinstance(x, Tensor) else x for x in self.leaves]
-        return self._replace(units=(), leaves=leaves)
+        leaves = [x[:0].detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        return self._replace(units=(), leaves=leaves)  # views would keep the results, in copies too
 
 
 class Results:

@@ -36,6 +36,7 @@ class Verifier:
         assert pool.num_workers is not None
         self.pool, self.strikes = pool, Strikes(pool.num_workers, share)
         self.scores = Scores()
+        self.told: set[int] = set()  # the workers that the pool has been told to exclude
 
 
 class Check:
@@ -48,9 +49,10 @@ class Check:
 
     def __init__(self, verifier: Verifier, inputs: Inputs) -> None:
         self.strikes, self._scores = verifier.strikes, verifier.scores
+        self._told = verifier.told
         self._size, self._inputs = inputs.batch_size, inputs.floating()
         self._exclude: Any = getattr(verifier.pool, "exclude", None)
-        self._out = frozenset(self.strikes.excluded)
+        self._out = frozenset(self._told)
         self._drawn = Drawn(())
         self._results = verification.Results(self._size, self._scores)
         self._trials: Trials | None = None
@@ -98,8 +100,10 @@ class Check:
         for result in good:
             self.add(result)
         replies = [(result.part.number, result.worker) for result in good]
-        # One that was excluded before the call, and has a part, has been restarted.
-        self.strikes.renew(fresh | (self._out & {worker for _, worker in replies}))
+        # A worker that the pool excluded before the call, and that has a part, has been restarted.
+        renewed = fresh | (self._out & {worker for _, worker in replies})
+        self._told -= renewed
+        self.strikes.renew(renewed)
         self._trials = Trials(self.strikes, self._results, asked, replies, self._drawn, **times)
         return self._trials.decisions()
 
@@ -126,8 +130,10 @@ class Check:
             )
             if self._exclude is not None:
                 self._exclude(worker)
+            self._told.add(worker)
         report.note_verdict(verdict, self._size)
-        self._results.conclude(verdict, self._inputs, self._trials.worker)
+        if not self.strikes.stopped:  # else nothing is scored any more
+            self._results.conclude(verdict, self._inputs, self._trials.worker)
         owners = torch.full((self._size,), -1)
         for row, part in verdict.answers.items():
             if (worker := self._trials.worker[part]) not in verdict.doubted:

@@ -115,15 +115,25 @@ class Memory:
         with self._lock:
             self._forget()
 
-    def forget(self, worker: int) -> None:
-        """Forget what a worker computed, as far as :meth:`observe` was told of it."""
+    def forget(self, worker: int, generation: int = -1) -> int:
+        """Forget the results of a worker, as far as :meth:`observe` was told of it.
+
+        Args:
+            worker: its number.
+            generation: the number that :meth:`follow` returned.
+
+        Returns:
+            The number for :meth:`observe` from now on.
+        """
         with self._lock:
+            is_current = generation == self._generation
             rows = [_some(row, (row[2] != worker).nonzero().flatten()) for row in self._rows]
             if (num_rows := sum(len(outputs) for _, outputs, _ in rows)) < self._num_rows:
                 self._rows = deque(row for row in rows if len(row[1]))
-                self._num_rows, self._num_fresh = num_rows, _FRESH
+                self._num_rows, self._num_fresh = num_rows, _FRESH if num_rows else 0
                 self._generation += 1  # a regression that is being made has its results, too
                 self._snapshot = None
+            return self._generation if is_current else generation
 
     def __len__(self) -> int:
         """Return how many results are remembered."""

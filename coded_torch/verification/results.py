@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .scores import Fit, Scores, columns, features
+from .scores import Fit, Scores, columns, features, flat_rows
 
 if TYPE_CHECKING:
     from .trials import Verdict
@@ -78,7 +78,7 @@ class Results:
         """Return the spread of every leaf: robust, as some results may be wrong."""
         spreads = []
         for leaves in zip(*self._leaves.values(), strict=True):
-            some = torch.cat([leaf.flatten(1) for leaf in leaves])
+            some = torch.cat([flat_rows(leaf) for leaf in leaves])
             values = columns([some[:: -(-len(some) // _SAMPLE)]])
             away = (values - values.median(0).values).abs().flatten()
             away = away[away.isfinite()].sort().values
@@ -104,7 +104,7 @@ class Results:
         if not self._fits or len(answers) < self._size:
             return {}
         outputs, scores = self.outputs(answers), dict[int, float]()
-        if bool(outputs.isfinite().all()):
+        if outputs.shape[1] and bool(outputs.isfinite().all()):
             for fit in self._fits:
                 scores |= fit.scores(outputs)
         return scores
@@ -119,7 +119,8 @@ class Results:
             starts[part] = at
             at += len(self._places[part])
             columns_of.append([x for x in self._leaves[part] if x.is_floating_point()])
-        looked = columns([torch.cat(leaves) for leaves in zip(*columns_of, strict=True)])
+        leaves = [torch.cat(some) for some in zip(*columns_of, strict=True)]
+        looked = columns(leaves) if leaves else torch.empty(at, 0)
         outputs = torch.full((self._size, looked.shape[1]), math.nan)
         places = [starts[part] + self._places[part][row] for row, part in answers.items()]
         outputs[list(answers)] = looked[places]
@@ -155,10 +156,10 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
     if a.shape != b.shape or a.dtype != b.dtype:
         return torch.full((len(a),), math.inf)
     if not (a.is_floating_point() and a.numel()):
-        return torch.where((a == b).flatten(1).all(1), 0.0, math.inf).cpu()
+        return torch.where(flat_rows(a == b).all(1), 0.0, math.inf).cpu()
     wide = torch.promote_types(a.dtype, torch.float32)
-    apart = (a.to(wide) - b.to(wide)).abs_().flatten(1).div_(spread).float()
+    apart = flat_rows((a.to(wide) - b.to(wide)).abs_()).div_(spread).float()
     if not bool(apart.isfinite().all()):
-        alike = ((a == b) | (a.isnan() & b.isnan())).flatten(1)
+        alike = flat_rows((a == b) | (a.isnan() & b.isnan()))
         apart = apart.nan_to_num_(nan=math.inf).masked_fill_(alike, 0.0)
     return apart.amax(1).cpu()

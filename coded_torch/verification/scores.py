@@ -170,8 +170,13 @@ class Fit:
 
 def columns(outputs: Sequence[Tensor]) -> Tensor:
     """Return the outputs that are looked at, ``[B, C]``, of leaves ``[B, ...]``, on the host."""
-    flat = torch.cat([x.detach().flatten(1).float() for x in outputs], 1)
+    flat = torch.cat([flat_rows(x.detach()).float() for x in outputs], 1)
     return flat[:, :: max(1, -(-flat.shape[1] // _COLUMNS))].cpu()
+
+
+def flat_rows(values: Tensor) -> Tensor:
+    """Return ``[n, C]`` of ``[n, ...]``, where a row may be a single number."""
+    return values.flatten(1) if values.dim() > 1 else values[:, None]
 
 
 def features(inputs: Sequence[Tensor]) -> list[Tensor]:

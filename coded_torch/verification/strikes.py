@@ -104,6 +104,8 @@ class Strikes:
         have: by chance an honest worker is out in one of 10,000 modules' lives.
         """
         with self._lock:
+            if worker in self.excluded:  # another call was faster
+                return True
             own = self._strikes[worker] = self._strikes.get(worker, 0) + 1
             self._clean[worker] = 0
             others = sum(self._strikes.values()) - own

@@ -195,9 +195,18 @@ class TestAWrongWorker:
         pool.spoil, coded._verifier.strikes.share = wrong(2), 0.05
         coded.run(batch(1))
         assert pool.out == {2}
-        assert len(memory) == ROWS - 8  # of the first call, without those of worker 2
-        coded.run(batch(2))
+        # Rows of the first call without those of worker 2, and rows that others computed again.
         assert len(memory) == 2 * ROWS - 8
+        coded.run(batch(2))
+        assert len(memory) == 3 * ROWS - 8
+
+    def test_is_not_pardoned_before_the_pool_has_heard_of_it(self):
+        coded = wrap(AtOnce(6))
+        coded.run(batch(1))
+        coded._verifier.strikes.excluded.add(2)  # by another call, which goes on
+        answers, _ = coded.run(batch())
+        assert coded._verifier.strikes.excluded == {2}
+        assert torch.allclose(answers, coded.module(batch()).detach(), atol=1e-6)
 
     def test_rows_that_nobody_else_computes_in_time_are_predicted(self):
         pool = AtOnce(6, wrong(2))
@@ -295,3 +304,28 @@ class TestArguments:
         coded.run(batch())
         other = pickle.loads(pickle.dumps(coded._verifier.scores))
         assert other._recent is None
+
+
+class TestOutputs:
+    @pytest.mark.parametrize(
+        "of",
+        [lambda y: y.sum(1), lambda y: y.argmax(1), lambda y: (y, y.argmax(1)), lambda y: y > 0],
+        ids=["a number a row", "classes", "both", "booleans"],
+    )
+    @pytest.mark.parametrize("workers", [(), (2,)], ids=["honest", "one wrong"])
+    def test_of_any_form_are_verified(self, of, workers):
+        class Module(nn.Module):
+            def forward(self, x):
+                return of(x)
+
+        def spoil(worker, outputs, asked):
+            flipped = torch.utils._pytree.tree_map(lambda y: y.flip(0), outputs)
+            return flipped if worker in workers else outputs
+
+        coded = CodedWrapper(Module(), workers=AtOnce(6, spoil), verify=0.2)
+        for seed in range(5):
+            answers, report = coded.run(batch(seed))
+        assert set(coded._verifier.strikes.excluded) == set(workers)
+        want = coded.module(batch(4))
+        torch.testing.assert_close(answers, want)
+        assert report.verified.any()
