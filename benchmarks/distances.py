@@ -47,7 +47,7 @@ REFERENCES = ("before", "chosen", "replication", "mean")
 
 
 def schemes(task: Task, case: Case, alone: bool) -> dict[str, Scheme]:
-    """Return what is compared, and every metric alone if asked for."""
+    """Return the schemes, and every metric alone if asked for."""
     n, k, s = case
     metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:

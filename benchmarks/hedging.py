@@ -21,7 +21,7 @@ class HedgeOnce(Waiting):
     """Ask for a part that has run for a while once more, whole, and wait for all parts.
 
     Args:
-        medians: medians of a part after which it is hedged; None: the threshold of ``Waiting``.
+        medians: medians of a part after which it is hedged. Defaults to Waiting's threshold.
         quantile: instead, the quantile of the latencies of parts after which it is hedged.
     """
 

@@ -58,7 +58,7 @@ REGRESSION = 1.6  # a bar missed by this factor is a regression, whatever else t
 SMOOTHING = 1e-6
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 + 3e-5, torch.float16: 2.0**-11 + 3e-5}
 
-Bars = dict[str, list[float]]  # what was measured, and the most that it may be
+Bars = dict[str, list[float]]  # the measured number, and its bound
 
 
 def spline_of(num_data: int, num_workers: int) -> SplineMap:

@@ -31,7 +31,7 @@ SOME = (*CALM, "three re-asks", "coded at once", "hedge, deadline")
 
 
 class Case(NamedTuple):
-    """What is sent to which pool, and under which policies; None: all."""
+    """The requests, their pool and the policies; None stands for all policies."""
 
     pool: type[Workers]
     load: float
@@ -49,7 +49,7 @@ QUICK = "load 0.4, 3 % delayed"
 
 
 def policies(load: Load, part: float) -> dict[str, Waiting]:
-    """Return what is compared; ``part`` is the median of a part, in seconds."""
+    """Return the policies; ``part`` is the median of a part, in seconds."""
     return {
         "wait for all": WAIT_FOR_ALL,
         **{f"hedge at {x:g} medians": HedgeOnce(medians=x) for x in (1.2, 1.5, 2.0)},

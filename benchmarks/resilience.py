@@ -1,7 +1,7 @@
 """Do requests still answer, and rightly, while workers die? ``python -m benchmarks resilience``.
 
 Every scenario runs real processes and checks every answer: the module is affine, so the code gives
-back exactly what it computes. Times are milliseconds. What is measured stands beside its bar.
+back exactly what it computes. Times are milliseconds. Each number stands beside its bar.
 
 With ``Waiting()``, and with all N asked at once:
 
