@@ -27,7 +27,11 @@ __all__ = ["READMES", "fill", "load_results", "pages", "rows_of"]
 
 FOLDER = Path(__file__).resolve().parent
 MEASUREMENTS = FOLDER.parent / "notebooks" / "measurements"
-READMES = (FOLDER.parent / "README.md", FOLDER / "README.md")
+READMES = (
+    FOLDER.parent / "README.md",
+    FOLDER / "README.md",
+    FOLDER.parent / "notebooks" / "science.md",
+)
 #: Parts of the names of codes that version 0.3 does not have, and of data that are not tried now.
 GONE = ("systematic", "paper's encoder", "efficientnet")
 

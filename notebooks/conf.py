@@ -18,6 +18,7 @@ root_doc = "notebooks/index"
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "benchmarks/README.md",
     "csrc/README.md",
     "notebooks/**",

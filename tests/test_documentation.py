@@ -5,6 +5,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -35,11 +37,32 @@ def test_docstrings(name):
     assert doctest.testmod(importlib.import_module(name), optionflags=OPTIONS).failed == 0
 
 
-def test_readme():
-    readme = str(ROOT / "README.md")
-    result = doctest.testfile(readme, module_relative=False, optionflags=OPTIONS)
+@pytest.mark.parametrize("page", ["README.md", "notebooks/science.md"])
+def test_pages_show_what_happens(page):
+    result = doctest.testfile(str(ROOT / page), module_relative=False, optionflags=OPTIONS)
     assert result.attempted > 5
     assert result.failed == 0
+
+
+def test_the_engineers_example_prints_its_output(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    example = re.search(r"<!-- example: engineer -->(.*?)<!-- end -->", text, re.S)[1]
+    script, printed = re.findall(r"```\w+\n(.*?)```", example, re.S)
+    file = tmp_path / "example.py"
+    file.write_text(script)
+    command = [sys.executable, str(file)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.stdout == printed, run.stderr
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(re.sub(r"<!--.*?-->|```.*?```", "", text, flags=re.S).split()) <= 1100
+
+
+def test_contributing_is_short():
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
 
 
 def test_public_names_are_documented():
