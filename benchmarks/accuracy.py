@@ -20,7 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from coded_torch.codes import BerrutCode, Code, LagrangeCode, RegressionCode, SplineCode
+from coded_torch.codes import (
+    BerrutCode,
+    Code,
+    FloaterHormannCode,
+    LagrangeCode,
+    RegressionCode,
+    SplineCode,
+)
 
 from .runs import Measurement, progress
 from .schemes import (
@@ -77,7 +84,7 @@ def families(n: int, k: int) -> dict[str, list[Code]]:
         "Berrut": [BerrutCode(k, n, **arrival)],
         "spline, ordered": variants(SplineCode(k, n)),
         "Berrut, ordered": [BerrutCode(k, n)],
-        "Floater-Hormann, ordered": variants(BerrutCode(k, n)),
+        "Floater-Hormann, ordered": variants(FloaterHormannCode(k, n)),
         "Lagrange (adapted), ordered": variants(LagrangeCode(k, n, decoder_degree=k - 1)),
     }
 

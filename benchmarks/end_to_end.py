@@ -19,7 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, SplineCode
+from coded_torch.codes import (
+    BerrutCode,
+    FloaterHormannCode,
+    LagrangeCode,
+    RegressionCode,
+    SplineCode,
+)
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.input_space.ordering import similarity_order
 from coded_torch.stragglers import Uniform
@@ -41,7 +47,7 @@ def schemes(case: Case) -> dict[str, Scheme]:
     return {
         "paper": Scheme(SplineCode(k, n, decoder_smoothing=1e-6, **arrival)),
         "Berrut": Scheme(BerrutCode(k, n, **arrival)),
-        "Floater-Hormann": Scheme(BerrutCode(k, n, order=1, **arrival)),
+        "Floater-Hormann": Scheme(FloaterHormannCode(k, n, **arrival)),
         "Lagrange (adapted)": Scheme(LagrangeCode(k, n, decoder_degree=k // 2, **arrival)),
         "paper, ordered": Scheme(SplineCode(k, n)),
         **{name: scheme for name, scheme in unmixed(case).items() if scheme.code.num_workers == n},

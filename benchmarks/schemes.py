@@ -73,8 +73,8 @@ class Uncoded(Code):
 
     mixes = False
 
-    def plan(self, inputs: Sequence[Tensor], num_stragglers: int = 0, **_: Any) -> BatchPlan:
-        return _Uncoded(self, Grouping.arrival(len(inputs[0]), self.num_data))
+    def _plan(self, inputs: Sequence[Tensor], size: int, *_: Any) -> BatchPlan:
+        return _Uncoded(self, Grouping.arrival(size, self.num_data))
 
 
 class _Uncoded(BatchPlan):

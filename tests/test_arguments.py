@@ -29,7 +29,8 @@ X = torch.arange(12.0).view(6, 2)
 CALLS = [
     (codes.SplineCode, {"num_data": 4, "num_workers": 6, "encoder_smoothing": 0.0,
                         "decoder_smoothing": 0.0, "data_points": None, "worker_points": None}),
-    (codes.BerrutCode, {"num_data": 4, "num_workers": 6, "order": 0, "data_points": None,
+    (codes.BerrutCode, {"num_data": 4, "num_workers": 6}),
+    (codes.FloaterHormannCode, {"num_data": 4, "num_workers": 6, "order": 0, "data_points": None,
                         "worker_points": None}),
     (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "degree": 2}),
     (codes.LagrangeCode, {"num_data": 2, "num_workers": 6, "decoder_degree": 2,
@@ -81,7 +82,7 @@ CALLS = [
                               "timeout": 1.0}),
     (workers.FaultyWorkers, {"pool": workers.LocalWorkers(), "delays": None, "rates": {"nan": 0.1},
                              "seed": 0}),
-    (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.BerrutCode(2, 3)),
+    (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.FloaterHormannCode(2, 3)),
                    "batches": [X], "order": [0]}),
     (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seed": 0,
                "labels": None}),

@@ -1,4 +1,4 @@
-r"""What every code is: a linear encoder, and a linear decoder for every received set."""
+r"""The contract of every code: a linear encoder, and a linear decoder for every received set."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import functools
 import inspect
 import operator
 import random
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -16,20 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count, instance
+from .._arguments import MOST_WORKERS, count, dense, instance
 from .._transforms import on_host, outside
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
-from ..linear import LinearMap
-from ..linear.maps import unit_rows
+from ..linear import LinearMap, MatrixMap
+from ..linear.maps import apply_each, unit_rows
 from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, order_of
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Self, Unpack
+
+    #: The result of ``_make_encoder`` and ``_make_decoder``.
+    Map = LinearMap | NDArray[np.float64]
 
 __all__ = ["Code", "FixedCode", "Options"]
 
-_CACHED_DECODERS = 256  # of 20 of 24 workers each holds some 10 KB; it was not tuned
+_CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 
 class Options(TypedDict, total=False):
@@ -41,59 +43,53 @@ class Options(TypedDict, total=False):
 
 
 class Code(abc.ABC):
-    r"""How a batch becomes coded inputs for N workers, and their results become its answers.
+    r"""A rule that makes coded inputs for N workers of a batch, and answers of their results.
 
-    The contract. A code is immutable once made, and may be shared between threads, pickled and
-    copied. :meth:`replace` and ``repr`` use the arguments of its constructor as given. :meth:`plan`
-    makes a :class:`~coded_torch.codes.plans.BatchPlan`, which is linear in values and in results,
-    decodes every received set of at least :attr:`min_received` workers, and gives the same bits for
-    the same results. Constants are reproduced: the rows of every matrix sum to 1. An answer that is
-    called exact is some worker's result of that very input, bit for bit.
+    A code is immutable; threads may share it. :meth:`plan` makes a
+    :class:`~coded_torch.codes.plans.BatchPlan`, which is linear in values and in results, decodes
+    every received set of at least :attr:`min_received` workers, and repeats its bits. The rows of
+    every matrix sum to 1. An exact answer is a worker's result of that very input, bit for bit.
 
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers sit at points of a curve
-       besides, else from this class.
-    2. Write the constructor: keyword arguments after K and N, each checked (``_arguments``), each
-       kept under its name; pass the other ones on to ``super().__init__``, which comes first.
-    3. Write ``_make_encoder()``, which returns a :class:`~coded_torch.linear.LinearMap` from K
-       inputs to N, and ``_make_decoder(received)``, which returns one from the results of the
-       workers in a tuple to K answers (of a curve ``_curve``; here :meth:`plan`). For a dense
-       matrix that is ``MatrixMap(matrix)``. Write :attr:`min_received` if one result is not enough.
-    4. Give :meth:`candidates` for the numbers that are worth tuning.
-    5. Test it: inherit :class:`coded_torch.testing.codes.CodeTests`, and implement ``make``.
-       ``tests/codes/test_b_spline.py`` is an example from end to end.
-    6. Compare it: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
+       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers also sit at points of a
+       curve, or from this class.
+    2. Write the constructor. It calls ``super().__init__`` first, checks each argument of its own
+       (``_arguments``), and keeps it under its name.
+    3. Write ``_make_encoder()`` and ``_make_decoder(received)``, ``_curve`` instead for a curve, or
+       ``_plan`` here. They return a matrix or a :class:`~coded_torch.linear.LinearMap`. Override
+       :attr:`min_received` if one result is not enough.
+    4. Return the values that are worth tuning from :meth:`candidates`.
+    5. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`. A complete example is
+       ``tests/codes/test_b_spline.py``.
+    6. Compare: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
-        ordering: the order in which a batch is cut into groups of K: "similarity", so that
+        ordering: the order in which a batch is cut into groups of K: "similarity", in which
             neighbours resemble each other; "arrival"; or a permutation of the batch, a sequence or
             an integer tensor. Defaults to "similarity".
-        shuffle: whether the columns are asked for in an order drawn anew for every call, so that
-            neighbouring workers that are late together do not lose neighbours on the curve. A
-            ``random.Random`` makes the orders repeatable. Defaults to True.
-        link: "softmax" if all outputs are probabilities over their last dimension: they are
-            decoded on the scale of logits. Defaults to None.
+        shuffle: whether every call asks for the columns in a new random order, so that workers
+            that are late together hold columns far apart. A ``random.Random`` makes the orders
+            repeatable. Defaults to True.
+        link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
+            on the scale of logits. Defaults to None.
 
     Attributes:
-        num_data: K
-        num_workers: N
-        ordering, shuffle, link: as given.
-        mixes: whether coded inputs are mixtures of inputs. Codes that do not mix carry values of
-            any dtype.
+        mixes: whether coded inputs are mixtures of inputs. Other codes carry values of any dtype.
         uses_geometry: whether planning measures distances between the inputs, which takes time.
 
     Raises:
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has another type.
         ValueError: an argument is out of range.
     """
 
     mixes: bool = True
     uses_geometry: bool = False
 
+    _options: type[Options] = Options
     _given: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -128,7 +124,6 @@ class Code(abc.ABC):
         """The least number of results that can be decoded."""
         return 1
 
-    @abc.abstractmethod
     def plan(
         self,
         inputs: Sequence[Tensor],
@@ -137,34 +132,45 @@ class Code(abc.ABC):
         batch_size: int | None = None,
         others: Sequence[Tensor] = (),
     ) -> BatchPlan:
-        """Order a batch, cut it into groups of K, and fit the code to it.
-
-        Planning looks at numbers only: it passes no gradients, and works inside
-        :func:`torch.func.grad`, ``jacrev`` and ``jvp``.
+        """Order a batch, cut it into groups of K, and fit the code to it, without gradients.
 
         Args:
-            inputs: the floating-point inputs that are coded, ``[B, ...]`` each, B at least 1. There
-                may be none if the code mixes nothing: then there are no distances, and the plan's
-                note says what that means.
-            num_stragglers: S, how many workers are expected to be late, from 0 to N.
-            batch_size: B, which must be given if there is no input.
-            others: the inputs of other dtypes, of which a callable metric may make features.
+            inputs: the floating-point inputs, ``[B, ...]`` each, B at least 1. The list may be
+                empty if the code does not mix.
+            num_stragglers: S, the number of workers expected to be late, from 0 to N.
+            batch_size: B, required if there are no inputs.
+            others: the inputs of other dtypes, from which a callable metric may make features.
 
         Raises:
-            TypeError: an argument is of another kind than said.
+            TypeError: an argument has another type.
             ValueError: the ordering is of another batch size; inputs differ in batch size, or there
-                is none; :func:`torch.func.vmap` hides a dimension of an input.
+                are none; :func:`torch.func.vmap` hides a dimension of an input.
         """
+        name = type(self).__name__
+        count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
+        inputs, size = check_batch(name, inputs, batch_size)
+        if not inputs and self.mixes:
+            raise ValueError(
+                f"{name}: inputs must hold a floating-point tensor to be mixed, got none"
+            )
+        with outside():
+            return self._plan(inputs, size, num_stragglers, others)
+
+    @abc.abstractmethod
+    def _plan(
+        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
+    ) -> BatchPlan:
+        """Return the plan of ``size`` rows, from valid arguments and plain inputs."""
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        """Values that are worth trying, by the name of the argument that :meth:`replace` takes."""
+        """Return values worth trying, by the name of the argument that :meth:`replace` takes."""
         return {}
 
     def replace(self, **values: Any) -> Self:
-        """Return the code made anew with other values for some of its arguments.
+        """Return a new code with other values for some of its arguments.
 
         Raises:
-            TypeError, ValueError: as making one; the code has no such argument.
+            TypeError, ValueError: a value is invalid, or the code has no such argument.
         """
         given, names = self._arguments()
         for name in values:
@@ -175,35 +181,30 @@ class Code(abc.ABC):
         return type(self)(**(given | values))
 
     def _arguments(self, defaults: bool = False) -> tuple[dict[str, Any], list[str]]:
-        """What the code was made of, by name, and the names of all that its constructor takes."""
+        """Return the arguments given, by name, and the names of all that the constructor takes."""
         args, kwargs = self._given
-        # Of the method: for a class, Python 3.10 has the signature of ``__new__``.
+        # The method's: Python 3.10 returns the signature of ``__new__`` for a class.
         signature = inspect.signature(self.__init__)  # type: ignore[misc]
         bound = signature.bind(*args, **kwargs)
         if defaults:
             bound.apply_defaults()
         given, names = dict(bound.arguments), list(signature.parameters)
         for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:  # the options
+            if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(name, {})
-                names[names.index(name) :] = Options.__annotations__
+                names[names.index(name) :] = self._options.__annotations__
         return given, names
-
-    def check_stragglers(self, num_stragglers: int) -> None:
-        """Raise an error unless ``num_stragglers`` workers can be late."""
-        count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
         if self.mixes and isinstance(values, Tensor) and not values.is_floating_point():
             raise TypeError(
                 f"{type(self).__name__}: values must be floating-point to be mixed, got "
-                f"{values.dtype}; codes that mix nothing, such as ReplicationCode and "
-                "RegressionCode, carry any"
+                f"{values.dtype}; ReplicationCode and RegressionCode carry any dtype"
             )
 
     def __repr__(self) -> str:
-        """The arguments, without those that are None or arrays."""
+        """Return the name and the arguments, without those that are None or arrays."""
         given, _ = self._arguments(defaults=True)
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
         shown = (
@@ -217,15 +218,14 @@ class Code(abc.ABC):
 class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
-    Subclasses implement ``_make_encoder``, ``_make_decoder`` and, if one result is not enough,
-    :attr:`min_received`. Both maps depend on the arguments alone, so they are made once and kept.
-    Arguments are those of every :class:`Code`.
+    Both maps depend on the arguments alone, so they are made once and kept. Arguments are those of
+    :class:`Code`. Subclasses implement ``_make_encoder`` and ``_make_decoder``. They may override
+    ``_decoder_matrices``, to make many decoders at once, and :attr:`min_received`.
     """
 
     def __init__(self, num_data: int, num_workers: int, **options: Unpack[Options]) -> None:
         super().__init__(num_data, num_workers, **options)
-        self._decoders: OrderedDict[tuple[int, ...], LinearMap] = OrderedDict()
-        self._lock = threading.Lock()
+        self.__setstate__({})
 
     @functools.cached_property
     @on_host()
@@ -236,71 +236,47 @@ class FixedCode(Code):
     def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
         """Return the map from the results of the ``received`` workers to the K answers.
 
-        Args:
-            received: the indices of the workers that answered, strictly increasing.
+        The code keeps the last 256 decoders. Keep those that a CUDA graph replays.
 
         Raises:
             ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
-            NotEnoughResults: fewer than :attr:`min_received` results.
-
-        Note:
-            The code keeps the last 256 decoders. Keep what a CUDA graph replays.
+            NotEnoughResults: there are fewer than :attr:`min_received` results.
         """
         return self._decoder(self._received(received))
 
-    def _decoder(self, workers: tuple[int, ...]) -> LinearMap:
-        decoder = self._cached(workers)
-        if decoder is not None:
-            return decoder
+    @on_host()
+    def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
         if not _is_increasing(workers):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {list(workers)}"
             )
-        return self._new_decoder(workers)
-
-    @on_host()
-    def _new_decoder(self, key: tuple[int, ...]) -> LinearMap:
-        if len(key) < self.min_received:
-            raise NotEnoughResults(key, self.min_received, self.num_workers)
-        decoder = self._checked("decoder", self._make_decoder(key), len(key), self.num_data)
-        with self._lock:
-            self._decoders[key] = decoder
-            if len(self._decoders) > _CACHED_DECODERS:
-                self._decoders.popitem(last=False)
-        return decoder
+        if len(workers) < self.min_received:
+            raise NotEnoughResults(workers, self.min_received, self.num_workers)
+        return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
+        given = made
+        if isinstance(made, np.ndarray):
+            made = MatrixMap(made)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
-            must = f"_make_{what} must return a LinearMap from {sizes[0]} to {sizes[1]}"
-            raise TypeError(f"{type(self).__name__}: {must}, got {made!r:.80}")
+            raise TypeError(
+                f"{type(self).__name__}: _make_{what} must return a matrix or a LinearMap from "
+                f"{sizes[0]} to {sizes[1]}, got {given!r:.80}"
+            )
         return made
 
-    def _cached(self, key: tuple[int, ...]) -> LinearMap | None:
-        with self._lock:
-            decoder = self._decoders.get(key)
-            if decoder is not None:
-                self._decoders.move_to_end(key)
-            return decoder
-
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Code inputs ``[..., K, ...]`` into ``[..., N, ...]``, along ``dim``."""
+        """Encode inputs ``[..., K, ...]`` into coded inputs ``[..., N, ...]``, along ``dim``."""
         self.check_values(values)
         return self.encoder(values, dim)
 
-    def exact(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Return which inputs are answered by a result of that very input: bool, ``[K]``."""
-        return self.source(received) >= 0
-
     @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Return which result answers which input as it is, bit for bit.
-
-        Args:
-            received: the indices of the workers that answered, strictly increasing.
+        """Return the result that answers each input bit for bit.
 
         Returns:
-            ``[K]``, places among the received, -1 for inputs that have none; all -1 for fewer than
-            :attr:`min_received`.
+            ``[K]``, places among the received, which are strictly increasing; -1 for inputs without
+            an exact answer, and for all if fewer than :attr:`min_received` are received.
         """
         workers = self._received(received)
         own = self._own[list(workers)]
@@ -318,56 +294,70 @@ class FixedCode(Code):
     def decode(self, results: Tensor, received: Sequence[int] | Tensor, dim: int = 0) -> Tensor:
         """Decode results ``[..., |F|, ...]`` into answers ``[..., K, ...]``, along ``dim``.
 
+        An integer tensor or array ``received`` of shape ``[sets, |F|]`` decodes many sets at once.
+        The results are then ``[sets, |F|, ...]``, or else ``[N, ...]``, from which every set takes
+        its own, and the answers ``[sets, K, ...]``. They agree with a loop's to rounding.
+
         Args:
             results: the results that arrived, stacked along ``dim``.
-            received: the worker of each result, in any order, no worker twice. The answers do not
-                depend on the order, bit for bit.
-            dim: the dimension of the results that counts workers.
+            received: the worker of each result, in any order, each worker once; strictly increasing
+                in each of many sets. The answers do not depend on the order, bit for bit.
+            dim: the dimension of the results that counts workers; 0 for many sets.
 
         Raises:
-            TypeError, ValueError: as :class:`~coded_torch.linear.LinearMap`; a worker twice.
-            NotEnoughResults: fewer than :attr:`min_received` results.
+            TypeError, ValueError: the results do not fit, or a worker is given twice.
+            NotEnoughResults: there are fewer than :attr:`min_received` results.
         """
+        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
+            return self._decode_sets(results, received, dim)
         workers = self._received(received)
-        decoder = self._cached(workers)  # whose keys are in increasing order
-        if decoder is None and _is_increasing(workers):
-            decoder = self._new_decoder(workers)
-        elif decoder is None:
-            order = sorted(range(len(workers)), key=workers.__getitem__)
-            decoder = self._decoder(tuple(map(workers.__getitem__, order)))
-            decoder.check(results, dim)
-            results = results.index_select(dim, torch.tensor(order, device=results.device))
-        return decoder(results, dim)
+        if _is_increasing(workers):
+            return self._decoder(workers)(results, dim)
+        order = sorted(range(len(workers)), key=workers.__getitem__)
+        decoder = self._decoder(tuple(map(workers.__getitem__, order)))
+        decoder.check(results, dim)
+        return decoder(results.index_select(dim, torch.tensor(order, device=results.device)), dim)
 
-    def plan(
-        self,
-        inputs: Sequence[Tensor],
-        num_stragglers: int = 0,
-        *,
-        batch_size: int | None = None,
-        others: Sequence[Tensor] = (),
-    ) -> GroupwisePlan:
-        self.check_stragglers(num_stragglers)
-        inputs, size = check_batch(type(self).__name__, inputs, batch_size)
-        if not inputs and self.mixes:
+    @on_host()
+    def _decode_sets(self, results: Tensor, received: Tensor | NDArray[Any], dim: int) -> Tensor:
+        sets = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
+        self._received(sets.ravel())
+        unordered = (np.diff(sets) <= 0).any(axis=1)
+        if sets.shape[1] < self.min_received or unordered.any():
+            self._new_decoder(tuple(sets[unordered.argmax()].tolist()))  # raises the error
+        dense(self, "results", results)
+        if dim == 0 and results.shape[:2] != sets.shape and len(results) == self.num_workers:
+            results = results[torch.from_numpy(sets).to(results.device)]
+        if dim != 0 or results.shape[:2] != sets.shape:
             raise ValueError(
-                f"{type(self).__name__}: inputs must hold a floating-point tensor to be mixed, got "
-                "none"
+                f"{type(self).__name__}: results of many sets must have shape {[*sets.shape]} or "
+                f"[{self.num_workers}] and more, with dim 0, got {[*results.shape]} with dim {dim}"
             )
-        with outside():
-            if isinstance(self.ordering, str) and (self.ordering == "arrival" or not inputs):
-                return GroupwisePlan(self, Grouping.arrival(size, self.num_data))
-            order = order_of(self.ordering, inputs, size, self.num_data)
-            return GroupwisePlan(self, Grouping(order, self.num_data))
+        return apply_each(torch.as_tensor(self._decoder_matrices(sets)), results)
+
+    def _plan(
+        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
+    ) -> BatchPlan:
+        if isinstance(self.ordering, str) and (self.ordering == "arrival" or not inputs):
+            return GroupwisePlan(self, Grouping.arrival(size, self.num_data))
+        order = order_of(self.ordering, inputs, size, self.num_data)
+        return GroupwisePlan(self, Grouping(order, self.num_data))
 
     @abc.abstractmethod
-    def _make_encoder(self) -> LinearMap: ...
+    def _make_encoder(self) -> Map: ...
 
     @abc.abstractmethod
-    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
-        """The decoder for a valid, strictly increasing received set of enough workers."""
+    def _make_decoder(self, received: tuple[int, ...]) -> Map:
+        """Return the decoder of a valid, strictly increasing received set of enough workers."""
 
-    def _received(self, received: Sequence[int] | Tensor) -> tuple[int, ...]:
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor | NDArray[np.float64]:
+        """Return the decoders of valid received sets ``[sets, |F|]``, ``[sets, K, |F|]``."""
+        decoders = [self._new_decoder(tuple(workers)) for workers in received.tolist()]
+        shape = len(received), self.num_data, received.shape[1]
+        matrices = [decoder.matrix() for decoder in decoders]
+        return torch.cat(matrices).view(shape) if matrices else torch.zeros(shape).double()
+
+    def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__
         items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
@@ -387,13 +377,12 @@ class FixedCode(Code):
         return workers
 
     def __getstate__(self) -> dict[str, Any]:
-        # The maps are cheap to plan again, and a lock cannot travel.
-        dropped = ("_decoders", "_lock", "encoder", "_own")
+        dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._decoders, self._lock = OrderedDict(), threading.Lock()
+        self._decoder = functools.lru_cache(_CACHED_DECODERS)(self._new_decoder)
 
 
 def _is_increasing(workers: tuple[int, ...]) -> bool:

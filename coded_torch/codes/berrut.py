@@ -8,48 +8,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._arguments import count
-from ..linear import LinearMap, MatrixMap
 from .nodes import CurveCode
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from .base import Options
+    from .nodes import CurveOptions
 
-__all__ = ["BerrutCode"]
+__all__ = ["BerrutCode", "FloaterHormannCode"]
 
 
 class BerrutCode(CurveCode):
-    r"""Berrut approximated coded computing: rational interpolants without poles, both ways.
+    r"""Berrut approximated coded computing (BACC): rational interpolants without poles, both ways.
 
     .. math:: u(z) = \sum_j \frac{w_j}{z - t_j} y_j \Big/ \sum_j \frac{w_j}{z - t_j},
               \qquad w_j = (-1)^j
 
     where :math:`j` is the position among the nodes *in use*: the decoder's signs alternate over the
-    received workers in order, not over their own indices, which would put poles between them. An
-    ``order`` d > 0 takes Floater-Hormann weights instead, which reproduce polynomials of degree d.
+    received workers in order. Signs by the workers' own indices would put poles between them.
 
-    Args:
-        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
-        order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder with no more than d
-            results uses as many as it has, order ``|F| - 1``.
-        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every
-            :class:`~coded_torch.codes.Code`.
-
-    Raises:
-        TypeError: a count or the order is not an integer.
-        ValueError: a count, the order, or the points are out of range.
-
-    Note:
-        Any one result can be decoded. Planning a decoder costs :math:`O(|F| (K + d^2))`.
+    Arguments are those of :class:`~coded_torch.codes.CurveCode`. Any one result can be decoded.
+    Planning a decoder costs :math:`O(|F| K)`. The Berrut part of SBACC (arXiv 2507.01330) has
+    ``worker_points=chebyshev_first(num_workers)``.
 
     Reference:
         T. Jahani-Nezhad, M. A. Maddah-Ali, *Berrut approximated coded computing: straggler
-        resistance beyond polynomial computing*, arXiv 2009.08327. M. S. Floater, K. Hormann,
-        *Barycentric rational interpolation with no poles and high rates of approximation*, Numer.
-        Math. 107 (2007).
+        resistance beyond polynomial computing*, arXiv 2009.08327.
 
     Example:
         >>> import torch
@@ -60,84 +45,95 @@ class BerrutCode(CurveCode):
         tensor([1.1000, 2.0000])
     """
 
+    order = 0
+
+    def _make_encoder(self) -> NDArray[np.float64]:
+        return self._curve(self.data_points, self.worker_points)
+
+    def _curve(
+        self, nodes: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        weights = _weights(nodes, min(self.order, nodes.shape[-1] - 1))
+        return _interpolation_matrix(nodes, weights, points)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._curve(self.worker_points[received], self.data_points)
+
+
+class FloaterHormannCode(BerrutCode):
+    r"""The code of Floater-Hormann interpolants, which reproduce polynomials of degree ``order``.
+
+    They are Berrut's with other weights: blends of the polynomials through ``order + 1``
+    neighbouring nodes.
+
+    Args:
+        num_data, num_workers, options: as for :class:`~coded_torch.codes.CurveCode`.
+        order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder of d results or
+            fewer has the order ``|F| - 1``. Defaults to 1.
+
+    Raises:
+        TypeError: the order is not an integer.
+        ValueError: the order is out of range.
+
+    Note:
+        Planning a decoder costs :math:`O(|F| (K + d^2))`.
+
+    Reference:
+        M. S. Floater, K. Hormann, *Barycentric rational interpolation with no poles and high rates
+        of approximation*, Numer. Math. 107 (2007).
+    """
+
     def __init__(
         self,
         num_data: int,
         num_workers: int,
         *,
-        order: int = 0,
-        data_points: ArrayLike | None = None,
-        worker_points: ArrayLike | None = None,
-        **options: Unpack[Options],
+        order: int = 1,
+        **options: Unpack[CurveOptions],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points, **options)
+        super().__init__(num_data, num_workers, **options)
         self.order = count(self, "order", order, 0, self.num_data - 1)
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {"order": range(min(4, self.num_data))}
 
-    def _make_encoder(self) -> LinearMap:
-        weights = _floater_hormann_weights(self.data_points, self.order)
-        return MatrixMap(_interpolation_matrix(self.data_points, weights, self.worker_points))
 
-    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
-        weights = _floater_hormann_weights(nodes, min(self.order, nodes.size - 1))
-        return MatrixMap(_interpolation_matrix(nodes, weights, points))
-
-
-def _floater_hormann_weights(nodes: NDArray[np.float64], order: int) -> NDArray[np.float64]:
-    r"""Barycentric weights of the Floater-Hormann interpolant, up to a common factor.
+def _weights(nodes: NDArray[np.float64], order: int) -> NDArray[np.float64]:
+    r"""Return the barycentric weights of Floater-Hormann interpolants, up to a common factor.
 
     .. math:: w_j = (-1)^j \sum_i \prod_{l = i, l \ne j}^{i + d} \frac{1}{|t_j - t_l|}
 
-    over the windows :math:`i, \dots, i + d` that contain :math:`j`: equation 18 of Floater and
-    Hormann. Order 0 is Berrut's alternating signs, order n - 1 the polynomial through all n nodes.
-
-    Args:
-        nodes: ``[n]``, strictly increasing.
-        order: d, in ``0 .. n - 1``.
-
-    Returns:
-        ``[n]``, float64, alternating in sign, the first positive.
-
-    Note:
-        :math:`O((n - d) d^2)`.
+    over the windows :math:`i, \dots, i + d` that contain :math:`j` (equation 18 of Floater and
+    Hormann), for increasing ``nodes [..., n]`` and d in ``0 .. n - 1``.
     """
-    n, width = nodes.size, order + 1
+    n, width = nodes.shape[-1], order + 1
     signs = np.where(np.arange(n) % 2, -1.0, 1.0)
     if order == 0:
         return signs
-    window = np.arange(n - order)[:, None] + np.arange(width)  # [windows, d + 1], indices of nodes
     # On an interval of length 4 the products neither overflow nor underflow as the order grows.
-    scaled = nodes * (4 / (nodes[-1] - nodes[0]))
-    distances = np.abs(scaled[window][:, :, None] - scaled[window][:, None, :])
-    distances[:, range(width), range(width)] = 1
-    weights = np.zeros(n)
-    np.add.at(weights, window, 1 / distances.prod(axis=2))
+    scaled = nodes * (4 / (nodes[..., -1:] - nodes[..., :1]))
+    windows = np.lib.stride_tricks.sliding_window_view(scaled, width, axis=-1)
+    distances = np.abs(windows[..., :, None] - windows[..., None, :])
+    distances[..., range(width), range(width)] = 1
+    terms = 1 / distances.prod(axis=-1)  # [..., windows, d + 1]
+    weights = np.zeros(nodes.shape)
+    for place in range(width):
+        weights[..., place : place + n - order] += terms[..., place]
     return signs * weights
 
 
 def _interpolation_matrix(
     nodes: NDArray[np.float64], weights: NDArray[np.float64], points: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    r"""The matrix that takes values at ``nodes`` to the interpolant's values at ``points``.
+    """Return the matrix ``[..., N, n]`` from values at ``nodes [..., n]`` to ``points [N]``.
 
-    .. math:: u(z) = \sum_j \frac{w_j}{z - t_j} y_j \Big/ \sum_j \frac{w_j}{z - t_j},
-              \qquad u(t_j) = y_j
-
-    Args:
-        nodes: ``[n]``, distinct.
-        weights: ``[n]``, not zero.
-        points: ``[N]``.
-
-    Returns:
-        ``[N, n]``, float64; every row sums to one, a row of a point that is a node is one-hot.
+    Every row sums to one. The row of a point that is a node is one-hot.
     """
-    offsets = points[:, None] - nodes
-    nearest = np.abs(offsets).min(axis=1, keepdims=True)
-    # 1 / offset, relative to the nearest node so that no offset is too small to divide by; a
-    # nearest offset of 0 is an exact hit, where that node alone counts.
+    offsets = points[:, None] - nodes[..., None, :]
+    nearest = np.abs(offsets).min(axis=-1, keepdims=True)
+    # 1 / offset, relative to the nearest node, so that no offset is too small to divide by. If the
+    # nearest offset is 0, that node alone counts.
     ratios = np.divide(nearest, offsets, out=(offsets == 0).astype(np.float64), where=nearest > 0)
-    terms = weights * ratios
-    matrix: NDArray[np.float64] = terms / terms.sum(axis=1, keepdims=True)
+    terms = weights[..., None, :] * ratios
+    matrix: NDArray[np.float64] = terms / terms.sum(axis=-1, keepdims=True)
     return matrix

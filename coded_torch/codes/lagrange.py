@@ -9,21 +9,20 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from .._arguments import MOST_WORKERS, count, shown
-from ..linear import LinearMap, MatrixMap
 from .nodes import CurveCode, chebyshev_first
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
     from typing_extensions import Unpack
 
-    from .base import Options
+    from .nodes import CurveOptions
 
 __all__ = ["LagrangeCode"]
 
-_GOLDEN = (5**0.5 - 1) / 2
+_GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
 
-# What to try as the decoder's degree, in degrees of the encoder: of which the coded inputs are, and
-# the results of a network not many times rougher.
+# Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher
+# than the coded inputs, of degree 1.
 _DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
 
 
@@ -36,23 +35,21 @@ class LagrangeCode(CurveCode):
 
     .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
 
-    For a model that is no polynomial, give ``decoder_degree``, D itself: the adapted code, where D
-    is to be tuned on validation data.
+    For other models give ``decoder_degree``, D itself, which is tuned on validation data (the
+    adapted code).
 
     Args:
         num_data: K, as for every :class:`~coded_torch.codes.Code`.
-        num_workers: N, likewise, and at least D + 1.
-        degree: the degree of the model as a polynomial, at least 1; by default 1, a linear model.
+        num_workers: N, at least D + 1.
+        degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
         decoder_degree: D, at least 0; excludes ``degree``.
-        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`; both are
-            :func:`~coded_torch.codes.nodes.chebyshev_first` by default.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every
-            :class:`~coded_torch.codes.Code`.
+        options: as for every :class:`~coded_torch.codes.CurveCode`. All points default to
+            :func:`~coded_torch.codes.nodes.chebyshev_first`.
 
     Raises:
-        TypeError: a count or a degree is not an integer.
-        ValueError: a count, a degree, or the points are out of range, ``degree`` and
-            ``decoder_degree`` are both given, or N workers can never give D + 1 results.
+        TypeError: a degree is not an integer.
+        ValueError: a degree is out of range, both degrees are given, or N workers can never return
+            D + 1 results.
 
     Note:
         :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
@@ -83,11 +80,9 @@ class LagrangeCode(CurveCode):
         *,
         degree: int | None = None,
         decoder_degree: int | None = None,
-        data_points: ArrayLike | None = None,
-        worker_points: ArrayLike | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CurveOptions],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points, **options)
+        super().__init__(num_data, num_workers, **options)
         if decoder_degree is None:
             degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
             self.decoder_degree = (self.num_data - 1) * degree
@@ -105,7 +100,7 @@ class LagrangeCode(CurveCode):
             )
 
     def candidates(self) -> dict[str, Sequence[Any]]:
-        """Degrees of a model that is no polynomial; of one that is, nothing is to be chosen."""
+        """Return degrees for a model that is no polynomial; for others D is known."""
         if "degree" in self._arguments()[0]:
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
@@ -116,26 +111,32 @@ class LagrangeCode(CurveCode):
         """D + 1, the number of results that determine a polynomial of degree D."""
         return self.decoder_degree + 1
 
-    def _make_encoder(self) -> LinearMap:
-        return MatrixMap(_through(self.data_points, self.worker_points))
+    def _make_encoder(self) -> NDArray[np.float64]:
+        return _through(self.data_points, self.worker_points)
 
-    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
-        if nodes.size == self.min_received:
-            return MatrixMap(_through(nodes, points))
-        return MatrixMap(_least_squares(nodes, points, self.decoder_degree))
+    def _curve(
+        self, nodes: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        if nodes.shape[-1] == self.min_received:
+            return _through(nodes, points)
+        return _least_squares(nodes, points, self.decoder_degree)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._curve(self.worker_points[received], self.data_points)
 
 
 def _through(nodes: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The matrix of the polynomial through all nodes, ``[points, nodes]``."""
-    # Lagrange's products as they stand keep every entry to a few units in the last place, also
-    # where the polynomial is extrapolated; there the sum in the barycentric form cancels, down to
-    # an exact 0. Golden-ratio steps through the nodes keep partial products moderate.
-    matrix = np.ones((points.size, nodes.size))
-    for i in np.argsort(np.arange(nodes.size) * _GOLDEN % 1):
-        distances = nodes - nodes[i]
-        distances[i] = 1
-        factors = (points[:, None] - nodes[i]) / distances
-        factors[:, i] = 1
+    """Return the matrix of the polynomial through all nodes ``[..., n]``, ``[..., N, n]``."""
+    # Lagrange's products keep every entry to a few units in the last place, even where the
+    # polynomial is extrapolated; there the sum in the barycentric form cancels, down to an exact 0.
+    # Golden-ratio steps through the nodes keep partial products moderate.
+    matrix = np.ones((*nodes.shape[:-1], points.size, nodes.shape[-1]))
+    for i in np.argsort(np.arange(nodes.shape[-1]) * _GOLDEN % 1):
+        node = nodes[..., i : i + 1]
+        distances = nodes - node
+        distances[..., i] = 1
+        factors = (points - node)[..., None] / distances[..., None, :]
+        factors[..., i] = 1
         matrix *= factors
     return matrix
 
@@ -143,12 +144,14 @@ def _through(nodes: NDArray[np.float64], points: NDArray[np.float64]) -> NDArray
 def _least_squares(
     nodes: NDArray[np.float64], points: NDArray[np.float64], degree: int
 ) -> NDArray[np.float64]:
-    """The matrix of the least-squares polynomial of a degree, ``[points, nodes]``."""
+    """Return the matrix of the least-squares polynomial of a degree, ``[..., N, n]``."""
     # Chebyshev polynomials of the nodes' own interval: on any other they are nearly dependent.
-    centre, half = (nodes[0] + nodes[-1]) / 2, (nodes[-1] - nodes[0]) / 2
-    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [nodes, D + 1]
-    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [points, D + 1]
+    first, last = nodes[..., :1], nodes[..., -1:]
+    centre, half = (first + last) / 2, (last - first) / 2
+    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [..., n, D + 1]
+    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [..., N, D + 1]
     q, r = np.linalg.qr(at_nodes)
-    # at_points @ inverse(r) @ q.T, row by row backward stable.
-    matrix: NDArray[np.float64] = np.linalg.solve(r.T, at_points.T).T @ q.T
+    # The transpose of q @ inverse(r.T) @ at_points.T, whose columns are backward stable.
+    solved = np.linalg.solve(r.swapaxes(-1, -2), at_points.swapaxes(-1, -2))
+    matrix: NDArray[np.float64] = (q @ solved).swapaxes(-1, -2)
     return matrix

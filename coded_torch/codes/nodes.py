@@ -8,25 +8,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .._arguments import MOST_WORKERS, count, real_array
-from ..linear import LinearMap
-from .base import FixedCode
+from .base import FixedCode, Options
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
     from typing_extensions import Unpack
 
-    from .base import Options
+    from .base import Map
 
-__all__ = [
-    "CurveCode",
-    "chebyshev_first",
-    "chebyshev_second",
-    "equidistant",
-    "systematic",
-]
+__all__ = ["CurveCode", "chebyshev_first", "chebyshev_second", "equidistant", "systematic"]
 
-# Gaps this close to each other differ by rounding only.
-_TIE = 1e-9
+_TIE = 1e-9  # the relative difference of gaps that differ by rounding only
 
 
 def chebyshev_first(num_points: int) -> NDArray[np.float64]:
@@ -50,43 +42,22 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
 
 
 def chebyshev_second(num_points: int) -> NDArray[np.float64]:
-    r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`.
+    r"""Return the Chebyshev points of the second kind, the extrema of :math:`T_{n-1}`, increasing.
 
     .. math:: \cos\frac{(k - 1)\pi}{n - 1}, \qquad k = n, \dots, 1
 
-    Args:
-        num_points: n, from 1 to 65,536.
-
-    Returns:
-        ``[n]``, float64, from -1 to 1, symmetric about 0 to the bit; ``[0.]`` for n = 1.
-
-    Example:
-        >>> from coded_torch.codes import nodes
-        >>> nodes.chebyshev_second(5).round(3).tolist()
-        [-1.0, -0.707, 0.0, 0.707, 1.0]
+    As :func:`chebyshev_first`, but from -1 to 1; ``[0.]`` for n = 1.
     """
     n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
 
 
 def equidistant(num_points: int) -> NDArray[np.float64]:
-    r"""Return the midpoints of n equal cells of [-1, 1].
+    r"""Return the midpoints of n equal cells of [-1, 1], :math:`(2k - 1 - n) / n`.
 
-    .. math:: \frac{2k - 1 - n}{n}, \qquad k = 1, \dots, n
-
-    Of two such sets the larger reaches further out on both sides, so with more workers than data no
-    answer is extrapolated because one outermost worker is late.
-
-    Args:
-        num_points: n, from 1 to 65,536.
-
-    Returns:
-        ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
-
-    Example:
-        >>> from coded_torch.codes import nodes
-        >>> nodes.equidistant(4).tolist()
-        [-0.75, -0.25, 0.25, 0.75]
+    As :func:`chebyshev_first`. Of two such sets the larger reaches further out on both sides. If
+    there are more workers than data, no answer is extrapolated because one outermost worker is
+    late.
     """
     n = count("equidistant", "num_points", num_points, most=MOST_WORKERS)
     return np.arange(1 - n, n, 2) / n
@@ -112,12 +83,8 @@ def systematic(data_points: ArrayLike, num_points: int) -> NDArray[np.float64]:
         [-0.5, -0.25, 0.0, 0.25, 0.5]
     """
     data = real_array("systematic", "data_points", data_points)
-    # Negated, so that NaN fails.
-    if (
-        data.ndim != 1
-        or not data.size
-        or not (np.all(np.abs(data) <= 1) and np.all(np.diff(data) > 0))
-    ):
+    increasing = data.ndim == 1 and data.size and (np.diff(data) > 0).all()
+    if not (increasing and (np.abs(data) <= 1).all()):
         raise ValueError(
             "systematic: data_points must be a strictly increasing vector within [-1, 1], "
             f"got {data.tolist()}"
@@ -145,6 +112,13 @@ def _sines(quarter_turns: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sines - sines[::-1]) / 2
 
 
+class CurveOptions(Options, total=False):
+    """The keyword arguments that every code with points takes."""
+
+    data_points: ArrayLike | None
+    worker_points: ArrayLike | None
+
+
 class CurveCode(FixedCode):
     r"""A code that lays a curve through the inputs and reads coded inputs off it.
 
@@ -156,20 +130,20 @@ class CurveCode(FixedCode):
 
     Args:
         num_data, num_workers: K and N, as for every :class:`Code`.
-        data_points: ``[K]``, finite, strictly increasing; by default
-            :func:`~coded_torch.codes.nodes.chebyshev_first`.
-        worker_points: ``[N]``, likewise; by default
-            :func:`~coded_torch.codes.nodes.chebyshev_second`, or what the class has instead as
-            ``default_worker_points``.
+        data_points: ``[K]``, finite, strictly increasing. Defaults to :func:`chebyshev_first`.
+        worker_points: ``[N]``, finite, strictly increasing. Defaults to :func:`chebyshev_second`,
+            or to the class's own ``default_worker_points``.
         options: ``ordering``, ``shuffle`` and ``link``, as for every :class:`Code`.
     """
 
     default_worker_points = staticmethod(chebyshev_second)
+    _options = CurveOptions
 
     def __init__(
         self,
         num_data: int,
         num_workers: int,
+        *,
         data_points: ArrayLike | None = None,
         worker_points: ArrayLike | None = None,
         **options: Unpack[Options],
@@ -183,10 +157,10 @@ class CurveCode(FixedCode):
         self.worker_points = self._points("worker_points", worker_points, self.num_workers)
 
     @abc.abstractmethod
-    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
-        """The decoder's curve through results at ``nodes``, read off at ``points``."""
+    def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> Map:
+        """Return the curve through results at ``nodes``, read off at ``points``: a decoder."""
 
-    def _make_decoder(self, received: tuple[int, ...]) -> LinearMap:
+    def _make_decoder(self, received: tuple[int, ...]) -> Map:
         return self._curve(self.worker_points[list(received)], self.data_points)
 
     def _points(self, argument: str, points: ArrayLike, size: int) -> NDArray[np.float64]:
@@ -195,8 +169,7 @@ class CurveCode(FixedCode):
             raise ValueError(
                 f"{type(self).__name__}: {argument} must have shape ({size},), got {array.shape}"
             )
-        # Negated, so that NaN fails.
-        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):
+        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):  # negated: NaN fails
             raise ValueError(
                 f"{type(self).__name__}: {argument} must be finite and strictly increasing, "
                 f"got {array.tolist()}"
@@ -206,5 +179,5 @@ class CurveCode(FixedCode):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for points in (self.data_points, self.worker_points):
-            points.flags.writeable = False
+        for name in {"data_points", "worker_points"} & state.keys():
+            getattr(self, name).flags.writeable = False

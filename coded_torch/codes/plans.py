@@ -1,4 +1,4 @@
-r"""What a code makes of one batch: coded inputs, and answers from whichever results arrive."""
+"""Plans: a code fitted to one batch, and the errors of a batch that cannot be decoded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,28 +25,26 @@ if TYPE_CHECKING:
 __all__ = ["BatchPlan", "DeadlineExceeded", "GroupwisePlan", "NotEnoughResults", "RepetitionPlan"]
 __all__ += ["cut", "order_of"]
 
-_SHOWN = 16  # of the missing results, in the message
+_SHOWN = 16  # missing results that the message lists
 
 
 class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happened
     """Fewer results arrived than can be decoded.
 
-    Results are numbered as what was asked for: those of a code by its workers, those of a call of a
-    wrapper by the rows of its batch, or by the columns.
+    A code numbers results by its workers, the call of a wrapper by rows of the batch or by columns.
 
     Args:
         received: the results that arrived, in any order.
-        required: how many are needed.
-        num_workers: how many there would be: N, or the number of rows.
+        required: the number of results that are needed.
+        num_workers: the number of all results: N, or the number of rows.
         reason: why the others did not arrive, in a few words, if that is known.
 
     Attributes:
-        received: the results that arrived, in increasing order.
-        required, num_workers, reason: as given.
-        missing: the results that did not arrive, in increasing order.
-        report: of the call of a wrapper; None elsewhere.
-        answers: what the call has computed, in the structure of its answer, NaN (0 in integers) in
-            the other rows; None if nothing is, and by columns.
+        received, missing: the results that arrived, and the others, in increasing order.
+        required, num_workers, reason: the arguments.
+        report: the report of a wrapper's call. Defaults to None.
+        answers: the answers that a wrapper's call has computed by rows, in the structure of the
+            answer, with NaN (0 in integers) in the other rows. Defaults to None.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
 
 class DeadlineExceeded(NotEnoughResults, TimeoutError):  # noqa: N818 - as above
-    """The deadline of a call has passed, and too few results are there to predict the others."""
+    """The deadline of a call has passed before enough results arrived to predict the others."""
 
 
 class BatchPlan(abc.ABC):
@@ -80,11 +79,9 @@ class BatchPlan(abc.ABC):
 
     Attributes:
         code: the code.
-        batch_size: B
-        num_groups: G
-        note: what the caller should know of the plan, one line; mostly empty.
-        choices: how missing answers of the output decoded last were predicted, if the code has a
-            choice.
+        batch_size, num_groups: B and G.
+        note: a warning about the plan, one line; mostly empty.
+        choices: the choices by which missing answers of the output decoded last were predicted.
     """
 
     code: Code
@@ -106,20 +103,12 @@ class BatchPlan(abc.ABC):
 
         Args:
             results: ``[|F|, G, ...]``, in the order of ``received``.
-            received: the workers whose results these are, strictly increasing, at least
+            received: the workers of these results, strictly increasing, at least
                 :attr:`~coded_torch.codes.Code.min_received`.
         """
 
-    def exact(self, received: Sequence[int]) -> Tensor:
-        """Return which answers are a result of that very input, bit for bit: bool, ``[B]``."""
-        return self.source(received) >= 0
-
     def source(self, received: Sequence[int]) -> Tensor:
-        """Return the result that is each input's own, ``[B]``: a flat index ``[|F|, G]``, or -1.
-
-        Args:
-            received: as for :meth:`decode`, or fewer: then there is none.
-        """
+        """Return the result that is each input's own, ``[B]``: a flat index ``[|F|, G]``, or -1."""
         return torch.full((self.batch_size,), -1)
 
     def used(self, received: Sequence[int]) -> Tensor:
@@ -155,7 +144,7 @@ class BatchPlan(abc.ABC):
 
 
 class GroupwisePlan(BatchPlan):
-    """The plan of a fixed code: every group for itself, all alike."""
+    """The plan of a fixed code, which treats all groups alike."""
 
     def __init__(self, code: FixedCode, grouping: Grouping) -> None:
         self.code: FixedCode = code
@@ -166,7 +155,15 @@ class GroupwisePlan(BatchPlan):
         self.code.check_values(values)
         return self.code.encoder.gathered(values, self._grouping)
 
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+    def decode(self, results: Tensor, received: Sequence[int] | Tensor) -> Tensor:
+        """Return answers ``[B, ...]``; of many received sets ``[sets, |F|]``, ``[sets, B, ...]``.
+
+        Results of many sets are ``[sets, |F|, G, ...]``, or ``[N, G, ...]``, as for
+        :meth:`~coded_torch.codes.FixedCode.decode`.
+        """
+        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
+            answers = self.code.decode(results, received)  # [sets, K, G, ...]
+            return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
         return self.code.decoder(received).scattered(results, self._grouping)
 
     def source(self, received: Sequence[int]) -> Tensor:
@@ -181,27 +178,15 @@ class GroupwisePlan(BatchPlan):
 class RepetitionPlan(RowPlan, BatchPlan):
     """Workers compute inputs as they are; missing answers are predicted by a regression.
 
-    Args:
-        code: the code.
-        regression: that predicts.
-        inputs, batch_size, others, parts: as for
-            :class:`~coded_torch.input_space.regression.RowPlan`.
+    Arguments after ``code`` are those of :class:`~coded_torch.input_space.regression.RowPlan`.
     """
 
-    def __init__(
-        self,
-        code: Code,
-        regression: Regression,
-        inputs: Sequence[Tensor],
-        batch_size: int,
-        others: Sequence[Tensor],
-        parts: Sequence[Tensor],
-    ) -> None:
-        super().__init__(regression, inputs, batch_size, others, parts)
+    def __init__(self, code: Code, regression: Regression, *batch: Any) -> None:
+        super().__init__(regression, *batch)
         self.code = code
 
     def assign(self, rows: Tensor) -> None:
-        """Say which row of the batch each worker computes for each group, ``[N, G]``."""
+        """Let each worker compute one row of the batch for each group, ``[N, G]``."""
         self._rows, self._flat, self.num_groups = rows, rows.flatten(), rows.shape[1]
         self._copies: dict[tuple[Any, ...], Tensor] = {}
 
@@ -224,11 +209,7 @@ class RepetitionPlan(RowPlan, BatchPlan):
 
 
 def cut(rows: Tensor, multiple: int) -> list[Tensor]:
-    """Cut the rows of a batch into as few parts as can be, of groups of ``multiple``.
-
-    Returns:
-        ``[b]`` each, in increasing order, no more than 4,096, or one group.
-    """
+    """Cut rows into as few parts of at most 4,096 as whole groups of ``multiple`` allow."""
     if len(rows) <= MOST_ROWS:
         return [rows.sort().values]
     groups = -(-len(rows) // multiple)
@@ -240,16 +221,10 @@ def cut(rows: Tensor, multiple: int) -> list[Tensor]:
 def order_of(
     ordering: Ordering, inputs: Sequence[Tensor], batch_size: int, num_data: int
 ) -> Tensor | Sequence[int]:
-    """Return the order of one batch, to be given to a ``Grouping``, which validates it.
+    """Return the order of one batch, which a ``Grouping`` validates.
 
-    Args:
-        ordering: "similarity", a short path through the rows; "arrival"; or a permutation.
-        inputs: ``[B, ...]`` each; without any, the order is that of arrival.
-        batch_size: B.
-        num_data: K; paths of large batches are cut after a multiple of it.
-
-    Raises:
-        ValueError: a permutation orders another number of rows.
+    "similarity" is a short path through the rows, in several parts for large batches, each of whole
+    groups of K. Without inputs it is the order of arrival.
     """
     arrival = torch.arange(batch_size)
     if not isinstance(ordering, str):

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._transforms import outside
 from ..input_space.metrics import METRICS
 from ..input_space.ordering import Grouping
-from ..input_space.regression import Regression, check_batch
+from ..input_space.regression import Regression
 from .base import Code
 from .plans import RepetitionPlan, cut, order_of
 
@@ -93,33 +92,24 @@ class RegressionCode(Code):
             "length": (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
         }
 
-    def plan(
-        self,
-        inputs: Sequence[Tensor],
-        num_stragglers: int = 0,
-        *,
-        batch_size: int | None = None,
-        others: Sequence[Tensor] = (),
+    def _plan(
+        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
     ) -> RepetitionPlan:
-        """Copy the inputs that need it most. Arguments are as for :meth:`Code.plan`."""
-        self.check_stragglers(num_stragglers)
-        inputs, size = check_batch(type(self).__name__, inputs, batch_size)
-        with outside():
-            rows: Any = torch.arange(size)
-            if not isinstance(self.ordering, str):
-                rows = Grouping(order_of(self.ordering, inputs, size, self.num_data), 1).order
-            parts = cut(rows, self.num_data)
-            plan = RepetitionPlan(self, self.regression, inputs, size, others, parts)
-            by_path = isinstance(self.ordering, str) and self.ordering == "similarity"
-            grouping = Grouping(plan.order if by_path else rows, self.num_data)
-            errors = np.ones(size)
-            if num_stragglers:  # else copies are equal, whatever the errors
-                errors = plan.leave_one_out_variances().numpy() ** _GROWTH
-            copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
-            points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
-            # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
-            plan.assign(grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T))
-            return plan
+        rows: Any = torch.arange(size)
+        if not isinstance(self.ordering, str):
+            rows = Grouping(order_of(self.ordering, inputs, size, self.num_data), 1).order
+        parts = cut(rows, self.num_data)
+        plan = RepetitionPlan(self, self.regression, inputs, size, others, parts)
+        by_path = isinstance(self.ordering, str) and self.ordering == "similarity"
+        grouping = Grouping(plan.order if by_path else rows, self.num_data)
+        errors = np.ones(size)
+        if num_stragglers:  # else copies are equal, whatever the errors
+            errors = plan.leave_one_out_variances().numpy() ** _GROWTH
+        copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
+        points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
+        # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
+        plan.assign(grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T))
+        return plan
 
 
 def _copies(

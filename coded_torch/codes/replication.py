@@ -3,6 +3,7 @@ r"""Replication: every input goes to several workers as it is."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from .._transforms import on_host
 from ..linear import LinearMap, SelectMap
 from .base import FixedCode
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 __all__ = ["ReplicationCode"]
 
 
@@ -20,17 +24,8 @@ class ReplicationCode(FixedCode):
 
     Answered inputs come back bit for bit as their first received worker, in the order of workers,
     computed them. Inputs without an answer get the mean of the group's answered ones, every input
-    counted once. ``ReplicationCode(K, K)`` is uncoded inference.
-
-    Args:
-        num_data: K, as for every :class:`~coded_torch.codes.Code`.
-        num_workers: N, as for every :class:`~coded_torch.codes.Code`.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every
-            :class:`~coded_torch.codes.Code`.
-
-    Raises:
-        TypeError: a count is not an integer.
-        ValueError: a count is out of range.
+    counted once. ``ReplicationCode(K, K)`` is uncoded inference. Arguments and errors are those of
+    :class:`~coded_torch.codes.Code`.
 
     Example:
         >>> import torch
@@ -38,12 +33,10 @@ class ReplicationCode(FixedCode):
         >>> code = ReplicationCode(num_data=3, num_workers=6)
         >>> code.encode(torch.tensor([1.0, 2.0, 6.0]))
         tensor([1., 2., 6., 1., 2., 6.])
-        >>> code.decode(torch.tensor([6.0, 1.0, 2.0]), received=[2, 3, 4])
-        tensor([1., 2., 6.])
         >>> code.decode(torch.tensor([6.0, 2.0]), received=[2, 4])
         tensor([4., 2., 6.])
-        >>> code.exact([2, 4])
-        tensor([False,  True,  True])
+        >>> code.source([2, 4])
+        tensor([-1,  1,  0])
     """
 
     mixes = False
@@ -67,3 +60,11 @@ class ReplicationCode(FixedCode):
         source[inputs] = torch.from_numpy(first)
         mean = torch.full((1, inputs.size), 1 / inputs.size, dtype=torch.float64)
         return SelectMap(len(received), source, torch.from_numpy(first), mean)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> NDArray[np.float64]:
+        own = received[:, None, :] % self.num_data == np.arange(self.num_data)[:, None]
+        first = own & (own.cumsum(axis=2) == 1)  # [sets, K, |F|]
+        used = first.any(axis=1, keepdims=True)
+        mean = used / used.sum(axis=2, keepdims=True)
+        matrices: NDArray[np.float64] = np.where(first.any(axis=2, keepdims=True), first, mean)
+        return matrices

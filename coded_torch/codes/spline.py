@@ -7,34 +7,37 @@ from typing import TYPE_CHECKING, Any
 
 from .._arguments import smoothing
 from ..linear import LinearMap, SplineMap
+from ..linear.spline import spline_matrices
 from .nodes import CurveCode
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import ArrayLike, NDArray
+    from numpy.typing import NDArray
+    from torch import Tensor
     from typing_extensions import Unpack
 
-    from .base import Options
+    from .nodes import CurveOptions
 
 __all__ = ["SplineCode"]
 
 
 class SplineCode(CurveCode):
-    r"""Letting splines code: LeTCC, the learning-theoretic coded computing scheme.
+    r"""Learning-theoretic coded computing (LeTCC): the code of two smoothing splines.
 
     The encoder is the natural cubic smoothing spline through the inputs :math:`x_k` at the data
     points :math:`\alpha_k`, read off at the worker points :math:`\beta_n`; the decoder is the one
     through the received results :math:`f(u(\beta_n))`, read off at the :math:`\alpha_k`. Any model
-    can be coded; the answers are approximate, and one result is enough for some answer.
+    can be coded. The answers are approximate, and one result is enough for some answer.
+
+    With both smoothings tuned together (:func:`~coded_torch.tune`) this is NeRCC, nested-regression
+    coded computing.
 
     Args:
-        num_data, num_workers: K and N, as for every :class:`~coded_torch.codes.Code`.
+        num_data, num_workers, options: as for :class:`~coded_torch.codes.CurveCode`.
         encoder_smoothing: :math:`\lambda_e`, finite, at least 0, in the mean convention of
-            :class:`~coded_torch.linear.SplineMap`.
-        decoder_smoothing: :math:`\lambda_d`, likewise; 0 is best for a model without noise.
-        data_points, worker_points: as for every :class:`~coded_torch.codes.CurveCode`.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every
-            :class:`~coded_torch.codes.Code`.
+            :class:`~coded_torch.linear.SplineMap`. Defaults to 0.
+        decoder_smoothing: :math:`\lambda_d`, in the same convention. 0, the default, is best for a
+            model without noise.
 
     Raises:
         TypeError, ValueError: an argument violates its requirement.
@@ -46,14 +49,15 @@ class SplineCode(CurveCode):
 
     References:
         Moradi, Tahmasebi and Maddah-Ali, *Coded Computing for Resilient Distributed Computing: A
-        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300.
+        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300. Moradi and Maddah-Ali,
+        *NeRCC*, arXiv 2402.04377.
 
     Example:
         >>> import torch
         >>> from coded_torch.codes import SplineCode
         >>> code = SplineCode(num_data=4, num_workers=16)
         >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-        >>> results = code.encode(x).square()  # what sixteen workers answer
+        >>> results = code.encode(x).square()  # the results of sixteen workers
         >>> received = [n for n in range(16) if n not in (3, 7, 8)]
         >>> code.decode(results[received], received).round(decimals=2)
         tensor([ 1.0000,  4.0000,  9.0100, 16.0000], dtype=torch.float64)
@@ -66,11 +70,9 @@ class SplineCode(CurveCode):
         *,
         encoder_smoothing: float = 0.0,
         decoder_smoothing: float = 0.0,
-        data_points: ArrayLike | None = None,
-        worker_points: ArrayLike | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[CurveOptions],
     ) -> None:
-        super().__init__(num_data, num_workers, data_points, worker_points, **options)
+        super().__init__(num_data, num_workers, **options)
         self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
         self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
 
@@ -85,3 +87,7 @@ class SplineCode(CurveCode):
 
     def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> LinearMap:
         return SplineMap(nodes, points, smoothing=self.decoder_smoothing)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor:
+        nodes = self.worker_points[received]
+        return spline_matrices(nodes, self.data_points, self.decoder_smoothing)

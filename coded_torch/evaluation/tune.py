@@ -33,8 +33,8 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
 
     All combinations of the values that the code proposes are tried,
     :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
-    ``BerrutCode``, the decoder's degree of a ``LagrangeCode``, the metric and the length of a
-    ``RegressionCode``, which then pays nothing for choosing in a call. The best has the least
+    ``FloaterHormannCode``, the decoder's degree of a ``LagrangeCode``, the metric and the length of
+    a ``RegressionCode``, which then pays nothing for choosing in a call. The best has the least
     squared error against the module's own answers, over five received sets a batch. They are drawn
     from the law of the wrapper's workers; without a law, S of N workers are lost uniformly.
 

@@ -1,4 +1,4 @@
-r"""What every linear map is, and where its numbers are kept."""
+r"""Linear maps, and the memory that keeps their numbers on every device."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 class LinearMap(abc.ABC):
     r"""A linear map :math:`\mathbb{R}^n \to \mathbb{R}^N`, applied to every column of a tensor.
 
-    Laws: ``map.adjoint`` is the transpose, ``sum(w * map(v)) == sum(map.adjoint(w) * v)``, and both
-    agree with ``map.matrix() @ v`` to rounding. Both are differentiable any number of times, run on
-    the device of their values, and return the dtype of their values; half precision is accumulated
-    in float32.
+    ``map.adjoint`` is the transpose, ``sum(w * map(v)) == sum(map.adjoint(w) * v)``, and both agree
+    with ``map.matrix() @ v`` to rounding. Both are differentiable any number of times, and keep the
+    device and the dtype of their values; half precision is accumulated in float32.
 
-    A CUDA graph may capture a map that was applied before, on the same device to the same dtype. It
-    reads the map's memory at every replay: keep the map, and the grouping if any, for as long.
+    A CUDA graph may capture a map that was applied before, on the same device to the same dtype.
+    Keep the map, and the grouping if any, for as long as the graph is replayed.
 
-    Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host
-    and in float64 (``rounded``: the same in float32, if they exist already); ``_operands``
-    hands them out in the dtype and on the device of the values.
+    Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host in
+    float64 (and in float32 as ``rounded``, if they exist). ``_operands`` returns them in the dtype
+    and on the device of the values.
     """
 
     _takes_any_dtype = False
@@ -62,50 +61,25 @@ class LinearMap(abc.ABC):
         }
 
     def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Apply the map along ``dim``.
-
-        Args:
-            values: ``[..., num_inputs, ...]``, float64, float32, bfloat16 or float16.
-            dim: the dimension that the map replaces.
-
-        Returns:
-            ``[..., num_outputs, ...]``, the same in every other dimension.
+        """Apply the map along ``dim``: ``[..., num_inputs, ...] -> [..., num_outputs, ...]``.
 
         Raises:
-            TypeError: ``values`` is not a dense, strided tensor of such a dtype.
+            TypeError: ``values`` is not a dense, strided tensor of float64, float32, bfloat16 or
+                float16.
             ValueError: ``values`` has another size than ``num_inputs`` along ``dim``.
         """
         return self._along(values, dim, transpose=False)
 
     def adjoint(self, values: Tensor, dim: int = 0) -> Tensor:
-        """Apply the transpose along ``dim``: ``[..., num_outputs, ...] -> [..., num_inputs, ...]``.
-
-        Raises what :meth:`__call__` raises.
-        """
+        """Apply the transpose along ``dim``, from ``num_outputs`` to ``num_inputs``."""
         return self._along(values, dim, transpose=True)
 
     def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
-        """Apply the map to the groups of a batch: ``map(grouping.gather(batch))``.
-
-        Args:
-            batch: ``[B, ...]``.
-            grouping: of B rows in groups of ``num_inputs``.
-
-        Returns:
-            ``[num_outputs, G, ...]``.
-        """
+        """Return ``map(grouping.gather(batch))``: ``[B, ...] -> [num_outputs, G, ...]``."""
         return self(grouping.gather(batch))
 
     def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
-        """Apply the map and put its results in a batch's order: ``grouping.scatter(map(groups))``.
-
-        Args:
-            groups: ``[num_inputs, G, ...]``.
-            grouping: of B rows in G groups of ``num_outputs``.
-
-        Returns:
-            ``[B, ...]``.
-        """
+        """Return ``grouping.scatter(map(groups))``: ``[num_inputs, G, ...] -> [B, ...]``."""
         return grouping.scatter(self(groups))
 
     def matrix(
@@ -116,7 +90,7 @@ class LinearMap(abc.ABC):
         return self(identity).to(dtype=dtype, device=device)
 
     def check(self, values: Tensor, dim: int = 0) -> None:
-        """Raise what :meth:`__call__` raises for values that the map cannot be applied to."""
+        """Raise the error of :meth:`__call__` for values that the map cannot be applied to."""
         self._dimension(values, dim, self.num_inputs)
 
     def __repr__(self) -> str:
@@ -137,7 +111,7 @@ class LinearMap(abc.ABC):
         return placed(self, self._placed, device, make, dtype)
 
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """Return the operands on the host for ``device``; to be overridden if it needs others."""
+        """Return the operands on the host for ``device``; overridden if it needs others."""
         return self._placed[_HOST, dtype, 0]
 
     def __getstate__(self) -> dict[str, Any]:

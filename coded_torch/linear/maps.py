@@ -1,4 +1,4 @@
-r"""Maps of matrices: dense ones, and those that mostly select."""
+r"""The maps of dense matrices, and the maps that mostly select."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ __all__ = ["MatrixMap", "SelectMap"]
 
 
 class MatrixMap(LinearMap):
-    r"""The map of a dense matrix, applied as one matrix product.
+    r"""The map of a dense matrix, applied as one matrix product, :math:`O(n N)` per column.
 
     Args:
         matrix: ``[num_outputs, num_inputs]``, finite; kept in float64.
 
     Raises:
         ValueError: ``matrix`` is not two-dimensional, or not finite.
-
-    Note:
-        :math:`O(n N)` per column.
 
     Example:
         >>> import torch
@@ -52,32 +49,39 @@ class MatrixMap(LinearMap):
 
 
 def _product(matrix: Tensor, values: Tensor) -> Tensor:
-    """Return ``[N, n] x [n, G, m] -> [N, G, m]``, computed in the dtype of the matrix."""
+    """Return ``[..., N, n] x [..., n, *] -> [..., N, *]``, computed in the dtype of the matrix."""
+    last = matrix.dim() - 1
     # Autocast would round the matrix to half precision, which decoders cannot afford.
     with torch.autocast(values.device.type, enabled=False):
         # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-        columns = values.flatten(1).to(matrix.dtype).contiguous()
-        return (matrix @ columns).to(values.dtype).reshape(len(matrix), *values.shape[1:])
+        columns = values.unsqueeze(-1).flatten(last).to(matrix.dtype).contiguous()
+        out = (matrix @ columns).to(values.dtype)
+    return out.reshape(*out.shape[:last], *values.shape[last:])
+
+
+def apply_each(matrices: Tensor, values: Tensor) -> Tensor:
+    """Apply one float64 matrix to each of several tensors: ``[P, n, ...] -> [P, N, ...]``."""
+    matrices = matrices.to(values.device, accumulation_dtype(values.dtype))
+    return _product(matrices, values)
 
 
 class SelectMap(LinearMap):
     """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
 
+    It costs one copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations
+    may depend on the number of threads, as in all matrix products.
+
     Args:
-        num_inputs: n, how many inputs there are
-        source: ``[N]``, the input that each output is, or -1 where it is combined.
-        used: ``[M]``, the inputs that combinations are made of. With none, the map only selects,
-            and takes values of any dtype.
+        num_inputs: n, the number of inputs.
+        source: ``[N]``, int64, the input that each output is, or -1 for a combination.
+        used: ``[M]``, int64, the inputs that combinations are made of. If there are none, the map
+            takes values of any dtype.
         weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
             of them.
 
     Raises:
-        TypeError: an argument is of another kind than said.
+        TypeError: an argument has another type.
         ValueError: ``num_inputs`` is negative, or ``weights`` has another shape.
-
-    Note:
-        One copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations may
-        depend on the number of threads, as those of matrix products do.
 
     Example:
         >>> import torch
@@ -133,10 +137,7 @@ class SelectMap(LinearMap):
 
 
 def unit_rows(matrix: Tensor) -> Tensor:
-    """Return the column that each row of a matrix picks, ``[rows]``; -1 for other rows.
-
-    A map with such a row passes the value on, bit for bit.
-    """
+    """Return the column that each row of a matrix passes on bit for bit, or -1, ``[rows]``."""
     picked = matrix.argmax(1)
     unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
     return torch.where(unit, picked, -1)

@@ -1,4 +1,4 @@
-r"""Smoothing splines as maps: the only place above ``ops`` that knows of kernels."""
+r"""Smoothing splines as maps: the only place above ``ops`` that knows kernels."""
 
 from __future__ import annotations
 
@@ -22,19 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SplineMap", "dense_instructions", "prefers_matrix", "sweep_instructions"]
 
-# Instructions of a warp for 32 columns of float32, counted in the PTX that nvcc 13.0 writes for
-# sm_90, moves left out: of the sweeps for each knot and each point, and of the product for each
-# entry of the matrix. The product takes 75 for 16 rows of the matrix and four columns a thread.
-_PER_KNOT = 90
-_PER_POINT = 35
-_PER_ENTRY = 1.2
-# Matrices have their rows in multiples of this number (kDenseRows in dense_block.h).
-_ROWS = 16
-# How many times longer an instruction of a sweep takes, since it depends on the one before. By the
-# model of an H100 that `python -m benchmarks.kernels --model` prints, not yet measured.
+# Instructions of a warp for 32 columns of float32, without moves, counted in the PTX that nvcc 13.0
+# writes for sm_90: of the sweeps per knot and per point, and of the product per entry of the
+# matrix. (The product takes 75 for 16 rows of the matrix and four columns a thread.)
+_PER_KNOT, _PER_POINT, _PER_ENTRY = 90, 35, 1.2
+_ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows in dense_block.h)
+# An instruction of a sweep takes this many times longer, since it depends on the one before. The
+# model of an H100 that `python -m benchmarks.kernels --model` prints says so; it is not measured.
 _WAITING = 1.5
-# With rows of indices the columns of each group fill tiles of their own, where groups side by side
-# share them. For fewer columns than these, copying the rows costs less than tiles half empty.
+# Columns from which rows are read by index: the columns of each group then fill tiles of their own,
+# and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
 
 
@@ -45,9 +42,9 @@ class SplineMap(LinearMap):
 
     .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
 
-    and continues as its tangent beyond the first and the last knot. ``smoothing = 0`` interpolates;
-    straight lines are reproduced for every smoothing. (``scipy.interpolate.make_smoothing_spline``
-    has a plain sum: ``lam = n * smoothing``.)
+    and continues as its tangent beyond the first and the last knot. Smoothing 0 interpolates, and
+    straight lines are always reproduced. (``scipy.interpolate.make_smoothing_spline`` has a plain
+    sum: ``lam = n * smoothing``.)
 
     Args:
         knots: ``[n]``, finite, strictly increasing, ``n >= 1``.
@@ -57,15 +54,14 @@ class SplineMap(LinearMap):
 
     Raises:
         TypeError: an argument is not an array of real numbers.
-        ValueError: an argument violates its requirement; the message names it and the value. So
-            does a plan that float32 cannot hold: gaps, or distances of points from the knots, some
-            1e38 times the mean gap or its inverse, smoothing of 1e150 times its cube.
+        ValueError: an argument violates its requirement, or float32 cannot hold the plan: gaps, or
+            distances of points from the knots, are some 1e38 times the mean gap or its inverse, or
+            smoothing is 1e150 times its cube.
 
     Note:
-        Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column in
-        one pass over the values; on CUDA :math:`O(n N)` where a dense matrix is faster. The result
-        of a column depends on nothing but the column, bit for bit. One knot gives a constant, two a
-        straight line.
+        Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
+        :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on
+        nothing but the column, bit for bit.
 
     References:
         Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
@@ -139,8 +135,21 @@ class SplineMap(LinearMap):
 
 def _numbers(argument: str, numbers: ArrayLike | Tensor) -> NDArray[np.float64]:
     if type(numbers) is np.ndarray and numbers.dtype == np.float64:
-        return numbers  # as it is: the planner only reads it
+        return numbers  # the planner only reads it
     return real_array("smoothing spline", argument, numbers)
+
+
+def spline_matrices(
+    knots: NDArray[np.float64], points: NDArray[np.float64], smoothing: float
+) -> Tensor:
+    """Return the dense matrices of splines with other knots each, ``[P, n] -> [P, N, n]``."""
+    plans = [curve_plan(t, points, smoothing, None) for t in knots]
+    size = knots.shape[1]
+    if not plans:
+        return torch.zeros(0, len(points), size, dtype=torch.float64)
+    exact, _, schedule = (torch.from_numpy(np.concatenate(x)) for x in zip(*plans, strict=True))
+    identity = torch.eye(size, dtype=torch.float64).unsqueeze(1).expand(size, len(knots), size)
+    return ops.spline_apply(identity, exact, schedule).transpose(0, 1)
 
 
 def sweep_instructions(num_knots: int, num_points: int) -> float:
@@ -156,7 +165,7 @@ def dense_instructions(num_knots: int, num_points: int) -> float:
 def prefers_matrix(num_knots: int, num_points: int) -> bool:
     """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep.
 
-    The number of columns has no say: a column's result must not depend on it.
+    The number of columns does not count, since a column's result must not depend on it.
     """
     dense = dense_instructions(num_knots, num_points)
     return 0 < dense <= _WAITING * sweep_instructions(num_knots, num_points)

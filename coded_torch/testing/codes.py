@@ -189,27 +189,61 @@ class CodeTests:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_exact_answers_are_results_bit_for_bit(self, code, received, dtype):
         for workers in (received, range(code.num_workers)):
-            exact = code.exact(workers)
+            source = code.source(workers)
+            exact = source >= 0
             inputs = normal(code.num_data, 33, dtype=dtype)
             results = code.encode(inputs)[list(workers)].sin()
             answers = code.decode(results, workers)
             assert torch.equal(answers[exact], inputs.sin()[exact])
+            assert torch.equal(results[source[exact]], answers[exact])
             # The definition, by the dense matrices.
             decoder, encoder = code.decoder(workers).matrix(), code.encoder.matrix()[list(workers)]
             for k in range(code.num_data):
                 hits = (encoder == torch.eye(code.num_data)[k]).all(1)
                 rows = torch.eye(len(decoder[k]))[hits]
                 assert exact[k] == any(torch.equal(decoder[k], row.double()) for row in rows)
-        assert not code.exact(range(code.min_received - 1)).any()
-
-    def test_sources_are_what_is_exact(self, code, received):
-        inputs = normal(code.num_data, 3)
-        for workers in (received, range(code.num_workers)):
-            source, exact = code.source(workers), code.exact(workers)
-            assert torch.equal(source >= 0, exact)
-            results = code.encode(inputs)[list(workers)]
-            assert torch.equal(results[source[exact]], inputs[exact])
         assert (code.source(range(code.min_received - 1)) == -1).all()
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(), (3,), (2, 5), (0,)])
+    def test_many_received_sets_are_as_one_after_another(self, code, dtype, shape):
+        count = max(code.min_received, code.num_workers - 3)
+        choose = random.Random(0)
+        drawn = [sorted(choose.sample(range(code.num_workers), count)) for _ in range(7)]
+        results = normal(code.num_workers, *shape, dtype=dtype)
+        for sets in (torch.tensor(drawn), np.array(drawn)[:1], np.array(drawn, dtype=np.int32)):
+            answers = code.decode(results, sets)
+            assert answers.shape == (len(sets), code.num_data, *shape)
+            assert torch.equal(code.decode(results[torch.as_tensor(sets).long()], sets), answers)
+            for one, received in zip(answers, drawn, strict=False):
+                matrix = code.decoder(received).matrix()
+                assert_is_product(one, matrix, results[received])
+        assert code.decode(results, torch.tensor(drawn)[:0]).shape == (0, code.num_data, *shape)
+
+    def test_many_received_sets_have_gradients_and_plans(self, code, received):
+        sets = torch.tensor([received, received])
+        results = normal(code.num_workers, 2).requires_grad_()
+        assert torch.autograd.gradcheck(lambda x: code.decode(x, sets), (results,))
+        plan = code.plan([normal(2 * code.num_data + 1, 2)])
+        coded = plan.encode(normal(2 * code.num_data + 1, 2))
+        answers = plan.decode(coded, sets)
+        torch.testing.assert_close(answers[1], plan.decode(coded[received], received))
+        assert torch.equal(answers[0], answers[1])
+
+    def test_many_received_sets_that_do_not_fit(self, code, received):
+        sets = torch.tensor([received, received])
+        results = normal(code.num_workers, 2)
+        for wrong, error, message in (
+            (sets.flip(1), ValueError, "received must be strictly increasing"),
+            (sets + code.num_workers, ValueError, "received must lie in"),
+            (sets.double(), TypeError, "received must be a sequence of worker indices"),
+            (sets[:, : code.min_received - 1], NotEnoughResults, "missing"),
+        ):
+            with pytest.raises(error, match=message):
+                code.decode(results, wrong)
+        for wrong, dim in ((results[1:], 0), (results, 1)):
+            with pytest.raises(ValueError, match="results of many sets must have shape"):
+                code.decode(wrong, sets, dim)
 
     # The object.
 
@@ -251,7 +285,7 @@ class CodeTests:
         for _ in range(10_000):
             count = choose.randint(code.min_received, min(code.min_received + 2, code.num_workers))
             code.decoder(sorted(choose.sample(range(code.num_workers), count)))
-        assert len(code._decoders) == base._CACHED_DECODERS
+        assert code._decoder.cache_info().currsize == base._CACHED_DECODERS
 
     def test_shared_between_threads(self, code):
         choose = random.Random(0)

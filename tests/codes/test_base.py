@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from coded_torch.codes import (
-    BerrutCode,
     Code,
     CurveCode,
+    FloaterHormannCode,
     LagrangeCode,
     NotEnoughResults,
     RegressionCode,
@@ -47,7 +47,7 @@ def test_not_enough_results_keeps_its_reason():
     ("code", "text"),
     [
         (SplineCode(4, 6, decoder_smoothing=0.1), "encoder_smoothing=0.0, decoder_smoothing=0.1"),
-        (BerrutCode(4, 6, order=2), "order=2"),
+        (FloaterHormannCode(4, 6, order=2), "order=2"),
         (LagrangeCode(4, 6, decoder_degree=5), "decoder_degree=5"),
         (RegressionCode(4, 6, length=3), "metric='auto', length=3.0"),
     ],
@@ -106,7 +106,7 @@ def test_points(argument, wrong, message):
 
 def test_points_cannot_change_under_the_decoders():
     points = np.array([0.0, 1.0])
-    code = Nearest(2, 2, points, points)
+    code = Nearest(2, 2, data_points=points, worker_points=points)
     points[0] = 9
     assert code.data_points.tolist() == [0.0, 1.0]
     with pytest.raises(ValueError, match="read-only"):
@@ -115,7 +115,7 @@ def test_points_cannot_change_under_the_decoders():
 
 def test_the_least_recently_used_decoder_goes_first():
     size = base._CACHED_DECODERS
-    code = Nearest(1, size + 1, [0.0], np.arange(size + 1.0))
+    code = Nearest(1, size + 1, data_points=[0.0], worker_points=np.arange(size + 1.0))
     kept, dropped = code.decoder([0]), code.decoder([1])
     for worker in range(2, size):
         code.decoder([worker])
@@ -125,7 +125,7 @@ def test_the_least_recently_used_decoder_goes_first():
     assert code.decoder([1]) is not dropped
 
 
-@pytest.mark.parametrize("wrong", [np.eye(4), MatrixMap(np.eye(3)), None])
+@pytest.mark.parametrize("wrong", [np.eye(3), MatrixMap(np.eye(3)), None])
 def test_what_a_code_of_ones_own_must_return_is_said(wrong):
     class Wrong(ReplicationCode):
         def _make_encoder(self):

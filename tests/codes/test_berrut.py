@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import FloaterHormannInterpolator
 
-from coded_torch.codes import BerrutCode, nodes
+from coded_torch.codes import BerrutCode, FloaterHormannCode, nodes
 from coded_torch.testing.codes import CodeTests
 
 
@@ -16,7 +16,7 @@ class TestBerrutCode(CodeTests):
 
 class TestFloaterHormannCode(CodeTests):
     def make(self):
-        return BerrutCode(8, 25, order=3)
+        return FloaterHormannCode(8, 25, order=3)
 
 
 def berrut(nodes, values, z):
@@ -45,7 +45,7 @@ def test_order_zero_is_the_formula(num_data, num_workers):
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3, 7])
 def test_floater_hormann_is_scipys(order):
-    code = BerrutCode(8, 30, order=order)
+    code = FloaterHormannCode(8, 30, order=order)
     rng = np.random.default_rng(order)
     for count in (1, 3, 6, 20, 30):
         received = np.sort(rng.choice(30, count, replace=False))
@@ -60,7 +60,7 @@ def test_floater_hormann_is_scipys(order):
 
 @pytest.mark.parametrize("order", [0, 1, 2, 5])
 def test_polynomials_of_the_order_are_reproduced(order):
-    code = BerrutCode(6, 24, order=order)
+    code = FloaterHormannCode(6, 24, order=order)
     polynomial = np.polynomial.Chebyshev(np.arange(1.0, order + 2))
     coded = code.encode(torch.tensor(polynomial(code.data_points)))
     np.testing.assert_allclose(coded, polynomial(code.worker_points), rtol=1e-12, atol=1e-12)
@@ -77,7 +77,7 @@ def test_polynomials_of_the_order_are_reproduced(order):
 def test_no_received_set_has_a_pole(num_data, received, order):
     # Signs by the workers' own indices give norms of 100 to 2000 already for thinned-out sets;
     # those in order stay near the gap ratio, and order d grows at most like 2^d times it.
-    code = BerrutCode(num_data, 41, order=min(order, num_data - 1))
+    code = FloaterHormannCode(num_data, 41, order=min(order, num_data - 1))
     matrix = code.decoder(received).matrix()
     assert bool(torch.isfinite(matrix).all())
     assert torch.allclose(matrix.sum(1), torch.ones(num_data, dtype=torch.float64), atol=1e-6)
@@ -109,7 +109,7 @@ def test_a_node_too_near_to_divide_by():
 def test_a_higher_order_converges_faster():
     errors = {}
     for order in (0, 3):
-        code = BerrutCode(8, 200, order=order)
+        code = FloaterHormannCode(8, 200, order=order)
         results = np.sin(3 * code.worker_points)
         answers = code.decode(torch.tensor(results), range(200))
         errors[order] = np.abs(answers.numpy() - np.sin(3 * code.data_points)).max()
@@ -119,14 +119,14 @@ def test_a_higher_order_converges_faster():
 @pytest.mark.parametrize(
     ("order", "error", "message"),
     [
-        (-1, ValueError, "BerrutCode: order must be at least 0, got -1"),
-        (4, ValueError, "BerrutCode: order must be at most 3, got 4"),
-        (0.5, TypeError, "BerrutCode: order must be an integer, got 0.5"),
+        (-1, ValueError, "FloaterHormannCode: order must be at least 0, got -1"),
+        (4, ValueError, "FloaterHormannCode: order must be at most 3, got 4"),
+        (0.5, TypeError, "FloaterHormannCode: order must be an integer, got 0.5"),
     ],
 )
 def test_bad_orders(order, error, message):
     with pytest.raises(error, match=message):
-        BerrutCode(4, 8, order=order)
+        FloaterHormannCode(4, 8, order=order)
 
 
 def test_bad_counts_come_before_default_points():

@@ -53,7 +53,7 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
     assert coded.shape == (9, plan.num_groups, 4)
     results = coded[received].sin()
     answers = plan.decode(results, received)
-    exact = plan.exact(received)
+    exact = plan.source(received) >= 0
     assert exact.dtype == torch.bool
     assert answers.shape == x.shape
     assert torch.equal(answers[exact], x.sin()[exact])
@@ -72,14 +72,14 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
 @pytest.mark.parametrize("code", [*SELECTING, SYSTEMATIC])
 def test_with_every_worker_all_answers_are_exact(code):
     plan = code.plan([inputs(23)], 2)
-    assert plan.exact(range(9)).all()
-    assert not plan.exact([]).any()
+    assert (plan.source(range(9)) >= 0).all()
+    assert not (plan.source([]) >= 0).any()
 
 
 def test_what_is_lost_is_not_exact():
     """Worker n of replication computes input n mod 5 of each group; 2 and 7 are lost."""
     plan = ReplicationCode(5, 9, ordering="arrival").plan([inputs(12)], 2)
-    exact = plan.exact([0, 1, 3, 4, 5, 6, 8])
+    exact = plan.source([0, 1, 3, 4, 5, 6, 8]) >= 0
     assert exact.tolist() == [i % 5 != 2 for i in range(12)]
 
 
@@ -115,7 +115,7 @@ def test_without_distances_copies_are_equal_and_lost_answers_the_mean(code, orde
     assert sorted(copies.tolist()) == [1, 1, 2, 2, 2, 2, 2, 2, 2, 2] or len(copies) == 11
     received = [0, 2]
     results = normal(11, 3)[rows[received]]
-    answers, exact = plan.decode(results, received), plan.exact(received)
+    answers, exact = plan.decode(results, received), (plan.source(received) >= 0)
     assert torch.equal(answers[exact], normal(11, 3)[exact])
     if isinstance(code, RegressionCode):
         assert plan.note == NOTE

@@ -179,7 +179,7 @@ def test_inputs_that_tell_nothing_are_answered_by_the_mean(generator):
     received = list(range(20))
     results = plan.encode(exact)[received]
     got = plan.decode(results, received)
-    lost = ~plan.exact(received)
+    lost = plan.source(received) < 0
     mean = exact[~lost].mean(0).expand_as(exact)
     assert scores.rmse(got[lost], exact[lost]) < 1.02 * scores.rmse(mean[lost], exact[lost])
     assert torch.equal(got[~lost], exact[~lost])
@@ -189,7 +189,7 @@ def test_gradients_of_lost_answers_take_the_weights_as_constant(generator):
     x = inputs(12, generator).requires_grad_()
     plan, received = RegressionCode(4, 6).plan([x], 2), [0, 1, 3, 5]
     answers = plan.decode(smooth(plan.encode(x)[received]), received)
-    own = plan.exact(received)
+    own = plan.source(received) >= 0
     lost = int((~own).nonzero()[0])
     for i in own.nonzero().flatten().tolist():
         got, want = (
@@ -211,7 +211,7 @@ def test_answers_of_any_shape_are_the_same_with_gradients(shape, dtype, generato
     received, results = [0, 2, 3, 5], plan.encode(y)[[0, 2, 3, 5]]
     answers = plan.decode(results, received)
     assert (answers.dtype, answers.shape) == (dtype, y.shape)
-    own = plan.exact(received)
+    own = plan.source(received) >= 0
     assert torch.equal(answers[own], y[own])
     recorded = plan.decode(results.clone().requires_grad_(), received)
     assert recorded.requires_grad

@@ -6,7 +6,13 @@ from itertools import islice
 import pytest
 import torch
 
-from coded_torch.codes import BerrutCode, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
+from coded_torch.codes import (
+    FloaterHormannCode,
+    LagrangeCode,
+    RegressionCode,
+    ReplicationCode,
+    SplineCode,
+)
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.tune import received_sets, tune
@@ -28,7 +34,7 @@ def wrapped(module, code, law=None, **options):
     ("code", "bad"),
     [
         (SplineCode(20, 24), {"encoder_smoothing": 1e-3, "decoder_smoothing": 1e-2}),
-        (BerrutCode(20, 24), {"order": 3}),
+        (FloaterHormannCode(20, 24), {"order": 3}),
         (LagrangeCode(20, 24, decoder_degree=19), {"decoder_degree": 2}),
         (RegressionCode(20, 24), {"metric": "spread", "length": 0.2}),
     ],
