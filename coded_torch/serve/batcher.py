@@ -17,10 +17,10 @@ from .._logging import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
 from ..scheduling.latency_history import History
-from .errors import RequestError
 from .model import Batch
+from .protocol import RequestError
 
-__all__ = ["Answer", "Batcher"]
+__all__ = ["Batcher"]
 
 logger = sparing_logger("coded_torch.serve")
 
@@ -32,40 +32,38 @@ _BATCHES = 64
 _TO_ANSWER = 0.01
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The answer to a request: its rows of every output, and the report of the whole call."""
-
-    outputs: list[Tensor]
-    report: Report
-
-
 @dataclasses.dataclass(eq=False)
 class _Entry:
+    """A request in the queue. Times are seconds of :func:`time.monotonic`."""
+
     inputs: list[Tensor]
-    rows: int
     arrived: float
     deadline: float
-    future: asyncio.Future[Answer]
+    future: asyncio.Future[Batch]
+
+    @property
+    def rows(self) -> int:
+        return len(self.inputs[0])
 
     def joins(self, other: _Entry) -> bool:
         """Return whether the rows of both have the same shape."""
-        pairs = zip(self.inputs, other.inputs, strict=True)
-        return all(mine.shape[1:] == theirs.shape[1:] for mine, theirs in pairs)
+        return all(
+            a.shape[1:] == b.shape[1:] for a, b in zip(self.inputs, other.inputs, strict=True)
+        )
 
 
 class Batcher:
     """A bounded queue, and slots in which batches run.
 
     A free slot takes the waiting requests in order of arrival, up to the size of a batch; there is
-    no timer. A batch runs until the earliest deadline of its requests. All times are those of
+    no timer. A batch runs until the earliest deadline of its requests. All times are seconds of
     :func:`time.monotonic`. The thread of one event loop uses it.
 
     Args:
         compute: computes a batch, given its inputs and the seconds that are left. It runs in the
             batcher's own threads.
         max_batch_size: the number of rows of a batch.
-        max_queued_requests: the number of requests that may wait, including those being read.
+        max_queued_requests: the number of requests that may wait, including requests being read.
         max_ongoing_batches: the number of slots.
         on_batch: called with the report of every batch, the number of its rows, and the seconds
             that each of its requests waited.
@@ -83,26 +81,25 @@ class Batcher:
         self._compute, self._on_batch = compute, on_batch
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
         self._max_ongoing = max_ongoing_batches
-        self._queue: dict[_Entry, None] = {}  # in order of arrival
+        self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._reading = 0
         self._history = History(_BATCHES)
-        self._hung = False  # whether the last batch had its usual time, and too few results
+        self._hung = False  # True if the last batch had its usual time, and too few results
         # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
         self._threads = ThreadPoolExecutor(max_ongoing_batches, "coded_torch batch")
 
     @property
     def num_queued(self) -> int:
-        """The number of waiting requests, including those being read."""
+        """The number of waiting requests, including requests being read."""
         return self._reading + len(self._queue)
 
     @contextlib.contextmanager
     def reading(self, deadline: float) -> Iterator[None]:
         """Hold a place in the queue for a request while it is read, or refuse it (503)."""
         if self.num_queued >= self._max_queued:
-            raise RequestError(
-                503, "queue_full", f"{self._max_queued} requests are waiting, the most that may"
-            )
+            most = f"{self._max_queued} requests are waiting, the most that may"
+            raise RequestError(503, "queue_full", most)
         self._check(1, deadline)
         self._reading += 1
         try:
@@ -110,26 +107,19 @@ class Batcher:
         finally:
             self._reading -= 1
 
-    def put(
-        self, inputs: list[Tensor], arrived: float, deadline: float
-    ) -> tuple[asyncio.Future[Answer], Callable[[], None]]:
+    def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503).
 
         Returns:
-            The future of its answer, and a function that takes a waiting request off the queue.
+            The future of its answer. If it is cancelled, the request leaves the queue.
         """
-        rows = len(inputs[0])
-        self._check(rows, deadline)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        entry = _Entry(inputs, rows, arrived, deadline, future)
+        self._check(len(inputs[0]), deadline)
+        future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
+        entry = _Entry(inputs, arrived, deadline, future)
         self._queue[entry] = None
+        future.add_done_callback(lambda _: self._queue.pop(entry, None))
         self._fill()
-
-        def leave() -> None:
-            future.cancel()
-            self._queue.pop(entry, None)
-
-        return future, leave
+        return future
 
     async def close(self, seconds: float) -> None:
         """Answer every accepted request, but do not wait longer than ``seconds``."""
@@ -147,31 +137,26 @@ class Batcher:
         if self._hung or late == math.inf:
             raise RequestError(503, "overdue", "workers hang: no batch was answered lately")
         if late > 0:
-            raise RequestError(
-                503,
-                "expected_late",
-                f"the answer would probably come {late * 1e3:.0f} ms after the deadline",
-            )
+            when = f"{late * 1e3:.0f} ms after the deadline"
+            raise RequestError(503, "expected_late", f"the answer would probably come {when}")
 
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(sum(entry.rows for entry in self._queue) + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
         seconds /= self._max_ongoing
-        if len(self._ongoing) == self._max_ongoing:
-            seconds += min(self._left(now, *batch) for batch in self._ongoing.values())
-        return seconds
-
-    def _left(self, now: float, begin: float, rows: int, deadline: float) -> float:
-        """Return the seconds until a batch has probably ended; infinity if it is overdue."""
-        if now > deadline + _TO_ANSWER:
-            return math.inf
-        return max(0.0, begin + self._usual(rows) - now)
+        if len(self._ongoing) < self._max_ongoing:
+            return seconds
+        # A batch beyond its deadline never ends, as far as anyone knows.
+        return seconds + min(
+            math.inf if now > deadline + _TO_ANSWER else max(0.0, begin + self._usual(rows) - now)
+            for begin, rows, deadline in self._ongoing.values()
+        )
 
     def _usual(self, rows: int) -> float:
-        """Return the median duration of a batch in seconds; 0 until enough batches are known."""
-        # Neither a higher quantile nor an extrapolation to more rows: they refuse requests that
-        # would have been answered in time.
+        """Return the median duration of a batch in seconds; 0 until 32 batches are known."""
+        # A higher quantile, or an extrapolation to more rows, refuses requests that would have been
+        # answered in time.
         seconds = self._history.part(min(rows, self._history.most_rows))
         return seconds if seconds < math.inf else 0.0
 
@@ -199,7 +184,7 @@ class Batcher:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                del self._queue[entry]  # it would end the batch before any result came
+                del self._queue[entry]  # its deadline would end the batch before any result
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
                 break
@@ -218,9 +203,9 @@ class Batcher:
         error: RequestError | None = None
         try:
             done = await loop.run_in_executor(self._threads, self._compute, inputs, left)
-        except Exception as cause:  # whatever the model raises: its requests get an answer
+        except Exception as cause:  # any error of the model: its requests get an answer
             error = _error(cause, in_time=time.monotonic() < begin + left)
-            late = error.status == 504
+            late = error.status_code == 504
         else:
             late = not done.outputs and done.report.ended == "deadline"
             if done.outputs:
@@ -229,7 +214,7 @@ class Batcher:
                 error = _refusal(done.report, 0)
         if not late:
             self._hung = False
-        elif left >= self._usual(rows):  # the usual time is 0 until 32 batches have ended
+        elif left >= self._usual(rows):
             self._hung = True
         if error is None:
             _settle(batch, done)
@@ -237,7 +222,7 @@ class Batcher:
             for entry in batch:
                 if not entry.future.done():
                     entry.future.set_exception(error)
-        else:  # one request may be to blame: each is tried alone
+        else:  # one request may be to blame, so each is tried alone
             for entry in batch:
                 if not entry.future.done() and entry.deadline > time.monotonic():
                     await self._run([entry])
@@ -254,7 +239,8 @@ def _settle(batch: list[_Entry], done: Batch) -> None:
         if mine := done.unanswered.intersection(range(rows.start, rows.stop)):
             entry.future.set_exception(_refusal(done.report, min(mine)))
         else:
-            entry.future.set_result(Answer([output[rows] for output in done.outputs], done.report))
+            outputs = [output[rows] for output in done.outputs]
+            entry.future.set_result(Batch(outputs, done.report, set()))
 
 
 def _error(cause: Exception, in_time: bool) -> RequestError:

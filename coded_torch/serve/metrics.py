@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import prometheus_client
@@ -12,38 +12,29 @@ from ..workers import Workers
 
 __all__ = ["Metrics"]
 
+# Upper bounds of histograms' buckets, in seconds and in units of the outputs; not tuned.
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _ERRORS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-# Counters (names that end in "_total") and gauges: the text, and the label if there is one.
+# Each number's help, then its label if it has one. Names that end in "_total" are counters, the
+# others gauges.
 _NUMBERS: dict[str, tuple[str, ...]] = {
-    "results_total": (
-        "Workers with a result that counts (received); that began a part and have none (missing), "
-        "of which it failed or was rejected before the end (rejected).",
-        "state",
-    ),
-    "answers_total": (
-        "Answered rows: computed by the model (exact), or estimated from others (predicted).",
-        "kind",
-    ),
+    "results_total": ("Workers whose result was received, missing or rejected.", "state"),
+    "answers_total": ("Answered rows: exact or predicted.", "kind"),
     "refusals_total": ("Requests that were not answered.", "reason"),
     "rows_computed_total": ("Rows that workers began to compute.",),
     "extra_rows_total": ("Rows that workers began beyond one computation of every row.",),
-    "hedges_total": ("Parts that were asked again, and answered so first (won) or not.", "outcome"),
-    "checks_total": (
-        "Rows that were computed twice, and alike (verified); whose check did not come in time or "
-        "was not decided (unverified); whose first result was wrong (corrected).",
-        "outcome",
-    ),
+    "hedges_total": ("Hedges that replied first (won) or not (lost).", "outcome"),
+    "checks_total": ("Rows verified, unverified, or corrected by a check.", "outcome"),
     "strikes_total": ("Wrong results that workers were found to return.", "worker"),
     "excluded_total": ("Workers that were excluded for wrong results.",),
     "workers_up": ("Workers that are up.",),
     "worker_restarts_total": ("Workers that ended and were replaced.",),
 }
 _HISTOGRAMS = {
-    "queued_seconds": ("From the arrival of a request to the begin of its batch.", _SECONDS),
-    "encode_seconds": ("Of a batch, before its parts are asked.", _SECONDS),
-    "compute_seconds": ("Of a batch, waiting for workers.", _SECONDS),
-    "decode_seconds": ("Of a batch, making answers from results.", _SECONDS),
+    "queued_seconds": ("Seconds from a request's arrival to the start of its batch.", _SECONDS),
+    "encode_seconds": ("Seconds of a batch before its parts are asked.", _SECONDS),
+    "compute_seconds": ("Seconds of a batch that wait for workers.", _SECONDS),
+    "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
     "expected_error": ("Root mean squared error expected of a batch's predicted rows.", _ERRORS),
 }
 
@@ -101,7 +92,7 @@ class Metrics:
         """
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         won = sum(hedge.won for hedge in report.hedges)
-        for name, label, amount in (
+        counts: list[tuple[str, str | None, float]] = [
             ("results_total", "received", len(report.received)),
             ("results_total", "missing", len({*report.missing, *report.rejected})),
             ("results_total", "rejected", len(report.rejected)),
@@ -111,10 +102,14 @@ class Metrics:
             ("extra_rows_total", None, max(0.0, report.work - 1) * rows),
             ("hedges_total", "won", won),
             ("hedges_total", "lost", len(report.hedges) - won),
-            *(("checks_total", outcome, many) for outcome, many in _checks(report)),
-            *(("strikes_total", str(w), many) for w, many in report.strikes.items()),
             ("excluded_total", None, len(report.excluded)),
-        ):
+            *(("strikes_total", str(worker), n) for worker, n in report.strikes.items()),
+        ]
+        for outcome in ("verified", "unverified"):
+            if (flags := getattr(report, outcome)) is not None:
+                counts.append(("checks_total", outcome, int(flags.sum())))
+        counts.append(("checks_total", "corrected", len(report.corrected)))
+        for name, label, amount in counts:
             self._count(name, amount, label)
         for seconds in queued:
             self._numbers["queued_seconds"].observe(seconds)
@@ -126,14 +121,7 @@ class Metrics:
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]
         if self._ray:
-            if amount > 0:  # Ray accepts no other
+            if amount > 0:  # Ray refuses 0
                 counter.inc(amount, dict.fromkeys(_NUMBERS[name][1:], label))
         else:
             (counter.labels(label) if label else counter).inc(amount)
-
-
-def _checks(report: Report) -> Iterator[tuple[str, int]]:
-    if report.verified is not None and report.unverified is not None:
-        yield "verified", int(report.verified.sum())
-        yield "unverified", int(report.unverified.sum())
-        yield "corrected", len(report.corrected)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from .._logging import sparing_logger
 from .._weights import device_of
-from ..codes import ReplicationCode
 from ..nn import CodedWrapper, Report, Waiting
+from ..workers import WorkerError
 from .tensors import TensorSpec
 
-__all__ = ["Batch", "Model"]
+__all__ = ["Batch", "compute", "load"]
 
 logger = sparing_logger("coded_torch.serve")
 
@@ -26,11 +25,11 @@ _LOADING = 120.0  # seconds that workers may take to load the model; a bound, no
 
 
 class Batch(NamedTuple):
-    """A computed batch.
+    """The answers of a batch, or of one of its requests.
 
     Attributes:
-        outputs: ``[B, ...]`` each, ``predicted``, ``expected_error`` and ``verified`` behind the
-            model's own. Empty if no row has an answer.
+        outputs: the model's own, ``[B, ...]`` each, then the added ones of the protocol. Empty if
+            no row has an answer.
         report: the report of the call.
         unanswered: the rows without an answer.
     """
@@ -40,89 +39,68 @@ class Batch(NamedTuple):
     unanswered: set[int]
 
 
-class Model:
-    """A wrapped module that computes batches by a deadline.
+def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
+    """Start the workers. With examples, let each load the module and run it on one row.
 
-    Args:
-        coded: the module on its workers.
-        outputs: the specs of its outputs.
-        examples: its inputs, some rows of each. None: it is not run before the first request.
+    Raises:
+        WorkerError: the module fails on the examples.
     """
-
-    def __init__(
-        self,
-        coded: CodedWrapper,
-        outputs: Sequence[TensorSpec],
-        examples: Sequence[Tensor] | None = None,
-    ) -> None:
-        self._coded, self._outputs, self._examples = coded, outputs, examples
-
-    def load(self) -> None:
-        """Let every worker load the module and run it once: each idle worker gets one part."""
-        start, pool = time.monotonic(), self._coded.workers
+    start, pool = time.monotonic(), coded.workers
+    if examples is None:
         pool.start()
-        if self._examples is None or pool.simulated:
-            return
-        size = pool.num_workers or 1
-        each = self._coded.replace(
-            code=ReplicationCode(1, size),
-            parts=None,
-            predictor=None,
-            waiting=Waiting.first(0, deadline=_LOADING),
-            surrogate=(),
-            verify=None,
-        )
+        return
+    try:
+        pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+    except RuntimeError as error:
+        if isinstance(error, WorkerError) and error.kind == "raised":
+            raise
+        logger.warning("not every worker has run the model: %s", error)
+    else:
+        size, seconds = pool.num_workers or "all", time.monotonic() - start
+        logger.info("%s workers have run the model, after %.1f s", size, seconds)
+
+
+def compute(
+    coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
+) -> Batch:
+    """Compute a batch. If rows are missing, they are predicted at the end of the seconds.
+
+    Raises:
+        TypeError: the outputs do not have the specs.
+        Exception: the module fails, and no row has an answer for another reason than time.
+    """
+    own = coded.waiting or (Waiting.first() if coded.code else Waiting())
+    # Other rows are predicted even if the module fails on one, which is refused alone.
+    waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
+    if coded.workers.simulated:  # other pools move their inputs
+        device = device_of(coded.module)
+        inputs = [x.to(device or x.device) for x in inputs]
+    try:
         with torch.no_grad():
-            _, report = each.run(*(x[:1] for x in self._examples))
-        loaded, seconds = len(report.received), time.monotonic() - start
-        level = logging.INFO if loaded == size else logging.WARNING
-        said = "%d of %d workers have run the model, after %.1f s"
-        logger.log(level, said, loaded, size, seconds)
-
-    def compute(self, inputs: list[Tensor], seconds: float) -> Batch:
-        """Compute a batch. Few rows predict little, so it waits until its deadline.
-
-        Raises:
-            Exception: the model fails, and no row has an answer for another reason than time.
-        """
-        own = self._coded.waiting or (Waiting.first() if self._coded.code else Waiting())
-        # A row on which the model fails is no reason not to predict others; it is refused alone.
-        waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
-        if self._coded.workers.simulated:  # other pools move what they get
-            device = device_of(self._coded.module)
-            inputs = [x.to(device or x.device) for x in inputs]
-        rows = len(inputs[0])
-        try:
-            with torch.no_grad():
-                answers, report = self._coded.run(*inputs, waiting=waiting)
-            predicted, errors = report.predicted, report.expected_errors
-        except Exception as error:
-            answers, held = getattr(error, "answers", None), getattr(error, "report", None)
-            if not isinstance(held, Report) or not held.missing_rows:
-                raise
-            report, predicted, errors = held, torch.zeros(rows, dtype=torch.bool), None
-        unanswered = set() if own.on_error == "predict" else set(report.refused)
-        if report.failed or report.ended == "failed":
-            unanswered |= {*report.refused, *report.missing_rows}
-        if answers is None:
-            return Batch([], report, unanswered)
-        leaves = self._checked(pytree.tree_leaves(answers), rows)
-        assert predicted is not None  # there are answers
-        if errors is None:
-            errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
-        verified = (
-            torch.zeros(rows, dtype=torch.bool) if report.verified is None else report.verified
-        )
-        return Batch([*leaves, predicted, errors.float(), verified], report, unanswered)
-
-    def _checked(self, leaves: list[Any], rows: int) -> list[Tensor]:
-        if len(leaves) != len(self._outputs):
-            must = f"the model must return {len(self._outputs)} tensors"
-            raise TypeError(f"{must}, got {len(leaves)}")
-        for spec, leaf in zip(self._outputs, leaves, strict=True):
-            whole = isinstance(leaf, Tensor) and leaf.dtype is spec.dtype and len(leaf) == rows
-            if not (whole and spec.fits(leaf.shape[1:])):
-                got = f"{leaf.dtype} {list(leaf.shape)}" if isinstance(leaf, Tensor) else leaf
-                must = f"{spec.datatype} {[rows, *spec.shape]}"
-                raise TypeError(f"output {spec.name!r} of the model must be {must}, got {got}")
-        return leaves
+            answers, report = coded.run(*inputs, waiting=waiting)
+    except Exception as error:
+        held = getattr(error, "report", None)
+        if not isinstance(held, Report) or not held.missing_rows:
+            raise
+        answers, report = getattr(error, "answers", None), held
+    unanswered = set() if own.on_error == "predict" else set(report.refused)
+    if report.failed or report.ended == "failed":
+        unanswered |= {*report.refused, *report.missing_rows}
+    if answers is None:
+        return Batch([], report, unanswered)
+    rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
+    got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+    fit = len(got) == len(leaves) == len(specs) and all(
+        dtype is spec.dtype and shape[:1] == [rows] and spec.fits(shape[1:])
+        for spec, (dtype, shape) in zip(specs, got, strict=True)
+    )
+    if not fit:
+        must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
+        raise TypeError(f"the model must return tensors {must}, got {got}")
+    none = torch.zeros(rows, dtype=torch.bool)
+    predicted = none if report.predicted is None else report.predicted
+    errors = report.expected_errors
+    if errors is None:
+        errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
+    verified = none if report.verified is None else report.verified
+    return Batch([*leaves, predicted, errors.float(), verified], report, unanswered)

@@ -1,4 +1,4 @@
-"""Tensors as the Open Inference Protocol sends them: raw bytes, or numbers in JSON."""
+"""Tensors of the Open Inference Protocol: raw bytes, or numbers in JSON."""
 
 from __future__ import annotations
 
@@ -13,18 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
-from .errors import invalid
 
-__all__ = [
-    "DATATYPES",
-    "TensorSpec",
-    "as_taken",
-    "from_bytes",
-    "from_json",
-    "specs",
-    "to_bytes",
-    "to_json",
-]
+__all__ = ["DATATYPES", "TensorSpec", "cast", "from_bytes", "from_json", "specs", "to_bytes"]
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {
@@ -40,16 +30,14 @@ DATATYPES = {
     "FP64": torch.float64,
 }
 _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
-# The number of bits of an integer that each of them holds exactly (IEEE 754: the significand).
-_DIGITS = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """An input or an output of a model that is served.
+    """An input or an output of a served model.
 
     Args:
-        name: its name in requests and answers.
+        name: the name in requests and answers.
         datatype: a key of :data:`DATATYPES`, such as "FP32".
         shape: the shape of one row, without the batch. -1 allows any size.
 
@@ -65,16 +53,15 @@ class TensorSpec:
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
         if self.datatype not in DATATYPES:
-            raise ValueError(
-                f"TensorSpec: datatype must be one of {', '.join(DATATYPES)}, got {self.datatype!r}"
-            )
+            known = ", ".join(DATATYPES)
+            raise ValueError(f"TensorSpec: datatype must be one of {known}, got {self.datatype!r}")
         instance(self, "shape", self.shape, Sequence)
         sizes = tuple(count(self, "shape", size, least=-1) for size in self.shape)
         object.__setattr__(self, "shape", sizes)
 
     @classmethod
     def of(cls, name: str, batch: Tensor) -> TensorSpec:
-        """Return the spec of a batch ``[B, ...]``; TypeError if the dtype has no name here."""
+        """Return the spec of a batch ``[B, ...]``; TypeError if its dtype is not supported."""
         if batch.dtype not in _NAMES:
             raise TypeError(f"TensorSpec: {name} must be of one of DATATYPES, got {batch.dtype}")
         return cls(name, _NAMES[batch.dtype], tuple(batch.shape[1:]))
@@ -85,14 +72,13 @@ class TensorSpec:
         return DATATYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:
-        """Return the spec as the protocol describes it, with a batch of any size."""
+        """Return the protocol's description of a batch of any size."""
         return {"name": self.name, "datatype": self.datatype, "shape": [-1, *self.shape]}
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Return whether a row may have this shape."""
-        return len(shape) == len(self.shape) and all(
-            ours in (-1, theirs) for ours, theirs in zip(self.shape, shape, strict=True)
-        )
+        pairs = zip(self.shape, shape, strict=False)
+        return len(shape) == len(self.shape) and all(ours in (-1, size) for ours, size in pairs)
 
 
 def specs(
@@ -108,7 +94,7 @@ def specs(
             tuple, else ``output``, or ``output0``, ``output1`` and so on.
 
     Raises:
-        TypeError: an output is no tensor, or the protocol has no name for a dtype.
+        TypeError: an output is no tensor, or the protocol does not support its dtype.
         ValueError: the module returns another number of outputs than there are ``names``.
     """
     with torch.no_grad():
@@ -118,7 +104,7 @@ def specs(
         raise TypeError("the module must return tensors to be served")
     keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
     if names is None:
-        flat = len(keys) == len(leaves)  # else some are nested
+        flat = len(keys) == len(leaves)  # False if some outputs are nested
         names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
     if len(names) != len(leaves):
         raise ValueError(f"--output-names must be {len(leaves)}, one an output, got {names}")
@@ -130,65 +116,59 @@ def _numbered(word: str, count: int) -> list[str]:
     return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
+# The functions below raise a ValueError that names the tensor and its fault.
+
+
 def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
-    """Return the tensor of elements that are little-endian and in row-major order."""
+    """Return a tensor whose elements are little-endian and in row-major order."""
     dtype, size = DATATYPES[datatype], math.prod(shape) * DATATYPES[datatype].itemsize
     if len(data) != size:
-        raise invalid(
-            f"input {name!r} must have {size} bytes for shape {list(shape)} of {datatype}, "
-            f"got {len(data)}"
-        )
+        must = f"{size} bytes for shape {list(shape)} of {datatype}"
+        raise ValueError(f"{name} must have {must}, got {len(data)}")
     stored = torch.uint8 if dtype is torch.bool else dtype
     tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
     return tensor != 0 if dtype is torch.bool else tensor
 
 
-def from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> Tensor:
-    """Return the tensor of numbers that are in one list, or nested as the shape says."""
-    must = f"the data of input {name!r} must be"
-    if not isinstance(data, list):
-        raise invalid(f"{must} a list, got {type(data).__name__}")
+def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -> Tensor:
+    """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
     try:
         array = np.array(data)
-        got = f"shape {list(array.shape)}"
     except (ValueError, OverflowError):  # ragged, or nested more deeply than numpy allows
-        array, got = np.array(None), "lists of different lengths"
+        array = np.array(None)
     dtype, numbers = DATATYPES[datatype], math.prod(shape)
-    if array.shape not in ((numbers,), tuple(shape)):
-        raise invalid(
-            f"{must} {numbers} numbers, in one list or nested as its shape {list(shape)}, got {got}"
-        )
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
-    if array.dtype.kind not in kinds:
-        got = array.dtype.name if array.dtype.kind in "biuf" else "something else among them"
-        raise invalid(f"{must} of {datatype}, got {got}")
-    if kinds == "iu":
-        least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-        if array.min() < least or array.max() > most:
-            raise invalid(f"{must} within {least} and {most}")
+    valid = array.shape in ((numbers,), tuple(shape)) and array.dtype.kind in kinds
+    must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
+    got = f"{array.dtype} {list(array.shape)}"
+    if valid and kinds == "iu":
+        limits = torch.iinfo(dtype)
+        valid = bool(limits.min <= array.min() and array.max() <= limits.max)
+        got = f"numbers from {array.min()} to {array.max()}"
+    if not valid:
+        raise ValueError(f"data of {name} must be {must}, got {got}")
     wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
     return torch.from_numpy(wide).to(dtype).reshape(*shape)
 
 
-def as_taken(spec: TensorSpec, tensor: Tensor) -> Tensor:
-    """Return the tensor in the model's dtype, if no digit is lost and every row is finite."""
+def cast(name: str, spec: TensorSpec, tensor: Tensor) -> Tensor:
+    """Return the tensor in the spec's dtype, if no digit is lost and every row is finite."""
     if not _holds(spec.dtype, tensor.dtype):
-        raise invalid(
-            f"input {spec.name!r} must be of {spec.datatype}, or of what {spec.datatype} holds "
-            f"without loss, got {_NAMES[tensor.dtype]}"
-        )
+        must = f"{spec.datatype}, or of a datatype that {spec.datatype} holds without loss"
+        raise ValueError(f"{name} must be of {must}, got {_NAMES[tensor.dtype]}")
     tensor = tensor.to(spec.dtype)
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         row = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise invalid(f"input {spec.name!r} must be finite, but row {row} is not")
+        raise ValueError(f"{name} must be finite, but row {row} is not")
     return tensor
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Return whether ``wide`` represents every value of ``narrow`` exactly."""
-    if wide.is_floating_point and not narrow.is_floating_point:
-        return narrow is torch.bool or torch.iinfo(narrow).bits <= _DIGITS[wide]
-    return torch.promote_types(wide, narrow) == wide
+    if narrow is torch.bool or not wide.is_floating_point or narrow.is_floating_point:
+        return torch.promote_types(wide, narrow) == wide
+    # A float of precision eps = 2^-d holds the integers of d + 1 bits exactly (IEEE 754).
+    return torch.iinfo(narrow).bits <= 1 - math.log2(torch.finfo(wide).eps)
 
 
 def to_bytes(tensor: Tensor) -> bytes:
@@ -197,7 +177,7 @@ def to_bytes(tensor: Tensor) -> bytes:
 
 
 def to_json(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return the numbers in one row for orjson, which writes null for NaN and infinity."""
+    """Return the numbers as a flat array for orjson, which writes null for NaN and infinity."""
     tensor = tensor.detach().cpu().reshape(-1)
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()

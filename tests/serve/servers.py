@@ -23,30 +23,23 @@ def linear():
     return nn.Linear(3, 2)
 
 
-def built(module=None, *, workers=None, inputs=INPUTS, outputs=OUTPUTS, surrogate=(), **options):
-    """An application of a small module."""
+def built(module=None, *, workers=None, surrogate=(), **options):
+    """Return an application of a small module."""
     coded = CodedWrapper(
-        linear() if module is None else module,
-        workers=LocalWorkers() if workers is None else workers,
-        parts=4,
-        surrogate=surrogate,
+        module or linear(), workers=workers or LocalWorkers(), parts=4, surrogate=surrogate
     )
-    return app(
-        coded, **{"name": "m", "inputs": inputs, "outputs": outputs, "deadline": 5.0} | options
-    )
+    defaults = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 5.0}
+    return app(coded, **defaults | options)
 
 
 @contextlib.contextmanager
 def serving(application):
-    """Its port, while it runs."""
+    """Yield the application's port, while it runs."""
     config = uvicorn.Config(application, port=0, log_level="critical", access_log=False)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    (thread,) = started([server.run])
     try:
-        until = time.monotonic() + 60
-        while not server.started and thread.is_alive() and time.monotonic() < until:
-            time.sleep(0.005)
+        wait_until(lambda: server.started or not thread.is_alive())
         assert server.started
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
@@ -55,8 +48,23 @@ def serving(application):
         assert not thread.is_alive()
 
 
+def started(targets):
+    """Start a thread for each function."""
+    threads = [threading.Thread(target=target) for target in targets]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def wait_until(condition, seconds=60.0):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.005)
+    assert condition()
+
+
 class Client:
-    """Requests over one connection."""
+    """Sends requests over one connection."""
 
     def __init__(self, port):
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -68,7 +76,7 @@ class Client:
         self.connection.close()
 
     def send(self, method, path, body=None, **headers):
-        """Status, headers and body of the answer."""
+        """Return the status, headers and body of the answer."""
         self.connection.request(
             method, path, body, {key.replace("_", "-"): value for key, value in headers.items()}
         )
@@ -80,13 +88,16 @@ class Client:
         return status, json.loads(body)
 
     def infer(self, request, path="/v2/models/m/infer", **headers):
-        """Status and content of the answer."""
+        """Return the status and the content of the answer."""
         body = request if isinstance(request, bytes) else json.dumps(request).encode()
         status, _, answer = self.send("POST", path, body, **headers)
         return status, json.loads(answer)
 
+    def metrics(self):
+        return self.send("GET", "/metrics")[2].decode()
+
 
 def tensor(rows, name="input", datatype="FP32"):
-    """An input of a request."""
+    """Return an input of a request."""
     array = torch.as_tensor(rows)
     return {"name": name, "datatype": datatype, "shape": list(array.shape), "data": array.tolist()}

@@ -16,11 +16,12 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, specs
-from coded_torch.stragglers import Bernoulli, Stragglers
+from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
-from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, tensor
+from .servers import INPUTS, OUTPUTS, Client, built, linear, serving, started, tensor, wait_until
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 ONE = {"inputs": [tensor(ROWS)]}
@@ -52,25 +53,25 @@ class Held(nn.Module):
         return x[:, :2]
 
 
-class Lost(Stragglers):
-    """The first parts never answer."""
+@pytest.fixture
+def held():
+    """Yield a model that computes when it may, and lets it go at the end."""
+    module = Held()
+    yield module
+    module.go.set()
 
-    def __init__(self, lost):
-        super().__init__()
-        self.lost = lost
 
-    def _draw(self, num_workers, generator):
-        latencies = torch.zeros(num_workers, dtype=torch.float64)
-        latencies[: self.lost] = math.inf
-        return latencies
+def holding(held, **options):
+    return built(held, workers=DeviceWorkers(["cpu"] * 6), **{"deadline": 30.0} | options)
 
 
 def test_metadata(client):
     assert client.get("/v2")[1]["extensions"] == ["binary_tensor_data"]
     assert client.get("/v2/health/live") == (200, {"live": True})
-    assert client.get("/v2/health/ready") == (200, {"ready": True})
+    ready = 200, {"name": "m", "ready": True}
+    assert client.get("/v2/health/ready") == ready
     for version in ("", "/versions/1"):
-        assert client.get(f"/v2/models/m{version}/ready") == (200, {"name": "m", "ready": True})
+        assert client.get(f"/v2/models/m{version}/ready") == ready
         status, found = client.get(f"/v2/models/m{version}")
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
@@ -84,8 +85,7 @@ def test_answers_are_the_modules(client, version):
     assert (status, answer["id"]) == (200, "x")
     assert answer["parameters"] == {"predicted_rows": 0, "late_workers": ""}
     (output,) = answer["outputs"]
-    with torch.no_grad():
-        exact = linear()(torch.tensor(ROWS))
+    exact = linear()(torch.tensor(ROWS)).detach()
     assert torch.allclose(torch.tensor(output["data"]).reshape(2, 2), exact)
 
 
@@ -100,18 +100,10 @@ def test_answers_are_the_modules(client, version):
         ("GET", "/nowhere", 404),
     ],
 )
-def test_what_is_not_there(client, method, path, status):
+def test_unknown_paths(client, method, path, status):
     found, headers, body = client.send(method, path, b"{}" if method == "POST" else None)
-    assert found == status
-    assert headers["content-type"] == "application/json"
+    assert (found, headers["content-type"]) == (status, "application/json")
     assert json.loads(body)["error"]
-
-
-def test_a_bad_request_is_400_and_leaves_the_connection_usable(client):
-    bad = {"inputs": [tensor(ROWS) | {"data": [1, 2, 3, 4, 1e39, 6]}]}
-    status, answer = client.infer(bad)
-    assert (status, answer) == (400, {"error": "input 'input' must be finite, but row 1 is not"})
-    assert client.infer(ONE)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -127,10 +119,9 @@ def test_packed_bodies(client, encoding, squeeze, accepted):
     body = squeeze(json.dumps(many).encode())
     headers = {"Content_Encoding": encoding, "Accept_Encoding": accepted}
     status, found, answer = client.send("POST", PATH, body, **headers)
-    assert status == 200
-    assert found["content-encoding"] == ("gzip" if "gzip" in accepted else None)
-    if "gzip" in accepted:
-        answer = gzip.decompress(answer)
+    packed = "gzip" if "gzip" in accepted else None
+    assert (status, found["content-encoding"]) == (200, packed)
+    answer = gzip.decompress(answer) if packed else answer
     assert json.loads(answer)["outputs"][0]["shape"] == [64, 2]
 
 
@@ -147,15 +138,27 @@ def test_packed_bodies(client, encoding, squeeze, accepted):
         (b"{}", {"Inference_Header_Content_Length": "3"}, 400, "at most the length of the body"),
     ],
 )
-def test_bodies_that_are_refused(port, body, headers, status, why):
+def test_bad_bodies(port, body, headers, status, why):
     with Client(port) as client:
         found, answer = client.infer(body, **headers)
     assert found == status
     assert why in answer["error"]
 
 
+def test_a_bad_request_leaves_the_connection_usable_and_no_label_in_the_metrics(client):
+    bad = {"inputs": [tensor(ROWS) | {"data": [1, 2, 3, 4, 1e39, 6]}]}
+    status, answer = client.infer(bad)
+    assert (status, answer) == (400, {"error": "input 'input' must be finite, but row 1 is not"})
+    assert client.infer(ONE)[0] == 200
+    client.infer({"inputs": [tensor(ROWS, "secret")]})
+    client.send("POST", "/v2/models/secret/infer", b"{}")
+    text = client.metrics()
+    assert 'coded_torch_refusals_total{reason="invalid"}' in text
+    assert "secret" not in text
+
+
 def chunked(port, chunks):
-    """Send a body in chunks without saying its length; the answer, or what there is of it."""
+    """Send a body in chunks without its length, and return the beginning of the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode())
@@ -174,46 +177,8 @@ def test_chunked_bodies(port):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**15  # kB
 
 
-def test_a_full_queue_is_noticed_before_the_body_is_read():
-    held = Held()
-    pool = DeviceWorkers(["cpu"] * 6)
-    with serving(built(held, workers=pool, max_queued_requests=1, deadline=30.0)) as port:
-        answers = []
-
-        def ask():
-            with Client(port) as client:
-                # The place in the queue may be that of a request below.
-                while (status := client.infer(ONE)[0]) == 503:
-                    time.sleep(0.001)
-                answers.append(status)
-
-        threads = [threading.Thread(target=ask) for _ in range(2)]
-        threads[0].start()
-        assert held.begun.acquire(timeout=30)
-        threads[1].start()
-        with Client(port) as client:
-            until = time.monotonic() + 30
-            while (found := refused(port))[0] != 503 and time.monotonic() < until:
-                time.sleep(0.01)
-            status, headers, body = found
-            assert (status, headers["retry-after"]) == (503, "1")
-            assert "1 requests are waiting" in json.loads(body)["error"]
-            assert 'refusals_total{reason="queue_full"}' in metrics(client)
-        held.go.set()
-        for thread in threads:
-            thread.join(30)
-    assert answers == [200, 200]
-
-
-def started(targets):
-    threads = [threading.Thread(target=target) for target in targets]
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-def refused(port):
-    """The answer to a request whose body never comes; 0: there is none soon."""
+def without_body(port):
+    """Return the answer to a request whose body never comes; status 0 if there is none soon."""
     with Client(port) as client:
         connection = client.connection
         connection.putrequest("POST", PATH)
@@ -227,20 +192,41 @@ def refused(port):
         return answer.status, answer.headers, answer.read()
 
 
-def metrics(client):
-    return client.send("GET", "/metrics")[2].decode()
+def test_a_full_queue_is_noticed_before_the_body_is_read(held):
+    with serving(holding(held, max_queued_requests=1)) as port, Client(port) as client:
+        answers = []
+
+        def ask():
+            with Client(port) as mine:
+                # A request without a body may have the place in the queue.
+                while (status := mine.infer(ONE)[0]) == 503:
+                    time.sleep(0.001)
+                answers.append(status)
+
+        threads = started([ask])
+        assert held.begun.acquire(timeout=30)
+        threads += started([ask])
+        found = []
+        wait_until(lambda: found.append(without_body(port)) or found[-1][0] == 503)
+        _, headers, body = found[-1]
+        assert headers["retry-after"] == "1"
+        assert "1 requests are waiting" in json.loads(body)["error"]
+        assert 'refusals_total{reason="queue_full"}' in client.metrics()
+        held.go.set()
+        for thread in threads:
+            thread.join(30)
+    assert answers == [200, 200]
 
 
 def test_a_body_that_does_not_come_within_the_deadline_is_408():
     with serving(built(deadline=0.05)) as port:
-        status, _, body = refused(port)
-        assert status == 408
-        assert "did not come within the deadline" in json.loads(body)["error"]
+        status, _, body = without_body(port)
+    assert status == 408
+    assert "did not come within the deadline" in json.loads(body)["error"]
 
 
-def test_a_client_that_goes_leaves_the_queue():
-    held = Held()
-    application = built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=30.0)
+def test_a_client_that_disconnects_leaves_the_queue(held):
+    application = holding(held)
     batcher = application.state.service.batcher
     with serving(application) as port:
         with Client(port) as first, Client(port) as second:
@@ -250,31 +236,20 @@ def test_a_client_that_goes_leaves_the_queue():
             wait_until(lambda: batcher.num_queued == 1)
         wait_until(lambda: batcher.num_queued == 0)
         with Client(port) as client:
-            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in metrics(client))
+            wait_until(lambda: 'refusals_total{reason="disconnected"} 2.0' in client.metrics())
             held.go.set()
             assert client.infer(ONE)[0] == 200
 
 
-def wait_until(condition):
-    until = time.monotonic() + 30
-    while not condition() and time.monotonic() < until:
-        time.sleep(0.005)
-    assert condition()
-
-
 @pytest.mark.parametrize(("said", "seconds"), [({}, 0.2), ({"timeout": 50_000}, 0.05)], ids=str)
-def test_a_deadline_without_results_is_504_and_in_time(said, seconds):
-    held = Held()
-    with (
-        serving(built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=0.2)) as port,
-        Client(port) as client,
-    ):
+def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
+    with serving(holding(held, deadline=0.2)) as port, Client(port) as client:
         start = time.monotonic()
         status, answer = client.infer(ONE | {"parameters": said})
         took = time.monotonic() - start
-        assert (status, answer["error"][:8]) == (504, "too few ")
-        assert seconds - 0.02 <= took < seconds + 1
         held.go.set()
+    assert (status, answer["error"][:8]) == (504, "too few ")
+    assert seconds - 0.02 <= took < seconds + 1
 
 
 def test_while_all_processes_hang_requests_are_refused_at_once():
@@ -292,19 +267,17 @@ def test_while_all_processes_hang_requests_are_refused_at_once():
 
 
 @pytest.mark.parametrize("lost", [1, 2])
-def test_what_is_lost_is_predicted_and_flagged(lost):
+def test_missing_rows_are_predicted_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(64, 3, generator=generator).tolist()
+    rows = torch.randn(64, 3, generator=generator)
     outputs = [{"name": name} for name in ("output", "predicted", "expected_error")]
-    workers = LocalWorkers(Lost(lost))
+    workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     with serving(built(workers=workers)) as port, Client(port) as client:
         status, answer = client.infer({"inputs": [tensor(rows)], "outputs": outputs})
-        text = metrics(client)
+        text = client.metrics()
     assert status == 200
     output, predicted, errors = (torch.tensor(entry["data"]) for entry in answer["outputs"])
-    output = output.reshape(64, 2)
-    with torch.no_grad():
-        exact = linear()(torch.tensor(rows))
+    output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(predicted.sum()) == answer["parameters"]["predicted_rows"] == 16 * lost
     assert answer["parameters"]["late_workers"] != ""
     assert torch.allclose(output[~predicted], exact[~predicted], atol=1e-5)
@@ -344,37 +317,33 @@ def test_a_request_that_makes_the_module_fail_fails_alone():
             with Client(port) as client:
                 answers[name] = client.infer({"inputs": [tensor(ids, "ids", "INT64")]})
 
-        asked = {f"good {i}": [[i, 1]] for i in range(4)} | {"bad": [[0, 9]]}
+        asked = {i: [[i, 1]] for i in range(4)} | {"bad": [[0, 9]]}
         for thread in started(functools.partial(ask, *item) for item in asked.items()):
             thread.join(30)
-    assert answers["bad"][0] == 500
-    assert "index out of range" in answers["bad"][1]["error"]
-    for i in range(4):
-        status, answer = answers[f"good {i}"]
+    status, answer = answers.pop("bad")
+    assert status == 500
+    assert "index out of range" in answer["error"]
+    for i, (status, answer) in answers.items():
         assert (status, answer["parameters"]["predicted_rows"]) == (200, 0)
         assert answer["outputs"][0]["data"] == [2.0 * i + 2, 2.0 * i + 4]
 
 
-def test_a_model_that_returns_something_else_is_500(caplog):
+def test_a_model_that_returns_other_tensors_than_its_specs_is_500(caplog):
     outputs = [TensorSpec("output", "FP32", (3,))]
     with serving(built(outputs=outputs)) as port, Client(port) as client:
-        status, answer = client.infer(ONE)
-    assert (status, answer) == (500, {"error": "the model failed: TypeError"})
-    assert (
-        "output 'output' of the model must be FP32 [2, 3], got torch.float32 [2, 2]" in caplog.text
-    )
+        assert client.infer(ONE) == (500, {"error": "the model failed: TypeError"})
+    assert "must return tensors [(torch.float32, [2, 3])], got [(torch.float32, [2" in caplog.text
 
 
-def test_what_was_accepted_is_answered_at_the_end():
-    held = Held()
+def test_accepted_requests_are_answered_at_the_end(held):
     answers = []
-    with serving(built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=30.0)) as port:
+    with serving(holding(held)) as port:
 
         def ask():
             with Client(port) as client:
                 answers.append(client.infer(ONE)[0])
 
-        threads = started(ask for _ in range(5))
+        threads = started([ask] * 5)
         assert held.begun.acquire(timeout=30)
         time.sleep(0.2)  # the others are queued
         threading.Timer(0.3, held.go.set).start()
@@ -383,7 +352,7 @@ def test_what_was_accepted_is_answered_at_the_end():
     assert answers == [200] * 5
 
 
-def test_what_the_host_has_frozen_stays_frozen():
+def test_objects_that_the_host_has_frozen_stay_frozen():
     gc.freeze()
     try:
         with serving(built()):
@@ -396,55 +365,47 @@ def test_what_the_host_has_frozen_stays_frozen():
     assert gc.get_freeze_count() == 0
 
 
-def test_metrics_have_no_label_of_a_clients_making(client):
-    client.infer({"inputs": [tensor(ROWS, "secret")]}, PATH)
-    client.send("POST", "/v2/models/secret/infer", b"{}")
-    text = metrics(client)
-    assert 'coded_torch_refusals_total{reason="invalid"}' in text
-    assert "secret" not in text
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"coded": linear()}, "app: coded must be of type CodedWrapper, got Linear"),
         ({"name": 3}, "app: name must be of type str"),
-        ({"inputs": []}, "app: inputs must have names of their own, at least one"),
-        ({"inputs": INPUTS * 2}, "app: inputs must have names of their own"),
+        ({"name": "a/b"}, "app: name must be a part of a URL, without any of {}/?#%, got 'a/b'"),
+        ({"inputs": []}, "app: inputs must be named, each once, got []"),
+        ({"inputs": INPUTS * 2}, "app: inputs must be named, each once, got ['input', 'input']"),
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "app: outputs must not be named predicted, expected_error or verified",
+            "each once, none of predicted, expected_error, verified, got ['predicted']",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),
         ({"max_queued_requests": 0}, "app: max_queued_requests must be at least 1"),
         ({"max_ongoing_batches": 0}, "app: max_ongoing_batches must be at least 1"),
+        ({"examples": []}, "app: examples must be batches of shapes [[-1, 3]], got []"),
+        ({"examples": [3]}, "app: an entry of examples must be of type Tensor, got int"),
+        ({"examples": [torch.zeros(0, 3)]}, "shapes [[-1, 3]], got [[0, 3]]"),
+        ({"examples": [torch.zeros(2, 4)]}, "shapes [[-1, 3]], got [[2, 4]]"),
     ],
 )
 def test_bad_arguments(changes, message):
     options = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 1.0}
+    coded = CodedWrapper(linear(), workers=LocalWorkers(), parts=4)
     with pytest.raises((TypeError, ValueError)) as caught:
-        app(**{"coded": built().state.service.coded} | options | changes)
+        app(**{"coded": coded} | options | changes)
     assert message in str(caught.value)
 
 
-run_by = set()  # by which threads a replica of Seen was run
+run_by = set()  # the threads that run a replica of Seen
 
 
 class Seen(nn.Module):
-    """Says which threads run it."""
+    """Notes the threads that run it."""
 
     def forward(self, x):
         run_by.add(threading.get_ident())
         time.sleep(0.05)  # so that every worker is wanted
         return x[:, :2]
-
-
-@pytest.mark.parametrize("examples", [[], [3], [torch.zeros(0, 3)], [torch.zeros(2, 4)]], ids=str)
-def test_examples_are_checked(examples):
-    with pytest.raises((TypeError, ValueError), match=r"^app: (examples|the example of 'input') "):
-        built(examples=examples)
 
 
 def test_every_worker_has_run_the_model_before_the_application_is_ready():

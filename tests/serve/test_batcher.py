@@ -1,4 +1,4 @@
-"""Which requests run together, when, and which are refused: on a model of the test."""
+"""Requests run together as soon as a slot is free, or are refused: on a model of the test."""
 
 import asyncio
 import functools
@@ -11,8 +11,8 @@ import torch
 from coded_torch.codes import NotEnoughResults
 from coded_torch.nn import Report
 from coded_torch.serve.batcher import Batcher
-from coded_torch.serve.errors import RequestError
 from coded_torch.serve.model import Batch
+from coded_torch.serve.protocol import RequestError
 from coded_torch.workers import WorkerError
 
 
@@ -72,7 +72,7 @@ def put(batcher, *values, seconds=10.0):
 
 
 async def answers(*entries):
-    done = await asyncio.gather(*(future for future, _ in entries), return_exceptions=True)
+    done = await asyncio.gather(*entries, return_exceptions=True)
     return [x if isinstance(x, Exception) else x.outputs[0].flatten().tolist() for x in done]
 
 
@@ -88,7 +88,7 @@ def refused(batcher, seconds=10.0):
     """Why a request is refused before it is read."""
     with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + seconds):
         raise AssertionError
-    return caught.value.status, caught.value.reason
+    return caught.value.status_code, caught.value.reason
 
 
 async def known(batcher, model, seconds=0.0):
@@ -100,7 +100,7 @@ async def known(batcher, model, seconds=0.0):
 
 
 @in_loop
-async def test_what_waits_goes_together_in_order_as_soon_as_a_slot_is_free(model):
+async def test_waiting_requests_run_together_in_order_as_soon_as_a_slot_is_free(model):
     batcher = model.batcher()
     sizes = (1, 1, 2, 1, 3, 1, 4)
     entries = [put(batcher, *[float(i)] * n) for i, n in enumerate(sizes)]
@@ -127,8 +127,7 @@ async def test_as_many_batches_as_slots_run_at_once(model):
     batcher = model.batcher(max_ongoing_batches=2, max_batch_size=1)
     entries = [put(batcher, float(i)) for i in range(3)]
     await until(lambda: len(model.batches) == 2)
-    await asyncio.sleep(0.05)
-    assert len(model.batches) == 2
+    assert batcher.num_queued == 1
     model.go.set()
     await answers(*entries)
     assert len(model.batches) == 3
@@ -141,31 +140,32 @@ async def test_a_batch_runs_to_the_earliest_deadline_of_its_requests(quick):
     await answers(*[put(batcher, 0.0, seconds=s) for s in seconds])
     for seconds in (0.1, 0.012):  # time to write the answers is kept
         await answers(put(batcher, 0.0, seconds=seconds))
-    assert quick.seconds == pytest.approx([9.99, 4.99, 0.09, 0.006], abs=0.005)
+    assert quick.seconds[:3] == pytest.approx([9.99, 4.99, 0.09], abs=0.02)
+    assert 0 < quick.seconds[3] <= 0.006
 
 
 @in_loop
-async def test_what_leaves_is_not_computed(model):
+async def test_a_cancelled_request_is_not_computed(model):
     batcher = model.batcher()
-    first, (_, leave), last = (put(batcher, float(i)) for i in range(3))
+    first, second, last = (put(batcher, float(i)) for i in range(3))
     await until(lambda: model.batches)
-    leave()
+    second.cancel()
+    await asyncio.sleep(0)
     assert batcher.num_queued == 1
-    first[1]()  # it runs already: its answer is dropped
+    first.cancel()  # it runs already: its answer is dropped
     model.go.set()
     assert await answers(last) == [[4.0]]
-    leave()  # twice is fine
     assert model.batches == [[0], [2]]
 
 
 @in_loop
-async def test_what_has_no_time_left_does_not_spoil_the_batch_of_others(model):
+async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
     batcher = model.batcher()
-    first, short, last = put(batcher, 0.0), put(batcher, 1.0, seconds=0.05), put(batcher, 2.0)
-    await asyncio.sleep(0.1)
+    first, short, last = put(batcher, 0.0), put(batcher, 1.0, seconds=0.01), put(batcher, 2.0)
+    await asyncio.sleep(0.02)
     model.go.set()
     assert await answers(first, last) == [[0.0], [4.0]]
-    assert not short[0].done()  # its handler knows
+    assert not short.done()  # its handler knows
     assert model.batches == [[0], [2]]
     assert model.seconds[1] > 9
 
@@ -183,7 +183,7 @@ async def test_a_full_queue_refuses_before_it_reads(model):
 
 
 @in_loop
-async def test_what_would_be_late_is_refused_when_batches_are_known(quick):
+async def test_requests_that_would_be_late_are_refused_when_batches_are_known(quick):
     batcher = quick.batcher(max_queued_requests=1000)
     await known(batcher, quick, 0.02)
     with batcher.reading(time.monotonic() + 0.015):  # an idle server tries everything
@@ -204,7 +204,7 @@ async def test_while_workers_hang_one_request_at_a_time_is_tried(quick):
 
     batcher = quick.batcher()
     quick.behave = hang
-    assert (await answers(put(batcher, 0.0, seconds=0.05)))[0].status == 504
+    assert (await answers(put(batcher, 0.0, seconds=0.05)))[0].status_code == 504
     quick.behave = lambda rows, report: None
     quick.go.clear()
     tried = put(batcher, 1.0)
@@ -226,20 +226,6 @@ async def test_a_batch_beyond_its_deadline_is_not_waited_for(model):
 
 
 @in_loop
-async def test_what_has_expired_joins_no_batch(quick):
-    batcher = quick.batcher()
-    await known(batcher, quick)
-    quick.go.clear()
-    entries = [put(batcher, 0.0), put(batcher, 1.0)]
-    put(batcher, 2.0, seconds=0.001)
-    await asyncio.sleep(0.01)
-    quick.go.set()
-    await answers(*entries)
-    assert quick.batches[-1] == [1.0]
-    assert quick.seconds[-1] > 5
-
-
-@in_loop
 async def test_a_request_that_fails_fails_alone(quick):
     def fail(rows, report):
         if 2.0 in rows:
@@ -250,8 +236,8 @@ async def test_a_request_that_fails_fails_alone(quick):
     quick.behave = fail
     found = await answers(*[put(batcher, float(i)) for i in range(5)])
     assert found[:2] + found[3:] == [[0.0], [2.0], [6.0], [8.0]]
-    assert found[2].status == 500
-    assert "IndexError: 2" in found[2].message
+    assert found[2].status_code == 500
+    assert "IndexError: 2" in found[2].detail
     assert quick.batches == [[0], [1, 2, 3, 4]]
 
 
@@ -268,7 +254,7 @@ async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worke
     batcher = quick.batcher()
     quick.behave, quick.failed = fail, True
     first, second, third = await answers(*[put(batcher, float(i)) for i in range(3)])
-    assert first.status == second.status == status
+    assert first.status_code == second.status_code == status
     assert third == [4.0]  # it was computed
 
 
@@ -289,18 +275,18 @@ async def test_errors_of_a_call_become_those_of_its_requests(quick, error, secon
     batcher = quick.batcher()
     quick.behave = fail
     (found,) = await answers(put(batcher, 0.0, seconds=seconds))
-    assert found.status == status
+    assert found.status_code == status
     quick.behave = lambda rows, report: None
     assert await answers(put(batcher, 1.0)) == [[2.0]]  # the slot is free again
 
 
-@pytest.mark.parametrize(("seconds", "answered"), [(5.0, True), (0.1, False)])
+@pytest.mark.parametrize(("seconds", "answered"), [(5.0, True), (0.05, False)])
 @in_loop
-async def test_closing_waits_for_what_was_accepted_but_not_for_ever(model, seconds, answered):
+async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, seconds, answered):
     batcher = model.batcher()
     entries = [put(batcher, 0.0), put(batcher, 1.0)]
-    threading.Timer(0.5, model.go.set).start()
+    threading.Timer(0.2, model.go.set).start()
     start = time.monotonic()
     await batcher.close(seconds)
-    assert [future.done() for future, _ in entries] == [answered] * 2
-    assert answered or time.monotonic() - start < 0.4
+    assert [future.done() for future in entries] == [answered] * 2
+    assert answered or time.monotonic() - start < 0.19

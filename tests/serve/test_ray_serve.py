@@ -1,24 +1,24 @@
 """The application in replicas of Ray Serve: the same answers, and the death of a replica."""
 
+import functools
 import json
 import os
 import re
 import signal
 import socket
-import threading
 import time
 from urllib.request import urlopen
 
 import pytest
 
-from .servers import Client
-from .triton import CASES, WRONG, check_case, check_metadata, check_wrong
+from .servers import Client, started
+from .test_triton import TritonTests
 
 ray = pytest.importorskip("ray", reason="needs the extra 'serve-ray'")
 serve = pytest.importorskip("ray.serve", reason="needs the extra 'serve-ray'")
 pytestmark = [
     pytest.mark.ray,
-    # Ray's own files, sockets and tasks, when its connection ends.
+    # They come from Ray's own files, sockets and tasks, when its connection ends.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -28,7 +28,7 @@ WAIT = 120.0
 
 
 def lenet():
-    """An application; a factory that is sent to replicas whole, as it stands in no package."""
+    """Return an application. Ray pickles this whole, so its imports stand inside."""
     from coded_torch import CodedWrapper
     from coded_torch.demo.lenet5 import lenet5_and_digits
     from coded_torch.serve import app, specs
@@ -41,9 +41,9 @@ def lenet():
 
 
 def where(actors=0):
-    """A model whose answer is the process that it runs in, after as many seconds as it is given.
+    """Serve a model whose answer is its process, after as many seconds as it is given.
 
-    That is the replica, or one of so many actors of the cluster that the replica asks.
+    The process is the replica's, or of one of so many actors of the cluster.
     """
     import os
     import time
@@ -70,7 +70,7 @@ def where(actors=0):
 
 
 def by_value(function, *defaults):
-    """The same function as one of no module, so that it is pickled whole."""
+    """Return the same function as one of no module, so that it is pickled whole."""
     import types
 
     known = {"__builtins__": __builtins__}
@@ -81,46 +81,35 @@ def by_value(function, *defaults):
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    """A cluster on loopback, with both models."""
-    # Replicas look for packages where the driver is: not in the checkout, whose is not built.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("driver"))
-        yield from deployed()
-
-
-def deployed():
+    """Start a cluster on loopback, with both models."""
     from coded_torch.serve import deployment
     from coded_torch.workers import RayWorkers
 
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        options = {"ray_actor_options": {"num_cpus": 0}}
-        try:
-            lenet_app = deployment(by_value(lenet), **options).bind()
-            serve.run(lenet_app, name="lenet", route_prefix="/lenet")
-            replicas = deployment(by_value(where, 0), num_replicas=2, **options).bind()
-            serve.run(replicas, name="where", route_prefix="/where")
-            actors = deployment(by_value(where, 2), **options).bind()
-            serve.run(actors, name="actors", route_prefix="/actors")
-            yield port
-        finally:
-            serve.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Replicas look for packages where the driver is: not in the checkout, which is not built.
+        patch.chdir(tmp_path_factory.mktemp("driver"))
+        with RayWorkers(1).start(timeout=WAIT):  # holds a cluster of its own
+            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            try:
+                for name, factory, replicas in (
+                    ("lenet", by_value(lenet), 1),
+                    ("where", by_value(where, 0), 2),
+                    ("actors", by_value(where, 2), 1),
+                ):
+                    options = {"ray_actor_options": {"num_cpus": 0}, "num_replicas": replicas}
+                    made = deployment(factory, **options).bind()
+                    serve.run(made, name=name, route_prefix=f"/{name}")
+                yield port
+            finally:
+                serve.shutdown()
 
 
-def test_metadata(port):
-    check_metadata(f"{port}/lenet")
-
-
-def test_answers(port):
-    for case in CASES:
-        check_case(f"{port}/lenet", *case)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_400(port, name):
-    check_wrong(f"{port}/lenet", name)
+class TestRay(TritonTests):
+    @pytest.fixture
+    def address(self, port):
+        return f"127.0.0.1:{port}/lenet"
 
 
 def test_a_body_that_is_too_large_is_413(port):
@@ -130,7 +119,7 @@ def test_a_body_that_is_too_large_is_413(port):
 
 
 def ask(port, *seconds, route="where"):
-    """The status of an answer, and the processes that gave it, row by row."""
+    """Return the status of an answer, and the processes that gave it, row by row."""
     data = list(seconds)
     entry = {"name": "seconds", "datatype": "FP32", "shape": [len(data)], "data": data}
     with Client(port) as client:
@@ -140,17 +129,13 @@ def ask(port, *seconds, route="where"):
     return status, tuple(map(int, found))
 
 
-def test_of_a_replica_that_dies_only_what_it_held_fails(port):
+def test_a_replica_that_dies_takes_only_its_own_requests(port):
     found = [ask(port, 0.0) for _ in range(30)]
     assert {status for status, _ in found} == {200}
-    both = {pid for _, (pid,) in found}
-    assert len(both) == 2
+    victim, other = {pid for _, (pid,) in found}
     answers = []
-    threads = [threading.Thread(target=lambda: answers.append(ask(port, 2.0))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
+    threads = started([lambda: answers.append(ask(port, 2.0))] * 8)
     time.sleep(1.0)
-    victim, other = both
     os.kill(victim, signal.SIGKILL)
     for thread in threads:
         thread.join(WAIT)
@@ -165,18 +150,14 @@ def test_of_a_replica_that_dies_only_what_it_held_fails(port):
 
 
 def test_actors_of_the_cluster_compute_for_a_replica_and_one_may_die(port):
-    status, before = ask(port, 0.0, 0.0, route="actors")
-    assert status == 200
-    assert len(set(before)) == 2
+    actors = functools.partial(ask, port, 0.0, 0.0, route="actors")
+    status, before = actors()
+    assert (status, len(set(before))) == (200, 2)
     os.kill(before[0], signal.SIGKILL)
     for _ in range(5):
-        status, later = ask(port, 0.0, 0.0, route="actors")
+        status, later = actors()
         assert status == 200
         assert before[0] not in later
-
-
-def test_the_numbers_of_a_replica_are_in_rays_metrics(port):
-    assert ask(port, 0.0, 0.0, route="actors")[0] == 200
     where = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
     until = time.monotonic() + WAIT / 2  # Ray collects every few seconds
     while (text := urlopen(where, timeout=10).read().decode()) is not None:
@@ -186,12 +167,8 @@ def test_the_numbers_of_a_replica_are_in_rays_metrics(port):
     assert re.search(r'ray_coded_torch_answers_total\{[^}]*kind="exact"[^}]*\} [1-9]', text)
 
 
-def test_it_is_the_application_that_refuses():
+def test_the_application_refuses_before_ray():
     from coded_torch.serve import deployment
-    from coded_torch.serve.ray_serve import service_of
 
     made = deployment(lenet, name="x")
     assert (made.max_ongoing_requests, made.max_queued_requests) == (1024, 1024)
-    with pytest.raises(TypeError, match=r"factory must return what .*app does, got int"):
-        service_of(3)
-    assert service_of(lenet()).name == "m"

@@ -1,26 +1,94 @@
-"""Triton's own client, unmodified, gets right answers."""
+"""Triton's own client, unmodified, gets right answers from an application, wherever it runs."""
 
+import functools
+import itertools
+
+import numpy as np
 import pytest
+import torch
+import tritonclient.http as triton
 
-from .servers import serving
-from .triton import CASES, WRONG, check_case, check_metadata, check_wrong, triton_application
+from coded_torch.demo.lenet5 import lenet5_and_digits
+from coded_torch.serve import specs
+
+from .servers import built, serving
+
+ROWS, DATATYPES, PACKINGS = (1, 7, 64), ("FP32", "FP16"), (None, "gzip", "deflate")
+CASES = list(itertools.product(ROWS, DATATYPES, (True, False), PACKINGS))
+TYPES = {"FP32": np.float32, "FP16": np.float16, "FP64": np.float64}
+shipped = functools.cache(lenet5_and_digits)
+
+
+class TritonTests:
+    """The tests of a server of LeNet-5, named m, at the fixture ``address``."""
+
+    def test_metadata(self, address):
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            for version in ("", "1"):
+                assert client.is_model_ready("m", version)
+                metadata = client.get_model_metadata("m", version)
+                assert metadata["inputs"][0]["shape"] == [-1, 1, 28, 28]
+            assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
+            assert not client.is_model_ready("other")
+
+    @pytest.mark.parametrize(("rows", "datatype", "binary", "packed"), CASES)
+    def test_answers(self, address, rows, datatype, binary, packed):
+        module, (examples,) = shipped()
+        images = examples.repeat(7, 1, 1, 1)[:rows].numpy().astype(TYPES[datatype])
+        asked = triton.InferInput("input", list(images.shape), datatype)
+        asked.set_data_from_numpy(images, binary_data=binary)
+        names = ("output", "predicted", "expected_error")
+        options = {
+            "outputs": [triton.InferRequestedOutput(name, binary_data=binary) for name in names],
+            "request_id": "7",
+            "timeout": 4_000_000,
+            "request_compression_algorithm": packed,
+            "response_compression_algorithm": packed,
+        }
+        with triton.InferenceServerClient(address) as client:
+            answer = client.infer("m", [asked], **options)
+        with torch.no_grad():
+            exact = module(torch.from_numpy(images).float()).numpy()
+        # The answers of a batch of another size differ in their last bits.
+        np.testing.assert_allclose(answer.as_numpy("output"), exact, rtol=1e-4, atol=1e-4)
+        assert answer.as_numpy("predicted").tolist() == [False] * rows
+        assert answer.as_numpy("expected_error").tolist() == [0.0] * rows
+        assert answer.get_response()["id"] == "7"
+
+    @pytest.mark.parametrize(
+        ("name", "datatype", "shape", "value", "output"),
+        [
+            ("pixels", "FP32", (1, 1, 28, 28), 0, "output"),
+            ("input", "FP32", (1, 1, 28, 28), 0, "logits"),
+            ("input", "FP64", (1, 1, 28, 28), 0, "output"),
+            ("input", "FP32", (1, 28, 28), 0, "output"),
+            ("input", "FP32", (0, 1, 28, 28), 0, "output"),
+            ("input", "FP32", (65, 1, 28, 28), 0, "output"),
+            ("input", "FP32", (1, 1, 28, 28), np.nan, "output"),
+        ],
+    )
+    def test_wrong_requests_are_400(self, address, name, datatype, shape, value, output):
+        asked = triton.InferInput(name, list(shape), datatype)
+        asked.set_data_from_numpy(np.full(shape, value, TYPES[datatype]))
+        with (
+            triton.InferenceServerClient(address) as client,
+            pytest.raises(triton.InferenceServerException) as caught,
+        ):
+            client.infer("m", [asked], outputs=[triton.InferRequestedOutput(output)])
+        assert caught.value.status() == "400"
 
 
 @pytest.fixture(scope="module")
 def port():
-    with serving(triton_application()) as port:
+    module, examples = shipped()
+    inputs, outputs = specs(module, examples)
+    with serving(built(module, inputs=inputs, outputs=outputs)) as port:
         yield port
 
 
-def test_metadata(port):
-    check_metadata(port)
-
-
-@pytest.mark.parametrize(("rows", "datatype", "binary", "packed"), CASES)
-def test_answers(port, rows, datatype, binary, packed):
-    check_case(port, rows, datatype, binary, packed)
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_400(port, name):
-    check_wrong(port, name)
+class TestUvicorn(TritonTests):
+    @pytest.fixture
+    def address(self, port):
+        return f"127.0.0.1:{port}"
