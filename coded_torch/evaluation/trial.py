@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import shown
 from .._transforms import as_called
 from ..codes import BatchPlan, Code
-from ..nn.inputs import Inputs
+from ..nn.division import Inputs
 from ..nn.module_proxy import training_part
 from ..workers.pytrees import broadcast_dims
 

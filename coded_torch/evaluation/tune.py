@@ -83,7 +83,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
             most = getattr(wrapper.workers, "max_batch_size", None)
             yield Trial(wrapper.module, args, sets, max_batch_size=most, **dims), sets
 
-    return chosen(code, trials(), _num_stragglers(wrapper), values)
+    return chosen(code, trials(), wrapper.num_stragglers, values)
 
 
 def chosen(
@@ -142,7 +142,7 @@ def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
-    code, lost = _code(wrapper), _num_stragglers(wrapper)
+    code, lost = _code(wrapper), wrapper.num_stragglers
     n = code.num_workers
     # A copy: the wrapper's own calls lose what they would have lost.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
@@ -154,10 +154,6 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
         place = shuffler.sample(range(n), n) if code.shuffle else range(n)
         in_time = (worker for worker in first if latencies[worker] <= deadline)
         yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
-
-
-def _num_stragglers(wrapper: CodedWrapper) -> int:
-    return wrapper._num_stragglers(_code(wrapper), wrapper._waiting())
 
 
 def _code(wrapper: CodedWrapper) -> Code:

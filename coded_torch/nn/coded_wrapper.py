@@ -10,34 +10,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._arguments import instance
+from .._arguments import count, instance, real, shown
 from .._transforms import on_host
 from .._weights import unchanged
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import CHUNKS, History
 from ..scheduling.waiting import Waiting
+from ..stragglers import Stragglers
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .call_errors import error_of, holding
-from .division import Columns, Division, Rows
-from .execute import execute, seconds_left
-from .inputs import Inputs
+from .division import Columns, Division, Inputs, Rows
+from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Surrogates, answer, answer_alone, checked_surrogates
-from .report import Report
+from .report import Report, error_of, holding
 from .result_checks import Results, Stacked
-from .settings import check_settings, check_waiting
 from .verify import Check, Verifier
 
 __all__ = ["CodedWrapper"]
 
-_BLIND = (
-    "no input is floating-point, so there are no distances, and missing answers are predicted by "
-    "the mean of the others; give a callable, such as predictor=Regression(metric=features), that "
-    "makes features such as pooled embeddings, or give the wrapper a surrogate"
-)
 _CHECKED = ("code", "workers", "waiting", "parts", "predictor", "surrogate", "verify")
+_AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
 
 
 class CodedWrapper(ModuleProxy):
@@ -173,35 +167,50 @@ class CodedWrapper(ModuleProxy):
         self.last_run = None
         self._dealer = random.Random(0)
         self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
-        check_settings(self)
+        _check_settings(self)
         self._is_made = True
         self._verifier = Verifier(self.workers, verify) if verify else None
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Return the answers and the report of a call with its own policy; hooks do not run."""
-        check_waiting(self.code, waiting)
+        _check_waiting(self.code, waiting)
         report = Report()
-        return self._call(self.module, report, waiting, args, kwargs), report
+        return self._call(self.module, report, waiting or self._policy(), args, kwargs), report
 
     def replace(self, **changes: Any) -> CodedWrapper:
         """Return another wrapper, made with other values for some arguments of the constructor."""
         names = inspect.signature(CodedWrapper).parameters.keys() - changes.keys()
         return CodedWrapper(**{name: getattr(self, name) for name in names}, **changes)
 
+    @property
+    def num_stragglers(self) -> int:
+        """S, the number of columns that calls do not wait for; 0 without a code."""
+        if self.code is None:
+            return 0
+        return _num_stragglers(self.code, self._policy(), self.workers.stragglers)
+
+    def extra_repr(self) -> str:
+        how = f"parts={self.parts}" if self.code is None else str(self.code)
+        return f"{how}, {self.workers}, waiting={self._policy()}"
+
     # One call.
 
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         report = Report()
         try:
-            return self._call(module, report, None, args, kwargs)
+            return self._call(module, report, self._policy(), args, kwargs)
         finally:
             self.last_run = report
+
+    def _policy(self) -> Waiting:
+        """Return the policy of calls that bring none of their own."""
+        return self.waiting or (_AS_NEEDED if self.code is None else _AT_ONCE)
 
     def _call(
         self,
         module: Any,
         report: Report,
-        waiting: Waiting | None,
+        waiting: Waiting,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
@@ -209,7 +218,6 @@ class CodedWrapper(ModuleProxy):
         since = time.perf_counter()
         if self.training:
             self._warn_of_batch_statistics()
-        waiting = waiting or self._waiting()
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
@@ -227,32 +235,23 @@ class CodedWrapper(ModuleProxy):
 
     def _divide(self, inputs: Inputs, waiting: Waiting, since: float) -> tuple[Division, float]:
         """Return the parts of a batch, and the seconds to keep for predictions."""
-        code, pool = self.code, self.workers
-        reserve, by_distances = 0.0, code is None or code.uses_geometry
-        chunk = CHUNKS[0]
-        if by_distances:
+        code, pool, chunk, reserve = self.code, self.workers, CHUNKS[0], 0.0
+        if code is None or code.uses_geometry:
             left = seconds_left(pool, waiting, since)
             chunk, reserve = self._history.predictions.reserve(inputs.batch_size, left)
-            if waiting.predict and not self.surrogate and not inputs.floating():
-                metric = getattr(code or self.predictor, "metric", None)
-                if not any(map(callable, metric if isinstance(metric, list | tuple) else [metric])):
-                    self._warn_once(_BLIND)
-        division: Division
         if code is None:
-            parts = self.parts or pool.num_workers or 1
-            predictor = self.predictor or _PREDICTOR
-            division = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
-        else:
-            dealer: Any = self._dealer if code.shuffle is True else code.shuffle or None
-            division = Columns(
-                inputs,
-                code,
-                num_stragglers=self._num_stragglers(code, waiting),
-                all_at_once=waiting.at_once,
-                dealer=dealer,
-                out_dims=self.out_dims,
-            )
-        return division, reserve
+            parts, predictor = self.parts or pool.num_workers or 1, self.predictor or _PREDICTOR
+            rows = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
+            return rows, reserve
+        columns = Columns(
+            inputs,
+            code,
+            num_stragglers=_num_stragglers(code, waiting, pool.stragglers),
+            all_at_once=waiting.at_once,
+            dealer=self._dealer if code.shuffle is True else code.shuffle or None,
+            out_dims=self.out_dims,
+        )
+        return columns, reserve
 
     def _compute(
         self,
@@ -264,47 +263,39 @@ class CodedWrapper(ModuleProxy):
         since: float,
         reserve: float,
     ) -> Any:
-        link = (self.code or self.predictor or _PREDICTOR).link
-        carries = self.code is None or not self.code.mixes
+        code, predictions = self.code, self._history.predictions
+        link = (code or self.predictor or _PREDICTOR).link
+        carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
         surrogates = Surrogates(self.surrogate, inputs, link, report, self.module)
+        check = Check(self._verifier, inputs) if self._verifier is not None else None
+        execution = Execution(division, results, report, check)
         with report.timed("compute"):
-            executed = execute(
-                self.workers,
-                module,
-                waiting,
-                self._history,
-                division,
-                results,
-                report,
-                since=since,
-                reserve=reserve,
-                check=Check(self._verifier, inputs) if self._verifier is not None else None,
+            execution.run(
+                self.workers, module, waiting, self._history, since=since, reserve=reserve
             )
-            surrogates.learn_owners(executed.owners)
+            surrogates.learn_owners(execution.owners)
         with report.timed("decode"), on_host():
-            error = error_of(waiting, division, results, report, executed)
+            error = error_of(waiting, division, results, report, execution)
             stacked = results.stack() if results.good else self._form
             if error is not None:
                 return answer_alone(waiting, division, stacked, surrogates, report, error)
             assert stacked is not None
             if self.surrogate:
                 self._form = stacked.form()
-            if isinstance(division, Rows) and not division.is_whole(stacked.units):
+            is_whole = division.is_whole(stacked.units)
+            rows = division if isinstance(division, Rows) and not is_whole else None
+            if rows is not None:
                 left = seconds_left(self.workers, waiting, since)
-                if note := division.keep_deadline(left, self._history.predictions):
-                    report.notes += (note,)
+                report.notes += rows.keep_deadline(left, predictions)
             try:
                 answers = answer(inputs, division, stacked, surrogates, report)
             except Exception as raised:  # of the caller's code: the answers that came are in it
                 holding(raised, division, results, report)
                 raise
-        # On a simulated clock, predictions take no time.
-        timed = not self.workers.simulated and not division.is_whole(stacked.units)
-        if timed and isinstance(division, Rows):
-            seconds, size = report.decode_seconds, division.batch_size
-            self._history.predictions.add(seconds, size, division.chunk)
-        report.warn(executed.why)
+        if rows is not None and not self.workers.simulated:  # there, predictions take no time
+            predictions.add(report.decode_seconds, rows.batch_size, rows.chunk)
+        report.warn(execution.why)
         return answers
 
     # Settings.
@@ -316,7 +307,7 @@ class CodedWrapper(ModuleProxy):
         super().__setattr__(name, value)
         if name in _CHECKED and "_is_made" in vars(self):
             try:
-                check_settings(self)
+                _check_settings(self)
             except (TypeError, ValueError):
                 super().__setattr__(name, before)
                 raise
@@ -324,20 +315,6 @@ class CodedWrapper(ModuleProxy):
             self._history = History()  # of this module on this pool
         if name in ("workers", "module", "verify") and "_is_made" in vars(self):
             self._verifier = Verifier(self.workers, self.verify) if self.verify else None
-
-    def _waiting(self) -> Waiting:
-        """Return the policy in force for calls that bring none of their own."""
-        if self.waiting is not None:
-            return self.waiting
-        return _AS_NEEDED if self.code is None else _AT_ONCE
-
-    def _num_stragglers(self, code: Code, waiting: Waiting) -> int:
-        """Return S, for the code and the pool in force."""
-        lost = waiting.num_stragglers
-        if lost is None:
-            law = self.workers.stragglers
-            lost = (law and law.num_stragglers) or 0
-        return max(0, min(lost, code.num_workers - code.min_received))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Move surrogates along with the module, though they are not its submodules."""
@@ -349,9 +326,74 @@ class CodedWrapper(ModuleProxy):
     def _is_local(self) -> bool:
         return self.workers.simulated
 
-    def extra_repr(self) -> str:
-        how = f"parts={self.parts}" if self.code is None else str(self.code)
-        return f"{how}, {self.workers}, waiting={self._waiting()}"
+
+def _num_stragglers(code: Code, waiting: Waiting, law: Stragglers | None) -> int:
+    """Return S, at most as many as the code can do without."""
+    lost = waiting.num_stragglers
+    if lost is None:
+        lost = (law and law.num_stragglers) or 0
+    return max(0, min(lost, code.num_workers - code.min_received))
 
 
-_AT_ONCE, _AS_NEEDED, _PREDICTOR = Waiting.first(), Waiting(), Regression()
+def _check_settings(wrapper: CodedWrapper) -> None:
+    """Raise a TypeError or a ValueError unless the settings of a wrapper fit each other."""
+    code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
+    instance(wrapper, "code", code, Code, optional=True)
+    instance(wrapper, "workers", pool, Workers)
+    instance(wrapper, "predictor", wrapper.predictor, Regression, optional=True)
+    if parts is not None:
+        count(wrapper, "parts", parts)
+    if verify is not None:
+        real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
+    wrong = {  # what must hold, and whether it does not
+        f"parts must be given with {type(pool).__name__}, which has no number of workers": (
+            code is None and parts is None and pool.num_workers is None
+        ),
+        "parts must be None with a code, which says how many columns there are": (
+            code is not None and parts is not None
+        ),
+        "predictor must be None with a code, which says how missing answers are predicted": (
+            code is not None and wrapper.predictor is not None
+        ),
+        # With a student, the paper's scheme has more error than the student alone in seven of ten
+        # settings measured on two networks (benchmarks/surrogates.py).
+        "surrogate must be left out with a code that mixes inputs, as it alone has less error": (
+            code is not None and code.mixes and bool(wrapper.surrogate)
+        ),
+        "verify must be None with a code, as only rows can be verified": (
+            code is not None and bool(verify)
+        ),
+        "verify must be None on a pool without two workers that can be told apart": (
+            bool(verify) and (pool.num_workers or 0) < 2
+        ),
+    }
+    for must, is_wrong in wrong.items():
+        if is_wrong:
+            got = shown(getattr(wrapper, must.partition(" ")[0]))
+            raise ValueError(f"CodedWrapper: {must}, got {got}")
+    _check_waiting(code, wrapper.waiting)
+
+
+def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
+    """Raise a TypeError or a ValueError unless a policy fits the code."""
+    instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
+    if waiting is None:
+        return
+    if code is None:
+        if waiting.at_once:
+            raise ValueError(
+                "CodedWrapper: waiting must be Waiting(...) without a code, as rows do not stand "
+                f"in for each other, got {waiting}"
+            )
+        return
+    if not waiting.predict and code.mixes:
+        raise ValueError(
+            "CodedWrapper: waiting.predict must be True with a code that mixes inputs, as all that "
+            f"it decodes is estimated, got False with {code}"
+        )
+    lost, most = waiting.num_stragglers or 0, code.num_workers - code.min_received
+    if lost > most:
+        raise ValueError(
+            f"CodedWrapper: waiting.num_stragglers must be at most {most}, as {code} needs "
+            f"{code.min_received} results, got {lost}"
+        )

@@ -1,48 +1,210 @@
-r"""The two ways to divide a batch into the parts that workers are asked for: rows and columns."""
+r"""The arguments of a call, and the two ways to divide them into parts: rows and columns."""
 
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from .._arguments import dense
+from .._transforms import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import CHUNKS, PredictionTimes
 from ..workers.base import Task
-from .inputs import Inputs
+from ..workers.pytrees import broadcast_dims, positional
 
 if TYPE_CHECKING:
     from ..codes.plans import BatchPlan
     from ..input_space.regression import Regression, RowPlan
 
-__all__ = ["Columns", "Division", "Rows"]
+__all__ = ["Columns", "Division", "Inputs", "Rows", "finite"]
 
-# Seconds by which answers are rather late than worse: a busy machine wakes a thread as much too
-# late (benchmarks/promises.py, "deadline").
+# Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
+# wakes a thread about as late (benchmarks/promises.py, "deadline").
 _SLACK = 5e-3
 
 
-class Division:
-    """A batch as units that can be asked for one by one; a part is some of them.
+class Inputs:
+    """The arguments of one call: their leaves, the batch dimension of each, and the batch size.
 
     Args:
-        inputs: of the call.
-        leaves: of the inputs; what is divided is ``[units, R, ...]``.
+        args, kwargs: the arguments.
+        in_dims: the batch dimensions of ``args``, see :class:`~coded_torch.CodedWrapper`.
+        mixing: the code if it mixes inputs, which must be floating-point and finite then. Defaults
+            to None.
+
+    Attributes:
+        leaves: the leaves of ``(args, kwargs)``.
+        dims: the batch dimension of each leaf; None if every part gets the whole leaf.
+        spec: the structure of ``(args, kwargs)``.
+        batch_size: B
+        device: the device of the first divided leaf.
+        not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. None if there is
+            no such row, or inputs are mixed.
+
+    Raises:
+        TypeError: a tensor cannot be divided, or ``in_dims`` holds anything but dimensions.
+        ValueError: the inputs do not fit ``in_dims``, each other or the code.
+    """
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_dims: Any,
+        mixing: Code | None = None,
+    ) -> None:
+        self.args, self.kwargs = args, kwargs
+        # The common case, at a tenth of the cost.
+        self._plain = not kwargs and all(isinstance(arg, Tensor) for arg in args)
+        if self._plain:
+            self.leaves, (self.spec, spec) = list(args), positional(len(args))
+        else:
+            self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+            spec = pytree.tree_structure(args)
+        dims = broadcast_dims("in_dims", in_dims, spec, "shared")
+        dims += [0] * (len(self.leaves) - len(dims))
+        self.dims = [
+            dim if isinstance(leaf, Tensor) and dim != "shared" else None
+            for leaf, dim in zip(self.leaves, dims, strict=True)
+        ]
+        sizes = {
+            i: self._checked_size(i, dim, mixing)
+            for i, dim in enumerate(self.dims)
+            if dim is not None
+        }
+        if not sizes:
+            others = {type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Tensor)}
+            got = ", ".join(sorted(others)) or "none"
+            raise ValueError(f"CodedWrapper: inputs must hold a tensor to be coded, got {got}")
+        if len(set(sizes.values())) > 1:
+            got = ", ".join(f"{size} in {self._name(i)}" for i, size in sizes.items())
+            raise ValueError(
+                f"CodedWrapper: coded inputs must have one batch size, got {got}; what is meant "
+                'for the whole batch is passed by position with "shared" in in_dims'
+            )
+        (first, self.batch_size), *_ = sizes.items()
+        self.device: torch.device = self.leaves[first].device
+        self.not_finite = _not_finite(self.floating()) if mixing is None else None
+        if self.batch_size > 1 and not (self._plain and None not in self.dims):
+            self._check_shared(dims)
+
+    def batches(self) -> list[Tensor]:
+        """Return the divided inputs, ``[B, ...]`` each."""
+        return [
+            leaf.movedim(dim, 0) if dim else leaf
+            for leaf, dim in zip(self.leaves, self.dims, strict=True)
+            if dim is not None
+        ]
+
+    def floating(self) -> list[Tensor]:
+        """Return the floating-point :meth:`batches`: distances are measured on them."""
+        return [leaf for leaf in self.batches() if leaf.is_floating_point()]
+
+    def _name(self, i: int) -> str:
+        if self._plain:
+            return f"args[{i}]"
+        return _name(pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0])
+
+    def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
+        """Return the batch size of a leaf that can be divided."""
+        leaf: Tensor = self.leaves[i]
+        name = f"CodedWrapper: {self._name(i)} must"
+        whole = not (leaf.is_floating_point() or leaf.is_complex())
+        dense("CodedWrapper", self._name(i), leaf, floating=not whole)
+        if whole and mixing is not None:
+            raise TypeError(
+                f"{name} be floating-point, as {mixing} mixes inputs, got {leaf.dtype}; leave the "
+                "code out, or take one that repeats inputs, or code what it is turned into instead "
+                "(the embeddings of tokens), or, if it is meant for the whole batch, pass it by "
+                'position with "shared" in in_dims'
+            )
+        if not -leaf.dim() <= dim < leaf.dim():
+            raise ValueError(f"{name} have the batch dimension {dim}, got shape {(*leaf.shape,)}")
+        if mixing is not None and not finite(leaf):  # it would spoil its whole group
+            place = (~leaf.isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"{name} be finite, as {mixing} mixes inputs, got {leaf[tuple(place)].item()} in "
+                f"row {place[dim]}, at {place}; leave the code out, or take one that repeats "
+                "inputs, or leave the row out"
+            )
+        return leaf.shape[dim]
+
+    def _check_shared(self, dims: Sequence[Any]) -> None:
+        """Raise a ValueError if a shared input looks as if each row had its own entry."""
+        at = 0  # the first leaf of a node
+        for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), _is_numbers)[0]:
+            own = 0
+            if isinstance(node, Tensor | np.ndarray):
+                own = node.shape[0] if node.ndim else 0
+            elif _is_numbers(node):
+                own = len(node)
+            if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
+                raise ValueError(
+                    f"CodedWrapper: {_name(path)} must be a tensor with a batch dimension in "
+                    'in_dims if each row has its own entry, or "shared" in in_dims if all rows '
+                    f"share it, got a {type(node).__name__} of the batch size {own}"
+                )
+            at += own if _is_numbers(node) else 1
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Return the Python expression of a place in ``(args, kwargs)``."""
+    return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
+
+
+def _is_numbers(node: Any) -> bool:
+    """Return whether a node is a list of numbers; tuples are sizes and the like."""
+    return type(node) is list and node != [] and all(isinstance(x, int | float) for x in node)
+
+
+def finite(leaf: Tensor) -> bool:
+    """Return whether all of a tensor is finite; integers are."""
+    if not leaf.is_floating_point():
+        return True
+    leaf = leaf.detach() if leaf.requires_grad else leaf
+    # A value that is not finite stays so in every sum; a sum may overflow without one.
+    return math.isfinite(leaf.sum().item()) or all(
+        map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
+    )
+
+
+def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
+    """Return the rows of ``[B, ...]`` that are not finite: bool, ``[B]``; None if all are."""
+    with outside():
+        rows = [
+            (~plain("CodedWrapper", "inputs", x).isfinite()).reshape(len(x), -1).any(1).cpu()
+            for x in batches
+            if not finite(x)
+        ]
+        return torch.stack(rows).any(0) if rows else None
+
+
+class Division:
+    """A batch as units that can be asked for one by one. A part is some of the units.
+
+    Args:
+        inputs: the arguments of the call.
+        leaves: the leaves of the arguments; ``[units, R, ...]`` if they are divided.
         num_units: the number of units.
         unit_rows: R, the rows of a unit.
-        out_dims: of the module.
+        out_dims: the batch dimensions of the module's outputs.
 
     Attributes:
         task: the call of the module that computes units.
         first: the units of each part that is asked for first.
-        spare: the columns that are not among these, and can stand in for any; None for rows.
+        spare: the columns that are not in ``first`` and can stand in for any other; None by rows.
         needed: the number of units with a result that complete the call.
         least: the number of units that can be decoded at all.
         batch_size: B
-        num_groups: G; 0 for rows.
+        num_groups: G; 0 by rows.
         not_finite: bool ``[units, R]``, the rows of every unit whose inputs are not finite; None if
             there is no such row.
     """
@@ -59,13 +221,7 @@ class Division:
     ) -> None:
         self.batch_size = inputs.batch_size
         self.task = Task(
-            leaves,
-            inputs.dims,
-            inputs.spec,
-            num_units=num_units,
-            unit_rows=unit_rows,
-            device=inputs.device,
-            out_dims=out_dims,
+            leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )
 
     @property
@@ -81,20 +237,19 @@ class Division:
         return False
 
     def of_units(self, values: Tensor, units: Sequence[int]) -> Tensor:
-        """Return some values of the batch, ``[B, ...]``, for units that repeat it: [F, R, ...]."""
+        """Return values of the batch, ``[B, ...]``, for units that repeat it: ``[F, R, ...]``."""
         raise NotImplementedError
 
 
 class Columns(Division):
-    """The N coded inputs of every group: each column is a row for each of the G groups.
+    """The N coded inputs of every group: each column has a row for each of the G groups.
 
     Args:
-        inputs: of the call.
+        inputs, out_dims: as for :class:`Division`.
         code: the code.
-        num_stragglers: S; N - S results are waited for.
+        num_stragglers: S; the call waits for N - S results.
         all_at_once: whether the other S columns are asked for at once too.
-        dealer: the order of asking is drawn from it; None: column n is asked for as the n-th.
-        out_dims: of the module.
+        dealer: draws the order of asking. At None, column n is asked for as the n-th.
     """
 
     def __init__(
@@ -108,11 +263,9 @@ class Columns(Division):
         out_dims: Any,
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
+        others = [] if floating else inputs.batches()
         self._plan = plan = code.plan(
-            floating,
-            num_stragglers,
-            batch_size=inputs.batch_size,
-            others=[] if floating else inputs.batches(),
+            floating, num_stragglers, batch_size=inputs.batch_size, others=others
         )
         leaves = [
             leaf if dim is None else plan.encode(leaf.movedim(dim, 0) if dim else leaf)
@@ -124,10 +277,9 @@ class Columns(Division):
             self.not_finite = plan.encode(inputs.not_finite)
         self.needed, self.least = n - num_stragglers, code.min_received
         # The columns asked for first are spread evenly over the curve.
-        chosen = list(range(n))
-        if not all_at_once:
-            chosen = [i * n // self.needed for i in range(self.needed)]
-        spare = [] if len(chosen) == n else sorted(set(range(n)) - set(chosen))
+        asked = n if all_at_once else self.needed
+        chosen = [i * n // asked for i in range(asked)]
+        spare = sorted(set(range(n)).difference(chosen))
         if dealer is not None:
             dealer.shuffle(chosen)
             dealer.shuffle(spare)
@@ -146,11 +298,10 @@ class Rows(Division):
     Nothing is fitted before a row is missing.
 
     Args:
-        inputs: of the call.
-        predictor: of missing rows.
-        chunk: rows that are predicted together; 0: each by the mean of all results.
-        parts: into how many parts the batch is divided at most.
-        out_dims: of the module.
+        inputs, out_dims: as for :class:`Division`.
+        predictor: predicts missing rows.
+        chunk: the number of rows that are predicted together; 0: each by the mean of all results.
+        parts: the most parts that the batch is divided into.
     """
 
     def __init__(
@@ -181,16 +332,15 @@ class Rows(Division):
         others = [] if floating else self._inputs.batches()
         return self._predictor.plan(floating, size, others=others, chunk=self.chunk)
 
-    def keep_deadline(self, seconds: float, times: PredictionTimes) -> str:
-        """Predict by less if there is no time for more, and return a note that says so, or ""."""
+    def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:
+        """Predict from less if time is short, and return the notes that say so."""
         is_planned = not self.chunk or "_plan" in vars(self)
         if not is_planned and times.seconds(self.batch_size, self.chunk) > seconds + _SLACK:
             self.chunk = 0
-        if not self.chunk:
-            return "predicted by the mean of the results, to keep the deadline"
-        if self.chunk < min(self.batch_size, CHUNKS[0]):
-            return f"predicted {self.chunk} rows at a time, to keep the deadline"
-        return ""
+        if self.chunk >= min(self.batch_size, CHUNKS[0]):
+            return ()
+        how = f"{self.chunk} rows at a time" if self.chunk else "by the mean of the results"
+        return (f"predicted {how}, to keep the deadline",)
 
     def is_whole(self, received: Sequence[int]) -> bool:
         return len(received) == self.batch_size

@@ -1,11 +1,9 @@
-r"""A module that stands in for another: its state dict, mode, attributes and compilation."""
+r"""A module that stands in for another: its state dict, its mode and its compilation."""
 
 from __future__ import annotations
 
 import abc
 import asyncio
-import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +24,8 @@ _TRAINING_EFFECTS: dict[type[nn.Module], str] = {
 }
 
 
-_NONE = object()
-
-
 class ModuleProxy(nn.Module, abc.ABC):
     """A wrapper with the state dict and the mode of the module inside.
-
-    Subclasses implement :meth:`_forward` and :meth:`_is_local`.
 
     Args:
         module: the module inside.
@@ -44,11 +37,14 @@ class ModuleProxy(nn.Module, abc.ABC):
         self.training = module.training
         self._compiled: Callable[..., Any] | None = None
         self._warned: set[str] = set()
-        self.register_load_state_dict_post_hook(_name_keys)  # type: ignore[no-untyped-call]
 
     @abc.abstractmethod
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the answers; ``module`` is the one inside, or compiled from it."""
+
+    @abc.abstractmethod
+    def _is_local(self) -> bool:
+        """Return whether the module itself runs, and not copies of it."""
 
     @abc.abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -63,27 +59,18 @@ class ModuleProxy(nn.Module, abc.ABC):
         Args:
             args, kwargs: of :meth:`run`.
         """
-        return await _in_thread(functools.partial(self.run, *args, **kwargs))
+        ambient, interruption = Ambient.capture(), Interruption()
 
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the module that the wrapper has not, unless it can be called."""
+        def run() -> tuple[Any, Any]:
+            INTERRUPTION.set(interruption)  # in the context of the thread
+            with ambient.restored(ambient.default_device):
+                return self.run(*args, **kwargs)
+
         try:
-            return super().__getattr__(name)
-        except AttributeError:
-            module = self.__dict__.get("_modules", {}).get("module")  # none while it is unpickled
-            value = _NONE if name.startswith("_") else getattr(module, name, _NONE)
-            if value is _NONE:
-                raise
-        if callable(value):
-            raise AttributeError(
-                f"{type(self).__name__}: {name} would run uncoded, in this process; if that is "
-                f"meant, use coded.module.{name}"
-            )
-        return value
-
-    @abc.abstractmethod
-    def _is_local(self) -> bool:
-        """Return whether the module itself runs, and not copies of it."""
+            return await asyncio.to_thread(run)
+        except asyncio.CancelledError:
+            interruption.set()
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -107,15 +94,13 @@ class ModuleProxy(nn.Module, abc.ABC):
         state = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_compiled": None}  # made again where it is needed
 
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warn(f"{type(self).__name__}: {message}")
-
     def _warn_of_batch_statistics(self) -> None:
-        for kind, effect in _TRAINING_EFFECTS.items() if self.training else ():
-            if (name := training_part(self.module, kind)) is not None:
-                self._warn_once(f"{name} is in training mode and {effect}; call eval() on it")
+        for kind, effect in _TRAINING_EFFECTS.items():
+            name = training_part(self.module, kind)
+            if name is not None and name not in self._warned:
+                self._warned.add(name)
+                what = f"{name} is in training mode and {effect}; call eval() on it"
+                warn(f"{type(self).__name__}: {what}")
 
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
@@ -129,32 +114,7 @@ class ModuleProxy(nn.Module, abc.ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for key in list(state_dict):
             state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        self._loading = prefix, args[-3:]  # for _name_keys, when the module has been loaded too
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _name_keys(wrapper: ModuleProxy, _: Any) -> None:
-    """Name missing, unexpected and bad keys as they are in the state dict, without ``module.``."""
-    prefix, complaints = vars(wrapper).pop("_loading")
-    pattern = re.compile(rf"(?<![\w.]){re.escape(prefix)}module\.")
-    for texts in complaints:
-        texts[:] = [pattern.sub(prefix, text) for text in texts]
-
-
-async def _in_thread(call: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Await a call in a thread; if the awaiting task is cancelled, interrupt its request."""
-    ambient, interruption = Ambient.capture(), Interruption()
-
-    def run() -> tuple[Any, Any]:
-        INTERRUPTION.set(interruption)  # in the context of the thread
-        with ambient.restored(ambient.default_device):
-            return call()
-
-    try:
-        return await asyncio.to_thread(run)
-    except asyncio.CancelledError:
-        interruption.set()
-        raise
 
 
 def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:

@@ -28,8 +28,7 @@ from .result_checks import Stacked, decodable
 
 if TYPE_CHECKING:
     from ..scheduling.waiting import Waiting
-    from .division import Division
-    from .inputs import Inputs
+    from .division import Division, Inputs
     from .report import Report
 
 __all__ = ["Surrogates", "answer", "answer_alone", "checked_surrogates"]

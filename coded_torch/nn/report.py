@@ -1,4 +1,4 @@
-r"""The report of one call of a wrapper."""
+r"""The report of one call of a wrapper, and the exception that it raises instead of answering."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._logging import sparing_logger
+from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..scheduling.protocol import Ended, Hedge
 from ..workers.base import WorkerError
+from ..workers.pytrees import unflatten
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
+    from ..scheduling.waiting import Waiting
     from ..verification import Verdict
+    from .division import Division
+    from .execute import Execution
     from .result_checks import Results
 
-__all__ = ["Report"]
+__all__ = ["Report", "error_of", "holding"]
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
@@ -29,6 +34,7 @@ _CUT_SHORT = {
     "error": "the module fails on them",
     "failed": "no more results could come",
 }
+_NOTE = "raised by the module on"
 
 logger = sparing_logger("coded_torch.nn")
 
@@ -61,10 +67,7 @@ class Report:
             come.
         hedging_threshold: seconds after its begin at which a part of the first ask is late; None if
             not known yet.
-        median: of whole calls, in seconds; None if not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
-        decodable: seconds from the call until the rest could be predicted, which may be after the
-            deadline; None if never.
         num_groups: G, the number of groups; 0 if the batch was divided by rows.
         distances: for each decoded output (and each chunk of a large batch), the metric and length
             by which missing answers were predicted, and how well they predict results from each
@@ -99,9 +102,7 @@ class Report:
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
     hedging_threshold: float | None = None
-    median: float | None = None
     deadline: float | None = None
-    decodable: float | None = None
     num_groups: int = 0
     distances: tuple[Choice, ...] = ()
     missing_rows: tuple[int, ...] = ()
@@ -136,17 +137,10 @@ class Report:
         squares = self.expected_errors.square()
         return float(squares.mean().sqrt()) if len(squares) else 0.0
 
-    def note_results(self, results: Results) -> None:
-        """Note whose results count, and what is wrong with the others."""
-        self.received = tuple(sorted({result.worker for result in results.good}))
-        self.rejected = {  # -1: no worker had the part
-            error.worker: error.reason for error in results.rejected if error.worker >= 0
-        }
-
     def note_end(self, ended: Ended) -> None:
         """Note how the policy ended the call."""
         self.ended, self.hedges = ended.reason, ended.hedges
-        for name in ("hedging_threshold", "median", "deadline", "decodable"):
+        for name in ("hedging_threshold", "deadline"):
             seconds = getattr(ended, name)
             setattr(self, name, None if seconds == math.inf else seconds)
 
@@ -170,7 +164,7 @@ class Report:
         """Log how many answers were predicted, unless the policy wanted no more results.
 
         Args:
-            why: there were no more results, in words.
+            why: the reason why there were no more results, in words.
         """
         if self.predicted is None or self.ended not in _CUT_SHORT:
             return
@@ -186,3 +180,131 @@ class Report:
             yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
+
+def error_of(
+    waiting: Waiting, division: Division, results: Results, report: Report, execution: Execution
+) -> Exception | None:
+    """Return what to raise if some rows may not, or cannot, be predicted; None if all may.
+
+    The report says which rows are missing, and why.
+    """
+    errors = {error.part: error for error in results.rejected}
+    blamed = [errors[number] for number in execution.refused if number in errors]
+    if division.by_rows:
+        good, last, refused = results.units, dict[int, WorkerError](), set[int]()
+        for part in execution.parts:
+            if part.number in errors:
+                last |= dict.fromkeys(part.units, errors[part.number])
+            if part.number in execution.refused:
+                refused |= set(part.units) - good
+        report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
+        report.errors = {row: last[row] for row in report.missing_rows if row in last}
+        report.refused = tuple(sorted(refused))
+    # As many results as others may be predicted from.
+    required = max(division.least, -(-division.needed // 2))
+    if not waiting.predict:
+        required = division.needed
+    elif waiting.at_once or (report.ended == "failed" and not division.by_rows):
+        required = division.least  # no more could come
+    why, error = execution.why, results.misfit
+    enough = len(results.units) >= required
+    if blamed and (waiting.on_error == "raise" or not enough):
+        required, why = division.needed, ""
+        error = _of_module(min(blamed, key=lambda e: execution.parts[e.part].units), report.refused)
+    elif enough:
+        required, error = division.needed, None
+        if not (why := _unpredictable(division, results)):
+            return None
+    if error is None:
+        error = _too_few(required, division, results, report, why)
+    return holding(error, division, results, report)
+
+
+def _unpredictable(division: Division, results: Results) -> str:
+    """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
+    received, first = sorted(results.units), results.good[0]
+    odd = division.not_finite
+    why = ""
+    if odd is not None and bool(odd[received].all()):
+        why = "there is no result of finite inputs to predict others from"
+    for i, (leaf, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
+        if dim is not None and isinstance(leaf, Tensor) and not leaf.is_floating_point():
+            remedy = "take Waiting(predict=False), or return logits instead"
+            why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
+    if not why or division.is_whole(received):
+        return ""
+    return why if division.by_rows or bool((division.plan().source(received) < 0).any()) else ""
+
+
+def _of_module(first: WorkerError, refused: Sequence[int]) -> Exception | None:
+    """Return the exception of the module; None if it raised none."""
+    cause = first.__cause__
+    if first.kind != "raised" or not isinstance(cause, Exception):
+        return None
+    if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
+        cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
+        cause.__cause__ = stopped
+    if refused:
+        note = f"{_NOTE} {_shown(refused)} of the batch; {first}"
+        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
+            # `add_note` is not in Python 3.10. The module may raise one object again and again.
+            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
+            cause.__notes__ = [*others, note]
+            cause.rows = refused  # type: ignore[attr-defined]
+    return cause
+
+
+def _too_few(
+    required: int, division: Division, results: Results, report: Report, why: str
+) -> NotEnoughResults:
+    rejected = results.rejected
+    reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
+    total = len(division.first)
+    received = [r.part.number for r in results.good if r.part.number < total]
+    if division.by_rows:
+        received, total = sorted(results.units), division.batch_size
+        causes: dict[str, list[int]] = {}
+        for row in report.missing_rows:
+            cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
+            causes.setdefault(cause, []).append(row)
+        reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
+    kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
+    error = kind(received, required, total, "; ".join([*reasons, *([why] if why else [])]))
+    error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
+    return error
+
+
+def _shown(rows: Sequence[int]) -> str:
+    """Show rows, runs of them as their ends."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1][1:] = [row]
+        else:
+            runs.append([row])
+    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
+
+
+def holding(error: Exception, division: Division, results: Results, report: Report) -> Exception:
+    """Return the exception with the report and the answers that came."""
+    with contextlib.suppress(Exception):  # as above
+        error.report = report  # type: ignore[attr-defined]
+        error.answers = _computed(division, results)  # type: ignore[attr-defined]
+    return error
+
+
+def _computed(division: Division, results: Results) -> Any:
+    """Return the rows that were computed, in the structure of the answers, NaN elsewhere."""
+    if not (division.by_rows and results.good):
+        return None
+    stacked, leaves = results.stack(), []
+    for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True):
+        if dim is not None and isinstance(leaf, Tensor):
+            fill = math.nan if leaf.is_floating_point() else 0
+            whole = leaf.new_full((division.batch_size, *leaf.shape[2:]), fill)
+            whole[list(stacked.units)] = leaf.squeeze(1)
+            leaf = whole.movedim(0, dim)
+        leaves.append(leaf)
+    return unflatten(leaves, stacked.spec)

@@ -1,15 +1,18 @@
-r"""Which replies are good results, judged by their form, and the good ones side by side."""
+r"""Judges replies by their form, and puts the good results side by side."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
+from .._transforms import differentiated
 from ..workers.base import Part, Reply, Task, WorkerError
 from ..workers.pytrees import (
     CONSTANTS,
@@ -20,11 +23,11 @@ from ..workers.pytrees import (
     leaf_name,
     show,
 )
-from .inputs import finite
+from .division import finite
 
 __all__ = ["Result", "Results", "Stacked", "decodable"]
 
-_ROUNDING = 0.01  # that the sum of probabilities may be off; half precision needs as much
+_ROUNDING = 0.01  # by which a sum of probabilities may differ from 1; half precision needs as much
 
 
 def decodable(leaf: Any, dim: int | None) -> bool:
@@ -36,70 +39,40 @@ class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
     Args:
-        reply: with the value.
-        out_dims: of the task.
-        last: another result; if the form is the same, it need not be worked out again.
-        judged: bool, the rows of the part that must be finite, as their inputs are; None: all.
+        reply: the reply.
+        task: the task of the call.
+        carries: whether tensors of any dtype can be answers.
+        judged: bool, the rows that must be finite, as their inputs are; None: all.
+        last: another result, whose form is taken if the leaves look the same. Defaults to None.
 
     Attributes:
         part: the part that was asked for.
         worker: the place of the worker that answered.
-        leaves: of the value.
+        leaves: the leaves of the value.
         spec: the structure of the value.
-        dims: the dimension of each leaf that has the part's rows; None if it has none.
-        repeats: whether the form is the same as that of ``last``, the number of rows included.
+        dims: the batch dimension of each leaf; None if it has none.
+
+    Raises:
+        TypeError, ValueError: the value cannot be decoded.
     """
 
     def __init__(
-        self, reply: Reply, out_dims: Any, last: Result | None, judged: Tensor | None
+        self, reply: Reply, task: Task, carries: bool, judged: Tensor | None, last: Result | None
     ) -> None:
-        self._judged = judged
         self.part, self.worker, self._value = reply.part, reply.worker, reply.value
         self.leaves, self.spec = flatten(reply.value)
+        self._judged = judged
         self.dims: list[Any]
         self._form: list[tuple[Any, ...]]
-        self.repeats = last is not None and self._repeats(last)
-        if last is not None and self.repeats:
+        self._looks = (len(self.part.units), [_look(leaf) for leaf in self.leaves])
+        if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self._form = last.dims, last._form
             return
-        self.dims = broadcast_dims("out_dims", out_dims, self.spec)
+        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
+        self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
 
-    def _repeats(self, last: Result) -> bool:
-        if len(self.part.units) != len(last.part.units):
-            return False
-        if self.spec is not last.spec and self.spec != last.spec:  # to compare takes microseconds
-            return False
-        return all(
-            isinstance(mine, Tensor)
-            and isinstance(its, Tensor)
-            and mine.shape == its.shape
-            and mine.dtype == its.dtype
-            for mine, its in zip(self.leaves, last.leaves, strict=True)
-        )
-
-    def name(self, i: int) -> str:
-        """Return the name of a leaf."""
-        return leaf_name("output", self._value, i)
-
-    def judged(self, i: int) -> Tensor:
-        """Return a leaf without the rows of inputs that are not finite; the batch is dim 0 then."""
-        leaf: Tensor = self.leaves[i]
-        dim = self.dims[i]
-        if self._judged is None:
-            return leaf if dim in (0, None) else leaf.movedim(dim, 0)
-        if dim is None:  # such a row may be in it
-            return leaf.flatten()[:0]
-        return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
-
-    def check(self, task: Task, carries: bool) -> None:
-        """Raise a TypeError or a ValueError if the result cannot be decoded.
-
-        Args:
-            task: that it is a result of.
-            carries: whether tensors of any dtype can be answers, if every row has one.
-        """
-        size = len(self.part.units) * task.unit_rows
+    def _check(self, size: int, carries: bool) -> None:
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
                 continue
@@ -115,17 +88,29 @@ class Result:
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            problem = _improbable(self.judged(i)) if decodable(leaf, dim) else None
-            if problem is not None:
+            problem = _improbable(self.judged(i)) if decodable(leaf, dim) else ""
+            if problem:
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
                     f"to be decoded with link='softmax', got {problem}"
                 )
 
+    def name(self, i: int) -> str:
+        """Return the name of a leaf."""
+        return leaf_name("output", self._value, i)
+
+    def judged(self, i: int) -> Tensor:
+        """Return a leaf, batch first, without the rows of inputs that are not finite."""
+        leaf: Tensor = self.leaves[i]
+        dim = self.dims[i]
+        if self._judged is None:
+            return leaf.movedim(dim, 0) if dim else leaf
+        if dim is None:  # such a row may be in it
+            return leaf.flatten()[:0]
+        return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
+
     def resembles(self, other: Result) -> bool:
-        if self._form is other._form:
-            return True
-        return self._form == other._form and (self.spec is other.spec or self.spec == other.spec)
+        return self._form is other._form or (self._form, self.spec) == (other._form, other.spec)
 
     def __str__(self) -> str:
         return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
@@ -135,8 +120,8 @@ class Stacked(NamedTuple):
     """The good results side by side.
 
     Attributes:
-        units: that have a result, increasing.
-        leaves: ``[F, R, ...]`` each; a leaf without a batch, of the part that was asked first.
+        units: the units that have a result, increasing.
+        leaves: ``[F, R, ...]`` each; of leaves without a batch, the one of the part asked first.
         dims: the batch dimension of each leaf of the module's output.
         spec: the structure of the module's output.
         formats: the memory format of each leaf of the module's output.
@@ -158,10 +143,15 @@ class Results:
     """The replies to one task, of which the largest group of one form counts.
 
     Args:
-        task: what was asked. Results that cannot be answers to it have no vote.
+        task: the task. Results that cannot be its answers have no vote.
         link: "softmax" if the results must be probabilities, or None.
         not_finite: bool ``[units, R]``, rows whose results may be anything; None: there is none.
         carries: whether tensors of any dtype can be answers, if every row has one.
+
+    Attributes:
+        good: the largest group of results of one form, in the order of arrival; of equal ones, the
+            group of the part that was asked first.
+        units: the units with a good result.
     """
 
     def __init__(
@@ -170,12 +160,11 @@ class Results:
         self._task, self._link, self._carries = task, link, carries
         self._not_finite = not_finite
         self._errors: list[WorkerError] = []
-        self._misfits: list[WorkerError] = []
         self._groups: list[list[Result]] = []  # by form, each in order of arrival
-        self._num_replies = 0
-        self._last: Result | None = None  # that can be decoded, in any group
-        self.units: set[int] = set()  # with a good result
+        self._num_replies = self._num_misfits = 0
         self._chosen: Mapping[int, int] | None = None
+        self.good: list[Result] = []
+        self.units: set[int] = set()
 
     def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, bool]]]:
         """Judge replies that arrived together.
@@ -184,14 +173,18 @@ class Results:
             For each reply the parts whose results have become good, or bad, by it.
         """
         self._num_replies += len(replies)
-        formed = [self._form(reply) for reply in replies]
-        names = iter(_not_finite([result for result in formed if result is not None]))
+        formed: list[Result | None] = []
+        last = self.good[-1] if self.good else None
+        for reply in replies:
+            formed.append(result := self._form(reply, last))
+            last = result or last
+        names = _not_finite([result for result in formed if result is not None])
         return [
-            self._count(reply, result, next(names) if result is not None else None)
+            self._count(result, names.get(result)) if result else [(reply.part, False)]
             for reply, result in zip(replies, formed, strict=True)
         ]
 
-    def _form(self, reply: Reply) -> Result | None:
+    def _form(self, reply: Reply, last: Result | None) -> Result | None:
         """Return the result of a reply, if it can be decoded."""
         if reply.error is not None:
             self._errors.append(reply.error)
@@ -200,62 +193,54 @@ class Results:
         if judged is not None:
             judged = ~judged[list(reply.part.units)].flatten()
         try:
-            result = Result(reply, self._task.out_dims, self._last, judged)
-            if not result.repeats:
-                result.check(self._task, self._carries)
+            result = Result(reply, self._task, self._carries, judged, last)
         except (TypeError, ValueError) as cause:
-            self._misfits.append(_misfit(reply, cause))
+            self._reject(reply, cause)
             return None
-        self._last = result
         return result
 
-    def _count(
-        self, reply: Reply, result: Result | None, not_finite: str | None
-    ) -> list[tuple[Part, bool]]:
-        if result is not None and not_finite is not None:
-            what = f"returned values that are not finite in {not_finite}"
-            self._errors.append(_error(reply, what))
-            result = None
-        if result is not None and self._link is not None:
+    def _reject(self, of: Reply | Result, cause: Exception) -> None:
+        why = str(cause).removeprefix("CodedWrapper: ")
+        error = WorkerError(of.part.number, of.worker, f"returned what cannot be decoded: {why}")
+        error.__cause__ = cause
+        self._errors.append(error)
+        self._num_misfits += 1
+
+    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Part, bool]]:
+        """Let a result vote, and return whose results are good, or bad, by it."""
+        if not_finite is not None:
+            why = f"returned values that are not finite in {not_finite}"
+            self._errors.append(WorkerError(result.part.number, result.worker, why))
+            return [(result.part, False)]
+        if self._link is not None:
             try:
                 result.check_probabilities()
             except ValueError as cause:
-                self._misfits.append(_misfit(reply, cause))
-                result = None
-        if result is None:
-            return [(reply.part, False)]
+                self._reject(result, cause)
+                return [(result.part, False)]
         before = self.good
         group = next((g for g in self._groups if result.resembles(g[0])), None)
         if group is None:
             self._groups.append(group := [])
         group.append(result)
-        lead = self.good
+        self.good = lead = max(self._groups, key=_weight) if len(self._groups) > 1 else group
         if lead is before or not before:
             if group is lead:
                 self.units.update(result.part.units)
-            return [(reply.part, group is lead)]
+            return [(result.part, group is lead)]
         # Others have the majority now.
-        self.units = {unit for result in lead for unit in result.part.units}
+        self.units = {unit for other in lead for unit in other.part.units}
         return [(other.part, False) for other in before] + [(other.part, True) for other in lead]
-
-    @property
-    def good(self) -> list[Result]:
-        """The largest group of results of one form; of equal ones, that of the part asked first."""
-        if len(self._groups) == 1:
-            return self._groups[0]
-        return max(self._groups, key=_weight, default=[])
 
     @property
     def rejected(self) -> list[WorkerError]:
         """What is wrong with all other replies, in the order in which their parts were asked."""
-        lead, errors = self.good, self._errors + self._misfits
+        lead, errors = self.good, list(self._errors)
         for group in self._groups:
-            if group is lead:
-                continue
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
-            for result in group:
+            for result in group if group is not lead else ():
                 why = f"returned {result}, where {many} returned {lead[0]}"
-                errors.append(_error(result, why))
+                errors.append(WorkerError(result.part.number, result.worker, why))
         return sorted(errors, key=lambda error: error.part)
 
     def choose(self, parts: Mapping[int, int]) -> None:
@@ -265,50 +250,59 @@ class Results:
     @property
     def misfit(self) -> Exception | None:
         """The error of the first reply if no reply at all is an answer to the task."""
-        if not self._misfits or len(self._misfits) < self._num_replies:
+        if not 0 < self._num_misfits == self._num_replies:
             return None
         cause = self.rejected[0].__cause__
-        assert isinstance(cause, Exception)
-        return cause
+        return cause if isinstance(cause, Exception) else None
 
     def stack(self) -> Stacked:
-        """Stack the good results, of each unit the first that arrived, or the one that was chosen.
+        """Stack the good results, of each unit the first that arrived, or the chosen one.
 
         There must be one.
         """
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
-        answers: dict[int, Result] = {}
+        answers: dict[int, tuple[Result, int]] = {}  # by unit, and its place in the result
         for result in self.good:
-            for unit in result.part.units:
+            for place, unit in enumerate(result.part.units):
                 if self._chosen is None or self._chosen.get(unit) == result.part.number:
-                    answers.setdefault(unit, result)
+                    answers.setdefault(unit, (result, place))
         units = tuple(sorted(answers))
         # Side by side in the order of their units, which leaves little or nothing to put in place.
-        good = list(dict.fromkeys(answers[unit] for unit in units))
-        place = {}  # of a unit, among the units of all these results
-        at = 0
-        for result in good:
-            for unit in result.part.units:
-                if answers[unit] is result:
-                    place[unit] = at
-                at += 1
-        places = [place[unit] for unit in units]
-        in_place = places == list(range(at))
+        good = list(dict.fromkeys(answers[unit][0] for unit in units))
+        counts = [len(result.part.units) for result in good]
+        starts = dict(zip(good, itertools.accumulate(counts, initial=0), strict=False))
+        places = [starts[result] + place for result, place in map(answers.__getitem__, units)]
+        in_place = places == list(range(sum(counts)))
         leaves: list[Any] = []
         for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
-            if dim is None or not isinstance(own, Tensor):
-                leaves.append(own)
-                continue
-            column = [result.leaves[i] for result in good]
-            if dim != 0:
-                column = [leaf.movedim(dim, 0) for leaf in column]
-            stacked = column[0] if len(column) == 1 else torch.cat(column)
-            stacked = stacked.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
-            if not in_place:
-                stacked = stacked.index_select(0, torch.tensor(places, device=stacked.device))
-            leaves.append(stacked)
+            if dim is not None and isinstance(own, Tensor):
+                column = [result.leaves[i].movedim(dim, 0) for result in good]
+                own = column[0] if len(column) == 1 else _adjoining(column)
+                own = torch.cat(column) if own is None else own
+                own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
+                if not in_place:
+                    own = own.index_select(0, torch.tensor(places, device=own.device))
+            leaves.append(own)
         formats = [_memory_format(leaf) for leaf in first.leaves]
         return Stacked(units, leaves, first.dims, first.spec, formats)
+
+
+def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:
+    """Return a view of tensors ``[n, ...]`` that lie end to end in memory; None if they do not.
+
+    Workers in this process compute all parts at once, and each leaf is a slice of that.
+    """
+    first = leaves[0]
+    if type(first) is not Tensor or differentiated(first):
+        return None
+    storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
+    for leaf in leaves:
+        lies_there = leaf.storage_offset() == end and leaf.untyped_storage().data_ptr() == storage
+        if not (lies_there and leaf.is_contiguous()):
+            return None
+        end += leaf.numel()
+        rows += len(leaf)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _weight(group: Sequence[Result]) -> tuple[int, int]:
@@ -324,77 +318,57 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _error(of: Reply | Result, reason: str) -> WorkerError:
-    return WorkerError(of.part.number, of.worker, reason)
-
-
-def _misfit(reply: Reply, cause: Exception) -> WorkerError:
-    why = str(cause).removeprefix("CodedWrapper: ")
-    error = _error(reply, f"returned what cannot be decoded: {why}")
-    error.__cause__ = cause
-    return error
-
-
-def _not_finite(results: Sequence[Result]) -> list[str | None]:
-    """Return, for each result, the name of a leaf that is not finite, None if all are.
+def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
+    """Return by result the name of a leaf that is not finite.
 
     The host waits for a device once, unless there is something wrong.
     """
-    names: list[str | None] = [None] * len(results)
     rows = [
-        (n, i, result.judged(i))
-        for n, result in enumerate(results)
+        (result, i, result.judged(i))
+        for result in results
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
     if len(rows) > 1 and _together_finite([leaf for _, _, leaf in rows]):
-        return names
-    for n, i, leaf in rows:
-        if names[n] is None and not finite(leaf):
-            names[n] = results[n].name(i)
-    return names
+        return {}
+    return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
 
 
 def _together_finite(leaves: Sequence[Tensor]) -> bool:
     """Return whether all are finite; False also where a sum overflows."""
-    base = leaves[0]._base
-    # Workers in this process compute all parts at once, and each reply is a part of that.
-    if base is not None and all(leaf._base is base for leaf in leaves):
-        return finite(base)
+    if (whole := _adjoining(sorted(leaves, key=Tensor.storage_offset))) is not None:
+        return finite(whole)
     device = leaves[0].device
     sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
     return math.isfinite(torch.stack(sums).sum().item())
 
 
-def _improbable(rows: Tensor) -> str | None:
-    """Return what rows ``[G, ..., C]`` hold, if not probabilities of C classes."""
+def _improbable(rows: Tensor) -> str:
+    """Return what rows ``[G, ..., C]`` hold, "" if probabilities of C classes."""
     if rows.dim() < 2:
         return "one number a row"
     if rows.numel() == 0:
-        return None
+        return ""
     rows = rows.detach()
     sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
     least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
     if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
-        return None
+        return ""
     return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"
 
 
+def _look(leaf: Any) -> tuple[Any, ...]:
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else kind(leaf)
+
+
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
-    """Return the kind of a leaf; of a tensor the shape too, but for how many rows there are."""
-    if not isinstance(leaf, Tensor):
-        return kind(leaf)
-    shape: Sequence[int] = leaf.shape
-    if dim is not None and -leaf.dim() <= dim < leaf.dim():
-        at = dim % leaf.dim()
-        shape = (*shape[:at], *shape[at + 1 :])
-    return (*kind(leaf), *shape)
+    """Return the look of a leaf, but for how many rows a tensor has."""
+    if dim is None or not isinstance(leaf, Tensor):
+        return _look(leaf)
+    return leaf.dtype, leaf.movedim(dim, 0).shape[1:]
 
 
 def _memory_format(leaf: Any) -> torch.memory_format:
-    """Return the memory format of a tensor, if its strides leave no doubt."""
-    if isinstance(leaf, Tensor) and not leaf.is_contiguous():
-        for dims, layout in ((4, torch.channels_last), (5, torch.channels_last_3d)):
-            if leaf.dim() == dims and leaf.is_contiguous(memory_format=layout):
-                return layout
-    return torch.contiguous_format
+    if not isinstance(leaf, Tensor) or leaf.is_contiguous():
+        return torch.contiguous_format
+    return suggest_memory_format(leaf)

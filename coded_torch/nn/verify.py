@@ -15,7 +15,7 @@ from ..verification import Drawn, Scores, Strikes, Trials, Verdict, draw
 
 if TYPE_CHECKING:
     from ..workers.base import Workers
-    from .inputs import Inputs
+    from .division import Inputs
     from .report import Report
     from .result_checks import Result
 

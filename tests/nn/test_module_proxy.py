@@ -66,22 +66,11 @@ def test_the_state_dict_as_a_part_of_a_bigger_module():
     bare.load_state_dict(coded.state_dict(), strict=True)
     twice = bigger(CodedWrapper(network(), PolynomialCode(2, 4)))
     state = bare.state_dict()
+    twice.load_state_dict(state)
+    assert torch.equal(twice["module"].module.module[0].bias, bare["module"][0].bias)
     del state["module.2.bias"]
-    state |= {"module.9.x": torch.zeros(1), "module.0.bias": torch.zeros(7)}
-    for model in (coded, twice, copy.deepcopy(twice), pickle.loads(pickle.dumps(twice))):
-        with pytest.raises(RuntimeError) as info:
-            model.load_state_dict(state)
-        for complaint in (
-            'Missing key(s) in state_dict: "module.2.bias".',
-            'Unexpected key(s) in state_dict: "module.9.x".',
-            "size mismatch for module.0.bias:",
-        ):
-            assert complaint in str(info.value)
-    del state["module.0.bias"]
-    assert coded.load_state_dict(state, strict=False) == (
-        ["module.0.bias", "module.2.bias"],
-        ["module.9.x"],
-    )
+    with pytest.raises(RuntimeError, match=r"Missing key.*module\.2\.bias"):
+        coded.load_state_dict(state)
 
 
 def test_functional_call_takes_the_names_of_the_parameters():
@@ -117,37 +106,6 @@ def test_hooks_of_the_module_and_of_the_wrapper_run():
     coded.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     coded(rand(5, 3))
     assert calls == [12, 5]
-
-
-class Configured(nn.Linear):
-    """As modules of transformers have it."""
-
-    def __init__(self) -> None:
-        super().__init__(3, 2)
-        self.config, self.encoder = {"hidden_size": 3}, nn.Linear(1, 1)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
-
-    def generate(self) -> None: ...
-
-
-@pytest.mark.parametrize(
-    "twin", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
-)
-def test_attributes_of_the_module_can_be_read_but_not_called(twin):
-    coded = twin(CodedWrapper(Configured(), RegressionCode(2, 4)))
-    assert coded.config == {"hidden_size": 3}
-    assert coded.device.type == "cpu"
-    assert coded.weight is coded.module.weight
-    assert coded.code.num_data == 2
-    for name in ("generate", "encoder"):
-        with pytest.raises(AttributeError, match=rf"would run uncoded.* coded\.module\.{name}$"):
-            getattr(coded, name)
-        assert not hasattr(coded, name)
-    with pytest.raises(AttributeError, match="'CodedWrapper' object has no attribute 'nothing'"):
-        _ = coded.nothing
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
