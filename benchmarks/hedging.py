@@ -71,7 +71,7 @@ class HedgeOnce(Waiting):
                 yield Ask(asked)
         history.add([(rows, took) for took in seconds.values()], None)
         reason = "complete" if len(good) >= needed else "failed"
-        return Ended(reason, (), after, math.inf, math.inf)
+        return Ended(reason, hedging_threshold=after)
 
     def _after(self, history: History, rows: int) -> float:
         if self.quantile is not None:

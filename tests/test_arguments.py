@@ -86,9 +86,8 @@ CALLS = [
                    "batches": [X], "order": [0]}),
     (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seed": 0,
                "labels": None}),
-    (simulation.Conditions, {"spread": 0.1, "overhead": 0.1, "straggling": 0.1, "slow": 0.1,
-                             "spell": 9.0, "dead": 0.1, "dead_after": 9.0, "bursts": 9.0,
-                             "pause": 1.0, "delays": None}),
+    (simulation.Conditions, {"spread": 0.1, "straggling": 0.1, "slow": 0.1, "dead": 0.1,
+                             "dead_after": 9.0, "bursts": 9.0, "delays": None}),
 ]  # fmt: skip
 with warnings.catch_warnings(action="ignore"):  # of prototypes
     QUANTISED = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)

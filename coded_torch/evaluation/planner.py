@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from .._arguments import count, positive, probability, real
-from ..scheduling.simulation import Conditions, simulate
+from ..scheduling.simulation import OVERHEAD, Conditions, simulate
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
 from ..verification.simulated import Verified
@@ -212,8 +212,7 @@ def plan(
                 f"median of {scale:g}"
             )
     for k in (k for k in _PARTS if k <= goal.num_workers):
-        # A tenth of a part's time does not depend on its rows, see Conditions.
-        part = scale * (0.1 + 0.9 * goal.parts / k)
+        part = scale * (OVERHEAD + (1 - OVERHEAD) * goal.parts / k)
         for kind, name, n, waiting in _policies(k, goal):
             outcome = simulate(
                 _simulated(waiting, part, goal, seed),

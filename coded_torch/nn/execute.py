@@ -201,9 +201,8 @@ class Execution:
                 self._begun_units += len(part.units)
                 if heard.fresh:
                     self._fresh.add(part.number)
-                if wait.begins:
-                    self._events.append(Began(part.number, heard.at, heard.fresh))
-                    until = -math.inf  # only what has happened already
+                self._events.append(Began(part.number, heard.at, heard.fresh))
+                until = -math.inf  # only events that have happened already
             else:
                 replies.append(heard)
                 until = -math.inf
@@ -252,8 +251,8 @@ def _failure(reply: workers.Reply) -> Failure:
     """Return how a part failed, by its reply."""
     error = reply.error
     if error is None:
-        return Failure("", reply.worker)
+        return Failure()
     cause = error.__cause__ or error
     text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
     # Places and sizes differ between the parts of one batch.
-    return Failure(error.kind, error.worker, (type(cause), re.sub(r"\d+", "#", text)))
+    return Failure(error.kind, (type(cause), re.sub(r"\d+", "#", text)))

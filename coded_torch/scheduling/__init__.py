@@ -1,1 +1,1 @@
-"""Which parts are asked for, when, and when a call ends."""
+"""The policy that asks for parts, hedges late ones and ends a call, and its simulation."""

@@ -1,4 +1,4 @@
-"""How long parts, calls and predictions took lately, which says what is late."""
+"""The latest latencies of parts, calls and predictions, which define the hedging threshold."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any
 
 __all__ = ["CHUNKS", "History", "PredictionTimes"]
 
-# None of the numbers of parts below was tuned: more parts follow changes more slowly, fewer make
-# thresholds noisier.
+# These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
+# make thresholds noisier.
 _PARTS, _CALLS = 512, 128  # remembered
-_LEAST = 32  # parts that have replied before the history is believed
-_REFIT = 32  # parts, at most _LEAST, after which the line through sizes is fitted again
-_GROUP = 8  # parts of few rows, and of many, that the fit needs at least
-_ENDED = 512  # parts of which it is remembered how many failed
+_LEAST = 32  # parts that have replied before the history is used
+_REFIT = 32  # new parts after which the line through sizes is fitted again; a new size counts as 4
+_GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
-# stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. 1.5 medians at
-# least, which trades work on calm workers against latency: benchmarks/waiting.py has 1.2 to 2.
+# stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
+# medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py).
 _TAIL, _LEAST_TAIL = 4.45, 1.5
 
 
 class _Window:
-    """The last latencies, in the order of their ratios to the time their rows should take."""
+    """The last latencies, and their ratios to the expected time of their rows, in order."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -33,15 +32,13 @@ class _Window:
         self.ordered: list[float] = []
 
     def add(self, rows: int, seconds: float, scale: float) -> None:
-        ratio = seconds / scale
-        self.entries.append((rows, seconds, ratio))
-        bisect.insort(self.ordered, ratio)
+        self.entries.append((rows, seconds, seconds / scale))
+        bisect.insort(self.ordered, seconds / scale)
         if len(self.entries) > self.size:
             del self.ordered[bisect.bisect_left(self.ordered, self.entries.popleft()[2])]
 
     def rescale(self, scale: Callable[[int], float]) -> None:
-        scales = {rows: scale(rows) for rows in {rows for rows, _, _ in self.entries}}
-        self.entries = deque([(rows, s, s / scales[rows]) for rows, s, _ in self.entries])
+        self.entries = deque([(rows, s, s / scale(rows)) for rows, s, _ in self.entries])
         self.ordered = sorted([ratio for _, _, ratio in self.entries])
 
     def quantile(self, q: float) -> float:
@@ -49,66 +46,70 @@ class _Window:
 
 
 class History:
-    """The latencies of parts and calls of one module on one pool, and the work that was hedged.
+    """The latencies of parts and calls of one module on one pool, and the budget of hedges.
 
-    A part never seen to end, or a call that was not complete, counts as infinitely long. Latencies
-    are compared after division by ``a + b rows``, a line through the medians of the small and the
-    large parts. Fewer rows than ever seen are taken to last as long as the fewest seen, more rows
-    proportionally longer. Threads may share a history; a copy, or one that was pickled, is empty.
+    A part without a good result, or a call that was not complete, counts as infinitely long.
+    Latencies are compared after division by ``a + b rows``, a line through the medians of the small
+    and the large parts. Fewer rows than ever seen are expected to take as long as the fewest seen,
+    more rows proportionally longer. Threads may share a history. A copy, or a history that was
+    pickled, is empty.
 
     Args:
         num_parts: the number of parts that are remembered. Defaults to 512.
 
     Attributes:
         predictions: the times that predictions took.
+        most_rows: the number of rows up to which the line is fitted.
 
     Note:
-        Ten microseconds a part.
+        The cost is some ten microseconds a part.
     """
 
     def __init__(self, num_parts: int = _PARTS) -> None:
         self._lock = threading.Lock()
         self._parts, self._calls = _Window(num_parts), _Window(_CALLS)
         self._replied = self._unfitted = 0
-        self._fewest = self._most = 1  # rows
-        self._slope = 0.0  # the share of the time of `_most` rows that grows with the rows
+        self._fewest = self.most_rows = 1
+        self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
-        self._failures: deque[bool] = deque(maxlen=_ENDED)
+        self._failures: deque[bool] = deque(maxlen=_PARTS)
         self.predictions = PredictionTimes()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return History, ()
 
-    def add(self, parts: Iterable[tuple[int, float]], call: tuple[int, float] | None) -> None:
+    def add(
+        self,
+        parts: Iterable[tuple[int, float]],
+        call: tuple[int, float] | None,
+        failures: Iterable[bool] = (),
+    ) -> None:
         """Remember a call.
 
         Args:
-            parts: rows and seconds of the parts that began, infinite if never seen to end.
-            call: the rows of its largest part, and seconds, infinite if it was not complete. None
-                if the call is no measure of others.
+            parts: the rows and the seconds of each part that began; infinite without a good result.
+            call: the rows of its largest part, and its seconds; infinite if it was not complete.
+                None if the call says nothing of other calls.
+            failures: whether each part failed, without parts that failed because of their rows.
         """
         with self._lock:
             for rows, seconds in parts:
                 if not self._parts.entries:
-                    self._fewest = self._most = rows
+                    self._fewest = self.most_rows = rows
                 self._parts.add(rows, seconds, self._scale(rows))
                 self._replied += seconds < math.inf
-                known = self._fewest <= rows <= self._most
-                self._unfitted += 1 if known else _REFIT // _GROUP
+                is_known = self._fewest <= rows <= self.most_rows
+                self._unfitted += 1 if is_known else _REFIT // _GROUP
             if call is not None:
                 self._calls.add(*call, self._scale(call[0]))
+            self._failures.extend(failures)
             if self._unfitted >= _REFIT:
                 self._fit()
-
-    @property
-    def most_rows(self) -> int:
-        """The rows up to which the line is fitted."""
-        return self._most
 
     def part(self, rows: int, quantile: float = 0.5) -> float:
         """Return a quantile of parts of so many rows in seconds; infinite until 32 have replied."""
         with self._lock:
-            return self._parts.quantile(quantile) * self._scale(rows) if self._known() else math.inf
+            return self._quantile(self._parts, quantile) * self._scale(rows)
 
     def hedging_threshold(self, rows: int) -> float:
         r"""Return the seconds after which a part of so many rows is late.
@@ -117,10 +118,9 @@ class History:
         Infinite until 32 parts have replied.
         """
         with self._lock:
-            median, quartile = self._parts.quantile(0.5), self._parts.quantile(0.25)
-            if not self._known() or median == math.inf:
-                return math.inf
-            tail = (median / quartile) ** _TAIL if quartile else _LEAST_TAIL
+            median = self._quantile(self._parts, 0.5)
+            quartile = self._quantile(self._parts, 0.25)
+            tail = (median / quartile) ** _TAIL if 0 < median < math.inf else _LEAST_TAIL
             return median * max(_LEAST_TAIL, tail) * self._scale(rows)
 
     def call(self, rows: int) -> float:
@@ -129,59 +129,52 @@ class History:
         Infinite until a call is known and 32 parts have replied, or if most were not complete.
         """
         with self._lock:
-            return self._calls.quantile(0.5) * self._scale(rows) if self._known() else math.inf
-
-    def failed(self, failed: int, ended: int) -> None:
-        """Remember how many of the parts that ended failed, for no reason that lies in them."""
-        with self._lock:
-            self._failures.extend([True] * failed + [False] * (ended - failed))
+            return self._quantile(self._calls, 0.5) * self._scale(rows)
 
     def failing(self) -> tuple[int, int]:
-        """Return how many parts failed lately, and how many ended."""
+        """Return how many of the latest parts failed, and how many ended."""
         with self._lock:
             return sum(self._failures), len(self._failures)
 
     def earn(self, budget: float) -> None:
-        """Allow ``budget`` of one more call's work to be hedged."""
+        """Allow hedges to take ``budget`` of one more call's work."""
         with self._lock:
             self._debt = max(0.0, self._debt - budget)
 
     def spend(self, work: float, most: float) -> bool:
         """Return whether ``work``, in whole calls, may be hedged; ``most`` without any earned."""
         with self._lock:
-            if self._debt + work > most:
-                return False
-            self._debt += work
-            return True
+            is_allowed = self._debt + work <= most
+            self._debt += work if is_allowed else 0.0
+            return is_allowed
 
-    def _known(self) -> bool:
-        return self._replied >= _LEAST
+    def _quantile(self, window: _Window, q: float) -> float:
+        return window.quantile(q) if self._replied >= _LEAST else math.inf
 
     def _scale(self, rows: int) -> float:
-        """Return the share of the time of ``_most`` rows that these should take."""
-        if rows > self._most:
-            return rows / self._most
-        return 1.0 + self._slope * (max(rows, self._fewest) / self._most - 1.0)
+        """Return the expected time of so many rows, as a share of the time of ``most_rows``."""
+        if rows > self.most_rows:
+            return rows / self.most_rows
+        return 1.0 + self._slope * (max(rows, self._fewest) / self.most_rows - 1.0)
 
     def _fit(self) -> None:
         self._unfitted = 0
         parts = sorted([(rows, seconds) for rows, seconds, _ in self._parts.entries])
         sizes = [rows for rows, _ in parts]
         fewest, most = sizes[0], sizes[-1]
-        if fewest == most == self._most == self._fewest:
+        if fewest == most == self.most_rows == self._fewest:
             return
-        # Where small parts end: near the middle, but with enough on both sides.
+        # Small parts end near the middle of all sizes, with enough parts on both sides.
         ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
         end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)
-        x0, y0 = _medians(parts[:end])
-        x1, y1 = _medians(parts[end:])
+        (x0, y0), (x1, y1) = _medians(parts[:end]), _medians(parts[end:])
         if end and y1 < math.inf:
-            # Of x1 rows, the share of the time that grows, then that of `most` rows.
+            # The share of the time that grows, first for x1 rows, then for `most` rows.
             share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1))) if y1 else 0.0
-            slope = share * most / (share * most + (1 - share) * x1)
+            self._slope = share * most / (share * most + (1 - share) * x1)
+            self._fewest, self.most_rows = fewest, most
         else:
-            slope, fewest, most = 0.0, x1, x1
-        self._slope, self._fewest, self._most = slope, fewest, most
+            self._slope, self._fewest, self.most_rows = 0.0, x1, x1
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
 
@@ -194,45 +187,40 @@ def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
     return rows[len(parts) // 2], seconds[len(parts) // 2]
 
 
-#: Rows that are predicted together, the most exact first; 0: each by the mean of all results.
+#: The numbers of rows that are predicted together, the most exact first; 0: each by the mean of all
+#: results. benchmarks/batches.py has the error by size.
 CHUNKS = 4096, 512, 0
 _REMEMBERED = 16  # predictions; not tuned
 _RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
-# Seconds that a regression of n rows takes, 5e-3 + 6e-8 n^2 on one quiet core (an x86 of 2023; 64,
-# 512 and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor
-# of a worker, a module and its surrogates is measured call by call.
+# A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one quiet core (an x86 of 2023; 64, 512
+# and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor of a
+# machine, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
-# A busy worker wakes a thread up to 5 ms late (benchmarks/promises.py, "deadline").
-_LATE = 5e-3
-_RESERVED = 1.25  # of the usual time, so that few predictions are late
+_LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/promises.py)
+_RESERVED = 1.25  # times the usual time are kept, so that few predictions are late; not tuned
 
 
 class PredictionTimes:
-    """How long predictions took lately, in proportion to those of a quiet core."""
+    """The times that the latest predictions took, relative to a quiet core."""
 
     def __init__(self) -> None:
         self._factors: deque[float] = deque(maxlen=_REMEMBERED)
-        self._warm, self._hurried = False, 0
+        self._is_warm, self._hurried = False, 0
 
     def add(self, seconds: float, rows: int, chunk: int) -> None:
-        """Remember how long it took to predict; not for the first time, as code is loaded then."""
+        """Remember a prediction's time. The first one does not count, as it loads code."""
         if not chunk:
             # A regression that was slow by chance must not rule out all others.
             self._hurried += 1
             if self._hurried % _RETRY == 0 and self._factors:
                 self._factors.remove(max(self._factors))
             return
-        if self._warm:
+        if self._is_warm:
             self._factors.append(seconds / _quiet_seconds(rows, chunk))
-        self._warm = True
+        self._is_warm = True
 
     def seconds(self, rows: int, chunk: int = CHUNKS[0]) -> float:
-        """Return the seconds that predicting takes in seven of eight calls.
-
-        Args:
-            rows: B.
-            chunk: rows that are predicted together.
-        """
+        """Return the seconds that predicting ``chunk`` rows at a time takes in 7 of 8 calls."""
         ordered = sorted(self._factors)
         factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
         return factor * _quiet_seconds(rows, chunk)
@@ -240,7 +228,7 @@ class PredictionTimes:
     def reserve(self, rows: int, deadline: float) -> tuple[int, float]:
         """Return how many rows to predict together, and how many seconds to keep for that.
 
-        At most half of the time to the deadline is kept; none if that is infinite.
+        At most half of the time to the deadline is kept; none if the deadline is infinite.
         """
         if deadline == math.inf:
             return CHUNKS[0], 0.0

@@ -1,14 +1,23 @@
-"""The decisions of one call; ``waiting.py`` describes the protocol."""
+"""The decisions of one call: hedges, failed parts, and the end; see ``waiting.py``.
+
+A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
+is refused, and not asked for again in this call, if
+
+- it raised alike on two workers, or on one while no other returned a good result in the call, or
+- it ended its worker twice, alone, and workers end less often without it.
+
+A row that fails on one broken worker only is given up, but not refused: it is missing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from .blame import ALONE, EXACT, judge, raised_alike
 from .latency_history import History
 from .protocol import (
     Ask,
@@ -27,101 +36,109 @@ from .protocol import (
 if TYPE_CHECKING:
     from .waiting import Waiting
 
-__all__ = ["Call", "Part"]
+__all__ = ["Call"]
 
-# A part that is late is hedged three times, the first time split over up to four idle workers: that
-# cuts the tail of three hedges of whole parts (benchmarks/waiting.py, "three re-asks").
+# A late part is hedged three times, first split over up to four idle workers, which shortens the
+# tail (benchmarks/waiting.py, "three re-asks"). A failed part is cut in four, so that few more
+# workers are lost to a row that ends them (benchmarks/promises.py, "poison").
 _HEDGES, _SPLIT = 3, 4
-_BURST = 20  # parts, and one whole call, that may be hedged before `hedge_budget` limits them
+_BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
+# Failures in a row of the same rows, which are then given up. A call that may not predict gives up
+# one row of a million at a failure rate of 0.5.
+_TRIES, _TRIES_IF_EXACT = 3, 20
+# Probabilities that other parts would have failed as often as this one. Below the first, which five
+# others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
+# all parts failing, that is one call of two thousand (benchmarks/promises.py, "poison").
+_SUSPECT, _POISON = 0.2, 1e-5
 
-_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)
+_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
+_NO_FAILURE = Failure()
 
 
-class Part:
-    """A part that was asked, and the part it stands in for: parts make a tree, leaves count."""
+@dataclasses.dataclass(eq=False, slots=True)
+class _Part:
+    """A part, and the part that it stands in for."""
 
-    __slots__ = (
-        "at", "due", "explained", "failure", "fresh", "lates", "number", "of", "replaced",
-        "seconds", "state", "tries", "units", "won", "worker",
-    )  # fmt: skip
+    number: int
+    units: tuple[int, ...]
+    of: _Part | None
+    at: float
+    state: int = _QUEUED
+    due: float = math.inf  # the time at which it is late
+    seconds: float = math.inf  # a good result's latency
+    fresh: bool | None = None  # None: it has not begun
+    worker: int = -1
+    failure: Failure = _NO_FAILURE
+    replaced: bool = False
+    won: bool = False
+    tries: int = 0  # failures of exactly these units in a row
+    hedges: int = 0  # the parts that it stands in for are counted, too
 
-    def __init__(self, number: int, units: tuple[int, ...], of: Part | None, at: float) -> None:
-        self.number, self.units, self.of, self.at = number, units, of, at
-        self.state = _QUEUED
-        self.due = self.seconds = math.inf
-        self.fresh: bool | None = None  # until it begins
-        self.worker = -1  # the worker that computed it; -1: unknown
-        self.failure = Failure()
-        self.replaced = self.won = False
-        self.explained = False  # whether its failure is known to be its rows' fault
-        # Failures of exactly these units in a row, and how often they were hedged.
-        self.tries: int = of.tries if of is not None and len(of.units) == len(units) else 0
-        self.lates: int = of.lates if of is not None else 0
-
-    def line(self) -> Iterator[Part]:
-        """Yield this part and those that it stands in for, the last first."""
-        part: Part | None = self
+    def line(self) -> Iterator[_Part]:
+        """Yield this part and the parts that it stands in for, the last first."""
+        part: _Part | None = self
         while part is not None:
             yield part
             part = part.of
 
     @property
-    def failed(self) -> bool:
-        return self.state == _FAILED
+    def raised(self) -> bool:
+        return self.failure.kind == "raised"
+
+    @property
+    def let_down(self) -> bool:
+        """The worker failed, without an exception of the module."""
+        return self.state == _FAILED and not self.raised
 
 
+@dataclasses.dataclass(eq=False)
 class Call:
-    """One call, as far as it has come; for its arguments see ``decide``."""
+    """The state of one call; :meth:`Waiting.decide` describes the arguments."""
 
-    def __init__(
-        self,
-        waiting: Waiting,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int,
-        unit_rows: int,
-        spare: Sequence[int] | None,
-        since: float,
-        idle: Callable[[], int],
-        reserve: float,
-    ) -> None:
-        self.waiting, self.history, self.needed = waiting, history, needed
-        self.least = max(least, -(-needed // 2) if waiting.predict else needed)
-        self.unit_rows, self.since, self.now = unit_rows, since, since
-        self.idle = idle
-        self.by_columns = spare is not None
-        self.spare = deque(spare or ())
-        self.parts = [Part(i, tuple(units), None, since) for i, units in enumerate(first)]
-        self.num_first, self.num_units = len(first), sum(map(len, first))
-        self.open = len(first)  # parts that may still settle
-        self.unbegun = 0  # parts that stand in for others and have not begun
+    waiting: Waiting
+    history: History
+    first: Sequence[Sequence[int]]
+    needed: int
+    least: int
+    unit_rows: int
+    spare: Sequence[int] | None
+    since: float
+    idle: Callable[[], int]
+    reserve: float
+
+    def __post_init__(self) -> None:
+        waiting, first = self.waiting, self.first
+        if not waiting.at_once:
+            self.least = max(self.least, -(-self.needed // 2) if waiting.predict else self.needed)
+        self.parts = [_Part(i, tuple(units), None, self.since) for i, units in enumerate(first)]
+        self.open, self.num_units = len(first), sum(map(len, first))  # open parts may still settle
+        self.unasked = deque(self.spare or ())
+        self.now = self.heard = self.since  # no event can come any more from before `heard`
         self.good: set[int] = set()
-        self.refused: dict[int, int] = {}  # by the unit, the part that showed it
-        self.doubtful: dict[int, int] = {}  # the same, but only one worker has raised
-        self.raised: dict[int, Failure] = {}  # by the number of a part of the first ask
-        self.ended = self.failed = 0  # parts, without those that the module raised on
-        self.decodable = math.inf
-        self.timers: list[tuple[float, int]] = []  # when parts are due, and their numbers
-        self.late = self.over = self.lost = self.hedged = self.prepared = False
-        self.rows = unit_rows * max(map(len, first))
+        self.refused: dict[int, int] = {}  # the part that showed it, by unit
+        self.given_up: dict[int, int] = {}  # the last part that failed, by unit
+        self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         self.thresholds: dict[int, float] = {}
-        self.hedges = waiting.hedge_budget > 0
-        self.median = history.call(self.rows)
+        self.hedged, self.prepare_at = False, math.inf
+        self.rows = self.unit_rows * max(map(len, first))
+        # Predictions begin at `late_at`, if half of the results are there, and at `end` at the
+        # latest. Without a deadline, `end` limits the search for rows on which the module fails.
         if waiting.deadline is not None:
-            self.deadline, self.end = waiting.deadline - reserve, waiting.deadline
+            self.deadline = waiting.deadline
+            self.end = self.since + self.deadline
+            self.late_at = self.end - self.reserve
         else:
             never = not waiting.predict or waiting.predict_after == math.inf
-            self.deadline = math.inf if never else waiting.predict_after * self.median
-            self.end = 2 * self.deadline  # of the search for the rows on which the module fails
-        if self.hedges:
-            history.earn(waiting.hedge_budget)
+            self.deadline = (
+                math.inf if never else waiting.predict_after * self.history.call(self.rows)
+            )
+            self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
+        self.history.earn(waiting.hedge_budget)
 
     def decisions(self) -> Generator[Decision, Event, Ended]:
         yield Ask(tuple([part.units for part in self.parts]))
         wait = Wait(-math.inf)
-        while (reason := self._reason()) is None:
+        while not (reason := self._reason()):
             until = self._until()
             if until != wait.until:
                 wait = Wait(until)
@@ -131,75 +148,67 @@ class Call:
                 continue
             if event is not None:
                 self._settle(event)
-                wanting = len(self.good) < self.needed
-                if wanting and self.unbegun and (unwanted := self._unwanted()):
+                if len(self.good) < self.needed and (unwanted := self._unwanted()):
                     yield Drop(unwanted)
-                if not self.lost:
+                if event.ok:
                     continue
             elif until == math.inf:
                 return self._end("failed")
             else:
-                # Only now, when no event was there to come before it.
-                self.now = max(self.now, until)
-                self.late |= self.now >= self.since + self.deadline
-                self.over |= self.now >= self.since + self.end
-                if self._reason() is not None:
+                self.now = self.heard = max(self.now, until)
+                if self._reason():
                     continue
             if asked := self._stand_ins():
                 yield Ask(asked)
-            if self.now >= self._preparing():
-                self.prepared = True
+            if self.now >= self.prepare_at:
+                self.prepare_at = math.inf
                 yield Prepare()
         return self._end(reason)
 
-    def _reason(self) -> str | None:
-        """Return why the call ends now, None if it does not."""
-        good = len(self.good)
-        if good >= self.needed:
-            return "complete"
-        if self.refused and good + len(self.refused.keys() - self.good) >= self.needed:
+    def _reason(self) -> str:
+        """Return why the call ends now, "" if it does not."""
+        if len(self.good) >= self.needed:
+            is_first = self.waiting.at_once and len(self.good) < len(self.first)
+            return "first" if is_first else "complete"
+        if self._is_explained():
             return "error"
-        enough = self.late and good >= self.least
+        enough = self.heard >= self.late_at and len(self.good) >= self.least
         if self.waiting.deadline is not None:
-            if self.over or enough:
+            if enough or self.heard >= self.end:
                 return "deadline"
-        elif enough and not (self.now < self.since + self.end and self._searching()):
+        elif enough and (self.now >= self.end or not self._searching()):
             return "predict_after"
-        return None if self.open else "failed"
+        return "" if self.open else "failed"
+
+    def _is_explained(self) -> bool:
+        """Return whether the module itself fails on all that is missing."""
+        return bool(self.refused) and len(self.good | self.refused.keys()) >= self.needed
 
     def _searching(self) -> bool:
-        """Return whether a row on which the module fails is looked for: no time to predict it."""
+        """Return whether a row on which the module fails is being looked for."""
         return any(
             part.state <= _RUNNING
             and not self.good.issuperset(part.units)
             and any(other.failure.kind for other in part.line())
-            for part in self.parts[self.num_first :]
+            for part in self.parts[len(self.first) :]
         )
 
     def _until(self) -> float:
-        """Return when something is to be done if nothing happens."""
-        timers, parts = self.timers, self.parts
-        while timers:
-            due, number = timers[0]
-            if parts[number].state == _RUNNING and parts[number].due == due:
+        """Return when to act if nothing happens."""
+        while self.timers:
+            due, number = self.timers[0]
+            if self.parts[number].state == _RUNNING and self.parts[number].due == due:
                 break
-            heapq.heappop(timers)
-        due = min(timers[0][0] if timers else math.inf, self._preparing())
-        if not self.late:
-            return min(due, self.since + self.deadline)
+            heapq.heappop(self.timers)
+        due = min(self.timers[0][0] if self.timers else math.inf, self.prepare_at)
+        if self.heard < self.late_at:
+            return min(due, self.late_at)
         if self.waiting.deadline is None and len(self.good) < self.least:
             return due  # the rest could not be predicted
-        return min(due, self.since + self.end)
-
-    def _preparing(self) -> float:
-        """Return when it is probable enough that something will have to be predicted."""
-        if self.prepared or not self.hedged:
-            return math.inf
-        return self.since + self.deadline / 2
+        return min(due, self.end)
 
     def _threshold(self, num_units: int) -> float:
-        seconds = self.thresholds.get(num_units)
-        if seconds is None:
+        if (seconds := self.thresholds.get(num_units)) is None:
             seconds = self.history.hedging_threshold(num_units * self.unit_rows)
             self.thresholds[num_units] = seconds
         return seconds
@@ -207,67 +216,63 @@ class Call:
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
         self.now = max(self.now, event.at)
-        if part.state == _DROPPED:  # too late
-            self.open += 1
-        elif part.number >= self.num_first:
-            self.unbegun -= 1
+        self.open += part.state == _DROPPED  # the drop came too late
         part.state, part.fresh = _RUNNING, event.fresh
-        if self.hedges and (threshold := self._threshold(len(part.units))) < math.inf:
-            part.due = event.at + threshold
-            heapq.heappush(self.timers, (part.due, part.number))
+        if self.waiting.hedge_budget:
+            self._set_due(part, event.at + self._threshold(len(part.units)))
+
+    def _set_due(self, part: _Part, due: float) -> None:
+        part.due = due
+        if due < math.inf:
+            heapq.heappush(self.timers, (due, part.number))
 
     def _settle(self, event: Settled) -> None:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
-        before, part.state = part.state, _GOOD if event.ok else _FAILED
+        self.open -= part.state <= _RUNNING
+        part.state = _GOOD if event.ok else _FAILED
         part.failure, part.worker = event.failure, event.worker
-        if before <= _RUNNING:
-            self.open -= 1
-            self.unbegun -= before == _QUEUED and part.number >= self.num_first
-            self.ended += event.failure.kind != "raised"
         if event.ok:
             num_good = len(good)
             good.update(part.units)
             part.won, part.seconds = len(good) > num_good, event.latency
-            if len(good) >= self.least:
-                self.decodable = min(self.decodable, event.at)
             part.fresh = bool(part.fresh)
             return
-        self.lost = True
         part.tries += 1
-        if before == _GOOD:
-            good.clear()
-            good.update(*(other.units for other in self.parts if other.state == _GOOD))
-            if len(good) < self.least:
-                self.decodable = math.inf
-        if event.failure.kind != "raised":
-            self.failed += 1
-        elif part.number < self.num_first:
-            self.raised[part.number] = part.failure
-            if not good and raised_alike(self.raised, self.num_first):
-                for other in self.parts[: self.num_first]:
-                    self.refused |= dict.fromkeys(other.units, other.number)
+        good.clear()
+        good.update(*(other.units for other in self.parts if other.state == _GOOD))
+        if not good and self._all_raised_alike():
+            for other in self.parts[: len(self.first)]:
+                self.refused |= dict.fromkeys(other.units, other.number)
+
+    def _all_raised_alike(self) -> bool:
+        """Return whether the module raised alike on all parts, on more than one worker."""
+        first = self.parts[: len(self.first)]
+        if len(first) <= 2 or not all(part.raised for part in first):
+            return False  # one or two parts may each contain a bad row
+        causes, workers = {p.failure.cause for p in first}, {p.worker for p in first}
+        return len(causes) == 1 and len(workers) > 1
 
     def _unwanted(self) -> tuple[int, ...]:
-        """Drop parts that have not begun, and have been answered by others."""
+        """Drop parts that have not begun, and that other parts have answered."""
         unwanted, answered = [], self.good | self.refused.keys()
-        for part in self.parts[self.num_first :]:
+        for part in self.parts[len(self.first) :]:
             if part.state == _QUEUED and answered.issuperset(part.units):
                 part.state = _DROPPED
                 unwanted.append(part.number)
         self.open -= len(unwanted)
-        self.unbegun -= len(unwanted)
         return tuple(unwanted)
 
     def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
-        """Ask for what is late or failed, and return the new parts."""
-        self.lost = False
+        """Return new parts that stand in for late and failed parts."""
+        if self.waiting.at_once:
+            return ()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
-        num_parts, idle = len(self.parts), self.idle()
-        lacking = self.num_units
-        if self.by_columns:
-            lacking = self.needed - len(self.good) - self._hopeful()
+        num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
+        if self.spare is not None:  # less the columns that may still come in time
+            hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
+            lacking = self.needed - len(self.good) - sum(not part.replaced for part in hopeful)
         for part in self.parts[:num_parts]:
             late = part.state == _RUNNING and part.due <= self.now
             if part.replaced or not (late or part.state >= _FAILED):
@@ -277,124 +282,119 @@ class Call:
             if not missing or (late and not self._may_hedge(part, missing)):
                 continue
             part.replaced = True
-            pieces = min(self._pieces(part, late, idle), len(missing))
-            if pieces:
-                part.lates += late
-                idle, lacking = idle - pieces, lacking - len(missing) * self.by_columns
-                self._ask(missing, pieces, part)
+            part.hedges += late
+            if late:
+                pieces = 1 if part.of else max(1, min(_SPLIT, idle))
+            else:
+                pieces = 1 if part.state == _DROPPED else self._judge(part)
+            if pieces := min(pieces, len(missing)):
+                idle -= pieces
+                lacking -= len(missing) if self.spare is not None else 0
+                self._add(missing, pieces, part)
         return tuple([part.units for part in self.parts[num_parts:]])
 
-    def _may_hedge(self, part: Part, missing: Sequence[int]) -> bool:
-        """Return whether a late part is hedged now; if only the budget forbids it, try later."""
-        if part.lates >= _HEDGES:
+    def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
+        """Return whether to hedge a late part now. If only the budget forbids it, try later."""
+        # A copy of a part that ended a worker would end another worker, too.
+        if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line()):
             return False
-        if any(other.failure.kind == "died" for other in part.line()):
-            return False  # a copy of it would end another worker, too
-        self.hedged = True
-        most = 1 + _BURST / self.num_first
+        if not self.hedged:
+            self.hedged, self.prepare_at = True, (self.since + self.late_at) / 2
+        most = 1 + _BURST / len(self.first)
         if self.history.spend(len(missing) / self.num_units, most):
             return True
-        # On a clock that stands still, where parts take no time, it would be due for ever.
-        part.due = self.now + (self._threshold(len(part.units)) or math.inf)
-        heapq.heappush(self.timers, (part.due, part.number))
+        # Where parts take no time, a threshold of 0 would be due for ever.
+        self._set_due(part, self.now + (self._threshold(len(part.units)) or math.inf))
         return False
 
-    def _pieces(self, part: Part, late: bool, idle: int) -> int:
-        """Return how many parts stand in for one; 0 if it is given up."""
-        if late:
-            return 1 if part.of else max(1, min(_SPLIT, idle))
-        if part.state == _DROPPED:
-            return 1
-        if self.by_columns:
-            return int(part.tries < ALONE)
-        raised = part.failure.kind == "raised"
-        others = raised and not self._sound() <= {part.failure.worker}
-        most = ALONE if self.waiting.predict else EXACT
-        verdict = judge(part, self._rate(part), most, others)
-        if not verdict.pieces:
-            for failed in part.line():  # its failures say nothing of the workers
-                failed.explained = True
-        if verdict.refused:
-            self.refused |= dict.fromkeys(part.units, part.number)
-        elif raised and not verdict.pieces:
-            self.doubtful |= dict.fromkeys(part.units, part.number)
-        return verdict.pieces
+    def _add(self, missing: list[int], pieces: int, of: _Part) -> None:
+        # New columns go first, as long as there are some.
+        new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
+        units = sorted(new + missing[len(new) :])
+        for i in range(pieces):
+            some = tuple(units[i * len(units) // pieces : (i + 1) * len(units) // pieces])
+            tries = of.tries if len(some) == len(of.units) else 0
+            number = len(self.parts)
+            self.parts.append(_Part(number, some, of, self.now, tries=tries, hedges=of.hedges))
+        self.open += pieces
 
-    def _sound(self) -> set[int]:
+    def _judge(self, part: _Part) -> int:
+        """Return into how many parts to cut a failed part; 0 to give up its rows."""
+        if self.spare is not None:
+            return int(part.tries < _TRIES)
+        most, alone = _TRIES if self.waiting.predict else _TRIES_IF_EXACT, len(part.units) == 1
+        refused = False
+        if part.raised:
+            if not alone:
+                return _SPLIT
+            alike = [other for other in part.line() if other.failure == part.failure]
+            refused = any(other.worker != part.worker for other in alike)
+            if not self._working() - {part.worker}:
+                most = _TRIES
+        elif part.fresh is None:  # no worker had it
+            most = _TRIES
+        else:
+            died, chance = part.failure.kind == "died", self._chance(part)
+            # Where most parts fail, smaller parts would only lose more workers.
+            if not alone and (chance <= _SUSPECT or (part.tries >= _TRIES and not died)):
+                return _SPLIT
+            refused = alone and died and part.tries >= 2 and chance <= _POISON
+        if part.tries < most and not refused:
+            return 1
+        blamed = dict.fromkeys(part.units, part.number)
+        self.given_up |= blamed
+        self.refused |= blamed if refused else {}
+        return 0
+
+    def _working(self) -> set[int]:
         """Return the workers that have returned good results."""
         return {part.worker for part in self.parts if part.state == _GOOD}
 
-    def _rate(self, part: Part) -> float:
-        """Return the share of other parts that fail, other than by an exception of the module."""
-        own = sum(other.failed and other.failure.kind != "raised" for other in part.line())
-        ended, failed = self.ended - own, self.failed - own
+    def _chance(self, part: _Part) -> float:
+        """Return the probability that other rows would have failed as often."""
+        line = set(part.line())
+        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in line]
+        ended = [p.let_down for p in others if not p.raised]
         known_failed, known_ended = self.history.failing()
-        # One more of each, as what was never seen to fail may fail. This call weighs more: all
-        # workers may have broken just now.
-        lately = (known_failed + failed + 1) / (known_ended + ended + 1)
-        return max(lately, failed / ended if ended else 0.0)
-
-    def _hopeful(self) -> int:
-        """Return the number of columns that may still come in time."""
-        return sum(
-            len(part.units)
-            for part in self.parts
-            if not part.replaced
-            and (part.state == _QUEUED or (part.state == _RUNNING and part.due > self.now))
-        )
-
-    def _ask(self, missing: list[int], pieces: int, of: Part) -> None:
-        # Columns not asked yet, as long as there are some, else the same ones again.
-        fresh = [self.spare.popleft() for _ in range(min(len(self.spare), len(missing)))]
-        units = sorted(fresh + missing[len(fresh) :])
-        for i in range(pieces):
-            piece = units[i * len(units) // pieces : (i + 1) * len(units) // pieces]
-            self.parts.append(Part(len(self.parts), tuple(piece), of, self.now))
-        self.open += pieces
-        self.unbegun += pieces
+        # One more of each, as a pool without failures may fail. This call weighs more: all workers
+        # may have broken just now.
+        lately = (known_failed + sum(ended) + 1) / (known_ended + len(ended) + 1)
+        rate = max(lately, sum(ended) / len(ended) if ended else 0.0)
+        return float(rate ** sum(p.let_down for p in line))
 
     def _end(self, reason: str) -> Ended:
-        if self.doubtful:
-            reason = self._blame_doubtful(reason)
-        self._remember()
+        # Rows that the module raised on are refused if no other worker is known to work. If the
+        # call ends before any worker has returned a result, nothing is known.
+        working = self._working()
+        for unit, number in self.given_up.items() if working or reason == "failed" else ():
+            part = self.parts[number]
+            if part.raised and unit not in self.good and working <= {part.worker}:
+                self.refused.setdefault(unit, number)
+        if reason == "failed" and self._is_explained():
+            reason = "error"
+        if not self.waiting.at_once:
+            self._remember()
         return Ended(
             reason,
             tuple(
                 Hedge(part.number, part.of.number, part.units, part.at - self.since, part.won)
-                for part in self.parts[self.num_first :]
+                for part in self.parts
                 if part.of is not None
             ),
             self._threshold(self.rows // self.unit_rows),
-            self.median,
-            self.waiting.deadline or self.deadline,
-            self.decodable - self.since,
+            self.deadline,
             tuple(sorted(set(self.refused.values()))),
         )
 
-    def _blame_doubtful(self, reason: str) -> str:
-        """Refuse the rows that failed on one worker, if no other worker is known to work.
-
-        The call may end before any worker has returned a result. Then nothing is known.
-        """
-        sound = self._sound()
-        for unit, number in self.doubtful.items():
-            known = sound or reason == "failed"
-            if unit not in self.good and known and sound <= {self.parts[number].failure.worker}:
-                self.refused.setdefault(unit, number)
-        lacking = self.needed - len(self.good)
-        complete = len(self.refused.keys() - self.good) >= lacking
-        return "error" if reason == "failed" and self.refused and complete else reason
-
     def _remember(self) -> None:
         ran = [part for part in self.parts if part.fresh is not None]
-        # Calls that were cut short count as infinite: without them the median would stay at what
-        # calls took before the workers became slow.
+        # Calls that were cut short count as infinite. Otherwise the median would not follow when
+        # the workers become slow.
         took = self.now - self.since if len(self.good) >= self.needed else math.inf
-        typical = not any(part.fresh for part in ran)
+        is_typical = not any(part.fresh for part in ran)
+        innocent = [part for part in ran if self.given_up.keys().isdisjoint(part.units)]
         self.history.add(
-            [(self.unit_rows * len(p.units), p.seconds) for p in ran if not p.fresh],
-            (self.rows, took) if typical else None,
+            [(self.unit_rows * len(part.units), part.seconds) for part in ran if not part.fresh],
+            (self.rows, took) if is_typical else None,
+            [p.let_down for p in innocent if p.state in (_GOOD, _FAILED) and not p.raised],
         )
-        told = [p for p in ran if p.state in (_GOOD, _FAILED)]
-        told = [p for p in told if not (p.explained or p.failure.kind == "raised")]
-        self.history.failed(sum(p.failed for p in told), len(told))

@@ -1,8 +1,10 @@
-"""The decisions of a policy and the events that it is sent; ``waiting.py`` has the protocol."""
+"""Decisions of a policy, and events that are sent to it; ``waiting.py`` describes the protocol.
+
+A unit is a row of the batch, or a column of a code. A part is a tuple of units.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Hashable
 from typing import NamedTuple, TypeAlias
@@ -12,27 +14,26 @@ __all__ += ["Settled", "Wait"]
 
 
 class Ask(NamedTuple):
-    """Have parts computed, each a tuple of units, but not by workers that they ``avoid``."""
+    """Ask workers for parts, each of a worker that the part does not ``avoid``."""
 
     parts: tuple[tuple[int, ...], ...]
     avoid: tuple[frozenset[int], ...] = ()
 
 
 class Drop(NamedTuple):
-    """Let parts, by number, not begin any more: other parts have answered their units."""
+    """Keep parts, by number, from beginning: other parts have answered their units."""
 
     parts: tuple[int, ...]
 
 
 class Prepare(NamedTuple):
-    """Prepare predictions: a part is late and half of the time is over."""
+    """Prepare predictions: a part is late, and half of the time to the end is over."""
 
 
 class Wait(NamedTuple):
-    """Wait for an event until a time. The policy needs a :class:`Began` only if ``begins``."""
+    """Wait for an event until a time."""
 
     until: float
-    begins: bool = True
 
 
 class Began(NamedTuple):
@@ -44,24 +45,22 @@ class Began(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """How a part failed.
+    """The failure of a part.
 
     Attributes:
         kind: "raised" if the module raised, "died" if the worker ended, "" for anything else.
-        worker: the worker, -1 if no worker had the part.
-        what: equal for equal exceptions, numbers in their messages aside.
+        cause: the same for the same exceptions, except for the numbers in their messages.
     """
 
     kind: str = ""
-    worker: int = -1
-    what: Hashable = None
+    cause: Hashable = None
 
 
 class Settled(NamedTuple):
     """A part has ended ``latency`` seconds after it began, with a good result or a failure.
 
     A second event for the same part, not ``ok``, takes back a result that turned out to be unlike
-    most others.
+    most others. The worker is -1 if no worker had the part.
     """
 
     part: int
@@ -73,14 +72,14 @@ class Settled(NamedTuple):
 
 
 class Hedge(NamedTuple):
-    """A part that stands in for one that was late or failed.
+    """A part that stands in for a late or failed part.
 
     Attributes:
         part: the number of this part.
         of: the number of the part that it stands in for.
-        units: the units that it is asked for.
+        units: the units of this part.
         at: seconds from the call to the ask.
-        won: whether any of its units were answered by it first.
+        won: whether this part was the first to answer any of its units.
     """
 
     part: int
@@ -90,29 +89,23 @@ class Hedge(NamedTuple):
     won: bool
 
 
-Decision: TypeAlias = Ask | Drop | Prepare | Wait
-Event: TypeAlias = Began | Settled | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a call ended.
+class Ended(NamedTuple):
+    """The end of a call.
 
     Attributes:
-        reason: as in :attr:`coded_torch.Report.ended`.
+        reason: one of the reasons that :attr:`coded_torch.Report.ended` lists.
         hedges: the parts that stood in for others.
-        hedging_threshold: seconds after which the largest part counts as late; infinite while too
-            few latencies are known.
-        median: of whole calls like this one, in seconds; infinite while unknown.
+        hedging_threshold: seconds after which the largest part is late; infinite while unknown.
         deadline: seconds from the call to its answer at the latest; infinite without one.
-        decodable: seconds from the call until the rest could be predicted; infinite if never.
         refused: the numbers of the parts that the module itself fails on.
     """
 
     reason: str
     hedges: tuple[Hedge, ...] = ()
     hedging_threshold: float = math.inf
-    median: float = math.inf
     deadline: float = math.inf
-    decodable: float = math.inf
     refused: tuple[int, ...] = ()
+
+
+Decision: TypeAlias = Ask | Drop | Prepare | Wait
+Event: TypeAlias = Began | Settled | None

@@ -1,34 +1,50 @@
-r"""Waiting policies on workers that exist only as queues: thousands of open calls on one clock.
+r"""Simulation of waiting policies: thousands of open calls on one clock.
 
-The same generator of decisions that a wrapper drives over real workers,
-:meth:`coded_torch.Waiting.decide`, is driven here over workers that follow :class:`Conditions`.
-Time is counted in medians of a part of the first ask, where nothing goes wrong.
+:func:`simulate` drives the generator of decisions that a wrapper drives over real workers,
+:meth:`coded_torch.Waiting.decide`. Its workers exist only as a queue and a state under
+:class:`Conditions`. The unit of time is the median of a part of the first ask without faults.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Generator, Sequence
+import heapq
+import itertools
+import math
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from .._arguments import count, instance, real
+from .._arguments import count, instance, positive, probability, real
+from ..stragglers import Stragglers
 from .latency_history import History
-from .protocol import Decision, Ended, Event
-from .simulated_pool import PART_ROWS, Conditions, Faults, OpenCall, SimulatedWorkers
-from .waiting import Waiting
+from .protocol import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["Conditions", "Outcome", "Policy", "simulate"]
+    from .waiting import Waiting
+
+__all__ = ["OVERHEAD", "Conditions", "Outcome", "Policy", "simulate"]
+
+# The numbers below define the simulated conditions; benchmarks/waiting.py names them. None is
+# tuned. Times are in medians of a part.
+#: The share of a part's time that does not depend on its number of rows.
+OVERHEAD = 0.1
+_PART_ROWS = 12  # rows of a part of the first ask; 2, 3 and 4 divide it
+_STRAGGLING_BY = 5.0, 50.0  # the factors of a straggling part, log-uniform
+_SLOW_BY = 3.0, 10.0  # the factors of a slow worker, log-uniform
+_SPELL = 100.0  # the mean time that a worker stays slow, in mean times between two calls
+_PAUSE = 10.0  # the time for which a burst stops workers
+_BURST_SHARE = 0.2  # the share of the workers that one burst stops
 
 
 class Policy(Protocol):
-    """Anything that decides as :class:`~coded_torch.Waiting` does."""
+    """A policy that decides as :class:`~coded_torch.Waiting` does."""
 
     def decide(
         self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
@@ -36,15 +52,64 @@ class Policy(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Conditions:
+    """The running times of parts, and the faults of workers.
+
+    A part with the share r of the rows of a part of the first ask runs for ``0.1 + 0.9 r``, times a
+    lognormal factor. All times are in medians of a part.
+
+    Args:
+        spread: the standard deviation of the factor's logarithm, at least 0. Defaults to 0.15.
+        straggling: the probability that a part runs 5 to 50 times as long (log-uniform). Defaults
+            to 0.
+        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform), in
+            exponential spells of 100 mean times between two calls. Defaults to 0.
+        dead: the probability that a part fails, after ``dead_after``. Defaults to 0.
+        dead_after: the time after which a part fails, positive. Defaults to 100.
+        bursts: the mean time between two bursts (exponential): a fifth of the workers, side by
+            side, pause for 10. Defaults to infinity, no bursts.
+        delays: a law of further time, drawn once a call for each worker. A part with an infinite
+            delay fails after ``dead_after``. Defaults to None, no delays.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of its domain.
+    """
+
+    spread: float = 0.15
+    straggling: float = 0.0
+    slow: float = 0.0
+    dead: float = 0.0
+    dead_after: float = 100.0
+    bursts: float = math.inf
+    delays: Stragglers | None = None
+
+    def __post_init__(self) -> None:
+        real(self, "spread", self.spread, "at least 0 and finite", lambda x: 0 <= x < math.inf)
+        for argument in ("straggling", "slow", "dead"):
+            probability(self, argument, getattr(self, argument))
+        positive(self, "dead_after", self.dead_after)
+        real(self, "bursts", self.bursts, "positive", lambda x: x > 0)
+        instance(self, "delays", self.delays, Stragglers, optional=True)
+
+    def mean(self) -> float:
+        """Return the mean time of a part of the first ask, without pauses and ``delays``."""
+        body = math.exp(self.spread**2 / 2)
+        for share, (low, high) in ((self.straggling, _STRAGGLING_BY), (self.slow, _SLOW_BY)):
+            body *= 1 + share * ((high - low) / math.log(high / low) - 1)
+        return (1 - self.dead) * body + self.dead * self.dead_after
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a policy did.
+    """The outcome of simulated calls under one policy.
 
     Attributes:
-        latencies: from arrival to end, ``[num_requests]``, in medians of a part.
-        predicted: of each call, the share of its inputs that no worker answered.
-        calls: of the module, that workers began, in multiples of those of the first ask.
-        work: inputs that workers began, in multiples of a batch.
-        ended: how many calls ended for which reason.
+        latencies: float64 ``[num_requests]``, from arrival to end, in medians of a part.
+        predicted: float64 ``[num_requests]``, the share of rows that no worker answered.
+        calls: the parts that workers began, in multiples of the parts of the first asks.
+        work: the rows that workers began, in multiples of the rows of all batches.
+        ended: the number of calls that ended for each reason.
     """
 
     latencies: NDArray[np.float64]
@@ -54,6 +119,7 @@ class Outcome:
     ended: Counter[str]
 
     def percentile(self, percent: float) -> float:
+        """Return a percentile of the latencies."""
         return float(np.percentile(self.latencies, percent))
 
 
@@ -69,31 +135,30 @@ def simulate(
     history: History | None = None,
     seed: int = 0,
 ) -> Outcome:
-    """Send requests to workers that serve one part at a time, from one queue.
+    """Simulate calls on workers that compute one part at a time, from one queue.
 
-    Requests arrive independently of each other (Poisson). An idle worker takes the next part that
-    is still wanted; what has begun goes on to its end. What goes wrong is the same for all policies
-    with the same seed: by request and part for the first ask, by worker and time for spells and
-    bursts.
+    Calls arrive independently of each other (Poisson). An idle worker begins the next part that is
+    still wanted, and computes it to its end. All policies meet the same faults under the same seed:
+    by call and part for the first ask, by worker and time for slow spells and bursts.
 
     Args:
-        policy: a :class:`~coded_torch.Waiting`, or what decides like one. Of one that asks all N
-            at once, column n holds the share ``n mod K`` of the inputs.
-        conditions: what parts take, and what goes wrong.
-        num_workers: at least 1.
-        num_parts: K, of the first ask.
-        load: the share of the workers' time that the first asks take, in (0, 1).
-        num_requests: at least 1.
-        num_columns: N, for a policy that asks all at once; by default ``num_workers``.
-        history: to begin with; by default an empty one. It is added to.
-        seed: of everything.
+        policy: a :class:`~coded_torch.Waiting`, or a policy of the same form. If the policy asks
+            all N columns at once, column n holds the share ``n mod K`` of the rows.
+        conditions: the running times and faults.
+        num_workers: the number of workers, at least 1.
+        num_parts: K, the number of parts of the first ask, at least 1.
+        load: the share of the workers' time that the first asks take, in (0, 1). Defaults to 0.3.
+        num_requests: the number of calls, at least 1. Defaults to 10,000.
+        num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
+        history: the history to begin with, which is added to. Defaults to a new one.
+        seed: the seed of all draws. Defaults to 0.
 
     Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument is out of range.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of its domain.
 
     Note:
-        Some ten microseconds a part.
+        The cost is some ten microseconds a part.
 
     Example:
         >>> from coded_torch import Waiting
@@ -105,60 +170,229 @@ def simulate(
         3.7
         41.9
     """
-    for argument, value in (
-        ("num_workers", num_workers),
-        ("num_parts", num_parts),
-        ("num_requests", num_requests),
-    ):
-        count("simulate", argument, value)
+    count("simulate", "num_workers", num_workers)
+    count("simulate", "num_parts", num_parts)
+    count("simulate", "num_requests", num_requests)
     instance("simulate", "conditions", conditions, Conditions)
     real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
-    gap = conditions.mean() * num_parts / (num_workers * load)
-    arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
-    num_rows, unit_rows = num_parts * PART_ROWS, 1
-    first = [tuple(range(i, i + PART_ROWS)) for i in range(0, num_rows, PART_ROWS)]
+    num_rows, unit_rows = num_parts * _PART_ROWS, 1
+    first = [tuple(range(i, i + _PART_ROWS)) for i in range(0, num_rows, _PART_ROWS)]
     needed = num_rows
     if getattr(policy, "at_once", False):
         columns = count("simulate", "num_columns", num_columns or num_workers, least=num_parts)
-        needed, unit_rows = columns - (getattr(policy, "num_stragglers", 0) or 0), PART_ROWS
+        needed, unit_rows = columns - (getattr(policy, "num_stragglers", 0) or 0), _PART_ROWS
         first = [(column,) for column in range(columns)]
-    inputs = num_rows // unit_rows
+    num_units = num_rows // unit_rows
+    gap = conditions.mean() * num_parts / (num_workers * load)
+    pool = _Pool(conditions, num_workers, unit_rows, gap, seed)
+    factors = pool.factors(num_requests * len(first))
+    arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
     history = History() if history is None else history
-    generator = torch.Generator().manual_seed(seed)
+
+    def arrive(number: int) -> None:
+        options: dict[str, Any] = {
+            "unit_rows": unit_rows,
+            "since": pool.now,
+            "idle": pool.num_idle,
+        }
+        decisions = policy.decide(history, first, needed=needed, **options)
+        own = factors[number * len(first) : (number + 1) * len(first)]
+        pool.begin_call(_Call(number, pool.now, decisions, own))
+        if number + 1 < num_requests:
+            pool.at(arrivals[number + 1], arrive, number + 1)
+
+    pool.at(arrivals[0], arrive, 0)
+    while len(pool.ended) < num_requests:
+        pool.go_on()
     latencies, predicted = np.zeros(num_requests), np.zeros(num_requests)
-    ended: Counter[str] = Counter()
-
-    def arrive(number: int, arrival: float) -> OpenCall:
-        call = OpenCall(
-            number,
-            arrival,
-            policy.decide(
-                history,
-                first,
-                needed=needed,
-                unit_rows=unit_rows,
-                since=arrival,
-                idle=cluster.free,
-            ),
-        )
-        if conditions.delays is not None:
-            call.delays = conditions.delays.sample(num_workers, generator).tolist()
-        return call
-
-    def closed(call: OpenCall, how: Ended) -> None:
-        latencies[call.number] = cluster.now - call.arrival
-        ended[how.reason] += 1
-        if how.reason != "complete":
-            answered = {unit % inputs for units in call.answered for unit in units}
-            predicted[call.number] = 1 - len(answered) / inputs
-
-    faults = Faults(conditions, num_workers, num_requests, len(first), gap, seed)
-    cluster = SimulatedWorkers(conditions, faults, unit_rows, closed, seed)
-    cluster.run(arrivals, arrive)
+    for call, how, at in pool.ended:
+        latencies[call.number] = at - call.arrival
+        if how != "complete":
+            answered = {unit % num_units for units in call.answered for unit in units}
+            predicted[call.number] = 1 - len(answered) / num_units
     return Outcome(
         latencies,
         predicted,
-        cluster.begun_parts / (num_requests * num_parts),
-        cluster.begun_rows / (num_requests * num_rows),
-        ended,
+        pool.begun_parts / (num_requests * num_parts),
+        pool.begun_rows / (num_requests * num_rows),
+        Counter(how for _, how, _ in pool.ended),
     )
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Call:
+    """A call, with the time that its policy waits for."""
+
+    number: int
+    arrival: float
+    policy: Generator[Decision, Event, Ended] | None  # None: the call has ended
+    factors: Sequence[float]  # factors of the running times in the first ask
+    delays: Sequence[float] = ()  # a delay for each worker
+    parts: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    answered: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    dropped: set[int] = dataclasses.field(default_factory=set)
+    until: float = math.inf
+
+
+class _Pool:
+    """Workers, one queue of parts, and one clock of events."""
+
+    def __init__(
+        self, conditions: Conditions, num_workers: int, unit_rows: int, gap: float, seed: int
+    ) -> None:
+        self.conditions, self.unit_rows = conditions, unit_rows
+        self.now, self.begun_parts, self.begun_rows = 0.0, 0, 0
+        self.ended: list[tuple[_Call, str, float]] = []  # each call, the reason, the time
+        self._events: list[tuple[float, int, Callable[[Any], None], Any]] = []
+        self._order = itertools.count()
+        self._queue: deque[tuple[_Call, int, frozenset[int]]] = deque()
+        self._idle = deque(range(num_workers))
+        self._running: list[tuple[_Call, int, float, bool] | None] = [None] * num_workers
+        self._ends = [0.0] * num_workers  # when each worker's part ends
+        self._resumes = [0.0] * num_workers  # when each worker's pause ends
+        # Each kind of fault has numbers of its own, so that it is the same for every policy.
+        self._numbers = np.random.default_rng([seed, 1])
+        self._bursts = random.Random(f"{seed} bursts")
+        self._delays = torch.Generator().manual_seed(seed)
+        self._later = itertools.chain.from_iterable(iter(lambda: self.factors(1000), None))
+        self._spells = [
+            _spells(conditions.slow, _SPELL * gap, random.Random(f"{seed} {worker}"))
+            for worker in range(num_workers)
+        ]
+        self._spell = [next(spells) for spells in self._spells]
+        self._burst_later()
+
+    def begin_call(self, call: _Call) -> None:
+        if (law := self.conditions.delays) is not None:
+            call.delays = law.sample(len(self._ends), self._delays).tolist()
+        self._step(call, None)
+
+    def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
+        """Call ``do(what)`` at a time."""
+        heapq.heappush(self._events, (time, next(self._order), do, what))
+
+    def num_idle(self) -> int:
+        return max(0, len(self._idle) - len(self._queue))
+
+    def go_on(self) -> None:
+        """Handle the next event, and let idle workers begin parts that are wanted."""
+        if not self._events:
+            raise RuntimeError("simulate: calls are open, but no event can come any more")
+        self.now, _, do, what = heapq.heappop(self._events)
+        do(what)
+        passed = []
+        while self._idle and self._queue:
+            call, part, avoid = entry = self._queue.popleft()
+            if call.policy is None or part in call.dropped:
+                continue
+            worker = next((worker for worker in self._idle if worker not in avoid), None)
+            if worker is not None:
+                self._idle.remove(worker)
+                self._begin(worker, call, part)
+            elif len(avoid) < len(self._ends):
+                passed.append(entry)
+            else:  # no worker is left
+                self._step(call, Settled(part, self.now, math.inf, False))
+        self._queue.extendleft(reversed(passed))
+
+    def _step(self, call: _Call, event: Event) -> None:
+        """Send an event to a policy, and carry out its decisions until it waits or ends."""
+        assert call.policy is not None
+        try:
+            while type(decision := call.policy.send(event)) is not Wait:
+                event = None
+                if type(decision) is Ask:
+                    avoided = decision.avoid or (frozenset[int](),) * len(decision.parts)
+                    for units, avoid in zip(decision.parts, avoided, strict=True):
+                        self._queue.append((call, len(call.parts), avoid))
+                        call.parts.append(units)
+                elif type(decision) is Drop:
+                    call.dropped.update(decision.parts)
+        except StopIteration as stop:
+            call.policy, call.until = None, math.inf
+            self.ended.append((call, stop.value.reason, self.now))
+            return
+        if decision.until != call.until:
+            call.until = decision.until
+            if call.until < math.inf:
+                self.at(max(call.until, self.now), self._wake, call)
+
+    def _wake(self, call: _Call) -> None:
+        if call.until <= self.now:
+            call.until = math.inf
+            self._step(call, None)
+
+    def _begin(self, worker: int, call: _Call, part: int) -> None:
+        rows = len(call.parts[part]) * self.unit_rows
+        seconds = call.factors[part] if part < len(call.factors) else next(self._later)
+        seconds *= OVERHEAD + (1 - OVERHEAD) * rows / _PART_ROWS
+        begin, end, factor = self._spell[worker]
+        while end <= self.now:
+            begin, end, factor = self._spell[worker] = next(self._spells[worker])
+        if begin <= self.now:
+            seconds *= factor
+        if call.delays:
+            seconds += call.delays[worker]
+        ok = seconds < math.inf
+        self._running[worker] = call, part, self.now, ok
+        self._ends[worker] = self.now + (seconds if ok else self.conditions.dead_after)
+        self.at(self._ends[worker], self._end, worker)
+        self.begun_parts += 1
+        self.begun_rows += rows
+        self._step(call, Began(part, self.now))
+
+    def _end(self, worker: int) -> None:
+        """End a worker's part, if it has one, or its pause."""
+        if self._ends[worker] > self.now:  # a burst came meanwhile
+            self.at(self._ends[worker], self._end, worker)
+            return
+        self._idle.append(worker)
+        running, self._running[worker] = self._running[worker], None
+        if running is not None and running[0].policy is not None:
+            call, part, began, ok = running
+            if ok:
+                call.answered.append(call.parts[part])
+            failure = Failure() if ok else Failure("died")
+            self._step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
+
+    def _burst(self, _: None) -> None:
+        num_workers, resume = len(self._ends), self.now + _PAUSE
+        first = self._bursts.randrange(num_workers)
+        for i in range(first, first + max(1, round(num_workers * _BURST_SHARE))):
+            worker = i % num_workers
+            if worker in self._idle:
+                self._idle.remove(worker)
+                self._ends[worker] = self.now
+                self.at(resume, self._end, worker)
+            self._ends[worker] += resume - max(self.now, self._resumes[worker])
+            self._resumes[worker] = resume
+        self._burst_later()
+
+    def _burst_later(self) -> None:
+        if self.conditions.bursts < math.inf:
+            gap = self._bursts.expovariate(1.0) * self.conditions.bursts
+            self.at(self.now + gap, self._burst, None)
+
+    def factors(self, size: int) -> list[float]:
+        """Return the factors of the running times of parts; infinite for parts that fail."""
+        conditions, numbers = self.conditions, self._numbers
+        factors = np.exp(conditions.spread * numbers.standard_normal(size))
+        low, high = _STRAGGLING_BY
+        by = low * (high / low) ** numbers.random(size)
+        factors = np.where(numbers.random(size) < conditions.straggling, factors * by, factors)
+        dead = numbers.random(size) < conditions.dead
+        return list(np.where(dead, math.inf, factors).tolist())
+
+
+def _spells(
+    slow: float, mean: float, numbers: random.Random
+) -> Iterator[tuple[float, float, float]]:
+    """Yield the spells in which a worker is slow: begin, end and factor."""
+    if not slow:
+        yield math.inf, math.inf, 1.0
+    low, high = _SLOW_BY
+    end, is_slow = 0.0, numbers.random() < slow
+    while True:
+        begin = end if is_slow else end + numbers.expovariate(1.0) * mean * (1 - slow) / slow
+        end, is_slow = begin + numbers.expovariate(1.0) * mean, False
+        yield begin, end, low * (high / low) ** numbers.random()

@@ -175,7 +175,7 @@ class Trials:
 
     def _wait(self, parts: set[int], until: float) -> _Doing:
         """Wait for parts, and take out those that have ended."""
-        while parts and (event := (yield Wait(until, begins=False))) is not None:
+        while parts and (event := (yield Wait(until))) is not None:
             if isinstance(event, Settled):
                 parts.discard(event.part)
                 if event.ok:
