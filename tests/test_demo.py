@@ -53,13 +53,13 @@ def test_what_becomes_of_answers(shipped):
     found = {each.name: each for each in situations(model, batches, classes, (24, 20, 4))}
     all_answer, lost, replication = found.values()
     assert (all_answer.exact, all_answer.predicted) == (480, 0)
-    assert math.isnan(all_answer.expected)
+    assert math.isnan(all_answer.radius)
     assert math.isnan(all_answer.error)
     assert all_answer.right == (model(images[:480]).argmax(-1) == labels[:480]).float().mean()
     for each in found.values():
         assert each.exact + each.predicted == 480
     assert lost.predicted > 0
-    assert lost.error / 1.5 < lost.expected < 1.5 * lost.error
+    assert lost.error / 2 < lost.radius < 4 * lost.error
     assert lost.error < replication.error
     assert replication.right < lost.right
 

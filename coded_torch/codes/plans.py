@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from ..input_space.metrics import Distances, Sources
 from ..input_space.regression import MOST_ROWS, RowPlan
 
 if TYPE_CHECKING:
+    from ..input_space.coverage import ErrorBars
     from ..input_space.metrics import Choice
     from ..input_space.ordering import Grouping, Ordering
     from ..input_space.regression import Regression
@@ -122,25 +122,22 @@ class BatchPlan(abc.ABC):
             n = len(rows)
             return float(rows.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
 
-    def expected_errors(
-        self, received: Sequence[int], results: Tensor | None = None
-    ) -> Tensor | None:
-        """Return the root mean squared error to expect of each answer; 0 for exact ones.
+    def error_bars(
+        self,
+        received: Sequence[int],
+        results: Tensor,
+        answers: Tensor,
+        surrogates: tuple[Tensor, Tensor] | None = None,
+    ) -> ErrorBars | None:
+        """Return the error bars of predicted answers; None if the code has none.
 
         Args:
-            received: as for :meth:`decode`; it may be tried out before any result is there.
-            results: as for :meth:`decode`; without, errors are in units of the outputs' standard
-                deviation (of an output vector's, root of the sum of the variances).
-
-        Returns:
-            ``[B]``, float64, on the host; None if the code cannot say.
+            received, results: as for :meth:`decode`.
+            answers: ``[B, ...]``, as :meth:`decode` returned them.
+            surrogates: what was subtracted from the results, ``[|F|, G, ...]``, and what is added
+                to the answers, ``[B, ...]``. Defaults to nothing.
         """
         return None
-
-    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
-        """Return the root mean square of :meth:`expected_errors` over the batch, or None."""
-        errors = self.expected_errors(received, results)
-        return None if errors is None else math.sqrt(float(errors.square().mean()))
 
 
 class GroupwisePlan(BatchPlan):

@@ -43,6 +43,7 @@ class RegressionCode(Code):
         num_workers: N, as for every :class:`~coded_torch.codes.Code`.
         metric: as for :class:`~coded_torch.Regression`.
         length: as for :class:`~coded_torch.Regression`.
+        coverage: as for :class:`~coded_torch.Regression`.
         options: ``ordering``, ``shuffle`` and ``link``, as for every
             :class:`~coded_torch.codes.Code`.
 
@@ -78,12 +79,13 @@ class RegressionCode(Code):
         *,
         metric: str | Features | Sequence[str | Features] = "auto",
         length: float | str = "auto",
+        coverage: float = 0.95,
         **options: Unpack[Options],
     ) -> None:
         super().__init__(num_data, num_workers, **options)
-        self.regression = Regression(metric, length, self.link)
+        self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
-        self.metrics = self.regression.metrics
+        self.metrics, self.coverage = self.regression.metrics, self.regression.coverage
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         callables = (x for x in self.regression.metrics if not isinstance(x, str))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,7 +32,7 @@ class Situation(NamedTuple):
     name: str
     exact: int  # answers that a worker computed
     predicted: int  # the other answers
-    expected: float  # the root mean squared error that the reports expect of them, or NaN
+    radius: float  # the median radius of the reports, or NaN
     error: float  # their root mean squared error, or NaN
     right: float  # the share of right answers among all
 
@@ -40,13 +41,13 @@ class Situation(NamedTuple):
         """Return the lines above the table of ``count`` answers a situation."""
         return (
             f"N = {n} workers, K = {k} inputs a group: {count:,} answers\n"
-            f"  {'':<29}{'exact':>7}{'predicted':>11}{'expected':>10}{'error':>8}{'right':>8}"
+            f"  {'':<29}{'exact':>7}{'predicted':>11}{'radius':>10}{'error':>8}{'right':>8}"
         )
 
     def __str__(self) -> str:
-        expected, error = ("" if math.isnan(x) else f"{x:.2f}" for x in (self.expected, self.error))
+        radius, error = ("" if math.isnan(x) else f"{x:.2f}" for x in (self.radius, self.error))
         counts = f"{self.exact:>7,}{self.predicted:>11,}"
-        return f"  {self.name:<29}{counts}{expected:>10}{error:>8}{self.right:>8.1%}"
+        return f"  {self.name:<29}{counts}{radius:>10}{error:>8}{self.right:>8.1%}"
 
 
 @torch.no_grad()
@@ -83,21 +84,21 @@ def situations(
         *(lost if s else ()),
     ]:
         predicted = right = 0
-        expected = squares = 0.0
+        squares, radii = 0.0, []
         for i, (batch, classes) in enumerate(zip(batches, labels, strict=True)):
             answers, report = _answered(model, batch, code, num_stragglers, seed + i)
-            flagged, errors = report.predicted, report.expected_errors
+            flagged = report.predicted
             assert flagged is not None  # there are answers
             predicted += int(flagged.sum())
             right += int((answers.argmax(-1) == classes).sum())
-            expected += math.nan if errors is None else float(errors[flagged].square().sum())
+            radii += [] if report.radii is None else report.radii[flagged].tolist()
             squares += float((answers - model(batch)).cpu()[flagged].square().sum())
         known = predicted or math.nan
         yield Situation(
             name,
             count - predicted,
             predicted,
-            math.sqrt(expected / known),
+            statistics.median(radii) if radii else math.nan,
             math.sqrt(squares / known),
             right / count,
         )
@@ -120,7 +121,7 @@ def draw(
     which = torch.arange(len(rows)) % answers.shape[1]
     exact, predicted = model(batch).cpu()[rows, which], answers.cpu()[rows, which]
     order = exact.argsort()
-    bars = report.expected_errors
+    bars = report.radii
     if bars is not None:  # of a whole answer; here of one of its logits
         bars = bars[rows][order] / math.sqrt(answers.shape[1])
 
@@ -131,7 +132,7 @@ def draw(
     axes.plot(exact[order], "_", color="black", markersize=9, label="computed by the model")
     axes.errorbar(
         range(len(rows)), predicted[order], bars, fmt="o", color="#0072B2", markersize=4,
-        linewidth=1, label="predicted, with the expected error",
+        linewidth=1, label="predicted, with its radius",
     )  # fmt: skip
     axes.set_title(f"{k} inputs a group on {n} workers, {s} lost", fontsize=10)
     axes.set_xlabel("answers whose workers were all lost")

@@ -236,7 +236,7 @@ def compare(
             if classes is not None:
                 _check_labels(classes, trial.exact)
             for name, code in codes.items():
-                answers, _ = trial.decode(code, received, num_stragglers=s)
+                answers = trial.decode(code, received, num_stragglers=s)
                 scores[name].add(_flat(answers), _flat(trial.exact), classes)
         rows += [_row((n, k, s), name, codes[name], x) for name, x in scores.items()]
     return Comparison(rows)

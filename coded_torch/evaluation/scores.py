@@ -126,7 +126,6 @@ class Scores:
         answers: Tensor,
         exact: Tensor,
         labels: Tensor | None = None,
-        expected: float | None = None,
     ) -> None:
         """Add a batch.
 
@@ -134,7 +133,6 @@ class Scores:
             answers: the decoded answers, ``[B, C]``. A missing one is NaN, and counts as wrong.
             exact: the model's own answers, ``[B, C]``.
             labels: the true classes, ``[B]``, integers, or None.
-            expected: the root mean squared error that the code expects, or None.
         """
         answered = answers.isfinite().all(-1)
         found, own = torch.where(answered, answers.argmax(-1), -1), exact.argmax(-1)
@@ -145,8 +143,7 @@ class Scores:
             labels = labels.to(exact.device)  # files and loaders have them on the host
             right, own_right = ((x == labels).double().mean().item() for x in (found, own))
         agreement = (found == own).double().mean().item()
-        foreseen = math.nan if expected is None or not mse > 0 else expected**2
-        errors = mse, norms.mean().item(), spread.square().mean().item(), foreseen
+        errors = mse, norms.mean().item(), spread.square().mean().item()
         self._rows.append((right, own_right, agreement, *errors))
 
     def __iadd__(self, other: Scores) -> Scores:
@@ -155,15 +152,15 @@ class Scores:
 
     @property
     def columns(self) -> Array:
-        """Right, right by the model itself, agreement, MSE, mean error, variance, expected MSE.
+        """Right, right by the model itself, agreement, MSE, mean error, variance.
 
-        ``[7, batches]``, NaN where a number is not known.
+        ``[6, batches]``, NaN where a number is not known.
         """
         return np.array(self._rows).T
 
     def summary(self, others: Mapping[str, Scores] | None = None) -> dict[str, Any]:
         """Return scores with half the width of their intervals, also relative to others."""
-        right, own, agreement, mse, mean, variance, expected = self.columns
+        right, own, agreement, mse, mean, variance = self.columns
         root = math.sqrt(mse.mean())
         summary: dict[str, Any] = {
             "relative_accuracy": ratio(right, own),
@@ -172,11 +169,6 @@ class Scores:
             "rmse_mean": rounded(mean.mean(), half_width(mean)),
             "mse_to_variance": ratio(mse, variance),
         }
-        foreseen = ~np.isnan(expected)
-        if foreseen.any():
-            each = np.sqrt(expected[foreseen] / mse[foreseen])
-            summary["predicted_to_measured"] = ratio(each, np.ones_like(each))
-            summary["prediction_off_by"] = rounded(float(np.abs(each - 1).mean()))[0]
         for name, other in (others or {}).items():
             if other is not self:
                 their_right, _, _, their_mse, *_ = other.columns

@@ -99,8 +99,8 @@ class Trial:
         *,
         num_stragglers: int = 0,
         stage: Callable[[Tensor], Tensor] = lambda x: x,
-    ) -> tuple[list[Tensor], float | None]:
-        """Return every output's answers, ``[B, ...]``, and the error that the code expects.
+    ) -> list[Tensor]:
+        """Return every output's answers, ``[B, ...]``.
 
         Args:
             code: the code.
@@ -119,8 +119,7 @@ class Trial:
         plan, results = self._plans[code, num_stragglers]
         rows = [self._place[worker] for worker in received]
         arrived = [stage(result[rows]) for result in results]
-        answers = [plan.decode(result, received) for result in arrived]
-        return answers, plan.expected_rmse(received, arrived[0])
+        return [plan.decode(result, received) for result in arrived]
 
     def _results_of(self, code: Code, plan: BatchPlan) -> list[Tensor]:
         """Return the results of the workers in received sets, ``[|workers|, G, ...]`` an output."""

@@ -104,7 +104,7 @@ def chosen(
                 if len(received) < variant.min_received:
                     errors[i] = math.inf
                     continue
-                answers, _ = trial.decode(
+                answers = trial.decode(
                     variant,
                     received,
                     num_stragglers=num_stragglers,

@@ -62,7 +62,7 @@ class GaussianProcess:
         >>> at = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
         >>> squares = (at[:, None] - at).square()
         >>> process = GaussianProcess(squares, 2.0, points=torch.arange(3))
-        >>> process.weights_at(torch.tensor([3])).round(decimals=2)
+        >>> process.at(torch.tensor([3]))[0].round(decimals=2)
         tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
     """
 
@@ -94,7 +94,7 @@ class GaussianProcess:
             self._half_one = self._half(self._factor.new_ones(1, count))
             self._mean = _solved(self._half_one, self._factor)
         self._precision = float(self._mean.sum())
-        self._last_half: tuple[Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._last_residuals: tuple[Tensor, Tensor] | None = None
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -114,43 +114,26 @@ class GaussianProcess:
     def _half(self, covariances: Tensor) -> Tensor:
         return _solved(covariances, self._factor, transposed=True)
 
-    def _half_at(self, points: Tensor) -> Tensor:
-        """Return, for variances beside weights, what they share; the last is kept."""
-        if self._last_half is None or self._last_half[0] is not points:
-            self._last_half = points, self._half(self._covariances(points, self._factor.dtype))
-        return self._last_half[1]
-
-    def weights_at(self, points: Tensor) -> Tensor:
-        """Return the weights of the results in predictions, ``[L, M]``; every row sums to one.
+    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of the results in predictions, and the variances of these.
 
         Args:
-            points: ``[L]``, without results.
+            points: ``[L]``, without results. What the last ones got is kept.
+
+        Returns:
+            Weights ``[L, M]``, float64, whose rows sum to one. Variances ``[L]``, float64, in the
+            outputs' variance.
         """
-        weights = _solved(self._half_at(points), self._factor)
-        left = 1 - weights.sum(1, keepdim=True)
-        return weights.addmm_(left, self._mean, alpha=1 / self._precision)
-
-    def predictions_at(self, points: Tensor, results: Tensor) -> Tensor:
-        """Return predictions, ``[L, C]``: of few outputs, without the weights.
-
-        Args:
-            points: ``[L]``, without results.
-            results: ``[M, C]``, float64.
-        """
-        centre = results.mean(0)
-        sizes = (results - centre).abs_().amax(0).clamp_(min=1e-300)  # float32 has not their range
-        coefficients, mean = self.coefficients((results - centre) / sizes)
-        predicted = torch.addmm(mean, self._covariances(points, self._factor.dtype), coefficients)
-        return torch.addcmul(centre, predicted.double(), sizes)
-
-    def variances_at(self, points: Tensor) -> Tensor:
-        """Return the variances of predictions, ``[L]``, float64, in the outputs' variance."""
-        half = self._half_at(points)
-        left = 1 - (half @ self._half_one.T).squeeze(1).double()
-        explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
-        explained -= left.square() / self._precision
-        variances: Tensor = (1 + self._nugget - explained).clamp_(min=0)
-        return variances
+        if self._last is None or not torch.equal(self._last[0], points):
+            half = self._half(self._covariances(points, self._factor.dtype))
+            left = 1 - (half @ self._half_one.T).double()
+            explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
+            explained -= left.squeeze(1).square() / self._precision
+            weights = _solved(half, self._factor).double()
+            weights.addmm_(left, self._mean.double(), alpha=1 / self._precision)
+            weights += (1 - weights.sum(1, keepdim=True)) / weights.shape[1]  # after rounding
+            self._last = points, weights, (1 + self._nugget - explained).clamp_(min=self._nugget)
+        return self._last[1:]
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
@@ -223,7 +206,7 @@ class GaussianProcess:
         Returns:
             NaN if all results are equal.
         """
-        square = float(self._deviations(results).square().sum())
+        square = float(self.deviations(results).square().sum())
         left = float(self.leave_one_out_residuals(results).square().sum())
         return math.sqrt(left / square) if square > 0 else math.nan
 
@@ -233,7 +216,7 @@ class GaussianProcess:
         It is the slope of the regression, through 0, of every result on its prediction from all
         others, both less the mean of the others; 0 if its gain against the mean may be chance.
         """
-        deviations = self._deviations(results)
+        deviations = self.deviations(results)
         predicted = deviations - self.leave_one_out_residuals(results)
         square = float(predicted.square().sum())
         if not square > 0:
@@ -243,31 +226,20 @@ class GaussianProcess:
         by_chance = _ERRORS * float(gains.std(correction=0)) * math.sqrt(len(gains))
         return slope if float(gains.sum()) > by_chance else 0.0
 
-    def _deviations(self, results: Tensor) -> Tensor:
+    def deviations(self, results: Tensor) -> Tensor:
         """Return the results that are left out, each less the mean of all others."""
         deviations = results[self.left_out] - results.mean(0)
         return deviations.mul_(len(results) / max(len(results) - 1, 1))
 
-    def output_variance(self, results: Tensor) -> float:
-        """Return the outputs' variance, by which residuals are as large as is expected.
-
-        That is the sum of the squared residuals over the sum of their variances; 0 for one result.
-        With the restricted likelihood's maximum, expected errors were up to 1.3 times too large.
-        """
-        if len(results) < 2:
-            return 0.0
-        squares = self.leave_one_out_residuals(results).square().mean(1)
-        return float(squares.sum() / self.leave_one_out_variances.sum())
-
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:
-    """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, float32; and the size.
+    """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, and the size.
 
     Residuals stay as they are, but for the size, and precise.
     """
     y = results - results.mean(0)
     size = (float(y.abs().max()) if y.numel() else 0.0) or 1.0
-    return y.div_(size).T.float().contiguous(), size
+    return y.div_(size).T.contiguous(), size
 
 
 def _solved(rows: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import count, instance, positive, shown
-from .._transforms import differentiated, exactly, outside, plain
+from .._arguments import count, instance, positive, real, shown
+from .._transforms import exactly, outside, plain
+from .coverage import ErrorBars
 from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
 from .selection import LENGTHS, MOST_ROWS, Part
@@ -44,6 +44,8 @@ class Regression:
             root of 2. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
+        coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
+            most its radius. Defaults to 0.95.
 
     Attributes:
         metrics, lengths: those that compete.
@@ -76,6 +78,7 @@ class Regression:
         metric: str | Features | Sequence[str | Features] = "auto",
         length: float | str = "auto",
         link: str | None = None,
+        coverage: float = 0.95,
     ) -> None:
         self.metric, self.metrics = metric, _metrics(metric)
         if isinstance(length, str):
@@ -87,6 +90,7 @@ class Regression:
         self.length = self.lengths[0] if isinstance(length, numbers.Real) else length
         check_link(self, link)
         self.link = link
+        self.coverage = real(self, "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
 
     def plan(
         self,
@@ -118,7 +122,8 @@ class Regression:
 
     def __repr__(self) -> str:
         given = {"metric": self.metric, "length": self.length, "link": self.link}
-        shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None))
+        given["coverage"] = self.coverage
+        shown = (f"{k}={v!r}" for k, v in given.items() if v not in ("auto", None, 0.95))
         return f"Regression({', '.join(shown)})"
 
 
@@ -197,44 +202,38 @@ class RowPlan:
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
         rows, source = results.flatten(0, 1), self.source(received)
-        plain = rows.device.type == "cpu" and not differentiated(rows)
         answers, choices = [], []
         for part in self._parts:
             with outside(), exactly():
-                map, predicted, choice = part.map(source, rows, plain)
-            answers.append(map(rows if predicted is None else torch.cat([rows, predicted])))
+                map, choice = part.map(source, rows)
+            answers.append(map(rows))
             choices += [choice] if choice is not None else []
         self.choices = tuple(choices)
         if len(answers) == 1:
             return answers[0]
         return torch.cat(answers)[self._back.to(rows.device)]
 
-    def expected_errors(
-        self, received: Sequence[int], results: Tensor | None = None
-    ) -> Tensor | None:
-        """Return the root mean squared error to expect of each answer; 0 for exact ones.
+    def error_bars(
+        self,
+        received: Sequence[int],
+        results: Tensor,
+        answers: Tensor,
+        surrogates: tuple[Tensor, Tensor] | None = None,
+    ) -> ErrorBars:
+        """Return the error bars of predicted answers.
 
         Args:
-            received: as for :meth:`decode`.
-            results: as for :meth:`decode`; without, errors are in the outputs' standard deviation.
-
-        Returns:
-            ``[B]``, float64, on the host: the norm over all numbers of an answer. None if there are
-            no results.
+            received, results: as for :meth:`decode`.
+            answers: ``[B, ...]``, as :meth:`decode` returned them.
+            surrogates: what was subtracted from the results, ``[F, G, ...]``, and what is added to
+                the answers, ``[B, ...]``. Defaults to nothing.
         """
-        source = self.source(received)
-        if not bool((source >= 0).any()):
-            return None
+        if surrogates is not None:
+            surrogates = surrogates[0].flatten(0, 1), surrogates[1]
         with outside(), exactly():
-            rows = None if results is None else results.flatten(0, 1)
-            variances = torch.cat([part.variances(source, rows) for part in self._parts])
-            size = 1 if results is None else results.shape[2:].numel()
-            return variances[self._back].mul_(size).sqrt_()
-
-    def expected_rmse(self, received: Sequence[int], results: Tensor | None = None) -> float | None:
-        """Return the root mean square of :meth:`expected_errors` over the batch, or None."""
-        errors = self.expected_errors(received, results)
-        return None if errors is None else math.sqrt(float(errors.square().mean()))
+            rows, source = results.flatten(0, 1), self.source(received)
+            each = [part.bars(source, rows, answers, surrogates) for part in self._parts]
+            return ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""

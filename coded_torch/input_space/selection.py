@@ -13,6 +13,7 @@ from torch import Tensor
 from .._arguments import dense
 from .._transforms import plain
 from ..linear import SelectMap
+from .coverage import Bars, Shrunk, bars
 from .gaussian_process import GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, key_of, name_of
@@ -177,63 +178,70 @@ class Part:
         self._fits: Fits | None = None
         self._fitted: list[Fitted] = []
 
-    def map(
-        self, source: Tensor, results: Tensor, plain: bool
-    ) -> tuple[SelectMap, Tensor | None, Choice | None]:
-        """Return the map from results to the answers of these rows.
+    def map(self, source: Tensor, results: Tensor) -> tuple[SelectMap, Choice | None]:
+        """Return the map from results to the answers of these rows, and how it was made.
 
         Args:
             source: ``[B]``, the place of each row's own result, or -1.
             results: ``[n, ...]``.
-            plain: whether they are on the host, and no derivative is asked for: few outputs are
-                predicted without weights then, which saves a sixth of the time of 3,400 results
-                (benchmarks batches).
-
-        Returns:
-            The map; predictions that stand behind the results, if they are there already; and how
-            they were made.
         """
-        own, used, choice = source[self.rows], source[:0], None
-        weights = torch.zeros(0, 0)
-        lost = (own < 0).nonzero().flatten()
-        if len(lost):
-            dense("Regression", "results", results)
-            points, used = self._used(source)
-            weights = torch.full((1, len(used)), 1 / len(used))
-            fitted = self._fit(points, few_columns(results, used))
-            if fitted is not None:
-                choice = fitted.choice
-                # Shrunk towards the mean as far as results are not predicted by each other.
-                if plain and 0 < results[0].numel() < len(lost):
-                    y = results[used].reshape(len(used), -1).double()
-                    predicted = fitted.process.predictions_at(lost, y)
-                    predicted = torch.lerp(y.mean(0), predicted, choice.trust)
-                    own = own.index_copy(0, lost, torch.arange(len(lost)) + len(results))
-                    select = SelectMap(len(results) + len(lost), own, used[:0], weights[:, :0])
-                    return select, predicted.to(results.dtype).view(-1, *results.shape[1:]), choice
-                if choice.trust > 0:
-                    mean = (1 - choice.trust) / len(used)
-                    weights = fitted.process.weights_at(lost).mul(choice.trust).add_(mean)
-        return SelectMap(len(results), own, used, weights), None, choice
-
-    def variances(self, source: Tensor, results: Tensor | None) -> Tensor:
-        """Return the variances of the answers of these rows, ``[b]``, float64; 0 if exact."""
         own = source[self.rows]
-        lost = (own < 0).nonzero().flatten()
-        variances = torch.zeros(len(own), dtype=torch.float64)
-        if not len(lost):
-            return variances
+        missing = (own < 0).nonzero().flatten()
+        if not len(missing):
+            return SelectMap(len(results), own, source[:0], torch.zeros(0, 0)), None
+        dense("Regression", "results", results)
         points, used = self._used(source)
-        sample = None if results is None else few_columns(results, used)
-        fitted = self._fit(points, sample)
-        if fitted is None or fitted.choice.trust == 0:  # about the mean
-            variance = 1.0
-            if sample is not None:
-                variance = float(sample.var(0).mean()) if len(sample) > 1 else 0.0
-            return variances.index_fill_(0, lost, variance * (1 + 1 / len(used)))
-        sample = fitted.sample
-        scale = 1.0 if sample is None else fitted.process.output_variance(sample)
-        return variances.index_copy_(0, lost, fitted.process.variances_at(lost) * scale)
+        weights = torch.full((1, len(used)), 1 / len(used))
+        fitted = self._fit(points, few_columns(results, used))
+        choice = None if fitted is None else fitted.choice
+        if fitted is not None and fitted.choice.trust > 0:
+            # Shrunk towards the mean as far as results are not predicted by each other.
+            trust = fitted.choice.trust
+            weights = fitted.process.at(missing)[0] * trust + (1 - trust) / len(used)
+        return SelectMap(len(results), own, used, weights), choice
+
+    def bars(
+        self,
+        source: Tensor,
+        results: Tensor,
+        answers: Tensor,
+        surrogates: tuple[Tensor, Tensor] | None,
+    ) -> Bars | None:
+        """Return the error bars of the missing rows; None if there are none.
+
+        Args:
+            source: as for :meth:`map`.
+            results: ``[n, ...]``, of which surrogates have been subtracted.
+            answers: ``[B, ...]``, predicted from these results.
+            surrogates: what was subtracted, ``[n, ...]``, and for the rows, ``[B, ...]``.
+        """
+        missing = (source[self.rows] < 0).nonzero().flatten()
+        if not len(missing):
+            return None
+        rows = self.rows[missing]
+        points, used = self._used(source)
+        fitted = self._fit(points, few_columns(results, used))
+        regression = None
+        if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
+            process, trust = fitted.process, fitted.choice.trust
+            regression = Shrunk(process, trust, *process.at(missing))
+        offsets = None
+        if surrogates is not None:
+            offsets = _columns(surrogates[0], used), _columns(surrogates[1], rows)
+        found = bars(
+            rows,
+            _columns(results, used),
+            _columns(answers, rows),
+            regression,
+            offsets,
+            labels=results.dim() == 2,
+        )
+        if self._distances is not None and len(points):
+            far = ~self._distances.usable[missing]  # not like the results, which are not far
+            found.thresholds[:, far] = math.inf
+            if found.risks is not None:
+                found.risks[far] = 1.0
+        return found
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -289,6 +297,12 @@ def few_columns(results: Tensor, rows: Tensor) -> Tensor:
     columns = plain("decode", "results", results).reshape(len(results), -1)
     columns = columns[:, :: max(1, columns.shape[1] // _COLUMNS)]
     return columns.to("cpu", torch.float64)[rows]
+
+
+def _columns(values: Tensor, rows: Tensor) -> Tensor:
+    """Return all columns of some values ``[n, ...]``: ``[L, C]`` on the host."""
+    columns = plain("decode", "results", values).reshape(len(values), -1)
+    return columns.index_select(0, rows.to(columns.device)).cpu()
 
 
 def _winner(losses: dict[_T, Tensor], default: _T) -> _T:

@@ -264,7 +264,8 @@ class CodedWrapper(ModuleProxy):
         reserve: float,
     ) -> Any:
         code, predictions = self.code, self._history.predictions
-        link = (code or self.predictor or _PREDICTOR).link
+        predictor = getattr(code, "regression", self.predictor or _PREDICTOR)
+        link = (code or predictor).link
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
         surrogates = Surrogates(self.surrogate, inputs, link, report, self.module)
@@ -289,7 +290,7 @@ class CodedWrapper(ModuleProxy):
                 left = seconds_left(self.workers, waiting, since)
                 report.notes += rows.keep_deadline(left, predictions)
             try:
-                answers = answer(inputs, division, stacked, surrogates, report)
+                answers = answer(inputs, division, stacked, surrogates, report, predictor.coverage)
             except Exception as raised:  # of the caller's code: the answers that came are in it
                 holding(raised, division, results, report)
                 raise

@@ -8,7 +8,6 @@ that is an input's own result stays that result, bit for bit.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +19,7 @@ from .._logging import sparing_logger
 from .._transforms import as_called, outside, plain
 from .._weights import device_of
 from ..codes.plans import BatchPlan, NotEnoughResults
+from ..input_space.coverage import ErrorBars
 from ..input_space.regression import RowPlan
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
@@ -176,12 +176,17 @@ class _Output(NamedTuple):
     """One output, decoded."""
 
     answers: Tensor  # [B, ...]
-    expected_errors: Tensor | None  # [B]; None if the code cannot say
+    bars: ErrorBars | None  # None if the code has none
     weights: tuple[float, ...] = ()  # of each surrogate
 
 
 def answer(
-    inputs: Inputs, division: Division, stacked: Stacked, surrogates: Surrogates, report: Report
+    inputs: Inputs,
+    division: Division,
+    stacked: Stacked,
+    surrogates: Surrogates,
+    report: Report,
+    coverage: float,
 ) -> Any:
     """Return the answers of one call, in the structure that the module gives them."""
     received, size = stacked.units, division.batch_size
@@ -196,19 +201,29 @@ def answer(
     helped = bool(surrogates.each) and bool(predicted.any())
     outputs_of = surrogates.outputs(stacked) if helped else []
     answers: list[Any] = []
-    outputs, choices = [], []
+    outputs: list[_Output] = []
+    choices = []
     for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True)):
         if dim is None or not isinstance(leaf, Tensor):
             answers.append(leaf)
             continue
         if plan is None:
-            output = _Output(leaf.squeeze(1), torch.zeros(size, dtype=torch.float64))
+            output = _Output(leaf.squeeze(1), ErrorBars(size))
         elif not decodable(leaf, dim):
             rows = leaf.flatten(0, 1)[source.to(leaf.device)]
-            output = _Output(rows, torch.zeros(size, dtype=torch.float64))
+            output = _Output(rows, ErrorBars(size))
         else:
             guesses = [guesses[i] for guesses in outputs_of]
-            output = _decode(leaf, plan, division, received, source, guesses, surrogates.link)
+            output = _decode(
+                leaf,
+                plan,
+                division,
+                received,
+                source,
+                guesses,
+                surrogates.link,
+                bars=not outputs,
+            )
             if odd is not None:  # nothing is known of their distances
                 rows = leaf.flatten(0, 1)
                 mean = rows[source[known].to(rows.device)].mean(0)
@@ -222,9 +237,10 @@ def answer(
     report.distances = tuple(
         dataclasses.replace(choice, output=i) for i, some in enumerate(choices) for choice in some
     )
-    report.expected_errors = outputs[0].expected_errors if outputs else None
-    if report.expected_errors is not None and odd is not None:
-        report.expected_errors[predicted & odd] = math.inf
+    if outputs and (bars := outputs[0].bars) is not None:
+        if odd is not None:
+            bars.lose(predicted & odd)
+        report.note_bars(bars, coverage, surrogates.link)
     if outputs_of:
         report.surrogate_weights = tuple(output.weights for output in outputs)
     floating = [output.answers for output in outputs if output.answers.is_floating_point()]
@@ -285,8 +301,13 @@ def _decode(
     source: Tensor,
     guesses: Sequence[Tensor | None],
     link: str | None,
+    *,
+    bars: bool,
 ) -> _Output:
-    """Decode one output, ``[F, R, ...]``, with the outputs of the surrogates, ``[B, ...]``."""
+    """Decode one output, ``[F, R, ...]``, with the outputs of the surrogates, ``[B, ...]``.
+
+    Error bars are found only if ``bars``.
+    """
     own, odd = source >= 0, division.not_finite
     scaled = results if odd is None else _levelled(results, odd[list(received)])
     all_own = bool(own.all())
@@ -295,19 +316,20 @@ def _decode(
         scaled = _to_scale(scaled, link)
         rest = _residuals(scaled, plan, division, received, guesses)
     weights = (0.0,) * len(guesses)
-    if rest is None:
-        answers = plan.decode(scaled, received)
-    else:
-        weights, scaled, known = rest
-        answers = plan.decode(scaled, received) + known
-    expected = plan.expected_errors(received, scaled) if link is None else None
+    offsets: tuple[Tensor, Tensor] | None = None
+    if rest is not None:
+        weights, scaled, offsets = rest
+    answers = plan.decode(scaled, received)
+    found = plan.error_bars(received, scaled, answers, offsets) if bars else None
+    if offsets is not None:
+        answers = answers + offsets[1]
     if scaled is not results:
         answers = _from_scale(answers, link).to(results.dtype)
         if all_own or bool(own.any()):
             at, own = source.clamp(min=0).to(results.device), own.to(results.device)
             of_own = results.flatten(0, 1).index_select(0, at)
             answers = torch.where(own.view(-1, *[1] * (answers.dim() - 1)), of_own, answers)
-    return _Output(answers, expected, weights)
+    return _Output(answers, found, weights)
 
 
 def _residuals(
@@ -316,14 +338,15 @@ def _residuals(
     division: Division,
     received: Sequence[int],
     guesses: Sequence[Tensor | None],
-) -> tuple[tuple[float, ...], Tensor, Tensor] | None:
+) -> tuple[tuple[float, ...], Tensor, tuple[Tensor, Tensor]] | None:
     r"""Return the residuals of surrogates :math:`s_j`, :math:`y - \sum_j w_j s_j`, if they help.
 
     The weights are those of least squares. Surrogates help if results are predicted better from
     each other with them, by more than chance has it.
 
     Returns:
-        Weights, residuals ``[F, R, ...]``, and the weighted surrogates for the batch, ``[B, ...]``.
+        Weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and for
+        the batch, ``[B, ...]``.
     """
     used = [guess for guess in guesses if guess is not None]
     if not used:
@@ -333,15 +356,19 @@ def _residuals(
     if not explained > _CHANCE * by_chance:  # else another metric may win, and seem to help
         return None
     results = results.to(torch.promote_types(results.dtype, torch.float32))
-    rest, known = results, torch.zeros((), device=results.device)
-    for weight, guess, at in zip(found, used, of_units, strict=True):
-        rest = rest - weight * at
-        known = known + weight * guess
+    zero = torch.zeros((), device=results.device)
+    known = sum((weight * x for weight, x in zip(found, used, strict=True)), zero)
+    subtracted = sum((weight * x for weight, x in zip(found, of_units, strict=True)), zero)
+    rest = results - subtracted
     least = 1 - _CHANCE * by_chance
     if not plan.left_out_square(rest, received) < least * plan.left_out_square(results, received):
         return None
     weights = iter(found)
-    return tuple(0.0 if guess is None else next(weights) for guess in guesses), rest, known
+    return (
+        tuple(0.0 if guess is None else next(weights) for guess in guesses),
+        rest,
+        (subtracted, known),
+    )
 
 
 def _least_squares(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._logging import sparing_logger
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
+from ..input_space.coverage import ErrorBars
 from ..scheduling.protocol import Ended, Hedge
 from ..workers.base import WorkerError
 from ..workers.pytrees import unflatten
@@ -56,9 +57,13 @@ class Report:
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
-        expected_errors: float64 ``[B]``, on the host: the expected root mean squared norm of each
-            answer's error (of the first decoded output); 0 if the answer is exact, infinite if its
-            input is not finite. None if the code cannot say, or under a link.
+        radii: float64 ``[B]``, on the host: the norm of the error of each answer (of the first
+            decoded output) is at most its radius with probability ``coverage`` of the
+            :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is
+            not finite, or too few results arrived. None under a link, or if the code mixes inputs.
+        label_risks: float64 ``[B]``, on the host: the estimated probability that the largest number
+            of each answer (of the first decoded output, ``[B, C]``) is not that of the module. 0 if
+            the answer is exact. None for other outputs, or if the code mixes inputs.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the prediction. Empty if nothing was predicted.
         ended: why the call waited no longer. "complete": every result is there; "first": the first
@@ -98,7 +103,8 @@ class Report:
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
-    expected_errors: Tensor | None = dataclasses.field(default=None, repr=False)
+    radii: Tensor | None = dataclasses.field(default=None, repr=False)
+    label_risks: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
     hedging_threshold: float | None = None
@@ -119,23 +125,20 @@ class Report:
     compute_seconds: float = 0.0
     decode_seconds: float = 0.0
     failed: bool = True
+    _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
     def missing(self) -> tuple[int, ...]:
         """The workers that began a part and have no result that counts."""
         return tuple(sorted(set(self.asked) - set(self.received)))
 
-    @property
-    def expected_rmse(self) -> float | None:
-        """The root mean squared error to expect of the answers.
+    def radii_at(self, coverage: float | Tensor) -> Tensor | None:
+        """Return the radii at another level than that of the regression; None if there are none.
 
-        Comparable to :func:`coded_torch.evaluation.scores.rmse` of the first decoded output; None
-        if :attr:`expected_errors` is.
+        Args:
+            coverage: the probability, between 0 and 1; or one for each row, ``[B]``.
         """
-        if self.expected_errors is None:
-            return None
-        squares = self.expected_errors.square()
-        return float(squares.mean().sqrt()) if len(squares) else 0.0
+        return None if self.radii is None or self._bars is None else self._bars.radii(coverage)
 
     def note_end(self, ended: Ended) -> None:
         """Note how the policy ended the call."""
@@ -158,7 +161,13 @@ class Report:
     def note_exact(self, size: int) -> None:
         """Note that all answers are the module's own."""
         self.predicted = torch.zeros(size, dtype=torch.bool)
-        self.expected_errors = torch.zeros(size, dtype=torch.float64)
+        self.radii = self.label_risks = torch.zeros(size, dtype=torch.float64)
+        self._bars = ErrorBars(size)
+
+    def note_bars(self, bars: ErrorBars, coverage: float, link: str | None) -> None:
+        """Note how far off answers may be; under a link, only which labels may be wrong."""
+        self._bars, self.label_risks = bars, bars.label_risks
+        self.radii = bars.radii(coverage) if link is None else None
 
     def warn(self, why: str) -> None:
         """Log how many answers were predicted, unless the policy wanted no more results.

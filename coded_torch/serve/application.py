@@ -66,7 +66,7 @@ def app(
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
     results where workers replied, else with predictions. For clients that ask for them, the outputs
-    ``predicted`` and ``expected_error`` say which rows were predicted and how far off they may be.
+    ``predicted`` and ``radius`` say which rows were predicted and how far off they may be.
     The output ``verified`` says which rows two workers computed alike. The parameter
     ``predicted_rows`` of every answer is the number of predicted rows.
 

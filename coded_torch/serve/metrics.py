@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ _HISTOGRAMS = {
     "encode_seconds": ("Seconds of a batch before its parts are asked.", _SECONDS),
     "compute_seconds": ("Seconds of a batch that wait for workers.", _SECONDS),
     "decode_seconds": ("Seconds of a batch that make answers from results.", _SECONDS),
-    "expected_error": ("Root mean squared error expected of a batch's predicted rows.", _ERRORS),
+    "radius": ("Of predicted rows, if finite: their error is at most as large.", _ERRORS),
 }
 
 
@@ -115,8 +116,10 @@ class Metrics:
             self._numbers["queued_seconds"].observe(seconds)
         for name in ("encode_seconds", "compute_seconds", "decode_seconds"):
             self._numbers[name].observe(getattr(report, name))
-        if predicted and (error := report.expected_rmse) is not None:
-            self._numbers["expected_error"].observe(error * (rows / predicted) ** 0.5)
+        if report.radii is not None and report.predicted is not None:
+            for radius in report.radii[report.predicted].tolist():
+                if radius < math.inf:  # else the histogram's sum would be infinite for good
+                    self._numbers["radius"].observe(radius)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:
         counter = self._numbers[name]

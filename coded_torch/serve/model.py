@@ -99,7 +99,7 @@ def compute(
         raise TypeError(f"the model must return tensors {must}, got {got}")
     none = torch.zeros(rows, dtype=torch.bool)
     predicted = none if report.predicted is None else report.predicted
-    errors = report.expected_errors
+    errors = report.radii
     if errors is None:
         errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
     verified = none if report.verified is None else report.verified

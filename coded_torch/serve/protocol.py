@@ -37,11 +37,11 @@ _HEADER, _NUMBER = 2**16, 32
 _ANY_SHAPE = 2**26
 #: The only version of every model.
 VERSION = "1"
-#: The outputs that every model has beside its own: whether a row is predicted, the root mean
-#: squared error to expect of it (NaN if unknown), and whether two workers computed it alike.
+#: The outputs that every model has beside its own: whether a row is predicted, the radius
+#: that its error is within (NaN if unknown), and whether two workers computed it alike.
 ADDED = (
     TensorSpec("predicted", "BOOL", ()),
-    TensorSpec("expected_error", "FP32", ()),
+    TensorSpec("radius", "FP32", ()),
     TensorSpec("verified", "BOOL", ()),
 )
 

@@ -49,7 +49,7 @@ def test_not_enough_results_keeps_its_reason():
         (SplineCode(4, 6, decoder_smoothing=0.1), "encoder_smoothing=0.0, decoder_smoothing=0.1"),
         (FloaterHormannCode(4, 6, order=2), "order=2"),
         (LagrangeCode(4, 6, decoder_degree=5), "decoder_degree=5"),
-        (RegressionCode(4, 6, length=3), "metric='auto', length=3.0"),
+        (RegressionCode(4, 6, length=3), "metric='auto', length=3.0, coverage=0.95"),
     ],
 )
 def test_a_code_says_what_it_was_made_of(code, text):
@@ -65,6 +65,7 @@ def test_a_code_says_all_that_has_a_name():
     )
     assert repr(RegressionCode(2, 3, metric="spread", ordering="arrival", shuffle=False)) == (
         "RegressionCode(num_data=2, num_workers=3, metric='spread', length='auto', "
+        "coverage=0.95, "
         "ordering='arrival', shuffle=False)"
     )
 

@@ -1,7 +1,5 @@
 """Plans: any batch, any ordering, any code, and which of the answers are exact."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -57,16 +55,13 @@ def test_exact_answers_are_results_bit_for_bit(code, ordering, batch_size, most,
     assert exact.dtype == torch.bool
     assert answers.shape == x.shape
     assert torch.equal(answers[exact], x.sin()[exact])
-    for known in (None, results):
-        errors = plan.expected_errors(received, known)
-        rmse = plan.expected_rmse(received, known)
-        if errors is None:
-            assert not isinstance(code, RegressionCode)
-            assert rmse is None
-            continue
-        assert errors.shape == (batch_size,)
-        assert torch.equal(errors[exact], torch.zeros(int(exact.sum()), dtype=torch.float64))
-        assert rmse == pytest.approx(float(errors.square().mean().sqrt()))
+    bars = plan.error_bars(received, results, answers)
+    assert (bars is None) == (not isinstance(code, RegressionCode))
+    if bars is not None:
+        radii = bars.radii(0.5)
+        assert radii.shape == (batch_size,)
+        assert ((radii > 0) | exact).all()
+        assert not radii[exact].any()
 
 
 @pytest.mark.parametrize("code", [*SELECTING, SYSTEMATIC])
@@ -121,11 +116,9 @@ def test_without_distances_copies_are_equal_and_lost_answers_the_mean(code, orde
         assert plan.note == NOTE
         mean = normal(11, 3)[exact].mean(0)
         torch.testing.assert_close(answers[~exact], mean.expand(int((~exact).sum()), 3))
-        variance = normal(11, 3)[exact].var(0).sum() * (1 + 1 / exact.sum())
-        errors = plan.expected_errors(received, results)
-        torch.testing.assert_close(errors[~exact], variance.sqrt().expand(int((~exact).sum())))
-        assert (errors[exact] == 0).all()
-        assert plan.expected_rmse(received) > 0
+        radii = plan.error_bars(received, results, answers).radii(0.75)
+        assert len(radii[~exact].unique()) == 1
+        assert not radii[exact].any()
 
 
 def test_a_batch_of_which_nothing_is_known_needs_its_size():
@@ -151,10 +144,8 @@ def test_rows(batch_size, chunk, data):
     exact = source >= 0
     assert exact.nonzero().flatten().tolist() == received
     assert torch.equal(answers[exact], x.sin()[exact])
-    errors = plan.expected_errors(received, results)
-    assert bool((errors[exact] == 0).all())
-    assert errors.isfinite().all()
-    assert (plan.expected_errors(received) > 0).tolist() == (~exact).tolist()
+    radii = plan.error_bars(received, results, answers).radii(0.5)
+    assert (radii > 0).tolist() == (~exact).tolist()
 
 
 def test_rows_are_predicted_as_in_a_batch():
@@ -168,9 +159,9 @@ def test_rows_are_predicted_as_in_a_batch():
     at = torch.stack([(order == row).nonzero().flatten()[0] for row in received]).sort()
     want = batch.decode(results[at.indices], at.values.tolist())
     torch.testing.assert_close(rows.decode(results, received.tolist()), want)
-    assert rows.expected_rmse(received.tolist(), results) == pytest.approx(
-        batch.expected_rmse(at.values.tolist(), results[at.indices])
-    )
+    radii = rows.error_bars(received.tolist(), results, want).radii(0.8)
+    of_batch = batch.error_bars(at.values.tolist(), results[at.indices], want).radii(0.8)
+    torch.testing.assert_close(radii, of_batch)
 
 
 def test_rows_of_tokens():
@@ -203,9 +194,9 @@ def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     results = x[:3, None]
     answers = plan.decode(results, [0, 1, 2])
     torch.testing.assert_close(answers[4:], x[:3].mean(0).expand(4, 4))
-    errors = plan.expected_errors([0, 1, 2], results)
-    variance = float(x[:3].var(0).sum()) * 4 / 3
-    assert errors[4:].tolist() == pytest.approx([math.sqrt(variance)] * 4)
+    radii = plan.error_bars([0, 1, 2], results, answers).radii(0.75)
+    far = float((x[:3] - x[:3].mean(0)).norm(dim=1).max())
+    assert radii[4:].tolist() == pytest.approx([far * (4 / 3) / (2 / 3)] * 4)
 
 
 # Transforms. PyTorch itself compiles its formulas of forward mode with what it has deprecated.
@@ -220,8 +211,9 @@ def test_transforms(code, ordering):
     def answers(x):
         plan = planned(code, ordering, x)
         results = plan.encode(x)[RECEIVED].sin()
-        plan.expected_rmse(RECEIVED, results)
-        return plan.decode(results, RECEIVED)
+        found = plan.decode(results, RECEIVED)
+        plan.error_bars(RECEIVED, results, found)
+        return found
 
     leaf = x.clone().requires_grad_()
     want = torch.autograd.grad(answers(leaf).square().sum(), leaf)[0]
@@ -270,7 +262,7 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
     for i in range(10):
         kept = torch.tensor([j for j in range(10) if j != i])
         process = GaussianProcess(squared, 2.0 * step, kept)
-        weights = process.weights_at(torch.tensor([i])).double()
+        weights = process.at(torch.tensor([i]))[0]
         left += float((y[i] - weights @ y[kept]).square().sum())
     assert plan.left_out_square(y[:, None], range(10)) == pytest.approx(left, rel=1e-4)
 

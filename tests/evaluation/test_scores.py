@@ -91,7 +91,7 @@ def found():
     batches = [(normal(30, 5, seed=i), normal(30, 5, seed=10 + i)) for i in range(4)]
     scores = Scores()
     for answers, exact in batches:
-        scores.add(answers, exact, exact.argmax(1), 2.0)
+        scores.add(answers, exact, exact.argmax(1))
     return scores, batches
 
 
@@ -107,8 +107,6 @@ def test_a_summary(found):
     assert summary["relative_accuracy"] == summary["agreement"]  # the labels are the model's own
     variances = [rmse(e.mean(0).expand_as(e), e) ** 2 for _, e in batches]
     assert summary["mse_to_variance"][0] == pytest.approx(sum(squares) / sum(variances), rel=1e-3)
-    expected = np.mean([2 / math.sqrt(square) for square in squares])
-    assert summary["predicted_to_measured"][0] == pytest.approx(expected, rel=1e-3)
 
 
 def test_intervals_of_a_mean_and_of_a_ratio():
@@ -138,9 +136,8 @@ def test_against_others(found):
     assert "against itself" not in summary
     assert summary["against worse"]["mse"] == pytest.approx([0.25, 0.0], abs=1e-6)
     assert summary["against worse"]["relative_accuracy"][0] > 0
-    assert "predicted_to_measured" not in summary
     better += scores
-    assert better.columns.shape == (7, 8)
+    assert better.columns.shape == (6, 8)
 
 
 def test_missing_answers_are_wrong_and_have_no_error():

@@ -36,8 +36,7 @@ def test_agrees_with_the_bordered_system(problem):
     at, squared = problem
     process = given(squared)
     weights, variances = dense(squared, 1.3)
-    torch.testing.assert_close(process.weights_at(ASKED), weights)
-    torch.testing.assert_close(process.variances_at(ASKED), variances)
+    torch.testing.assert_close(process.at(ASKED), (weights, variances))
     torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
     coefficients, mean = process.coefficients(at.sin())
     covariances = matern52(squared[30:, :30], 1.3)
@@ -55,10 +54,8 @@ def test_leaving_one_out_is_leaving_one_out(problem, most, monkeypatch):
     for place, i in enumerate(process.left_out.tolist()):
         rest = torch.tensor([j for j in range(30) if j != i])
         without, at_i = given(squared, points=rest), torch.tensor([i])
-        torch.testing.assert_close(
-            process.leave_one_out_variances[place], without.variances_at(at_i)[0]
-        )
-        left = y[i] - (without.weights_at(at_i) @ y[rest])[0]
+        torch.testing.assert_close(process.leave_one_out_variances[place], without.at(at_i)[1][0])
+        left = y[i] - (without.at(at_i)[0] @ y[rest])[0]
         torch.testing.assert_close(residuals[place], left, rtol=1e-4, atol=1e-6)
     e, v = residuals, process.leave_one_out_variances
     q = (e.square().mean(1) / v).mean()
@@ -75,7 +72,7 @@ def test_trust_is_the_slope_of_leaving_one_out(problem):
     above, below = 0.0, 0.0
     for i in range(30):
         rest = torch.tensor([j for j in range(30) if j != i])
-        weights = given(squared, points=rest).weights_at(torch.tensor([i]))
+        weights = given(squared, points=rest).at(torch.tensor([i]))[0]
         mean = results[rest].mean(0)
         predicted = (weights @ results[rest])[0] - mean
         above += float((predicted * (results[i] - mean)).sum())
@@ -105,22 +102,11 @@ def test_trust_lies_within_0_and_1():
     assert process.trust(at[:, None]) == 1
 
 
-def test_the_outputs_variance(generator):
-    """Drawn from the model with variance 9, it is estimated as 9."""
-    at = torch.randn(200, 2, dtype=torch.float64, generator=generator)
-    squared = torch.cdist(at, at).square()
-    factor = torch.linalg.cholesky(
-        matern52(squared, 1.0) + NUGGET * torch.eye(200, dtype=torch.float64)
-    )
-    draws = 3 * factor @ torch.randn(200, 50, dtype=torch.float64, generator=generator) + 7
-    assert GaussianProcess(squared, 1.0).output_variance(draws) == pytest.approx(9, rel=0.05)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_distances_that_no_points_have(generator, dtype):
     """Equal to a and to b, which differ: the kernel is indefinite by much more than the nugget."""
     noise = torch.rand(35, 35, dtype=torch.float64, generator=generator).to(dtype)
-    weights = given((noise + noise.T).fill_diagonal_(0), 1.0).weights_at(ASKED)
+    weights = given((noise + noise.T).fill_diagonal_(0), 1.0).at(ASKED)[0]
     assert weights.abs().max() < 10
     torch.testing.assert_close(weights.sum(1), torch.ones(5, dtype=torch.float64))
 
@@ -133,10 +119,9 @@ def test_distances_that_are_no_numbers():
 def test_one_result_and_repeated_inputs():
     squared = torch.tensor([[0.0, 4.0], [4.0, 0.0]], dtype=torch.float64)
     one = GaussianProcess(squared, 1.0, torch.tensor([0]))
-    assert one.weights_at(torch.tensor([1])).item() == pytest.approx(1)
-    assert one.output_variance(torch.ones(1, 2, dtype=torch.float64)) == 0
+    assert one.at(torch.tensor([1]))[0].item() == pytest.approx(1)
     assert one.trust(torch.ones(1, 2, dtype=torch.float64)) == 1
     for far in (0.0, math.inf):  # all at one place; each infinitely far from all others
         squared = torch.full((5, 5), far, dtype=torch.float64).fill_diagonal_(0)
-        weights = GaussianProcess(squared, 1.0, torch.arange(4)).weights_at(torch.tensor([4]))
+        weights = GaussianProcess(squared, 1.0, torch.arange(4)).at(torch.tensor([4]))[0]
         torch.testing.assert_close(weights, torch.full((1, 4), 0.25, dtype=torch.float64))

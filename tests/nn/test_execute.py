@@ -192,7 +192,7 @@ def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
     assert sizes == [2, 2, 2, 2]
     assert (run.work, run.ended, run.hedges, run.num_groups) == (1.0, "complete", (), 0)
     assert not run.predicted.any()
-    assert run.expected_rmse == 0.0
+    assert not run.radii.any()
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -235,7 +235,7 @@ def test_what_is_rejected_again_and_again_is_predicted():
     assert 0.0 < answers[1] < 8.0
     assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
-    assert (run.expected_errors > 0).equal(run.predicted)
+    assert (run.radii > 0).equal(run.predicted)
 
 
 def test_rows_keep_gradients_and_probabilities():

@@ -46,7 +46,7 @@ def test_such_a_row_is_answered_as_the_module_does(way, dtype):
         assert same(coded(x), module(x))
         assert not coded.last_run.predicted.any()
         assert not coded.last_run.rejected
-        assert coded.last_run.expected_rmse in (0.0, None)
+        assert coded.last_run.radii is None or not coded.last_run.radii.any()
 
 
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
@@ -62,7 +62,7 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
             how["code"] = how["code"].replace(ordering=ordering)
         coded = CodedWrapper(module, **how, workers=LocalWorkers(stragglers))
         answers, report = coded.run(x)
-        own, errors = ~report.predicted, report.expected_errors
+        own, errors = ~report.predicted, report.radii
         assert same(answers[own], module(x)[own])
         assert answers[others()].isfinite().all()
         lost = report.predicted & ~others()
@@ -71,7 +71,7 @@ def test_without_a_result_it_gets_the_mean_and_an_infinite_error_bar(way, orderi
         torch.testing.assert_close(answers[lost], mean)
         if errors is not None:
             assert errors[lost].isinf().all()
-            assert errors[~lost].isfinite().all()
+            assert report.radii_at(0.5)[~lost].isfinite().all()
     assert seen.any()
 
 

@@ -248,7 +248,7 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
     for name, wanted in module(x).items():
         assert torch.equal(answers[name], wanted)
     assert not report.predicted.any()
-    assert not report.expected_errors.any()
+    assert not report.radii.any()
     pool = LocalWorkers(Uniform(1, seed=0))
     lost = CodedWrapper(module, **divided(way, 4, 4), workers=pool, **options)
     with pytest.raises(
@@ -285,8 +285,7 @@ def test_an_empty_batch_has_an_empty_report():
     answers, report = coded.run(torch.zeros(0, 3))
     assert answers.shape == (0, 3)
     assert (report.predicted.dtype, report.predicted.shape) == (torch.bool, (0,))
-    assert report.expected_errors.shape == (0,)
-    assert report.expected_rmse == 0.0
+    assert report.radii.shape == (0,)
 
 
 def test_outputs_without_any_tensor():

@@ -76,7 +76,7 @@ def test_metadata(client):
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
-        assert names == ["output", "predicted", "expected_error", "verified"]
+        assert names == ["output", "predicted", "radius", "verified"]
 
 
 @pytest.mark.parametrize("version", ["", "/versions/1"])
@@ -270,7 +270,7 @@ def test_while_all_processes_hang_requests_are_refused_at_once():
 def test_missing_rows_are_predicted_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    outputs = [{"name": name} for name in ("output", "predicted", "expected_error")]
+    outputs = [{"name": name} for name in ("output", "predicted", "radius")]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     with serving(built(workers=workers)) as port, Client(port) as client:
         status, answer = client.infer({"inputs": [tensor(rows)], "outputs": outputs})
@@ -376,7 +376,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "each once, none of predicted, expected_error, verified, got ['predicted']",
+            "each once, none of predicted, radius, verified, got ['predicted']",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

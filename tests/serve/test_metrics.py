@@ -36,7 +36,7 @@ def test_a_batch():
         work=1.5,
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
         predicted=torch.tensor([True, False, False, True]),
-        expected_errors=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
+        radii=torch.tensor([0.3, 0.0, 0.0, 0.4], dtype=torch.float64),
         verified=torch.tensor([False, True, True, False]),
         unverified=torch.tensor([True, False, False, False]),
         corrected=(1,),
@@ -70,8 +70,7 @@ def test_a_batch():
         "encode_seconds_sum": 0.002,
         "compute_seconds_sum": 0.03,
         "decode_seconds_sum": 0.004,
-        # The predicted rows have the root of (0.3^2 + 0.4^2) / 2.
-        "expected_error_sum": 0.125**0.5,
+        "radius_sum": 0.7,
     }.items():
         assert found[f"coded_torch_{key}"] == pytest.approx(value), key
 

@@ -19,7 +19,7 @@ from .servers import INPUTS, OUTPUTS, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MOST = 8
-PREDICTED, EXPECTED_ERROR, _ = ADDED
+PREDICTED, RADIUS, _ = ADDED
 SHAPES = [2, 4], [6], [], [-1, 3], [0, 3], [2.0, 3]
 
 
@@ -193,12 +193,12 @@ def test_requested_outputs_and_times():
         "id": "a",
         "parameters": {"timeout": 50_000, "binary_data_output": True, "anything": "else"},
         "outputs": [
-            {"name": "expected_error"},
+            {"name": "radius"},
             {"name": "output", "parameters": {"binary_data": False}},
         ],
     }
     request = read(message)
-    assert request.outputs == [(EXPECTED_ERROR, True), (OUTPUTS[0], False)]
+    assert request.outputs == [(RADIUS, True), (OUTPUTS[0], False)]
     assert (request.id, request.timeout) == ("a", 0.05)
 
 
@@ -208,12 +208,12 @@ def test_answers_in_json_and_binary():
         "outputs": [
             {"name": "output", "parameters": {"binary_data": True}},
             {"name": "predicted"},
-            {"name": "expected_error"},
+            {"name": "radius"},
         ],
     }
     output = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).T  # not contiguous
     errors = torch.tensor([0.5, torch.nan])  # JSON has no number for it
-    answers = {"output": output, "predicted": torch.tensor([True, False]), "expected_error": errors}
+    answers = {"output": output, "predicted": torch.tensor([True, False]), "radius": errors}
     body, length = format_answer("m", read(message), answers, {"predicted_rows": 1})
     entry = {"datatype": "BOOL", "shape": [2]}
     assert json.loads(body[:length]) == {
@@ -229,7 +229,7 @@ def test_answers_in_json_and_binary():
                 "parameters": {"binary_data_size": 16},
             },
             {"name": "predicted", "data": [True, False]} | entry,
-            {"name": "expected_error", "data": [0.5, None]} | entry | {"datatype": "FP32"},
+            {"name": "radius", "data": [0.5, None]} | entry | {"datatype": "FP32"},
         ],
     }
     assert np.frombuffer(body[length:], "<f4").tolist() == [1, 3, 2, 4]

@@ -39,7 +39,7 @@ class TritonTests:
         images = examples.repeat(7, 1, 1, 1)[:rows].numpy().astype(TYPES[datatype])
         asked = triton.InferInput("input", list(images.shape), datatype)
         asked.set_data_from_numpy(images, binary_data=binary)
-        names = ("output", "predicted", "expected_error")
+        names = ("output", "predicted", "radius")
         options = {
             "outputs": [triton.InferRequestedOutput(name, binary_data=binary) for name in names],
             "request_id": "7",
@@ -54,7 +54,7 @@ class TritonTests:
         # The answers of a batch of another size differ in their last bits.
         np.testing.assert_allclose(answer.as_numpy("output"), exact, rtol=1e-4, atol=1e-4)
         assert answer.as_numpy("predicted").tolist() == [False] * rows
-        assert answer.as_numpy("expected_error").tolist() == [0.0] * rows
+        assert answer.as_numpy("radius").tolist() == [0.0] * rows
         assert answer.get_response()["id"] == "7"
 
     @pytest.mark.parametrize(

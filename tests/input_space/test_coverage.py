@@ -1,0 +1,188 @@
+"""Error bars against full conformal prediction by brute force, and their limits."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coded_torch import Regression
+from coded_torch.input_space.coverage import Bars, ErrorBars, Shrunk, bars, label_risks
+from coded_torch.input_space.gaussian_process import GaussianProcess
+
+POWER = 0.75 / 2
+
+
+def normal(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def scores(squared, points, y):
+    """The numerators and denominators of the scores of all points, with fresh regressions."""
+    process = GaussianProcess(squared, 1.5, points)
+    residuals = process.leave_one_out_residuals(y[points])
+    return residuals, process.leave_one_out_variances**POWER
+
+
+def brute_force(squared, n, y, centre, outside, trust):
+    """The largest error that full conformal prediction allows the last point.
+
+    Its result is tried at 0 and 1: all residuals are linear in it. Between the roots of
+    ``|residual of j| = |own residual|`` the number of results that look odder is constant.
+    """
+    points = torch.arange(n + 1)
+    tried = []
+    for value in (0.0, 1.0):
+        z = torch.cat([y, torch.full((1, 1), value, dtype=y.dtype)])
+        residuals, sizes = scores(squared, points, z)
+        deviations = (z - z.mean(0)) * ((n + 1) / n)
+        residuals = trust * residuals[:, 0] + (1 - trust) * deviations[:, 0]
+        residuals[n] = value - centre  # by the prediction that stands in the middle of the ball
+        tried.append(residuals / sizes)
+    at_0, slope = tried[0], tried[1] - tried[0]
+    roots = [(s * at_0[n] - at_0[:n]) / (slope[:n] - s * slope[n]) for s in (1.0, -1.0)]
+    roots = torch.cat(roots).sort().values
+    far = roots.abs().max() * 10 + 1
+    ends = torch.cat([-far[None], roots, far[None]])
+    middles = (ends[:-1] + ends[1:]) / 2
+    values = at_0 + slope * middles[:, None]
+    allowed = (values[:, :n].abs() >= values[:, n:].abs()).sum(1) >= outside
+    if allowed[0] or allowed[-1]:
+        return math.inf
+    kept = torch.cat([ends[:-1][allowed], ends[1:][allowed]])
+    return float((kept - centre).abs().max())
+
+
+def problem(n, d, trust, seed):
+    """A regression of n results, and its prediction of the row after them."""
+    x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
+    y = (x.sin().sum(1, keepdim=True) + noise)[:n]
+    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(n))
+    weights, variances = process.at(torch.tensor([n]))
+    return process, y, torch.lerp(y.mean(0), weights @ y, trust), weights, variances
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(19, 70),
+    d=st.integers(1, 4),
+    trust=st.one_of(st.just(1.0), st.floats(0.05, 1)),
+    seed=st.integers(0, 10**6),
+)
+def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
+    """Of one output it is the same, but where a result weighs so much that it is never odd."""
+    process, y, predicted, weights, variances = problem(n, d, trust, seed)
+    regression = Shrunk(process, trust, weights, variances)
+    limits = bars(torch.tensor([n]), y, predicted, regression)
+    found = ErrorBars(n + 1, [limits])
+    for coverage in (0.8, 0.95):
+        outside = math.floor((1 - coverage) * (n + 1) + 1e-9)
+        exact = brute_force(process._squared, n, y, predicted.item(), outside, trust)
+        radius = found.radii(coverage)[n].item()
+        assert radius >= exact * (1 - 1e-6)
+        if limits.thresholds.isfinite().all():
+            assert radius == pytest.approx(exact, rel=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(19, 50), trust=st.floats(0.05, 1), seed=st.integers(0, 10**6))
+def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
+    """The same output three times is as long as the square root of 3."""
+    process, y, predicted, weights, variances = problem(n, 2, trust, seed)
+    how = Shrunk(process, trust, weights, variances)
+    rows = torch.tensor([n])
+    one = ErrorBars(n + 1, [bars(rows, y, predicted, how)]).radii(0.95)[n]
+    three = bars(rows, y.expand(-1, 3), predicted.expand(-1, 3), how)
+    ratio = ErrorBars(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
+    assert ratio >= 1 - 1e-6 or one.isinf()
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.6, 1.0])
+def test_no_radius_is_larger_at_a_lower_level(trust):
+    x, y = normal(60, 3), normal(60, 4, seed=1)
+    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(40))
+    weights, variances = process.at(torch.arange(40, 60))
+    mean = y[:40].mean(0)
+    predicted = torch.lerp(mean, weights @ y[:40], trust)
+    regression = Shrunk(process, trust, weights, variances) if trust else None
+    found = ErrorBars(60, [bars(torch.arange(40, 60), y[:40], predicted, regression)])
+    levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
+    assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
+    assert not levels[0][:40].any()
+    assert found.radii(0.98)[40:].isinf().all()  # needs 49 results
+    each = torch.linspace(0.5, 0.95, 60, dtype=torch.float64)
+    assert found.radii(each)[50] == found.radii(float(each[50]))[50]
+
+
+def test_about_the_mean_it_is_the_largest_deviation():
+    """With 19 results at 95 %: row i is as odd as the farthest result from the others' mean."""
+    y = normal(19, 1)
+    found = ErrorBars(20, [bars(torch.tensor([19]), y, y.mean(0, keepdim=True), None)])
+    far = (y - y.mean()).abs().max().item()
+    assert found.radii(0.95)[19].item() == pytest.approx(far * (1 + 1 / 19) / (1 - 1 / 19))
+    assert found.radii(0.96)[19].item() == math.inf
+
+
+@pytest.mark.parametrize(("rows", "outputs", "length"), [(60, 3, "auto"), (700, 2, 2.0)])
+def test_rows_of_a_batch_are_covered(rows, outputs, length):
+    """By all outputs together; of many missing rows few results calibrate."""
+    covered, count = 0, 0
+    for seed in range(12):
+        x = normal(rows, 4, seed=seed)
+        y = torch.cat([x.sin()[:, : outputs - 1], normal(rows, 1, seed=seed + 50)], 1)
+        known = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[: rows * 3 // 5]
+        received = known.sort().values.tolist()
+        plan = Regression(length=length).plan([x])
+        answers = plan.decode(y[received, None], received)
+        errors = (answers - y).norm(dim=1)
+        radii = plan.error_bars(received, y[received, None], answers).radii(0.9)
+        assert not radii[received].any()
+        lost = plan.source(received) < 0
+        covered, count = covered + int((errors <= radii)[lost].sum()), count + int(lost.sum())
+    assert 0.87 <= covered / count <= 0.97
+
+
+def test_wide_outputs_are_summed_in_blocks(monkeypatch):
+    x, y = normal(40, 2), normal(40, 10, seed=1)
+    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
+    weights, variances = process.at(torch.arange(30, 40))
+    how = Shrunk(process, 0.7, weights, variances)
+    predicted = 0.7 * weights @ y[:30] + 0.3 * y[:30].mean(0)
+    whole = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
+    monkeypatch.setattr("coded_torch.input_space.coverage._BLOCK", 3)
+    parts = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
+    torch.testing.assert_close(parts.thresholds, whole.thresholds)
+    torch.testing.assert_close(parts.risks, whole.risks)
+
+
+def test_the_risk_of_a_label_counts_wrong_ones_of_a_larger_margin():
+    margins, left_out = torch.tensor([0.5, 2.0, 9.0]), torch.tensor([1.0, 2.0, 3.0, 0.1])
+    wrong = torch.tensor([True, True, False, True])
+    assert label_risks(margins, left_out, wrong).tolist() == [3 / 5, 2 / 5, 1 / 5]
+
+
+def test_surrogates_take_part_in_labels_alone():
+    """Radii are those of the residuals."""
+    x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
+    process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
+    weights, variances = process.at(torch.arange(30, 40))
+    how = Shrunk(process, 1.0, weights, variances)
+    classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
+    args = torch.arange(30, 40), rest[:30], weights @ rest[:30], how
+    without = bars(*args, labels=True)
+    found = bars(*args, (classes[:30], classes[30:]), labels=True)
+    assert torch.equal(found.thresholds, without.thresholds)
+    assert found.risks.tolist() == [1 / 31] * 10
+    assert without.risks.max() > 0.5
+
+
+def test_nothing_is_known_of_some_rows():
+    found = ErrorBars(
+        3, [Bars(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
+    )
+    found.lose(torch.tensor([True, True, False]))
+    assert found.radii(0.9).tolist() == [math.inf, 0.0, 1.0]
+    assert found.label_risks.tolist() == [1.0, 0.0, 0.0]
