@@ -40,7 +40,7 @@ _SWEEP_POINTS = 5
 _SITUATIONS = """\
 exact      answers that a worker computed
 predicted  answers estimated from others, as no worker replied; they are flagged
-radius     the median radius of predicted answers: 95 % of their errors are at most as large
+radius     the median radius: 95 % of their errors are at most as large
 error      the root mean squared error itself
 right      the share of all answers that name the right digit"""
 _LEGEND = """\
