@@ -99,7 +99,7 @@ def test_the_oldest_go_first_and_memory_is_bounded():
         known.observe([rand(17, 4, seed=i)], [torch.full((17, 1), float(i))])
         known.rebuild()
         assert len(known) <= 100
-    kept = sum(len(outputs) for _, outputs, _ in known._rows)
+    kept = sum(len(outputs) for _, outputs in known._rows)
     assert kept == len(known) == 100
     (old,) = known.predict([rand(17, 4, seed=0)])
     (new,) = known.predict([rand(17, 4, seed=29)])

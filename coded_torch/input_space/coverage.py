@@ -128,6 +128,11 @@ class Bars(NamedTuple):
     thresholds: Tensor
     risks: Tensor | None
 
+    def without(self, unknown: Tensor) -> Bars:
+        """Return infinite error bars for some rows, bool ``[L]``, and the same for others."""
+        limits = self.thresholds.masked_fill(unknown[:, None], math.inf)
+        return Bars(self.rows, limits, _filled(self.risks, unknown))
+
 
 class Shrunk(NamedTuple):
     """A regression that is shrunk to the mean of the results.
@@ -208,6 +213,10 @@ def bars(
     return Bars(rows, limits, risks)
 
 
+def _filled(risks: Tensor | None, unknown: Tensor) -> Tensor | None:
+    return None if risks is None else risks.masked_fill(unknown, 1.0)
+
+
 def _margins(outputs: Tensor) -> Tensor:
     """Return how much the largest output is over the second, ``[n]``."""
     largest = outputs.topk(2, 1).values
@@ -242,12 +251,9 @@ class ErrorBars:
             radii[rows] = largest.gather(1, outside[:, None]).squeeze(1)
         return radii
 
-    def lose(self, lost: Tensor) -> None:
-        """Say that nothing is known of some rows, bool ``[B]``."""
-        for rows, found, risks in self._bars:
-            found[:, lost[rows]] = math.inf
-            if risks is not None:
-                risks[lost[rows]] = 1.0
+    def without(self, unknown: Tensor) -> ErrorBars:
+        """Return infinite error bars for some rows, bool ``[B]``, and the same for others."""
+        return ErrorBars(self.batch_size, [x.without(unknown[x.rows]) for x in self._bars])
 
     @property
     def label_risks(self) -> Tensor | None:

@@ -237,10 +237,8 @@ class Part:
             labels=results.dim() == 2,
         )
         if self._distances is not None and len(points):
-            far = ~self._distances.usable[missing]  # not like the results, which are not far
-            found.thresholds[:, far] = math.inf
-            if found.risks is not None:
-                found.risks[far] = 1.0
+            # Far rows are unlike the results, none of which is far.
+            return found.without(~self._distances.usable[missing])
         return found
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:

@@ -23,7 +23,7 @@ from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
-from .predict_missing import Surrogates, answer, answer_alone, checked_surrogates
+from .predict_missing import Answers, checked_surrogates
 from .report import Report, error_of, holding
 from .result_checks import Results, Stacked
 from .verify import Check, Verifier
@@ -268,19 +268,19 @@ class CodedWrapper(ModuleProxy):
         link = (code or predictor).link
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
-        surrogates = Surrogates(self.surrogate, inputs, link, report, self.module)
+        answers = Answers(self.surrogate, inputs, link, predictor.coverage, report, self.module)
         check = Check(self._verifier, inputs) if self._verifier is not None else None
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
             execution.run(
                 self.workers, module, waiting, self._history, since=since, reserve=reserve
             )
-            surrogates.learn_owners(execution.owners)
+            answers.learn_owners(execution.owners)
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, execution)
             stacked = results.stack() if results.good else self._form
             if error is not None:
-                return answer_alone(waiting, division, stacked, surrogates, report, error)
+                return answers.alone(waiting, division, stacked, error)
             assert stacked is not None
             if self.surrogate:
                 self._form = stacked.form()
@@ -290,14 +290,14 @@ class CodedWrapper(ModuleProxy):
                 left = seconds_left(self.workers, waiting, since)
                 report.notes += rows.keep_deadline(left, predictions)
             try:
-                answers = answer(inputs, division, stacked, surrogates, report, predictor.coverage)
+                found = answers.of(division, stacked)
             except Exception as raised:  # of the caller's code: the answers that came are in it
                 holding(raised, division, results, report)
                 raise
         if rows is not None and not self.workers.simulated:  # there, predictions take no time
             predictions.add(report.decode_seconds, rows.batch_size, rows.chunk)
         report.warn(execution.why)
-        return answers
+        return found
 
     # Settings.
 

@@ -1,15 +1,15 @@
 r"""Turns results into answers: missing ones are predicted, with the help of surrogates.
 
-Decoders are linear, so with any approximation s of the module f they may decode residuals:
-:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, with an error that follows the variation of f - s. An answer
-that is an input's own result stays that result, bit for bit.
+Decoders are linear. With an approximation s of the module f they decode residuals,
+:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, whose error follows the variation of f - s. An answer that is
+an input's own result stays that result, bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     from .division import Division, Inputs
     from .report import Report
 
-__all__ = ["Surrogates", "answer", "answer_alone", "checked_surrogates"]
+__all__ = ["Answers", "checked_surrogates"]
 
 logger = sparing_logger("coded_torch.nn")
 
-_RIDGE = 1.001  # of the surrogates' own squares, so that equal ones share their weight
-_ROWS = 4096  # results that determine weights: more cost time and change no weight noticeably
+# The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not
+# tuned.
+_RIDGE = 1.001
+# Results that determine weights: more cost time and change no weight noticeably. (benchmarks
+# surrogates)
+_ROWS = 4096
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
-# average: none of noise is used then (benchmarks/surrogates.py, "useless").
+# average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
 
 
@@ -58,38 +62,143 @@ def checked_surrogates(given: Any) -> tuple[Any, ...]:
     return several
 
 
-class Surrogates:
-    """The surrogates in one call; they are asked only if something is missing."""
+class Answers:
+    """Makes the answers of one call. Surrogates are asked only if something is missing.
+
+    Args:
+        surrogates: of the wrapper.
+        inputs: of the call.
+        link: "softmax" or None.
+        coverage: the probability that an error is at most its radius.
+        report: of the call.
+        module: that memories follow. Results are not remembered if it changes meanwhile.
+    """
 
     def __init__(
         self,
         surrogates: Sequence[Any],
         inputs: Inputs,
         link: str | None,
+        coverage: float,
         report: Report,
         module: nn.Module,
     ) -> None:
-        self.each = surrogates
-        self.link = link
+        self._surrogates, self._link, self._coverage = surrogates, link, coverage
         self._inputs, self._report = inputs, report
-        self.owners: Tensor | None = None
-        # Since before results are computed: they are not remembered if the module changes then.
+        self._owners: Tensor | None = None
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
-    def outputs(self, stacked: Stacked) -> list[list[Tensor | None]]:
+    def learn_owners(self, owners: Tensor | None) -> None:
+        """Note the worker of each row, ``[B]``, -1 in doubt. An exclusion clears memories."""
+        self._owners = owners
+        if self._report.excluded:
+            for memory, _ in self._memories:  # nor do they learn from this call
+                memory.clear()
+
+    def of(self, division: Division, stacked: Stacked) -> Any:
+        """Return the answers in the structure that the module gives them."""
+        report, size, odd = self._report, division.batch_size, self._inputs.not_finite
+        plan: BatchPlan | RowPlan | None = None
+        source = torch.arange(size)
+        if not division.is_whole(stacked.units):  # else the results are the answers
+            plan = division.plan()
+            source = plan.source(stacked.units)
+        report.predicted = predicted = source < 0
+        known = ~predicted if odd is None else ~predicted & ~odd
+        helped = bool(self._surrogates) and bool(predicted.any())
+        guesses = self._guesses(stacked) if helped else []
+        answers, choices = list(stacked.leaves), []
+        divided: list[Tensor] = []
+        weights: list[tuple[float, ...]] = []
+        for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True)):
+            if dim is None or not isinstance(leaf, Tensor):
+                continue
+            if plan is None:
+                rows = leaf.squeeze(1)
+            elif not decodable(leaf, dim):
+                rows = leaf.flatten(0, 1)[source.to(leaf.device)]
+            else:
+                of_leaf = [guess[i] for guess in guesses]
+                rows, of_surrogates, bars = self._decoded(
+                    leaf, plan, division, stacked.units, of_leaf, bars=not divided
+                )
+                if odd is not None:  # nothing is known of their distances
+                    own = leaf.flatten(0, 1)
+                    mean = own[source[known].to(own.device)].mean(0)
+                    rows = _filled(rows, predicted & odd, mean)
+                if bars is not None:
+                    bars = bars if odd is None else bars.without(predicted & odd)
+                    report.note_bars(bars, self._coverage, self._link)
+                weights.append(of_surrogates)
+                choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
+            divided.append(rows)
+            answers[i] = rows.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
+        if not bool(predicted.any()):
+            report.note_exact(size)
+        if plan is not None and plan.note:  # the plan has been used, and knows now
+            report.notes = (plan.note, *report.notes)
+        report.distances = tuple(choices)
+        report.surrogate_weights = tuple(weights) if guesses else ()
+        self._remember([rows for rows in divided if rows.is_floating_point()], known)
+        return unflatten(answers, stacked.spec)
+
+    def alone(
+        self, waiting: Waiting, division: Division, stacked: Stacked | None, error: Exception
+    ) -> Any:
+        """Return a surrogate's answers for missing rows if too few results predict them.
+
+        Args:
+            waiting: the policy.
+            division: of the batch.
+            stacked: the results that came, or the form of earlier ones; None if there are none.
+            error: to be raised if no surrogate can, or may, answer.
+        """
+        report = self._report
+        blamed = report.refused and waiting.on_error == "raise"
+        may = division.by_rows and waiting.predict and not blamed
+        if stacked is None or not may or not isinstance(error, NotEnoughResults):
+            raise error
+        leaves = enumerate(zip(stacked.leaves, stacked.dims, strict=True))
+        divided = [i for i, (x, dim) in leaves if dim is not None and isinstance(x, Tensor)]
+        able: list[tuple[int, list[Any]]] = [
+            (number, outputs)
+            for number, outputs in enumerate(self._guesses(stacked))
+            if all(outputs[i] is not None for i in divided)
+        ]
+        if not able:
+            raise error
+        number, outputs = able[0]
+        answers, received = list(stacked.leaves), list(stacked.units)
+        for i in divided:
+            leaf, dim = stacked.leaves[i], stacked.dims[i] or 0
+            output = _from_scale(outputs[i], self._link).to(leaf.device, leaf.dtype)
+            # A copy: the surrogate may return a tensor that it keeps, or the inputs themselves.
+            whole = output.clone(memory_format=torch.contiguous_format)
+            if received:
+                whole[received] = leaf.squeeze(1)
+            answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
+        report.predicted = torch.ones(division.batch_size, dtype=torch.bool)
+        report.predicted[received] = False
+        report.label_risks = report.predicted.double()
+        report.radii = torch.zeros(division.batch_size).double()
+        report.radii[report.predicted] = torch.inf
+        name = type(self._surrogates[number]).__name__
+        report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
+        return unflatten(answers, stacked.spec)
+
+    def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
         """Return the outputs of each surrogate, on the scale on which results are decoded.
 
         Returns:
             For each surrogate and leaf ``[B, ...]``; None if the leaf is not decoded, or the
-            surrogate failed, which is logged. Only a lack of memory is raised, as all suffer by it.
+            surrogate failed, which is logged. Only a lack of memory is raised.
         """
         found: list[list[Tensor | None]] = []
-        for number, surrogate in enumerate(self.each):
+        for number, surrogate in enumerate(self._surrogates):
             try:
-                if isinstance(surrogate, Memory):
-                    found.append(self._remembered(surrogate, stacked))
-                else:
-                    found.append(self._computed(surrogate, stacked))
+                is_memory = isinstance(surrogate, Memory)
+                outputs = self._remembered if is_memory else self._computed
+                found.append(outputs(surrogate, stacked))
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # of the caller's code
@@ -120,12 +229,25 @@ class Surrogates:
         Raises:
             ValueError: its outputs have not the form of the module's.
         """
-        device = device_of(surrogate)  # it went with the wrapper, and the batch may be on the host
+        inputs, device = self._inputs, device_of(surrogate)  # it went with the wrapper
 
         def number(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device)
 
-        inputs = self._inputs
+        def checked(leaf: Any, result: Tensor, dim: Any) -> Tensor:
+            shape = (inputs.batch_size, *result.shape[2:])
+            fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
+            if (
+                not fits
+                or leaf.dim() != len(shape)
+                or (leaf := leaf.movedim(dim, 0)).shape != shape
+            ):
+                raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
+            output = _to_scale(_levelled(leaf, inputs.not_finite), self._link).to(result.device)
+            if not bool(output.isfinite().all()):
+                raise ValueError("it returned values that are not finite")
+            return output
+
         args, kwargs = pytree.tree_map_only(Tensor, number, (inputs.args, inputs.kwargs))
         with torch.no_grad(), outside():
             with as_called():
@@ -133,30 +255,14 @@ class Surrogates:
             if spec != stacked.spec:
                 raise ValueError(f"it returned {spec}, where the module returned {stacked.spec}")
             return [
-                self._checked(leaf, result, dim) if decodable(result, dim) else None
+                checked(leaf, result, dim) if decodable(result, dim) else None
                 for leaf, result, dim in zip(leaves, stacked.leaves, stacked.dims, strict=True)
             ]
 
-    def _checked(self, leaf: Any, result: Tensor, dim: Any) -> Tensor:
-        shape = (self._inputs.batch_size, *result.shape[2:])
-        fits = isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() == len(shape)
-        if not fits or (leaf := leaf.movedim(dim, 0)).shape != shape:
-            raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
-        output = _to_scale(_levelled(leaf, self._inputs.not_finite), self.link).to(result.device)
-        if not bool(output.isfinite().all()):
-            raise ValueError("it returned values that are not finite")
-        return output
-
-    def learn_owners(self, owners: Tensor | None) -> None:
-        """Note the workers of all rows, ``[B]``, -1 in doubt; memories forget excluded ones."""
-        self.owners = owners
-        for worker in self._report.excluded:
-            self._memories = [(m, m.forget(worker, at)) for m, at in self._memories]
-
-    def remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
+    def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        if self.owners is not None:
-            exact = exact & (self.owners >= 0)
+        if self._owners is not None:
+            exact = exact & (self._owners >= 0)
         if not self._memories or not bool(exact.any()):
             return
 
@@ -166,170 +272,47 @@ class Surrogates:
 
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]
-            outputs = [_to_scale(rows(leaf), self.link) for leaf in answers]
-            owners = None if self.owners is None else self.owners[exact]
+            outputs = [_to_scale(rows(leaf), self._link) for leaf in answers]
             for memory, generation in self._memories:
-                memory.observe(inputs, outputs, generation, workers=owners)
+                memory.observe(inputs, outputs, generation)
 
+    def _decoded(
+        self,
+        results: Tensor,
+        plan: BatchPlan | RowPlan,
+        division: Division,
+        received: Sequence[int],
+        guesses: Sequence[Tensor | None],
+        *,
+        bars: bool,
+    ) -> tuple[Tensor, tuple[float, ...], ErrorBars | None]:
+        """Decode one output, ``[F, R, ...]``, with the outputs of surrogates, ``[B, ...]``.
 
-class _Output(NamedTuple):
-    """One output, decoded."""
-
-    answers: Tensor  # [B, ...]
-    bars: ErrorBars | None  # None if the code has none
-    weights: tuple[float, ...] = ()  # of each surrogate
-
-
-def answer(
-    inputs: Inputs,
-    division: Division,
-    stacked: Stacked,
-    surrogates: Surrogates,
-    report: Report,
-    coverage: float,
-) -> Any:
-    """Return the answers of one call, in the structure that the module gives them."""
-    received, size = stacked.units, division.batch_size
-    plan: BatchPlan | RowPlan | None = None
-    source = torch.arange(size)
-    if not division.is_whole(received):  # else the results are the answers, and nothing is fitted
-        plan = division.plan()
-        source = plan.source(received)
-    report.predicted = predicted = source < 0
-    odd = inputs.not_finite
-    known = ~predicted if odd is None else ~predicted & ~odd
-    helped = bool(surrogates.each) and bool(predicted.any())
-    outputs_of = surrogates.outputs(stacked) if helped else []
-    answers: list[Any] = []
-    outputs: list[_Output] = []
-    choices = []
-    for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True)):
-        if dim is None or not isinstance(leaf, Tensor):
-            answers.append(leaf)
-            continue
-        if plan is None:
-            output = _Output(leaf.squeeze(1), ErrorBars(size))
-        elif not decodable(leaf, dim):
-            rows = leaf.flatten(0, 1)[source.to(leaf.device)]
-            output = _Output(rows, ErrorBars(size))
-        else:
-            guesses = [guesses[i] for guesses in outputs_of]
-            output = _decode(
-                leaf,
-                plan,
-                division,
-                received,
-                source,
-                guesses,
-                surrogates.link,
-                bars=not outputs,
-            )
-            if odd is not None:  # nothing is known of their distances
-                rows = leaf.flatten(0, 1)
-                mean = rows[source[known].to(rows.device)].mean(0)
-                output = output._replace(answers=_filled(output.answers, predicted & odd, mean))
-            choices.append(plan.choices)
-        outputs.append(output)
-        moved = output.answers.movedim(0, dim)
-        answers.append(moved.contiguous(memory_format=stacked.formats[i]))
-    if plan is not None and plan.note:  # the plan has been used, and knows now
-        report.notes = (plan.note, *report.notes)
-    report.distances = tuple(
-        dataclasses.replace(choice, output=i) for i, some in enumerate(choices) for choice in some
-    )
-    if outputs and (bars := outputs[0].bars) is not None:
-        if odd is not None:
-            bars.lose(predicted & odd)
-        report.note_bars(bars, coverage, surrogates.link)
-    if outputs_of:
-        report.surrogate_weights = tuple(output.weights for output in outputs)
-    floating = [output.answers for output in outputs if output.answers.is_floating_point()]
-    surrogates.remember(floating, known)
-    return unflatten(answers, stacked.spec)
-
-
-def answer_alone(
-    waiting: Waiting,
-    division: Division,
-    stacked: Stacked | None,
-    surrogates: Surrogates,
-    report: Report,
-    error: Exception,
-) -> Any:
-    """Return a surrogate's answers for missing rows if there are too few results to predict from.
-
-    If no surrogate can, or may, answer, ``error`` is raised. ``stacked`` holds the results that
-    came, or the form of earlier ones; None if there are none.
-    """
-    blamed = report.refused and waiting.on_error == "raise"
-    may = division.by_rows and waiting.predict and not blamed
-    if stacked is None or not may or not isinstance(error, NotEnoughResults):
-        raise error
-    divided = [
-        i
-        for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True))
-        if dim is not None and isinstance(leaf, Tensor)
-    ]
-    each = enumerate(surrogates.outputs(stacked))
-    able = (x for x in each if all(x[1][i] is not None for i in divided))
-    if (first := next(able, None)) is None:
-        raise error
-    number, outputs = first
-    answers, received = list(stacked.leaves), list(stacked.units)
-    for i in divided:
-        leaf, output, dim = stacked.leaves[i], outputs[i], stacked.dims[i]
-        assert output is not None
-        assert dim is not None
-        output = _from_scale(output, surrogates.link).to(leaf.device, leaf.dtype)
-        # A copy: the surrogate may return a tensor that it keeps, or the inputs themselves.
-        whole = output.clone(memory_format=torch.contiguous_format)
-        if received:
-            whole[received] = leaf.squeeze(1)
-        answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
-    report.predicted = torch.ones(division.batch_size, dtype=torch.bool)
-    report.predicted[received] = False
-    name = type(surrogates.each[number]).__name__
-    report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
-    return unflatten(answers, stacked.spec)
-
-
-def _decode(
-    results: Tensor,
-    plan: BatchPlan | RowPlan,
-    division: Division,
-    received: Sequence[int],
-    source: Tensor,
-    guesses: Sequence[Tensor | None],
-    link: str | None,
-    *,
-    bars: bool,
-) -> _Output:
-    """Decode one output, ``[F, R, ...]``, with the outputs of the surrogates, ``[B, ...]``.
-
-    Error bars are found only if ``bars``.
-    """
-    own, odd = source >= 0, division.not_finite
-    scaled = results if odd is None else _levelled(results, odd[list(received)])
-    all_own = bool(own.all())
-    rest = None
-    if not all_own:
-        scaled = _to_scale(scaled, link)
-        rest = _residuals(scaled, plan, division, received, guesses)
-    weights = (0.0,) * len(guesses)
-    offsets: tuple[Tensor, Tensor] | None = None
-    if rest is not None:
-        weights, scaled, offsets = rest
-    answers = plan.decode(scaled, received)
-    found = plan.error_bars(received, scaled, answers, offsets) if bars else None
-    if offsets is not None:
-        answers = answers + offsets[1]
-    if scaled is not results:
-        answers = _from_scale(answers, link).to(results.dtype)
-        if all_own or bool(own.any()):
-            at, own = source.clamp(min=0).to(results.device), own.to(results.device)
-            of_own = results.flatten(0, 1).index_select(0, at)
-            answers = torch.where(own.view(-1, *[1] * (answers.dim() - 1)), of_own, answers)
-    return _Output(answers, found, weights)
+        Returns:
+            Answers ``[B, ...]``; the weight of each surrogate; error bars, only if ``bars``.
+        """
+        source, odd = plan.source(received), division.not_finite
+        own = source >= 0
+        scaled = results if odd is None else _levelled(results, odd[list(received)])
+        weights, offsets = (0.0,) * len(guesses), None
+        all_own = bool(own.all())
+        if not all_own:
+            scaled = _to_scale(scaled, self._link)
+            rest = _residuals(scaled, plan, division, received, guesses)
+            if rest is not None:
+                weights, scaled, offsets = rest
+        answers = plan.decode(scaled, received)
+        found = plan.error_bars(received, scaled, answers, offsets) if bars else None
+        if offsets is not None:
+            answers = answers + offsets[1]
+        if scaled is not results:
+            answers = answers if all_own else _from_scale(answers, self._link)
+            answers = answers.to(results.dtype)
+            if bool(own.any()):
+                at, own = source.clamp(min=0).to(results.device), own.to(results.device)
+                of_own = results.flatten(0, 1).index_select(0, at)
+                answers = torch.where(own.view(-1, *[1] * (answers.dim() - 1)), of_own, answers)
+        return answers, weights, found
 
 
 def _residuals(
@@ -341,42 +324,35 @@ def _residuals(
 ) -> tuple[tuple[float, ...], Tensor, tuple[Tensor, Tensor]] | None:
     r"""Return the residuals of surrogates :math:`s_j`, :math:`y - \sum_j w_j s_j`, if they help.
 
-    The weights are those of least squares. Surrogates help if results are predicted better from
-    each other with them, by more than chance has it.
+    They help if results are predicted better from each other with them, by more than chance.
 
     Returns:
         Weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and for
         the batch, ``[B, ...]``.
     """
-    used = [guess for guess in guesses if guess is not None]
+    used = {i: guess for i, guess in enumerate(guesses) if guess is not None}
     if not used:
         return None
-    of_units = [division.of_units(guess, received) for guess in used]  # [F, R, ...]
+    of_units = [division.of_units(guess, received) for guess in used.values()]  # [F, R, ...]
     found, explained, by_chance = _least_squares(results, of_units, plan.used(received))
     if not explained > _CHANCE * by_chance:  # else another metric may win, and seem to help
         return None
     results = results.to(torch.promote_types(results.dtype, torch.float32))
     zero = torch.zeros((), device=results.device)
-    known = sum((weight * x for weight, x in zip(found, used, strict=True)), zero)
+    known = sum((weight * x for weight, x in zip(found, used.values(), strict=True)), zero)
     subtracted = sum((weight * x for weight, x in zip(found, of_units, strict=True)), zero)
     rest = results - subtracted
     least = 1 - _CHANCE * by_chance
     if not plan.left_out_square(rest, received) < least * plan.left_out_square(results, received):
         return None
-    weights = iter(found)
-    return (
-        tuple(0.0 if guess is None else next(weights) for guess in guesses),
-        rest,
-        (subtracted, known),
-    )
+    weights = dict(zip(used, found, strict=True))
+    return tuple(weights.get(i, 0.0) for i in range(len(guesses))), rest, (subtracted, known)
 
 
 def _least_squares(
     results: Tensor, guesses: Sequence[Tensor], rows: Tensor
 ) -> tuple[list[float], float, float]:
-    """Return the weights of guesses in results, ``[F, R, ...]`` each, less their means.
-
-    Only the results at ``rows``, flat indices, are looked at.
+    """Return the weights of guesses in results, ``[F, R, ...]`` each, by those at flat ``rows``.
 
     Returns:
         The weights, the share of the squares that the guesses explain, and the share that as many
@@ -384,8 +360,7 @@ def _least_squares(
     """
 
     def centred(values: Tensor) -> Tensor:
-        flat = plain("decode", "results", values).flatten(0, 1)
-        sample = few_columns(flat, rows)
+        sample = few_columns(plain("decode", "results", values).flatten(0, 1), rows)
         return sample - sample.mean(0)  # [n, C]
 
     with outside():
@@ -406,10 +381,9 @@ def _least_squares(
 
 def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
     """Return outputs of the module as they are decoded: probabilities as their logarithms."""
-    if link is None:
-        return outputs
     # Of probabilities that are 0 in floating point, no logarithm is left.
-    return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
+    tiny = torch.finfo(outputs.dtype).tiny
+    return outputs if link is None else outputs.clamp(min=tiny).log()
 
 
 def _from_scale(decoded: Tensor, link: str | None) -> Tensor:

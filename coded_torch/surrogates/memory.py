@@ -105,8 +105,7 @@ class Memory:
         self._generation += 1
         self._form: Any = None
         self._space: _Space | None = None  # once it is frozen
-        # Leaves or coordinates; outputs; workers.
-        self._rows: deque[tuple[Any, Tensor, Tensor]] = deque()
+        self._rows: deque[tuple[Any, Tensor]] = deque()  # leaves or coordinates; outputs
         self._num_rows = self._num_fresh = 0
         self._snapshot: _Snapshot | None = None
 
@@ -114,26 +113,6 @@ class Memory:
         """Forget everything."""
         with self._lock:
             self._forget()
-
-    def forget(self, worker: int, generation: int = -1) -> int:
-        """Forget the results of a worker, as far as :meth:`observe` was told of it.
-
-        Args:
-            worker: its number.
-            generation: the number that :meth:`follow` returned.
-
-        Returns:
-            The number for :meth:`observe` from now on.
-        """
-        with self._lock:
-            is_current = generation == self._generation
-            rows = [_some(row, (row[2] != worker).nonzero().flatten()) for row in self._rows]
-            if (num_rows := sum(len(outputs) for _, outputs, _ in rows)) < self._num_rows:
-                self._rows = deque(row for row in rows if len(row[1]))
-                self._num_rows, self._num_fresh = num_rows, _FRESH if num_rows else 0
-                self._generation += 1  # a regression that is being made has its results, too
-                self._snapshot = None
-            return self._generation if is_current else generation
 
     def __len__(self) -> int:
         """Return how many results are remembered."""
@@ -159,7 +138,6 @@ class Memory:
         inputs: Sequence[Tensor],
         outputs: Sequence[Tensor],
         generation: int | None = None,
-        workers: Tensor | None = None,
     ) -> None:
         """Remember results.
 
@@ -167,7 +145,6 @@ class Memory:
             inputs: ``[n, ...]`` each, floating-point, finite.
             outputs: ``[n, ...]`` each, of these inputs, floating-point, finite.
             generation: what :meth:`follow` returned before they were computed. Defaults to now.
-            workers: int64 ``[n]``, which worker computed each. Defaults to -1, nobody knows.
         """
         if not (inputs and outputs and len(outputs[0])):
             return
@@ -186,8 +163,7 @@ class Memory:
                     return
                 seen = self._space(seen)
             self._form = form
-            workers = torch.full((len(flat),), -1) if workers is None else workers
-            self._rows.append((seen, flat, workers))
+            self._rows.append((seen, flat))
             self._num_rows += len(flat)
             self._num_fresh += len(flat)
             self._trim(flat.shape[1])
@@ -223,8 +199,10 @@ class Memory:
         while (surplus := self._num_rows - most) > 0:
             row = self._rows.popleft()
             if len(row[1]) > surplus:
-                # A copy, or what is dropped would stay in memory.
-                self._rows.appendleft(_some(row, torch.arange(surplus, len(row[1]))))
+                seen, outputs = row
+                at = torch.arange(surplus, len(outputs))  # a copy, or dropped rows would stay
+                seen = seen[at] if isinstance(seen, Tensor) else [leaf.at(at) for leaf in seen]
+                self._rows.appendleft((seen, outputs[at]))
             self._num_rows -= min(surplus, len(row[1]))
 
     def _rebuild(self, at_once: bool = False) -> None:
@@ -236,7 +214,7 @@ class Memory:
         enough = self._num_fresh >= min(_FRESH, self.capacity)
         in_turn = enough and self._seconds <= _SHARE * (time.monotonic() - self._ended)
         if self._making is None and self._num_fresh and (at_once or in_turn):
-            args = self._generation, self._form, self._space, [row[:2] for row in self._rows]
+            args = self._generation, self._form, self._space, list(self._rows)
             with contextlib.suppress(RuntimeError):  # Python ends: there is nothing to learn for
                 self._making = self._maker.submit(self._make, *args)
                 self._num_fresh = 0
@@ -257,7 +235,7 @@ class Memory:
                 self._snapshot = snapshot
                 if space is None and len(outputs) >= min(_FROZEN_AT, self.capacity):
                     self._space = found
-                    self._rows = deque((found(x), y, who) for x, y, who in self._rows)
+                    self._rows = deque((found(x), y) for x, y in self._rows)
         except Exception:
             logger.warning("a memory could not be rebuilt; it goes on as it was", exc_info=True)
         finally:
@@ -269,13 +247,6 @@ class Memory:
 
     def __repr__(self) -> str:
         return f"Memory(capacity={self.capacity})"
-
-
-def _some(row: tuple[Any, Tensor, Tensor], at: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """Return some results of a call."""
-    seen, outputs, workers = row
-    kept = seen[at] if isinstance(seen, Tensor) else [leaf.at(at) for leaf in seen]
-    return kept, outputs[at], workers[at]
 
 
 class _Space:

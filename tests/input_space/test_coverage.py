@@ -183,6 +183,6 @@ def test_nothing_is_known_of_some_rows():
     found = ErrorBars(
         3, [Bars(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
     )
-    found.lose(torch.tensor([True, True, False]))
+    found = found.without(torch.tensor([True, True, False]))
     assert found.radii(0.9).tolist() == [math.inf, 0.0, 1.0]
     assert found.label_risks.tolist() == [1.0, 0.0, 0.0]

@@ -300,7 +300,7 @@ def test_probabilities_stay_such(dtype):
         out.double().sum(-1), torch.ones(12).double(), rtol=0, atol=8 * torch.finfo(dtype).eps
     )
     # The error of logarithms is in no unit of the answers.
-    assert coded.last_run.radii is None
+    assert coded.last_run.radii is None or not coded.last_run.predicted.any()
     coded.code = coded.code.replace(link=None)
     coded(x)
     assert coded.last_run.radii is not None
