@@ -44,19 +44,14 @@ class CodedWrapper(ModuleProxy):
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
-      group is answered by
+      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. With ``Waiting.first(S)``,
+      all N columns are asked at once, and the call ends with the first N - S results. With
+      ``Waiting()``, N - S columns are asked first, and the other S stand in for late ones.
 
-      .. math:: D_F \, [\, f(E_n X) \,]_{n \in F}.
-
-      With ``Waiting.first(S)``, the default, all N columns are asked at once, and the call ends
-      with the first N - S results. With ``Waiting()``, N - S columns are asked first, and the other
-      S stand in for late ones.
-
-    Answers come back in the caller's order.
-
-    The wrapper stands in for the module: ``state_dict``, ``train``, ``to``, hooks, autograd,
-    autocast, pickling and deep copies work as they do for it. The names of its parameters begin
-    with ``module.``. Compiling the wrapper compiles the module, for workers in this process only.
+    Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
+    ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
+    The names of its parameters begin with ``module.``. Compiling the wrapper compiles the module,
+    for workers in this process only.
 
     Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
     finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing
@@ -81,37 +76,33 @@ class CodedWrapper(ModuleProxy):
             (:func:`coded_torch.surrogates.distill`), or a
             :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
             is missing, their residuals are predicted; a surrogate that does not help gets weight 0.
-            They run in this process, where the batch is, without gradients. Defaults to none;
-            refused with codes that mix inputs.
+            They run in this process, without gradients. Defaults to none; refused with codes that
+            mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes, to find workers that
             return wrong results: these are corrected, and such workers excluded. By rows, on pools
             of at least three workers; with two, disputes are only reported. Defaults to None, none.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for a value that is meant for the whole batch; or
-            a pytree prefix of such. A tensor that is given as None and has the batch size along
-            its first dimension is refused: say "shared" if it is meant for all. Tensors in keyword
-            arguments are divided along dimension 0. Defaults to 0.
+            a pytree prefix of such. What is given as None and has the batch size along its first
+            dimension is refused: say "shared" if it is meant for all. Tensors in keyword arguments
+            are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
+
+    The arguments are attributes. An assigned value is checked; a new pool or module begins with an
+    empty history of latencies.
 
     Attributes:
         last_run: the :class:`Report` of the call that ended last, even by an error; None before
             the first. If several threads call, :meth:`run` returns each its own.
 
-    The arguments are attributes. An assigned value is checked; a new pool or module begins with an
-    empty history of latencies.
-
     Raises:
-        TypeError, ValueError: an argument is of another kind than said, or does not fit others.
-
-    Calling raises:
-        TypeError: a tensor cannot be coded, or no part's output can be decoded.
-        ValueError: inputs differ in batch size, have not the dimension, are mixed and not finite,
-            or there are none; no part's output has the batch size or, with ``link``, probabilities.
-        NotEnoughResults: fewer good results than the code needs, or than ``waiting`` asks for; its
-            cause is the error of the first part that had one. A
+        TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
+            calls: inputs cannot be divided or coded; no part's output can be decoded.
+        NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
+            for; its cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
-        Exception: of the module, if it fails on a row on two workers alike. Its ``rows``,
+        Exception: in calls, of the module, if it fails on a row on two workers alike. Its ``rows``,
             ``answers`` (NaN in rows that were not computed) and ``report`` say what came.
 
     Note:
@@ -126,12 +117,10 @@ class CodedWrapper(ModuleProxy):
     Example:
         >>> import torch
         >>> from coded_torch import CodedWrapper, codes, stragglers, workers
-        >>> double = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(double.weight, 2.0)
         >>> pool = workers.LocalWorkers(stragglers.Uniform(2))
-        >>> coded = CodedWrapper(double, codes.ReplicationCode(2, 6), workers=pool)
-        >>> coded(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist()
-        [2.0, 4.0, 6.0]
+        >>> coded = CodedWrapper(torch.nn.ReLU(), codes.ReplicationCode(2, 6), workers=pool)
+        >>> coded(torch.tensor([[-1.0], [2.0], [3.0]])).flatten().tolist()
+        [0.0, 2.0, 3.0]
         >>> len(coded.last_run.received), len(coded.last_run.missing), coded.last_run.num_groups
         (4, 2, 2)
     """

@@ -75,11 +75,8 @@ class Inputs:
             dim if isinstance(leaf, Tensor) and dim != "shared" else None
             for leaf, dim in zip(self.leaves, dims, strict=True)
         ]
-        sizes = {
-            i: self._checked_size(i, dim, mixing)
-            for i, dim in enumerate(self.dims)
-            if dim is not None
-        }
+        divided = [(i, dim) for i, dim in enumerate(self.dims) if dim is not None]
+        sizes = {i: self._checked_size(i, dim, mixing) for i, dim in divided}
         if not sizes:
             others = {type(leaf).__name__ for leaf in self.leaves if not isinstance(leaf, Tensor)}
             got = ", ".join(sorted(others)) or "none"
@@ -190,13 +187,6 @@ def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
 class Division:
     """A batch as units that can be asked for one by one. A part is some of the units.
 
-    Args:
-        inputs: the arguments of the call.
-        leaves: the leaves of the arguments; ``[units, R, ...]`` if they are divided.
-        num_units: the number of units.
-        unit_rows: R, the rows of a unit.
-        out_dims: the batch dimensions of the module's outputs.
-
     Attributes:
         task: the call of the module that computes units.
         first: the units of each part that is asked for first.
@@ -209,6 +199,7 @@ class Division:
             there is no such row.
     """
 
+    task: Task
     first: Sequence[Sequence[int]]
     spare: Sequence[int] | None = None
     needed: int
@@ -216,13 +207,17 @@ class Division:
     num_groups = 0
     not_finite: Tensor | None = None
 
-    def __init__(
-        self, inputs: Inputs, leaves: list[Any], num_units: int, unit_rows: int, out_dims: Any
-    ) -> None:
+    def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.batch_size = inputs.batch_size
+        leaves = [
+            leaf if dim is None else self._spread(leaf.movedim(dim, 0) if dim else leaf)
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
         self.task = Task(
             leaves, inputs.dims, inputs.spec, num_units, unit_rows, inputs.device, out_dims
         )
+        if inputs.not_finite is not None:
+            self.not_finite = self._spread(inputs.not_finite)
 
     @property
     def by_rows(self) -> bool:
@@ -234,10 +229,14 @@ class Division:
 
     def is_whole(self, received: Sequence[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
-        return False
+        return self.by_rows and len(received) == self.batch_size
 
     def of_units(self, values: Tensor, units: Sequence[int]) -> Tensor:
         """Return values of the batch, ``[B, ...]``, for units that repeat it: ``[F, R, ...]``."""
+        return self._spread(values)[list(units)]
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """Return values of the batch, ``[B, ...]``, for all units: ``[units, R, ...]``."""
         raise NotImplementedError
 
 
@@ -245,11 +244,12 @@ class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
     Args:
-        inputs, out_dims: as for :class:`Division`.
+        inputs: the arguments of the call.
         code: the code.
         num_stragglers: S; the call waits for N - S results.
         all_at_once: whether the other S columns are asked for at once too.
         dealer: draws the order of asking. At None, column n is asked for as the n-th.
+        out_dims: the batch dimensions of the module's outputs.
     """
 
     def __init__(
@@ -264,17 +264,11 @@ class Columns(Division):
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
         others = [] if floating else inputs.batches()
-        self._plan = plan = code.plan(
+        self._plan = code.plan(
             floating, num_stragglers, batch_size=inputs.batch_size, others=others
         )
-        leaves = [
-            leaf if dim is None else plan.encode(leaf.movedim(dim, 0) if dim else leaf)
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
-        super().__init__(inputs, leaves, n, plan.num_groups, out_dims)
-        self.num_groups = plan.num_groups
-        if inputs.not_finite is not None:
-            self.not_finite = plan.encode(inputs.not_finite)
+        self.num_groups = self._plan.num_groups
+        super().__init__(inputs, n, self.num_groups, out_dims)
         self.needed, self.least = n - num_stragglers, code.min_received
         # The columns asked for first are spread evenly over the curve.
         asked = n if all_at_once else self.needed
@@ -288,8 +282,8 @@ class Columns(Division):
     def plan(self) -> BatchPlan:
         return self._plan
 
-    def of_units(self, values: Tensor, units: Sequence[int]) -> Tensor:
-        return self._plan.encode(values)[list(units)]
+    def _spread(self, values: Tensor) -> Tensor:
+        return self._plan.encode(values)
 
 
 class Rows(Division):
@@ -298,25 +292,20 @@ class Rows(Division):
     Nothing is fitted before a row is missing.
 
     Args:
-        inputs, out_dims: as for :class:`Division`.
+        inputs: the arguments of the call.
         predictor: predicts missing rows.
         chunk: the number of rows that are predicted together; 0: each by the mean of all results.
         parts: the most parts that the batch is divided into.
+        out_dims: the batch dimensions of the module's outputs.
     """
 
     def __init__(
         self, inputs: Inputs, predictor: Regression, *, chunk: int, parts: int, out_dims: Any
     ) -> None:
         size = inputs.batch_size
-        leaves = [
-            leaf if dim is None else leaf.movedim(dim, 0).unsqueeze(1)  # [B, 1, ...]
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
-        super().__init__(inputs, leaves, size, 1, out_dims)
+        super().__init__(inputs, size, 1, out_dims)
         self._inputs, self._predictor, self.chunk = inputs, predictor, chunk
         self.needed, self.least = size, 1
-        if inputs.not_finite is not None:
-            self.not_finite = inputs.not_finite[:, None]
         parts = min(parts, size)
         ends = [i * size // parts for i in range(parts + 1)]
         self.first = [range(*ends[i : i + 2]) for i in range(parts)]
@@ -332,6 +321,9 @@ class Rows(Division):
         others = [] if floating else self._inputs.batches()
         return self._predictor.plan(floating, size, others=others, chunk=self.chunk)
 
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.unsqueeze(1)
+
     def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:
         """Predict from less if time is short, and return the notes that say so."""
         is_planned = not self.chunk or "_plan" in vars(self)
@@ -341,9 +333,3 @@ class Rows(Division):
             return ()
         how = f"{self.chunk} rows at a time" if self.chunk else "by the mean of the results"
         return (f"predicted {how}, to keep the deadline",)
-
-    def is_whole(self, received: Sequence[int]) -> bool:
-        return len(received) == self.batch_size
-
-    def of_units(self, values: Tensor, units: Sequence[int]) -> Tensor:
-        return values[list(units)].unsqueeze(1)

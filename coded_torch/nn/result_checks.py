@@ -3,7 +3,6 @@ r"""Judges replies by their form, and puts the good results side by side."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,13 +42,11 @@ class Result:
         task: the task of the call.
         carries: whether tensors of any dtype can be answers.
         judged: bool, the rows that must be finite, as their inputs are; None: all.
-        last: another result, whose form is taken if the leaves look the same. Defaults to None.
+        last: another result, whose form is taken if the leaves look the same; or None.
 
     Attributes:
-        part: the part that was asked for.
-        worker: the place of the worker that answered.
-        leaves: the leaves of the value.
-        spec: the structure of the value.
+        part, worker: the part that was asked for, and the place of the worker that answered.
+        leaves, spec: the leaves of the value, and its structure.
         dims: the batch dimension of each leaf; None if it has none.
 
     Raises:
@@ -61,16 +58,20 @@ class Result:
     ) -> None:
         self.part, self.worker, self._value = reply.part, reply.worker, reply.value
         self.leaves, self.spec = flatten(reply.value)
-        self._judged = judged
         self.dims: list[Any]
         self._form: list[tuple[Any, ...]]
-        self._looks = (len(self.part.units), [_look(leaf) for leaf in self.leaves])
-        if last is not None and self._looks == last._looks and self.spec == last.spec:
+        self._judged = judged
+        self._looks = [_look(leaf) for leaf in self.leaves]
+        if last is not None and self._looks == last._looks and self._is_built_as(last):
             self.dims, self._form = last.dims, last._form
             return
         self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
+
+    def _is_built_as(self, last: Result) -> bool:
+        same = self.spec is last.spec or self.spec == last.spec  # to compare takes microseconds
+        return same and len(self.part.units) == len(last.part.units)
 
     def _check(self, size: int, carries: bool) -> None:
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
@@ -88,11 +89,10 @@ class Result:
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            problem = _improbable(self.judged(i)) if decodable(leaf, dim) else ""
-            if problem:
+            if decodable(leaf, dim) and (got := _improbable(self.judged(i))):
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
-                    f"to be decoded with link='softmax', got {problem}"
+                    f"to be decoded with link='softmax', got {got}"
                 )
 
     def name(self, i: int) -> str:
@@ -236,7 +236,7 @@ class Results:
     def rejected(self) -> list[WorkerError]:
         """What is wrong with all other replies, in the order in which their parts were asked."""
         lead, errors = self.good, list(self._errors)
-        for group in self._groups:
+        for group in self._groups if len(self._groups) > 1 else ():
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
             for result in group if group is not lead else ():
                 why = f"returned {result}, where {many} returned {lead[0]}"
@@ -276,7 +276,9 @@ class Results:
         leaves: list[Any] = []
         for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
             if dim is not None and isinstance(own, Tensor):
-                column = [result.leaves[i].movedim(dim, 0) for result in good]
+                column = [result.leaves[i] for result in good]
+                if dim != 0:
+                    column = [leaf.movedim(dim, 0) for leaf in column]
                 own = column[0] if len(column) == 1 else _adjoining(column)
                 own = torch.cat(column) if own is None else own
                 own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
@@ -295,13 +297,15 @@ def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:
     first = leaves[0]
     if type(first) is not Tensor or differentiated(first):
         return None
-    storage, end, rows = first.untyped_storage().data_ptr(), first.storage_offset(), 0
+    at, size = first.data_ptr(), first.element_size()
     for leaf in leaves:
-        lies_there = leaf.storage_offset() == end and leaf.untyped_storage().data_ptr() == storage
-        if not (lies_there and leaf.is_contiguous()):
+        if leaf.data_ptr() != at or not leaf.is_contiguous():
             return None
-        end += leaf.numel()
-        rows += len(leaf)
+        at += leaf.numel() * size
+    memory = first.untyped_storage()  # not the next allocation, which may adjoin by chance
+    if at > memory.data_ptr() + memory.nbytes():
+        return None
+    rows = sum(leaf.shape[0] for leaf in leaves)
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
@@ -329,18 +333,16 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    if len(rows) > 1 and _together_finite([leaf for _, _, leaf in rows]):
-        return {}
+    if len(rows) > 1:
+        leaves = [leaf for *_, leaf in rows]
+        together = _adjoining(sorted(leaves, key=Tensor.data_ptr))
+        if together is None:  # a value that is not finite stays so in sums
+            device = leaves[0].device
+            sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
+            together = torch.stack(sums).sum()
+        if finite(together):
+            return {}
     return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
-
-
-def _together_finite(leaves: Sequence[Tensor]) -> bool:
-    """Return whether all are finite; False also where a sum overflows."""
-    if (whole := _adjoining(sorted(leaves, key=Tensor.storage_offset))) is not None:
-        return finite(whole)
-    device = leaves[0].device
-    sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
-    return math.isfinite(torch.stack(sums).sum().item())
 
 
 def _improbable(rows: Tensor) -> str:
@@ -349,8 +351,7 @@ def _improbable(rows: Tensor) -> str:
         return "one number a row"
     if rows.numel() == 0:
         return ""
-    rows = rows.detach()
-    sums = rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    sums = rows.detach().sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
     least, low, high = torch.stack([rows.min().to(sums.dtype), *torch.aminmax(sums)]).tolist()
     if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
         return ""
