@@ -287,6 +287,11 @@ class FixedCode(Code):
         return torch.where(is_own, picked, -1)
 
     @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether any worker computes an input as it is."""
+        return bool((self._own >= 0).any())
+
+    @functools.cached_property
     def _own(self) -> Tensor:
         """The input that each worker computes as it is, ``[N]``, or -1 for a mixture."""
         return unit_rows(self.encoder.matrix())

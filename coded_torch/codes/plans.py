@@ -165,6 +165,8 @@ class GroupwisePlan(BatchPlan):
 
     def source(self, received: Sequence[int]) -> Tensor:
         with outside():
+            if not self.code.repeats:
+                return super().source(received)
             of_group = self.code.source(received)[:, None]  # [K, 1]
             if not bool((of_group >= 0).any()):
                 return super().source(received)
