@@ -189,7 +189,7 @@ class CodedWrapper(ModuleProxy):
         try:
             return self._call(module, report, self._policy(), args, kwargs)
         finally:
-            self.last_run = report
+            vars(self)["last_run"] = report  # a setting would be checked
 
     def _policy(self) -> Waiting:
         """Return the policy of calls that bring none of their own."""

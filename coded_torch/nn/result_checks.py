@@ -335,7 +335,7 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
     ]
     if len(rows) > 1:
         leaves = [leaf for *_, leaf in rows]
-        together = _adjoining(sorted(leaves, key=Tensor.data_ptr))
+        together = _adjoining(sorted(leaves, key=Tensor.storage_offset))
         if together is None:  # a value that is not finite stays so in sums
             device = leaves[0].device
             sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
