@@ -1,8 +1,8 @@
-"""The operators for CUDA tensors made of torch's own, where no compiled ones are loaded.
+"""The operators for CUDA tensors, made of torch's own where no compiled operators are loaded.
 
 The usual GPU machine has a driver and torch, but no nvcc. A spline is applied there as a dense
 matrix, which is kept with its plan. Results agree with the compiled operators' to rounding, but a
-column's bits may depend on the number of columns, as cuBLAS chooses its kernels by it.
+column's bits may depend on the number of columns, by which cuBLAS chooses its kernels.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["exact_matmul", "fits_matrix", "register"]
 
-# Numbers of a dense matrix, 256 MB in float32; plans of more are applied on the host.
-_MOST = 1 << 26
-# sqrt(5) r / l from which a covariance counts as 0, as in csrc/math/matern.h.
+_MOST = 1 << 26  # numbers of a dense matrix, 256 MB in float32; larger plans run on the host
+# From this sqrt(5) r / l on, a covariance counts as 0, as in csrc/math/matern.h.
 _ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
 
 _library: torch.library.Library | None = None
-# Per coefficients of a plan: dense matrices by direction, number of rows and stream.
+# The dense matrices of a plan's coefficients, by direction, number of rows and stream.
 _dense = WeakIdKeyDictionary()
 
 
@@ -29,25 +28,16 @@ def register() -> None:
     """Register the operators; they last as long as the process."""
     global _library
     _library = torch.library.Library("coded_torch", "IMPL")
-    for operator in (
-        spline_apply, spline_apply_out, matern52_out, matern52_among, inner_products,
-        squared_distances,
-    ):  # fmt: skip
+    operators = (spline_apply, matern52_out, matern52_among, inner_products, squared_distances)
+    for operator in operators:
         _library.impl(operator.__name__, operator, "CUDA")
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices without rounding their entries first.
+    """Multiply ``[..., n, k]`` by ``[..., k, m]`` without rounding their entries first.
 
-    Autocast is off. Where the host has allowed TF32, whose inputs keep 10 bits, float32 matrices
-    are multiplied in float64: the setting belongs to the whole process, so it is only read.
-
-    Args:
-        a: ``[..., n, k]``, float64 or float32, on any device.
-        b: ``[..., k, m]``, of the same dtype and device.
-
-    Returns:
-        ``[..., n, m]``, of the same dtype.
+    Autocast is off. If the process allows TF32, whose inputs keep 10 bits, float32 matrices are
+    multiplied in float64; the setting itself is only read.
     """
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
@@ -99,21 +89,8 @@ def spline_apply(
     return result[:-1]
 
 
-def spline_apply_out(
-    values: Tensor,
-    coefficients: Tensor,
-    schedule: Tensor,
-    transpose: bool,
-    gather: Tensor | None,
-    scatter: Tensor | None,
-    num_rows: int | None,
-    out: Tensor,
-) -> None:
-    out.copy_(spline_apply(values, coefficients, schedule, transpose, gather, scatter, num_rows))
-
-
 def _matrices(coefficients: Tensor, schedule: Tensor, transpose: bool, rows: int) -> Tensor:
-    """Return ``[P, rows out, rows in]``: what the plan comes with, or the host makes of it."""
+    """Return ``[P, rows out, rows in]``, from the plan itself, or computed on the host."""
     others = schedule.shape[-1] - 1 - rows
     num_knots, num_points = (others, rows) if transpose else (rows, others)
     of_sweeps = 12 * num_knots + 4 * num_points

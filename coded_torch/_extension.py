@@ -60,6 +60,6 @@ HAS_CUDA_KERNELS = not _CUDA_MISSING
 
 
 def build_info() -> dict[str, str]:
-    """Return what runs: the instruction sets of the CPU kernels, best first, and what CUDA uses."""
+    """Return the instruction sets of the CPU kernels, best first, and the operators of CUDA."""
     cuda = f"torch's own operators ({_CUDA_MISSING})" if _CUDA_MISSING else "compiled"
     return {"cpu kernels": torch.ops.coded_torch.cpu_capabilities(), "cuda kernels": cuda}

@@ -31,39 +31,20 @@ def smoothing_spline(
 ) -> Tensor:
     r"""Fit natural cubic smoothing splines and evaluate them.
 
-    Every column of ``values`` is the data :math:`y` of one curve, the minimiser of
-
-    .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
-
-    continued as its tangent beyond the first and the last knot. This is the mean convention of the
-    paper; ``scipy.interpolate.make_smoothing_spline`` has a plain sum, ``lam = n * smoothing``.
-    Smoothing 0 interpolates, infinity would be the least-squares line, and straight lines are
-    reproduced for every smoothing.
+    :class:`~coded_torch.linear.SplineMap` plans once for many calls. It has the objective, the
+    other arguments, the errors and the cost.
 
     Args:
-        values: ``[..., n, ...]``, :math:`y`, float64, float32, bfloat16 or float16.
-        knots: ``[n]``, :math:`t`, finite, strictly increasing, ``n >= 1``.
-        points: ``[N]``, where to evaluate, finite, in any order.
-        smoothing: :math:`\lambda`, finite, at least 0.
-        weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
+        values: ``[..., n, ...]``, the values at the knots, float64, float32, bfloat16 or float16.
         dim: the dimension of ``values`` that counts knots.
 
     Returns:
         ``[..., N, ...]``, in the dtype and on the device of ``values``.
 
-    Raises:
-        TypeError: ``values`` is not a tensor of a supported dtype, or an argument is not real.
-        ValueError: an argument violates its requirement; the message names both and the value.
-
     Note:
-        :math:`O(n + N \log n)` to plan and :math:`O(n + N)` per column, see
-        :class:`~coded_torch.linear.SplineMap`, which plans once for many calls. Differentiable any
-        number of times with respect to ``values``. Where knots, points, smoothing or weights are
-        tensors that require a gradient, the curve goes through its dense matrix,
-        :func:`smoothing_spline_matrix`, at :math:`O(n^3 + n N)` plus :math:`O(n N)` per column.
-
-    References:
-        Green and Silverman, *Nonparametric Regression and Generalized Linear Models*, 1994.
+        Differentiable any number of times with respect to ``values``. If another argument is a
+        tensor that requires a gradient, :func:`smoothing_spline_matrix` is used, at
+        :math:`O(n^3 + n N)` plus :math:`O(n N)` per column.
 
     Example:
         >>> import torch
@@ -78,10 +59,10 @@ def smoothing_spline(
     learned = any(isinstance(a, Tensor) and a.requires_grad for a in parameters)
     if not (learned and torch.is_grad_enabled()):
         return curve(values, dim)
-    curve(values.detach(), dim)  # checks the values as every other call does
+    curve(values.detach(), dim)  # checks the values
     matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing, weights=weights)
     matrix = matrix.to(device=values.device, dtype=accumulation_dtype(values.dtype))
-    with torch.autocast(values.device.type, enabled=False):  # as for every map
+    with torch.autocast(values.device.type, enabled=False):
         out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
     return out.movedim(0, dim).to(values.dtype)
 
@@ -93,7 +74,7 @@ def smoothing_spline_matrix(
     smoothing: float | Tensor = 0.0,
     weights: ArrayLike | Tensor | None = None,
 ) -> Tensor:
-    r"""The matrix ``[N, n]`` of :func:`smoothing_spline`, differentiable in every argument.
+    r"""Return the matrix of :func:`smoothing_spline`, differentiable in every argument.
 
     Solves for the values :math:`g` and the second derivatives :math:`\gamma` at the knots together,
 
@@ -101,18 +82,11 @@ def smoothing_spline_matrix(
         \begin{pmatrix} R & -Q^T \\ L Q & I \end{pmatrix}
         \begin{pmatrix} \gamma \\ g \end{pmatrix} = \begin{pmatrix} 0 \\ y \end{pmatrix} ,
 
-    because eliminating either squares the condition of the system, in a unit of length near the
-    knots' gaps.
-
-    Args:
-        knots, points, smoothing, weights: as in :func:`smoothing_spline`.
+    since eliminating either squares the condition of the system (Green and Silverman,
+    *Nonparametric Regression and Generalized Linear Models*, 1994).
 
     Returns:
-        ``[N, n]``, float64, on the host.
-
-    Note:
-        :math:`O(n^3 + n N)`; for learning smoothing or points. To apply a fixed spline, use
-        :class:`~coded_torch.linear.SplineMap`.
+        ``[N, n]``, float64, on the host, at :math:`O(n^3 + n N)`.
 
     Example:
         >>> import torch
@@ -125,7 +99,7 @@ def smoothing_spline_matrix(
     SplineMap(knots, points, smoothing=smoothing, weights=weights)  # checks all arguments
     t, z, lam = (_double(a) for a in (knots, points, smoothing))
     n, scale = len(t), _scale(t.detach())
-    # One factor after the other, as the cube of the scale may not be a float64.
+    # The factors come one after the other: the cube of the scale may not be a float64.
     t, z, lam = t * scale, z * scale, lam * scale * scale * scale
     h = t.diff()
     identity = torch.eye(n, dtype=t.dtype, device=t.device)
@@ -163,7 +137,7 @@ def _double(argument: ArrayLike | float | Tensor) -> Tensor:
 
 
 def _scale(knots: Tensor) -> float:
-    """A power of two that makes the mean gap about 1, as csrc/math/spline_plan.h plans."""
+    """Return a power of two that makes the mean gap about 1, as csrc/math/spline_plan.h does."""
     if len(knots) < 2:
         return 1.0
     length = min(float(knots[-1] - knots[0]), sys.float_info.max)

@@ -23,26 +23,9 @@ def smoothing_spline(
     r"""The natural cubic smoothing spline in its textbook form, in any kind of number.
 
     Solves the pentadiagonal system :math:`(R + Q^T L Q) \gamma = Q^T y` for the second derivatives
-    :math:`\gamma` at the knots, then :math:`g = y - L Q \gamma`. Its condition grows like
-    :math:`n^4 \lambda`, so in float64 it is a reference for small problems only;
-    ``number=mpmath.mpf`` or ``fractions.Fraction`` makes it one for all.
-
-    Args:
-        values: ``[n, m]``.
-        knots: ``[n]``, strictly increasing.
-        points: ``[N]``.
-        smoothing: :math:`\lambda`, as in :func:`coded_torch.functional.smoothing_spline`.
-        weights: ``[n]``, positive.
-        number: the type to compute in, called on every input.
-
-    Returns:
-        ``[N, m]``, an array of objects.
-
-    Note:
-        :math:`O(n m)` operations of Python.
-
-    References:
-        Reinsch, *Smoothing by spline functions*, Numer. Math. 10, 1967.
+    :math:`\gamma` at the knots, then :math:`g = y - L Q \gamma` (Reinsch, *Smoothing by spline
+    functions*, Numer. Math. 10, 1967). Its condition grows like :math:`n^4 \lambda`, so ``number``
+    should be ``mpmath.mpf`` or ``fractions.Fraction`` for all but small problems.
     """
     y = np.array([[number(v) for v in row] for row in np.asarray(values, dtype=object)])
     t = [number(k) for k in knots]

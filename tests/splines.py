@@ -1,8 +1,5 @@
 """Spline problems that several test files share: knots, samples, tolerances."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
@@ -11,8 +8,8 @@ SMOOTHINGS = (0.0, 1e-12, 1e-8, 1e-4, 1.0, 1e3)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 # Against exact arithmetic, relative to the largest value. float64 and float32: some fifty times
-# what rounding amounts to at 512 knots. Half precision: one rounding of the result, half an ulp of
-# the largest result, plus float32's error.
+# the rounding error at 512 knots. Half precision: one rounding of the result, half an ulp of the
+# largest result, plus float32's error.
 TOLERANCES = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
@@ -43,44 +40,21 @@ def make_points(knots: np.ndarray, rng: np.random.Generator, count: int = 24) ->
     return rng.permutation(points)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Values of one layout, [n, G, m] as the operator takes them."""
-
-    name: str
-    values: torch.Tensor
-
-    def __str__(self):
-        return self.name
-
-
-def make_samples(n: int, dtype: torch.dtype) -> list[Sample]:
-    """Every layout the operator may meet: contiguous, strided, expanded, empty, any batch."""
+def make_samples(n: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Values [n, G, m] of every layout: contiguous, strided, expanded, empty, any batch."""
     generator = torch.Generator().manual_seed(n)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return [
-        Sample("contiguous", randn(n, 1, 5)),
-        Sample("groups", randn(n, 6, 3)),
-        Sample("full tiles", randn(n, 2, 192)),
-        Sample("group major", randn(3, n, 70).transpose(0, 1)),
-        Sample("strided columns", randn(n, 2, 9)[:, :, ::2]),
-        Sample("every other row", randn(2 * n, 2, 4)[::2]),
-        Sample("expanded", randn(n, 1, 1).expand(n, 2, 4)),
-        Sample("no groups", randn(n, 0, 3)),
-        Sample("no columns", randn(n, 2, 0)),
-    ]
-
-
-def memory_for(result: torch.Tensor) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """By layout, memory full of 7 and a view of it as large as a result, columns side by side."""
-    rows, *groups, columns = result.shape
-    memory = result.new_full((2 * rows, *groups, columns + 3), 7)
-    yield "contiguous", *2 * (torch.full_like(result, 7),)
-    yield "padded columns", memory, memory[:rows, ..., :columns]
-    yield "every other row", memory, memory[::2, ..., :columns]
-    if groups:
-        memory = result.new_full((*groups, rows, columns), 7)
-        yield "group major", memory, memory.transpose(0, 1)
+    return {
+        "contiguous": randn(n, 1, 5),
+        "groups": randn(n, 6, 3),
+        "full tiles": randn(n, 2, 192),
+        "group major": randn(3, n, 70).transpose(0, 1),
+        "strided columns": randn(n, 2, 9)[:, :, ::2],
+        "every other row": randn(2 * n, 2, 4)[::2],
+        "expanded": randn(n, 1, 1).expand(n, 2, 4),
+        "no groups": randn(n, 0, 3),
+        "no columns": randn(n, 2, 0),
+    }

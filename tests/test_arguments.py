@@ -45,8 +45,6 @@ CALLS = [
     (Regression().plan, {"inputs": [], "batch_size": 6, "chunk": 4}),
     (linear.MatrixMap, {"matrix": [[1.0]]}),
     (linear.MatrixMap([[1.0]]), {"values": torch.ones(1), "dim": 0}),
-    (linear.SelectMap, {"num_inputs": 2, "source": torch.tensor([0, -1]),
-                        "used": torch.tensor([0]), "weights": [[1.0]]}),
     (linear.SplineMap, {"knots": [0.0, 1.0, 2.0], "points": [0.5], "smoothing": 0.0,
                         "weights": None}),
     (functional.smoothing_spline, {"values": torch.ones(3), "knots": [0.0, 1.0, 2.0],

@@ -11,7 +11,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch._streams import to_device
 from coded_torch.input_space.ordering import Grouping
-from coded_torch.linear import MatrixMap, SelectMap, SplineMap
+from coded_torch.linear import MatrixMap, SplineMap
+from coded_torch.linear.maps import SelectMap, apply_each
+from coded_torch.linear.spline import spline_matrices
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 
@@ -49,13 +51,11 @@ class TestLinearMaps:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_dtypes(self, make, dtype):
-        map = make(8, 20)
-        values = torch.randn(8, 33, dtype=torch.float64).to(dtype)
+        map, values = make(8, 20), torch.randn(8, 33, dtype=torch.float64).to(dtype)
         want = map.matrix() @ values.double()
         got = map(values)
         assert got.dtype == dtype
-        error = (got.double() - want).abs().max()
-        assert error <= TOLERANCES[dtype] * want.abs().max()
+        assert (got.double() - want).abs().max() <= TOLERANCES[dtype] * want.abs().max()
 
     @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,)])
     def test_any_dim(self, make, batch):
@@ -85,16 +85,11 @@ class TestLinearMaps:
     def test_made_in_inference_mode_it_still_trains(self, make):
         with torch.inference_mode():
             map = make(5, 7)
-            map(torch.randn(5))
-        values = torch.randn(5, requires_grad=True)
-        map(values).sum().backward()
-        assert values.grad is not None
-
-    def test_expanded_gradients(self, make):
-        values = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-        map = make(5, 7)
+            map(torch.randn(5, 3))
+        values = torch.randn(5, 3, requires_grad=True)
         map(values).sum().backward()  # sends a gradient whose strides are all 0
-        torch.testing.assert_close(values.grad, map.matrix().sum(0)[:, None].expand(5, 3))
+        want = map.matrix(torch.float32).sum(0)[:, None].expand(5, 3)
+        torch.testing.assert_close(values.grad, want)
 
     @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
     def test_compiles_into_one_frame(self, make):
@@ -108,37 +103,28 @@ class TestLinearMaps:
             torch.testing.assert_close(compiled(values), map(values, 1).sin())
         assert counter.frame_count == 1
 
-    def test_vmap(self, make):
+    def test_vmap_copies_and_autocast_change_nothing(self, make):
         map = make(4, 6)
         values = torch.randn(3, 4, 5)
-        torch.testing.assert_close(torch.vmap(map)(values), map(values, 1))
-
-    def test_pickles_and_copies(self, make):
-        map = make(4, 6)
-        values = torch.randn(4)
+        want = map(values, 1)
+        torch.testing.assert_close(torch.vmap(map)(values), want)
         for other in (pickle.loads(pickle.dumps(map)), copy.deepcopy(map)):
-            assert torch.equal(other(values), map(values))
-
-    def test_autocast_changes_nothing(self, make):
-        map = make(4, 6)
-        values = torch.randn(4, 5)
+            assert torch.equal(other(values, 1), want)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = map(values)
-        assert torch.equal(got, map(values))
+            assert torch.equal(map(values, 1), want)
+        assert "4 -> 6" in repr(map)
 
     def test_results_do_not_depend_on_the_number_of_threads(self, make):
-        map = make(20, 100)
-        values = torch.randn(20, 50_001)
-        threads = torch.get_num_threads()
+        map, values = make(20, 100), torch.randn(20, 50_001)
+        threads, results = torch.get_num_threads(), []
         try:
-            results = []
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 results.append(map(values))
         finally:
             torch.set_num_threads(threads)
         for other in results[1:]:
-            if make is select_map:  # its combinations are as the matrix product is blocked
+            if make is select_map:  # the matrix product of combinations is blocked otherwise
                 torch.testing.assert_close(other, results[0])
             else:
                 assert torch.equal(other, results[0])
@@ -151,29 +137,38 @@ class TestLinearMaps:
         batch = torch.randn(9, *shape, dtype=torch.float64, requires_grad=True)
         coded = to.gathered(batch, grouping)
         assert torch.equal(coded, to(grouping.gather(batch)))
-        answers = back.scattered(coded, grouping)
-        assert torch.equal(answers, grouping.scatter(back(coded)))
+        answers, want = back.scattered(coded, grouping), grouping.scatter(back(coded))
+        assert torch.equal(answers, want)
         weights = torch.randn(answers.shape, dtype=torch.float64)
-        got, want = (
+        gradients = (
             torch.autograd.grad(out, batch, weights, retain_graph=True)[0]
-            for out in (answers, grouping.scatter(back(to(grouping.gather(batch)))))
+            for out in (answers, want)
         )
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*gradients)
 
     @pytest.mark.parametrize("columns", [2, 300])
     def test_groups_that_do_not_fit(self, make, columns):
         to, back, grouping = make(4, 6), make(6, 4), Grouping(range(9), 4)
-        with pytest.raises(ValueError, match="must have size 9 along dim 0"):
-            to.gathered(torch.ones(12, columns), grouping)
-        with pytest.raises(ValueError, match="must have size 6 along dim 0"):
-            back.scattered(torch.ones(7, 3, columns), grouping)
-        with pytest.raises(ValueError, match=r"must have sizes? .*3"):
-            back.scattered(torch.ones(6, 4, columns), grouping)
+        for call, shape, message in (
+            (to.gathered, (12,), "must have size 9 along dim 0"),
+            (back.scattered, (7, 3), "must have size 6 along dim 0"),
+            (back.scattered, (6, 4), r"must have sizes? .*3"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call(torch.ones(*shape, columns), grouping)
         with pytest.raises(TypeError, match="values must be a dense, strided floating-point"):
             to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
 
-    def test_repr(self, make):
-        assert "num_inputs=4, num_outputs=6" in repr(make(4, 6))
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 0)])
+def test_matrices_of_many_maps(shape):
+    knots = np.sort(np.random.default_rng(0).uniform(-1, 1, (6, 9)))
+    points = np.linspace(-1, 1, 4)
+    matrices, values = spline_matrices(knots, points, 1e-3), torch.randn(6, 9, *shape)
+    maps = [SplineMap(one, points, smoothing=1e-3) for one in knots]
+    assert torch.equal(matrices, torch.stack([map.matrix() for map in maps]))
+    want = torch.stack([map(v) for map, v in zip(maps, values, strict=True)])
+    torch.testing.assert_close(apply_each(matrices, values), want)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +237,8 @@ class TestOnCuda:
 
     def test_gradients_of_rows_that_repeat_are_the_same_bits(self):
         map, grouping = spline_map(100, 120), Grouping.arrival(1, 100)  # one row, 100 times
-        copies = SelectMap(1, torch.zeros(120, dtype=torch.int64), torch.arange(0), [[]])
+        nothing, zeros = torch.zeros(0, 0), torch.zeros(120, dtype=torch.int64)
+        copies = SelectMap(1, zeros, torch.arange(0), nothing)
         upstream = torch.randn(120, 1, 256, device="cuda")
 
         def gradients():

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._transforms import on_host
-from ..linear import LinearMap, SelectMap
+from ..linear import LinearMap
+from ..linear.maps import SelectMap
 from .base import FixedCode
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._arguments import dense
 from .._transforms import plain
-from ..linear import SelectMap
+from ..linear.maps import SelectMap
 from .coverage import Bars, Shrunk, bars
 from .gaussian_process import GaussianProcess, scaled
 from .geometry import evenly

@@ -1,12 +1,10 @@
-r"""Linear maps along one dimension of a tensor: the seam between codes and kernels.
+r"""Linear maps along one dimension of a tensor, planned once, on the host, in float64.
 
-A code says *what* its encoder and decoders are; a :class:`LinearMap` knows *how* to apply them to
-tensors of millions of columns. Maps are planned once, on the host, in float64, and are immutable.
-Nothing above this package calls ``ops``.
+A code has an encoder and decoders; a :class:`LinearMap` applies them to millions of columns.
 """
 
 from .base import LinearMap
-from .maps import MatrixMap, SelectMap
+from .maps import MatrixMap
 from .spline import SplineMap
 
-__all__ = ["LinearMap", "MatrixMap", "SelectMap", "SplineMap"]
+__all__ = ["LinearMap", "MatrixMap", "SplineMap"]

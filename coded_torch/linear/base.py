@@ -48,7 +48,7 @@ class LinearMap(abc.ABC):
         *operands: Tensor,
         rounded: tuple[Tensor, ...] | None = None,
     ) -> None:
-        if torch.is_inference_mode_enabled():  # no inference tensors: the map must still train
+        if torch.is_inference_mode_enabled():  # without inference tensors the map can still train
             with torch.inference_mode(False):
                 LinearMap.__init__(self, num_inputs, num_outputs, *(t.clone() for t in operands))
             return
@@ -94,9 +94,7 @@ class LinearMap(abc.ABC):
         self._dimension(values, dim, self.num_inputs)
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_inputs={self.num_inputs}, num_outputs={self.num_outputs})"
-        )
+        return f"{type(self).__name__}({self.num_inputs} -> {self.num_outputs})"
 
     @abc.abstractmethod
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
@@ -115,7 +113,7 @@ class LinearMap(abc.ABC):
         return self._placed[_HOST, dtype, 0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies on other devices are made again where the map arrives.
+        # The process that receives the map makes copies on its own devices.
         on_host = {key: operands for key, operands in self._placed.items() if key[0] == _HOST}
         return {**self.__dict__, "_placed": on_host}
 
@@ -141,7 +139,7 @@ class LinearMap(abc.ABC):
         size = self.num_outputs if transpose else self.num_inputs
         dim = self._dimension(values, dim, size)
         before, after = values.shape[:dim], values.shape[dim + 1 :]
-        if dim == 0:  # as below, in as few calls as a decoder can afford
+        if dim == 0:  # the same in fewer calls, since decoders are small
             result = self._apply(values.reshape(size, 1, after.numel()), transpose)
             return result.view(result.shape[0], *after)
         # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
@@ -153,10 +151,10 @@ class LinearMap(abc.ABC):
 def _place(
     operands: tuple[Tensor, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, ...]:
-    if torch.is_inference_mode_enabled():  # as in LinearMap.__init__
+    if torch.is_inference_mode_enabled():  # a map made there must still train
         with torch.inference_mode(False):
             return _place(operands, dtype, device)
     if device.type == "cuda" and not torch.compiler.is_compiling():
-        with torch._C._DisableFuncTorch():  # or a transform keeps what outlives it
-            return tuple(to_device(operands, device))  # from the host, of this dtype already
+        with torch._C._DisableFuncTorch():  # the copies outlive any transform
+            return tuple(to_device(operands, device))
     return tuple(t.to(device, dtype) if t.is_floating_point() else t.to(device) for t in operands)

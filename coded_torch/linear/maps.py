@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .._arguments import count, dense, real_array
+from .._arguments import real_array
 from .base import LinearMap, accumulation_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["MatrixMap", "SelectMap"]
+__all__ = ["MatrixMap", "SelectMap", "apply_each", "unit_rows"]
 
 
 class MatrixMap(LinearMap):
@@ -78,40 +78,11 @@ class SelectMap(LinearMap):
             takes values of any dtype.
         weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
             of them.
-
-    Raises:
-        TypeError: an argument has another type.
-        ValueError: ``num_inputs`` is negative, or ``weights`` has another shape.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.linear import SelectMap
-        >>> map = SelectMap(2, torch.tensor([1, -1, 0]), torch.tensor([0, 1]), [[0.5, 0.5]])
-        >>> map(torch.tensor([1.0, 2.0]))
-        tensor([2.0000, 1.5000, 1.0000])
     """
 
-    def __init__(
-        self, num_inputs: int, source: Tensor, used: Tensor, weights: ArrayLike | Tensor
-    ) -> None:
-        for argument, indices in (("source", source), ("used", used)):
-            dense(self, argument, indices, floating=False)
-            if indices.dtype != torch.int64 or indices.dim() != 1:
-                raise TypeError(
-                    f"SelectMap: {argument} must be indices, a vector of int64, "
-                    f"got {indices.dtype} of shape {tuple(indices.shape)}"
-                )
-        num_inputs = count(self, "num_inputs", num_inputs, 0)
-        if not isinstance(weights, Tensor):
-            weights = torch.from_numpy(real_array(self, "weights", weights))
-        dense(self, "weights", weights)
+    def __init__(self, num_inputs: int, source: Tensor, used: Tensor, weights: Tensor) -> None:
         matrix = weights.double()
         combined = (source < 0).nonzero().flatten()
-        if matrix.shape not in ((len(combined), len(used)), (1, len(used))):
-            raise ValueError(
-                f"SelectMap: weights must have shape ({len(combined)}, {len(used)}), a row for "
-                f"each combined output, or one for all, got {tuple(matrix.shape)}"
-            )
         self._takes_any_dtype = not (len(combined) or len(used))
         source = source.clamp(min=0)
         rounded = source, combined, used, weights.float()

@@ -36,9 +36,9 @@ _FUSED_COLUMNS = 256
 
 
 class SplineMap(LinearMap):
-    r"""From the values at the knots to a natural cubic smoothing spline's values at the points.
+    r"""The map from values at the knots to a natural cubic smoothing spline's values at the points.
 
-    The curve minimises, in the mean convention of the paper,
+    The spline minimises, in the mean convention of the paper,
 
     .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
 
@@ -105,7 +105,7 @@ class SplineMap(LinearMap):
         return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
 
     def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
-        """Return what :meth:`LinearMap.gathered` returns, reading the rows where they lie."""
+        """Return ``map(grouping.gather(batch))``, reading the rows where they lie."""
         self._dimension(batch, 0, grouping.batch_size)
         num_columns = batch.shape[1:].numel()
         if num_columns < _FUSED_COLUMNS:
@@ -116,7 +116,7 @@ class SplineMap(LinearMap):
         return result.view(self.num_outputs, grouping.num_groups, *batch.shape[1:])
 
     def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
-        """Return what :meth:`LinearMap.scattered` returns, writing rows where they belong."""
+        """Return ``grouping.scatter(map(groups))``, writing the rows where they belong."""
         for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
             self._dimension(groups, dim, size)
         num_columns = groups.shape[2:].numel()
