@@ -1,8 +1,8 @@
-r"""Laws of lateness: how long each of N workers takes to answer one request.
+r"""Laws of latency: the seconds that each of N workers takes to answer one request.
 
-Every law draws from a ``torch.Generator``, its own or the one it is given, never from the global
-random state. Latencies are in seconds; infinite means that the worker never answers. An argument of
-another type raises a TypeError, one out of its domain a ValueError.
+Every law draws from a ``torch.Generator``, its own or a given one, never from the global random
+state. A latency is infinite if the worker never answers. An argument of the wrong type raises a
+TypeError, an argument out of its domain a ValueError.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,15 +33,16 @@ __all__ = [
 
 
 class Stragglers(abc.ABC):
-    """A law of the latencies of N workers. A law of your own implements ``_draw``.
+    """A law of the latencies of N workers. A subclass implements ``_draw``.
 
-    Laws can be pickled and copied. A copy goes on from the same state of its generator.
+    Laws can be pickled and copied. A copy continues from the same state of its generator.
 
     Args:
-        seed: seeds the law's own generator, an integer of 64 bits. Defaults to None, a new seed.
+        seed: the seed of the law's own generator, an integer of 64 bits. Defaults to None, a new
+            seed.
 
     Attributes:
-        num_stragglers: S, if exactly S workers never answer, else None.
+        num_stragglers: S if exactly S workers never answer, otherwise None.
 
     Example:
         >>> from coded_torch import stragglers
@@ -65,18 +66,15 @@ class Stragglers(abc.ABC):
         """Draw the latencies of one request.
 
         Args:
-            num_workers: N, at least 1.
+            num_workers: N, at least 1 and at least S.
             generator: a CPU generator. Defaults to the law's own.
 
         Returns:
             ``[N]``, float64, seconds; infinite for workers that never answer.
-
-        Raises:
-            TypeError: ``num_workers`` is not an integer, or ``generator`` is no generator.
-            ValueError: the law cannot have ``num_workers`` workers.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
-        num_workers = count(self, "num_workers", num_workers, most=MOST_WORKERS)
+        least = max(1, self.num_stragglers or 0)
+        num_workers = count(self, "num_workers", num_workers, least, MOST_WORKERS)
         with outside():
             drawn = self._draw(num_workers, self._generator if generator is None else generator)
             drawn = torch.as_tensor(drawn, dtype=torch.float64)
@@ -91,42 +89,38 @@ class Stragglers(abc.ABC):
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor | Sequence[float]:
         """Return the latencies of one request, ``[num_workers]``."""
 
-    def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
-        """Return latencies of 0, and infinite ones for ``workers``, indices or a mask."""
-        latencies = torch.zeros(num_workers, dtype=torch.float64)
-        latencies[workers] = math.inf
-        return latencies
-
     def __repr__(self) -> str:
         public = (f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({', '.join(public)})"
 
 
 def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
-    """Return numbers in [0, 1), so that 1 minus them has a logarithm."""
+    """Return numbers in [0, 1), so that 1 minus each has a logarithm."""
     return torch.rand(num_workers, dtype=torch.float64, generator=generator)
 
 
+def _either(mask: Tensor, yes: float, no: float) -> Tensor:
+    """Return ``yes`` where a mask holds and ``no`` elsewhere, float64."""
+    return torch.full(mask.shape, no, dtype=torch.float64).masked_fill_(mask, yes)
+
+
 class _FixedNumber(Stragglers):
-    """A law where exactly S workers never answer."""
+    """A law under which exactly S workers never answer. The others have latency 0."""
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
         super().__init__(seed)
         self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, 0, MOST_WORKERS)
 
-    def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
-        num_workers = count(self, "num_workers", num_workers, least=max(1, self.num_stragglers))
-        return super().sample(num_workers, generator)
+    def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
+        return torch.zeros(num_workers, dtype=torch.float64).index_fill_(0, workers, math.inf)
 
 
 class Uniform(_FixedNumber):
-    r"""S workers, drawn uniformly, never answer; the others answer at once.
-
-    "At once" is a latency of 0, as the law says which are late and not how long the model takes.
+    r"""A law under which S workers, drawn uniformly, never answer. The others have latency 0.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
+        seed: the seed, as for :class:`Stragglers`.
 
     Example:
         >>> from coded_torch import stragglers
@@ -140,19 +134,14 @@ class Uniform(_FixedNumber):
 
 
 class Contiguous(_FixedNumber):
-    r"""A block of S neighbouring workers never answers; the others answer at once.
+    r"""A law under which S neighbouring workers never answer, such as a rack that fails.
 
-    The block starts at a uniform worker and goes on at worker 0 after the last: a rack that fails,
-    the worst case for a curve.
+    The block starts at a uniform worker, and continues at worker 0 after the last worker. The other
+    workers have latency 0.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> stragglers.Contiguous(5, seed=0).sample(5)
-        tensor([inf, inf, inf, inf, inf], dtype=torch.float64)
+        seed: the seed, as for :class:`Stragglers`.
     """
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -161,17 +150,13 @@ class Contiguous(_FixedNumber):
 
 
 class Bernoulli(Stragglers):
-    r"""Every worker, independently, is late with probability p, else it answers at once.
+    r"""A law under which each worker, independently, is late with probability p.
 
     Args:
         p: the probability, in [0, 1].
-        latency: the latency of a late worker, in seconds, at least 0. Defaults to infinity.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> stragglers.Bernoulli(0.0).sample(3)
-        tensor([0., 0., 0.], dtype=torch.float64)
+        latency: the latency of a late worker, in seconds, at least 0. Defaults to infinity. The
+            other workers have latency 0.
+        seed: the seed, as for :class:`Stragglers`.
     """
 
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
@@ -180,35 +165,28 @@ class Bernoulli(Stragglers):
         self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        late = _uniform(num_workers, generator) < self.p
-        return torch.where(late, self.latency, 0.0).to(torch.float64)
+        return _either(_uniform(num_workers, generator) < self.p, self.latency, 0.0)
 
 
 class ShiftedExponential(Stragglers):
-    r"""Latencies of a fixed time and an exponential one, independent from worker to worker.
+    r"""A law of a fixed time plus an exponential time, independent for each worker.
 
     .. math:: P(T > t) = \exp(-\mathrm{rate}\,(t - \mathrm{shift})), \qquad t \ge \mathrm{shift}
 
     Args:
         shift: the least latency, in seconds, at least 0 and finite.
-        rate: per second, positive and finite; the mean latency is ``shift + 1 / rate``.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
+        rate: the rate per second, positive and finite. The mean latency is ``shift + 1 / rate``.
+        seed: the seed, as for :class:`Stragglers`.
 
     Reference:
         K. Lee et al., *Speeding up distributed machine learning using codes*, IEEE Trans. Inf.
         Theory 64 (2018).
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> bool((stragglers.ShiftedExponential(shift=1.0, rate=1.0).sample(100) >= 1).all())
-        True
     """
 
     def __init__(self, shift: float, rate: float, *, seed: int | None = None) -> None:
         super().__init__(seed)
-        self.shift = real(
-            self, "shift", shift, "at least 0 and finite", lambda x: 0 <= x < math.inf
-        )
+        must, valid = "at least 0 and finite", lambda x: 0 <= x < math.inf
+        self.shift = real(self, "shift", shift, must, valid)
         self.rate = positive(self, "rate", rate)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -216,19 +194,14 @@ class ShiftedExponential(Stragglers):
 
 
 class Pareto(Stragglers):
-    r"""Latencies with a heavy tail, independent from worker to worker.
+    r"""A law of latencies with a heavy tail, independent for each worker.
 
     .. math:: P(T > t) = (\mathrm{scale} / t)^{\mathrm{shape}}, \qquad t \ge \mathrm{scale}
 
     Args:
-        shape: the exponent of the tail, positive and finite; the mean is infinite up to 1.
+        shape: the exponent of the tail, positive and finite. The mean is infinite up to 1.
         scale: the least latency, in seconds, positive and finite.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> bool((stragglers.Pareto(shape=2.0, scale=0.1).sample(100) >= 0.1).all())
-        True
+        seed: the seed, as for :class:`Stragglers`.
     """
 
     def __init__(self, shape: float, scale: float, *, seed: int | None = None) -> None:
@@ -241,21 +214,19 @@ class Pareto(Stragglers):
 
 
 class Markov(Stragglers):
-    r"""Workers that are good or bad, and mostly stay so from one request to the next.
+    r"""A law of workers that are good or bad, and mostly stay so from one request to the next.
 
     Before every request but the first, a good worker turns bad with probability ``fail`` and a bad
-    one good with probability ``recover``. The first request finds each worker bad with the
-    stationary probability ``fail / (fail + recover)``. A spell of bad requests lasts ``1 /
-    recover`` on average.
-
-    The law has state: one bit per worker, :attr:`state`, moved on by every sample.
+    worker good with probability ``recover``. At the first request each worker is bad with the
+    stationary probability ``fail / (fail + recover)``. The law has a state that every sample
+    changes; the number of workers must stay the same.
 
     Args:
-        fail: in [0, 1].
-        recover: in [0, 1]; not 0 together with ``fail``.
-        good: the latency of a good worker, in seconds, at least 0.
-        bad: the latency of a bad worker, in seconds, at least 0.
-        seed: seeds the law's own generator. Defaults to None, a new seed.
+        fail: a probability, in [0, 1].
+        recover: a probability, in [0, 1], not 0 together with ``fail``.
+        good: the latency of a good worker, in seconds, at least 0. Defaults to 0.
+        bad: the latency of a bad worker, in seconds, at least 0. Defaults to infinity.
+        seed: the seed, as for :class:`Stragglers`.
 
     Example:
         >>> from coded_torch import stragglers
@@ -280,48 +251,31 @@ class Markov(Stragglers):
             raise ValueError("Markov: fail and recover must not both be 0, got 0 and 0")
         self.good = real(self, "good", good, "at least 0", lambda x: x >= 0)
         self.bad = real(self, "bad", bad, "at least 0", lambda x: x >= 0)
-        self._state: Tensor | None = None
-
-    @property
-    def state(self) -> Tensor | None:
-        """Which workers were bad at the last request, boolean ``[N]``; None before the first."""
-        return self._state
-
-    def reset(self) -> None:
-        """Forget the state: the next sample is a first request again. The generator goes on."""
-        self._state = None
+        self._is_bad: Tensor | None = None  # bool [N], at the last request
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        numbers = _uniform(num_workers, generator)
-        if self._state is None:
-            bad = numbers < self.fail / (self.fail + self.recover)
-        elif len(self._state) == num_workers:
-            bad = torch.where(self._state, numbers >= self.recover, numbers < self.fail)
+        numbers, before = _uniform(num_workers, generator), self._is_bad
+        if before is None:
+            self._is_bad = numbers < self.fail / (self.fail + self.recover)
+        elif len(before) == num_workers:
+            self._is_bad = torch.where(before, numbers >= self.recover, numbers < self.fail)
         else:
             raise ValueError(
-                f"Markov: num_workers must be {len(self._state)}, as at the last request, "
-                f"got {num_workers}; reset() starts anew"
+                f"Markov: num_workers must be {len(before)}, as at the last request, "
+                f"got {num_workers}"
             )
-        self._state = bad
-        latencies = torch.full((num_workers,), self.good, dtype=torch.float64)
-        latencies[bad] = self.bad
-        return latencies
+        return _either(self._is_bad, self.bad, self.good)
 
 
 class Trace(Stragglers):
-    r"""Measured latencies, one request after the other, from the start again after the last.
+    r"""A law of measured latencies, one request after the other, from the start after the last.
 
-    The law has state, :attr:`position`, and draws nothing at random.
+    The law has a state, ``position``, and draws nothing at random.
 
     Args:
-        source: the path of a text file with one request a line, the latencies of all N workers in
-            seconds, separated by spaces or commas, ``inf`` for one that never answered; blank
-            lines are skipped. Or the same as a sequence of rows, ``[requests, N]``.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a line or row is not N latencies, numbers that are at least 0 or infinite; or
-            there is none.
+        source: a sequence of rows, ``[requests, N]``, in seconds, at least 0 or infinite. Or the
+            path of a text file with a row in each line, separated by spaces or commas; ``inf`` is
+            infinite, and blank lines are skipped.
 
     Example:
         >>> from coded_torch import stragglers
@@ -332,9 +286,12 @@ class Trace(Stragglers):
 
     def __init__(self, source: str | os.PathLike[str] | Iterable[Iterable[float]]) -> None:
         super().__init__()
-        rows: Iterator[tuple[int, Iterable[str | float]]]
+        rows: Iterable[tuple[int, Iterable[str | float]]]
         if isinstance(source, (str, os.PathLike)):
-            rows, place = _lines(Path(source)), f"line {{}} of {os.fspath(source)}"
+            lines = enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1)
+            split = [(number, line.replace(",", " ").split()) for number, line in lines]
+            rows = [(number, fields) for number, fields in split if fields]
+            place = f"line {{}} of {os.fspath(source)}"
         else:
             instance(self, "source", source, Iterable)
             if isinstance(source, (Tensor, np.ndarray)):
@@ -342,31 +299,22 @@ class Trace(Stragglers):
             rows, place = enumerate(source, 1), "row {} of source"
         requests: list[list[float]] = []
         for number, row in rows:
+            must = f"Trace: {place.format(number)} must"
             try:
                 request = [float(latency) for latency in row]
             except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"Trace: {place.format(number)} is not latencies: {error}"
-                ) from None
-            # Negated, so that NaN fails.
-            if not request or not all(latency >= 0 for latency in request):
-                raise ValueError(
-                    f"Trace: {place.format(number)} must be latencies of at least 0, got {request}"
-                )
+                raise ValueError(f"{must} be latencies: {error}") from None
+            if not request or not all(latency >= 0 for latency in request):  # NaN fails, too
+                raise ValueError(f"{must} be latencies of at least 0, got {request}")
             if requests and len(request) != len(requests[0]):
                 raise ValueError(
-                    f"Trace: {place.format(number)} must have {len(requests[0])} latencies "
-                    f"as the first has, got {len(request)}"
+                    f"{must} have {len(requests[0])} latencies as the first has, got {len(request)}"
                 )
             requests.append(request)
         if not requests:
             raise ValueError(f"Trace: source must have at least one request, got {source!r}")
         self._latencies = torch.tensor(requests, dtype=torch.float64, device="cpu")
         self.num_requests, self.num_workers = self._latencies.shape
-        self.position = 0
-
-    def reset(self) -> None:
-        """Go back to the first request."""
         self.position = 0
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -377,12 +325,3 @@ class Trace(Stragglers):
         latencies = self._latencies[self.position].clone()
         self.position = (self.position + 1) % self.num_requests
         return latencies
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Iterable[str | float]]]:
-    """The numbers, from 1, and the fields of the lines that are not blank."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.replace(",", " ").split()
-            if fields:
-                yield number, fields
