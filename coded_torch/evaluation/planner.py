@@ -40,7 +40,7 @@ __all__ = [
     "read_latencies",
 ]
 
-#: Built-in laws; a part that straggles takes 5 to 50 times as long.
+#: Conditions by name. A part that straggles runs 5 to 50 times as long.
 LAWS = {
     "calm": Conditions(),
     "straggling": Conditions(straggling=0.03),
@@ -49,15 +49,16 @@ LAWS = {
     "bursts": Conditions(bursts=300.0),
     "mix": Conditions(straggling=0.01, slow=0.05, dead=0.001, bursts=300.0),
 }
-#: The share of predicted rows that name the right class, by the number of remembered answers:
-#: LeNet-5's digits without results, as ``python -m benchmarks serving`` measured it.
+#: The share of predicted rows with the right class, by the number of remembered answers: LeNet-5's
+#: digits without results (``python -m benchmarks serving``).
 PREDICTED = {0: 0.1, 32: 0.2313, 64: 0.3125, 128: 0.4833, 256: 0.6521, 512: 0.7812, 1024: 0.8542}
 _KINDS = ("no redundancy", "hedged", "everything twice", "predicted", "coded")
-_PARTS = (1, 2, 4, 8)
+# The policies that are tried, in steps of a factor of two or four; not tuned.
+_PARTS = (1, 2, 4, 8)  # the numbers of parts of a request
 _BUDGETS = (0.05, 0.25, 1.0)  # hedging budgets: scarce, the default, and a whole call
-_SHARES = (0.5, 0.7, 0.9)  # of the deadline, after which the rest is predicted
+_SHARES = (0.5, 0.7, 0.9)  # shares of the deadline after which missing rows are predicted
 _IN_TIME = 0.999  # the share of requests that must meet the deadline
-_FEWEST = 100  # latencies, so that their quartiles are known to some percent
+_FEWEST = 100  # the least number of latencies, whose quartiles are then known to some per cent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +66,20 @@ class Goal:
     """The objective of a service, and its means.
 
     Args:
-        deadline: seconds within which 99.9 % of the requests are to be answered.
-        accuracy: the least share of rows answered as rightly as by the model, in [0, 1].
-        num_workers: the number of workers.
+        deadline: seconds within which 99.9 % of the requests are to be answered, positive.
+        accuracy: the least share of rows with the model's own class, in [0, 1]. Defaults to 0.99.
+        num_workers: the number of workers, at least 1, or 2 with ``verify``. Defaults to 6.
         load: the share of the workers' time that requests take without redundancy, in (0, 1).
-        parts: the number of parts of a request at which the latencies were measured.
-        known: the number of remembered answers to predict from.
+            Defaults to 0.3.
+        parts: the number of parts of a request whose latencies were measured. Defaults to 4.
+        known: the number of remembered answers to predict from. Defaults to 1024.
         verify: the share of rows that a second worker computes, as for
             :class:`~coded_torch.CodedWrapper`. Above 0, codes and copies of whole requests are left
-            out, as they cannot be verified.
+            out, as they cannot be verified. Defaults to 0.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is out of its domain.
     """
 
     deadline: float
@@ -90,33 +93,29 @@ class Goal:
     def __post_init__(self) -> None:
         positive(self, "deadline", self.deadline)
         probability(self, "accuracy", self.accuracy)
-        count(self, "num_workers", self.num_workers)
         real(self, "load", self.load, "in (0, 1)", lambda x: 0 < x < 1)
         count(self, "parts", self.parts)
         count(self, "known", self.known, least=0)
-        probability(self, "verify", self.verify)
-        if self.verify and self.num_workers < 2:
-            raise ValueError(
-                f"Goal: num_workers must be at least 2 to verify, got {self.num_workers}"
-            )
+        verify = probability(self, "verify", self.verify)
+        workers = "num_workers with verify" if verify else "num_workers"
+        count(self, workers, self.num_workers, least=2 if verify else 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A policy, and its outcome.
+    """A policy, and its simulated outcome.
 
     Attributes:
         kind: "no redundancy", "hedged", "everything twice", "predicted" or "coded".
-        name: a description.
-        use: the Python code.
-        parts: the parts of a request, K with a code.
-        asked: the parts that are asked for at once, N with a code.
-        latencies: the latencies of the requests in seconds, sorted.
+        name: a description of the policy.
+        use: Python code.
+        parts: the number of parts of a request, K with a code.
+        asked: the number of parts that are asked for at once, N with a code.
+        latencies: float64 ``[num_requests]``, seconds, sorted.
         late: the share of requests that miss the deadline.
         work: the number of computed rows per row.
         predicted: the share of predicted rows.
-        accuracy: the share of rows answered as rightly as by the model.
-        meets: whether it meets the goal.
+        meets: whether the policy meets the goal.
     """
 
     kind: str
@@ -128,7 +127,6 @@ class Option:
     late: float
     work: float
     predicted: float
-    accuracy: float
     meets: bool
 
 
@@ -148,18 +146,18 @@ def read_latencies(path: Path) -> Seconds:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds fewer than 100 numbers, or something else.
+        ValueError: a line does not begin with a positive number, or there are fewer than 100.
     """
     with path.open(newline="") as stream:
-        rows = [row for row in csv.reader(stream) if row]
-    numbers = []
-    for line, row in enumerate(rows):
+        fields = [row[0] for row in csv.reader(stream) if row]
+    numbers: list[float] = []
+    for line, field in enumerate(fields, 1):
         try:
-            numbers.append(float(row[0]))
+            numbers.append(float(field))
         except ValueError:
-            if line:
-                must = f"line {line + 1} must begin with seconds"
-                raise ValueError(f"{must}, got {row[0]!r:.40}") from None
+            if line > 1:
+                must = f"line {line} must begin with seconds"
+                raise ValueError(f"{must}, got {field!r:.40}") from None
     if not all(0 < number < math.inf for number in numbers):
         raise ValueError("latencies must be positive and finite")
     if len(numbers) < _FEWEST:
@@ -170,12 +168,12 @@ def read_latencies(path: Path) -> Seconds:
 def measured(seconds: Seconds) -> tuple[float, Callable[[float], Conditions]]:
     """Return the median part, and the conditions of parts of another length.
 
-    The lower half of the latencies makes the body, a lognormal. The tail is what is beyond the
-    hedging threshold that this body implies; its seconds do not depend on a part's size.
+    The lower half of the latencies defines a lognormal body. Latencies beyond the hedging threshold
+    of this body are the tail, whose seconds do not depend on a part's size.
     """
     lower, median = np.quantile(seconds, 0.25), float(np.median(seconds))
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
-    threshold = median * max(1.5, (median / lower) ** 4.45)  # as Waiting's
+    threshold = median * max(1.5, (median / lower) ** 4.45)  # the threshold of History
     tail = np.where(seconds > threshold, seconds - median, 0.0)
     return median, lambda part: Conditions(spread=spread, delays=_Tail(tail / part))
 
@@ -193,12 +191,12 @@ def plan(
     Args:
         goal: the objective.
         law: measured seconds of parts, or conditions.
-        median: seconds of a part, under conditions.
-        num_requests: the number of requests under each policy.
-        seed: the seed of everything.
+        median: with conditions, the median seconds of a part.
+        num_requests: the number of requests under each policy. Defaults to 5,000.
+        seed: the seed of all draws. Defaults to 0.
 
     Yields:
-        Each policy with each number of parts. It takes seconds for some fifty of them.
+        Each policy with each number of parts. Some fifty of them take seconds.
     """
     scaled: Callable[[float], Conditions]
     if isinstance(law, Conditions):
@@ -207,15 +205,19 @@ def plan(
     else:
         scale, scaled = measured(law)
         if scale > 100 * goal.deadline:
-            raise ValueError(
-                f"latencies must be seconds within reach of the deadline, {goal.deadline:g}, got a "
-                f"median of {scale:g}"
-            )
+            must = f"latencies must be seconds within reach of the deadline, {goal.deadline:g}"
+            raise ValueError(f"{must}, got a median of {scale:g}")
+    right = float(np.interp(goal.known, list(PREDICTED), list(PREDICTED.values())))
     for k in (k for k in _PARTS if k <= goal.num_workers):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * goal.parts / k)
         for kind, name, n, waiting in _policies(k, goal):
+            # Simulated times are in multiples of a part.
+            until = waiting.deadline and waiting.deadline / part
+            policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
+            if goal.verify:
+                policy = Verified(policy, goal.num_workers, goal.verify, seed=seed)
             outcome = simulate(
-                _simulated(waiting, part, goal, seed),
+                policy,
                 scaled(part),
                 num_workers=goal.num_workers,
                 num_parts=k,
@@ -227,22 +229,12 @@ def plan(
             latencies = np.sort(outcome.latencies * part)
             late = float((latencies > goal.deadline).mean())
             predicted = float(outcome.predicted.mean())
-            right = float(np.interp(goal.known, list(PREDICTED), list(PREDICTED.values())))
-            accuracy = 1 - predicted * (1 - right)
-            meets = late <= 1 - _IN_TIME + 1e-9 and accuracy >= goal.accuracy
+            is_right = 1 - predicted * (1 - right) >= goal.accuracy
             how = f"parts={k}" if n == k else f"code=codes.RegressionCode({k}, {n})"
             how = f"{how}, verify={goal.verify:g}" if goal.verify else how
             use = f"CodedWrapper(model, {how}, workers=pool, waiting={waiting})"
-            yield Option(
-                kind, name, use, k, n, latencies, late, outcome.work, predicted, accuracy, meets
-            )
-
-
-def _simulated(waiting: Waiting, part: float, goal: Goal, seed: int) -> Waiting | Verified:
-    """Return a policy whose deadline is in multiples of a part, with verification if wanted."""
-    if waiting.deadline is not None:
-        waiting = dataclasses.replace(waiting, deadline=waiting.deadline / part)
-    return Verified(waiting, goal.num_workers, goal.verify, seed=seed) if goal.verify else waiting
+            meets = late <= 1 - _IN_TIME + 1e-9 and is_right
+            yield Option(kind, name, use, k, n, latencies, late, outcome.work, predicted, meets)
 
 
 def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
@@ -251,20 +243,20 @@ def _policies(k: int, goal: Goal) -> Iterator[tuple[str, str, int, Waiting]]:
     for budget in _BUDGETS:
         name = f"hedge, at most {budget:.0%} more work"
         yield "hedged", name, k, Waiting(predict=False, hedge_budget=budget)
-    if 2 * k <= goal.num_workers and not goal.verify:
-        yield "everything twice", "first answers", 2 * k, Waiting.first(1)
     for share in _SHARES:
         until = float(f"{share * goal.deadline:.4g}")
         name = f"hedge, predict at {1e3 * until:.4g} ms"
         yield "predicted", name, k, Waiting(deadline=until)
     if goal.verify:
         return
+    if 2 * k <= goal.num_workers:
+        yield "everything twice", "first answers", 2 * k, Waiting.first(1)
     for n in range(k + 1, min(2 * k, goal.num_workers + 1)):
         yield "coded", f"all at once, first {k} of {n}", n, Waiting.first(n - k)
 
 
 def best(options: Sequence[Option]) -> dict[str, Option]:
-    """Return the option of each kind that meets the goal at least work, else the nearest one."""
+    """Return for each kind the option that meets the goal at least work, or the nearest one."""
     found: dict[str, Option] = {}
     for option in sorted(options, key=lambda option: _KINDS.index(option.kind)):
         old = found.get(option.kind)

@@ -37,7 +37,6 @@ class Attacker:
         pool: the pool, which says how to attack.
         module, task, request: the request, and its number.
         earlier: the task of the request before, for "replay", or None.
-        first: the number of parts that were asked for at first.
     """
 
     pool: FaultyWorkers
@@ -45,13 +44,10 @@ class Attacker:
     task: Task
     request: int
     earlier: Task | None
-    first: int
 
     def __call__(self, reply: Reply) -> Reply:
         """Return the reply as it arrives."""
         if reply.worker not in self.pool.adversaries or reply.error is not None:
-            return reply
-        if self._spares(reply.part.number):
             return reply
         with torch.no_grad(), on_host():
             if self.pool.attack in ("replay", "shift"):
@@ -76,15 +72,9 @@ class Attacker:
         generator = self._generator(0) if attack == "offset" else own
         return _LIES[str(attack)](rows, generator, self.pool.strength)
 
-    def _spares(self, part: int) -> bool:
-        if self.pool.relents and part >= self.first:
-            return True
-        rate = self.pool.attack_rate
-        return rate < 1 and float(torch.rand((), generator=self._generator(part, 2))) >= rate
-
-    def _generator(self, stream: int, kind: int = 1) -> torch.Generator:
+    def _generator(self, stream: int) -> torch.Generator:
         """Return a generator: stream 0 is the same for all workers of the attack."""
-        entropy = np.random.SeedSequence((self.pool.seed % 2**64, self.request, kind, stream))
+        entropy = np.random.SeedSequence((self.pool.seed % 2**64, self.request, 1, stream))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     def _rows_of_one_input(self, reply: Reply) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Faults on purpose: for tests, and to measure the value of redundancy."""
+r"""Injected faults: for tests, and to measure the value of redundancy."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Fault", "FaultyWorkers", "compute"]
 
-_DAY = 86_400.0  # seconds that a hung call sleeps
+_DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 
 class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a process
-    """The end of a worker that is a thread, and so cannot end alone."""
+    """The end of a worker that is a thread, which cannot end alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +54,6 @@ class Fault:
 
     def __bool__(self) -> bool:
         return self.delay > 0 or self.kind is not None
-
-    def around(self, call: Callable[[], Any], die: Callable[[], None] | None = None) -> Any:
-        """Return a worker's result instead of ``call()``. A crash calls ``die``, or raises."""
-        if self.delay > 0:
-            time.sleep(min(self.delay, _DAY))
-        if self.kind == "crash":
-            if die is not None:
-                die()
-            raise InjectedCrash("an injected crash")
-        return self.spoil(call())
 
     def spoil(self, value: Any) -> Any:
         """Return the result, made wrong by this fault."""
@@ -87,64 +77,68 @@ def compute(
     fault: Fault | None = None,
     die: Callable[[], None] | None = None,
 ) -> Any:
-    """Call a module as a worker must.
+    """Call a module as a worker must, with the fault of the part.
 
     Args:
         module: the module.
         arguments: a :meth:`Task.payload`. If it is None, the module is not called.
         fault: the fault of the part, or None.
-        die: ends the worker. Defaults to None, if a worker cannot end alone.
+        die: a callable that ends the worker. Defaults to None, if a worker cannot end alone.
+
+    Raises:
+        InjectedCrash: the fault is a crash, and the worker cannot end alone.
     """
     if arguments is None:
         return None
+    fault = fault or Fault()
+    if fault.delay > 0:
+        time.sleep(min(fault.delay, _DAY))
+    if fault.kind == "crash":
+        if die is not None:
+            die()
+        raise InjectedCrash("an injected crash")
     args, kwargs = arguments
-    if fault is None:
-        return module(*args, **kwargs)
-    return fault.around(lambda: module(*args, **kwargs), die)
+    return fault.spoil(module(*args, **kwargs)) if fault.kind else module(*args, **kwargs)
 
 
 class FaultyWorkers(Workers):
-    r"""A pool some of whose calls are late, hang, crash or return wrong results, by one seed.
+    r"""A pool whose calls are late, hang, crash or return wrong results, by one seed.
 
     Faults happen where the module runs: a delayed call keeps its worker busy, a crash ends its
     process (a thread of :class:`~coded_torch.workers.DeviceWorkers` raises instead), a hung call
-    stays until the pool kills it. On :class:`~coded_torch.workers.LocalWorkers` delays pass on the
+    stays until the pool ends it. On :class:`~coded_torch.workers.LocalWorkers` delays pass on the
     virtual clock.
 
     The faults of a part depend on the seed, the number of its request (in the order in which
-    requests first ask) and its own number, not on timing. If a request asks for n parts first, part
+    requests first ask) and its own number, not on timing. If a request first asks for n parts, part
     p has entry p modulo n of draw p // n for n workers. Laws with a state move on once a request.
-    Only ``crash_every`` goes by the clock.
 
     Args:
         pool: the pool that computes. Closing this pool closes it.
-        delays: the law of the seconds that the parts of a request take longer; infinite: they hang.
-        rates: the probabilities of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
-            "dtype", "structure"), at most 1 in sum.
-        seed: an integer, modulo 2^64.
+        delays: the law of the seconds that the parts of a request take longer; infinite if they
+            hang. Defaults to None, the law of the pool.
+        rates: the probability of each of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
+            "dtype", "structure"), at most 1 in sum. Defaults to none.
+        seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
-        attack: a change of the results of ``adversaries``, which stay well formed and
-            finite; drawn from (seed, request, worker). "noise" and "offset" (the same for all) add
-            ``strength`` standard deviations of the result; "scale" multiplies by 1 + strength / 2;
-            "sign_flip"; "constant": the mean row; "permute": rows; "swap": the two largest outputs;
-            "one_row": one row answers another; "one_output" and "block" do so with one number, and
-            with a quarter of the outputs of all rows; "bit_flip": a bit in each row; "exponent" and
-            "mantissa": a bit of one number; "copies": the results
-            of one drawn input, alike on all workers; "replay": results of the request before;
-            "shift": results of inputs that are shifted along their last dimension by an eighth.
-            The last two call the module in this process. Or a callable that maps rows of a result,
-            ``[rows, ...]``, and a generator to wrong rows.
-        adversaries: the places of the workers that attack.
-        strength: of the attack.
-        attack_rate: the share of their parts that are attacked. Defaults to 1.
-        relents: whether they are right whenever they are asked again in a request. Defaults to
-            False.
+        attack: a change of the results of ``adversaries`` that stays well formed and finite, drawn
+            from (seed, request, worker). "noise" and "offset" (the same for all) add ``strength``
+            standard deviations of the result; "scale" multiplies by 1 + strength / 2; "sign_flip";
+            "constant": the mean row; "permute": rows; "swap": the two largest outputs; "one_row":
+            one row answers another; "one_output" and "block" do so with one number, and with a
+            quarter of the outputs of all rows; "bit_flip": a bit in each row; "exponent" and
+            "mantissa": a bit of one number; "copies": the results of one drawn input, alike on all
+            workers; "replay": results of the request before; "shift": results of inputs that are
+            shifted along their last dimension by an eighth. The last two call the module in this
+            process. A callable maps rows of a result, ``[rows, ...]``, and a generator to wrong
+            rows. Defaults to None.
+        adversaries: the places of the workers that attack. Defaults to none.
+        strength: the strength of the attack, finite. Defaults to 1.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a rate is no probability or has an unknown name, their sum exceeds 1, the attack
-            is unknown, or there are adversaries without an attack.
+        ValueError: an argument is out of its domain, or there are adversaries without an attack.
 
     Example:
         >>> import torch
@@ -170,8 +164,6 @@ class FaultyWorkers(Workers):
         attack: str | Attack | None = None,
         adversaries: Iterable[int] = (),
         strength: float = 1.0,
-        attack_rate: float = 1.0,
-        relents: bool = False,
     ) -> None:
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
@@ -180,39 +172,29 @@ class FaultyWorkers(Workers):
             kind: probability(self, f"rates[{kind!r}]", rate)
             for kind, rate in (rates or {}).items()
         }
-        for kind in self.rates:
-            if kind not in Fault.KINDS:
-                raise ValueError(
-                    f"FaultyWorkers: rates must be of {', '.join(Fault.KINDS)}, got {kind!r}"
-                )
+        if unknown := self.rates.keys() - set(Fault.KINDS):
+            must = f"rates must be of {', '.join(Fault.KINDS)}"
+            raise ValueError(f"FaultyWorkers: {must}, got {min(unknown)!r}")
         if not sum(self.rates.values()) <= 1:
             raise ValueError(f"FaultyWorkers: rates must be at most 1 in sum, got {self.rates}")
-        self.pool, self.delays = pool, delays
+        if attack is not None and not callable(attack) and attack not in ATTACKS:
+            must = f"attack must be one of {', '.join(ATTACKS)}, a callable or None"
+            raise ValueError(f"FaultyWorkers: {must}, got {attack!r}")
+        self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
+        if self.adversaries and attack is None:
+            must = "adversaries must come with an attack"
+            raise ValueError(f"FaultyWorkers: {must}, got {self.adversaries}")
+        self.pool, self.delays, self.attack = pool, delays, attack
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated, self.num_workers = pool.simulated, pool.num_workers
         self.seed = count(self, "seed", seed, least=None)
-        self.crash_every = (
-            None if crash_every is None else positive(self, "crash_every", crash_every)
-        )
-        if attack is not None and not callable(attack) and attack not in ATTACKS:
-            raise ValueError(
-                f"FaultyWorkers: attack must be one of {', '.join(ATTACKS)}, a callable or None, "
-                f"got {attack!r}"
-            )
-        self.attack = attack
         self.strength = real(self, "strength", strength, "finite", math.isfinite)
-        self.attack_rate = probability(self, "attack_rate", attack_rate)
-        self.relents = relents
-        self.adversaries = tuple(
-            count(self, "adversaries", place, least=0) for place in adversaries
-        )
-        if self.adversaries and attack is None:
-            raise ValueError(
-                f"FaultyWorkers: adversaries must come with an attack, got {self.adversaries}"
-            )
+        if crash_every is not None:
+            crash_every = positive(self, "crash_every", crash_every)
+        self.crash_every = crash_every
         self._requests = 0
-        self._crashed: float | None = None  # until the first request
-        self._last: Task | None = None  # for "replay"; of one request only, as tasks are large
+        self._crashed: float | None = None  # the time of the last crash, or of the first request
+        self._last: Task | None = None  # a task to "replay": only one, as tasks are large
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
@@ -226,10 +208,10 @@ class FaultyWorkers(Workers):
     def num_restarts(self) -> int:
         return self.pool.num_restarts
 
-    def _begin(
+    def begin(
         self, module: nn.Module, task: Task, num_parts: int
     ) -> tuple[Iterator[Fault], Attacker | None]:
-        """Return the faults of the parts of a new request, without end, and the attack on it."""
+        """Return the endless faults of the parts of a new request, and the attack on it."""
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
             earlier, self._last = self._last, task if self.attack == "replay" else None
@@ -246,7 +228,7 @@ class FaultyWorkers(Workers):
         faults = itertools.chain(first, itertools.chain.from_iterable(further))
         if not self.adversaries:
             return faults, None
-        return faults, Attacker(self, module, task, request, earlier, num_parts)
+        return faults, Attacker(self, module, task, request, earlier)
 
     @on_host()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
@@ -256,16 +238,11 @@ class FaultyWorkers(Workers):
         if delays is not None:
             seconds = delays.sample(num_parts, generator).tolist()
         uniform = torch.rand(num_parts, dtype=torch.float64, generator=generator)
-        return [
-            Fault(*pair) for pair in zip(seconds, map(self._kind, uniform.tolist()), strict=True)
-        ]
-
-    def _kind(self, uniform: float) -> str | None:
-        for kind, rate in self.rates.items():
-            if uniform < rate:
-                return kind
-            uniform -= rate
-        return None
+        # A kind of the rate r takes an interval of the length r of [0, 1).
+        ends = np.cumsum(list(self.rates.values()))
+        places = np.searchsorted(ends, uniform.numpy(), side="right")
+        kinds = [*self.rates, None]
+        return [Fault(delay, kinds[i]) for delay, i in zip(seconds, places, strict=True)]
 
     def start(self, *args: Any, **kwargs: Any) -> Self:
         """Start the pool."""
@@ -274,7 +251,7 @@ class FaultyWorkers(Workers):
 
     def __getattr__(self, name: str) -> Any:
         """Return an attribute that only the pool has: ``exclude``, ``restart``, ``pids``, ..."""
-        if name.startswith("_") or name == "pool":  # our own, which does not exist yet
+        if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
 
@@ -300,7 +277,7 @@ class _FaultyRequest(Request):
 
     def __init__(self, pool: FaultyWorkers, module: nn.Module, task: Task) -> None:
         self._request = pool.pool.open(module, task)
-        self._begin = functools.partial(pool._begin, module, task)
+        self._begin = functools.partial(pool.begin, module, task)
         self._further: Iterator[Fault] | None = None
         self._faults: list[Fault] = []
         self._attack: Attacker | None = None

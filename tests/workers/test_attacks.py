@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from coded_torch.testing.workers import task_of
-from coded_torch.workers import FaultyWorkers, LocalWorkers, Part, Reply
+from coded_torch.workers import FaultyWorkers, LocalWorkers, Reply
 from coded_torch.workers.attacks import ATTACKS
 
 
@@ -160,27 +160,3 @@ def test_a_block_is_wrong_in_all_rows():
     wrong = truth[1] != told[1]
     assert wrong.any(1).all()
     assert wrong.any(0).sum() == 1  # a quarter of 6
-
-
-def test_some_parts_are_spared():
-    x, lies = batch(), 0
-    pool = lying("noise", range(5), attack_rate=0.3)
-    truth = replies(LocalWorkers(), x)
-    for _ in range(40):
-        told = replies(pool, x)
-        lies += sum(not torch.equal(truth[worker], told[worker]) for worker in truth)
-    assert 0.2 < lies / 200 < 0.4
-
-
-def test_liars_may_relent_when_they_are_asked_again():
-    x = batch()
-    pool = lying("noise", range(20), relents=True)
-    with torch.no_grad(), pool.open(nn.Identity(), task_of(x.unflatten(0, (-1, 4)))) as request:
-        request.ask([Part(0, (0,)), Part(1, (1,))])
-        request.ask([Part(2, (0,))])
-        told = {}
-        while (event := request.wait()) is not None:
-            if isinstance(event, Reply):
-                told[event.part.number] = event.value
-    assert not torch.equal(told[0], x[:4])
-    assert torch.equal(told[2], x[:4])
