@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -13,45 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from coded_torch import CodedWrapper, Regression, Report, Waiting
-from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
+from coded_torch.codes import RegressionCode, ReplicationCode
 from coded_torch.stragglers import ShiftedExponential, Uniform
 from coded_torch.testing.workers import CopyCode, PolynomialCode
 from coded_torch.workers import DeviceWorkers, LocalWorkers
 
 from ..workers.test_local import Fixed
 from .modules import EXACT, Call, linear, rand
+from .pools import Separate
 
 Pair = namedtuple("Pair", "first second")
-
-
-@dataclasses.dataclass
-class Output:
-    logits: Tensor
-    hidden: tuple[Tensor, ...]
-    loss: Tensor | None = None
-
-
-pytree.register_dataclass(Output)
-
-
-class Tower(nn.Module):
-    """Affine in its inputs, nested in and out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = linear(3, 2), linear(4, 2)
-
-    def forward(self, pair: Pair, other: dict[str, Any], *, extra: Tensor) -> Output:
-        left = self.left(pair.first) + other["shift"]
-        return Output(left + self.right(other["x"][0]), (left, pair.second.flatten(1)), None), [
-            extra,
-            "constant",
-            7,
-        ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,54 +42,6 @@ def test_an_exact_code_gives_the_answers_of_an_affine_module(data, num_data, ext
     run = coded.last_run
     assert run.num_groups == math.ceil(batch / num_data)
     assert len(run.received) == (code.num_workers - lost if batch else 0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(data=st.data(), batch=st.integers(0, 10), num_data=st.integers(1, 4))
-def test_pytrees_and_in_dims(data, batch, num_data):
-    """Nested arguments, each with its batch at a dimension of its own, or none."""
-    pair_dims = data.draw(st.sampled_from([0, Pair(0, 0), Pair(1, 0), Pair(0, -1), Pair(1, 2)]))
-    x_dim = data.draw(st.sampled_from([0, 1, -1]))
-    first_dim, second_dim = pair_dims if isinstance(pair_dims, Pair) else (pair_dims, pair_dims)
-
-    class Moved(Tower):
-        """Takes the batch where it is said to be."""
-
-        def forward(self, pair, other, *, extra):
-            pair = Pair(pair.first.movedim(first_dim, 0), pair.second.movedim(second_dim, 0))
-            other = {"x": [other["x"][0].movedim(x_dim, 0)], "shift": other["shift"]}
-            return super().forward(pair, other, extra=extra)
-
-    args = (
-        Pair(
-            rand(batch, 3).movedim(0, first_dim), rand(batch, 2, 3, seed=1).movedim(0, second_dim)
-        ),
-        {"x": [rand(batch, 4, seed=2).movedim(0, x_dim)], "shift": rand(2, seed=3)},
-    )
-    extra = rand(batch, seed=4)
-    coded = CodedWrapper(
-        Moved(),
-        PolynomialCode(num_data, num_data + 2),
-        workers=LocalWorkers(Uniform(1, seed=0)),
-        in_dims=(pair_dims, {"x": x_dim, "shift": "shared"}),
-    )
-    got, wanted = coded(*args, extra=extra), coded.module(*args, extra=extra)
-    assert isinstance(got[0], Output)
-    torch.testing.assert_close(
-        pytree.tree_map(lambda leaf: leaf, list(vars(got[0]).values())),
-        list(vars(wanted[0]).values()),
-        **EXACT,
-    )
-    torch.testing.assert_close(got[1][0], wanted[1][0], **EXACT)
-    assert got[1][1:] == ["constant", 7]
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3, 4, 5, 12])
-def test_batches_around_the_size_of_a_group(batch):
-    x = rand(batch, 3)
-    for code in (PolynomialCode(4, 6), ReplicationCode(4, 8)):
-        coded = CodedWrapper(linear(), code)
-        torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
 
 
 def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_input():
@@ -146,12 +72,6 @@ def test_inputs_that_are_not_contiguous():
     coded = CodedWrapper(linear(), PolynomialCode(3, 5))
     for x in (wide[:, 0], wide[::2, 1], rand(1, 3).expand(5, 3), rand(7, 3).flip(0)):
         torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
-
-
-def test_features_of_size_zero_and_inputs_of_one_dimension():
-    coded = CodedWrapper(Call(lambda x: 2 * x), PolynomialCode(2, 3))
-    assert coded(torch.zeros(5, 0)).shape == (5, 0)
-    torch.testing.assert_close(coded(rand(5)), 2 * rand(5), **EXACT)
 
 
 def test_out_dims():
@@ -209,24 +129,6 @@ def test_the_report():
     assert coded.last_run.received == ()
 
 
-def test_the_number_of_stragglers_is_the_laws_or_the_given_one():
-    code = PolynomialCode(3, 8)
-
-    def lost(num_stragglers: Any = None, **options: Any) -> int:
-        coded = CodedWrapper(linear(), code, waiting=Waiting.first(num_stragglers), **options)
-        coded(rand(3, 3))
-        return 8 - len(coded.last_run.received)
-
-    assert lost() == 0
-    assert lost(workers=LocalWorkers(Uniform(2))) == 2
-    assert lost(workers=LocalWorkers(Uniform(2)), num_stragglers=4) == 4
-    assert lost(num_stragglers=np.int64(3)) == 3
-    assert repr(lost(num_stragglers=torch.tensor(1))) == "1"
-    assert lost(workers=LocalWorkers(Uniform(2)), num_stragglers=0) == 2  # no more will come
-    assert lost(workers=LocalWorkers(ShiftedExponential(0.0, 1.0))) == 0
-    assert lost(workers=LocalWorkers(ShiftedExponential(0.0, 1.0)), num_stragglers=5) == 5
-
-
 def test_what_is_assigned_is_checked_as_what_is_given():
     coded = CodedWrapper(linear(), ReplicationCode(3, 5), waiting=Waiting.first(4))
     coded(rand(1, 3))
@@ -262,30 +164,6 @@ def test_latencies_belong_to_one_module_on_one_pool():
         assert coded.last_run.hedging_threshold is None
 
 
-def test_a_law_that_loses_more_than_the_code_can():
-    coded = CodedWrapper(linear(), PolynomialCode(3, 5), workers=LocalWorkers(Uniform(3)))
-    with pytest.raises(NotEnoughResults, match="at least 3 of 5 results, got 2"):
-        coded(rand(3, 3))
-    assert len(coded.last_run.received) == 2
-    assert coded.last_run.rejected == {}
-
-
-def test_the_deadline_is_on_the_clock_of_the_workers():
-    law = Fixed(1.0, 2.0, 3.0, 4.0, 5.0)
-    coded = CodedWrapper(
-        linear(),
-        PolynomialCode(2, 5),
-        workers=LocalWorkers(law),
-        waiting=Waiting.first(deadline=3.5),
-    )
-    x = rand(4, 3)
-    torch.testing.assert_close(coded(x), coded.module(x), **EXACT)
-    assert coded.last_run.received == (0, 1, 2)
-    coded.waiting = Waiting.first(deadline=1.5)
-    with pytest.raises(NotEnoughResults, match=r"got 1; missing: \[1, 2, 3, 4\]"):
-        coded(x)
-
-
 def classifier(output: Any, **options: Any) -> CodedWrapper:
     return CodedWrapper(Call(output), RegressionCode(3, 6, link="softmax"), **options)
 
@@ -304,19 +182,6 @@ def test_probabilities_stay_such(dtype):
     coded.code = coded.code.replace(link=None)
     coded(x)
     assert coded.last_run.radii is not None
-
-
-@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
-def test_gradients_reach_inputs_and_weights(devices):
-    workers = None if devices is None else DeviceWorkers(devices)
-    coded = CodedWrapper(linear(), PolynomialCode(3, 6), workers=workers, waiting=Waiting.first(2))
-    x = rand(7, 3).requires_grad_()
-    wanted = torch.autograd.grad(coded.module(x).pow(2).sum(), [x, *coded.module.parameters()])
-    coded(x).pow(2).sum().backward()
-    torch.testing.assert_close(
-        [x.grad, *(p.grad for p in coded.parameters())], list(wanted), rtol=1e-7, atol=1e-7
-    )
-    coded.workers.close()
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -339,19 +204,6 @@ def test_no_graph_without_gradients():
         assert not coded(x).requires_grad
     with torch.inference_mode():
         assert coded(x).is_inference()
-
-
-@pytest.mark.parametrize("devices", [None, ["cpu", "cpu"]])
-def test_autocast(devices):
-    workers = None if devices is None else DeviceWorkers(devices)
-    coded = CodedWrapper(linear(dtype=torch.float32), ReplicationCode(2, 4), workers=workers)
-    x = rand(5, 3).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = coded(x)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out, coded.module(x))
-    assert coded(x).dtype == torch.float32
-    coded.workers.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -393,30 +245,59 @@ def test_the_global_random_state_is_not_touched():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_representation():
-    text = repr(CodedWrapper(linear(), ReplicationCode(2, 4), waiting=Waiting.first(1)))
-    assert "ReplicationCode(num_data=2, num_workers=4)" in text
-    assert "num_stragglers=1" in text
-    assert "(module): Linear" in text
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(0, 10), num_data=st.integers(1, 4))
+def test_pytrees_and_dims(data, batch, num_data):
+    """Nested arguments and outputs, each with its batch at a dimension of its own, or none."""
+    pair_dims = data.draw(st.sampled_from([0, Pair(0, 0), Pair(1, 0), Pair(0, -1), Pair(1, 2)]))
+    x_dim = data.draw(st.sampled_from([0, 1, -1]))
+    first_dim, second_dim = pair_dims if isinstance(pair_dims, Pair) else (pair_dims, pair_dims)
+    weight = rand(4, 3, seed=5)
+
+    def affine(pair, other, *, extra):
+        left = pair.first.movedim(first_dim, 0) + other["shift"]
+        both = left + other["x"][0].movedim(x_dim, 0) @ weight
+        second = pair.second.movedim(second_dim, 0).flatten(1)
+        return Pair({"sum": both.T, "left": left}, [(second, extra), "constant", 7, None])
+
+    first, second = rand(batch, 3).movedim(0, first_dim), rand(batch, 2, 3).movedim(0, second_dim)
+    args = Pair(first, second), {"x": [rand(batch, 4).movedim(0, x_dim)], "shift": rand(3)}
+    coded = CodedWrapper(
+        Call(affine),
+        PolynomialCode(num_data, num_data + 2),
+        workers=LocalWorkers(Uniform(1, seed=0)),
+        in_dims=(pair_dims, {"x": x_dim, "shift": "shared"}),
+        out_dims=Pair({"sum": 1, "left": 0}, 0),
+    )
+    got, wanted = coded(*args, extra=rand(batch)), affine(*args, extra=rand(batch))
+    assert got[1][1:] == ["constant", 7, None]
+    torch.testing.assert_close(pytree.tree_leaves(got)[:4], pytree.tree_leaves(wanted)[:4], **EXACT)
 
 
-def test_bad_construction():
-    module, code = linear(), PolynomialCode(3, 5)
-    for lost in (3, 5):
-        with pytest.raises(
-            ValueError, match=r"waiting.num_stragglers must be at most 2, .* needs 3 results"
-        ):
-            CodedWrapper(module, code, waiting=Waiting.first(lost))
-    with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most 2"):
-        CodedWrapper(module, code).run(rand(3, 3), waiting=Waiting.first(3))
-    with pytest.raises(TypeError, match="module must be of type Module, got function"):
-        CodedWrapper(lambda x: x, code)
-    with pytest.raises(TypeError, match="code must be of type Code or None, got int"):
-        CodedWrapper(module, 3)
-    with pytest.raises(TypeError, match="workers must be of type Workers, got str"):
-        CodedWrapper(module, code, workers="cpu")
-    with pytest.raises(TypeError, match="waiting must be of type Waiting or None, got float"):
-        CodedWrapper(module, code, waiting=1.0)
+@pytest.mark.parametrize(
+    ("given", "law", "lost"),
+    [
+        (None, None, 0),
+        (None, Uniform(2), 2),
+        (4, Uniform(2), 4),
+        (np.int64(3), None, 3),
+        (torch.tensor(1), None, 1),
+        (0, Uniform(2), 2),  # no more will come
+        (None, ShiftedExponential(0.0, 1.0), 0),
+        (5, ShiftedExponential(0.0, 1.0), 5),
+    ],
+)
+def test_the_number_of_stragglers_is_the_laws_or_the_given_one(given, law, lost):
+    pool, waiting = LocalWorkers(law), Waiting.first(given)
+    coded = CodedWrapper(linear(), PolynomialCode(3, 8), workers=pool, waiting=waiting)
+    coded(rand(3, 3))
+    assert len(coded.last_run.received) == 8 - lost
+    assert coded.num_stragglers == (lost if given is None else given)
+
+
+CODE = PolynomialCode(3, 5)
+RESULTS = r"waiting.num_stragglers must be at most 2, .* needs 3 results"
+REPEATS = ReplicationCode(2, 4)
 
 
 @pytest.mark.parametrize(
@@ -430,15 +311,39 @@ def test_bad_construction():
             ValueError,
             r"waiting must be Waiting\(...\) without a code, .* got Waiting.first\(\)",
         ),
-        ({"code": ReplicationCode(2, 4), "parts": 2}, ValueError, "parts must be None with a code"),
-        (
-            {"code": ReplicationCode(2, 4), "predictor": Regression()},
-            ValueError,
-            "predictor must be None with a code",
-        ),
+        ({"code": REPEATS, "parts": 2}, ValueError, "parts must be None with a code, .* got 2$"),
+        ({"code": REPEATS, "predictor": Regression()}, ValueError, "predictor must be None with a"),
         ({"workers": LocalWorkers(), "parts": 2, "predictor": "mean"}, TypeError, "predictor must"),
+        ({"code": CODE, "waiting": Waiting.first(3)}, ValueError, RESULTS),
+        ({"code": CODE, "waiting": Waiting(predict=False)}, ValueError, "waiting.predict must be"),
+        ({"code": CODE, "waiting": 1.0}, TypeError, "waiting must be of type Waiting or None, got"),
+        ({"code": CODE, "workers": "cpu"}, TypeError, "workers must be of type Workers, got str"),
+        ({"code": 3}, TypeError, "code must be of type Code or None, got int"),
+        ({"code": CODE, "module": abs}, TypeError, "module must be of type Module, got builtin"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_once(options, error, match):
     with pytest.raises(error, match=f"^CodedWrapper: {match}"):
-        CodedWrapper(linear(), **options)
+        CodedWrapper(**{"module": linear()} | options)
+
+
+def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
+    x = torch.arange(1.0, 9.0).view(8, 1)
+    coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Separate())
+    answers, report = coded.run(x, waiting=Waiting.first(2))
+    assert (report.asked, report.work, int(report.predicted.sum())) == (tuple(range(6)), 1.5, 2)
+    assert torch.equal(answers[~report.predicted], x[~report.predicted])
+    assert coded.last_run is None
+    _, report = coded.run(x, waiting=Waiting())
+    assert (report.work, report.ended) == (1.5, "complete")
+    with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):
+        coded.run(x, waiting=Waiting.first(6))
+
+
+def test_representation():
+    with DeviceWorkers(["cpu"]) as pool:
+        columns = CodedWrapper(linear(), ReplicationCode(2, 4), workers=pool)
+        assert "ReplicationCode(num_data=2, num_workers=4)" in repr(columns)
+        assert "waiting=Waiting.first()" in repr(columns)
+        assert "(module): Linear" in repr(columns)
+        assert "waiting=Waiting()" in repr(CodedWrapper(linear(), workers=pool))

@@ -1,5 +1,6 @@
 """How long a call waits, what it does with too little, and what it reports."""
 
+import contextlib
 import logging
 import math
 import pickle
@@ -54,26 +55,6 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
         assert (str(again), again.report.missing_rows) == (str(info.value), (1, 2, 3))
 
 
-def test_a_surrogate_that_answers_alone_keeps_what_it_returned():
-    """Its tensor may be the caller's input, or a mean that is expanded to all rows."""
-    x = torch.randn(4, 2)
-    before, mean = x.clone(), torch.ones(2)
-    for surrogate in (lambda rows: rows, lambda rows: mean.expand(len(rows), 2)):
-        coded = CodedWrapper(
-            nn.Identity(),
-            parts=4,
-            workers=LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])),
-            waiting=Waiting(deadline=0.2),
-            surrogate=surrogate,
-        )
-        answers, report = coded.run(x)
-        assert report.predicted.tolist() == [False, True, True, True]
-        assert torch.equal(answers[0], before[0])
-        assert torch.equal(answers[1:], surrogate(before)[1:])
-        assert torch.equal(x, before)
-        assert torch.equal(mean, torch.ones(2))
-
-
 def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
     late = Trace([[0.0, 0.0, 0.0, 1.0]])
     x = torch.randn(4000, 4, generator=torch.Generator().manual_seed(0))
@@ -83,72 +64,6 @@ def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
     assert report.missing_rows == tuple(range(3000, 4000))
     assert "to keep the deadline" in report.notes[-1]
     assert torch.equal(answers[:3000], x[:3000].tanh())
-
-
-def too_few(**options) -> CodedWrapper:
-    late = Fixed(0.0, math.inf, math.inf, math.inf)
-    return CodedWrapper(nn.Identity(), PolynomialCode(2, 4), workers=LocalWorkers(late), **options)
-
-
-class Busy(Separate):
-    """Never answers: its machines are at something else."""
-
-    def open(self, module, task):
-        request = super().open(module, task)
-        request.ask = lambda parts: None
-        request.status = lambda: "6 of 6 processes are at earlier tasks (grace 30 s)"
-        return request
-
-
-@pytest.mark.parametrize("waiting", [Waiting.first(2, deadline=0.5)])
-def test_the_message_says_why_nothing_arrived(waiting):
-    coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Busy(), waiting=waiting)
-    with pytest.raises(NotEnoughResults) as info:
-        coded(torch.ones(8, 1))
-    reason = (
-        "nothing arrived within the deadline of 0.5 s; "
-        "6 of 6 processes are at earlier tasks (grace 30 s)"
-    )
-    assert str(info.value).endswith(reason)
-    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
-    late = CodedWrapper(nn.Identity(), PolynomialCode(2, 4), waiting=Waiting.first(deadline=0.5))
-    late.workers = LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf))
-    with pytest.raises(NotEnoughResults, match=r"got 1; .*no more arrived within the deadline of"):
-        late(torch.ones(4, 1))
-
-
-def test_every_call_is_reported():
-    coded = CodedWrapper(nn.Identity(), CopyCode(2, 2))
-    coded(torch.ones(2, 1))
-    assert not coded.last_run.failed
-    coded(torch.ones(0, 1))
-    run = coded.last_run
-    # Nobody was asked, so nobody is missing.
-    assert (run.asked, run.missing, run.failed) == ((), (), False)
-    assert run.compute_seconds > 0
-    coded = too_few()
-    with pytest.raises(NotEnoughResults):
-        coded(torch.ones(2, 1))
-    assert (coded.last_run.received, coded.last_run.failed) == ((0,), True)
-
-
-def test_a_call_that_raises_is_reported_as_far_as_it_has_come():
-    module = FailsAt(2.0, divide_by_zero)
-    coded = CodedWrapper(module, CopyCode(2, 2))
-    with pytest.raises(TypeError, match="floating-point"):
-        coded(torch.ones(2, 1, dtype=torch.int64))
-    run = coded.last_run
-    assert (run.asked, run.missing, run.failed) == ((), (), True)
-    assert run.encode_seconds > 0
-    with pytest.raises(ZeroDivisionError):
-        coded(torch.full((2, 1), 2.0))
-    run = coded.last_run
-    assert (run.asked, run.missing, run.failed) == ((0, 1), (0, 1), True)
-    assert run.compute_seconds > 0
-    coded.module = nn.Module()
-    with pytest.raises(NotImplementedError):
-        coded(torch.ones(0, 1))
-    assert (coded.last_run.asked, coded.last_run.failed) == ((), True)
 
 
 def test_what_goes_wrong_is_logged(caplog):
@@ -163,11 +78,6 @@ def test_what_goes_wrong_is_logged(caplog):
     assert "1 of 3 answers are predicted: no more results could come" in caplog.text
 
 
-def test_the_options_travel():
-    coded = too_few(waiting=Waiting.first(1, deadline=0.5))
-    assert pickle.loads(pickle.dumps(coded)).waiting == coded.waiting
-
-
 # ------------------------------------------------------------------ rows
 
 
@@ -176,6 +86,7 @@ def rows(module: nn.Module, on_error: str = "raise", **options) -> CodedWrapper:
 
 
 X = torch.arange(1.0, 9.0).view(8, 1)
+MEAN = torch.ones(2)
 
 
 def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
@@ -193,13 +104,6 @@ def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
     assert (run.work, run.ended, run.hedges, run.num_groups) == (1.0, "complete", (), 0)
     assert not run.predicted.any()
     assert not run.radii.any()
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_batches_of_fewer_rows_than_parts(size):
-    coded = rows(nn.Identity(), workers=Separate())
-    assert torch.equal(coded(X[:size]), X[:size])
-    assert coded.last_run.asked == tuple(range(min(size, 4)))
 
 
 class FailsFirst(nn.Module):
@@ -238,15 +142,6 @@ def test_what_is_rejected_again_and_again_is_predicted():
     assert (run.radii > 0).equal(run.predicted)
 
 
-def test_rows_keep_gradients_and_probabilities():
-    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    coded = rows(nn.Softmax(-1), workers=Separate(), predictor=Regression(link="softmax"))
-    torch.testing.assert_close(
-        torch.autograd.grad(coded(x).square().sum(), x),
-        torch.autograd.grad(x.softmax(-1).square().sum(), x),
-    )
-
-
 def test_answers_computed_under_a_link_are_the_modules_bit_for_bit():
     x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     module = nn.Sequential(FailsFirst(float(x[2, 0]), times=99), nn.Softmax(-1))
@@ -271,48 +166,6 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     assert coded.last_run is None
     _, report = coded.run(X, waiting=Waiting())
     assert (report.work, report.ended) == (1.5, "complete")
-
-
-def test_with_a_code_all_is_asked_at_once_unless_told_otherwise():
-    with DeviceWorkers(["cpu"]) as pool:
-        columns = CodedWrapper(nn.Identity(), ReplicationCode(2, 4), workers=pool)
-        rows = CodedWrapper(nn.Identity(), workers=pool)
-    assert "waiting=Waiting.first()" in repr(columns)
-    assert "waiting=Waiting()" in repr(rows)
-
-
-def test_columns_are_asked_for_evenly_and_spare_ones_stand_in():
-    asked = []
-
-    class Watched(Separate):
-        stragglers = Uniform(2)  # S, for which columns are kept back
-
-        def open(self, module, task):
-            request = super().open(module, task)
-            ask = request.ask
-
-            def note(parts):
-                asked.append([part.units for part in parts])
-                ask(parts)
-
-            request.ask = note
-            return request
-
-    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    coded = CodedWrapper(
-        FailsFirst(math.nan, times=0),
-        PolynomialCode(2, 6, shuffle=False),
-        workers=Watched(),
-        waiting=Waiting(),
-    )
-    torch.testing.assert_close(coded(x), x)
-    assert asked == [[(0,), (1,), (3,), (4,)]]
-    assert coded.last_run.work == 2.0
-    coded.module = FailsFirst(float(coded.code.encode(x.view(2, 2, 3).transpose(0, 1))[3, 0, 0]))
-    asked.clear()
-    coded.code = coded.code.replace(ordering="arrival")
-    torch.testing.assert_close(coded(x), x)
-    assert asked == [[(0,), (1,), (3,), (4,)], [(2,)]]
 
 
 @pytest.mark.cuda
@@ -344,3 +197,92 @@ def test_where_parts_take_no_time_a_lost_one_is_not_asked_for_again_and_again():
         coded(X)
     assert coded.last_run.ended in ("failed", "predict_after")
     assert coded.last_run.predicted.sum() == 4
+
+
+class Busy(Separate):
+    """Never answers: its workers are at something else."""
+
+    def open(self, module, task):
+        request = super().open(module, task)
+        request.ask = lambda parts: None
+        request.status = lambda: "6 of 6 processes are at earlier tasks (grace 30 s)"
+        return request
+
+
+@pytest.mark.parametrize(
+    ("workers", "reason"),
+    [
+        (
+            Busy(),
+            "nothing arrived within the deadline of 0.5 s; "
+            r"6 of 6 processes are at earlier tasks \(grace 30 s\)$",
+        ),
+        (
+            LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf)),
+            r"got 1; missing: \[1, 2, 3\]; no more arrived within the deadline of 0.5 s$",
+        ),
+        (LocalWorkers(Uniform(3)), "at least 2 of 4 results, got 1"),
+    ],
+)
+def test_the_message_says_why_too_little_arrived(workers, reason):
+    waiting = Waiting.first(deadline=0.5)
+    coded = CodedWrapper(nn.Identity(), PolynomialCode(2, 4), workers=workers, waiting=waiting)
+    with pytest.raises(NotEnoughResults, match=reason) as info:
+        coded(torch.ones(4, 1))
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "asked", "phase"),
+    [
+        (torch.ones(2, 1, dtype=torch.int64), TypeError, (), "encode"),
+        (torch.full((2, 1), 2.0), ZeroDivisionError, (0, 1), "compute"),
+        (torch.ones(2, 1), None, (0, 1), "decode"),
+        (torch.ones(0, 1), None, (), "compute"),  # nobody was asked, so nobody is missing
+    ],
+)
+def test_every_call_is_reported_as_far_as_it_has_come(inputs, error, asked, phase):
+    coded = CodedWrapper(FailsAt(2.0, divide_by_zero), CopyCode(2, 2))
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        coded(inputs)
+    run = coded.last_run
+    assert (run.asked, run.missing) == (asked, asked if error else ())
+    assert run.failed == (error is not None)
+    assert getattr(run, f"{phase}_seconds") > 0
+
+
+def test_columns_are_asked_for_evenly_and_spare_ones_stand_in():
+    asked = []
+
+    class Watched(Separate):
+        stragglers = Uniform(2)  # S, for which columns are kept back
+
+        def open(self, module, task):
+            request = super().open(module, task)
+            ask = request.ask
+            request.ask = lambda parts: asked.append([p.units[0] for p in parts]) or ask(parts)
+            return request
+
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    code = PolynomialCode(2, 6, shuffle=False, ordering="arrival")
+    bad = float(code.encode(x.view(2, 2, 3).transpose(0, 1))[3, 0, 0])
+    for times, also in ((0, []), (1, [[2]])):
+        asked.clear()
+        module = FailsFirst(bad, times)
+        coded = CodedWrapper(module, code, workers=Watched(), waiting=Waiting())
+        torch.testing.assert_close(coded(x), x)
+        assert asked == [[0, 1, 3, 4], *also]
+
+
+@pytest.mark.parametrize("own", [lambda rows: rows, lambda rows: MEAN.expand(len(rows), 2)])
+def test_a_surrogate_that_answers_alone_keeps_what_it_returned(own):
+    """Its tensor may be the caller's input, or a mean that is expanded to all rows."""
+    x = torch.arange(8.0).view(4, 2)
+    pool, waiting = LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])), Waiting(deadline=0.2)
+    coded = CodedWrapper(nn.Identity(), parts=4, workers=pool, waiting=waiting, surrogate=own)
+    answers, report = coded.run(x)
+    assert report.predicted.tolist() == [False, True, True, True]
+    assert torch.equal(answers[0], x[0])
+    answers.zero_()
+    assert torch.equal(x, torch.arange(8.0).view(4, 2))
+    assert torch.equal(MEAN, torch.ones(2))

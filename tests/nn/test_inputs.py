@@ -19,25 +19,11 @@ from coded_torch.codes import (
 )
 from coded_torch.stragglers import Uniform
 from coded_torch.testing.workers import PolynomialCode
-from coded_torch.workers import DeviceWorkers, LocalWorkers
+from coded_torch.workers import LocalWorkers
 
-from .modules import EXACT, WAYS, Call, divided, rand
+from .modules import WAYS, Call, divided, rand
 
 CODES = [PolynomialCode, SplineCode, BerrutCode, LagrangeCode, ReplicationCode]
-
-
-@pytest.mark.parametrize("devices", [None, ["cpu"]])
-@pytest.mark.parametrize("make", [code for code in CODES if code.mixes])
-def test_codes_that_mix_name_the_row_that_is_not_finite(make, devices):
-    x = rand(4, 3)
-    x[2, 1] = -math.inf
-    options = {} if devices is None else {"workers": DeviceWorkers(devices)}
-    coded = CodedWrapper(Call(lambda a, **b: a + b["mask"]), make(2, 4), **options)
-    with coded.workers:
-        with pytest.raises(ValueError, match=r"args\[0\] must be finite, .* -inf in row 2, at"):
-            coded(x, mask=rand(4, 3))
-        with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be finite, .* nan in row 0"):
-            coded(rand(4, 3), mask=x * math.nan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -46,53 +32,6 @@ def test_inputs_may_be_as_great_as_their_sum_is_not(dtype):
     x = torch.tensor([[greatest], [greatest], [-greatest], [1.0]], dtype=dtype)
     coded = CodedWrapper(nn.Identity(), ReplicationCode(2, 4, ordering="arrival"))
     assert torch.equal(coded(x), x)
-
-
-def test_what_is_the_same_for_every_worker_need_not_be_finite():
-    coded = CodedWrapper(
-        Call(lambda x, mask: x.masked_fill(mask < 0, 0.0)), PolynomialCode(2, 4), in_dims=(0, None)
-    )
-    mask = torch.tensor([0.0, -math.inf, 0.0])
-    torch.testing.assert_close(coded(rand(4, 3), mask), coded.module(rand(4, 3), mask), **EXACT)
-
-
-def test_integer_inputs_are_named_with_the_remedy():
-    coded = CodedWrapper(Call(lambda *args, **kwargs: args[0]["x"]), PolynomialCode(2, 4))
-    ids = torch.arange(4)
-    with pytest.raises(
-        TypeError,
-        match=r"args\[0\]\['ids'\] must be floating-point, as PolynomialCode.*int64.*embed",
-    ):
-        coded({"x": rand(4, 1), "ids": ids})
-    with pytest.raises(TypeError, match=r"\['mask'\] must be .* torch.bool.*shared"):
-        coded({"x": rand(4, 1)}, mask=ids > 2)
-    shared = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=({"x": 0, "ids": "shared"},))
-    torch.testing.assert_close(shared({"x": rand(4, 1), "ids": ids}), rand(4, 1), **EXACT)
-
-
-def test_bad_inputs():
-    coded = CodedWrapper(Call(lambda *args: args[0]), PolynomialCode(2, 4))
-    with pytest.raises(
-        ValueError, match=r"one batch size, got 4 in args\[0\], 3 in args\[1\]\[0\]"
-    ):
-        coded(rand(4, 1), [rand(3, 1)])
-    with pytest.raises(ValueError, match=r"a tensor to be coded, got int, ndarray"):
-        coded(3, np.ones(3))
-    with pytest.raises(
-        ValueError, match=r"args\[0\] must have the batch dimension 0, got shape \(\)"
-    ):
-        coded(torch.tensor(1.0))
-    for in_dims in ((0,), (0, 0, 0), [0, 0], {"a": 0}):
-        wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
-        with pytest.raises(ValueError, match="in_dims must be a pytree prefix"):
-            wrong(rand(4, 1), rand(4, 1))
-    for in_dims in ("rows", 1.0, True):
-        wrong = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=in_dims)
-        with pytest.raises(TypeError, match="in_dims must hold integers, None or 'shared', got"):
-            wrong(rand(4, 1))
-    everywhere = CodedWrapper(coded.module, PolynomialCode(2, 4), in_dims=None)
-    with pytest.raises(ValueError, match="got none"):
-        everywhere(rand(4, 1))
 
 
 # ------------------------------------------------------------------ masks, token ids, lengths
@@ -199,16 +138,6 @@ def test_a_transformer_with_token_ids_and_attention_mask(way):
             torch.testing.assert_close(answers[name][own], exact[name][own], rtol=1e-4, atol=1e-5)
 
 
-def test_codes_that_mix_refuse_masks_with_the_ways_out():
-    coded = CodedWrapper(Masked(), SplineCode(4, 6), in_dims=(0, 0))
-    with pytest.raises(
-        TypeError,
-        match=r"args\[1\] must be floating-point, as SplineCode\(.*\) mixes inputs, got "
-        r'torch.bool; leave the code out, .* "shared" in in_dims$',
-    ):
-        coded(X, MASK)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("make", [SplineCode, RegressionCode, ReplicationCode, BerrutCode])
@@ -281,3 +210,39 @@ def test_a_shared_input_of_the_batch_size_is_taken_if_in_dims_says_so(shared):
     assert torch.equal(coded(x[:1], shared), coded.module(x[:1], shared))
     coded.in_dims = 0
     assert torch.equal(coded(x, (1, 2, 3, 4)), coded.module(x, (1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize("make", [code for code in CODES if code.mixes])
+def test_codes_that_mix_name_the_row_that_is_not_finite(make):
+    x = rand(4, 3)
+    x[2, 1] = -math.inf
+    coded = CodedWrapper(Call(lambda a, **b: a + b["mask"]), make(2, 4))
+    with pytest.raises(ValueError, match=r"args\[0\] must be finite, .* -inf in row 2, at"):
+        coded(x, mask=rand(4, 3))
+    with pytest.raises(ValueError, match=r"kwargs\['mask'\] must be finite, .* nan in row 0"):
+        coded(rand(4, 3), mask=x * math.nan)
+    shared = CodedWrapper(Call(lambda x, mask: x + (mask < 0)), make(2, 2), in_dims=(0, None))
+    assert shared(rand(4, 3), x[2]).isfinite().all()  # all parts have it as it is
+
+
+IDS, ROW = torch.arange(4), rand(4, 1)
+PREFIX, HOLD = "in_dims must be a pytree prefix", "in_dims must hold integers, None or 'shared'"
+
+
+@pytest.mark.parametrize(
+    ("args", "in_dims", "error", "match"),
+    [
+        (({"x": ROW, "ids": IDS},), 0, TypeError, r"args\[0\]\['ids'\] .* as Poly.*int64.*embed"),
+        ((ROW, IDS > 2), 0, TypeError, r'args\[1\] must be .* torch.bool.*"shared" in in_dims$'),
+        ((ROW, [ROW[:3]]), 0, ValueError, r"size, got 4 in args\[0\], 3 in args\[1\]\[0\]"),
+        ((3, np.ones(3)), 0, ValueError, "a tensor to be coded, got int, ndarray"),
+        ((torch.tensor(1.0),), 0, ValueError, r"the batch dimension 0, got shape \(\)"),
+        ((ROW,), None, ValueError, "got none"),
+        *[((ROW, ROW), in_dims, ValueError, PREFIX) for in_dims in ((0,), [0, 0], {"a": 0})],
+        *[((ROW,), in_dims, TypeError, HOLD) for in_dims in ("rows", 1.0, True)],
+    ],
+)
+def test_inputs_that_cannot_be_divided(args, in_dims, error, match):
+    coded = CodedWrapper(Call(lambda *args: args[0]), PolynomialCode(2, 4), in_dims=in_dims)
+    with pytest.raises(error, match=f"^CodedWrapper: .*{match}"):
+        coded(*args)

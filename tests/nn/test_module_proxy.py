@@ -28,64 +28,12 @@ def network(**options: Any) -> CodedWrapper:
     return CodedWrapper(module, PolynomialCode(2, 4), **options).eval()
 
 
-def test_the_state_dict_is_that_of_the_module_both_ways():
-    coded, bare = network(), copy.deepcopy(network().module)
-    with torch.no_grad():
-        for tensor in bare.state_dict().values():
-            tensor.add_(1)
-    assert list(coded.state_dict()) == list(bare.state_dict())
-    assert coded.state_dict()._metadata == bare.state_dict()._metadata
-    assert (
-        str(coded.load_state_dict(bare.state_dict(), strict=True))
-        == "<All keys matched successfully>"
-    )
-    for a, b in zip(coded.module.state_dict().values(), bare.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    with torch.no_grad():
-        coded.module[0].weight.zero_()
-    bare.load_state_dict(coded.state_dict(), strict=True)
-    assert not bare[0].weight.any()
-    with pytest.raises(RuntimeError, match=r'Missing key.*"2\.bias"'):
-        coded.load_state_dict({k: v for k, v in bare.state_dict().items() if k != "2.bias"})
-    with pytest.raises(RuntimeError, match=r'Unexpected key.*"module\.x"'):
-        coded.load_state_dict(bare.state_dict() | {"module.x": torch.zeros(1)})
-
-
-def test_the_state_dict_as_a_part_of_a_bigger_module():
-    def bigger(part: nn.Module) -> nn.Module:
-        return nn.ModuleDict({"head": nn.Linear(2, 2).double(), "module": part})
-
-    bare, coded = bigger(network().module), bigger(network())
-    with torch.no_grad():
-        for parameter in bare.parameters():
-            parameter.add_(1)
-    assert list(coded.state_dict()) == list(bare.state_dict())
-    coded.load_state_dict(bare.state_dict(), strict=True)
-    for a, b in zip(coded.state_dict().values(), bare.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    bare.load_state_dict(coded.state_dict(), strict=True)
-    twice = bigger(CodedWrapper(network(), PolynomialCode(2, 4)))
-    state = bare.state_dict()
-    twice.load_state_dict(state)
-    assert torch.equal(twice["module"].module.module[0].bias, bare["module"][0].bias)
-    del state["module.2.bias"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*module\.2\.bias"):
-        coded.load_state_dict(state)
-
-
 def test_functional_call_takes_the_names_of_the_parameters():
     coded, x = network(), rand(4, 3)
     tensors = {k: v + 1 for k, v in [*coded.named_parameters(), *coded.named_buffers()]}
     wanted = copy.deepcopy(coded.module)
     wanted.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items()})
     torch.testing.assert_close(torch.func.functional_call(coded, tensors, x), wanted(x), **EXACT)
-
-
-def test_a_state_dict_survives_a_file():
-    coded, file = network(), io.BytesIO()
-    torch.save(coded.state_dict(), file)
-    file.seek(0)
-    network().module.load_state_dict(torch.load(file, weights_only=True), strict=True)
 
 
 def test_modes_devices_and_dtypes_reach_the_module():
@@ -128,38 +76,6 @@ def test_copies_and_pickles(twin, options):
         assert other.last_run.received
 
 
-def test_dropout_in_training_gets_one_warning():
-    def dropping(p):
-        return CodedWrapper(
-            nn.Sequential(nn.Linear(3, 2), nn.Dropout(p)).double(),
-            PolynomialCode(2, 4),
-        ).train()
-
-    coded = dropping(0.5)
-    with pytest.warns(UserWarning, match=r"1 is in training mode and drops .* call eval\(\) on it"):
-        coded(rand(4, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        coded(rand(4, 3))
-        dropping(0.0)(rand(4, 3))
-        dropping(0.5).eval()(rand(4, 3))
-
-
-def test_batch_statistics_in_training_get_one_warning():
-    coded = network().train()
-    with pytest.warns(UserWarning, match="1 is in training mode and takes its statistics") as seen:
-        coded(rand(4, 3))
-    assert [warning.filename for warning in seen] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        coded(rand(4, 3))
-        quiet = network().train()
-        quiet.module[1].eval()
-        quiet(rand(4, 3))
-        network()(rand(4, 3))
-        CodedWrapper(linear(), PolynomialCode(2, 4)).train()(rand(4, 3))
-
-
 # ------------------------------------------------------------------ compiled
 
 
@@ -177,17 +93,6 @@ def test_compiling_the_wrapper_compiles_the_module(make, mode):
         assert coded.last_run.received
         assert coded._compiled is not None
         assert pickle.loads(pickle.dumps(coded))._compiled is None
-
-
-@pytest.mark.slow
-def test_a_wrapper_that_is_compiled_in_place():
-    torch.compiler.reset()
-    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), rand(12, 3).float()
-    coded = CodedWrapper(module, SplineCode(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))
-    wanted = CodedWrapper(module, SplineCode(4, 6), workers=LocalWorkers(Uniform(1, seed=0)))(x)
-    coded.compile()
-    torch.testing.assert_close(coded(x), wanted)
-    assert module._compiled_call_impl is not None
 
 
 @pytest.mark.slow
@@ -222,3 +127,53 @@ def test_outputs_keep_the_layout_of_the_modules(make, waiting):
         got = coded(inputs)
         assert got.stride() == wanted.stride()
         assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("bigger", [False, True])
+def test_the_state_dict_is_that_of_the_module_both_ways(bigger):
+    """On its own, and as a part of a bigger module."""
+
+    def model(part: nn.Module) -> nn.Module:
+        head = nn.Linear(2, 2).double()
+        return nn.ModuleDict({"head": head, "module": part}) if bigger else part
+
+    bare, coded = model(network().module), model(network())
+    with torch.no_grad():
+        for parameter in bare.parameters():
+            parameter.add_(1)
+    state, file = bare.state_dict(), io.BytesIO()
+    assert list(coded.state_dict()) == list(state)
+    assert coded.state_dict()._metadata == state._metadata
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert str(coded.load_state_dict(loaded)) == "<All keys matched successfully>"
+    for a, b in zip(coded.state_dict().values(), state.values(), strict=True):
+        assert torch.equal(a, b)
+    bare.load_state_dict(coded.state_dict())
+    twice = model(CodedWrapper(network(), PolynomialCode(2, 4)))
+    twice.load_state_dict(state)
+    assert all(map(torch.equal, twice.parameters(), bare.parameters()))
+    bias = "module.2.bias" if bigger else "2.bias"
+    with pytest.raises(RuntimeError, match=rf'Missing key.*{bias}"(.|\n)*Unexpected key.*"more'):
+        coded.load_state_dict({k: v for k, v in state.items() if k != bias} | {"more": 1})
+
+
+@pytest.mark.parametrize(
+    ("part", "effect"),
+    [
+        (nn.BatchNorm1d(4), "takes its statistics from the coded inputs"),
+        (nn.Dropout(0.5), "drops values at random"),
+        (nn.Dropout(0.0), None),
+    ],
+)
+def test_a_part_in_training_gets_one_warning(part, effect):
+    coded = CodedWrapper(nn.Sequential(nn.Linear(3, 4), part).double(), PolynomialCode(2, 4))
+    if effect is not None:
+        with pytest.warns(UserWarning, match=f"1 is in training mode and {effect}.* eval") as seen:
+            coded(rand(4, 3))
+        assert [warning.filename for warning in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        coded(rand(4, 3))
+        coded.replace().eval()(rand(4, 3))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
@@ -29,14 +29,6 @@ from coded_torch.workers import (
 from ..waits import host_waits
 from .modules import WAYS, Call, Liar, divided, linear, rand
 from .pools import Separate
-
-
-def test_all_results_rejected():
-    coded = CodedWrapper(Call(lambda x: x * math.nan), PolynomialCode(2, 3))
-    with pytest.raises(NotEnoughResults, match="got 0") as info:
-        coded(rand(2, 2))
-    assert str(info.value.__cause__) == "worker 0 returned values that are not finite in output"
-    assert set(coded.last_run.rejected) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(
@@ -128,14 +120,6 @@ def test_results_of_another_batch_size_have_no_vote():
     assert wrong > 80
 
 
-class Needy(CopyCode):
-    """A copy code that does with one missing result."""
-
-    @property
-    def min_received(self) -> int:
-        return self.num_data - 1
-
-
 WRONG = [
     (lambda x: torch.cat([x, x]), "must have size 1"),
     (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
@@ -143,96 +127,8 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("output", "reason"), WRONG)
-def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
-    coded = CodedWrapper(
-        FailsAt(0.0, output),
-        CopyCode(4, 4, ordering="arrival", shuffle=False),
-        workers=Separate(),
-        waiting=Waiting.first(3),
-    )
-    x = torch.arange(4.0).reshape(4, 1)
-    assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
-    assert re.search(reason, coded.last_run.rejected[0])
-
-
-@pytest.mark.parametrize(("output", "reason"), WRONG)
-def test_too_few_results_say_what_is_wrong_with_the_others(output, reason):
-    coded = CodedWrapper(
-        FailsAt(1.0, output), Needy(4, 4).replace(shuffle=False), workers=Separate()
-    )
-    x = torch.tensor([[1.0], [1.0], [2.0], [2.0]])
-    with pytest.raises(NotEnoughResults, match=f"got 2; .*; worker . returned .* {reason}"):
-        coded(x)
-
-
-def test_what_the_module_raises_for_every_part_is_raised():
-    with DeviceWorkers(["cpu"]) as pool:
-        coded = CodedWrapper(linear(4), ReplicationCode(2, 6), workers=pool)
-        with pytest.raises(RuntimeError, match="mat1 and mat2"):
-            coded(rand(2, 3))
-
-
 def classifier(output: Any, **options: Any) -> CodedWrapper:
     return CodedWrapper(Call(output), RegressionCode(3, 6, link="softmax"), **options)
-
-
-@pytest.mark.parametrize("devices", [None, ["cpu"]])
-@pytest.mark.parametrize(
-    ("output", "got"),
-    [
-        (lambda x: (x.softmax(-1), 10 * x), r"output\[1\].*, got values of -.*sums of -.* to "),
-        (lambda x: (x.softmax(-1), x.sigmoid()), r"output\[1\].*, got values of 0.*sums of "),
-        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, got one number a row"),
-    ],
-)
-def test_what_are_no_probabilities_is_refused_by_name(output, got, devices):
-    options = {} if devices is None else {"workers": DeviceWorkers(devices)}
-    coded = classifier(output, **options)
-    with (
-        coded.workers,
-        pytest.raises(ValueError, match=got),
-    ):
-        coded(rand(6, 5))
-
-
-@dataclasses.dataclass
-class Unregistered:
-    logits: Tensor
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "match"),
-    [
-        (
-            lambda x: {"a": x, "top": x.argmax(1)},
-            TypeError,
-            r"output\['top'\].*got torch.int64.*logits",
-        ),
-        (
-            lambda x: (x, x > 0),
-            TypeError,
-            r"output\[1\].*got torch.bool; return a tensor of logits",
-        ),
-        (
-            lambda x: (x, x.sum().item()),
-            TypeError,
-            r"output\[1\].*got float; return a tensor .*None in out_dims",
-        ),
-        (lambda x: x.to(torch.complex64), TypeError, "output must be.*complex64"),
-        (lambda x: Unregistered(x), TypeError, "output must be.*Unregistered.*register"),
-        (lambda x: x.mean(), ValueError, "output must have a batch dimension at dim 0"),
-        (lambda x: x[1:], ValueError, "output must have size"),
-    ],
-)
-@pytest.mark.parametrize("devices", [None, ["cpu"]])
-def test_outputs_that_cannot_be_decoded(output, error, match, devices):
-    workers = None if devices is None else DeviceWorkers(devices)
-    coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=workers)
-    if devices is not None and error is ValueError:
-        match = "output must have size 2, the batch size, at dim 0"
-    with coded.workers, pytest.raises(error, match=match):
-        coded(rand(4, 3))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -288,11 +184,6 @@ def test_an_empty_batch_has_an_empty_report():
     assert report.radii.shape == (0,)
 
 
-def test_outputs_without_any_tensor():
-    assert CodedWrapper(Call(lambda x: None), PolynomialCode(2, 4))(rand(4, 3)) is None
-    assert CodedWrapper(Call(lambda x: ()), PolynomialCode(2, 4))(rand(4, 3)) == ()
-
-
 @pytest.mark.parametrize("order", [[0, 1], [1, 0]])
 def test_what_has_no_batch_is_that_of_the_part_asked_first(order):
     task = task_of(torch.zeros(2, 1, 1))
@@ -328,3 +219,73 @@ def test_replies_that_arrive_together_are_waited_for_once(views):
         )
     assert results.units == {0, 1, 2, 3}
     assert sum(lines.values()) == 1, lines
+
+
+FLOATING = "must be a floating-point tensor to be decoded, got"
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "match"),
+    [
+        (
+            lambda x: {"a": x, "top": x.argmax(1)},
+            TypeError,
+            rf"\['top'\] {FLOATING} torch.int64",
+        ),
+        (
+            lambda x: (x, x > 0),
+            TypeError,
+            rf"output\[1\] {FLOATING} torch.bool; return a tensor",
+        ),
+        (lambda x: (x, 1.5), TypeError, rf"output\[1\] {FLOATING} float.*None in out_dims"),
+        (lambda x: x.to(torch.complex64), TypeError, f"output {FLOATING} torch.complex64"),
+        (lambda x: Call(x), TypeError, f"output {FLOATING} Call.*register"),
+        (lambda x: x.mean(), ValueError, "output must have .* at dim 0"),
+        (lambda x: x[1:], ValueError, "output must have size 2, the batch size, at dim 0"),
+        (
+            lambda x: x * math.nan,
+            NotEnoughResults,
+            "got 0; .* not finite in output$",
+        ),
+    ],
+)
+def test_outputs_that_no_part_can_decode(output, error, match):
+    coded = CodedWrapper(Call(output), PolynomialCode(2, 4), workers=Separate())
+    with pytest.raises(error, match=match):
+        coded(rand(4, 3))
+    assert len(coded.last_run.rejected) == 4
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (lambda x: torch.cat([x, x]), "must have size 1"),
+        (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
+        (lambda x: x > 0, "must be a floating-point tensor"),
+    ],
+)
+def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):
+    code = CopyCode(4, 4, ordering="arrival", shuffle=False)
+    coded = CodedWrapper(FailsAt(0.0, output), code, workers=Separate(), waiting=Waiting.first(3))
+    x = torch.arange(4.0).reshape(4, 1)
+    assert coded(x).flatten().tolist() == [0.0, 1.0, 0.0, 0.0]
+    assert re.search(reason, coded.last_run.rejected[0])
+
+
+@pytest.mark.parametrize(
+    ("output", "got"),
+    [
+        (lambda x: (x.softmax(-1), 10 * x), r"output\[1\].*, got values of -.*sums of -.* to "),
+        (lambda x: (x.softmax(-1), x.sigmoid()), r"output\[1\].*, got values of 0.*sums of "),
+        (lambda x: (x.softmax(-1), x.softmax(-1)[:, 0]), r"output\[1\].*, got one number a row"),
+    ],
+)
+def test_what_are_no_probabilities_is_refused_by_name(output, got):
+    code = RegressionCode(3, 6, link="softmax")
+    with pytest.raises(ValueError, match=got):
+        CodedWrapper(Call(output), code, workers=Separate())(rand(6, 5))
+
+
+@pytest.mark.parametrize("output", [None, ()])
+def test_outputs_without_any_tensor(output):
+    assert CodedWrapper(Call(lambda x: output), PolynomialCode(2, 4))(rand(4, 3)) == output
