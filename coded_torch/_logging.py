@@ -16,8 +16,6 @@ __all__ = ["Sparing", "sparing_logger"]
 # by which each is remembered.
 _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 
-_NUMBER = re.compile(r"\d[\w.]*")
-
 
 class Sparing(logging.Filter):
     """Passes one warning per cause and minute, which says how many were held back before it.
@@ -43,7 +41,7 @@ class Sparing(logging.Filter):
         if record.levelno != logging.WARNING:
             return True
         text, now = record.getMessage(), self._clock()
-        cause = record.name, _NUMBER.sub("#", text)[:_CHARACTERS]
+        cause = record.name, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
         with self._lock:
             since, held = self._causes.pop(cause, (-math.inf, 0))
             passes = now - since >= _SECONDS
@@ -55,7 +53,6 @@ class Sparing(logging.Filter):
         return passes
 
 
-#: The filter of all loggers of this package.
 SPARING = Sparing()
 
 

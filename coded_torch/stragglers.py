@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
-from ._transforms import outside
+from ._torch import outside
 
 __all__ = [
     "Bernoulli",

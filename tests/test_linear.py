@@ -9,7 +9,7 @@ import torch
 import torch._dynamo.testing
 from torch.autograd import gradcheck, gradgradcheck
 
-from coded_torch._streams import to_device
+from coded_torch._torch import to_device
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
 from coded_torch.linear.maps import SelectMap, apply_each

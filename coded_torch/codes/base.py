@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, dense, instance
-from .._transforms import on_host, outside
+from .._torch import on_host, outside
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap, MatrixMap

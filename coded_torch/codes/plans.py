@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._streams import placed, to_device
-from .._transforms import outside, plain
+from .._torch import outside, placed, plain, to_device
 from ..input_space.metrics import Distances, Sources
 from ..input_space.regression import MOST_ROWS, RowPlan
 

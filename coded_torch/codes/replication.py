@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._transforms import on_host
+from .._torch import on_host
 from ..linear import LinearMap
 from ..linear.maps import SelectMap
 from .base import FixedCode

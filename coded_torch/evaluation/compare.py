@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, shown
-from .._transforms import on_host
+from .._torch import on_host
 from ..codes import BerrutCode, Code, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
 from ..stragglers import Stragglers, Uniform
 from .scores import Interval, Scores

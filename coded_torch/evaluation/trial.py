@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import shown
-from .._transforms import as_called
+from .._torch import as_called
 from ..codes import BatchPlan, Code
 from ..nn.division import Inputs
 from ..nn.module_proxy import training_part

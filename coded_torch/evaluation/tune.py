@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import instance, shown
-from .._transforms import on_host
+from .._torch import on_host
 from ..codes.base import Code
 from ..nn import CodedWrapper
 from ..stragglers import Uniform

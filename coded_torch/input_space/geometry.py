@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import dense
-from .._transforms import exactly, on_host
+from .._torch import exactly, on_host
 from ..ops import inner_products, squared_distances
 
 __all__ = ["LANDMARKS", "Geometry", "added_up", "check_inputs", "distances_among", "evenly"]

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, dense, shown
 from .._extension import short_path
-from .._streams import placed, to_device
-from .._transforms import on_host
+from .._torch import on_host, placed, to_device
 
 __all__ = ["Grouping", "Ordering", "similarity_order"]
 

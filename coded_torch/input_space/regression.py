@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, instance, positive, real, shown
-from .._transforms import exactly, outside, plain
+from .._torch import exactly, outside, plain
 from .coverage import ErrorBars
 from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by

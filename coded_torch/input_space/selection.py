@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import dense
-from .._transforms import plain
+from .._torch import plain
 from ..linear.maps import SelectMap
 from .coverage import Bars, Shrunk, bars
 from .gaussian_process import GaussianProcess, scaled

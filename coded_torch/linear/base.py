@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import count, dense, shown
-from .._streams import placed, to_device
+from .._torch import placed, to_device
 
 if TYPE_CHECKING:
     from ..input_space.ordering import Grouping

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arguments import count, instance, real, shown
-from .._transforms import on_host
-from .._weights import unchanged
+from .._torch import on_host
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import CHUNKS, History
@@ -213,8 +212,7 @@ class CodedWrapper(ModuleProxy):
             if inputs.batch_size:
                 division, reserve = self._divide(inputs, waiting, since)
         if inputs.batch_size:
-            with unchanged():  # a memory and a pool look at the weights
-                answers = self._compute(module, waiting, inputs, division, report, since, reserve)
+            answers = self._compute(module, waiting, inputs, division, report, since, reserve)
         else:
             with report.timed("compute"):
                 answers = module(*args, **kwargs)

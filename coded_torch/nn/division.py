@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import dense
-from .._transforms import outside, plain
+from .._torch import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import CHUNKS, PredictionTimes
 from ..workers.base import Task

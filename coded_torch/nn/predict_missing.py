@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._logging import sparing_logger
-from .._transforms import as_called, outside, plain
-from .._weights import device_of
+from .._torch import as_called, device_of, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.coverage import ErrorBars
 from ..input_space.regression import RowPlan

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
-from .._transforms import differentiated
+from .._torch import differentiated
 from ..workers.base import Part, Reply, Task, WorkerError
 from ..workers.pytrees import (
     CONSTANTS,

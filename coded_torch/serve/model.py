@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._logging import sparing_logger
-from .._weights import device_of
+from .._torch import device_of
 from ..nn import CodedWrapper, Report, Waiting
 from ..workers import WorkerError
 from .tensors import TensorSpec

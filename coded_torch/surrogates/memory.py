@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from .._arguments import count
 from .._logging import sparing_logger
-from .._transforms import exactly
-from .._weights import fingerprint
+from .._torch import exactly, fingerprint
 from ..input_space.gaussian_process import GaussianProcess, matern52, scaled
 from ..input_space.geometry import LANDMARKS, distances_among, evenly, typical_rows
 from ..input_space.metrics import (

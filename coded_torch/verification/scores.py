@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._transforms import exactly, on_host
+from .._torch import exactly, on_host
 from ..input_space.gaussian_process import GaussianProcess
 from ..input_space.geometry import added_up
 from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._transforms import as_called, on_host
+from .._torch import as_called, on_host
 from .base import Reply
 from .pytrees import broadcast_dims, flatten
 from .task import Task

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
-from .._streams import read_here
+from .._torch import read_here
 from .base import Began, Reply, Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
 from .faults import InjectedCrash, compute

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, probability, real
-from .._transforms import on_host
+from .._torch import on_host
 from ..stragglers import Stragglers
 from .attacks import ATTACKS, Attack, Attacker
 from .base import Began, Obstacle, Part, Reply, Request, Workers

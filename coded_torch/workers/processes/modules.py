@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..._weights import fingerprint
+from ..._torch import fingerprint
 from ..base import Part, Task
 from ..faults import compute, kill_own_process
 from ..live import Ambient

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from coded_torch import codes, compare, functional
+from coded_torch._torch import fingerprint
 from coded_torch.evaluation.tune import tune
 from coded_torch.input_space.geometry import Geometry
 from coded_torch.linear import SplineMap
@@ -137,3 +138,13 @@ def test_answers_under_cuda_as_the_default_device(make):
     with torch.device("cuda"):
         torch.testing.assert_close(answers(x.cuda()), want, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(answers(x), want, rtol=1e-3, atol=1e-3)
+
+
+def test_sparse_weights_that_are_replaced_are_noticed():
+    module = nn.Linear(2, 1)
+    module.register_buffer("matrix", torch.eye(2).to_sparse())
+    kept, before = fingerprint(module)
+    assert fingerprint(module)[1] == before
+    assert len(kept) == 3
+    module.matrix = torch.eye(2).to_sparse()
+    assert fingerprint(module)[1] != before

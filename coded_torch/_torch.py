@@ -1,0 +1,194 @@
+"""Torch's state around a call: transforms, autocast, default devices, streams and weights."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
+from torch.utils._device import DeviceContext
+
+__all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
+__all__ += ["outside", "placed", "plain", "read_here", "to_device"]
+
+_T = TypeVar("_T")
+_ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
+
+
+def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor, without gradients and without the wrappers of transforms.
+
+    Raises:
+        ValueError: :func:`torch.func.vmap` hides a dimension of the tensor.
+    """
+    numbers = torch.func.debug_unwrap(tensor).detach()
+    if numbers.dim() != tensor.dim():
+        raise ValueError(
+            f"{owner}: {argument} must not be under torch.func.vmap, which hides the batch; "
+            f"give the whole batch at once, got {numbers.dim() - tensor.dim()} hidden dimensions"
+        )
+    return numbers
+
+
+def differentiated(tensor: Tensor) -> bool:
+    """Return whether a derivative may be asked of what is computed from a tensor now."""
+    return (
+        (torch.is_grad_enabled() and tensor.requires_grad)
+        or bool(torch._C._are_functorch_transforms_active())
+        or forward_ad.unpack_dual(tensor).tangent is not None
+    )
+
+
+@contextlib.contextmanager
+def exactly(device: str = "cpu") -> Iterator[None]:
+    """Run a block, or a function, without autocast, which rounds products to half precision."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    with torch.autocast(device, enabled=False):
+        yield
+
+
+class _Host(DeviceContext):
+    """The host as the default device, on top of all modes: theirs hold again when it is popped."""
+
+    __enter__ = TorchFunctionMode.__enter__
+    __exit__ = TorchFunctionMode.__exit__
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Make new tensors on the host in a block, or a function, whatever the caller's default device.
+
+    The caller's own code, run from within, is put into a block of :func:`as_called`.
+    """
+    mode = _get_current_function_mode()
+    if mode is None or isinstance(mode, _Host):
+        yield  # without a mode there is no default device, and every call of torch is faster
+        return
+    with _Host("cpu"):
+        yield
+
+
+@contextlib.contextmanager
+def as_called() -> Iterator[None]:
+    """Let the caller's default device hold again, in a block within :func:`on_host`."""
+    if not isinstance(_get_current_function_mode(), _Host):
+        yield
+        return
+    with _pop_mode_temporarily():
+        yield
+
+
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
+    """Compute with plain tensors on the host in a block, though a transform may be under way.
+
+    Within a transform every operation returns wrapped tensors, which have no memory that numpy
+    could read. A plan that kept such a tensor would outlive its transform.
+    """
+    with on_host():
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            yield
+            return
+        with temporarily_clear_interpreter_stack():
+            yield
+
+
+def read_here(tensor: Tensor) -> Tensor:
+    """Keep the memory of a tensor until the current stream has read it, though it is freed.
+
+    The allocator knows only the stream that made the tensor.
+    """
+    if tensor.device.type != "cpu":
+        tensor.record_stream(torch.accelerator.current_stream(tensor.device))
+    return tensor
+
+
+def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return host tensors on ``device``; on CUDA, by one copy that the host does not wait for."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return [t.to(device) for t in tensors]
+    sizes = [t.numel() * t.element_size() for t in tensors]
+    spans = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+    staged = torch.empty(sum(spans), dtype=torch.uint8, device="cpu", pin_memory=True)
+    for span, size, t in zip(staged.split(spans), sizes, tensors, strict=True):
+        span[:size].copy_(t.contiguous().view(-1).view(torch.uint8))
+    parts = staged.to(device, non_blocking=True).split(spans)
+    return [
+        part[:size].view(t.dtype).view(t.shape)
+        for part, size, t in zip(parts, sizes, tensors, strict=True)
+    ]
+
+
+def placed(
+    owner: object,
+    copies: dict[tuple[Any, ...], _T],
+    device: torch.device,
+    make: Callable[[], _T],
+    *kind: Any,
+) -> _T:
+    """Return the copy that an object keeps on a device, for every stream; make it if needed.
+
+    Each stream has its own: the stream's order alone separates a copy from its uses, and the last
+    use from the next of the memory.
+
+    Args:
+        owner: the object, for the message.
+        copies: its copies, by device, kind and stream.
+        device: the device of the copy.
+        make: makes the copy.
+        kind: what else tells copies apart, such as a dtype.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, of which a new copy would be a part.
+    """
+    on_stream, capturing = 0, False
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        on_stream = torch.cuda.current_stream(device).cuda_stream
+        capturing = torch.cuda.is_current_stream_capturing()
+    found = copies.get((device, *kind, on_stream))
+    if found is None and capturing:
+        found = next((c for k, c in list(copies.items()) if k[:-1] == (device, *kind)), None)
+        if found is None:
+            what = "".join(f" to {x} values" for x in kind)
+            raise RuntimeError(
+                f"{type(owner).__name__}: the map must have been applied{what} on {device} before "
+                "it is captured in a CUDA graph, got none"
+            )
+    if found is None:
+        found = copies[(device, *kind, on_stream)] = make()
+    return found
+
+
+def device_of(module: Any) -> torch.device | None:
+    """Return the device of a module's first weight; None if it has none, or is no module."""
+    if not isinstance(module, nn.Module):
+        return None
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), None)
+
+
+def fingerprint(module: nn.Module) -> tuple[list[Tensor], tuple[Any, ...]]:
+    """Return the module's tensors, and a key that differs once the module has changed.
+
+    Keep the tensors beside the key. If they were freed, their memory may come to hold other weights
+    with the same key.
+    """
+    kept: list[Tensor] = []
+    looks: list[tuple[Any, ...]] = []
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        version = 0 if tensor.is_inference() else tensor._version
+        if tensor.layout is torch.strided:
+            tensor = tensor.detach()  # follows no later assignment to data
+            looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
+        else:
+            looks.append((id(tensor), version))
+        kept.append(tensor)
+    return kept, (*looks, *(part.training for part in module.modules()))
