@@ -234,6 +234,13 @@ class ErrorBars:
     def __init__(self, batch_size: int, bars: Sequence[Bars] = ()) -> None:
         self.batch_size, self._bars = batch_size, bars
 
+    @classmethod
+    def unknown(cls, missing: Tensor) -> ErrorBars:
+        """Return infinite error bars for missing rows, bool ``[B]``."""
+        rows = missing.nonzero().flatten()
+        risks = torch.ones(len(rows), dtype=torch.float64)
+        return cls(len(missing), [Bars(rows, risks.new_empty(1, len(rows), 0), risks)])
+
     def radii(self, coverage: float | Tensor) -> Tensor:
         """Return the radii, ``[B]``, float64: 0 for exact rows, infinite for too few results.
 

@@ -216,7 +216,7 @@ class CodedWrapper(ModuleProxy):
         else:
             with report.timed("compute"):
                 answers = module(*args, **kwargs)
-            report.note_exact(0)
+            report.note_empty()
         report.failed = False
         return answers
 

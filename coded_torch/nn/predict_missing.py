@@ -102,7 +102,9 @@ class Answers:
         if not division.is_whole(stacked.units):  # else the results are the answers
             plan = division.plan()
             source = plan.source(stacked.units)
-        report.predicted = predicted = source < 0
+        predicted = source < 0
+        units = torch.where(predicted, -1, source // division.task.unit_rows)
+        report.note_source(units, stacked.parts, len(division.first))
         known = ~predicted if odd is None else ~predicted & ~odd
         helped = bool(self._surrogates) and bool(predicted.any())
         guesses = self._guesses(stacked) if helped else []
@@ -133,7 +135,7 @@ class Answers:
             divided.append(rows)
             answers[i] = rows.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
         if not bool(predicted.any()):
-            report.note_exact(size)
+            report.note_bars(ErrorBars(size), self._coverage, None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
@@ -176,11 +178,10 @@ class Answers:
             if received:
                 whole[received] = leaf.squeeze(1)
             answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
-        report.predicted = torch.ones(division.batch_size, dtype=torch.bool)
-        report.predicted[received] = False
-        report.label_risks = report.predicted.double()
-        report.radii = torch.zeros(division.batch_size).double()
-        report.radii[report.predicted] = torch.inf
+        source = torch.full((division.batch_size,), -1)
+        source[received] = torch.arange(len(received))
+        report.note_source(source, stacked.parts, len(division.first))
+        report.note_bars(ErrorBars.unknown(source < 0), self._coverage, self._link)
         name = type(self._surrogates[number]).__name__
         report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
         return unflatten(answers, stacked.spec)
@@ -195,9 +196,8 @@ class Answers:
         found: list[list[Tensor | None]] = []
         for number, surrogate in enumerate(self._surrogates):
             try:
-                is_memory = isinstance(surrogate, Memory)
-                outputs = self._remembered if is_memory else self._computed
-                found.append(outputs(surrogate, stacked))
+                run = self._remembered if isinstance(surrogate, Memory) else self._computed
+                found.append(run(surrogate, stacked))
             except (torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:  # of the caller's code

@@ -57,10 +57,14 @@ class Report:
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
+        source: uint8 ``[B]``, on the host: 0 if the answer is from a part that was asked first, 1
+            if it is from a hedge or another later part, 2 if it is predicted. None before there are
+            answers.
         radii: float64 ``[B]``, on the host: the norm of the error of each answer (of the first
             decoded output) is at most its radius with probability ``coverage`` of the
             :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is
             not finite, or too few results arrived. None under a link, or if the code mixes inputs.
+        coverage: the level of the radii; None if there are none.
         label_risks: float64 ``[B]``, on the host: the estimated probability that the largest number
             of each answer (of the first decoded output, ``[B, C]``) is not that of the module. 0 if
             the answer is exact. None for other outputs, or if the code mixes inputs.
@@ -103,7 +107,9 @@ class Report:
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
+    source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
+    coverage: float | None = None
     label_risks: Tensor | None = dataclasses.field(default=None, repr=False)
     surrogate_weights: tuple[tuple[float, ...], ...] = ()
     ended: str = ""
@@ -158,16 +164,28 @@ class Report:
         self.excluded = verdict.excluded
         self.notes += verdict.notes
 
-    def note_exact(self, size: int) -> None:
-        """Note that all answers are the module's own."""
-        self.predicted = torch.zeros(size, dtype=torch.bool)
-        self.radii = self.label_risks = torch.zeros(size, dtype=torch.float64)
-        self._bars = ErrorBars(size)
+    def note_source(self, source: Tensor, parts: Sequence[int], num_first: int) -> None:
+        """Note where answers come from.
+
+        Args:
+            source: ``[B]``, the unit of each answer among those with results; -1 if predicted.
+            parts: the part of each of these units.
+            num_first: how many parts were asked first.
+        """
+        self.predicted = source < 0
+        later = torch.tensor([*(part >= num_first for part in parts), True], dtype=torch.uint8)
+        self.source = later[source] + self.predicted.to(torch.uint8)
+
+    def note_empty(self) -> None:
+        """Note that there are no answers."""
+        self.note_source(torch.zeros(0, dtype=torch.int64), (), 0)
+        self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     def note_bars(self, bars: ErrorBars, coverage: float, link: str | None) -> None:
         """Note how far off answers may be; under a link, only which labels may be wrong."""
         self._bars, self.label_risks = bars, bars.label_risks
-        self.radii = bars.radii(coverage) if link is None else None
+        if link is None:
+            self.radii, self.coverage = bars.radii(coverage), coverage
 
     def warn(self, why: str) -> None:
         """Log how many answers were predicted, unless the policy wanted no more results.

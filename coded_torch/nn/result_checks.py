@@ -125,6 +125,7 @@ class Stacked(NamedTuple):
         dims: the batch dimension of each leaf of the module's output.
         spec: the structure of the module's output.
         formats: the memory format of each leaf of the module's output.
+        parts: by unit, the number of the part that its result is from.
     """
 
     units: tuple[int, ...]
@@ -132,11 +133,14 @@ class Stacked(NamedTuple):
     dims: list[int | None]
     spec: pytree.TreeSpec
     formats: list[torch.memory_format]
+    parts: tuple[int, ...]
 
     def form(self) -> Stacked:
         """Return the same without any result."""
         leaves = [x[:0].detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        return self._replace(units=(), leaves=leaves)  # views would keep the results, in copies too
+        return self._replace(
+            units=(), parts=(), leaves=leaves
+        )  # views would keep the results, in copies too
 
 
 class Results:
@@ -286,7 +290,8 @@ class Results:
                     own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves.append(own)
         formats = [_memory_format(leaf) for leaf in first.leaves]
-        return Stacked(units, leaves, first.dims, first.spec, formats)
+        parts = tuple(answers[unit][0].part.number for unit in units)
+        return Stacked(units, leaves, first.dims, first.spec, formats, parts)
 
 
 def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:

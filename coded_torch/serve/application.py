@@ -66,7 +66,8 @@ def app(
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
     results where workers replied, else with predictions. For clients that ask for them, the outputs
-    ``predicted`` and ``radius`` say which rows were predicted and how far off they may be.
+    ``predicted`` and ``source`` say which rows were predicted. At the level of the request's
+    parameter ``coverage``, ``radius`` and ``label_risk`` say how far off they may be.
     The output ``verified`` says which rows two workers computed alike. The parameter
     ``predicted_rows`` of every answer is the number of predicted rows.
 
@@ -218,9 +219,16 @@ class Service:
             raise RequestError(499, "disconnected", "the client has gone") from None
         pairs = zip((*self.outputs, *ADDED), answer.outputs, strict=True)
         answers = {spec.name: tensor for spec, tensor in pairs}
+        coverage = answer.report.coverage
+        if message.coverage and coverage is not None:
+            coverage = message.coverage
+            radii = answer.report.radii_at(coverage)
+            if radii is not None:
+                answers["radius"] = radii[answer.rows].float()
         parameters = {
             "predicted_rows": int(answers["predicted"].sum()),
             "late_workers": ",".join(map(str, answer.report.missing)),
+            **({} if coverage is None else {"coverage": coverage}),
         }
         body, length = format_answer(self.name, message, answers, parameters)
         if length is None:

@@ -240,7 +240,7 @@ def _settle(batch: list[_Entry], done: Batch) -> None:
             entry.future.set_exception(_refusal(done.report, min(mine)))
         else:
             outputs = [output[rows] for output in done.outputs]
-            entry.future.set_result(Batch(outputs, done.report, set()))
+            entry.future.set_result(Batch(outputs, done.report, set(), rows))
 
 
 def _error(cause: Exception, in_time: bool) -> RequestError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,6 +22,14 @@ __all__ = ["Batch", "compute", "load"]
 
 logger = sparing_logger("coded_torch.serve")
 
+# The fields of a report that are the added outputs of the protocol, in this order.
+_ADDED = (
+    ("predicted", torch.bool),
+    ("radii", torch.float32),
+    ("label_risks", torch.float32),
+    ("source", torch.uint8),
+    ("verified", torch.bool),
+)
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
 
 
@@ -32,11 +41,13 @@ class Batch(NamedTuple):
             no row has an answer.
         report: the report of the call.
         unanswered: the rows without an answer.
+        rows: of the call's batch.
     """
 
     outputs: list[Tensor]
     report: Report
     unanswered: set[int]
+    rows: slice = slice(None)
 
 
 def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
@@ -97,10 +108,15 @@ def compute(
     if not fit:
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
-    none = torch.zeros(rows, dtype=torch.bool)
-    predicted = none if report.predicted is None else report.predicted
-    errors = report.radii
-    if errors is None:
-        errors = torch.zeros(rows).masked_fill(predicted, torch.nan)
-    verified = none if report.verified is None else report.verified
-    return Batch([*leaves, predicted, errors.float(), verified], report, unanswered)
+    # Without a value, what is known of exact rows is 0, and of predicted rows NaN.
+    nothing = torch.zeros(rows)
+    unknown = (
+        nothing if report.predicted is None else nothing.masked_fill(report.predicted, math.nan)
+    )
+    added = []
+    for name, dtype in _ADDED:
+        values = getattr(report, name)
+        if values is None:
+            values = unknown if dtype.is_floating_point else nothing
+        added.append(values.to(dtype))
+    return Batch([*leaves, *added], report, unanswered)

@@ -37,11 +37,15 @@ _HEADER, _NUMBER = 2**16, 32
 _ANY_SHAPE = 2**26
 #: The only version of every model.
 VERSION = "1"
-#: The outputs that every model has beside its own: whether a row is predicted, the radius
-#: that its error is within (NaN if unknown), and whether two workers computed it alike.
+#: The outputs that every model has beside its own: whether a row is predicted; the radius that
+#: its error is within; the risk of its label; its source, 0 from the worker asked first, 1 from a
+#: later one, 2 predicted; whether two workers computed it alike. JSON has null for infinite
+#: numbers and for NaN, which stands for unknown.
 ADDED = (
     TensorSpec("predicted", "BOOL", ()),
     TensorSpec("radius", "FP32", ()),
+    TensorSpec("label_risk", "FP32", ()),
+    TensorSpec("source", "UINT8", ()),
     TensorSpec("verified", "BOOL", ()),
 )
 
@@ -68,12 +72,14 @@ class InferRequest(NamedTuple):
         inputs: ``[n, ...]`` each, in the order of the model's arguments.
         outputs: the outputs that the client wants, and whether each is sent in binary.
         timeout: seconds, infinite if the client names none.
+        coverage: the level of radii; 0 if the client names none.
     """
 
     id: str
     inputs: list[Tensor]
     outputs: list[tuple[TensorSpec, bool]]
     timeout: float
+    coverage: float = 0.0
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -143,16 +149,20 @@ def parse(
     microseconds = _field("the request", parameters, "timeout", int, 0)
     must = "a number of microseconds, or 0 for none"
     _require(0 <= microseconds < 2**63, "timeout of the request", must, microseconds)
+    coverage = _field("the request", parameters, "coverage", float, 0.0)
+    _require(0 <= coverage < 1, "coverage of the request", "between 0 and 1", coverage)
     binary = _field("the request", parameters, "binary_data_output", bool, False)
     return InferRequest(
         _field("the request", message, "id", str, ""),
         _inputs(message, tail, inputs, max_rows),
         _outputs(message, outputs, binary),
         microseconds / 1e6 or math.inf,
+        coverage,
     )
 
 
 _KINDS = {
+    float: "a number with a decimal point",
     dict: "an object",
     list: "a list",
     str: "a string",

@@ -122,7 +122,7 @@ class TestHonestWorkers:
         assert report.verified is None
         assert report.work == 1.0
         assert sorted(units for _, units in pool.log) == [
-            tuple(range(i, i + 8)) for i in range(0, ROWS, 8)
+            tuple(range(i, ROWS, 6)) for i in range(6)
         ]
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, specs
+from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers, ProcessWorkers
 
@@ -76,14 +77,14 @@ def test_metadata(client):
         assert (status, found["name"], found["versions"]) == (200, "m", ["1"])
         assert found["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 3]}]
         names = [spec["name"] for spec in found["outputs"]]
-        assert names == ["output", "predicted", "radius", "verified"]
+        assert names == ["output", *(spec.name for spec in ADDED)]
 
 
 @pytest.mark.parametrize("version", ["", "/versions/1"])
 def test_answers_are_the_modules(client, version):
     status, answer = client.infer(ONE | {"id": "x"}, f"/v2/models/m{version}/infer")
     assert (status, answer["id"]) == (200, "x")
-    assert answer["parameters"] == {"predicted_rows": 0, "late_workers": ""}
+    assert answer["parameters"] == {"predicted_rows": 0, "late_workers": "", "coverage": 0.95}
     (output,) = answer["outputs"]
     exact = linear()(torch.tensor(ROWS)).detach()
     assert torch.allclose(torch.tensor(output["data"]).reshape(2, 2), exact)
@@ -270,13 +271,21 @@ def test_while_all_processes_hang_requests_are_refused_at_once():
 def test_missing_rows_are_predicted_and_flagged(lost):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(64, 3, generator=generator)
-    outputs = [{"name": name} for name in ("output", "predicted", "radius")]
+    names = ("output", "predicted", "radius", "label_risk", "source")
+    outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
     with serving(built(workers=workers)) as port, Client(port) as client:
-        status, answer = client.infer({"inputs": [tensor(rows)], "outputs": outputs})
+        request = {"inputs": [tensor(rows)], "outputs": outputs}
+        status, answer = client.infer(request)
         text = client.metrics()
+        _, low = client.infer(request | {"parameters": {"coverage": 0.5}})
+        _, high = client.infer(request | {"parameters": {"coverage": 0.999}})
     assert status == 200
-    output, predicted, errors = (torch.tensor(entry["data"]) for entry in answer["outputs"])
+    found = (
+        torch.tensor([math.inf if x is None else x for x in entry["data"]])
+        for entry in answer["outputs"]
+    )
+    output, predicted, errors, risks, source = found
     output, exact = output.reshape(64, 2), linear()(rows).detach()
     assert int(predicted.sum()) == answer["parameters"]["predicted_rows"] == 16 * lost
     assert answer["parameters"]["late_workers"] != ""
@@ -284,6 +293,12 @@ def test_missing_rows_are_predicted_and_flagged(lost):
     assert not torch.allclose(output[predicted], exact[predicted], atol=1e-5)
     assert (errors[~predicted] == 0).all()
     assert (errors[predicted] > 0).all()
+    assert (torch.tensor(low["outputs"][2]["data"])[predicted] <= errors[predicted]).all()
+    assert high["outputs"][2]["data"][int(predicted.nonzero()[0])] is None  # infinite
+    assert [x["parameters"]["coverage"] for x in (answer, low, high)] == [0.95, 0.5, 0.999]
+    assert (source == torch.where(predicted, 2, 0)).all()
+    assert (risks[~predicted] == 0).all()
+    assert (risks[predicted] > 0).all()
     assert f'coded_torch_answers_total{{kind="predicted"}} {16.0 * lost}' in text
     assert f'coded_torch_answers_total{{kind="exact"}} {64 - 16.0 * lost}' in text
 
@@ -376,7 +391,7 @@ def test_objects_that_the_host_has_frozen_stay_frozen():
         ({"outputs": ["output"]}, "app: an entry of outputs must be of type TensorSpec, got str"),
         (
             {"outputs": [TensorSpec("predicted", "BOOL", ())]},
-            "each once, none of predicted, radius, verified, got ['predicted']",
+            "each once, none of predicted, radius, label_risk, source, verified, got ['predicted']",
         ),
         ({"deadline": 0}, "app: deadline must be positive and finite, got 0"),
         ({"max_batch_size": 0}, "app: max_batch_size must be at least 1, got 0"),

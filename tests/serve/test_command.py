@@ -251,7 +251,7 @@ def test_a_kept_connection_does_not_wait_for_acknowledgements(tmp_path):
         ("mine:named --output-names a", "--output-names must be 2, one an output, got ['a']"),
         (
             "mine:predicted",
-            "none of predicted, radius, verified, got ['predicted'] (see coded-",
+            "none of predicted, radius, label_risk, source, verified, got ['predicted'] (see ",
         ),
     ],
 )

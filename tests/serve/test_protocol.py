@@ -19,7 +19,7 @@ from .servers import INPUTS, OUTPUTS, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
 MOST = 8
-PREDICTED, RADIUS, _ = ADDED
+RADIUS = ADDED[1]
 SHAPES = [2, 4], [6], [], [-1, 3], [0, 3], [2.0, 3]
 
 
@@ -138,6 +138,10 @@ def test_rows_that_are_to_blame_are_named():
         (one(data=[[1, 2, 3], [4, None, 6]]), "got object [2, 3]"),
         (one(parameters={"binary_data_size": 4}), "must have either data or a binary_data_size"),
         ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 3]}]}, "either data or"),
+        (
+            one() | {"parameters": {"coverage": 1.5}},
+            "coverage of the request must be between 0 and",
+        ),
         (one() | {"outputs": 3}, "outputs of the request must be a list"),
         (one() | {"outputs": [{"name": "x"}]}, "once one of ['output', 'predicted', 'radius"),
         (one() | {"outputs": [{"name": "output"}] * 2}, "an output must be once one of"),
@@ -191,7 +195,12 @@ def test_several_inputs_in_any_order_of_open_sizes():
 def test_requested_outputs_and_times():
     message = one() | {
         "id": "a",
-        "parameters": {"timeout": 50_000, "binary_data_output": True, "anything": "else"},
+        "parameters": {
+            "timeout": 50_000,
+            "coverage": 0.9,
+            "binary_data_output": True,
+            "anything": "else",
+        },
         "outputs": [
             {"name": "radius"},
             {"name": "output", "parameters": {"binary_data": False}},
@@ -199,7 +208,7 @@ def test_requested_outputs_and_times():
     }
     request = read(message)
     assert request.outputs == [(RADIUS, True), (OUTPUTS[0], False)]
-    assert (request.id, request.timeout) == ("a", 0.05)
+    assert (request.id, request.timeout, request.coverage) == ("a", 0.05, 0.9)
 
 
 def test_answers_in_json_and_binary():
