@@ -1,4 +1,4 @@
-r"""What every pool of workers does: it computes parts of a task, each on one worker."""
+r"""The contract of all pools: workers compute parts of a task, each on one worker."""
 
 from __future__ import annotations
 
@@ -36,10 +36,7 @@ class WorkerError(RuntimeError):
     """
 
     def __init__(self, part: int, worker: int, reason: str, kind: str = "") -> None:
-        self.part = part
-        self.worker = worker
-        self.reason = reason
-        self.kind = kind
+        self.part, self.worker, self.reason, self.kind = part, worker, reason, kind
         super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,12 +45,12 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The units of a task that one worker is asked for.
+    """The units of a task that one worker is asked for. Comparisons ignore ``fault``, ``avoid``.
 
     Attributes:
         number: 0, 1, 2, ... within the request, in the order of asking.
         units: at least one, increasing.
-        fault: an injected fault. Comparisons ignore it, and ``avoid``.
+        fault: an injected fault. Defaults to none.
         avoid: the places of workers that must not compute this part. If no other worker is left,
             the part fails. Defaults to none.
     """
@@ -139,10 +136,10 @@ class Obstacle(NamedTuple):
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
-    Each part that is asked for, and not dropped before it begins, causes :class:`Began` when a
-    worker gets it, and then one :class:`Reply`; or only a reply with an error, if no worker gets
-    it. A reply arrives at most the pool's ``timeout`` seconds after the part was asked for;
-    whatever arrives later is dropped. One thread uses a request, and closes it.
+    If a worker gets a part, that causes :class:`Began`, and then one :class:`Reply`. If no worker
+    gets it, that causes only a reply with an error. A part that is dropped before it begins causes
+    nothing. A reply arrives at most the pool's ``timeout`` seconds after the part was asked for.
+    One thread uses a request, and closes it.
     """
 
     @abc.abstractmethod
@@ -166,7 +163,7 @@ class Request(abc.ABC):
 
     @abc.abstractmethod
     def drop(self, parts: Iterable[Part]) -> None:
-        """Drop parts. Parts that have begun go on, and reply; the others never begin."""
+        """Drop parts. Parts that have begun go on, and reply. The others never begin."""
 
     @abc.abstractmethod
     def now(self) -> float:
@@ -273,37 +270,38 @@ class Workers(abc.ABC):
         Args:
             module: the module that every worker loads before this returns. Defaults to none.
             example: an input, or a tuple of positional arguments, that every worker calls the
-                module with, so that no later call warms up. Defaults to None, no call.
+                module with, so that no later call warms up. Defaults to None: no call.
             timeout: seconds.
 
         Raises:
             RuntimeError: not all workers loaded the module in time.
             WorkerError: a worker could not load or call the module.
         """
-        if module is not None and self.num_workers is not None:
-            self._load_everywhere(module, example, self.num_workers, timeout)
-        return self
-
-    def _load_everywhere(self, module: nn.Module, example: Any, size: int, seconds: float) -> None:
+        if module is None or self.num_workers is None:
+            return self
+        args = example if isinstance(example, tuple) else (example,)
+        leaves, spec = pytree.tree_flatten((args, {}))
+        kind = _Loading if example is None else Task
+        task = kind(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
         loaded, numbers = set[int](), itertools.count()
-        with torch.no_grad(), self.open(module, _loading(example)) as request:
-            while len(loaded) < size:
-                # Idle workers take a part each. A busy one gets its part in a later round.
-                round = [Part(next(numbers), (0,)) for _ in range(size - len(loaded))]
-                request.ask(round)
-                while round:
-                    event = request.wait(seconds)
+        with torch.no_grad(), self.open(module, task) as request:
+            # Idle workers take a part each. A busy one gets its part in a later round.
+            while missing := self.num_workers - len(loaded):
+                request.ask([Part(next(numbers), (0,)) for _ in range(missing)])
+                while missing:
+                    event = request.wait(timeout)
                     if event is None:
                         raise RuntimeError(
-                            f"{type(self).__name__}: only {len(loaded)} of {size} workers loaded "
-                            "the module in time; "
+                            f"{type(self).__name__}: only {len(loaded)} of {self.num_workers} "
+                            f"workers loaded the module within {timeout:g} s; "
                             f"{request.status() or 'the others are still loading'}"
                         )
                     if isinstance(event, Reply):
                         if event.error is not None:
                             raise event.error
-                        round.remove(event.part)
                         loaded.add(event.worker)
+                        missing -= 1
+        return self
 
     def close(self) -> None:  # noqa: B027 - most pools hold nothing
         """Release everything that the pool holds. May be called twice."""
@@ -313,13 +311,6 @@ class Workers(abc.ABC):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _loading(example: Any) -> Task:
-    args = example if isinstance(example, tuple) else (example,)
-    leaves, spec = pytree.tree_flatten((args, {}))
-    kind = _Loading if example is None else Task
-    return kind(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
 
 
 class _Loading(Task):

@@ -3,15 +3,12 @@ r"""Workers on the devices of this machine: a replica of the module and a thread
 from __future__ import annotations
 
 import contextlib
-import itertools
-import math
 import queue
 import threading
 import time
 import traceback
 import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,15 +18,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._arguments import find_devices, positive
 from .._torch import read_here
-from .base import Began, Reply, Request, Task
+from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
 __all__ = ["DeviceWorkers"]
 
-_CLOSING_SECONDS = 5.0  # that closing a pool waits for its threads; not tuned
-_NO_VIEWS: Mapping[int, Tensor] = MappingProxyType({})
+# Seconds that closing a pool waits for its threads. Not tuned.
+_CLOSING_SECONDS = 5.0
 
 
 class DeviceWorkers(DispatchedWorkers):
@@ -39,15 +36,16 @@ class DeviceWorkers(DispatchedWorkers):
     exception as the cause of its error. Results come back to the device of the inputs, and
     gradients reach the module's own parameters.
 
-    Every request makes the replicas anew, shallow copies of the module's tree. Tensors that already
-    lie on the device are shared. Copies of the others are kept until the original changes (an
-    in-place change through ``.data`` goes unnoticed) or gradients flow through them. Attributes
+    Every request makes new replicas: shallow copies of the module's tree, which share the tensors
+    that lie on their device. Copies of the other tensors are kept until the original changes or
+    gradients flow through them. An in-place change through ``.data`` goes unnoticed. Attributes
     that a replica assigns are lost, as with :class:`torch.nn.DataParallel`. A module that is
     compiled as a whole is refused; decorate the ``forward`` of its class with ``torch.compile``.
 
     Args:
         devices: one entry per replica. A device may occur more than once.
         timeout: seconds after which a part that was asked for and has not replied has failed.
+            Defaults to 600.
 
     Raises:
         TypeError: ``devices`` is a single device, or ``timeout`` not a number.
@@ -95,7 +93,7 @@ class DeviceWorkers(DispatchedWorkers):
         self._threads.check()
         return _DeviceRequest(module, task, self.timeout, self._threads)
 
-    def _dispatcher(self) -> Dispatcher:
+    def _dispatcher(self) -> Dispatcher[_Replica]:
         return self._threads
 
     def close(self) -> None:
@@ -118,61 +116,27 @@ class _DeviceRequest(LiveRequest):
 
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
         super().__init__(task, timeout, threads, module)
-        self.views = _views(module)
+        # Gradients of a leaf are added up on the stream on which it was first used. Views that are
+        # made here make this the caller's stream, as replicas use other streams.
+        recorded = (*module.parameters(), *module.buffers()) if torch.is_grad_enabled() else ()
+        self.views = {
+            id(tensor): tensor.view_as(tensor)
+            for tensor in recorded
+            if tensor.requires_grad and tensor.device.type != "cpu" and not tensor.is_inference()
+        }
         # Inputs, weights and views are there behind these events.
-        self.ready = _events((task.device, *threads.devices))
+        self.ready = [
+            torch.accelerator.current_stream(device).record_event()
+            for device in {task.device, *threads.devices}
+            if device.type != "cpu"
+        ]
         self.on_host = all(x.device.type == "cpu" for x in task.leaves if isinstance(x, Tensor))
         self.replicas: dict[_Replica, nn.Module] = {}
 
-    def wait(self, until: float = math.inf) -> Began | Reply | None:
-        event = super().wait(until)
-        if self.ready and isinstance(event, Reply):
-            for leaf in pytree.tree_leaves(event.value):
-                if isinstance(leaf, Tensor):
-                    read_here(leaf)  # it was made on the thread's stream
-        return event
-
-
-class _Threads(Dispatcher):
-    """The threads of a pool, one per device."""
-
-    kind = "devices"
-
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        super().__init__(len(devices))
-        self.devices = devices
-        self._replicas = [_Replica(device, index) for index, device in enumerate(devices)]
-        for replica in self._replicas:
-            self.add(replica)
-
-    def check(self) -> None:
-        """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
-        if self.closed:
-            raise RuntimeError("DeviceWorkers: the pool is closed")
-        if any(replica.thread is threading.current_thread() for replica in self._replicas):
-            raise RuntimeError(
-                "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
-                "for itself; give a wrapper inside of a wrapper a pool of its own"
-            )
-
-    def send(self, worker: Worker, job: Job) -> None:
-        assert isinstance(worker, _Replica)
-        worker.give(job, self)
-
-    def restart(self, index: int) -> None:
-        self._replicas[index].forget()
-        super().restart(index)
-
-    def close(self) -> None:
-        """End the threads."""
-        self.stop()
-        for replica in self._replicas:
-            replica.inbox.put(None)
-        end = time.monotonic() + _CLOSING_SECONDS
-        for replica in self._replicas:
-            thread = replica.thread
-            if thread is not None and thread is not threading.current_thread():
-                thread.join(max(end - time.monotonic(), 0.0))
+    def receive(self, value: Any) -> Any:
+        if self.ready:
+            pytree.tree_map_only_(Tensor, read_here, value)  # made on the thread's stream
+        return value
 
 
 class _Replica(Worker):
@@ -182,8 +146,8 @@ class _Replica(Worker):
         super().__init__(index)
         self.device = device
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None  # until its first job
-        self._seen = weakref.WeakSet[nn.Module]()
+        self.thread: threading.Thread
+        self.seen = weakref.WeakSet[nn.Module]()
         self._streams: dict[torch.device, torch.Stream] = {}
         self.forget()
 
@@ -193,20 +157,9 @@ class _Replica(Worker):
         self._copies: MutableMapping[Tensor, tuple[Any, int, Tensor]] = WeakIdKeyDictionary()
 
     def is_new_to(self, module: nn.Module) -> bool:
-        return module not in self._seen
+        return module not in self.seen
 
-    def give(self, job: Job, threads: _Threads) -> None:
-        """Have the thread do a job."""
-        self._seen.add(job.module)
-        self.inbox.put(job)
-        if self.thread is None:
-            name = f"coded_torch-{self.index}-{self.device}"
-            self.thread = threading.Thread(
-                target=self._serve, args=(threads,), name=name, daemon=True
-            )
-            self.thread.start()
-
-    def _serve(self, threads: _Threads) -> None:
+    def serve(self, threads: _Threads) -> None:
         """Do jobs until there comes None."""
         while (job := self.inbox.get()) is not None:
             number = job.number
@@ -254,7 +207,7 @@ class _Replica(Worker):
             request.replicas[self] = self._replicate(request.module, request.views)
         return request.replicas[self]
 
-    def _replicate(self, module: nn.Module, views: Mapping[int, Tensor] = _NO_VIEWS) -> nn.Module:
+    def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> nn.Module:
         moved: dict[int, Tensor] = {}  # tied parameters stay tied
 
         def move(tensor: Tensor | None) -> Any:
@@ -294,6 +247,54 @@ class _Replica(Worker):
         return self._streams[device]
 
 
+class _Threads(Dispatcher[_Replica]):
+    """The threads of a pool, one per device."""
+
+    kind = "devices"
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        super().__init__(len(devices))
+        self.devices = devices
+        self._replicas = [_Replica(device, index) for index, device in enumerate(devices)]
+        for replica in self._replicas:
+            replica.thread = threading.Thread(
+                target=replica.serve,
+                args=(self,),
+                name=f"coded_torch-{replica.index}-{replica.device}",
+                daemon=True,
+            )
+            replica.thread.start()
+            self.add(replica)
+
+    def check(self) -> None:
+        """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
+        if self.closed:
+            raise RuntimeError("DeviceWorkers: the pool is closed")
+        if any(replica.thread is threading.current_thread() for replica in self._replicas):
+            raise RuntimeError(
+                "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
+                "for itself; give a wrapper inside of a wrapper a pool of its own"
+            )
+
+    def send(self, worker: _Replica, job: Job) -> None:
+        worker.seen.add(job.module)
+        worker.inbox.put(job)
+
+    def restart(self, index: int) -> None:
+        self._replicas[index].forget()
+        super().restart(index)
+
+    def close(self) -> None:
+        """End the threads."""
+        self.stop()
+        for replica in self._replicas:
+            replica.inbox.put(None)
+        end = time.monotonic() + _CLOSING_SECONDS
+        for replica in self._replicas:
+            if replica.thread is not threading.current_thread():
+                replica.thread.join(max(end - time.monotonic(), 0.0))
+
+
 def _refuse_compiled(module: nn.Module) -> None:
     for name, part in module.named_modules():
         # torch.compile(module) returns a proxy of the original: replicating it would take the
@@ -310,28 +311,3 @@ def _to(device: torch.device, tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return tree.to(device)
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), tree)
-
-
-def _views(module: nn.Module) -> dict[int, Tensor]:
-    """Return views of the module's leaves on accelerators, by id, if gradients are recorded.
-
-    Gradients of a leaf are added up on the stream on which it was first used. A view that is made
-    here makes this the caller's stream: replicas use other streams.
-    """
-    if not torch.is_grad_enabled():
-        return {}
-    tensors = itertools.chain(module.parameters(), module.buffers())
-    return {
-        id(tensor): tensor.view_as(tensor)
-        for tensor in tensors
-        if tensor.requires_grad and tensor.device.type != "cpu" and not tensor.is_inference()
-    }
-
-
-def _events(devices: Sequence[torch.device]) -> list[torch.Event]:
-    """Record events in the devices' current streams, behind everything that a replica may read."""
-    return [
-        torch.accelerator.current_stream(device).record_event()
-        for device in set(devices)
-        if device.type != "cpu"
-    ]

@@ -6,9 +6,10 @@ import abc
 import itertools
 import math
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from .._arguments import count
 from .._logging import sparing_logger
@@ -26,6 +27,7 @@ class Worker:
     def __init__(self, index: int) -> None:
         self.index = index
         self.job: Job | None = None
+        self.since = 0.0  # the time when it began its job
         self.ready = False  # whether it is up
         self.excluded = False  # whether it gets no more jobs
 
@@ -46,18 +48,22 @@ class Job(NamedTuple):
     part: Part
 
     def wanted(self) -> bool:
-        """Return whether it has still to begin."""
+        """Return whether the job has still to begin."""
         return self.request.wants(self.part)
 
 
-class Dispatcher(abc.ABC):
+W = TypeVar("W", bound=Worker)
+
+
+class Dispatcher(abc.ABC, Generic[W]):
     """Gives each idle worker the first job that is still wanted and need not avoid this worker.
 
     Subclasses implement :meth:`send`, :meth:`add` their workers, report results by :meth:`settle`
-    and :meth:`fail`, and :meth:`stop` the queue. All methods may be called from any thread.
+    and :meth:`fail`, and :meth:`stop` the queue. Any thread may call any method.
 
     Args:
         size: the number of workers.
+        clock: returns the time in seconds.
     """
 
     #: The word for the workers in messages.
@@ -67,52 +73,51 @@ class Dispatcher(abc.ABC):
     #: Why the last worker that should have started did not.
     trouble = ""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.size = size
         self.closed = False
+        self._clock = clock
         self._changed = threading.Condition()
-        self._workers: list[Worker] = []
-        self._idle: deque[Worker] = deque()
+        self._workers: list[W] = []
+        self._idle: deque[W] = deque()
         self._jobs: deque[Job] = deque()
         self._numbers = itertools.count()
 
     @abc.abstractmethod
-    def send(self, worker: Worker, job: Job) -> None:
+    def send(self, worker: W, job: Job) -> None:
         """Hand a job to a worker, without waiting for it. An exception fails the job."""
+
+    def wake(self) -> None:
+        """Hear that a request was abandoned: its workers may be ended."""
 
     # The pool calls these methods.
 
     def submit(self, request: LiveRequest, module: Any, parts: Sequence[Part]) -> None:
         """Have parts of a request computed."""
         with self._changed:
-            if not self.closed:
-                for part in parts:
-                    self._jobs.append(Job(next(self._numbers), request, module, part))
+            self._jobs += [Job(next(self._numbers), request, module, part) for part in parts]
         if self.closed:
-            self.stop(Job(-1, request, module, part) for part in parts)
+            self.stop()
         self._refuse()
         self._assign()
 
     def exclude(self, index: int) -> None:
         """Give the worker at a place no more jobs."""
         with self._changed:
-            for worker in self._at(index):
-                worker.excluded = True
-                if worker in self._idle:
-                    self._idle.remove(worker)
+            for worker in self._workers:
+                worker.excluded |= worker.index == index
+            self._idle = deque(worker for worker in self._idle if not worker.excluded)
         self._refuse()
 
     def restart(self, index: int) -> None:
         """Give the worker at a place jobs again, or replace it."""
         with self._changed:
-            for worker in self._at(index):
-                if worker.excluded and worker.job is None:
-                    self._idle.append(worker)
-                worker.excluded = False
+            for worker in self._workers:
+                if worker.index == index and worker.excluded:
+                    worker.excluded = False
+                    if worker.job is None:
+                        self._idle.append(worker)
         self._assign()
-
-    def _at(self, index: int) -> list[Worker]:
-        return [worker for worker in self._workers if worker.index == index]
 
     @property
     def num_idle(self) -> int:
@@ -131,14 +136,14 @@ class Dispatcher(abc.ABC):
 
     # The workers call these methods.
 
-    def add(self, worker: Worker, ready: bool = True) -> None:
+    def add(self, worker: W, ready: bool = True) -> None:
         """Add a worker that is up, or one that starts."""
         with self._changed:
             self._workers.append(worker)
         if ready:
             self.ready(worker)
 
-    def ready(self, worker: Worker) -> None:
+    def ready(self, worker: W) -> None:
         """Note that a worker is up, and give it jobs."""
         with self._changed:
             worker.ready = True
@@ -147,7 +152,7 @@ class Dispatcher(abc.ABC):
             self._changed.notify_all()
         self._assign()
 
-    def settle(self, worker: Worker, number: int, value: Any) -> None:
+    def settle(self, worker: W, number: int, value: Any) -> None:
         """End a job by a value."""
         if (job := self._finish(worker, number)) is not None:
             job.request.settle(job.part, value)
@@ -155,18 +160,18 @@ class Dispatcher(abc.ABC):
 
     def fail(
         self,
-        worker: Worker,
+        worker: W,
         number: int,
         reason: str,
         cause: BaseException | None = None,
         kind: str = "",
     ) -> None:
-        """End a job by an error, see :class:`~coded_torch.workers.WorkerError`."""
+        """End a job by a :class:`~coded_torch.workers.WorkerError`."""
         if (job := self._finish(worker, number)) is not None:
             job.request.fail(job.part, reason, cause, kind)
         self._assign()
 
-    def _finish(self, worker: Worker, number: int) -> Job | None:
+    def _finish(self, worker: W, number: int) -> Job | None:
         """Make a worker idle, and return its job; None if that is another one."""
         with self._changed:
             job = worker.job
@@ -190,7 +195,7 @@ class Dispatcher(abc.ABC):
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
 
-    def _begin(self) -> tuple[Worker, Job] | None:
+    def _begin(self) -> tuple[W, Job] | None:
         """Begin the first job that an idle worker may take."""
         with self._changed:
             at = 0
@@ -204,17 +209,13 @@ class Dispatcher(abc.ABC):
                     at += 1
                     continue
                 del self._jobs[at]
-                if worker is not None:
-                    fresh = worker.is_new_to(job.module)
-                    if job.request.begin(job.part, worker.index, fresh):
-                        self._idle.remove(worker)
-                        self._note(worker, job)
-                        return worker, job
+                if worker is not None and job.request.begin(
+                    job.part, worker.index, worker.is_new_to(job.module)
+                ):
+                    self._idle.remove(worker)
+                    worker.job, worker.since = job, self._clock()
+                    return worker, job
             return None
-
-    def _note(self, worker: Worker, job: Job) -> None:
-        """Note under the lock that a worker begins a job."""
-        worker.job = job
 
     def _refuse(self) -> None:
         """Fail the jobs that must avoid all workers that are left."""
@@ -226,19 +227,18 @@ class Dispatcher(abc.ABC):
         for job in refused:
             job.request.fail(job.part, "did not start: it avoids all workers that are left")
 
-    def stop(self, jobs: Iterable[Job] = ()) -> None:
+    def stop(self) -> None:
         """Fail all jobs that wait, and all later ones, as the pool is closed."""
         with self._changed:
             self.closed = True
-            jobs = [*self._jobs, *jobs]
-            self._jobs.clear()
-        for job in jobs:
-            job.request.fail(job.part, f"did not start: {self.ending}")
+        self._strand("the pool was closed")
 
-    @property
-    def ending(self) -> str:
-        """Why the pool has ended."""
-        return "the pool was closed"
+    def _strand(self, reason: str) -> None:
+        """Fail all jobs that wait."""
+        with self._changed:
+            jobs, self._jobs = self._jobs, deque()
+        for job in jobs:
+            job.request.fail(job.part, f"did not start: {reason}")
 
 
 class DispatchedWorkers(Workers):
@@ -247,7 +247,7 @@ class DispatchedWorkers(Workers):
     num_workers: int
 
     @abc.abstractmethod
-    def _dispatcher(self) -> Dispatcher:
+    def _dispatcher(self) -> Dispatcher[Any]:
         """Return the queue, started if it was not."""
 
     def exclude(self, worker: int) -> None:

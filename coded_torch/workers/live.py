@@ -54,10 +54,12 @@ class LiveRequest(Request):
 
     Attributes:
         ambient: the modes of the caller.
-        abandoned: whether the caller was interrupted, so that even its workers need not go on.
+        abandoned: whether the caller was interrupted, so that its workers may be ended.
     """
 
-    def __init__(self, task: Task, timeout: float, dispatcher: Dispatcher, module: Any) -> None:
+    def __init__(
+        self, task: Task, timeout: float, dispatcher: Dispatcher[Any], module: Any
+    ) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
         self.ambient = Ambient.capture()
         self._timeout = timeout
@@ -128,24 +130,25 @@ class LiveRequest(Request):
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
-            if not self._events.empty():  # nobody else takes from it
-                return self._next(0.0)
             limit = self._limit()
+            # If nothing is open, all that can happen has happened.
+            seconds = 0.0 if limit == math.inf else max(min(until, limit) - self.now(), 0.0)
             try:
-                if limit == math.inf:  # nothing is open: whatever has happened is here already
-                    return self._next(0.0)
-                seconds = max(min(until, limit) - self.now(), 0.0)
-                return self._next(min(seconds, threading.TIMEOUT_MAX))
+                event = self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
                 if until < limit or limit == math.inf:
                     return None
                 self._expire()
+                continue
+            if event is None:
+                raise CancelledError(f"{type(self).__name__}: the call was cancelled")
+            if isinstance(event, Reply):
+                event.value = self.receive(event.value)
+            return event
 
-    def _next(self, seconds: float) -> Began | Reply:
-        event = self._events.get(timeout=seconds)
-        if event is None:
-            raise CancelledError(f"{type(self).__name__}: the call was cancelled")
-        return event
+    def receive(self, value: Any) -> Any:
+        """Return the value of a reply, ready for the caller's thread."""
+        return value
 
     def drop(self, parts: Iterable[Part]) -> None:
         with self._lock:
@@ -170,6 +173,11 @@ class LiveRequest(Request):
             self._closed = True
             self._open.clear()
             self._events = queue.SimpleQueue()  # nothing that has arrived is needed any more
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        self.close()
+        self.dispatcher.wake()
 
     def _limit(self) -> float:
         """Return when the oldest open part fails."""

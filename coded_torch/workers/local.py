@@ -2,9 +2,8 @@ r"""Workers in this process, simulated on a virtual clock."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
+import operator
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -23,25 +22,25 @@ class LocalWorkers(Workers):
     r"""Simulated workers: one for each part, all idle.
 
     Part n begins on worker n as soon as it is asked for, and takes as long as the law says. Times
-    are on a virtual clock, which only :meth:`Request.wait` moves; the module itself takes none. An
-    exception of the module is raised to the caller, since all parts run the same code.
+    are on a virtual clock, which only :meth:`Request.wait` moves. The module itself takes no time.
+    An exception of the module is raised to the caller, since all parts run the same code.
 
-    The first ask, of n parts, takes one draw of the law for n workers. Part p of the request takes
+    If the first ask has n parts, each draw of the law is for n workers. Part p of the request takes
     entry p modulo n of draw p // n, whenever it is asked for.
 
     Args:
-        stragglers: the law of the latencies. Defaults to None, no latencies.
-        max_batch_size: the most rows in one call of the module, to bound memory. Defaults to None,
-            one call.
+        stragglers: the law of the latencies. Defaults to None: all latencies are 0.
+        max_batch_size: the largest number of rows in one call of the module, to bound memory.
+            Defaults to None: all parts that are asked for together take one call.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: ``max_batch_size`` is less than 1.
 
     Note:
-        The parts that are asked for together are computed together, in one batch in the order of
-        their units, when the first of their replies is due. So the bits of the results depend on
-        which parts reply, not on when. Parts that never reply are not computed.
+        The parts that are asked for together are one batch, in the order of their units. The
+        batch is computed when the first of their replies is due. So the bits of the results depend
+        on which parts reply, not on when. Parts that never reply are not computed.
 
     Example:
         >>> from coded_torch.workers import LocalWorkers
@@ -75,9 +74,8 @@ class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0
-        # The time and order of an event, its part, and the batch of a reply.
-        self._events: list[tuple[float, int, Part, _Batch | None]] = []
-        self._order = itertools.count()
+        # Times, events, and the batch that has the value of a reply; the next event is the last.
+        self._events: list[tuple[float, Began | Reply, _Batch | None]] = []
         self._first = 0  # the number of parts of the first ask
         self._latencies: list[float] = []  # by the number of the part
         self._closed = False
@@ -85,28 +83,38 @@ class _LocalRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         if self._closed:
             raise RuntimeError("LocalWorkers: the request is closed")
-        self._first = self._first or len(parts)
-        ends = [self._clock + self._latency(part) for part in parts]
-        finite = [(end, part) for end, part in zip(ends, parts, strict=True) if end < math.inf]
-        batch = _Batch(self._module, self._task, [part for _, part in finite])
-        self._events += [
-            (self._clock, next(self._order), part, None) for part in parts if not _stuck(part)
-        ]
-        self._events += [(end, next(self._order), part, batch) for end, part in finite]
-        heapq.heapify(self._events)  # in no time, if all take as long
+        self._draw(parts)
+        now, events = self._clock, self._events[::-1]
+        batch = _Batch(self._module, self._task, self._pool.max_batch_size)
+        replies: list[tuple[float, Began | Reply, _Batch | None]] = []
+        for part in parts:
+            number, fault = part.number, part.fault
+            if number in part.avoid:
+                reason = "did not start: it avoids all workers that are left"
+                failed = WorkerError(number, -1, reason)
+                events.append((now, Reply(part, -1, now, math.inf, error=failed), None))
+                continue
+            events.append((now, Began(part, number, now), None))
+            latency = self._latencies[number] + (0.0 if fault is None else fault.delay)
+            if latency == math.inf:
+                continue
+            reply = Reply(part, number, now + latency, latency)
+            if fault is not None and fault.kind == "crash":
+                reply.error = WorkerError(number, number, "died of an injected crash", "died")
+                replies.append((reply.at, reply, None))
+            else:
+                batch.parts.append(part)
+                replies.append((reply.at, reply, batch))
+        # Sorting keeps the order of asking, and takes linear time if all parts take as long.
+        self._events = sorted(events + replies, key=operator.itemgetter(0))[::-1]
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         bound = until if until > self._clock else self._clock
-        if self._events and self._events[0][0] <= bound:
-            self._clock, _, part, batch = heapq.heappop(self._events)
-            if batch is None:
-                return Began(part, part.number, self._clock)
-            if _stuck(part):
-                reason = "did not start: it avoids all workers that are left"
-                error = WorkerError(part.number, -1, reason)
-                return Reply(part, -1, self._clock, math.inf, None, error)
-            value, failed = batch.reply(part, self._pool.max_batch_size)
-            return Reply(part, part.number, self._clock, self._latency(part), value, failed)
+        if self._events and self._events[-1][0] <= bound:
+            self._clock, event, batch = self._events.pop()
+            if batch is not None and isinstance(event, Reply):
+                event.value = batch.value(event.part)
+            return event
         if bound < math.inf:
             self._clock = bound
         return None
@@ -125,49 +133,36 @@ class _LocalRequest(Request):
         self._closed = True
         self._events.clear()
 
-    def _latency(self, part: Part) -> float:
-        law, drawn = self._pool.stragglers, self._latencies
-        while law is not None and len(drawn) <= part.number:
-            drawn += law.sample(self._first).tolist()
-        if _stuck(part):
-            return 0.0
-        latency = 0.0 if law is None else drawn[part.number]
-        return latency if part.fault is None else latency + part.fault.delay
-
-
-def _stuck(part: Part) -> bool:
-    """Return whether a part must avoid the worker that it would have."""
-    return part.number in part.avoid
+    def _draw(self, parts: Sequence[Part]) -> None:
+        """Draw the latencies of parts that have none."""
+        law, self._first = self._pool.stragglers, self._first or len(parts)
+        last = max((part.number for part in parts), default=-1)
+        while len(self._latencies) <= last:
+            drawn = [0.0] * self._first if law is None else law.sample(self._first).tolist()
+            self._latencies += drawn
 
 
 class _Batch:
     """Parts that are computed together, when the first of their values is needed."""
 
-    def __init__(self, module: nn.Module, task: Task, parts: Sequence[Part]) -> None:
-        self._module, self._task = module, task
-        self._parts = sorted(
-            (
-                part
-                for part in parts
-                if not (_stuck(part) or (part.fault is not None and part.fault.kind == "crash"))
-            ),
-            key=lambda part: part.units,
-        )
+    def __init__(self, module: nn.Module, task: Task, max_rows: int | None) -> None:
+        self._module, self._task, self._max_rows = module, task, max_rows
+        self.parts: list[Part] = []
         self._values: dict[int, Any] | None = None
 
-    def reply(self, part: Part, max_rows: int | None) -> tuple[Any, WorkerError | None]:
-        """Return the value of a part, which is released here, or its error."""
-        if part.fault is not None and part.fault.kind == "crash":
-            return None, WorkerError(part.number, part.number, "died of an injected crash", "died")
+    def value(self, part: Part) -> Any:
+        """Return the value of a part, and release it here."""
         if self._values is None:
-            self._values = self._compute(max_rows)
+            self._values = self._compute()
         value = self._values.pop(part.number)
-        return (value if part.fault is None else part.fault.spoil(value)), None
+        return value if part.fault is None else part.fault.spoil(value)
 
-    def _compute(self, max_rows: int | None) -> dict[int, Any]:
-        units = [unit for part in self._parts for unit in part.units]
+    def _compute(self) -> dict[int, Any]:
+        parts = sorted(self.parts, key=operator.attrgetter("units"))
+        units = [unit for part in parts for unit in part.units]
         try:
-            outputs = [self._module(*a, **k) for a, k in self._task.payloads(units, max_rows)]
+            payloads = self._task.payloads(units, self._max_rows)
+            outputs = [self._module(*args, **kwargs) for args, kwargs in payloads]
         except Exception as error:
             if sys.version_info >= (3, 11):
                 error.add_note(
@@ -175,5 +170,5 @@ class _Batch:
                     f"{self._task.unit_rows} rows each"
                 )
             raise
-        values = self._task.cut(outputs, [len(part.units) for part in self._parts])
-        return {part.number: value for part, value in zip(self._parts, values, strict=True)}
+        values = self._task.cut(outputs, [len(part.units) for part in parts])
+        return {part.number: value for part, value in zip(parts, values, strict=True)}

@@ -7,9 +7,7 @@ import contextlib
 import importlib.util
 import os
 import queue
-import shutil
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .dispatch import Job, Worker, logger
+from .dispatch import Job, logger
 from .processes.modules import LoadedModules, set_up
 from .processes.supervised import SupervisedWorkers
 from .processes.supervisor import Supervisor, WatchedWorker
@@ -43,10 +41,11 @@ class RayWorkers(SupervisedWorkers):
         num_workers: the number of actors, at least 1.
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
             that this process is connected to, else one of its own on this machine, which ends with
-            the last pool that uses it. A process is in one cluster at a time.
-        threads: the number of threads that each actor uses for one operation.
-        grace: seconds that a part may take, with loading the module.
+            this process. A process is in one cluster at a time.
+        threads: the number of threads that each actor uses for one operation. Defaults to 1.
+        grace: seconds that a part may take, with loading the module. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
+            Defaults to 600.
         actor_options: options of each actor for Ray, such as ``num_gpus=1``, ``resources``,
             ``scheduling_strategy``. By default ``num_cpus=0``, so that any number of actors runs
             anywhere. With ``num_gpus``, an actor computes on the first of them.
@@ -60,8 +59,8 @@ class RayWorkers(SupervisedWorkers):
         RuntimeError: this process is in another cluster.
 
     Note:
-        A request takes some milliseconds, ten times what processes take on one machine. Ray hears
-        nothing of an actor that is stopped: it is ended after ``grace``.
+        A request takes some milliseconds, ten times as long as with processes on one machine. Ray
+        does not report an actor that is stopped: it is ended after ``grace``.
 
     Example:
         .. code-block:: python
@@ -91,7 +90,7 @@ class RayWorkers(SupervisedWorkers):
         self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
-    def _make_supervisor(self) -> Supervisor:
+    def _make_supervisor(self) -> Supervisor[_Actor]:
         return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
 
 
@@ -104,7 +103,7 @@ class _Actor(WatchedWorker):
         return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
 
 
-class _Actors(Supervisor):
+class _Actors(Supervisor[_Actor]):
     """The actors of a pool. News of Ray come through a queue."""
 
     kind = "actors"
@@ -115,42 +114,34 @@ class _Actors(Supervisor):
         super().__init__(size, grace)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
         self._threads = threads
-        self._cluster = _Cluster.join(address, self)
-        try:
-            self._class = _ray().remote(
-                concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
-            )(_actor_class())
-        except BaseException:
-            self._cluster.leave(self)
-            raise
+        self._session = _connect(address)
+        self._class = _ray().remote(
+            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
+        )(_actor_class())
+        # Runs before Ray's own exit handler, which would leave a pool that cannot end its actors.
+        atexit.register(self.close)
 
     def pack(self, module: nn.Module) -> Any:
-        self._cluster.check()
+        self._check()
         return [_ray().put(module)]  # in a list, or Ray would resolve it in every call
 
-    def launch(self, index: int) -> WatchedWorker:
-        try:
-            self._cluster.check()
-        except RuntimeError as error:
-            self.refuse(str(error))
-            raise
+    def launch(self, index: int) -> _Actor:
+        self._check()
         worker = _Actor(index, self._class.remote(self._threads, self.seed(index)))
         self._listen(worker, None, worker.handle.hello.remote())
         return worker
 
-    def send(self, worker: Worker, job: Job) -> None:
-        assert isinstance(worker, _Actor)
-        self._cluster.check()
+    def send(self, worker: _Actor, job: Job) -> None:
+        self._check()
         contents = _portable(job.module.job(job.request.task, job.part))
         worker.load(job.module)
         reply = worker.handle.call.remote(job.module.number, job.module.package, contents)
         self._listen(worker, job.number, reply)
 
-    def end(self, worker: WatchedWorker) -> None:
-        assert isinstance(worker, _Actor)
+    def end(self, worker: _Actor) -> None:
         # An actor whose cluster has ended, or that Ray does not know any more, has ended.
         with contextlib.suppress(RuntimeError, _ray().exceptions.ActorHandleNotFoundError):
-            self._cluster.check()
+            self._check()
             _ray().kill(worker.handle, no_restart=True)
 
     def wait(self, seconds: float) -> None:
@@ -164,7 +155,14 @@ class _Actors(Supervisor):
         self._news.put(None)
 
     def let_go(self) -> None:
-        self._cluster.leave(self)
+        atexit.unregister(self.close)
+
+    def _check(self) -> None:
+        """Raise a RuntimeError if the cluster has ended: Ray would begin another one."""
+        if self._session != _session():
+            raise RuntimeError(
+                "RayWorkers: this process has left the cluster of the pool; start another pool"
+            )
 
     def _listen(self, worker: _Actor, number: int | None, reference: Any) -> None:
         reference.future().add_done_callback(
@@ -193,89 +191,37 @@ class _Actors(Supervisor):
                 self.ready(worker)
 
 
-class _Cluster:
-    """The connection of this process to Ray, and the pools that use it.
+_lock = threading.Lock()
+# The address by which each session was joined, beside its own.
+_joined: dict[tuple[str, str], str | None] = {}
 
-    Args:
-        address: the address by which the process was connected.
-        folder: the cluster's files, if it is ours; None if we joined it.
-        connected: whether this pool connected the process to Ray, and so disconnects it.
+
+def _connect(address: str | None) -> tuple[str, str]:
+    """Connect this process to a cluster, unless it is in one, and return its :func:`_session`.
+
+    Raises:
+        RuntimeError: the process is in another cluster.
     """
-
-    _lock = threading.RLock()
-    _current: _Cluster | None = None
-
-    def __init__(self, address: str | None, folder: str | None, connected: bool) -> None:
-        self._address, self._folder, self._connected = address, folder, connected
-        self._session = _session()
-        self._users: list[_Actors] = []
-        # Runs before Ray's own exit handler, which would leave pools that cannot end their actors.
-        atexit.register(self._exit)
-
-    @classmethod
-    def join(cls, address: str | None, user: _Actors) -> _Cluster:
-        """Return the cluster, for one more pool.
-
-        Raises:
-            RuntimeError: this process is connected to another one.
-        """
-        with cls._lock:
-            if cls._current is None or cls._current._session != _session():
-                cls._current = cls._connect(address)
-            known = cls._current._address, cls._current._session[0], "auto", None
-            if address not in known:
-                raise RuntimeError(
-                    f"RayWorkers: address must be that of the cluster which this process is in, "
-                    f"{known[1]}, got {address!r}; a process is in one cluster at a time"
-                )
-            cls._current._users.append(user)
-            return cls._current
-
-    @classmethod
-    def _connect(cls, address: str | None) -> _Cluster:
-        quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-        # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
-        ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-        with _environment(ours if address is None else {}):
-            ray = _ray()
-            begin = address is None and not ray.is_initialized()
-            if not begin or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
-                logger.warning("the processes of Ray listen on every interface of their machines")
-            if ray.is_initialized():
-                return cls(None, None, connected=False)
-            if address is not None:
-                ray.init(address=address, **quiet)
-                return cls(address, None, connected=True)
-            folder = tempfile.mkdtemp(prefix="ray-")
-            ray.init(
-                include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=folder, **quiet
-            )
-            return cls(None, folder, connected=True)
-
-    def check(self) -> None:
-        """Raise a RuntimeError if the cluster has ended: Ray would begin another one."""
-        if self._session != _session():
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
+    ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    with _lock, _environment(ours if address is None else {}):
+        ray = _ray()
+        if own := address is None and not ray.is_initialized():
+            local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+            ray.init("local", **local, **quiet)
+        elif not ray.is_initialized():
+            ray.init(address, **quiet)
+            _joined[_session()] = address
+        session = _session()
+        if address not in (None, "auto", session[0], _joined.get(session)):
             raise RuntimeError(
-                "RayWorkers: this process has left the cluster of the pool; start another pool"
+                "RayWorkers: address must be that of the cluster which this process is in, "
+                f"{session[0]}, got {address!r}; call ray.shutdown() to leave that cluster"
             )
-
-    def leave(self, user: _Actors) -> None:
-        """Note that a pool has ended. With the last pool, end the cluster of its own."""
-        with self._lock:
-            self._users.remove(user)
-            if self._users:
-                return
-            atexit.unregister(self._exit)
-            if self._connected and self._session == _session():  # else a later one is connected
-                _ray().shutdown()
-            if type(self)._current is self:
-                type(self)._current = None
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _exit(self) -> None:
-        for user in list(self._users):
-            user.close()
+        if not own or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
+            logger.warning("the processes of Ray listen on every interface of their machines")
+        return session
 
 
 @contextlib.contextmanager

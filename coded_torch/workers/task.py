@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .pytrees import (
-    broadcast_dims,
-    check_batch,
-    flatten,
-    kind,
-    leaf_name,
-    positional,
-    show,
-    unflatten,
-)
+from . import pytrees
 
 __all__ = ["Arguments", "Task"]
 
@@ -84,12 +75,12 @@ class Task:
                 leaf if dim is None else leaf[start : start + step].movedim(0, dim)
                 for leaf, dim in zip(rows, self.dims, strict=True)
             ]
-            yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
+            yield (tuple(batch), {}) if self._is_positional else pytrees.unflatten(batch, self.spec)
 
     @functools.cached_property
     def _is_positional(self) -> bool:
         """Whether the arguments are the leaves by position: made in a tenth of the time."""
-        return bool(self.spec == positional(len(self.leaves))[0])
+        return bool(self.spec == pytrees.positional(len(self.leaves))[0])
 
     def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
         """Cut the outputs for the batches of :meth:`payloads` into parts of ``counts`` units.
@@ -98,7 +89,7 @@ class Task:
             ValueError: the outputs of the batches differ in structure, kind or a constant, or a
                 tensor does not have one row per row of its batch.
         """
-        flat, specs = zip(*map(flatten, outputs), strict=True)
+        flat, specs = zip(*map(pytrees.flatten, outputs), strict=True)
         if any(spec != specs[0] for spec in specs):
             raise ValueError(
                 "Task: the module must return the same structure for every batch, got "
@@ -106,19 +97,25 @@ class Task:
             )
         sizes = [count * self.unit_rows for count in counts]
         columns: list[Sequence[Any]] = []
-        for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
+        for i, dim in enumerate(pytrees.broadcast_dims("out_dims", self.out_dims, specs[0])):
             pieces = [leaves[i] for leaves in flat]
-            if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
-                got = " and ".join(sorted({show(piece) for piece in pieces}))
+            if dim is not None and any(
+                pytrees.kind(piece) != pytrees.kind(pieces[0]) for piece in pieces
+            ):
+                name = pytrees.leaf_name("output", outputs[0], i)
+                got = " and ".join(sorted({pytrees.show(piece) for piece in pieces}))
                 raise ValueError(
-                    f"CodedWrapper: {leaf_name('output', outputs[0], i)} must be the same for "
-                    f"every batch, or a tensor of one dtype, got {got}"
+                    f"CodedWrapper: {name} must be the same for every batch, or a tensor of one "
+                    f"dtype, got {got}"
                 )
             if dim is None or not isinstance(pieces[0], Tensor):
                 columns.append(pieces[:1] * len(counts))
                 continue
-            check_batch(outputs[0], i, pieces[0], dim)
+            pytrees.check_batch(outputs[0], i, pieces[0], dim)
             leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-            check_batch(outputs[0], i, leaf, dim, sum(sizes))
+            pytrees.check_batch(outputs[0], i, leaf, dim, sum(sizes))
             columns.append(leaf.split(sizes, dim))
-        return [unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]
+        return [
+            pytrees.unflatten([column[n] for column in columns], specs[0])
+            for n in range(len(counts))
+        ]

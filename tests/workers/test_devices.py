@@ -300,22 +300,22 @@ class TestCopies:
     def test_a_copy_is_kept_while_the_original_stays(self, replica):
         module = nn.Linear(2, 2)
         with torch.no_grad():
-            first, second = replica._replicate(module), replica._replicate(module)
+            first, second = replica._replicate(module, {}), replica._replicate(module, {})
             assert first.weight.device.type == "meta"
             assert first.weight is second.weight
             module.weight.add_(1)
-            third = replica._replicate(module)
+            third = replica._replicate(module, {})
             assert third.weight is not first.weight
             assert third.bias is first.bias
             third.bias.add_(1)  # a buffer that a replica changes
-            assert replica._replicate(module).bias is not third.bias
+            assert replica._replicate(module, {}).bias is not third.bias
             module.weight.data = torch.zeros(2, 2)
-            assert replica._replicate(module).weight is not third.weight
+            assert replica._replicate(module, {}).weight is not third.weight
 
     def test_gradients_flow_through_a_copy_of_its_own(self, replica):
         module = nn.Linear(2, 2)
         module.bias.requires_grad_(False)
-        first, second = replica._replicate(module), replica._replicate(module)
+        first, second = replica._replicate(module, {}), replica._replicate(module, {})
         assert first.weight.grad_fn is not None
         assert first.weight is not second.weight
         assert first.bias is second.bias
@@ -323,16 +323,16 @@ class TestCopies:
     def test_tied_parameters_stay_tied(self, replica):
         module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         module[1].weight = module[0].weight
-        copy = replica._replicate(module)
+        copy = replica._replicate(module, {})
         assert copy[0].weight is copy[1].weight
         assert copy[1].weight.device.type == "meta"
 
     def test_copies_made_in_inference_mode_serve_outside_of_it(self, replica):
         module = nn.Linear(2, 2).requires_grad_(False)
         with torch.inference_mode():
-            inside = replica._replicate(module)
+            inside = replica._replicate(module, {})
             assert not inside.weight.is_inference()
-        assert replica._replicate(module).weight is inside.weight
+        assert replica._replicate(module, {}).weight is inside.weight
 
 
 def test_bad_arguments():

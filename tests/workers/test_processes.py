@@ -32,7 +32,6 @@ from coded_torch.testing.workers import (
     until,
 )
 from coded_torch.workers import Began, Fault, FaultyWorkers, ProcessWorkers, WorkerError
-from coded_torch.workers.processes import fork_server
 
 from .modules import (
     Exits,
@@ -264,110 +263,6 @@ def test_kept_results_keep_few_blocks_of_shared_memory(columns, most):
     assert [float(reply.value.max()) for reply in kept] == list(range(30))
 
 
-_PACKAGE = """
-import os, sys, threading
-from pathlib import Path
-import torch
-
-log = Path(__file__).parent / (__name__ + ".log")
-with log.open("a") as file:
-    print(os.getpid(), file=file)
-if __name__ == "threaded":
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
-
-class Net(torch.nn.Module):
-    def forward(self, x):
-        return x + 0.5 * ("extra" in sys.modules)
-"""
-
-_PRELOADS = """
-import os, signal, sys, time
-from pathlib import Path
-import torch
-from coded_torch.codes import ReplicationCode
-from coded_torch.nn import CodedWrapper
-from coded_torch.workers import ProcessWorkers
-
-if __name__ == "__main__":
-    sys.path.insert(0, {folder!r})
-    from plain import Net as Plain
-    from threaded import Net as Threaded
-    servers = set()
-    for net in (Plain(), Threaded()):
-        with ProcessWorkers(2, preload=["extra"]).start(net) as pool, torch.no_grad():
-            coded = CodedWrapper(net, ReplicationCode(2, 2), workers=pool)
-            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
-            victim = pool.pids[0]
-            os.kill(victim, signal.SIGKILL)
-            while victim in pool.pids or pool.num_ready < 2:
-                time.sleep(0.002)
-            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
-            if isinstance(net, Plain):
-                print(len({{os.getpid()}} & set(pool.pids)))
-"""
-
-
-def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
-    for name in ("plain", "threaded", "extra"):
-        (tmp_path / f"{name}.py").write_text(_PACKAGE)
-    done = _script(tmp_path, _PRELOADS.format(folder=str(tmp_path)), 2 * WAIT)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.splitlines() == ["1.5 2.5", "1.5 2.5", "0", "1.5 2.5", "1.5 2.5"]
-    # This process, and the server; after "threaded", there is another one, without that package.
-    imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
-    assert imports["plain"] == 2
-    assert imports["extra"] == 2
-    assert imports["threaded"] == 2 + 3  # by each process itself
-
-
-_SHARED = """
-import os, signal, sys
-from coded_torch.workers import ProcessWorkers
-from coded_torch.workers.processes.fork_server import _Server
-
-def begin(*packages):
-    pool = ProcessWorkers(1, preload=packages)
-    try:
-        pool.start(timeout=0.3)
-    except RuntimeError:
-        return pool
-    sys.exit("the pool must not be up so early")
-
-if __name__ == "__main__":
-    sys.path.insert(0, {folder!r})
-    with ProcessWorkers(1).start() as first:
-        server, pids = _Server.current, first.pids
-        with begin("slow_1") as restarted:
-            restarted.restart(0)
-            restarted.start()
-        begin("slow_2").close()
-        print(_Server.current is server, first.pids == pids, sorted(_Server.refused))
-        ProcessWorkers(1).start().close()  # The server has imported slow_2 then.
-        with begin("slow_3") as importing, begin() as waiting:
-            os.kill(server.pid, signal.SIGKILL)
-            importing.start()
-            waiting.start()
-        print(_Server.current is server, first.pids == pids, sorted(_Server.refused))
-"""
-
-
-def test_pools_that_are_starting_leave_the_server_to_others(tmp_path):
-    for name in ("slow_1", "slow_2", "slow_3"):
-        (tmp_path / f"{name}.py").write_text("import time; time.sleep(1)")
-    done = _script(tmp_path, _SHARED.format(folder=str(tmp_path)), 2 * WAIT)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.splitlines() == ["True True []", "False True ['slow_3']"]
-
-
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="reads what Linux knows")
-def test_the_server_asks_for_gpus_without_the_cuda_runtime(pool):
-    server = fork_server._Server.current.pid
-    environment = Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
-    assert b"PYTORCH_NVML_BASED_CUDA_CHECK=1" in environment
-
-
 def test_a_hung_process_is_killed_after_its_grace_and_its_delays_are_those_of_a_law():
     law = Trace([[0.0, math.inf], [0.0, 0.0]])
     with ProcessWorkers(2, grace=0.3).start(timeout=WAIT) as inner:
@@ -555,9 +450,6 @@ def test_a_forked_process_is_refused():
         ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
         ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
-        ({"preload": "numpy"}, TypeError, "preload must be a list of names, got 'numpy'"),
-        ({"preload": [3]}, TypeError, "preload must hold names, got 3"),
-        ({"preload": ["nowhere.at"]}, ValueError, "preload must name installed packages, got 'now"),
         ({"devices": []}, ValueError, "devices must name at least one device, got none"),
     ],
 )
@@ -569,7 +461,11 @@ def test_bad_arguments(options, error, match):
 _UNGUARDED = """
 import torch
 from coded_torch.workers import ProcessWorkers
-ProcessWorkers(2).start()
+
+class Net(torch.nn.Module):
+    pass
+
+ProcessWorkers(2).start(Net())
 """
 
 
@@ -610,11 +506,9 @@ def _script(tmp_path, text: str, timeout: float = WAIT) -> subprocess.CompletedP
 def test_a_script_without_a_guard_gets_to_know(tmp_path):
     done = _script(tmp_path, _UNGUARDED)
     assert done.returncode != 0
-    assert done.stderr.count("Traceback") == 1, done.stderr
-    assert done.stderr.strip().splitlines()[-1] == (
-        "RuntimeError: ProcessWorkers: workers import the main script, which must not start "
-        'workers then; put its main part under: if __name__ == "__main__":'
-    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert "RuntimeError: ProcessWorkers: workers import the main script" in last
+    assert last.endswith('put its main part under: if __name__ == "__main__":')
 
 
 _INTERACTIVE = """

@@ -1,8 +1,9 @@
-r"""Modules on both sides: packed once by the caller, loaded and called by the workers."""
+r"""Modules on both sides: the caller packs them once, the workers load and call them."""
 
 from __future__ import annotations
 
 import itertools
+import operator
 import pickle
 import random
 import threading
@@ -23,7 +24,6 @@ from ..live import Ambient
 
 __all__ = ["LoadedModules", "ModuleStore", "PackedModule", "remote_cause", "set_up"]
 
-
 # An exception in words, its traceback, and itself if it can travel.
 _Failure = tuple[str, str, Exception | None]
 
@@ -31,10 +31,10 @@ _Failure = tuple[str, str, Exception | None]
 class PackedModule(NamedTuple):
     """The module of a request: the data that all its jobs share."""
 
-    number: int  # of the module in its present state, so that it is sent once
+    number: int  # of the module in its present state, which is sent once
     package: Any  # the module, as it is sent
     alive: frozenset[int]  # the numbers of all modules that may still be needed
-    head: bytes  # number, alive and the caller's modes, pickled
+    head: bytes  # the pickle of number, alive and the caller's modes
 
     def job(self, task: Task, part: Part) -> tuple[Any, ...]:
         """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
@@ -65,8 +65,14 @@ class ModuleStore:
         with self._lock:
             packed = self._packed.get(module)
             if packed is None or packed[0] != how:
-                packed = how, next(self._numbers), self._package(module), tensors
-                self._packed[module] = packed
+                try:
+                    package = self._make(module)
+                except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    raise TypeError(
+                        "Workers: the module must be picklable to be sent to another process, "
+                        f"got {type(module).__name__}: {error}"
+                    ) from error
+                packed = self._packed[module] = how, next(self._numbers), package, tensors
             alive = frozenset(number for _, number, *_ in self._packed.values())
         _, number, package, _ = packed
         return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
@@ -74,15 +80,15 @@ class ModuleStore:
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package that were packed last.
 
-        None if there is none, and while one is being packed, which may take long.
+        Returns None if there is none, or while one is being packed, which may take long.
         """
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            entries = [(number, package) for _, number, package, _ in self._packed.values()]
+            entries = [entry[1:3] for entry in self._packed.values()]
         finally:
             self._lock.release()
-        return max(entries, key=lambda entry: entry[0], default=None)
+        return max(entries, default=None, key=operator.itemgetter(0))
 
     def forget(self, module: nn.Module) -> None:
         """Pack ``module`` again when it is needed next."""
@@ -93,15 +99,6 @@ class ModuleStore:
         """Release all packages."""
         with self._lock:
             self._packed.clear()
-
-    def _package(self, module: nn.Module) -> Any:
-        try:
-            return self._make(module)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise TypeError(
-                "Workers: the module must be picklable to be sent to another process, "
-                f"got {type(module).__name__}: {error}"
-            ) from error
 
 
 # The workers use the rest.

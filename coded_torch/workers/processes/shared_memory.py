@@ -1,93 +1,199 @@
 r"""Messages between two processes of one machine, with their tensors in shared memory.
 
-Pickling a tensor copies it twice and writes it through a pipe; :mod:`torch.multiprocessing` moves
-its storage to a file of its own and sends the descriptor, for every tensor and message. Here a
-side writes all of a message into memory that the other has mapped already, and sends 48 bytes. The
-tensors that the other reads are views of that memory. When they are gone, the memory is used again.
+A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
+Here the sender writes a message into memory that the receiver has mapped already, and sends a
+header of 48 bytes. The received tensors are views of that memory. The sender writes there again
+when the receiver holds no view any more.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
+import io
+import math
 import mmap
 import os
+import pickle
 import socket
 import struct
 import sys
 import tempfile
+import types
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .pickles import Pickled, unpickled
+import torch
+from torch import Tensor
 
-__all__ = ["Block", "Connection", "Message"]
+__all__ = ["Connection", "Message", "Package", "Pickled"]
 
-# Kind, number, bytes of the pickle, its block, blocks that were read, whether the block is new.
+# Kind, number, bytes of the pickle, its block, bits of the blocks that were read, whether the block
+# is new.
 _HEADER = struct.Struct("<qqqqQq")
-_TRUNCATED = int(socket.MSG_CTRUNC)  # of an enumeration, "&" takes microseconds
-_MOST_BLOCKS = 64  # bits of the field of blocks that were read
-# Blocks of a connection that results may keep, with a descriptor and a mapping each: the results of
-# a few calls, which callers hold. Further results are copied. Not tuned.
+_TRUNCATED = int(socket.MSG_CTRUNC)  # as an enumeration, "&" would take microseconds
+_ALIGNMENT = 64  # bytes of a cache line
+# Blocks of a connection that received tensors may keep, each with a descriptor and a mapping. The
+# tensors of further messages are copied. The field of bits in the header has room for 64. Not
+# tuned: callers hold the results of a few calls.
 _MOST_KEPT = 8
-# Bytes up to which a tensor is copied when it is read, as a view would keep a whole block. The copy
-# of 64 KiB takes some 5 us, about as long as a view.
+# Bytes up to which a received tensor is copied, since a view would keep a whole block. Copying
+# 64 KiB takes about 5 us, as long as making a view.
 _SMALL = 1 << 16
-_LEAST = 1 << 16  # bytes of a block; smaller ones would save nothing but pages
+_LEAST = 1 << 16  # bytes of a block; a smaller one would save only pages
+_NAMED = (type, types.FunctionType)  # kinds of objects that are pickled by name
 
 
-class Block:
-    """Anonymous shared memory with a pickle, and behind it the bytes of its tensors.
+class Pickled:
+    """The pickle of an object without its tensors, which lie behind the pickle in memory.
 
-    Args:
-        size: bytes to reserve.
-        descriptor: the descriptor of memory of another process. Defaults to None, new memory.
+    Attributes:
+        size: the bytes of the pickle and the tensors.
+        length: the bytes of the pickle.
+
+    Raises:
+        Exception: whatever keeps ``value`` from being pickled.
     """
 
-    def __init__(self, size: int = 0, descriptor: int | None = None) -> None:
-        new = descriptor is None
-        self.descriptor = _anonymous_file() if descriptor is None else descriptor
-        self._close = weakref.finalize(self, os.close, self.descriptor)
-        self._ours = new
-        if new:
-            os.ftruncate(self.descriptor, size)
+    def __init__(self, value: Any) -> None:
+        try:
+            writer, stream = _dump(value, _Pickler)
+        except _InteractiveError as error:
+            writer, stream = _dump(value, _by_value(error))
+        self._stream, self._tensors = stream, list(writer.tensors.values())
+        self.length = len(stream)
+        self.size = _aligned(self.length) + writer.size
 
-    @functools.cached_property
-    def memory(self) -> mmap.mmap:
-        """The memory itself, which has a descriptor of its own."""
-        memory = mmap.mmap(self.descriptor, 0)
-        if not self._ours:  # else it is sent to others
-            self._close()
-        return memory
+    def write(self, memory: mmap.mmap) -> None:
+        """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
+        memory[: self.length] = self._stream
+        start = _aligned(self.length)
+        for tensor, offset in self._tensors:
+            place = torch.frombuffer(
+                memory, dtype=tensor.dtype, count=tensor.numel(), offset=start + offset
+            )
+            place.view(tensor.shape).copy_(tensor.detach())
+        self._tensors = []
 
-    def __len__(self) -> int:
-        return len(self.memory)
 
-    @classmethod
-    def of(cls, pickled: Pickled) -> tuple[Block, int]:
-        """Return a block that just holds an object, and the length of its pickle."""
-        block = cls(pickled.size)
-        pickled.write(block.memory)
-        return block, len(pickled.stream)
+class _TensorPickler:
+    """A mixin for picklers: the pickle holds only dtype, shape and place of plain tensors."""
+
+    by_name = False  # whether classes of an interactive session are refused
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tensors: dict[int, tuple[Tensor, int]] = {}  # by id, with their places
+        self.size = 0
+
+    def persistent_id(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
+        """Return dtype, shape and place of a plain tensor; None for any other object.
+
+        The data of a parameter comes here as a plain tensor.
+        """
+        if type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized:
+            if not obj.is_meta and (count := obj.numel()):
+                if id(obj) not in self.tensors:
+                    self.tensors[id(obj)] = obj, self.size
+                    self.size += _aligned(count * obj.element_size())
+                dtype = str(obj.dtype).removeprefix("torch.")
+                return dtype, tuple(obj.shape), self.tensors[id(obj)][1]
+        elif (
+            self.by_name
+            and isinstance(obj, _NAMED)
+            and obj.__module__ == "__main__"
+            and not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
+        ):
+            raise _InteractiveError(f"{obj.__qualname__} belongs to an interactive session")
+        return None
+
+
+class _InteractiveError(pickle.PicklingError):
+    """A class or function that no other process finds by its name."""
+
+
+class _Pickler(_TensorPickler, pickle.Pickler):
+    by_name = True
+
+
+def _by_value(error: _InteractiveError) -> type:
+    """Return a pickler that sends the classes of an interactive session by value."""
+    try:
+        from cloudpickle import CloudPickler as Base
+    except ImportError:
+        raise pickle.PicklingError(
+            f"{error}; install cloudpickle, or define it in a file that can be imported"
+        ) from None
+    return type("_CloudPickler", (_TensorPickler, Base), {})
+
+
+def _dump(value: Any, pickler: Callable[..., Any]) -> tuple[Any, memoryview]:
+    buffer = io.BytesIO()
+    writer = pickler(buffer, pickle.HIGHEST_PROTOCOL)
+    writer.dump(value)
+    return writer, buffer.getbuffer()
+
+
+def import_main() -> None:
+    """Do nothing, where the main script runs. Worker processes import it."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads a pickle of a :class:`_TensorPickler`."""
+
+    def __init__(self, memory: memoryview, length: int, copy: int) -> None:
+        super().__init__(io.BytesIO(memory[:length]))
+        self._memory, self._start, self._copy = memory, _aligned(length), copy
+        self._read: dict[int, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__main__":
+            import_main()
+        return super().find_class(module, name)
+
+    def persistent_load(self, place: tuple[str, tuple[int, ...], int]) -> Tensor:
+        dtype, shape, offset = place
+        if offset not in self._read:
+            tensor = torch.frombuffer(
+                self._memory,
+                dtype=getattr(torch, dtype),
+                count=math.prod(shape),
+                offset=self._start + offset,
+            ).view(shape)
+            self._read[offset] = tensor.clone() if tensor.nbytes <= self._copy else tensor
+        return self._read[offset]
+
+
+class Package:
+    """An object in shared memory of its own, for any number of receivers."""
+
+    def __init__(self, pickled: Pickled) -> None:
+        self.descriptor, self.length = _anonymous_file(pickled.size), pickled.length
+        weakref.finalize(self, os.close, self.descriptor)
+        with mmap.mmap(self.descriptor, 0) as memory:
+            pickled.write(memory)
 
 
 class Message(NamedTuple):
-    """A message: its kind, its number, and the place of its value."""
+    """A message: its kind, its number, and the memory of its object.
+
+    Tensors of up to ``copy`` bytes are copied from the memory. The others are views, which keep it.
+    """
 
     kind: int
     number: int
-    memory: memoryview
-    length: int
+    memory: memoryview = memoryview(b"")
+    length: int = 0
     copy: int = 0
 
     def value(self) -> Any:
-        """Return the object. Its tensors are copies, or views of the memory, which they keep."""
-        return unpickled(self.memory, self.length, self.copy)
+        """Return the object."""
+        return _Unpickler(self.memory, self.length, self.copy).load()
 
 
 class Connection:
-    """One end of a connection. Each end is used by one thread at a time.
+    """One end of a connection. One thread sends at a time, and one receives.
 
     Args:
         sock: a stream socket of the Unix domain.
@@ -95,50 +201,54 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        self._made = 0
-        self._free: list[tuple[int, Block]] = []  # to write into
-        self._lent: dict[int, Block] = {}  # written, and read by the other side
-        self._known: dict[int, Block] = {}  # the other side's
-        self._kept: set[int] = set()  # indices of blocks that are being read
-        self._done: deque[int] = deque()  # indices of blocks that were read
+        # Blocks to write into, by index; None if the block has still to be made.
+        self._free: list[tuple[int, mmap.mmap | None]] = [(i, None) for i in range(63, -1, -1)]
+        self._lent: dict[int, mmap.mmap] = {}  # blocks that the other side reads
+        self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
+        self._kept: set[int] = set()  # indices of the other side's blocks that are being read
+        self._done: deque[int] = deque()  # indices of its blocks that were read
 
     def fileno(self) -> int:
-        """The descriptor to wait for."""
+        """Return the descriptor to wait for."""
         return self.socket.fileno()
 
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
         Raises:
-            ConnectionError: nothing reads any more.
-            OSError: there is no memory to be had.
+            ConnectionError: the other side has ended.
+            OSError: there is no memory or descriptor left.
         """
         if pickled is None:
-            return self._write(kind, number, 0, -1, _mask(self._done))
-        block: Block | None = None
-        if self._free:
-            index, block = self._free.pop()
-        else:
-            index = self._made
-            self._made += 1
-        new = block is None or len(block) < pickled.size
-        if block is None or new:
-            block = Block(_rounded(pickled.size))
-        pickled.write(block.memory)
-        if index < _MOST_BLOCKS:  # any further ones are used once
+            self._write(kind, number, 0, -1)
+            return
+        index, block = self._free.pop()
+        new: int | None = None
+        written = False
+        try:
+            if block is None or len(block) < pickled.size:
+                # Rounded up, so that the block has room for a somewhat larger message too.
+                new = _anonymous_file(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
+                block = mmap.mmap(new, 0)
+            pickled.write(block)
+            written = True
             self._lent[index] = block
-        where = len(pickled.stream), index, _mask(self._done)
-        return self._write(kind, number, *where, block if new else None)
+            self._write(kind, number, pickled.length, index, new)
+        finally:
+            if not written:
+                self._free.append((index, None))
+            if new is not None:
+                os.close(new)  # the mapping has a descriptor of its own
 
-    def send_block(self, kind: int, number: int, block: Block, length: int) -> None:
-        """Send a block as it is. The reader maps the same memory, copied where it writes."""
-        self._write(kind, number, length, -1, 0, block)
+    def send_package(self, kind: int, number: int, package: Package) -> None:
+        """Send a package. The receiver maps its memory, and copies the pages that it changes."""
+        self._write(kind, number, package.length, -1, package.descriptor)
 
     def receive(self) -> Message | None:
         """Return the next message, or None if the other side has ended.
 
         Raises:
-            OSError: this process cannot get the memory that the message is in.
+            OSError: this process cannot get the memory of the message.
         """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.
@@ -148,21 +258,21 @@ class Connection:
         if len(data) < _HEADER.size:
             return None
         kind, number, length, index, read, new = _HEADER.unpack(data)
-        for done in _bits(read):
-            self._free.append((done, self._lent.pop(done)))
+        for done in range(read.bit_length()):
+            if read >> done & 1:
+                self._free.append((done, self._lent.pop(done)))
         if flags & _TRUNCATED or len(descriptors) < new:
-            # The kernel drops descriptors that are one too many for this process.
+            # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        block = Block(descriptor=descriptors[0]) if new else None
         if not length:
-            return Message(kind, number, memoryview(b""), 0)
-        if not 0 <= index < _MOST_BLOCKS:
-            assert block is not None  # others may have got the same, such as a module
-            own = mmap.mmap(block.descriptor, 0, access=mmap.ACCESS_COPY)
-            return Message(kind, number, memoryview(own), length)
-        if block is not None:
-            self._known[index] = block
-        memory = memoryview(self._known[index].memory)
+            return Message(kind, number)
+        if new:
+            access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
+            self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
+            os.close(descriptors[0])
+        if index < 0:  # a package
+            return Message(kind, number, memoryview(self._known.pop(index)), length)
+        memory = memoryview(self._known[index])
         copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
         self._kept.add(index)
         weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
@@ -174,51 +284,38 @@ class Connection:
         self._free, self._lent, self._known = [], {}, {}
 
     def _write(
-        self,
-        kind: int,
-        number: int,
-        length: int,
-        index: int,
-        read: int,
-        block: Block | None = None,
+        self, kind: int, number: int, length: int, index: int, new: int | None = None
     ) -> None:
-        header = _HEADER.pack(kind, number, length, index, read, block is not None)
+        read = 0
+        while self._done:
+            read |= 1 << self._done.popleft()
+        header = _HEADER.pack(kind, number, length, index, read, new is not None)
         try:
-            if block is None:
+            if new is None:
                 self.socket.sendall(header)
             else:
-                socket.send_fds(self.socket, [header], [block.descriptor])
+                socket.send_fds(self.socket, [header], [new])
         except OSError as error:
-            raise ConnectionError(f"nothing reads any more: {error}") from error
+            raise ConnectionError(f"the other side has ended: {error}") from error
 
 
-def _let_go(place: int, kept: set[int], done: deque[int]) -> None:
-    """Not a method, so that results do not hold the connection."""
-    kept.discard(place)
-    done.append(place)
+def _let_go(index: int, kept: set[int], done: deque[int]) -> None:
+    """Note that a block was read. This is no method, so that results do not hold a connection."""
+    kept.discard(index)
+    done.append(index)
 
 
-def _mask(places: deque[int]) -> int:
-    """Take places out, each at most once, and return them as bits."""
-    mask = 0
-    while places and not mask >> places[0] & 1:
-        mask |= 1 << places.popleft()
-    return mask
+def _aligned(size: int) -> int:
+    """Return ``size`` rounded up to whole cache lines."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _bits(mask: int) -> list[int]:
-    """Return the places in a mask."""
-    return [place for place in range(mask.bit_length()) if mask >> place & 1]
-
-
-def _rounded(size: int) -> int:
-    """Return a size with some room, so that the block serves somewhat larger messages, too."""
-    return max(_LEAST, 1 << (size - 1).bit_length())
-
-
-def _anonymous_file() -> int:
-    """Return a descriptor of memory without a name. It ends with the last process that has it."""
+def _anonymous_file(size: int) -> int:
+    """Return the descriptor of shared memory, which exists while any process has it."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("coded_torch")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
+        descriptor = os.memfd_create("coded_torch")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor

@@ -3,8 +3,6 @@ r"""The base of pools whose workers may hang and die: processes and Ray actors."
 from __future__ import annotations
 
 import abc
-import dataclasses
-import math
 import os
 import threading
 import time
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..._arguments import count, instance, positive, warn
-from ..base import Began, Reply, Request, Task
+from ..base import Request, Task
 from ..dispatch import DispatchedWorkers
 from ..live import Ambient, LiveRequest
 from .supervisor import START_SECONDS, Supervisor
@@ -38,12 +36,12 @@ class SupervisedWorkers(DispatchedWorkers):
         self._open()
 
     @abc.abstractmethod
-    def _make_supervisor(self) -> Supervisor:
+    def _make_supervisor(self) -> Supervisor[Any]:
         """Return a new supervisor."""
 
     def _open(self) -> None:
         self._lock = threading.Lock()
-        self._supervisor: Supervisor | None = None
+        self._supervisor: Supervisor[Any] | None = None
         self._closed = False
         self._warned = False
 
@@ -63,10 +61,10 @@ class SupervisedWorkers(DispatchedWorkers):
         end = time.monotonic() + positive(self, "timeout", timeout)
         supervisor = self._dispatcher(module)
         if not supervisor.wait_until_ready(timeout):
+            trouble = f"last error: {supervisor.trouble or 'none, they are still starting'}"
             raise RuntimeError(
-                supervisor.refusal
-                or f"{type(self).__name__}: only {self.num_ready} of {self.num_workers} workers "
-                f"started within {timeout:g} s; {supervisor.trouble or 'they are still starting'}"
+                f"{type(self).__name__}: only {self.num_ready} of {self.num_workers} workers "
+                f"started within {timeout:g} s; {trouble}"
             )
         return super().start(module, example, timeout=end - time.monotonic())
 
@@ -96,7 +94,7 @@ class SupervisedWorkers(DispatchedWorkers):
         if self._supervisor is not None:
             self._finalizer()
 
-    def _dispatcher(self, module: nn.Module | None = None) -> Supervisor:
+    def _dispatcher(self, module: nn.Module | None = None) -> Supervisor[Any]:
         """Return the supervisor. If it is new, it knows the module before it starts workers."""
         with self._lock:
             if self._closed:
@@ -108,30 +106,29 @@ class SupervisedWorkers(DispatchedWorkers):
                 self._supervisor, self._pid = supervisor, os.getpid()
                 # The thread knows the supervisor, not the pool: a pool that nothing holds is
                 # closed, and so is one that is left at exit.
-                self._finalizer = weakref.finalize(self, self._supervisor.close)
-                self._supervisor.thread.start()
+                self._finalizer = weakref.finalize(self, supervisor.close)
+                supervisor.thread.start()
         if self._pid != os.getpid():
             raise RuntimeError(
                 f"{type(self).__name__}: the pool must be used in the process that started it; "
                 "give a forked process its own pool"
             )
-        if self._supervisor.refusal:
-            raise RuntimeError(self._supervisor.refusal)
         return self._supervisor
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
         if not torch.is_grad_enabled():
             return
+        owner, remedy = type(self).__name__, "call under torch.no_grad(), or use DeviceWorkers"
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in task.leaves):
             raise RuntimeError(
-                f"{type(self).__name__}: inputs must not require gradients, which do not pass "
-                "through other processes; call under torch.no_grad(), or use DeviceWorkers"
+                f"{owner}: inputs must not require gradients, which do not pass through other "
+                f"processes; {remedy}"
             )
         if not self._warned and any(p.requires_grad for p in module.parameters()):
             self._warned = True
             warn(
-                f"{type(self).__name__}: answers have no gradients, which do not pass through "
-                "other processes; call under torch.no_grad(), or use DeviceWorkers to train"
+                f"{owner}: answers have no gradients, which do not pass through other processes; "
+                f"{remedy} to train"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,22 +146,13 @@ class SupervisedWorkers(DispatchedWorkers):
 class _SupervisedRequest(LiveRequest):
     """A request whose module is packed, and whose results go to the device of the task."""
 
-    dispatcher: Supervisor
-
     def __init__(
-        self, task: Task, timeout: float, supervisor: Supervisor, module: nn.Module
+        self, task: Task, timeout: float, supervisor: Supervisor[Any], module: nn.Module
     ) -> None:
         super().__init__(task, timeout, supervisor, None)
         self.module = supervisor.modules.pack(module, self.ambient)
 
-    def wait(self, until: float = math.inf) -> Began | Reply | None:
-        event = super().wait(until)
-        if not isinstance(event, Reply) or self.task.device.type == "cpu":
-            return event
-        value = pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), event.value)
-        return dataclasses.replace(event, value=value)
-
-    def abandon(self) -> None:
-        self.abandoned = True
-        super().abandon()
-        self.dispatcher.wake()
+    def receive(self, value: Any) -> Any:
+        if self.task.device.type == "cpu":
+            return value
+        return pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), value)

@@ -8,13 +8,13 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..dispatch import Dispatcher, Job, Worker, logger
+from ..dispatch import Dispatcher, Worker, logger
 from .modules import ModuleStore, PackedModule, remote_cause
 
 __all__ = ["START_SECONDS", "Supervisor", "WatchedWorker"]
@@ -36,12 +36,11 @@ _pools = itertools.count()
 
 
 class WatchedWorker(Worker):
-    """A process or an actor."""
+    """A process or an actor. It is starting, loading a module, at a job, or idle since a time."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
-        self.pid = 0  # 0 until it is up
-        self.since = 0.0  # when it began to start, or its job, or had loaded the job's module
+        self.pid = 0  # 0 until it is known
         self.loading = False  # whether it has still to load the module of its job
         self.unwanted = False  # whether it is to be replaced
         self.modules: frozenset[int] = frozenset()  # the numbers of its modules
@@ -53,37 +52,29 @@ class WatchedWorker(Worker):
         """Note which modules the worker holds once it has a job with this one."""
         self.modules = self.modules & module.alive | {module.number}
 
-    def due(self, grace: float) -> float:
-        """Return when the worker is to be ended; infinite while it has nothing to do."""
-        if self._is_useless:
-            return -math.inf
+    def end_by(self, grace: float) -> tuple[float, str]:
+        """Return when the worker is to be ended, and why, in words that continue its name."""
+        if self.unwanted:
+            return -math.inf, "was to be restarted"
+        if self.job is not None and self.job.request.abandoned:
+            return -math.inf, "was at a call that was interrupted"
         if self.ready and self.job is None:
-            return math.inf
-        return self.since + self._limit(grace)[0]
-
-    def verdict(self, grace: float) -> str:
-        """Return why it is ended when it is due, in words that continue its name."""
-        if self._is_useless:
-            return "was to be restarted" if self.unwanted else "was at a call that was interrupted"
-        limit, what = self._limit(grace)
-        return f"was {what} for more than {limit:g} s, and was ended"
-
-    @property
-    def _is_useless(self) -> bool:
-        return self.unwanted or (self.job is not None and self.job.request.abandoned)
-
-    def _limit(self, grace: float) -> tuple[float, str]:
-        """Return the seconds that it has for its present task, and the name of the task."""
-        if self.ready and not self.loading:
-            return grace, "at one job"
-        return max(START_SECONDS, grace), "loading a module" if self.ready else "starting"
+            return math.inf, ""
+        seconds, what = grace, "at one job"
+        if self.loading or not self.ready:
+            seconds = max(START_SECONDS, grace)
+            what = "loading a module" if self.ready else "starting"
+        return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
 
 
-class Supervisor(Dispatcher):
+V = TypeVar("V", bound=WatchedWorker)
+
+
+class Supervisor(Dispatcher[V]):
     """The workers of a pool, and the jobs that wait for them.
 
     A worker that is lost is replaced, and its job fails. A worker that computes a job for longer
-    than ``grace`` seconds is ended; where loading the module is reported, it does not count.
+    than ``grace`` seconds is ended. Loading the module does not count where it is reported.
 
     Subclasses start, ask and end workers, and report to :meth:`ready`, :meth:`take`, :meth:`fail`
     and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
@@ -94,18 +85,14 @@ class Supervisor(Dispatcher):
         clock: returns the time in seconds.
     """
 
-    _workers: list[WatchedWorker]  # type: ignore[assignment]
-
     def __init__(
         self, size: int, grace: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        super().__init__(size)
+        super().__init__(size, clock)
         self.grace = grace
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
-        self.refusal = ""  # why no worker can ever start
-        self._clock = clock
         self._failed_starts = 0
         self._start_again = -math.inf
         self._pool, self._starts = next(_pools), [0] * size  # how often each place was taken
@@ -115,11 +102,11 @@ class Supervisor(Dispatcher):
         """Return a module in the form in which workers get it."""
 
     @abc.abstractmethod
-    def launch(self, index: int) -> WatchedWorker:
+    def launch(self, index: int) -> V:
         """Begin to start the worker at a place."""
 
     @abc.abstractmethod
-    def end(self, worker: WatchedWorker) -> None:
+    def end(self, worker: V) -> None:
         """End a worker at once, whatever state it is in."""
 
     @abc.abstractmethod
@@ -141,20 +128,18 @@ class Supervisor(Dispatcher):
 
     # The workers call these methods, through whatever hears them.
 
-    def ready(self, worker: Worker) -> None:
+    def ready(self, worker: V) -> None:
         self._failed_starts = 0
         super().ready(worker)
 
-    def loaded(self, worker: WatchedWorker) -> None:
+    def loaded(self, worker: V) -> None:
         """Note that a worker has loaded the module of its job, or, before it is up, the last."""
         with self._changed:
             worker.loading, worker.since = False, self._clock()
         if not worker.ready:
             self.ready(worker)
 
-    def take(
-        self, worker: WatchedWorker, number: int, succeeded: bool, read: Callable[[], Any]
-    ) -> None:
+    def take(self, worker: V, number: int, succeeded: bool, read: Callable[[], Any]) -> None:
         """Take the result of a job: a value, or the argument of :func:`remote_cause`.
 
         If nobody waits for the result, it is not even read.
@@ -163,18 +148,20 @@ class Supervisor(Dispatcher):
         if job is not None and job.request.awaits(job.part):
             try:
                 value = read()
-            except Exception as cause:  # whatever unpickling raises
-                return self.fail_to_read(worker, number, cause)
+            except Exception as cause:  # unpickling may raise anything
+                self.fail_to_read(worker, number, cause)
+                return
             if not succeeded:
                 reason = f"failed in {worker}: {value[0]}"
-                return self.fail(worker, number, reason, remote_cause(value), "raised")
-        return self.settle(worker, number, value)
+                self.fail(worker, number, reason, remote_cause(value), "raised")
+                return
+        self.settle(worker, number, value)
 
-    def fail_to_read(self, worker: WatchedWorker, number: int, cause: Exception) -> None:
+    def fail_to_read(self, worker: V, number: int, cause: Exception) -> None:
         """Fail a job whose result cannot be read."""
         self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", cause)
 
-    def lost(self, worker: WatchedWorker, reason: str) -> None:
+    def lost(self, worker: V, reason: str) -> None:
         """Note that a worker has ended; ``reason`` continues its name."""
         with self._changed:
             if worker not in self._workers:
@@ -182,39 +169,31 @@ class Supervisor(Dispatcher):
             self._remove(worker)
         self._replace(worker, reason)
 
-    def _note(self, worker: Worker, job: Job) -> None:
-        assert isinstance(worker, WatchedWorker)
-        worker.job, worker.since, worker.loading = job, self._clock(), False
-
-    def _remove(self, worker: WatchedWorker) -> None:
+    def _remove(self, worker: V) -> None:
         """Take a worker out, under the lock: it gets no job, and none of its results counts."""
         self._workers.remove(worker)
         self.num_lost += not self.closed
         if worker in self._idle:
             self._idle.remove(worker)
 
-    def _replace(self, worker: WatchedWorker, reason: str) -> None:
+    def _replace(self, worker: V, reason: str) -> None:
         """Fail the job of a worker that was taken out, and have a new one started."""
+        what, now, hopeless = f"{worker} {reason}", self._clock(), False
         with self._changed:
-            what, job, stranded = f"{worker} {reason}", worker.job, []
-            now = self._clock()
             if not worker.ready:
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
                     self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
-                if self._failed_starts >= _FAILED_STARTS and not any(
-                    other.ready for other in self._workers
-                ):
-                    stranded = list(self._jobs)
-                    self._jobs.clear()
+                up = any(other.ready for other in self._workers)
+                hopeless = self._failed_starts >= _FAILED_STARTS and not up
             self._changed.notify_all()
         if not self.closed:
             logger.warning("a worker was lost and is replaced: %s", what)
-        if job is not None:
+        if (job := worker.job) is not None:
             job.request.fail(job.part, f"was lost: {what}", kind="died")
-        for job in stranded:
-            job.request.fail(job.part, f"did not start: {what}")
+        if hopeless:
+            self._strand(what)
         self.wake()
 
     def restart(self, index: int) -> None:
@@ -230,22 +209,21 @@ class Supervisor(Dispatcher):
         """End overdue workers, and start missing ones."""
         now = self._clock()
         with self._changed:
-            overdue = [worker for worker in self._workers if worker.due(self.grace) <= now]
+            overdue = [worker for worker in self._workers if worker.end_by(self.grace)[0] <= now]
             # Taken out here: a worker that got its next job now would end with that one.
             for worker in overdue:
                 self._remove(worker)
         for worker in overdue:
             self._try_to_end(worker)
-            self._replace(worker, worker.verdict(self.grace))
-        if now < self._start_again or len(self._workers) == self.size:
+            self._replace(worker, worker.end_by(self.grace)[1])
+        if now < self._start_again:
             return
         for index in sorted(set(range(self.size)) - {worker.index for worker in self._workers}):
             try:
                 worker = self.launch(index)
             except Exception as cause:  # too many processes or files: later it may succeed
-                worker = WatchedWorker(index)
-                self.add(worker, ready=False)
-                self.lost(worker, f"could not be started: {type(cause).__name__}: {cause}")
+                reason = f"could not be started: {type(cause).__name__}: {cause}"
+                self._replace(WatchedWorker(index), reason)  # type: ignore[arg-type]
                 return
             worker.since = self._clock()
             self.add(worker, ready=False)
@@ -253,7 +231,7 @@ class Supervisor(Dispatcher):
     def pause(self) -> float:
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
         with self._changed:
-            due = [worker.due(self.grace) for worker in self._workers]
+            due = [worker.end_by(self.grace)[0] for worker in self._workers]
             if len(due) < self.size:
                 due.append(self._start_again)
         # A job that begins meanwhile is due no earlier than a grace from now.
@@ -279,27 +257,18 @@ class Supervisor(Dispatcher):
                 workers = list(self._workers)
             for worker in workers:
                 self._try_to_end(worker)
-                self.lost(worker, f"was ended: {self.ending}")
+                self.lost(worker, "was ended: the pool was closed")
             self.stop()
             self.modules.clear()
             self.let_go()
 
-    def _try_to_end(self, worker: WatchedWorker) -> None:
+    def _try_to_end(self, worker: V) -> None:
         try:
             self.end(worker)
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
 
     # The pool calls these methods.
-
-    def refuse(self, reason: str) -> None:
-        """Close, as no worker can ever start."""
-        self.trouble = self.refusal = reason
-        self.closed = True
-
-    @property
-    def ending(self) -> str:
-        return self.refusal or super().ending
 
     def close(self) -> None:
         """End the workers and the thread. May be called twice."""
@@ -309,7 +278,7 @@ class Supervisor(Dispatcher):
             self.thread.join(_CLOSING_SECONDS)
 
     @property
-    def workers(self) -> list[WatchedWorker]:
+    def workers(self) -> list[V]:
         """The workers that are up."""
         with self._changed:
             return [worker for worker in self._workers if worker.ready]

@@ -1,226 +1,140 @@
-r"""The fork server, and the worker processes that are forked from it."""
+r"""Worker processes: how they are forked, and their program.
+
+They are forks of a server that has imported this package, so that they start in milliseconds. The
+server is a private :class:`multiprocessing.forkserver.ForkServer`, since the packages that the
+public one imports are a setting of the whole process.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import importlib
 import multiprocessing
 import os
-import selectors
+import select
 import signal
 import socket
-import sys
 import threading
-import traceback
-from collections.abc import Sequence
-from multiprocessing import reduction, spawn
-from multiprocessing.connection import Connection as Line
-from typing import Any
+from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
+from typing import Any, NamedTuple
 
 import torch
 
+from . import shared_memory
 from .modules import LoadedModules, set_up
-from .pickles import Pickled
-from .shared_memory import Connection
+from .shared_memory import Connection, Pickled
 
-__all__ = ["FAILURE", "HELLO", "JOB", "LOADED", "MAIN", "MODULE", "READY", "RESULT"]
-__all__ += ["check_guard", "main"]
+__all__ = ["FAILURE", "JOB", "LOADED", "MODULE", "READY", "RESULT", "check_guard", "fork", "server"]
 
-HELLO, READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(7)  # kinds of messages
-MAIN = "__main__"
-
-
-class UnguardedError(RuntimeError):
-    """The main script starts workers while it is imported."""
+READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
+# Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
+_SPARE_DESCRIPTORS = 8
+_MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
 
 
 def check_guard() -> None:
-    """Raise an :class:`UnguardedError` in a process that is importing the main script."""
+    """Raise a RuntimeError in a process that is importing the main script."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise UnguardedError(
+        raise RuntimeError(
             "ProcessWorkers: workers import the main script, which must not start workers then; "
             'put its main part under: if __name__ == "__main__":'
         )
 
 
-def _serve(connection: Connection, device: torch.device, threads: int, seed: int) -> None:
-    """Do jobs until the other side of the connection has ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller's process
-    set_up(threads, seed)
-    gc.freeze()  # the objects that exist now stay: no collection needs to look at them
-    modules = LoadedModules(device, Pickled)
-    with contextlib.suppress(ConnectionError):
-        connection.send(READY, 0)
-        while message := connection.receive():
-            if message.kind == MODULE:
-                modules.add(message.number, message.value)
-                connection.send(LOADED, message.number)
-                continue
-            number, (succeeded, result) = message.number, modules.call(message.value)
-            del message  # its memory can be used again, which the answer says
-            connection.send(RESULT if succeeded else FAILURE, number, result)
+@functools.cache
+def server(owner: int) -> forkserver.ForkServer:
+    """Return the server of the process ``owner``. A process that is forked from it has its own."""
+    own = forkserver.ForkServer()
+    own.set_forkserver_preload([__name__])
+    return own
 
 
-def main(descriptor: int) -> None:
-    """Run the server, until the process that started it has ended."""
-    # The threads of OpenMP do not survive a fork, so imports must not start any. Each worker sets
-    # its own number of threads.
-    torch.set_num_threads(1)
-    forker = _Forker(Line(descriptor))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    forker.run()
+def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> int:
+    """Have a worker forked that serves a socket.
 
+    Returns:
+        A descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the process
+        id, and later the exit code. It ends early if the server does.
 
-class _Forker:
-    """The server.
-
-    Args:
-        control: the connection that brings a line for each pool.
+    Raises:
+        OSError: there is no server, and none can be started.
     """
-
-    def __init__(self, control: Line[Any, Any]) -> None:
-        self._control = control
-        self._imported: dict[str, str] = {}  # the errors, by name; "": none
-        self._owners: dict[int, Line[Any, Any]] = {}  # the line of a worker, by process id
-        self._selector = selectors.DefaultSelector()
-        self._ended, self._bell = socket.socketpair()
-        for end in (self._ended, self._bell):
-            end.setblocking(False)
-        self._set_signals()
-        for source in (control, self._ended):
-            self._selector.register(source, selectors.EVENT_READ)
-
-    def _set_signals(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the caller's process
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # else the bell is not rung
-        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-
-    def run(self) -> None:
-        """Serve all lines."""
-        while True:
-            for key, _ in self._selector.select():
-                source: Any = key.fileobj
-                if source is self._ended:
-                    self._reap()
-                    continue
-                try:
-                    if source is self._control:
-                        line = Line(reduction.recv_handle(self._control))
-                        self._selector.register(line, selectors.EVENT_READ)
-                    else:
-                        self._serve(source)
-                except (EOFError, OSError, RuntimeError):  # the last: a descriptor was lost
-                    self._leave(source)
-
-    def _serve(self, line: Line[Any, Any]) -> None:
-        what, preparation, asked = line.recv()
-        if what == "fork":
-            descriptor = reduction.recv_handle(line)
-            if self._imported.get(MAIN):  # The worker could only fail as the import has.
-                os.close(descriptor)
-            else:
-                self._fork(line, descriptor, preparation, asked)
-            return
-        if asked not in self._imported:
-            line.send(("importing", asked, ""))
-            self._imported[asked] = _import(asked, preparation)
-            self._set_signals()  # which the main script may have changed
-            if threading.active_count() > 1 or torch.cuda.is_initialized():
-                os._exit(0)  # a forked process lacks the threads; the next server does without it
-        line.send(("imported", asked, self._imported[asked]))
-
-    def _fork(
-        self,
-        line: Line[Any, Any],
-        descriptor: int,
-        preparation: dict[str, Any],
-        arguments: Sequence[Any],
-    ) -> None:
-        try:
-            pid = os.fork()
-        except OSError:  # There are too many processes, or there is too little memory.
-            os.close(descriptor)  # The pool reads the end of the connection, and tries again.
-            return
-        if pid:
-            os.close(descriptor)
-            self._owners[pid] = line
-            return
-        code = 1
-        try:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for key in list(self._selector.get_map().values()):
-                key.fileobj.close()  # type: ignore[union-attr]
-            self._selector.close()
-            self._bell.close()
-            connection = Connection(socket.socket(fileno=descriptor))
-            with contextlib.suppress(ConnectionError):  # The pool does not want it any more.
-                connection.send(HELLO, os.getpid())
-            _prepare(preparation)
-            _serve(connection, *arguments)
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            _flush()
-            os._exit(code)
-
-    def _reap(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while self._ended.recv(4096):
-                pass
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                pid, status = ended
-                line = self._owners.pop(pid, None)
-                if line is None:  # The main script started this process.
-                    continue
-                with contextlib.suppress(OSError):  # its pool has ended
-                    line.send(("exited", pid, os.waitstatus_to_exitcode(status)))
-
-    def _leave(self, line: Line[Any, Any]) -> None:
-        """Forget a line that has ended, and end its workers. With the control, end everything."""
-        for pid, owner in self._owners.items():
-            if line in (owner, self._control):
-                os.kill(pid, signal.SIGKILL)
-        if line is self._control:
-            os._exit(0)
-        self._selector.unregister(line)
-        line.close()
-
-
-def _import(name: str, preparation: dict[str, Any]) -> str:
-    """Import a package or the main script, and return why that failed, or ""."""
+    data = spawn.get_preparation_data("worker")
+    kept = ("sys_path", "sys_argv", "orig_dir", "dir")
+    main = {name: data[name] for name in _MAIN if name in data}
+    with contextlib.ExitStack() as spare:
+        for _ in range(_SPARE_DESCRIPTORS):
+            spare.callback(os.close, os.dup(sock.fileno()))
+    # Ctrl-C is meant for the caller's process: the server and its forks inherit this mask. The
+    # tracker would unblock the signal if it were started later.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        if name == MAIN:
-            _prepare(preparation)
-        else:
-            sys.path[:] = preparation["sys_path"]
-            importlib.import_module(name)
-    except UnguardedError as error:
-        return str(error)
-    except BaseException as error:  # a script may end itself, too
-        trace = "".join(traceback.format_exception(error))
-        return f"ProcessWorkers: workers cannot import {name}, which must work twice:\n{trace}"
-    finally:
-        _flush()  # or every process that is forked would write it again
-    return ""
+        descriptor, writer = server(os.getpid()).connect_to_new_process([sock.fileno()])
+    except ChildProcessError:  # the host has waited for the server, which has ended
+        server.cache_clear()
+        raise
+    with open(writer, "wb") as stream:
+        stream.write(reduction.ForkingPickler.dumps({name: data[name] for name in kept}))
+        stream.write(reduction.ForkingPickler.dumps(_Program(main, device, threads, seed)))
+    return descriptor
 
 
-def _prepare(preparation: dict[str, Any]) -> None:
+class _Program(NamedTuple):
+    """The program of a worker. :func:`multiprocessing.spawn._main` calls :meth:`_bootstrap`."""
+
+    main: dict[str, str]
+    device: torch.device
+    threads: int
+    seed: int
+
+    def _bootstrap(self, _: int) -> int:
+        descriptors: Any = forkserver.get_inherited_fds()
+        connection = Connection(socket.socket(fileno=descriptors[0]))
+        shared_memory.import_main = functools.partial(_import_main, self.main)
+        try:
+            self.run(connection)
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        finally:
+            util._flush_std_streams()  # type: ignore[attr-defined]
+        return 0
+
+    def run(self, connection: Connection) -> None:
+        """Do jobs until the other side of the connection has ended."""
+        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+        set_up(self.threads, self.seed)
+        gc.freeze()  # the objects that exist now stay: no collection needs to look at them
+        modules = LoadedModules(self.device, Pickled)
+        with contextlib.suppress(ConnectionError):
+            connection.send(READY, os.getpid())
+            while message := connection.receive():
+                if message.kind == MODULE:
+                    modules.add(message.number, message.value)
+                    connection.send(LOADED, message.number)
+                    continue
+                number, (succeeded, result) = message.number, modules.call(message.value)
+                del message  # its memory can be used again, which the answer says
+                connection.send(RESULT if succeeded else FAILURE, number, result)
+
+
+def _end_with(connection: Connection) -> None:
+    """End this process when the other side of the connection has ended, even during a call."""
+    poll = select.poll()
+    poll.register(connection, 0)
+    poll.poll()
+    os._exit(0)
+
+
+def _import_main(preparation: dict[str, Any]) -> None:
     """Import the main script, unless that has been done. :func:`check_guard` reads the mark."""
+    if not preparation:
+        return
     process: Any = multiprocessing.current_process()
     process._inheriting = True
     try:
         spawn.prepare(preparation)
     finally:
         del process._inheriting
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    preparation.clear()
