@@ -1,4 +1,4 @@
-"""The command ``coded-torch``: what it prints, where, and its exit codes."""
+"""The command ``coded-torch``: its output and its exit codes."""
 
 import os
 import subprocess
@@ -15,90 +15,76 @@ from coded_torch.demo.lenet5 import digits
 from coded_torch.evaluation.compare import Comparison, Row
 
 
+def run(line):
+    """Run a command, and return its exit code."""
+    try:
+        return main(line.split() if isinstance(line, str) else line)
+    except SystemExit as ended:  # argparse ends the process itself
+        return ended.code
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "the following arguments are required: COMMAND"),
         ("fly", "invalid choice: 'fly'"),
         ("demo --wings 2", "unrecognized arguments: --wings 2"),
-        ("demo --num-data two", "--num-data: invalid int value: 'two'"),
-        ("demo --num-data 0", "--num-data: must be at least 1, got 0"),
-        ("demo --num-data 241 --num-workers 600", "--num-data must be at most 240, the digits"),
-        ("demo --num-data 7 --num-workers 6", "--num-data must be at most 6, the workers, got 7"),
-        ("demo --num-workers 0", "--num-workers: must be at least 1, got 0"),
-        ("demo --num-workers 1000000000", "--num-workers: must be at most 65536, got 1000000000"),
-        ("demo --num-stragglers -1", "--num-stragglers: must be at least 0, got -1"),
-        ("demo --num-stragglers 100", "--num-stragglers must be at most 99, "),
-        ("demo --num-workers 8 --num-stragglers 9", "--num-stragglers must be at most 7, "),
-        ("demo --seed -1", "--seed: must be at least 0, got -1"),
-        ("demo --seed 9223372036854775808", "--seed: must be at most 9223372036854775807, "),
-        ("demo --device abacus", "--device: must be one of cpu"),
-        ("demo --device meta", "--device: must be one of cpu"),
-        ("demo --device cuda:99", "got 'cuda:99'"),
-        ("compare m:f --inputs f --device cuda:99", "--device: must be one of cpu"),
+        ("demo --settings 1,2", "--settings: must be N,K,S and more such triples, got '1,2'"),
+        ("demo --settings 6,7,1", "num_workers must be at least num_data, 7, got 6"),
+        ("demo --seed one", "--seed: invalid int value: 'one'"),
+        ("demo --device abacus", "--device: invalid choice: 'abacus' (choose from"),
+        ("demo --device cuda:99", "--device: invalid choice: 'cuda:99'"),
         ("compare --inputs x.pt", "the following arguments are required: MODULE:FACTORY"),
         ("compare a:b", "the following arguments are required: --inputs"),
         ("compare nowhere:net --inputs x.pt", "No module named 'nowhere'"),
-        ("compare torch:nothing --inputs x.pt", "module 'torch' has no function 'nothing'"),
-        ("compare torch --inputs x.pt", "MODULE:FACTORY must name both, got 'torch'"),
+        ("compare torch:nothing --inputs x.pt", "a function of it, got 'torch:nothing'"),
+        ("compare torch --inputs x.pt", "must name a module and a function of it, got 'torch'"),
         ("compare torch.nn:Tanh --inputs none.pt", "--inputs cannot be read: [Errno 2]"),
         ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
-        ("compare torch.nn:Tanh --inputs x.pt --settings 1,2", "--settings: must be N,K,S"),
+        ("compare torch.nn:Tanh --inputs dict.pt", "--inputs must be a dense, strided tensor"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 4,5,1", "1 <= K <= N and 0 <= S < N"),
-        ("compare torch.nn:Tanh --inputs x.pt --batch-size 0", "--batch-size: must be at least 1"),
-        ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png, .svg, got x"),
-        ("demo --output nowhere/demo.png", "--output: must be in a folder that exists"),
-        ("demo --output demo", "--output: must end in .pdf, .png, .svg, got demo"),
+        ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seed must be at least 0, got -1"),
+        ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),
+        ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
+        ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
+        ("plan --deadline 0", "deadline must be positive and finite, got 0"),
+        ("plan --law murphy", "--law: invalid choice: 'murphy'"),
+        ("plan --latencies none.csv", "[Errno 2] No such file or directory"),
     ],
 )
-def test_bad_values_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+def test_bad_values_are_said_and_end_with_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     torch.save(torch.ones(480, 1), tmp_path / "x.pt")
-    assert main(arguments.split()) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.startswith("coded-torch")
+    torch.save({"x": torch.ones(480, 1)}, tmp_path / "dict.pt")
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("coded-torch")
     assert message in err
-    assert sorted(os.listdir(tmp_path)) == ["folder.png", "x.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["dict.pt", "folder.png", "x.pt"]
 
 
-def test_cuda_needs_a_device(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main(["demo", "--device", "cuda"]) == 2
+def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("demo") == 2
     assert capsys.readouterr().err == (
-        "coded-torch demo: argument --device: must be one of cpu, got 'cuda' "
-        "(see coded-torch demo --help)\n"
+        "coded-torch demo needs matplotlib: pip install 'coded_torch[demo]'\n"
     )
 
 
-@pytest.mark.parametrize("extra", ["matplotlib", "tqdm"])
-def test_a_missing_extra_says_how_to_get_it(extra, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, extra, None)
-    assert main(["demo"]) == 2
-    assert capsys.readouterr().err == (
-        f"coded-torch demo needs {extra}: pip install 'coded_torch[demo]'\n"
-    )
-
-
-def test_the_commands(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
+def test_help_and_version(capsys):
+    assert run("--help") == 0
     out = capsys.readouterr().out
     for command in ("demo", "compare", "serve", "plan", "info"):
         assert f"\n    {command} " in out
-    assert main(["bench"]) == 2
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(["--version"])
+        assert run([command, "--help"]) == 0
+    assert "99.9 % of the requests" in capsys.readouterr().out
+    assert run("--version") == 0
     assert capsys.readouterr().out == f"coded_torch {coded_torch.__version__}\n"
 
 
 def test_info(capsys):
-    assert main(["info"]) == 0
+    assert run("info") == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert lines["coded_torch"] == coded_torch.__version__
     assert lines["torch"] == torch.__version__
@@ -109,37 +95,30 @@ def test_info(capsys):
         assert lines[built].startswith("kernels")
 
 
-@pytest.mark.parametrize("command", ["info", "--help", "demo"])
+FULL = "coded-torch: standard output cannot be written: [Errno 28] No space left on device\n"
+
+
 @pytest.mark.parametrize(
-    ("redirection", "reason"),
-    [(">&-", "it is closed"), ("> /dev/full", "[Errno 28] No space left on device")],
+    ("command", "redirection", "err"),
+    [("info", "> /dev/full", FULL), ("demo", "> /dev/full", FULL), ("info", "| true", "")],
 )
-def test_standard_output_that_cannot_be_written(command, redirection, reason, tmp_path):
-    """One line, and before the work: the demo would take longer than this may."""
+def test_an_output_that_cannot_be_written_stops_the_work(command, redirection, err, tmp_path):
+    """The demo would take longer than the timeout."""
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
-    line = f'"$0" -c "{code}" {command} {redirection}'
-    # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
+    line = f'{{ "$0" -c "{code}" {command}; echo $? > code; }} {redirection}'
+    # It runs elsewhere than in the checkout, which is not built, and which -c looks at first.
     shell = ["sh", "-c", line, sys.executable]
     done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.decode() == f"coded-torch: standard output cannot be written: {reason}\n"
+    assert done.stderr.decode() == err
+    assert (tmp_path / "code").read_text() == "1\n"
 
 
-def test_a_reader_that_has_seen_enough(tmp_path):
-    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
-    line = f'{{ "$0" -c "{code}" info; echo $? >&2; }} | true'
-    # Elsewhere than in the checkout, whose package is not built, and which -c looks at first.
-    shell = ["sh", "-c", line, sys.executable]
-    done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
-    assert done.stderr.decode() == "1\n"
-
-
-def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
+def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     output = tmp_path / "picture.png"
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    assert main(f"demo --num-workers 6 --num-data 3 --seed 5 --output {output}".split()) == 0
+    assert run(f"demo --settings 6,3,3 --seed 5 --output {output}") == 0
     out, err = capsys.readouterr()
-    assert err == ""  # the progress bar is for terminals
+    assert err == ""
     assert "Seed 5." in out
     assert "N = 6 workers, K = 3 inputs a group: 1,920 answers" in out
     assert "\n  all answer                     1,920          0  " in out
@@ -155,59 +134,51 @@ def test_demo_prints_a_table_and_saves_a_picture(tmp_path, capsys):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_demo_compares_the_two_settings_and_draws_the_first(tmp_path, monkeypatch):
-    seen = []
-
-    def compare(model, batches, settings, *, labels, seed):
-        seen.append((len(batches), len(labels), *settings))
-        return Comparison(
-            [Row(settings[0], "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)]
-        )
-
-    monkeypatch.setattr("coded_torch.cli.main.compare", compare)
-    assert main(["demo", "--output", str(tmp_path / "picture.svg")]) == 0
-    assert seen[:2] == [(8, 8, (100, 20, 60)), (8, 8, (24, 20, 4))]
-    assert seen[2:] == [(4, 4, (100, 20, lost)) for lost in range(0, 100, 20)]
-    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")
-
-
 def test_compare_takes_a_model_and_files(tmp_path, monkeypatch, capsys):
     images, labels = digits()
     torch.save(images[:250], tmp_path / "images.pt")
     torch.save(labels[:250], tmp_path / "labels.pt")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text("from coded_torch.demo.lenet5 import lenet5 as net\n")
-    line = "compare nets:net --inputs images.pt --labels labels.pt --batch-size 120"
-    assert main(f"{line} --settings 9,8,1 6,4,2 --output out.png".split()) == 0
+    line = "compare nets:net --inputs images.pt --labels labels.pt --batch-size 120 --settings"
+    assert run([*line.split(), "9,8,1 6,4,2", "--output", "out.png"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "N = 9 workers, K = 8" in out
-    assert "N = 6 workers, K = 4" in out
-    assert "RelAcc" in out
+    for shown in ("N = 9 workers, K = 8", "N = 6 workers, K = 4", "RelAcc"):
+        assert shown in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
-    assert "batches must hold at least two" in capsys.readouterr().err
-    torch.save({"images": images}, tmp_path / "images.pt")
-    assert main(["compare", "nets:net", "--inputs", "images.pt"]) == 2
-    assert "--inputs must be a dense, strided tensor, got dict" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_saved(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def compared(monkeypatch):
+    """Replace the comparison by a function, which gets its arguments."""
+
+    def replace(function):
+        monkeypatch.setattr(coded_torch, "compare", function)
+        monkeypatch.setattr("coded_torch.demo.situations.situations", lambda *_: ())
+
+    return replace
+
+
+def test_a_picture_that_cannot_be_saved(compared, tmp_path, monkeypatch, capsys):
+    row = Row((6, 2, 1), "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)
+    compared(lambda *_, **__: Comparison([row]))
+
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    arguments = f"demo --num-workers 2 --num-data 1 --output {tmp_path / 'picture.png'}"
-    assert main(arguments.split()) == 2
+    assert run(f"demo --output {tmp_path / 'picture.png'}") == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "--output cannot be written: [Errno 28] No space left on device" in err
+    assert err == (
+        "coded-torch demo: --output cannot be written: [Errno 28] No space left on device\n"
+    )
 
 
-def test_interrupt(monkeypatch, capsys):
+def test_interrupt(compared, capsys):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("coded_torch.cli.main.compare", interrupt)
-    assert main(["demo"]) == 130
+    compared(interrupt)
+    assert run("demo") == 130
     assert capsys.readouterr().err == "interrupted\n"

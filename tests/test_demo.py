@@ -1,4 +1,4 @@
-"""The shipped digits and network, and what the demo makes of them."""
+"""The shipped digits and network, and the demo's situations."""
 
 import importlib.resources
 import math
@@ -6,10 +6,8 @@ import math
 import pytest
 import torch
 
-from coded_torch.codes import RegressionCode
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
-from coded_torch.demo.situations import draw, situations
-from coded_torch.evaluation.compare import Comparison, Row
+from coded_torch.demo.situations import situations
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_notice():
         assert needed in notice
 
 
-def test_what_becomes_of_answers(shipped):
+def test_situations(shipped):
     model, images, labels = shipped
     batches, classes = images[:480].split(240), labels[:480].split(240)
     found = {each.name: each for each in situations(model, batches, classes, (24, 20, 4))}
@@ -62,19 +60,3 @@ def test_what_becomes_of_answers(shipped):
     assert lost.error / 2 < lost.radius < 4 * lost.error
     assert lost.error < replication.error
     assert replication.right < lost.right
-
-
-def test_predicted_logits_are_drawn_with_their_bars(shipped):
-    model, images, _ = shipped
-    row = Row((2, 1, 1), "a code", RegressionCode(1, 2), [1.0, 0.1], [1.0, 0.1], None)
-    figure = draw(Comparison([row]), model, images[:240], (24, 20, 4))
-    left, axes = figure.axes
-    assert left.get_title() == "1 inputs a group on 2 workers"
-    (own,) = [line for line in axes.lines if line.get_label() == "computed by the model"]
-    points, _, (bars,) = axes.containers[0]
-    assert len(own.get_ydata()) == len(points.get_ydata()) == len(bars.get_segments()) > 20
-    assert (own.get_ydata()[1:] >= own.get_ydata()[:-1]).all()
-    heights = torch.tensor([float(end[1] - start[1]) for start, end in bars.get_segments()])
-    pairs = zip(points.get_ydata(), own.get_ydata(), strict=True)
-    off = torch.tensor([abs(float(predicted - exact)) for predicted, exact in pairs])
-    assert 0.4 < (off < heights / 2).double().mean() < 0.95  # .68 of normal errors

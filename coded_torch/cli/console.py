@@ -1,65 +1,66 @@
-"""Reading and writing of the commands: checked options, lines and pictures."""
+"""Helpers of the commands: errors, checked options and output."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
-import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "OutputError",
-    "UsageError",
-    "device",
-    "find_factory",
-    "need",
-    "number",
-    "picture",
-    "save",
-    "say",
-]
+__all__ = ["CommandError", "find_factory", "need", "options", "picture", "save", "say", "usage"]
 
-_SUFFIXES = (".pdf", ".png", ".svg")
+# The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
+# help.
+Option = tuple[str, Any, Any, str]
+_MISTAKES = OSError, OverflowError, TypeError, ValueError
 
 
-class UsageError(Exception):
-    """A mistake of the user, in one line."""
+class CommandError(Exception):
+    """An error that ends the command with one line, and with its exit code."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-class OutputError(Exception):
-    """Standard output cannot be written."""
-
-
-def say(text: str = "", end: str = "\n") -> None:
+def say(text: str) -> None:
     """Print at once, so that an output that cannot be written stops the work early."""
-    if sys.stdout is None:
-        raise OutputError("it is closed")
     try:
-        print(text, end=end, flush=True)
+        print(text, flush=True)
     except OSError as error:
-        # Or the interpreter would fail to flush the rest at its end.
+        # If stdout stayed, the interpreter would fail to flush the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise OutputError(error) from error
+        broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
+        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
+        raise CommandError(why, code=1) from error
+
+
+@contextlib.contextmanager
+def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[None]:
+    """Turn errors whose messages begin with the prefix into a line that begins with the label."""
+    try:
+        yield
+    except errors as error:
+        if not str(error).startswith(prefix):
+            raise
+        first = next(iter(str(error).removeprefix(prefix).splitlines()), type(error).__name__)
+        raise CommandError(f"coded-torch {label}: {first}") from None
 
 
 def need(command: str, extra: str, *packages: str) -> None:
-    """Raise a UsageError unless the packages of an extra are installed."""
+    """Raise a CommandError unless the packages of an extra are installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(
-            f"coded-torch {command} needs {' and '.join(missing)}: "
-            f"pip install 'coded_torch[{extra}]'"
-        )
+        how = f"pip install 'coded_torch[{extra}]'"
+        raise CommandError(f"coded-torch {command} needs {' and '.join(missing)}: {how}")
 
 
 def find_factory(command: str, text: str) -> Callable[[], Any]:
@@ -68,61 +69,46 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
     An exception of the module's own code is not caught: the user needs its traceback.
     """
     module, _, name = text.partition(":")
-    if not (module and name):
-        raise UsageError(f"coded-torch {command}: MODULE:FACTORY must name both, got {text!r}")
-    sys.path.insert(0, os.getcwd())  # as `python -m` does
+    sys.path.insert(0, os.getcwd())  # `python -m` does it, too
+    factory: Callable[[], Any] | None = None
+    why = f"MODULE:FACTORY must name a module and a function of it, got {text!r}"
     try:
-        factory: Callable[[], Any] | None = getattr(importlib.import_module(module), name, None)
+        if module and name:
+            factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):
-            raise  # of a module that this one imports
-        raise UsageError(f"coded-torch {command}: {error}") from None
+            raise  # the module was found, and imports a missing one
+        why = str(error)
     if not callable(factory):
-        raise UsageError(f"coded-torch {command}: module {module!r} has no function {name!r}")
+        raise CommandError(f"coded-torch {command}: {why}")
     return factory
 
 
-# The functions below are types of arguments: argparse puts the flag in front of their complaints.
-
-
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
-    """Return a type of arguments: an int or float within bounds."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value >= least:  # negated, so that NaN fails
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"must be at most {most}, got {value}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse shows it
-    return parse
-
-
-def device(name: str) -> torch.device:
-    """Return a device that torch has here."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    available = ["cpu", *["cuda"] * (count > 0), *(f"cuda:{i}" for i in range(count))]
-    if name not in available:
-        must = f"must be one of {', '.join(available)}, got {name!r}"
-        raise argparse.ArgumentTypeError(must)
-    return torch.device(name)
+def options(parser: argparse.ArgumentParser, *table: Option) -> None:
+    """Add the options of a table to a parser."""
+    for flag, kind, default, text in table:
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true"}
+        if not flag.startswith("-"):
+            how |= {"metavar": "MODULE:FACTORY"} | ({} if default is ... else {"nargs": "?"})
+        elif default is ...:
+            how["required"] = True
+        shown = "" if default in (None, ...) or default is False else " [%(default)s]"
+        parser.add_argument(flag, default=default, help=f"{text}{shown}", **how)
 
 
 def picture(text: str) -> Path:
-    """Return the path of a picture."""
+    """Return the path of a picture, for argparse."""
     path = Path(text)
-    if path.suffix.lower() not in _SUFFIXES:
-        raise argparse.ArgumentTypeError(f"must end in {', '.join(_SUFFIXES)}, got {path}")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"must be in a folder that exists, got {path}")
+    if path.suffix.lower() not in (".pdf", ".png", ".svg") or not path.parent.is_dir():
+        must = f"must end in .pdf, .png or .svg, in a folder that exists, got {path}"
+        raise argparse.ArgumentTypeError(must)
     return path
 
 
 def save(command: str, figure: Figure, output: Path) -> None:
-    """Write a picture."""
-    try:
+    """Write a picture, and print where it is."""
+    with usage(f"{command}: --output cannot be written"):
         figure.savefig(output, dpi=150)
-    except OSError as error:
-        raise UsageError(f"coded-torch {command}: --output cannot be written: {error}") from None
+    say(f"\nThe picture: {output.resolve()}")

@@ -41,7 +41,7 @@ def lenet5() -> LeNet5:
     It reads 99.17 % of MNIST's 10,000 test digits, and 99.10 % of :func:`digits`, as
     ``benchmarks/networks.py``, which trained it, reports.
     """
-    with torch.device("meta"):  # or it would draw first weights from the global random state
+    with torch.device("meta"):  # no weights are drawn from the global random state
         model = LeNet5()
     weights = {name: torch.from_numpy(w).float() for name, w in _arrays("lenet5.npz").items()}
     model.load_state_dict(weights, assign=True)

@@ -192,12 +192,14 @@ def plan(
         goal: the objective.
         law: measured seconds of parts, or conditions.
         median: with conditions, the median seconds of a part.
-        num_requests: the number of requests under each policy. Defaults to 5,000.
+        num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
         seed: the seed of all draws. Defaults to 0.
 
     Yields:
         Each policy with each number of parts. Some fifty of them take seconds.
     """
+    count("plan", "num_requests", num_requests, least=1000)
+    count("plan", "seed", seed, least=0)
     scaled: Callable[[float], Conditions]
     if isinstance(law, Conditions):
         conditions, scale = law, positive("plan", "median", median)

@@ -184,7 +184,7 @@ class Batcher:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                del self._queue[entry]  # its deadline would end the batch before any result
+                del self._queue[entry]  # this deadline would end the batch before any result
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
                 break
