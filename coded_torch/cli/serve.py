@@ -27,8 +27,8 @@ _KEEP_ALIVE = 75
 # restart, so it waits for ten times as long as any client; it was not tuned.
 _GRACE = 10
 _PRIVACY = """\
-Privacy: an answer that is not computed in time is predicted from the inputs and answers of earlier
-requests, of any client."""
+Privacy: an answer that is not computed in time is predicted from the inputs and
+answers of earlier requests, of any client."""
 
 
 def serve(args: argparse.Namespace) -> None:
