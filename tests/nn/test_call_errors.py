@@ -74,21 +74,6 @@ def test_what_every_part_raises_is_raised_at_once():
     assert info.value.answers is None
 
 
-def test_two_bad_rows_on_two_workers_leave_the_others_computed():
-    class Refuses(nn.Module):
-        def forward(self, x):
-            if bad := sorted({3.0, 60.0} & set(x.flatten().tolist())):
-                raise ValueError(f"{bad[0]} is not to be had")
-            return 2 * x
-
-    with DeviceWorkers(["cpu"] * 2) as pool:
-        waiting = Waiting(on_error="predict")
-        coded = CodedWrapper(Refuses(), parts=6, workers=pool, waiting=waiting)
-        answers, report = coded.run(X)
-    assert report.missing_rows == (3, 60)
-    assert torch.equal(answers[~report.predicted], 2 * X[~report.predicted])
-
-
 class OneBroken(nn.Module):
     """The first worker raises at once, the others take a while; at first each waits for all."""
 
@@ -135,14 +120,6 @@ def test_on_one_worker_it_takes_three_tries(batch):
         with pytest.raises(ValueError, match="not to be had") as info:
             coded(X[BAD : BAD + batch] if batch < 64 else X)
         assert info.value.rows == ((BAD,) if batch == 64 else (0,))
-
-
-def test_injected_crashes_of_threads_are_no_errors_of_the_module():
-    with FaultyWorkers(DeviceWorkers(["cpu"] * 6), rates={"crash": 0.3}) as pool:
-        coded = wrapper(pool, predict=False)
-        coded.module = nn.Identity()
-        for _ in range(20):
-            assert torch.equal(coded(X), X)
 
 
 def test_a_row_that_ends_its_worker_costs_five_at_most(pool):

@@ -56,17 +56,6 @@ def test_groups_are_consecutive_inputs_and_the_last_is_filled_up_with_the_last_i
     assert seen[0].tolist() == [1.0, 4.0, 2.0, 5.0, 3.0, 5.0]
 
 
-def test_a_worker_gets_contiguous_views_of_one_encoded_tensor():
-    seen = []
-    with DeviceWorkers(["cpu"]) as pool:
-        CodedWrapper(Call(lambda x: seen.append(x) or x), PolynomialCode(2, 3), workers=pool)(
-            rand(5, 4).T.contiguous().T
-        )
-    assert [tuple(x.shape) for x in seen] == [(3, 4)] * 3
-    assert all(x.is_contiguous() for x in seen)
-    assert len({x.untyped_storage().data_ptr() for x in seen}) == 1
-
-
 def test_inputs_that_are_not_contiguous():
     wide = rand(3, 2, 7).transpose(0, 2)
     coded = CodedWrapper(linear(), PolynomialCode(3, 5))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Regression, Waiting
+from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import (
     DeadlineExceeded,
     NotEnoughResults,
@@ -142,19 +142,6 @@ def test_what_is_rejected_again_and_again_is_predicted():
     assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
     assert (run.radii > 0).equal(run.predicted)
-
-
-def test_answers_computed_under_a_link_are_the_modules_bit_for_bit():
-    x = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
-    module = nn.Sequential(FailsFirst(float(x[2, 0]), times=99), nn.Softmax(-1))
-    coded = rows(
-        module, on_error="predict", workers=Separate(), predictor=Regression(link="softmax")
-    )
-    answers = coded(x)
-    own = ~coded.last_run.predicted
-    assert own.sum() == 7
-    assert torch.equal(answers[own], x.softmax(-1)[own])
-    torch.testing.assert_close(answers.sum(-1), torch.ones(8))
 
 
 def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():

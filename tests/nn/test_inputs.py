@@ -109,35 +109,6 @@ def test_a_recurrent_network_with_lengths(way):
     torch.testing.assert_close(answers[own], exact[own])
 
 
-@pytest.mark.parametrize("way", ["rows", "regression"])
-def test_a_transformer_with_token_ids_and_attention_mask(way):
-    import transformers  # seconds
-
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=16,
-    )  # fmt: skip
-    bert = transformers.BertModel(config).eval()
-    ids = torch.randint(0, 60, (20, 9))
-    mask = torch.arange(9) < torch.randint(3, 10, (20, 1))
-    embeds = bert.embeddings.word_embeddings(ids)
-
-    def embedded(ids: Tensor, mask: Tensor) -> Tensor:
-        return (bert.embeddings.word_embeddings(ids) * mask[..., None]).mean(1)
-
-    pool = LocalWorkers(Uniform(2, seed=0))
-    coded = CodedWrapper(bert, **divided(way, 5, 8, metric=embedded), workers=pool)
-    for inputs in ({"input_ids": ids}, {"inputs_embeds": embeds}):
-        with torch.no_grad():
-            answers = coded(**inputs, attention_mask=mask.long())
-            exact = bert(**inputs, attention_mask=mask.long())
-        own = ~coded.last_run.predicted
-        assert own.sum() >= 12
-        for name in ("last_hidden_state", "pooler_output"):
-            torch.testing.assert_close(answers[name][own], exact[name][own], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own jvp
 @pytest.mark.parametrize("ordering", ["similarity", "arrival"])
 @pytest.mark.parametrize("make", [SplineCode, RegressionCode, ReplicationCode, BerrutCode])

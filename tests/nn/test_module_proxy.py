@@ -36,26 +36,6 @@ def test_functional_call_takes_the_names_of_the_parameters():
     torch.testing.assert_close(torch.func.functional_call(coded, tensors, x), wanted(x), **EXACT)
 
 
-def test_modes_devices_and_dtypes_reach_the_module():
-    coded = CodedWrapper(linear(), PolynomialCode(2, 4))
-    assert coded.training
-    assert not CodedWrapper(linear().eval(), PolynomialCode(2, 4)).training
-    assert coded.train().module.training
-    assert not coded.eval().module.training
-    assert coded.half().module.weight.dtype == torch.float16
-    assert coded.to(torch.float32).module.weight.dtype == torch.float32
-    assert coded.to("meta").module.weight.device.type == "meta"
-    assert [name for name, _ in coded.named_parameters()] == ["module.weight", "module.bias"]
-
-
-def test_hooks_of_the_module_and_of_the_wrapper_run():
-    coded, calls = CodedWrapper(linear(), PolynomialCode(2, 4)), []
-    coded.module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
-    coded.register_forward_hook(lambda module, args, out: calls.append(len(out)))
-    coded(rand(5, 3))
-    assert calls == [12, 5]
-
-
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 @pytest.mark.parametrize(
     "options",
@@ -177,3 +157,16 @@ def test_a_part_in_training_gets_one_warning(part, effect):
         warnings.simplefilter("error")
         coded(rand(4, 3))
         coded.replace().eval()(rand(4, 3))
+
+
+def test_modes_devices_dtypes_and_hooks_reach_the_module():
+    coded, calls = CodedWrapper(linear().eval(), PolynomialCode(2, 4)), []
+    assert not coded.training
+    assert coded.train().module.training
+    coded.module.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    coded.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    coded(rand(5, 3))
+    assert calls == [12, 5]
+    assert coded.half().module.weight.dtype == torch.float16
+    assert coded.to("meta").module.weight.device.type == "meta"
+    assert [name for name, _ in coded.named_parameters()] == ["module.weight", "module.bias"]

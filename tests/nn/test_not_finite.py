@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import NotEnoughResults, RegressionCode, ReplicationCode
+from coded_torch.codes import NotEnoughResults, ReplicationCode
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
-from coded_torch.workers import DeviceWorkers, LocalWorkers, ProcessWorkers
+from coded_torch.workers import LocalWorkers
 
 from .modules import WAYS, Call, divided
 from .pools import Separate
@@ -125,17 +125,6 @@ def test_in_any_argument_wherever_the_batch_is():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_probabilities_under_a_link(way):
-    x = spoiled()
-    pool = LocalWorkers(Uniform(2, seed=0))
-    coded = CodedWrapper(nn.Softmax(-1), **divided(way, 4, 6, "softmax"), workers=pool)
-    answers, report = coded.run(x)
-    assert not report.rejected
-    assert same(answers[~report.predicted], x.softmax(-1)[~report.predicted])
-    torch.testing.assert_close(answers[others()].sum(-1), torch.ones(22, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("way", WAYS)
 def test_a_batch_of_nothing_else(way):
     x = torch.full((6, 2), math.nan)
     coded = CodedWrapper(nn.Identity(), **divided(way, 3, 6), workers=Separate())
@@ -146,26 +135,3 @@ def test_a_batch_of_nothing_else(way):
     lost = CodedWrapper(module, **divided(way, 3, 3), workers=Separate(), waiting=waiting)
     with pytest.raises(NotEnoughResults, match="no result of finite inputs to predict others from"):
         lost(x)
-
-
-def test_gradients_are_those_of_the_module():
-    x = spoiled().requires_grad_()
-    coded = CodedWrapper(
-        Call(torch.sin), RegressionCode(4, 6), workers=LocalWorkers(Uniform(3, seed=1))
-    )
-    answers = coded(x)
-    own = ~coded.last_run.predicted & others()
-    (grad,) = torch.autograd.grad(answers[own].sum(), x)
-    assert torch.equal(grad[own], x.detach().cos()[own])
-    assert answers[others()].isfinite().all()
-
-
-@pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu", "cpu"]), lambda: ProcessWorkers(2)])
-def test_on_real_workers(make):
-    x, module = spoiled(dtype=torch.float16), nn.ReLU()
-    with make() as pool, torch.no_grad():
-        coded = CodedWrapper(module, workers=pool)
-        answers, report = coded.run(x)
-    assert same(answers, module(x))
-    assert report.ended == "complete"
-    assert not report.rejected

@@ -18,16 +18,13 @@ from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import CopyCode, FailsAt, PolynomialCode, task_of
 from coded_torch.workers import (
-    DeviceWorkers,
-    FaultyWorkers,
     LocalWorkers,
     Part,
-    ProcessWorkers,
     Reply,
 )
 
 from ..waits import host_waits
-from .modules import WAYS, Call, Liar, divided, linear, rand
+from .modules import WAYS, Call, Liar, divided, rand
 from .pools import Separate
 
 
@@ -106,20 +103,6 @@ def test_of_results_of_one_unit_the_first_counts():
     assert leaf.flatten().tolist() == [1.0, 1.0, 0.0]
 
 
-def test_results_of_another_batch_size_have_no_vote():
-    """However many there are: with as many wrong as right ones, each of these calls is answered."""
-    rates = {"nan": 0.1, "shape": 0.35, "dtype": 0.01, "structure": 0.01, "crash": 0.05}
-    coded = CodedWrapper(
-        linear(), ReplicationCode(4, 12), workers=FaultyWorkers(LocalWorkers(), rates=rates, seed=3)
-    )
-    wrong = 0
-    for seed in range(30):
-        assert coded(rand(20, 3, seed=seed)).shape == (20, 2)
-        reasons = coded.last_run.rejected.values()
-        wrong += sum("must have size 5" in reason for reason in reasons)
-    assert wrong > 80
-
-
 WRONG = [
     (lambda x: torch.cat([x, x]), "must have size 1"),
     (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
@@ -152,28 +135,6 @@ def test_outputs_of_any_dtype_are_carried_where_every_row_has_a_result(way):
         match=r"output\['top'\] is torch.int64 and cannot be predicted; .*predict=False",
     ):
         lost(x)
-
-
-@pytest.mark.parametrize("make", [lambda: DeviceWorkers(["cpu"] * 2), lambda: ProcessWorkers(2)])
-def test_what_the_module_refuses_on_every_part_is_its_own_error(make):
-    with make() as pool, torch.no_grad():
-        coded = CodedWrapper(linear(), workers=pool)
-        for x in (rand(8, 3).float(), rand(8, 4)):
-            with pytest.raises(RuntimeError, match="mat1 and mat2") as info:
-                coded(x)
-            assert type(info.value) is RuntimeError
-
-
-def test_results_beside_integers_may_be_corrupted():
-    module = Call(lambda x: (x, x.argmax(1)))
-    pool = FaultyWorkers(LocalWorkers(), rates={"nan": 0.2, "infinity": 0.1, "dtype": 0.1}, seed=2)
-    waiting = Waiting(predict=False)
-    coded = CodedWrapper(module, parts=4, workers=pool, waiting=waiting)
-    x = rand(12, 3)
-    for _ in range(5):
-        answers = coded(x)
-        assert torch.equal(answers[0], x)
-        assert torch.equal(answers[1], x.argmax(1))
 
 
 def test_an_empty_batch_has_an_empty_report():
