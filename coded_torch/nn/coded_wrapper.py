@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -195,24 +194,17 @@ class CodedWrapper(ModuleProxy):
         return self.waiting or (_AS_NEEDED if self.code is None else _AT_ONCE)
 
     def _call(
-        self,
-        module: Any,
-        report: Report,
-        waiting: Waiting,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, module: Any, report: Report, waiting: Waiting, args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Return the answers; the report is written as soon as something is known."""
-        since = time.perf_counter()
         if self.training:
             self._warn_of_batch_statistics()
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
-            if inputs.batch_size:
-                division, reserve = self._divide(inputs, waiting, since)
-        if inputs.batch_size:
-            answers = self._compute(module, waiting, inputs, division, report, since, reserve)
+            division = self._divide(inputs, waiting, report) if inputs.batch_size else None
+        if division is not None:
+            answers = self._compute(module, waiting, division, report)
         else:
             with report.timed("compute"):
                 answers = module(*args, **kwargs)
@@ -220,48 +212,38 @@ class CodedWrapper(ModuleProxy):
         report.failed = False
         return answers
 
-    def _divide(self, inputs: Inputs, waiting: Waiting, since: float) -> tuple[Division, float]:
-        """Return the parts of a batch, and the seconds to keep for predictions."""
+    def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Division:
         code, pool, chunk, reserve = self.code, self.workers, CHUNKS[0], 0.0
         if code is None or code.uses_geometry:
-            left = seconds_left(pool, waiting, since)
+            left = seconds_left(pool, waiting, report)
             chunk, reserve = self._history.predictions.reserve(inputs.batch_size, left)
+        division: Division
         if code is None:
             parts, predictor = self.parts or pool.num_workers or 1, self.predictor or _PREDICTOR
-            rows = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
-            return rows, reserve
-        columns = Columns(
-            inputs,
-            code,
-            num_stragglers=_num_stragglers(code, waiting, pool.stragglers),
-            all_at_once=waiting.at_once,
-            dealer=self._dealer if code.shuffle is True else code.shuffle or None,
-            out_dims=self.out_dims,
-        )
-        return columns, reserve
+            division = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
+        else:
+            division = Columns(
+                inputs,
+                code,
+                num_stragglers=_num_stragglers(code, waiting, pool.stragglers),
+                all_at_once=waiting.at_once,
+                dealer=self._dealer if code.shuffle is True else code.shuffle or None,
+                out_dims=self.out_dims,
+            )
+        division.reserve = reserve
+        return division
 
-    def _compute(
-        self,
-        module: Any,
-        waiting: Waiting,
-        inputs: Inputs,
-        division: Division,
-        report: Report,
-        since: float,
-        reserve: float,
-    ) -> Any:
-        code, predictions = self.code, self._history.predictions
+    def _compute(self, module: Any, waiting: Waiting, division: Division, report: Report) -> Any:
+        code, pool, predictions = self.code, self.workers, self._history.predictions
         predictor = getattr(code, "regression", self.predictor or _PREDICTOR)
-        link = (code or predictor).link
+        link, inputs = (code or predictor).link, division.inputs
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
         answers = Answers(self.surrogate, inputs, link, predictor.coverage, report, self.module)
         check = Check(self._verifier, inputs) if self._verifier is not None else None
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
-            execution.run(
-                self.workers, module, waiting, self._history, since=since, reserve=reserve
-            )
+            execution.run(pool, module, waiting, self._history)
             answers.learn_owners(execution.owners)
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, execution)
@@ -274,14 +256,14 @@ class CodedWrapper(ModuleProxy):
             is_whole = division.is_whole(stacked.units)
             rows = division if isinstance(division, Rows) and not is_whole else None
             if rows is not None:
-                left = seconds_left(self.workers, waiting, since)
+                left = seconds_left(pool, waiting, report)
                 report.notes += rows.keep_deadline(left, predictions)
             try:
                 found = answers.of(division, stacked)
             except Exception as raised:  # of the caller's code: the answers that came are in it
                 holding(raised, division, results, report)
                 raise
-        if rows is not None and not self.workers.simulated:  # there, predictions take no time
+        if rows is not None and not pool.simulated:  # there, predictions take no time
             predictions.add(report.decode_seconds, rows.batch_size, rows.chunk)
         report.warn(execution.why)
         return found

@@ -188,6 +188,7 @@ class Division:
     """A batch as units that can be asked for one by one. A part is some of the units.
 
     Attributes:
+        inputs: the arguments of the call.
         task: the call of the module that computes units.
         first: the units of each part that is asked for first.
         spare: the columns that are not in ``first`` and can stand in for any other; None by rows.
@@ -197,6 +198,7 @@ class Division:
         num_groups: G; 0 by rows.
         not_finite: bool ``[units, R]``, the rows of every unit whose inputs are not finite; None if
             there is no such row.
+        reserve: seconds before the deadline that predictions take.
     """
 
     task: Task
@@ -206,9 +208,10 @@ class Division:
     least: int
     num_groups = 0
     not_finite: Tensor | None = None
+    reserve = 0.0
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
-        self.batch_size = inputs.batch_size
+        self.inputs, self.batch_size = inputs, inputs.batch_size
         leaves = [
             leaf if dim is None else self._spread(leaf.movedim(dim, 0) if dim else leaf)
             for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
@@ -304,7 +307,7 @@ class Rows(Division):
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self._inputs, self._predictor, self.chunk = inputs, predictor, chunk
+        self._predictor, self.chunk = predictor, chunk
         self.needed, self.least = size, 1
         parts = min(parts, size)
         # Strided: where neighbours in a batch are alike, a missing part leaves some of each kind.
@@ -315,10 +318,10 @@ class Rows(Division):
 
     @functools.cached_property
     def _plan(self) -> RowPlan:
-        size, floating = self.batch_size, self._inputs.floating()
+        size, floating = self.batch_size, self.inputs.floating()
         if not self.chunk:
             return self._predictor.plan([], size)
-        others = [] if floating else self._inputs.batches()
+        others = [] if floating else self.inputs.batches()
         return self._predictor.plan(floating, size, others=others, chunk=self.chunk)
 
     def _spread(self, values: Tensor) -> Tensor:

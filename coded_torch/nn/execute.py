@@ -39,11 +39,11 @@ logger = sparing_logger("coded_torch.nn")
 _T = TypeVar("_T")
 
 
-def seconds_left(pool: workers.Workers, waiting: Waiting, since: float) -> float:
+def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
     """Return the seconds to the deadline; infinite if there is none, or time is simulated."""
     if waiting.deadline is None or pool.simulated:
         return math.inf
-    return waiting.deadline - (time.perf_counter() - since)
+    return waiting.deadline - (time.perf_counter() - report.since)
 
 
 class Execution:
@@ -80,14 +80,7 @@ class Execution:
         self._replies: dict[int, workers.Reply] = {}  # by the number of the part
 
     def run(
-        self,
-        pool: workers.Workers,
-        module: nn.Module,
-        waiting: Waiting,
-        history: History,
-        *,
-        since: float,
-        reserve: float,
+        self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
     ) -> None:
         """Ask and wait until the policy ends the call, and verify the results.
 
@@ -96,14 +89,12 @@ class Execution:
             module: the module that is computed.
             waiting: the policy.
             history: the latencies of this module on this pool.
-            since: when the call began, by :func:`time.perf_counter`.
-            reserve: seconds before the deadline that predictions take.
         """
         division, check, report = self._division, self._check, self._report
         with pool.open(module, division.task) as request:
             self._request = request
             # On a simulated clock, only what is simulated takes time.
-            began = 0.0 if pool.simulated else request.now() + since - time.perf_counter()
+            began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
             policy = waiting.decide(
                 history,
                 division.first if check is None else check.first(division.first, request.idle),
@@ -113,12 +104,12 @@ class Execution:
                 spare=division.spare,
                 since=began,
                 idle=lambda: request.idle,
-                reserve=reserve,
+                reserve=division.reserve,
             )
             try:
                 ended = self._follow(policy)
                 if check is not None:
-                    self._verify(check, ended, began, waiting, reserve)
+                    self._verify(check, ended, began, waiting)
                 self.why = request.status()
             finally:
                 self._note()
@@ -163,11 +154,9 @@ class Execution:
         if check is not None and not first:
             check.prepare()
 
-    def _verify(
-        self, check: Check, ended: Ended, began: float, waiting: Waiting, reserve: float
-    ) -> None:
+    def _verify(self, check: Check, ended: Ended, began: float, waiting: Waiting) -> None:
         """Verify results while there is time, and let the verified ones be the answers."""
-        end = began + ended.deadline - reserve  # predictions may follow
+        end = began + ended.deadline - self._division.reserve  # predictions may follow
         until = end if ended.reason in ("complete", "failed") else -math.inf
         soon = began + ended.hedging_threshold
         bounded = waiting.deadline is not None or ended.reason == "error"

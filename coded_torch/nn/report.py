@@ -131,6 +131,8 @@ class Report:
     compute_seconds: float = 0.0
     decode_seconds: float = 0.0
     failed: bool = True
+    #: When the call began, by :func:`time.perf_counter`.
+    since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
 
     @property
