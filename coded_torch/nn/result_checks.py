@@ -99,6 +99,11 @@ class Result:
         """Return the name of a leaf."""
         return leaf_name("output", self._value, i)
 
+    def divided(self) -> list[Tensor]:
+        """Return the leaves that have the part's rows, in dimension 0."""
+        leaves = zip(self.leaves, self.dims, strict=True)
+        return [x.movedim(d, 0) for x, d in leaves if d is not None and isinstance(x, Tensor)]
+
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""
         leaf: Tensor = self.leaves[i]
