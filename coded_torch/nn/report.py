@@ -17,7 +17,7 @@ from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.coverage import ErrorBars
 from ..scheduling.protocol import Ended, Hedge
 from ..workers.base import WorkerError
-from ..workers.pytrees import unflatten
+from ..workers.task import unflatten
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice

@@ -12,8 +12,8 @@ from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
-from ..workers import pytrees
 from ..workers.base import Part, Reply, Task, WorkerError
+from ..workers.task import CONSTANTS, broadcast_dims, check_batch, flatten, kind, leaf_name, show
 from .division import finite
 
 __all__ = ["Result", "Results", "Stacked", "decodable"]
@@ -49,7 +49,7 @@ class Result:
         self, reply: Reply, task: Task, carries: bool, judged: Tensor | None, last: Result | None
     ) -> None:
         self.part, self.worker, self._value = reply.part, reply.worker, reply.value
-        self.leaves, self.spec = pytrees.flatten(reply.value)
+        self.leaves, self.spec = flatten(reply.value)
         self.dims: list[Any]
         self._form: list[tuple[Any, ...]]
         self._judged = judged
@@ -57,13 +57,13 @@ class Result:
         if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self._form = last.dims, last._form
             return
-        self.dims = pytrees.broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
 
     def _check(self, size: int, carries: bool) -> None:
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            if dim is None or isinstance(leaf, pytrees.CONSTANTS):
+            if dim is None or isinstance(leaf, CONSTANTS):
                 continue
             if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -72,7 +72,7 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            pytrees.check_batch(self._value, i, leaf, dim, size)
+            check_batch(self._value, i, leaf, dim, size)
 
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
@@ -85,7 +85,7 @@ class Result:
 
     def name(self, i: int) -> str:
         """Return the name of a leaf."""
-        return pytrees.leaf_name("output", self._value, i)
+        return leaf_name("output", self._value, i)
 
     def divided(self) -> list[Tensor]:
         """Return the leaves that have the part's rows, in dimension 0."""
@@ -106,7 +106,7 @@ class Result:
         return self._form is other._form or (self._form, self.spec) == (other._form, other.spec)
 
     def __str__(self) -> str:
-        return str(pytree.tree_unflatten(map(_Text, map(pytrees.show, self.leaves)), self.spec))
+        return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
 
 
 class Stacked(NamedTuple):
@@ -357,7 +357,7 @@ def _improbable(rows: Tensor) -> str:
 
 
 def _look(leaf: Any) -> tuple[Any, ...]:
-    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else pytrees.kind(leaf)
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else kind(leaf)
 
 
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
