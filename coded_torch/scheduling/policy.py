@@ -129,9 +129,8 @@ class Call:
             self.late_at = self.end - self.reserve
         else:
             never = not waiting.predict or waiting.predict_after == math.inf
-            self.deadline = (
-                math.inf if never else waiting.predict_after * self.history.call(self.rows)
-            )
+            median = math.inf if never else self.history.call(self.rows)
+            self.deadline = waiting.predict_after * median
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
 

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OVERHEAD", "Conditions", "Outcome", "Policy", "simulate"]
 
-# The numbers below define the simulated conditions; benchmarks/waiting.py names them. None is
-# tuned. Times are in medians of a part.
+# These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.
 OVERHEAD = 0.1
 _PART_ROWS = 12  # rows of a part of the first ask; 2, 3 and 4 divide it
@@ -66,8 +65,8 @@ class Conditions:
             exponential spells of 100 mean times between two calls. Defaults to 0.
         dead: the probability that a part fails, after ``dead_after``. Defaults to 0.
         dead_after: the time after which a part fails, positive. Defaults to 100.
-        bursts: the mean time between two bursts (exponential): a fifth of the workers, side by
-            side, pause for 10. Defaults to infinity, no bursts.
+        bursts: the mean time between two bursts (exponential), in each of which a fifth of the
+            workers, side by side, pause for 10. Defaults to infinity, no bursts.
         delays: a law of further time, drawn once a call for each worker. A part with an infinite
             delay fails after ``dead_after``. Defaults to None, no delays.
 
@@ -132,7 +131,6 @@ def simulate(
     load: float = 0.3,
     num_requests: int = 10_000,
     num_columns: int | None = None,
-    history: History | None = None,
     seed: int = 0,
 ) -> Outcome:
     """Simulate calls on workers that compute one part at a time, from one queue.
@@ -150,7 +148,6 @@ def simulate(
         load: the share of the workers' time that the first asks take, in (0, 1). Defaults to 0.3.
         num_requests: the number of calls, at least 1. Defaults to 10,000.
         num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
-        history: the history to begin with, which is added to. Defaults to a new one.
         seed: the seed of all draws. Defaults to 0.
 
     Raises:
@@ -170,9 +167,9 @@ def simulate(
         3.7
         41.9
     """
-    count("simulate", "num_workers", num_workers)
-    count("simulate", "num_parts", num_parts)
-    count("simulate", "num_requests", num_requests)
+    numbers = {"num_workers": num_workers, "num_parts": num_parts, "num_requests": num_requests}
+    for argument, value in numbers.items():
+        count("simulate", argument, value)
     instance("simulate", "conditions", conditions, Conditions)
     real("simulate", "load", load, "in (0, 1)", lambda x: 0 < x < 1)
     num_rows, unit_rows = num_parts * _PART_ROWS, 1
@@ -187,17 +184,13 @@ def simulate(
     pool = _Pool(conditions, num_workers, unit_rows, gap, seed)
     factors = pool.factors(num_requests * len(first))
     arrivals = np.cumsum(np.random.default_rng([seed, 0]).exponential(gap, num_requests)).tolist()
-    history = History() if history is None else history
+    options: dict[str, Any] = {"needed": needed, "unit_rows": unit_rows, "idle": pool.num_idle}
+    history = History()
 
     def arrive(number: int) -> None:
-        options: dict[str, Any] = {
-            "unit_rows": unit_rows,
-            "since": pool.now,
-            "idle": pool.num_idle,
-        }
-        decisions = policy.decide(history, first, needed=needed, **options)
+        decisions = policy.decide(history, first, since=pool.now, **options)
         own = factors[number * len(first) : (number + 1) * len(first)]
-        pool.begin_call(_Call(number, pool.now, decisions, own))
+        pool.step(_Call(number, pool.now, decisions, own, pool.delays()), None)
         if number + 1 < num_requests:
             pool.at(arrivals[number + 1], arrive, number + 1)
 
@@ -227,7 +220,7 @@ class _Call:
     arrival: float
     policy: Generator[Decision, Event, Ended] | None  # None: the call has ended
     factors: Sequence[float]  # factors of the running times in the first ask
-    delays: Sequence[float] = ()  # a delay for each worker
+    delays: Sequence[float]  # a delay for each worker
     parts: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     answered: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
     dropped: set[int] = dataclasses.field(default_factory=set)
@@ -253,7 +246,7 @@ class _Pool:
         # Each kind of fault has numbers of its own, so that it is the same for every policy.
         self._numbers = np.random.default_rng([seed, 1])
         self._bursts = random.Random(f"{seed} bursts")
-        self._delays = torch.Generator().manual_seed(seed)
+        self._numbers_of_delays = torch.Generator().manual_seed(seed)
         self._later = itertools.chain.from_iterable(iter(lambda: self.factors(1000), None))
         self._spells = [
             _spells(conditions.slow, _SPELL * gap, random.Random(f"{seed} {worker}"))
@@ -262,10 +255,10 @@ class _Pool:
         self._spell = [next(spells) for spells in self._spells]
         self._burst_later()
 
-    def begin_call(self, call: _Call) -> None:
-        if (law := self.conditions.delays) is not None:
-            call.delays = law.sample(len(self._ends), self._delays).tolist()
-        self._step(call, None)
+    def delays(self) -> Sequence[float]:
+        """Return the delay of each worker in a new call."""
+        law, num_workers = self.conditions.delays, len(self._ends)
+        return () if law is None else law.sample(num_workers, self._numbers_of_delays).tolist()
 
     def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
         """Call ``do(what)`` at a time."""
@@ -292,10 +285,10 @@ class _Pool:
             elif len(avoid) < len(self._ends):
                 passed.append(entry)
             else:  # no worker is left
-                self._step(call, Settled(part, self.now, math.inf, False))
+                self.step(call, Settled(part, self.now, math.inf, False))
         self._queue.extendleft(reversed(passed))
 
-    def _step(self, call: _Call, event: Event) -> None:
+    def step(self, call: _Call, event: Event) -> None:
         """Send an event to a policy, and carry out its decisions until it waits or ends."""
         assert call.policy is not None
         try:
@@ -320,7 +313,7 @@ class _Pool:
     def _wake(self, call: _Call) -> None:
         if call.until <= self.now:
             call.until = math.inf
-            self._step(call, None)
+            self.step(call, None)
 
     def _begin(self, worker: int, call: _Call, part: int) -> None:
         rows = len(call.parts[part]) * self.unit_rows
@@ -339,7 +332,7 @@ class _Pool:
         self.at(self._ends[worker], self._end, worker)
         self.begun_parts += 1
         self.begun_rows += rows
-        self._step(call, Began(part, self.now))
+        self.step(call, Began(part, self.now))
 
     def _end(self, worker: int) -> None:
         """End a worker's part, if it has one, or its pause."""
@@ -353,7 +346,7 @@ class _Pool:
             if ok:
                 call.answered.append(call.parts[part])
             failure = Failure() if ok else Failure("died")
-            self._step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
+            self.step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
 
     def _burst(self, _: None) -> None:
         num_workers, resume = len(self._ends), self.now + _PAUSE

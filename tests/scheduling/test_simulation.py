@@ -1,6 +1,5 @@
 """What holds for every policy over every law, and what a simulation is given and gives."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Waiting, stragglers
-from coded_torch.scheduling.latency_history import History
 from coded_torch.scheduling.protocol import Ask, Began, Drop, Settled, Wait
 from coded_torch.scheduling.simulation import Conditions, simulate
 
@@ -205,17 +203,6 @@ def test_stragglers_cost_least_where_the_rest_is_predicted():
     assert tails[-1] < 8
 
 
-def test_when_workers_become_slow_for_good_the_median_follows():
-    history = History()
-    for _ in range(128):
-        history.add([(12, 0.1)] * 4, (12, 0.1))
-    outcome = simulate(
-        Waiting(), Conditions(), num_workers=6, num_parts=4, num_requests=2000, history=history
-    )
-    assert outcome.predicted[:50].mean() > 0.1
-    assert outcome.predicted[1000:].mean() < 0.001
-
-
 def test_one_worker_serves_one_part_after_the_other():
     still = Conditions(spread=0.0)
     outcome = simulate(
@@ -240,7 +227,7 @@ def test_a_paused_worker_goes_on_afterwards():
     )
     free = simulate(
         Waiting(predict_after=math.inf, hedge_budget=0),
-        dataclasses.replace(often, bursts=math.inf),
+        Conditions(spread=0.0),
         num_workers=1,
         num_parts=1,
         load=0.5,
