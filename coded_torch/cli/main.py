@@ -178,7 +178,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--port", int, 8000, "the port to listen on, or 0 for any"),
             ("--max-batch-size", int, 64, "rows of a batch"),
             ("--max-queued-requests", int, 256, "requests that may wait"),
-            ("--max-ongoing-batches", int, 1, "batches that may run at once"),
+            ("--max-ongoing-batches", int, None, "batches at once, unless while a worker is idle"),
             ("--name", str, None, "the model's name in URLs, unless lenet5 or FACTORY"),
             (
                 "--output-names",

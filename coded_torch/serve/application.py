@@ -60,7 +60,7 @@ def app(
     examples: Sequence[Tensor] | None = None,
     max_batch_size: int = 64,
     max_queued_requests: int = 256,
-    max_ongoing_batches: int = 1,
+    max_ongoing_batches: int | None = None,
 ) -> Starlette:
     """Make an ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
@@ -92,8 +92,8 @@ def app(
             application is ready. Defaults to None: the first requests wait for the loading.
         max_batch_size: the number of rows of a batch, and of a request.
         max_queued_requests: the number of requests that may wait.
-        max_ongoing_batches: the number of batches that may run at once. More than one pays if the
-            workers do not compute on this host's processors.
+        max_ongoing_batches: the number of batches that may run at once. Defaults to None: a batch
+            starts while a worker is idle, or one at a time under a code.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
@@ -126,8 +126,13 @@ def app(
     limits = {
         "max_batch_size": count("app", "max_batch_size", max_batch_size),
         "max_queued_requests": count("app", "max_queued_requests", max_queued_requests),
-        "max_ongoing_batches": count("app", "max_ongoing_batches", max_ongoing_batches),
+        "slots": 1,
+        "parts": 1,
     }
+    if max_ongoing_batches is not None:
+        limits["slots"] = count("app", "max_ongoing_batches", max_ongoing_batches)
+    elif (size := coded.workers.num_workers) and coded.code is None:
+        limits |= {"slots": size, "parts": coded.parts or size}
     seconds = positive("app", "deadline", deadline)
     return Service(coded, name, inputs, outputs, seconds, examples, limits).application()
 

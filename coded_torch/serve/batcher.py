@@ -1,4 +1,4 @@
-"""The queue of requests: a free slot takes the waiting requests, in order of arrival."""
+"""The queue of requests: an idle worker lets the waiting requests run, in order of arrival."""
 
 from __future__ import annotations
 
@@ -55,8 +55,9 @@ class _Entry:
 class Batcher:
     """A bounded queue, and slots in which batches run.
 
-    A free slot takes the waiting requests in order of arrival, up to the size of a batch; there is
-    no timer. A batch runs until the earliest deadline of its requests. All times are seconds of
+    While a slot is free, the waiting requests are taken in order of arrival, up to the size of a
+    batch; there is no timer. If slots are workers, batches overlap where workers are idle. A batch
+    runs until the earliest deadline of its requests. All times are seconds of
     :func:`time.monotonic`. The thread of one event loop uses it.
 
     Args:
@@ -64,7 +65,8 @@ class Batcher:
             batcher's own threads.
         max_batch_size: the number of rows of a batch.
         max_queued_requests: the number of requests that may wait, including requests being read.
-        max_ongoing_batches: the number of slots.
+        slots: the number of slots.
+        parts: the number of slots that a batch takes, or its rows if they are fewer.
         on_batch: called with the report of every batch, the number of its rows, and the seconds
             that each of its requests waited.
     """
@@ -75,24 +77,30 @@ class Batcher:
         *,
         max_batch_size: int,
         max_queued_requests: int,
-        max_ongoing_batches: int,
+        slots: int,
+        parts: int,
         on_batch: Callable[[Report, int, Sequence[float]], None],
     ) -> None:
         self._compute, self._on_batch = compute, on_batch
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
-        self._max_ongoing = max_ongoing_batches
+        self._slots, self._parts = slots, parts
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # True if the last batch had its usual time, and too few results
         # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
-        self._threads = ThreadPoolExecutor(max_ongoing_batches, "coded_torch batch")
+        self._threads = ThreadPoolExecutor(slots, "coded_torch batch")
 
     @property
     def num_queued(self) -> int:
         """The number of waiting requests, including requests being read."""
         return self._reading + len(self._queue)
+
+    @property
+    def _is_free(self) -> bool:
+        taken = sum(min(rows, self._parts) for _, rows, _ in self._ongoing.values())
+        return taken < self._slots
 
     @contextlib.contextmanager
     def reading(self, deadline: float) -> Iterator[None]:
@@ -144,8 +152,8 @@ class Batcher:
         """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(sum(entry.rows for entry in self._queue) + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
-        seconds /= self._max_ongoing
-        if len(self._ongoing) < self._max_ongoing:
+        seconds /= max(1, self._slots // min(self._parts, self._max_rows))
+        if self._is_free:
             return seconds
         # A batch beyond its deadline never ends, as far as anyone knows.
         return seconds + min(
@@ -161,8 +169,8 @@ class Batcher:
         return seconds if seconds < math.inf else 0.0
 
     def _fill(self) -> None:
-        """Give the waiting requests to free slots."""
-        while len(self._ongoing) < self._max_ongoing and (batch := self._take()):
+        """Let waiting requests run while a slot is free."""
+        while self._is_free and (batch := self._take()):
             task = asyncio.get_running_loop().create_task(self._run(batch))
             rows, until = sum(entry.rows for entry in batch), min(e.deadline for e in batch)
             self._ongoing[task] = time.monotonic(), rows, until

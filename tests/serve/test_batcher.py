@@ -38,7 +38,7 @@ class Model:
     def batcher(self, **options):
         return Batcher(
             self,
-            **{"max_batch_size": 4, "max_queued_requests": 8, "max_ongoing_batches": 1} | options,
+            **{"max_batch_size": 4, "max_queued_requests": 8, "slots": 1, "parts": 1} | options,
             on_batch=lambda report, rows, queued: self.counted.append((rows, queued)),
         )
 
@@ -123,14 +123,14 @@ async def test_rows_of_different_shapes_are_not_mixed(quick):
 
 
 @in_loop
-async def test_as_many_batches_as_slots_run_at_once(model):
-    batcher = model.batcher(max_ongoing_batches=2, max_batch_size=1)
-    entries = [put(batcher, float(i)) for i in range(3)]
-    await until(lambda: len(model.batches) == 2)
-    assert batcher.num_queued == 1
+async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
+    batcher = model.batcher(slots=3, parts=2)
+    entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
+    await until(lambda: len(model.batches) == 2)  # of one part and of two
+    assert batcher.num_queued == 2
     model.go.set()
-    await answers(*entries)
-    assert len(model.batches) == 3
+    assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
+    assert sorted(map(len, model.batches)) == [1, 2, 3]
 
 
 @in_loop
