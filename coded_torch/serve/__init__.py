@@ -5,7 +5,7 @@ queues it, ``model.py`` computes it with others, and ``metrics.py`` counts the o
 extra ``serve``.
 """
 
+from ..open_inference.tensors import DATATYPES, TensorSpec, specs
 from .application import app, deployment
-from .tensors import DATATYPES, TensorSpec, specs
 
 __all__ = ["DATATYPES", "TensorSpec", "app", "deployment", "specs"]

@@ -25,6 +25,7 @@ import coded_torch
 from .._arguments import count, instance, positive
 from .._heap import frozen_heap
 from ..nn import CodedWrapper, Report
+from ..open_inference.tensors import TensorSpec
 from .batcher import Batcher
 from .metrics import Metrics
 from .model import Batch, compute, load
@@ -38,7 +39,6 @@ from .protocol import (
     parse,
     read_body,
 )
-from .tensors import TensorSpec
 
 __all__ = ["Service", "app", "deployment"]
 

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from .._logging import sparing_logger
 from .._torch import device_of
 from ..nn import CodedWrapper, Report, Waiting
+from ..open_inference.tensors import TensorSpec
 from ..workers import WorkerError
-from .tensors import TensorSpec
 
 __all__ = ["Batch", "compute", "load"]
 

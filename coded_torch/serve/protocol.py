@@ -17,7 +17,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from torch import Tensor
 
-from .tensors import DATATYPES, TensorSpec, cast, from_bytes, from_json, to_bytes, to_json
+from ..open_inference.tensors import (
+    DATATYPES,
+    TensorSpec,
+    cast,
+    from_bytes,
+    from_json,
+    to_bytes,
+    to_json,
+)
 
 __all__ = [
     "ADDED",

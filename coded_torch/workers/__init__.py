@@ -14,6 +14,8 @@ To add a pool on real time:
    is a pool of 60 lines.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .base import Began, Obstacle, Part, Reply, Request, WorkerError, Workers
 from .devices import DeviceWorkers
 from .faults import Fault, FaultyWorkers
@@ -22,9 +24,14 @@ from .processes.pool import ProcessWorkers
 from .ray import RayWorkers
 from .task import Task
 
+if TYPE_CHECKING:
+    from ..open_inference.module import RemoteModule
+    from .endpoints import EndpointWorkers
+
 __all__ = [
     "Began",
     "DeviceWorkers",
+    "EndpointWorkers",
     "Fault",
     "FaultyWorkers",
     "LocalWorkers",
@@ -32,9 +39,18 @@ __all__ = [
     "Part",
     "ProcessWorkers",
     "RayWorkers",
+    "RemoteModule",
     "Reply",
     "Request",
     "Task",
     "WorkerError",
     "Workers",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("EndpointWorkers", "RemoteModule"):  # aiohttp, an extra, takes .1 s to import
+        from . import endpoints
+
+        return getattr(endpoints, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from .._torch import as_called, on_host
 from .base import Reply
-from .task import Task, broadcast_dims, flatten
+from .pytrees import broadcast_dims, flatten
+from .task import Task
 
 if TYPE_CHECKING:
     from .faults import FaultyWorkers

@@ -115,7 +115,7 @@ class Dispatcher(abc.ABC, Generic[W]):
             for worker in self._workers:
                 if worker.index == index and worker.excluded:
                     worker.excluded = False
-                    if worker.job is None:
+                    if worker.ready and worker.job is None:
                         self._idle.append(worker)
         self._assign()
 
@@ -171,6 +171,20 @@ class Dispatcher(abc.ABC, Generic[W]):
             job.request.fail(job.part, reason, cause, kind)
         self._assign()
 
+    def hand_back(self, worker: W, number: int) -> None:
+        """Put a job that a worker did not take first in the queue again."""
+        if (job := self._finish(worker, number)) is not None:
+            with self._changed:
+                job.request.put_back(job.part)
+                self._jobs.appendleft(job)
+            if self.closed:
+                self.stop()
+        self._assign()
+
+    def load(self, worker: W) -> int:
+        """Return a number; the idle worker with the least one takes the next job."""
+        return 0
+
     def _finish(self, worker: W, number: int) -> Job | None:
         """Make a worker idle, and return its job; None if that is another one."""
         with self._changed:
@@ -179,7 +193,7 @@ class Dispatcher(abc.ABC, Generic[W]):
                 logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
                 return None
             worker.job = None
-            if not worker.excluded:
+            if worker.ready and not worker.excluded:
                 self._idle.append(worker)
             return job
 
@@ -202,7 +216,7 @@ class Dispatcher(abc.ABC, Generic[W]):
             while at < len(self._jobs):
                 job = self._jobs[at]
                 others = (worker for worker in self._idle if worker.index not in job.part.avoid)
-                worker = next(others, None)
+                worker = min(others, key=self.load, default=None)
                 if worker is None and job.wanted():
                     if not self._idle:
                         return None

@@ -96,6 +96,12 @@ class LiveRequest(Request):
             self._events.put(began)
             return True
 
+    def put_back(self, part: Part) -> None:
+        """Note that a part has still to begin, as its worker did not take it."""
+        with self._lock:
+            if part.number in self._open:
+                self._open[part.number] = None
+
     def settle(self, part: Part, value: Any = None, error: WorkerError | None = None) -> None:
         """End a part, begun or not. Does nothing if its reply is not awaited."""
         with self._lock:

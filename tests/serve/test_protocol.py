@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coded_torch.open_inference.tensors import to_bytes
 from coded_torch.serve import DATATYPES, TensorSpec
 from coded_torch.serve.protocol import ADDED, format_answer, largest_body, parse
-from coded_torch.serve.tensors import to_bytes
 
 from .servers import INPUTS, OUTPUTS, tensor
 

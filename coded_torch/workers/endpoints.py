@@ -1,0 +1,399 @@
+r"""Workers that are servers of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._arguments import count, instance, positive
+from ..open_inference.client import (
+    BusyError,
+    Client,
+    EndpointError,
+    RefusedError,
+    RemoteError,
+    running_loop,
+)
+from ..open_inference.module import RemoteModule
+from .base import Reply, Request, Task
+from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
+from .faults import compute
+from .live import LiveRequest
+
+__all__ = ["EndpointWorkers"]
+
+logger = logging.getLogger("coded_torch.workers")
+
+# Seconds from a failure to the first probe of a server; the pause doubles up to the other. Not
+# tuned: a probe is one small request.
+_PROBE_SECONDS, _MOST_PROBE_SECONDS = 0.25, 30.0
+_CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
+
+
+class EndpointWorkers(DispatchedWorkers):
+    r"""Servers of the Open Inference Protocol v2, such as Triton, KServe and this package's own.
+
+    Each server is a worker that computes several parts at a time. It runs its own copy of one
+    model, so a wrapper on this pool wraps a :class:`RemoteModule` of that model:
+    ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
+
+    - A server that fails, or does not keep the protocol, gets no parts until a probe of
+      ``/v2/health/ready`` succeeds. Probes come at growing intervals.
+    - A server that answers 429 or 503 gets no parts for the time that its ``Retry-After`` says. Its
+      part goes to another server, and counts as no failure.
+    - An answer 400 or 422 is the caller's error: the call raises it, and asks nobody else.
+    - An answer 500 with a message is an error of the model. If two servers raise alike for the same
+      rows, the call raises it.
+    - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
+    - When a call ends, its requests that still run are cancelled.
+
+    Args:
+        endpoints: the servers, such as ``["http://a:8000", "http://b:8000"]``; or a callable that
+            returns them, which is asked every ``refresh`` seconds.
+        model: the name of the model on every server.
+        concurrency: parts that one server computes at a time.
+        headers: headers of every request. They are never logged.
+        token: a bearer token, sent to the endpoints only, over TLS or to a loopback address.
+        context: verifies TLS. Defaults to None, the certificates of the system.
+        connect_timeout: seconds to connect to a server.
+        timeout: seconds that a part may take, from asking for it to its reply.
+        refresh: seconds between two calls of ``endpoints``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
+
+    Opening raises:
+        TypeError: the module is not a :class:`RemoteModule`.
+        ValueError: the module stands for another model.
+        RuntimeError: the pool is closed.
+
+    Note:
+        Redirects, proxies of the environment and cookies are not followed, used or kept. Some
+        .5 ms beside the bare client for each part.
+    """
+
+    def __init__(
+        self,
+        endpoints: Iterable[str] | Callable[[], Iterable[str]],
+        *,
+        model: str,
+        concurrency: int = 4,
+        headers: Mapping[str, str] | None = None,
+        token: str | None = None,
+        context: ssl.SSLContext | None = None,
+        connect_timeout: float = 2.0,
+        timeout: float = 600.0,
+        refresh: float = 5.0,
+    ) -> None:
+        instance(self, "model", model, str)
+        self.model = model
+        self.concurrency = count(self, "concurrency", concurrency)
+        self.connect_timeout = positive(self, "connect_timeout", connect_timeout)
+        self.timeout = positive(self, "timeout", timeout)
+        self.refresh = positive(self, "refresh", refresh)
+        self._source = endpoints if callable(endpoints) else tuple(endpoints)
+        self._access = (headers, token, context)
+        self._open()
+
+    def _open(self) -> None:
+        headers, token, context = self._access
+        client = Client(
+            self,
+            headers=headers,
+            token=token,
+            context=context,
+            connect_timeout=self.connect_timeout,
+            timeout=self.timeout,
+        )
+        urls = self._source() if callable(self._source) else self._source
+        self._endpoints = _Endpoints(client, self.concurrency)
+        for url in urls:
+            self.add(url)
+        if not callable(self._source) and not self.urls:
+            raise ValueError("EndpointWorkers: endpoints must not be empty")
+        self._finalizer = weakref.finalize(self, self._endpoints.close)
+        if callable(self._source):
+            self._endpoints.follow(self._source, self.refresh)
+
+    @property
+    def num_workers(self) -> int:  # type: ignore[override]
+        """The number of places: one for each server that the pool has or had."""
+        return self._endpoints.size
+
+    @property
+    def num_ready(self) -> int:
+        return self._endpoints.num_ready
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers that get parts, or did until they failed."""
+        return self._endpoints.urls
+
+    def add(self, url: str) -> None:
+        """Let a server take parts. An excluded server that is added again is restarted.
+
+        Raises:
+            ValueError: it is not a URL of a server, or the token must not be sent there.
+        """
+        self._endpoints.join(self._endpoints.client.checked(url))
+
+    def remove(self, url: str) -> None:
+        """Give a server no more parts; the parts that it computes go on.
+
+        Raises:
+            ValueError: the pool has no such server.
+        """
+        if url.rstrip("/") not in self.urls:
+            raise ValueError(f"EndpointWorkers: url must be one of {self.urls}, got {url!r}")
+        self._endpoints.leave(url.rstrip("/"))
+
+    def open(self, module: nn.Module, task: Task) -> Request:
+        if not isinstance(module, RemoteModule):
+            raise TypeError(
+                "EndpointWorkers: module must be a RemoteModule, as the servers run their own "
+                f"model, got {type(module).__name__}"
+            )
+        if module.model != self.model:
+            raise ValueError(
+                f"EndpointWorkers: module must stand for the model {self.model!r}, got "
+                f"{module.model!r}"
+            )
+        if self._endpoints.closed:
+            raise RuntimeError("EndpointWorkers: the pool is closed")
+        return _EndpointRequest(task, self.timeout, self._endpoints, module)
+
+    def _dispatcher(self) -> Dispatcher[Any]:
+        return self._endpoints
+
+    def close(self) -> None:
+        """Cancel all requests, and close the connections. May be called twice."""
+        self._finalizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in vars(self).items() if k not in ("_endpoints", "_finalizer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"EndpointWorkers({list(self.urls)}, model={self.model!r})"
+
+
+class _EndpointRequest(LiveRequest):
+    """A request whose running parts are cancelled when it is closed."""
+
+    def wait(self, until: float = float("inf")) -> Any:
+        event = super().wait(until)
+        error = event.error if isinstance(event, Reply) else None
+        if error is not None and isinstance(error.__cause__, RefusedError):
+            raise error.__cause__
+        return event
+
+    def receive(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self.receive(tensor) for name, tensor in value.items()}
+        return value.to(self.task.device) if isinstance(value, Tensor) else value
+
+    def close(self) -> None:
+        super().close()
+        self.dispatcher.cancel(self)  # type: ignore[attr-defined]
+
+
+class _Slot(Worker):
+    """A part at a time of one server; the slots of a server have its place."""
+
+    def __init__(self, index: int, url: str) -> None:
+        super().__init__(index)
+        self.url = url
+        self.running: asyncio.Task[None] | None = None
+
+    def __str__(self) -> str:
+        return self.url
+
+
+class _Endpoints(Dispatcher[_Slot]):
+    """The servers of a pool. Its methods that begin with an underscore run on the loop."""
+
+    kind = "servers"
+
+    def __init__(self, client: Client, concurrency: int) -> None:
+        super().__init__(0)
+        self.client, self.concurrency = client, concurrency
+        self.loop = running_loop()
+        self._places: dict[str, int] = {}  # the place of each URL, also after its removal
+        self._failures: dict[str, int] = {}  # since the last answer
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        with self._changed:
+            return tuple(dict.fromkeys(slot.url for slot in self._workers))
+
+    @property
+    def num_ready(self) -> int:
+        with self._changed:
+            return len({slot.index for slot in self._workers if slot.ready and not slot.excluded})
+
+    def join(self, url: str) -> None:
+        """Add a server, or give one that was excluded parts again."""
+        with self._changed:
+            place = self._places.setdefault(url, len(self._places))
+            self.size = len(self._places)
+            known = any(slot.url == url for slot in self._workers)
+        if known:
+            self.restart(place)
+        else:
+            for _ in range(self.concurrency):
+                self.add(_Slot(place, url))
+
+    def leave(self, url: str) -> None:
+        """Remove a server. Its running parts go on."""
+        with self._changed:
+            for slot in self._workers:
+                if slot.url == url:
+                    slot.ready = False
+            self._workers = [s for s in self._workers if s.url != url or s.job is not None]
+            self._idle = type(self._idle)(s for s in self._idle if s.url != url)
+        self._refuse()
+
+    def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
+        """Ask a callable for the servers every few seconds."""
+
+        async def refresh() -> None:
+            while not self.closed:
+                await asyncio.sleep(seconds)
+                try:
+                    found = await self.loop.run_in_executor(None, lambda: list(source()))
+                    wanted = [self.client.checked(url) for url in found]
+                except Exception:  # the caller's code failed: the servers stay as they are
+                    logger.warning("EndpointWorkers: endpoints() failed", exc_info=True)
+                    continue
+                for url in set(self.urls) - set(wanted):
+                    self.leave(url)
+                for url in set(wanted) - set(self.urls):
+                    self.join(url)
+
+        self.loop.call_soon_threadsafe(self._spawn, refresh)
+
+    def send(self, worker: _Slot, job: Job) -> None:
+        self.loop.call_soon_threadsafe(self._start, worker, job)
+
+    def load(self, worker: _Slot) -> int:
+        """Return the number of parts that a server computes."""
+        return sum(s.index == worker.index and s.job is not None for s in self._workers)
+
+    def cancel(self, request: LiveRequest) -> None:
+        """Cancel the running parts of a request."""
+        self.loop.call_soon_threadsafe(self._cancel, request)
+
+    def close(self) -> None:
+        """Fail all parts, and close all connections."""
+        self.stop()
+        ended = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
+        try:
+            ended.result(_CLOSING_SECONDS)
+        except TimeoutError:
+            logger.warning("EndpointWorkers: connections did not close in time")
+
+    def _start(self, slot: _Slot, job: Job) -> None:
+        slot.running = self._spawn(self._compute, slot, job)
+        # Even a task that was cancelled before it began frees its slot.
+        slot.running.add_done_callback(
+            lambda task: self.fail(slot, job.number, "was cancelled") if task.cancelled() else None
+        )
+
+    def _spawn(self, function: Callable[..., Any], *args: Any) -> asyncio.Task[Any]:
+        task = self.loop.create_task(function(*args))
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _cancel(self, request: LiveRequest) -> None:
+        with self._changed:
+            slots = [s for s in self._workers if s.job is not None and s.job.request is request]
+        for slot in slots:
+            if slot.running is not None:
+                slot.running.cancel()
+
+    async def _close(self) -> None:
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.client.close()
+
+    async def _compute(self, slot: _Slot, job: Job) -> None:
+        """Ask a server for a part, and report the result or the error."""
+        module: RemoteModule = job.module
+        try:
+            value = await self._ask(slot, job, module)
+        except BusyError as busy:
+            self._pause(slot.url, busy.seconds)
+            self.hand_back(slot, job.number)
+        except EndpointError as error:
+            self._pause(slot.url, None)
+            reason = f"({slot.url}) {error}"
+            self.fail(slot, job.number, reason, error, "died" if error.lost else "")
+        except Exception as error:  # the model failed, or the arguments are wrong
+            kind = "raised" if isinstance(error, RemoteError) else ""
+            self.fail(slot, job.number, f"({slot.url}) raised {error!r}", error, kind)
+        else:
+            self._failures.pop(slot.url, None)
+            self.settle(slot, job.number, value)
+
+    async def _ask(self, slot: _Slot, job: Job, module: RemoteModule) -> Any:
+        task, part = job.request.task, job.part
+        with torch.inference_mode():
+            arguments = task.payload(part.units)
+        if arguments is None:  # the pool loads the module
+            if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
+                raise EndpointError("is not ready")
+            return None
+        inputs = module.inputs(*arguments)
+        rows = len(part.units) * task.unit_rows
+        fault = part.fault
+        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        value = module.outputs(outputs)
+        if fault is None:
+            return value
+        answer: Any = lambda: value  # noqa: E731
+        return await self.loop.run_in_executor(None, compute, answer, ((), {}), fault)
+
+    def _pause(self, url: str, seconds: float | None) -> None:
+        """Give a server no parts for a time, or until a probe of it succeeds."""
+        with self._changed:
+            slots = [slot for slot in self._workers if slot.url == url]
+            if not slots or not slots[0].ready:
+                return
+            for slot in slots:
+                slot.ready = False
+            self._idle = type(self._idle)(slot for slot in self._idle if slot.ready)
+        if seconds is None:
+            logger.warning("EndpointWorkers: %s failed, and is probed until it is ready", url)
+        self._spawn(self._resume, url, slots, seconds)
+
+    async def _resume(self, url: str, slots: Sequence[_Slot], seconds: float | None) -> None:
+        if seconds is not None:
+            await asyncio.sleep(seconds)
+        else:
+            while True:
+                failures = self._failures[url] = self._failures.get(url, -1) + 1
+                pause = _PROBE_SECONDS * 2.0 ** min(failures, 10)
+                await asyncio.sleep(min(pause, _MOST_PROBE_SECONDS))
+                if await self.client.is_ready(url):
+                    break
+        with self._changed:
+            slots = [slot for slot in slots if slot in self._workers]
+            for slot in slots:
+                slot.ready = True
+            free = [slot for slot in slots if slot.job is None and not slot.excluded]
+            self._idle.extend(free)
+        self._assign()

@@ -1,0 +1,296 @@
+"""A pool of servers of the Open Inference Protocol, some of which fail."""
+
+import copy
+import pickle
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import DeadlineExceeded
+from coded_torch.open_inference.client import EndpointError, RefusedError, RemoteError
+from coded_torch.testing.workers import numbered, task_of
+from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply
+
+from .endpoint_servers import servers
+
+X = torch.arange(36.0).reshape(12, 3)
+WAIT = 20.0  # seconds, of a test that hangs
+
+
+@pytest.fixture
+def three():
+    with servers(3) as made:
+        yield made
+
+
+def wrapped(made, waiting=None, **options):
+    module = RemoteModule(made[0].url, "double")
+    pool = EndpointWorkers([each.url for each in made], model="double", **options)
+    waiting = waiting or Waiting(deadline=WAIT, predict=False)
+    return CodedWrapper(module, workers=pool, waiting=waiting)
+
+
+def until(condition):
+    end = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        end.wait(0.02)
+    raise AssertionError("it did not happen")
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_batch_is_computed_by_all_servers(binary):
+    with servers(3, binary=binary) as made:
+        coded = wrapped(made)
+        together = threading.Barrier(3, timeout=WAIT)
+        for each in made:
+            each.fault = lambda handler, rows: len(rows) < 5 and together.wait() and False
+        answers, report = coded.run(X)
+        assert torch.equal(answers, 2 * X)
+        assert report.asked == (0, 1, 2)
+        assert [len(each.rows) for each in made] == [1, 1, 1]
+        assert torch.equal(RemoteModule(made[0].url, "double")(X), 2 * X)
+
+
+def test_a_server_that_is_gone_is_left_out_and_comes_back(three):
+    coded = wrapped(three)
+    three[0].fault = broken
+    three[0].ready = False
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
+    three[0].fault, three[0].ready = None, True
+    until(lambda: coded.workers.num_ready == 3)
+    until(lambda: torch.equal(coded(X), 2 * X) and three[0].rows)
+
+
+def test_a_busy_server_is_no_failure(three):
+    coded = wrapped(three)
+    three[0].fault = lambda handler, rows: handler.send(503, b"{}", Retry_After="30") or True
+    reports = []
+    until(lambda: reports.append(coded.run(X)[1]) or coded.workers.num_ready == 2)
+    assert not any(report.rejected or report.hedges for report in reports)
+    assert not three[0].rows
+
+
+def broken(handler, rows):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+    return True
+
+
+def garbage(handler, rows):
+    handler.send(200, b"\x00garbage")
+    return True
+
+
+def other_shape(handler, rows):
+    handler.answer(rows[:1], shape=[len(rows) + 1, 3])
+    return True
+
+
+def other_dtype(handler, rows):
+    handler.answer(rows, datatype="FP64")
+    return True
+
+
+def huge(handler, rows):
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(2**40))
+    handler.end_headers()
+    handler.close_connection = True
+    return True
+
+
+def packed(handler, rows):
+    handler.send(200, b"\x1f\x8b", Content_Encoding="gzip")
+    return True
+
+
+def elsewhere(handler, rows):
+    handler.send(307, b"", Location="http://127.0.0.1:1/")
+    return True
+
+
+FAULTS = [broken, garbage, other_shape, other_dtype, huge, packed, elsewhere]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_answer_against_the_protocol_is_not_used(three, fault):
+    coded = wrapped(three)
+    three[1].ready = False
+    used = []
+    three[1].fault = lambda handler, rows: used.append(rows) or fault(handler, rows)
+    until(lambda: torch.equal(coded(X), 2 * X) and used)
+    assert coded.workers.num_ready == 2
+
+
+def test_a_request_that_a_server_refuses_is_the_callers_error(three):
+    coded = wrapped(three)
+    for each in three:
+        each.fault = lambda handler, rows: handler.send(400, b'{"error": "no"}') or True
+    with pytest.raises(RefusedError, match="no"):
+        coded(X)
+
+
+def test_the_models_error_is_raised_with_its_rows(three):
+    coded = wrapped(three)
+
+    def fails(handler, rows):
+        if (rows == 15).any():
+            handler.send(500, b'{"error": "fifteen"}')
+            return True
+        return False
+
+    for each in three:
+        each.fault = fails
+    with pytest.raises(RemoteError, match="fifteen") as raised:
+        coded(X)
+    assert raised.value.rows == (5,)
+
+
+def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
+    coded = wrapped(three, Waiting(deadline=1.0, predict=False))
+    hung = threading.Event()
+    three[2].fault = lambda handler, rows: hung.wait(WAIT) or True
+    try:
+        with pytest.raises(DeadlineExceeded) as raised:
+            coded(X)
+        assert torch.equal(raised.value.answers[:8], 2 * X[:8]) or raised.value.report.missing_rows
+    finally:
+        hung.set()
+
+
+def test_servers_come_and_go(three):
+    coded = wrapped(three[:1])
+    pool = coded.workers
+    pool.add(three[1].url)
+    until(lambda: torch.equal(coded(X), 2 * X) and three[1].rows)
+    pool.remove(three[1].url)
+    count = len(three[1].rows)
+    assert torch.equal(coded(X), 2 * X)
+    assert len(three[1].rows) == count
+    with pytest.raises(ValueError, match="url must be one of"):
+        pool.remove(three[2].url)
+
+
+def test_a_callable_says_which_servers_there_are(three):
+    names = [three[0].url]
+    pool = EndpointWorkers(lambda: names, model="double", refresh=0.05)
+    assert pool.urls == (three[0].url,)
+    names.append(three[1].url)
+    until(lambda: len(pool.urls) == 2)
+    del names[0]
+    until(lambda: pool.urls == (three[1].url,))
+    pool.close()
+
+
+def test_an_excluded_server_returns_when_it_is_added_again(three):
+    coded = wrapped(three)
+    pool = coded.workers
+    pool.exclude(0)
+    coded(X)
+    assert not three[0].rows
+    pool.add(three[0].url)
+    until(lambda: torch.equal(coded(X), 2 * X) and three[0].rows)
+
+
+def test_a_server_computes_several_parts_at_a_time():
+    with servers(1) as (server,):
+        arrived = threading.Barrier(3, timeout=WAIT)
+        server.fault = lambda handler, rows: arrived.wait() and False
+        pool = EndpointWorkers([server.url], model="double", concurrency=3)
+        with pool.open(RemoteModule(server.url, "double"), task_of(X.reshape(3, 4, 3))) as request:
+            request.ask(numbered((0,), (1,), (2,)))
+            events = [request.wait(WAIT) for _ in range(6)]
+        assert all(e.error is None for e in events if isinstance(e, Reply))
+
+
+def test_a_request_that_is_closed_is_cancelled(three):
+    arrived, gone = threading.Event(), threading.Event()
+
+    def hang(handler, rows):
+        arrived.set()
+        handler.connection.recv(1)  # returns when the client closes the connection
+        gone.set()
+        return True
+
+    three[0].fault = hang
+    pool = EndpointWorkers([three[0].url], model="double")
+    with pool.open(RemoteModule(three[1].url, "double"), task_of(X.reshape(12, 1, 3))) as request:
+        request.ask([Part(0, (0,))])
+        request.wait(WAIT)
+        assert arrived.wait(WAIT)
+    assert gone.wait(WAIT)
+    with pool.open(RemoteModule(three[1].url, "double"), task_of(X.reshape(12, 1, 3))) as request:
+        request.ask([Part(0, (0,))])
+        request.wait(WAIT)
+    until(lambda: pool.open(RemoteModule(three[1].url, "double"), task_of(X[None])).idle == 4)
+
+
+def test_a_token_goes_over_tls_or_loopback_only(three):
+    with pytest.raises(ValueError, match="a token needs https"):
+        EndpointWorkers(["http://10.0.0.1:8000"], model="double", token="secret")
+    coded = wrapped(three, token="secret", headers={"X-Tenant": "me"})
+    coded(X)
+    assert three[0].headers["Authorization"] == "Bearer secret"
+    assert three[0].headers["X-Tenant"] == "me"
+    assert "secret" not in repr(coded.workers)
+    with pytest.raises(ValueError, match="headers must be printable"):
+        EndpointWorkers([three[0].url], model="double", headers={"X": "a\r\nb"})
+
+
+@pytest.mark.parametrize("url", ["a:8000", "http://a:8000/v2", "ftp://a", "http://u:p@a", 3])
+def test_an_endpoint_must_be_a_url(url):
+    with pytest.raises(ValueError, match="an endpoint must be a URL"):
+        EndpointWorkers([url], model="double")
+
+
+def test_other_modules_are_refused(three):
+    pool = EndpointWorkers([three[0].url], model="other")
+    with pytest.raises(TypeError, match="module must be a RemoteModule"):
+        CodedWrapper(nn.Identity(), workers=pool)(X)
+    with pytest.raises(ValueError, match="must stand for the model 'other', got 'double'"):
+        CodedWrapper(RemoteModule(three[0].url, "double"), workers=pool)(X)
+    pool.close()
+    pool.close()
+
+
+def test_inputs_are_checked_before_they_are_sent(three):
+    module = RemoteModule(three[0].url, "double")
+    assert torch.equal(module(input=X), 2 * X)
+    for wrong, error in ((X.double(), TypeError), (X[:, :2], ValueError)):
+        with pytest.raises(error, match="input must be"):
+            module(wrong)
+    with pytest.raises(TypeError, match="inputs must be input, got"):
+        module(X, X)
+    with pytest.raises(EndpointError, match=r"RemoteModule: http.* answered 404: unknown"):
+        RemoteModule(three[0].url, "another")
+    with pytest.raises(ValueError, match="outputs must be some of output"):
+        RemoteModule(three[0].url, "double", outputs=["logits"])
+
+
+def test_pools_and_modules_are_copied_without_their_connections(three):
+    coded = wrapped(three)
+    again = pickle.loads(pickle.dumps(coded))
+    assert torch.equal(again(X), 2 * X)
+    assert torch.equal(copy.deepcopy(coded)(X), 2 * X)
+
+
+def test_a_wrong_server_is_found_by_recomputation(three):
+    module = RemoteModule(three[0].url, "double")
+    pool = EndpointWorkers([each.url for each in three], model="double")
+    coded = CodedWrapper(module, workers=pool, waiting=Waiting(predict=False), verify=0.5)
+    three[0].fault = lambda handler, rows: handler.answer(np.float32(3) * rows) or True
+    excluded = set()
+    for _ in range(20):
+        _, report = coded.run(X)
+        excluded |= set(report.excluded)
+        if excluded:
+            break
+    assert excluded == {0}
+    assert torch.equal(coded(X), 2 * X)
