@@ -47,6 +47,12 @@ POOLS = {
 }
 
 
+either_pool = pytest.mark.parametrize(
+    "pool", [contextlib.nullcontext, lambda: DeviceWorkers(["cuda:0", "cuda:0"])],
+    ids=["LocalWorkers", "DeviceWorkers"],
+)  # fmt: skip
+
+
 def random_numbers(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -92,35 +98,35 @@ def check_agreement(make_code, device="cuda:0", x=X, module=None, tolerance=TOLE
     torch.testing.assert_close(got.cpu(), want, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+def cast(dtype):
+    options = {"x": X.to(dtype), "module": network(dtype), "tolerance": TOLERANCE_OF_HALF}
+    return pytest.param(options, id=str(dtype))
+
+
+ORDER = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+VARIANTS = [
+    *(pytest.param({"device": device}, id=device) for device in DEVICES),
+    *map(cast, (torch.float64, torch.bfloat16, torch.float16)),
+    *(
+        pytest.param({"ordering": order}, id=f"order {i}")
+        for i, order in enumerate(("arrival", ORDER))
+    ),
+    *(pytest.param({"waiting": w}, id=str(w)) for w in (Waiting(), Waiting.first(2))),
+    pytest.param(
+        {"module": nn.Sequential(network(), nn.Softmax(-1)), "link": "softmax"}, id="shares"
+    ),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @every_code
-def test_codes(make_code, device):
-    check_agreement(make_code, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-@every_code
-def test_dtypes(make_code, dtype):
-    check_agreement(make_code, x=X.to(dtype), module=network(dtype), tolerance=TOLERANCE_OF_HALF)
-
-
-@pytest.mark.parametrize("ordering", ["arrival", "host", "device"])
-@every_code
-def test_orders(make_code, ordering):
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
-    given = {"arrival": "arrival", "host": order, "device": order.to("cuda:0")}
-    check_agreement(make_code, ordering=given[ordering])
-
-
-@pytest.mark.parametrize("waiting", [Waiting(), Waiting.first(2)], ids=str)
-@every_code
-def test_modes(make_code, waiting):
-    check_agreement(make_code, waiting=waiting)
+def test_codes(make_code, variant):
+    check_agreement(make_code, **variant)
 
 
 @every_code
-def test_shares(make_code):
-    check_agreement(make_code, module=nn.Sequential(network(), nn.Softmax(-1)), link="softmax")
+def test_an_order_on_the_device(make_code):
+    check_agreement(make_code, ordering=ORDER.to("cuda:0"))
 
 
 @repeating
@@ -171,18 +177,12 @@ every_default = pytest.mark.parametrize("default", DEFAULTS.values(), ids=DEFAUL
 @repeating
 def test_default_devices(make_code, default):
     with default():
-        module, x = network_on_default(), X.to("cuda")
-        answers = coded(module, make_code, surrogate=Memory())(x)
-    torch.testing.assert_close(
-        answers.cpu(), coded(network(), make_code, surrogate=Memory())(X), atol=TOLERANCE, rtol=0
-    )
-
-
-def network_on_default():
-    module = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5))
-    assert next(module.parameters()).is_cuda
-    module.load_state_dict(network().state_dict())
-    return module.eval()
+        module, x = nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 5)), X.to("cuda")
+        assert next(module.parameters()).is_cuda
+        module.load_state_dict(network().state_dict())
+        answers = coded(module.eval(), make_code, surrogate=Memory())(x)
+    want = coded(network(), make_code, surrogate=Memory())(X)
+    torch.testing.assert_close(answers.cpu(), want, atol=TOLERANCE, rtol=0)
 
 
 class MakesTensors(nn.Module):
@@ -193,27 +193,23 @@ class MakesTensors(nn.Module):
 
 
 @every_default
-@pytest.mark.parametrize(
-    "pool", [None, ["cuda:0", "cuda:0"]], ids=["LocalWorkers", "DeviceWorkers"]
-)
+@either_pool
 def test_modules_see_the_default_of_the_caller(default, pool):
     x = X.to("cuda")
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        workers = stack.enter_context(pool())
         wrapper = CodedWrapper(MakesTensors(), CODES["replication"](), workers=workers)
         with default():
             answers = wrapper(x)
     torch.testing.assert_close(answers, x + 1)
 
 
-@pytest.mark.parametrize(
-    "pool", [None, ["cuda:0", "cuda:0"]], ids=["LocalWorkers", "DeviceWorkers"]
-)
+@either_pool
 @every_code
 def test_autocast(make_code, pool):
     module, x = network().to("cuda"), X.to("cuda")
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        workers = stack.enter_context(pool())
         wrapper = CodedWrapper(
             module, make_code().replace(shuffle=random.Random(0)), workers=workers
         )
@@ -358,25 +354,18 @@ def test_linear_maps(kind, dtype, device):
 @pytest.mark.parametrize("labels_on", ["cpu", "cuda"])
 def test_compare(labels_on):
     batches = [random_numbers(48, 12, seed=i) for i in range(3)]
-    labels = [
-        torch.randint(0, 5, (48,), generator=torch.Generator().manual_seed(i)) for i in range(3)
-    ]
-    settings = [(8, 4, 2)]
-    want = compare(network(), batches, settings, labels=labels)
-    got = compare(
-        network().to("cuda"),
-        [x.to("cuda") for x in batches],
-        settings,
-        labels=[y.to(labels_on) for y in labels],
-    )
+    labels = [batch.argmax(1) % 5 for batch in batches]
+    want = compare(network(), batches, [(8, 4, 2)], labels=labels)
+    there = [x.to("cuda") for x in batches], [(8, 4, 2)]
+    got = compare(network().to("cuda"), *there, labels=[y.to(labels_on) for y in labels])
     assert str(got).splitlines()[0] == str(want).splitlines()[0]
 
 
-@pytest.mark.parametrize("pool", [None, ["cuda", "cuda"]], ids=["LocalWorkers", "DeviceWorkers"])
+@either_pool
 def test_serve(pool):
     rows = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
     with contextlib.ExitStack() as stack:
-        workers = stack.enter_context(DeviceWorkers(pool)) if pool else None
+        workers = stack.enter_context(pool())
         port = stack.enter_context(serving(built(linear().to("cuda"), workers=workers)))
         client = stack.enter_context(Client(port))
         status, answer = client.infer({"inputs": [tensor(rows)]})

@@ -53,24 +53,23 @@ class Code(abc.ABC):
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers also sit at points of a
-       curve, or from this class.
-    2. Write the constructor. It calls ``super().__init__`` first, checks each argument of its own
+       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers also have points, or from
+       this class.
+    2. Write the constructor: it calls ``super().__init__`` first, checks each argument of its own
        (``_arguments``), and keeps it under its name.
-    3. Write ``_make_encoder()`` and ``_make_decoder(received)``, ``_curve`` instead for a curve, or
-       ``_plan`` here. They return a matrix or a :class:`~coded_torch.linear.LinearMap`. Override
+    3. Write ``_make_encoder()`` and ``_make_decoder(received)`` (``_curve`` with points, ``_plan``
+       here), which return a matrix or a :class:`~coded_torch.linear.LinearMap`, and
        :attr:`min_received` if one result is not enough.
     4. Return the values that are worth tuning from :meth:`candidates`.
-    5. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`. A complete example is
-       ``tests/codes/test_b_spline.py``.
-    6. Compare: ``coded_torch.compare(model, batches, more=lambda k, n: {"mine": Mine(k, n)})``.
+    5. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
+       ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
         ordering: the order in which a batch is cut into groups of K: "similarity", in which
-            neighbours resemble each other; "arrival"; or a permutation of the batch, a sequence or
-            an integer tensor. Defaults to "similarity".
+            neighbours resemble each other; "arrival"; or a permutation of the batch. Defaults to
+            "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers
             that are late together hold columns far apart. A ``random.Random`` makes the orders
             repeatable. Defaults to True.
@@ -89,7 +88,6 @@ class Code(abc.ABC):
     mixes: bool = True
     uses_geometry: bool = False
 
-    _options: type[Options] = Options
     _given: tuple[tuple[Any, ...], dict[str, Any]]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -172,28 +170,17 @@ class Code(abc.ABC):
         Raises:
             TypeError, ValueError: a value is invalid, or the code has no such argument.
         """
-        given, names = self._arguments()
-        for name in values:
-            if name not in names:
-                raise TypeError(
-                    f"{type(self).__name__}: replace takes {', '.join(names)}, got {name}"
-                )
-        return type(self)(**(given | values))
+        return type(self)(**(self._arguments() | values))
 
-    def _arguments(self, defaults: bool = False) -> tuple[dict[str, Any], list[str]]:
-        """Return the arguments given, by name, and the names of all that the constructor takes."""
+    def _arguments(self, defaults: bool = False) -> dict[str, Any]:
+        """Return the arguments that were given, by name, or all arguments."""
         args, kwargs = self._given
         # The method's: Python 3.10 returns the signature of ``__new__`` for a class.
         signature = inspect.signature(self.__init__)  # type: ignore[misc]
         bound = signature.bind(*args, **kwargs)
         if defaults:
             bound.apply_defaults()
-        given, names = dict(bound.arguments), list(signature.parameters)
-        for name, parameter in signature.parameters.items():
-            if parameter.kind is parameter.VAR_KEYWORD:
-                given |= given.pop(name, {})
-                names[names.index(name) :] = self._options.__annotations__
-        return given, names
+        return dict(zip(signature.parameters, bound.args, strict=False)) | bound.kwargs
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
@@ -204,8 +191,8 @@ class Code(abc.ABC):
             )
 
     def __repr__(self) -> str:
-        """Return the name and the arguments, without those that are None or arrays."""
-        given, _ = self._arguments(defaults=True)
+        """Return the name and the arguments that are neither None nor arrays."""
+        given = self._arguments(defaults=True)
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
         shown = (
             f"{name}={value!r}"
@@ -218,9 +205,8 @@ class Code(abc.ABC):
 class FixedCode(Code):
     """A pair of linear maps: an encoder ``K -> N`` and, per received set, a decoder ``|F| -> K``.
 
-    Both maps depend on the arguments alone, so they are made once and kept. Arguments are those of
-    :class:`Code`. Subclasses implement ``_make_encoder`` and ``_make_decoder``. They may override
-    ``_decoder_matrices``, to make many decoders at once, and :attr:`min_received`.
+    Both depend on the arguments alone, which are a :class:`Code`'s. They are made once and kept.
+    Subclasses may override ``_decoder_matrices`` to make many decoders at once.
     """
 
     def __init__(self, num_data: int, num_workers: int, **options: Unpack[Options]) -> None:
@@ -236,7 +222,7 @@ class FixedCode(Code):
     def decoder(self, received: Sequence[int] | Tensor) -> LinearMap:
         """Return the map from the results of the ``received`` workers to the K answers.
 
-        The code keeps the last 256 decoders. Keep those that a CUDA graph replays.
+        The code keeps the last 256 decoders. Keep the decoders that a CUDA graph replays.
 
         Raises:
             ValueError: ``received`` is not strictly increasing within ``0 .. num_workers - 1``.
@@ -279,10 +265,10 @@ class FixedCode(Code):
             an exact answer, and for all if fewer than :attr:`min_received` are received.
         """
         workers = self._received(received)
-        own = self._own[list(workers)]
-        if len(workers) < self.min_received or not bool((own >= 0).any()):
+        if len(workers) < self.min_received or not self.repeats:
             return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
+        own = self._own[list(workers)]
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)
 

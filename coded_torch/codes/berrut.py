@@ -28,9 +28,9 @@ class BerrutCode(CurveCode):
     where :math:`j` is the position among the nodes *in use*: the decoder's signs alternate over the
     received workers in order. Signs by the workers' own indices would put poles between them.
 
-    Arguments are those of :class:`~coded_torch.codes.CurveCode`. Any one result can be decoded.
-    Planning a decoder costs :math:`O(|F| K)`. The Berrut part of SBACC (arXiv 2507.01330) has
-    ``worker_points=chebyshev_first(num_workers)``.
+    It takes the arguments of :class:`~coded_torch.codes.CurveCode`. Any one result can be decoded.
+    Planning a decoder costs :math:`O(|F| K)`. With ``worker_points=chebyshev_first(num_workers)``
+    this is the code of SBACC, arXiv 2507.01330.
 
     Reference:
         T. Jahani-Nezhad, M. A. Maddah-Ali, *Berrut approximated coded computing: straggler

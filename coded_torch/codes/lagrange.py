@@ -39,7 +39,7 @@ class LagrangeCode(CurveCode):
     adapted code).
 
     Args:
-        num_data: K, as for every :class:`~coded_torch.codes.Code`.
+        num_data: K.
         num_workers: N, at least D + 1.
         degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
         decoder_degree: D, at least 0; excludes ``degree``.
@@ -54,7 +54,7 @@ class LagrangeCode(CurveCode):
     Note:
         :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
         The error of an exact recovery is the rounding error of the results times the norm of the
-        decoder, which grows exponentially with the run of workers missing in one place: for a
+        decoder, which grows exponentially with the number of neighbours that are missing: for a
         cubic, K = 5 and 13 of 20 results it is below 1e5 for 99 % of the received sets, and 4e7 if
         the 7 outermost workers on one side are missing.
 
@@ -101,7 +101,7 @@ class LagrangeCode(CurveCode):
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Return degrees for a model that is no polynomial; for others D is known."""
-        if "degree" in self._arguments()[0]:
+        if "degree" in self._arguments():
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}

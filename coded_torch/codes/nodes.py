@@ -1,4 +1,4 @@
-r"""Codes whose inputs and workers sit at points of a curve, and families of points in [-1, 1]."""
+r"""Codes whose inputs and workers have points on a line, and families of points in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -120,24 +120,21 @@ class CurveOptions(Options, total=False):
 
 
 class CurveCode(FixedCode):
-    r"""A code that lays a curve through the inputs and reads coded inputs off it.
+    r"""A code of functions of a point: one through the inputs, another through the results.
 
-    Input :math:`k` sits at data point :math:`\alpha_k`, worker :math:`n` receives the curve's value
-    at worker point :math:`\beta_n`; decoding lays a curve through the results at the received
-    :math:`\beta_n` and reads the answers off at the :math:`\alpha_k`.
-
+    Input :math:`k` is the value at data point :math:`\alpha_k`. Worker :math:`n` receives
+    its value at worker point :math:`\beta_n`. The decoder's function has the results for values at
+    the received :math:`\beta_n`, or comes near; its values at the :math:`\alpha_k` are the answers.
     Subclasses implement ``_make_encoder`` and ``_curve``.
 
     Args:
-        num_data, num_workers: K and N, as for every :class:`Code`.
+        num_data, num_workers, options: as for every :class:`Code`.
         data_points: ``[K]``, finite, strictly increasing. Defaults to :func:`chebyshev_first`.
         worker_points: ``[N]``, finite, strictly increasing. Defaults to :func:`chebyshev_second`,
             or to the class's own ``default_worker_points``.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every :class:`Code`.
     """
 
     default_worker_points = staticmethod(chebyshev_second)
-    _options = CurveOptions
 
     def __init__(
         self,
@@ -158,7 +155,7 @@ class CurveCode(FixedCode):
 
     @abc.abstractmethod
     def _curve(self, nodes: NDArray[np.float64], points: NDArray[np.float64]) -> Map:
-        """Return the curve through results at ``nodes``, read off at ``points``: a decoder."""
+        """Return a decoder, from results at ``nodes`` to answers at ``points``."""
 
     def _make_decoder(self, received: tuple[int, ...]) -> Map:
         return self._curve(self.worker_points[list(received)], self.data_points)

@@ -163,12 +163,10 @@ class GroupwisePlan(BatchPlan):
         return self.code.decoder(received).scattered(results, self._grouping)
 
     def source(self, received: Sequence[int]) -> Tensor:
+        if not self.code.repeats:
+            return super().source(received)
         with outside():
-            if not self.code.repeats:
-                return super().source(received)
             of_group = self.code.source(received)[:, None]  # [K, 1]
-            if not bool((of_group >= 0).any()):
-                return super().source(received)
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
             return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
@@ -176,7 +174,7 @@ class GroupwisePlan(BatchPlan):
 class RepetitionPlan(RowPlan, BatchPlan):
     """Workers compute inputs as they are; missing answers are predicted by a regression.
 
-    Arguments after ``code`` are those of :class:`~coded_torch.input_space.regression.RowPlan`.
+    The arguments after ``code`` are a :class:`~coded_torch.input_space.regression.RowPlan`'s.
     """
 
     def __init__(self, code: Code, regression: Regression, *batch: Any) -> None:

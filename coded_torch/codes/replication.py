@@ -25,7 +25,7 @@ class ReplicationCode(FixedCode):
 
     Answered inputs come back bit for bit as their first received worker, in the order of workers,
     computed them. Inputs without an answer get the mean of the group's answered ones, every input
-    counted once. ``ReplicationCode(K, K)`` is uncoded inference. Arguments and errors are those of
+    counted once. ``ReplicationCode(K, K)`` is uncoded inference. It takes the arguments of
     :class:`~coded_torch.codes.Code`.
 
     Example:

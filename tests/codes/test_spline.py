@@ -1,9 +1,5 @@
 """The paper's code: what every code promises, and how fast its error falls."""
 
-import mmap
-import random
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +7,6 @@ import torch
 from coded_torch.codes import BerrutCode, SplineCode, nodes
 from coded_torch.codes.base import Code
 from coded_torch.testing.codes import CodeTests
-
-STATM = Path("/proc/self/statm")
 
 
 class TestSplineCode(CodeTests):
@@ -78,11 +72,7 @@ def test_with_noise_the_error_falls_at_the_theoretical_smoothing():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (
-            {"encoder_smoothing": -1.0},
-            ValueError,
-            "encoder_smoothing must be finite and >= 0, got -1.0",
-        ),
+        ({"encoder_smoothing": -1.0}, ValueError, "encoder_smoothing must be finite and >= 0, got"),
         ({"decoder_smoothing": float("nan")}, ValueError, "decoder_smoothing must be .* got nan"),
         ({"decoder_smoothing": np.ones(2)}, TypeError, "decoder_smoothing must be a real number"),
         ({"decoder_smoothing": "x"}, TypeError, "decoder_smoothing must be real numbers, got 'x'"),
@@ -93,20 +83,3 @@ def test_with_noise_the_error_falls_at_the_theoretical_smoothing():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         SplineCode(3, 4, **arguments)
-
-
-@pytest.mark.skipif(not STATM.exists(), reason="the system does not say the memory of a process")
-def test_new_received_sets_do_not_grow_memory():
-    """Kept, 10,000 plans of this size would take 250 MB."""
-    code = SplineCode(20, 200)
-    choose = random.Random(0)
-    results = torch.randn(160, 10)
-
-    def resident():
-        return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
-
-    for count in range(12_000):
-        if count == 2000:  # the cache has been full for long
-            before = resident()
-        code.decode(results, sorted(choose.sample(range(200), 160)))
-    assert resident() - before < 50e6
