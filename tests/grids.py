@@ -55,16 +55,35 @@ def build(folder, source, *more, flags=()):
     return ctypes.CDLL(str(library))
 
 
-def build_host(folder, source):
+def build_host(folder, source, *flags):
     """The body of a kernel, compiled for the host."""
-    return build(folder, source, flags=["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror"])
+    return build(folder, source, flags=["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", *flags])
 
 
-def build_ptx(folder, source, kernels):
-    """The kernels that nvcc compiled, translated for the host."""
-    path, translated = folder / "kernels.ptx", folder / "kernels.cpp"
+def compile_ptx(folder, kernels):
+    """What nvcc makes of kernels."""
+    path = folder / "kernels.ptx"
     virtual = "-gencode=arch=compute_90,code=compute_90"
     run_nvcc(virtual, "-ptx", "-o", str(path), source=kernels)
-    translated.write_text(translate(path.read_text()))
+    return path.read_text()
+
+
+def build_ptx(folder, source, ptx):
+    """The kernels that nvcc compiled, translated for the host."""
+    translated = folder / "kernels.cpp"
+    translated.write_text(translate(ptx))
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{CSRC}"]
     return build(folder, source, translated, flags=flags)
+
+
+def grid_fixture(source, kernels, *flags):
+    """A fixture of a file: its kernels' bodies as the host's compiler sees them, and as nvcc."""
+
+    @pytest.fixture(scope="module", params=["host", "ptx"])
+    def grid(request, tmp_path_factory):
+        folder = tmp_path_factory.mktemp(request.param)
+        if request.param == "host":
+            return build_host(folder, source, *flags)
+        return build_ptx(folder, source, compile_ptx(folder, kernels))
+
+    return grid

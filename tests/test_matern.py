@@ -8,10 +8,12 @@ import torch
 
 from coded_torch.ops import matern52, matern52_among
 
-from .grids import ARCHITECTURES, build_host, build_ptx, linked_without_spills
-from .test_ops import CAPABILITIES
+from .grids import ARCHITECTURES, grid_fixture, linked_without_spills
+from .test_ops import every_kernel
 
 DTYPES = (torch.float64, torch.float32)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+grid = grid_fixture("matern_grid.cpp", "matern.cu")
 
 
 def reference(squared, length):
@@ -40,16 +42,21 @@ def check(got, squared, length):
     assert (got[squared == math.inf] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_dtype
+@every_kernel
 def test_every_kernel(capability, dtype):
     squared = problem(dtype)
     out = torch.empty_like(squared)
-    torch.ops.coded_torch.matern52_out_with(squared, math.sqrt(5) / 2, out, capability)
+    operator = torch.ops.coded_torch.matern52_out_with
+    operator(squared, math.sqrt(5) / 2, out, capability)
     check(out, squared, 2.0)
+    for number in (math.nan, -1):  # what is no distance has no covariance
+        nothing = torch.full((37,), number, dtype=dtype)
+        operator(nothing, 1.0, nothing, capability)
+        assert nothing.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("count", [0, 1, 3, 7, 8, 9, 15, 16, 17, 33, 100_003])
 def test_a_number_depends_on_nothing_but_itself(count, dtype):
     whole = problem(dtype, 100_006)
@@ -62,17 +69,7 @@ def test_a_number_depends_on_nothing_but_itself(count, dtype):
         assert torch.equal(copy, want[begin : begin + count])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_what_is_no_distance_stays_no_number(capability, dtype):
-    squared = torch.full((37,), math.nan, dtype=dtype)
-    squared[1::2] = -1
-    out = torch.zeros_like(squared)
-    torch.ops.coded_torch.matern52_out_with(squared, 1.0, out, capability)
-    assert out.isnan().all()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_layouts_and_lengths(dtype):
     squared = problem(dtype, 5000).view(50, 100)
     want = matern52(squared, 0.1)
@@ -95,14 +92,14 @@ def some_of(dtype):
     return squared, rows, torch.randint(700, (601,), generator=generator)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_dtype
+@every_kernel
 def test_some_rows_and_columns(capability, dtype):
     squared, rows, columns = some_of(dtype)
     operator = torch.ops.coded_torch.matern52_among_with
     got = operator(squared, rows, columns, math.sqrt(5) / 2, capability)
     check(got, squared[rows][:, columns], 2.0)
-    if capability == CAPABILITIES[0]:
+    if capability == torch.ops.coded_torch.cpu_capabilities().split()[0]:
         assert torch.equal(matern52_among(squared, rows, columns, 2.0), got)
         assert torch.equal(got, matern52(squared, 2.0)[rows][:, columns])
     for some, others in ((rows[:0], columns), (rows, columns[:0])):
@@ -110,74 +107,49 @@ def test_some_rows_and_columns(capability, dtype):
         assert got.shape == (len(some), len(others))
 
 
-def test_bad_indices():
+def test_bad_arguments():
     squared, rows, columns = some_of(torch.float32)
-    for some, others, message in (
-        (rows + 30, columns, r"must lie in 0\.\.59, got"),
-        (rows, columns - 1, r"must lie in 0\.\.699, got -1"),
-        (rows.int(), columns, "must be contiguous int64 vectors .* got Int"),
-        (rows, columns[::2], r"must be contiguous int64 vectors .* got Long \[301\]"),
-        (rows[None], columns, r"must be contiguous int64 vectors .* got Long \[1, 40\]"),
+    square, needed = torch.ones(4, 4), torch.ones(4, 4, requires_grad=True)
+    vectors = "must be contiguous int64 vectors .* got"
+    for call, arguments, message in (
+        (matern52_among, (squared, rows + 30, columns), r"must lie in 0\.\.59, got"),
+        (matern52_among, (squared, rows, columns - 1), r"must lie in 0\.\.699, got -1"),
+        (matern52_among, (squared, rows.int(), columns), f"{vectors} Int"),
+        (matern52_among, (squared, rows, columns[::2]), rf"{vectors} Long \[301\]"),
+        (matern52_among, (squared, rows[None], columns), rf"{vectors} Long \[1, 40\]"),
+        (matern52_among, (squared.T, rows, rows), "must be a contiguous matrix"),
+        (matern52_among, (squared.half(), rows, columns), "float64 or float32, got Half"),
+        (matern52_among, (needed, rows, columns), "squared_distances must not require a gradient"),
+        (matern52, (needed,), "squared_distances must not require a gradient"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            matern52_among(squared, some, others, 1.0)
-    with pytest.raises(RuntimeError, match="must be a contiguous matrix"):
-        matern52_among(squared.T, rows, rows, 1.0)
-    with pytest.raises(RuntimeError, match="must be float64 or float32, got Half"):
-        matern52_among(squared.half(), rows, columns, 1.0)
-    with pytest.raises(RuntimeError, match="squared_distances must not require a gradient"):
-        matern52_among(squared.requires_grad_(), rows, columns, 1.0)
-
-
-def test_bad_arguments():
-    squared = torch.ones(4, 4)
+            call(*arguments, 1.0)
     for given, out, message in (
-        (squared.half(), squared.half(), "must be float64 or float32, got Half"),
-        (squared, torch.empty(4, 5), r"out must have the shape.*got Float \[4, 5\] for Float"),
-        (squared, torch.empty(4, 4).double(), r"got Double \[4, 4\] for Float \[4, 4\]"),
-        (squared, torch.empty(4, 8)[:, ::2], "must be contiguous"),
-        (squared[1:], squared[:3], "or apart from it"),
+        (square.half(), square.half(), "must be float64 or float32, got Half"),
+        (square, torch.empty(4, 5), r"out must have the shape.*got Float \[4, 5\] for Float"),
+        (square, torch.empty(4, 4).double(), r"got Double \[4, 4\] for Float \[4, 4\]"),
+        (square, torch.empty(4, 8)[:, ::2], "must be contiguous"),
+        (square[1:], square[:3], "or apart from it"),
     ):
         with pytest.raises(RuntimeError, match=message):
             matern52(given, 1.0, out=out)
-    with pytest.raises(RuntimeError, match="squared_distances must not require a gradient"):
-        matern52(squared.requires_grad_(), 1.0)
-    out = torch.ones(3)
-    with pytest.raises(RuntimeError, match="capability must be one of this machine's, got mmx"):
-        torch.ops.coded_torch.matern52_out_with(out, 1.0, out, "mmx")
-
-
-def test_opcheck():
-    squared = problem(torch.float32, 100)
-    operator = torch.ops.coded_torch.matern52_out.default
-    torch.library.opcheck(operator, (squared, 1.0, torch.empty_like(squared)))
-    among = torch.ops.coded_torch.matern52_among.default
-    torch.library.opcheck(among, (*some_of(torch.float32), 1.0))
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own dependencies
-def test_compiles():
+def test_opcheck_and_compile():
     squared = problem(torch.float32, 100)
+    operators = torch.ops.coded_torch
+    torch.library.opcheck(operators.matern52_out.default, (squared, 1.0, torch.empty(100)))
+    torch.library.opcheck(operators.matern52_among.default, (*some_of(torch.float32), 1.0))
     run = torch.compile(lambda d: matern52(d, 0.5) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(run(squared), matern52(squared, 0.5) + 1)
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return build_host(tmp_path_factory.mktemp("matern"), "matern_grid.cpp")
-
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
-    return build_ptx(tmp_path_factory.mktemp("matern-ptx"), "matern_grid.cpp", "matern.cu")
-
-
-@pytest.mark.parametrize("compiled", ["host", "ptx"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("count", [0, 1, 255, 1023, 5003])
 @pytest.mark.parametrize("offset", [0, 1])  # wide packs, and numbers one by one
-def test_the_kernel_body_over_a_whole_grid(request, compiled, dtype, count, offset):
-    run = request.getfixturevalue(compiled).coded_torch_run_matern
+def test_the_kernel_body_over_a_whole_grid(grid, dtype, count, offset):
+    run = grid.coded_torch_run_matern
     squared = problem(dtype)[offset : offset + count]
     out = torch.full_like(squared, math.nan)
     failure = ctypes.create_string_buffer(80)
@@ -196,10 +168,9 @@ def test_the_kernel_body_over_a_whole_grid(request, compiled, dtype, count, offs
     assert nothing.isnan().all()
 
 
-@pytest.mark.parametrize("compiled", ["host", "ptx"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_some_rows_and_columns_over_a_whole_grid(request, compiled, dtype):
-    run = request.getfixturevalue(compiled).coded_torch_run_matern_among
+@every_dtype
+def test_some_rows_and_columns_over_a_whole_grid(grid, dtype):
+    run = grid.coded_torch_run_matern_among
     squared, rows, columns = some_of(dtype)
     out = torch.full((len(rows), len(columns)), math.nan, dtype=dtype)
     failure = ctypes.create_string_buffer(80)
@@ -219,7 +190,7 @@ def test_compiles_links_and_does_not_spill(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("offset", [0, 1])
 def test_on_a_gpu(dtype, offset):
     squared = problem(dtype, 300_001)[offset:]

@@ -2,11 +2,8 @@
 
 import ctypes
 import mmap
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +13,11 @@ from coded_torch import ops
 from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
 from coded_torch.linear import SplineMap
 
-from .grids import SOURCES, run_nvcc
-from .ptx import translate
+from .grids import CSRC, SOURCES, build_host, build_ptx, compile_ptx
 from .splines import DTYPES, TOLERANCES
 from .test_ops import gathered, make_indices, make_plan, scattered
 
 MAX_BLOCKS = 2**31 - 1
-GRID = Path(__file__).parent / "csrc" / "spline_grid.cpp"
 
 
 def structure(name, path, **fields):
@@ -40,7 +35,7 @@ def structure(name, path, **fields):
 
 RowIndex = structure("RowIndex", "ops/spline_args.h")
 SplineArgs = structure("SplineArgs", "ops/spline_args.h", RowIndex=RowIndex)
-Launched = structure("Launched", GRID)
+Launched = structure("Launched", CSRC / "spline_grid.cpp")
 Device = structure("Device", "ops/cuda/rows.h")
 SHARED, WORKSPACE = range(2)  # enum States
 SWEEP, NARROW, WIDE = range(3)  # enum Choice::Kernel
@@ -50,18 +45,10 @@ H100 = Device(index=0, multiprocessors=132, shared_bytes=233_472 // 2 - 1024)
 
 @pytest.fixture(scope="module")
 def ptx(tmp_path_factory):
-    """What nvcc makes of the kernels."""
-    path = tmp_path_factory.mktemp("ptx") / "spline.ptx"
-    run_nvcc("-gencode=arch=compute_90,code=compute_90", "-ptx", "-o", str(path))
-    return path.read_text()
+    return compile_ptx(tmp_path_factory.mktemp("ptx"), "spline.cu")
 
 
-def build_grid(folder, sources, *flags):
-    library = folder / "grid.so"
-    flags = [*flags, *os.environ.get("CODED_TORCH_GRID_FLAGS", "").split()]  # .ci/sanitizers
-    command = ["c++", *flags, "-fPIC", "-shared", *map(str, sources), "-o", str(library)]
-    subprocess.run(command, check=True, timeout=300)
-    loaded = ctypes.CDLL(str(library))
+def typed(loaded):
     assert loaded.coded_torch_sizeof_args() == ctypes.sizeof(SplineArgs)
     assert loaded.coded_torch_sizeof_launched() == ctypes.sizeof(Launched)
     loaded.coded_torch_run_grid.restype = Launched
@@ -83,21 +70,14 @@ def build_grid(folder, sources, *flags):
 
 @pytest.fixture(scope="module")
 def host_library(tmp_path_factory):
-    """The kernel's body, compiled for the host."""
-    warnings = ["-Wall", "-Wextra", "-Werror"]
-    # Of rows ahead of the last, which are never used.
-    warnings += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    return build_grid(tmp_path_factory.mktemp("grid"), [GRID], "-std=c++17", "-O2", *warnings)
+    # Rows ahead of the last are never used.
+    unused = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    return typed(build_host(tmp_path_factory.mktemp("grid"), "spline_grid.cpp", *unused))
 
 
 @pytest.fixture(scope="module")
 def ptx_library(tmp_path_factory, ptx):
-    """The kernels that nvcc compiled, translated for the host: its code, its vector accesses."""
-    folder = tmp_path_factory.mktemp("ptx-grid")
-    translated = folder / "kernels.cpp"
-    translated.write_text(translate(ptx))
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-DCODED_TORCH_PTX", f"-I{GRID.parent}"]
-    return build_grid(folder, [GRID, translated], *flags)
+    return typed(build_ptx(tmp_path_factory.mktemp("ptx-grid"), "spline_grid.cpp", ptx))
 
 
 @pytest.fixture(params=["host", "ptx"])

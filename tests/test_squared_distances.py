@@ -8,10 +8,12 @@ import torch
 
 from coded_torch.ops import inner_products, squared_distances
 
-from .grids import ARCHITECTURES, build_host, build_ptx, linked_without_spills
-from .test_ops import CAPABILITIES
+from .grids import ARCHITECTURES, grid_fixture, linked_without_spills
+from .test_ops import CAPABILITIES, every_kernel
 
 DTYPES = (torch.float64, torch.float32)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+library = grid_fixture("distances_grid.cpp", "distances.cu")
 SIZES = [(0, 5), (1, 0), (1, 1), (2, 7), (5, 8), (63, 16), (64, 33), (67, 240), (130, 3)]
 
 
@@ -32,16 +34,6 @@ def check(got, rows):
     assert not got.diagonal().any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "columns"), SIZES)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel(capability, n, columns, dtype):
-    rows, squares = problem(n, columns, dtype)
-    got = torch.ops.coded_torch.squared_distances_with(rows, squares, 0.0, capability)
-    assert got.dtype == dtype
-    check(got, rows)
-
-
 def check_products(got, rows):
     rows = rows.double()
     error = (got.double() - rows @ rows.T).abs()
@@ -50,11 +42,14 @@ def check_products(got, rows):
     assert torch.equal(got, got.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(("n", "columns"), SIZES)
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_kernel_of_products(capability, n, columns, dtype):
-    rows, _ = problem(n, columns, dtype)
+@every_kernel
+def test_every_kernel(capability, n, columns, dtype):
+    rows, squares = problem(n, columns, dtype)
+    got = torch.ops.coded_torch.squared_distances_with(rows, squares, 0.0, capability)
+    assert got.dtype == dtype
+    check(got, rows)
     got = torch.ops.coded_torch.inner_products_with(rows, capability)
     assert got.dtype == dtype
     check_products(got, rows)
@@ -62,7 +57,7 @@ def test_every_kernel_of_products(capability, n, columns, dtype):
         assert torch.equal(inner_products(rows), got)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_a_pair_depends_on_nothing_but_its_rows(dtype):
     rows, squares = problem(130, 50, dtype)
     whole = squared_distances(rows, squares, 0.0)
@@ -90,13 +85,14 @@ def test_bad_arguments():
     ):
         with pytest.raises(RuntimeError, match=message):
             squared_distances(given, lengths, 0.0)
-    with pytest.raises(RuntimeError, match="inner_products: rows must be float64 or float32"):
-        inner_products(rows.half())
-    rows.requires_grad_()
-    with pytest.raises(RuntimeError, match="squared_distances: rows must not require a gradient"):
-        squared_distances(rows, squares, 0.0)
-    with pytest.raises(RuntimeError, match="inner_products: rows must not require a gradient"):
-        inner_products(rows)
+    needed = rows.clone().requires_grad_()
+    for call, message in (
+        (lambda: inner_products(rows.half()), "inner_products: rows must be float64 or float32"),
+        (lambda: squared_distances(needed, squares, 0.0), "squared_distances: rows must not requi"),
+        (lambda: inner_products(needed), "inner_products: rows must not require a gradient"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 def test_opcheck():
@@ -106,24 +102,13 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.coded_torch.inner_products.default, (rows,))
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    return build_host(tmp_path_factory.mktemp("distances"), "distances_grid.cpp")
-
-
-@pytest.fixture(scope="module")
-def ptx(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distances-ptx")
-    return build_ptx(folder, "distances_grid.cpp", "distances.cu")
-
-
 # The multiprocessors of a card that a tile's slices are divided over, and of one that is too small.
 LARGE, SMALL = 132, 1
 
 
-@pytest.fixture(params=["host", "ptx"])
-def grid(request):
-    return request.getfixturevalue(request.param).coded_torch_run_distances
+@pytest.fixture
+def grid(library):
+    return library.coded_torch_run_distances
 
 
 def run_grid(grid, rows, squares, multiprocessors=LARGE):
@@ -139,7 +124,7 @@ def run_grid(grid, rows, squares, multiprocessors=LARGE):
     return out
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize(("n", "columns"), [*SIZES[1:], (66, 600)])
 def test_the_kernel_body_over_a_whole_grid(grid, n, columns, dtype):
     rows, squares = problem(n, columns, dtype)
@@ -147,7 +132,7 @@ def test_the_kernel_body_over_a_whole_grid(grid, n, columns, dtype):
     check_products(run_grid(grid, rows, None), rows)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 def test_a_pair_on_a_grid_depends_on_nothing_but_its_rows(grid, dtype):
     rows, squares = problem(70, 2039, dtype)  # slices of 256 columns
     whole = run_grid(grid, rows, squares)
@@ -163,7 +148,7 @@ def test_compiles_links_and_does_not_spill(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_dtype
 @pytest.mark.parametrize("columns", [33, 240])
 def test_on_a_gpu(dtype, columns):
     rows, squares = problem(300, columns, dtype)
