@@ -102,12 +102,11 @@ class Answers:
         if not division.is_whole(stacked.units):  # else the results are the answers
             plan = division.plan()
             source = plan.source(stacked.units)
-        predicted = source < 0
-        units = torch.where(predicted, -1, source // division.task.unit_rows)
-        report.note_source(units, stacked.parts, len(division.first))
+        predicted, unit_rows = source < 0, division.task.unit_rows
+        report.note_source(source, stacked.parts, len(division.first), unit_rows)
+        any_predicted = bool(predicted.any())
         known = ~predicted if odd is None else ~predicted & ~odd
-        helped = bool(self._surrogates) and bool(predicted.any())
-        guesses = self._guesses(stacked) if helped else []
+        guesses = self._guesses(stacked) if self._surrogates and any_predicted else []
         answers, choices = list(stacked.leaves), []
         divided: list[Tensor] = []
         weights: list[tuple[float, ...]] = []
@@ -134,7 +133,7 @@ class Answers:
                 choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             divided.append(rows)
             answers[i] = rows.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
-        if not bool(predicted.any()):
+        if not any_predicted:
             report.note_bars(ErrorBars(size), self._coverage, None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)

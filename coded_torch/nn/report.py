@@ -57,9 +57,6 @@ class Report:
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
-        source: uint8 ``[B]``, on the host: 0 if the answer is from a part that was asked first, 1
-            if it is from a hedge or another later part, 2 if it is predicted. None before there are
-            answers.
         radii: float64 ``[B]``, on the host: the norm of the error of each answer (of the first
             decoded output) is at most its radius with probability ``coverage`` of the
             :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is
@@ -107,7 +104,6 @@ class Report:
     work: float = 0.0
     hedges: tuple[Hedge, ...] = ()
     predicted: Tensor | None = dataclasses.field(default=None, repr=False)
-    source: Tensor | None = dataclasses.field(default=None, repr=False)
     radii: Tensor | None = dataclasses.field(default=None, repr=False)
     coverage: float | None = None
     label_risks: Tensor | None = dataclasses.field(default=None, repr=False)
@@ -134,6 +130,7 @@ class Report:
     #: When the call began, by :func:`time.perf_counter`.
     since: float = dataclasses.field(default_factory=time.perf_counter, init=False, repr=False)
     _bars: ErrorBars | None = dataclasses.field(default=None, init=False, repr=False)
+    _origin: tuple[Any, ...] = dataclasses.field(default=(), init=False, repr=False)
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -166,17 +163,31 @@ class Report:
         self.excluded = verdict.excluded
         self.notes += verdict.notes
 
-    def note_source(self, source: Tensor, parts: Sequence[int], num_first: int) -> None:
+    @property
+    def source(self) -> Tensor | None:
+        """Where answers are from: uint8 ``[B]``, on the host; None before there are answers.
+
+        0 is a part that was asked first, 1 a hedge or another later part, 2 a prediction.
+        """
+        if not self._origin:
+            return None
+        source, parts, num_first, unit_rows = self._origin
+        units = torch.where(source < 0, -1, source // unit_rows)
+        codes = torch.tensor([*(part >= num_first for part in parts), 2], dtype=torch.uint8)
+        return codes[units]
+
+    def note_source(
+        self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
+    ) -> None:
         """Note where answers come from.
 
         Args:
-            source: ``[B]``, the unit of each answer among those with results; -1 if predicted.
+            source: ``[B]``, the result of each answer, of all units with results; -1 if predicted.
             parts: the part of each of these units.
             num_first: how many parts were asked first.
+            unit_rows: R, the results of a unit.
         """
-        self.predicted = source < 0
-        later = torch.tensor([*(part >= num_first for part in parts), True], dtype=torch.uint8)
-        self.source = later[source] + self.predicted.to(torch.uint8)
+        self.predicted, self._origin = source < 0, (source, parts, num_first, unit_rows)
 
     def note_empty(self) -> None:
         """Note that there are no answers."""
