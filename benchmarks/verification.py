@@ -13,6 +13,7 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 - *liars*: two workers that collude, and one that is right whenever it is asked again.
 - *latency*: simulated, with and without.
 - *work*: of honest requests, by the share of checked rows.
+- *approxifer*: harmful rows of 100 answers, beside ApproxIFER with 2.1 times the work.
 - *peers*: *left* and *work* if all parts are computed once, twice (and by a third worker where two
   results differ), or three times, and a majority decides.
 """
@@ -22,210 +23,35 @@ from __future__ import annotations
 import functools
 import random
 import statistics
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from coded_torch.scheduling.protocol import Ask, Event, Settled, Wait
 from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Waiting
-from coded_torch.verification import Results, Scores, Strikes, Trials, Verdict, draw
 from coded_torch.verification.simulated import Verified
-from coded_torch.workers import attacks
 
+from .approxifer import Coded
+from .faulty import (
+    BATCH_SIZE,
+    FAULTS,
+    ROUNDING,
+    WORKERS,
+    Compute,
+    Data,
+    Fault,
+    Fleet,
+    Outcome,
+    Voters,
+)
 from .runs import Measurement, progress
-from .subjects import SEED, run, subject
+from .subjects import SEED
 
-WORKERS, BATCH_SIZE = 24, 240
 SHARES = (0.01, 0.02, 0.03, 0.1)
 SIZES = (8, 24, 64, 240)
-ROUNDING = 2.5e-6  # of the outputs' spread, by which honest results differ
-#: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
-Compute = Callable[[int, Sequence[int], bool], Tensor]
-
-
-class Outcome(NamedTuple):
-    """What became of one call.
-
-    Attributes:
-        answers: ``[B, C]``, NaN where none is left.
-        verdict: of the verification.
-        computed: rows.
-        first: by row, the worker that computed it first.
-    """
-
-    answers: Tensor
-    verdict: Verdict
-    computed: int
-    first: dict[int, int]
-
-
-class Fleet:
-    """Workers that compute at once, whoever is asked.
-
-    Args:
-        num_workers: M, which is the number of parts, too.
-        share: of the rows that are checked.
-        seed: of all that is drawn.
-    """
-
-    def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
-        self.random = random.Random(seed)
-        self.strikes = Strikes(num_workers, share, random.Random(seed + 1))
-        self.scores = Scores()
-
-    def settle(self) -> Fleet:
-        """Take all workers for proven, with no strikes."""
-        strikes = self.strikes
-        strikes.renew(range(strikes.num_workers))
-        for worker in range(strikes.num_workers):
-            for _ in range(30):
-                strikes.passed(worker)
-        return self
-
-    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
-        """Answer a batch of ``size`` rows; without inputs, nothing is scored."""
-        self.strikes.count_call()
-        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
-        count = min(len(order), size)
-        parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        drawn = draw(parts, self.strikes, idle=len(order))
-        results = Results(size, self.scores, self.scores.fit(inputs))
-        replies = [(part, order[part % len(order)]) for part in range(len(drawn.parts))]
-        for part, worker in replies:
-            results.add(part, drawn.parts[part], [compute(worker, drawn.parts[part], False)])
-        self.random.shuffle(replies)
-        trials = Trials(self.strikes, results, drawn.parts, replies, drawn)
-        verdict = self._drive(trials, results, compute)
-        results.conclude(verdict, inputs, trials.worker)
-        answers = results.outputs(verdict.answers)
-        first = {row: trials.worker[part] for row, part in trials.first.items()}
-        return Outcome(answers, verdict, sum(map(len, trials.asked)), first)
-
-    def _drive(self, trials: Trials, results: Results, compute: Compute) -> Verdict:
-        policy, events, event = trials.decisions(), deque[Event](), None
-        while True:
-            try:
-                decision = policy.send(event)
-            except StopIteration as stop:
-                return stop.value
-            event = None
-            if isinstance(decision, Ask):
-                first = len(trials.asked) - len(decision.parts)
-                asked = zip(decision.parts, decision.avoid, strict=True)
-                for part, (rows, avoid) in enumerate(asked, first):
-                    able = sorted(self.strikes.workers - avoid)
-                    worker = self.random.choice(able) if able else -1
-                    if able:
-                        results.add(part, rows, [compute(worker, rows, True)])
-                    events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
-            elif isinstance(decision, Wait) and events:
-                event = events.popleft()
-
-
-class Voters:
-    """Workers that compute every part several times; a majority decides, row by row.
-
-    If two results of a part differ, a third worker computes it.
-
-    Args:
-        num_workers: M, which is the number of parts, too.
-        copies: the number of workers that compute each part: 1, 2 or 3.
-        tolerance: up to which results are alike.
-    """
-
-    def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
-        self.num_workers, self.copies, self.tolerance = num_workers, copies, tolerance
-        self.random = random.Random(SEED)
-
-    def settle(self) -> None:
-        """Do nothing: no worker has a record."""
-
-    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
-        """Answer a batch of ``size`` rows, a multiple of M."""
-        order = self.random.sample(range(self.num_workers), self.num_workers)
-        answers, computed, step = list[Tensor](), 0, size // self.num_workers
-        for part in range(self.num_workers):
-            rows = range(part * step, (part + 1) * step)
-            workers = [order[(part + copy) % self.num_workers] for copy in range(3)]
-            results = [compute(w, rows, n > 0) for n, w in enumerate(workers[: self.copies])]
-            if self.copies == 2 and not self._alike(*results).all():
-                results.append(compute(workers[2], rows, True))
-            computed += len(rows) * len(results)
-            answers.append(self._elected(results))
-        return Outcome(torch.cat(answers), Verdict(), computed, {})
-
-    def _elected(self, results: Sequence[Tensor]) -> Tensor:
-        """Return the first result, but where the other two are alike and differ from it."""
-        if len(results) < 3:
-            return results[0]
-        first, second, third = results
-        outvoted = self._alike(second, third) & ~self._alike(first, second)
-        return torch.where((outvoted & ~self._alike(first, third)).unsqueeze(1), second, first)
-
-    def _alike(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().amax(1) <= self.tolerance
-
-
-class Data:
-    """Inputs, and what the module returns for them.
-
-    Attributes:
-        inputs: ``[n, ...]``.
-        outputs: ``[n, C]``.
-        spread: of the outputs.
-    """
-
-    def __init__(self, seed: int = SEED) -> None:
-        digits = subject("lenet5", quick=True)
-        self.inputs = torch.cat([digits.tuning.images, digits.held_out.images])
-        self.outputs = run(digits.model, self.inputs)
-        self.spread = float(self.outputs.std())
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def batch(self, size: int) -> Tensor:
-        return torch.randint(len(self.inputs), (size,), generator=self.generator)
-
-    def normal(self, rows: Tensor, size: float) -> Tensor:
-        return rows + size * self.spread * torch.randn(rows.shape, generator=self.generator)
-
-    def other(self, count: int) -> Tensor:
-        return self.outputs[self.batch(count)]
-
-
-#: What a worker returns instead of rows ``[n, C]``.
-Fault = Callable[[Data, Tensor], Tensor]
-
-
-def _noise(size: float) -> Fault:
-    return lambda data, rows: data.normal(rows, size)
-
-
-def _mixing(shape: Callable[..., Tensor]) -> Fault:
-    """Take the other rows from the answers to other inputs."""
-    return lambda data, rows: shape(rows, lambda at: data.other(len(at)), data.generator)
-
-
-def _bit(low: int, high: int) -> Fault:
-    return lambda data, rows: attacks.one_bit(rows, low, high, data.generator)
-
-
-FAULTS: dict[str, Fault] = {
-    "noise 1": _noise(1),
-    "noise .3": _noise(0.3),
-    "noise .1": _noise(0.1),
-    "noise .05": _noise(0.05),
-    "replay": lambda data, rows: data.other(len(rows)),
-    "swap": lambda data, rows: attacks.swap(rows),
-    "block": _mixing(attacks.block),
-    "one row": _mixing(attacks.one_row),
-    "one output": _mixing(attacks.one_output),
-    "exponent": _bit(*attacks.EXPONENT),
-    "mantissa": _bit(*attacks.MANTISSA),
-}
 POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults that bars name
 
 
@@ -288,21 +114,14 @@ def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -
 
 def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> dict[str, int]:
     """Count wrong rows, those that reach the caller, and of both those that do harm."""
-
-    def off(answers: Tensor) -> tuple[Tensor, Tensor]:
-        by = (answers - truth).abs() / data.spread
-        harmful = (answers.argmax(1) != truth.argmax(1)) | (by.square().mean(1).sqrt() > 0.1)
-        return by.amax(1) > 1e-3, harmful & answers.isfinite().all(1)
-
-    made, harm = off(wrong[0])
-    stays, harms = off(call.answers)
+    (made, harm), (stays, harms) = data.wrong(wrong[0], truth), data.wrong(call.answers, truth)
     counted = {"wrong": made, "harmful": harm, "left": stays, "harmful left": harms}
     return {name: int(rows.sum()) for name, rows in counted.items()}
 
 
 def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
     """Requests until a worker that is wrong in a share of its parts is excluded."""
-    fleet = Fleet(WORKERS, share, seed).settle()
+    fleet = _warm(data, Fleet(WORKERS, share, seed))
     for number in range(1, most + 1):
         at = data.batch(BATCH_SIZE)
 
@@ -315,6 +134,13 @@ def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: 
         if verdict.excluded:
             return number
     return most
+
+
+def _warm(data: Data, fleet: Fleet) -> Fleet:
+    """Let some honest requests set the bars of scores, as in a pool whose workers are proven."""
+    fleet.settle()
+    honest(data, fleet, [BATCH_SIZE] * 40)
+    return fleet
 
 
 def _quantised(data: Data, right: Tensor, worker: int) -> Tensor:
@@ -394,8 +220,8 @@ def _left_by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, A
 
 
 def measure_left(quick: bool, share: float) -> dict[str, Any]:
-    data, fleet, count = Data(), Fleet(WORKERS, share), 24 if quick else 240
-    honest(data, fleet, [BATCH_SIZE] * 40)
+    data, count = Data(), 24 if quick else 240
+    fleet = _warm(data, Fleet(WORKERS, share))
     found = _left_by_fault(data, fleet, count)
     pooled = [found[name] for name in POOLED]
     harmful, stays = (sum(x[key] for x in pooled) for key in ("harmful", "harmful left"))
@@ -437,6 +263,28 @@ def measure_peers(quick: bool) -> dict[str, Any]:
     return found
 
 
+def measure_approxifer(quick: bool) -> dict[str, Any]:
+    """Harmful rows that reach the caller, of 100 answers, beside ApproxIFER in its regime."""
+    data, count = Data(), 4 if quick else 48
+    voters, coded = Voters(WORKERS, 2, 1e-3 * data.spread), Coded(10)
+    fleet = _warm(data, Fleet(WORKERS, 0.02))
+    found: dict[str, Any] = {"work": coded.work, "harmful": {}}
+    for name, fault in progress([("none", _right), *FAULTS.items()], "faults"):
+        harmful: Counter[str] = Counter()
+        for worker in range(count):
+            at = data.batch(BATCH_SIZE)
+            answers = coded.answers(data, at, fault, worker % coded.num_workers)
+            harmful["ApproxIFER"] += int(data.wrong(answers, data.outputs[at])[1].sum())
+        for method, answering in (("verify=0.02", fleet), ("everything twice", voters)):
+            harmful[method] = int(left(data, answering, fault, count, BATCH_SIZE)["harmful left"])
+        found["harmful"][name] = {x: 100 * n / (count * BATCH_SIZE) for x, n in harmful.items()}
+    return found
+
+
+def _right(data: Data, rows: Tensor) -> Tensor:
+    return rows
+
+
 def measure_small(quick: bool) -> dict[str, Any]:
     """Batches of eight rows beside earlier rows, nothing drawn at random."""
     data, fleet = Data(), Fleet(WORKERS, 0.02).settle()
@@ -463,8 +311,7 @@ def measure_liars(quick: bool) -> dict[str, Any]:
     pairs = [requests(data, Fleet(6, 0.02, seed).settle(), _pair, 30) for seed in seeds]
     relenting = []
     for seed in seeds:
-        fleet = Fleet(WORKERS, 0.02, seed).settle()
-        honest(data, fleet, [BATCH_SIZE] * 40)
+        fleet = _warm(data, Fleet(WORKERS, 0.02, seed))
         relenting.append(requests(data, fleet, _liar, 30, relent=True))
     return {"a colluding pair among six": pairs, "right when asked again": relenting}
 
@@ -499,6 +346,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     yield ("honest",), functools.partial(measure_honest, quick)
     yield ("work",), functools.partial(measure_work, quick)
     yield ("peers",), functools.partial(measure_peers, quick)
+    yield ("approxifer",), functools.partial(measure_approxifer, quick)
     yield ("small",), functools.partial(measure_small, quick)
     yield ("modules",), functools.partial(measure_modules, quick)
     yield ("liars",), functools.partial(measure_liars, quick)

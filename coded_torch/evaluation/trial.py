@@ -15,7 +15,7 @@ from .._torch import as_called
 from ..codes import BatchPlan, Code
 from ..nn.division import Inputs
 from ..nn.module_proxy import training_part
-from ..workers.pytrees import broadcast_dims
+from ..workers.task import broadcast_dims
 
 __all__ = ["Trial", "calls_of"]
 

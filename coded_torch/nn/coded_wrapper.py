@@ -16,6 +16,7 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import CHUNKS, History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
+from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows
@@ -24,7 +25,6 @@ from .module_proxy import ModuleProxy
 from .predict_missing import Answers, checked_surrogates
 from .report import Report, error_of, holding
 from .result_checks import Results, Stacked
-from .verify import Check, Verifier
 
 __all__ = ["CodedWrapper"]
 
@@ -156,7 +156,7 @@ class CodedWrapper(ModuleProxy):
         self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
         _check_settings(self)
         self._is_made = True
-        self._verifier = Verifier(self.workers, verify) if verify else None
+        self._strikes = Strikes.of(self.workers, self.verify)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Return the answers and the report of a call with its own policy; hooks do not run."""
@@ -240,7 +240,7 @@ class CodedWrapper(ModuleProxy):
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
         answers = Answers(self.surrogate, inputs, link, predictor.coverage, report, self.module)
-        check = Check(self._verifier, inputs) if self._verifier is not None else None
+        check = None if self._strikes is None else Trials(self._strikes, inputs.floating())
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
             execution.run(pool, module, waiting, self._history)
@@ -284,7 +284,7 @@ class CodedWrapper(ModuleProxy):
         if name in ("workers", "module"):
             self._history = History()  # of this module on this pool
         if name in ("workers", "module", "verify") and "_is_made" in vars(self):
-            self._verifier = Verifier(self.workers, self.verify) if self.verify else None
+            self._strikes = Strikes.of(self.workers, self.verify)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Move surrogates along with the module, though they are not its submodules."""

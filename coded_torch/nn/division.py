@@ -18,7 +18,7 @@ from .._torch import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import CHUNKS, PredictionTimes
 from ..workers.base import Task
-from ..workers.pytrees import broadcast_dims, positional
+from ..workers.task import broadcast_dims, positional
 
 if TYPE_CHECKING:
     from ..codes.plans import BatchPlan

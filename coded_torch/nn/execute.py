@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .._logging import sparing_logger
@@ -27,11 +28,11 @@ from ..scheduling.protocol import (
     Wait,
 )
 from ..scheduling.waiting import Waiting
+from ..verification import Trials
 from ..workers import base as workers
 from .division import Division
 from .report import Report
 from .result_checks import Results
-from .verify import Check
 
 __all__ = ["Execution", "seconds_left"]
 
@@ -64,10 +65,10 @@ class Execution:
     """
 
     def __init__(
-        self, division: Division, results: Results, report: Report, check: Check | None = None
+        self, division: Division, results: Results, report: Report, check: Trials | None = None
     ) -> None:
         self._division, self._results, self._report = division, results, report
-        self._check, self._checking = check, False
+        self._check = check
         self.why = ""
         self.parts: list[workers.Part] = []
         self.refused: tuple[int, ...] = ()
@@ -109,7 +110,7 @@ class Execution:
             try:
                 ended = self._follow(policy)
                 if check is not None:
-                    self._verify(check, ended, began, waiting)
+                    ended = self._verify(check, ended, began, waiting)
                 self.why = request.status()
             finally:
                 self._note()
@@ -154,27 +155,30 @@ class Execution:
         if check is not None and not first:
             check.prepare()
 
-    def _verify(self, check: Check, ended: Ended, began: float, waiting: Waiting) -> None:
-        """Verify results while there is time, and let the verified ones be the answers."""
-        end = began + ended.deadline - self._division.reserve  # predictions may follow
-        until = end if ended.reason in ("complete", "failed") else -math.inf
-        soon = began + ended.hedging_threshold
-        bounded = waiting.deadline is not None or ended.reason == "error"
+    def _verify(self, check: Trials, ended: Ended, began: float, waiting: Waiting) -> Ended:
+        """Verify results while there is time; return how the call ended then."""
         self._events.clear()  # the results are there
-        self._checking = True
         fresh = {self._replies[n].worker for n in self._fresh if n in self._replies}
-        verdict = self._follow(
-            check.decisions(
-                [part.units for part in self.parts],
-                self._results.good,
-                fresh,
-                soon=soon if soon < math.inf else -math.inf,
-                until=until,
-                end=until if bounded else math.inf,
-            )
+        bounded = waiting.deadline is not None or ended.reason == "error"
+        decisions = check.decisions(
+            [part.units for part in self.parts],
+            [(result.part.number, result.worker) for result in self._results.good],
+            ended,
+            began=began,
+            now=self._request.now(),
+            bounded=bounded,
+            reserve=self._division.reserve,
+            fresh=fresh,
         )
-        self._results.choose(verdict.answers)
-        self.owners = check.conclude(verdict, self._report)
+        self._follow(decisions)
+        self._results.choose(check.answers)
+        size = self._division.batch_size
+        self._report.note_verdict(check, size)
+        self.owners = torch.tensor([check.owners.get(row, -1) for row in range(size)])
+        if ended.reason == "complete" and len(check.answers) < size:
+            late = self._request.now() >= check.end
+            return ended._replace(reason="deadline" if late else "failed")
+        return ended
 
     def _listen(self, wait: Wait) -> None:
         """Wait for an event of the policy, and judge together the replies that arrive together.
@@ -212,9 +216,9 @@ class Execution:
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good
             for part, good in settled:
-                if good and self._checking and self._check is not None:
+                if good and self._check is not None:
                     result = next(r for r in reversed(self._results.good) if r.part is part)
-                    self._check.add(result)
+                    self._check.results.add(part.number, part.units, result.divided())
                 of = self._replies[part.number]
                 failure = _NONE if good or of is not reply else _failure(reply)
                 self._events.append(

@@ -22,7 +22,7 @@ from ..input_space.coverage import ErrorBars
 from ..input_space.regression import RowPlan
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.pytrees import flatten, show, unflatten
+from ..workers.task import flatten, show, unflatten
 from .result_checks import Stacked, decodable
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.coverage import ErrorBars
 from ..scheduling.protocol import Ended, Hedge
 from ..workers.base import WorkerError
-from ..workers.pytrees import unflatten
+from ..workers.task import unflatten
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
     from ..scheduling.waiting import Waiting
-    from ..verification import Verdict
+    from ..verification import Trials
     from .division import Division
     from .execute import Execution
     from .result_checks import Results
@@ -152,7 +152,7 @@ class Report:
             seconds = getattr(ended, name)
             setattr(self, name, None if seconds == math.inf else seconds)
 
-    def note_verdict(self, verdict: Verdict, size: int) -> None:
+    def note_verdict(self, verdict: Trials, size: int) -> None:
         """Note what verification found."""
         for name in ("verified", "unverified"):
             rows = torch.zeros(size, dtype=torch.bool)

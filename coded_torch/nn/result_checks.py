@@ -13,15 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
 from ..workers.base import Part, Reply, Task, WorkerError
-from ..workers.pytrees import (
-    CONSTANTS,
-    broadcast_dims,
-    check_batch,
-    flatten,
-    kind,
-    leaf_name,
-    show,
-)
+from ..workers.task import CONSTANTS, broadcast_dims, check_batch, flatten, kind, leaf_name, show
 from .division import finite
 
 __all__ = ["Result", "Results", "Stacked", "decodable"]
@@ -61,17 +53,13 @@ class Result:
         self.dims: list[Any]
         self._form: list[tuple[Any, ...]]
         self._judged = judged
-        self._looks = [_look(leaf) for leaf in self.leaves]
-        if last is not None and self._looks == last._looks and self._is_built_as(last):
+        self._looks = [len(self.part.units), *map(_look, self.leaves)]
+        if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self._form = last.dims, last._form
             return
         self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
-
-    def _is_built_as(self, last: Result) -> bool:
-        same = self.spec is last.spec or self.spec == last.spec  # to compare takes microseconds
-        return same and len(self.part.units) == len(last.part.units)
 
     def _check(self, size: int, carries: bool) -> None:
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
@@ -98,6 +86,11 @@ class Result:
     def name(self, i: int) -> str:
         """Return the name of a leaf."""
         return leaf_name("output", self._value, i)
+
+    def divided(self) -> list[Tensor]:
+        """Return the leaves that have the part's rows, in dimension 0."""
+        leaves = zip(self.leaves, self.dims, strict=True)
+        return [x.movedim(d, 0) for x, d in leaves if d is not None and isinstance(x, Tensor)]
 
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""

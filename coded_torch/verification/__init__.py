@@ -1,13 +1,13 @@
 """Find workers that return wrong results: a few rows are computed twice.
 
-Nothing here waits or knows a clock. :func:`draw` adds secret check rows to the parts of a call.
-Then :meth:`Trials.decisions` is a generator of decisions that is sent events, as that of a waiting
-policy (:mod:`coded_torch.scheduling.waiting`).
+Nothing here waits or knows a clock. :meth:`Strikes.draw` adds secret check rows to the parts of a
+call. Then :meth:`Trials.decisions` is a generator of decisions that is sent events, as that of a
+waiting policy (:mod:`coded_torch.scheduling.waiting`).
 """
 
 from .results import Results
 from .scores import Scores
-from .strikes import Drawn, Strikes, draw
-from .trials import Trials, Verdict
+from .strikes import Drawn, Strikes
+from .trials import Trials
 
-__all__ = ["Drawn", "Results", "Scores", "Strikes", "Trials", "Verdict", "draw"]
+__all__ = ["Drawn", "Results", "Scores", "Strikes", "Trials"]

@@ -1,89 +1,116 @@
-"""How far results of a call are apart, and how odd they look."""
+"""The results of one call: by how much they differ, and how odd they look."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .scores import Fit, Scores, columns, features, flat_rows
+from .._logging import sparing_logger
+from .scores import ODD_ROWS, Fit, Recent, Scores, columns, flat_rows
 
 if TYPE_CHECKING:
-    from .trials import Verdict
+    from .trials import Trials
 
 __all__ = ["Results"]
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
-# and by some .01 in half precision and TF32 (benchmarks/verification.py).
+# and by some .01 in half precision and TF32 (benchmarks verification, modules).
 _EXACT, _LOOSE = 1e-3, 0.03
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
+
+logger = sparing_logger("coded_torch.nn")
 
 
 class Results:
     """The results of one call by rows.
 
     Args:
-        size: B
-        scores: of earlier calls.
-        fits: of the batch; none if nothing is scored.
-        loose: whether the module computes in less than its outputs' precision, as TF32 does.
+        scores: the scores of earlier calls.
+        inputs: floating-point tensors, ``[B, ...]`` each. Defaults to none: nothing is scored.
 
     Attributes:
-        tolerance: results of a row that differ by no more agree, in spreads of the outputs.
+        tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
     """
 
-    def __init__(
-        self, size: int, scores: Scores, fits: Sequence[Fit] = (), *, loose: bool = False
-    ) -> None:
-        self._size, self._scores, self._fits = size, scores, fits
-        self.tolerance = _LOOSE if loose else _EXACT
-        self._places: dict[int, dict[int, int]] = {}  # by part and row, where its result is
+    def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
+        self._scores, self.tolerance = scores, _LOOSE if _is_loose() else _EXACT
+        self._places: dict[int, dict[int, int]] = {}  # by part and row, the place of its result
         self._leaves: dict[int, list[Tensor]] = {}  # by part, [rows, ...] each
+        self._scored: dict[int, Tensor] = {}  # by part, the outputs that are scored
         self._differences: dict[tuple[int, int], dict[int, float]] = {}
         self._spreads: list[float] = []
-        self._looked: tuple[Mapping[int, int], Tensor] | None = None
-        self._scored: tuple[list[float], list[float]] = [], []
+        self._learnt: tuple[Sequence[float], Sequence[float]] = (), ()  # scores of rows, and parts
+        self._fit: Fit | None = None
+        with _scoring():
+            self._fit = scores.fit(inputs)
 
     def add(self, part: int, rows: Sequence[int], leaves: Iterable[Tensor]) -> None:
         """Add a good result: its leaves ``[rows, ...]``."""
         self._places[part] = {row: i for i, row in enumerate(rows)}
-        self._leaves[part] = [leaf.detach() for leaf in leaves]
-        if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in self._leaves[part]):
+        own = self._leaves[part] = [leaf.detach() for leaf in leaves]
+        if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in own):
             self.tolerance = _LOOSE
+        some = [leaf for leaf in own if leaf.is_floating_point()]
+        if some and self._fit is not None:
+            self._scored[part] = columns(some)
+        if not self._spreads and sum(map(len, self._places.values())) >= _SAMPLE:
+            self._spreads = self._spread()  # while others compute
 
-    def differences(self, part: int, other: int) -> Mapping[int, float]:
-        """Return by how much two results of every common row differ, in spreads of the outputs.
+    def keep(self, parts: Collection[int]) -> None:
+        """Remove the results of all other parts: their form is unlike that of most."""
+        if len(parts) < len(self._leaves):
+            self._leaves = {part: self._leaves[part] for part in parts}
+            self._spreads = []
 
-        The largest difference of any output counts: 0 for equal bits, infinite for NaN.
+    def differences(self, pairs: Collection[tuple[int, int]]) -> list[Mapping[int, float]]:
+        """Return, for pairs of parts, by how much the results of each common row differ.
+
+        The unit is the spread of the outputs. The largest difference of any output counts: 0 for
+        equal bits, infinite for NaN.
         """
-        pair = min(part, other), max(part, other)
-        if pair not in self._differences:
-            mine, its = self._places[pair[0]], self._places[pair[1]]
-            rows = [row for row in mine if row in its]
-            at, there = [mine[row] for row in rows], [its[row] for row in rows]
-            largest = torch.zeros(len(rows))
-            self._spreads = self._spreads or self._spread()
-            both = zip(self._leaves[pair[0]], self._leaves[pair[1]], self._spreads, strict=True)
-            for x, y, spread in both:
-                largest = torch.maximum(largest, _apart(x[at], y.to(x.device)[there], spread))
-            self._differences[pair] = dict(zip(rows, largest.tolist(), strict=True))
-        return self._differences[pair]
+        new = [pair for pair in pairs if pair not in self._differences]
+        if new:
+            self._compare(new)
+        return [self._differences[pair] for pair in pairs]
+
+    def _compare(self, pairs: Sequence[tuple[int, int]]) -> None:
+        starts, at = dict[int, int](), 0
+        for part in dict.fromkeys(part for pair in pairs for part in pair):
+            starts[part], at = at, at + len(self._places[part])
+        found = [(a, b, row) for a, b in pairs for row in self._places[a] if row in self._places[b]]
+        one, other = (
+            [starts[trio[i]] + self._places[trio[i]][trio[2]] for trio in found] for i in (0, 1)
+        )
+        self._spreads = self._spreads or self._spread()
+        largest = torch.zeros(len(found))
+        columns_of = zip(*[self._leaves[part] for part in starts], strict=True)
+        for leaves, spread in zip(columns_of, self._spreads, strict=True):
+            stacked = torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
+            largest = torch.maximum(largest, _apart(stacked[one], stacked[other], spread))
+        self._differences |= {pair: {} for pair in pairs}
+        for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
+            self._differences[a, b][row] = difference
 
     def _spread(self) -> list[float]:
         """Return the spread of every leaf: robust, as some results may be wrong."""
         spreads = []
         for leaves in zip(*self._leaves.values(), strict=True):
-            some = torch.cat([flat_rows(leaf) for leaf in leaves])
+            some = flat_rows(torch.cat([leaf.to(leaves[0].device) for leaf in leaves]))
             values = columns([some[:: -(-len(some) // _SAMPLE)]])
-            away = (values - values.median(0).values).abs().flatten()
-            away = away[away.isfinite()].sort().values
-            quartile = float(away[len(away) * 3 // 4]) if len(away) else 0.0
-            spreads.append(quartile / _QUARTILE or (float(away[-1]) if len(away) else 0) or 1.0)
+            away = (values - values.median(0).values).abs_().nan_to_num_(nan=math.inf).flatten()
+            spread = float(away.kthvalue(1 + len(away) * 3 // 4).values) if len(away) > 1 else 0.0
+            if not 0 < spread < math.inf:
+                finite = away[away.isfinite()]
+                spread = float(finite.max()) if len(finite) else 0.0
+            spreads.append(spread / _QUARTILE or 1.0)
         return spreads
 
     def odd(self, answers: Mapping[int, int]) -> set[int]:
@@ -92,69 +119,70 @@ class Results:
         Args:
             answers: by row, the part whose result counts.
         """
-        scores, parts = self.scores(answers), dict[int, list[int]]()
+        scores, parts = self.scores(answers), defaultdict[int, list[int]](list)
+        if not scores:
+            return set()
+        top = sorted(scores, key=scores.__getitem__, reverse=True)
+        few = top[: max(1, round(3 * ODD_ROWS * len(top)))]
+        odd, middle = {row for row in few if scores[row] > self._scores.rows.at}, len(top) // 2
         for row in scores:
-            parts.setdefault(answers[row], []).append(row)
-        rows, of_parts = self._scores.odd(scores, list(parts.values()))
-        self._scored = list(scores.values()), of_parts
-        return rows
+            parts[answers[row]].append(row)
+        means = []
+        for rows in parts.values():
+            mean = sum(scores[row] for row in rows) / len(rows) - scores[top[middle]]
+            means.append(mean * math.sqrt(len(rows)))
+            if means[-1] > self._scores.parts.at:
+                odd.add(max(rows, key=scores.__getitem__))
+        self._learnt = list(scores.values()), means
+        return odd
 
     def scores(self, answers: Mapping[int, int]) -> dict[int, float]:
-        """Return the score of every row, larger if others predict its result worse; or nothing."""
-        if not self._fits or len(answers) < self._size:
+        """Return scores by row, larger if others predict its result worse; empty if not known."""
+        if self._fit is None or not self._scored or not answers.keys() >= set(self._fit.rows):
             return {}
-        outputs, scores = self.outputs(answers), dict[int, float]()
-        if outputs.shape[1] and bool(outputs.isfinite().all()):
-            for fit in self._fits:
-                scores |= fit.scores(outputs)
-        return scores
+        with _scoring():
+            return self._fit.scores(self.outputs({row: answers[row] for row in self._fit.rows}))
+        return {}
 
     def outputs(self, answers: Mapping[int, int]) -> Tensor:
-        """Return the outputs that are looked at, ``[B, C]``; NaN where there is no answer."""
-        if self._looked is not None and self._looked[0] == answers:
-            return self._looked[1]
-        starts, columns_of = dict[int, int](), list[list[Tensor]]()
-        at = 0
+        """Return the outputs that are scored, ``[n, C]``, of n rows."""
+        starts, at = dict[int, int](), 0
         for part in dict.fromkeys(answers.values()):
-            starts[part] = at
-            at += len(self._places[part])
-            columns_of.append([x for x in self._leaves[part] if x.is_floating_point()])
-        leaves = [torch.cat(some) for some in zip(*columns_of, strict=True)]
-        looked = columns(leaves) if leaves else torch.empty(at, 0)
-        outputs = torch.full((self._size, looked.shape[1]), math.nan)
+            starts[part], at = at, at + len(self._places[part])
         places = [starts[part] + self._places[part][row] for row, part in answers.items()]
-        outputs[list(answers)] = looked[places]
-        self._looked = dict(answers), outputs
-        return outputs
+        return torch.cat([self._scored[part] for part in starts])[places]
 
-    def conclude(
-        self, verdict: Verdict, inputs: Sequence[Tensor], workers: Mapping[int, int]
-    ) -> None:
-        """Learn for later calls from what can be believed.
+    def conclude(self, trials: Trials) -> None:
+        """Leave credible results for later calls to learn."""
+        with _scoring():
+            for worker in trials.excluded:
+                self._scores.forget(worker)
+        if self._fit is not None and self._scored:
+            self._leaves.clear()  # large, perhaps
+            self._scores.leave(functools.partial(self._learn, self._fit, trials))
 
-        Args:
-            verdict: on the call.
-            inputs: of the call, floating-point, ``[B, ...]`` each; none if nothing is scored.
-            workers: by part.
-        """
-        for worker in verdict.excluded:
-            self._scores.forget(worker)
-        if not verdict.doubted:  # wrong results make those beside them look odd
-            self._scores.later(functools.partial(self._scores.learn, *self._scored))
-        if inputs and verdict.answers:
-            outputs, owners = self.outputs(verdict.answers), torch.full((self._size,), -1)
-            for row, part in verdict.answers.items():
-                if workers[part] not in verdict.doubted:
-                    owners[row] = workers[part]
-            owners[~outputs.isfinite().all(1)] = -1
-            seen = torch.cat(features(inputs), 1)  # a copy, as the inputs may change
-            self._scores.later(functools.partial(self._scores.remember, seen, outputs, owners))
+    def _learn(self, fit: Fit, trials: Trials) -> None:
+        kept = {i: row for i, row in enumerate(fit.rows) if row in trials.owners}
+        if kept:
+            outputs = self.outputs({row: trials.answers[row] for row in kept.values()})
+            owners = torch.tensor([trials.owners[row] for row in kept.values()])
+            finite = outputs.isfinite().all(1)
+            recent = Recent(*[x[finite] for x in (fit.features[list(kept)], outputs, owners)])
+            # Wrong results make those beside them look odd.
+            self._scores.add(recent, *(((), ()) if trials.doubted else self._learnt))
+
+
+@contextlib.contextmanager
+def _scoring() -> Iterator[None]:
+    """Let an exception in scoring lose no answers: rows are still checked at random."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("CodedWrapper: results are not scored, as scoring raised", exc_info=error)
 
 
 def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
     """Return by how much the rows of two results differ, on the host."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return torch.full((len(a),), math.inf)
     if not (a.is_floating_point() and a.numel()):
         return torch.where(flat_rows(a == b).all(1), 0.0, math.inf).cpu()
     wide = torch.promote_types(a.dtype, torch.float32)
@@ -163,3 +191,14 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
         alike = flat_rows((a == b) | (a.isnan() & b.isnan()))
         apart = apart.nan_to_num_(nan=math.inf).masked_fill_(alike, 0.0)
     return apart.amax(1).cpu()
+
+
+def _is_loose() -> bool:
+    """Return whether matrix products may have less precision than float32, as in TF32."""
+    if torch.is_autocast_enabled("cpu"):
+        return True
+    if not torch.cuda.is_available():
+        return False
+    backends = torch.backends
+    tf32 = backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32
+    return bool(tf32) or torch.is_autocast_enabled("cuda")

@@ -1,56 +1,80 @@
-"""What is known of workers after many calls, and which rows are checked in any case."""
+"""The record of workers over many calls, and the rows that are checked in any case."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["LEARNABLE", "Drawn", "Strikes", "draw"]
+from .scores import Scores
+
+__all__ = ["LEARNABLE", "Drawn", "Strikes"]
 
 # A worker that is new, restarted or struck is checked so many times as often as others, until so
-# many rows were clean. More finds faults sooner and costs work at the start; not tuned further.
+# many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
 _OFTEN, _PROBATION = 10, 30
 _HALVING = 2_000  # calls after which strikes count half, so that rare accidents do not add up
 #: The largest tolerance that is learnt, in spreads of the outputs. Half precision differs by up to
-#: .01; results that are off by .06 begin to change classes (benchmarks/verification.py).
+#: .01; results that are off by .06 begin to change classes (benchmarks verification, left).
 LEARNABLE = 0.03
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
 
+class Drawn(NamedTuple):
+    """The parts to ask for first, with their check rows; the rows to check; their share."""
+
+    parts: tuple[tuple[int, ...], ...]
+    rows: frozenset[int] = frozenset()
+    share: float = 0.0
+
+
 class Strikes:
-    """The strikes of the workers of one pool, and what is known of the module. Thread-safe.
+    """The strikes of the workers of one pool, and facts about the module. Thread-safe.
 
     Args:
         num_workers: M.
-        share: of the rows that are checked.
+        share: the share of rows that are checked.
+        exclude: tells the pool that a worker gets no more parts. Defaults to None, if the pool
+            cannot exclude workers.
         generator: draws the rows. Defaults to the secret one of the operating system.
 
     Attributes:
         excluded: the workers that get no parts until they are restarted.
-        tolerance: results of a row that differ by no more agree, in spreads of the outputs.
+        tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
         whole: whether results depend on the rows beside them, so only whole parts are compared.
         stopped: why nothing is verified any more, or "".
+        scores: the scores of results.
     """
 
     def __init__(
-        self, num_workers: int, share: float, generator: random.Random | None = None
+        self,
+        num_workers: int,
+        share: float,
+        exclude: Callable[[int], Any] | None = None,
+        generator: random.Random | None = None,
     ) -> None:
-        self.num_workers, self.share = num_workers, share
+        self.num_workers, self.share, self.exclude = num_workers, share, exclude
         self.random = generator or secrets.SystemRandom()
         self.excluded: set[int] = set()
         self.tolerance, self.whole, self.stopped = 0.0, False, ""
+        self.scores = Scores()
         self._strikes: dict[int, int] = {}
         self._clean: Counter[int] = Counter()
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies begin anew
-        return type(self), (self.num_workers, self.share)
+    @classmethod
+    def of(cls, pool: Any, share: float | None) -> Strikes | None:
+        """Return an empty record of a pool's workers, or None if nothing is verified."""
+        return cls(pool.num_workers, share, getattr(pool, "exclude", None)) if share else None
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, and holds no rows of users
+        return type(self), (self.num_workers, self.share, self.exclude)
 
     @property
     def workers(self) -> set[int]:
@@ -77,17 +101,46 @@ class Strikes:
         some = int(many) + (self.random.random() < many % 1)
         return self.random.sample(rows, min(some, len(rows)))
 
-    def count_call(self) -> None:
+    def draw(self, parts: Sequence[Sequence[int]], idle: int = 0) -> Drawn:
+        """Begin a call: draw rows, and hide each in the part of another worker.
+
+        So no further round is needed. The workers of parts are not known yet, so more rows are
+        drawn only if all workers are on probation.
+
+        Args:
+            parts: rows, each in one part.
+            idle: how many workers would begin a part at once.
+        """
         with self._lock:
             self._calls += 1
             if self._calls % _HALVING == 0:
                 self._strikes = {w: n // 2 for w, n in self._strikes.items() if n > 1}
                 self._undecided //= 2
+        plain = tuple(map(tuple, parts))
+        if self.stopped or len(self.workers) < 2:
+            return Drawn(plain)
+        if self.whole:  # parts are asked for twice
+            twice = tuple(part for part in plain if self.random.random() < self.share)
+            return Drawn((*plain, *twice), frozenset().union(*twice), self.share)
+        share = self.often if all(map(self.fresh, self.workers)) else self.share
+        chosen = [self.sample(part, share) for part in plain]
+        rows = frozenset().union(*chosen)
+        if rows and idle > len(plain) and max(map(len, plain)) == 1:
+            # In a part of one row a check would take as long again, and others are idle.
+            return Drawn((*plain, tuple(sorted(rows))), rows, share)
+        hidden = [set(part) for part in plain]
+        if len(plain) > 1:
+            # In turn, as the part with most rows is waited for.
+            holders = itertools.cycle(self.random.sample(range(len(plain)), len(plain)))
+            for i, some in enumerate(chosen):
+                for row in some:
+                    hidden[next(j for j in holders if j != i)].add(row)
+        return Drawn(tuple(tuple(sorted(part)) for part in hidden), rows, share)
 
-    def passed(self, worker: int) -> None:
-        """Note that another worker got the same result for a row."""
+    def passed(self, workers: Iterable[int]) -> None:
+        """Note for each row that another worker agreed on whose result it was."""
         with self._lock:
-            self._clean[worker] += 1
+            self._clean.update(workers)
 
     def renew(self, workers: Collection[int]) -> None:
         """Put workers that were restarted on probation."""
@@ -110,6 +163,8 @@ class Strikes:
             self._clean[worker] = 0
             others = sum(self._strikes.values()) - own
             if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
+                if self.exclude is not None:  # first, as an excluded one with a part is a new one
+                    self.exclude(worker)
                 self.excluded.add(worker)
                 del self._strikes[worker]
                 return True
@@ -133,42 +188,3 @@ class Strikes:
             self._undecided += count
             if self._undecided >= _UNDECIDED:
                 self.stopped = "the module does not repeat its results"
-
-
-class Drawn(NamedTuple):
-    """The parts to ask for first, with their check rows; the rows to check; their share."""
-
-    parts: tuple[tuple[int, ...], ...]
-    rows: frozenset[int] = frozenset()
-    rate: float = 0.0
-
-
-def draw(parts: Sequence[Sequence[int]], strikes: Strikes, idle: int = 0) -> Drawn:
-    """Draw rows and hide each in the part of another worker, so that no further round is needed.
-
-    Who gets which part is not known yet, so more rows are drawn only if all workers are on
-    probation.
-
-    Args:
-        parts: rows, each in one part.
-        strikes: of the pool.
-        idle: how many workers would begin a part at once.
-    """
-    plain = tuple(map(tuple, parts))
-    if strikes.stopped or len(strikes.workers) < 2:
-        return Drawn(plain)
-    if strikes.whole:  # parts are asked for twice
-        twice = tuple(part for part in plain if strikes.random.random() < strikes.share)
-        return Drawn((*plain, *twice), frozenset().union(*twice), strikes.share)
-    rate = strikes.often if all(map(strikes.fresh, strikes.workers)) else strikes.share
-    chosen = [strikes.sample(part, rate) for part in plain]
-    rows = frozenset().union(*chosen)
-    if rows and idle > len(plain) and max(map(len, plain)) == 1:
-        # In a part of one row a check would take as long again, and others are idle.
-        return Drawn((*plain, tuple(sorted(rows))), rows, rate)
-    hidden = [set(part) for part in plain]
-    for i, some in enumerate(chosen if len(plain) > 1 else ()):
-        for row in some:
-            j = strikes.random.randrange(len(plain) - 1)
-            hidden[j + (j >= i)].add(row)
-    return Drawn(tuple(tuple(sorted(part)) for part in hidden), rows, rate)

@@ -2,234 +2,287 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections import defaultdict
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
-from ..scheduling.protocol import Ask, Decision, Drop, Event, Settled, Wait
+from torch import Tensor
+
+from .._logging import sparing_logger
+from ..scheduling.protocol import Ask, Decision, Drop, Ended, Event, Settled, Wait
+from .results import Results
 from .strikes import LEARNABLE, Drawn, Strikes
 
-if TYPE_CHECKING:
-    from .results import Results
+__all__ = ["Trials"]
 
-__all__ = ["Trials", "Verdict"]
-
+# Bounds of one call, not tuned.
 _ALARMS = 4  # rounds after a strike, in each of which the oddest row of every worker is checked
-_TRIALS = 8  # of one call; more disputes than faulty workers explain stay undecided
-_OWNERS = 3  # workers whose rows one part checks, so that it takes a fraction of a first part
+_TRIALS = 8  # more disputes than faulty workers explain stay undecided
+_TRIES = 3  # times that the rows of an excluded worker are asked for
+# A part of a trial is waited for as many times as long as a first part until it is late, or as all
+# of the call so far: a worker that hangs when it is asked again must not hold the call.
+_PATIENCE = 4
 
-_Request: TypeAlias = tuple[tuple[int, ...], frozenset[int]]  # rows, and who must not compute them
-_Asking: TypeAlias = Generator[Decision, Event, list[int | None]]
+_Request: TypeAlias = tuple[tuple[int, ...], set[int]]  # rows, and who must not compute them
 _Doing: TypeAlias = Generator[Decision, Event, None]
 
-
-@dataclasses.dataclass
-class Verdict:
-    """What verification found in one call.
-
-    Attributes:
-        answers: by row, the number of the part whose result counts. A row is missing if only a
-            worker computed it that is now excluded.
-        verified: rows that two workers computed alike.
-        unverified: rows whose check did not come in time, or was not decided.
-        disputes: how often the results of two workers differed.
-        corrected: rows whose first result was wrong.
-        strikes: wrong results by worker.
-        excluded: workers that are out.
-        doubted: workers that were struck or excluded, or are party to an undecided dispute.
-        notes: what else the caller should know.
-    """
-
-    answers: dict[int, int] = dataclasses.field(default_factory=dict)
-    verified: set[int] = dataclasses.field(default_factory=set)
-    unverified: set[int] = dataclasses.field(default_factory=set)
-    disputes: int = 0
-    corrected: set[int] = dataclasses.field(default_factory=set)
-    strikes: dict[int, int] = dataclasses.field(default_factory=dict)
-    excluded: tuple[int, ...] = ()
-    doubted: set[int] = dataclasses.field(default_factory=set)
-    notes: tuple[str, ...] = ()
+logger = sparing_logger("coded_torch.nn")
 
 
 class Trials:
-    """The checks and trials of one call, as far as they have come.
+    """The verification of one call.
+
+    A driver asks for :meth:`first`, calls :meth:`prepare`, adds good results to ``results`` as they
+    arrive, and carries out :meth:`decisions`.
 
     Args:
-        strikes: of the pool.
-        results: of the call. The driver adds to them before it tells of a part.
-        asked: the rows of every part that was asked for, by number.
-        replies: ``(part, worker)`` of the good results, in the order in which they arrived.
-        drawn: the rows that are to be checked in any case.
-        soon: when a part that was asked for first is late. Until then its checks may still come.
-        until: when checks are waited for no longer; ``-math.inf``: no more are asked for.
-        end: when trials are waited for no longer.
+        record: the record of the pool's workers.
+        inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
+
+    Attributes:
+        results: the results of the call.
+        answers: by row, the number of the part whose result counts. A row is missing if only a
+            worker computed it that is now excluded.
+        owners: by row, the worker that computed the answer, if it is not doubted.
+        doubted: the workers that were struck or excluded, or are party to an undecided dispute.
+        verified, unverified, disputes, corrected, strikes, excluded, notes: the attributes of
+            :class:`coded_torch.Report`, sets of rows for tensors.
     """
 
-    def __init__(
-        self,
-        strikes: Strikes,
-        results: Results,
-        asked: Sequence[tuple[int, ...]],
-        replies: Iterable[tuple[int, int]],
-        drawn: Drawn,
-        *,
-        soon: float = -math.inf,
-        until: float = math.inf,
-        end: float = math.inf,
-    ) -> None:
-        self.strikes, self.results, self.drawn = strikes, results, drawn
-        self.asked, self.soon, self.until, self.end = list(asked), soon, until, end
-        self.wanted = set(drawn.rows)
-        self.worker: dict[int, int] = {}  # by part with a good result
-        self.parts: dict[int, list[int]] = {}  # by row, those with its result: the first counts
-        self.void: set[int] = set()  # parts whose results do not count
-        self.agreed: dict[tuple[int, int], list[int]] = {}  # by two parts, the rows that are alike
-        self.disputes: dict[tuple[int, int], list[int]] = {}  # likewise those that differ
-        self.late, self.trials, self.verdict = False, 0, Verdict()
-        self.replies, self.first = list(replies), dict[int, int]()
+    results: Results
 
-    def decisions(self) -> Generator[Decision, Event, Verdict]:
-        strikes, verdict = self.strikes, self.verdict
-        for part, worker in self.replies:
+    def __init__(self, record: Strikes, inputs: Sequence[Tensor] = ()) -> None:
+        self.record, self._inputs, self._out = record, inputs, frozenset(record.excluded)
+        self.drawn = Drawn(())
+        self.answers, self.owners = dict[int, int](), dict[int, int]()
+        self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
+        self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
+        self.doubted, self.notes = set[int](), tuple[str, ...]()
+        self.worker: dict[int, int] = {}  # by part with a good result
+        self.parts: dict[int, list[int]] = {}  # by row, the parts with its result, as they came
+        self.twice: set[int] = set()  # rows with more than one result
+        self.void: set[int] = set()  # parts whose results do not count
+        self.undecided: set[tuple[int, int]] = set()  # two parts that differ
+
+    @property
+    def avoid(self) -> frozenset[int]:
+        """The workers that must get no part, if the pool itself cannot exclude them."""
+        return frozenset(self.record.excluded if self.record.exclude is None else ())
+
+    def first(self, parts: Sequence[Sequence[int]], idle: int) -> tuple[tuple[int, ...], ...]:
+        """Return the parts to ask for first, with secret check rows."""
+        self.drawn = self.record.draw(parts, idle)
+        return self.drawn.parts
+
+    def prepare(self) -> None:
+        """Fit the regression that scores results, while workers compute."""
+        self.results = Results(self.record.scores, () if self.record.stopped else self._inputs)
+
+    def decisions(
+        self,
+        asked: Iterable[tuple[int, ...]],
+        replies: Sequence[tuple[int, int]],
+        ended: Ended,
+        *,
+        began: float = 0.0,
+        now: float = 0.0,
+        bounded: bool = False,
+        reserve: float = 0.0,
+        fresh: Collection[int] = (),
+    ) -> _Doing:
+        """Decide what to ask and to wait for after the waiting policy, until there is a verdict.
+
+        Args:
+            asked: the rows of all parts so far, by number.
+            replies: ``(part, worker)`` of the good results, in the order in which they arrived.
+            ended: how the policy ended the call.
+            began, now: seconds, when the call began, and now.
+            bounded: whether trials end with the checks, at the deadline.
+            reserve: seconds before the deadline that predicting takes.
+            fresh: the workers that ran the module for the first time.
+        """
+        record, self.now, self.asked = self.record, now, list(asked)
+        self.wanted = set(self.drawn.rows)
+        late = ended.hedging_threshold if ended.hedging_threshold < math.inf else -math.inf
+        checks = ended.reason in ("complete", "failed")
+        self.until = began + ended.deadline - reserve if checks else -math.inf
+        self.end = self.until if bounded else math.inf
+        self.patience = _PATIENCE * max(late, now - began) or math.inf  # a clock may stand still
+        for part, worker in replies:
             self._arrived(part, worker)
-        self.first = self._answers()
-        if strikes.stopped:
-            return self._end()
-        for worker in strikes.excluded & set(self.worker.values()):
+        first = self._answers()
+        # A worker that was excluded before the call, and that has a part, has been restarted.
+        record.renew({*fresh, *self._out.intersection(self.worker.values())})
+        if not record.stopped:
+            yield from self._find(began + late)
+        self._conclude(first)
+
+    def _find(self, soon: float) -> _Doing:
+        """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
+        record = self.record
+        for worker in record.excluded & set(self.worker.values()):
             yield from self._expel(worker)  # another call excluded it meanwhile
-        if self.until > -math.inf:
-            lacking = self.wanted - self._verified()
+        if self.until > self.now:
+            lacking = self.wanted - self._compared()[0]
             coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
-            yield from self._wait(coming - self.worker.keys(), min(self.soon, self.until))
-            self.wanted |= self._of_fresh() | set(self.results.odd(self._answers()))
-        yield from self._check(self.wanted)
+            yield from self._wait(coming - self.worker.keys(), min(soon, self.until))
+            self.wanted |= self._of_fresh() | self.results.odd(self._answers())
+        yield from self._check()
         for _ in range(_ALARMS):
-            before = sum(verdict.strikes.values())
-            yield from self._try()
-            if strikes.stopped or before == sum(verdict.strikes.values()):
+            before = sum(self.strikes.values())
+            while not record.stopped and (disputes := self._compared()[1]):
+                yield from self._settle(*disputes.popitem())
+            if record.stopped or before == sum(self.strikes.values()):
                 break
             self.wanted |= self._oddest()
-            yield from self._check(self.wanted)  # checks by a worker that is out, too
-        return self._end()
+            yield from self._check()  # checks by a worker that is out, too
 
-    # What is checked.
+    def _answers(self) -> dict[int, int]:
+        """Return the part whose result counts, by row."""
+        if not self.void:
+            return {row: parts[0] for row, parts in self.parts.items()}
+        left = {row: [x for x in parts if x not in self.void] for row, parts in self.parts.items()}
+        return {row: parts[0] for row, parts in left.items() if parts}
+
+    def _compared(self) -> tuple[set[int], dict[tuple[int, int], list[int]]]:
+        """Compare the answers with results of other workers.
+
+        Returns:
+            The rows whose answer another worker computed alike; by two parts, the first of them the
+            answer, the rows that differ.
+        """
+        answers, worker, asked = self._answers(), self.worker, self.asked
+        pairs = {
+            (answers[row], other): None
+            for row in self.twice
+            if row in answers
+            for other in self.parts[row]
+            if other not in self.void and worker[other] != worker[answers[row]]
+            if not self.record.whole or asked[other] == asked[answers[row]]
+        }
+        alike, disputes = set[int](), dict[tuple[int, int], list[int]]()
+        for pair, by in zip(pairs, self.results.differences(list(pairs)), strict=True):
+            for row in by:
+                if answers[row] != pair[0]:
+                    continue
+                if by[row] <= self._tolerance():
+                    alike.add(row)
+                elif pair not in self.undecided:
+                    disputes.setdefault(pair, []).append(row)
+        return alike, disputes
+
+    def _tolerance(self) -> float:
+        return max(self.record.tolerance, self.results.tolerance)
+
+    def _difference(self, part: int, other: int, rows: Iterable[int]) -> float:
+        (by,) = self.results.differences([(part, other)])
+        return max(by[row] for row in rows)
+
+    def _agree(self, part: int, other: int, rows: Iterable[int]) -> bool:
+        return self._difference(part, other, rows) <= self._tolerance()
+
+    # The checks.
+
+    def _by_worker(self, answers: Mapping[int, int]) -> dict[int, list[int]]:
+        rows: dict[int, list[int]] = {}
+        for row, part in answers.items():
+            rows.setdefault(self.worker[part], []).append(row)
+        return rows
 
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers on probation, if not all are."""
-        more, rows = self.strikes.often - self.drawn.rate, set[int]()
-        for worker, own in self._by_worker(self._answers()).items():
-            if more > 0 and self.strikes.fresh(worker) and not self.strikes.whole:
-                rows.update(self.strikes.sample(sorted(set(own) - self.wanted), more))
+        more, rows = self.record.often - self.drawn.share, set[int]()
+        fresh = {worker for worker in self.record.workers if self.record.fresh(worker)}
+        if more > 0 and fresh and not self.record.whole:
+            for worker, own in self._by_worker(self._answers()).items():
+                if worker in fresh:
+                    rows.update(self.record.sample(sorted(set(own) - self.wanted), more))
         return rows
 
     def _oddest(self) -> set[int]:
         """Return the oddest row of every worker that is not checked yet."""
-        answers, oddest = self._answers(), set()
-        scores, done = self.results.scores(answers), self._verified() | self.wanted
-        for worker, own in self._by_worker(answers).items():
-            rows = [row for row in own if row in scores and row not in done]
-            if rows and worker not in self.verdict.strikes:
-                oddest.add(max(rows, key=scores.__getitem__))
-        return oddest
+        answers, done = self._answers(), self._compared()[0] | self.wanted
+        scores = self.results.scores(answers)
+        left = {row: answers[row] for row in scores if row not in done}
+        return {
+            max(rows, key=scores.__getitem__)
+            for worker, rows in self._by_worker(left).items()
+            if worker not in self.strikes
+        }
 
-    def _check(self, rows: Iterable[int]) -> _Doing:
-        """Have rows computed by others, a few workers' rows in one part."""
-        answers, verified = self._answers(), self._verified()
-        some = {row: answers[row] for row in rows if row in answers and row not in verified}
-        requests: list[_Request] = []
-        if self.strikes.whole:
-            for part in set(some.values()):
-                requests.append((self.asked[part], frozenset({self.worker[part]})))
+    def _check(self) -> _Doing:
+        """Have the wanted rows computed by others."""
+        answers, (alike, disputes) = self._answers(), self._compared()
+        done = alike.union(*disputes.values())
+        some = {row: answers[row] for row in self.wanted - done if row in answers}
+        if self.record.whole:
+            parts = set(some.values())
+            requests = [(self.asked[part], {self.worker[part]}) for part in parts]
         else:
-            owned = list(self._by_worker(some).items())
-            step = max(1, min(_OWNERS, len(self.strikes.workers) // 2))
-            for i in range(0, len(owned), step):
-                owners, own = zip(*owned[i : i + step], strict=True)
-                requests.append((tuple(sorted(itertools.chain(*own))), frozenset(owners)))
+            by_worker = self._by_worker(some).items()
+            requests = [(tuple(sorted(rows)), {worker}) for worker, rows in by_worker]
         yield from self._ask(requests, self.until)
 
-    def _ask(self, requests: Sequence[_Request], until: float, *, aside: bool = False) -> _Asking:
+    def _ask(
+        self, requests: Sequence[_Request], until: float | None = None, *, aside: bool = False
+    ) -> Generator[Decision, Event, list[int | None]]:
         """Have parts computed; return the number of each, None if it has no good result.
 
         Args:
-            requests: the parts.
-            until: when they are waited for no longer.
-            aside: whether their results can be no answers.
+            requests: the rows of each part, and the workers that must not compute them.
+            until: the time until which they are waited for. Defaults to the patience of trials.
+            aside: whether their results do not count.
         """
+        if until is None:
+            until = min(self.end, self.now + self.patience)
         numbers = range(len(self.asked), len(self.asked) + len(requests))
-        self.late = until == -math.inf
-        if not requests or self.late:
+        if not requests or until <= self.now:
             return [None] * len(requests)
         self.asked += [rows for rows, _ in requests]
         self.void.update(numbers if aside else ())
-        out = frozenset(self.strikes.excluded)
-        yield Ask(tuple(rows for rows, _ in requests), tuple(avoid | out for _, avoid in requests))
-        waiting = set(numbers)
-        yield from self._wait(waiting, until)
-        if waiting:
-            self.late = True
-            yield Drop(tuple(sorted(waiting)))
+        avoid = tuple(frozenset(some | self.record.excluded) for _, some in requests)
+        yield Ask(tuple(rows for rows, _ in requests), avoid)
+        late = yield from self._wait(set(numbers), until)
+        if late:
+            yield Drop(tuple(sorted(late)))
         return [number if number in self.worker else None for number in numbers]
 
-    def _wait(self, parts: set[int], until: float) -> _Doing:
-        """Wait for parts, and take out those that have ended."""
-        while parts and (event := (yield Wait(until))) is not None:
+    def _wait(self, parts: set[int], until: float) -> Generator[Decision, Event, set[int]]:
+        """Wait for parts, and return those that have not ended."""
+        while parts:
+            event = yield Wait(until)
+            if event is None:
+                self.now = max(self.now, until if until < math.inf else self.now)
+                break
             if isinstance(event, Settled):
+                self.now = max(self.now, event.at)
                 parts.discard(event.part)
                 if event.ok:
                     self._arrived(event.part, event.worker)
-                elif event.part in self.worker:  # taken back
+                elif event.part in self.worker:  # taken back, as its form is unlike most others
                     self.void.add(event.part)
+                    del self.worker[event.part]
+        return parts
 
     def _arrived(self, part: int, worker: int) -> None:
         self.worker[part] = worker
-        if part not in self.void:
-            for row in self.asked[part]:
-                self.parts.setdefault(row, []).append(part)
-            self._compare(part)
+        self.twice |= self.parts.keys() & self.asked[part]
+        for row in self.asked[part]:
+            self.parts.setdefault(row, []).append(part)
 
-    def _compare(self, part: int) -> None:
-        """Compare a result with what other workers returned for the same rows."""
-        for other in {other for row in self.asked[part] for other in self.parts[row]} - self.void:
-            pair = min(part, other), max(part, other)
-            if self.worker[part] == self.worker[other] or pair in self.agreed:
-                continue
-            if self.strikes.whole and self.asked[part] != self.asked[other]:
-                continue
-            differences = self.results.differences(*pair)
-            self.agreed[pair] = [row for row in differences if self._agree(*pair, [row])]
-            for row in self.agreed[pair]:
-                self.strikes.passed(self.worker[self.parts[row][0]])
-            if len(self.agreed[pair]) < len(differences):
-                self.disputes[pair] = sorted(differences.keys() - set(self.agreed[pair]))
+    # The trials.
 
-    def _agree(self, part: int, other: int, rows: Iterable[int]) -> bool:
-        differences = self.results.differences(part, other)
-        tolerance = max(self.strikes.tolerance, self.results.tolerance)
-        return all(differences[row] <= tolerance for row in rows)
+    def _settle(self, pair: tuple[int, int], rows: list[int]) -> _Doing:
+        self.disputes += 1
+        possible = len(self.record.workers) > 2 and self.disputes <= _TRIALS
+        if not (possible and (yield from self._trial(*pair, rows))):
+            self._doubt(pair, rows)
 
-    # Who is right.
-
-    def _try(self) -> _Doing:
-        """Settle all disputes."""
-        while self.disputes and not self.strikes.stopped:
-            (a, b), rows = self.disputes.popitem()
-            alike = self.asked[a] == self.asked[b]
-            if self.void & {a, b} or (self.strikes.whole and not alike):
-                continue
-            if self._agree(a, b, rows):  # by what was learnt meanwhile
-                self.agreed[a, b] += rows
-                continue
-            self.verdict.disputes += 1
-            decided = False
-            if len(self.strikes.workers) > 2 and self.trials < _TRIALS:
-                self.trials += 1
-                decided = yield from self._trial(a, b, rows)
-            if not decided:
-                self.verdict.unverified.update(rows)
-                self.verdict.doubted |= {self.worker[a], self.worker[b]}
+    def _doubt(self, pair: tuple[int, int], rows: Iterable[int]) -> None:
+        self.undecided.add(pair)
+        self.unverified.update(rows)
+        self.doubted |= {self.worker[part] for part in pair}
 
     def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
@@ -237,24 +290,28 @@ class Trials:
         The batches are those of before, so results differ only if they are wrong or random. Where
         both parts are confirmed, results depend on the rows beside them.
         """
-        heard = {self.worker[a], self.worker[b]}
-        need = min(self.strikes.jury - 1, len(self.strikes.workers - heard))
-        votes: dict[str, list[tuple[int, int]]] = {x: [] for x in ("a", "b", "both", "neither")}
+        record, heard = self.record, {self.worker[a], self.worker[b]}
+        need = min(record.jury - 1, len(record.workers - heard))
+        parts = (a,) if self.asked[a] == self.asked[b] else (a, b)
+        everyone, many = set(range(record.num_workers)), len(parts)
+        votes = defaultdict[str, list[tuple[int, int]]](list)
         while (lacking := need - max(len(votes["a"]), len(votes["b"]))) > 0:
-            jurors = self.strikes.workers - heard
+            jurors = sorted(record.workers - heard)
             if not jurors or len(votes["both"]) > 1 or len(votes["neither"]) > need:
                 break
-            for pair in (yield from self._jury(a, b, jurors, lacking, heard)):
-                votes[self._vote(*pair, a, b, rows)].append(pair)
-            if self.late:
-                return False
+            some = record.random.sample(jurors, min(lacking, len(jurors)))
+            heard.update(some)
+            replies = yield from self._ask(
+                [(self.asked[part], everyone - {juror}) for juror in some for part in parts]
+            )
+            for p, q in zip(replies[::many], replies[many - 1 :: many], strict=True):
+                if p is not None and q is not None:
+                    votes[self._vote(p, q, a, b, rows)].append((p, q))
         both, neither = votes["both"], votes["neither"]
         if len(both) > 1 or (both and not (jurors or neither or votes["a"] or votes["b"])):
-            differences = self.results.differences(a, b)
-            self._note(self.strikes.learn(max(differences[row] for row in rows)))
-            self.agreed[a, b] += rows
+            self._note(record.learn(self._difference(a, b, rows)))
         elif any(not self._agree(neither[0][0], p, rows) for p, _ in neither[1:]):
-            self.strikes.undecided(5)
+            record.undecided(5)
             return False
         elif len(neither) > need:
             yield from self._sentence(a, neither[0][0], rows)
@@ -264,7 +321,8 @@ class Trials:
         elif len(votes["a"]) >= need > len(votes["b"]):
             yield from self._sentence(b, votes["a"][0][1], rows)
         else:
-            self.strikes.undecided()
+            if sum(map(len, votes.values())) == len(heard) - 2:  # all have answered
+                record.undecided()
             return False
         return True
 
@@ -277,99 +335,66 @@ class Trials:
             return "b"
         return "a" if for_a and self._agree(q, a, rows) else "neither"
 
-    def _jury(
-        self, a: int, b: int, jurors: set[int], size: int, heard: set[int]
-    ) -> Generator[Decision, Event, list[tuple[int, int]]]:
-        """Ask so many jurors to compute both parts; return their pairs of results.
-
-        Any of a few workers may take each copy, so that a late one is not waited for. The groups
-        are disjoint, so that no worker votes twice.
-        """
-        order = self.strikes.random.sample(sorted(jurors), len(jurors))
-        many = max(1, len(order) // (2 * size))  # half of them stay in reserve
-        groups = [set(order[i : i + many]) for i in range(0, len(order), many)][:size]
-        everyone, same = frozenset(range(self.strikes.num_workers)), self.asked[a] == self.asked[b]
-        replies = yield from self._ask(
-            [(self.asked[x], everyone - g) for g in groups for x in ((a,) if same else (a, b))],
-            self.end,
-        )
-        found = [(x, x) for x in replies] if same else list(zip(*[iter(replies)] * 2, strict=True))
-        pairs = [(p, q) for p, q in found if p is not None and q is not None]
-        heard |= {self.worker[part] for pair in pairs for part in pair}
-        for group, pair in zip(groups, found, strict=True):
-            heard |= group if None in pair else set()
-        return pairs
-
     def _sentence(self, part: int, truth: int, rows: list[int]) -> _Doing:
-        """Let the jury's result count, and ask the worker that was wrong the same again.
+        """Let a result no longer count, and ask the worker that was wrong the same again.
 
         Each time that it is wrong is a strike, until it is out. The same bits, nearly right, are
         another kind of hardware.
         """
-        strikes, worker = self.strikes, self.worker[part]
-        request = [(self.asked[part], frozenset(range(strikes.num_workers)) - {worker})]
-        (again,) = yield from self._ask(request, self.end, aside=True)
-        difference = max(self.results.differences(part, truth)[row] for row in rows)
-        same = again is not None and not any(self.results.differences(part, again).values())
+        record, worker = self.record, self.worker[part]
+        request = [(self.asked[part], set(range(record.num_workers)) - {worker})]
+        (again,) = yield from self._ask(request, aside=True)
+        difference = self._difference(part, truth, rows)
+        same = again is not None and self._difference(part, again, self.asked[part]) == 0
         if same and difference <= LEARNABLE:
-            note = strikes.learn(difference, LEARNABLE)
+            note = record.learn(difference, LEARNABLE)
             self._note(f"worker {worker} computes otherwise: {note}")
             return
         self.void.add(part)
-        self.verdict.doubted.add(worker)
-        for row in self.asked[truth]:
-            self.parts[row].remove(truth)
-            self.parts[row].insert(0, truth)
-        self._compare(truth)
+        self.doubted.add(worker)
         while True:
-            self.verdict.strikes[worker] = self.verdict.strikes.get(worker, 0) + 1
-            if strikes.strike(worker):
-                self.verdict.excluded += (worker,)
+            self.strikes[worker] = self.strikes.get(worker, 0) + 1
+            if record.strike(worker):
+                self.excluded += (worker,)
                 yield from self._expel(worker)
                 return
             if again is None or self._agree(again, truth, rows):
                 return
-            (again,) = yield from self._ask(request, self.end, aside=True)
+            (again,) = yield from self._ask(request, aside=True)
 
     def _expel(self, worker: int) -> _Doing:
         """Let no result of a worker count, and have its rows computed by others."""
         self.void |= {part for part, by in self.worker.items() if by == worker}
-        self.verdict.doubted.add(worker)
-        if lacking := tuple(sorted(self.parts.keys() - self._answers().keys())):
-            yield from self._ask([(lacking, frozenset({worker}))], self.end)
-
-    # What comes of it.
-
-    def _answers(self) -> dict[int, int]:
-        """Return the part whose result counts, by row."""
-        if not self.void:
-            return {row: parts[0] for row, parts in self.parts.items()}
-        left = {row: [x for x in parts if x not in self.void] for row, parts in self.parts.items()}
-        return {row: parts[0] for row, parts in left.items() if parts}
-
-    def _by_worker(self, answers: Mapping[int, int]) -> dict[int, list[int]]:
-        rows: dict[int, list[int]] = {}
-        for row, part in answers.items():
-            rows.setdefault(self.worker[part], []).append(row)
-        return rows
-
-    def _verified(self) -> set[int]:
-        alike = (rows for pair, rows in self.agreed.items() if not self.void.intersection(pair))
-        return set().union(*alike)
+        self.doubted.add(worker)
+        for _ in range(_TRIES):
+            if lacking := tuple(sorted(self.parts.keys() - self._answers().keys())):
+                yield from self._ask([(lacking, {worker})])
 
     def _note(self, note: str) -> None:
-        self.verdict.notes += (note,) if note not in self.verdict.notes else ()
+        self.notes += (note,) if note not in self.notes else ()
 
-    def _end(self) -> Verdict:
-        verdict = self.verdict
-        verdict.answers = answers = self._answers()
-        verified = self._verified()
-        verdict.unverified = (verdict.unverified | (self.wanted - verified)) & answers.keys()
-        verdict.verified = verified - verdict.unverified
-        for row, part in self.first.items():
-            replaced = part in self.void and row in answers
-            if replaced and not self._agree(part, answers[row], [row]):
-                verdict.corrected.add(row)
-        if self.strikes.stopped:
-            self._note(f"not verified any more: {self.strikes.stopped}")
-        return verdict
+    def _conclude(self, first: Mapping[int, int]) -> None:
+        alike, disputes = self._compared()
+        for pair, rows in disputes.items():  # verification has stopped
+            self._doubt(pair, rows)
+        answers = self.answers = self._answers()
+        self.unverified = (self.unverified | (self.wanted - alike)) & answers.keys()
+        self.verified = alike - self.unverified
+        owners = {row: self.worker[part] for row, part in answers.items()}
+        self.owners = {row: w for row, w in owners.items() if w not in self.doubted}
+        self.record.passed(self.owners[row] for row in self.verified & self.owners.keys())
+        self.corrected = {
+            row
+            for row, part in first.items()
+            if part in self.void & self.worker.keys() and row in answers
+            if not self._agree(part, answers[row], [row])
+        }
+        if self.record.stopped:
+            self._note(f"not verified any more: {self.record.stopped}")
+        for worker, count in self.strikes.items():
+            what = "CodedWrapper: worker %d returned wrong results, as others found: %d of one call"
+            logger.warning(what, worker, count)
+        for worker in self.excluded:
+            what = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
+            logger.error(what, worker)
+        self.results.conclude(self)

@@ -13,8 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .._torch import as_called, on_host
 from .base import Reply
-from .pytrees import broadcast_dims, flatten
-from .task import Task
+from .task import Task, broadcast_dims, flatten
 
 if TYPE_CHECKING:
     from .faults import FaultyWorkers

@@ -1,8 +1,8 @@
 """Verification of a wrapper's calls: on workers that compute at once, and on processes."""
 
+import copy
 import logging
 import math
-import pickle
 import random
 import time
 from collections import Counter, deque
@@ -13,6 +13,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.surrogates import Memory
+from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
 from coded_torch.workers.base import Began, Reply, Request, WorkerError, Workers
 
@@ -189,42 +190,72 @@ class TestAWrongWorker:
         memory = Memory()
         pool = AtOnce(6, wrong(2, size=0.0))
         coded = wrap(pool, surrogate=memory)
-        coded._verifier.strikes.share = 0.0
+        coded._strikes.share = 0.0
         coded.run(batch())
         assert len(memory) == ROWS
-        pool.spoil, coded._verifier.strikes.share = wrong(2), 0.05
+        pool.spoil, coded._strikes.share = wrong(2), 0.05
         coded.run(batch(1))
         assert pool.out == {2}
         assert len(memory) == 0  # the first call has rows of worker 2
         coded.run(batch(2))
         assert len(memory) == ROWS
 
-    def test_is_not_pardoned_before_the_pool_has_heard_of_it(self):
+    def test_that_another_call_excludes_meanwhile_is_not_pardoned(self):
+        def spoil(worker, outputs, asked):
+            coded._strikes.excluded.add(2)
+            return outputs + (worker == 2)
+
         coded = wrap(AtOnce(6))
         coded.run(batch(1))
-        coded._verifier.strikes.excluded.add(2)  # by another call, which goes on
+        coded.workers.spoil = spoil
         answers, _ = coded.run(batch())
-        assert coded._verifier.strikes.excluded == {2}
+        assert coded._strikes.excluded == {2}
         assert torch.allclose(answers, coded.module(batch()).detach(), atol=1e-6)
 
-    def test_rows_that_nobody_else_computes_in_time_are_predicted(self):
-        pool = AtOnce(6, wrong(2))
+    @pytest.mark.parametrize("times", [1, 3], ids=["once", "always"])
+    def test_whose_rows_others_fail_on_too(self, times, monkeypatch, caplog):
+        def spoil(worker, outputs, asked):
+            if len(pool.log) == 11:  # the last part of the second call
+                coded._strikes.excluded.add(2)  # by another call
+                pool.exclude(2)
+            return outputs
+
+        def failing(self, parts):
+            for part in parts:
+                if 2 in part.avoid and len(failed) < times:
+                    failed.append(part)
+                    error = WorkerError(part.number, 0, "has lost its mind")
+                    self.events.append(Reply(part, 0, self.now(), 1e-3, None, error))
+                else:
+                    ask(self, [part])
+
+        pool, ask, failed = AtOnce(6, spoil), _AtOnce.ask, []
         coded = wrap(pool)
-        coded._verifier.strikes._strikes[2] = 6  # the next is the last
-        request = _AtOnce.ask
-
-        def ask(self, parts):
-            request(self, [part for part in parts if not (part.avoid == {2} and pool.log)])
-
-        _AtOnce.ask = ask
-        try:
+        coded.run(batch(1))
+        monkeypatch.setattr(_AtOnce, "ask", failing)
+        with caplog.at_level(logging.WARNING):
             answers, report = coded.run(batch())
-        finally:
-            _AtOnce.ask = request
-        assert report.excluded == (2,)
+        assert len(failed) == times
         assert torch.isfinite(answers).all()
+        assert report.predicted.any() == (times == 3)
+        assert report.ended == ("complete" if times == 1 else "failed")
+        assert ("answers are predicted" in caplog.text) == (times == 3)
         good = ~report.predicted
         assert torch.allclose(answers[good], coded.module(batch()).detach()[good], atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [(Scores, "fit"), (Scores, "learn"), (Fit, "scores")])
+def test_an_exception_in_scoring_loses_no_answers(place, monkeypatch, caplog):
+    def raising(*args):
+        raise FloatingPointError("no such number")
+
+    monkeypatch.setattr(*place, raising)
+    coded, x = wrap(AtOnce(6)), batch()
+    for _ in range(3):
+        answers, report = coded.run(x)
+        assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
+        assert report.verified.any()
+    assert caplog.text.count("results are not scored") == 1
 
 
 @torch.no_grad()
@@ -262,8 +293,8 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
             if 2 in asked:
                 break
         assert 2 in asked
-        assert coded._verifier.strikes.fresh(2)
-        assert not coded._verifier.strikes.fresh(0)
+        assert coded._strikes.fresh(2)
+        assert not coded._strikes.fresh(0)
 
 
 class TestDeadline:
@@ -296,13 +327,13 @@ class TestArguments:
         coded = wrap(AtOnce(6, wrong(2)))
         coded.run(batch())
         coded.workers = AtOnce(6)
-        assert coded._verifier.strikes.excluded == set()
+        assert coded._strikes.excluded == set()
 
     def test_copies_begin_anew_and_hold_no_rows(self):
         coded = wrap(AtOnce(6, seed=1), verify=0.5)
         coded.run(batch())
-        other = pickle.loads(pickle.dumps(coded._verifier.scores))
-        assert other._recent is None
+        other = copy.deepcopy(coded._strikes)
+        assert other.scores.recent is None
 
 
 class TestOutputs:
@@ -324,7 +355,7 @@ class TestOutputs:
         coded = CodedWrapper(Module(), workers=AtOnce(6, spoil), verify=0.2)
         for seed in range(5):
             answers, report = coded.run(batch(seed))
-        assert set(coded._verifier.strikes.excluded) == set(workers)
+        assert set(coded._strikes.excluded) == set(workers)
         want = coded.module(batch(4))
         torch.testing.assert_close(answers, want)
         assert report.verified.any()

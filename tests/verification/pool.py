@@ -4,8 +4,10 @@ import math
 import random
 from collections import deque
 
-from coded_torch.scheduling.protocol import Ask, Settled, Wait
-from coded_torch.verification import Strikes, Trials, draw
+from coded_torch.scheduling.protocol import Ask, Ended, Settled, Wait
+from coded_torch.verification import Strikes, Trials
+
+COMPLETE = Ended("complete")
 
 
 class Numbers:
@@ -17,16 +19,22 @@ class Numbers:
         self.by_part = {}
         self._odd, self._scores = odd, scores or {}
 
-    def differences(self, part, other):
+    def differences(self, pairs):
+        return [self._of(*pair) for pair in pairs]
+
+    def _of(self, part, other):
         mine, its = self.by_part[part], self.by_part[other]
         by = {row: abs(mine[row] - its[row]) for row in mine if row in its}
         return {row: math.inf if math.isnan(x) else x for row, x in by.items()}
 
     def odd(self, answers):
-        return [row for row in self._odd if row in answers]
+        return {row for row in self._odd if row in answers}
 
     def scores(self, answers):
         return self._scores
+
+    def conclude(self, trials):
+        pass
 
 
 class Pool:
@@ -38,39 +46,49 @@ class Pool:
 
     def __init__(self, num_workers, share=0.02, seed=0, proven=True):
         self.random = random.Random(seed)
-        self.strikes = Strikes(num_workers, share, random.Random(seed + 1))
+        self.strikes = Strikes(num_workers, share, generator=random.Random(seed + 1))
         if proven:
             self.prove()
 
     def prove(self):
         for worker in range(self.strikes.num_workers):
-            for _ in range(30):
-                self.strikes.passed(worker)
+            self.strikes.passed([worker] * 30)
 
-    def call(self, size, returned, odd=(), scores=None, lost=lambda worker, part: False, **options):
-        """The verdict on a call, the answers by row, the work, and the worker of each row."""
-        self.strikes.count_call()
+    def call(
+        self,
+        size,
+        returned,
+        odd=(),
+        scores=None,
+        lost=lambda worker, part: False,
+        ended=COMPLETE,
+        **options,
+    ):
+        """The trials of a call, and the answers by row."""
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        drawn = draw(parts, self.strikes, idle=len(order))
-        numbers, times = Numbers(odd, scores), dict.fromkeys(order, 0)
+        trials = Trials(self.strikes)
+        asked = trials.first(parts, idle=len(order))
+        numbers = trials.results = Numbers(odd, scores)
+        times = dict.fromkeys(order, 0)
 
         def compute(part, rows, worker):
             numbers.by_part[part] = {row: returned(worker, row, times[worker]) for row in rows}
             times[worker] += 1
 
-        replies = [(part, order[part % len(order)]) for part in range(len(drawn.parts))]
+        replies = [(part, order[part % len(order)]) for part in range(len(asked))]
         for part, worker in replies:
-            compute(part, drawn.parts[part], worker)
+            compute(part, asked[part], worker)
         self.random.shuffle(replies)
-        trials = Trials(self.strikes, numbers, drawn.parts, replies, drawn, **options)
-        policy, events, event = trials.decisions(), deque(), None
+        policy = trials.decisions(asked, replies, ended, **options)
+        events, event = deque(), None
+        self.first = {row: part for part, _ in reversed(replies) for row in asked[part]}
+        self.waits = []  # how long was waited in vain
         while True:
             try:
                 decision = policy.send(event)
-            except StopIteration as stop:
-                verdict = stop.value
+            except StopIteration:
                 break
             event = None
             if isinstance(decision, Ask):
@@ -85,7 +103,9 @@ class Pool:
                     events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
             elif isinstance(decision, Wait) and events:
                 event = events.popleft()
-        answers = {row: numbers.by_part[part][row] for row, part in verdict.answers.items()}
+            elif isinstance(decision, Wait):
+                self.waits.append(decision.until)
+        answers = {row: numbers.by_part[part][row] for row, part in trials.answers.items()}
         self.work = sum(map(len, trials.asked)) / size
         self.trials = trials
-        return verdict, answers
+        return trials, answers

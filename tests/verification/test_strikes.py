@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-from coded_torch.verification import Strikes, draw
+from coded_torch.verification import Strikes
 
 
 def of(num_workers=24, share=0.02):
-    return Strikes(num_workers, share, random.Random(0))
+    return Strikes(num_workers, share, generator=random.Random(0))
 
 
 class TestExclusion:
@@ -47,7 +47,7 @@ def test_strikes_halve():
     for _ in range(3):
         strikes.strike(2)
     for _ in range(2000):
-        strikes.count_call()
+        strikes.draw([range(3)])
     assert [strikes.strike(2) for _ in range(3)] == [False, False, True]
 
 
@@ -55,7 +55,7 @@ class TestDrawn:
     def test_rows_ride_in_parts_of_others(self):
         strikes = of(4, 0.3)
         for _ in range(50):
-            drawn = draw([range(10), range(10, 20), range(20, 30)], strikes)
+            drawn = strikes.draw([range(10), range(10, 20), range(20, 30)])
             for row in drawn.rows:
                 holders = [part for part in drawn.parts if row in part]
                 assert len(holders) == 2
@@ -63,14 +63,14 @@ class TestDrawn:
                 assert list(part) == sorted(set(part))
 
     def test_idle_workers_take_the_checks_of_single_rows(self):
-        drawn = draw([(0,), (1,), (2,)], of(4, 0.1), idle=4)
+        drawn = of(4, 0.1).draw([(0,), (1,), (2,)], idle=4)
         assert drawn.parts[:3] == ((0,), (1,), (2,))
         assert drawn.parts[3:] == ((tuple(sorted(drawn.rows)),) if drawn.rows else ())
 
     def test_a_single_part_has_nowhere_to_hide_them(self):
-        drawn = draw([range(10)], of(4, 0.1))
+        drawn = of(4, 0.1).draw([range(10)])
         assert drawn.parts == (tuple(range(10)),)
         assert drawn.rows
 
     def test_nothing_is_drawn_for_one_worker(self):
-        assert draw([range(10)], of(1, 0.1)).rows == frozenset()
+        assert of(1, 0.1).draw([range(10)]).rows == frozenset()

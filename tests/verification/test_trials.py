@@ -6,9 +6,10 @@ from collections import Counter
 
 import pytest
 
-from coded_torch.verification import draw
+from coded_torch.scheduling.protocol import Ended
+from coded_torch.verification import Drawn, Trials
 
-from .pool import Pool
+from .pool import COMPLETE, Numbers, Pool
 
 ROWS = 48
 
@@ -73,7 +74,7 @@ class TestAWrongPart:
         assert verdict.strikes.keys() == {0}
         assert 0 in verdict.doubted
         assert pool.strikes.workers == set(range(1, num_workers))
-        own = {row for row in range(ROWS) if pool.trials.worker[pool.trials.first[row]] == 0}
+        own = {row for row in range(ROWS) if pool.trials.worker[pool.first[row]] == 0}
         assert verdict.corrected == own
 
     def test_of_a_worker_that_is_honest_when_asked_again_is_a_strike(self):
@@ -100,7 +101,7 @@ class TestAWrongPart:
         pool = Pool(12)
         scores = {row: 9.0 if row % 4 == 1 else 0.0 for row in range(ROWS)}
         verdict, answers = pool.call(ROWS, wrong(0, 5), odd=[0, *range(4, 8)], scores=scores)
-        owner = {row: pool.trials.worker[part] for row, part in pool.trials.first.items()}
+        owner = {row: pool.trials.worker[part] for row, part in pool.first.items()}
         if {owner[0], owner[4]} & {0, 5}:  # one of them was looked at, so both are found
             assert right(answers)
             assert set(verdict.excluded) == {0, 5}
@@ -114,12 +115,14 @@ class TestAWrongPart:
 
 
 def test_two_workers_that_collude_convict_nobody_else():
+    found = 0
     for seed in range(50):
         pool = Pool(6, seed=seed)
         verdict, _ = pool.call(ROWS, wrong(0, 1), odd=range(0, ROWS, 5))
         assert verdict.strikes.keys() <= {0, 1}
-        assert verdict.strikes
         assert not pool.strikes.whole
+        found += bool(verdict.strikes)
+    assert found >= 45  # else they check each other, and nobody else
 
 
 def test_two_workers_that_are_wrong_in_their_own_ways_are_both_found():
@@ -193,7 +196,7 @@ class TestHonestResultsThatDiffer:
             assert not verdict.strikes
         assert pool.strikes.stopped
         assert any("not verified any more" in note for note in verdict.notes)
-        assert draw([range(4), range(4, 8)], pool.strikes).rows == frozenset()
+        assert pool.strikes.draw([range(4), range(4, 8)]).rows == frozenset()
 
     def test_a_module_that_sometimes_does_not_is_not_verified(self):
         for seed in range(20):
@@ -208,10 +211,28 @@ class TestHonestResultsThatDiffer:
             assert pool.strikes.stopped
 
 
+def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
+    pool = Pool(6)
+
+    class Stopping(Numbers):
+        def odd(self, answers):
+            pool.strikes.stopped = "another call found the module random"
+            return set()
+
+    trials = Trials(pool.strikes)
+    trials.first([(0,), (1,)], idle=0)
+    trials.drawn = Drawn((), frozenset({0}))
+    trials.results = Stopping()
+    trials.results.by_part = {0: {0: 5.0}, 1: {0: 0.0}, 2: {0: 0.0}}
+    assert list(trials.decisions([(0,)] * 3, [(0, 0), (1, 1), (2, 2)], COMPLETE)) == []
+    assert (trials.verified, trials.unverified) == (set(), {0})
+    assert 0 in trials.doubted
+
+
 class TestWithoutTime:
     def test_nothing_is_asked_and_what_was_drawn_is_unverified(self):
         pool = Pool(6, share=0.5)
-        verdict, _ = pool.call(ROWS, wrong(0), odd=[3], until=-math.inf, end=-math.inf)
+        verdict, _ = pool.call(ROWS, wrong(0), odd=[3], ended=Ended("deadline"), bounded=True)
         assert pool.work == pytest.approx(1.5, abs=0.05)  # what rode along
         assert verdict.disputes
         assert not verdict.strikes
@@ -231,6 +252,19 @@ class TestWithoutTime:
         )
         assert right(answers)
         assert verdict.excluded == (0,)
+
+    def test_a_worker_that_hangs_when_it_is_asked_again_does_not_hold_the_call(self):
+        pool = Pool(8)
+
+        def lost(worker, part):
+            return worker == 0
+
+        ended = Ended("complete", hedging_threshold=1.0, deadline=1.0)
+        verdict, answers = pool.call(ROWS, wrong(0), range(ROWS), lost=lost, ended=ended)
+        assert right(answers)
+        assert verdict.strikes == {0: 1}
+        assert pool.waits
+        assert max(pool.waits) <= 5.0
 
     def test_rows_of_an_excluded_worker_that_nobody_computes_are_missing(self):
         pool = Pool(6, share=0.0)

@@ -1,0 +1,210 @@
+"""Workers that compute at once, some of them wrong, for the benchmark of verification."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from coded_torch.scheduling.protocol import Ask, Ended, Event, Settled, Wait
+from coded_torch.verification import Strikes, Trials
+from coded_torch.workers import attacks
+
+from .subjects import SEED, run, subject
+
+__all__ = ["BATCH_SIZE", "FAULTS", "ROUNDING", "WORKERS", "Compute", "Data", "Fleet", "Outcome"]
+__all__ += ["Voters"]
+
+WORKERS, BATCH_SIZE = 24, 240
+ROUNDING = 2.5e-6  # of the outputs' spread, by which honest results differ
+#: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
+Compute = Callable[[int, Sequence[int], bool], Tensor]
+
+
+class Outcome(NamedTuple):
+    """The answers of a call, ``[B, C]``, NaN where there is none; and how many rows it computed."""
+
+    answers: Tensor
+    verdict: Trials
+    computed: int
+
+
+class Fleet:
+    """Workers that compute at once, whoever is asked.
+
+    Args:
+        num_workers: M, which is the number of parts, too.
+        share: of the rows that are checked.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
+        self.random = random.Random(seed)
+        self.strikes = Strikes(num_workers, share, generator=random.Random(seed + 1))
+
+    def settle(self) -> Fleet:
+        """Take all workers for proven, with no strikes."""
+        strikes = self.strikes
+        strikes.renew(range(strikes.num_workers))
+        for worker in range(strikes.num_workers):
+            strikes.passed([worker] * 30)
+        return self
+
+    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
+        """Answer a batch of ``size`` rows; without inputs, nothing is scored."""
+        order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
+        count = min(len(order), size)
+        parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
+        trials = Trials(self.strikes, inputs)
+        asked = trials.first(parts, idle=len(order))
+        trials.prepare()
+        replies = [(part, order[part % len(order)]) for part in range(len(asked))]
+        values = dict[int, Tensor]()  # by part
+
+        def answer(part: int, rows: Sequence[int], worker: int, again: bool) -> None:
+            values[part] = compute(worker, rows, again)
+            trials.results.add(part, rows, [values[part]])
+
+        for part, worker in replies:
+            answer(part, asked[part], worker, False)
+        self.random.shuffle(replies)
+        self._drive(trials, trials.decisions(asked, replies, Ended("complete")), answer)
+        answers = torch.full((size, *values[0].shape[1:]), math.nan)
+        for row, part in trials.answers.items():
+            answers[row] = values[part][trials.asked[part].index(row)]
+        return Outcome(answers, trials, sum(map(len, trials.asked)))
+
+    def _drive(self, trials: Trials, policy: Any, answer: Callable[..., None]) -> None:
+        events, event = deque[Event](), None
+        while True:
+            try:
+                decision = policy.send(event)
+            except StopIteration:
+                return
+            event = None
+            if isinstance(decision, Ask):
+                first = len(trials.asked) - len(decision.parts)
+                asked = zip(decision.parts, decision.avoid, strict=True)
+                for part, (rows, avoid) in enumerate(asked, first):
+                    able = sorted(self.strikes.workers - avoid)
+                    worker = self.random.choice(able) if able else -1
+                    if able:
+                        answer(part, rows, worker, True)
+                    events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
+            elif isinstance(decision, Wait) and events:
+                event = events.popleft()
+
+
+class Voters:
+    """Workers that compute every part several times; a majority decides, row by row.
+
+    If two results of a part differ, a third worker computes it.
+
+    Args:
+        num_workers: M, which is the number of parts, too.
+        copies: the number of workers that compute each part: 1, 2 or 3.
+        tolerance: up to which results are alike.
+    """
+
+    def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
+        self.num_workers, self.copies, self.tolerance = num_workers, copies, tolerance
+        self.random = random.Random(SEED)
+
+    def settle(self) -> None:
+        """Do nothing: no worker has a record."""
+
+    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
+        """Answer a batch of ``size`` rows, a multiple of M."""
+        order = self.random.sample(range(self.num_workers), self.num_workers)
+        answers, computed, step = list[Tensor](), 0, size // self.num_workers
+        for part in range(self.num_workers):
+            rows = range(part * step, (part + 1) * step)
+            workers = [order[(part + copy) % self.num_workers] for copy in range(3)]
+            results = [compute(w, rows, n > 0) for n, w in enumerate(workers[: self.copies])]
+            if self.copies == 2 and not self._alike(*results).all():
+                results.append(compute(workers[2], rows, True))
+            computed += len(rows) * len(results)
+            answers.append(self._elected(results))
+        return Outcome(torch.cat(answers), Trials(Strikes(self.num_workers, 0.0)), computed)
+
+    def _elected(self, results: Sequence[Tensor]) -> Tensor:
+        """Return the first result, but where the other two are alike and differ from it."""
+        if len(results) < 3:
+            return results[0]
+        first, second, third = results
+        outvoted = self._alike(second, third) & ~self._alike(first, second)
+        return torch.where((outvoted & ~self._alike(first, third)).unsqueeze(1), second, first)
+
+    def _alike(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().amax(1) <= self.tolerance
+
+
+class Data:
+    """Inputs, and what the module returns for them.
+
+    Attributes:
+        inputs: ``[n, ...]``.
+        outputs: ``[n, C]``.
+        spread: the standard deviation of the outputs.
+        model: the module.
+    """
+
+    def __init__(self, seed: int = SEED) -> None:
+        digits = subject("lenet5", quick=True)
+        self.inputs = torch.cat([digits.tuning.images, digits.held_out.images])
+        self.model = digits.model
+        self.outputs = run(self.model, self.inputs)
+        self.spread = float(self.outputs.std())
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def batch(self, size: int) -> Tensor:
+        return torch.randint(len(self.inputs), (size,), generator=self.generator)
+
+    def normal(self, rows: Tensor, size: float) -> Tensor:
+        return rows + size * self.spread * torch.randn(rows.shape, generator=self.generator)
+
+    def other(self, count: int) -> Tensor:
+        return self.outputs[self.batch(count)]
+
+    def wrong(self, answers: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which answers are wrong, and which do harm: another class, or .1 spreads off."""
+        by = (answers - truth).abs() / self.spread
+        harmful = (answers.argmax(1) != truth.argmax(1)) | (by.square().mean(1).sqrt() > 0.1)
+        return by.amax(1) > 1e-3, harmful & answers.isfinite().all(1)
+
+
+#: What a worker returns instead of rows ``[n, C]``.
+Fault = Callable[[Data, Tensor], Tensor]
+
+
+def _noise(size: float) -> Fault:
+    return lambda data, rows: data.normal(rows, size)
+
+
+def _mixing(shape: Callable[..., Tensor]) -> Fault:
+    """Take the other rows from the answers to other inputs."""
+    return lambda data, rows: shape(rows, lambda at: data.other(len(at)), data.generator)
+
+
+def _bit(low: int, high: int) -> Fault:
+    return lambda data, rows: attacks.one_bit(rows, low, high, data.generator)
+
+
+FAULTS: dict[str, Fault] = {
+    "noise 1": _noise(1),
+    "noise .3": _noise(0.3),
+    "noise .1": _noise(0.1),
+    "noise .05": _noise(0.05),
+    "replay": lambda data, rows: data.other(len(rows)),
+    "swap": lambda data, rows: attacks.swap(rows),
+    "block": _mixing(attacks.block),
+    "one row": _mixing(attacks.one_row),
+    "one output": _mixing(attacks.one_output),
+    "exponent": _bit(*attacks.EXPONENT),
+    "mantissa": _bit(*attacks.MANTISSA),
+}
