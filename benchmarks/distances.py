@@ -13,11 +13,9 @@ else, every batch has one.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from coded_torch.codes import RegressionCode, ReplicationCode
@@ -34,7 +32,6 @@ from .schemes import (
     Scores,
     evaluate,
     received_by,
-    rounded,
     summaries,
 )
 from .subjects import SEED, Batch, Subject
@@ -99,11 +96,6 @@ def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
             scores,
         )
     codes = summaries(scores[""], REFERENCES)
-    for scheme, of_scheme in scores[""].items():  # of all batches, not on average over them
-        mse, expected = of_scheme.columns[3], of_scheme.columns[6]
-        known = ~np.isnan(expected)
-        root = math.sqrt(expected[known].sum() / mse[known].sum()) if known.any() else math.nan
-        codes[scheme]["expected_to_measured"] = rounded(root)[0]
     return {"codes": codes}
 
 

@@ -37,6 +37,7 @@ QUESTIONS = (
     "batches",
     "distances",
     "surrogates",
+    "coverage",
     "convergence",
     "smoothing",
     "waiting",

@@ -114,17 +114,15 @@ def evaluate(
         drawn = [(key, received) for key, some in sets(index).items() for received in some]
         trials = _Trials(model, batch, [received for _, received in drawn])
         for key, received in drawn:
-            answers: dict[
-                Scheme, tuple[Tensor, Tensor, float | None]
-            ] = {}  # several names may share one
+            answers: dict[Scheme, tuple[Tensor, Tensor]] = {}  # several names may share one
             for name, scheme in schemes(key).items():
                 if len(_within(received, scheme.code.num_workers)) < scheme.code.min_received:
                     continue
                 if scheme not in answers:
                     answers[scheme] = trials.decode(scheme, received)
-                found, exact, expected = answers[scheme]
+                found, exact = answers[scheme]
                 of_scheme = scores.setdefault(key, {}).setdefault(name, Scores())
-                of_scheme.add(found, exact, batch.labels, expected)
+                of_scheme.add(found, exact, batch.labels)
     return scores
 
 
@@ -135,19 +133,17 @@ class _Trials:
         self._model, self._batch, self._sets = model, batch, sets
         self._of: dict[int, Trial] = {}
 
-    def decode(
-        self, scheme: Scheme, received: Sequence[int]
-    ) -> tuple[Tensor, Tensor, float | None]:
-        """Return the scheme's answers ``[B, C]``, the exact ones, and the error it expects."""
+    def decode(self, scheme: Scheme, received: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the scheme's answers ``[B, C]``, and the exact ones."""
         n, stage = scheme.code.num_workers, OUTPUTS[scheme.output]
         if n not in self._of:
             sets = [_within(x, n) for x in self._sets]
             images = (self._batch.images,)
             self._of[n] = Trial(self._model, images, sets, max_batch_size=AT_ONCE)
-        (answers,), expected = self._of[n].decode(
+        (answers,) = self._of[n].decode(
             scheme.code, _within(received, n), num_stragglers=scheme.lost, stage=stage
         )
-        return answers, stage(self._of[n].exact[0]), expected
+        return answers, stage(self._of[n].exact[0])
 
 
 def _within(received: Sequence[int], n: int) -> list[int]:

@@ -1,0 +1,238 @@
+"""Do radii hold as often as they say? ``python -m benchmarks coverage``.
+
+Batches of held-out rows go through a wrapper that loses some of 24 parts, whatever they hold. The
+errors of predicted rows are compared with their radii at three levels, and labels with their risks.
+The oracle's constant is the radius that contains just as many of all errors of the data set. Half
+the width of a 95 % interval of the mean over batches stands beside every coverage.
+
+Settings: 4, 8 or 12 parts missing of 240 rows, 8 of 64 rows, 12 of 40; a code that repeats inputs
+unevenly; batches sorted by the module's outputs, in strided and in contiguous parts; a student, a
+linear map fitted to earlier rows; a memory of these rows; a memory of other classes; and requests
+of four rows, where the memory calibrates the only missing one. A rival is split conformal
+prediction, which predicts from half of the results and calibrates on the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from coded_torch import CodedWrapper, Regression, Waiting
+from coded_torch.codes import RegressionCode
+from coded_torch.evaluation.scores import half_width, rounded
+from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
+from coded_torch.workers import LocalWorkers
+
+from . import tasks
+from .runs import Measurement, progress
+from .tasks import Task
+
+SEED, PARTS = 0, 24
+LEVELS = (0.9, 0.95, 0.99)
+TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
+SEQUENCES = ("vowels", "power", "appliances", "speeches")
+PICTURES = ("lenet5", "repvgg", "vit")
+
+
+class Setting(NamedTuple):
+    """How batches are made and answered."""
+
+    rows: int = 240
+    missing: int = 8
+    arrival: str = "uniform"  # or "sorted", "contiguous"
+    helper: str = ""  # or "copies", "student", "memory", "drift"
+    parts: int = PARTS
+
+
+SETTINGS = {
+    "B 240": Setting(),
+    "B 240, 4 missing": Setting(missing=4),
+    "B 240, 12 missing": Setting(missing=12),
+    "B 64": Setting(rows=64),
+    "B 40, 12 missing": Setting(rows=40, missing=12),
+    "uneven copies": Setting(missing=4, helper="copies"),
+    "sorted, strided": Setting(arrival="sorted"),
+    "sorted, contiguous": Setting(arrival="contiguous"),
+    "student": Setting(helper="student"),
+    "memory": Setting(helper="memory"),
+    "drift": Setting(helper="drift"),
+    "B 4, memory": Setting(rows=4, missing=1, helper="memory", parts=4),
+    "B 4, drift": Setting(rows=4, missing=1, helper="drift", parts=4),
+}
+
+
+class Linear(nn.Module):
+    """The linear map of rows ``[B, ...]`` that fits outputs best."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        super().__init__()
+        rows = self._rows(x).double()
+        ridge = 1e-2 * rows.square().sum(0).mean() * torch.eye(rows.shape[1])
+        self.weight = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ y.double()).float()
+
+    @staticmethod
+    def _rows(x: Tensor) -> Tensor:
+        return torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._rows(x) @ self.weight
+
+
+class Run:
+    """The errors, radii and risks of one data set in one setting, by batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Tensor]] = []
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """Add the missing rows of a batch, in all received sets."""
+        self.batches.append(batch)
+
+    def summary(self, classes: bool = False) -> dict[str, Any]:
+        """Return coverages with half their intervals, and radii over the oracle's constant."""
+        errors, found = torch.cat([of["error"] for of in self.batches]), {}
+        for level in (key for key in self.batches[0] if key.startswith("0.")):
+            inside = [of["error"] <= of[level] for of in self.batches]
+            radii, hits = torch.cat([of[level] for of in self.batches]), torch.cat(inside)
+            thirds = radii.argsort().tensor_split(3)
+            constant = errors.quantile(float(level), interpolation="higher")
+            found[level] = {
+                "covered": mean(inside),
+                "terciles": rounded(*(float(hits[third].double().mean()) for third in thirds)),
+                "radius to constant": rounded(float(radii.median() / constant))[0],
+                "infinite": rounded(float(radii.isinf().double().mean()))[0],
+            }
+        if classes:
+            sure = [(of["risk"][0] <= 0.05, of["risk"][1] > 0) for of in self.batches]
+            found["certified"] = mean([low for low, _ in sure])
+            found["certified and wrong"] = mean([low & wrong for low, wrong in sure])
+        found["rmse"] = rounded(float(errors.square().mean().sqrt()))[0]
+        return found
+
+
+def mean(flags: list[Tensor]) -> list[float | None]:
+    """Return the mean over batches of a share, and half its 95 % interval."""
+    each = torch.stack([x.double().mean() for x in flags]).numpy()
+    return rounded(each.mean(), half_width(each))
+
+
+def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
+    """Yield the rows of batches out of those with these outputs."""
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(count):
+        rows = torch.randperm(len(outputs), generator=generator)[: setting.rows]
+        if setting.arrival != "uniform":
+            values = outputs[rows]
+            rows = rows[
+                values.argmax(1).argsort() if values.shape[1] > 1 else values[:, 0].argsort()
+            ]
+        if setting.arrival == "contiguous":  # so that a strided part is a block
+            places = torch.cat([torch.arange(len(rows))[i::PARTS] for i in range(PARTS)])
+            back = torch.empty_like(places)
+            back[places] = torch.arange(len(rows))
+            rows = rows[back]
+        yield rows
+
+
+def wrapped(model: nn.Module, setting: Setting, surrogate: Any, seed: int) -> CodedWrapper:
+    how: dict[str, Any] = {"parts": min(setting.parts, setting.rows), "waiting": Waiting()}
+    if setting.helper == "copies":
+        how = {"code": RegressionCode(20, PARTS)}
+    pool = LocalWorkers(Uniform(setting.missing, seed=seed))
+    return CodedWrapper(model, workers=pool, surrogate=surrogate, **how)
+
+
+def surrogate_of(setting: Setting, model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    if setting.helper == "student":
+        return Linear(x, y)
+    if setting.helper in ("memory", "drift"):
+        memory = Memory()
+        memory.follow(model)
+        memory.observe([x], [y])
+        memory.rebuild()
+        memory.observe = lambda *_: None  # batches share rows, which it must not know
+        return memory
+    return ()
+
+
+def split_conformal(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Return errors of missing rows predicted from half of the results, and radii at 95 %."""
+    known = (~missing).nonzero().flatten()
+    calibrating, half = known[::2], known[1::2].tolist()
+    off = (Regression().plan([x]).decode(y[half, None], half) - y).norm(dim=1).double()
+    k = math.floor(0.05 * (len(calibrating) + 1) + 1e-9)
+    radius = off[calibrating].topk(k).values[-1] if k else off.new_tensor(math.inf)
+    return off[missing], radius.expand(int(missing.sum()))
+
+
+def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
+    task = make()
+    with torch.no_grad():
+        return measured(task, setting, settings(quick))
+
+
+def measured(task: Task, setting: Setting, counts: dict[str, Any]) -> dict[str, Any]:
+    model, run, split = task.model.eval(), Run(), Run()
+    y = torch.cat([model(x) for x in task.inputs.split(512)])
+    earlier = torch.arange(len(y)) % 3 == 0
+    if setting.helper == "drift" and y.shape[1] > 1:  # of other classes than those asked
+        earlier = y.argmax(1) < y.shape[1] // 2
+    surrogate = surrogate_of(setting, model, task.inputs[earlier], y[earlier])
+    x, y = task.inputs[~earlier], y[~earlier]
+    seconds = []
+    drawn = batches(setting, y, counts["batches"])
+    for number, rows in enumerate(progress(drawn, "batches", counts["batches"])):
+        inputs, exact, found = x[rows], y[rows], []
+        for repeat in range(counts["received sets a batch"]):
+            coded = wrapped(model, setting, surrogate, 1000 * number + repeat)
+            answers, report = coded.run(inputs)
+            missing = report.predicted
+            if missing.any():
+                wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()
+                found.append(
+                    {
+                        "error": (answers - exact).norm(dim=1)[missing].double(),
+                        "risk": torch.stack([report.label_risks[missing], wrong]),
+                        **{str(level): report.radii_at(level)[missing] for level in LEVELS},
+                    }
+                )
+                seconds.append(report.decode_seconds)
+        if found:
+            run.add({key: torch.cat([of[key] for of in found], -1) for key in found[0]})
+            if not setting.helper:
+                off, radii = split_conformal(inputs, exact, missing)
+                split.add({"error": off, "0.95": radii})
+    numbers = run.summary(classes=y.shape[1] > 1)
+    numbers["decode seconds"] = rounded(float(torch.tensor(seconds).median()))[0]
+    if split.batches:
+        numbers["split"] = split.summary()["0.95"]
+        medians = [torch.cat([of["0.95"] for of in x.batches]).median() for x in (split, run)]
+        numbers["split"]["radius to ours"] = rounded(float(medians[0] / medians[1]))[0]
+    return numbers
+
+
+def measurements(quick: bool) -> Iterable[Measurement]:
+    sources: dict[str, Callable[[], Task]] = {
+        name: functools.partial(tasks.table, name, 0, name in tasks.RAW) for name in TABLES
+    }
+    sources |= {name: functools.partial(tasks.sequence, name) for name in SEQUENCES}
+    sources |= {name: functools.partial(tasks.pictures, name) for name in PICTURES}
+    for name, make in list(sources.items())[: 1 if quick else None]:
+        for key, setting in SETTINGS.items():
+            yield (name, key), functools.partial(coverage, make, setting, quick)
+
+
+def settings(quick: bool) -> dict[str, Any]:
+    return {
+        "seed": SEED,
+        "parts": PARTS,
+        "levels": LEVELS,
+        "batches": 5 if quick else 50,
+        "received sets a batch": 2 if quick else 20,
+    }
