@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from coded_torch import CodedWrapper, Regression, Waiting
+from coded_torch import CodedWrapper, Regression, Report, Waiting
 from coded_torch.codes import RegressionCode
 from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.stragglers import Uniform
@@ -198,7 +198,7 @@ def measured(task: Task, setting: Setting, counts: dict[str, Any]) -> dict[str, 
                 found.append(
                     {
                         "error": (answers - exact).norm(dim=1)[missing].double(),
-                        "risk": torch.stack([report.label_risks[missing], wrong]),
+                        "risk": torch.stack([_risks(report)[missing], wrong]),
                         **{str(level): report.radii_at(level)[missing] for level in LEVELS},
                     }
                 )
@@ -215,6 +215,10 @@ def measured(task: Task, setting: Setting, counts: dict[str, Any]) -> dict[str, 
         medians = [torch.cat([of["0.95"] for of in x.batches]).median() for x in (split, run)]
         numbers["split"]["radius to ours"] = rounded(float(medians[0] / medians[1]))[0]
     return numbers
+
+
+def _risks(report: Report) -> Tensor:
+    return report.radii if report.label_risks is None else report.label_risks
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:

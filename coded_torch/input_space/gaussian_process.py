@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..ops import matern52, matern52_among
 from .geometry import evenly
 
-__all__ = ["NUGGET", "GaussianProcess", "matern52", "scaled"]
+__all__ = ["NUGGET", "Comparison", "GaussianProcess", "matern52", "scaled"]
 
 #: The variance of a result that its input does not explain, relative to the outputs' variance. It
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
@@ -179,27 +180,6 @@ class GaussianProcess:
         products = self._half_of_results(y) @ self._of_left_out.T
         return products.addmm_(mean, self._mean[:, self.left_out], alpha=-1)
 
-    def losses(self, y: Tensor) -> Tensor:
-        r"""Return how badly each result that is left out is predicted, ``[n]``: less is better.
-
-        The loss is the negative logarithm of the density that the others' prediction and its
-        variance give to each number of a result, on average and but for a constant, at the best
-        variance of the outputs: with the residuals e, their variances v, and the mean q of
-        :math:`e^2 / v` over all numbers,
-
-        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
-            + \tfrac12 \log v .
-
-        So a few inputs far from all others do not decide.
-
-        Args:
-            y: ``[C, M]``, results as :func:`scaled` returns them.
-        """
-        variances = self.leave_one_out_variances
-        squares = self._over_variances(y).square_().mean(0).double().mul_(variances)
-        mean = squares.mean().clamp(min=1e-300)
-        return (squares.div_(mean).sub_(1).add_(mean.log()).add_(variances.log())).div_(2)
-
     def leave_one_out_error(self, results: Tensor) -> float:
         """Return the root mean square of the residuals, relative to the mean of the others'.
 
@@ -230,6 +210,48 @@ class GaussianProcess:
         """Return the results that are left out, each less the mean of all others."""
         deviations = results[self.left_out] - results.mean(0)
         return deviations.mul_(len(results) / max(len(results) - 1, 1))
+
+
+class Comparison:
+    """Several regressions of the same results, by how well results predict each other.
+
+    Args:
+        squared: ``[K, n, n]``, float32, the squared distances in each.
+        lengths: of the covariances.
+    """
+
+    def __init__(self, squared: Tensor, lengths: Sequence[float]) -> None:
+        squared = squared / squared.new_tensor(lengths).square()[:, None, None]
+        covariance = matern52(squared, 1.0, out=squared)
+        covariance.diagonal(dim1=1, dim2=2).add_(NUGGET)
+        factor, self._failed = torch.linalg.cholesky_ex(covariance)
+        half = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[1]), upper=False)
+        inverse = half.mT @ half
+        mean = inverse.sum(2, keepdim=True)
+        self._projection = inverse - mean @ mean.mT / mean.sum(1, keepdim=True)
+        self._precisions = self._projection.diagonal(dim1=1, dim2=2).double().clamp(min=1e-12)
+
+    def losses(self, y: Tensor) -> Tensor:
+        r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
+
+        The loss is the negative logarithm of the density that the others' prediction and its
+        variance give to each number of a result, on average and but for a constant, at the best
+        variance of the outputs: with the residuals e, their variances v, and the mean q of
+        :math:`e^2 / v` over all numbers,
+
+        .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
+            + \tfrac12 \log v .
+
+        So a few inputs far from all others do not decide.
+
+        Args:
+            y: ``[C, n]``, results as :func:`scaled` returns them.
+        """
+        squares = (y.to(self._projection.dtype) @ self._projection).square().mean(1).double()
+        squares /= self._precisions
+        mean = squares.mean(1, keepdim=True).clamp(min=1e-300)
+        losses: Tensor = (squares / mean - 1 + mean.log() - self._precisions.log()) / 2
+        return losses.masked_fill_(self._failed[:, None] > 0, math.inf)
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -24,9 +23,6 @@ _BUCKETS = 2039
 # So many rows determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
 # (theory, section 10; benchmarks distances)
 LANDMARKS = 512
-# The first directions of the landmarks, for batches of more rows: of 2,000 and 4,000 pictures a
-# regression's squared error differs from all directions' by .8 % at most. (benchmarks batches)
-_DIRECTIONS = 256
 # Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand
 # terms; it was not tuned.
 _ROUNDINGS = 128
@@ -51,8 +47,8 @@ class Geometry:
         features: ``[n, d]`` each, floating-point, finite, on the host.
 
     Note:
-        :math:`O(n^2 d + n^3)`. Of more than 512 rows, 512 evenly spaced ones determine C, and
-        distances are measured in its first 256 directions: :math:`O(512 n d + 256 n^2)`.
+        :math:`O(n^2 d + n^3)`. Of more than 512 rows, 512 evenly spaced ones determine C:
+        :math:`O(512 n d + 512 n^2)`.
 
     References:
         Charikar, Chen, Farach-Colton, *Finding frequent items in data streams*, ICALP 2002, for the
@@ -74,6 +70,7 @@ class Geometry:
         rows = [_standardised(x) for x in features]
         self._rows = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
         self._some = evenly(len(self._rows), LANDMARKS)
+        self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]
 
     @on_host()
     @exactly()
@@ -95,35 +92,20 @@ class Geometry:
         nothing = (_ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
         return squared_distances(rows, squares, nothing), squares
 
-    @functools.cached_property
-    def _products(self) -> Tensor:
-        """The inner products with the landmarks, ``[n, L]``."""
-        rows = self._rows.contiguous()
-        return inner_products(rows) if len(rows) <= LANDMARKS else rows @ rows[self._some].T
-
-    @functools.cached_property
-    def _directions(self) -> tuple[Tensor, Tensor]:
-        """The eigenvalues and eigenvectors of the landmarks' inner products."""
-        values, vectors = torch.linalg.eigh(self._products[self._some])
-        return values.clamp_(min=0), vectors
-
     def _coordinates(self, shrinkage: float) -> Tensor:
         r"""Return Z ``[n, L]`` with :math:`Z Z^\top = M` up to a factor.
 
         It is :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top` for landmarks :math:`X_S`,
         as no two large terms are subtracted.
         """
+        if self._products is None:
+            x, whole = self._rows.contiguous(), len(self._rows) <= LANDMARKS
+            self._products = inner_products(x) if whole else x @ x[self._some].T
         products = self._products
-        if len(products) > LANDMARKS:
-            values, vectors = self._directions
-            if shrinkage < math.inf:
-                values = values + shrinkage * values.sum()
-                vectors = vectors * values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt()
-            return products @ vectors[:, -_DIRECTIONS:]
         if shrinkage == math.inf or not products.any():
             return products
-        system = products.clone()
-        system.diagonal().add_(shrinkage * float(products.trace()))
+        system = products[self._some]
+        system.diagonal().add_(shrinkage * float(system.trace()))
         factor = torch.linalg.cholesky(system)
         rows: Tensor = torch.linalg.solve_triangular(factor.mT, products, upper=True, left=False)
         return rows

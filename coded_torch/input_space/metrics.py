@@ -58,15 +58,10 @@ class Choice:
 
 
 class Leaf(NamedTuple):
-    """What distances are measured on, of one input.
+    """The features of one input, on which distances are measured."""
 
-    Attributes:
-        rows: ``[B, d]``, the features, float32 or float64.
-        pooled: ``[B, 2 D]``, of a sequence ``[B, T, D]`` the mean and the spread over T; else None.
-    """
-
-    rows: Tensor
-    pooled: Tensor | None
+    rows: Tensor  # [B, d], float32 or float64
+    pooled: Tensor | None  # [B, 2 D], of [B, T, D] the mean and the spread over T; else None
 
     def at(self, rows: Tensor) -> Leaf:
         """Return some rows, in increasing order."""
@@ -88,12 +83,12 @@ class Metric(NamedTuple):
     shrinkage: float
 
 
-def _as_it_is(leaf: Leaf) -> Callable[[Leaf], Tensor]:
-    return _rows
-
-
 def _rows(leaf: Leaf) -> Tensor:
     return leaf.rows
+
+
+def _whole(_: Leaf) -> Callable[[Leaf], Tensor]:
+    return _rows
 
 
 def _by_spread(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
@@ -114,12 +109,8 @@ def _by_spread_of_few(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
     return None if 4 * leaf.rows.shape[1] > len(leaf.rows) else _by_spread(leaf)
 
 
-def _pooled(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
-    def pooled(leaf: Leaf) -> Tensor:
-        assert leaf.pooled is not None
-        return leaf.pooled
-
-    return None if leaf.pooled is None else pooled
+def _pooled(leaf: Leaf) -> Callable[[Leaf], Any] | None:
+    return None if leaf.pooled is None else lambda leaf: leaf.pooled
 
 
 DEFAULT = "shrunk"
@@ -129,8 +120,8 @@ DEFAULT = "shrunk"
 #: LeNet-5 on MNIST, 3 % for a RepVGG and 0 for a transformer on Fashion-MNIST (benchmarks batches).
 METRICS: MappingProxyType[str, Metric] = MappingProxyType(
     {
-        DEFAULT: Metric(_as_it_is, 0.01),
-        "covariance": Metric(_as_it_is, math.inf),
+        DEFAULT: Metric(_whole, 0.01),
+        "covariance": Metric(_whole, math.inf),
         "spread": Metric(_by_spread, 0.0),
         "spread_covariance": Metric(_by_spread_of_few, math.inf),
         "mean_spread": Metric(_pooled, 0.0),
@@ -179,13 +170,11 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
         with torch.no_grad(), as_called():
             leaves = pytree.tree_leaves(features(*inputs))
         for leaf in leaves or [None]:
-            if not (
-                isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (size,)
-            ):
+            shape = leaf.shape if isinstance(leaf, Tensor) and leaf.is_floating_point() else ()
+            if shape[:1] != (size,):
                 got = f"shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else f"{leaf!r}"
-                raise ValueError(
-                    f"features must be floating-point, one for each of {size} rows, got {got}"
-                )
+                must = f"features must be floating-point, one for each of {size} rows"
+                raise ValueError(f"{must}, got {got}")
     except Exception as error:  # a caller's function may raise anything; other metrics compete
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         note = f"the metric {name_of(features)} was left out: {reason}"
@@ -228,15 +217,10 @@ class Sources:
 
 
 class Measured(NamedTuple):
-    """Some rows in one metric.
+    """Some rows in one metric."""
 
-    Attributes:
-        squared: ``[b, b]``, float32, the squared distances; infinite to rows that are not typical.
-        step: the median distance between neighbours on the path.
-    """
-
-    squared: Tensor
-    step: float
+    squared: Tensor  # [b, b], float32, the squared distances; infinite to rows not typical
+    step: float  # the median distance between neighbours on the path
 
 
 class Distances:
@@ -292,7 +276,7 @@ class Distances:
         return self._measured[key]
 
     def _squared(self, metric: str | Features) -> tuple[Tensor, Tensor]:
-        """Return the distances of all rows, and the squared lengths of typical ones."""
+        """Return the distances of all rows, and the squared lengths of typical rows."""
         geometry = self._geometry(metric)
         assert geometry is not None
         squared, squares = geometry.squared_distances(_how(metric).shrinkage)

@@ -28,7 +28,7 @@ class Grouping:
     with copies of its last row, whose answers are dropped.
 
     Args:
-        order: ``[B]``, each of 0..B-1 once, as a tensor or a sequence of integers.
+        order: ``[B]``, each of 0..B-1 once.
         num_data: K, at least 1.
 
     Attributes:
@@ -119,32 +119,27 @@ class Grouping:
 
 
 def check_ordering(owner: object, ordering: Any) -> None:
-    """Raise an error for what can order no batch at all."""
-    name = owner if isinstance(owner, str) else type(owner).__name__
-    if isinstance(ordering, str):
-        if ordering not in ("similarity", "arrival"):
-            raise ValueError(
-                f"{name}: ordering must be 'similarity', 'arrival' or a permutation, "
-                f"got {shown(ordering)}"
-            )
-    elif not isinstance(ordering, Sized):
-        raise TypeError(f"{name}: ordering must be a name or a permutation, got {shown(ordering)}")
+    """Raise an error unless ordering is a name, or may be a permutation."""
+    if isinstance(ordering, str) and ordering not in ("similarity", "arrival"):
+        must = "must be 'similarity', 'arrival' or a permutation"
+        raise ValueError(f"{type(owner).__name__}: ordering {must}, got {shown(ordering)}")
+    if not isinstance(ordering, Sized):
+        must = "must be a name or a permutation"
+        raise TypeError(f"{type(owner).__name__}: ordering {must}, got {shown(ordering)}")
 
 
 def similarity_order(distances: Tensor) -> Tensor:
     """Return an order in which neighbours are near each other: a short open path.
 
-    The path goes from the most remote row to the nearest one not yet visited, and so on; then
-    2-opt and Or-opt shorten it until no such move does (or, if the distances are not symmetric, for
-    20 moves a row).
+    The path goes from the most remote row to the nearest one not yet visited, and so on. Then 2-opt
+    and Or-opt shorten it until no such move does, or for 20 moves a row at most.
 
     Args:
-        distances: ``[B, B]``, floating-point, symmetric, at least 0; the diagonal is not read. NaN
-            counts as infinity. A row without finite distances to others comes last.
+        distances: ``[B, B]``, floating-point, symmetric, at least 0. NaN counts as infinity. A row
+            without finite distances to others comes last.
 
     Returns:
-        ``[B]``, int64, on the host. The same distances give the same order; ties go to the lower
-        index.
+        ``[B]``, int64, on the host. The same distances give the same order.
 
     Raises:
         TypeError: ``distances`` is not a floating-point tensor.
@@ -155,8 +150,7 @@ def similarity_order(distances: Tensor) -> Tensor:
 
     References:
         Croes, "A method for solving traveling-salesman problems", 1958 (2-opt). Or, PhD thesis,
-        Northwestern University, 1976 (Or-opt). Bentley, "Fast algorithms for geometric traveling
-        salesman problems", 1992 (neighbour lists, don't-look bits).
+        Northwestern University, 1976 (Or-opt).
 
     Example:
         >>> import torch
@@ -186,20 +180,12 @@ def _permutation(order: Tensor | Sequence[int]) -> Tensor:
     try:
         tensor = torch.as_tensor(order).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            f"Grouping: order must be a sequence of integers, got {shown(order)}"
-        ) from None
-    if tensor.dim() != 1:
-        raise ValueError(
-            f"Grouping: order must have one dimension, got shape {tuple(tensor.shape)}"
-        )
+        tensor = torch.zeros(1)
     kind = tensor.dtype
-    if len(tensor) and (kind == torch.bool or kind.is_floating_point or kind.is_complex):
-        raise TypeError(f"Grouping: order must be a sequence of integers, got {kind}")
-    tensor = tensor.to(torch.int64)
-    if not torch.equal(tensor.sort().values, torch.arange(len(tensor))):
-        missing = min(set(range(len(tensor))) - set(tensor.tolist()))
-        raise ValueError(
-            f"Grouping: order must hold each of 0..{len(tensor) - 1} once, got no {missing}"
-        )
-    return tensor.clone()
+    if tensor.numel() and (kind == torch.bool or kind.is_floating_point or kind.is_complex):
+        raise TypeError(f"Grouping: order must be a sequence of integers, got {shown(order)}")
+    if tensor.dim() != 1 or not torch.equal(
+        tensor.sort().values, torch.arange(len(tensor)).to(kind)
+    ):
+        raise ValueError(f"Grouping: order must hold each of 0..n-1 once, got {shown(order)}")
+    return tensor.to(torch.int64, copy=True)

@@ -133,16 +133,13 @@ class RowPlan:
     Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing.
 
     Args:
-        regression: that predicts.
+        regression: the regression that predicts.
         inputs: plain tensors, ``[B, ...]`` each.
         batch_size: B.
         others: inputs of other dtypes.
         parts: the rows that are predicted together, which make up the batch.
 
     Attributes:
-        batch_size: B.
-        num_groups: G.
-        note: what the caller should know, one line; mostly empty.
         choices: how missing answers of the output decoded last were predicted, for every part.
     """
 

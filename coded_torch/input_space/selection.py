@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +14,11 @@ from .._arguments import dense
 from .._torch import plain
 from ..linear.maps import SelectMap
 from .coverage import Bars, Shrunk, bars
-from .gaussian_process import GaussianProcess, scaled
+from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
 from .metrics import Choice, Distances, Features, key_of, name_of
 
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
-
-_T = TypeVar("_T")
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete. With a half
 #: step to both sides of the best, no others are found to be better. (theory, section 11; benchmarks
@@ -61,17 +59,16 @@ class Fitted(NamedTuple):
     Attributes:
         choice: the metric and the length.
         process: the regression.
-        sample: of the results, whose residuals the regression keeps; None if there are none.
+        sample: of the results, whose residuals the regression keeps.
     """
 
     choice: Choice
     process: GaussianProcess
-    sample: Tensor | None
+    sample: Tensor
 
 
 class Fits:
-    """Regressions from the results of some rows. Results, and what surrogates leave of them, share
-    the factors.
+    """Regressions from the results of some rows. Results and their residuals share the factors.
 
     Args:
         distances: of all rows.
@@ -90,26 +87,26 @@ class Fits:
         self.points = points
         self._distances, self._lengths = distances, lengths
         self._processes: dict[Any, GaussianProcess] = {}
+        self._comparisons: dict[Any, Comparison] = {}
         self._few = evenly(len(points), max(compared, len(points) // 8))
 
-    def fit(self, sample: Tensor | None) -> Fitted:
-        """Return the regression that predicts results best.
-
-        Args:
-            sample: of the results, ``[M, C]``, float64; None for the metric and the length that
-                copies go by.
-        """
+    def fit(self, sample: Tensor) -> Fitted:
+        """Return the regression that predicts results ``[M, C]``, float64, best."""
         metric: str | Features = self._distances.first
         length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
-        if sample is not None and len(self.points) >= _LEAST:
+        if len(self.points) >= _LEAST:
             few, _ = scaled(sample[self._few])
             if len(self._distances.metrics) > 1 or metric != self._distances.metrics[0]:
                 metric = self.metric(few, length)
             if len(self._lengths) > 1:
-                length = self._length(few, metric)
-        process = self._process(metric, length)
-        if sample is None:
-            return Fitted(Choice(name_of(metric), length, math.nan), process, None)
+                found = self._best(few, [metric] * len(LENGTHS), LENGTHS, LENGTH)
+                near = (found, found / math.sqrt(2), found * math.sqrt(2))
+                length = self._best(few, [metric] * 3, near, found)
+        key = key_of(metric), length
+        if key not in self._processes:
+            squared, step = self._distances.by(metric)
+            self._processes[key] = GaussianProcess(squared, length * step, self.points)
+        process = self._processes[key]
         error, trust = process.leave_one_out_error(sample), process.trust(sample)
         return Fitted(Choice(name_of(metric), length, error, trust), process, sample)
 
@@ -117,32 +114,35 @@ class Fits:
         """Return the metric by which few results ``[C, n]`` are predicted best from each other."""
         distances = self._compared[0]
         metrics = [metric for metric in distances.metrics if distances.has(metric)]
-        losses = {
-            metric: self._process(metric, length * _SPARSER, few=True).losses(few)
-            for metric in metrics
-        }
-        return _winner(losses, distances.first)
+        if not metrics:
+            return distances.first
+        lengths = [length * _SPARSER] * len(metrics)
+        best: str | Features = self._best(few, metrics, lengths, distances.first, metrics)
+        return best
 
-    def _length(self, few: Tensor, metric: str | Features) -> float:
-        """Return the length, in steps, by which few results are predicted best from each other."""
-        losses: dict[float, Tensor] = {}
-
-        def compare(*lengths: float) -> dict[float, Tensor]:
-            for length in lengths:
-                if length not in losses:
-                    losses[length] = self._process(metric, length, few=True).losses(few)
-            return {length: losses[length] for length in lengths}
-
-        several = compare(*LENGTHS[:-1])
-        best = min(several, key=lambda length: float(several[length].mean()))
-        if best == LENGTHS[-2]:
-            several = compare(*LENGTHS)
-        found = _winner(several, LENGTH)
-        halves = [found / math.sqrt(2), found * math.sqrt(2)]
-        if found / 2 in losses and found * 2 in losses:  # only to the side that is better
-            longer = float(losses[found * 2].mean()) < float(losses[found / 2].mean())
-            halves = [halves[longer]]
-        return _winner(compare(found, *halves), found)
+    def _best(
+        self,
+        few: Tensor,
+        metrics: Sequence[str | Features],
+        lengths: Sequence[float],
+        default: Any,
+        choices: Sequence[Any] = (),
+    ) -> Any:
+        """Return the best choice, by default a length; the default, if it is best by chance."""
+        distances, rows = self._compared
+        key = tuple(map(key_of, metrics)), tuple(lengths)
+        if key not in self._comparisons:
+            measured = [distances.by(metric) for metric in metrics]
+            squared = torch.stack([x.squared[rows[:, None], rows] for x in measured])
+            steps = [length * x.step for length, x in zip(lengths, measured, strict=True)]
+            self._comparisons[key] = Comparison(squared, steps)
+        losses = dict(zip(choices or lengths, self._comparisons[key].losses(few), strict=True))
+        best = min(losses, key=lambda one: float(losses[one].mean()), default=default)
+        if default in losses:
+            gain = losses[default] - losses[best]
+            if not float(gain.mean()) > _ERRORS * float(gain.std()) / math.sqrt(len(gain)):
+                return default
+        return best
 
     @functools.cached_property
     def _compared(self) -> tuple[Distances, Tensor]:
@@ -152,14 +152,6 @@ class Fits:
             return distances, few
         some = Distances(distances.sources, distances.metrics, distances.rows[few])
         return some, torch.arange(len(few))
-
-    def _process(self, metric: str | Features, length: float, few: bool = False) -> GaussianProcess:
-        key = key_of(metric), length, few
-        if key not in self._processes:
-            distances, points = self._compared if few else (self._distances, self.points)
-            squared, step = distances.by(metric)
-            self._processes[key] = GaussianProcess(squared, length * step, points)
-        return self._processes[key]
 
 
 class Part:
@@ -249,7 +241,6 @@ class Part:
         if fitted is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        assert fitted.sample is not None
         return float(fitted.process.leave_one_out_residuals(fitted.sample).square().sum())
 
     def leave_one_out_variances(self) -> Tensor:
@@ -278,13 +269,13 @@ class Part:
         known = source[source >= 0]
         return points, known[evenly(len(known), MOST_ROWS)]
 
-    def _fit(self, points: Tensor, sample: Tensor | None) -> Fitted | None:
+    def _fit(self, points: Tensor, sample: Tensor) -> Fitted | None:
         if self._distances is None or not len(points):
             return None
         if self._fits is None or not torch.equal(self._fits.points, points):
             self._fits, self._fitted = Fits(self._distances, self._lengths, points), []
         for fitted in self._fitted:
-            if _same(fitted.sample, sample):
+            if torch.equal(fitted.sample, sample):
                 return fitted
         self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
         return self._fitted[-1]
@@ -301,17 +292,3 @@ def _columns(values: Tensor, rows: Tensor) -> Tensor:
     """Return all columns of some values ``[n, ...]``: ``[L, C]`` on the host."""
     columns = plain("decode", "results", values).reshape(len(values), -1)
     return columns.index_select(0, rows.to(columns.device)).cpu()
-
-
-def _winner(losses: dict[_T, Tensor], default: _T) -> _T:
-    """Return the best by the losses ``[n]`` of each; the default, if the best is so by chance."""
-    best = min(losses, key=lambda one: float(losses[one].mean()), default=default)
-    if default in losses:
-        gain = losses[default] - losses[best]
-        if not float(gain.mean()) > _ERRORS * float(gain.std()) / math.sqrt(len(gain)):
-            return default
-    return best
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)

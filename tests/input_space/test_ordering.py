@@ -141,14 +141,13 @@ def test_grouping_on_cuda():
     [
         ([0, 1], 0, ValueError, "num_data must be at least 1, got 0"),
         ([0, 1], 1.5, TypeError, r"num_data must be an integer, got 1\.5"),
-        ([0.0, 1.0], 2, TypeError, r"order must be a sequence of integers, got torch\.float32"),
-        ([True, False], 2, TypeError, r"order must be a sequence of integers, got torch\.bool"),
+        ([0.0, 1.0], 2, TypeError, r"order must be a sequence of integers, got \[0\.0, 1\.0\]"),
+        ([True, False], 2, TypeError, r"order must be a sequence of integers, got \[True, False\]"),
         ("ab", 2, TypeError, "order must be a sequence of integers, got 'ab'"),
         (None, 2, TypeError, "order must be a sequence of integers, got None"),
-        ([[0, 1]], 2, ValueError, r"order must have one dimension, got shape \(1, 2\)"),
-        ([0, 2, 2], 2, ValueError, r"order must hold each of 0\.\.2 once, got no 1"),
-        ([0, -1], 2, ValueError, r"order must hold each of 0\.\.1 once, got no 1"),
-        (torch.tensor([1, 2]), 2, ValueError, r"order must hold each of 0\.\.1 once, got no 0"),
+        ([[0, 1]], 2, ValueError, r"order must hold each of 0\.\.n-1 once, got \[\[0, 1\]\]"),
+        ([0, 2, 2], 2, ValueError, r"order must hold each of 0\.\.n-1 once, got \[0, 2, 2\]"),
+        (torch.tensor([1, 2]), 2, ValueError, r"order must hold each of 0\.\.n-1 once, got tensor"),
     ],
 )
 def test_bad_groupings(order, num_data, error, message):
