@@ -217,8 +217,11 @@ class Execution:
             reply.value = None  # the results hold it, if it is good
             for part, good in settled:
                 if good and self._check is not None:
-                    result = next(r for r in reversed(self._results.good) if r.part is part)
-                    self._check.results.add(part.number, part.units, result.divided())
+                    # None, if a reply after it made others the most.
+                    own = (r for r in reversed(self._results.good) if r.part is part)
+                    result = next(own, None)
+                    if result is not None:
+                        self._check.results.add(part.number, part.units, result.divided())
                 of = self._replies[part.number]
                 failure = _NONE if good or of is not reply else _failure(reply)
                 self._events.append(

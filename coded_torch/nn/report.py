@@ -162,6 +162,12 @@ class Report:
         self.disputes, self.strikes = verdict.disputes, verdict.strikes
         self.excluded = verdict.excluded
         self.notes += verdict.notes
+        for worker, count in verdict.strikes.items():
+            what = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
+            logger.warning(what, worker, count)
+        for worker in verdict.excluded:
+            what = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
+            logger.error(what, worker)
 
     @property
     def source(self) -> Tensor | None:

@@ -62,13 +62,7 @@ class Results:
         if some and self._fit is not None:
             self._scored[part] = columns(some)
         if not self._spreads and sum(map(len, self._places.values())) >= _SAMPLE:
-            self._spreads = self._spread()  # while others compute
-
-    def keep(self, parts: Collection[int]) -> None:
-        """Remove the results of all other parts: their form is unlike that of most."""
-        if len(parts) < len(self._leaves):
-            self._leaves = {part: self._leaves[part] for part in parts}
-            self._spreads = []
+            self._spreads = self._spread(own)  # while others compute
 
     def differences(self, pairs: Collection[tuple[int, int]]) -> list[Mapping[int, float]]:
         """Return, for pairs of parts, by how much the results of each common row differ.
@@ -77,32 +71,31 @@ class Results:
         equal bits, infinite for NaN.
         """
         new = [pair for pair in pairs if pair not in self._differences]
+        starts, at = dict[int, int](), 0
+        for part in dict.fromkeys(part for pair in new for part in pair):
+            starts[part], at = at, at + len(self._places[part])
+        found = [(pair, row) for pair in new for row in self._places[pair[0]]]
+        found = [(pair, row) for pair, row in found if row in self._places[pair[1]]]
+        one, other = ([starts[p[i]] + self._places[p[i]][row] for p, row in found] for i in (0, 1))
+        largest = torch.zeros(len(found))
         if new:
-            self._compare(new)
+            some = self._leaves[new[0][0]]
+            if len(self._spreads) != len(some):
+                self._spreads = self._spread(some)
+            columns_of = zip(*[self._leaves[part] for part in starts], strict=True)
+            for leaves, spread in zip(columns_of, self._spreads, strict=True):
+                stacked = torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
+                largest = torch.maximum(largest, _apart(stacked[one], stacked[other], spread))
+        self._differences |= {pair: {} for pair in new}
+        for (pair, row), difference in zip(found, largest.tolist(), strict=True):
+            self._differences[pair][row] = difference
         return [self._differences[pair] for pair in pairs]
 
-    def _compare(self, pairs: Sequence[tuple[int, int]]) -> None:
-        starts, at = dict[int, int](), 0
-        for part in dict.fromkeys(part for pair in pairs for part in pair):
-            starts[part], at = at, at + len(self._places[part])
-        found = [(a, b, row) for a, b in pairs for row in self._places[a] if row in self._places[b]]
-        one, other = (
-            [starts[trio[i]] + self._places[trio[i]][trio[2]] for trio in found] for i in (0, 1)
-        )
-        self._spreads = self._spreads or self._spread()
-        largest = torch.zeros(len(found))
-        columns_of = zip(*[self._leaves[part] for part in starts], strict=True)
-        for leaves, spread in zip(columns_of, self._spreads, strict=True):
-            stacked = torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
-            largest = torch.maximum(largest, _apart(stacked[one], stacked[other], spread))
-        self._differences |= {pair: {} for pair in pairs}
-        for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
-            self._differences[a, b][row] = difference
-
-    def _spread(self) -> list[float]:
+    def _spread(self, like: Sequence[Tensor]) -> list[float]:
         """Return the spread of every leaf: robust, as some results may be wrong."""
-        spreads = []
-        for leaves in zip(*self._leaves.values(), strict=True):
+        spreads, form = [], [leaf.shape[1:] for leaf in like]
+        alike = [own for own in self._leaves.values() if [x.shape[1:] for x in own] == form]
+        for leaves in zip(*alike, strict=True):
             some = flat_rows(torch.cat([leaf.to(leaves[0].device) for leaf in leaves]))
             values = columns([some[:: -(-len(some) // _SAMPLE)]])
             away = (values - values.median(0).values).abs_().nan_to_num_(nan=math.inf).flatten()
@@ -159,7 +152,7 @@ class Results:
                 self._scores.forget(worker)
         if self._fit is not None and self._scored:
             self._leaves.clear()  # large, perhaps
-            self._scores.leave(functools.partial(self._learn, self._fit, trials))
+            self._scores.left.append(functools.partial(self._learn, self._fit, trials))
 
     def _learn(self, fit: Fit, trials: Trials) -> None:
         kept = {i: row for i, row in enumerate(fit.rows) if row in trials.owners}
@@ -195,10 +188,6 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
 
 def _is_loose() -> bool:
     """Return whether matrix products may have less precision than float32, as in TF32."""
-    if torch.is_autocast_enabled("cpu"):
-        return True
-    if not torch.cuda.is_available():
-        return False
-    backends = torch.backends
-    tf32 = backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32
-    return bool(tf32) or torch.is_autocast_enabled("cuda")
+    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    on_cuda = torch.cuda.is_available() and (tf32 or torch.is_autocast_enabled("cuda"))
+    return bool(on_cuda) or torch.is_autocast_enabled("cpu")

@@ -51,7 +51,8 @@ class Scores:
     def __init__(self) -> None:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
-        self._left: deque[Callable[[], None]] = deque()
+        # Functions that calls leave, to learn while workers compute for a later call.
+        self.left: deque[Callable[[], None]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -86,16 +87,12 @@ class Scores:
         residuals /= process.leave_one_out_variances.sqrt()[:, None]
         return Fit(rows, features, usable, residuals.float(), past)
 
-    def leave(self, learn: Callable[[], None]) -> None:
-        """Leave something to be learnt while workers compute for a later call."""
-        self._left.append(learn)
-
     @on_host()
     def learn(self) -> None:
-        """Learn from the calls so far."""
+        """Do what calls have left to learn."""
         with self._lock:
-            while self._left:
-                self._left.popleft()()
+            while self.left:
+                self.left.popleft()()
 
     def add(self, now: Recent, rows: Sequence[float], parts: Sequence[float]) -> None:
         """Add the rows of a call, and the scores of its rows and parts."""

@@ -9,7 +9,6 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from .._logging import sparing_logger
 from ..scheduling.protocol import Ask, Decision, Drop, Ended, Event, Settled, Wait
 from .results import Results
 from .strikes import LEARNABLE, Drawn, Strikes
@@ -26,8 +25,6 @@ _PATIENCE = 4
 
 _Request: TypeAlias = tuple[tuple[int, ...], set[int]]  # rows, and who must not compute them
 _Doing: TypeAlias = Generator[Decision, Event, None]
-
-logger = sparing_logger("coded_torch.nn")
 
 
 class Trials:
@@ -391,10 +388,4 @@ class Trials:
         }
         if self.record.stopped:
             self._note(f"not verified any more: {self.record.stopped}")
-        for worker, count in self.strikes.items():
-            what = "CodedWrapper: worker %d returned wrong results, as others found: %d of one call"
-            logger.warning(what, worker, count)
-        for worker in self.excluded:
-            what = "CodedWrapper: worker %d is excluded until it is restarted, as it is often wrong"
-            logger.error(what, worker)
         self.results.conclude(self)

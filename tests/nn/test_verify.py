@@ -359,3 +359,16 @@ class TestOutputs:
         want = coded.module(batch(4))
         torch.testing.assert_close(answers, want)
         assert report.verified.any()
+
+    def test_unlike_most_others_are_left_out(self):
+        def spoil(worker, outputs, asked):
+            return (outputs, outputs) if worker == first else outputs
+
+        pool = AtOnce(6, spoil)
+        coded = wrap(pool)
+        for first in range(6):
+            x = batch(first, 96)
+            answers, report = coded.run(x)
+            assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
+            assert report.verified.any()
+            assert not report.strikes
