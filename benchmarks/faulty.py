@@ -21,7 +21,8 @@ __all__ = ["BATCH_SIZE", "FAULTS", "ROUNDING", "WORKERS", "Compute", "Data", "Fl
 __all__ += ["Voters"]
 
 WORKERS, BATCH_SIZE = 24, 240
-ROUNDING = 2.5e-6  # of the outputs' spread, by which honest results differ
+#: The difference between honest results, in spreads of the outputs.
+ROUNDING = 2.5e-6
 #: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
 Compute = Callable[[int, Sequence[int], bool], Tensor]
 
@@ -35,12 +36,12 @@ class Outcome(NamedTuple):
 
 
 class Fleet:
-    """Workers that compute at once, whoever is asked.
+    """Workers that compute as soon as they are asked.
 
     Args:
         num_workers: M, which is the number of parts, too.
-        share: of the rows that are checked.
-        seed: of all that is drawn.
+        share: the share of rows that are checked.
+        seed: the seed of all draws.
     """
 
     def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
@@ -64,7 +65,7 @@ class Fleet:
         asked = trials.first(parts, idle=len(order))
         trials.prepare()
         replies = [(part, order[part % len(order)]) for part in range(len(asked))]
-        values = dict[int, Tensor]()  # by part
+        values = dict[int, Tensor]()
 
         def answer(part: int, rows: Sequence[int], worker: int, again: bool) -> None:
             values[part] = compute(worker, rows, again)
@@ -108,7 +109,7 @@ class Voters:
     Args:
         num_workers: M, which is the number of parts, too.
         copies: the number of workers that compute each part: 1, 2 or 3.
-        tolerance: up to which results are alike.
+        tolerance: the largest difference of results that are alike.
     """
 
     def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
@@ -145,7 +146,7 @@ class Voters:
 
 
 class Data:
-    """Inputs, and what the module returns for them.
+    """The inputs, and the module's outputs.
 
     Attributes:
         inputs: ``[n, ...]``.
@@ -178,7 +179,7 @@ class Data:
         return by.amax(1) > 1e-3, harmful & answers.isfinite().all(1)
 
 
-#: What a worker returns instead of rows ``[n, C]``.
+#: Maps right rows, ``[n, C]``, to the wrong rows that a worker returns.
 Fault = Callable[[Data, Tensor], Tensor]
 
 

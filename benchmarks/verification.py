@@ -1,4 +1,4 @@
-"""Wrong answers that reach the caller, and what finding them costs.
+"""The wrong answers that reach the caller, and the cost of finding wrong workers.
 
 Workers compute at once here, and one of them returns wrong results: whole parts (noise of a share
 of the outputs' spread, results of other inputs, the two largest outputs swapped), one row that
@@ -10,7 +10,7 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 - *honest*: charges, disputes and work of 20,000 requests in which nobody is wrong.
 - *small*: *left* of a row that answers another in batches of 8 rows, by odd scores alone.
 - *modules*: charges and notes, if honest results of a module or pool differ.
-- *liars*: two workers that collude, and one that is right whenever it is asked again.
+- *liars*: two workers that are wrong alike, and one that is right whenever it is asked again.
 - *latency*: simulated, with and without.
 - *work*: of honest requests, by the share of checked rows.
 - *approxifer*: harmful rows of 100 answers, beside ApproxIFER with 2.1 times the work.
@@ -50,7 +50,9 @@ from .faulty import (
 from .runs import Measurement, progress
 from .subjects import SEED
 
+#: The shares of rows that are checked.
 SHARES = (0.01, 0.02, 0.03, 0.1)
+#: The numbers of rows of honest requests.
 SIZES = (8, 24, 64, 240)
 POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults that bars name
 
@@ -100,7 +102,7 @@ def left(
 
 
 def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -> Compute:
-    """The same, and what the worker returned first for the rows, NaN for others."""
+    """Note the first results of the worker as well, NaN for rows that it did not compute."""
     wrong.append(torch.full_like(truth, float("nan")))
 
     def noting(by: int, rows: Sequence[int], again: bool) -> Tensor:
@@ -113,7 +115,7 @@ def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -
 
 
 def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> dict[str, int]:
-    """Count wrong rows, those that reach the caller, and of both those that do harm."""
+    """Count wrong rows and harmful rows, made and left."""
     (made, harm), (stays, harms) = data.wrong(wrong[0], truth), data.wrong(call.answers, truth)
     counted = {"wrong": made, "harmful": harm, "left": stays, "harmful left": harms}
     return {name: int(rows.sum()) for name, rows in counted.items()}
@@ -144,7 +146,7 @@ def _warm(data: Data, fleet: Fleet) -> Fleet:
 
 
 def _quantised(data: Data, right: Tensor, worker: int) -> Tensor:
-    """As by dynamic quantisation: the scale is of the rows that are computed together."""
+    """Quantise dynamically: the scale depends on the rows that are computed together."""
     scale = right.abs().max() / 31
     return (right / scale).round() * scale
 
@@ -162,7 +164,7 @@ def _mixed(data: Data, right: Tensor, worker: int) -> Tensor:
     return right + (worker % 2) * 0.01 * data.spread * (right * 1e3).sin()
 
 
-#: Honest results that differ from those of another worker.
+#: Changes by which honest results differ between workers.
 MODULES = {
     "int8": _quantised,
     "dropout": _dropout,
@@ -182,7 +184,7 @@ def _liar(data: Data, right: Tensor, worker: int) -> Tensor:
 def requests(
     data: Data, fleet: Fleet, returned: Callable[..., Tensor], count: int, *, relent: bool = False
 ) -> dict[str, Any]:
-    """Requests in which workers return what they do; ``relent``: only when they are asked first."""
+    """Send requests; with ``relent``, workers are right when they are asked again."""
     strikes: Counter[int] = Counter()
     excluded: list[int] = []
     notes: dict[str, int] = {}
@@ -292,7 +294,7 @@ def measure_small(quick: bool) -> dict[str, Any]:
     fleet.strikes.share = 0.0
     found: Counter[str] = Counter()
     for _ in range(3 if quick else 25):
-        # Faults are rare: where they are not, those that were missed make the bars higher.
+        # Faults are rare. Frequent faults that are missed make the bars higher.
         honest(data, fleet, [8] * 200)
         found.update(left(data, fleet, FAULTS["one row"], WORKERS, 8))
     return {**found, "share left": found["left"] / max(1, found["wrong"])}

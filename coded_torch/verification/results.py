@@ -43,8 +43,8 @@ class Results:
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
         self._scores, self.tolerance = scores, _LOOSE if _is_loose() else _EXACT
         self._places: dict[int, dict[int, int]] = {}  # by part and row, the place of its result
-        self._leaves: dict[int, list[Tensor]] = {}  # by part, [rows, ...] each
-        self._scored: dict[int, Tensor] = {}  # by part, the outputs that are scored
+        self._leaves: dict[int, list[Tensor]] = {}  # [rows, ...] each, by part
+        self._scored: dict[int, Tensor] = {}  # the outputs that are scored, by part
         self._differences: dict[tuple[int, int], dict[int, float]] = {}
         self._spreads: list[float] = []
         self._learnt: tuple[Sequence[float], Sequence[float]] = (), ()  # scores of rows, and parts
@@ -146,7 +146,7 @@ class Results:
         return torch.cat([self._scored[part] for part in starts])[places]
 
     def conclude(self, trials: Trials) -> None:
-        """Leave credible results for later calls to learn."""
+        """Keep credible results, for later calls to learn."""
         with _scoring():
             for worker in trials.excluded:
                 self._scores.forget(worker)

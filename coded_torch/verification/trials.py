@@ -56,8 +56,8 @@ class Trials:
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
         self.doubted, self.notes = set[int](), tuple[str, ...]()
-        self.worker: dict[int, int] = {}  # by part with a good result
-        self.parts: dict[int, list[int]] = {}  # by row, the parts with its result, as they came
+        self.worker: dict[int, int] = {}  # the worker of each good part
+        self.parts: dict[int, list[int]] = {}  # the parts with a result of each row, in order
         self.twice: set[int] = set()  # rows with more than one result
         self.void: set[int] = set()  # parts whose results do not count
         self.undecided: set[tuple[int, int]] = set()  # two parts that differ
@@ -246,7 +246,7 @@ class Trials:
         return [number if number in self.worker else None for number in numbers]
 
     def _wait(self, parts: set[int], until: float) -> Generator[Decision, Event, set[int]]:
-        """Wait for parts, and return those that have not ended."""
+        """Wait for parts, and return the parts that have not ended."""
         while parts:
             event = yield Wait(until)
             if event is None:
@@ -284,7 +284,7 @@ class Trials:
     def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
 
-        The batches are those of before, so results differ only if they are wrong or random. Where
+        The batches are as before, so results differ only if they are wrong or random. Where
         both parts are confirmed, results depend on the rows beside them.
         """
         record, heard = self.record, {self.worker[a], self.worker[b]}

@@ -145,7 +145,7 @@ def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
 
 
 def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
-    """Replace a quarter of the outputs by those of other rows, in all rows."""
+    """Replace a quarter of the outputs of all rows by the outputs of other rows."""
     flat = rows.reshape(len(rows), -1).clone()
     width = max(1, flat.shape[1] // 4)
     at = int(_place(flat.shape[1] - width + 1, generator))
@@ -155,7 +155,7 @@ def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
 
 
 def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
-    """Replace one number by that of another row."""
+    """Replace one number by the number of another row."""
     flat = rows.reshape(len(rows), -1).clone()
     column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
     flat[at, column] = others(at).reshape(1, -1)[0, column]
