@@ -106,16 +106,6 @@ def found_wrong(results: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [method, f"{found['work']:.3f}", *shares]
 
 
-def found_harmful(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """The harmful rows of 100 answers beside ApproxIFER, by fault."""
-    measured = results["verification"]["approxifer"]
-    works = {"`verify=0.02`": results["verification"]["work"]["0.02"], "everything twice": 2.0}
-    yield ["", "work", *measured["harmful"]]
-    for method, work in {**works, "ApproxIFER": measured["work"]}.items():
-        found = (each[method.strip("`")] for each in measured["harmful"].values())
-        yield [method, f"{work:.3f}", *(f"{rows:.2g}" for rows in found)]
-
-
 def claimed(which: int) -> Cell:
     return lambda stars, found: str(PAPER[stars[0]][which]) if stars[0] in PAPER else ""
 
@@ -253,7 +243,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     ),
     "failed": Table("resilience > * > bars > failed", ("",), {"calls failed": "0:g", "bar": "1:g"}),
     "verification": found_wrong,
-    "approxifer": found_harmful,
     "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
     "convergence": Table(

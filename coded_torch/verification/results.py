@@ -42,7 +42,7 @@ class Results:
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
         self._scores, self.tolerance = scores, _LOOSE if _is_loose() else _EXACT
-        self._places: dict[int, dict[int, int]] = {}  # by part and row, the place of its result
+        self._places: dict[int, dict[int, int]] = {}  # the place of a row's result, by part
         self._leaves: dict[int, list[Tensor]] = {}  # [rows, ...] each, by part
         self._scored: dict[int, Tensor] = {}  # the outputs that are scored, by part
         self._differences: dict[tuple[int, int], dict[int, float]] = {}

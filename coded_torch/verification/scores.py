@@ -89,7 +89,7 @@ class Scores:
 
     @on_host()
     def learn(self) -> None:
-        """Do what calls have left to learn."""
+        """Learn from the calls so far."""
         with self._lock:
             while self.left:
                 self.left.popleft()()
