@@ -17,8 +17,7 @@ from setuptools import Extension, setup
 def find_toolkit() -> str | None:
     """Return the CUDA toolkit's folder; None if there is no nvcc that runs.
 
-    An nvcc on PATH may be a script beside no toolkit at all, which calls one elsewhere: nvcc itself
-    says where its toolkit is.
+    An nvcc on PATH may be a script that calls one elsewhere, so nvcc itself is asked.
     """
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
@@ -30,7 +29,7 @@ def find_toolkit() -> str | None:
         source.touch()
         try:
             said = subprocess.run([nvcc, "--dryrun", str(source)], capture_output=True, text=True)
-        except OSError:  # it may be for another processor
+        except OSError:  # an nvcc for another processor
             return None
     top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.M)
     found = Path(top[1]).resolve() if top else Path(nvcc).parents[1]
@@ -49,26 +48,25 @@ ROOT = Path(__file__).resolve().parent
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.[hi]*")]
 # The oldest torch that the operators run on: the stable ABI promises all later ones.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
-# Vectors wider than the baseline's cross no function boundary, which is all that -Wpsabi is about.
+# -Wpsabi is about wide vectors that cross a function boundary, and none does.
 # The prefix map keeps the builder's paths out of error messages.
 PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 CXX = ["-std=c++17", "-O3", "-Wno-psabi", *PRIVATE]
 NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler={flag}" for flag in PRIVATE)]
-# Turing, Ampere (and Ada), Hopper, Blackwell for servers and for desktops. They are explicit, so
-# that the result does not depend on the GPU of the machine that builds.
+# Turing, Ampere (and Ada), Hopper, Blackwell for servers and for desktops, whatever GPU builds.
 GENERATIONS = ("75", "80", "90", "100", "120")
 
 
 def run_nvcc(toolkit: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # as torch calls it
+    compiler = ["-ccbin", os.environ["CC"]] if "CC" in os.environ else []  # torch adds it, too
     command = [str(Path(toolkit, "bin", "nvcc")), *compiler, *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 
 def architectures(toolkit: str) -> list[str]:
-    """Return nvcc's flags: those of TORCH_CUDA_ARCH_LIST if it is set, else one per generation.
+    """Return nvcc's flags, by TORCH_CUDA_ARCH_LIST if it is set, else one per generation.
 
-    Hopper and the newest generation come as PTX too, for those between and those to follow.
+    Hopper and the newest generation come as PTX too, for generations between and to follow.
     """
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         flags: list[str] = cpp_extension._get_cuda_arch_flags()
@@ -83,7 +81,7 @@ def architectures(toolkit: str) -> list[str]:
 
 
 def obstacle(toolkit: str) -> str | None:
-    """Return why the toolkit cannot build for this torch, as what is needed; None if it can."""
+    """Return the thing that the toolkit lacks to build for this torch, or None."""
     said = run_nvcc(toolkit, "--version").stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     torch_cuda = torch.version.cuda or ""
@@ -101,7 +99,7 @@ def obstacle(toolkit: str) -> str | None:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             error = next((line for line in lines if "error" in line), (lines or ["no message"])[0])
             return f"an nvcc that compiles, got: {error.strip().replace(scratch + '/', '')}"
-    try:  # what ends the whole build if torch finds it later
+    try:  # torch would end the whole build later
         compiler = cpp_extension.get_cxx_compiler()
         _, version = cpp_extension.get_compiler_abi_compatibility_and_version(compiler)
         cpp_extension._check_cuda_version(compiler, version)
@@ -127,16 +125,16 @@ def without_cuda(
     toolkit: str | None,
     obstacle: Callable[[str], str | None] = obstacle,
 ) -> str | None:
-    """Return why the CUDA operators are not built; None if they are. No visible GPU is needed.
+    """Return why the CUDA operators are not built, or None. No visible GPU is needed.
 
     Args:
-        choice: CODED_TORCH_CUDA: "1" insists, "0" builds for the CPU alone, "" builds what it can.
-        torch_cuda: the version of CUDA that torch was built with, if any.
+        choice: CODED_TORCH_CUDA: "1" insists, "0" builds for the CPU alone, "" builds all it can.
+        torch_cuda: torch's own version of CUDA, if any.
         toolkit: the folder of the CUDA toolkit, if any.
-        obstacle: says what a toolkit lacks.
+        obstacle: a function from a toolkit to the thing that it lacks.
 
     Raises:
-        SystemExit: the choice is unknown, or insists on what cannot be built.
+        SystemExit: the choice is unknown, or insists in vain.
     """
     if choice not in ("", "0", "1"):
         raise SystemExit(f"setup.py: CODED_TORCH_CUDA must be 0 or 1, got {choice!r}")

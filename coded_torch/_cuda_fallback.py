@@ -1,7 +1,7 @@
 """The operators for CUDA tensors, made of torch's own where no compiled operators are loaded.
 
-The usual GPU machine has a driver and torch, but no nvcc. A spline is applied there as a dense
-matrix, which is kept with its plan. Results agree with the compiled operators' to rounding, but a
+Most GPU hosts have a driver and torch, but no nvcc. A spline is applied there as a dense matrix,
+which is kept with its plan. Results agree with the compiled operators' to rounding, but a
 column's bits may depend on the number of columns, by which cuBLAS chooses its kernels.
 """
 

@@ -38,7 +38,7 @@ if why := _load("_ops_cpu"):
 def _load_cuda() -> str:
     """Load the CUDA operators, or register torch's own; return why, or an empty string."""
     reason = "this torch is not built for CUDA"
-    if torch.version.cuda:  # else they cannot be loaded, whether they were built or not
+    if torch.version.cuda:  # no other torch can load them
         reason = _load("_ops_cuda")
         if reason == "it was not built":
             note = _PACKAGE / "_cuda_missing.txt"  # setup.py says why

@@ -12,8 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from coded_torch._torch import to_device
 from coded_torch.input_space.ordering import Grouping
 from coded_torch.linear import MatrixMap, SplineMap
-from coded_torch.linear.maps import SelectMap, apply_each
-from coded_torch.linear.spline import spline_matrices
+from coded_torch.linear.maps import SelectMap
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 
@@ -158,17 +157,6 @@ class TestLinearMaps:
                 call(torch.ones(*shape, columns), grouping)
         with pytest.raises(TypeError, match="values must be a dense, strided floating-point"):
             to.gathered(torch.ones(9, columns, dtype=torch.int64), grouping)
-
-
-@pytest.mark.parametrize("shape", [(), (5,), (2, 0)])
-def test_matrices_of_many_maps(shape):
-    knots = np.sort(np.random.default_rng(0).uniform(-1, 1, (6, 9)))
-    points = np.linspace(-1, 1, 4)
-    matrices, values = spline_matrices(knots, points, 1e-3), torch.randn(6, 9, *shape)
-    maps = [SplineMap(one, points, smoothing=1e-3) for one in knots]
-    assert torch.equal(matrices, torch.stack([map.matrix() for map in maps]))
-    want = torch.stack([map(v) for map, v in zip(maps, values, strict=True)])
-    torch.testing.assert_close(apply_each(matrices, values), want)
 
 
 @pytest.mark.parametrize(

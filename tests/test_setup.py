@@ -28,23 +28,17 @@ def setup():
     return load_setup()
 
 
-def never(toolkit):
-    raise AssertionError("the answer does not depend on the toolkit")
-
-
-@pytest.mark.parametrize("choice", ["", "1"])
-def test_cuda_is_built_where_nothing_is_missing(setup, choice, capsys):
-    assert setup.without_cuda(choice, CUDA, HOME, lambda toolkit: None) is None
-    assert capsys.readouterr() == ("", "")
-
-
-def test_0_builds_for_the_cpu(setup, capsys):
-    assert setup.without_cuda("0", CUDA, HOME, never) == "CODED_TORCH_CUDA was 0"
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_cpu_build_of_torch_needs_no_word(setup, capsys):
-    assert setup.without_cuda("", None, HOME, never)
+@pytest.mark.parametrize(
+    ("choice", "torch_cuda", "why"),
+    [
+        ("", CUDA, None),
+        ("1", CUDA, None),
+        ("0", CUDA, "CODED_TORCH_CUDA was 0"),
+        ("", None, "the build lacked a CUDA build of torch"),
+    ],
+)
+def test_nothing_is_printed_where_nothing_is_missing(setup, choice, torch_cuda, why, capsys):
+    assert setup.without_cuda(choice, torch_cuda, HOME, lambda toolkit: None) == why
     assert capsys.readouterr() == ("", "")
 
 
@@ -69,7 +63,7 @@ def test_what_is_missing_is_said_in_one_line(setup, home, torch_cuda, missing, c
 
 def test_other_choices_are_refused(setup):
     with pytest.raises(SystemExit, match="CODED_TORCH_CUDA must be 0 or 1, got 'yes'"):
-        setup.without_cuda("yes", CUDA, HOME, never)
+        setup.without_cuda("yes", CUDA, HOME)
 
 
 def test_a_library_is_found_where_the_linker_looks(setup, tmp_path):
@@ -206,19 +200,20 @@ def test_a_toolkit_of_another_cuda_builds_for_the_cpu(machine):
     assert f"CODED_TORCH_CUDA=1 needs {needs}" in refused.stderr
 
 
-def test_without_nvcc_it_builds_for_the_cpu(machine):
+@pytest.mark.parametrize(
+    ("compile", "needs"),
+    [
+        (None, "nvcc; set CUDA_HOME"),
+        (REFUSAL, "an nvcc that compiles, got: host_config.h:1: #error -- unsupported GNU version"),
+    ],
+)
+def test_without_an_nvcc_that_compiles_it_builds_for_the_cpu(machine, compile, needs):
+    if compile:
+        machine.nvcc("13.0", compile)
     done = machine.install()
     assert done.returncode == 0, done.stderr
-    assert "CUDA needs nvcc; set CUDA_HOME" in done.stderr
-    assert machine.use()[0].startswith("torch's own operators (the build lacked nvcc")
-
-
-def test_a_host_compiler_that_nvcc_refuses_builds_for_the_cpu(machine):
-    machine.nvcc("13.0", REFUSAL)
-    done = machine.install()
-    assert done.returncode == 0, done.stderr
-    assert "got: host_config.h:1: #error -- unsupported GNU version" in done.stderr
-    assert "unsupported GNU version" in machine.use()[0]
+    assert f"CUDA needs {needs}" in done.stderr
+    assert machine.use()[0].startswith(f"torch's own operators (the build lacked {needs}")
 
 
 def test_one_machine_code_a_generation_that_nvcc_knows(machine):

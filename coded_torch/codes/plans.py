@@ -133,8 +133,8 @@ class BatchPlan(abc.ABC):
         Args:
             received, results: as for :meth:`decode`.
             answers: ``[B, ...]``, as :meth:`decode` returned them.
-            surrogates: what was subtracted from the results, ``[|F|, G, ...]``, and what is added
-                to the answers, ``[B, ...]``. Defaults to nothing.
+            surrogates: the tensor subtracted from the results, ``[|F|, G, ...]``, and the tensor
+                added to the answers, ``[B, ...]``. Defaults to none.
         """
         return None
 

@@ -48,7 +48,7 @@ class LinearMap(abc.ABC):
         *operands: Tensor,
         rounded: tuple[Tensor, ...] | None = None,
     ) -> None:
-        if torch.is_inference_mode_enabled():  # without inference tensors the map can still train
+        if torch.is_inference_mode_enabled():  # a map of inference tensors could not train
             with torch.inference_mode(False):
                 LinearMap.__init__(self, num_inputs, num_outputs, *(t.clone() for t in operands))
             return
