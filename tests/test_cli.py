@@ -75,7 +75,7 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch, capsys):
 def test_help_and_version(capsys):
     assert run("--help") == 0
     out = capsys.readouterr().out
-    for command in ("demo", "compare", "serve", "plan", "info"):
+    for command in ("demo", "compare", "serve", "job", "plan", "info"):
         assert f"\n    {command} " in out
         assert run([command, "--help"]) == 0
     assert "99.9 % of the requests" in capsys.readouterr().out

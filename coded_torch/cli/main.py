@@ -20,6 +20,7 @@ import coded_torch
 from .. import _extension
 from .._arguments import dense
 from .console import CommandError, Option, find_factory, need, options, picture, save, say, usage
+from .job import job
 from .serve import LENET5, serve
 
 __all__ = ["main"]
@@ -190,6 +191,24 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--chaos", bool, False, "delay 3 %% of the calls by 50 ms, kill a worker every 5 s"),
             ("--seed", int, 0, "the seed of --chaos"),
             ("--example", int, None, "print a request with this row of the examples, and end"),
+        ),
+    ),
+    job: (
+        "compute the answers to all rows of a file, and go on after an interruption",
+        (
+            ("factory", str, ..., "a function that returns the model, or a CodedWrapper of it"),
+            (
+                "--inputs",
+                Path,
+                ...,
+                "a .npy file, or a .safetensors file of inputs in sorted order",
+            ),
+            ("--output", Path, ..., "a folder, for a file of torch.save a batch"),
+            ("--resume", bool, False, "go on with the job in the folder, if there is one"),
+            ("--batch-size", int, 256, "rows of a batch"),
+            ("--in-flight", int, 4, "batches that are computed at once"),
+            ("--num-workers", int, 6, "worker processes"),
+            ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
         ),
     ),
     plan: (

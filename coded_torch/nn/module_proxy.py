@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch._compile import _disable_dynamo
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._arguments import warn
+from .._arguments import count, warn
 from ..workers.live import INTERRUPTION, Ambient, Interruption
+from .map import map_batches
 
 __all__ = ["ModuleProxy", "training_part"]
 
@@ -62,7 +64,7 @@ class ModuleProxy(nn.Module, abc.ABC):
         ambient, interruption = Ambient.capture(), Interruption()
 
         def run() -> tuple[Any, Any]:
-            INTERRUPTION.set(interruption)  # in the context of the thread
+            INTERRUPTION.set(interruption)  # holds in the context of the thread
             with ambient.restored(ambient.default_device):
                 return self.run(*args, **kwargs)
 
@@ -71,6 +73,28 @@ class ModuleProxy(nn.Module, abc.ABC):
         except asyncio.CancelledError:
             interruption.set()
             raise
+
+    def map(
+        self, batches: Iterable[Any], *, in_flight: int = 4, waiting: Any = None
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield the answers and the report of each batch, in order, several calls open at once.
+
+        ``for answers, report in coded.map(batches): ...`` keeps the workers busy between calls.
+        Memory is bounded: no batch is taken from the iterable before it can be computed. If the
+        loop ends early, also by Ctrl-C, the open calls end.
+
+        Args:
+            batches: inputs, or tuples of positional arguments.
+            in_flight: the number of calls that are open at once. Defaults to 4.
+            waiting: the policy of these calls, as for :meth:`run`. ``Waiting(predict=False)`` makes
+                all answers exact. Defaults to the wrapper's own.
+
+        Raises:
+            TypeError, ValueError: ``in_flight`` has the wrong type or value.
+            Exception: a call fails. Its attribute ``batch`` is the number of the batch.
+        """
+        run = functools.partial(self.run, waiting=waiting)
+        return map_batches(run, batches, count("map", "in_flight", in_flight))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():

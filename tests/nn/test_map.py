@@ -1,0 +1,130 @@
+"""Calls for many batches: their order, their number at once, and their end."""
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from coded_torch import CodedWrapper, Waiting
+from coded_torch.workers import DeviceWorkers, LocalWorkers
+
+
+class Gated(nn.Module):
+    """Doubles its input after the gate of its first value has opened, if it has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates, self.running = {}, []  # replicas of the module share them
+
+    def forward(self, x):
+        self.running.append(len(self.running) + 1)
+        if (gate := self.gates.get(int(x[0, 0]))) is not None:
+            assert gate.wait(30)
+        if (x == 13).any():
+            raise IndexError("thirteen")
+        return 2 * x
+
+
+@pytest.fixture
+def model():
+    return Gated().eval()
+
+
+@pytest.fixture
+def coded(model):
+    """A wrapper on four workers, whose calls have one part."""
+    with DeviceWorkers(["cpu"] * 4) as pool, torch.no_grad():
+        yield CodedWrapper(model, workers=pool, parts=1, waiting=Waiting(predict=False))
+        for gate in model.gates.values():
+            gate.set()
+
+
+def batches(count):
+    return (torch.full((2, 1), float(i)) for i in range(count))
+
+
+def test_answers_come_in_order_and_equal_those_of_single_calls(coded, model):
+    model.gates[0] = threading.Event()
+    most = []
+
+    def release():  # when the others in flight have run
+        until = time.monotonic() + 30
+        while len(model.running) < 4 and time.monotonic() < until:
+            time.sleep(0.005)
+        most.append(len(model.running))
+        model.gates[0].set()
+
+    threading.Thread(target=release).start()
+    found = list(coded.map(batches(12), in_flight=4))
+    assert most == [4]  # the fifth waits until the first has been handed on
+    assert [answers[0, 0].item() for answers, _ in found] == [2.0 * i for i in range(12)]
+    assert all(report.ended == "complete" for _, report in found)
+
+
+def test_a_call_may_have_several_arguments_and_a_policy_of_its_own():
+    class Sum(nn.Module):
+        def forward(self, x, y):
+            return x + y
+
+    coded = CodedWrapper(Sum(), workers=LocalWorkers(), parts=2)
+    pairs = [(torch.ones(4, 1), torch.full((4, 1), float(i))) for i in range(3)]
+    found = list(coded.map(pairs, waiting=Waiting(predict=False, deadline=9.0)))
+    assert [answers[0, 0].item() for answers, _ in found] == [1.0, 2.0, 3.0]
+    assert all(report.deadline == 9.0 for _, report in found)
+
+
+def test_no_batch_is_taken_early_or_kept(coded):
+    alive = weakref.WeakSet()
+
+    def counted():
+        for batch in batches(12):
+            alive.add(batch)
+            yield batch
+
+    most = 0
+    for answers, _ in coded.map(counted(), in_flight=3):
+        del answers
+        gc.collect()
+        most = max(most, len(alive))
+    assert most <= 3 + 2  # the loops that make and hand on batches hold one each
+
+
+def test_an_exception_names_its_batch_and_ends_the_other_calls(coded, model):
+    model.gates[14] = threading.Event()
+    found, start = [], time.monotonic()
+    with pytest.raises(IndexError, match="thirteen") as caught:
+        found.extend(coded.map(batches(20), in_flight=4))
+    assert time.monotonic() - start < 20  # batch 14 was open, and is not waited for
+    assert caught.value.batch == len(found) == 13
+    assert "at batch 13; the 13 batches before it were answered" in caught.value.__notes__[-1]
+
+
+def test_an_early_end_of_the_loop_ends_the_open_calls(coded, model):
+    model.gates[2] = threading.Event()
+    for answers, _ in coded.map(batches(20), in_flight=2):
+        assert answers[0, 0] == 0
+        break
+    model.gates[2].set()
+    assert coded(torch.ones(2, 1)).tolist() == [[2.0]] * 2
+
+
+def test_ctrl_c_ends_the_loop_at_once(coded, model):
+    model.gates[5] = threading.Event()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start, found = time.monotonic(), []
+    with pytest.raises(KeyboardInterrupt) as caught:
+        found.extend(coded.map(batches(12), in_flight=4))
+    assert time.monotonic() - start < 10
+    assert caught.value.batch == len(found) == 5
+
+
+def test_bad_arguments(coded):
+    with pytest.raises(ValueError, match="map: in_flight must be at least 1, got 0"):
+        coded.map([], in_flight=0)
+    assert list(coded.map([])) == []

@@ -1,0 +1,182 @@
+"""The command ``coded-torch job``: batches that are kept, and a job that goes on."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from coded_torch.cli.main import main
+
+MODEL = """
+import os, time
+import torch
+from coded_torch import CodedWrapper, Waiting, workers
+
+class Logged(torch.nn.Module):
+    def __init__(self, pause=0.0):
+        super().__init__()
+        self.layer, self.pause = torch.nn.Linear(2, 2), pause
+        torch.nn.init.constant_(self.layer.weight, 0.5)
+        torch.nn.init.constant_(self.layer.bias, 1.0)
+
+    def forward(self, x):
+        time.sleep(self.pause)
+        log = os.open("rows.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(log, "".join(f"{int(row)}\\n" for row in x[:, 0]).encode())
+        os.close(log)
+        return self.layer(x)
+
+def slow():
+    return Logged(0.02).eval()
+
+def here():
+    pool = workers.DeviceWorkers(["cpu"] * 2)
+    return CodedWrapper(Logged().eval(), workers=pool, waiting=Waiting(predict=False))
+
+def other():
+    wrapped = here()
+    torch.nn.init.constant_(wrapped.module.layer.bias, 2.0)
+    return wrapped
+
+class Sum(torch.nn.Module):
+    def forward(self, x, y):
+        assert not (x == 13).any(), "thirteen"
+        return {"sum": x + y, "x": x}
+
+def pair():
+    pool = workers.DeviceWorkers(["cpu"] * 2)
+    return CodedWrapper(Sum().eval(), workers=pool, waiting=Waiting(predict=False))
+"""
+ROWS = 200
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Make the working directory hold a model and 200 rows, each beginning with its number."""
+    (tmp_path / "models.py").write_text(MODEL)
+    rows = np.stack([np.arange(ROWS), np.ones(ROWS)], 1).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "models", raising=False)
+    return tmp_path
+
+
+def line(factory="here", *more):
+    fixed = ["--inputs", "rows.npy", "--output", "out", "--batch-size", "8"]
+    return ["job", f"models:{factory}", *fixed, *more]
+
+
+def written(folder):
+    return sorted(folder.glob("out/batch-*.pt"))
+
+
+def outputs(folder):
+    """Return the outputs of all batches, in order."""
+    loaded = [torch.load(path, weights_only=True) for path in written(folder)]
+    assert not any(batch["predicted"].any() for batch in loaded)
+    return torch.cat([batch["outputs"][0] for batch in loaded])
+
+
+def computed(folder):
+    """Return the rows that were computed since the last time."""
+    log = folder / "rows.log"
+    rows = [int(row) for row in log.read_text().split()] if log.exists() else []
+    log.unlink(missing_ok=True)
+    return rows
+
+
+def exact():
+    return (torch.arange(ROWS) * 0.5 + 1.5)[:, None].expand(ROWS, 2)
+
+
+def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
+    assert main(line()) == 0
+    assert torch.equal(outputs(folder), exact())
+    out = capsys.readouterr().out
+    assert re.match(
+        r"25 of 25 batches are in out\. This run: 200 exact rows, 0 predicted rows,", out
+    )
+    assert sorted(computed(folder)) == list(range(ROWS))
+    assert main(line("here", "--resume")) == 0  # nothing is left
+    assert computed(folder) == []
+
+
+def test_several_inputs(folder):
+    x, y = torch.arange(10.0)[:, None], torch.ones(10, 1)
+    save_file({"b": y, "a": x}, folder / "rows.safetensors")
+    arguments = line("pair")
+    arguments[3] = "rows.safetensors"
+    assert main(arguments) == 0
+    loaded = [torch.load(path, weights_only=True)["outputs"] for path in written(folder)]
+    assert torch.cat([x for x, _ in loaded]).flatten().tolist() == list(range(1, 11))
+
+
+def test_an_exception_ends_the_job_and_names_its_batch(folder, capsys):
+    save_file({name: torch.arange(40.0)[:, None] for name in "ab"}, folder / "rows.safetensors")
+    arguments = line("pair")
+    arguments[3] = "rows.safetensors"
+    with pytest.raises(AssertionError, match="thirteen") as caught:
+        main(arguments)
+    assert caught.value.batch == 1
+    assert "1 of 5 batches are in out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("", "--output out holds a job; --resume goes on with it"),
+        ("--resume --batch-size 9", "--resume must be given the same batch-size as the job in out"),
+        ("--resume --deadline 9", "the same deadline as"),
+        ("--resume --inputs more.npy", "the same inputs as"),
+        ("--resume other", "the same model as"),
+        ("--inputs none.npy", "[Errno 2]"),
+        ("--inputs models.py", "--inputs must be a .npy or .safetensors file, got models.py"),
+        ("--output .", "--output must be an empty folder, got ."),
+        ("--output new --in-flight 0", "in_flight must be at least 1, got 0"),
+        ("--output new --batch-size 0", "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_a_job_refuses_another_jobs_folder_and_bad_values(folder, capsys, change, message):
+    assert main(line()) == 0
+    np.save(folder / "more.npy", np.ones((ROWS + 1, 2), np.float32))
+    *words, last = change.split() or [""]
+    changed = line("other", *words) if last == "other" else line("here", *change.split())
+    assert main(changed) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("coded-torch job: ")
+    assert message in err
+
+
+def started(folder):
+    code = "from coded_torch.cli.main import main; raise SystemExit(main())"
+    arguments = [*line("slow", "--resume"), "--num-workers", "2"]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, end):
+    generator, done = random.Random(0), []
+    for _ in range(2):
+        process = started(folder)
+        until = time.monotonic() + 120
+        least = len(written(folder)) + generator.randint(1, 5)
+        while len(written(folder)) < least and time.monotonic() < until:
+            time.sleep(generator.uniform(0.001, 0.01))
+        process.send_signal(end)
+        process.wait(60)
+        assert not set(computed(folder)) & set(done)
+        done = [int(path.stem[-12:]) + i for path in written(folder) for i in range(8)]
+    assert 0 < len(done) < ROWS
+    process = started(folder)
+    assert process.wait(240) == 0
+    assert not set(computed(folder)) & set(done)
+    assert torch.equal(outputs(folder), exact())
+    assert not list(folder.glob("out/*.part"))
