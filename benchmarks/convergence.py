@@ -1,40 +1,45 @@
 """How fast does the paper's error fall with more workers? ``python -m benchmarks convergence``.
 
-The mean squared error of x sin x at K = 8 inputs in [0, 10], and of LeNet-5's logits on batches of
-60 digits at K = 20, for N workers. S of them are lost uniformly, S fixed or growing as the square
-root of N; or each is lost with probability p. Where workers add noise, it is Gaussian with a
-hundredth of the outputs' variance, and the decoder's smoothing is the theorem's c (N - S)^(-4/5),
-with the c of least error on other draws.
+The mean squared error of x sin x at K = 8 inputs in [0, 10], and of the logits of LeNet-5 on
+batches of 60 digits at K = 20, for N workers. The theorems assume a smooth function: beside LeNet-5
+stands the same network with tanh for ReLU and means for maxima. S workers are lost uniformly, S
+fixed or growing as the square root of N; or each worker is lost with probability p. With noise,
+workers add Gaussian errors with a hundredth of the outputs' variance, and the decoder's smoothing
+is the theorem's c (N - S)^(-4/5), with the c of least error on other draws.
 
-The slope of the logarithm of the error over that of N is fitted for every draw on its own, which
-gives the interval. Beside it stands the slope of the theorem's bound at the same N and S: of the
-spline, O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with noise (arXiv 2406.00300), and O(log^3 N
-N^-3) where each worker is lost with a fixed probability, for Berrut's code then O(log^4 N N^-2)
-(arXiv 2502.00645).
+Slopes are of log error over log N: of all N, and between neighbouring N, each
+fitted for every draw on its own, which gives its interval. Beside them stands the slope of the
+theorem's bound at the same N and S: of the spline, O(S^3 N^-3) without and O(S^(8/5) N^(-3/5)) with
+noise (arXiv 2406.00300), and O(log^3 N N^-3) where each worker is lost with a fixed probability;
+of Berrut's code, O(log^4 N N^-2) there (arXiv 2502.00645). The floor is the error of computing the
+network in float32, below which no code comes. Replication has no rate: its error is the share of
+inputs without a result, which falls exponentially in N / K.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from coded_torch.codes import BerrutCode, FixedCode, SplineCode
+from coded_torch.codes import BerrutCode, FixedCode, ReplicationCode, SplineCode
+from coded_torch.evaluation.compare import received_by
+from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
 from .runs import Measurement, progress
-from .schemes import half_width, received_by, rounded
 from .subjects import SEED, run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
-NOISE = 0.01  # of the outputs' variance
-TASKS = ("x sin x", "lenet5")
-# Which workers are lost, given S where N = 32, N, and a seed.
+NOISE = 0.01  # the variance of workers' errors over the variance of the outputs
+TASKS = ("x sin x", "lenet5-tanh", "lenet5")
+# The laws of the lost workers, given S at N = 32, N, and a seed.
 LAWS: dict[str, Callable[[int, int, int], Stragglers]] = {
     "S fixed": lambda s, n, seed: Uniform(s, seed=seed),
     "S as the square root of N": lambda s, n, seed: Uniform(
@@ -46,7 +51,7 @@ LAWS: dict[str, Callable[[int, int, int], Stragglers]] = {
 
 
 class Task:
-    """A model, its inputs draw by draw, and the settings of the curve."""
+    """A model, its inputs draw by draw, and the numbers of workers."""
 
     def __init__(self, name: str, quick: bool) -> None:
         self.name, self.quick = name, quick
@@ -58,7 +63,7 @@ class Task:
         """Return inputs ``[K, G, ...]``: groups side by side."""
         if self.name == "x sin x":
             return torch.linspace(0, 10, self.k, dtype=torch.float64)[:, None, None]
-        images = getattr(subject("lenet5", self.quick), part).images
+        images = getattr(subject(self.name, self.quick), part).images
         generator = torch.Generator().manual_seed(SEED + draw)
         rows = torch.randperm(len(images), generator=generator)[: 3 * self.k]
         return images[rows].unflatten(0, (self.k, 3))
@@ -66,8 +71,17 @@ class Task:
     def outputs(self, x: Tensor) -> Tensor:
         if self.name == "x sin x":
             return x * x.sin()
-        results = run(subject("lenet5", self.quick).model, x.flatten(0, 1))
+        results = run(subject(self.name, self.quick).model, x.flatten(0, 1))
         return results.unflatten(0, x.shape[:2]).double()
+
+    def floor(self) -> float:
+        """Return the mean squared error of float32, 0 where all is in float64."""
+        if self.name == "x sin x":
+            return 0.0
+        x = self.inputs("held_out", SEED)
+        model = copy.deepcopy(subject(self.name, self.quick).model).double()
+        exact = run(model, x.flatten(0, 1).double()).unflatten(0, x.shape[:2])
+        return float((self.outputs(x) - exact).square().mean())
 
 
 def lost(law: Stragglers, n: int) -> float:
@@ -122,40 +136,49 @@ def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]
         rates = [c * count**-0.8 for c in FACTORS] if noisy else [0.0]
         return [SplineCode(task.k, n, decoder_smoothing=rate) for rate in rates]
 
-    def berrut(n: int, count: int) -> list[FixedCode]:
-        return [BerrutCode(task.k, n)]
-
+    codes: dict[str, Any] = {
+        "spline": splines,
+        "Berrut": lambda n, count: [BerrutCode(task.k, n)],
+        "replication": lambda n, count: [ReplicationCode(task.k, n)],
+    }
     laws = [LAWS[law](task.s, n, SEED) for n in task.workers]
     stragglers = [lost(each, n) for each, n in zip(laws, task.workers, strict=True)]
     table: dict[str, Any] = {"workers": list(task.workers), "stragglers": stragglers}
+    table["floor"] = float(f"{task.floor():.3g}")
     best = 0
-    if noisy:  # the same c for every N, that of the least product of their errors
+    if noisy:  # one c for every N, with the least product of their errors
         tuning = errors(task, splines, law, noisy, "tuning")
         best = int(np.log(tuning.mean(0)).mean(0).argmin())
         table["c"] = FACTORS[best]
-    for code, make, which in (("spline", splines, best), ("Berrut", berrut, 0)):
-        squares = errors(task, make, law, noisy, "held_out")[:, :, which]
-        slopes = _slopes(task, squares)
-        table[code] = {
-            "mse": [rounded(x.mean(), half_width(x)) for x in squares.T],
-            "slope": rounded(slopes.mean(), half_width(slopes)),
-        }
+    for code, make in codes.items():
+        squares = errors(task, make, law, noisy, "held_out")[:, :, best if code == "spline" else 0]
+        table[code] = {"mse": [rounded(x.mean(), half_width(x)) for x in squares.T]}
+        if (squares <= 0).any():  # an exact answer has no logarithm
+            continue
+        slopes = _slopes(task.workers, squares)
+        table[code]["slope"] = rounded(slopes.mean(), half_width(slopes))
+        local = [
+            _slopes(task.workers[i : i + 2], squares[:, i : i + 2])
+            for i in range(len(task.workers) - 1)
+        ]
+        table[code]["local slopes"] = [rounded(x.mean(), half_width(x)) for x in local]
         if bound := bounds(laws[0], noisy).get(code):
             rates = [bound(n, s) for n, s in zip(task.workers, stragglers, strict=True)]
             table[code]["bound"] = [float(f"{rate / rates[0]:.4g}") for rate in rates]
-            table[code]["slope of the bound"] = round(float(_slopes(task, np.array([rates]))[0]), 3)
+            slope = _slopes(task.workers, np.array([rates]))[0]
+            table[code]["slope of the bound"] = round(float(slope), 3)
     return table
 
 
-def _slopes(task: Task, squares: np.ndarray) -> np.ndarray:
-    """Return the slopes of the logarithm of ``squares``, ``[draws, N]``, over that of N."""
-    return np.polyfit(np.log(task.workers), np.log(squares).T, 1)[0]
+def _slopes(workers: Sequence[int], squares: np.ndarray) -> np.ndarray:
+    """Return the slopes of log ``squares``, ``[draws, N]``, over log N."""
+    return np.polyfit(np.log(workers), np.log(squares).T, 1)[0]
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in TASKS:
         for law, make in LAWS.items():
-            # No theorem says what noise does where each worker is lost with a probability.
+            # No theorem covers noise if each worker is lost with a probability.
             for noisy in (False,) if isinstance(make(1, 32, SEED), Bernoulli) else (False, True):
                 key = name, law, "noise" if noisy else "no noise"
                 yield key, functools.partial(convergence, name, law, noisy, quick)

@@ -18,7 +18,7 @@ __all__ = ["CACHE", "DataSet", "MissingDataError", "fashion_mnist", "folder_of",
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coded_torch"
 
 _MNIST_TRAIN = 55_000  # rows of the packaged picture; the official 10,000 test digits follow
-_FASHION_FOLDER = "usr/share/datasets/fashion-mnist"  # in the Debian package
+_FASHION_FOLDER = "usr/share/datasets/fashion-mnist"  # the place in the Debian package
 _FASHION_ROOTS = (Path("/"), CACHE)  # installed, or unpacked without being root
 
 

@@ -1,13 +1,13 @@
 """On which data does prediction help, by which metrics? ``python -m benchmarks distances``.
 
 Small networks on tables, sequences, text and pictures (``tasks.py``). ``RegressionCode`` with one
-metric and length for all ("before"), with both chosen ("chosen"), with a stem of the module that
-competes, and with each metric alone; beside replication, no redundancy, and the batch's mean in
-place of what is missing. Outputs are logits or, of tables with numbers to predict, these numbers,
-standardised.
+metric and length for all ("one metric"), with both chosen on the results ("chosen"), with a stem of
+the module that competes, and with each metric alone; beside the trivial baselines, replication and
+the batch's mean in place of missing answers. Outputs are logits or, of tables with numbers to
+predict, these numbers, standardised.
 
-Of tables, the held-out rows of each split are one batch, 240 at most, with 40 received sets. Of all
-else, every batch has one.
+Of tables, the held-out rows of each split are one batch, 240 at most, with 40 received sets, and
+every split is one observation. Of all else, every batch has one received set.
 """
 
 from __future__ import annotations
@@ -16,87 +16,87 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
-from coded_torch.codes import RegressionCode, ReplicationCode
+from coded_torch.codes import Code
+from coded_torch.evaluation.compare import compare
+from coded_torch.evaluation.comparison import Comparison, Record
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
-from coded_torch.stragglers import Uniform
 
-from . import tasks
+from . import networks, tasks
+from .accuracy import FEW, SMALL, Case, cells
 from .runs import Measurement, progress
-from .schemes import (
-    BATCH_SIZE,
-    FIXED,
-    Case,
-    Scheme,
-    Scores,
-    evaluate,
-    received_by,
-    summaries,
-)
-from .subjects import SEED, Batch, Subject
+from .students import of_task, student
+from .subjects import SEED, AsGiven, Batch, Subject
 from .tasks import Task
 
-CASES = ((24, 20, 4), (10, 8, 2), (6, 4, 2))
+CASES = (FEW, (10, 8, 2), SMALL)  # N, K, S
 PICTURES = ("lenet5", "repvgg", "vit")
-SMALL = 64  # the batch at the smaller settings, where rows are many
-REFERENCES = ("before", "chosen", "replication", "mean")
+SIZE, SMALL_SIZE = 240, 64  # rows of a batch; the smaller number at the smaller settings
+FIXED: dict[str, Any] = {"metric": "shrunk", "length": 2.0}  # one metric and length for all
 
 
-def schemes(task: Task, case: Case, alone: bool) -> dict[str, Scheme]:
-    """Return the schemes, and every metric alone if asked for."""
-    n, k, s = case
+def codes(task: Task, alone: bool, n: int, k: int) -> dict[str, Code]:
+    """Return the codes that ``compare`` lacks, and every metric alone if asked for."""
     metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:
         metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
-    leaves = leaves_of([task.inputs[:BATCH_SIZE]])
+    leaves = leaves_of([task.inputs[:SIZE]])
     for name, metric in METRICS.items() if alone else ():
         if transforms(metric, leaves) is not None:
             metrics[name] = name
     return {
-        "before": Scheme(RegressionCode(k, n, **FIXED), s),
-        **{name: Scheme(RegressionCode(k, n, metric=m), s) for name, m in metrics.items()},
-        "no redundancy, regression": Scheme(RegressionCode(k, k)),
-        "replication": Scheme(ReplicationCode(k, n, ordering="arrival")),
-        "mean": Scheme(RegressionCode(k, n, metric="shrunk", length=1e-9)),
+        "one metric": AsGiven(k, n, **FIXED),
+        **{name: AsGiven(k, n, metric=metric) for name, metric in metrics.items()},
+        "mean": AsGiven(k, n, metric="shrunk", length=1e-9),  # a length that reaches no other input
     }
 
 
-def drawn(name: str, raw: bool, case: Case, quick: bool) -> Iterator[tuple[Task, list[Batch]]]:
-    """Yield networks with their batches."""
+def drawn(
+    name: str, raw: bool, case: Case, quick: bool
+) -> Iterator[tuple[int, Task, Any, list[Batch]]]:
+    """Yield splits, networks, their students and batches."""
     counts = settings(quick)
     if name in tasks.TABLES:
         for split in range(counts["splits"]):
             task = tasks.table(name, split, raw)
-            yield task, [Batch(task.inputs[:BATCH_SIZE], _labels(task, BATCH_SIZE))]
+            labels = None if task.labels is None else task.labels[:SIZE]
+            yield split, task, of_task(task).model, [Batch(task.inputs[:SIZE], labels)]
         return
-    task = tasks.sequence(name) if name in tasks.SEQUENCES else tasks.pictures(name)
-    whole = Batch(task.inputs, _labels(task))
-    size = BATCH_SIZE if case == CASES[0] else SMALL
-    of = Subject(task.model, whole, whole)
-    yield task, list(of.batches("held_out", size, counts["batches"]))
-
-
-def _labels(task: Task, most: int | None = None) -> torch.Tensor | None:
-    return None if task.labels is None else task.labels[:most]
+    if name in PICTURES:
+        network = networks.load(name)
+        task = Task(network.model, network.held_out[0], network.tuning[0], network.held_out[1])
+        cheap = student(name, network.model).model
+    else:
+        task = tasks.sequence(name)
+        cheap = of_task(task).model
+    whole = Batch(task.inputs, task.labels)
+    size = SIZE if case == FEW else SMALL_SIZE
+    batches = Subject(task.model, whole, whole).batches("held_out", size, counts["batches"])
+    yield 0, task, cheap, list(batches)
 
 
 def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
-    n, _, s = case
-    scores: dict[str, dict[str, Scores]] = {}
-    count = settings(quick)["received sets a split"] if name in tasks.TABLES else 1
-    law = Uniform(s, seed=SEED)
-    for task, batches in drawn(name, raw, case, quick):
-        every = schemes(task, case, alone=case == CASES[0])
-        evaluate(
+    sets = settings(quick)["received sets of a split"] if name in tasks.TABLES else 1
+    records: list[Record] = []
+    for split, task, cheap, batches in drawn(name, raw, case, quick):
+        # Nothing is tuned: the batch that stands first for tuning is answered, too.
+        found = compare(
             task.model,
-            progress(batches, "batches"),
-            lambda index: {"": [received_by(law, n) for _ in range(count)]},
-            lambda key, every=every: every,
-            scores,
+            [x.images for x in progress([batches[0], *batches], "batches")],
+            [case],
+            labels=None if task.labels is None else [x.labels for x in [batches[0], *batches]],
+            more=lambda k, n, task=task: codes(task, case == FEW, n, k),
+            surrogate=cheap,
+            schemes=[*codes(task, case == FEW, case[0], case[1]), *BASELINES],
+            received_sets=sets,
+            tuning=1,
         )
-    codes = summaries(scores[""], REFERENCES)
-    return {"codes": codes}
+        tables = name in tasks.TABLES
+        records += [x._replace(batch=split) if tables else x for x in found.records]
+    return {"schemes": cells(Comparison(records), ("chosen",))}
+
+
+#: The schemes of ``compare`` that stand beside the metrics.
+BASELINES = ("no redundancy, regression", "replication")
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
@@ -111,8 +111,8 @@ def measurements(quick: bool) -> Iterable[Measurement]:
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
-        "batch size": [BATCH_SIZE, SMALL],
-        "batches": 2 if quick else 50,
+        "batch size": [SIZE, SMALL_SIZE],
+        "batches": 2 if quick else 20,
         "splits": 1 if quick else tasks.SPLITS,
-        "received sets a split": 3 if quick else 40,
+        "received sets of a split": 3 if quick else 40,
     }

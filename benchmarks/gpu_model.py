@@ -29,7 +29,7 @@ SIZES = (
 )
 # A bar for the better of copy and product up to so many knots, and for the product beyond.
 KNOTS, BARS = 128, (1.5, 1.0)
-# Seconds of the least time that counts: so few columns only show what a launch takes.
+# The least seconds that count: so few columns only show the time of a launch.
 SHORTEST = 5e-6
 # An H100 SXM: multiprocessors, cycles a second at work, bytes a second that Tensor.copy_ reaches,
 # and float32 multiplications a second of cuBLAS, 132 * 128 a cycle.

@@ -13,7 +13,7 @@ from coded_torch.scheduling.protocol import Ask, Began, Decision, Ended, Event, 
 
 __all__ = ["WAIT_FOR_ALL", "HedgeOnce", "Unsplit"]
 
-_TRIES = 3  # of a part that fails
+_TRIES = 3  # the most asks for a part that fails
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -39,8 +39,8 @@ class HedgeOnce(Waiting):
     ) -> Generator[Decision, Event, Ended]:
         parts, rows = [tuple(units) for units in first], unit_rows * max(map(len, first))
         after = self._after(history, rows)
-        due: dict[int, float] = {}  # of parts that have begun and were not hedged
-        seconds: dict[int, float] = {}  # of parts that have begun
+        due: dict[int, float] = {}  # the times of parts that have begun and were not hedged
+        seconds: dict[int, float] = {}  # the seconds of parts that have begun
         good: set[int] = set()
         open_parts = len(parts)
         yield Ask(tuple(parts))

@@ -36,12 +36,12 @@ SIZES = (
     (256, 320, 32_768),
     (1024, 1280, 8_192),
 )
-# Of each size, into memory that is there: of the time of the copy at most, with AVX-512 and
-# without; times faster than torch.matmul at least, of which half is enough without.
+# The bars of each size, into memory in use: the most times the copy's time, with AVX-512 and
+# without; the least times faster than torch.matmul, of which half is enough without.
 COPY_BARS = {True: (1.2, 0.9, 1.1, 1.3, 1.6), False: (1.3, 1.2, 1.5, 1.8, 2.1)}
 MATMUL_BARS = (1.2, 2.0, 7.0, 12.0, 35.0)
-# Of the time that filling new memory takes, where huge pages are granted on request; elsewhere 1.2
-# at least. The first is small: its memory is soon an old one's.
+# The most times the time of filling new memory, with huge pages on request; elsewhere 1.2 at
+# least. The first is small: its memory is soon an old one's.
 FRESH_BARS = (2.0, 0.5, 0.5, 0.7, 0.7)
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 # A layout or dtype: times slower than "forward" at most.
@@ -54,7 +54,7 @@ RELATIVE_BARS = {
 }
 SCIPY_BAR = 20  # times faster than SciPy's map, a new received set at least
 SMALL_BARS = {"seen": 30.0, "new": 80.0, "plan of 1000": 100.0}  # microseconds
-REGRESSION = 1.6  # a bar missed by this factor is a regression, whatever else the machine did
+REGRESSION = 1.6  # a bar missed by this factor is a regression even on a busy machine
 SMOOTHING = 1e-6
 TOLERANCES = {torch.float32: 3e-5, torch.bfloat16: 2.0**-8 + 3e-5, torch.float16: 2.0**-11 + 3e-5}
 
@@ -180,7 +180,7 @@ def large(runs: int, shrink: int, threads: int) -> Iterator[dict[str, Any]]:
         forward = medians["forward"]
         scipy = scipy_seconds_per_column(*size[:2], runs) * size[2]
         bars = {
-            # Of the fastest runs: what the machine can do when it does nothing else.
+            # The fastest runs show the machine without other work.
             "copy": [timings["forward"].best / timings["copy"].best, over_copy],
             "matmul": [forward / medians["matmul"], (1 if wide else 2) / faster],
             **{name: [medians[name] / forward, bar] for name, bar in RELATIVE_BARS.items()},
@@ -191,7 +191,7 @@ def large(runs: int, shrink: int, threads: int) -> Iterator[dict[str, Any]]:
 
 
 def small(runs: int, calls: int) -> dict[str, Any]:
-    """Time what serving pays per decode of logits: 80 of 100 results, 20 answers, 10 columns."""
+    """Time a decode of logits, as serving pays it: 80 of 100 results, 20 answers, 10 columns."""
     code, rng = SplineCode(20, 100), np.random.default_rng(0)
     sets = [sorted(rng.choice(100, 80, replace=False).tolist()) for _ in range(4096)]
     new = itertools.cycle(sets)  # far more than are kept
@@ -235,7 +235,7 @@ def main() -> int:
         rows = gpu_model.measured(runs, shrink)
     else:
         rows = []
-        for measured in (fresh, large):  # the former first: later, memory that was freed is kept
+        for measured in (fresh, large):  # new memory first: later, freed memory is kept
             for threads in args.threads:
                 torch.set_num_threads(threads)
                 rows += measured(runs, shrink, threads)

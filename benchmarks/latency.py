@@ -1,4 +1,4 @@
-"""What do stragglers cost in latency, and what ends it? ``python -m benchmarks latency``.
+"""How much latency do stragglers cost, and which policy ends it? ``python -m benchmarks latency``.
 
 Requests arrive on their own at LeNet-5, under several waiting policies, on the same worker
 processes, with the same arrivals and delays for all, see ``traffic.py``. For each case and policy:
@@ -25,7 +25,7 @@ from .hedging import WAIT_FOR_ALL, HedgeOnce
 from .runs import Measurement, progress
 from .traffic import Load, Reply, dealt, delayed, drive, median_part, percentiles
 
-ROUNDS = 5  # in turns, so that what slows the machine down slows all policies alike
+ROUNDS = 5  # the policies take turns in each, so that a slow spell slows all of them
 CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")
 SOME = (*CALM, "three re-asks", "coded at once", "hedge, deadline")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,23 +16,21 @@ from .tables import NAMES
 
 __all__ = ["PICTURES", "curve", "shown"]
 
-STYLES = {  # of a code, the same in every picture
-    "uncoded": {"color": "0.6", "linestyle": ":"},
+STYLES = {  # one style for a scheme in every picture
     "spline": {"color": "tab:red", "linestyle": ":"},
+    "the paper's scheme": {"color": "tab:red", "linestyle": ":"},
     "Berrut": {"color": "tab:purple", "linestyle": ":"},
-    "Lagrange (adapted), ordered": {"color": "tab:brown", "linestyle": "--"},
-    "Floater-Hormann, ordered": {"color": "tab:pink", "linestyle": "--"},
-    "Berrut, ordered": {"color": "tab:purple", "linestyle": "--"},
-    "spline, ordered": {"color": "tab:red", "linestyle": "--"},
+    "the paper's, ordered": {"color": "tab:red", "linestyle": "--"},
     "replication": {"color": "tab:olive", "marker": "x"},
-    "replication, batch mean": {"color": "tab:orange", "marker": "s"},
-    "replication, regression": {"color": "tab:green", "marker": "^"},
-    "KernelCode": {"color": "tab:blue", "marker": "o"},
-    "KernelCode, tuned": {"color": "black", "marker": "."},
+    "no redundancy, surrogate": {"color": "tab:brown", "marker": "v"},
+    "surrogate alone": {"color": "0.5", "linestyle": "-."},
+    "no redundancy, regression": {"color": "tab:orange", "marker": "s"},
+    "regression": {"color": "tab:blue", "marker": "o"},
+    "regression, residuals": {"color": "black", "marker": "."},
 }
-HIDDEN = ("Berrut",)  # it would hide the spline of the paper
+HIDDEN = ("Berrut", "spline")  # Berrut's line would hide the paper's
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
-FEWEST_ROWS = 30  # of which a share is drawn
+FEWEST_ROWS = 30  # the least number of rows whose share is drawn
 MARKERS = "os^DXv."
 ON_PROCESSES = {  # policies of the latency benchmark in the README's picture
     "wait for all": "no redundancy",
@@ -112,76 +109,70 @@ def dots(of: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> Fig
     return legend(figure, len(MARKERS))
 
 
-def accuracy(results: Results, output: str = "logits", law: str = "uniform") -> Figure:
-    """The accuracy that is lost, against lost workers."""
+def accuracy(results: Results) -> Figure:
+    """Draw the accuracy that is lost against lost workers."""
     of = {
-        (name, case): found
+        f"{name_of(name)}, (N, K) = {case}": found
         for name, cases in results["accuracy"].items()
-        for case, found in cases.items()
-        if name in NAMES
+        for case, found in cases.get("curve", {}).items()
     }
-    figure, every = panels([f"{NAMES[name]}, (N, K) = {case}" for name, case in of], rows=2)
+    figure, every = panels(list(of), rows=-(-len(of) // 2))
     for axes, found in zip(every, of.values(), strict=True):
-        for code in shown(found[output][law]):
-            values = found[output][law][code]["relative_accuracy"]
+        for scheme in shown(found["schemes"]):
+            values = found["schemes"][scheme]["relative_accuracy"]
             lost = [[max(1 - value, LEAST_LOSS), half] for value, half in values]
-            curve(axes, found["stragglers"], lost, code)
+            curve(axes, found["stragglers"], lost, scheme)
         axes.set_yscale("log")
         axes.set_ylim(0.8 * LEAST_LOSS, 1.2)
         axes.set_yticks([1, 0.1, 0.01, 0.001, LEAST_LOSS], ["all", "10 %", "1 %", "0.1 %", "none"])
         axes.set_xlabel("workers lost")
         axes.set_ylabel("accuracy lost")
-    return legend(figure, 4)
+    return legend(figure, 3)
 
 
-def batches(results: Results) -> Figure:
-    """Squared error over the paper's: a row for each code, a marker for each setting."""
+def schemes(results: Results) -> Figure:
+    """Draw squared errors over the variance: a row for each scheme, a marker for each setting."""
+    cases = {name: of["table"]["B = 240"] for name, of in results["accuracy"].items()}
     return dots(
         {
-            NAMES[name]: {
-                case: {
-                    code: found["codes"][code]["against paper"]["mse"][0]
-                    for code in [*shown(found["codes"]), "paper, ordered"]
-                }
-                for case, found in results["batches"][name]["main"].items()
+            name_of(name): {
+                case: {x: found["schemes"][x]["mse"][0] for x in shown(found["schemes"])}
+                for case, found in of.items()
             }
-            for name in ("lenet5", "vit", "repvgg")
+            for name, of in cases.items()
         },
-        "squared error over the paper's",
+        "squared error over the variance of outputs",
     )
 
 
 def distances(results: Results) -> Figure:
-    """Squared error over the outputs' variance at (24, 20, 4), a row for each data set."""
-    cases = {name: of["(24, 20, 4)"]["codes"] for name, of in results["distances"].items()}
+    """Draw the squared error over the outputs' variance, a row for each data set."""
+    cases = {name: of["(24, 20, 4)"]["schemes"] for name, of in results["distances"].items()}
     series = {
-        code: {n: codes[code]["mse_to_variance"][0] for n, codes in cases.items() if code in codes}
-        for code in ("mean", "before", "chosen", "with a stem")
+        scheme: {n: of[scheme]["mse"][0] for n, of in cases.items() if scheme in of}
+        for scheme in (
+            "mean",
+            "no redundancy, surrogate",
+            "no redundancy, regression",
+            "one metric",
+            "chosen",
+            "with a stem",
+        )
     }
     return dots({"(N, K, S) = (24, 20, 4)": series}, "squared error over the variance of outputs")
 
 
 def surrogates(results: Results) -> Figure:
-    """Squared error over the paper's, without a student and with it, a row for each code."""
-    found = {name: of["errors"]["(6, 4, 2)"]["64"] for name, of in results["surrogates"].items()}
-    return dots(
-        {
-            NAMES[name]: {
-                f"{how} a student": {
-                    code: each[how]["against paper"][0]
-                    for code, each in of["codes"].items()
-                    if how in each
-                }
-                for how in ("without", "with")
-            }
-            for name, of in found.items()
-        },
-        "squared error over the paper's",
-    )
+    """Draw the accuracy that is lost with a student, a memory and neither, a row for each."""
+    series = {}
+    for name, of in results["surrogates"].items():
+        found = dict(of["students"]["schemes"]) | {"with a memory": of["memory"]["third 3"]}
+        series[name] = {x: each["mse"][0] for x, each in found.items()}
+    return dots({"(6, 4, 2), batches of 64": series}, "squared error over the variance of outputs")
 
 
 def work(results: Results) -> Figure:
-    """The tail of requests against the work that it costs, for few parts and for many."""
+    """Draw the tail latency against work, for few parts and for many."""
     points = results["waiting"]["fan-out"]
     figure, every = panels([f"a request waits for {parts} parts" for parts in ("4", "128")])
     for axes, parts in zip(every, ("4", "128"), strict=True):
@@ -199,7 +190,7 @@ def work(results: Results) -> Figure:
 
 
 def latency(results: Results) -> Figure:
-    """Percentiles of every policy, a panel for each case."""
+    """Draw percentiles of every policy, a panel for each case."""
     return dots(
         {
             case: {
@@ -213,7 +204,7 @@ def latency(results: Results) -> Figure:
 
 
 def processes(results: Results) -> Figure:
-    """The p99.9 of latency against extra work, on processes, with the share of exact answers."""
+    """Draw the p99.9 of latency on processes against extra work, with the share of exact rows."""
     measured = results["latency"]["load 0.4, 3 % delayed"]["policies"]
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axes = figure.subplots()
@@ -231,28 +222,32 @@ def processes(results: Results) -> Figure:
 
 
 def convergence(results: Results) -> Figure:
-    """Squared error against workers, each beside the theorem's bound through its first point."""
+    """Draw squared errors against workers, beside the theorem's bound through the first point."""
     laws = (("S fixed", "no noise"), ("S fixed", "noise"), ("each with p = 0.05", "no noise"))
     of = {
         f"{name_of(task)}, {law}, {noise}": found[law][noise]
         for task, found in results["convergence"].items()
         for law, noise in laws
     }
-    figure, every = panels(list(of), rows=2, height=2.6)
+    figure, every = panels(list(of), rows=len(results["convergence"]), height=2.6)
     for axes, each in zip(every, of.values(), strict=True):
-        for code in ("spline", "Berrut"):
+        for code in ("spline", "Berrut", "replication"):
             curve(axes, each["workers"], each[code]["mse"], code)
             if "bound" in each[code]:
                 bound = each[code]["mse"][0][0] * np.array(each[code]["bound"])
                 axes.plot(each["workers"], bound, "--", color=STYLES[code]["color"])
+        if each["floor"]:
+            axes.axhline(each["floor"], color="0.5", linewidth=1, label="floor of float32")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.set_xlabel("N; dashed: the theorem's rate")
-    return legend(figure, 2)
+        axes.set_xlabel("workers; dashed: the theorem's rate")
+    handles = every[-1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
+    return figure
 
 
 def verification(results: Results) -> Figure:
-    """Wrong rows that reach the caller against extra work, all of them and those that do harm."""
+    """Draw the shares of wrong, and of harmful, rows that reach the caller against extra work."""
     measured = results["verification"]
     points = {share: (measured["work"][share], of) for share, of in measured["left"].items()}
     points |= {
@@ -282,9 +277,7 @@ def verification(results: Results) -> Figure:
 
 PICTURES = {
     "accuracy": accuracy,
-    "accuracy-softmax": functools.partial(accuracy, output="softmax"),
-    "accuracy-contiguous": functools.partial(accuracy, law="contiguous"),
-    "batches": batches,
+    "schemes": schemes,
     "distances": distances,
     "surrogates": surrogates,
     "work": work,

@@ -1,12 +1,17 @@
 """Generate tables, pictures and pages from the results: ``python -m benchmarks.report``.
 
-A README holds ``<!-- table: NAME -->`` and ``<!-- value: PATH:FORMAT -->``, each up to ``<!-- end
--->``; what stands between is generated. A sentence that compares numbers takes them from values.
+A page holds, each up to ``<!-- end -->``:
+
+- ``<!-- table: NAME -->``: a table of ``tables.py``;
+- ``<!-- value: PATH:FORMAT -->``: a number;
+- ``<!-- claim: SIDE is below SIDE -->``: a sentence that compares, which is true of the results; a
+  side is a path, a number, or a number "times" a path.
+
 Long tables are pages of the documentation, in ``notebooks/measurements``. A test holds that all of
-it is what this script makes of ``results``.
+it comes from ``results`` by this script, and that every claim is true.
 
 A path names the question and then the keys of its JSON, with " > " between. A ``*`` stands for
-every key. A value with stars starts with "least" or "most".
+every key, and ``a|b`` for some. A path to several numbers starts with "least" or "most".
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
 from .tables import NAMES, PAGES, TABLES, Column, Table
 
-__all__ = ["READMES", "fill", "load_results", "pages", "rows_of"]
+__all__ = ["READMES", "claims", "fill", "load_results", "pages", "rows_of"]
 
 FOLDER = Path(__file__).resolve().parent
 MEASUREMENTS = FOLDER.parent / "notebooks" / "measurements"
@@ -32,8 +37,6 @@ READMES = (
     FOLDER / "README.md",
     FOLDER.parent / "notebooks" / "science.md",
 )
-#: Parts of the names of codes that version 0.3 does not have, and of data that are not tried now.
-GONE = ("systematic", "paper's encoder", "efficientnet")
 
 Results = Mapping[str, Any]
 
@@ -47,17 +50,18 @@ def load_results(folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def find(value: Any, path: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every match of a path: what its stars stand for, and the value there."""
+    """Yield every match of a path: the keys of its stars, and the value there."""
     if not path:
         yield (), value
-    elif path[0] == "*":
-        for key, inner in value.items():
-            if key != "seconds" and not any(part in key for part in GONE):
-                yield from (((key, *stars), found) for stars, found in find(inner, path[1:]))
     elif isinstance(value, list):
         yield from find(value[int(path[0])], path[1:])
-    elif isinstance(value, Mapping) and path[0] in value:
-        yield from find(value[path[0]], path[1:])
+    elif isinstance(value, Mapping):
+        some = value if path[0] == "*" else [key for key in path[0].split("|") if key in value]
+        starred = path[0] == "*" or "|" in path[0]
+        for key in some:
+            if not (starred and key == "seconds"):
+                for stars, found in find(value[key], path[1:]):
+                    yield ((key, *stars) if starred else stars), found
 
 
 def shown(value: Any, how: str) -> str:
@@ -82,7 +86,7 @@ def _cell(stars: Sequence[str], value: Any, column: Column) -> str:
 def rows_of(table: Table, results: Results) -> list[list[str]]:
     """Return the head of a table and its rows."""
     matches = list(find(results, table.rows.split(" > ")))
-    if not table.spread:
+    if table.across is None:
         return [
             [*table.heads, *table.columns],
             *(
@@ -93,11 +97,13 @@ def rows_of(table: Table, results: Results) -> list[list[str]]:
     (column,) = table.columns.values()
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for stars, value in matches:
-        lines.setdefault(stars[:-1], {})[stars[-1]] = _cell(stars, value, column)
-    across = list(dict.fromkeys(stars[-1] for stars, _ in matches))
+        rest = list(stars)
+        across = rest.pop(table.across)
+        lines.setdefault(tuple(rest), {})[across] = _cell(stars, value, column)
+    heads = list(dict.fromkeys(stars[table.across] for stars, _ in matches))
     return [
-        [*table.heads, *map(_name, across)],
-        *([*map(_name, at), *(line.get(x, "") for x in across)] for at, line in lines.items()),
+        [*table.heads, *map(_name, heads)],
+        *([*map(_name, at), *(line.get(x, "") for x in heads)] for at, line in lines.items()),
     ]
 
 
@@ -105,32 +111,48 @@ def _name(key: str) -> str:
     return NAMES.get(key, key)
 
 
-def _markdown(name: str, results: Results) -> str:
+def markdown(name: str, results: Results) -> str:
     table = TABLES[name]
     rows = rows_of(table, results) if isinstance(table, Table) else [*table(results)]
     head, *rest = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
-def _number(path: str, results: Results) -> str:
+def _number(path: str, results: Results) -> float:
     """Return the one number at a path, or the least or most of several."""
-    where, _, how = path.rpartition(":")
-    choose = {"least": min, "most": max}.get(where.partition(" ")[0])
-    keys = (where.partition(" ")[2] if choose else where).split(" > ")
+    choose = {"least": min, "most": max}.get(path.partition(" ")[0])
+    keys = (path.partition(" ")[2] if choose else path).split(" > ")
     found = [x[0] if isinstance(x, list) else x for _, x in find(results, keys)]
     if not found or (len(found) > 1 and not choose):
         raise ValueError(f"{path} must lead to one number, got {len(found)}")
-    return shown(choose(found) if choose else found[0], how)
+    return choose(found) if choose else found[0]  # type: ignore[no-any-return, operator]
+
+
+def _side(text: str, results: Results) -> float:
+    """Return the value of one side of a claim."""
+    factor, times, path = text.rpartition(" times ")
+    try:
+        return float(text)
+    except ValueError:
+        return (float(factor) if times else 1.0) * _number(path, results)
+
+
+def claims(text: str, results: Results) -> Iterator[tuple[str, bool]]:
+    """Yield the claims of a page, and whether each is true."""
+    for claim in re.findall(r"<!-- claim: (.*?) -->", text, re.DOTALL):
+        smaller, larger = " ".join(claim.split()).split(" is below ")
+        yield claim, _side(smaller, results) < _side(larger, results)
 
 
 def fill(text: str, results: Results) -> str:
-    """Return a README with its tables and numbers generated anew."""
+    """Return a page with its tables and numbers generated anew."""
 
     def block(match: re.Match[str]) -> str:
         start, kind, what, end = match.groups()
         if kind == "value":
-            return f"{start}{_number(what, results)}{end}"
-        return f"{start}\n{_markdown(what, results)}\n{end}"
+            where, _, how = what.rpartition(":")
+            return f"{start}{shown(_number(where, results), how)}{end}"
+        return f"{start}\n{markdown(what, results)}\n{end}"
 
     marked = r"(<!-- (table|value): (.*?) -->).*?(<!-- end -->)"
     return re.sub(marked, block, text, flags=re.DOTALL)
@@ -143,7 +165,7 @@ def pages(results: Results) -> dict[str, str]:
         text = [f"# {page.title}\n", f"{page.text}\n"]
         text += [f"![{about}](../../benchmarks/results/{x}.png)\n" for x, about in page.pictures]
         for table, about in page.tables.items():
-            text += [f"## {about}\n", f"{_markdown(table, results)}\n"]
+            text += [f"## {about}\n", f"{markdown(table, results)}\n"]
         made[f"{name}.md"] = "\n".join(text)
     return made
 

@@ -1,7 +1,7 @@
 """Do requests still answer, and rightly, while workers die? ``python -m benchmarks resilience``.
 
 Every scenario runs real processes and checks every answer: the module is affine, so the code gives
-back exactly what it computes. Times are milliseconds. Each number stands beside its bar.
+back its outputs exactly. Times are milliseconds. Each number stands beside its bar.
 
 With ``Waiting()``, and with all N asked at once:
 
@@ -9,7 +9,7 @@ With ``Waiting()``, and with all N asked at once:
 - pause: S are stopped, then S + 1, then all go on;
 - mixing: threads share a wrapper whose workers answer later than its deadline;
 - corruption: results that are wrong in every way that a check can see;
-- leak: what a pool leaves behind.
+- leak: resources that a pool leaves behind.
 
 Once: overhead of the pool and of the wrapper; ray, whose actors are killed every three seconds; and
 the promises of a call by rows (``promises.py``): exact, poison, deadline.
@@ -44,7 +44,7 @@ from .clients import SEED, START, Client, K, Killer, N, S, stopped
 from .runs import Measurement
 from .traffic import percentiles
 
-Policy = Callable[[float | None], Waiting]  # by the deadline
+Policy = Callable[[float | None], Waiting]  # a policy by its deadline
 BROKEN = ("nan", "infinity", "shape", "dtype", "structure")
 
 
@@ -107,7 +107,7 @@ def pause(quick: bool, policy: Policy) -> dict[str, Any]:
             times, failed = client.requests(count)
         limited, late = Client(pool, policy(deadline)), []
         for _ in range(5 if quick else 30):
-            failed += client.requests(20)[1]  # until those that were stopped are free again
+            failed += client.requests(20)[1]  # until the stopped processes are free again
             with stopped(pool.pids[: S + 1]):
                 start = time.perf_counter()
                 with contextlib.suppress(NotEnoughResults):

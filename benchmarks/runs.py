@@ -1,4 +1,4 @@
-"""What all benchmarks share: runs that go on where they were stopped, and results as JSON."""
+"""The parts that all benchmarks share: runs that continue after a stop, and results as JSON."""
 
 from __future__ import annotations
 
@@ -34,22 +34,19 @@ __all__ = [
 
 QUESTIONS = (
     "accuracy",
-    "batches",
     "distances",
     "surrogates",
     "coverage",
     "convergence",
-    "smoothing",
     "waiting",
     "verification",
-    "end_to_end",
     "latency",
     "resilience",
     "serving",
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
-#: Where its numbers go in the file, and what makes them.
+#: The place of its numbers in the file, and the function that makes them.
 Measurement = tuple[tuple[str, ...], Callable[[], dict[str, Any]]]
 _LINE = 1000  # characters: the record of a code fits
 
@@ -58,10 +55,10 @@ class Benchmark(Protocol):
     """A module of this package that ``python -m benchmarks`` runs."""
 
     def settings(self, quick: bool) -> dict[str, Any]:
-        """What the numbers depend on beside the code."""
+        """Return the settings on which the numbers depend."""
 
     def measurements(self, quick: bool) -> Iterable[Measurement]:
-        """What is measured, one after the other."""
+        """Yield the measurements, one after the other."""
 
 
 def _processor() -> str:
@@ -73,7 +70,7 @@ def _processor() -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Return what a number depends on besides code and settings."""
+    """Return the processor and the versions on which numbers depend."""
     return {
         "processor": _processor(),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",
@@ -87,7 +84,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Return what :func:`write_results` wrote; empty if there is no such file."""
+    """Return the results in a file; empty if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 
@@ -122,7 +119,7 @@ def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterat
 def keep(
     name: str, benchmark: Benchmark, *, quick: bool, only: Iterable[str] = (), path: Path | None
 ) -> None:
-    """Run what a benchmark measures, and write the numbers of each measurement once done.
+    """Run a benchmark, and write the numbers of each measurement once done.
 
     Measurements that are in the file are not repeated, so a run that was stopped goes on. One whose
     data are not installed is left out, and a message says how to get them.
@@ -132,7 +129,7 @@ def keep(
         benchmark: the module.
         quick: whether it is small and rough, with data that ship in the package.
         only: words that the names of a measurement must have among them.
-        path: the file; None: nothing is kept.
+        path: the file. Defaults to None, nothing is kept.
 
     Raises:
         ValueError: the file was measured with other settings, or in another environment; no
@@ -168,7 +165,7 @@ def keep(
 
 
 def _found(measured: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
-    """Return what is in the results under a key; empty if nothing is."""
+    """Return the results under a key; empty if there are none."""
     for part in key:
         measured = measured.get(part, {})
     return measured

@@ -1,4 +1,4 @@
-"""Students of the networks: what is cheap enough to run beside the batch, taught without labels.
+"""Students of the networks: cheap enough to run beside the batch, and taught without labels.
 
 Weights go to the cache of :mod:`benchmarks.networks`. A student has less than a fifteenth of its
 network's multiply-adds: 21 thousand a picture for LeNet-5's 417 thousand, 138 thousand for the
@@ -8,7 +8,6 @@ ViT's 2.3 million, 1.75 million for the RepVGG's 29 million.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,9 +20,11 @@ from coded_torch.surrogates import distill
 from . import networks
 from .data import CACHE
 from .networks import pixels, training_images
-from .subjects import SEED, subject
+from .tasks import Task
 
-__all__ = ["RECIPES", "Student", "small_network", "student"]
+__all__ = ["RECIPES", "Student", "of_task", "small_network", "student"]
+
+SEED = 0  # the seed of first weights, and the order of batches
 
 
 def small_network() -> nn.Module:
@@ -42,7 +43,7 @@ def small_network() -> nn.Module:
 
 
 class Patches(nn.Module):
-    """138 thousand multiply-adds a picture: perceptrons on patches like those of the ViT."""
+    """138 thousand multiply-adds a picture: perceptrons on patches like the ViT's."""
 
     def __init__(self, width: int = 40, features: int = 64) -> None:
         super().__init__()
@@ -88,12 +89,14 @@ class Recipe(NamedTuple):
     epochs: int
 
 
-_VERSION = 2  # of what students learn: weights of another one are not what is measured
+# The version of the students' teaching; a file of another version is not read.
+_VERSION = 2
 RECIPES = {
     "lenet5": Recipe(small_network, 40),
     "vit": Recipe(Patches, 40),
     "repvgg": Recipe(convolutions, 20),
 }
+TASK_EPOCHS = 60  # the epochs of a perceptron on the training rows of a table or a text
 
 
 class Student(NamedTuple):
@@ -101,44 +104,66 @@ class Student(NamedTuple):
 
     Attributes:
         model: in evaluation mode.
-        error: the variance of what it misses over the variance of the outputs, held out.
-        seconds: the time of teaching it, of one thread.
+        error: the variance of its residuals over the variance of the outputs, held out.
     """
 
     model: nn.Module
     error: float
-    seconds: float
 
 
 @functools.cache
-def student(name: str, quick: bool = False) -> Student:
-    """Return the student of a network, taught on its training images, without labels.
+def student(name: str, teacher: nn.Module, seed: int = 0, images: Tensor | None = None) -> Student:
+    """Return the student of a network, from the cache if the cache has it; else it is taught.
 
-    A quick one is taught on the tuning images. It is taught first if the cache does not have it,
-    which takes minutes.
+    Args:
+        name: in :data:`RECIPES`.
+        teacher: the network.
+        seed: the seed of the network's training.
+        images: the images to learn from, in two epochs. Defaults to the network's training images,
+            in minutes.
     """
-    of, recipe = subject(name, quick), RECIPES[name]
-    path = CACHE / f"student-{name}-{_VERSION}.npz"
+    path = CACHE / f"student-{name}-seed{seed}-{_VERSION}.npz"
+    recipe = RECIPES[name]
     with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
         torch.manual_seed(SEED)
         model = recipe.build()
-    if quick or not path.exists():
-        start = time.thread_time()
-        images = of.tuning.images if quick else learnt_from(name)
-        epochs = 2 if quick else recipe.epochs
-        error = distill(
-            model, of.model, images.split(500), epochs=epochs, augment=shifted, seed=SEED
-        )
-        taught = Student(model, error, time.thread_time() - start)
-        if not quick:
-            state = {key: value.numpy() for key, value in model.state_dict().items()}
-            np.savez_compressed(path, error=taught.error, seconds=taught.seconds, **state)
-        return taught
+    if images is not None:
+        return _taught(model, teacher, images, 2)
+    if not path.exists():
+        taught = _taught(model, teacher, learnt_from(name), recipe.epochs)
+        state = {key: value.numpy() for key, value in model.state_dict().items()}
+        np.savez_compressed(path, error=taught.error, **state)
     with np.load(path) as arrays:
-        found = dict(arrays)
-    error, seconds = float(found.pop("error")), float(found.pop("seconds"))
+        found = {key: value for key, value in arrays.items() if key != "seconds"}
+    error = float(found.pop("error"))
     model.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()})
-    return Student(model.eval(), error, seconds)
+    return Student(model.eval(), error)
+
+
+def of_task(task: Task) -> Student:
+    """Return a small perceptron on means over time, or on the features, of a task's inputs."""
+    outputs = task.model(task.inputs[:1]).shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        width = task.inputs.shape[-1]
+        layers = [nn.Linear(width, 16), nn.Tanh(), nn.Linear(16, outputs)]
+        model = nn.Sequential(Pooled(), *layers)
+    return _taught(model, task.model, task.training, TASK_EPOCHS, shift=False)
+
+
+class Pooled(nn.Module):
+    """The mean over time of sequences ``[B, T, D]``; features ``[B, D]`` as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1) if x.dim() == 3 else x
+
+
+def _taught(
+    model: nn.Module, teacher: nn.Module, inputs: Tensor, epochs: int, shift: bool = True
+) -> Student:
+    augment = shifted if shift else None
+    error = distill(model, teacher, inputs.split(500), epochs=epochs, augment=augment, seed=SEED)
+    return Student(model, error)
 
 
 def learnt_from(name: str) -> Tensor:

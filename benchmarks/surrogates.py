@@ -1,10 +1,9 @@
-"""What is a cheap model of the model worth, good or bad? ``python -m benchmarks surrogates``.
+"""How much is a surrogate worth, good or bad? ``python -m benchmarks surrogates``.
 
-All answers are those of :class:`~coded_torch.nn.CodedWrapper`, on held-out images, with the same
-received sets for all. Codes that repeat inputs are tried without a surrogate and with one; beside
-them the paper's scheme, its smoothings tuned, and the surrogate alone.
+All answers come from :class:`~coded_torch.nn.CodedWrapper`, on held-out images, with the same
+received sets:
 
-- errors: a student, see ``students.py``;
+- students: the wrapper with a student at (6, 4, 2), batches of 64, beside the trivial baselines;
 - memory: a stream of requests of images none of which comes twice, from a cold start. The memory
   learns whenever 256 results are new, as it does where requests take some time;
 - useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained;
@@ -14,132 +13,87 @@ them the paper's scheme, its smoothings tuned, and the surrogate alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coded_torch.codes import Code, RegressionCode, ReplicationCode, SplineCode
+from coded_torch.codes import RegressionCode
+from coded_torch.evaluation.scores import Score, ratio, score
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
+from .accuracy import SMALL
 from .runs import Measurement, progress
-from .schemes import Case, Scores, ratio, tuned
-from .students import RECIPES, small_network, student
-from .subjects import SEED, Batch, Subject, run
-from .subjects import subject as plain_subject
+from .students import small_network
+from .subjects import SEED, Batch, Subject, run, student_of, subject
 
-CASES = ((24, 20, 4), (100, 20, 60), (60, 20, 20), (20, 8, 3), (10, 8, 2), (6, 4, 2))
-FEW, SMALL = (24, 20, 4), (6, 4, 2)
 NETWORKS = ("lenet5", "vit", "repvgg")
-SIZES = (64, 240)
-LEARNS_AFTER = 256  # results, see Memory
+SIZE = 64  # rows of a batch
+LEARNS_AFTER = 256  # results, as a Memory does by itself
 
 
-class Known(nn.Module):
-    """A network that computes no row of a batch twice."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.known: dict[bytes, Tensor] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        keys = [row.numpy().tobytes() for row in images.contiguous()]
-        new = {key: i for i, key in enumerate(keys) if key not in self.known}
-        if new:
-            outputs = run(self.model, images[list(new.values())])
-            self.known.update(zip(new, outputs, strict=True))
-        return torch.stack([self.known[key] for key in keys])
-
-
-def subject(name: str, quick: bool) -> Subject:
-    of = plain_subject(name, quick)
-    return of._replace(model=Known(of.model).eval())
-
-
-def wrap(of: Subject, code: Code, lost: int, surrogate: Any = ()) -> CodedWrapper:
-    workers = LocalWorkers(Uniform(lost, seed=SEED))
-    return CodedWrapper(of.model, code, workers=workers, surrogate=surrogate)
+def wrap(of: Subject, num_data: int, surrogate: Any = (), lost: int = SMALL[2]) -> CodedWrapper:
+    pool = LocalWorkers(Uniform(lost, seed=SEED))
+    code = RegressionCode(num_data, SMALL[0])
+    return CodedWrapper(of.model, code, workers=pool, surrogate=surrogate)
 
 
 @torch.no_grad()
-def score(of: Subject, batches: Iterable[Batch], wrappers: dict[Any, Any]) -> dict[Any, Scores]:
-    """Send batches through all wrappers, with the same losses; others are asked as functions."""
-    scores = {key: Scores() for key in wrappers}
+def answered(
+    of: Subject, batches: Iterable[Batch], some: dict[str, Callable[[Tensor], Tensor]]
+) -> dict[str, list[Score]]:
+    """Send batches through wrappers, with the same losses, or through functions."""
+    scores: dict[str, list[Score]] = {name: [] for name in some}
     for batch in batches:
         exact = run(of.model, batch.images)
-        for key, coded in wrappers.items():
-            scores[key].add(coded(batch.images), exact, batch.labels)
-        of.model.known.clear()
+        for name, function in some.items():
+            scores[name].append(score(function(batch.images), exact, batch.labels))
     return scores
 
 
-def summary(of: Scores, paper: Scores | None = None, alone: Scores | None = None) -> dict[str, Any]:
-    """Return the squared error, also over that of the paper's scheme and of the code alone."""
-    right, own, _, mse, *_ = of.columns
-    found: dict[str, Any] = {"mse": ratio(mse, np.ones_like(mse))}
-    found["relative_accuracy"] = ratio(right, own)
-    for name, other in (("against paper", paper), ("against without", alone)):
-        if other is not None:
-            found[name] = ratio(mse, other.columns[3])
-    return found
-
-
-def batches(of: Subject, size: int, quick: bool) -> Iterator[Batch]:
-    count = settings(quick)["batches"]
-    return progress(of.batches("held_out", size, count), "batches", count)
-
-
-@functools.cache
-def paper(name: str, case: Case, quick: bool) -> Code:
-    (n, k, s), of = case, subject(name, quick)
-    return tuned(of.model, of.batches("tuning", 240, 2), SplineCode(k, n, ordering="arrival"), s)
-
-
-def errors(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]:
-    of, taught, (n, k, s) = subject(name, quick), student(name, quick), case
-    codes = {
-        "no redundancy": RegressionCode(k, k),
-        "replication": ReplicationCode(k, n),
-        "default": RegressionCode(k, n),
-    }
-    wrappers: dict[Any, Any] = {"paper": wrap(of, paper(name, case, quick), s)}
-    wrappers["student alone"] = taught.model
-    for code, each in codes.items():
-        # Without redundancy, as large a share of the workers is lost, so far as K has one.
-        lost = s if each.num_workers == n else max(1, round(s * k / n))
-        wrappers |= {
-            (code, "without"): wrap(of, each, lost),
-            (code, "with"): wrap(of, each, lost, taught.model),
-        }
-    scores = score(of, batches(of, size, quick), wrappers)
-    reference = scores["paper"]
+def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
+    """Return the error over the variance and over a reference's, and the accuracy that is kept."""
+    ours, theirs = np.array(scores).T, np.array(reference).T
     return {
-        "student": {"error": round(taught.error, 4), "seconds": round(taught.seconds)},
-        "variance": float(f"{run(of.model, of.held_out.images).var(0).sum():.4g}"),
-        "codes": {
-            "paper": {"without": summary(reference, reference)},
-            "student alone": {"with": summary(scores["student alone"], reference)},
-            **{
-                code: {
-                    "without": summary(alone := scores[code, "without"], reference),
-                    "with": summary(scores[code, "with"], reference, alone),
-                }
-                for code in codes
-            },
-        },
+        "mse": ratio(ours[0], ours[2]),
+        "relative_accuracy": ratio(ours[3], ours[4]),
+        "against without": ratio(ours[0], theirs[0]),
     }
+
+
+def taught(name: str, quick: bool) -> dict[str, Any]:
+    of, student = subject(name, quick), student_of(name, quick)
+    without = wrap(of, SMALL[1])
+
+    def missing_only(images: Tensor) -> Tensor:
+        answers, report = without.run(images)
+        return torch.where(report.predicted[:, None], run(student.model, images), answers)
+
+    scores = answered(
+        of,
+        progress(of.batches("held_out", SIZE, settings(quick)["batches"]), "batches"),
+        {
+            "regression": wrap(of, SMALL[1]),
+            "no redundancy, regression": wrap(of, SMALL[0]),
+            "student alone": functools.partial(run, student.model),
+            "student on missing rows": missing_only,
+            "regression, student": wrap(of, SMALL[1], student.model),
+            "no redundancy, student": wrap(of, SMALL[0], student.model),
+        },
+    )
+    found = {name: summary(some, scores["regression"]) for name, some in scores.items()}
+    return {"error": float(f"{student.error:.3g}"), "schemes": found}
 
 
 def memory(name: str, quick: bool) -> dict[str, Any]:
     of, count = subject(name, quick), 9 if quick else 150
     known = Memory()
-    requests = list(of.batches("held_out", 64, count))
+    requests = list(of.batches("held_out", SIZE, count))
     thirds = [requests[i * count // 3 : (i + 1) * count // 3] for i in range(3)]
     found = {f"third {i + 1}": stream(of, some, known) for i, some in enumerate(thirds)}
     return {"remembered": len(known), **found}
@@ -147,13 +101,11 @@ def memory(name: str, quick: bool) -> dict[str, Any]:
 
 def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, Any]:
     """Send requests with a memory, which learns as soon as enough is new, and without."""
-    (n, k, s), fresh = SMALL, 0
-    coded = {"with": wrap(of, RegressionCode(k, n), s, known)}
-    coded["without"] = wrap(of, RegressionCode(k, n), s)
-    scores = {key: Scores() for key in coded}
+    coded, fresh = {"with": wrap(of, SMALL[1], known), "without": wrap(of, SMALL[1])}, 0
+    scores: dict[str, list[Score]] = {name: [] for name in coded}
     for batch in requests:
-        for key, of_batch in score(of, [batch], coded).items():
-            scores[key] += of_batch
+        for name, of_batch in answered(of, [batch], dict(coded)).items():
+            scores[name] += of_batch
         report = coded["with"].last_run
         assert report is not None
         assert report.predicted is not None
@@ -161,54 +113,48 @@ def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, A
         if fresh >= LEARNS_AFTER:
             known.rebuild()
             fresh = 0
-    return summary(scores["with"], alone=scores["without"])
+    return summary(scores["with"], scores["without"])
 
 
 def drift(name: str, quick: bool) -> dict[str, Any]:
     of, count, known = subject(name, quick), 4 if quick else 40, Memory()
     halves = []
     for classes in (range(5), range(5, 10)):
+        assert of.held_out.labels is not None
         mine = torch.isin(of.held_out.labels, torch.tensor(list(classes)))
         whole = Batch(of.held_out.images[mine], of.held_out.labels[mine])
-        halves.append(Subject(of.model, whole, whole).batches("held_out", 64, count))
+        halves.append(Subject(of.model, whole, whole).batches("held_out", SIZE, count))
     stream(of, halves[0], known)
-    # All that it knows is wrong, and it learns nothing of the other half.
+    # All that it knows is of other classes, and it learns nothing of these.
     known.observe = lambda *args, **kwargs: None  # type: ignore[method-assign]
     return {"never seen classes": stream(of, halves[1], known)}
 
 
 def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
     of, generator = subject(name, quick), torch.Generator().manual_seed(SEED)
-    small = student(name, quick).model
+    small = student_of(name, quick).model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         untrained = small_network()
-    bad: dict[str, Callable[[Tensor], Tensor]] = {
+    bad: dict[str, Any] = {
         "noise": lambda x: torch.randn(len(x), 10, generator=generator),
         "untrained": untrained,
         "wrong scale and sign": lambda x: -20 * small(x),
     }
-    found = {}
-    for code, each in (("default", RegressionCode(4, 6)), ("replication", ReplicationCode(4, 6))):
-        wrappers = {what: wrap(of, each, 2, s) for what, s in {**bad, "": ()}.items()}
-        scores = score(of, batches(of, size, quick), wrappers)
-        alone = scores.pop("").columns[3]
-        found[code] = {what: ratio(x.columns[3], alone) for what, x in scores.items()}
-    return found
+    wrappers = {what: wrap(of, SMALL[1], s) for what, s in {**bad, "without": ()}.items()}
+    batches = of.batches("held_out", size, settings(quick)["batches"])
+    scores = answered(of, progress(batches, "batches"), dict(wrappers))
+    return {what: summary(scores[what], scores["without"])["against without"] for what in bad}
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
-        for case in (FEW, SMALL) if quick else CASES:
-            for size in SIZES[:1] if quick else SIZES:
-                key = name, "errors", str(case), str(size)
-                yield key, functools.partial(errors, name, case, size, quick)
+        yield (name, "students"), functools.partial(taught, name, quick)
         yield (name, "memory"), functools.partial(memory, name, quick)
         yield (name, "drift"), functools.partial(drift, name, quick)
-        for size in (8, 64):
+        for size in (8, SIZE):
             yield (name, "useless", str(size)), functools.partial(useless, name, size, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:
-    epochs = {name: recipe.epochs for name, recipe in RECIPES.items()}
-    return {"seed": SEED, "batches": 3 if quick else 50, "epochs": epochs}
+    return {"seed": SEED, "batches": 3 if quick else 50}

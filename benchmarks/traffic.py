@@ -25,13 +25,13 @@ from coded_torch.workers import FaultyWorkers, Workers
 
 __all__ = ["Load", "Reply", "Sleeping", "dealt", "delayed", "drive", "median_part", "percentiles"]
 
-_CALLERS = 64  # that may wait at once; more requests than this would wait for one to be free
+_CALLERS = 64  # threads that may wait at once; further requests wait for a free one
 _WARM_UP = 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What arrives, and what goes wrong.
+    """The requests that arrive, and their faults.
 
     Attributes:
         rate: requests per second, on average; they arrive independently of each other.
@@ -59,9 +59,9 @@ class Load:
 
 
 class Sleeping(nn.Module):
-    """A model that sleeps for 1 ms and 9 ms for every 16 rows, beside what it computes.
+    """A model that sleeps for 1 ms and 9 ms for every 16 rows, beside its computation.
 
-    So as many processes are as many machines, however few processors they share.
+    So processes behave like machines, however few processors they share.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What do waiting policies cost and bring, simulated? ``python -m benchmarks waiting``.
+"""How much do waiting policies cost and gain, simulated? ``python -m benchmarks waiting``.
 
 Workers serve one part at a time from one queue, and requests arrive on their own, see
 :mod:`coded_torch.scheduling.simulation`. For each regime, each number of parts of a request and
@@ -23,6 +23,7 @@ from coded_torch.scheduling.simulation import Conditions, Policy, simulate
 from .hedging import WAIT_FOR_ALL, HedgeOnce, Unsplit
 from .runs import Measurement
 
+# The seed of arrivals and of times.
 SEED = 0
 CALM = Conditions()
 STRAGGLING = Conditions(straggling=0.03)
@@ -43,6 +44,7 @@ REGIMES: dict[str, Regime] = {
     "24 / 4, load 0.7, mix": (24, 4, 0.7, MIX),
     "144 / 128, mix": (144, 128, 0.3, MIX),
 }
+# The numbers of parts of a request.
 FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
 POLICIES: dict[str, Policy] = {
     "wait for all": WAIT_FOR_ALL,

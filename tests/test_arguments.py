@@ -82,7 +82,7 @@ CALLS = [
                              "seed": 0}),
     (tune, {"wrapper": nn.CodedWrapper(torch.nn.Tanh(), codes.FloaterHormannCode(2, 3)),
                    "batches": [X], "order": [0]}),
-    (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seed": 0,
+    (compare, {"module": torch.nn.Tanh(), "batches": [X, X], "settings": [(3, 2, 1)], "seeds": 0,
                "labels": None}),
     (simulation.Conditions, {"spread": 0.1, "straggling": 0.1, "slow": 0.1, "dead": 0.1,
                              "dead_after": 9.0, "bursts": 9.0, "delays": None}),

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 import coded_torch
 from coded_torch.cli.main import main
-from coded_torch.codes import SplineCode
 from coded_torch.demo.lenet5 import digits
-from coded_torch.evaluation.compare import Comparison, Row
+from coded_torch.evaluation.comparison import Comparison, Record
+from coded_torch.evaluation.scores import Score
 
 
 def run(line):
@@ -43,7 +43,7 @@ def run(line):
         ("compare torch.nn:Tanh --inputs folder.png", "--inputs cannot be read: [Errno 21]"),
         ("compare torch.nn:Tanh --inputs dict.pt", "--inputs must be a dense, strided tensor"),
         ("compare torch.nn:Tanh --inputs x.pt --settings 4,5,1", "1 <= K <= N and 0 <= S < N"),
-        ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seed must be at least 0, got -1"),
+        ("compare torch.nn:Tanh --inputs x.pt --seed -1", "seeds must be at least 0, got -1"),
         ("compare torch.nn:Tanh --inputs x.pt --batch-size 400", "must hold at least two, one to"),
         ("compare a:b --inputs x.pt --output x", "--output: must end in .pdf, .png or .svg, in a"),
         ("demo --output nowhere/demo.png", "in a folder that exists, got nowhere/demo.png"),
@@ -161,8 +161,9 @@ def compared(monkeypatch):
 
 
 def test_a_picture_that_cannot_be_saved(compared, tmp_path, monkeypatch, capsys):
-    row = Row((6, 2, 1), "mine", SplineCode(2, 3), [1.0, 0.1], [1.0, 0.1], None)
-    compared(lambda *_, **__: Comparison([row]))
+    score = Score(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    record = Record(6, 2, 1, "mine", "", 0, 0, 4, 3.0, score)
+    compared(lambda *_, **__: Comparison([record]))
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")

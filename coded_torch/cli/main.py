@@ -94,7 +94,7 @@ def _compare(
 ) -> None:
     command = args.run.__name__
     with usage(command, prefix="compare: "):
-        found = coded_torch.compare(model, batches, args.settings, labels=labels, seed=args.seed)
+        found = coded_torch.compare(model, batches, args.settings, labels=labels, seeds=args.seed)
     say(f"{found}\n\n{_LEGEND}")
     save(command, found.draw(), args.output)
 

@@ -1,125 +1,33 @@
-r"""Codes side by side on one's own model: the same batches, the same lost workers, each tuned."""
+r"""Codes and trivial baselines side by side on one's own model."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .._arguments import count, instance, shown
 from .._torch import on_host
-from ..codes import BerrutCode, Code, LagrangeCode, RegressionCode, ReplicationCode, SplineCode
+from ..codes import (
+    BerrutCode,
+    Code,
+    FloaterHormannCode,
+    LagrangeCode,
+    RegressionCode,
+    ReplicationCode,
+    SplineCode,
+)
 from ..stragglers import Stragglers, Uniform
-from .scores import Interval, Scores
-from .trial import Trial, calls_of
+from .comparison import Comparison, Record, Setting
+from .scores import Score, score
+from .trial import Trial, calls_of, within
 from .tune import SETS, chosen
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure, SubFigure
-
-__all__ = ["Comparison", "Row", "compare", "peers", "received_by"]
-
-# Okabe and Ito's colours, which the colour-blind can distinguish, and a marker each for print.
-_COLOURS = ("#0072B2", "#D55E00", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#000000")
-_STYLES = tuple(zip(_COLOURS, "os^vPDX", strict=True))
-_ERROR = "mean squared error / variance of the outputs"
-_EXACT = 1e-6  # of the variance: below is rounding, for which a logarithmic axis has no place
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The scores of one code at one setting, each with half the width of its 95 % interval.
-
-    Attributes:
-        setting: N, K and S.
-        name: the name of the code.
-        code: the code with the numbers that were chosen.
-        rmse: the root of the mean squared distance of decoded from exact answers.
-        mse: the mean squared distance, in units of the outputs' variance.
-        relative_accuracy: right answers over those of the bare module; None without labels.
-    """
-
-    setting: tuple[int, int, int]
-    name: str
-    code: Code
-    rmse: Interval
-    mse: Interval
-    relative_accuracy: Interval | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
-
-    Attributes:
-        rows: code by code, setting by setting.
-    """
-
-    rows: Sequence[Row]
-
-    def __str__(self) -> str:
-        lines = []
-        for (n, k, s), rows in _grouped(self.rows, lambda row: row.setting).items():
-            accuracies = "RelAcc" if rows[0].relative_accuracy else ""
-            lines += [
-                "",
-                f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost",
-                f"  {'':<25} {'RMSE':<18}{'MSE / variance':<18}{accuracies}".rstrip(),
-            ]
-            for row in rows:
-                accuracy = _text(row.relative_accuracy) if row.relative_accuracy else ""
-                error, mse = _text(row.rmse), _text(row.mse)
-                lines.append(f"  {row.name:<25} {error:<18}{mse:<18}{accuracy}".rstrip())
-        return "\n".join(lines[1:])
-
-    def draw(self) -> Figure:
-        """Draw the squared errors: against S for each N and K, or as bars if there is one S.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
-        from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
-
-        width = 6.5 * len(_grouped(self.rows, lambda row: row.setting[:2]))
-        figure = Figure(figsize=(width, 4.2), layout="constrained")
-        self.draw_on(figure)
-        return figure
-
-    def draw_on(self, figure: Figure | SubFigure) -> None:
-        """Draw on an existing figure, or on a part of one."""
-        panels = _grouped(self.rows, lambda row: row.setting[:2])
-        places = figure.subplots(1, len(panels), squeeze=False).flat
-        for axes, ((n, k), rows) in zip(places, panels.items(), strict=True):
-            axes.set_title(f"{k} inputs a group on {n} workers", fontsize=10)
-            one = len({row.setting for row in rows}) == 1
-            (_draw_bars if one else _draw_lines)(axes, rows)
-
-
-def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
-    for row, (color, _) in zip(rows, itertools.cycle(_STYLES), strict=False):
-        axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1], color=color)
-    axes.invert_yaxis()
-    axes.set_xlabel(_ERROR)
-
-
-def _draw_lines(axes: Axes, rows: Sequence[Row]) -> None:
-    curves = _grouped(rows, lambda row: row.name)
-    styled = zip(curves.items(), itertools.cycle(_STYLES), strict=False)
-    for (name, each), (color, marker) in styled:
-        inexact = [row for row in each if (row.mse[0] or 0) > _EXACT]
-        x, y = [row.setting[2] for row in inexact], [row.mse[0] or 0.0 for row in inexact]
-        axes.plot(x, y, label=name, color=color, marker=marker, markersize=4)
-    axes.set_yscale("log")
-    axes.set_xlabel("workers lost")
-    axes.set_ylabel(_ERROR)
-    axes.grid(which="major", alpha=0.3)
-    axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
+__all__ = ["compare", "peers", "received_by"]
 
 
 def peers(num_data: int, num_workers: int) -> dict[str, Code]:
@@ -135,6 +43,7 @@ def peers(num_data: int, num_workers: int) -> dict[str, Code]:
         "Berrut": BerrutCode(k, n, ordering="arrival"),
         "the paper's, ordered": SplineCode(k, n),
         "Berrut, ordered": BerrutCode(k, n),
+        "Floater-Hormann, ordered": FloaterHormannCode(k, n),
         "Lagrange, ordered": LagrangeCode(k, n, decoder_degree=k - 1),
         "replication": ReplicationCode(k, n, ordering="arrival"),
         "regression": RegressionCode(k, n),
@@ -145,48 +54,61 @@ def peers(num_data: int, num_workers: int) -> dict[str, Code]:
 def compare(
     module: nn.Module,
     batches: Iterable[Any],
-    settings: Sequence[tuple[int, int, int]] = ((24, 20, 4),),
+    settings: Sequence[Setting] = ((24, 20, 4),),
     *,
-    labels: Iterable[Tensor] | None = None,
+    labels: Sequence[Tensor] | None = None,
     more: Callable[[int, int], Mapping[str, Code]] | None = None,
+    surrogate: Callable[..., Any] | None = None,
+    schemes: Sequence[str] | None = None,
+    law: Callable[..., Stragglers] = Uniform,
+    received_sets: int = 1,
+    seeds: int | Sequence[int] = 0,
+    tuning: int | None = None,
     in_dims: Any = 0,
     out_dims: Any = 0,
-    law: Callable[..., Stragglers] = Uniform,
-    seed: int = 0,
 ) -> Comparison:
-    r"""Compare the codes on a model of one's own.
+    r"""Compare the codes, and the trivial baselines, on a model of one's own.
 
-    The paper's scheme, Berrut's and Lagrange's code, replication and
-    :class:`~coded_torch.codes.RegressionCode` answer the same batches from the same workers, S of N
-    lost uniformly. On the first quarter of the batches, at least one, every code's numbers are
-    chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
+    All schemes answer the same batches from the same workers. On the first batches every code's
+    numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
+    Beside the codes of :func:`peers` stand the baselines:
+
+    - "no redundancy, regression": the N workers compute each row once, and missing rows are
+      predicted;
+    - "no redundancy, surrogate": the surrogate's outputs are the answers of missing rows;
+    - "replication, surrogate": the same, where all copies are lost;
+    - "surrogate alone": its outputs are all answers, without any worker.
+
+    With a surrogate, "regression" and "no redundancy" also predict its residuals.
 
     Args:
         module: the module, in evaluation mode.
-        batches: at least two, of one size, such as will be answered. Each is what the module is
-            called with: an input, or a tuple of positional arguments.
+        batches: at least two, of one size, such as will be answered. Each is an argument of the
+            module, or a tuple of its positional arguments.
         settings: N, K and S of each: workers, inputs a group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers; the module's output is then
-            ``[B, classes]``. Defaults to None: errors only.
-        more: called with K and N of every setting, it returns further codes by their names, which
-            are tuned and drawn like the others.
+            ``[B, classes]``. Defaults to None, errors only.
+        more: a function of K and N that returns further codes by their names. Defaults to None.
+        surrogate: a cheap approximation of the module. Defaults to None.
+        schemes: the names of the schemes to try. Defaults to None, all.
+        law: a function of S and ``seed=`` that returns the law of the lost workers, whose latency
+            is infinite, such as a class of :mod:`coded_torch.stragglers`. Defaults to ``Uniform``.
+        received_sets: the number of received sets of a batch and seed. Defaults to 1.
+        seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
+        tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
-        law: called with S and ``seed=``, it returns the law of the lost workers, whose latency is
-            infinite: a class of :mod:`coded_torch.stragglers`, or a callable. Defaults to
-            ``Uniform``.
-        seed: the seed of the lost workers.
 
     Returns:
-        A table and a picture. Codes that mix inputs are left out if an input is not floating-point.
+        The raw data, a table and a picture. Codes that mix inputs are left out if an input is not
+        floating-point.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there are too few batches, or not as many labels; a setting violates
-            K <= N or S < N.
+        ValueError: an argument is out of range.
 
     Note:
         For every setting the module runs some N / K times on all batches, and for each encoder that
-        is tried on the first quarter.
+        is tried on the tuning batches.
 
     Example:
         >>> import torch
@@ -201,86 +123,120 @@ def compare(
     instance("compare", "module", module, nn.Module)
     calls = calls_of("compare", module, batches)
     if len(calls) < 2:
-        raise ValueError(
-            "compare: batches must hold at least two, one to tune on and one to answer, "
-            f"got {len(calls)}"
-        )
-    truth = _labels(labels, len(calls))
-    instance("compare", "more", more, Callable, optional=True)
-    instance("compare", "law", law, Callable)
+        must = "batches must hold at least two, one to tune on and one to answer"
+        raise ValueError(f"compare: {must}, got {len(calls)}")
+    truth: Sequence[Any] = [None] * len(calls)
+    if labels is not None:
+        if isinstance(labels, Tensor) or not isinstance(labels, Sequence):
+            got = type(labels).__name__
+            raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
+        if len(labels) != len(calls):
+            must = f"labels must be given for all {len(calls)} batches"
+            raise ValueError(f"compare: {must}, got {len(labels)}")
+        truth = labels
+    for name, value in (("more", more), ("surrogate", surrogate), ("law", law)):
+        instance("compare", name, value, Callable, optional=name != "law")
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
         raise ValueError("compare: settings must hold at least one (N, K, S), got none")
-    seed = count("compare", "seed", seed, least=0)
+    several: Sequence[Any] = seeds if isinstance(seeds, list | tuple | range) else [seeds]
+    seeds = [count("compare", "seeds", seed, least=0) for seed in several]
+    received_sets = count("compare", "received_sets", received_sets)
+    cut = max(1, len(calls) // 4) if tuning is None else tuning
+    cut = count("compare", "tuning", cut, most=len(calls) - 1)
 
-    def tried(args: Any, law: Stragglers, n: int, count: int) -> tuple[Trial, list[list[int]]]:
-        sets = [received_by(law, n) for _ in range(count)]
+    def tried(args: Any, law: Stragglers, n: int, number: int) -> tuple[Trial, list[list[int]]]:
+        sets = [received_by(law, n) for _ in range(number)]
         return Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims), sets
 
-    tuning = max(1, len(calls) // 4)
-    rows = []
+    records: list[Record] = []
+    codes: dict[tuple[Setting, str], Code] = {}
     for n, k, s in settings:
-        lost = _law(law, s, seed + 1)  # not the workers that are lost later
-        trials = [tried(args, lost, n, SETS) for args in calls[:tuning]]
-        mixable = trials[0][0].mixable
-        codes = {
+        drawn = _law(law, s, seeds[0] + 1)  # not the workers that are lost later
+        trials = [tried(args, drawn, n, SETS) for args in calls[:cut]]
+        if truth[0] is not None:
+            _check_labels(truth[0], trials[0][0].exact)
+        every = _schemes(k, n, trials[0][0], more)
+        tuned = {
             name: chosen(code, trials, s)
-            for name, code in _all(k, n, more).items()
-            if mixable or not code.mixes
+            for name, code in every.items()
+            if schemes is None or name in schemes
         }
-        scores = {name: Scores() for name in codes}
-        lost = _law(law, s, seed)
-        for args, classes in zip(calls[tuning:], truth[tuning:], strict=True):
-            trial, (received,) = tried(args, lost, n, 1)
-            if classes is not None:
-                _check_labels(classes, trial.exact)
-            for name, code in codes.items():
-                answers = trial.decode(code, received, num_stragglers=s)
-                scores[name].add(_flat(answers), _flat(trial.exact), classes)
-        rows += [_row((n, k, s), name, codes[name], x) for name, x in scores.items()]
-    return Comparison(rows)
+        codes |= {((n, k, s), name): code for name, code in tuned.items()}
+        for seed in seeds:
+            drawn = _law(law, s, seed)
+            for batch, (args, classes) in enumerate(zip(calls[cut:], truth[cut:], strict=True)):
+                trial, sets = tried(args, drawn, n, received_sets)
+                if classes is not None:
+                    _check_labels(classes, trial.exact)
+                exact = _flat(trial.exact)
+                found: dict[str, tuple[list[Score], Code | None]] = {}
+                cheap = trial.run(surrogate) if surrogate is not None else []
+                for received in sets:
+                    for name, answers, code in _answers(trial, tuned, received, s, cheap):
+                        scores, _ = found.setdefault(name, ([], code))
+                        scores.append(score(_flat(answers), exact, classes))
+                size = trial.batch_size
+                for name, (scores, code) in found.items():
+                    work = code.num_workers * -(-size // code.num_data) / size if code else 0.0
+                    head = n, k, s, name, repr(code) if code else "", seed, batch, size * len(sets)
+                    means = Score(*map(float, np.mean(scores, axis=0)))
+                    records.append(Record(*head, work, means))
+    return Comparison(records, codes)
 
 
-def _labels(labels: Any, count: int) -> list[Any]:
-    """Return the labels of each batch, None where there are none."""
-    if labels is None:
-        return [None] * count
-    if isinstance(labels, Tensor) or not isinstance(labels, Sequence):
-        got = type(labels).__name__
-        raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
-    if len(labels) != count:
-        raise ValueError(f"compare: labels must be given for all {count}, got {len(labels)}")
-    for x in labels:
-        if not isinstance(x, Tensor) or x.dtype == torch.bool or torch.is_floating_point(x):
-            got = getattr(x, "dtype", type(x).__name__)
-            raise TypeError(f"compare: labels must be integer tensors, one for each, got {got}")
-    return list(labels)
-
-
-def _check_labels(labels: Tensor, exact: Sequence[Tensor]) -> None:
-    shapes = [tuple(leaf.shape) for leaf in exact]
-    if len(shapes) != 1 or len(shapes[0]) != 2 or labels.shape != shapes[0][:1]:
-        raise ValueError(
-            "compare: labels must be [B] for a module that returns [B, classes], got "
-            f"{list(labels.shape)} for {' and '.join(map(str, map(list, shapes)))}"
-        )
-
-
-def _all(num_data: int, num_workers: int, more: Any) -> dict[str, Code]:
-    """Return the peers, and the codes that the caller adds to them."""
-    found = peers(num_data, num_workers)
-    added = {} if more is None else more(num_data, num_workers)
+def _schemes(k: int, n: int, trial: Trial, more: Any) -> dict[str, Code]:
+    """Return the codes by the names of their schemes."""
+    parts = min(n, trial.batch_size)
+    codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
+    added = {} if more is None else more(k, n)
     instance("compare", "what more returns", added, Mapping)
     for name, code in added.items():
         instance("compare", f"what more returns as {name!r}", code, Code)
-        if name in found or (code.num_data, code.num_workers) != (num_data, num_workers):
+        if name in codes or (code.num_data, code.num_workers) != (k, n):
             raise ValueError(
-                f"compare: more must return codes of K = {num_data} and N = {num_workers} under "
-                f"names that are not taken, got {code} as {name!r}"
+                f"compare: more must return codes of K = {k} and N = {n} under names that are not "
+                f"taken, got {code} as {name!r}"
             )
-        found[name] = code
-    return found
+    schemes = {**codes, **added}
+    return {name: code for name, code in schemes.items() if trial.mixable or not code.mixes}
+
+
+def _answers(
+    trial: Trial, codes: Mapping[str, Code], received: list[int], lost: int, cheap: list[Tensor]
+) -> Iterator[tuple[str, Sequence[Tensor], Code | None]]:
+    """Yield the name of each scheme, its answers, and its code."""
+    for name, code in codes.items():
+        answers = [torch.full_like(x, math.nan) for x in trial.exact]
+        if len(within(received, code)) >= code.min_received:
+            answers = trial.decode(code, received, lost)
+        yield name, answers, code
+    if cheap:
+        yield "surrogate alone", cheap, None
+    for name, code in codes.items() if cheap else ():
+        if name in ("no redundancy, regression", "replication"):
+            rows = trial.missing(code, received, lost)
+            answers = [_filled(*x, rows) for x in zip(trial.exact, cheap, strict=True)]
+            yield f"{name.partition(',')[0]}, surrogate", answers, code
+        if name in ("no redundancy, regression", "regression"):
+            answers = trial.decode(code, received, lost, cheap)
+            yield f"{name.removesuffix(', regression')}, residuals", answers, code
+
+
+def _filled(exact: Tensor, cheap: Tensor, rows: Tensor) -> Tensor:
+    return torch.where(rows.to(exact.device).view(-1, *[1] * (exact.dim() - 1)), cheap, exact)
+
+
+def _check_labels(labels: Any, exact: Sequence[Tensor]) -> None:
+    shapes = [list(leaf.shape) for leaf in exact]
+    if not isinstance(labels, Tensor) or labels.dtype == torch.bool or labels.is_floating_point():
+        got = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"compare: labels must be integer tensors, one for each batch, got {got}")
+    if len(shapes) != 1 or len(shapes[0]) != 2 or list(labels.shape) != shapes[0][:1]:
+        must = "labels must be [B] for a module that returns [B, classes]"
+        got = f"{list(labels.shape)} for {' and '.join(map(str, shapes))}"
+        raise ValueError(f"compare: {must}, got {got}")
 
 
 def _law(law: Callable[..., Stragglers], lost: int, seed: int) -> Stragglers:
@@ -294,46 +250,17 @@ def received_by(law: Stragglers, num_workers: int) -> list[int]:
     return law.sample(num_workers).isfinite().nonzero().flatten().tolist()
 
 
-def _setting(setting: Any) -> tuple[int, int, int]:
+def _setting(setting: Any) -> Setting:
     try:
         n, k, s = (count("compare", "settings", value, least=None) for value in setting)
     except (TypeError, ValueError):
         n, k, s = 0, 0, 0
     if not (1 <= k <= n and 0 <= s < n):
-        raise ValueError(
-            "compare: settings must be triples (N, K, S) of integers with 1 <= K <= N and "
-            f"0 <= S < N, got {shown(setting)}"
-        )
+        must = "settings must be triples (N, K, S) of integers with 1 <= K <= N and 0 <= S < N"
+        raise ValueError(f"compare: {must}, got {shown(setting)}")
     return n, k, s
-
-
-def _row(setting: tuple[int, int, int], name: str, code: Code, scores: Scores) -> Row:
-    found = scores.summary()
-    accuracy = found["relative_accuracy"]
-    known = None if accuracy[0] is None else accuracy
-    return Row(setting, name, code, found["rmse"], found["mse_to_variance"], known)
 
 
 def _flat(leaves: Sequence[Tensor]) -> Tensor:
     """Put all outputs of an input side by side, ``[B, C]``."""
     return torch.cat([leaf[..., None].flatten(1) for leaf in leaves], 1)
-
-
-def _grouped(rows: Iterable[Row], key: Any) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
-    return groups
-
-
-def _text(interval: Interval) -> str:
-    """Format a number and half the width of its interval, with the digits that this leaves."""
-    value, half = interval
-    if value is None:
-        return ""
-    if half is None or not half:
-        return f"{value:.3g}"
-    digits = max(0, 1 - math.floor(math.log10(half)))
-    if digits > 5:
-        return f"{value:.1e} ± {half:.0e}"
-    return f"{value:.{digits}f} ± {half:.{digits}f}"

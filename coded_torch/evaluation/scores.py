@@ -1,14 +1,13 @@
-r"""Scores of decoded answers against the model's own, with intervals over batches.
+r"""Scores of answers against the module's own, and the statistics of their comparison.
 
-Answers are ``[..., C]``: the last dimension is one answer, all others count inputs. An error is a
+Answers are ``[..., C]``: the last dimension is one answer, all others count rows. An error is a
 norm over all C numbers of an answer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,34 +20,77 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Interval", "Scores", "half_width", "ratio", "relative_accuracy", "rmse", "rounded"]
+__all__ = ["Interval", "Score", "half_width", "paired_p", "ratio", "relative_accuracy"]
+__all__ += ["rmse", "root", "rounded", "score"]
 
-Interval = list[float | None]  # a number, and half the width of its interval
+Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Student's 97.5 % quantiles for 1 to 10 degrees of freedom.
-_STUDENT = (
-    *(12.70620, 4.30265, 3.18245, 2.77645, 2.57058),
-    *(2.44691, 2.36462, 2.30600, 2.26216, 2.22814),
-)
+_STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _NORMAL = 1.959964  # the normal distribution's 97.5 % quantile
+_FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
+
+
+class Score(NamedTuple):
+    """The numbers of a scheme's answers, means over rows.
+
+    Attributes:
+        mse: the mean squared norm of an answer's error; NaN if an answer is missing.
+        error: the mean norm of an answer's error; NaN if an answer is missing.
+        variance: the mean squared norm of an exact answer less their mean.
+        right: the share of rows of the right class; NaN without labels.
+        exact_right: the same share of the module's own answers.
+        agreement: the share of rows that have the class of the module's own answer.
+    """
+
+    mse: float
+    error: float
+    variance: float
+    right: float
+    exact_right: float
+    agreement: float
+
+
+def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score:
+    """Return the scores of answers.
+
+    Args:
+        decoded: the answers, ``[..., C]``, floating-point; a row with NaN is missing and wrong.
+        exact: the model's own answers, the same shape.
+        labels: the true classes, integers, ``[...]``. Defaults to None, unknown.
+
+    Raises:
+        TypeError: the answers are not floating-point tensors, or the labels not integers.
+        ValueError: the shapes differ, or hold no answer.
+    """
+    for argument, value in (("decoded", decoded), ("exact", exact)):
+        dense("score", argument, value)
+    if decoded.shape != exact.shape or not exact.dim() or not exact.numel():
+        must = "decoded must have the shape [..., C] of exact and hold at least one answer"
+        raise ValueError(f"score: {must}, got {tuple(decoded.shape)} and {tuple(exact.shape)}")
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+            got = getattr(labels, "dtype", type(labels).__name__)
+            raise TypeError(f"score: labels must be an integer tensor, got {got}")
+        if labels.shape != exact.shape[:-1]:
+            must = f"labels must have shape {tuple(exact.shape[:-1])}"
+            raise ValueError(f"score: {must}, got {tuple(labels.shape)}")
+        labels = labels.to(exact.device)  # loaders have labels on the host
+    answered = decoded.isfinite().all(-1)
+    found, own = torch.where(answered, decoded.argmax(-1), -1), exact.argmax(-1)
+    squares, mean = _squares(decoded, exact), exact.double().reshape(-1, exact.shape[-1]).mean(0)
+    right = own_right = math.nan
+    if labels is not None:
+        right, own_right = ((x == labels).double().mean().item() for x in (found, own))
+    agreement = (found == own).double().mean().item()
+    variance = _squares(mean.expand_as(exact), exact).mean().item()
+    errors = squares.mean().item(), squares.sqrt().mean().item()
+    return Score(*errors, variance, right, own_right, agreement)
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
-    r"""Return the root of the mean squared error of an answer.
-
-    .. math:: \sqrt{\mathrm{E}\,\tfrac1K \sum_k \lVert \hat f(x_k) - f(x_k) \rVert_2^2}
-
-    Args:
-        decoded: the decoded answers, ``[..., C]``, floating-point, finite.
-        exact: the model's own answers, the same shape.
-
-    Returns:
-        The error, computed in float64, in the units of the answers.
-
-    Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: the shapes differ or hold no answer, or an entry is not finite.
+    """Return the root of the mean squared norm of an answer's error; see :func:`score`.
 
     Example:
         >>> import torch
@@ -56,127 +98,26 @@ def rmse(decoded: Tensor, exact: Tensor) -> float:
         >>> scores.rmse(torch.tensor([[7.0], [1.0]]), torch.zeros(2, 1))
         5.0
     """
-    _check("rmse", decoded, exact)
-    return float(_norms(decoded, exact).square().mean().sqrt())
+    return math.sqrt(score(decoded, exact).mse)
 
 
 def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
-    r"""Return the accuracy of the decoded answers over the accuracy of the model itself.
+    """Return the accuracy of decoded answers over the model's own; see :func:`score`.
 
-    Args:
-        decoded: the decoded scores of C classes, ``[..., C]``, floating-point, finite.
-        exact: the model's own scores, the same shape.
-        labels: the true classes, integers, ``[...]``.
-
-    Returns:
-        The ratio, at least 0. It is above 1 if decoding repairs more answers than it spoils.
+    The ratio is above 1 if decoding repairs more answers than it spoils.
 
     Raises:
-        TypeError: the scores are not floating-point tensors, or the labels not an integer tensor.
-        ValueError: the shapes do not fit or hold no answer, a score is not finite, or the model is
-            never right.
+        ValueError: the model is never right.
     """
-    _check("relative_accuracy", decoded, exact)
-    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-        raise TypeError(
-            "relative_accuracy: labels must be an integer tensor, "
-            f"got {getattr(labels, 'dtype', type(labels).__name__)}"
-        )
-    if labels.shape != exact.shape[:-1]:
-        raise ValueError(
-            f"relative_accuracy: labels must have shape {tuple(exact.shape[:-1])}, "
-            f"got {tuple(labels.shape)}"
-        )
-    right = int((exact.argmax(-1) == labels).sum())
-    if not right:
+    found = score(decoded, exact, labels)
+    if not found.exact_right:
         raise ValueError("relative_accuracy: the model must be right at least once, got never")
-    return int((decoded.argmax(-1) == labels).sum()) / right
+    return found.right / found.exact_right
 
 
-def _norms(decoded: Tensor, exact: Tensor) -> Tensor:
-    """Return the norm of every answer's error: ``[..., C] -> [...]``, float64."""
-    return (decoded.detach().double() - exact.detach().double()).square().sum(-1).sqrt()
-
-
-def _check(score: str, decoded: Tensor, exact: Tensor) -> None:
-    for argument, value in (("decoded", decoded), ("exact", exact)):
-        dense(score, argument, value)
-        if not value.dim() or not value.numel():
-            raise ValueError(
-                f"{score}: {argument} must have shape [..., C] and hold at least one answer, "
-                f"got {tuple(value.shape)}"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{score}: {argument} must be finite, got NaN or infinity")
-    if decoded.shape != exact.shape:
-        raise ValueError(
-            f"{score}: decoded must have the shape of exact, {tuple(exact.shape)}, "
-            f"got {tuple(decoded.shape)}"
-        )
-
-
-class Scores:
-    """The scores of one code, batch by batch."""
-
-    def __init__(self) -> None:
-        self._rows: list[tuple[float, ...]] = []
-
-    def add(
-        self,
-        answers: Tensor,
-        exact: Tensor,
-        labels: Tensor | None = None,
-    ) -> None:
-        """Add a batch.
-
-        Args:
-            answers: the decoded answers, ``[B, C]``. A missing one is NaN, and counts as wrong.
-            exact: the model's own answers, ``[B, C]``.
-            labels: the true classes, ``[B]``, integers, or None.
-        """
-        answered = answers.isfinite().all(-1)
-        found, own = torch.where(answered, answers.argmax(-1), -1), exact.argmax(-1)
-        norms, spread = _norms(answers, exact), _norms(exact.mean(0).expand_as(exact), exact)
-        mse = norms.square().mean().item()  # NaN where an answer is missing
-        right = own_right = math.nan
-        if labels is not None:
-            labels = labels.to(exact.device)  # files and loaders have them on the host
-            right, own_right = ((x == labels).double().mean().item() for x in (found, own))
-        agreement = (found == own).double().mean().item()
-        errors = mse, norms.mean().item(), spread.square().mean().item()
-        self._rows.append((right, own_right, agreement, *errors))
-
-    def __iadd__(self, other: Scores) -> Scores:
-        self._rows += other._rows
-        return self
-
-    @property
-    def columns(self) -> Array:
-        """Right, right by the model itself, agreement, MSE, mean error, variance.
-
-        ``[6, batches]``, NaN where a number is not known.
-        """
-        return np.array(self._rows).T
-
-    def summary(self, others: Mapping[str, Scores] | None = None) -> dict[str, Any]:
-        """Return scores with half the width of their intervals, also relative to others."""
-        right, own, agreement, mse, mean, variance = self.columns
-        root = math.sqrt(mse.mean())
-        summary: dict[str, Any] = {
-            "relative_accuracy": ratio(right, own),
-            "agreement": ratio(agreement, np.ones_like(agreement)),
-            "rmse": rounded(root, half_width(mse) / (2 * root) if root else 0.0),
-            "rmse_mean": rounded(mean.mean(), half_width(mean)),
-            "mse_to_variance": ratio(mse, variance),
-        }
-        for name, other in (others or {}).items():
-            if other is not self:
-                their_right, _, _, their_mse, *_ = other.columns
-                summary[f"against {name}"] = {
-                    "mse": ratio(mse, their_mse) if their_mse.any() else None,
-                    "relative_accuracy": ratio(right - their_right, own),
-                }
-        return summary
+def _squares(decoded: Tensor, exact: Tensor) -> Tensor:
+    """Return the squared norm of every answer's error: ``[..., C] -> [...]``, float64."""
+    return (decoded.detach().double() - exact.detach().double()).square().sum(-1)
 
 
 def ratio(a: Array, b: Array) -> Interval:
@@ -189,27 +130,42 @@ def ratio(a: Array, b: Array) -> Interval:
         return rounded(value, half_width(a - value * b) / b.mean())
 
 
+def root(squares: Array) -> Interval:
+    """Return the root of the mean of squares, and half the width of its interval."""
+    value = math.sqrt(squares.mean())
+    return rounded(value, half_width(squares) / (2 * value) if value else 0.0)
+
+
 def half_width(a: Array) -> float:
     """Return half the width of Student's 95 % interval of the mean, NaN of fewer than two."""
-    if len(a) < 2:
+    n, z = len(a) - 1, _NORMAL
+    if n < 1:
         return math.nan
-    return student(len(a)) * float(a.std(ddof=1)) / math.sqrt(len(a))
-
-
-def student(count: int) -> float:
-    """Return the standard errors that a 95 % interval of a mean of ``count`` numbers reaches."""
-    n, z = count - 1, _NORMAL
-    if n <= len(_STUDENT):
-        return _STUDENT[n - 1]
     # Abramowitz and Stegun, 26.7.5: within 1e-4 of the quantile from 11 degrees of freedom on.
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
+    expansion = z + sum(x / n ** (i + 1) for i, x in enumerate(terms))
+    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else expansion
+    return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
+
+
+def paired_p(differences: Array) -> float:
+    """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
+
+    The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
+    """
+    n = len(differences)
+    if 2**n <= _FLIPS:
+        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS, n))
+        signs[0] = 1.0
+    return float((np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-12)).mean())
 
 
 def rounded(*values: float) -> Interval:
-    """Round to four digits; None stands for NaN."""
+    """Round to four digits; NaN becomes None."""
     return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]

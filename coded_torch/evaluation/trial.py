@@ -1,4 +1,4 @@
-"""A module on one batch, tried with any code and any received set."""
+"""A module on one batch, answered by any scheme from any received set."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..nn.division import Inputs
 from ..nn.module_proxy import training_part
 from ..workers.task import broadcast_dims
 
-__all__ = ["Trial", "calls_of"]
+__all__ = ["Trial", "calls_of", "within"]
 
 
 @as_called()
@@ -28,21 +28,13 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
         TypeError: they are not a sequence of batches.
         ValueError: one of them is empty, or the module would learn from them.
     """
-    try:
-        calls = None if isinstance(batches, Tensor | np.ndarray | str | bytes) else list(batches)
-    except TypeError:
-        calls = None
-    if calls is None:
-        raise TypeError(
-            f"{owner}: batches must be a sequence of batches, such as [x], "
-            f"got {type(batches).__name__}"
-        )
+    if isinstance(batches, Tensor | np.ndarray | str | bytes) or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        raise TypeError(f"{owner}: batches must be a sequence of batches, such as [x], got {got}")
     if (name := training_part(module)) is not None:
-        raise ValueError(
-            f"{owner}: the module must be in evaluation mode, as {name} learns from every batch it "
-            "sees; call eval() on it"
-        )
-    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in calls]
+        must = f"the module must be in evaluation mode, as {name} learns from every batch it sees"
+        raise ValueError(f"{owner}: {must}; call eval() on it")
+    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
     for i, args in enumerate(calls):
         tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
         if not tensors:
@@ -53,7 +45,7 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
 
 
 class Trial:
-    """One batch: the module's answers, and the answers that codes decode.
+    """One batch: the module's answers, and the answers that schemes give.
 
     The module runs in this process, without gradients: once on the batch, and once for each
     distinct encoder, on the coded inputs of the workers that are in a received set.
@@ -63,11 +55,12 @@ class Trial:
         args: the positional arguments of the call.
         received: the received sets that will be tried.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
-        max_batch_size: the number of rows that the module is given at most. Defaults to None.
+        max_batch_size: the most rows that the module is given at once. Defaults to None, all.
 
     Attributes:
         inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
-        mixable: whether all divided inputs are floating-point, so that codes can mix them.
+        mixable: a bool: all divided inputs are floating-point, so codes can mix them.
+        batch_size: B
         exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
     """
 
@@ -90,57 +83,79 @@ class Trial:
         self._results: dict[int, list[Tensor]] = {}
         self.inputs = self._inputs.floating()
         self.mixable = len(self.inputs) == len(self._inputs.batches())
-        self.exact = self._run(self._inputs.batches())
+        self.batch_size = self._inputs.batch_size
+        self.exact = self.run(module)
+
+    def run(self, function: Callable[..., Any]) -> list[Tensor]:
+        """Return the outputs of a function of the module's inputs that are decoded."""
+        return self._run(function, self._inputs.batches())
 
     def decode(
         self,
         code: Code,
         received: Sequence[int],
-        *,
         num_stragglers: int = 0,
-        stage: Callable[[Tensor], Tensor] = lambda x: x,
+        surrogate: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """Return every output's answers, ``[B, ...]``.
 
         Args:
             code: the code.
-            received: the workers with results, one of the trial's received sets.
-            num_stragglers: S, the number of late workers that the code is to expect.
-            stage: a function of the results of every output, which is decoded.
+            received: the workers with results, in one of the trial's received sets. Workers from
+                the code's N on have no part in it.
+            num_stragglers: S, the number of late workers to expect.
+            surrogate: outputs ``[B, ...]`` whose residuals are decoded, under a code that repeats
+                inputs. Defaults to none.
         """
-        if (code, num_stragglers) not in self._plans:
-            plan = code.plan(
-                self.inputs,
-                num_stragglers,
-                batch_size=self._inputs.batch_size,
-                others=[] if self.inputs else self._inputs.batches(),
-            )
-            self._plans[code, num_stragglers] = plan, self._results_of(code, plan)
-        plan, results = self._plans[code, num_stragglers]
+        received = within(received, code)
+        plan, results = self._planned(code, num_stragglers)
         rows = [self._place[worker] for worker in received]
-        arrived = [stage(result[rows]) for result in results]
-        return [plan.decode(result, received) for result in arrived]
+        answers = []
+        for i, result in enumerate(results):
+            arrived, known = _scaled(result[rows], code), None
+            if surrogate:
+                known = _scaled(surrogate[i], code)
+                arrived = arrived - plan.encode(known)[received]
+            decoded = plan.decode(arrived, received)
+            decoded = decoded if known is None else decoded + known
+            answers.append(decoded if code.link is None else decoded.softmax(-1))
+        return answers
+
+    def missing(self, code: Code, received: Sequence[int], num_stragglers: int = 0) -> Tensor:
+        """Return the rows that no worker in a received set has computed: bool, ``[B]``."""
+        return self._planned(code, num_stragglers)[0].source(within(received, code)) < 0
+
+    def _planned(self, code: Code, num_stragglers: int) -> tuple[BatchPlan, list[Tensor]]:
+        """Return the code's plan of the batch, and its results, ``[|workers|, G, ...]`` each."""
+        num_stragglers = min(num_stragglers, code.num_workers - 1)
+        if (code, num_stragglers) not in self._plans:
+            others = [] if self.inputs else self._inputs.batches()
+            plan = code.plan(self.inputs, num_stragglers, batch_size=self.batch_size, others=others)
+            self._plans[code, num_stragglers] = plan, self._results_of(code, plan)
+        return self._plans[code, num_stragglers]
 
     def _results_of(self, code: Code, plan: BatchPlan) -> list[Tensor]:
-        """Return the results of the workers in received sets, ``[|workers|, G, ...]`` an output."""
+        workers = within(self._workers, code)
         if not code.mixes:  # workers compute inputs of the batch, whose results are known
-            return [plan.encode(leaf)[self._workers] for leaf in self.exact]
-        coded = [plan.encode(leaf)[self._workers] for leaf in self._inputs.batches()]
+            return [plan.encode(leaf)[workers] for leaf in self.exact]
+        coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
         content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
         if content not in self._results:
-            results = self._run([x.flatten(0, 1) for x in coded])
+            results = self._run(self._module, [x.flatten(0, 1) for x in coded])
             shape = coded[0].shape[:2]
             self._results[content] = [x.unflatten(0, shape) for x in results]
         return self._results[content]
 
-    def _run(self, batches: list[Tensor]) -> list[Tensor]:
-        """Return the module's outputs that are decoded, ``[R, ...]``, on rows ``[R, ...]``."""
+    def _run(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
+        """Return a function's outputs that are decoded, ``[R, ...]``, on rows ``[R, ...]``."""
         rows = len(batches[0])
         size = self._most or rows
-        parts = [self._call([x[i : i + size] for x in batches]) for i in range(0, rows, size)]
+        parts = [
+            self._call(function, [x[i : i + size] for x in batches]) for i in range(0, rows, size)
+        ]
         return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
 
-    def _call(self, batches: list[Tensor]) -> list[Tensor]:
+    def _call(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
         inputs, given = self._inputs, iter(batches)
         leaves = [
             leaf if dim is None else next(given).movedim(0, dim)
@@ -148,7 +163,7 @@ class Trial:
         ]
         args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
         with torch.no_grad(), as_called():
-            outputs, spec = pytree.tree_flatten(self._module(*args, **kwargs))
+            outputs, spec = pytree.tree_flatten(function(*args, **kwargs))
         dims = broadcast_dims("out_dims", self._out_dims, spec)
         found = [
             output.movedim(dim, 0)
@@ -163,6 +178,16 @@ class Trial:
             if not bool(output.isfinite().all()):
                 raise RuntimeError("the module must return finite outputs, got not finite ones")
         return found
+
+
+def _scaled(outputs: Tensor, code: Code) -> Tensor:
+    """Return outputs as they are decoded: with a link, probabilities as their logarithms."""
+    return outputs if code.link is None else outputs.clamp(torch.finfo(outputs.dtype).tiny).log()
+
+
+def within(received: Sequence[int], code: Code) -> list[int]:
+    """Return the workers of a received set that a code has."""
+    return [worker for worker in received if worker < code.num_workers]
 
 
 def _bytes(values: Tensor) -> bytes:

@@ -10,20 +10,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .._arguments import instance, shown
 from .._torch import on_host
 from ..codes.base import Code
 from ..nn import CodedWrapper
 from ..stragglers import Uniform
-from .trial import Trial, calls_of
+from .trial import Trial, calls_of, within
 
 __all__ = ["SETS", "chosen", "tune"]
 
-#: Received sets a batch. Rare sets decide the squared error; more sets cost as much again, and were
-#: not measured.
+#: The number of received sets of a batch. Rare sets decide the squared error; more than 5 were not
+#: measured.
 SETS = 5
 
 
@@ -31,24 +29,19 @@ SETS = 5
 def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any]) -> Code:
     r"""Choose the numbers of a wrapper's code that answer best on batches without labels.
 
-    All combinations of the values that the code proposes are tried,
-    :meth:`~coded_torch.codes.Code.candidates`: the smoothings of a ``SplineCode``, the order of a
-    ``FloaterHormannCode``, the decoder's degree of a ``LagrangeCode``, the metric and the length of
-    a ``RegressionCode``, which then pays nothing for choosing in a call. The best has the least
-    squared error against the module's own answers, over five received sets a batch. They are drawn
-    from the law of the wrapper's workers; without a law, S of N workers are lost uniformly.
+    The code has the least squared error, against the module's own answers, among all combinations
+    of its :meth:`~coded_torch.codes.Code.candidates`. Each batch has five received sets, drawn from
+    the law of the wrapper's workers; without a law, S of N workers are lost uniformly.
 
     Args:
         wrapper: a wrapped module with the code. It is not changed: assign the new code to
             ``wrapper.code``.
-        batches: a few batches like those that will be answered, also in size. Each is what the
-            wrapper is called with: an input, or a tuple of positional arguments.
-        values: by the name of a number, the values to choose it from, instead of what the code
-            proposes.
+        batches: a few batches like the later ones, also in size. Each is an input, or a tuple of
+            positional arguments.
+        values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
-        The code with the best numbers, of the wrapper's code's type; the first of equals. The code
-        itself if it has nothing to choose.
+        The code with the best numbers; the first of equals.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -96,32 +89,21 @@ def chosen(
     variants = _variants(code, values or {})
     if len(variants) == 1:
         return variants[0]
-    linked = code.link == "softmax"  # then logits are decoded, as the wrapper does
     errors = np.zeros(len(variants))
     for trial, sets in trials:
         for i, variant in enumerate(variants):
             for received in sets:
-                if len(received) < variant.min_received:
+                if len(within(received, variant)) < variant.min_received:
                     errors[i] = math.inf
                     continue
-                answers = trial.decode(
-                    variant,
-                    received,
-                    num_stragglers=num_stragglers,
-                    stage=_logits if linked else lambda x: x,
-                )
+                answers = trial.decode(variant, received, num_stragglers)
                 for a, e in zip(answers, trial.exact, strict=True):
-                    a = a.softmax(-1) if linked else a
                     errors[i] += float((a.double() - e.double()).square().sum())
     if not np.isfinite(errors).any():
         raise ValueError(
             f"tune: {code} must be able to decode what is received, got too few results"
         )
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
-
-
-def _logits(outputs: Tensor) -> Tensor:
-    return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
 
 
 def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
@@ -144,7 +126,7 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
     code, lost = _code(wrapper), wrapper.num_stragglers
     n = code.num_workers
-    # A copy: the wrapper's own calls lose what they would have lost.
+    # A copy keeps the draws of the wrapper's own calls.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
     deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
     shuffler = random.Random(0)

@@ -22,19 +22,20 @@ def test_every_benchmark_is_there_with_what_it_needs():
 
 
 def test_quick_runs_need_no_data(tmp_path, monkeypatch):
-    """The smallest of them as a whole; all of them are run by .ci/run."""
+    """Run the smallest of them as a whole; .ci/run runs all of them."""
 
     def forbidden(*_):
         raise AssertionError
 
     monkeypatch.setattr(networks, "load", forbidden)
-    path = tmp_path / "smoothing.json"
-    assert command.main(["smoothing", "--quick", "--output", str(path)]) == 0
-    (cases,) = json.loads(path.read_text())["measured"].values()
-    for case in cases.values():
-        for noises in case["surfaces"].values():
-            for found in noises.values():
-                assert min(map(min, found["rmse to best"])) == 1
+    path = tmp_path / "convergence.json"
+    words = ["--only", "x sin x", "S fixed"]
+    assert command.main(["convergence", "--quick", *words, "--output", str(path)]) == 0
+    (found,) = json.loads(path.read_text())["measured"]["x sin x"].values()
+    spline = found["no noise"]["spline"]
+    assert spline["slope"][0] < -3
+    assert len(spline["local slopes"]) == len(found["no noise"]["workers"]) - 1
+    assert found["no noise"]["floor"] == 0
 
 
 def test_one_that_was_stopped(monkeypatch, capsys):
@@ -71,22 +72,22 @@ def test_several_run_in_processes_of_their_own(started):
 def test_none_begins_after_one_has_failed(started, capsys):
     started.codes["distances"] = 1
     assert command.main([]) == 1
-    assert list(started.calls) == ["accuracy", "batches", "distances"]
+    assert list(started.calls) == ["accuracy", "distances"]
     assert capsys.readouterr().err == "distances failed with exit code 1\n"
 
 
 def test_an_interrupt_stops_all(started, capsys):
-    started.codes["batches"] = 130
+    started.codes["distances"] = 130
     assert command.main([]) == 130
-    assert list(started.calls) == ["accuracy", "batches"]
+    assert list(started.calls) == ["accuracy", "distances"]
     assert "what is done is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("speed", "NAME must be one of accuracy, batches,"),
-        ("accuracy batches --only x", "--only and --output need one NAME"),
+        ("speed", "NAME must be one of accuracy, distances,"),
+        ("accuracy distances --only x", "--only and --output need one NAME"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -26,6 +26,37 @@ def test_readmes_and_pages_are_those_of_the_results(results):
     assert shown | {table for page in PAGES.values() for table in page.tables} == set(TABLES)
 
 
+def test_every_claim_is_true(results):
+    for path in report.READMES:
+        for claim, holds in report.claims(path.read_text(), results):
+            assert holds, f"{path.name}: {claim}"
+
+
+COMPARES = r"\b(better|worse|as (well|good) as|less than|more than|fewer|times the|cuts|fails?)\b"
+
+
+def test_a_sentence_that_compares_has_its_numbers_or_its_claim():
+    text = report.READMES[1].read_text()
+    text = re.sub(r"<!-- table.*?end -->|^```.*?^```|^[|#!].*?$", "", text, flags=re.S | re.M)
+    # A claim, up to its end, is one sentence.
+    for sentence in re.split(r"(?<=[.:])\s+(?![^<]*<!-- end -->)", text):
+        if re.search(COMPARES, re.sub(r"<!--.*?-->", "", sentence, flags=re.S)):
+            assert "<!-- value" in sentence or "<!-- claim" in sentence, sentence
+
+
+#: Tables of answers that compare a scheme with itself, or two codes as a paper does.
+OWN_REFERENCE = {"fidelity", "memories", "drift", "useless", "metrics"}
+
+
+def test_no_table_of_answers_lacks_a_baseline(results):
+    for name, table in TABLES.items():
+        of = "accuracy" if name == "kept" else getattr(table, "rows", "").partition(" > ")[0]
+        if of in ("accuracy", "distances", "surrogates") and name not in OWN_REFERENCE:
+            text = report.markdown(name, results)
+            for baseline in ("no redundancy, regression", "on missing rows", "student alone"):
+                assert baseline in text, (name, baseline)
+
+
 def test_the_index_is_short():
     assert len(report.READMES[1].read_text().splitlines()) <= 250
 
@@ -38,11 +69,18 @@ def test_paths_lead_to_numbers_with_intervals():
         ["x", "0.5 ± 0.2", ""],
         ["y", "", ""],
     ]
-    spread = Table("a > *", (), {"": "n:.1f"}, spread=True)
-    assert report.rows_of(spread, results) == [["x", "y"], ["0.5 ± 0.2", ""]]
+    assert report.rows_of(table._replace(rows="a > y|z"), results)[1:] == [["y", "", ""]]
+    across = Table("a > *", (), {"": "n:.1f"}, 0)
+    assert report.rows_of(across, results) == [["x", "y"], ["0.5 ± 0.2", ""]]
+    both = {"a": {"x": {"p": 1, "q": 2}, "y": {"q": 3}}}
+    assert report.rows_of(Table("a > * > *", ("",), {"": ":g"}, 0), both) == [
+        ["", "x", "y"],
+        ["p", "1", ""],
+        ["q", "2", "3"],
+    ]
 
 
-def test_values_in_sentences_are_those_of_the_results():
+def test_values_and_claims_are_those_of_the_results():
     results = {"a": {"x": {"n": [0.5, 0.25]}, "y": {"n": 1.0}}}
     text = (
         "<!-- value: least a > * > n:.0% -->?<!-- end --> <!-- value: a > y > n:g --><!-- end -->"
@@ -52,13 +90,17 @@ def test_values_in_sentences_are_those_of_the_results():
     for wrong in ("a > * > n:g", "a > z > n:g"):
         with pytest.raises(ValueError, match="must lead to one number, got"):
             report.fill(f"<!-- value: {wrong} --><!-- end -->", results)
+    sides = {"a > x > n is below a > y > n": True, "most a > * > n is below 1": False}
+    sides |= {"2.1 times a > x > n is below a > y > n": False}
+    text = "".join(f"<!-- claim: {claim} -->true<!-- end -->" for claim in sides)
+    assert dict(report.claims(text, results)) == sides
 
 
 def test_other_results_make_another_table(results):
     page = report.READMES[2].read_text()
     others = copy.deepcopy(results)
-    for case in others["batches"]["lenet5"]["main"].values():
-        case["codes"]["KernelCode"]["relative_accuracy"] = [0.123456, 0.05]
+    for case in others["accuracy"]["lenet5"]["table"]["B = 240"].values():
+        case["schemes"]["regression"]["relative_accuracy"] = [0.123456, 0.05]
     assert "| 0.123 ± 0.050 |" in report.fill(page, others)
 
 

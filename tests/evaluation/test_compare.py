@@ -1,6 +1,5 @@
-"""Codes side by side on any model: the same batches and lost workers, a table and a picture."""
+"""Codes and baselines side by side on any model: raw data, statistics, a table and a picture."""
 
-import dataclasses
 import math
 
 import pytest
@@ -10,12 +9,21 @@ import coded_torch
 from coded_torch import codes
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.evaluation import scores
-from coded_torch.evaluation.compare import Comparison, Row, compare, peers, received_by
+from coded_torch.evaluation.compare import compare, peers, received_by
+from coded_torch.evaluation.comparison import Comparison, Record
+from coded_torch.evaluation.scores import Score
 from coded_torch.nn import CodedWrapper
 from coded_torch.stragglers import Contiguous, Trace, Uniform
 from coded_torch.workers import LocalWorkers
 
-NAMES = list(peers(4, 6))
+NAMES = [*peers(4, 6), "no redundancy, regression"]
+WITH_A_SURROGATE = [
+    "surrogate alone",
+    "replication, surrogate",
+    "regression, residuals",
+    "no redundancy, surrogate",
+    "no redundancy, residuals",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def shipped():
 @pytest.fixture(scope="module")
 def found(shipped):
     model, batches, labels = shipped
-    return compare(model, batches, [(24, 20, 4), (9, 8, 1)], labels=labels, seed=3)
+    return compare(model, batches, [(24, 20, 4), (9, 8, 1)], labels=labels, seeds=3)
 
 
 def by_name(comparison, setting):
@@ -37,9 +45,10 @@ def by_name(comparison, setting):
 def test_every_scheme_at_every_setting_in_order(found):
     expected = [(setting, name) for setting in ((24, 20, 4), (9, 8, 1)) for name in NAMES]
     assert [(row.setting, row.name) for row in found.rows] == expected
-    for row in found.rows:
-        assert (row.code.num_workers, row.code.num_data) == row.setting[:2]
-    assert isinstance(by_name(found, (9, 8, 1))["replication"].code, codes.ReplicationCode)
+    for (setting, name), code in found.codes.items():
+        single = name == "no redundancy, regression"
+        assert (code.num_workers, code.num_data) == (setting[0], setting[1 - single])
+    assert isinstance(found.codes[(9, 8, 1), "replication"], codes.ReplicationCode)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -48,7 +57,7 @@ def test_numbers_are_those_of_the_wrapper(shipped, found, name):
     row = by_name(found, (24, 20, 4))[name]
     coded = CodedWrapper(
         model,
-        row.code.replace(shuffle=False),
+        found.codes[(24, 20, 4), name].replace(shuffle=False),
         workers=LocalWorkers(Uniform(4, seed=3)),
     )
     with torch.inference_mode():
@@ -66,17 +75,18 @@ def test_numbers_are_those_of_the_wrapper(shipped, found, name):
 def test_codes_are_tuned_on_the_first_quarter_only(shipped, found):
     model, batches, _ = shipped
     others = [batches[0], *(torch.rand_like(x) for x in batches[1:])]
-    again = compare(model, others, [(24, 20, 4)], seed=3)
+    again = compare(model, others, [(24, 20, 4)], seeds=3)
     for name, row in by_name(again, (24, 20, 4)).items():
-        assert repr(row.code) == repr(by_name(found, (24, 20, 4))[name].code)
+        code = again.codes[(24, 20, 4), name]
+        assert repr(code) == repr(found.codes[(24, 20, 4), name])
         assert row.relative_accuracy is None
-    numbers = by_name(found, (24, 20, 4))["the paper's scheme"].code
+    numbers = found.codes[(24, 20, 4), "the paper's scheme"]
     assert (numbers.encoder_smoothing, numbers.decoder_smoothing) != (0.0, 0.0)
 
 
 def test_a_seed_repeats_and_another_does_not(shipped):
     model, batches, _ = shipped
-    runs = [compare(model, batches[:2], [(9, 8, 1)], seed=seed).rows[0].rmse for seed in (0, 0, 1)]
+    runs = [compare(model, batches[:2], [(9, 8, 1)], seeds=seed).rows[0].rmse for seed in (0, 0, 1)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -88,7 +98,7 @@ def test_workers_are_lost_by_any_law(shipped):
         asked.append((lost, seed))
         return Trace([[math.inf] * lost + [0.0] * (9 - lost)])
 
-    compare(model, batches[:2], [(9, 8, 1)], law=law, seed=5)
+    compare(model, batches[:2], [(9, 8, 1)], law=law, seeds=5)
     assert sorted(asked) == [(1, 5), (1, 6)]
     uniform = compare(model, batches[:2], [(9, 8, 3)]).rows[0].rmse
     assert compare(model, batches[:2], [(9, 8, 3)], law=Contiguous).rows[0].rmse > uniform
@@ -99,7 +109,7 @@ def test_workers_are_lost_by_any_law(shipped):
 def test_nothing_lost(shipped):
     model, batches, labels = shipped
     for row in compare(model, batches[:2], [(12, 4, 0)], labels=labels[:2]).rows:
-        if not row.code.mixes:
+        if row.name in ("replication", "regression", "no redundancy, regression"):
             assert row.rmse[0] < 1e-4
             assert row.relative_accuracy[0] == 1
 
@@ -122,7 +132,75 @@ def test_inputs_that_cannot_be_mixed_go_to_codes_that_do_not(generator):
 
     tokens = [torch.randint(0, 50, (40,), generator=generator) for _ in range(2)]
     found = compare(Embedded(), tokens, [(8, 5, 2)])
-    assert [row.name for row in found.rows] == ["replication", "regression"]
+    assert [row.name for row in found.rows] == ["replication", "regression", NAMES[-1]]
+
+
+def test_baselines_with_a_surrogate_are_the_formulas(generator):
+    model, cheap = torch.nn.Tanh(), torch.nn.Hardtanh()
+    batches = [torch.randn(12, 2, generator=generator) for _ in range(3)]
+
+    def law(lost, seed):
+        return Trace([[0.0, 0.0, math.inf, 0.0]])
+
+    found = compare(model, batches, [(4, 3, 1)], surrogate=cheap, law=law)
+    rows = by_name(found, (4, 3, 1))
+    assert list(rows) == [*NAMES, *WITH_A_SURROGATE]
+    exact, stands = torch.cat(batches[1:]).tanh(), cheap(torch.cat(batches[1:]))
+    assert rows["surrogate alone"].rmse[0] == pytest.approx(scores.rmse(stands, exact), rel=1e-3)
+    assert rows["surrogate alone"].work == 0
+    missing = rows["no redundancy, surrogate"]
+    assert 0 < missing.rmse[0] < rows["surrogate alone"].rmse[0]
+    assert missing.work == rows["no redundancy, residuals"].work == 1
+    assert rows["replication, surrogate"].work == pytest.approx(4 / 3)
+    assert rows["replication, surrogate"].mse[0] < rows["replication"].mse[0]
+    some = compare(model, batches, [(4, 3, 1)], surrogate=cheap, schemes=["replication"])
+    assert [row.name for row in some.rows] == ["replication", *WITH_A_SURROGATE[:2]]
+    perfect = by_name(compare(model, batches, [(4, 3, 1)], surrogate=model, law=law), (4, 3, 1))
+    for name in WITH_A_SURROGATE:
+        assert perfect[name].rmse[0] < 1e-6
+
+
+def test_received_sets_and_seeds_are_averaged_in_the_raw_data(shipped):
+    model, batches, labels = shipped
+    options = {"labels": labels, "tuning": 2}
+    one = compare(model, batches, [(9, 8, 2)], seeds=[0, 7], **options)
+    assert {(x.seed, x.batch) for x in one.records} == {(s, b) for s in (0, 7) for b in (0, 1)}
+    assert {x.rows for x in one.records} == {96}
+    many = compare(model, batches, [(9, 8, 2)], received_sets=3, **options)
+    assert {x.rows for x in many.records} == {3 * 96}
+    assert len(many.records) == 2 * len(NAMES)
+    first = [x for x in one.records if x.scheme == "replication" and x.batch == 0]
+    assert len({x.score.mse for x in first}) == 2
+    row = by_name(one, (9, 8, 2))["replication"]
+    mean = sum(x.score.mse for x in one.records if x.scheme == "replication") / 4
+    assert row.rmse[0] == pytest.approx(mean**0.5, rel=1e-3)
+
+
+def test_raw_data_are_saved_and_read(found, tmp_path):
+    found.save(tmp_path / "rows.csv")
+    lines = (tmp_path / "rows.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(found.records)
+    again = Comparison.read(tmp_path / "rows.csv")
+    assert again.records == found.records
+    assert str(again) == str(found)
+
+
+def test_against_a_reference_differences_are_paired():
+    def record(name, batch, mse, right):
+        return Record(3, 2, 1, name, "", 0, batch, 10, 1.5, Score(mse, 1.0, 2.0, right, 1.0, 0.9))
+
+    records = [record("a", i, 1.0 + i, 0.5) for i in range(8)]
+    records += [record("b", i, 2.0 + 2 * i, 0.75) for i in range(8)]
+    records += [record("c", i, 1.0 + i + (-1) ** i, 0.5) for i in range(8)]
+    a, b, c = Comparison(records).against("a")
+    assert a.mse_ratio is a.p is a.gain is None
+    assert (b.mse_ratio, b.gain) == ([2.0, 0.0], [0.25, 0.0])
+    assert b.p == 2 * 2 / 2**8  # of two comparisons
+    assert c.p == 1
+    assert b.changed == (8, 80)
+    with pytest.raises(ValueError, match="reference must be one of a, b, c, got 'd'"):
+        Comparison(records).against("d")
+    assert b.mse == pytest.approx([4.5, b.mse[1]])
 
 
 def test_table(found):
@@ -133,19 +211,30 @@ def test_table(found):
     for line, row in zip(lines[2 : 2 + len(NAMES)], found.rows, strict=False):
         assert line.startswith(f"  {row.name} ")
         assert line.count("±") == 3
-        assert float(line[28:].split()[0]) == pytest.approx(row.rmse[0], rel=0.05)
+        assert float(line[29:].split()[0]) == pytest.approx(row.rmse[0], rel=0.05)
     assert lines[2 + len(NAMES)] == ""
     assert lines[3 + len(NAMES)].startswith("N = 9 workers")
 
 
+def made(setting, name, mse, batch=0):
+    return Record(
+        *setting, name, "", 0, batch, 4, 1.0, Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
+    )
+
+
 def test_table_without_labels_and_intervals():
-    row = Row((3, 2, 1), "mine", codes.SplineCode(2, 3), [0.123456, None], [1e-7, 2e-8], None)
-    assert str(Comparison([row])).splitlines()[1:] == [
-        "                            RMSE              MSE / variance",
-        "  mine                      0.123             1.0e-07 ± 2e-08",
+    numbers = 1e-6 + 1e-9 * torch.tensor([-1.0, 1.0])
+    rows = [made((3, 2, 1), "few", 0.0152416), made((5, 2, 1), "mine", float(numbers[0]))]
+    rows.append(made((5, 2, 1), "mine", float(numbers[1]), 1))
+    assert str(Comparison(rows)).splitlines() == [
+        "N = 3 workers, K = 2 inputs a group, S = 1 workers lost",
+        "                              RMSE            MSE / variance",
+        "  few                         0.123           0.0152",
+        "",
+        "N = 5 workers, K = 2 inputs a group, S = 1 workers lost",
+        "                              RMSE            MSE / variance",
+        "  mine                        1.0e-03 ± 6e-06 1.0e-06 ± 1e-08",
     ]
-    (axes,) = Comparison([dataclasses.replace(row, mse=[0.5, None])]).draw().axes
-    assert [bar.get_width() for bar in axes.patches] == [0.5]
 
 
 class Half(codes.ReplicationCode):
@@ -168,21 +257,25 @@ def test_codes_of_ones_own_take_part():
             compare(torch.nn.Tanh(), batches, [(6, 4, 2)], more=lambda k, n, wrong=wrong: wrong)
 
 
-def test_picture_of_one_setting_has_a_bar_for_each_scheme(found):
-    rows = list(by_name(found, (9, 8, 1)).values())
-    (axes,) = Comparison(rows).draw().axes
-    assert [text.get_text() for text in axes.get_yticklabels()] == NAMES
-    assert [bar.get_width() for bar in axes.patches] == [row.mse[0] for row in rows]
+def test_picture_of_one_setting_has_a_bar_for_each_scheme():
+    (axes,) = Comparison([made((9, 8, 1), x, 0.5) for x in "abc"]).draw().axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*"abc"]
+    assert [bar.get_width() for bar in axes.patches] == [0.5] * 3
 
 
-def test_picture_of_several_settings_leaves_out_what_is_exact(found):
-    rows = list(by_name(found, (24, 20, 4)).values())
-    exact = [dataclasses.replace(row, setting=(24, 20, 0), mse=[1e-12, 0.0]) for row in rows]
-    more = [dataclasses.replace(row, setting=(24, 20, 8)) for row in rows]
-    (axes,) = Comparison([*exact, *rows, *more]).draw().axes
-    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert lines == {name: [4, 8] for name in NAMES}
-    assert len(Comparison(found.rows).draw().axes) == 2
+def test_pictures_of_several_settings_leave_out_what_is_exact():
+    by_s = [made((24, 20, s), x, (s or 1e-7) / 9) for s in (0, 4, 8) for x in "ab"]
+    (axes,) = Comparison(by_s).draw().axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_label()}
+    assert axes.get_title() == "20 inputs a group on 24 workers"
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())] == [[4, 8]] * 2
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
+    assert lines
+    by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
+    (axes,) = Comparison(by_n).draw().axes
+    assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs a group, 2 workers lost", "workers")
+    figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
+    assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
 
 
 def test_received_are_those_not_lost():
@@ -211,9 +304,12 @@ ONES = [torch.ones(4, 1)] * 2
         ((torch.nn.Tanh(), ONES, [(5, 4, 5)]), {}, ValueError, r"settings must .* got \(5, 4, 5\)"),
         ((torch.nn.Tanh(), ONES, [(5, 4)]), {}, ValueError, r"settings must be .* got \(5, 4\)"),
         ((torch.nn.Tanh(), ONES, (5, 4, 1)), {}, ValueError, "settings must be triples .* got 5"),
-        ((torch.nn.Tanh(), ONES), {"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+        ((torch.nn.Tanh(), ONES), {"seeds": -1}, ValueError, "seeds must be at least 0, got -1"),
+        ((torch.nn.Tanh(), ONES), {"tuning": 2}, ValueError, "tuning must be .* got 2"),
+        ((torch.nn.Tanh(), ONES), {"received_sets": 0}, ValueError, "received_sets must be"),
+        ((torch.nn.Tanh(), ONES), {"surrogate": 3}, TypeError, "surrogate must be"),
         ((torch.nn.Tanh(), ONES), {"labels": ONES[:1]}, ValueError, "labels must be given for all"),
-        ((torch.nn.Tanh(), ONES), {"labels": None, "seed": "x"}, TypeError, "seed must be an int"),
+        ((torch.nn.Tanh(), ONES), {"seeds": ["x"]}, TypeError, "seeds must be an int"),
     ],
 )
 def test_bad_arguments(arguments, options, kind, message):

@@ -1,12 +1,14 @@
 """A module on one batch, tried with any code."""
 
+import math
+
 import pytest
 import torch
 
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode
 from coded_torch.evaluation.trial import Trial
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Uniform
+from coded_torch.stragglers import Trace, Uniform
 from coded_torch.workers import LocalWorkers
 
 
@@ -45,25 +47,42 @@ def test_the_module_runs_once_for_each_encoder_on_what_is_received(x):
 @pytest.mark.parametrize("kind", [SplineCode, RegressionCode, ReplicationCode])
 def test_answers_are_those_of_the_wrapper(x, kind, ordering):
     code = kind(8, 10, ordering=ordering, shuffle=False)
-    law = Uniform(3, seed=0)
-    coded = CodedWrapper(torch.nn.Tanh(), code, workers=LocalWorkers(law))
+    coded = CodedWrapper(torch.nn.Tanh(), code, workers=LocalWorkers(Uniform(3, seed=0)))
     received = Uniform(3, seed=0).sample(10).isfinite().nonzero().flatten().tolist()
     trial = Trial(torch.nn.Tanh(), (x,), [received])
     (answers,) = trial.decode(code, received, num_stragglers=3)
     torch.testing.assert_close(answers, coded(x))
     assert torch.equal(trial.exact[0], x.tanh())
+    if not code.mixes:
+        missing = coded.last_run.predicted
+        assert torch.equal(trial.missing(code, received, num_stragglers=3), missing)
 
 
-def test_a_stage_is_what_is_decoded(x):
-    code, received = SplineCode(8, 10), [0, 1, 2, 4, 5, 6, 8]
-    (staged,) = Trial(torch.nn.Tanh(), (x,), [received]).decode(code, received, stage=torch.exp)
+def test_results_with_a_link_are_decoded_as_the_wrapper_does(x):
+    code, received = RegressionCode(8, 10, shuffle=False, link="softmax"), [0, 1, 2, 4, 5, 6, 8]
+    model = torch.nn.Softmax(-1)
+    latencies = [0.0 if n in received else math.inf for n in range(10)]
+    coded = CodedWrapper(model, code, workers=LocalWorkers(Trace([latencies])))
+    (answers,) = Trial(model, (x,), [received]).decode(code, received, num_stragglers=0)
+    torch.testing.assert_close(answers, coded(x))
 
-    class Staged(torch.nn.Module):
-        def forward(self, x):
-            return x.tanh().exp()
 
-    (wanted,) = Trial(Staged(), (x,), [received]).decode(code, received)
-    torch.testing.assert_close(staged, wanted)
+def test_residuals_of_a_surrogate_are_decoded(x):
+    code, received = RegressionCode(8, 10, shuffle=False), [0, 1, 2, 4, 5, 6, 8]
+    trial = Trial(torch.nn.Tanh(), (x,), [received])
+    cheap = trial.run(lambda x: x.tanh() - 0.5)
+    (answers,) = trial.decode(code, received, 3, cheap)
+    torch.testing.assert_close(answers, x.tanh())
+    (alone,) = trial.decode(code, received, 3)
+    assert (alone - x.tanh()).abs().max() > 0.01
+
+
+def test_workers_that_a_code_does_not_have_have_no_part_in_it(x):
+    trial = Trial(torch.nn.Tanh(), (x,), [[0, 1, 3, 7, 9]])
+    code = RegressionCode(4, 4)
+    more, few = trial.decode(code, [0, 1, 3, 7, 9])[0], trial.decode(code, [0, 1, 3])[0]
+    assert torch.equal(more, few)
+    assert int(trial.missing(code, [0, 1, 3, 7, 9]).sum()) == 4
 
 
 def test_dimensions_and_leaves_are_the_callers(x):
