@@ -21,7 +21,7 @@ from coded_torch.evaluation.compare import compare
 from coded_torch.evaluation.comparison import Comparison, Record
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 
-from . import networks, tasks
+from . import tasks
 from .accuracy import FEW, SMALL, Case, cells
 from .runs import Measurement, progress
 from .students import of_task, student
@@ -62,9 +62,8 @@ def drawn(
             yield split, task, of_task(task).model, [Batch(task.inputs[:SIZE], labels)]
         return
     if name in PICTURES:
-        network = networks.load(name)
-        task = Task(network.model, network.held_out[0], network.tuning[0], network.held_out[1])
-        cheap = student(name, network.model).model
+        task = tasks.pictures(name)
+        cheap = student(name, task.model).model
     else:
         task = tasks.sequence(name)
         cheap = of_task(task).model

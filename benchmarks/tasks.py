@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import networks
 from .data import CACHE, MissingDataError, folder_of
 
-__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "sequence", "table", "task"]
+__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table", "task"]
 
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 # The tables whose features have units of their own.
@@ -237,6 +237,12 @@ def _speeches() -> Task:
     with torch.no_grad():
         inputs, training = both[0](tokens[held_out]), both[0](tokens[train])
     return Task(both[1], inputs, training, y[held_out], both[1].stem)
+
+
+def pictures(name: str) -> Task:
+    """Return a network of :mod:`benchmarks.networks`; the tuning images stand for training ones."""
+    network = networks.load(name)
+    return Task(network.model, network.held_out[0], network.tuning[0], network.held_out[1])
 
 
 def _cached(
