@@ -20,11 +20,11 @@ from coded_torch.workers import Workers
 
 __all__ = ["FEATURES", "SEED", "START", "Client", "K", "Killer", "N", "S", "affine", "stopped"]
 
-SEED = 0
+SEED = 0  # the seed of inputs and kills
 K, N, S = 4, 6, 2
-FEATURES = 64
+FEATURES = 64  # columns of an input
 START = 120.0  # seconds that a pool may take to come up
-TOLERANCE = 1e-6  # of double precision, relative to the largest output
+TOLERANCE = 1e-6  # float64 rounding, relative to the largest output
 
 
 def affine() -> nn.Module:
@@ -62,7 +62,7 @@ class Client:
         return spent
 
     def requests(self, count: int) -> tuple[list[float], int]:
-        """Send requests; returns the seconds of those that were answered, and how many failed."""
+        """Send requests; return the seconds of the answered ones, and how many failed."""
         times, failed = [], 0
         for _ in range(count):
             try:
@@ -89,7 +89,7 @@ class Killer(threading.Thread):
             victims = self.random.sample(pids, min(len(pids), self.random.randint(1, self.most)))
             start = time.monotonic()
             for pid in victims:
-                with contextlib.suppress(ProcessLookupError):  # it has just died by itself
+                with contextlib.suppress(ProcessLookupError):  # the process has just ended
                     os.kill(pid, signal.SIGKILL)
             self.kills += len(victims)
             while set(victims) & set(self.pool.pids) or self.pool.num_ready < N:

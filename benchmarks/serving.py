@@ -1,10 +1,10 @@
-"""What does a model behind HTTP bear? ``python -m benchmarks serving``.
+"""The answers of a model behind HTTP under faults: ``python -m benchmarks serving``.
 
 LeNet-5 in the application of :mod:`coded_torch.serve` under uvicorn, in a process of its own, on
 six worker processes. Requests of 1 to 8 rows arrive on their own, and latencies count from when a
 request was due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
 
-- faults: every row is compared with what the module computes;
+- faults: every row is compared with the module's own output;
 - predicted: how often LeNet-5's class is predicted rightly from so many earlier answers.
 """
 
@@ -38,10 +38,10 @@ from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 from .runs import Measurement
 from .traffic import drive, percentiles
 
-SEED = 0
+SEED = 0  # the seed of requests, delays and kills
 K, N = 4, 6
-DEADLINE = 0.2
-MOST_ROWS = 8  # of a request
+DEADLINE = 0.2  # seconds
+MOST_ROWS = 8  # the rows of the largest request
 SLACK = 0.015  # seconds after the deadline
 WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers

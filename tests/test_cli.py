@@ -106,7 +106,7 @@ def test_an_output_that_cannot_be_written_stops_the_work(command, redirection, e
     """The demo would take longer than the timeout."""
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     line = f'{{ "$0" -c "{code}" {command}; echo $? > code; }} {redirection}'
-    # It runs elsewhere than in the checkout, which is not built, and which -c looks at first.
+    # The checkout, which -c looks at first, may not be built.
     shell = ["sh", "-c", line, sys.executable]
     done = subprocess.run(shell, capture_output=True, timeout=60, cwd=tmp_path)
     assert done.stderr.decode() == err

@@ -54,7 +54,7 @@ def pair():
     pool = workers.DeviceWorkers(["cpu"] * 2)
     return CodedWrapper(Sum().eval(), workers=pool, waiting=Waiting(predict=False))
 """
-ROWS = 200
+ROWS = 200  # rows of the file
 
 
 @pytest.fixture

@@ -40,8 +40,7 @@ def job(args: argparse.Namespace) -> None:
         paths = [args.output / f"batch-{start:012}.pt" for start in range(0, rows, args.batch_size)]
         missing = [(n * args.batch_size, path) for n, path in enumerate(paths) if not path.exists()]
         batches = (read(start, min(rows, start + args.batch_size)) for start, _ in missing)
-        with torch.no_grad():
-            found = coded.eval().map(batches, in_flight=args.in_flight)
+        found = coded.eval().map(batches, in_flight=args.in_flight)
     counts: Counter[str] = Counter()
     begin = time.monotonic()
     try:

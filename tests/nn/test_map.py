@@ -53,7 +53,7 @@ def test_answers_come_in_order_and_equal_those_of_single_calls(coded, model):
     model.gates[0] = threading.Event()
     most = []
 
-    def release():  # when the others in flight have run
+    def release():  # waits until the others in flight have run
         until = time.monotonic() + 30
         while len(model.running) < 4 and time.monotonic() < until:
             time.sleep(0.005)

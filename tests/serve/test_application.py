@@ -80,16 +80,6 @@ def test_metadata(client):
         assert names == ["output", *(spec.name for spec in ADDED)]
 
 
-@pytest.mark.parametrize("version", ["", "/versions/1"])
-def test_answers_are_the_modules(client, version):
-    status, answer = client.infer(ONE | {"id": "x"}, f"/v2/models/m{version}/infer")
-    assert (status, answer["id"]) == (200, "x")
-    assert answer["parameters"] == {"predicted_rows": 0, "late_workers": "", "coverage": 0.95}
-    (output,) = answer["outputs"]
-    exact = linear()(torch.tensor(ROWS)).detach()
-    assert torch.allclose(torch.tensor(output["data"]).reshape(2, 2), exact)
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
@@ -159,11 +149,11 @@ def test_a_bad_request_leaves_the_connection_usable_and_no_label_in_the_metrics(
 
 
 def chunked(port, chunks):
-    """Send a body in chunks without its length, and return the beginning of the answer."""
+    """Send a body without its length, and return the beginning of the answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
         head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(head.encode())
-        with contextlib.suppress(OSError):  # it may be refused before all is sent
+        with contextlib.suppress(OSError):  # the server may refuse before all is sent
             for chunk in chunks:
                 connection.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk))
             connection.sendall(b"0\r\n\r\n")
@@ -254,7 +244,7 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
 
 
 def test_while_all_processes_hang_requests_are_refused_at_once():
-    pool = FaultyWorkers(ProcessWorkers(2, grace=60.0), delays=Bernoulli(1.0))  # for ever
+    pool = FaultyWorkers(ProcessWorkers(2, grace=60.0), delays=Bernoulli(1.0))  # infinite delays
     application = built(workers=pool, deadline=1.0)
     with serving(application) as port, Client(port) as client, Client(port) as other:
         assert client.infer(ONE)[0] == 504
@@ -419,7 +409,7 @@ class Seen(nn.Module):
 
     def forward(self, x):
         run_by.add(threading.get_ident())
-        time.sleep(0.05)  # so that every worker is wanted
+        time.sleep(0.05)  # every worker is wanted
         return x[:, :2]
 
 

@@ -17,7 +17,7 @@ from coded_torch.workers import WorkerError
 
 
 class Model:
-    """Doubles its input when it may, and remembers what it was given."""
+    """Doubles its input when it may, and remembers its inputs."""
 
     def __init__(self):
         self.batches, self.seconds, self.counted = [], [], []
@@ -85,7 +85,7 @@ async def until(condition):
 
 
 def refused(batcher, seconds=10.0):
-    """Why a request is refused before it is read."""
+    """Return the status and the reason of a request that is refused before it is read."""
     with pytest.raises(RequestError) as caught, batcher.reading(time.monotonic() + seconds):
         raise AssertionError
     return caught.value.status_code, caught.value.reason
@@ -126,7 +126,7 @@ async def test_rows_of_different_shapes_are_not_mixed(quick):
 async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
     batcher = model.batcher(slots=3, parts=2)
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
-    await until(lambda: len(model.batches) == 2)  # of one part and of two
+    await until(lambda: len(model.batches) == 2)  # one has one part, the other two
     assert batcher.num_queued == 2
     model.go.set()
     assert await answers(*entries) == [[0.0], [2.0] * 3, [4.0], [6.0]]
@@ -152,7 +152,7 @@ async def test_a_cancelled_request_is_not_computed(model):
     second.cancel()
     await asyncio.sleep(0)
     assert batcher.num_queued == 1
-    first.cancel()  # it runs already: its answer is dropped
+    first.cancel()  # the answer of a running request is dropped
     model.go.set()
     assert await answers(last) == [[4.0]]
     assert model.batches == [[0], [2]]
@@ -165,7 +165,7 @@ async def test_an_expired_request_does_not_shorten_the_batch_of_others(model):
     await asyncio.sleep(0.02)
     model.go.set()
     assert await answers(first, last) == [[0.0], [4.0]]
-    assert not short.done()  # its handler knows
+    assert not short.done()  # the handler notices the deadline itself
     assert model.batches == [[0], [2]]
     assert model.seconds[1] > 9
 
@@ -255,7 +255,7 @@ async def test_rows_without_a_result_are_late_or_unavailable(quick, ended, worke
     quick.behave, quick.failed = fail, True
     first, second, third = await answers(*[put(batcher, float(i)) for i in range(3)])
     assert first.status_code == second.status_code == status
-    assert third == [4.0]  # it was computed
+    assert third == [4.0]  # the only computed row
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from coded_torch.cli.main import main
 
 from .servers import Client, tensor, wait_until
 
-SLOW = 3  # the bars are those of a machine with nothing else to do
+SLOW = 3  # the factor of a busy host: the bars hold on an idle one
 # On asyncio's own loop, as without uvloop, which is not among the dependencies.
 CODE = """import sys; sys.modules['uvloop'] = None
 from coded_torch.cli.main import main; sys.exit(main())"""
@@ -83,7 +83,7 @@ def mine(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def running(*arguments, cwd=None):
-    """The command as a process, what it has printed so far, its log and its port."""
+    """Run the command; yield its process, with its output and log so far, and its port."""
     line = [sys.executable, "-c", CODE, "serve", "--port", "0", *arguments]
     # Not in the checkout, whose package may not be built: Python looks there first.
     with tempfile.TemporaryDirectory() as folder, tempfile.NamedTemporaryFile() as log:

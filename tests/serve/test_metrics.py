@@ -32,7 +32,7 @@ def test_a_batch():
     report = Report(
         asked=(0, 1, 2, 3),
         received=(0, 1, 3),
-        rejected={3: "was killed by SIGKILL"},  # its successor answered
+        rejected={3: "was killed by SIGKILL"},  # the next worker at its place answered
         work=1.5,
         hedges=(hedge(4, True), hedge(5, False), hedge(6, False)),
         predicted=torch.tensor([True, False, False, True]),

@@ -18,7 +18,7 @@ from coded_torch.serve.protocol import ADDED, format_answer, largest_body, parse
 from .servers import INPUTS, OUTPUTS, tensor
 
 ROWS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
-MOST = 8
+MOST = 8  # rows of a request
 RADIUS = ADDED[1]
 SHAPES = [2, 4], [6], [], [-1, 3], [0, 3], [2.0, 3]
 

@@ -18,13 +18,13 @@ ray = pytest.importorskip("ray", reason="needs the extra 'serve-ray'")
 serve = pytest.importorskip("ray.serve", reason="needs the extra 'serve-ray'")
 pytestmark = [
     pytest.mark.ray,
-    # They come from Ray's own files, sockets and tasks, when its connection ends.
+    # Ray leaves files, sockets and tasks when its connection ends.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-WAIT = 120.0
+WAIT = 120.0  # seconds for a cluster to start
 
 
 def lenet():
