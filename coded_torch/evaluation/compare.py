@@ -24,8 +24,7 @@ from ..codes import (
 from ..stragglers import Stragglers, Uniform
 from .comparison import Comparison, Record, Setting
 from .scores import Score, score
-from .trial import Trial, calls_of, within
-from .tune import SETS, chosen
+from .tune import SETS, Trial, calls_of, chosen, within
 
 __all__ = ["compare", "peers", "received_by"]
 

@@ -1,4 +1,4 @@
-r"""Choosing the numbers of a code by its error on unlabelled data."""
+r"""Trials of schemes on batches, and the choice of a code's numbers by its error on them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import copy
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._arguments import instance, shown
-from .._torch import on_host
-from ..codes.base import Code
+from .._torch import as_called, on_host
+from ..codes import BatchPlan, Code
 from ..nn import CodedWrapper
+from ..nn.division import Inputs
+from ..nn.module_proxy import training_part
 from ..stragglers import Uniform
-from .trial import Trial, calls_of, within
+from ..workers.task import broadcast_dims
 
-__all__ = ["SETS", "chosen", "tune"]
+__all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]
 
 #: The number of received sets of a batch. Rare sets decide the squared error; more than 5 were not
 #: measured.
@@ -142,3 +147,177 @@ def _code(wrapper: CodedWrapper) -> Code:
     if wrapper.code is None:
         raise ValueError("tune: wrapper must have a code, got one without")
     return wrapper.code
+
+
+@as_called()
+def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
+    """Return the positional arguments of a call for each of ``batches``.
+
+    Raises:
+        TypeError: they are not a sequence of batches.
+        ValueError: one of them is empty, or the module would learn from them.
+    """
+    if isinstance(batches, Tensor | np.ndarray | str | bytes) or not isinstance(batches, Iterable):
+        got = type(batches).__name__
+        raise TypeError(f"{owner}: batches must be a sequence of batches, such as [x], got {got}")
+    if (name := training_part(module)) is not None:
+        must = f"the module must be in evaluation mode, as {name} learns from every batch it sees"
+        raise ValueError(f"{owner}: {must}; call eval() on it")
+    calls = [batch if isinstance(batch, tuple) else (batch,) for batch in batches]
+    for i, args in enumerate(calls):
+        tensors = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+        if not tensors:
+            raise TypeError(f"{owner}: batches[{i}] must hold a tensor, got {shown(args)}")
+        if any(0 in x.shape[:1] for x in tensors):
+            raise ValueError(f"{owner}: batches[{i}] must hold at least one input, got none")
+    return calls
+
+
+class Trial:
+    """One batch: the module's answers, and the answers that schemes give.
+
+    The module runs in this process, without gradients: once on the batch, and once for each
+    distinct encoder, on the coded inputs of the workers that are in a received set.
+
+    Args:
+        module: the module.
+        args: the positional arguments of the call.
+        received: the received sets that will be tried.
+        in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
+        max_batch_size: the most rows that the module is given at once. Defaults to None, all.
+
+    Attributes:
+        inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
+        mixable: a bool: all divided inputs are floating-point, so codes can mix them.
+        batch_size: B
+        exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        received: Iterable[Sequence[int]] = (),
+        *,
+        in_dims: Any = 0,
+        out_dims: Any = 0,
+        max_batch_size: int | None = None,
+    ) -> None:
+        # A code that mixes checks the inputs itself; the batch goes to the module as it is.
+        self._inputs = Inputs(args, {}, in_dims)
+        self._module, self._out_dims, self._most = module, out_dims, max_batch_size
+        self._workers = sorted({worker for workers in received for worker in workers})
+        self._place = {worker: i for i, worker in enumerate(self._workers)}
+        self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
+        self._results: dict[int, list[Tensor]] = {}
+        self.inputs = self._inputs.floating()
+        self.mixable = len(self.inputs) == len(self._inputs.batches())
+        self.batch_size = self._inputs.batch_size
+        self.exact = self.run(module)
+
+    def run(self, function: Callable[..., Any]) -> list[Tensor]:
+        """Return the outputs of a function of the module's inputs that are decoded."""
+        return self._run(function, self._inputs.batches())
+
+    def decode(
+        self,
+        code: Code,
+        received: Sequence[int],
+        num_stragglers: int = 0,
+        surrogate: Sequence[Tensor] = (),
+    ) -> list[Tensor]:
+        """Return every output's answers, ``[B, ...]``.
+
+        Args:
+            code: the code.
+            received: the workers with results, in one of the trial's received sets. Workers from
+                the code's N on have no part in it.
+            num_stragglers: S, the number of late workers to expect.
+            surrogate: outputs ``[B, ...]`` whose residuals are decoded, under a code that repeats
+                inputs. Defaults to none.
+        """
+        received = within(received, code)
+        plan, results = self._planned(code, num_stragglers)
+        rows = [self._place[worker] for worker in received]
+        answers = []
+        for i, result in enumerate(results):
+            arrived, known = _scaled(result[rows], code), None
+            if surrogate:
+                known = _scaled(surrogate[i], code)
+                arrived = arrived - plan.encode(known)[received]
+            decoded = plan.decode(arrived, received)
+            decoded = decoded if known is None else decoded + known
+            answers.append(decoded if code.link is None else decoded.softmax(-1))
+        return answers
+
+    def missing(self, code: Code, received: Sequence[int], num_stragglers: int = 0) -> Tensor:
+        """Return the rows that no worker in a received set has computed: bool, ``[B]``."""
+        return self._planned(code, num_stragglers)[0].source(within(received, code)) < 0
+
+    def _planned(self, code: Code, num_stragglers: int) -> tuple[BatchPlan, list[Tensor]]:
+        """Return the code's plan of the batch, and its results, ``[|workers|, G, ...]`` each."""
+        num_stragglers = min(num_stragglers, code.num_workers - 1)
+        if (code, num_stragglers) not in self._plans:
+            others = [] if self.inputs else self._inputs.batches()
+            plan = code.plan(self.inputs, num_stragglers, batch_size=self.batch_size, others=others)
+            self._plans[code, num_stragglers] = plan, self._results_of(code, plan)
+        return self._plans[code, num_stragglers]
+
+    def _results_of(self, code: Code, plan: BatchPlan) -> list[Tensor]:
+        workers = within(self._workers, code)
+        if not code.mixes:  # workers compute inputs of the batch, whose results are known
+            return [plan.encode(leaf)[workers] for leaf in self.exact]
+        coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
+        content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
+        if content not in self._results:
+            results = self._run(self._module, [x.flatten(0, 1) for x in coded])
+            shape = coded[0].shape[:2]
+            self._results[content] = [x.unflatten(0, shape) for x in results]
+        return self._results[content]
+
+    def _run(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
+        """Return a function's outputs that are decoded, ``[R, ...]``, on rows ``[R, ...]``."""
+        rows = len(batches[0])
+        size = self._most or rows
+        parts = [
+            self._call(function, [x[i : i + size] for x in batches]) for i in range(0, rows, size)
+        ]
+        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
+
+    def _call(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
+        inputs, given = self._inputs, iter(batches)
+        leaves = [
+            leaf if dim is None else next(given).movedim(0, dim)
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
+        with torch.no_grad(), as_called():
+            outputs, spec = pytree.tree_flatten(function(*args, **kwargs))
+        dims = broadcast_dims("out_dims", self._out_dims, spec)
+        found = [
+            output.movedim(dim, 0)
+            for output, dim in zip(outputs, dims, strict=True)
+            if dim is not None and isinstance(output, Tensor)
+        ]
+        for output in found:
+            if not output.is_floating_point():
+                raise TypeError(
+                    f"an output must be a floating-point tensor to be decoded, got {output.dtype}"
+                )
+            if not bool(output.isfinite().all()):
+                raise RuntimeError("the module must return finite outputs, got not finite ones")
+        return found
+
+
+def _scaled(outputs: Tensor, code: Code) -> Tensor:
+    """Return outputs as they are decoded: with a link, probabilities as their logarithms."""
+    return outputs if code.link is None else outputs.clamp(torch.finfo(outputs.dtype).tiny).log()
+
+
+def within(received: Sequence[int], code: Code) -> list[int]:
+    """Return the workers of a received set that a code has."""
+    return [worker for worker in received if worker < code.num_workers]
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()
