@@ -49,7 +49,7 @@ WAYS["rows"] = lambda: {"parts": 4}
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_answers_under_a_default_device(way):
-    x = randn(30, 3)
+    x = randn(32, 3)
     pool = LocalWorkers(Uniform(2, seed=0))
     assert unchanged(lambda: CodedWrapper(nn.Tanh(), **way(), workers=copy.deepcopy(pool))(x))
 
