@@ -42,15 +42,16 @@ def client(port):
 
 
 class Held(nn.Module):
-    """Computes when it may."""
+    """Computes rows of zeros at once, and others when it may."""
 
     def __init__(self):
         super().__init__()
         self.begun, self.go = threading.Semaphore(0), threading.Event()
 
     def forward(self, x):
-        self.begun.release()
-        assert self.go.wait(30)
+        if x.any():
+            self.begun.release()
+            assert self.go.wait(30)
         return x[:, :2]
 
 
@@ -63,7 +64,8 @@ def held():
 
 
 def holding(held, **options):
-    return built(held, workers=DeviceWorkers(["cpu"] * 6), **{"deadline": 30.0} | options)
+    options = {"deadline": 30.0, "max_ongoing_batches": 1} | options
+    return built(held, workers=DeviceWorkers(["cpu"] * 6), **options)
 
 
 def test_metadata(client):
@@ -207,6 +209,16 @@ def test_a_full_queue_is_noticed_before_the_body_is_read(held):
         for thread in threads:
             thread.join(30)
     assert answers == [200, 200]
+
+
+def test_requests_are_answered_beside_a_slow_one_while_workers_are_idle(held):
+    with serving(holding(held, max_ongoing_batches=None)) as port, Client(port) as client:
+        client.connection.request("POST", PATH, json.dumps(ONE))
+        assert held.begun.acquire(timeout=30)
+        with Client(port) as other:
+            assert other.infer({"inputs": [tensor([[0.0] * 3])]})[0] == 200
+        held.go.set()
+        assert client.connection.getresponse().status == 200
 
 
 def test_a_body_that_does_not_come_within_the_deadline_is_408():
