@@ -14,12 +14,12 @@ from .geometry import evenly
 if TYPE_CHECKING:
     from .gaussian_process import GaussianProcess
 
-__all__ = ["Bars", "ErrorBars", "LeftOut", "Shrunk", "bars", "label_risks", "thresholds"]
+__all__ = ["GROWTH", "Bars", "ErrorBars", "LeftOut", "Shrunk", "bars", "label_risks", "thresholds"]
 
-# The power of the variance by which errors are divided. With .75 every tercile of the standard
+#: The power of the variance by which errors are divided. With .75 every tercile of the standard
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
 # coverage)
-_GROWTH = 0.75
+GROWTH = 0.75
 # Of more missing rows, so many results calibrate: 1,024 missing rows take 4 ms. (benchmarks
 # coverage)
 _MISSING, _CALIBRATING = 256, 200
@@ -84,7 +84,7 @@ def thresholds(
     w, ratio = weights if signed else weights.abs(), left_out.variances / variances[:, None]
     shrink = 1 / (1 + w.square() * ratio)  # of the variance of j, once row i is among the results
     ratio = ratio * shrink
-    score, pull = ratio.pow(_GROWTH / 2), trust * w * ratio + rest / count
+    score, pull = ratio.pow(GROWTH / 2), trust * w * ratio + rest / count
     after = trust * shrink * left_out.residuals
     if rest:  # the mean of the others has row i in it, too
         of_mean = rest * left_out.deviations
@@ -257,6 +257,21 @@ class ErrorBars:
             largest = torch.cat([found.new_full((len(rows), 1), math.inf), largest], 1)
             radii[rows] = largest.gather(1, outside[:, None]).squeeze(1)
         return radii
+
+    def enough(self, coverage: float) -> bool:
+        """Return whether results are as many as the level needs."""
+        return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bars)
+
+    def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBars:
+        """Return error bars that other predictions have, by the triangle inequality.
+
+        Args:
+            thresholds: ``[B, m]``, of the errors of the other predictions.
+            off: ``[B]``, the norms of the predictions less the other predictions.
+        """
+        limits = (thresholds + off[:, None])[None]
+        bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
+        return ErrorBars(self.batch_size, bars)
 
     def without(self, unknown: Tensor) -> ErrorBars:
         """Return infinite error bars for some rows, bool ``[B]``, and the same for others."""

@@ -55,7 +55,7 @@ class CodedWrapper(ModuleProxy):
     finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing
     and is rejected: mask logits with a large negative number, not ``-inf``. By rows, and with codes
     that repeat inputs, rows with NaN or infinity are computed, too; if the result of such a row is
-    missing, its answer is the mean of the others, with an infinite expected error.
+    missing, its answer is the mean of the others, with an infinite radius.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and

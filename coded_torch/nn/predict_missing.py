@@ -37,20 +37,13 @@ logger = sparing_logger("coded_torch.nn")
 # The factor of the surrogates' own squares, so that equal surrogates share their weight. It was not
 # tuned.
 _RIDGE = 1.001
-# Results that determine weights: more cost time and change no weight noticeably. (benchmarks
-# surrogates)
-_ROWS = 4096
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
 
 
 def checked_surrogates(given: Any) -> tuple[Any, ...]:
-    """Return one surrogate or several as a tuple: as an attribute, a module would be a submodule.
-
-    Raises:
-        TypeError: they are neither callables nor memories.
-    """
+    """Return one surrogate or several as a tuple: as an attribute, a module would be a submodule."""
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
     for surrogate in several:
         if not (callable(surrogate) or isinstance(surrogate, Memory)):
@@ -127,8 +120,7 @@ class Answers:
                     mean = own[source[known].to(own.device)].mean(0)
                     rows = _filled(rows, predicted & odd, mean)
                 if bars is not None:
-                    bars = bars if odd is None else bars.without(predicted & odd)
-                    report.note_bars(bars, self._coverage, self._link)
+                    self._note(bars, rows)
                 weights.append(of_surrogates)
                 choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             divided.append(rows)
@@ -145,13 +137,9 @@ class Answers:
     def alone(
         self, waiting: Waiting, division: Division, stacked: Stacked | None, error: Exception
     ) -> Any:
-        """Return a surrogate's answers for missing rows if too few results predict them.
+        """Return a surrogate's answers for missing rows, or raise the error if none may answer.
 
-        Args:
-            waiting: the policy.
-            division: of the batch.
-            stacked: the results that came, or the form of earlier ones; None if there are none.
-            error: to be raised if no surrogate can, or may, answer.
+        ``stacked`` holds the results that came, or the form of earlier results.
         """
         report = self._report
         blamed = report.refused and waiting.on_error == "raise"
@@ -168,8 +156,8 @@ class Answers:
         if not able:
             raise error
         number, outputs = able[0]
-        answers, received = list(stacked.leaves), list(stacked.units)
-        for i in divided:
+        answers, received, whole = list(stacked.leaves), list(stacked.units), None
+        for i in reversed(divided):  # the first output last, for its error bars
             leaf, dim = stacked.leaves[i], stacked.dims[i] or 0
             output = _from_scale(outputs[i], self._link).to(leaf.device, leaf.dtype)
             # A copy: the surrogate may return a tensor that it keeps, or the inputs themselves.
@@ -180,10 +168,25 @@ class Answers:
         source = torch.full((division.batch_size,), -1)
         source[received] = torch.arange(len(received))
         report.note_source(source, stacked.parts, len(division.first))
-        report.note_bars(ErrorBars.unknown(source < 0), self._coverage, self._link)
+        if whole is not None:
+            self._note(ErrorBars.unknown(source < 0), whole)
         name = type(self._surrogates[number]).__name__
         report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
         return unflatten(answers, stacked.spec)
+
+    def _note(self, bars: ErrorBars, answers: Tensor) -> None:
+        """Note error bars. With too few results, a memory's rows calibrate them."""
+        odd = self._inputs.not_finite
+        for memory, _ in () if bars.enough(self._coverage) or self._link else self._memories:
+            inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
+            found = memory.error_bars(inputs) if inputs else None
+            if found is not None and found[0][0].shape == answers.shape:
+                off = plain("Memory", "answers", answers).double() - found[0][0]
+                bars = bars.calibrated(found[1], off.flatten(1).norm(dim=1).cpu())
+                break
+        if odd is not None:
+            bars = bars.without(odd)
+        self._report.note_bars(bars, self._coverage, self._link)
 
     def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
         """Return the outputs of each surrogate, on the scale on which results are decoded.
@@ -215,10 +218,8 @@ class Answers:
         outputs: list[Tensor | None] = []
         for result, dim in zip(stacked.leaves, stacked.dims, strict=True):
             output = next(predicted, None) if decodable(result, dim) else None
-            if output is not None:
-                fits = output.shape[1:] == result.shape[2:]
-                output = _levelled(output, self._inputs.not_finite) if fits else None
-            outputs.append(output)
+            fits = output is not None and output.shape[1:] == result.shape[2:]
+            outputs.append(_levelled(output, self._inputs.not_finite) if fits else None)
         return outputs
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> list[Tensor | None]:
@@ -353,8 +354,7 @@ def _least_squares(
     """Return the weights of guesses in results, ``[F, R, ...]`` each, by those at flat ``rows``.
 
     Returns:
-        The weights, the share of the squares that the guesses explain, and the share that as many
-        guesses of noise would explain.
+        The weights, and the shares of the squares that guesses and as much noise explain.
     """
 
     def centred(values: Tensor) -> Tensor:
@@ -362,7 +362,6 @@ def _least_squares(
         return sample - sample.mean(0)  # [n, C]
 
     with outside():
-        rows = rows[:: max(1, len(rows) // _ROWS)]
         y, s = centred(results), torch.stack([centred(g).flatten() for g in guesses])  # [J, n C]
         products, right = s @ s.T, s @ y.flatten()
         varies = products.diagonal() > 0
@@ -388,7 +387,7 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
     return decoded if link is None else decoded.softmax(dim=-1)
 
 
-def _levelled(values: Tensor, odd: Tensor | None) -> Tensor:
+def _levelled(values: Any, odd: Tensor | None) -> Tensor:
     """Replace the rows of values that are ``odd`` by the mean of the others; None: no row is."""
     return values if odd is None else _filled(values, odd, values[~odd.to(values.device)].mean(0))
 

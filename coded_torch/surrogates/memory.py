@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .._arguments import count
 from .._logging import sparing_logger
 from .._torch import exactly, fingerprint
-from ..input_space.gaussian_process import GaussianProcess, matern52, scaled
+from ..input_space.coverage import GROWTH
+from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52, scaled
 from ..input_space.geometry import LANDMARKS, distances_among, evenly, typical_rows
 from ..input_space.metrics import (
     DEFAULT,
@@ -50,6 +51,7 @@ _PATH = 240  # rows of the path whose steps are the unit of length, as many as b
 # that; neither was tuned.
 _FRESH = 256
 _SHARE = 0.02
+_BLOCK = 4096  # outputs whose residuals are in memory together
 _MOST_NUMBERS = 2**25  # that are kept, 128 MB
 
 
@@ -177,6 +179,23 @@ class Memory:
         Returns:
             ``[n, ...]``, float32, for every output, on the inputs' device. None if nothing has been
             learnt for inputs of these shapes.
+        """
+        found = self.error_bars(inputs)
+        return None if found is None else found[0]
+
+    def error_bars(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
+        """Return predictions, and how far off the first output may be.
+
+        If rows that are remembered and a new row are exchangeable, the error of the row exceeds its
+        k-th largest threshold with probability k / (m + 1), but for the choice of the metric.
+
+        Args:
+            inputs: as for :meth:`predict`.
+
+        Returns:
+            The predictions; and thresholds ``[n, m]``, float64, the leave-one-out residuals of m
+            remembered results, scaled by the distances to the nearest result. None as for
+            :meth:`predict`.
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
@@ -320,14 +339,25 @@ class _Snapshot:
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
         self._length = LENGTH * path_step(among, similarity_order(among.sqrt()))
-        weights, mean = GaussianProcess(squared, self._length).coefficients(outputs)
+        process = GaussianProcess(squared, self._length)
+        weights, mean = process.coefficients(outputs)
         self._mean = mean.float()
+        # The scores of results that are left out, of the first output.
+        left_out, first = process.left_out, outputs[:, : form[1][0].numel()].double()
+        among = squared[left_out]
+        among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
+        sizes = _deviation(matern52(among, self._length))
+        residuals = torch.cat(
+            [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)], 1
+        )
+        self._scores = torch.linalg.vector_norm(residuals, dim=1) / sizes
         self._weights = weights.float().T.contiguous().T  # so that the product takes half the time
         # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
         squares = rows.square().sum(1, keepdim=True)
         self._to_rows = torch.cat([rows, torch.ones_like(squares), squares], 1).T
 
-    def predict(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def predict(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Return outputs, and thresholds of their errors as :meth:`Memory.error_bars` does."""
         with exactly():
             z = self._space(leaves_of(inputs))
             squares = z.square().sum(1, keepdim=True)
@@ -336,7 +366,14 @@ class _Snapshot:
             outputs = torch.addmm(self._mean, covariances, self._weights).to(inputs[0].device)
         shapes = self.form[1]
         parts = outputs.split([shape.numel() for shape in shapes], 1)
-        return [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
+        found = [x.reshape(len(x), *shape) for x, shape in zip(parts, shapes, strict=True)]
+        return found, _deviation(covariances)[:, None] * self._scores
+
+
+def _deviation(covariances: Tensor) -> Tensor:
+    """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
+    nearest = covariances.amax(1).double()
+    return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
 
 
 def _copied(leaf: Leaf) -> Leaf:

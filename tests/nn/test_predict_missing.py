@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import ReplicationCode, SplineCode
 from coded_torch.stragglers import Uniform
+from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
 from .modules import FIXED, WAYS, Call, divided, linear, rand
@@ -273,3 +274,30 @@ def test_a_lack_of_memory_is_raised_with_the_answers_that_came(error):
     own = ~coded.last_run.predicted
     torch.testing.assert_close(info.value.answers[own], net()(x)[own])
     assert info.value.answers[~own].isnan().all()
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_few_results_are_calibrated_by_a_memory(lost):
+    """One of four rows missing, or all; 1,000 earlier rows say how far off it may be."""
+    f, known = net(), Memory()
+    coded = CodedWrapper(
+        f, parts=4, workers=LocalWorkers(Uniform(lost, seed=1)), waiting=Waiting(), surrogate=known
+    )
+    known.follow(f)
+    earlier = rand(1000, 4, seed=9)
+    known.observe([earlier], [f(earlier).detach()])
+    with torch.no_grad():
+        coded.workers = LocalWorkers()
+        coded(rand(4, 4))  # the form of outputs is known then
+        coded.workers = LocalWorkers(Uniform(lost, seed=1))
+        known.rebuild()
+        inside = []
+        for seed in range(100):
+            x = rand(4, 4, seed=100 + seed)
+            answers, report = coded.run(x)
+            missing = report.predicted
+            assert report.radii[missing].isfinite().all()
+            assert report.radii_at(0.999)[missing].isinf().all()
+            errors = (answers - f(x)).norm(dim=1)
+            inside += (errors <= report.radii)[missing].tolist()
+    assert 0.85 <= sum(inside) / len(inside) <= 1
