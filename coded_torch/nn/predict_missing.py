@@ -43,7 +43,7 @@ _CHANCE = 6
 
 
 def checked_surrogates(given: Any) -> tuple[Any, ...]:
-    """Return one surrogate or several as a tuple: as an attribute, a module would be a submodule."""
+    """Return surrogates as a tuple: as an attribute, a module would be a submodule."""
     several = tuple(given) if isinstance(given, list | tuple) else (given,)
     for surrogate in several:
         if not (callable(surrogate) or isinstance(surrogate, Memory)):
