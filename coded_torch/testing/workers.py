@@ -300,10 +300,8 @@ class WorkersTests(abc.ABC):
         def modes() -> set[tuple[Any, ...]]:
             replies = list(pool.run(Modes(), task_of(values)))
             assert [reply.error for reply in replies] == [None] * self.num_units
-            return {
-                (product.dtype, float(grad), float(inference))
-                for product, grad, inference in (reply.value for reply in replies)
-            }
+            found = [reply.value for reply in replies]
+            return {(x.dtype, float(grad), float(inference)) for x, grad, inference in found}
 
         assert modes() == {(torch.float32, 1.0, 0.0)}
         with torch.no_grad():
@@ -382,6 +380,15 @@ class WorkersTests(abc.ABC):
             (reply,) = replies_of(request)
         assert str(reply.error) == "part 0 did not start: the pool was closed"
         assert (reply.worker, reply.latency) == (-1, math.inf)
+
+    def test_closing_the_pool_ends_requests_that_wait(self, tmp_path):
+        with self.make() as pool, self.begin_all(pool, tmp_path, extra=2) as request:
+            threading.Timer(0.1, (tmp_path / "open").touch).start()
+            pool.close()
+            errors = {reply.part.number: str(reply.error) for reply in replies_of(request)}
+        assert len(errors) == pool.num_workers + 2
+        for n in range(pool.num_workers, pool.num_workers + 2):
+            assert errors[n] == f"part {n} did not start: the pool was closed"
 
     def test_a_pool_that_nothing_holds_leaves_nothing_behind(self):
         before = set(threading.enumerate())

@@ -30,7 +30,7 @@ class WorkerError(RuntimeError):
     Attributes:
         part: the number of the part.
         worker: the place of the worker that had the part, or -1 if no worker had it.
-        reason: what happened, in words that continue "worker 3" or "part 3".
+        reason: the event, in words that continue "worker 3" or "part 3".
         kind: "raised" if the module, its arguments or its result raised; "died" if the worker ended
             while it computed; "" for anything else.
     """
@@ -45,81 +45,47 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The units of a task that one worker is asked for. Comparisons ignore ``fault``, ``avoid``.
+    """The units of a task that one worker is asked for. Comparisons ignore ``fault``, ``avoid``."""
 
-    Attributes:
-        number: 0, 1, 2, ... within the request, in the order of asking.
-        units: at least one, increasing.
-        fault: an injected fault. Defaults to none.
-        avoid: the places of workers that must not compute this part. If no other worker is left,
-            the part fails. Defaults to none.
-    """
-
-    number: int
-    units: tuple[int, ...]
+    number: int  #: 0, 1, 2, ... within the request, in the order of asking
+    units: tuple[int, ...]  #: at least one, increasing
+    #: An injected fault.
     fault: Fault | None = dataclasses.field(default=None, compare=False)
+    #: The places of workers that must not compute this part.
     avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
 
 
 class Began(NamedTuple):
-    """A worker has begun a part.
-
-    Attributes:
-        part: the part.
-        worker: the place of the worker in the pool.
-        at: the time, in seconds on the clock of the request.
-        fresh: whether the worker runs this module for the first time, so that its time says nothing
-            about its speed.
-    """
+    """A worker has begun a part."""
 
     part: Part
-    worker: int
-    at: float
-    fresh: bool = False
+    worker: int  #: the place of the worker in the pool
+    at: float  #: seconds on the clock of the request
+    fresh: bool = False  #: true if the worker has to load the module, so that its time is longer
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Reply:
-    """The end of a part: a value or an error.
-
-    Attributes:
-        part: the part.
-        worker: the place of the worker that had the part, or -1 if no worker had it.
-        at: the time of arrival, in seconds on the clock of the request.
-        latency: seconds since the worker began the part; infinite if no worker did.
-        value: the module's output for the rows of the part, a pytree. Tensors are on the device of
-            the task.
-        error: the error, or None.
-    """
+    """The end of a part: a value or an error."""
 
     part: Part
-    worker: int
-    at: float
-    latency: float
-    value: Any = None
+    worker: int  #: the place of the worker that had the part, or -1 if no worker had it
+    at: float  #: seconds on the clock of the request
+    latency: float  #: seconds since the worker began the part; infinite if no worker did
+    value: Any = None  #: the module's output for the part, a pytree, on the device of the task
     error: WorkerError | None = None
 
 
 class Obstacle(NamedTuple):
-    """The reason why parts of a request have not begun.
+    """The reason why parts of a request have not begun."""
 
-    Attributes:
-        num_workers: the number of workers in the pool.
-        earlier: how many of them compute parts of other requests.
-        starting: how many are not up yet.
-        excluded: how many get no parts until they are restarted.
-        kind: the word for the workers, such as "processes".
-        grace: seconds that a part may take before its worker is replaced; infinite if none is.
-        trouble: why the last worker that should have started did not.
-    """
-
-    num_workers: int
-    earlier: int = 0
-    starting: int = 0
-    excluded: int = 0
-    kind: str = "workers"
-    grace: float = math.inf
-    trouble: str = ""
+    num_workers: int  #: the number of workers in the pool
+    earlier: int = 0  #: the number of workers that compute parts of other requests
+    starting: int = 0  #: the number of workers that are not up yet
+    excluded: int = 0  #: the number of workers that get no parts until they are restarted
+    kind: str = "workers"  #: the word for the workers, such as "processes"
+    grace: float = math.inf  #: seconds that a part may take before its worker is replaced
+    trouble: str = ""  #: the reason why the last worker did not start
 
     def __str__(self) -> str:
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
@@ -207,29 +173,28 @@ class Workers(abc.ABC):
 
     A pool must keep these rules:
 
-    1. :meth:`open` returns at once. It raises whatever makes the whole task impossible. The
+    1. :meth:`open` returns at once. It raises an error that makes the whole task impossible. The
        caller's grad mode, inference mode and autocast at that moment hold where the module runs.
     2. Parts of all requests wait in one queue, in the order of asking. An idle worker takes the
        first part whose request is open, that is not dropped, and that need not avoid this worker.
-    3. A worker ends its part, wanted or not, before it takes another one. An unwanted result is
-       dropped.
+       If a part must avoid all workers that are left, it fails.
+    3. A worker ends its part, wanted or not, before it takes another one.
     4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error
        with that cause, and other parts go on.
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
        unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
        applies :attr:`Part.fault`.
-    6. Workers are numbered by their places, 0 to :attr:`num_workers` - 1. A worker that replaces
-       another one has its number.
-    7. A part is never given to a worker of :attr:`Part.avoid`. If no other is left, it fails.
-    8. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
-       :meth:`close`, and the end of a pool that is not closed, release everything; the missing
+    6. The place of a worker is 0 to :attr:`num_workers` - 1. A worker that replaces another one has
+       its place.
+    7. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
+       :meth:`close`, and the end of a pool that is not closed, release everything. The missing
        parts of open requests fail.
     """
 
     #: The law by which the pool delays its workers, if it does.
     stragglers: Stragglers | None = None
-    #: Whether time is virtual, so that waiting and computing take none.
+    #: True if time is virtual, so that waiting and computing take none.
     simulated: bool = False
     #: The number of workers; None if there is one for each part.
     num_workers: int | None = None

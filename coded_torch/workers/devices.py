@@ -1,4 +1,4 @@
-r"""Workers on the devices of this machine: a replica of the module and a thread for each."""
+r"""Workers on local devices: a replica of the module and a thread for each."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class _Replica(Worker):
                 arguments = request.task.payload(job.part.units)
                 if streams or not request.on_host:  # walking through them takes 25 us
                     arguments = _to(self.device, arguments)
-                    # Its backward reads the inputs on this stream, when the caller may have let go.
+                    # The backward pass reads the inputs here, when the caller may have freed them.
                     pytree.tree_map_only_(Tensor, read_here, arguments)
                 return _to(home, compute(self._module(request), arguments, job.part.fault))
             finally:

@@ -28,8 +28,8 @@ class Worker:
         self.index = index
         self.job: Job | None = None
         self.since = 0.0  # the time when it began its job
-        self.ready = False  # whether it is up
-        self.excluded = False  # whether it gets no more jobs
+        self.ready = False  # true if it is up
+        self.excluded = False  # true if it gets no more jobs
 
     def is_new_to(self, module: Any) -> bool:
         """Return whether the worker would have to load a module first."""
@@ -70,7 +70,7 @@ class Dispatcher(abc.ABC, Generic[W]):
     kind = "workers"
     #: Seconds that a job may take before its worker is ended; infinite if none is.
     grace = math.inf
-    #: Why the last worker that should have started did not.
+    #: The reason why the last worker did not start.
     trouble = ""
 
     def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:

@@ -77,7 +77,7 @@ class _LocalRequest(Request):
         # Times, events, and the batch that has the value of a reply; the next event is the last.
         self._events: list[tuple[float, Began | Reply, _Batch | None]] = []
         self._first = 0  # the number of parts of the first ask
-        self._latencies: list[float] = []  # by the number of the part
+        self._latencies: list[float] = []  # latencies by the number of the part
         self._closed = False
 
     def ask(self, parts: Sequence[Part]) -> None:

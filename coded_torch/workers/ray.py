@@ -1,4 +1,4 @@
-r"""Workers on other machines: the actors of a Ray cluster."""
+r"""Workers in the actors of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ __all__ = ["RayWorkers"]
 
 
 class RayWorkers(SupervisedWorkers):
-    r"""An actor per worker, on as many machines as a Ray cluster has.
+    r"""An actor per worker, anywhere in a Ray cluster.
 
     The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`: an
     idle actor takes the next part, an actor that dies or takes longer than ``grace`` is replaced,
@@ -35,13 +34,13 @@ class RayWorkers(SupervisedWorkers):
 
     If this pool is the first to import Ray, a cluster of its own listens on the loopback interface
     only. Otherwise, and in a cluster that is joined, the processes of Ray listen on every
-    interface, to everything that reaches this machine.
+    interface.
 
     Args:
         num_workers: the number of actors, at least 1.
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
-            that this process is connected to, else one of its own on this machine, which ends with
-            this process. A process is in one cluster at a time.
+            that this process is connected to, else a local one of its own, which ends with this
+            process. A process is in one cluster at a time.
         threads: the number of threads that each actor uses for one operation. Defaults to 1.
         grace: seconds that a part may take, with loading the module. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
@@ -59,7 +58,7 @@ class RayWorkers(SupervisedWorkers):
         RuntimeError: this process is in another cluster.
 
     Note:
-        A request takes some milliseconds, ten times as long as with processes on one machine. Ray
+        A request takes some milliseconds, ten times as long as with local processes. Ray
         does not report an actor that is stopped: it is ended after ``grace``.
 
     Example:
@@ -123,7 +122,7 @@ class _Actors(Supervisor[_Actor]):
 
     def pack(self, module: nn.Module) -> Any:
         self._check()
-        return [_ray().put(module)]  # in a list, or Ray would resolve it in every call
+        return [_ray().put(module)]  # Ray would resolve a bare reference in every call
 
     def launch(self, index: int) -> _Actor:
         self._check()
@@ -205,35 +204,29 @@ def _connect(address: str | None) -> tuple[str, str]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
     ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    with _lock, _environment(ours if address is None else {}):
+    with _lock, contextlib.ExitStack() as environment:
+        for name in ours.keys() - os.environ.keys() if address is None else ():
+            os.environ[name] = ours[name]
+            environment.callback(os.environ.pop, name)
         ray = _ray()
-        if own := address is None and not ray.is_initialized():
+        begins = not ray.is_initialized()
+        if begins and address is None:
             local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
             ray.init("local", **local, **quiet)
-        elif not ray.is_initialized():
+        elif begins:
             ray.init(address, **quiet)
-            _joined[_session()] = address
         session = _session()
-        if address not in (None, "auto", session[0], _joined.get(session)):
+        if session not in _joined:
+            _joined[session] = address if begins else None
+            public = getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True)
+            if public or not begins or address is not None:
+                logger.warning("the processes of Ray listen on every interface")
+        if address not in (None, "auto", session[0], _joined[session]):
             raise RuntimeError(
                 "RayWorkers: address must be that of the cluster which this process is in, "
                 f"{session[0]}, got {address!r}; call ray.shutdown() to leave that cluster"
             )
-        if not own or getattr(ray._private.ray_constants, "ENABLE_RAY_CLUSTER", True):
-            logger.warning("the processes of Ray listen on every interface of their machines")
         return session
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables that are not set, for a block."""
-    new = variables.keys() - os.environ.keys()
-    os.environ.update({name: variables[name] for name in new})
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
 
 
 def _session() -> tuple[str, str]:
@@ -268,9 +261,7 @@ def _actor_class() -> type:
 
     class CodedTorchWorker:
         def __init__(self, threads: int, seed: int) -> None:
-            import sys
-
-            sys.path.insert(0, home)  # on other machines, this folder does not exist
+            sys.path.insert(0, home)  # the folder does not exist elsewhere
             try:
                 from coded_torch.workers.ray import Serving
             finally:
@@ -278,8 +269,6 @@ def _actor_class() -> type:
             self.serving = Serving(threads, seed)
 
         def hello(self) -> int:
-            import os
-
             return os.getpid()
 
         def call(self, *job: Any) -> Any:
@@ -287,10 +276,7 @@ def _actor_class() -> type:
 
         def end(self) -> None:
             """Never return: the pool notices the end of the actor by waiting for this."""
-            import time
-
-            while True:
-                time.sleep(3600)
+            threading.Event().wait()
 
     return CodedTorchWorker
 
@@ -300,14 +286,12 @@ def _portable(tree: Any) -> Any:
 
     def move(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
-        whole = tensor.layout is not torch.strided
-        return tensor if whole or _fills(tensor) else tensor.clone()
+        is_view = (
+            tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
+        )
+        return tensor.clone() if is_view else tensor
 
     return pytree.tree_map_only(Tensor, move, tree)
-
-
-def _fills(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _ray() -> Any:

@@ -84,7 +84,7 @@ class Task:
 
     @functools.cached_property
     def _is_positional(self) -> bool:
-        """Whether the arguments are the leaves by position: made in a tenth of the time."""
+        """True if the arguments are the leaves by position, which takes a tenth of the time."""
         return bool(self.spec == positional(len(self.leaves))[0])
 
     def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:

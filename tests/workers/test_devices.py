@@ -20,10 +20,8 @@ from coded_torch.testing.workers import (
     FailsAt,
     PolynomialCode,
     WorkersTests,
-    divide_by_zero,
     events_of,
     numbered,
-    replies_of,
     task_of,
 )
 from coded_torch.workers import Began, DeviceWorkers
@@ -72,17 +70,6 @@ def units(*values: float):
 
 def first(num_stragglers: int = 0, deadline: float | None = None) -> Waiting:
     return Waiting.first(num_stragglers, deadline=deadline)
-
-
-def test_what_the_module_raises_for_every_column_is_raised():
-    with DeviceWorkers(["cpu", "cpu"]) as pool:
-        code, module = PolynomialCode(2, 4), FailsAt(7.0, divide_by_zero)
-        coded = CodedWrapper(module, code, workers=pool, waiting=first())
-        with pytest.raises(ZeroDivisionError) as info:
-            coded(column(7, 7))
-        assert info.value.report is coded.last_run
-        assert set(coded.last_run.rejected) <= {0, 1}
-        assert coded.last_run.received == ()
 
 
 class MuteError(Exception):
@@ -191,44 +178,6 @@ def test_a_device_that_hangs_holds_back_only_its_own_part():
             assert torch.equal(coded(x), x)
 
 
-def test_a_part_fails_when_the_timeout_is_over():
-    module = Blocking(1.0)
-    with DeviceWorkers(["cpu", "cpu"], timeout=0.2) as pool:
-        replies = {reply.part.number: reply for reply in pool.run(module, units(0, 1))}
-        assert replies[0].error is None
-        late = replies[1]
-        assert str(late.error) == f"worker {late.worker} did not reply within 0.2 s"
-        assert late.at >= 0.2
-        # What is asked now finds one device free; two parts that block it find none.
-        with pool.open(module, units(1, 1)) as request:
-            request.ask(numbered((0,), (1,)))
-            errors = {r.part.number: str(r.error) for r in replies_of(request)}
-        assert errors[0] == f"worker {1 - late.worker} did not reply within 0.2 s"
-        assert errors[1] == (
-            "part 1 did not reply within 0.2 s; 1 of 2 devices are at earlier tasks"
-        )
-        module.release.set()
-
-
-def test_closing_ends_a_waiting_request():
-    module = Blocking(0.0)
-    pool = DeviceWorkers(["cpu"])
-    replies: list[object] = []
-    waiting = threading.Thread(target=lambda: replies.extend(pool.run(module, units(0, 1, 2))))
-    waiting.start()
-    assert module.entered.wait(WAIT)
-    threading.Timer(0.05, module.release.set).start()
-    pool.close()
-    waiting.join(WAIT)
-    assert sorted(str(r.error) for r in replies) == [
-        "None",
-        "part 1 did not start: the pool was closed",
-        "part 2 did not start: the pool was closed",
-    ]
-    with pytest.raises(RuntimeError, match="DeviceWorkers: the pool is closed"):
-        next(pool.run(module, units(0)))
-
-
 def test_an_idle_pool_keeps_no_batch_and_no_module_alive():
     with DeviceWorkers(["cpu", "cpu"]) as pool:
         module, values = nn.Linear(1, 1), torch.ones(4, 1, 1)
@@ -335,21 +284,20 @@ class TestCopies:
         assert replica._replicate(module, {}).weight is inside.weight
 
 
-def test_bad_arguments():
-    with pytest.raises(ValueError, match="devices must name at least one device"):
-        DeviceWorkers([])
-    with pytest.raises(ValueError, match="timeout must be positive and finite, got nan"):
-        DeviceWorkers(["cpu"], timeout=float("nan"))
-    for device in ("cpu", torch.device("cpu")):
-        with pytest.raises(TypeError, match=r"devices must be a sequence of devices, got .*cpu"):
-            DeviceWorkers(device)
-    for absent in ("nonsense", "cuda:99"):
-        with pytest.raises(ValueError, match=f"devices must be available, got '{absent}'"):
-            DeviceWorkers(["cpu", absent])
-    with pytest.raises(TypeError, match="devices must be a sequence of devices, got 3"):
-        DeviceWorkers(3)
-    with pytest.raises(TypeError, match="timeout must be positive and finite, got '1'"):
-        DeviceWorkers(["cpu"], timeout="1")
+@pytest.mark.parametrize(
+    ("devices", "timeout", "error", "match"),
+    [
+        ([], 1.0, ValueError, "devices must name at least one device"),
+        ("cpu", 1.0, TypeError, "devices must be a sequence of devices, got 'cpu'"),
+        (torch.device("cpu"), 1.0, TypeError, "devices must be a sequence of devices, got .*cpu"),
+        (["cpu", "nonsense"], 1.0, ValueError, "devices must be available, got 'nonsense'"),
+        (["cpu", "cuda:99"], 1.0, ValueError, "devices must be available, got 'cuda:99'"),
+        (["cpu"], float("nan"), ValueError, "timeout must be positive and finite, got nan"),
+    ],
+)
+def test_bad_arguments(devices, timeout, error, match):
+    with pytest.raises(error, match=match):
+        DeviceWorkers(devices, timeout=timeout)
 
 
 @pytest.mark.cuda

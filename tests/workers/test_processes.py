@@ -423,14 +423,6 @@ def test_every_fault_is_rejected_and_spoils_nothing():
         assert any(kind in reason for reason in reasons), (kind, reasons)
 
 
-def test_closing_ends_requests_that_wait():
-    with ProcessWorkers(1, grace=WAIT).start(timeout=WAIT) as pool:
-        threading.Timer(0.2, pool.close).start()
-        replies = answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
-    assert len(replies) == 2
-    assert all("the pool was closed" in reply.error.reason for reply in replies)
-
-
 def test_a_forked_process_is_refused():
     with ProcessWorkers(1).start(timeout=WAIT) as pool:
         pool._pid += 1  # as it would look from there
@@ -442,15 +434,11 @@ def test_a_forked_process_is_refused():
     ("options", "error", "match"),
     [
         ({"num_workers": 0}, ValueError, "num_workers must be at least 1, got 0"),
-        ({"num_workers": 2.0}, TypeError, "num_workers must be an integer, got 2.0"),
         ({"threads": 0}, ValueError, "threads must be at least 1, got 0"),
-        ({"threads": "1"}, TypeError, "threads must be an integer, got '1'"),
-        ({"grace": "1"}, TypeError, "grace must be positive and finite, got '1'"),
         ({"grace": 0.0}, ValueError, "grace must be positive and finite, got 0.0"),
         ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
         ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
-        ({"devices": []}, ValueError, "devices must name at least one device, got none"),
     ],
 )
 def test_bad_arguments(options, error, match):

@@ -19,7 +19,7 @@ from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.testing.workers import WAIT, PolynomialCode, WorkersTests, task_of, until
 from coded_torch.workers import FaultyWorkers, RayWorkers
 
-from .modules import Exits, Scale
+from .modules import Exits
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 pytestmark = [
@@ -76,13 +76,6 @@ def test_tensors_pass_bit_for_bit(pool, dtype):
         assert reply.error is None
         assert torch.equal(reply.value, values[reply.part.number])
         reply.value.zero_()  # its own memory
-
-
-def test_changes_of_the_module_are_noticed(pool):
-    module, one = Scale(2.0), torch.ones(3, 1, 1)
-    assert {float(reply.value) for reply in answers(pool, module, one)} == {2.0}
-    module.offset.add_(10)
-    assert {float(reply.value) for reply in answers(pool, module, one)} == {12.0}
 
 
 def test_a_class_without_a_module_is_sent_along(pool):

@@ -452,27 +452,6 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
-def test_a_module_is_new_to_each_worker_once_and_to_its_successor():
-    supervisor = started(2)
-
-    def fresh(workers: int) -> list[bool]:
-        request = Asking(supervisor, workers)
-        for worker in supervisor.launched:
-            if worker.job is not None:
-                supervisor.take(worker, worker.job.number, True, lambda: None)
-        return [event.fresh for event in events(request) if isinstance(event, Began)]
-
-    assert fresh(1) == [True]
-    assert fresh(2) == [True, False]
-    assert fresh(2) == [False, False]
-    lost = supervisor.launched[0]
-    lost.ended = True
-    supervisor.lost(lost, "died")
-    supervisor.tend()
-    supervisor.ready(supervisor.launched[-1])
-    assert sorted(fresh(2)) == [False, True]
-
-
 def test_the_obstacle_is_said():
     supervisor = InMemory(3)
     request = Asking(supervisor, 1)

@@ -31,7 +31,7 @@ _Failure = tuple[str, str, Exception | None]
 class PackedModule(NamedTuple):
     """The module of a request: the data that all its jobs share."""
 
-    number: int  # of the module in its present state, which is sent once
+    number: int  # the number of the module in its present state
     package: Any  # the module, as it is sent
     alive: frozenset[int]  # the numbers of all modules that may still be needed
     head: bytes  # the pickle of number, alive and the caller's modes
@@ -186,6 +186,6 @@ def _failure(cause: Exception) -> _Failure:
     trace = "".join(traceback.format_exception(cause))
     try:
         pickle.loads(pickle.dumps(cause))
-    except Exception:  # its class cannot be found there, or cannot be made from its arguments
+    except Exception:  # the caller cannot find its class, or make it from its arguments
         return what, trace, None
     return what, trace, cause

@@ -1,4 +1,4 @@
-r"""Workers in processes of this machine."""
+r"""Workers in local processes."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class _Processes(Supervisor[_Process]):
 
     def send(self, worker: _Process, job: Job) -> None:
         contents = Pickled(job.module.job(job.request.task, job.part))
-        with contextlib.suppress(ConnectionError):  # it has died, which the thread hears
+        with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(job.module):
                 worker.connection.send_package(MODULE, job.module.number, job.module.package)
                 worker.loading = True
@@ -175,9 +175,9 @@ class _Processes(Supervisor[_Process]):
             worker.connection.send(JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
-        worker.exit_code(0.0)  # with which it learns its process id
+        worker.exit_code(0.0)  # to learn its process id
         if not worker.pid and not self.closed and not worker.unwanted:
-            server.cache_clear()  # it is too slow to fork: start another one
+            server.cache_clear()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 
@@ -187,7 +187,7 @@ class _Processes(Supervisor[_Process]):
                 with contextlib.suppress(BlockingIOError):
                     while self._alarm.recv(4096):
                         pass
-            elif key.data in self._workers:  # else it has been ended meanwhile
+            elif key.data in self._workers:  # the others were ended meanwhile
                 self._hear(key.data)
 
     def wake(self) -> None:
@@ -225,7 +225,7 @@ class _Processes(Supervisor[_Process]):
         else:
             number, package = last
             worker.modules, worker.since = frozenset([number]), time.monotonic()
-            with contextlib.suppress(ConnectionError):  # it has died, which is heard next
+            with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
                 worker.connection.send_package(MODULE, number, package)
 
     def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
@@ -234,7 +234,7 @@ class _Processes(Supervisor[_Process]):
             self._selector.unregister(worker.connection)
         code = worker.exit_code(seconds)
         if code is None:
-            worker.kill()  # it has closed its end, and may live: it is of no use
+            worker.kill()  # the process may live, but it has closed its connection
         worker.connection.close()
         os.close(worker.descriptor)
         if code is None:

@@ -1,4 +1,4 @@
-r"""Messages between two processes of one machine, with their tensors in shared memory.
+r"""Messages between two local processes, with their tensors in shared memory.
 
 A pipe would copy every tensor twice, and :mod:`torch.multiprocessing` opens a file for each tensor.
 Here the sender writes a message into memory that the receiver has mapped already, and sends a
@@ -8,7 +8,10 @@ when the receiver holds no view any more.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
+import importlib
 import io
 import math
 import mmap
@@ -32,7 +35,7 @@ __all__ = ["Connection", "Message", "Package", "Pickled"]
 # Kind, number, bytes of the pickle, its block, bits of the blocks that were read, whether the block
 # is new.
 _HEADER = struct.Struct("<qqqqQq")
-_TRUNCATED = int(socket.MSG_CTRUNC)  # as an enumeration, "&" would take microseconds
+_TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
 # Blocks of a connection that received tensors may keep, each with a descriptor and a mapping. The
 # tensors of further messages are copied. The field of bits in the header has room for 64. Not
@@ -53,14 +56,14 @@ class Pickled:
         length: the bytes of the pickle.
 
     Raises:
-        Exception: whatever keeps ``value`` from being pickled.
+        Exception: ``value`` cannot be pickled.
     """
 
     def __init__(self, value: Any) -> None:
-        try:
-            writer, stream = _dump(value, _Pickler)
-        except _InteractiveError as error:
-            writer, stream = _dump(value, _by_value(error))
+        buffer = io.BytesIO()
+        writer = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
+        writer.dump(value)
+        stream = buffer.getbuffer()
         self._stream, self._tensors = stream, list(writer.tensors.values())
         self.length = len(stream)
         self.size = _aligned(self.length) + writer.size
@@ -80,11 +83,11 @@ class Pickled:
 class _TensorPickler:
     """A mixin for picklers: the pickle holds only dtype, shape and place of plain tensors."""
 
-    by_name = False  # whether classes of an interactive session are refused
+    refuses_main = False  # true if no other process finds the classes of the main script
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.tensors: dict[int, tuple[Tensor, int]] = {}  # by id, with their places
+        self.tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
         self.size = 0
 
     def persistent_id(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
@@ -99,44 +102,32 @@ class _TensorPickler:
                     self.size += _aligned(count * obj.element_size())
                 dtype = str(obj.dtype).removeprefix("torch.")
                 return dtype, tuple(obj.shape), self.tensors[id(obj)][1]
-        elif (
-            self.by_name
-            and isinstance(obj, _NAMED)
-            and obj.__module__ == "__main__"
-            and not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
-        ):
-            raise _InteractiveError(f"{obj.__qualname__} belongs to an interactive session")
+        elif self.refuses_main and isinstance(obj, _NAMED) and obj.__module__ == "__main__":
+            raise pickle.PicklingError(
+                f"{obj.__qualname__} belongs to an interactive session; install cloudpickle, or "
+                "define it in a file that can be imported"
+            )
         return None
 
 
-class _InteractiveError(pickle.PicklingError):
-    """A class or function that no other process finds by its name."""
+def is_interactive() -> bool:
+    """Return whether the main script is no file that others can import. Workers replace this."""
+    return not os.path.isfile(getattr(sys.modules["__main__"], "__file__", ""))
 
 
-class _Pickler(_TensorPickler, pickle.Pickler):
-    by_name = True
-
-
-def _by_value(error: _InteractiveError) -> type:
-    """Return a pickler that sends the classes of an interactive session by value."""
-    try:
-        from cloudpickle import CloudPickler as Base
-    except ImportError:
-        raise pickle.PicklingError(
-            f"{error}; install cloudpickle, or define it in a file that can be imported"
-        ) from None
-    return type("_CloudPickler", (_TensorPickler, Base), {})
-
-
-def _dump(value: Any, pickler: Callable[..., Any]) -> tuple[Any, memoryview]:
-    buffer = io.BytesIO()
-    writer = pickler(buffer, pickle.HIGHEST_PROTOCOL)
-    writer.dump(value)
-    return writer, buffer.getbuffer()
+@functools.cache
+def _pickler() -> Callable[..., Any]:
+    """Return the class of picklers. Classes of an interactive session go by value."""
+    by_value, base = is_interactive(), pickle.Pickler
+    if by_value:
+        with contextlib.suppress(ImportError):
+            base = importlib.import_module("cloudpickle").CloudPickler
+    refuses_main = by_value and base is pickle.Pickler
+    return type("_Pickler", (_TensorPickler, base), {"refuses_main": refuses_main})
 
 
 def import_main() -> None:
-    """Do nothing, where the main script runs. Worker processes import it."""
+    """Do nothing, where the main script runs. Workers replace this."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -56,7 +56,7 @@ class SupervisedWorkers(DispatchedWorkers):
         *,
         timeout: float = START_SECONDS,
     ) -> Self:
-        """As :meth:`Workers.start`. The first request starts workers that were not started."""
+        """Start as :meth:`Workers.start` does. The first request starts the pool otherwise."""
         instance(self, "module", module, nn.Module, optional=True)
         end = time.monotonic() + positive(self, "timeout", timeout)
         supervisor = self._dispatcher(module)
@@ -70,7 +70,7 @@ class SupervisedWorkers(DispatchedWorkers):
 
     @property
     def pids(self) -> list[int]:
-        """The process ids of the workers that are up, on whatever computer."""
+        """The process ids of the workers that are up, on their computers."""
         return [] if self._supervisor is None else [w.pid for w in self._supervisor.workers]
 
     def forget(self, module: nn.Module) -> None:
@@ -87,7 +87,7 @@ class SupervisedWorkers(DispatchedWorkers):
         return 0 if self._supervisor is None else self._supervisor.num_lost
 
     def close(self) -> None:
-        """End all workers at once, whatever they compute. May be called twice."""
+        """End all workers at once, even during a call. May be called twice."""
         with self._lock:
             self._closed = True
         # Not under the lock, as it may take seconds that others would wait for.

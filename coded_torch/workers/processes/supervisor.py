@@ -41,8 +41,8 @@ class WatchedWorker(Worker):
     def __init__(self, index: int) -> None:
         super().__init__(index)
         self.pid = 0  # 0 until it is known
-        self.loading = False  # whether it has still to load the module of its job
-        self.unwanted = False  # whether it is to be replaced
+        self.loading = False  # true until it has loaded the module of its job
+        self.unwanted = False  # true if it is to be replaced
         self.modules: frozenset[int] = frozenset()  # the numbers of its modules
 
     def is_new_to(self, module: PackedModule) -> bool:
@@ -95,7 +95,7 @@ class Supervisor(Dispatcher[V]):
         self.num_lost = 0  # workers, while the pool is open
         self._failed_starts = 0
         self._start_again = -math.inf
-        self._pool, self._starts = next(_pools), [0] * size  # how often each place was taken
+        self._pool, self._starts = next(_pools), [0] * size  # the number of starts by place
 
     @abc.abstractmethod
     def pack(self, module: nn.Module) -> Any:
@@ -107,7 +107,7 @@ class Supervisor(Dispatcher[V]):
 
     @abc.abstractmethod
     def end(self, worker: V) -> None:
-        """End a worker at once, whatever state it is in."""
+        """End a worker at once, in any state."""
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> None:
@@ -126,7 +126,7 @@ class Supervisor(Dispatcher[V]):
         self._starts[index] += 1
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-    # The workers call these methods, through whatever hears them.
+    # The workers call these methods, through the thread that hears them.
 
     def ready(self, worker: V) -> None:
         self._failed_starts = 0

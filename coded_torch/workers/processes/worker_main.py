@@ -62,7 +62,8 @@ def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> 
     """
     data = spawn.get_preparation_data("worker")
     kept = ("sys_path", "sys_argv", "orig_dir", "dir")
-    main = {name: data[name] for name in _MAIN if name in data}
+    is_script = not shared_memory.is_interactive()
+    main = {name: data[name] for name in _MAIN if is_script and name in data}
     with contextlib.ExitStack() as spare:
         for _ in range(_SPARE_DESCRIPTORS):
             spare.callback(os.close, os.dup(sock.fileno()))
@@ -92,6 +93,8 @@ class _Program(NamedTuple):
     def _bootstrap(self, _: int) -> int:
         descriptors: Any = forkserver.get_inherited_fds()
         connection = Connection(socket.socket(fileno=descriptors[0]))
+        is_script = bool(self.main)
+        shared_memory.is_interactive = lambda: not is_script
         shared_memory.import_main = functools.partial(_import_main, self.main)
         try:
             self.run(connection)
@@ -115,7 +118,7 @@ class _Program(NamedTuple):
                     connection.send(LOADED, message.number)
                     continue
                 number, (succeeded, result) = message.number, modules.call(message.value)
-                del message  # its memory can be used again, which the answer says
+                del message  # the answer says that its memory can be used again
                 connection.send(RESULT if succeeded else FAILURE, number, result)
 
 
