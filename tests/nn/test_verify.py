@@ -297,14 +297,6 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
         assert not coded._strikes.fresh(0)
 
 
-class TestDeadline:
-    def test_checks_that_are_late_are_unverified(self):
-        coded = wrap(AtOnce(6), waiting=Waiting(deadline=5.0))
-        _, report = coded.run(batch())
-        assert report.ended == "complete"
-        assert report.verified.any()
-
-
 class TestArguments:
     def test_a_code_refuses(self):
         from coded_torch import codes

@@ -127,18 +127,21 @@ class TestDifferences:
         _, by = self.of(torch.tensor([[0.0], [1.0]]), torch.tensor([[1e30], [0.0]]))
         assert by[5] > 1e29
 
-    def test_equal_bits_do_not_differ(self):
-        _, by = self.of(torch.tensor([[0.0], [math.nan]]), torch.tensor([[math.nan], [0.0]]))
-        assert by[5] == 0
-
-    def test_nan_differs_without_bound(self):
-        _, by = self.of(torch.tensor([[0.0], [1.0]]), torch.tensor([[math.nan], [0.0]]))
-        assert by[5] == math.inf
-
-    def test_integers_differ_without_bound(self):
-        a, b = torch.tensor([[0], [1]]), torch.tensor([[2], [0]])
-        assert self.of(a, b)[1][5] == math.inf
-        assert self.of(a, torch.tensor([[1], [0]]))[1][5] == 0
+    @pytest.mark.parametrize(
+        ("a", "b", "difference"),
+        [
+            (math.nan, math.nan, 0.0),
+            (1.0, math.nan, math.inf),
+            (1, 2, math.inf),
+            (1, 1, 0.0),
+            (True, False, math.inf),
+        ],
+    )
+    def test_equal_bits_do_not_differ_and_nan_and_integers_differ_without_bound(
+        self, a, b, difference
+    ):
+        _, by = self.of(torch.tensor([[a], [a]]), torch.tensor([[b], [b]]))
+        assert by[5] == difference
 
     def test_half_precision_is_tolerated(self):
         x = torch.zeros(2, 1)

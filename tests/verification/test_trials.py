@@ -265,16 +265,3 @@ class TestWithoutTime:
         assert verdict.strikes == {0: 1}
         assert pool.waits
         assert max(pool.waits) <= 5.0
-
-    def test_rows_of_an_excluded_worker_that_nobody_computes_are_missing(self):
-        pool = Pool(6, share=0.0)
-        pool.strikes._strikes[0] = 6  # the next is the last
-        done = []
-
-        def lost(worker, part):
-            done.append(part)
-            return len(done) > 6
-
-        verdict, answers = pool.call(ROWS, wrong(0, rows=range(0, ROWS, 2)), [0], lost=lost)
-        for row, answer in answers.items():
-            assert answer == row or not verdict.excluded
