@@ -60,6 +60,7 @@ class Trials:
         self.parts: dict[int, list[int]] = {}  # the parts with a result of each row, in order
         self.twice: set[int] = set()  # rows with more than one result
         self.void: set[int] = set()  # parts whose results do not count
+        self.missed: set[int] = set()  # rows whose check did not come in time
         self.undecided: set[tuple[int, int]] = set()  # two parts that differ
 
     @property
@@ -123,8 +124,14 @@ class Trials:
         if self.until > self.now:
             lacking = self.wanted - self._compared()[0]
             coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
-            yield from self._wait(coming - self.worker.keys(), min(soon, self.until))
-            self.wanted |= self._of_fresh() | self.results.odd(self._answers())
+            coming -= self.worker.keys()
+            if soon > self.now:
+                coming = yield from self._wait(coming, min(soon, self.until))
+            # A drawn row whose check is late stays unchecked: to ask again would delay the call.
+            self.missed = lacking & {row for n in coming for row in self.asked[n]}
+            more = self._of_fresh() | self.results.odd(self._answers())
+            self.wanted |= more
+            self.missed -= more
         yield from self._check()
         for _ in range(_ALARMS):
             before = sum(self.strikes.values())
@@ -212,7 +219,7 @@ class Trials:
         """Have the wanted rows computed by others."""
         answers, (alike, disputes) = self._answers(), self._compared()
         done = alike.union(*disputes.values())
-        some = {row: answers[row] for row in self.wanted - done if row in answers}
+        some = {row: answers[row] for row in self.wanted - done - self.missed if row in answers}
         if self.record.whole:
             parts = set(some.values())
             requests = [(self.asked[part], {self.worker[part]}) for part in parts]
