@@ -30,12 +30,7 @@ __all__ = ["compare", "peers", "received_by"]
 
 
 def peers(num_data: int, num_workers: int) -> dict[str, Code]:
-    """Return the codes of the paper and of its peers, as published and with the batch in order.
-
-    Args:
-        num_data: K.
-        num_workers: N, at least K.
-    """
+    """Return the codes of the paper and its peers, as published and with ordered rows."""
     k, n = num_data, num_workers
     return {
         "the paper's scheme": SplineCode(k, n, ordering="arrival"),
@@ -98,15 +93,14 @@ def compare(
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
     Returns:
-        The raw data, a table and a picture. Codes that mix inputs are left out if an input is not
-        floating-point.
+        The raw data, a table and a picture. Codes that mix inputs need floating-point ones, and are
+        left out otherwise.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of range.
+        TypeError, ValueError: an argument has the wrong type, or is out of range.
 
     Note:
-        For every setting the module runs some N / K times on all batches, and for each encoder that
+        At every setting, the module runs some N / K times on all batches, and for each encoder that
         is tried on the tuning batches.
 
     Example:
@@ -124,22 +118,17 @@ def compare(
     if len(calls) < 2:
         must = "batches must hold at least two, one to tune on and one to answer"
         raise ValueError(f"compare: {must}, got {len(calls)}")
-    truth: Sequence[Any] = [None] * len(calls)
-    if labels is not None:
-        if isinstance(labels, Tensor) or not isinstance(labels, Sequence):
-            got = type(labels).__name__
-            raise TypeError(f"compare: labels must be a sequence of integer tensors, got {got}")
-        if len(labels) != len(calls):
-            must = f"labels must be given for all {len(calls)} batches"
-            raise ValueError(f"compare: {must}, got {len(labels)}")
-        truth = labels
+    truth: Sequence[Any] = [None] * len(calls) if labels is None else labels
+    if isinstance(truth, Tensor) or not isinstance(truth, Sequence) or len(truth) != len(calls):
+        must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
+        raise ValueError(f"compare: {must}, got {shown(labels)}")
     for name, value in (("more", more), ("surrogate", surrogate), ("law", law)):
         instance("compare", name, value, Callable, optional=name != "law")
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
         raise ValueError("compare: settings must hold at least one (N, K, S), got none")
-    several: Sequence[Any] = seeds if isinstance(seeds, list | tuple | range) else [seeds]
+    several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
     seeds = [count("compare", "seeds", seed, least=0) for seed in several]
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
@@ -157,11 +146,8 @@ def compare(
         if truth[0] is not None:
             _check_labels(truth[0], trials[0][0].exact)
         every = _schemes(k, n, trials[0][0], more)
-        tuned = {
-            name: chosen(code, trials, s)
-            for name, code in every.items()
-            if schemes is None or name in schemes
-        }
+        some = every if schemes is None else [x for x in every if x in schemes]
+        tuned = {name: chosen(every[name], trials, s) for name in some}
         codes |= {((n, k, s), name): code for name, code in tuned.items()}
         for seed in seeds:
             drawn = _law(law, s, seed)
@@ -216,15 +202,12 @@ def _answers(
     for name, code in codes.items() if cheap else ():
         if name in ("no redundancy, regression", "replication"):
             rows = trial.missing(code, received, lost)
-            answers = [_filled(*x, rows) for x in zip(trial.exact, cheap, strict=True)]
+            pairs = zip(trial.exact, cheap, strict=True)
+            answers = [exact.index_put((rows,), stands[rows]) for exact, stands in pairs]
             yield f"{name.partition(',')[0]}, surrogate", answers, code
         if name in ("no redundancy, regression", "regression"):
             answers = trial.decode(code, received, lost, cheap)
             yield f"{name.removesuffix(', regression')}, residuals", answers, code
-
-
-def _filled(exact: Tensor, cheap: Tensor, rows: Tensor) -> Tensor:
-    return torch.where(rows.to(exact.device).view(-1, *[1] * (exact.dim() - 1)), cheap, exact)
 
 
 def _check_labels(labels: Any, exact: Sequence[Tensor]) -> None:
@@ -233,8 +216,8 @@ def _check_labels(labels: Any, exact: Sequence[Tensor]) -> None:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"compare: labels must be integer tensors, one for each batch, got {got}")
     if len(shapes) != 1 or len(shapes[0]) != 2 or list(labels.shape) != shapes[0][:1]:
-        must = "labels must be [B] for a module that returns [B, classes]"
         got = f"{list(labels.shape)} for {' and '.join(map(str, shapes))}"
+        must = "labels must be [B] for a module that returns [B, classes]"
         raise ValueError(f"compare: {must}, got {got}")
 
 

@@ -37,10 +37,8 @@ class Record(NamedTuple):
 
     Attributes:
         workers, inputs, lost: N, K and S.
-        scheme: the name of the scheme.
-        code: the code with its tuned numbers, as text.
-        seed: the seed of the lost workers.
-        batch: the number of the batch.
+        scheme, code: the name of the scheme, and its code with the tuned numbers, as text.
+        seed, batch: the seed of the lost workers, and the number of the batch.
         rows: the number of rows, over all received sets.
         work: the rows that workers compute, over the rows of the batch.
         score: the means of the scores.
@@ -62,8 +60,7 @@ class Row(NamedTuple):
     """The scores of one scheme at one setting, each with half the width of its 95 % interval.
 
     Attributes:
-        setting: N, K and S.
-        name: the name of the scheme.
+        setting, name: N, K and S, and the name of the scheme.
         rmse: the root of the mean squared distance of answers from exact ones.
         mse: the mean squared distance, in units of the outputs' variance.
         relative_accuracy: the accuracy over the accuracy of the bare module; None without labels.
@@ -107,11 +104,7 @@ class Comparison:
         return self.against()
 
     def against(self, reference: str = "") -> list[Row]:
-        """Return the scores, each also relative to the scheme of this name, batch by batch.
-
-        Raises:
-            ValueError: no scheme has this name.
-        """
+        """Return the scores, each also relative to the scheme of this name, batch by batch."""
         grouped = _grouped(self.records, lambda x: (x[:3], x.scheme))
         schemes = {key: (records, _by_batch(records)) for key, records in grouped.items()}
         names = dict.fromkeys(name for _, name in schemes)
@@ -170,11 +163,7 @@ class Comparison:
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
-        """Draw the squared errors: against S or N, a panel for each pair of others, or as bars.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
+        """Draw the squared errors, against S or N if there are several; it needs matplotlib."""
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
         by_n = _grouped(self.rows, lambda row: row.setting[1:])

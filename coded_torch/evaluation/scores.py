@@ -36,11 +36,9 @@ class Score(NamedTuple):
     """The numbers of a scheme's answers, means over rows.
 
     Attributes:
-        mse: the mean squared norm of an answer's error; NaN if an answer is missing.
-        error: the mean norm of an answer's error; NaN if an answer is missing.
+        mse, error: the means of an answer's squared error, and of its norm; NaN if one is missing.
         variance: the mean squared norm of an exact answer less their mean.
-        right: the share of rows of the right class; NaN without labels.
-        exact_right: the same share of the module's own answers.
+        right, exact_right: the shares of rows that the answers, and the module's own, name rightly.
         agreement: the share of rows that have the class of the module's own answer.
     """
 
@@ -61,8 +59,7 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
         labels: the true classes, integers, ``[...]``. Defaults to None, unknown.
 
     Raises:
-        TypeError: the answers are not floating-point tensors, or the labels not integers.
-        ValueError: the shapes differ, or hold no answer.
+        TypeError, ValueError: a tensor has another dtype or shape, or holds no answer.
     """
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
@@ -90,25 +87,12 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
-    """Return the root of the mean squared norm of an answer's error; see :func:`score`.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.evaluation import scores
-        >>> scores.rmse(torch.tensor([[7.0], [1.0]]), torch.zeros(2, 1))
-        5.0
-    """
+    """Return the root of the mean squared norm of an answer's error; see :func:`score`."""
     return math.sqrt(score(decoded, exact).mse)
 
 
 def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
-    """Return the accuracy of decoded answers over the model's own; see :func:`score`.
-
-    The ratio is above 1 if decoding repairs more answers than it spoils.
-
-    Raises:
-        ValueError: the model is never right.
-    """
+    """Return the accuracy of decoded answers over the model's own; see :func:`score`."""
     found = score(decoded, exact, labels)
     if not found.exact_right:
         raise ValueError("relative_accuracy: the model must be right at least once, got never")

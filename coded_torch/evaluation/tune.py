@@ -54,8 +54,7 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
             no such number, or none of the codes can decode the received sets.
 
     Note:
-        The module runs in this process without gradients: once on every batch, and N / K times as
-        much for every distinct encoder that mixes.
+        The module runs once on every batch, and N / K times as much for every encoder that mixes.
 
     Example:
         >>> import torch
@@ -68,7 +67,8 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         SplineCode(num_data=10, num_workers=20, encoder_smoothing=0.0, decoder_smoothing=1e-06)
     """
     instance("tune", "wrapper", wrapper, CodedWrapper)
-    code = _code(wrapper)
+    if (code := wrapper.code) is None:
+        raise ValueError("tune: wrapper must have a code, got one without")
     calls = calls_of("tune", wrapper.module, batches)
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
@@ -129,7 +129,8 @@ def _variants(code: Code, values: Mapping[str, Sequence[Any]]) -> list[Code]:
 
 def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     """Yield sets of workers whose results may be decoded, drawn from the workers' law."""
-    code, lost = _code(wrapper), wrapper.num_stragglers
+    code, lost = wrapper.code, wrapper.num_stragglers
+    assert code is not None
     n = code.num_workers
     # A copy keeps the draws of the wrapper's own calls.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
@@ -143,20 +144,9 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
         yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
 
 
-def _code(wrapper: CodedWrapper) -> Code:
-    if wrapper.code is None:
-        raise ValueError("tune: wrapper must have a code, got one without")
-    return wrapper.code
-
-
 @as_called()
 def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...]]:
-    """Return the positional arguments of a call for each of ``batches``.
-
-    Raises:
-        TypeError: they are not a sequence of batches.
-        ValueError: one of them is empty, or the module would learn from them.
-    """
+    """Return the positional arguments of a call for each of ``batches``, which are checked."""
     if isinstance(batches, Tensor | np.ndarray | str | bytes) or not isinstance(batches, Iterable):
         got = type(batches).__name__
         raise TypeError(f"{owner}: batches must be a sequence of batches, such as [x], got {got}")
@@ -180,10 +170,9 @@ class Trial:
     distinct encoder, on the coded inputs of the workers that are in a received set.
 
     Args:
-        module: the module.
+        module, in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
         args: the positional arguments of the call.
         received: the received sets that will be tried.
-        in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
         max_batch_size: the most rows that the module is given at once. Defaults to None, all.
 
     Attributes:

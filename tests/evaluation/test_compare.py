@@ -308,7 +308,12 @@ ONES = [torch.ones(4, 1)] * 2
         ((torch.nn.Tanh(), ONES), {"tuning": 2}, ValueError, "tuning must be .* got 2"),
         ((torch.nn.Tanh(), ONES), {"received_sets": 0}, ValueError, "received_sets must be"),
         ((torch.nn.Tanh(), ONES), {"surrogate": 3}, TypeError, "surrogate must be"),
-        ((torch.nn.Tanh(), ONES), {"labels": ONES[:1]}, ValueError, "labels must be given for all"),
+        (
+            (torch.nn.Tanh(), ONES),
+            {"labels": ONES[:1]},
+            ValueError,
+            "labels must be .* of 2",
+        ),
         ((torch.nn.Tanh(), ONES), {"seeds": ["x"]}, TypeError, "seeds must be an int"),
     ],
 )
