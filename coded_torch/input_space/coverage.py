@@ -27,20 +27,12 @@ _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 
 
 class LeftOut(NamedTuple):
-    """Results that are left out in turn, and predicted from all others.
+    """Results that are left out in turn: norms ``[n]``; of one output, the numbers themselves."""
 
-    Attributes:
-        variances: ``[n]``, of the predictions, before they are shrunk to the mean.
-        residuals: ``[n]``, the norms of the results less their predictions, before shrinking. Of a
-            single output, all are the numbers themselves.
-        shrunk: ``[n]``, the norms of the results less their predictions, after shrinking.
-        deviations: ``[n]``, the norms of the results less the mean of all.
-    """
-
-    variances: Tensor
-    residuals: Tensor
-    shrunk: Tensor
-    deviations: Tensor
+    variances: Tensor  # of the predictions, before they are shrunk to the mean
+    residuals: Tensor  # the results less their predictions, before shrinking
+    shrunk: Tensor  # the same, after shrinking
+    deviations: Tensor  # the results less the mean of all
 
 
 def thresholds(
@@ -116,17 +108,11 @@ def label_risks(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
 
 
 class Bars(NamedTuple):
-    """The error bars of rows that are predicted from the same results.
+    """The error bars of rows that are predicted from the same results."""
 
-    Attributes:
-        rows: ``[L]``, of the batch.
-        thresholds: ``[S, L, n]``, as :func:`thresholds` returns them.
-        risks: ``[L]``, as :func:`label_risks` returns them; None if outputs are no ``[B, C]``.
-    """
-
-    rows: Tensor
-    thresholds: Tensor
-    risks: Tensor | None
+    rows: Tensor  # [L], of the batch
+    thresholds: Tensor  # [S, L, n]
+    risks: Tensor | None  # [L]; None if outputs are no [B, C]
 
     def without(self, unknown: Tensor) -> Bars:
         """Return infinite error bars for some rows, bool ``[L]``, and the same for others."""
@@ -135,17 +121,11 @@ class Bars(NamedTuple):
 
 
 class Shrunk(NamedTuple):
-    """A regression that is shrunk to the mean of the results.
-
-    Attributes:
-        process: of the results.
-        trust: how far predictions go away from the mean, in (0, 1].
-        weights, variances: of the missing rows, as ``process.at`` returns them.
-    """
+    """A regression that is shrunk to the mean of the results."""
 
     process: GaussianProcess
-    trust: float
-    weights: Tensor
+    trust: float  # how far predictions go away from the mean, in (0, 1]
+    weights: Tensor  # of the missing rows, as process.at returns them
     variances: Tensor
 
 

@@ -116,14 +116,9 @@ class GaussianProcess:
         return _solved(covariances, self._factor, transposed=True)
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of the results in predictions, and the variances of these.
+        """Return weights ``[L, M]`` of the results at points ``[L]``, and variances ``[L]``.
 
-        Args:
-            points: ``[L]``, without results. What the last ones got is kept.
-
-        Returns:
-            Weights ``[L, M]``, float64, whose rows sum to one. Variances ``[L]``, float64, in the
-            outputs' variance.
+        Both are float64. The weights of a point sum to one, and variances are in the outputs'.
         """
         if self._last is None or not torch.equal(self._last[0], points):
             half = self._half(self._covariances(points, self._factor.dtype))

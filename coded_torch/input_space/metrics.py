@@ -73,10 +73,8 @@ class Leaf(NamedTuple):
 class Metric(NamedTuple):
     """How far two inputs are apart: the distance of their features.
 
-    Attributes:
-        fit: from rows that determine it to a map from a leaf to features ``[n, f]``; it returns
-            None if the metric does not apply.
-        shrinkage: of the :class:`~coded_torch.input_space.geometry.Geometry` of the features.
+    ``fit`` maps rows to a map from a leaf to features ``[n, f]``, or to None if the metric does not
+    apply. ``shrinkage`` is that of the :class:`~coded_torch.input_space.geometry.Geometry`.
     """
 
     fit: Callable[[Leaf], Callable[[Leaf], Tensor] | None]

@@ -134,9 +134,7 @@ class RowPlan:
 
     Args:
         regression: the regression that predicts.
-        inputs: plain tensors, ``[B, ...]`` each.
-        batch_size: B.
-        others: inputs of other dtypes.
+        inputs, batch_size, others: as for :meth:`Regression.plan`.
         parts: the rows that are predicted together, which make up the batch.
 
     Attributes:
@@ -217,13 +215,10 @@ class RowPlan:
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None = None,
     ) -> ErrorBars:
-        """Return the error bars of predicted answers.
+        """Return the error bars of answers ``[B, ...]`` that :meth:`decode` returned.
 
-        Args:
-            received, results: as for :meth:`decode`.
-            answers: ``[B, ...]``, as :meth:`decode` returned them.
-            surrogates: what was subtracted from the results, ``[F, G, ...]``, and what is added to
-                the answers, ``[B, ...]``. Defaults to nothing.
+        ``surrogates`` are what was subtracted from the results, ``[F, G, ...]``, and what is added
+        to the answers, ``[B, ...]``.
         """
         if surrogates is not None:
             surrogates = surrogates[0].flatten(0, 1), surrogates[1]

@@ -54,17 +54,11 @@ _NEIGHBOURS = 500
 
 
 class Fitted(NamedTuple):
-    """A regression from results.
-
-    Attributes:
-        choice: the metric and the length.
-        process: the regression.
-        sample: of the results, whose residuals the regression keeps.
-    """
+    """A regression from results."""
 
     choice: Choice
     process: GaussianProcess
-    sample: Tensor
+    sample: Tensor  # of the results, whose residuals the regression keeps
 
 
 class Fits:
