@@ -1,6 +1,6 @@
 """Do radii hold as often as they say? ``python -m benchmarks coverage``.
 
-Batches of held-out rows go through a wrapper that loses some of 24 parts, whatever they hold. The
+Batches of held-out rows go through a wrapper that loses some of 24 parts. The
 errors of predicted rows are compared with their radii at three levels, and labels with their risks.
 The oracle's constant is the radius that contains just as many of all errors of the data set. Half
 the width of a 95 % interval of the mean over batches stands beside every coverage.
@@ -34,6 +34,7 @@ from .runs import Measurement, progress
 from .tasks import Task
 
 SEED, PARTS = 0, 24
+# The levels of radii that are compared.
 LEVELS = (0.9, 0.95, 0.99)
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
@@ -41,7 +42,7 @@ PICTURES = ("lenet5", "repvgg", "vit")
 
 
 class Setting(NamedTuple):
-    """How batches are made and answered."""
+    """A way to make and answer batches."""
 
     rows: int = 240
     missing: int = 8

@@ -1,4 +1,4 @@
-r"""The code that repeats inputs, and predicts what is missing by regression."""
+r"""The code that repeats inputs, and predicts missing answers by regression."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class RegressionCode(Code):
         by_path = isinstance(self.ordering, str) and self.ordering == "similarity"
         grouping = Grouping(plan.order if by_path else rows, self.num_data)
         errors = np.ones(size)
-        if num_stragglers:  # else copies are equal, whatever the errors
+        if num_stragglers:  # without stragglers copies are equal
             errors = plan.leave_one_out_variances().numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
@@ -117,7 +117,7 @@ class RegressionCode(Code):
 def _copies(
     grouping: Grouping, num_workers: int, num_stragglers: int, errors: NDArray[np.float64]
 ) -> NDArray[np.int64]:
-    """How many workers each input of each group gets, ``[G, K]``.
+    """Return the number of workers of each input of each group, ``[G, K]``.
 
     Greedy, one at a time, where it lowers the expected squared error most: the probability that
     all copies are lost times ``errors [B]``, what is to be expected then. It is convex in the
@@ -129,7 +129,7 @@ def _copies(
         lost[i + 1] = lost[i] * max(num_stragglers - i, 0) / (num_workers - i)
     gain = lost[:-1] - lost[1:]
     of_group = errors[grouping.rows.T.numpy()]  # [G, K]
-    real = (grouping.targets.T >= 0).numpy()  # not what fills up the last group
+    real = (grouping.targets.T >= 0).numpy()  # the last group may be filled up
     copies = real.astype(np.int64)
     groups = np.arange(len(copies))
     while (active := copies.sum(axis=1) < num_workers).any():

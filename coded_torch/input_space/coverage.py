@@ -20,7 +20,7 @@ __all__ = ["GROWTH", "Bars", "ErrorBars", "LeftOut", "Shrunk", "bars", "label_ri
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
 # coverage)
 GROWTH = 0.75
-# Of more missing rows, so many results calibrate: 1,024 missing rows take 4 ms. (benchmarks
+# If more rows are missing, 200 results calibrate, so that 1,024 rows take some ms. (benchmarks
 # coverage)
 _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together, float64
@@ -29,7 +29,7 @@ _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 class LeftOut(NamedTuple):
     """Results that are left out in turn: norms ``[n]``; of one output, the numbers themselves."""
 
-    variances: Tensor  # of the predictions, before they are shrunk to the mean
+    variances: Tensor  # the predictions' variances, before shrinking to the mean
     residuals: Tensor  # the results less their predictions, before shrinking
     shrunk: Tensor  # the same, after shrinking
     deviations: Tensor  # the results less the mean of all
@@ -74,7 +74,9 @@ def thresholds(
     """
     rest, moved = 1 - trust, moved[:, None]
     w, ratio = weights if signed else weights.abs(), left_out.variances / variances[:, None]
-    shrink = 1 / (1 + w.square() * ratio)  # of the variance of j, once row i is among the results
+    shrink = 1 / (
+        1 + w.square() * ratio
+    )  # the variance of j shrinks once row i is among the results
     ratio = ratio * shrink
     score, pull = ratio.pow(GROWTH / 2), trust * w * ratio + rest / count
     after = trust * shrink * left_out.residuals
@@ -124,8 +126,8 @@ class Shrunk(NamedTuple):
     """A regression that is shrunk to the mean of the results."""
 
     process: GaussianProcess
-    trust: float  # how far predictions go away from the mean, in (0, 1]
-    weights: Tensor  # of the missing rows, as process.at returns them
+    trust: float  # the share of the way from the mean, in (0, 1]
+    weights: Tensor  # both as process.at returns them for missing rows
     variances: Tensor
 
 

@@ -18,14 +18,14 @@ __all__ = ["NUGGET", "Comparison", "GaussianProcess", "matern52", "scaled"]
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
 #: as large (theory, section 10).
 NUGGET = 1e-4
-# Of more results only some are left out, evenly spaced: leaving out all of 3,400 takes .5 s.
+# If there are more results, evenly spaced ones are left out: all of 3,400 take .5 s.
 # (benchmarks batches)
 _ALL_LEFT_OUT = 512
 _LEFT_OUT = 256
 # Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is
-# predicted in 65 to 78 of 100 batches instead of 17 to 60; where inputs explain little, and in what
-# students leave, the squared error stays within .2 %. A whole standard error costs up to 7 % there.
-# (benchmarks learning)
+# predicted in 65 to 78 of 100 batches instead of 17 to 60. Where inputs explain little, and in
+# residuals of students, the squared error stays within .2 %. A whole standard error costs up to 7 %
+# there. (benchmarks learning)
 _ERRORS = 0.5
 
 
@@ -80,8 +80,8 @@ class GaussianProcess:
                 self._nugget *= 10
             self._factor, failed = self._factored(torch.float64)
         count = len(self._factor)
-        # The rows of the factor's inverse, transposed, that belong to what is left out; half_one is
-        # 1' L^-T, and mean 1' C^-1, [1, M].
+        # The rows of the factor's inverse, transposed, of the results that are left out. half_one
+        # is 1' L^-T, and mean 1' C^-1, [1, M].
         self._leaves_all = count <= _ALL_LEFT_OUT
         if self._leaves_all:
             self.left_out = torch.arange(count)
@@ -150,7 +150,7 @@ class GaussianProcess:
         mean = self._mean[0, self.left_out]
         squares = self._of_left_out.square().sum(1)
         inverses = squares.addcmul_(mean, mean, value=-1 / self._precision).double()
-        return 1 / inverses.clamp(min=1e-12)  # of a single result they are 0
+        return 1 / inverses.clamp(min=1e-12)  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return the results that are left out less their predictions from all others.

@@ -20,7 +20,7 @@ __all__ += ["typical_rows"]
 # of the time (benchmarks end_to_end). It is prime, as columns of a picture would share buckets.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
-# So many rows determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
+# The rows that determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
 # (theory, section 10; benchmarks distances)
 LANDMARKS = 512
 # Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand

@@ -22,7 +22,7 @@ __all__ += ["key_of", "leaves_of", "made_by", "name_of", "path_step", "transform
 
 logger = sparing_logger("coded_torch.codes")
 
-#: From the inputs, ``[B, ...]`` each, to the tensors that distances are measured on, likewise.
+#: A map from the inputs, ``[B, ...]`` each, to tensors ``[B, ...]`` to measure distances on.
 Features = Callable[..., Any]
 
 # Features that vary less, relative to the overall spread, are rounding. In float32 a constant
@@ -38,7 +38,7 @@ _SHORTEST = 0.01
 
 @dataclass(frozen=True)
 class Choice:
-    """How missing answers were predicted.
+    """The way in which missing answers were predicted.
 
     Attributes:
         metric: the name of the metric.
@@ -71,10 +71,10 @@ class Leaf(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How far two inputs are apart: the distance of their features.
+    """A distance between inputs: the distance of their features.
 
     ``fit`` maps rows to a map from a leaf to features ``[n, f]``, or to None if the metric does not
-    apply. ``shrinkage`` is that of the :class:`~coded_torch.input_space.geometry.Geometry`.
+    apply. ``shrinkage`` is an argument of the :class:`~coded_torch.input_space.geometry.Geometry`.
     """
 
     fit: Callable[[Leaf], Callable[[Leaf], Tensor] | None]
@@ -128,14 +128,14 @@ METRICS: MappingProxyType[str, Metric] = MappingProxyType(
 
 
 def name_of(metric: str | Features) -> str:
-    """Return the name of a metric, or of what makes features."""
+    """Return the name of a metric or of a callable."""
     if isinstance(metric, str):
         return metric
     return str(getattr(metric, "__name__", type(metric).__name__))
 
 
 def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
-    """Bring what distances are measured on to the host, in one copy."""
+    """Bring the features of inputs to the host, in one copy."""
     parts: list[Tensor] = []
     pools: list[Tensor | None] = []
     with torch.no_grad(), exactly(inputs[0].device.type):
@@ -162,7 +162,7 @@ def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Callable[[Leaf], 
 
 
 def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
-    """Return what a callable makes of the inputs, ``[B, ...]`` each; or None and why."""
+    """Return a callable's tensors, ``[B, ...]`` each; or None and the reason."""
     size = len(inputs[0])
     try:
         with torch.no_grad(), as_called():
@@ -182,7 +182,7 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
 
 
 class Sources:
-    """What distances between the rows of a batch may be measured on.
+    """The features of the rows of a batch, for every metric.
 
     Args:
         inputs: ``[B, ...]`` each, of which callables make features.
@@ -200,7 +200,7 @@ class Sources:
         self._made: dict[int, list[Leaf] | None] = {}
 
     def of(self, metric: str | Features) -> list[Leaf] | None:
-        """Return what a metric is measured on; None for a callable that fails. It runs once."""
+        """Return a metric's features; None for a callable that fails. It runs once."""
         if isinstance(metric, str):
             return self.leaves
         if id(metric) not in self._made:
@@ -312,7 +312,7 @@ def path_step(squared_distances: Tensor, order: Tensor) -> float:
 
 
 def key_of(metric: str | Features) -> str | int:
-    """Return by which what belongs to a metric is kept."""
+    """Return the key of a metric in dictionaries."""
     return metric if isinstance(metric, str) else id(metric)
 
 

@@ -1,4 +1,4 @@
-"""Which inputs are coded together: a batch in an order, cut into groups of K."""
+"""The order of a batch, and its groups of K rows that are coded together."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Grouping:
     def scatter(self, groups: Tensor) -> Tensor:
         """Return answers in the batch's order: ``[K, G, ...] -> [B, ...]``, differentiable.
 
-        It is the inverse of :meth:`gather`; what stands at copies is dropped.
+        It is the inverse of :meth:`gather`. Answers of copies are dropped.
         """
         if groups.shape[:2] != self.rows.shape:
             raise ValueError(

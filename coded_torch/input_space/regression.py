@@ -48,7 +48,7 @@ class Regression:
             most its radius. Defaults to 0.95.
 
     Attributes:
-        metrics, lengths: those that compete.
+        metrics, lengths: the competing metrics and lengths.
 
     Raises:
         TypeError: an argument is of another kind than said.
@@ -215,10 +215,10 @@ class RowPlan:
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None = None,
     ) -> ErrorBars:
-        """Return the error bars of answers ``[B, ...]`` that :meth:`decode` returned.
+        """Return the error bars of the answers ``[B, ...]`` of :meth:`decode`.
 
-        ``surrogates`` are what was subtracted from the results, ``[F, G, ...]``, and what is added
-        to the answers, ``[B, ...]``.
+        ``surrogates`` are the tensors subtracted from the results, ``[F, G, ...]``, and added to
+        the answers, ``[B, ...]``.
         """
         if surrogates is not None:
             surrogates = surrogates[0].flatten(0, 1), surrogates[1]
@@ -267,7 +267,7 @@ def check_link(owner: object, link: Any) -> None:
 def _made_of(
     metrics: Sequence[str | Features], others: Sequence[Tensor]
 ) -> tuple[list[Tensor], str]:
-    """Return what the first callable that works makes of inputs that are not floating-point."""
+    """Return the features of the first callable that works, of inputs of other dtypes."""
     notes = [_BLIND]
     for metric in metrics if others else ():
         if not isinstance(metric, str):

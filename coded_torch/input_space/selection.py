@@ -34,7 +34,7 @@ _MEASURED = 1024
 # to half as much again where results are few; with two hardly any gain is lost. (benchmarks
 # distances)
 _ERRORS = 2
-# Of fewer results, which metric predicts best is chance. (benchmarks distances)
+# With fewer results, chance decides which metric predicts best. (benchmarks distances)
 _LEAST = 8
 # Few results are farther apart than all: by how much a length is longer there, of 144 of 204. It is
 # for metrics only; lengths that are compared with it come out too short. (benchmarks distances)
@@ -58,7 +58,7 @@ class Fitted(NamedTuple):
 
     choice: Choice
     process: GaussianProcess
-    sample: Tensor  # of the results, whose residuals the regression keeps
+    sample: Tensor  # the results whose residuals the regression keeps
 
 
 class Fits:
@@ -160,7 +160,7 @@ class Part:
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
         self.order = torch.arange(len(rows)) if distances is None else distances.order
-        # Of results, and of what surrogates leave of them; not a history.
+        # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
         self._fitted: list[Fitted] = []
 
@@ -199,7 +199,7 @@ class Part:
             source: as for :meth:`map`.
             results: ``[n, ...]``, of which surrogates have been subtracted.
             answers: ``[B, ...]``, predicted from these results.
-            surrogates: what was subtracted, ``[n, ...]``, and for the rows, ``[B, ...]``.
+            surrogates: the subtracted tensors, ``[n, ...]``, and for the rows, ``[B, ...]``.
         """
         missing = (source[self.rows] < 0).nonzero().flatten()
         if not len(missing):

@@ -84,7 +84,7 @@ class Answers:
         """Note the worker of each row, ``[B]``, -1 in doubt. An exclusion clears memories."""
         self._owners = owners
         if self._report.excluded:
-            for memory, _ in self._memories:  # nor do they learn from this call
+            for memory, _ in self._memories:  # they do not learn from this call either
                 memory.clear()
 
     def of(self, division: Division, stacked: Stacked) -> Any:
@@ -92,7 +92,7 @@ class Answers:
         report, size, odd = self._report, division.batch_size, self._inputs.not_finite
         plan: BatchPlan | RowPlan | None = None
         source = torch.arange(size)
-        if not division.is_whole(stacked.units):  # else the results are the answers
+        if not division.is_whole(stacked.units):  # otherwise the results are the answers
             plan = division.plan()
             source = plan.source(stacked.units)
         predicted, unit_rows = source < 0, division.task.unit_rows
@@ -202,7 +202,7 @@ class Answers:
                 found.append(run(surrogate, stacked))
             except (torch.OutOfMemoryError, MemoryError):
                 raise
-            except Exception as error:  # of the caller's code
+            except Exception as error:  # the caller's code may raise anything
                 name = getattr(surrogate, "__name__", type(surrogate).__name__)
                 what = "".join(str(error).splitlines()[:1])
                 note = f"surrogate {number} ({name}) was left out: {type(error).__name__}: {what}"
@@ -228,7 +228,7 @@ class Answers:
         Raises:
             ValueError: its outputs have not the form of the module's.
         """
-        inputs, device = self._inputs, device_of(surrogate)  # it went with the wrapper
+        inputs, device = self._inputs, device_of(surrogate)  # the device may be another
 
         def number(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device)
@@ -334,7 +334,7 @@ def _residuals(
         return None
     of_units = [division.of_units(guess, received) for guess in used.values()]  # [F, R, ...]
     found, explained, by_chance = _least_squares(results, of_units, plan.used(received))
-    if not explained > _CHANCE * by_chance:  # else another metric may win, and seem to help
+    if not explained > _CHANCE * by_chance:  # another metric may win by chance, and seem to help
         return None
     results = results.to(torch.promote_types(results.dtype, torch.float32))
     zero = torch.zeros((), device=results.device)

@@ -42,19 +42,20 @@ def distill(
     each output; a share of the batches is held out, and the weights that are best there are kept.
 
     Args:
-        student: takes what the module takes and returns what it returns, but is cheap: a twentieth
+        student: a cheap module of the same inputs and outputs: a twentieth
             of the module's work is a good size. Trained in place, and left in evaluation mode.
         module: in the mode in which it answers.
         batches: inputs like those that will be answered, a few thousand rows; each is what the
             module is called with: an input, or a tuple of positional arguments. All tensors have
             the batch along dimension 0.
-        epochs: at most so many passes over the inputs. Defaults to 100.
+        epochs: the most passes over the inputs. Defaults to 100.
         learning_rate: of Adam at first; it falls to 0 along a cosine. Defaults to 5e-3.
         rows: of a step. Defaults to 64.
-        noise: its standard deviation at most, in that of each input. Defaults to 0.03.
+        noise: its largest standard deviation, in standard deviations of each input. Defaults to
+            0.03.
         augment: called with the arguments of a step, returns others like them, such as shifted
             pictures. Defaults to None.
-        patience: epochs without a better error on what is held out, after which it stops. Defaults
+        patience: epochs without a better held-out error, after which it stops. Defaults
             to 30.
         link: "softmax" to compare the logarithms of outputs that are probabilities. Defaults to
             None.
@@ -62,7 +63,7 @@ def distill(
         progress: show epochs and error, on terminals only. Defaults to True.
 
     Returns:
-        The error that it reached: the variance of f - s over that of f, on what is held out, the
+        The error that it reached: the held-out variance of f - s over the variance of f, the
         mean over the outputs. The squared error of predicted answers falls by about this factor.
 
     Raises:
@@ -172,7 +173,7 @@ class _Arguments:
         return args
 
     def changed(self, change: Callable[..., Tensor], *others: _Arguments) -> _Arguments:
-        """Return the same with other tensors, made of these and of the same tensors of others."""
+        """Return arguments with tensors made of these and of the same tensors of others."""
         made = copy.copy(self)
         columns = zip(self._leaves, *(other._leaves for other in others), strict=True)
         made._leaves = [change(*x) if isinstance(x[0], Tensor) else x[0] for x in columns]
@@ -220,7 +221,7 @@ class _Arguments:
 
 
 def _divided(batches: list[_Arguments]) -> tuple[_Arguments, list[_Arguments]]:
-    """Return what is taught, and what is held out: batches or parts of one, two rows each."""
+    """Return the training rows, and held-out batches or parts of one, two rows each."""
     pieces = batches
     if len(batches) == 1 and batches[0].size >= 4:
         number = min(_PIECES, batches[0].size // 2)
@@ -257,7 +258,7 @@ def _error(
     variances: Sequence[Tensor],
     link: str | None,
 ) -> float:
-    """Return the variance of what the student misses, over that of the outputs."""
+    """Return the variance of the residuals over the variance of the outputs."""
     missed = [
         [f - s for f, s in zip(outputs, _outputs(student, piece, link), strict=True)]
         for piece, outputs in zip(pieces, exact, strict=True)

@@ -1,4 +1,4 @@
-r"""A surrogate that trains itself: regression on what the wrapper has answered."""
+r"""A surrogate that trains itself: regression on exact answers of the wrapper."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ class Memory:
         self.capacity = count(self, "capacity", capacity)
         self._lock = threading.Lock()
         self._generation = 0
-        self._looks: tuple[Any, Any] = None, None  # what is kept for the second to be true
+        self._looks: tuple[Any, Any] = None, None  # the first keeps the second valid
         self._making: Future[None] | None = None
         self._process = 0  # whose thread makes regressions
-        self._ended = self._seconds = 0.0  # of the last regression: when, and how long it took
+        self._ended = self._seconds = 0.0  # the end of the last regression, and its duration
         self._forget()
 
     def _forget(self) -> None:
@@ -145,7 +145,7 @@ class Memory:
         Args:
             inputs: ``[n, ...]`` each, floating-point, finite.
             outputs: ``[n, ...]`` each, of these inputs, floating-point, finite.
-            generation: what :meth:`follow` returned before they were computed. Defaults to now.
+            generation: the number that :meth:`follow` returned before them. Defaults to now.
         """
         if not (inputs and outputs and len(outputs[0])):
             return
@@ -171,7 +171,7 @@ class Memory:
             self._rebuild()
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return what the module gives for these inputs, as far as is remembered.
+        """Return predictions of the module's outputs for these inputs.
 
         Args:
             inputs: ``[n, ...]`` each, as :meth:`observe` takes them.
@@ -184,18 +184,11 @@ class Memory:
         return None if found is None else found[0]
 
     def error_bars(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor] | None:
-        """Return predictions, and how far off the first output may be.
+        """Return predictions, and thresholds of the errors of the first output.
 
-        If rows that are remembered and a new row are exchangeable, the error of the row exceeds its
-        k-th largest threshold with probability k / (m + 1), but for the choice of the metric.
-
-        Args:
-            inputs: as for :meth:`predict`.
-
-        Returns:
-            The predictions; and thresholds ``[n, m]``, float64, the leave-one-out residuals of m
-            remembered results, scaled by the distances to the nearest result. None as for
-            :meth:`predict`.
+        Thresholds ``[n, m]``, float64, are the leave-one-out residuals of m remembered results,
+        scaled by the distances to the nearest result. If remembered rows and a new row are
+        exchangeable, its error exceeds the k-th largest with probability k / (m + 1).
         """
         snapshot = self._snapshot
         if snapshot is None or _form(inputs) != snapshot.form[0]:
@@ -241,7 +234,7 @@ class Memory:
         self, generation: int, form: Any, space: _Space | None, rows: list[tuple[Any, Tensor]]
     ) -> None:
         try:
-            start = time.thread_time()  # not what others did meanwhile
+            start = time.thread_time()  # other threads' time does not count
             outputs = torch.cat([y for _, y in rows])
             found = space or _Space.of([x for x, _ in rows], outputs)
             known = [x if space else found(x) for x, _ in rows]
@@ -268,7 +261,7 @@ class Memory:
 
 
 class _Space:
-    """Few coordinates of inputs, whose distances are those of a metric that rows determine."""
+    """Few coordinates of inputs, whose distances agree with a metric that rows determine."""
 
     def __init__(self, leaves: Sequence[Leaf], metric: str) -> None:
         some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
