@@ -161,7 +161,7 @@ class GaussianProcess:
         Returns:
             ``[n, C]``, float64.
         """
-        if self._last_residuals is not None and self._last_residuals[0] is results:
+        if self._last_residuals is not None and torch.equal(self._last_residuals[0], results):
             return self._last_residuals[1]
         y, size = scaled(results)
         residuals = self._over_variances(y).T.double()
