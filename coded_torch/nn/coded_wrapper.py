@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._arguments import count, instance, real, shown
-from .._torch import on_host
+from .._torch import on_host, unchanged
 from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import CHUNKS, History
@@ -204,7 +204,8 @@ class CodedWrapper(ModuleProxy):
             inputs = Inputs(args, kwargs, self.in_dims, mixing)
             division = self._divide(inputs, waiting, report) if inputs.batch_size else None
         if division is not None:
-            answers = self._compute(module, waiting, division, report)
+            with unchanged():  # a memory and a pool look at the weights
+                answers = self._compute(module, waiting, division, report)
         else:
             with report.timed("compute"):
                 answers = module(*args, **kwargs)

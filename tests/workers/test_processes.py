@@ -439,6 +439,8 @@ def test_a_forked_process_is_refused():
         ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
         ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
+        ({"preload": "os"}, TypeError, "preload must be a list of names, got 'os'"),
+        ({"preload": ["no_such"]}, ValueError, "must name installed packages, got 'no_such'"),
     ],
 )
 def test_bad_arguments(options, error, match):
@@ -497,6 +499,62 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "RuntimeError: ProcessWorkers: workers import the main script" in last
     assert last.endswith('put its main part under: if __name__ == "__main__":')
+
+
+_PACKAGE = """
+import os, sys, threading
+from pathlib import Path
+import torch
+
+log = Path(__file__).parent / (__name__ + ".log")
+with log.open("a") as file:
+    print(os.getpid(), file=file)
+if __name__ == "threaded":
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return x + 0.5 * ("extra" in sys.modules)
+"""
+
+_PRELOADS = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from coded_torch.codes import ReplicationCode
+from coded_torch.nn import CodedWrapper
+from coded_torch.workers import ProcessWorkers
+
+if __name__ == "__main__":
+    sys.path.insert(0, {folder!r})
+    from plain import Net as Plain
+    from threaded import Net as Threaded
+    servers = set()
+    for net in (Plain(), Threaded()):
+        with ProcessWorkers(2, preload=["extra"]).start(net) as pool, torch.no_grad():
+            coded = CodedWrapper(net, ReplicationCode(2, 2), workers=pool)
+            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
+            victim = pool.pids[0]
+            os.kill(victim, signal.SIGKILL)
+            while victim in pool.pids or pool.num_ready < 2:
+                time.sleep(0.002)
+            print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
+            if isinstance(net, Plain):
+                print(len({{os.getpid()}} & set(pool.pids)))
+"""
+
+
+def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
+    for name in ("plain", "threaded", "extra"):
+        (tmp_path / f"{name}.py").write_text(_PACKAGE)
+    done = _script(tmp_path, _PRELOADS.format(folder=str(tmp_path)), 2 * WAIT)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.splitlines() == ["1.5 2.5", "1.5 2.5", "0", "1.5 2.5", "1.5 2.5"]
+    imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
+    assert imports["plain"] == 2  # by this process, and by the server
+    assert imports["extra"] == 3  # by each server: with "plain", with "threaded", without both
+    assert imports["threaded"] == 2 + 3  # by the server that is given up, and by each process
 
 
 _INTERACTIVE = """

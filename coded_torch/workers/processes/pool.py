@@ -3,12 +3,13 @@ r"""Workers in local processes."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
@@ -20,7 +21,20 @@ from ..dispatch import Job
 from .shared_memory import Connection, Package, Pickled
 from .supervised import SupervisedWorkers
 from .supervisor import Supervisor, WatchedWorker
-from .worker_main import JOB, LOADED, MODULE, READY, RESULT, check_guard, fork, server
+from .worker_main import (
+    JOB,
+    LOADED,
+    MODULE,
+    READY,
+    REFUSED,
+    RESULT,
+    UNSAFE,
+    check_guard,
+    fork,
+    packages_of,
+    refuse,
+    server,
+)
 
 __all__ = ["ProcessWorkers"]
 
@@ -56,10 +70,13 @@ class ProcessWorkers(SupervisedWorkers):
             slowest call. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
             Defaults to 600.
+        preload: the names of packages that a new process finds imported, beside the packages of the
+            module's classes. Defaults to none.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number is not positive, or a device is missing or unknown.
+        ValueError: a number is not positive, a device is missing or unknown, or a package of
+            ``preload`` is not installed.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
@@ -75,9 +92,10 @@ class ProcessWorkers(SupervisedWorkers):
         value, if cloudpickle is installed. The pool needs Unix domain sockets, so it does not run
         on Windows.
 
-        Processes are forked from a server that has imported torch. The server takes seconds to
-        start, and serves all pools of this process. A new process loads the module that was sent
-        last before it gets parts. Loading a module imports the packages of its classes.
+        Processes are forked, in some 50 ms, from a server that has imported torch, ``preload`` and
+        the packages of the module's classes, but for packages that start threads or initialise
+        CUDA. The server takes seconds to start, and serves all pools of this process that need the
+        same packages. A new process loads the module that was sent last before it gets parts.
 
     Example:
         .. code-block:: python
@@ -99,21 +117,26 @@ class ProcessWorkers(SupervisedWorkers):
         threads: int = 1,
         grace: float = 30.0,
         timeout: float = 600.0,
+        preload: Iterable[str] = (),
     ) -> None:
+        self.preload = _importable(preload)
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make_supervisor(self) -> Supervisor[_Process]:
         check_guard()
-        return _Processes(self.num_workers, self.grace, self.devices, self.threads)
+        return _Processes(self.num_workers, self.grace, self.devices, self.threads, self.preload)
 
 
 class _Process(WatchedWorker):
     """A process, the connection to it, and the descriptor on which the server tells its end."""
 
-    def __init__(self, index: int, connection: Connection, descriptor: int) -> None:
+    def __init__(
+        self, index: int, connection: Connection, descriptor: int, packages: frozenset[str]
+    ) -> None:
         super().__init__(index)
         self.connection, self.descriptor = connection, descriptor
+        self.packages = packages  # the packages that its server has imported
         self._forked = False
 
     def exit_code(self, seconds: float) -> int | None:
@@ -141,10 +164,16 @@ class _Processes(Supervisor[_Process]):
     kind = "processes"
 
     def __init__(
-        self, size: int, grace: float, devices: Sequence[torch.device], threads: int
+        self,
+        size: int,
+        grace: float,
+        devices: Sequence[torch.device],
+        threads: int,
+        preload: frozenset[str],
     ) -> None:
         super().__init__(size, grace)
         self._devices, self._threads = devices, threads
+        self._preload = self._packages = preload
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -152,16 +181,19 @@ class _Processes(Supervisor[_Process]):
         self._selector.register(self._alarm, selectors.EVENT_READ)
 
     def pack(self, module: nn.Module) -> Package:
-        return Package(Pickled(module))
+        package = Package(Pickled(module))
+        self._packages |= packages_of(module)
+        return package
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = fork(theirs, device, self._threads, self.seed(index))
+            packages = self._packages - REFUSED
+            descriptor = fork(theirs, device, self._threads, self.seed(index), packages)
             on_error.pop_all()
-        worker = _Process(index, Connection(ours), descriptor)
+        worker = _Process(index, Connection(ours), descriptor, packages)
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)
         return worker
 
@@ -237,6 +269,10 @@ class _Processes(Supervisor[_Process]):
             worker.kill()  # the process may live, but it has closed its connection
         worker.connection.close()
         os.close(worker.descriptor)
+        if code == UNSAFE or (code is None and not worker.pid):
+            refuse(worker.packages, self._preload)
+        if code == UNSAFE:
+            return "was forked from a server with threads, or with CUDA; another server starts"
         if code is None:
             if worker.pid:
                 return "closed its connection, and was killed"
@@ -245,6 +281,16 @@ class _Processes(Supervisor[_Process]):
             return f"was killed by {_signal_name(-code)}"
         up = "" if worker.ready or worker.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
+
+
+def _importable(names: Iterable[str]) -> frozenset[str]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"ProcessWorkers: preload must be a list of names, got {names!r}")
+    found = frozenset(names)
+    for name in found:
+        if not isinstance(name, str) or importlib.util.find_spec(name.partition(".")[0]) is None:
+            raise ValueError(f"ProcessWorkers: preload must name installed packages, got {name!r}")
+    return found
 
 
 def _signal_name(number: int) -> str:

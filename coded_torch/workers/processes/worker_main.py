@@ -15,22 +15,52 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
+import types
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from . import shared_memory
 from .modules import LoadedModules, set_up
 from .shared_memory import Connection, Pickled
 
-__all__ = ["FAILURE", "JOB", "LOADED", "MODULE", "READY", "RESULT", "check_guard", "fork", "server"]
+__all__ = [
+    "FAILURE",
+    "JOB",
+    "LOADED",
+    "MODULE",
+    "READY",
+    "RESULT",
+    "check_guard",
+    "fork",
+    "packages_of",
+    "refuse",
+    "server",
+]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8
+# The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
+UNSAFE = 77
+REFUSED: set[str] = set()  # packages that no server imports
+_PATH = "PYTHONPATH"
 _MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
+
+
+_server_is_unsafe = False  # read in a fork, written before it
+
+
+def _look_at_server() -> None:
+    global _server_is_unsafe
+    _server_is_unsafe = threading.active_count() > 1 or torch.cuda.is_initialized()
+
+
+os.register_at_fork(before=_look_at_server)
 
 
 def check_guard() -> None:
@@ -43,15 +73,60 @@ def check_guard() -> None:
 
 
 @functools.cache
-def server(owner: int) -> forkserver.ForkServer:
-    """Return the server of the process ``owner``. A process that is forked from it has its own."""
+def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
+    """Return the server of the process ``owner`` that has imported some packages.
+
+    A process that is forked from it has its own.
+    """
     own = forkserver.ForkServer()
-    own.set_forkserver_preload([__name__])
+    own.set_forkserver_preload([__name__, *sorted(packages)])
+    # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
+    before = os.environ.get(_PATH)
+    os.environ[_PATH] = os.pathsep.join(filter(None, sys.path))
+    try:
+        own.ensure_running()
+    finally:
+        _set_path(before)
     return own
 
 
-def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> int:
-    """Have a worker forked that serves a socket.
+def _set_path(value: str | None) -> None:
+    """Set the environment variable for sys.path, or delete it."""
+    if value is None:
+        os.environ.pop(_PATH, None)
+    else:
+        os.environ[_PATH] = value
+
+
+def packages_of(module: nn.Module) -> set[str]:
+    """Return the packages that a new process needs for a module, beside torch and the library.
+
+    If a class belongs to the main script, so do the packages that the script has imported.
+    """
+    found = {type(part).__module__ for part in module.modules()}
+    if "__main__" in found:
+        for value in vars(sys.modules["__main__"]).values():
+            name = value.__name__ if isinstance(value, types.ModuleType) else None
+            found.add(name or getattr(value, "__module__", None) or "")
+    known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
+    return {name for name in found if name.partition(".")[0] not in known}
+
+
+def refuse(packages: frozenset[str], preload: frozenset[str]) -> None:
+    """Let no later server import packages that broke one; packages of ``preload`` only at last."""
+    if not packages & REFUSED:  # else another worker of that server has said so
+        REFUSED.update(packages - preload or packages)
+        server.cache_clear()
+
+
+def fork(
+    sock: socket.socket,
+    device: torch.device,
+    threads: int,
+    seed: int,
+    packages: frozenset[str] = frozenset(),
+) -> int:
+    """Have a worker forked that serves a socket, from a server that has imported packages.
 
     Returns:
         A descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the process
@@ -72,13 +147,15 @@ def fork(sock: socket.socket, device: torch.device, threads: int, seed: int) -> 
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        descriptor, writer = server(os.getpid()).connect_to_new_process([sock.fileno()])
+        own = server(os.getpid(), packages)
+        descriptor, writer = own.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
         server.cache_clear()
         raise
     with open(writer, "wb") as stream:
-        stream.write(reduction.ForkingPickler.dumps({name: data[name] for name in kept}))
-        stream.write(reduction.ForkingPickler.dumps(_Program(main, device, threads, seed)))
+        program = _Program(main, device, threads, seed, os.environ.get(_PATH))
+        for each in ({name: data[name] for name in kept}, program):
+            stream.write(reduction.ForkingPickler.dumps(each))
     return descriptor
 
 
@@ -89,8 +166,12 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
+    path: str | None  # PYTHONPATH of the pool's process
 
     def _bootstrap(self, _: int) -> int:
+        if _server_is_unsafe:
+            return UNSAFE
+        _set_path(self.path)
         descriptors: Any = forkserver.get_inherited_fds()
         connection = Connection(socket.socket(fileno=descriptors[0]))
         is_script = bool(self.main)
