@@ -83,7 +83,7 @@ def real(
         raise TypeError(message)
     try:
         number = float(value)
-    except OverflowError:  # of an integer or a fraction
+    except OverflowError:  # an integer or a fraction is too large
         raise ValueError(message) from None
     if not valid(number):
         raise ValueError(message)
@@ -169,7 +169,7 @@ def find_devices(
             found.append(find(device))
         except TypeError:
             raise TypeError(f"{must} be names of devices, got {shown(device)}") from None
-        except (RuntimeError, AssertionError) as error:  # the latter of a build without CUDA
+        except (RuntimeError, AssertionError) as error:  # AssertionError: a build without CUDA
             raise ValueError(f"{must} be available, got {str(device)!r}") from error
     if not found:
         raise ValueError(f"{must} name at least one device, got none")

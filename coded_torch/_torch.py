@@ -43,7 +43,7 @@ def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
 
 
 def differentiated(tensor: Tensor) -> bool:
-    """Return whether a derivative may be asked of what is computed from a tensor now."""
+    """Return whether a derivative with respect to a tensor may be asked for."""
     return (
         (torch.is_grad_enabled() and tensor.requires_grad)
         or bool(torch._C._are_functorch_transforms_active())
@@ -62,7 +62,7 @@ def exactly(device: str = "cpu") -> Iterator[None]:
 
 
 class _Host(DeviceContext):
-    """The host as the default device, on top of all modes: theirs hold again when it is popped."""
+    """The host as the default device, on top of all modes, which hold again after it."""
 
     __enter__ = TorchFunctionMode.__enter__
     __exit__ = TorchFunctionMode.__exit__
@@ -70,13 +70,13 @@ class _Host(DeviceContext):
 
 @contextlib.contextmanager
 def on_host() -> Iterator[None]:
-    """Make new tensors on the host in a block, or a function, whatever the caller's default device.
+    """Make new tensors on the host in a block or a function, on any default device of the caller.
 
     The caller's own code, run from within, is put into a block of :func:`as_called`.
     """
     mode = _get_current_function_mode()
     if mode is None or isinstance(mode, _Host):
-        yield  # without a mode there is no default device, and every call of torch is faster
+        yield  # no mode means no default device, and every call of torch is faster
         return
     with _Host("cpu"):
         yield
@@ -150,7 +150,7 @@ def placed(
         copies: its copies, by device, kind and stream.
         device: the device of the copy.
         make: makes the copy.
-        kind: what else tells copies apart, such as a dtype.
+        kind: the rest of the key of the copy, such as a dtype.
 
     Raises:
         RuntimeError: a CUDA graph is captured, of which a new copy would be a part.

@@ -105,7 +105,7 @@ class RegressionCode(Code):
         by_path = isinstance(self.ordering, str) and self.ordering == "similarity"
         grouping = Grouping(plan.order if by_path else rows, self.num_data)
         errors = np.ones(size)
-        if num_stragglers:  # without stragglers copies are equal
+        if num_stragglers:  # copies are equal if there are no stragglers
             errors = plan.leave_one_out_variances().numpy() ** _GROWTH
         copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
@@ -120,7 +120,7 @@ def _copies(
     """Return the number of workers of each input of each group, ``[G, K]``.
 
     Greedy, one at a time, where it lowers the expected squared error most: the probability that
-    all copies are lost times ``errors [B]``, what is to be expected then. It is convex in the
+    all copies are lost times ``errors [B]``, the expected error then. It is convex in the
     copies, so greedy is best.
     """
     # lost[c] is the probability that all of c workers are among the S lost ones of N.

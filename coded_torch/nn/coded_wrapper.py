@@ -64,8 +64,8 @@ class CodedWrapper(ModuleProxy):
         code: the code. Codes that mix inputs need floating-point ones. Defaults to None: by rows.
         workers: the pool that computes. Defaults to :class:`~coded_torch.workers.LocalWorkers` with
             a code; required without one.
-        waiting: what to ask for, when, and when to stop. Defaults to ``Waiting.first()`` with a
-            code, and ``Waiting()`` without one.
+        waiting: the policy: when to ask, to hedge and to stop. Defaults to ``Waiting.first()``
+            with a code, and ``Waiting()`` without one.
         parts: the number of parts that a batch is divided into by rows. Defaults to one for each
             worker; required for ``LocalWorkers``, which has no number of workers.
         predictor: predicts missing rows. Defaults to ``Regression()``.
@@ -81,9 +81,9 @@ class CodedWrapper(ModuleProxy):
             of at least three workers; with two, disputes are only reported. Defaults to None, none.
         in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
             of each, an integer; "shared" or None for a value that is meant for the whole batch; or
-            a pytree prefix of such. What is given as None and has the batch size along its first
-            dimension is refused: say "shared" if it is meant for all. Tensors in keyword arguments
-            are divided along dimension 0. Defaults to 0.
+            a pytree prefix of such. A tensor that is given as None and has the batch size along
+            its first dimension is refused: say "shared" if it is meant for all. Tensors in keyword
+            arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 
@@ -101,11 +101,11 @@ class CodedWrapper(ModuleProxy):
             for; its cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
         Exception: in calls, of the module, if it fails on a row on two workers alike. Its ``rows``,
-            ``answers`` (NaN in rows that were not computed) and ``report`` say what came.
+            ``answers`` (NaN in rows that were not computed) and ``report`` hold the results.
 
     Note:
         By rows, the module's own work and the hedges; by columns, up to :math:`N / K` times the
-        module's work. The same results give the same bits, in whatever order they came. An empty
+        module's work. The same results give the same bits, in any order of arrival. An empty
         batch goes to the module itself.
 
     Reference:
@@ -153,7 +153,9 @@ class CodedWrapper(ModuleProxy):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
         self._dealer = random.Random(0)
-        self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
+        self._form: Stacked | None = (
+            None  # the form of the last results, for surrogates that answer alone
+        )
         _check_settings(self)
         self._is_made = True
         self._strikes = Strikes.of(self.workers, self.verify)
@@ -261,7 +263,7 @@ class CodedWrapper(ModuleProxy):
                 report.notes += rows.keep_deadline(left, predictions)
             try:
                 found = answers.of(division, stacked)
-            except Exception as raised:  # of the caller's code: the answers that came are in it
+            except Exception as raised:  # the caller's code failed: the exception gets the answers
                 holding(raised, division, results, report)
                 raise
         if rows is not None and not pool.simulated:  # there, predictions take no time
@@ -283,7 +285,7 @@ class CodedWrapper(ModuleProxy):
                 super().__setattr__(name, before)
                 raise
         if name in ("workers", "module"):
-            self._history = History()  # of this module on this pool
+            self._history = History()  # one for each module and pool
         if name in ("workers", "module", "verify") and "_is_made" in vars(self):
             self._strikes = Strikes.of(self.workers, self.verify)
 
@@ -316,7 +318,7 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         count(wrapper, "parts", parts)
     if verify is not None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
-    wrong = {  # what must hold, and whether it does not
+    wrong = {  # the requirement, and whether it is broken
         f"parts must be given with {type(pool).__name__}, which has no number of workers": (
             code is None and parts is None and pool.num_workers is None
         ),

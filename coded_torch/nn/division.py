@@ -125,7 +125,7 @@ class Inputs:
             )
         if not -leaf.dim() <= dim < leaf.dim():
             raise ValueError(f"{name} have the batch dimension {dim}, got shape {(*leaf.shape,)}")
-        if mixing is not None and not finite(leaf):  # it would spoil its whole group
+        if mixing is not None and not finite(leaf):  # one such number would spoil its group
             place = (~leaf.isfinite()).nonzero()[0].tolist()
             raise ValueError(
                 f"{name} be finite, as {mixing} mixes inputs, got {leaf[tuple(place)].item()} in "

@@ -1,4 +1,4 @@
-"""Carries out the decisions of the policy on one request to a pool, and judges what arrives."""
+"""Carries out the decisions of the policy on one request to a pool, and judges the replies."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Execution:
         self._began: set[int] = set()  # workers
         self._begun_units = 0
         self._fresh: set[int] = set()  # numbers of parts whose worker has to load the module
-        self._replies: dict[int, workers.Reply] = {}  # by the number of the part
+        self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
@@ -94,7 +94,7 @@ class Execution:
         division, check, report = self._division, self._check, self._report
         with pool.open(module, division.task) as request:
             self._request = request
-            # On a simulated clock, only what is simulated takes time.
+            # On a simulated clock, only the simulation takes time.
             began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
             policy = waiting.decide(
                 history,
@@ -122,7 +122,7 @@ class Execution:
             self.why = f"{late}; {self.why}" if self.why else late
 
     def _follow(self, policy: Generator[Decision, Event, _T]) -> _T:
-        """Do what a policy decides, and send it the events, until it ends."""
+        """Carry out the decisions of a policy, and send it the events, until it ends."""
         event: Event = None
         while True:
             try:
@@ -195,7 +195,7 @@ class Execution:
                 if heard.fresh:
                     self._fresh.add(part.number)
                 self._events.append(Began(part.number, heard.at, heard.fresh))
-                until = -math.inf  # only events that have happened already
+                until = -math.inf  # hear only the events that have happened
             else:
                 replies.append(heard)
                 until = -math.inf
@@ -209,7 +209,7 @@ class Execution:
         latencies = self._report.latencies
         for reply in replies:
             self._replies[reply.part.number] = reply
-            if reply.worker >= 0:  # else no worker had it
+            if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 if reply.part.number not in self._fresh:
                     latencies[reply.worker] = reply.at

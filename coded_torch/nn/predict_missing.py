@@ -84,7 +84,7 @@ class Answers:
         """Note the worker of each row, ``[B]``, -1 in doubt. An exclusion clears memories."""
         self._owners = owners
         if self._report.excluded:
-            for memory, _ in self._memories:  # they do not learn from this call either
+            for memory, _ in self._memories:  # memories do not learn from this call either
                 memory.clear()
 
     def of(self, division: Division, stacked: Stacked) -> Any:
@@ -378,7 +378,7 @@ def _least_squares(
 
 def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
     """Return outputs of the module as they are decoded: probabilities as their logarithms."""
-    # Of probabilities that are 0 in floating point, no logarithm is left.
+    # A probability that is 0 in floating point has no logarithm.
     tiny = torch.finfo(outputs.dtype).tiny
     return outputs if link is None else outputs.clamp(min=tiny).log()
 
@@ -388,7 +388,7 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:
-    """Replace the rows of values that are ``odd`` by the mean of the others; None: no row is."""
+    """Replace the rows of values that are ``odd`` by the mean of the others."""
     return values if odd is None else _filled(values, odd, values[~odd.to(values.device)].mean(0))
 
 

@@ -42,7 +42,7 @@ logger = sparing_logger("coded_torch.nn")
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """How one call of a :class:`~coded_torch.CodedWrapper` went; if it raised, how far it came.
+    """The report of one call of a :class:`~coded_torch.CodedWrapper`, also of one that raised.
 
     A worker is named by its place in the pool, ``0 .. num_workers - 1``. On
     :class:`~coded_torch.workers.LocalWorkers` every part of the call has a worker of its own.
@@ -52,7 +52,7 @@ class Report:
         received: the workers whose results count, increasing.
         latencies: by worker, seconds from the opening of the request, after encoding, to its last
             reply, in that order; without workers that had to load the module.
-        rejected: by worker, what was wrong with its last result that does not count.
+        rejected: by worker, the fault of its last result that does not count.
         work: rows that workers began to compute, per row of the batch: 1.0 is every input once.
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
@@ -63,7 +63,7 @@ class Report:
             not finite, or too few results arrived. None under a link, or if the code mixes inputs.
         coverage: the level of the radii; None if there are none.
         label_risks: float64 ``[B]``, on the host: the estimated probability that the largest number
-            of each answer (of the first decoded output, ``[B, C]``) is not that of the module. 0 if
+            of each answer (of the first decoded output, ``[B, C]``) is not the module's. 0 if
             the answer is exact. None for other outputs, or if the code mixes inputs.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the prediction. Empty if nothing was predicted.
@@ -75,11 +75,11 @@ class Report:
             not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
         num_groups: G, the number of groups; 0 if the batch was divided by rows.
-        distances: for each decoded output (and each chunk of a large batch), the metric and length
+        distances: for each decoded output (and each block of a large batch), the metric and length
             by which missing answers were predicted, and how well they predict results from each
             other. Empty if nothing was missing or the code has no choice.
         missing_rows: the rows that no worker computed, if the batch was divided by rows.
-        errors: by missing row, what went wrong with the last part that held it, if anything did.
+        errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or ended
             its workers when the row was alone.
         verified: bool ``[B]``, on the host: the rows that two workers computed alike. None without
@@ -90,7 +90,7 @@ class Report:
         corrected: the rows whose first result was wrong, and was replaced.
         strikes: by worker, how many wrong results it was found to return.
         excluded: the workers that get no more parts until they are restarted.
-        notes: what else the caller should know.
+        notes: further remarks for the caller.
         encode_seconds: from the call to the first ask: checking, ordering, planning and encoding.
         compute_seconds: of waiting for the workers and checking their results.
         decode_seconds: of decoding and predicting.
@@ -138,7 +138,7 @@ class Report:
         return tuple(sorted(set(self.asked) - set(self.received)))
 
     def radii_at(self, coverage: float | Tensor) -> Tensor | None:
-        """Return the radii at another level than that of the regression; None if there are none.
+        """Return the radii at a level of one's own, or None if there are none.
 
         Args:
             coverage: the probability, between 0 and 1; or one for each row, ``[B]``.
@@ -153,7 +153,7 @@ class Report:
             setattr(self, name, None if seconds == math.inf else seconds)
 
     def note_verdict(self, verdict: Trials, size: int) -> None:
-        """Note what verification found."""
+        """Note the findings of verification."""
         for name in ("verified", "unverified"):
             rows = torch.zeros(size, dtype=torch.bool)
             rows[sorted(getattr(verdict, name))] = True
@@ -171,7 +171,7 @@ class Report:
 
     @property
     def source(self) -> Tensor | None:
-        """Where answers are from: uint8 ``[B]``, on the host; None before there are answers.
+        """The sources of answers: uint8 ``[B]``, on the host; None before there are answers.
 
         0 is a part that was asked first, 1 a hedge or another later part, 2 a prediction.
         """
@@ -231,7 +231,7 @@ class Report:
 def error_of(
     waiting: Waiting, division: Division, results: Results, report: Report, execution: Execution
 ) -> Exception | None:
-    """Return what to raise if some rows may not, or cannot, be predicted; None if all may.
+    """Return the exception if some rows may not, or cannot, be predicted; None if all may.
 
     The report says which rows are missing, and why.
     """
@@ -335,7 +335,7 @@ def _shown(rows: Sequence[int]) -> str:
 
 def holding(error: Exception, division: Division, results: Results, report: Report) -> Exception:
     """Return the exception with the report and the answers that came."""
-    with contextlib.suppress(Exception):  # as above
+    with contextlib.suppress(Exception):  # a class may refuse attributes
         error.report = report  # type: ignore[attr-defined]
         error.answers = _computed(division, results)  # type: ignore[attr-defined]
     return error

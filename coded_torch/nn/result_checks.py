@@ -18,7 +18,7 @@ from .division import finite
 
 __all__ = ["Result", "Results", "Stacked", "decodable"]
 
-_ROUNDING = 0.01  # by which a sum of probabilities may differ from 1; half precision needs as much
+_ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
 
 def decodable(leaf: Any, dim: int | None) -> bool:
@@ -33,7 +33,7 @@ class Result:
         reply: the reply.
         task: the task of the call.
         carries: whether tensors of any dtype can be answers.
-        judged: bool, the rows that must be finite, as their inputs are; None: all.
+        judged: bool, the rows that must be finite, as their inputs are; None if all.
         last: another result, whose form is taken if the leaves look the same; or None.
 
     Attributes:
@@ -98,7 +98,7 @@ class Result:
         dim = self.dims[i]
         if self._judged is None:
             return leaf.movedim(dim, 0) if dim else leaf
-        if dim is None:  # such a row may be in it
+        if dim is None:  # a row with NaN may be in it
             return leaf.flatten()[:0]
         return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
 
@@ -142,7 +142,7 @@ class Results:
     Args:
         task: the task. Results that cannot be its answers have no vote.
         link: "softmax" if the results must be probabilities, or None.
-        not_finite: bool ``[units, R]``, rows whose results may be anything; None: there is none.
+        not_finite: bool ``[units, R]``, rows whose results may be anything; None if there are none.
         carries: whether tensors of any dtype can be answers, if every row has one.
 
     Attributes:
@@ -157,7 +157,7 @@ class Results:
         self._task, self._link, self._carries = task, link, carries
         self._not_finite = not_finite
         self._errors: list[WorkerError] = []
-        self._groups: list[list[Result]] = []  # by form, each in order of arrival
+        self._groups: list[list[Result]] = []  # one for each form, in order of arrival
         self._num_replies = self._num_misfits = 0
         self._chosen: Mapping[int, int] | None = None
         self.good: list[Result] = []
@@ -231,7 +231,7 @@ class Results:
 
     @property
     def rejected(self) -> list[WorkerError]:
-        """What is wrong with all other replies, in the order in which their parts were asked."""
+        """The errors of all other replies, in the order in which their parts were asked."""
         lead, errors = self.good, list(self._errors)
         for group in self._groups if len(self._groups) > 1 else ():
             many = "as many" if _weight(group)[0] == _weight(lead)[0] else "most"
@@ -258,7 +258,7 @@ class Results:
         There must be one.
         """
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
-        answers: dict[int, tuple[Result, int]] = {}  # by unit, and its place in the result
+        answers: dict[int, tuple[Result, int]] = {}  # the result of each unit, and its place there
         for result in self.good:
             for place, unit in enumerate(result.part.units):
                 if self._chosen is None or self._chosen.get(unit) == result.part.number:
@@ -344,7 +344,7 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
 
 
 def _improbable(rows: Tensor) -> str:
-    """Return what rows ``[G, ..., C]`` hold, "" if probabilities of C classes."""
+    """Describe rows ``[G, ..., C]``; "" if they are probabilities of C classes."""
     if rows.dim() < 2:
         return "one number a row"
     if rows.numel() == 0:

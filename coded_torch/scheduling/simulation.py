@@ -241,8 +241,8 @@ class _Pool:
         self._queue: deque[tuple[_Call, int, frozenset[int]]] = deque()
         self._idle = deque(range(num_workers))
         self._running: list[tuple[_Call, int, float, bool] | None] = [None] * num_workers
-        self._ends = [0.0] * num_workers  # when each worker's part ends
-        self._resumes = [0.0] * num_workers  # when each worker's pause ends
+        self._ends = [0.0] * num_workers  # the time at which each worker's part ends
+        self._resumes = [0.0] * num_workers  # the time at which each worker's pause ends
         # Each kind of fault has numbers of its own, so that it is the same for every policy.
         self._numbers = np.random.default_rng([seed, 1])
         self._bursts = random.Random(f"{seed} bursts")

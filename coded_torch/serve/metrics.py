@@ -118,7 +118,7 @@ class Metrics:
             self._numbers[name].observe(getattr(report, name))
         if report.radii is not None and report.predicted is not None:
             for radius in report.radii[report.predicted].tolist():
-                if radius < math.inf:  # else the histogram's sum would be infinite for good
+                if radius < math.inf:  # an infinite sum would stay infinite
                     self._numbers["radius"].observe(radius)
 
     def _count(self, name: str, amount: float, label: str | None = None) -> None:

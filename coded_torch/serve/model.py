@@ -108,7 +108,7 @@ def compute(
     if not fit:
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
-    # Without a value, what is known of exact rows is 0, and of predicted rows NaN.
+    # Without a value, exact rows get 0, and predicted rows NaN.
     nothing = torch.zeros(rows)
     unknown = (
         nothing if report.predicted is None else nothing.masked_fill(report.predicted, math.nan)

@@ -45,8 +45,8 @@ def distill(
         student: a cheap module of the same inputs and outputs: a twentieth
             of the module's work is a good size. Trained in place, and left in evaluation mode.
         module: in the mode in which it answers.
-        batches: inputs like those that will be answered, a few thousand rows; each is what the
-            module is called with: an input, or a tuple of positional arguments. All tensors have
+        batches: inputs like the ones that will be answered, a few thousand rows; each is an
+            argument of the module: an input, or a tuple of positional arguments. All tensors have
             the batch along dimension 0.
         epochs: the most passes over the inputs. Defaults to 100.
         learning_rate: of Adam at first; it falls to 0 along a cosine. Defaults to 5e-3.

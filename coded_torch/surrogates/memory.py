@@ -52,7 +52,7 @@ _PATH = 240  # rows of the path whose steps are the unit of length, as many as b
 _FRESH = 256
 _SHARE = 0.02
 _BLOCK = 4096  # outputs whose residuals are in memory together
-_MOST_NUMBERS = 2**25  # that are kept, 128 MB
+_MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 
 
 class Memory:
@@ -219,7 +219,7 @@ class Memory:
     def _rebuild(self, at_once: bool = False) -> None:
         """Have the thread make the regression again, at once or in its turn; never wait."""
         if self._process != os.getpid():  # there is no thread at first, and none after a fork
-            # One for all regressions: the allocator keeps some of what each thread has freed.
+            # One thread for all regressions: the allocator keeps memory that each thread has freed.
             self._maker = ThreadPoolExecutor(1, "coded_torch memory")
             self._process, self._making = os.getpid(), None
         enough = self._num_fresh >= min(_FRESH, self.capacity)
@@ -280,7 +280,7 @@ class _Space:
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
         shrinkage, total = METRICS[metric].shrinkage, float(values.sum())
-        if shrinkage < math.inf:  # of X' U, sqrt(1 / (l + tau)) makes the metric's directions
+        if shrinkage < math.inf:  # sqrt(1 / (l + tau)) turns X' U into the metric's directions
             weights = (values + shrinkage * total).clamp(min=1e-300).rsqrt()
             vectors = vectors * torch.where(values > _NOTHING * total, weights, 0.0)
         projection = rows.T @ vectors
@@ -344,7 +344,7 @@ class _Snapshot:
             [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)], 1
         )
         self._scores = torch.linalg.vector_norm(residuals, dim=1) / sizes
-        self._weights = weights.float().T.contiguous().T  # so that the product takes half the time
+        self._weights = weights.float().T.contiguous().T  # the product takes half the time
         # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
         squares = rows.square().sum(1, keepdim=True)
         self._to_rows = torch.cat([rows, torch.ones_like(squares), squares], 1).T

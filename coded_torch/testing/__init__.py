@@ -14,5 +14,5 @@ This package needs pytest, and so it is imported by tests alone.
 
 import pytest
 
-# Else their asserts would not explain themselves.
+# Rewritten asserts explain themselves.
 pytest.register_assert_rewrite(*(f"{__name__}.{name}" for name in ("codes", "helpers", "workers")))

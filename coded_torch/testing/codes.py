@@ -1,4 +1,4 @@
-"""What every code must do: inherit :class:`CodeTests` and give ``make``."""
+"""The tests of every code: inherit :class:`CodeTests` and implement ``make``."""
 
 from __future__ import annotations
 

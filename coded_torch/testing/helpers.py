@@ -21,7 +21,7 @@ WAIT = 60.0  # bounds waits that end at once unless something is broken
 
 
 class PolynomialCode(FixedCode):
-    """A curve of degree K - 1 through the inputs: exact for affine modules, from any K results."""
+    """A polynomial of degree K - 1 through the inputs, exact for affine modules."""
 
     @property
     def min_received(self) -> int:
@@ -40,7 +40,7 @@ class PolynomialCode(FixedCode):
 
 
 class CopyCode(FixedCode):
-    """Column n is input n, and what is missing is zero: N = K."""
+    """Column n is input n, and a missing result is zero: N = K."""
 
     def _make_encoder(self) -> MatrixMap:
         return MatrixMap(np.eye(self.num_data))

@@ -48,7 +48,7 @@ class WorkersTests(abc.ABC):
 
     #: Do gradients pass through the workers?
     differentiable = True
-    #: How many units the tasks have.
+    #: The number of units of a task.
     num_units = 5
 
     @abc.abstractmethod

@@ -89,7 +89,7 @@ class Trials:
         reserve: float = 0.0,
         fresh: Collection[int] = (),
     ) -> _Doing:
-        """Decide what to ask and to wait for after the waiting policy, until there is a verdict.
+        """Ask and wait after the waiting policy, until there is a verdict.
 
         Args:
             asked: the rows of all parts so far, by number.

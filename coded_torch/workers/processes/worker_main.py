@@ -114,7 +114,7 @@ def packages_of(module: nn.Module) -> set[str]:
 
 def refuse(packages: frozenset[str], preload: frozenset[str]) -> None:
     """Let no later server import packages that broke one; packages of ``preload`` only at last."""
-    if not packages & REFUSED:  # else another worker of that server has said so
+    if not packages & REFUSED:  # no other worker of that server has said so
         REFUSED.update(packages - preload or packages)
         server.cache_clear()
 
