@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["RegressionCode"]
 
 # Errors grow more slowly than the variances that follow from distances: with their power 1.0 for a
-# LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST. (benchmarks batches)
+# LeNet-5 on MNIST, 0.5 for a RepVGG and a vision transformer on Fashion-MNIST.
+# (benchmarks accuracy)
 _GROWTH = 0.75
 
 

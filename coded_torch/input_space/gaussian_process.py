@@ -19,7 +19,7 @@ __all__ = ["NUGGET", "Comparison", "GaussianProcess", "matern52", "scaled"]
 #: as large (theory, section 10).
 NUGGET = 1e-4
 # If there are more results, evenly spaced ones are left out: all of 3,400 take .5 s.
-# (benchmarks batches)
+# (benchmarks accuracy)
 _ALL_LEFT_OUT = 512
 _LEFT_OUT = 256
 # Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is

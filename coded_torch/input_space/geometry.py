@@ -17,7 +17,8 @@ __all__ = ["LANDMARKS", "Geometry", "added_up", "check_inputs", "distances_among
 __all__ += ["typical_rows"]
 
 # More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
-# of the time (benchmarks end_to_end). It is prime, as columns of a picture would share buckets.
+# of the time on batches of 240 pictures (measured once; no benchmark keeps it). It is prime, as
+# columns of a picture would share buckets.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
 # The rows that determine the covariance: all of 1,000 lower a regression's error by 1 % at most.

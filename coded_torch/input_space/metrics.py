@@ -115,7 +115,8 @@ DEFAULT = "shrunk"
 #: The metrics that compete, by name; the first is the default, by which copies are planned. With
 #: five, the error is at most 1.011 of thirteen's on every development case
 #: (benchmarks/results/metrics.json). A shrinkage of .01 has 26 % less squared error than 0 for a
-#: LeNet-5 on MNIST, 3 % for a RepVGG and 0 for a transformer on Fashion-MNIST (benchmarks batches).
+#: LeNet-5 on MNIST, 3 % for a RepVGG and 0 for a transformer on Fashion-MNIST.
+#: (benchmarks accuracy)
 METRICS: MappingProxyType[str, Metric] = MappingProxyType(
     {
         DEFAULT: Metric(_whole, 0.01),
