@@ -136,7 +136,7 @@ def bars(
     results: Tensor,
     predicted: Tensor,
     regression: Shrunk | None,
-    offsets: tuple[Tensor, Tensor] | None = None,
+    offsets: Sequence[Tensor] = (),
     *,
     labels: bool = False,
 ) -> Bars:
@@ -147,7 +147,7 @@ def bars(
         results: ``[M, C]``, that predict them.
         predicted: ``[L, C]``, predictions of the missing rows.
         regression: that predicted; None if predictions are the mean of the results.
-        offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``.
+        offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``; or none.
         labels: whether outputs are scores of classes.
     """
     num_missing, count = len(rows), len(results)
@@ -181,7 +181,7 @@ def bars(
     risks = None
     if labels and results.shape[1] > 1:
         outputs, answers = results.double(), predicted.double()
-        if offsets is not None:
+        if offsets:
             outputs, answers = outputs + offsets[0], answers + offsets[1]
         of_left_out = outputs[left_out]
         known = of_left_out - torch.cat(errors, 1)

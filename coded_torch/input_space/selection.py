@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import dense
-from .._torch import plain
+from .._torch import plain, to_device
 from ..linear.maps import SelectMap
 from .coverage import Bars, Shrunk, bars
 from .gaussian_process import Comparison, GaussianProcess, scaled
@@ -178,7 +178,7 @@ class Part:
         dense("Regression", "results", results)
         points, used = self._used(source)
         weights = torch.full((1, len(used)), 1 / len(used))
-        fitted = self._fit(points, few_columns(results, used))
+        fitted = self._fit(points, *few_columns(used, results))
         choice = None if fitted is None else fitted.choice
         if fitted is not None and fitted.choice.trust > 0:
             # Shrunk towards the mean as far as results are not predicted by each other.
@@ -206,22 +206,16 @@ class Part:
             return None
         rows = self.rows[missing]
         points, used = self._used(source)
-        fitted = self._fit(points, few_columns(results, used))
+        asked = [(results, used), (answers, rows)]
+        if surrogates is not None:
+            asked += [(surrogates[0], used), (surrogates[1], rows)]
+        of_used, predicted, *offsets = _on_host(asked)
+        fitted = self._fit(points, _few(of_used).double())
         regression = None
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
             process, trust = fitted.process, fitted.choice.trust
             regression = Shrunk(process, trust, *process.at(missing))
-        offsets = None
-        if surrogates is not None:
-            offsets = _columns(surrogates[0], used), _columns(surrogates[1], rows)
-        found = bars(
-            rows,
-            _columns(results, used),
-            _columns(answers, rows),
-            regression,
-            offsets,
-            labels=results.dim() == 2,
-        )
+        found = bars(rows, of_used, predicted, regression, offsets, labels=results.dim() == 2)
         if self._distances is not None and len(points):
             # Far rows are unlike the results, none of which is far.
             return found.without(~self._distances.usable[missing])
@@ -230,7 +224,7 @@ class Part:
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
         points, used = self._used(source)
-        sample = few_columns(results, used)
+        (sample,) = few_columns(used, results)
         fitted = self._fit(points, sample)
         if fitted is None:
             n = len(sample)
@@ -275,14 +269,24 @@ class Part:
         return self._fitted[-1]
 
 
-def few_columns(results: Tensor, rows: Tensor) -> Tensor:
-    """Return some columns of some results ``[n, ...]``: ``[M, C]``, float64 on the host."""
-    columns = plain("decode", "results", results).reshape(len(results), -1)
-    columns = columns[:, :: max(1, columns.shape[1] // _COLUMNS)]
-    return columns.to("cpu", torch.float64)[rows]
+def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:
+    """Return some columns of some rows of values ``[n, ...]``: ``[M, C]``, float64 on the host."""
+    return [x.double() for x in _on_host([(_few(_columns(v)), rows) for v in values])]
 
 
-def _columns(values: Tensor, rows: Tensor) -> Tensor:
-    """Return all columns of some values ``[n, ...]``: ``[L, C]`` on the host."""
-    columns = plain("decode", "results", values).reshape(len(values), -1)
-    return columns.index_select(0, rows.to(columns.device)).cpu()
+def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
+    """Return rows of values ``[n, ...]`` of one device: ``[L, C]`` each, by one copy to the host.
+
+    The host waits for a device once, however many values there are.
+    """
+    indices = to_device([rows for _, rows in asked], asked[0][0].device)
+    some = [_columns(v).index_select(0, i) for (v, _), i in zip(asked, indices, strict=True)]
+    return torch.split(torch.cat(some).cpu(), [len(x) for x in some])
+
+
+def _columns(values: Tensor) -> Tensor:
+    return plain("decode", "results", values).reshape(len(values), -1)
+
+
+def _few(columns: Tensor) -> Tensor:
+    return columns[:, :: max(1, columns.shape[1] // _COLUMNS)]

@@ -356,13 +356,10 @@ def _least_squares(
     Returns:
         The weights, and the shares of the squares that guesses and as much noise explain.
     """
-
-    def centred(values: Tensor) -> Tensor:
-        sample = few_columns(plain("decode", "results", values).flatten(0, 1), rows)
-        return sample - sample.mean(0)  # [n, C]
-
     with outside():
-        y, s = centred(results), torch.stack([centred(g).flatten() for g in guesses])  # [J, n C]
+        numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *guesses)]
+        y, *of_guesses = [x - x.mean(0) for x in few_columns(rows, *numbers)]  # [n, C]
+        s = torch.stack([x.flatten() for x in of_guesses])  # [J, n C]
         products, right = s @ s.T, s @ y.flatten()
         varies = products.diagonal() > 0
         products.diagonal().mul_(_RIDGE).masked_fill_(~varies, 1.0)

@@ -269,6 +269,6 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
 
 def test_few_columns_stand_for_many():
     results = normal(6, 200)
-    some = selection.few_columns(results, torch.tensor([1, 4]))
+    (some,) = selection.few_columns(torch.tensor([1, 4]), results)
     assert some.shape == (2, 67)
     assert torch.equal(some, results[[1, 4]][:, ::3].double())
