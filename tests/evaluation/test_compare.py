@@ -345,3 +345,28 @@ def test_labels_may_stay_on_the_host():
     assert str(compare(model, batches, [(6, 4, 2)], labels=[x.cpu() for x in labels])) == str(
         on_device
     )
+
+
+def test_faulty_workers_spoil_every_scheme_alike():
+    x = torch.randn(3, 24, 2, generator=torch.Generator().manual_seed(0))
+    module, options = (
+        torch.nn.Linear(2, 3),
+        {"settings": [(6, 4, 0)], "surrogate": torch.nn.Linear(2, 3)},
+    )
+    seen = []
+
+    def attack(rows, generator):
+        seen.append(rows.shape)
+        return rows + 100 + torch.rand((), generator=generator)
+
+    honest = {row.name: row.mse[0] for row in compare(module, list(x), **options).rows}
+    assert not seen
+    attacked = compare(module, list(x), attack=attack, faulty=2, **options)
+    for row in attacked.rows:
+        if row.name != "surrogate alone":
+            assert row.mse[0] > honest[row.name] + 1, row.name
+    assert seen
+    again = compare(module, list(x), attack=attack, faulty=2, **options)
+    assert str(again) == str(attacked)
+    with pytest.raises(TypeError, match="compare: attack must be"):
+        compare(module, list(x), attack="noise")
