@@ -70,8 +70,8 @@ def compare(
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
     Beside the codes of :func:`peers` stand the baselines:
 
-    - "no redundancy, regression": the N workers compute each row once, and missing rows are
-      predicted;
+    - "no redundancy, regression": the N workers compute each row once (and some twice, if B is no
+      multiple of N), and missing rows are predicted;
     - "no redundancy, surrogate": the surrogate's outputs are the answers of missing rows;
     - "replication, surrogate": the same, where all copies are lost;
     - "surrogate alone": its outputs are all answers, without any worker.
@@ -137,7 +137,11 @@ def compare(
     if not settings:
         raise ValueError("compare: settings must hold at least one (N, K, S), got none")
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
-    seeds = [count("compare", "seeds", seed, least=0) for seed in several]
+    seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
+    if not seeds:
+        raise ValueError("compare: seeds must hold at least one, got none")
+    if schemes is not None and (isinstance(schemes, str) or not isinstance(schemes, Sequence)):
+        raise TypeError(f"compare: schemes must be a sequence of names, got {shown(schemes)}")
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
@@ -149,12 +153,15 @@ def compare(
     records: list[Record] = []
     codes: dict[tuple[Setting, str], Code] = {}
     for n, k, s in settings:
-        drawn = _law(law, s, seeds[0] + 1)  # not the workers that are lost later
+        drawn = _law(law, s, max(seeds) + 1)  # not the workers that are lost later
         trials = [tried(args, drawn, n, SETS) for args in calls[:cut]]
         if truth[0] is not None:
             _check_labels(truth[0], trials[0][0].exact)
         every = _schemes(k, n, trials[0][0], more)
-        some = every if schemes is None else [x for x in every if x in schemes]
+        some = [*every] if schemes is None else [x for x in every if x in schemes]
+        if not some:
+            must = f"schemes must hold any of {', '.join(every)}"
+            raise ValueError(f"compare: {must}, got {shown(schemes)}")
         tuned = {name: chosen(every[name], trials, s) for name in some}
         codes |= {((n, k, s), name): code for name, code in tuned.items()}
         for seed in seeds:

@@ -69,7 +69,7 @@ class Row(NamedTuple):
         mse_ratio: the mean squared error over the reference's; None without a reference.
         gain: the relative accuracy less the reference's; None without a reference, or labels.
         p: the p-value of a sign-flip test on the batches' differences of squared errors, times the
-            number of comparisons (Bonferroni), at most 1; None without a reference.
+            number of comparisons (Bonferroni), at most 1; None without a reference, or answers.
     """
 
     setting: Setting
@@ -128,10 +128,11 @@ class Comparison:
             )
             if name != reference and (setting, reference) in schemes:
                 theirs = schemes[setting, reference][1]
+                p = number * paired_p(mse - theirs[0])
                 row = row._replace(
                     mse_ratio=ratio(mse, theirs[0]),
                     gain=ratio(right - theirs[3], exact) if labelled else None,
-                    p=min(1.0, number * paired_p(mse - theirs[0])),
+                    p=None if math.isnan(p) else min(1.0, p),
                 )
             rows.append(row)
         return rows

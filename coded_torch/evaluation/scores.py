@@ -140,7 +140,10 @@ def paired_p(differences: Array) -> float:
     """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
 
     The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
+    The p-value is NaN if a difference is.
     """
+    if np.isnan(differences).any():
+        return math.nan
     n = len(differences)
     if 2**n <= _FLIPS:
         signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)

@@ -201,6 +201,8 @@ def test_against_a_reference_differences_are_paired():
     with pytest.raises(ValueError, match="reference must be one of a, b, c, got 'd'"):
         Comparison(records).against("d")
     assert b.mse == pytest.approx([4.5, b.mse[1]])
+    lost = [*records[:15], record("b", 7, math.nan, 0.5)]
+    assert Comparison(lost).against("a")[-1].p is None  # an answer is missing
 
 
 def test_table(found):
@@ -315,6 +317,10 @@ ONES = [torch.ones(4, 1)] * 2
             "labels must be .* of 2",
         ),
         ((torch.nn.Tanh(), ONES), {"seeds": ["x"]}, TypeError, "seeds must be an int"),
+        ((torch.nn.Tanh(), ONES), {"seeds": []}, ValueError, "seeds must hold at least one"),
+        ((torch.nn.Tanh(), ONES), {"seeds": [10**30]}, ValueError, "seeds must be at most"),
+        ((torch.nn.Tanh(), ONES), {"schemes": "regression"}, TypeError, "schemes must be a seq"),
+        ((torch.nn.Tanh(), ONES), {"schemes": ["x"]}, ValueError, "schemes must hold any of the"),
     ],
 )
 def test_bad_arguments(arguments, options, kind, message):
