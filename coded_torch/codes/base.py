@@ -315,10 +315,11 @@ class FixedCode(Code):
         sets = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
         self._received(sets.ravel())
         unordered = (np.diff(sets) <= 0).any(axis=1)
-        if sets.shape[1] < self.min_received or unordered.any():
+        if len(sets) and (sets.shape[1] < self.min_received or unordered.any()):
             self._new_decoder(tuple(sets[unordered.argmax()].tolist()))  # raises the error
         dense(self, "results", results)
-        if dim == 0 and results.shape[:2] != sets.shape and len(results) == self.num_workers:
+        size = results.shape[0] if results.dim() else 0
+        if dim == 0 and results.shape[:2] != sets.shape and size == self.num_workers:
             results = results[torch.from_numpy(sets).to(results.device)]
         if dim != 0 or results.shape[:2] != sets.shape:
             raise ValueError(

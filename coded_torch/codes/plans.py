@@ -159,6 +159,11 @@ class GroupwisePlan(BatchPlan):
         """
         if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
             answers = self.code.decode(results, received)  # [sets, K, G, ...]
+            if answers.shape[2:3] != (self.num_groups,):
+                raise ValueError(
+                    f"{type(self.code).__name__}: results must be [sets, |F|, {self.num_groups}, "
+                    f"...] or [N, {self.num_groups}, ...], got {[*results.shape]}"
+                )
             return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
         return self.code.decoder(received).scattered(results, self._grouping)
 

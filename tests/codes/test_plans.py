@@ -272,3 +272,15 @@ def test_few_columns_stand_for_many():
     (some,) = selection.few_columns(torch.tensor([1, 4]), results)
     assert some.shape == (2, 67)
     assert torch.equal(some, results[[1, 4]][:, ::3].double())
+
+
+def test_results_of_many_sets_must_fit():
+    code, sets = SplineCode(4, 8), torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 5]])
+    plan, must = code.plan([inputs(8)]), r"SplineCode: results must be \[sets, \|F\|, 2, ...\]"
+    assert plan.decode(torch.ones(8, 2, 3), sets).shape == (2, 8, 3)
+    for shape in ((8, 3, 3), (2, 5, 3, 3), (8,), (2, 5)):
+        with pytest.raises(ValueError, match=must):
+            plan.decode(torch.ones(shape), sets)
+    with pytest.raises(ValueError, match=r"SplineCode: results of many sets must .* got \[\]"):
+        plan.decode(torch.tensor(1.0), sets)
+    assert code.decode(torch.ones(8, 3), sets[:0, :0]).shape == (0, 4, 3)
