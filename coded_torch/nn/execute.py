@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._logging import sparing_logger
+from .._torch import outside
 from ..scheduling.latency_history import History
 from ..scheduling.protocol import (
     Ask,
@@ -169,12 +170,14 @@ class Execution:
             bounded=bounded,
             reserve=self._division.reserve,
             fresh=fresh,
+            failed=self._replies.keys() - {result.part.number for result in self._results.good},
         )
         self._follow(decisions)
         self._results.choose(check.answers)
         size = self._division.batch_size
         self._report.note_verdict(check, size)
-        self.owners = torch.tensor([check.owners.get(row, -1) for row in range(size)])
+        with outside():
+            self.owners = torch.tensor([check.owners.get(row, -1) for row in range(size)])
         if ended.reason == "complete" and len(check.answers) < size:
             late = self._request.now() >= check.end
             return ended._replace(reason="deadline" if late else "failed")

@@ -40,6 +40,7 @@ class Verified:
         policy = self.waiting.decide(history, parts, since=since, **options)
         asked: list[tuple[int, ...]] = []
         replies: list[tuple[int, int]] = []
+        failed: list[int] = []
         event, now = None, since
         while True:
             try:
@@ -54,8 +55,12 @@ class Verified:
                 now = event.at
                 if event.ok:
                     replies.append((event.part, event.worker))
+                else:
+                    failed.append(event.part)
         bounded = self.waiting.deadline is not None
-        yield from trials.decisions(asked, replies, ended, began=since, now=now, bounded=bounded)
+        yield from trials.decisions(
+            asked, replies, ended, began=since, now=now, bounded=bounded, failed=failed
+        )
         return ended
 
 

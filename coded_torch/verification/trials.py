@@ -88,6 +88,7 @@ class Trials:
         bounded: bool = False,
         reserve: float = 0.0,
         fresh: Collection[int] = (),
+        failed: Collection[int] = (),
     ) -> _Doing:
         """Ask and wait after the waiting policy, until there is a verdict.
 
@@ -98,10 +99,10 @@ class Trials:
             began, now: seconds, when the call began, and now.
             bounded: whether trials end with the checks, at the deadline.
             reserve: seconds before the deadline that predicting takes.
-            fresh: the workers that ran the module for the first time.
+            fresh, failed: workers that ran the module for the first time; parts that have failed.
         """
-        record, self.now, self.asked = self.record, now, list(asked)
-        self.wanted = set(self.drawn.rows)
+        record, self.now = self.record, now
+        self.asked, self.wanted = list(asked), set(self.drawn.rows)
         late = ended.hedging_threshold if ended.hedging_threshold < math.inf else -math.inf
         checks = ended.reason in ("complete", "failed")
         self.until = began + ended.deadline - reserve if checks else -math.inf
@@ -113,10 +114,10 @@ class Trials:
         # A worker that was excluded before the call, and that has a part, has been restarted.
         record.renew({*fresh, *self._out.intersection(self.worker.values())})
         if not record.stopped:
-            yield from self._find(began + late)
+            yield from self._find(began + late, failed)
         self._conclude(first)
 
-    def _find(self, soon: float) -> _Doing:
+    def _find(self, soon: float, failed: Collection[int]) -> _Doing:
         """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
         record = self.record
         for worker in record.excluded & set(self.worker.values()):
@@ -126,7 +127,8 @@ class Trials:
             coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
             coming -= self.worker.keys()
             if soon > self.now:
-                coming = yield from self._wait(coming, min(soon, self.until))
+                lost = coming.intersection(failed)
+                coming = lost | (yield from self._wait(coming - lost, min(soon, self.until)))
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
             self.missed = lacking & {row for n in coming for row in self.asked[n]}
             more = self._of_fresh() | self.results.odd(self._answers())

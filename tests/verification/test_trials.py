@@ -2,12 +2,13 @@
 
 import itertools
 import math
+import random
 from collections import Counter
 
 import pytest
 
-from coded_torch.scheduling.protocol import Ended
-from coded_torch.verification import Drawn, Trials
+from coded_torch.scheduling.protocol import Ended, Wait
+from coded_torch.verification import Drawn, Strikes, Trials
 
 from .pool import COMPLETE, Numbers, Pool
 
@@ -265,3 +266,27 @@ class TestWithoutTime:
         assert verdict.strikes == {0: 1}
         assert pool.waits
         assert max(pool.waits) <= 5.0
+
+
+def test_a_part_that_failed_is_not_waited_for():
+    """Its check rows stay unchecked, as those of a late part."""
+    waits = {}
+    for failed in ((), (1,)):
+        record = Strikes(3, 0.02, generator=random.Random(0))
+        trials = Trials(record)
+        trials.results = Numbers()
+        trials.drawn = Drawn(((0, 1), (2, 3, 0)), frozenset({0}), 0.02)
+        trials.results.by_part = {0: {0: 0.0, 1: 0.0}, 2: {2: 0.0, 3: 0.0}}
+        ended = COMPLETE._replace(hedging_threshold=5.0)
+        asked = [(0, 1), (2, 3, 0), (2, 3)]
+        record.passed([0, 1, 2] * 30)
+        doing = trials.decisions(asked, [(0, 0), (2, 2)], ended, now=1.0, failed=failed)
+        first = next(doing, None)
+        waits[failed] = isinstance(first, Wait) and first.until == 5.0
+        for _ in range(99):
+            try:
+                doing.send(None)
+            except StopIteration:
+                break
+        assert trials.unverified == {0}
+    assert waits == {(): True, (1,): False}
