@@ -202,14 +202,16 @@ def fingerprint(module: nn.Module) -> Fingerprint:
         return known[id(module)][1]
     kept: list[Tensor] = []
     looks: list[tuple[Any, ...]] = []
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        version = 0 if tensor.is_inference() else tensor._version
-        if tensor.layout is torch.strided:
-            tensor = tensor.detach()  # follows no later assignment to data
-            looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
-        else:
-            looks.append((id(tensor), version))
-        kept.append(tensor)
+    with outside():
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            tensor = torch.func.debug_unwrap(tensor)  # a transform's tensor has no memory
+            version = 0 if tensor.is_inference() else tensor._version
+            if tensor.layout is torch.strided:
+                tensor = tensor.detach()  # follows no later assignment to data
+                looks.append((tensor.data_ptr(), version, tensor.shape, tensor.stride()))
+            else:
+                looks.append((id(tensor), version))
+            kept.append(tensor)
     found = kept, (*looks, *(part.training for part in module.modules()))
     if known is not None:
         known[id(module)] = module, found

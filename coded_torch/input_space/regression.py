@@ -45,7 +45,8 @@ class Regression:
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of a predicted answer is at
-            most its radius. Defaults to 0.95.
+            most its radius. A level above 0.995 may be out of reach, with infinite radii: of many
+            results, a few hundred calibrate. Defaults to 0.95.
 
     Attributes:
         metrics, lengths: the competing metrics and lengths.

@@ -250,7 +250,7 @@ class CodedWrapper(ModuleProxy):
             answers.learn_owners(execution.owners)
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, execution)
-            stacked = results.stack() if results.good else self._form
+            stacked = results.stack() if results.units else self._form
             if error is not None:
                 return answers.alone(waiting, division, stacked, error)
             assert stacked is not None

@@ -91,14 +91,14 @@ class Answers:
         """Return the answers in the structure that the module gives them."""
         report, size, odd = self._report, division.batch_size, self._inputs.not_finite
         plan: BatchPlan | RowPlan | None = None
-        source = torch.arange(size)
         if not division.is_whole(stacked.units):  # otherwise the results are the answers
             plan = division.plan()
-            source = plan.source(stacked.units)
-        predicted, unit_rows = source < 0, division.task.unit_rows
+        with outside():  # the report outlives a transform
+            source = torch.arange(size) if plan is None else plan.source(stacked.units)
+            predicted, unit_rows = source < 0, division.task.unit_rows
+            known = ~predicted if odd is None else ~predicted & ~odd
         report.note_source(source, stacked.parts, len(division.first), unit_rows)
         any_predicted = bool(predicted.any())
-        known = ~predicted if odd is None else ~predicted & ~odd
         guesses = self._guesses(stacked) if self._surrogates and any_predicted else []
         answers, choices = list(stacked.leaves), []
         divided: list[Tensor] = []
@@ -165,8 +165,9 @@ class Answers:
             if received:
                 whole[received] = leaf.squeeze(1)
             answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
-        source = torch.full((division.batch_size,), -1)
-        source[received] = torch.arange(len(received))
+        with outside():
+            source = torch.full((division.batch_size,), -1)
+            source[received] = torch.arange(len(received))
         report.note_source(source, stacked.parts, len(division.first))
         if whole is not None:
             self._note(ErrorBars.unknown(source < 0), whole)
@@ -174,6 +175,7 @@ class Answers:
         report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
         return unflatten(answers, stacked.spec)
 
+    @outside()
     def _note(self, bars: ErrorBars, answers: Tensor) -> None:
         """Note error bars. With too few results, a memory's rows calibrate them."""
         odd = self._inputs.not_finite
@@ -181,9 +183,10 @@ class Answers:
             inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
             found = memory.error_bars(inputs) if inputs else None
             if found is not None and found[0][0].shape == answers.shape:
-                off = plain("Memory", "answers", answers).double() - found[0][0]
-                bars = bars.calibrated(found[1], off.flatten(1).norm(dim=1).cpu())
-                break
+                own = plain("Memory", "answers", answers).cpu().double()
+                off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
+                more = bars.calibrated(found[1], off)
+                bars = more if more.enough(self._coverage) else bars
         if odd is not None:
             bars = bars.without(odd)
         self._report.note_bars(bars, self._coverage, self._link)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._arguments import real
 from .._logging import sparing_logger
+from .._torch import outside
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.coverage import ErrorBars
 from ..scheduling.protocol import Ended, Hedge
@@ -142,7 +144,17 @@ class Report:
 
         Args:
             coverage: the probability, between 0 and 1; or one for each row, ``[B]``.
+
+        Raises:
+            TypeError, ValueError: it is no number, or not between 0 and 1, or has another shape.
         """
+        if not isinstance(coverage, Tensor):
+            real("radii_at", "coverage", coverage, "between 0 and 1", lambda x: 0 < x < 1)
+        elif self.radii is not None:
+            shape, size = list(coverage.shape), len(self.radii)
+            if shape not in ([], [size]) or not bool(((coverage > 0) & (coverage < 1)).all()):
+                must = f"coverage must be between 0 and 1, of shape [] or [{size}]"
+                raise ValueError(f"radii_at: {must}, got {coverage} of shape {shape}")
         return None if self.radii is None or self._bars is None else self._bars.radii(coverage)
 
     def note_end(self, ended: Ended) -> None:
@@ -152,6 +164,7 @@ class Report:
             seconds = getattr(ended, name)
             setattr(self, name, None if seconds == math.inf else seconds)
 
+    @outside()
     def note_verdict(self, verdict: Trials, size: int) -> None:
         """Note the findings of verification."""
         for name in ("verified", "unverified"):
@@ -182,6 +195,7 @@ class Report:
         codes = torch.tensor([*(part >= num_first for part in parts), 2], dtype=torch.uint8)
         return codes[units]
 
+    @outside()
     def note_source(
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
@@ -200,6 +214,7 @@ class Report:
         self.note_source(torch.zeros(0, dtype=torch.int64), (), 0)
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
+    @outside()
     def note_bars(self, bars: ErrorBars, coverage: float, link: str | None) -> None:
         """Note how far off answers may be; under a link, only which labels may be wrong."""
         self._bars, self.label_risks = bars, bars.label_risks
@@ -343,7 +358,7 @@ def holding(error: Exception, division: Division, results: Results, report: Repo
 
 def _computed(division: Division, results: Results) -> Any:
     """Return the rows that were computed, in the structure of the answers, NaN elsewhere."""
-    if not (division.by_rows and results.good):
+    if not (division.by_rows and results.units):
         return None
     stacked, leaves = results.stack(), []
     for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True):

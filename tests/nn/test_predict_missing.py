@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections import namedtuple
 
@@ -201,7 +202,11 @@ def test_gradients_pass_through_results_only(way):
     assert any(coded.last_run.surrogate_weights[0])
     assert student.scale.grad is None
     assert x.grad.isfinite().all()
+    coded.surrogate = [student, Memory()]
     values = torch.func.grad(lambda x: coded(x).sum())(x.detach())
+    for name in ("predicted", "radii", "label_risks"):  # they outlive the transform
+        kept = getattr(coded.last_run, name)
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(kept), name
     assert values.shape == x.shape
     assert torch.isfinite(values).all()
     assert coded.module.scale.grad.isfinite()
@@ -301,3 +306,24 @@ def test_few_results_are_calibrated_by_a_memory(lost):
             errors = (answers - f(x)).norm(dim=1)
             inside += (errors <= report.radii)[missing].tolist()
     assert 0.85 <= sum(inside) / len(inside) <= 1
+
+
+def test_levels_of_radii_are_checked():
+    coded = wrap("rows")
+    _, report = coded.run(rand(23, 4))
+    assert report.radii_at(torch.full((23,), 0.9)).shape == (23,)
+    for level in (0, 1.5, math.nan, torch.tensor(1.0), torch.full((3,), 0.9)):
+        with pytest.raises(ValueError, match="radii_at: coverage must be between 0 and 1"):
+            report.radii_at(level)
+    with pytest.raises(TypeError, match="radii_at: coverage must be between 0 and 1"):
+        report.radii_at("x")
+
+
+def test_a_memory_of_fewer_rows_than_the_batch_calibrates_nothing():
+    memory = Memory()
+    coded = wrap("rows", surrogate=memory)
+    memory.follow(coded.module)
+    memory.observe([rand(3, 4)], [coded.module(rand(3, 4))])
+    memory.rebuild()
+    _, report = coded.run(rand(16, 4))
+    assert report.radii_at(0.8).isfinite().all()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
+from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, ProcessWorkers
@@ -199,6 +200,20 @@ class TestAWrongWorker:
         assert len(memory) == 0  # the first call has rows of worker 2
         coded.run(batch(2))
         assert len(memory) == ROWS
+
+    def test_that_had_all_rows_that_nobody_else_computes_is_an_error_that_says_so(self):
+        def spoil(worker, outputs, asked):
+            coded._strikes.excluded.add(worker)  # by another call
+            pool.out = {0, 1, 2}
+            return outputs
+
+        pool = AtOnce(3, spoil)
+        pool.seen = {0, 1, 2}
+        coded = wrap(pool, parts=1)
+        with pytest.raises(NotEnoughResults, match="got 0") as caught:
+            coded.run(batch())
+        assert caught.value.answers is None
+        assert caught.value.report.ended == "failed"
 
     def test_that_another_call_excludes_meanwhile_is_not_pardoned(self):
         def spoil(worker, outputs, asked):
