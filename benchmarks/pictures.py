@@ -246,6 +246,24 @@ def convergence(results: Results) -> Figure:
     return figure
 
 
+def coverage(results: Results) -> Figure:
+    """Coverage against its nominal level, and radii against the oracle's, by data set."""
+    figure, every = panels(["errors within their radius", "median radius over the oracle's"])
+    for n, (name, settings) in enumerate(results["coverage"].items()):
+        found = {level: of for level, of in settings["B 240"].items() if level[:2] == "0."}
+        nominal = [float(level) for level in found]
+        style = {"marker": MARKERS[n % len(MARKERS)], "color": f"C{n}", "markersize": 4}
+        covered = [of["covered"][0] for of in found.values()]
+        every[0].plot(nominal, covered, label=name_of(name), linewidth=1, **style)
+        ratios = [of["radius to constant"] for of in found.values()]
+        every[1].plot(nominal, ratios, linewidth=1, **style)
+    every[0].plot([0.9, 0.99], [0.9, 0.99], color="0.6", linestyle=":")
+    for axes in every:
+        axes.set_xlabel("nominal coverage")
+        axes.set_xticks([0.9, 0.95, 0.99])
+    return legend(figure, 5)
+
+
 def verification(results: Results) -> Figure:
     """Draw the shares of wrong, and of harmful, rows that reach the caller against extra work."""
     measured = results["verification"]
@@ -284,5 +302,6 @@ PICTURES = {
     "latency": latency,
     "processes": processes,
     "convergence": convergence,
+    "coverage": coverage,
     "verification": verification,
 }
