@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -133,7 +134,7 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview)
 def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -> Tensor:
     """Return a tensor of the numbers in a list, which is flat or nested like the shape."""
     try:
-        array = np.array(data)
+        array = np.array(data if _is_numeric(data, len(shape)) else None)
     except (ValueError, OverflowError):  # ragged, or nested more deeply than numpy allows
         array = np.array(None)
     dtype, numbers = DATATYPES[datatype], math.prod(shape)
@@ -151,6 +152,19 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
     return torch.from_numpy(wide).to(dtype).reshape(*shape)
 
 
+def _is_numeric(data: list[Any], depth: int) -> bool:
+    """Return whether lists, nested at most ``depth`` deep, hold only numbers.
+
+    An array of strings would take the bytes of the longest one for each.
+    """
+    for _ in range(depth):
+        kinds = set(map(type, data))
+        if kinds != {list}:
+            return kinds <= {bool, int, float}
+        data = list(itertools.chain.from_iterable(data))
+    return False
+
+
 def cast(name: str, spec: TensorSpec, tensor: Tensor) -> Tensor:
     """Return the tensor in the spec's dtype, if no digit is lost and every row is finite."""
     if not _holds(spec.dtype, tensor.dtype):
@@ -158,7 +172,7 @@ def cast(name: str, spec: TensorSpec, tensor: Tensor) -> Tensor:
         raise ValueError(f"{name} must be of {must}, got {_NAMES[tensor.dtype]}")
     tensor = tensor.to(spec.dtype)
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-        row = int((~tensor.isfinite()).flatten(1).any(1).nonzero()[0])
+        row = int((~tensor.isfinite()).reshape(len(tensor), -1).any(1).nonzero()[0])
         raise ValueError(f"{name} must be finite, but row {row} is not")
     return tensor
 
