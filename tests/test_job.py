@@ -109,6 +109,13 @@ def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
     assert computed(folder) == []
 
 
+def test_a_job_that_ended_as_it_began_can_begin_again(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "job.part").write_text("{")
+    assert main(line()) == 0
+    assert not list((folder / "out").glob("*.part"))
+
+
 def test_several_inputs(folder):
     x, y = torch.arange(10.0)[:, None], torch.ones(10, 1)
     save_file({"b": y, "a": x}, folder / "rows.safetensors")

@@ -56,6 +56,10 @@ def map_batches(
             calls.popleft()
             yield found
             del found
+    except KeyboardInterrupt:  # nothing may be left that keeps the next call waiting
+        for _, interruption in calls:
+            interruption.abandon()
+        raise
     finally:
         for future, interruption in calls:
             future.cancel()

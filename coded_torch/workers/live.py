@@ -41,6 +41,13 @@ class Interruption:
         for request in list(self._requests):
             request.interrupt()
 
+    def abandon(self) -> None:
+        """Interrupt the requests, and end even the workers that compute their parts."""
+        self.set()
+        for request in list(self._requests):
+            request.abandoned = True
+            request.dispatcher.wake()
+
 
 #: The interruption of the requests that are opened in this context.
 INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -32,6 +33,7 @@ from coded_torch.testing.workers import (
     until,
 )
 from coded_torch.workers import Began, Fault, FaultyWorkers, ProcessWorkers, WorkerError
+from coded_torch.workers.processes import worker_main
 
 from .modules import (
     Exits,
@@ -245,6 +247,16 @@ def test_an_interrupted_call_leaves_nothing_that_the_next_one_waits_for():
             answers(pool, Sleepy(), torch.full((2, 1, 1), 3600.0))
         assert len(answers(pool, Sleepy(), torch.zeros(2, 1, 1), deadline=WAIT / 2)) == 2
         assert not pids & set(pool.pids)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_interrupted_map_leaves_nothing_that_the_next_call_waits_for():
+    with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=1, waiting=Waiting(predict=False))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(coded.map([torch.full((2, 1), 3600.0)] * 2, in_flight=2))
+        assert len(answers(pool, Sleepy(), torch.zeros(2, 1, 1), deadline=WAIT / 2)) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what Linux knows")
@@ -499,6 +511,48 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     last = done.stderr.strip().splitlines()[-1]
     assert "RuntimeError: ProcessWorkers: workers import the main script" in last
     assert last.endswith('put its main part under: if __name__ == "__main__":')
+
+
+def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
+    pool = ProcessWorkers(1, preload=["timeit"])  # a server of its own, which takes seconds
+    pool._dispatcher()
+    until = time.monotonic() + WAIT
+    while not pool._supervisor._workers and time.monotonic() < until:
+        time.sleep(0.002)
+    assert pool._supervisor._workers
+    pool.close()
+    assert "timeit" not in worker_main.REFUSED
+
+
+def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
+    started = []
+
+    def start(self):
+        started.append(os.environ["PYTHONPATH"])
+        time.sleep(0.1)
+
+    monkeypatch.setattr(worker_main.forkserver.ForkServer, "ensure_running", start)
+    monkeypatch.setattr(
+        worker_main.forkserver.ForkServer, "connect_to_new_process", lambda *_: os.pipe()
+    )
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    packages, found = frozenset(["no_package"]), []
+
+    def fork():
+        with socket.socket() as sock:
+            found.append(worker_main.fork(sock, torch.device("cpu"), 1, 0, packages))
+
+    threads = [threading.Thread(target=fork) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    worker_main.server.cache_clear()
+    for descriptor in found:
+        os.close(descriptor)
+    assert len(found) == 4
+    assert len(started) == 1
+    assert "PYTHONPATH" not in os.environ
 
 
 _PACKAGE = """

@@ -269,7 +269,8 @@ class _Processes(Supervisor[_Process]):
             worker.kill()  # the process may live, but it has closed its connection
         worker.connection.close()
         os.close(worker.descriptor)
-        if code == UNSAFE or (code is None and not worker.pid):
+        ended = self.closed or worker.unwanted  # this pool ended it
+        if code == UNSAFE or (code is None and not worker.pid and not ended):
             refuse(worker.packages, self._preload)
         if code == UNSAFE:
             return "was forked from a server with threads, or with CUDA; another server starts"

@@ -63,6 +63,17 @@ def _look_at_server() -> None:
 os.register_at_fork(before=_look_at_server)
 
 
+_starting = threading.Lock()  # the environment of this process changes while a server starts
+
+
+def _renew_lock() -> None:
+    global _starting
+    _starting = threading.Lock()  # another thread may have held it at the fork
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def check_guard() -> None:
     """Raise a RuntimeError in a process that is importing the main script."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
@@ -76,13 +87,14 @@ def check_guard() -> None:
 def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
     """Return the server of the process ``owner`` that has imported some packages.
 
-    A process that is forked from it has its own.
+    The caller holds the lock: otherwise two threads would start two servers. A process that is
+    forked from it has its own.
     """
     own = forkserver.ForkServer()
     own.set_forkserver_preload([__name__, *sorted(packages)])
     # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
     before = os.environ.get(_PATH)
-    os.environ[_PATH] = os.pathsep.join(filter(None, sys.path))
+    os.environ[_PATH] = os.pathsep.join(x for x in sys.path if isinstance(x, str) and x)
     try:
         own.ensure_running()
     finally:
@@ -105,9 +117,10 @@ def packages_of(module: nn.Module) -> set[str]:
     """
     found = {type(part).__module__ for part in module.modules()}
     if "__main__" in found:
-        for value in vars(sys.modules["__main__"]).values():
+        for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
             name = value.__name__ if isinstance(value, types.ModuleType) else None
-            found.add(name or getattr(value, "__module__", None) or "")
+            name = name or getattr(value, "__module__", None)
+            found.add(name if isinstance(name, str) else "")
     known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
     return {name for name in found if name.partition(".")[0] not in known}
 
@@ -147,13 +160,14 @@ def fork(
     resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        own = server(os.getpid(), packages)
+        with _starting:
+            own, path = server(os.getpid(), packages), os.environ.get(_PATH)
         descriptor, writer = own.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
         server.cache_clear()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, os.environ.get(_PATH))
+        program = _Program(main, device, threads, seed, path)
         for each in ({name: data[name] for name in kept}, program):
             stream.write(reduction.ForkingPickler.dumps(each))
     return descriptor
