@@ -35,6 +35,7 @@ _BUSY = (429, 503)
 _RETRY_SECONDS = 0.1  # the pause of a busy server that does not name one; not tuned
 _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not tuned
 # The request is wrong, whichever server is asked.
+_PROBE = 5.0  # seconds to say that a server is ready; not tuned
 _CALLERS = (400, 405, 406, 413, 415, 422)
 _T = TypeVar("_T")
 
@@ -91,7 +92,10 @@ class Client:
         self._context = context if context is not None else True
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
+        least = min(timeout, connect_timeout + _PROBE)
+        self._probe = aiohttp.ClientTimeout(total=least, sock_connect=connect_timeout)
         self._session: aiohttp.ClientSession | None = None
+        self._process = 0  # the process whose loop the session belongs to
 
     def checked(self, url: Any) -> str:
         """Return the origin of a server's URL, if the token may be sent there."""
@@ -124,7 +128,8 @@ class Client:
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
         try:
-            async with self._open().get(server + path, **self._options()) as answer:
+            probe = self._open().get(server + path, timeout=self._probe, **self._options())
+            async with probe as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -171,7 +176,8 @@ class Client:
                 return body
 
     def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
+        if self._session is None or self._process != os.getpid():
+            self._process = os.getpid()
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, ssl=self._context),
                 timeout=self._limits,
@@ -180,7 +186,7 @@ class Client:
                 trust_env=False,
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
-            weakref.finalize(self, _end, self._session)
+            weakref.finalize(self, _end, self._session, self._process)
         return self._session
 
     @staticmethod
@@ -188,10 +194,10 @@ class Client:
         return {"allow_redirects": False, "headers": headers}
 
 
-def _end(session: aiohttp.ClientSession) -> None:
-    """Close the session of a client that nothing holds any more."""
-    loop = _LOOP.get()
-    if not session.closed and not loop.is_closed():
+def _end(session: aiohttp.ClientSession, process: int) -> None:
+    """Close the session of a client that nothing holds any more, in the process that opened it."""
+    if process == os.getpid() and not session.closed:
+        loop = _LOOP.get()
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 
@@ -224,6 +230,8 @@ def _translated() -> Any:
     """Raise an EndpointError for every error of a connection."""
     try:
         yield
+    except aiohttp.ServerTimeoutError:  # connecting took too long
+        raise EndpointError("could not be reached in time") from None
     except (asyncio.TimeoutError, TimeoutError):
         raise EndpointError("did not answer in time", lost=True) from None
     except aiohttp.ClientConnectorError as error:
@@ -252,7 +260,7 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     try:
         said = json.loads(body)
         message = said["error"] if isinstance(said["error"], str) else ""
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = ""
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")

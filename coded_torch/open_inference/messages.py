@@ -58,7 +58,7 @@ def parsed(body: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in a body; an EndpointError if it is none."""
     try:
         found = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EndpointError(f"sent {what} that is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise EndpointError(f"sent {what} that is no object")
@@ -123,7 +123,7 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
     specs = {spec.name: spec for spec in model.outputs}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
-        if name not in specs or name in found:
+        if not isinstance(name, str) or name not in specs or name in found:
             raise EndpointError(f"sent an output that was not asked for, {name!r:.80}")
         spec, shape = specs[name], entry.get("shape")
         fits = isinstance(shape, list) and shape[:1] == [rows] and spec.fits(shape[1:])

@@ -30,6 +30,7 @@ class Worker:
         self.since = 0.0  # the time when it began its job
         self.ready = False  # true if it is up
         self.excluded = False  # true if it gets no more jobs
+        self.left = False  # true if it is removed after its job, and has no successor
 
     def is_new_to(self, module: Any) -> bool:
         """Return whether the worker would have to load a module first."""
@@ -128,11 +129,13 @@ class Dispatcher(abc.ABC, Generic[W]):
     def obstacle(self, request: LiveRequest) -> Obstacle:
         """Return the reason why parts of a request may not have begun."""
         with self._changed:
-            jobs = [worker.job for worker in self._workers if worker.job is not None]
-            earlier = sum(job.request is not request for job in jobs)
-            starting = self.size - sum(worker.ready for worker in self._workers)
-            excluded = sum(worker.excluded for worker in self._workers)
-        return Obstacle(self.size, earlier, starting, excluded, self.kind, self.grace, self.trouble)
+            places, workers = self.places(), [w for w in self._workers if not w.left]
+            up = {w.index for w in workers if w.ready}
+            free = {w.index for w in workers if w.job is None or w.job.request is request}
+            busy = {w.index for w in workers} - free
+            excluded = {w.index for w in workers if w.excluded}
+        counts = len(places), len(busy), len(places - up), len(excluded)
+        return Obstacle(*counts, self.kind, self.grace, self.trouble)
 
     # The workers call these methods.
 
@@ -179,7 +182,12 @@ class Dispatcher(abc.ABC, Generic[W]):
                 self._jobs.appendleft(job)
             if self.closed:
                 self.stop()
+        self._refuse()
         self._assign()
+
+    def places(self) -> set[int]:
+        """Return the places that have a worker, or will have one again."""
+        return set(range(self.size))
 
     def load(self, worker: W) -> int:
         """Return a number; the idle worker with the least one takes the next job."""
@@ -193,7 +201,9 @@ class Dispatcher(abc.ABC, Generic[W]):
                 logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
                 return None
             worker.job = None
-            if worker.ready and not worker.excluded:
+            if worker.left:
+                self._workers.remove(worker)
+            elif worker.ready and not worker.excluded:
                 self._idle.append(worker)
             return job
 
@@ -234,7 +244,7 @@ class Dispatcher(abc.ABC, Generic[W]):
     def _refuse(self) -> None:
         """Fail the jobs that must avoid all workers that are left."""
         with self._changed:
-            left = set(range(self.size)) - {w.index for w in self._workers if w.excluded}
+            left = self.places() - {w.index for w in self._workers if w.excluded}
             refused = [job for job in self._jobs if job.part.avoid and left <= job.part.avoid]
             for job in refused:
                 self._jobs.remove(job)

@@ -3,6 +3,7 @@ r"""Workers that are servers of the Open Inference Protocol."""
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import ssl
 import weakref
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive
 from ..open_inference.client import (
@@ -24,7 +26,7 @@ from ..open_inference.client import (
 from ..open_inference.module import RemoteModule
 from .base import Reply, Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
-from .faults import compute
+from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
 __all__ = ["EndpointWorkers"]
@@ -72,7 +74,7 @@ class EndpointWorkers(DispatchedWorkers):
     Opening raises:
         TypeError: the module is not a :class:`RemoteModule`.
         ValueError: the module stands for another model.
-        RuntimeError: the pool is closed.
+        RuntimeError: the pool is closed, or was made in the process that this one was forked from.
 
     Note:
         Redirects, proxies of the environment and cookies are not followed, used or kept. Some
@@ -99,19 +101,12 @@ class EndpointWorkers(DispatchedWorkers):
         self.timeout = positive(self, "timeout", timeout)
         self.refresh = positive(self, "refresh", refresh)
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
-        self._access = (headers, token, context)
+        self._access: dict[str, Any] = {"headers": headers, "token": token, "context": context}
         self._open()
 
     def _open(self) -> None:
-        headers, token, context = self._access
-        client = Client(
-            self,
-            headers=headers,
-            token=token,
-            context=context,
-            connect_timeout=self.connect_timeout,
-            timeout=self.timeout,
-        )
+        limits: Any = {"connect_timeout": self.connect_timeout, "timeout": self.timeout}
+        client = Client(self, **self._access, **limits)
         urls = self._source() if callable(self._source) else self._source
         self._endpoints = _Endpoints(client, self.concurrency)
         for url in urls:
@@ -167,6 +162,8 @@ class EndpointWorkers(DispatchedWorkers):
             )
         if self._endpoints.closed:
             raise RuntimeError("EndpointWorkers: the pool is closed")
+        if self._endpoints.loop is not running_loop():
+            raise RuntimeError("EndpointWorkers: the pool must be used in the process that made it")
         return _EndpointRequest(task, self.timeout, self._endpoints, module)
 
     def _dispatcher(self) -> Dispatcher[Any]:
@@ -198,9 +195,7 @@ class _EndpointRequest(LiveRequest):
         return event
 
     def receive(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: self.receive(tensor) for name, tensor in value.items()}
-        return value.to(self.task.device) if isinstance(value, Tensor) else value
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.task.device), value)
 
     def close(self) -> None:
         super().close()
@@ -235,7 +230,7 @@ class _Endpoints(Dispatcher[_Slot]):
     @property
     def urls(self) -> tuple[str, ...]:
         with self._changed:
-            return tuple(dict.fromkeys(slot.url for slot in self._workers))
+            return tuple(dict.fromkeys(slot.url for slot in self._workers if not slot.left))
 
     @property
     def num_ready(self) -> int:
@@ -247,7 +242,7 @@ class _Endpoints(Dispatcher[_Slot]):
         with self._changed:
             place = self._places.setdefault(url, len(self._places))
             self.size = len(self._places)
-            known = any(slot.url == url for slot in self._workers)
+            known = any(slot.url == url and not slot.left for slot in self._workers)
         if known:
             self.restart(place)
         else:
@@ -259,8 +254,8 @@ class _Endpoints(Dispatcher[_Slot]):
         with self._changed:
             for slot in self._workers:
                 if slot.url == url:
-                    slot.ready = False
-            self._workers = [s for s in self._workers if s.url != url or s.job is not None]
+                    slot.ready, slot.left = False, True
+            self._workers = [s for s in self._workers if not s.left or s.job is not None]
             self._idle = type(self._idle)(s for s in self._idle if s.url != url)
         self._refuse()
 
@@ -290,20 +285,27 @@ class _Endpoints(Dispatcher[_Slot]):
         """Return the number of parts that a server computes."""
         return sum(s.index == worker.index and s.job is not None for s in self._workers)
 
+    def places(self) -> set[int]:
+        return {slot.index for slot in self._workers if not slot.left}
+
     def cancel(self, request: LiveRequest) -> None:
         """Cancel the running parts of a request."""
         self.loop.call_soon_threadsafe(self._cancel, request)
 
     def close(self) -> None:
-        """Fail all parts, and close all connections."""
         self.stop()
         ended = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
+        if asyncio._get_running_loop() is self.loop:  # garbage was collected in its thread
+            return
         try:
             ended.result(_CLOSING_SECONDS)
-        except TimeoutError:
+        except concurrent.futures.TimeoutError:  # the built-in one since Python 3.11
             logger.warning("EndpointWorkers: connections did not close in time")
 
     def _start(self, slot: _Slot, job: Job) -> None:
+        if not job.request.awaits(job.part):  # cancelled before it started
+            self.fail(slot, job.number, "was cancelled")
+            return
         slot.running = self._spawn(self._compute, slot, job)
         # Even a task that was cancelled before it began frees its slot.
         slot.running.add_done_callback(
@@ -332,25 +334,26 @@ class _Endpoints(Dispatcher[_Slot]):
 
     async def _compute(self, slot: _Slot, job: Job) -> None:
         """Ask a server for a part, and report the result or the error."""
-        module: RemoteModule = job.module
         try:
-            value = await self._ask(slot, job, module)
+            value = await self._ask(slot, job, job.module)
         except BusyError as busy:
             self._pause(slot.url, busy.seconds)
             self.hand_back(slot, job.number)
         except EndpointError as error:
-            self._pause(slot.url, None)
             reason = f"({slot.url}) {error}"
+            self.trouble = f"{slot.url} {error}"
+            self._pause(slot.url, None)
             self.fail(slot, job.number, reason, error, "died" if error.lost else "")
         except Exception as error:  # the model failed, or the arguments are wrong
-            kind = "raised" if isinstance(error, RemoteError) else ""
+            raised = isinstance(error, RemoteError | TypeError | ValueError)
+            kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.fail(slot, job.number, f"({slot.url}) raised {error!r}", error, kind)
         else:
             self._failures.pop(slot.url, None)
             self.settle(slot, job.number, value)
 
     async def _ask(self, slot: _Slot, job: Job, module: RemoteModule) -> Any:
-        task, part = job.request.task, job.part
+        task, part, fault = job.request.task, job.part, job.part.fault
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module
@@ -359,18 +362,16 @@ class _Endpoints(Dispatcher[_Slot]):
             return None
         inputs = module.inputs(*arguments)
         rows = len(part.units) * task.unit_rows
-        fault = part.fault
         outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
-        value = module.outputs(outputs)
         if fault is None:
-            return value
-        answer: Any = lambda: value  # noqa: E731
+            return module.outputs(outputs)
+        answer: Any = lambda: module.outputs(outputs)  # noqa: E731
         return await self.loop.run_in_executor(None, compute, answer, ((), {}), fault)
 
     def _pause(self, url: str, seconds: float | None) -> None:
         """Give a server no parts for a time, or until a probe of it succeeds."""
         with self._changed:
-            slots = [slot for slot in self._workers if slot.url == url]
+            slots = [slot for slot in self._workers if slot.url == url and not slot.left]
             if not slots or not slots[0].ready:
                 return
             for slot in slots:
@@ -388,10 +389,10 @@ class _Endpoints(Dispatcher[_Slot]):
                 failures = self._failures[url] = self._failures.get(url, -1) + 1
                 pause = _PROBE_SECONDS * 2.0 ** min(failures, 10)
                 await asyncio.sleep(min(pause, _MOST_PROBE_SECONDS))
-                if await self.client.is_ready(url):
+                if all(slot.left for slot in slots) or await self.client.is_ready(url):
                     break
         with self._changed:
-            slots = [slot for slot in slots if slot in self._workers]
+            slots = [slot for slot in slots if not slot.left]
             for slot in slots:
                 slot.ready = True
             free = [slot for slot in slots if slot.job is None and not slot.excluded]

@@ -1,9 +1,12 @@
 """A pool of servers of the Open Inference Protocol, some of which fail."""
 
 import copy
+import os
 import pickle
+import select
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +15,14 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import DeadlineExceeded
-from coded_torch.open_inference.client import EndpointError, RefusedError, RemoteError
+from coded_torch.open_inference.client import (
+    Client,
+    EndpointError,
+    Model,
+    RefusedError,
+    RemoteError,
+    run,
+)
 from coded_torch.testing.workers import numbered, task_of
 from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply
 
@@ -111,12 +121,23 @@ def packed(handler, rows):
     return True
 
 
+def unhashable_name(handler, rows):
+    handler.answer(rows, name=["output"])
+    return True
+
+
+def deep(handler, rows):
+    handler.send(200, b"[" * 60_000)
+    return True
+
+
 def elsewhere(handler, rows):
     handler.send(307, b"", Location="http://127.0.0.1:1/")
     return True
 
 
-FAULTS = [broken, garbage, other_shape, other_dtype, huge, packed, elsewhere]
+FAULTS = [broken, garbage, other_shape, other_dtype, unhashable_name, deep, huge, packed]
+FAULTS += [elsewhere]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -176,6 +197,124 @@ def test_servers_come_and_go(three):
     assert len(three[1].rows) == count
     with pytest.raises(ValueError, match="url must be one of"):
         pool.remove(three[2].url)
+
+
+def at_work(server, pool, task):
+    """Return a request whose part a server computes, and the event that lets it go on."""
+    arrived, gate = threading.Event(), threading.Event()
+    server.fault = lambda handler, rows: arrived.set() or not gate.wait(WAIT)
+    request = pool.open(RemoteModule(server.url, "double"), task)
+    request.ask([Part(0, (0,))])
+    assert arrived.wait(WAIT)
+    return request, gate
+
+
+def test_a_server_that_was_removed_at_work_can_be_added_again(three):
+    pool = EndpointWorkers([three[0].url], model="double")
+    request, gate = at_work(three[0], pool, task_of(X[None]))
+    pool.remove(three[0].url)
+    assert pool.urls == ()
+    pool.add(three[0].url)
+    assert pool.urls == (three[0].url,)
+    assert request.idle == 4
+    gate.set()
+    events = [request.wait(WAIT) for _ in range(2)]  # the part that it had goes on
+    assert events[1].error is None
+    assert request.idle == 4
+    request.close()
+    pool.close()
+
+
+def test_a_removed_server_gets_no_parts_after_a_probe(three):
+    pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
+    request, gate = at_work(three[0], pool, task_of(X[None]))
+    slots = [slot for slot in pool._endpoints._workers if slot.url == three[0].url]
+    pool.remove(three[0].url)
+    run(pool._endpoints._resume(three[0].url, slots, 0.0))
+    gate.set()
+    assert [request.wait(WAIT).worker for _ in range(2)] == [0, 0]
+    assert request.idle == 1
+    request.ask([Part(1, (0,), avoid=frozenset([1]))])
+    assert "avoids all workers that are left" in str(request.wait(WAIT).error)
+    request.close()
+    pool.close()
+
+
+def test_the_status_counts_servers(three):
+    pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
+    task = task_of(X.reshape(12, 1, 3))
+    (first, one), (second, two) = (at_work(each, pool, task) for each in three[:2])
+    third = pool.open(first.module, task)
+    third.ask([Part(0, (0,))])
+    assert third.status() == "2 of 2 servers are at earlier tasks"
+    one.set()
+    two.set()
+    for request in (first, second, third):
+        request.close()
+    pool.close()
+    several = EndpointWorkers([three[2].url], model="double")
+    assert several._endpoints.obstacle(first).starting == 0
+    several.close()
+
+
+def test_a_wrong_input_is_raised_to_the_caller(three):
+    coded = wrapped(three)
+    with pytest.raises(TypeError, match=r"input must be of torch.float32, got torch.float64"):
+        coded(X.double())
+
+
+def test_a_pool_that_is_closed_by_the_thread_of_its_loop_does_not_wait(three):
+    pool = EndpointWorkers([three[0].url], model="double")
+
+    async def close():
+        start = time.monotonic()
+        pool.close()
+        return time.monotonic() - start
+
+    assert run(close()) < 1
+
+
+def test_a_server_that_does_not_accept_did_not_end_at_work():
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:  # they fill the queue of the socket
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        client = Client(None, connect_timeout=0.1)
+        model = Model("double", (), (), True)
+        with pytest.raises(EndpointError, match="could not be reached") as caught:
+            run(client.infer(url, model, [], 1))
+        assert not caught.value.lost
+        for each in waiting:
+            each.close()
+        run(client.close())
+
+
+def test_a_forked_process_opens_its_own_connections(three):
+    module = RemoteModule(three[0].url, "double")
+    pool = EndpointWorkers([three[0].url], model="double")
+    module(X)
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            said = b"1" if torch.equal(module(X[:1]), 2 * X[:1]) else b"0"
+            try:
+                pool.open(module, task_of(X[None]))
+            except RuntimeError as error:
+                said += b"1" if "in the process that made it" in str(error) else b"0"
+            os.write(writer, said)
+        finally:
+            os._exit(0)
+    os.close(writer)
+    assert select.select([reader], [], [], WAIT)[0]
+    assert os.read(reader, 9) == b"11"
+    os.close(reader)
+    os.waitpid(child, 0)
+    assert torch.equal(module(X), 2 * X)
+    pool.close()
 
 
 def test_a_callable_says_which_servers_there_are(three):

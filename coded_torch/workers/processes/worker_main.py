@@ -61,17 +61,8 @@ def _look_at_server() -> None:
 
 
 os.register_at_fork(before=_look_at_server)
-
-
 _starting = threading.Lock()  # the environment of this process changes while a server starts
-
-
-def _renew_lock() -> None:
-    global _starting
-    _starting = threading.Lock()  # another thread may have held it at the fork
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def check_guard() -> None:
