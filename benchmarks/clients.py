@@ -85,7 +85,8 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(self.pause()):
-            pids = self.pool.pids
+            if not (pids := self.pool.pids):  # all are being replaced
+                continue
             victims = self.random.sample(pids, min(len(pids), self.random.randint(1, self.most)))
             start = time.monotonic()
             for pid in victims:

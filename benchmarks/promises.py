@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,7 +77,7 @@ def exact(quick: bool) -> dict[str, Any]:
     times = []
     with ProcessWorkers(N).start(timeout=START) as pool:
         coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model, predict=False)
-        killer = Killer(pool, lambda: 0.5, 1)
+        killer = Killer(pool, lambda: 0.1 if quick else 0.5, 1)
         with killer.at_work():
             for _ in range(count):
                 x = _batch(generator, rows)
@@ -94,7 +94,7 @@ def exact(quick: bool) -> dict[str, Any]:
         "calls": count,
         "rates": RATES,
         "kills": killer.kills,
-        "times": percentiles(times),
+        "times": _percentiles(times),
         "bars": {
             "wrong": [wrong, 0],
             "predicted": [predicted, 0],
@@ -127,8 +127,8 @@ def poison(quick: bool) -> dict[str, Any]:
     p99 = float(np.percentile(disturbed, 99) / np.percentile(calm, 99))
     return {
         "calls": count,
-        "others, calm": percentiles(calm),
-        "others, disturbed": percentiles(disturbed),
+        "others, calm": _percentiles(calm),
+        "others, disturbed": _percentiles(disturbed),
         "bars": {
             "calls that did not compute 63 rows": [count - computed.count(ROWS - 1), 0],
             "processes lost by a call": [max(lost), 5],
@@ -164,12 +164,16 @@ def deadline(quick: bool) -> dict[str, Any]:
         with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
             coded = _coded(FaultyWorkers(pool, delays=law), Model(how), deadline=DEADLINE)
             late, outcomes = _lateness(coded, count)
-        found[name] = {"outcomes": outcomes, "ms after the deadline": percentiles(late)}
+        found[name] = {"outcomes": outcomes, "ms after the deadline": _percentiles(late)}
         every += late
-    found["a bare sleep, ms after its time"] = percentiles([_oversleep() for _ in range(count)])
+    found["a bare sleep, ms after its time"] = _percentiles([_oversleep() for _ in range(count)])
     found["bars"]["p99, ms after the deadline"] = [round(float(np.percentile(every, 99)), 2), 10.0]
     found["bars"]["latest, ms after the deadline"] = [round(max(every), 2), 30.0]
     return found
+
+
+def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
+    return percentiles([x / 1e3 for x in milliseconds])
 
 
 def _oversleep() -> float:

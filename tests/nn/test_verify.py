@@ -298,6 +298,10 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
         assert excluded == [2]
         fault.size = 0.0
         processes.restart(2)
+        end = time.monotonic() + 60
+        while processes.num_restarts < 1 or processes.num_ready < 4:  # calls take less time
+            assert time.monotonic() < end
+            time.sleep(0.01)
         asked = set()
         for seed in range(20):
             x = batch(seed)

@@ -607,7 +607,7 @@ def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     assert done.stdout.splitlines() == ["1.5 2.5", "1.5 2.5", "0", "1.5 2.5", "1.5 2.5"]
     imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
     assert imports["plain"] == 2  # by this process, and by the server
-    assert imports["extra"] == 3  # by each server: with "plain", with "threaded", without both
+    assert imports["extra"] <= 3  # once by each server: with "plain", "threaded", and neither
     assert imports["threaded"] == 2 + 3  # by the server that is given up, and by each process
 
 
