@@ -608,7 +608,9 @@ def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path):
     imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
     assert imports["plain"] == 2  # by this process, and by the server
     assert imports["extra"] <= 3  # once by each server: with "plain", "threaded", and neither
-    assert imports["threaded"] == 2 + 3  # by the server that is given up, and by each process
+    # By this process, by the server that is given up, and by each process. Where the server is
+    # not seen to have a thread, by this process and the server only.
+    assert imports["threaded"] in (2, 2 + 3)
 
 
 _INTERACTIVE = """
