@@ -48,11 +48,14 @@ _SPARE_DESCRIPTORS = 8
 # The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
 UNSAFE = 77
 REFUSED: set[str] = set()  # packages that no server imports
-_PATH = "PYTHONPATH"
+# The variables that give the server the path of this process, and no working directory before it,
+# where an uncompiled checkout may lie. Python 3.10 does not know the second.
+_PATH = ("PYTHONPATH", "PYTHONSAFEPATH")
 _MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
 
 
-_server_is_unsafe = False  # read in a fork, written before it
+# Read in a fork, written before it; None if the server has not imported this file.
+_server_is_unsafe: bool | None = None
 
 
 def _look_at_server() -> None:
@@ -84,8 +87,8 @@ def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
     own = forkserver.ForkServer()
     own.set_forkserver_preload([__name__, *sorted(packages)])
     # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
-    before = os.environ.get(_PATH)
-    os.environ[_PATH] = os.pathsep.join(x for x in sys.path if isinstance(x, str) and x)
+    before = _path()
+    _set_path((os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str)), "1"))
     try:
         own.ensure_running()
     finally:
@@ -93,12 +96,17 @@ def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
     return own
 
 
-def _set_path(value: str | None) -> None:
-    """Set the environment variable for sys.path, or delete it."""
-    if value is None:
-        os.environ.pop(_PATH, None)
-    else:
-        os.environ[_PATH] = value
+def _path() -> tuple[str | None, ...]:
+    return tuple(map(os.environ.get, _PATH))
+
+
+def _set_path(values: tuple[str | None, ...]) -> None:
+    """Set the variables of the path, or delete them."""
+    for name, value in zip(_PATH, values, strict=True):
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def packages_of(module: nn.Module) -> set[str]:
@@ -152,13 +160,13 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         with _starting:
-            own, path = server(os.getpid(), packages), os.environ.get(_PATH)
+            own, path = server(os.getpid(), packages), _path()
         descriptor, writer = own.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
         server.cache_clear()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, path)
+        program = _Program(main, device, threads, seed, path, bool(packages))
         for each in ({name: data[name] for name in kept}, program):
             stream.write(reduction.ForkingPickler.dumps(each))
     return descriptor
@@ -171,10 +179,11 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
-    path: str | None  # PYTHONPATH of the pool's process
+    path: tuple[str | None, ...]  # the variables of the path in the pool's process
+    preloaded: bool  # whether the server was to import packages
 
     def _bootstrap(self, _: int) -> int:
-        if _server_is_unsafe:
+        if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
             return UNSAFE
         _set_path(self.path)
         descriptors: Any = forkserver.get_inherited_fds()
