@@ -54,7 +54,7 @@ _PATH = ("PYTHONPATH", "PYTHONSAFEPATH")
 _MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
 
 
-# Read in a fork, written before it; None if the server has not imported this file.
+# Read in a fork, written before it; stays None if the server did not import this file.
 _server_is_unsafe: bool | None = None
 
 
@@ -180,7 +180,7 @@ class _Program(NamedTuple):
     threads: int
     seed: int
     path: tuple[str | None, ...]  # the variables of the path in the pool's process
-    preloaded: bool  # whether the server was to import packages
+    preloaded: bool  # true if the server had to import packages
 
     def _bootstrap(self, _: int) -> int:
         if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
