@@ -240,7 +240,7 @@ def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
         "parts": PARTS,
-        "levels": LEVELS,
+        "levels": [*LEVELS],
         "batches": 5 if quick else 50,
         "received sets a batch": 2 if quick else 20,
     }
