@@ -33,13 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="WORD", help="only what has these in its name"
     )
     one.add_argument("--output", type=Path, metavar="FILE", help="instead of results/NAME.json")
+    one.add_argument(
+        "--rows", type=Path, metavar="FOLDER", help="write raw rows of comparisons, a CSV file each"
+    )
     args = parser.parse_args(argv)
     names = args.names or list(QUESTIONS)
     for name in names:
         if name not in QUESTIONS:
             parser.error(f"NAME must be one of {', '.join(QUESTIONS)}, got {name!r}")
-    if len(names) > 1 and (args.only, args.output) != ([], None):
-        parser.error(f"--only and --output need one NAME, got {len(names)}")
+    if len(names) > 1 and (args.only, args.output, args.rows) != ([], None, None):
+        parser.error(f"--only, --output and --rows need one NAME, got {len(names)}")
     try:
         return run(args) if len(names) == 1 else run_all(names, args.quick)
     except ValueError as error:
@@ -56,8 +59,9 @@ def run(args: argparse.Namespace) -> int:
     (name,) = args.names
     benchmark = importlib.import_module(f".{name}", __package__)
     torch.set_num_threads(1)
-    path = args.output or (None if args.quick else RESULTS / f"{name}.json")
-    keep(name, benchmark, quick=args.quick, only=args.only, path=path)
+    # With raw rows all is measured again, so results stay as they are.
+    path = args.output or (None if args.quick or args.rows else RESULTS / f"{name}.json")
+    keep(name, benchmark, quick=args.quick, only=args.only, path=path, rows=args.rows)
     return 0
 
 

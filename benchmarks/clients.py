@@ -8,17 +8,17 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from coded_torch.codes import LagrangeCode, NotEnoughResults
-from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch.nn import CodedWrapper
 from coded_torch.workers import Workers
 
-__all__ = ["FEATURES", "SEED", "START", "Client", "K", "Killer", "N", "S", "affine", "stopped"]
+__all__ = ["FEATURES", "SEED", "START", "Client", "K", "Killer", "N", "S", "affine"]
 
 SEED = 0  # the seed of inputs and kills
 K, N, S = 4, 6, 2
@@ -39,26 +39,24 @@ def affine() -> nn.Module:
 class Client:
     """Sends requests through a wrapper, and checks each answer."""
 
-    def __init__(self, pool: Workers, waiting: Waiting) -> None:
+    def __init__(self, pool: Workers) -> None:
         self.model = affine()
         code = LagrangeCode(K, N, degree=1, ordering="arrival")
-        self.coded = CodedWrapper(self.model, code, workers=pool, waiting=waiting)
+        self.coded = CodedWrapper(self.model, code, workers=pool)
         self.generator = torch.Generator().manual_seed(SEED)
-        self.reports: list[Report] = []
         self.worst = 0.0
 
     def request(self) -> float:
         """Send a request; returns its seconds."""
         x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
         start = time.perf_counter()
-        answer, report = self.coded.run(x)
+        answer = self.coded(x)
         spent = time.perf_counter() - start
         exact = self.model(x)
         error = float((answer - exact).abs().max() / exact.abs().max())
         if not error <= TOLERANCE:
             raise AssertionError(f"an answer differs by {error} from what the module computes")
         self.worst = max(self.worst, error)
-        self.reports.append(report)
         return spent
 
     def requests(self, count: int) -> tuple[list[float], int]:
@@ -105,14 +103,3 @@ class Killer(threading.Thread):
         finally:
             self.done.set()
             self.join(START)
-
-
-@contextlib.contextmanager
-def stopped(pids: Sequence[int]) -> Iterator[None]:
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,33 +19,17 @@ from torch import Tensor
 
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import Waiting
-from coded_torch.workers import ProcessWorkers, RayWorkers, Workers
+from coded_torch.workers import ProcessWorkers, Workers
 
 from .hedging import WAIT_FOR_ALL, HedgeOnce
 from .runs import Measurement, progress
 from .traffic import Load, Reply, dealt, delayed, drive, median_part, percentiles
 
 ROUNDS = 5  # the policies take turns in each, so that a slow spell slows all of them
-CALM = ("wait for all", "hedge at 1.5 medians", "hedge, predict")
-SOME = (*CALM, "three re-asks", "coded at once", "hedge, deadline")
-
-
-class Case(NamedTuple):
-    """The requests, their pool and the policies; None stands for all policies."""
-
-    pool: type[Workers]
-    load: float
-    changes: dict[str, Any]
-    policies: Sequence[str] | None
-
-
-CASES = {
-    "load 0.4, 3 % delayed": Case(ProcessWorkers, 0.4, {"num_requests": 4000}, None),
-    "few, none delayed": Case(ProcessWorkers, 0.1, {"num_requests": 600, "share": 0.0}, CALM),
-    "no sleep, 3 % delayed": Case(ProcessWorkers, 0.1, {"sleep": False}, SOME),
-    "Ray, 3 % delayed": Case(RayWorkers, 0.1, {"num_requests": 500}, SOME),
+CASES: dict[str, dict[str, Any]] = {
+    "load 0.4, 3 % delayed": {"busy": 0.4, "num_requests": 4000},
+    "few, none delayed": {"busy": 0.1, "num_requests": 600, "share": 0.0},
 }
-QUICK = "load 0.4, 3 % delayed"
 
 
 def policies(load: Load, part: float) -> dict[str, Waiting]:
@@ -85,15 +69,13 @@ def median(outcomes: Sequence[dict[str, float | None]], what: str) -> float | No
 
 
 def compare(
-    pool: Workers, load: Load, names: Sequence[str] | None, busy: float, rounds: int
-) -> tuple[Load, float, dict[str, list[dict[str, float | None]]]]:
-    """Send the load under every policy; return it with its rate, a part's median, the outcomes."""
+    pool: Workers, load: Load, rounds: int, names: Sequence[str] | None = None
+) -> tuple[float, dict[str, list[dict[str, float | None]]]]:
+    """Send the load under every policy; return the median of a part, and the outcomes."""
     model, (images, labels) = lenet5(), digits()
     first = images[: load.batch_size]
     part = median_part(dealt(model, load, pool, Waiting(predict=False)), first)
-    load = dataclasses.replace(
-        load, rate=round(busy * load.num_workers / (load.num_data * part), 1)
-    )
+    rate = round(load.busy * load.num_workers / (load.num_data * part), 1)
     every = {
         name: dealt(model, load, pool, waiting)
         for name, waiting in policies(load, part).items()
@@ -110,17 +92,16 @@ def compare(
         ]
         for name, coded in every.items():
             coded.workers = delayed(pool, load, number)
-            replies = drive(coded.run, [images[x] for x in rows], load.rate, load.seed + number)
+            replies = drive(coded.run, [images[x] for x in rows], rate, load.seed + number)
             outcomes[name].append(outcome(replies, [labels[x] for x in rows]))
-    return load, part, outcomes
+    return part, outcomes
 
 
 def latency(name: str, quick: bool) -> dict[str, Any]:
-    case, rounds = CASES[name], 1 if quick else ROUNDS
-    load = Load(**case.changes | ({"num_requests": 40} if quick else {}))
+    load = Load(**CASES[name] | ({"num_requests": 40} if quick else {}))
     torch.set_num_threads(1)  # the cores are the workers'
-    with case.pool(load.num_workers).start() as pool:
-        load, part, outcomes = compare(pool, load, case.policies, case.load, rounds)
+    with ProcessWorkers(load.num_workers).start() as pool:
+        part, outcomes = compare(pool, load, 1 if quick else ROUNDS)
     return {
         "load": dataclasses.asdict(load),
         "median of a part": round(1e3 * part, 2),
@@ -132,7 +113,7 @@ def latency(name: str, quick: bool) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    for name in [QUICK] if quick else CASES:
+    for name in [*CASES][: 1 if quick else None]:
         yield (name,), functools.partial(latency, name, quick)
 
 

@@ -1,15 +1,8 @@
-"""Train the networks of the benchmarks: ``python -m benchmarks.networks lenet5``.
-
-Weights go to a cache outside the repository, where :func:`load` finds them. ``--write-package``
-writes the files that ship in the package instead: the weights in half precision and every fifth
-test digit.
-"""
+"""The networks of the benchmarks: trained once, and then in a cache outside the repository."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +15,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
 
-from .data import CACHE, DataSet, MissingDataError, fashion_mnist, mnist
+from .data import CACHE, DataSet, fashion_mnist, mnist
 
-__all__ = ["RECIPES", "Images", "Network", "RepVGG", "ViT", "load"]
+__all__ = ["RECIPES", "Images", "Network", "RepVGG", "ViT", "load", "ship"]
 
-PACKAGE_DATA = Path(coded_torch.__file__).parent / "data"
-SHIPPED_DIGITS = slice(None, None, 5)  # as the halves of the test set are not equally hard
+SHIPPED = Path(coded_torch.__file__).parent / "data"
 NUM_TUNING = 5_000  # the last training images: no gradient sees them, benchmarks tune on them
 
 
@@ -146,7 +138,6 @@ class Recipe(NamedTuple):
     learning_rate: float
     weight_decay: float
     bfloat16: bool = False  # twice as fast where convolutions take most of the time
-    shippable: bool = False
 
 
 def smooth() -> nn.Module:
@@ -159,7 +150,7 @@ def smooth() -> nn.Module:
 
 
 RECIPES = {
-    "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1, shippable=True),
+    "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
     "lenet5-tanh": Recipe(smooth, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
     "repvgg": Recipe(
         RepVGG, fashion_mnist, epochs=3, learning_rate=4e-3, weight_decay=1e-3, bfloat16=True
@@ -286,36 +277,12 @@ def save(model: nn.Module, path: Path) -> None:
     np.savez_compressed(path, **weights)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("network", choices=RECIPES)
-    parser.add_argument(
-        "--write-package", action="store_true", help="write the files that ship in coded_torch/data"
-    )
-    args = parser.parse_args()
-    recipe = RECIPES[args.network]
-    if args.write_package and not recipe.shippable:
-        parser.error(f"--write-package: {args.network} does not ship in the package")
-    try:
-        data = recipe.load()
-    except MissingDataError as error:
-        print(error, file=sys.stderr)
-        return 2
-    if not args.write_package:
-        load(args.network)
-        return 0
-    # No code is tuned on images that ship, so all the others may teach.
-    model = train(recipe, data.train_images, data.train_labels, seed=0)
-    images, labels = data.test_images, data.test_labels
-    with torch.no_grad():
-        found = torch.cat([model(pixels(x)).argmax(-1) for x in images.split(1000)])
-    print(f"{(found == labels).float().mean():.2%} of the test images right")
-    save(model, PACKAGE_DATA / f"{args.network}.npz")
-    digits = {"images": images[SHIPPED_DIGITS].numpy()}
-    digits["labels"] = labels[SHIPPED_DIGITS].numpy().astype(np.uint8)
-    np.savez_compressed(PACKAGE_DATA / "digits.npz", **digits)
-    return 0
+def ship() -> None:
+    """Write the files that ship in coded_torch/data: the weights and every fifth test digit.
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    No code is tuned on images that ship, so all the others may teach.
+    """
+    data = mnist()
+    save(train(RECIPES["lenet5"], data.train_images, data.train_labels, 0), SHIPPED / "lenet5.npz")
+    images, labels = data.test_images[::5], data.test_labels[::5].byte()
+    np.savez_compressed(SHIPPED / "digits.npz", images=images.numpy(), labels=labels.numpy())

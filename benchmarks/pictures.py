@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from .tables import NAMES
 
@@ -30,7 +28,6 @@ STYLES = {  # one style for a scheme in every picture
 }
 HIDDEN = ("Berrut", "spline")  # Berrut's line would hide the paper's
 LEAST_LOSS = 1e-4  # drawn where nothing is lost, as a logarithm has no zero
-FEWEST_ROWS = 30  # the least number of rows whose share is drawn
 MARKERS = "os^DXv."
 ON_PROCESSES = {  # policies of the latency benchmark in the README's picture
     "wait for all": "no redundancy",
@@ -83,32 +80,6 @@ def legend(figure: Figure, columns: int) -> Figure:
     return figure
 
 
-def plain(axis: Axis) -> None:
-    """Label a logarithmic axis of any span with plain numbers."""
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 50 * low else (1,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def dots(of: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> Figure:
-    """Draw numbers by panel, series and row, on a logarithmic axis; a series is a marker."""
-    rows = list(dict.fromkeys(row for p in of.values() for s in p.values() for row in s))
-    figure, every = panels(list(of), height=1.3 + 0.2 * len(rows))
-    for axes, series in zip(every, of.values(), strict=True):
-        for marker, (name, numbers) in zip(MARKERS, series.items(), strict=False):
-            places = [rows.index(row) for row in numbers]
-            axes.plot(numbers.values(), places, marker, label=name_of(name), markersize=5)
-        axes.set_yticks(range(len(rows)), [name_of(row) for row in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xscale("log")
-        plain(axes.xaxis)
-        axes.set_xlabel(label)
-        if axes is not every[0]:
-            axes.set_yticklabels([])
-    return legend(figure, len(MARKERS))
-
-
 def accuracy(results: Results) -> Figure:
     """Draw the accuracy that is lost against lost workers."""
     of = {
@@ -130,47 +101,6 @@ def accuracy(results: Results) -> Figure:
     return legend(figure, 3)
 
 
-def schemes(results: Results) -> Figure:
-    """Draw squared errors over the variance: a row for each scheme, a marker for each setting."""
-    cases = {name: of["table"]["B = 240"] for name, of in results["accuracy"].items()}
-    return dots(
-        {
-            name_of(name): {
-                case: {x: found["schemes"][x]["mse"][0] for x in shown(found["schemes"])}
-                for case, found in of.items()
-            }
-            for name, of in cases.items()
-        },
-        "squared error over the variance of outputs",
-    )
-
-
-def distances(results: Results) -> Figure:
-    """Draw the squared error over the outputs' variance, a row for each data set."""
-    cases = {name: of["(24, 20, 4)"]["schemes"] for name, of in results["distances"].items()}
-    series = {
-        scheme: {n: of[scheme]["mse"][0] for n, of in cases.items() if scheme in of}
-        for scheme in (
-            "mean",
-            "no redundancy, surrogate",
-            "no redundancy, regression",
-            "one metric",
-            "chosen",
-            "with a stem",
-        )
-    }
-    return dots({"(N, K, S) = (24, 20, 4)": series}, "squared error over the variance of outputs")
-
-
-def surrogates(results: Results) -> Figure:
-    """Draw the accuracy that is lost with a student, a memory and neither, a row for each."""
-    series = {}
-    for name, of in results["surrogates"].items():
-        found = dict(of["students"]["schemes"]) | {"with a memory": of["memory"]["third 3"]}
-        series[name] = {x: each["mse"][0] for x, each in found.items()}
-    return dots({"(6, 4, 2), batches of 64": series}, "squared error over the variance of outputs")
-
-
 def work(results: Results) -> Figure:
     """Draw the tail latency against work, for few parts and for many."""
     points = results["waiting"]["fan-out"]
@@ -187,20 +117,6 @@ def work(results: Results) -> Figure:
         axes.margins(x=0.25)
     every[0].set_ylabel("p99.9, in medians of a part")
     return legend(figure, 4)
-
-
-def latency(results: Results) -> Figure:
-    """Draw percentiles of every policy, a panel for each case."""
-    return dots(
-        {
-            case: {
-                at: {policy: numbers[at] for policy, numbers in found["policies"].items()}
-                for at in ("p50", "p99", "p99.9")
-            }
-            for case, found in results["latency"].items()
-        },
-        "latency from arrival, ms",
-    )
 
 
 def processes(results: Results) -> Figure:
@@ -264,44 +180,10 @@ def coverage(results: Results) -> Figure:
     return legend(figure, 5)
 
 
-def verification(results: Results) -> Figure:
-    """Draw the shares of wrong, and of harmful, rows that reach the caller against extra work."""
-    measured = results["verification"]
-    points = {share: (measured["work"][share], of) for share, of in measured["left"].items()}
-    points |= {
-        name: (of["work"], of) for name, of in measured["peers"].items() if name != "seconds"
-    }
-    methods = [(work - 1, of["faults"]) for work, of in points.values()]
-    methods.sort(key=operator.itemgetter(0))
-    faults = ("noise .3", "noise .05", "block", "one row", "one output", "exponent")
-    figure, every = panels(["all wrong rows", "harmful rows: another class, or off by .1"])
-    for axes, key in zip(every, ("", "harmful "), strict=True):
-        for n, fault in enumerate(faults):
-            made = [of[fault][key.strip() or "wrong"] for _, of in methods]
-            if min(made) < FEWEST_ROWS:
-                continue
-            shares = [of[fault][f"{key}left"] / x for (_, of), x in zip(methods, made, strict=True)]
-            extra = [work for work, _ in methods]
-            style = {"marker": MARKERS[n], "color": f"C{n}", "markersize": 5, "linewidth": 1}
-            axes.plot(extra, shares, label=fault, **style)
-        axes.set_xscale("symlog", linthresh=0.01)
-        axes.set_xticks([0, 0.01, 0.1, 1, 2], ["0", "1 %", "10 %", "100 %", "200 %"])
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xlabel("extra work (up to 10 %: verify=.01 to .1; from 100 %: votes)")
-        axes.set_ylabel("left")
-    return legend(figure, len(faults))
-
-
 PICTURES = {
     "accuracy": accuracy,
-    "schemes": schemes,
-    "distances": distances,
-    "surrogates": surrogates,
     "work": work,
-    "latency": latency,
     "processes": processes,
     "convergence": convergence,
     "coverage": coverage,
-    "verification": verification,
 }

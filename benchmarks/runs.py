@@ -43,6 +43,7 @@ QUESTIONS = (
     "latency",
     "resilience",
     "serving",
+    "peers",
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
@@ -117,7 +118,13 @@ def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterat
 
 
 def keep(
-    name: str, benchmark: Benchmark, *, quick: bool, only: Iterable[str] = (), path: Path | None
+    name: str,
+    benchmark: Benchmark,
+    *,
+    quick: bool,
+    only: Iterable[str] = (),
+    path: Path | None,
+    rows: Path | None = None,
 ) -> None:
     """Run a benchmark, and write the numbers of each measurement once done.
 
@@ -130,6 +137,8 @@ def keep(
         quick: whether it is small and rough, with data that ship in the package.
         only: words that the names of a measurement must have among them.
         path: the file. Defaults to None, nothing is kept.
+        rows: a folder for the raw rows of comparisons, a CSV file for each measurement. Defaults to
+            None.
 
     Raises:
         ValueError: the file was measured with other settings, or in another environment; no
@@ -154,6 +163,9 @@ def keep(
         except MissingDataError as error:
             print(f"{', '.join(key)}: left out. {error}", file=sys.stderr)
             continue
+        if (records := numbers.pop("records", None)) is not None and rows:
+            rows.mkdir(parents=True, exist_ok=True)
+            records.save(rows / f"{name}, {', '.join(key)}.csv")
         numbers["seconds"] = round(time.perf_counter() - start, 1)
         print(f"{name}: {', '.join(key)} in {numbers['seconds']} s", flush=True)
         # Read again: another run may have added to the file meanwhile.

@@ -1,14 +1,12 @@
 """Students of the networks: cheap enough to run beside the batch, and taught without labels.
 
-Weights go to the cache of :mod:`benchmarks.networks`. A student has less than a fifteenth of its
-network's multiply-adds: 21 thousand a picture for LeNet-5's 417 thousand, 138 thousand for the
-ViT's 2.3 million, 1.75 million for the RepVGG's 29 million.
+Weights go to the cache of :mod:`benchmarks.networks`. The student has 21 thousand multiply-adds a
+picture, for LeNet-5's 417 thousand.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ from .data import CACHE
 from .networks import pixels, training_images
 from .tasks import Task
 
-__all__ = ["RECIPES", "Student", "of_task", "small_network", "student"]
+__all__ = ["Student", "of_task", "small_network", "student"]
 
 SEED = 0  # the seed of first weights, and the order of batches
 
@@ -42,60 +40,9 @@ def small_network() -> nn.Module:
     )
 
 
-class Patches(nn.Module):
-    """138 thousand multiply-adds a picture: perceptrons on patches like the ViT's."""
-
-    def __init__(self, width: int = 40, features: int = 64) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, width, 7, stride=7)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        self.each, self.each_again = nn.Linear(width, width), nn.Linear(width, width)
-        self.among = nn.Linear(16, 16)
-        self.together = nn.Linear(16 * width, features)
-        self.more = nn.Linear(features, features)
-        self.head = nn.Linear(features, 10)
-        self.act = nn.SiLU()
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.act(self.embed(images).flatten(2).mT + self.positions)  # [B, 16, width]
-        x = x + self.act(self.each(x))
-        x = x + self.act(self.among(x.mT)).mT
-        x = x + self.act(self.each_again(x))
-        x = self.act(self.together(x.flatten(1)))
-        outputs: Tensor = self.head(x + self.act(self.more(x)))
-        return outputs
-
-
-def convolutions() -> nn.Module:
-    """1.75 million multiply-adds a picture."""
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 5, stride=2, padding=2),
-        nn.SiLU(),
-        nn.Conv2d(16, 32, 3, padding=1),
-        nn.SiLU(),
-        nn.Conv2d(32, 48, 3, stride=2, padding=1),
-        nn.SiLU(),
-        nn.Flatten(),
-        nn.Linear(2352, 40),
-        nn.SiLU(),
-        nn.Linear(40, 10),
-    )
-
-
-class Recipe(NamedTuple):
-    """A student's network, and its epochs: the larger a teacher, the longer an epoch."""
-
-    build: Callable[[], nn.Module]
-    epochs: int
-
-
 # The version of the students' teaching; a file of another version is not read.
 _VERSION = 2
-RECIPES = {
-    "lenet5": Recipe(small_network, 40),
-    "vit": Recipe(Patches, 40),
-    "repvgg": Recipe(convolutions, 20),
-}
+EPOCHS = 40  # on the images of a network
 TASK_EPOCHS = 60  # the epochs of a perceptron on the training rows of a table or a text
 
 
@@ -116,21 +63,20 @@ def student(name: str, teacher: nn.Module, seed: int = 0, images: Tensor | None 
     """Return the student of a network, from the cache if the cache has it; else it is taught.
 
     Args:
-        name: in :data:`RECIPES`.
+        name: in ``networks.RECIPES``.
         teacher: the network.
         seed: the seed of the network's training.
         images: the images to learn from, in two epochs. Defaults to the network's training images,
             in minutes.
     """
     path = CACHE / f"student-{name}-seed{seed}-{_VERSION}.npz"
-    recipe = RECIPES[name]
     with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
         torch.manual_seed(SEED)
-        model = recipe.build()
+        model = small_network()
     if images is not None:
         return _taught(model, teacher, images, 2)
     if not path.exists():
-        taught = _taught(model, teacher, learnt_from(name), recipe.epochs)
+        taught = _taught(model, teacher, learnt_from(name), EPOCHS)
         state = {key: value.numpy() for key, value in model.state_dict().items()}
         np.savez_compressed(path, error=taught.error, **state)
     with np.load(path) as arrays:

@@ -3,7 +3,6 @@
 All answers come from :class:`~coded_torch.nn.CodedWrapper`, on held-out images, with the same
 received sets:
 
-- students: the wrapper with a student at (6, 4, 2), batches of 64, beside the trivial baselines;
 - memory: a stream of requests of images none of which comes twice, from a cold start. The memory
   learns whenever 256 results are new, as it does where requests take some time;
 - useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained;
@@ -66,30 +65,6 @@ def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
     }
 
 
-def taught(name: str, quick: bool) -> dict[str, Any]:
-    of, student = subject(name, quick), student_of(name, quick)
-    without = wrap(of, SMALL[1])
-
-    def missing_only(images: Tensor) -> Tensor:
-        answers, report = without.run(images)
-        return torch.where(report.predicted[:, None], run(student.model, images), answers)
-
-    scores = answered(
-        of,
-        progress(of.batches("held_out", SIZE, settings(quick)["batches"]), "batches"),
-        {
-            "regression": wrap(of, SMALL[1]),
-            "no redundancy, regression": wrap(of, SMALL[0]),
-            "student alone": functools.partial(run, student.model),
-            "student on missing rows": missing_only,
-            "regression, student": wrap(of, SMALL[1], student.model),
-            "no redundancy, student": wrap(of, SMALL[0], student.model),
-        },
-    )
-    found = {name: summary(some, scores["regression"]) for name, some in scores.items()}
-    return {"error": float(f"{student.error:.3g}"), "schemes": found}
-
-
 def memory(name: str, quick: bool) -> dict[str, Any]:
     of, count = subject(name, quick), 9 if quick else 150
     known = Memory()
@@ -149,7 +124,6 @@ def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
 
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
-        yield (name, "students"), functools.partial(taught, name, quick)
         yield (name, "memory"), functools.partial(memory, name, quick)
         yield (name, "drift"), functools.partial(drift, name, quick)
         for size in (8, SIZE):

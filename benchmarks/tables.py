@@ -68,26 +68,8 @@ BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate
 #: many percent RMSE is lower, by how many points accuracy is higher. There, RepVGG is trained on
 #: CIFAR-10 and the ViT on ImageNet.
 PAPER = {"lenet5": (15, 2), "repvgg": (17, 5), "vit": (9, 4)}
-KEPT = 0.99  # the share of the network's accuracy
 
 Cell = Callable[[Sequence[str], Any], str]
-
-
-def kept(results: Mapping[str, Any]) -> Iterable[list[str]]:
-    """Return the most lost workers, of the measured ones, up to which accuracy is kept."""
-    curves = {
-        f"{NAMES[name]} {case}": (found["stragglers"], found["schemes"])
-        for name, of in results["accuracy"].items()
-        for case, found in of.get("curve", {}).items()
-    }
-    yield ["", *curves]
-    for scheme in next(iter(curves.values()))[1]:
-        cells = []
-        for counts, schemes in curves.values():
-            accuracy = (value for value, _ in schemes[scheme]["relative_accuracy"])
-            lost = next((i for i, value in enumerate(accuracy) if value < KEPT), len(counts))
-            cells.append(str(counts[lost - 1]) if lost else f"< {counts[0]}")
-        yield [NAMES.get(scheme, scheme), *cells]
 
 
 def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
@@ -181,7 +163,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         SCHEMES
         | {"squared error": "schemes > the paper's scheme > against regression > mse > 0:.0f"},
     ),
-    "kept": kept,
     "fidelity": Table(
         "accuracy > * > fidelity > *",
         ("", "(N, K)"),
@@ -224,28 +205,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         {"": "against chosen > mse > 0:.2f"},
         2,
     ),
-    "surrogates_main": Table(
-        "surrogates > *",
-        ("",),
-        {
-            "`RegressionCode`": f"students > schemes > regression > {ACCURACY}",
-            "with a memory": f"memory > third 3 > {ACCURACY}",
-            "with a student": f"students > schemes > regression, student > {ACCURACY}",
-            "student on missing rows": f"students > schemes > student on missing rows > {ACCURACY}",
-            "no redundancy, regression": "students > schemes > no redundancy, regression > "
-            + ACCURACY,
-            "student alone, no worker": f"students > schemes > student alone > {ACCURACY}",
-        },
-    ),
-    "students": Table(
-        "surrogates > * > students > schemes > *",
-        ("", ""),
-        {
-            "accuracy kept": ACCURACY,
-            "squared error / variance": "mse:.4f",
-            "over `RegressionCode`'s without a student": "against without:.3f",
-        },
-    ),
     "memories": Table("surrogates > * > memory > *", ("",), {"": "against without:.3f"}, 1),
     "drift": Table("surrogates > * > drift > *", ("", ""), {"error": "against without:.3f"}),
     "useless": Table("surrogates > * > useless > * > *", ("", "batch"), {"": "0:.4f"}, 2),
@@ -282,7 +241,6 @@ PAGES = {
         "comparisons, one for each row but `RegressionCode`'s. Rates below 1 % have exact "
         "intervals, as if rows were independent.",
         {
-            "kept": "The most lost workers, of the measured ones, with 99 % of the accuracy",
             "fidelity": "The gain of the paper's scheme over Berrut's code, as the paper has it",
             "codes": "All settings",
         },
@@ -305,7 +263,6 @@ PAGES = {
         "The wrapper at (6, 4, 2) on batches of 64. Squared errors are relative to the same code "
         "without a surrogate.",
         {
-            "students": "Students",
             "memories": "A memory, by thirds of a stream that starts cold",
             "drift": "A memory that knows five classes, asked about the other five",
             "useless": "Surrogates that do not fit",

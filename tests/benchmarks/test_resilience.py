@@ -6,8 +6,7 @@ import torch
 from benchmarks import resilience
 
 # Bars on times are for the long runs: a few requests on a busy machine have no 99th percentile.
-EXACT = ("failed", "mixed", "children", "descriptors", "threads", "shared-memory segments")
-EXACT += ("wrong", "predicted")
+EXACT = ("failed", "wrong", "predicted")
 SHORT = [name for name in resilience.SCENARIOS if name not in ("overhead", "ray")]
 
 
@@ -23,8 +22,7 @@ def test_short(scenario):
         if name in found["bars"]:
             value, most = found["bars"][name]
             assert value <= most, f"{name}: {value}, at most {most}"
-    for name in ("kills", "rejected"):
-        assert found.get(name, 1) > 0, f"no {name}: nothing was tested"
+    assert found.get("kills", 1) > 0, "no kills: nothing was tested"
 
 
 @pytest.mark.ray
@@ -38,7 +36,7 @@ def test_short_on_ray():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenario", [name for name in SHORT if "corruption" not in name])
+@pytest.mark.parametrize("scenario", SHORT)
 def test_long(scenario):
     found = run(scenario, quick=False)
     missed = {name: bar for name, bar in found["bars"].items() if not bar[0] <= bar[1]}
