@@ -13,7 +13,7 @@ from torch import Tensor
 
 from coded_torch.scheduling.protocol import Ask, Ended, Event, Settled, Wait
 from coded_torch.verification import Strikes, Trials
-from coded_torch.workers import attacks
+from coded_torch.workers import faults as attacks
 
 from .subjects import SEED, run, subject
 

@@ -22,7 +22,7 @@ from ..codes import (
     SplineCode,
 )
 from ..stragglers import Stragglers, Uniform
-from ..workers.attacks import Attack
+from ..workers.faults import Attack
 from .comparison import Comparison, Record, Setting
 from .scores import Score, score
 from .tune import SETS, Trial, calls_of, chosen, within

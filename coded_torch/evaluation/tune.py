@@ -22,7 +22,7 @@ from ..nn import CodedWrapper
 from ..nn.division import Inputs
 from ..nn.module_proxy import training_part
 from ..stragglers import Uniform
-from ..workers.attacks import Attack
+from ..workers.faults import Attack
 from ..workers.task import broadcast_dims
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]

@@ -2,6 +2,7 @@
 
 from ..scheduling.waiting import Waiting
 from .coded_wrapper import CodedWrapper
+from .ray_data import RayDataPredictor
 from .report import Report
 
-__all__ = ["CodedWrapper", "Report", "Waiting"]
+__all__ = ["CodedWrapper", "RayDataPredictor", "Report", "Waiting"]

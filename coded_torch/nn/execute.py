@@ -76,8 +76,7 @@ class Execution:
         self.owners: Tensor | None = None
         self._request: workers.Request
         self._events: deque[Event] = deque()
-        self._began: set[int] = set()  # workers
-        self._begun_units = 0
+        self._began: dict[int, workers.Began] = {}  # a part may begin again
         self._fresh: set[int] = set()  # numbers of parts whose worker has to load the module
         self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
@@ -193,8 +192,7 @@ class Execution:
         while (heard := request.wait(until)) is not None:
             part = heard.part
             if isinstance(heard, workers.Began):
-                self._began.add(heard.worker)
-                self._begun_units += len(part.units)
+                self._began[part.number] = heard
                 if heard.fresh:
                     self._fresh.add(part.number)
                 self._events.append(Began(part.number, heard.at, heard.fresh))
@@ -234,8 +232,9 @@ class Execution:
     def _note(self) -> None:
         """Report who was asked, and which results count."""
         report, division = self._report, self._division
-        report.asked = tuple(sorted(self._began))
-        report.work = self._begun_units * division.task.unit_rows / division.batch_size
+        report.asked = tuple(sorted({began.worker for began in self._began.values()}))
+        units = sum(len(began.part.units) for began in self._began.values())
+        report.work = units * division.task.unit_rows / division.batch_size
         report.received = tuple(sorted({result.worker for result in self._results.good}))
         rejected = self._results.rejected
         report.rejected = {error.worker: error.reason for error in rejected if error.worker >= 0}

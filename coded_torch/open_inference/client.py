@@ -1,4 +1,4 @@
-"""A client of servers of the Open Inference Protocol, version 2."""
+"""A client of servers of the Open Inference Protocol, version 2, and the module for a model."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import aiohttp
-from torch import Tensor
+from torch import Tensor, nn
 
-from .messages import EndpointError, Model, answer_bytes, outputs_of, parsed, request, specs_of
+from .._arguments import instance
+from .tensors import EndpointError, Model, answer_bytes, outputs_of, parsed, request, specs_of
 
 __all__ = [
     "BusyError",
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "RefusedError",
     "RemoteError",
+    "RemoteModule",
     "run",
     "running_loop",
 ]
@@ -34,9 +36,8 @@ _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
 _RETRY_SECONDS = 0.1  # the pause of a busy server that does not name one; not tuned
 _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not tuned
-# The request is wrong, whichever server is asked.
 _PROBE = 5.0  # seconds to say that a server is ready; not tuned
-_CALLERS = (400, 405, 406, 413, 415, 422)
+_CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, whichever server is asked
 _T = TypeVar("_T")
 
 
@@ -81,14 +82,14 @@ class Client:
         connect_timeout: float = 2.0,
         timeout: float = 30.0,
     ) -> None:
-        name = type(owner).__name__
+        self._name, self._secret = type(owner).__name__, token is not None
         self.headers = {**(headers or {}), "Accept-Encoding": "identity"}
         if token is not None:
             self.headers["Authorization"] = f"Bearer {token}"
         for header, value in self.headers.items():
             if not f"{header}{value}".isprintable():
-                raise ValueError(f"{name}: headers must be printable, got one named {header!r}")
-        self._name, self._secret = name, token is not None
+                must = f"headers must be printable, got one named {header!r}"
+                raise ValueError(f"{self._name}: {must}")
         self._context = context if context is not None else True
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
@@ -98,9 +99,16 @@ class Client:
         self._process = 0  # the process whose loop the session belongs to
 
     def checked(self, url: Any) -> str:
-        """Return the origin of a server's URL, if the token may be sent there."""
-        server, scheme, host = _origin(self._name, url)
-        if self._secret and scheme != "https" and not _is_loopback(host):
+        """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
+        parts = urlsplit(url) if isinstance(url, str) else None
+        server, host = "", None
+        with contextlib.suppress(ValueError):
+            if parts and parts.scheme in ("http", "https") and parts.port != 0:
+                server, host = f"{parts.scheme}://{parts.netloc}", parts.hostname
+        if not host or "@" in server or url.rstrip("/") != server:
+            must = "an endpoint must be a URL such as 'http://host:8000'"
+            raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
+        if self._secret and not server.startswith("https") and not _is_loopback(host):
             raise ValueError(
                 f"{self._name}: a token needs https, or a loopback address, got {server}"
             )
@@ -119,16 +127,15 @@ class Client:
         given = {spec.name: spec for spec in specs_of(found, "outputs")}
         names = given if outputs is None else outputs
         if unknown := [each for each in names if each not in given]:
-            raise ValueError(
-                f"{self._name}: outputs must be some of {', '.join(given)}, got {unknown}"
-            )
+            must = f"outputs must be some of {', '.join(given)}"
+            raise ValueError(f"{self._name}: {must}, got {unknown}")
         chosen = tuple(given[each] for each in names)
         return Model(name, specs_of(found, "inputs"), chosen, binary)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
         try:
-            probe = self._open().get(server + path, timeout=self._probe, **self._options())
+            probe = self._open().get(server + path, timeout=self._probe, allow_redirects=False)
             async with probe as answer:
                 return answer.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
@@ -149,14 +156,8 @@ class Client:
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         if length:
             headers["Inference-Header-Content-Length"] = str(length)
-        most = answer_bytes(model, rows)
-        post = self._open().post(f"{server}{model.path}/infer", data=body, **self._options(headers))
-        with _translated():
-            async with post as answer:
-                if answer.status != 200:
-                    raise _failure(answer, await _read(answer, _MESSAGE))
-                data = await _read(answer, most)
-                size = answer.headers.get("Inference-Header-Content-Length")
+        url, most = f"{server}{model.path}/infer", answer_bytes(model, rows)
+        data, size = await self._ask("POST", url, most, data=body, headers=headers)
         try:
             return outputs_of(model, data, size, rows)
         except ValueError as error:
@@ -168,12 +169,19 @@ class Client:
             await self._session.close()
 
     async def _get(self, server: str, path: str) -> bytes:
+        return (await self._ask("GET", server + path, _MESSAGE))[0]
+
+    async def _ask(
+        self, method: str, url: str, most: int, **options: Any
+    ) -> tuple[bytes, str | None]:
+        """Return the body of an answer, and the length of its JSON if it names one."""
+        asked = self._open().request(method, url, allow_redirects=False, **options)
         with _translated():
-            async with self._open().get(server + path, **self._options()) as answer:
-                body = await _read(answer, _MESSAGE)
+            async with asked as answer:
                 if answer.status != 200:
-                    raise _failure(answer, body)
-                return body
+                    raise _failure(answer, await _read(answer, _MESSAGE))
+                size = answer.headers.get("Inference-Header-Content-Length")
+                return await _read(answer, most), size
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._process != os.getpid():
@@ -189,33 +197,12 @@ class Client:
             weakref.finalize(self, _end, self._session, self._process)
         return self._session
 
-    @staticmethod
-    def _options(headers: Mapping[str, str] | None = None) -> dict[str, Any]:
-        return {"allow_redirects": False, "headers": headers}
-
 
 def _end(session: aiohttp.ClientSession, process: int) -> None:
     """Close the session of a client that nothing holds any more, in the process that opened it."""
     if process == os.getpid() and not session.closed:
-        loop = _LOOP.get()
+        loop = running_loop()
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
-
-
-def _origin(owner: str, url: Any) -> tuple[str, str, str]:
-    """Return the origin of a URL, its scheme and its host.
-
-    Raises:
-        ValueError: the URL is not one of http or https with nothing but a host and a port.
-    """
-    parts = urlsplit(url) if isinstance(url, str) else None
-    with contextlib.suppress(ValueError):
-        if parts and parts.scheme in ("http", "https") and parts.hostname:
-            plain = f"{parts.scheme}://{parts.netloc}"
-            if parts.port != 0 and "@" not in parts.netloc and url.rstrip("/") == plain:
-                return plain, parts.scheme, parts.hostname
-    raise ValueError(
-        f"{owner}: an endpoint must be a URL such as 'http://host:8000', got {url!r:.200}"
-    )
 
 
 def _is_loopback(host: str) -> bool:
@@ -246,22 +233,20 @@ async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
         raise EndpointError("sent a packed answer, which was not asked for")
     if (answer.content_length or 0) > most:
         raise EndpointError(f"sent {answer.content_length} bytes, more than {most}")
-    parts, size = [], 0
+    body = bytearray()
     async for part in answer.content.iter_any():
-        size += len(part)
-        if size > most:
+        body += part
+        if len(body) > most:
             raise EndpointError(f"sent more than {most} bytes")
-        parts.append(part)
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     """Return the exception for an answer that is not 200."""
-    try:
-        said = json.loads(body)
-        message = said["error"] if isinstance(said["error"], str) else ""
-    except (ValueError, KeyError, TypeError, RecursionError):
-        message = ""
+    message = ""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        said = json.loads(body)["error"]
+        message = said if isinstance(said, str) else ""
     if answer.status in _BUSY:
         text = answer.headers.get("Retry-After", "")
         seconds = float(text) if text.isdecimal() else _RETRY_SECONDS
@@ -273,36 +258,101 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
     return EndpointError(f"answered {answer.status}{message and f': {message:.200}'}")
 
 
-class _Loop:
-    """An event loop in a thread of its own, one for all clients of this process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(
-                    target=self._loop.run_forever, name="coded_torch endpoints", daemon=True
-                ).start()
-            return self._loop
-
-    def forget(self) -> None:
-        """Forget the thread, which does not live on in a forked process."""
-        self.__init__()  # type: ignore[misc]
-
-
-_LOOP = _Loop()
-os.register_at_fork(after_in_child=_LOOP.forget)
+_lock = threading.Lock()
+_loops: dict[
+    int, asyncio.AbstractEventLoop
+] = {}  # one for each process id, as no thread outlives a fork
+os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def running_loop() -> asyncio.AbstractEventLoop:
-    """Return the event loop of all clients, started if it was not."""
-    return _LOOP.get()
+    """Return the event loop of all clients of this process, in a thread of its own."""
+    with _lock:
+        if os.getpid() not in _loops:
+            loop = _loops[os.getpid()] = asyncio.new_event_loop()
+            name = "coded_torch endpoints"
+            threading.Thread(target=loop.run_forever, name=name, daemon=True).start()
+        return _loops[os.getpid()]
 
 
 def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
     """Run a coroutine on the loop of all clients, and wait for it."""
     return asyncio.run_coroutine_threadsafe(coroutine, running_loop()).result()
+
+
+class RemoteModule(nn.Module):
+    r"""A module without parameters that stands for the model of a server.
+
+    Calling it asks one server. :class:`~coded_torch.workers.EndpointWorkers` runs it on many.
+
+    Args:
+        url: the server, such as ``"http://a:8000"``.
+        model: the name of the model. Its inputs and outputs come from the server's metadata.
+        outputs: the names of the outputs to ask for. Defaults to None, all of them.
+        headers, token, context, connect_timeout, timeout: as in
+            :class:`~coded_torch.workers.EndpointWorkers`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or value.
+        RuntimeError: the server cannot be reached, or does not keep the protocol.
+
+    Calling raises:
+        TypeError: the arguments are not tensors, one for each input, by position or by name.
+        ValueError: the server refuses the inputs.
+        RuntimeError: the model failed, or the server.
+
+    Calling returns:
+        The output ``[B, ...]``; if there are several, a dict by name. On the CPU.
+    """
+
+    def __init__(
+        self, url: str, model: str, *, outputs: Sequence[str] | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        client = Client(self, **options)
+        self.url, self._options = client.checked(url), options
+        instance(self, "model", model, str)
+        self.metadata: Model = run(client.model(self.url, model, outputs))
+        self._client: Client | None = client
+
+    @property
+    def model(self) -> str:
+        """The name of the model."""
+        return self.metadata.name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Ask the server."""
+        inputs = self.inputs(args, kwargs)
+        self._client = self._client or Client(self, **self._options)
+        return self.outputs(
+            run(self._client.infer(self.url, self.metadata, inputs, len(inputs[0])))
+        )
+
+    def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the arguments of a call in the order of the model's inputs."""
+        specs = self.metadata.inputs
+        names = [spec.name for spec in specs[len(args) :]]
+        given = [*args, *map(kwargs.get, names)]
+        if len(given) != len(specs) or kwargs.keys() - set(names):
+            must = f"inputs must be {', '.join(spec.name for spec in specs)}"
+            got = f"{len(args)} by position and {sorted(kwargs)}"
+            raise TypeError(f"RemoteModule: {must}, got {got}")
+        for spec, tensor in zip(specs, given, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.dtype != spec.dtype:
+                kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"RemoteModule: {spec.name} must be of {spec.dtype}, got {kind}")
+            if not spec.fits(tensor.shape[1:]) or tensor.dim() == 0:
+                must = f"of shape [B, {list(spec.shape)}], got {list(tensor.shape)}"
+                raise ValueError(f"RemoteModule: {spec.name} must be {must}")
+        return given
+
+    def outputs(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the outputs of the model as a call does."""
+        names = [spec.name for spec in self.metadata.outputs]
+        return tensors[0] if len(names) == 1 else dict(zip(names, tensors, strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_client": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.url!r}, {self.model!r}"

@@ -8,7 +8,7 @@ import random
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from .scores import Scores
@@ -39,8 +39,8 @@ class Strikes:
     Args:
         num_workers: M.
         share: the share of rows that are checked.
-        exclude: tells the pool that a worker gets no more parts. Defaults to None, if the pool
-            cannot exclude workers.
+        pool: the pool, which excludes workers if it can. Its places hold in place of M, since
+            workers come and go. Defaults to None.
         generator: draws the rows. Defaults to the secret one of the operating system.
 
     Attributes:
@@ -55,10 +55,10 @@ class Strikes:
         self,
         num_workers: int,
         share: float,
-        exclude: Callable[[int], Any] | None = None,
+        pool: Any = None,
         generator: random.Random | None = None,
     ) -> None:
-        self.num_workers, self.share, self.exclude = num_workers, share, exclude
+        self.num_workers, self.share, self.pool = num_workers, share, pool
         self.random = generator or secrets.SystemRandom()
         self.excluded: set[int] = set()
         self.tolerance, self.whole, self.stopped = 0.0, False, ""
@@ -71,15 +71,25 @@ class Strikes:
     @classmethod
     def of(cls, pool: Any, share: float | None) -> Strikes | None:
         """Return an empty record of a pool's workers, or None if nothing is verified."""
-        return cls(pool.num_workers, share, getattr(pool, "exclude", None)) if share else None
+        return cls(pool.num_workers, share, pool) if share else None
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, and holds no rows of users
-        return type(self), (self.num_workers, self.share, self.exclude)
+        return type(self), (self.num_workers, self.share, self.pool)
+
+    @property
+    def exclude(self) -> Any:
+        """The pool's method that gives a worker no more parts; None if it has none."""
+        return getattr(self.pool, "exclude", None)
+
+    @property
+    def everyone(self) -> set[int]:
+        """The workers, excluded or not."""
+        return set(range(self.num_workers) if self.pool is None else self.pool.places)
 
     @property
     def workers(self) -> set[int]:
         """The workers that are not excluded."""
-        return set(range(self.num_workers)) - self.excluded
+        return self.everyone - self.excluded
 
     @property
     def jury(self) -> int:

@@ -299,7 +299,7 @@ class Trials:
         record, heard = self.record, {self.worker[a], self.worker[b]}
         need = min(record.jury - 1, len(record.workers - heard))
         parts = (a,) if self.asked[a] == self.asked[b] else (a, b)
-        everyone, many = set(range(record.num_workers)), len(parts)
+        everyone, many = record.everyone, len(parts)
         votes = defaultdict[str, list[tuple[int, int]]](list)
         while (lacking := need - max(len(votes["a"]), len(votes["b"]))) > 0:
             jurors = sorted(record.workers - heard)
@@ -348,7 +348,7 @@ class Trials:
         another kind of hardware.
         """
         record, worker = self.record, self.worker[part]
-        request = [(self.asked[part], set(range(record.num_workers)) - {worker})]
+        request = [(self.asked[part], record.everyone - {worker})]
         (again,) = yield from self._ask(request, aside=True)
         difference = self._difference(part, truth, rows)
         same = again is not None and self._difference(part, again, self.asked[part]) == 0

@@ -25,7 +25,7 @@ from .ray import RayWorkers
 from .task import Task
 
 if TYPE_CHECKING:
-    from ..open_inference.module import RemoteModule
+    from ..open_inference.client import RemoteModule
     from .endpoints import EndpointWorkers
 
 __all__ = [

@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import itertools
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -88,6 +88,8 @@ class Obstacle(NamedTuple):
     trouble: str = ""  #: the reason why the last worker did not start
 
     def __str__(self) -> str:
+        if not self.num_workers:
+            return f"all {self.kind} have left"
         grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
         reasons = [
             (self.earlier, f"are at earlier tasks{grace}"),
@@ -104,8 +106,8 @@ class Request(abc.ABC):
 
     If a worker gets a part, that causes :class:`Began`, and then one :class:`Reply`. If no worker
     gets it, that causes only a reply with an error. A part that is dropped before it begins causes
-    nothing. A reply arrives at most the pool's ``timeout`` seconds after the part was asked for.
-    One thread uses a request, and closes it.
+    nothing. A part that its worker hands back begins again. A reply arrives at most the pool's
+    ``timeout`` seconds after the part was asked for. One thread uses a request, and closes it.
     """
 
     @abc.abstractmethod
@@ -185,8 +187,8 @@ class Workers(abc.ABC):
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
        unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
        applies :attr:`Part.fault`.
-    6. The place of a worker is 0 to :attr:`num_workers` - 1. A worker that replaces another one has
-       its place.
+    6. The places of workers are 0, 1, 2, ... A worker that replaces another one, or comes after one
+       that was drained, has its place.
     7. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
        :meth:`close`, and the end of a pool that is not closed, release everything. The missing
        parts of open requests fail.
@@ -196,8 +198,13 @@ class Workers(abc.ABC):
     stragglers: Stragglers | None = None
     #: True if time is virtual, so that waiting and computing take none.
     simulated: bool = False
-    #: The number of workers; None if there is one for each part.
+    #: The number of workers, when all are up; None if there is one for each part.
     num_workers: int | None = None
+
+    @property
+    def places(self) -> Collection[int]:
+        """The places of the workers; empty if there is one for each part."""
+        return range(self.num_workers or 0)
 
     @property
     def num_ready(self) -> int | None:
@@ -251,7 +258,7 @@ class Workers(abc.ABC):
         loaded, numbers = set[int](), itertools.count()
         with torch.no_grad(), self.open(module, task) as request:
             # Idle workers take a part each. A busy one gets its part in a later round.
-            while missing := self.num_workers - len(loaded):
+            while (missing := self.num_workers - len(loaded)) > 0:
                 request.ask([Part(next(numbers), (0,)) for _ in range(missing)])
                 while missing:
                     event = request.wait(timeout)
@@ -267,6 +274,27 @@ class Workers(abc.ABC):
                         loaded.add(event.worker)
                         missing -= 1
         return self
+
+    def resize(self, num_workers: int) -> None:
+        """Let the pool have another number of workers, at least 1, while calls are open.
+
+        Returns at once. New workers take the free places. The workers at the last places are
+        drained otherwise.
+
+        Raises:
+            NotImplementedError: the pool cannot start or end workers.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: the pool cannot be resized")
+
+    def drain(self, worker: int) -> None:
+        """Let the worker at a place end its part, take no other, and leave, without a successor.
+
+        Returns at once. If no worker is left, parts wait until there is one again.
+
+        Raises:
+            NotImplementedError: the pool cannot end workers.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 
     def close(self) -> None:  # noqa: B027 - most pools hold nothing
         """Release everything that the pool holds. May be called twice."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._arguments import find_devices, positive
+from .._arguments import count, find_devices, positive
 from .._torch import read_here
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
@@ -83,7 +83,6 @@ class DeviceWorkers(DispatchedWorkers):
         self._open()
 
     def _open(self) -> None:
-        self.num_workers = len(self.devices)
         # The threads know the queue, not the pool: a pool that nothing holds is closed.
         self._threads = _Threads(self.devices)
         self._finalizer = weakref.finalize(self, self._threads.close)
@@ -92,6 +91,10 @@ class DeviceWorkers(DispatchedWorkers):
         _refuse_compiled(module)
         self._threads.check()
         return _DeviceRequest(module, task, self.timeout, self._threads)
+
+    def resize(self, num_workers: int) -> None:
+        """Let the pool have another number of threads, on the devices in turn."""
+        self._threads.resize(count(self, "num_workers", num_workers))
 
     def _dispatcher(self) -> Dispatcher[_Replica]:
         return self._threads
@@ -255,22 +258,30 @@ class _Threads(Dispatcher[_Replica]):
     def __init__(self, devices: Sequence[torch.device]) -> None:
         super().__init__(len(devices))
         self.devices = devices
-        self._replicas = [_Replica(device, index) for index, device in enumerate(devices)]
-        for replica in self._replicas:
-            replica.thread = threading.Thread(
-                target=replica.serve,
-                args=(self,),
-                name=f"coded_torch-{replica.index}-{replica.device}",
-                daemon=True,
-            )
-            replica.thread.start()
-            self.add(replica)
+        self.wake()
+
+    def wake(self) -> None:
+        """Start missing threads."""
+        with self._changed:
+            for index in () if self.closed else self.vacant():
+                device = self.devices[index % len(self.devices)]
+                name = f"coded_torch-{index}-{device}"
+                replica = _Replica(device, index)
+                replica.thread = threading.Thread(
+                    target=replica.serve, args=(self,), name=name, daemon=True
+                )
+                replica.thread.start()
+                self.add(replica)
+
+    def retire(self, worker: _Replica) -> None:
+        super().retire(worker)
+        worker.inbox.put(None)
 
     def check(self) -> None:
         """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
         if self.closed:
             raise RuntimeError("DeviceWorkers: the pool is closed")
-        if any(replica.thread is threading.current_thread() for replica in self._replicas):
+        if any(worker.thread is threading.current_thread() for worker in self._workers):
             raise RuntimeError(
                 "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
                 "for itself; give a wrapper inside of a wrapper a pool of its own"
@@ -281,16 +292,19 @@ class _Threads(Dispatcher[_Replica]):
         worker.inbox.put(job)
 
     def restart(self, index: int) -> None:
-        self._replicas[index].forget()
+        for worker in self._workers:
+            if worker.index == index:
+                worker.forget()
         super().restart(index)
 
     def close(self) -> None:
         """End the threads."""
         self.stop()
-        for replica in self._replicas:
+        replicas = list(self._workers)
+        for replica in replicas:
             replica.inbox.put(None)
         end = time.monotonic() + _CLOSING_SECONDS
-        for replica in self._replicas:
+        for replica in replicas:
             if replica.thread is not threading.current_thread():
                 replica.thread.join(max(end - time.monotonic(), 0.0))
 

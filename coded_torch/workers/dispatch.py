@@ -30,7 +30,7 @@ class Worker:
         self.since = 0.0  # the time when it began its job
         self.ready = False  # true if it is up
         self.excluded = False  # true if it gets no more jobs
-        self.left = False  # true if it is removed after its job, and has no successor
+        self.left = False  # true if it leaves after its job, and has no successor
 
     def is_new_to(self, module: Any) -> bool:
         """Return whether the worker would have to load a module first."""
@@ -63,8 +63,11 @@ class Dispatcher(abc.ABC, Generic[W]):
     and :meth:`fail`, and :meth:`stop` the queue. Any thread may call any method.
 
     Args:
-        size: the number of workers.
+        size: the number of workers at first.
         clock: returns the time in seconds.
+
+    Attributes:
+        places: the places that have a worker, or will have one.
     """
 
     #: The word for the workers in messages.
@@ -75,10 +78,10 @@ class Dispatcher(abc.ABC, Generic[W]):
     trouble = ""
 
     def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.size = size
+        self.places = set(range(size))
         self.closed = False
         self._clock = clock
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # a lock that its thread may take again
         self._workers: list[W] = []
         self._idle: deque[W] = deque()
         self._jobs: deque[Job] = deque()
@@ -89,9 +92,44 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Hand a job to a worker, without waiting for it. An exception fails the job."""
 
     def wake(self) -> None:
-        """Hear that a request was abandoned: its workers may be ended."""
+        """Hear that workers may have to be started or ended."""
+
+    def retire(self, worker: W) -> None:
+        """Let go of a worker that has left, and is at no job."""
+        self._workers.remove(worker)
 
     # The pool calls these methods.
+
+    @property
+    def size(self) -> int:
+        """The number of workers, when all are up."""
+        return len(self.places)
+
+    def vacant(self) -> list[int]:
+        """Return the places where a worker is missing."""
+        with self._changed:
+            return sorted(self.places - {w.index for w in self._workers if not w.left})
+
+    def resize(self, size: int) -> None:
+        """Let the workers at the last places leave, or start workers at free places."""
+        with self._changed:
+            for index in sorted(self.places)[size:]:
+                self.leave(index)
+            free = (index for index in itertools.count() if index not in self.places)
+            self.places.update(itertools.islice(free, size - self.size))
+        self.wake()
+
+    def leave(self, index: int) -> None:
+        """Let the worker at a place end its job and leave, for good."""
+        with self._changed:
+            self.places.discard(index)
+            for worker in [w for w in self._workers if w.index == index]:
+                worker.left = True
+                if worker in self._idle:
+                    self._idle.remove(worker)
+                if worker.job is None:
+                    self.retire(worker)
+        self._refuse()
 
     def submit(self, request: LiveRequest, module: Any, parts: Sequence[Part]) -> None:
         """Have parts of a request computed."""
@@ -129,7 +167,7 @@ class Dispatcher(abc.ABC, Generic[W]):
     def obstacle(self, request: LiveRequest) -> Obstacle:
         """Return the reason why parts of a request may not have begun."""
         with self._changed:
-            places, workers = self.places(), [w for w in self._workers if not w.left]
+            places, workers = self.places, [w for w in self._workers if not w.left]
             up = {w.index for w in workers if w.ready}
             free = {w.index for w in workers if w.job is None or w.job.request is request}
             busy = {w.index for w in workers} - free
@@ -150,7 +188,7 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Note that a worker is up, and give it jobs."""
         with self._changed:
             worker.ready = True
-            if not worker.excluded:
+            if not (worker.excluded or worker.left):
                 self._idle.append(worker)
             self._changed.notify_all()
         self._assign()
@@ -185,10 +223,6 @@ class Dispatcher(abc.ABC, Generic[W]):
         self._refuse()
         self._assign()
 
-    def places(self) -> set[int]:
-        """Return the places that have a worker, or will have one again."""
-        return set(range(self.size))
-
     def load(self, worker: W) -> int:
         """Return a number; the idle worker with the least one takes the next job."""
         return 0
@@ -202,7 +236,7 @@ class Dispatcher(abc.ABC, Generic[W]):
                 return None
             worker.job = None
             if worker.left:
-                self._workers.remove(worker)
+                self.retire(worker)
             elif worker.ready and not worker.excluded:
                 self._idle.append(worker)
             return job
@@ -244,7 +278,7 @@ class Dispatcher(abc.ABC, Generic[W]):
     def _refuse(self) -> None:
         """Fail the jobs that must avoid all workers that are left."""
         with self._changed:
-            left = self.places() - {w.index for w in self._workers if w.excluded}
+            left = self.places - {w.index for w in self._workers if w.excluded}
             refused = [job for job in self._jobs if job.part.avoid and left <= job.part.avoid]
             for job in refused:
                 self._jobs.remove(job)
@@ -268,7 +302,13 @@ class Dispatcher(abc.ABC, Generic[W]):
 class DispatchedWorkers(Workers):
     """A pool whose parts wait in the queue of a dispatcher."""
 
-    num_workers: int
+    @property
+    def num_workers(self) -> int:  # type: ignore[override]
+        return self._dispatcher().size
+
+    @property
+    def places(self) -> set[int]:
+        return set(self._dispatcher().places)
 
     @abc.abstractmethod
     def _dispatcher(self) -> Dispatcher[Any]:
@@ -285,5 +325,9 @@ class DispatchedWorkers(Workers):
         """
         self._dispatcher().restart(self._place(worker))
 
+    def drain(self, worker: int) -> None:
+        self._dispatcher().leave(self._place(worker))
+
     def _place(self, worker: int) -> int:
-        return count(self, "worker", worker, least=0, most=self.num_workers - 1)
+        last = max(self._dispatcher().places, default=0)
+        return count(self, "worker", worker, least=0, most=last)

@@ -21,9 +21,9 @@ from ..open_inference.client import (
     EndpointError,
     RefusedError,
     RemoteError,
+    RemoteModule,
     running_loop,
 )
-from ..open_inference.module import RemoteModule
 from .base import Reply, Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
 from .faults import InjectedCrash, compute
@@ -118,11 +118,6 @@ class EndpointWorkers(DispatchedWorkers):
             self._endpoints.follow(self._source, self.refresh)
 
     @property
-    def num_workers(self) -> int:  # type: ignore[override]
-        """The number of places: one for each server that the pool has or had."""
-        return self._endpoints.size
-
-    @property
     def num_ready(self) -> int:
         return self._endpoints.num_ready
 
@@ -147,7 +142,7 @@ class EndpointWorkers(DispatchedWorkers):
         """
         if url.rstrip("/") not in self.urls:
             raise ValueError(f"EndpointWorkers: url must be one of {self.urls}, got {url!r}")
-        self._endpoints.leave(url.rstrip("/"))
+        self._endpoints.leave_url(url.rstrip("/"))
 
     def open(self, module: nn.Module, task: Task) -> Request:
         if not isinstance(module, RemoteModule):
@@ -223,7 +218,7 @@ class _Endpoints(Dispatcher[_Slot]):
         super().__init__(0)
         self.client, self.concurrency = client, concurrency
         self.loop = running_loop()
-        self._places: dict[str, int] = {}  # the place of each URL, also after its removal
+        self._place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._failures: dict[str, int] = {}  # since the last answer
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -235,29 +230,24 @@ class _Endpoints(Dispatcher[_Slot]):
     @property
     def num_ready(self) -> int:
         with self._changed:
-            return len({slot.index for slot in self._workers if slot.ready and not slot.excluded})
+            up = (s.index for s in self._workers if s.ready and not s.excluded and not s.left)
+            return len(set(up))
 
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
         with self._changed:
-            place = self._places.setdefault(url, len(self._places))
-            self.size = len(self._places)
-            known = any(slot.url == url and not slot.left for slot in self._workers)
+            place = self._place_of.setdefault(url, len(self._place_of))
+            known = place in self.places
+            self.places.add(place)
         if known:
             self.restart(place)
         else:
             for _ in range(self.concurrency):
                 self.add(_Slot(place, url))
 
-    def leave(self, url: str) -> None:
+    def leave_url(self, url: str) -> None:
         """Remove a server. Its running parts go on."""
-        with self._changed:
-            for slot in self._workers:
-                if slot.url == url:
-                    slot.ready, slot.left = False, True
-            self._workers = [s for s in self._workers if not s.left or s.job is not None]
-            self._idle = type(self._idle)(s for s in self._idle if s.url != url)
-        self._refuse()
+        self.leave(self._place_of[url])
 
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
         """Ask a callable for the servers every few seconds."""
@@ -272,7 +262,7 @@ class _Endpoints(Dispatcher[_Slot]):
                     logger.warning("EndpointWorkers: endpoints() failed", exc_info=True)
                     continue
                 for url in set(self.urls) - set(wanted):
-                    self.leave(url)
+                    self.leave_url(url)
                 for url in set(wanted) - set(self.urls):
                     self.join(url)
 
@@ -284,9 +274,6 @@ class _Endpoints(Dispatcher[_Slot]):
     def load(self, worker: _Slot) -> int:
         """Return the number of parts that a server computes."""
         return sum(s.index == worker.index and s.job is not None for s in self._workers)
-
-    def places(self) -> set[int]:
-        return {slot.index for slot in self._workers if not slot.left}
 
     def cancel(self, request: LiveRequest) -> None:
         """Cancel the running parts of a request."""

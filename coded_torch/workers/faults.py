@@ -1,17 +1,16 @@
-r"""Injected faults: for tests, and to measure the value of redundancy."""
+r"""Injected faults and attacks: for tests, and to measure the value of redundancy."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -19,23 +18,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._arguments import count, instance, positive, probability, real
+from .._arguments import count, instance, positive, probability
 from .._torch import on_host
 from ..stragglers import Stragglers
-from .attacks import ATTACKS, Attack, Attacker
 from .base import Began, Obstacle, Part, Reply, Request, Workers
-from .task import Arguments, Task
+from .task import Arguments, Task, broadcast_dims, flatten, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Fault", "FaultyWorkers", "compute"]
+__all__ = ["ATTACKS", "Attack", "Fault", "FaultyWorkers", "compute"]
 
+#: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
+Attack = Callable[[Tensor, torch.Generator], Tensor]
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 
 class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a process
-    """The end of a worker that is a thread, which cannot end alone."""
+    """The end of a worker that cannot end alone, such as a thread."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +83,7 @@ def compute(
         module: the module.
         arguments: a :meth:`Task.payload`. If it is None, the module is not called.
         fault: the fault of the part, or None.
-        die: a callable that ends the worker. Defaults to None, if a worker cannot end alone.
-
-    Raises:
-        InjectedCrash: the fault is a crash, and the worker cannot end alone.
+        die: ends the worker at a crash. Defaults to None: a crash raises an InjectedCrash.
     """
     if arguments is None:
         return None
@@ -101,40 +98,35 @@ def compute(
     return fault.spoil(module(*args, **kwargs)) if fault.kind else module(*args, **kwargs)
 
 
+def kill_own_process() -> None:
+    """End this process at once, as a crash of compiled code would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class FaultyWorkers(Workers):
     r"""A pool whose calls are late, hang, crash or return wrong results, by one seed.
 
     Faults happen where the module runs: a delayed call keeps its worker busy, a crash ends its
-    process (a thread of :class:`~coded_torch.workers.DeviceWorkers` raises instead), a hung call
-    stays until the pool ends it. On :class:`~coded_torch.workers.LocalWorkers` delays pass on the
-    virtual clock.
+    process (a thread raises instead), a hung call stays until the pool ends it. On
+    :class:`~coded_torch.workers.LocalWorkers` delays pass on the virtual clock.
 
     The faults of a part depend on the seed, the number of its request (in the order in which
     requests first ask) and its own number, not on timing. If a request first asks for n parts, part
     p has entry p modulo n of draw p // n for n workers. Laws with a state move on once a request.
 
     Args:
-        pool: the pool that computes. Closing this pool closes it.
-        delays: the law of the seconds that the parts of a request take longer; infinite if they
-            hang. Defaults to None, the law of the pool.
+        pool: the pool that computes, and is closed with this one.
+        delays: the law of the seconds that parts take longer; infinite if they hang. Defaults to
+            None, the law of the pool.
         rates: the probability of each of :attr:`Fault.KINDS` ("crash", "nan", "infinity", "shape",
             "dtype", "structure"), at most 1 in sum. Defaults to none.
         seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
-        attack: a change of the results of ``adversaries`` that stays well formed and finite, drawn
-            from (seed, request, worker). "noise" and "offset" (the same for all) add ``strength``
-            standard deviations of the result; "scale" multiplies by 1 + strength / 2; "sign_flip";
-            "constant": the mean row; "permute": rows; "swap": the two largest outputs; "one_row":
-            one row answers another; "one_output" and "block" do so with one number, and with a
-            quarter of the outputs of all rows; "bit_flip": a bit in each row; "exponent" and
-            "mantissa": a bit of one number; "copies": the results of one drawn input, alike on all
-            workers; "replay": results of the request before; "shift": results of inputs that are
-            shifted along their last dimension by an eighth. The last two call the module in this
-            process. A callable maps rows of a result, ``[rows, ...]``, and a generator to wrong
-            rows. Defaults to None.
+        attack: a change of the results of ``adversaries``: a callable that maps rows of a result,
+            ``[rows, ...]``, and a generator, drawn from (seed, request, worker), to wrong rows; or
+            the name of an element of :data:`ATTACKS`. Defaults to None.
         adversaries: the places of the workers that attack. Defaults to none.
-        strength: the strength of the attack, finite. Defaults to 1.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -163,7 +155,6 @@ class FaultyWorkers(Workers):
         crash_every: float | None = None,
         attack: str | Attack | None = None,
         adversaries: Iterable[int] = (),
-        strength: float = 1.0,
     ) -> None:
         instance(self, "pool", pool, Workers)
         instance(self, "delays", delays, Stragglers, optional=True)
@@ -172,33 +163,42 @@ class FaultyWorkers(Workers):
             kind: probability(self, f"rates[{kind!r}]", rate)
             for kind, rate in (rates or {}).items()
         }
-        if unknown := self.rates.keys() - set(Fault.KINDS):
-            must = f"rates must be of {', '.join(Fault.KINDS)}"
-            raise ValueError(f"FaultyWorkers: {must}, got {min(unknown)!r}")
-        if not sum(self.rates.values()) <= 1:
-            raise ValueError(f"FaultyWorkers: rates must be at most 1 in sum, got {self.rates}")
-        if attack is not None and not callable(attack) and attack not in ATTACKS:
-            must = f"attack must be one of {', '.join(ATTACKS)}, a callable or None"
-            raise ValueError(f"FaultyWorkers: {must}, got {attack!r}")
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
-        if self.adversaries and attack is None:
-            must = "adversaries must come with an attack"
-            raise ValueError(f"FaultyWorkers: {must}, got {self.adversaries}")
+        known = attack is None or callable(attack) or attack in ATTACKS
+        unknown = sorted(self.rates.keys() - set(Fault.KINDS))
+        for holds, must, got in (
+            (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(unknown)[1:-1]),
+            (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
+            (
+                known,
+                f"attack must be one of {', '.join(ATTACKS)}, a callable or None",
+                repr(attack),
+            ),
+            (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
+        ):
+            if not holds:
+                raise ValueError(f"FaultyWorkers: {must}, got {got}")
         self.pool, self.delays, self.attack = pool, delays, attack
         self.stragglers = pool.stragglers if delays is None else delays
-        self.simulated, self.num_workers = pool.simulated, pool.num_workers
+        self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
-        self.strength = real(self, "strength", strength, "finite", math.isfinite)
+        self.crash_every = math.inf
         if crash_every is not None:
-            crash_every = positive(self, "crash_every", crash_every)
-        self.crash_every = crash_every
+            self.crash_every = positive(self, "crash_every", crash_every)
         self._requests = 0
-        self._crashed: float | None = None  # the time of the last crash, or of the first request
-        self._last: Task | None = None  # a task to "replay": only one, as tasks are large
+        self._crashed = math.inf  # the time of the last crash, or of the first request
         self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        return _FaultyRequest(self, module, task)
+        return _FaultyRequest(self, self.pool.open(module, task), task)
+
+    @property
+    def num_workers(self) -> int | None:  # type: ignore[override]
+        return self.pool.num_workers
+
+    @property
+    def places(self) -> Collection[int]:
+        return self.pool.places
 
     @property
     def num_ready(self) -> int | None:
@@ -208,35 +208,31 @@ class FaultyWorkers(Workers):
     def num_restarts(self) -> int:
         return self.pool.num_restarts
 
-    def begin(
-        self, module: nn.Module, task: Task, num_parts: int
-    ) -> tuple[Iterator[Fault], Attacker | None]:
-        """Return the endless faults of the parts of a new request, and the attack on it."""
+    def begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
+        """Return the number of a new request, and the endless faults of its parts."""
         with self._lock:
             request, self._requests = self._requests, self._requests + 1
-            earlier, self._last = self._last, task if self.attack == "replay" else None
             first = self._draw(self.delays, num_parts, request, 0)
             now = time.monotonic()
-            if self._crashed is None:
-                self._crashed = now
-            if self.crash_every is not None and now >= self._crashed + self.crash_every:
+            self._crashed = min(self._crashed, now)
+            if now >= self._crashed + self.crash_every:
                 self._crashed = now
                 part = np.random.default_rng((self.seed % 2**64, request)).integers(num_parts)
                 first[part] = dataclasses.replace(first[part], kind="crash")
             delays = copy.copy(self.delays)
         further = (self._draw(delays, num_parts, request, n) for n in itertools.count(1))
-        faults = itertools.chain(first, itertools.chain.from_iterable(further))
-        if not self.adversaries:
-            return faults, None
-        return faults, Attacker(self, module, task, request, earlier)
+        return request, itertools.chain(first, itertools.chain.from_iterable(further))
+
+    def generator(self, *key: int) -> torch.Generator:
+        """Return the generator of a key."""
+        entropy = np.random.SeedSequence((self.seed % 2**64, *key))
+        return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
     @on_host()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
-        entropy = np.random.SeedSequence((self.seed % 2**64, *key))
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        seconds = [0.0] * num_parts
-        if delays is not None:
-            seconds = delays.sample(num_parts, generator).tolist()
+        generator = self.generator(*key)
+        law = None if delays is None else delays.sample(num_parts, generator)
+        seconds = [0.0] * num_parts if law is None else law.tolist()
         uniform = torch.rand(num_parts, dtype=torch.float64, generator=generator)
         # A kind of the rate r takes an interval of the length r of [0, 1).
         ends = np.cumsum(list(self.rates.values()))
@@ -244,58 +240,73 @@ class FaultyWorkers(Workers):
         kinds = [*self.rates, None]
         return [Fault(delay, kinds[i]) for delay, i in zip(seconds, places, strict=True)]
 
+    def resize(self, num_workers: int) -> None:
+        self.pool.resize(num_workers)
+
+    def drain(self, worker: int) -> None:
+        self.pool.drain(worker)
+
     def start(self, *args: Any, **kwargs: Any) -> Self:
-        """Start the pool."""
         self.pool.start(*args, **kwargs)
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """Return an attribute that only the pool has: ``exclude``, ``restart``, ``pids``, ..."""
+        """Return an attribute that only the pool has, such as ``exclude``."""
         if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
 
     def close(self) -> None:
-        """Close the pool."""
         self.pool.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None, "_last": None}
+        return {**vars(self), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __repr__(self) -> str:
-        return (
-            f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, rates={self.rates!r}, "
-            f"seed={self.seed}, attack={self.attack!r}, adversaries={self.adversaries})"
-        )
+        return f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, seed={self.seed})"
 
 
 class _FaultyRequest(Request):
     """A request of another pool. It adds faults to the parts, and attacks the replies."""
 
-    def __init__(self, pool: FaultyWorkers, module: nn.Module, task: Task) -> None:
-        self._request = pool.pool.open(module, task)
-        self._begin = functools.partial(pool.begin, module, task)
-        self._further: Iterator[Fault] | None = None
+    def __init__(self, pool: FaultyWorkers, request: Request, task: Task) -> None:
+        self._pool, self._request, self._task = pool, request, task
+        self._number = -1  # until it first asks
+        self._further: Iterator[Fault]
         self._faults: list[Fault] = []
-        self._attack: Attacker | None = None
 
     def ask(self, parts: Sequence[Part]) -> None:
-        if self._further is None:
-            self._further, self._attack = self._begin(len(parts))
+        if self._number < 0:
+            self._number, self._further = self._pool.begin(len(parts))
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
-        self._request.ask(
-            [dataclasses.replace(p, fault=self._faults[p.number] or None) for p in parts]
-        )
+        faults = (self._faults[part.number] or None for part in parts)
+        pairs = zip(parts, faults, strict=True)
+        self._request.ask([dataclasses.replace(p, fault=f) for p, f in pairs])
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = self._request.wait(until)
-        if self._attack is not None and isinstance(event, Reply):
-            return self._attack(event)
+        if not isinstance(event, Reply) or event.worker not in self._pool.adversaries:
+            return event
+        if event.error is None:
+            event.value = self._attacked(event.value, event.worker)
         return event
+
+    @torch.no_grad()
+    @on_host()
+    def _attacked(self, value: Any, worker: int) -> Any:
+        attack = self._pool.attack
+        attack = attack if callable(attack) else ATTACKS[str(attack)]
+        leaves, spec = flatten(value)
+        dims = broadcast_dims("out_dims", self._task.out_dims, spec)
+        for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
+            if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
+                draws = self._pool.generator(self._number, 1, 1 + worker)
+                leaves[i] = attack(leaf.movedim(dim, 0), draws).to(leaf.dtype).movedim(0, dim)
+        return unflatten(leaves, spec)
 
     def drop(self, parts: Iterable[Part]) -> None:
         self._request.drop(parts)
@@ -318,6 +329,71 @@ class _FaultyRequest(Request):
         self._request.abandon()
 
 
-def kill_own_process() -> None:
-    """End this process at once, as a crash of compiled code would."""
-    os.kill(os.getpid(), signal.SIGKILL)
+#: Bits of a float32. The lowest twelve are left out, as honest results differ in them.
+EXPONENT, MANTISSA = (23, 31), (12, 23)
+Others = Callable[[Tensor], Tensor]  #: maps places ``[n]`` to rows of other places
+
+
+def _noise(rows: Tensor, generator: torch.Generator) -> Tensor:
+    spread = rows.float().std() if rows.numel() > 1 else rows.float().abs().sum()
+    return rows + spread * torch.randn(rows.shape, generator=generator).to(rows.device)
+
+
+def swap(rows: Tensor) -> Tensor:
+    """Swap the two largest outputs of each row."""
+    if rows.dim() < 2 or rows.shape[-1] < 2:
+        return rows
+    top = rows.topk(2, dim=-1).indices
+    return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
+
+
+def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one row by another one."""
+    rows, at = rows.clone(), _place(len(rows), generator)
+    rows[at] = others(at)
+    return rows
+
+
+def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace a quarter of the outputs of all rows by the outputs of other rows."""
+    flat = rows.reshape(len(rows), -1).clone()
+    width = max(1, flat.shape[1] // 4)
+    at = int(_place(flat.shape[1] - width + 1, generator))
+    other = others(torch.arange(len(rows))).reshape(flat.shape)
+    flat[:, at : at + width] = other[:, at : at + width]
+    return flat.view(rows.shape)
+
+
+def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one number by the number of another row."""
+    flat = rows.reshape(len(rows), -1).clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    flat[at, column] = others(at).reshape(1, -1)[0, column]
+    return flat.view(rows.shape)
+
+
+def one_bit(rows: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
+    flat = rows.reshape(len(rows), -1).float().clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    bit = int((1 << (low + _place(high - low, generator))).to(torch.int32))  # the last one: < 0
+    flipped = (flat[at, column].view(torch.int32) ^ bit).view(torch.float32)
+    fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
+    flat[at, column] = torch.where(fits, flipped, 0.0)
+    return flat.view(rows.shape)
+
+
+def _place(below: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(below, (1,), generator=generator)
+
+
+#: The attacks by name. Their results are well formed and finite.
+ATTACKS: dict[str, Attack] = {
+    "noise": _noise,
+    "swap": lambda x, draws: swap(x),
+    "one_row": lambda x, draws: one_row(x, lambda at: x[at - 1], draws),
+    "one_output": lambda x, draws: one_output(x, lambda at: x[at - 1], draws),
+    "block": lambda x, draws: block(x, lambda at: x[at - 1], draws),
+    "exponent": lambda x, draws: one_bit(x, *EXPONENT, draws),
+    "mantissa": lambda x, draws: one_bit(x, *MANTISSA, draws),
+}

@@ -90,7 +90,7 @@ class RayWorkers(SupervisedWorkers):
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make_supervisor(self) -> Supervisor[_Actor]:
-        return _Actors(self.num_workers, self.grace, self.address, self.threads, self.actor_options)
+        return _Actors(self._size, self.grace, self.address, self.threads, self.actor_options)
 
 
 class _Actor(WatchedWorker):

@@ -10,7 +10,7 @@ from torch import nn
 
 from coded_torch.testing.workers import task_of
 from coded_torch.workers import FaultyWorkers, LocalWorkers, Reply
-from coded_torch.workers.attacks import ATTACKS
+from coded_torch.workers.faults import ATTACKS
 
 
 class Pair(nn.Module):
@@ -43,10 +43,8 @@ def lying(attack, workers=(1, 3), **options):
 def test_only_those_lie_that_are_said_to_and_in_the_right_form(attack):
     x = batch()
     truth = replies(LocalWorkers(), x)
-    told = replies(lying(attack, range(5) if attack == "copies" else (1, 3)), x)
-    changed = {m for m in truth if not torch.equal(truth[m], told[m])}
-    assert changed <= ({0, 1, 2, 3, 4} if attack == "copies" else {1, 3})
-    assert len(changed) == (1 if attack == "copies" else 2)  # no input is there twice
+    told = replies(lying(attack), x)
+    assert {m for m in truth if not torch.equal(truth[m], told[m])} == {1, 3}
     for value in told.values():
         assert value.shape == (4, 6)
         assert value.dtype == torch.float32
@@ -63,59 +61,26 @@ def test_attacks_depend_on_seed_and_request_only(attack):
     assert copy.deepcopy(one).adversaries == (0, 1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("attack", ["noise", "offset"])
-def test_the_strength_is_in_standard_deviations(attack):
+def test_noise_is_of_a_standard_deviation():
     x = 5 * torch.randn(2, 50_000, generator=torch.Generator().manual_seed(0))
-    (value,) = replies(lying(attack, (0,), strength=0.3), x, rows=2).values()
-    assert abs(float((value - x).std() / x.std()) - 0.3) < 0.01
+    (value,) = replies(lying("noise", (0,)), x, rows=2).values()
+    assert abs(float((value - x).std() / x.std()) - 1) < 0.01
 
 
 def test_what_is_said_of_each_attack():
     x = batch()
     parts = list(x.split(4))
-    assert torch.equal(replies(lying("scale", strength=-1), x)[1], parts[1] / 2)
-    assert torch.equal(replies(lying("sign_flip"), x)[1], -parts[1])
-    constant = replies(lying("constant"), x)[1]
-    assert torch.equal(constant, constant[:1].expand(4, 6))
-    permuted = replies(lying("permute"), x)[1]
-    assert torch.equal(permuted.sort(0).values, parts[1].sort(0).values)
-    assert not (permuted == parts[1]).all(1).any()
     swapped = replies(lying("swap"), x)[1]
     assert torch.equal(swapped.sort(1).values, parts[1].sort(1).values)
     assert torch.equal(swapped.topk(2).values, parts[1].topk(2).values)
     assert (swapped.argmax(1) != parts[1].argmax(1)).all()
     assert int((replies(lying("one_row"), x)[1] != parts[1]).any(1).sum()) == 1
-    assert (replies(lying("bit_flip"), x)[1] != parts[1]).sum(1).le(1).all()
-    offsets = replies(lying("offset"), x)
-    spreads = [parts[m].std() for m in (1, 3)]
-    common = [(offsets[m] - parts[m]) / s for m, s in zip((1, 3), spreads, strict=True)]
-    torch.testing.assert_close(*common)
-    assert torch.equal(replies(lying("shift"), x)[1], parts[1].roll(1, -1))
-
-
-def test_colluders_answer_all_copies_of_one_input_alike():
-    x = batch()
-    x[8:12] = x[4:8]  # workers 1 and 2 have the same rows
-    for seed in range(20):
-        told = replies(lying("copies", range(5), seed=seed), x)
-        assert torch.equal(told[1], told[2])
-
-
-def test_replays_are_of_the_last_request_and_at_first_of_another_worker():
-    pool = lying("replay")
-    first, second = batch(0), batch(1)
-    told = replies(pool, first)[1]
-    assert any(torch.equal(told, part) for i, part in enumerate(first.split(4)) if i != 1)
-    told = replies(pool, second)[1]
-    assert any(torch.equal(told, part) for part in first.split(4))
-    told = replies(pool, torch.randn(20, 9))[1]  # nothing earlier is of this form
-    assert told.shape == (4, 9)
 
 
 def test_pytrees_and_other_batch_dimensions():
     task = task_of(batch().unflatten(0, (-1, 4)))
     task = dataclasses.replace(task, out_dims={"a": 0, "b": 1, "n": None})
-    pool = lying("permute")
+    pool = lying("swap")
     with torch.no_grad():
         told = {r.worker: r.value for r in pool.run(Pair(), task)}
     assert told[1]["n"] is None
@@ -142,8 +107,6 @@ def test_bad_arguments():
         FaultyWorkers(LocalWorkers(), adversaries=(1,))
     with pytest.raises(ValueError, match="adversaries must be at least 0, got -1"):
         FaultyWorkers(LocalWorkers(), attack="noise", adversaries=(-1,))
-    with pytest.raises(ValueError, match="strength must be finite, got inf"):
-        FaultyWorkers(LocalWorkers(), attack="noise", strength=float("inf"))
 
 
 @pytest.mark.parametrize(("attack", "most"), [("one_output", 1), ("exponent", 1), ("mantissa", 1)])

@@ -23,6 +23,7 @@ from coded_torch.testing.workers import (
     events_of,
     numbered,
     task_of,
+    until,
 )
 from coded_torch.workers import Began, DeviceWorkers
 
@@ -365,3 +366,25 @@ def test_a_module_that_raises_has_read_its_weights_when_its_error_arrives():
         assert isinstance(reply.error.__cause__, ZeroDivisionError)
         torch.cuda.synchronize()
         assert bool((module.seen[0] > 0).all())
+
+
+def test_threads_come_and_go():
+    with DeviceWorkers(["cpu"]) as pool:
+        threads = threading.active_count()
+        pool.resize(3)
+        together = threading.Barrier(3, timeout=WAIT)
+
+        class Meet(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                together.wait()
+                return x
+
+        replies = list(pool.run(Meet(), task_of(torch.ones(3, 1, 1))))
+        assert {reply.worker for reply in replies} == {0, 1, 2}
+        assert threading.active_count() == threads + 2
+        pool.drain(0)
+        pool.resize(1)
+        until(lambda: threading.active_count() == threads)
+        replies = list(pool.run(nn.Identity(), task_of(torch.ones(4, 1, 1))))
+        assert {reply.worker for reply in replies} == {1}
+        assert pool.num_workers == 1

@@ -84,6 +84,7 @@ def test_a_busy_server_is_no_failure(three):
     reports = []
     until(lambda: reports.append(coded.run(X)[1]) or coded.workers.num_ready == 2)
     assert not any(report.rejected or report.hedges for report in reports)
+    assert {report.work for report in reports} == {1.0}  # a part that was handed back counts once
     assert not three[0].rows
 
 
@@ -197,6 +198,15 @@ def test_servers_come_and_go(three):
     assert len(three[1].rows) == count
     with pytest.raises(ValueError, match="url must be one of"):
         pool.remove(three[2].url)
+    start = time.monotonic()
+    pool.start(coded.module, X[:1], timeout=WAIT)  # of the servers that are left
+    assert time.monotonic() - start < WAIT / 2
+    pool.add(three[2].url)
+    pool.drain(0)
+    assert pool.urls == (three[2].url,)
+    assert (pool.num_workers, pool.num_ready) == (1, 1)
+    with pytest.raises(NotImplementedError, match="EndpointWorkers: the pool cannot be resized"):
+        pool.resize(2)
 
 
 def at_work(server, pool, task):

@@ -180,3 +180,10 @@ def test_bad_arguments():
             LocalWorkers(max_batch_size=size)
     with pytest.raises(TypeError, match="stragglers must be of type Stragglers or None, got int"):
         LocalWorkers(3)
+
+
+def test_simulated_workers_neither_come_nor_go():
+    with pytest.raises(NotImplementedError, match="LocalWorkers: the pool cannot be resized"):
+        LocalWorkers().resize(2)
+    with pytest.raises(NotImplementedError, match="LocalWorkers: workers cannot be drained"):
+        LocalWorkers().drain(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -422,6 +424,75 @@ def test_an_excluded_process_gets_nothing_until_it_is_restarted():
             pool.exclude(2)
 
 
+def test_calls_go_on_while_the_pool_grows_and_shrinks():
+    rows, stop = torch.full((12, 1), 0.01), threading.Event()
+    with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool:
+        coded = CodedWrapper(Sleepy(), workers=pool, parts=6, waiting=Waiting(predict=False))
+
+        def calls() -> int:
+            number = 0
+            while not stop.is_set():
+                with torch.no_grad():
+                    answers, report = coded.run(rows)
+                assert torch.equal(answers, rows)
+                assert not report.rejected
+                number += 1
+            return number
+
+        with ThreadPoolExecutor(2) as threads:
+            counts = [threads.submit(calls) for _ in range(2)]
+            try:
+                for size in (5, 1, 3):
+                    pool.resize(size)
+                    until(lambda size=size: pool.num_ready == pool.num_workers == size)
+                pool.drain(1)
+                until(lambda: pool.num_ready == 2)
+            finally:
+                stop.set()
+            assert all(each.result(WAIT) for each in counts)
+        assert pool.num_restarts == 0
+        assert copy.deepcopy(pool).num_workers == 2
+
+
+def test_a_drained_process_ends_its_part_takes_no_other_and_leaves():
+    with ProcessWorkers(2, grace=WAIT).start(Sleepy(), timeout=WAIT) as pool, torch.no_grad():
+        pids, values = pool.pids, torch.tensor([[[1.0]], [[0.0]]])
+        with pool.open(Sleepy(), task_of(values)) as request:
+            request.ask(numbered((0,), (1,), (1,), (1,)))
+            began = request.wait(WAIT)
+            pool.drain(began.worker)
+            assert pool.num_workers == 1
+            replies = replies_of(request)
+            assert [r.part.number for r in replies if r.worker == began.worker] == [0]
+            assert all(reply.error is None for reply in replies)
+            until(lambda: sum(Path(f"/proc/{pid}").exists() for pid in pids) == 1)
+            pool.drain(1 - began.worker)
+            request.ask(numbered((1,), first=4))
+            assert request.wait(request.now() + 0.1) is None
+            assert request.status() == "all processes have left"
+            pool.resize(1)
+            assert [reply.worker for reply in replies_of(request)] == [0]
+        assert pool.num_restarts == 0
+    not_started = ProcessWorkers(2)
+    not_started.resize(3)
+    assert not_started.num_workers == 3
+    with pytest.raises(ValueError, match="ProcessWorkers: num_workers must be at least 1, got 0"):
+        not_started.resize(0)
+
+
+def test_a_server_that_is_replaced_ends_with_its_last_process():
+    def parent(pid: int) -> int:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+    with ProcessWorkers(2).start(timeout=WAIT) as pool:
+        first = parent(pool.pids[0])
+        worker_main.replace_servers()
+        os.kill(pool.pids[0], signal.SIGKILL)
+        until(lambda: {parent(pid) for pid in pool.pids} > {first})
+        assert len(answers(pool, nn.Identity(), torch.zeros(4, 1, 1))) == 4
+    until(lambda: not Path(f"/proc/{first}").exists())
+
+
 def test_every_fault_is_rejected_and_spoils_nothing():
     n, rates = 7, dict.fromkeys(Fault.KINDS, 0.03)
     with FaultyWorkers(ProcessWorkers(n).start(timeout=WAIT), rates=rates, seed=0) as pool:
@@ -549,7 +620,7 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    worker_main.server.cache_clear()
+    worker_main.replace_servers()
     for descriptor in found:
         os.close(descriptor)
     assert len(found) == 4

@@ -145,7 +145,19 @@ class SupervisorMachine(RuleBasedStateMachine):
     def restart(self, index: int) -> None:
         self.supervisor.restart(index)
         self.supervisor.tend()
-        assert not any(worker.excluded for worker in self.alive() if worker.index == index)
+        assert not any(m.excluded for m in self.alive() if m.index == index and not m.left)
+
+    @rule(index=st.integers(0, 4))
+    def drain(self, index: int) -> None:
+        busy = [m for m in self.alive() if m.index == index and m.job]
+        self.supervisor.leave(index)
+        self.supervisor.tend()
+        assert [m for m in self.alive() if m.index == index and m.left] == busy
+
+    @rule(size=st.integers(1, 5))
+    def resize(self, size: int) -> None:
+        self.supervisor.resize(size)
+        assert self.supervisor.size == size
 
     @invariant()
     def the_excluded_get_nothing(self) -> None:
@@ -266,17 +278,20 @@ class SupervisorMachine(RuleBasedStateMachine):
         for worker in self.supervisor._idle:
             assert worker.ready
             assert worker.job is None
+            assert not worker.left
 
     @invariant()
     def there_are_never_too_many_workers(self) -> None:
-        places = [worker.index for worker in self.supervisor._workers]
-        assert len(set(places)) == len(places) <= self.supervisor.size
+        places = [worker.index for worker in self.supervisor._workers if not worker.left]
+        assert len(set(places)) == len(places)
+        assert self.supervisor.places.issuperset(places)
 
     def teardown(self) -> None:
         if not hasattr(self, "supervisor"):
             return
         # When all workers work again, everything is answered.
-        for index in range(self.supervisor.size):
+        self.supervisor.resize(2)
+        for index in range(5):
             self.supervisor.restart(index)
         for _ in range(200):
             self.supervisor.clock.now += 5.0  # less than the grace, no less than any pause

@@ -24,7 +24,7 @@ class ThreadWorkers(DispatchedWorkers):
     """Threads of this process that share the module."""
 
     def __init__(self, num_workers: int, timeout: float = 600.0) -> None:
-        self.num_workers, self.timeout = num_workers, timeout
+        self.timeout = timeout
         self._threads = Threads(num_workers)
         self._close = weakref.finalize(self, self._threads.close)
 

@@ -33,7 +33,7 @@ from .worker_main import (
     fork,
     packages_of,
     refuse,
-    server,
+    replace_servers,
 )
 
 __all__ = ["ProcessWorkers"]
@@ -125,7 +125,7 @@ class ProcessWorkers(SupervisedWorkers):
 
     def _make_supervisor(self) -> Supervisor[_Process]:
         check_guard()
-        return _Processes(self.num_workers, self.grace, self.devices, self.threads, self.preload)
+        return _Processes(self._size, self.grace, self.devices, self.threads, self.preload)
 
 
 class _Process(WatchedWorker):
@@ -209,7 +209,7 @@ class _Processes(Supervisor[_Process]):
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
         if not worker.pid and not self.closed and not worker.unwanted:
-            server.cache_clear()  # the server is too slow to fork: start another one
+            replace_servers()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 

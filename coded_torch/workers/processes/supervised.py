@@ -29,7 +29,7 @@ class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
 
     def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
-        self.num_workers = count(self, "num_workers", num_workers)
+        self._size = count(self, "num_workers", num_workers)
         self.threads = count(self, "threads", threads)
         self.grace = positive(self, "grace", grace)
         self.timeout = positive(self, "timeout", timeout)
@@ -44,6 +44,15 @@ class SupervisedWorkers(DispatchedWorkers):
         self._supervisor: Supervisor[Any] | None = None
         self._closed = False
         self._warned = False
+
+    @property
+    def num_workers(self) -> int:  # type: ignore[override]
+        return self._size if self._supervisor is None else self._supervisor.size
+
+    def resize(self, num_workers: int) -> None:
+        self._size = count(self, "num_workers", num_workers)
+        if self._supervisor is not None:
+            self._supervisor.resize(self._size)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         self._check_gradients(module, task)
@@ -133,7 +142,8 @@ class SupervisedWorkers(DispatchedWorkers):
 
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("_lock", "_supervisor", "_finalizer", "_closed", "_pid", "_warned")
-        return {name: value for name, value in vars(self).items() if name not in hidden}
+        own = {name: value for name, value in vars(self).items() if name not in hidden}
+        return {**own, "_size": max(self.num_workers, 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -7,6 +7,7 @@ import itertools
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -42,7 +43,7 @@ class WatchedWorker(Worker):
         super().__init__(index)
         self.pid = 0  # 0 until it is known
         self.loading = False  # true until it has loaded the module of its job
-        self.unwanted = False  # true if it is to be replaced
+        self.unwanted = False  # true if it is to be ended
         self.modules: frozenset[int] = frozenset()  # the numbers of its modules
 
     def is_new_to(self, module: PackedModule) -> bool:
@@ -95,7 +96,7 @@ class Supervisor(Dispatcher[V]):
         self.num_lost = 0  # workers, while the pool is open
         self._failed_starts = 0
         self._start_again = -math.inf
-        self._pool, self._starts = next(_pools), [0] * size  # the number of starts by place
+        self._pool, self._starts = next(_pools), Counter[int]()  # the number of starts by place
 
     @abc.abstractmethod
     def pack(self, module: nn.Module) -> Any:
@@ -172,7 +173,7 @@ class Supervisor(Dispatcher[V]):
     def _remove(self, worker: V) -> None:
         """Take a worker out, under the lock: it gets no job, and none of its results counts."""
         self._workers.remove(worker)
-        self.num_lost += not self.closed
+        self.num_lost += not (self.closed or worker.left)
         if worker in self._idle:
             self._idle.remove(worker)
 
@@ -180,7 +181,7 @@ class Supervisor(Dispatcher[V]):
         """Fail the job of a worker that was taken out, and have a new one started."""
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
         with self._changed:
-            if not worker.ready:
+            if not (worker.ready or worker.left):
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
@@ -188,7 +189,7 @@ class Supervisor(Dispatcher[V]):
                 up = any(other.ready for other in self._workers)
                 hopeless = self._failed_starts >= _FAILED_STARTS and not up
             self._changed.notify_all()
-        if not self.closed:
+        if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if (job := worker.job) is not None:
             job.request.fail(job.part, f"was lost: {what}", kind="died")
@@ -196,11 +197,15 @@ class Supervisor(Dispatcher[V]):
             self._strand(what)
         self.wake()
 
+    def retire(self, worker: V) -> None:
+        worker.unwanted = True
+        self.wake()  # the thread ends the worker
+
     def restart(self, index: int) -> None:
         """Have the worker at a place ended and replaced."""
         with self._changed:
             for worker in self._workers:
-                worker.unwanted |= worker.index == index
+                worker.unwanted |= worker.index == index and not worker.left
         self.wake()
 
     # The thread calls these methods.
@@ -218,7 +223,7 @@ class Supervisor(Dispatcher[V]):
             self._replace(worker, worker.end_by(self.grace)[1])
         if now < self._start_again:
             return
-        for index in sorted(set(range(self.size)) - {worker.index for worker in self._workers}):
+        for index in self.vacant():
             try:
                 worker = self.launch(index)
             except Exception as cause:  # too many processes or files: later it may succeed
@@ -232,7 +237,7 @@ class Supervisor(Dispatcher[V]):
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
         with self._changed:
             due = [worker.end_by(self.grace)[0] for worker in self._workers]
-            if len(due) < self.size:
+            if self.vacant():
                 due.append(self._start_again)
         # A job that begins meanwhile is due no earlier than a grace from now.
         longest = min(self.grace, _LONGEST_WAIT)
@@ -279,17 +284,17 @@ class Supervisor(Dispatcher[V]):
 
     @property
     def workers(self) -> list[V]:
-        """The workers that are up."""
+        """The workers that are up, and have not left."""
         with self._changed:
-            return [worker for worker in self._workers if worker.ready]
+            return [worker for worker in self._workers if worker.ready and not worker.left]
 
     def wait_until_ready(self, timeout: float) -> bool:
         """Wait until all workers are up, and return whether they are."""
 
         def settled() -> bool:
-            up = sum(worker.ready for worker in self._workers)
-            return up == self.size or self.closed or self._failed_starts >= _FAILED_STARTS
+            up = len(self.workers) >= self.size
+            return up or self.closed or self._failed_starts >= _FAILED_STARTS
 
         with self._changed:
             self._changed.wait_for(settled, timeout)
-        return len(self.workers) == self.size
+        return len(self.workers) >= self.size

@@ -39,7 +39,7 @@ __all__ = [
     "fork",
     "packages_of",
     "refuse",
-    "server",
+    "replace_servers",
 ]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
@@ -66,6 +66,8 @@ def _look_at_server() -> None:
 os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # the environment of this process changes while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
+# By their process and the packages that they have imported.
+_servers: dict[tuple[int, frozenset[str]], forkserver.ForkServer] = {}
 
 
 def check_guard() -> None:
@@ -77,13 +79,11 @@ def check_guard() -> None:
         )
 
 
-@functools.cache
-def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
-    """Return the server of the process ``owner`` that has imported some packages.
-
-    The caller holds the lock: otherwise two threads would start two servers. A process that is
-    forked from it has its own.
-    """
+def _server(packages: frozenset[str]) -> forkserver.ForkServer:
+    """Return the server of this process that has imported some packages, under the lock."""
+    key = os.getpid(), packages  # a process that is forked from this one has its own server
+    if key in _servers:
+        return _servers[key]
     own = forkserver.ForkServer()
     own.set_forkserver_preload([__name__, *sorted(packages)])
     # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
@@ -93,7 +93,22 @@ def server(owner: int, packages: frozenset[str]) -> forkserver.ForkServer:
         own.ensure_running()
     finally:
         _set_path(before)
+    _servers[key] = own
     return own
+
+
+def replace_servers() -> None:
+    """Fork no more workers from the present servers. Each ends with its last worker."""
+
+    def stop(server: Any) -> None:
+        with contextlib.suppress(OSError):  # the server has ended, and this host has waited for it
+            server._stop()
+
+    with _starting:
+        while _servers:
+            (owner, _), server = _servers.popitem()
+            if owner == os.getpid():
+                threading.Thread(target=stop, args=(server,), daemon=True).start()
 
 
 def _path() -> tuple[str | None, ...]:
@@ -128,7 +143,7 @@ def refuse(packages: frozenset[str], preload: frozenset[str]) -> None:
     """Let no later server import packages that broke one; packages of ``preload`` only at last."""
     if not packages & REFUSED:  # no other worker of that server has said so
         REFUSED.update(packages - preload or packages)
-        server.cache_clear()
+        replace_servers()
 
 
 def fork(
@@ -160,10 +175,10 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         with _starting:
-            own, path = server(os.getpid(), packages), _path()
-        descriptor, writer = own.connect_to_new_process([sock.fileno()])
+            own, path = _server(packages), _path()
+            descriptor, writer = own.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
-        server.cache_clear()
+        replace_servers()
         raise
     with open(writer, "wb") as stream:
         program = _Program(main, device, threads, seed, path, bool(packages))

@@ -1,0 +1,73 @@
+r"""Wrappers over the batches of Ray Data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._arguments import instance
+from .coded_wrapper import CodedWrapper
+
+__all__ = ["RayDataPredictor"]
+
+
+class RayDataPredictor:
+    r"""Adds the answers of a wrapper to each batch of Ray Data, for ``Dataset.map_batches``.
+
+    Each actor of Ray Data makes its wrapper once, and keeps its workers between the batches.
+
+    Args:
+        factory: makes the wrapper, in the actor.
+        inputs: the columns that are the positional arguments of the module. Defaults to "data", the
+            column of a dataset that was made of one array.
+        output: the column for the answers, unless the module returns a dict, whose keys name the
+            columns then. Defaults to "answer".
+
+    Calling returns:
+        The batch with more columns: the answers; ``predicted``, bool, whether no worker computed
+        the answer; ``radius``, float64, see :attr:`Report.radii`, NaN where there is none.
+
+    Calling raises:
+        TypeError: ``factory`` makes no wrapper, or the module returns no tensors.
+
+    Example:
+        .. code-block:: python
+
+            def make():
+                return CodedWrapper(load_model(), workers=workers.ProcessWorkers(6))
+
+            data.map_batches(RayDataPredictor, fn_constructor_args=(make,), concurrency=1)
+    """
+
+    def __init__(
+        self,
+        factory: Callable[[], CodedWrapper],
+        inputs: Sequence[str] = ("data",),
+        output: str = "answer",
+    ) -> None:
+        self.coded = factory()
+        instance(self, "the result of factory", self.coded, CodedWrapper)
+        self.inputs, self.output = tuple(inputs), output
+
+    def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+        """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
+        with torch.no_grad():
+            answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
+        columns = answers if isinstance(answers, Mapping) else {self.output: answers}
+        for name, column in columns.items():
+            instance(self, f"the output {name!r}", column, Tensor)
+        size = len(batch[self.inputs[0]])
+        return {
+            **batch,
+            **{name: column.cpu().numpy() for name, column in columns.items()},
+            "predicted": _array(report.predicted, np.zeros(size, bool)),
+            "radius": _array(report.radii, np.full(size, np.nan)),
+        }
+
+
+def _array(values: Tensor | None, default: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return default if values is None else values.numpy()
