@@ -8,8 +8,11 @@ the width of a 95 % interval of the mean over batches stands beside every covera
 Settings: 4, 8 or 12 parts missing of 240 rows, 8 of 64 rows, 12 of 40; a code that repeats inputs
 unevenly; batches sorted by the module's outputs, in strided and in contiguous parts; a student, a
 linear map fitted to earlier rows; a memory of these rows; a memory of other classes; and requests
-of four rows, where the memory calibrates the only missing one. A rival is split conformal
-prediction, which predicts from half of the results and calibrates on the others.
+of four rows, where the memory calibrates the only missing one.
+
+Rivals, at 95 %: split conformal prediction, which predicts from half of the results and calibrates
+on the others; the regression's standard deviation times the constant that contains 95 % of the
+left-out errors; and, of one output, MAPIE's jackknife+ with the same regression.
 """
 
 from __future__ import annotations
@@ -25,17 +28,21 @@ from torch import Tensor, nn
 from coded_torch import CodedWrapper, Regression, Report, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.evaluation.scores import half_width, rounded
+from coded_torch.input_space.gaussian_process import GaussianProcess
+from coded_torch.input_space.metrics import Choice, Distances, Sources
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
 from . import tasks
+from .data import MissingDataError
 from .runs import Measurement, progress
 from .tasks import Task
 
 SEED, PARTS = 0, 24
 # The levels of radii that are compared.
 LEVELS = (0.9, 0.95, 0.99)
+JACKKNIFE = 10  # the batches of jackknife+, which fits a regression for every result
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
 PICTURES = ("lenet5", "repvgg", "vit")
@@ -172,6 +179,85 @@ def split_conformal(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tens
     return off[missing], radius.expand(int(missing.sum()))
 
 
+def times_sigma(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Return errors of missing rows, and their standard deviations times a constant."""
+    known, lost = (~missing).nonzero().flatten(), missing.nonzero().flatten()
+    answers, choice = chosen(x, y, known)
+    measured = Distances(Sources([x]), (choice.metric,), torch.arange(len(x))).by(choice.metric)
+    process = GaussianProcess(measured.squared, choice.length * measured.step, known)
+    left_out = process.leave_one_out_residuals(y[known].double()).norm(dim=1)
+    off = left_out / process.leave_one_out_variances.sqrt()
+    constant = off.quantile(0.95, interpolation="higher")
+    errors = (answers - y).norm(dim=1)[missing].double()
+    return errors, constant * process.at(lost)[1].sqrt()
+
+
+def jackknife(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
+    """Return distances of missing numbers from MAPIE's intervals' middles, and half the widths."""
+    try:
+        from mapie.regression import CrossConformalRegressor
+        from sklearn.base import BaseEstimator, RegressorMixin
+    except ImportError:
+        raise MissingDataError("MAPIE is not installed; get it with: pip install mapie") from None
+    known = (~missing).nonzero().flatten()
+    _, choice = chosen(x, y, known)
+
+    class Rows(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+        def fit(self, rows: Any, numbers: Any) -> Rows:
+            self.rows_, self.numbers_ = torch.tensor(rows), torch.tensor(numbers)[:, None, None]
+            return self
+
+        def predict(self, rows: Any) -> Any:
+            plan = Regression(choice.metric, choice.length).plan(
+                [torch.cat([self.rows_, torch.tensor(rows)])]
+            )
+            found = plan.decode(self.numbers_, range(len(self.rows_)))
+            return found[len(self.rows_) :, 0].numpy()
+
+    rows = x.flatten(1).numpy()
+    conformal = CrossConformalRegressor(Rows(), confidence_level=0.95, method="plus", cv=-1)
+    conformal.fit_conformalize(rows[known], y[known, 0].numpy())
+    _, ends = conformal.predict_interval(rows[missing])
+    low, high = torch.from_numpy(ends[:, :, 0]).T
+    return (y[missing, 0] - (low + high) / 2).abs().double(), (high - low).double() / 2
+
+
+def chosen(x: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Choice]:
+    """Return the answers of a batch, and how they were predicted."""
+    plan = Regression().plan([x])
+    return plan.decode(y[known, None], known.tolist()), plan.choices[0]
+
+
+def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
+    """Return coverages and radii of the rivals at 95 %, on one received set a batch."""
+    task, counts = make(), settings(quick)
+    model, found = task.model.eval(), {"ours": Run()}
+    every = {"split conformal": split_conformal, "sigma times a constant": times_sigma}
+    with torch.no_grad():
+        y = torch.cat([model(x) for x in task.inputs.split(512)])
+        if y.shape[1] == 1:
+            every["jackknife+"] = jackknife
+        for number, rows in enumerate(batches(setting, y, counts["batches"])):
+            coded = wrapped(model, setting, (), 1000 * number)
+            answers, report = coded.run(task.inputs[rows])
+            missing, exact = report.predicted, y[rows]
+            error = (answers - exact).norm(dim=1)[missing].double()
+            found["ours"].add({"error": error, "0.95": report.radii_at(0.95)[missing]})
+            if number == JACKKNIFE:
+                every.pop("jackknife+", None)
+            for name, rival in every.items():
+                off, radii = rival(task.inputs[rows], exact, missing)
+                found.setdefault(name, Run()).add({"error": off, "0.95": radii})
+    numbers = {name: of.summary()["0.95"] for name, of in found.items()}
+    for name, of in found.items():
+        radii, ours = (  # on the same batches
+            torch.cat([batch["0.95"] for batch in x.batches[: len(of.batches)]])
+            for x in (of, found["ours"])
+        )
+        numbers[name]["radius to ours"] = rounded(float(radii.median() / ours.median()))[0]
+    return numbers
+
+
 def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
     task = make()
     with torch.no_grad():
@@ -234,6 +320,9 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     for name, make in list(sources.items())[: 1 if quick else None]:
         for key, setting in SETTINGS.items():
             yield (name, key), functools.partial(coverage, make, setting, quick)
+        for key in ("B 240", "B 64"):
+            measure = functools.partial(rivals, make, SETTINGS[key], quick)
+            yield (name, f"{key}, rivals"), measure
 
 
 def settings(quick: bool) -> dict[str, Any]:

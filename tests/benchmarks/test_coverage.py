@@ -1,0 +1,25 @@
+"""Rivals of radii, on a function of one output."""
+
+import pytest
+import torch
+
+from benchmarks import coverage
+from benchmarks.tasks import Task
+
+
+class Wave(torch.nn.Module):
+    def forward(self, x):
+        return x.sin().sum(1, keepdim=True)
+
+
+def test_rivals_answer_the_same_rows(generator):
+    pytest.importorskip("mapie", reason="needs the extra 'bench'")
+    inputs = torch.randn(400, 2, generator=generator)
+    setting = coverage.Setting(rows=60, missing=8)
+    found = coverage.rivals(lambda: Task(Wave(), inputs, inputs), setting, quick=True)
+    assert set(found) == {"ours", "split conformal", "sigma times a constant", "jackknife+"}
+    for name, numbers in found.items():
+        assert 0.8 <= numbers["covered"][0] <= 1, name
+        assert 0.3 < numbers["radius to ours"] < 5, name
+    assert found["ours"]["radius to ours"] == 1
+    assert found["split conformal"]["radius to ours"] > 1  # half of the results predict
