@@ -1,6 +1,7 @@
 """Marks, handled in one place."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,19 +24,31 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(slow)
-    if not torch.cuda.is_available():
-        required = os.environ.get("CODED_TORCH_REQUIRE_CUDA") == "1"
+    for mark, name, found in (
+        ("cuda", "CUDA device", torch.cuda.is_available()),
+        ("browser", "chromium and chromedriver", shutil.which("chromedriver")),
+    ):
+        if found:
+            continue
+        fails = os.environ.get(f"CODED_TORCH_REQUIRE_{mark.upper()}") == "1"
+        missing = (
+            pytest.mark.usefixtures(f"missing_{mark}")
+            if fails
+            else pytest.mark.skip(reason=f"no {name}")
+        )
         for item in items:
-            if "cuda" in item.keywords:
-                if required:
-                    item.add_marker(pytest.mark.usefixtures("missing_cuda"))
-                else:
-                    item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+            if mark in item.keywords:
+                item.add_marker(missing)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def missing_cuda():
     pytest.fail("CODED_TORCH_REQUIRE_CUDA=1, but torch sees no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def missing_browser():
+    pytest.fail("CODED_TORCH_REQUIRE_BROWSER=1, but there is no chromedriver")
 
 
 @pytest.fixture(autouse=True)

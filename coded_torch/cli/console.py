@@ -90,6 +90,8 @@ def options(parser: argparse.ArgumentParser, *table: Option) -> None:
         how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
         if kind is bool:
             how = {"action": "store_true"}
+        elif kind is list:
+            how = {"nargs": "+", "metavar": "URL"}
         if not flag.startswith("-"):
             how |= {"metavar": "MODULE:FACTORY"} | ({} if default is ... else {"nargs": "?"})
         elif default is ...:

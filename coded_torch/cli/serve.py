@@ -36,43 +36,94 @@ def serve(args: argparse.Namespace) -> None:
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
     import orjson
 
-    from ..serve import app, specs
+    from ..serve import app
+    from ..serve.page import LOOPBACK, Chaos, add_page
     from ..serve.protocol import example_request
 
-    module, examples = _load(args.factory)
-    with usage("serve"):
-        inputs, outputs = specs(
-            module, examples, args.output_names and args.output_names.split(",")
-        )
-        if args.example is not None and not 0 <= args.example < len(examples[0]):
-            most = len(examples[0]) - 1
-            raise ValueError(f"--example must be from 0 to {most}, got {args.example}")
-    if args.example is not None:
+    is_local = args.host in LOOPBACK
+    if args.chaos and not is_local:
+        must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
+        raise CommandError(f"coded-torch serve: --chaos {must}, got {args.host}")
+    module, inputs, outputs, examples = _fleet(args) if args.endpoints else _own(args)
+    if args.example is not None and examples is not None:
         request = example_request(inputs, examples, args.example)
         say(orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY).decode())
         return
-    name = args.name or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
+    usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
+    name = args.name or usual
     limits = ("deadline", "max_batch_size", "max_queued_requests", "max_ongoing_batches")
+    memory = [Memory()] if args.memory else []
     with usage("serve"):
-        grace = max(1.0, _GRACE * args.deadline)
-        workers: Workers = ProcessWorkers(args.num_workers, grace=grace)
-        if args.chaos:
-            law = Bernoulli(0.03, latency=0.05, seed=args.seed)
-            workers = FaultyWorkers(workers, delays=law, seed=args.seed, crash_every=5.0)
-        memory = [Memory()] if args.memory else []
+        workers = _workers(args)
         built = app(
-            CodedWrapper(module, workers=workers, parts=args.parts, surrogate=memory),
+            CodedWrapper(
+                module,
+                workers=workers,
+                parts=args.parts,
+                surrogate=memory,
+                verify=args.verify or None,
+            ),
             name=name,
             inputs=inputs,
             outputs=outputs,
             examples=examples,
             **{limit: getattr(args, limit) for limit in limits},
         )
+    if is_local or args.page:
+        chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
+        add_page(built, chaos=chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if memory:
         say(_PRIVACY)
-    say(f"Loading {name} on {args.num_workers} processes; requests wait for that.")
-    _listen(built, args.host, args.port, name)
+    if args.endpoints:
+        say(f"Asking {len(args.endpoints)} endpoints for {args.model}.")
+    else:
+        say(f"Loading {name} on {args.num_workers} processes; requests wait for that.")
+    _listen(built, args.host, args.port, name, is_local or args.page)
+
+
+def _workers(args: argparse.Namespace) -> Workers:
+    """Return the pool that computes."""
+    if args.endpoints:
+        from ..workers import EndpointWorkers
+
+        return EndpointWorkers(args.endpoints, model=args.model)
+    pool = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
+    if not args.chaos:
+        return pool
+    law = Bernoulli(0.03, latency=0.05, seed=args.seed)
+    # The page says which workers attack.
+    return FaultyWorkers(pool, delays=law, seed=args.seed, crash_every=5.0, attack="swap")
+
+
+def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, None]:
+    """Return the model of the endpoints, and its specs."""
+    need("serve", "endpoints", "aiohttp")
+    from ..serve.proxy import find
+
+    with usage("serve", errors=(RuntimeError, ValueError)):
+        if args.model is None:
+            raise ValueError("--endpoints must come with --model, the model's name there")
+        for flag in ("chaos", "example", "output_names"):
+            if getattr(args, flag) is not None and getattr(args, flag) is not False:
+                raise ValueError(f"--{flag.replace('_', '-')} must be left out with --endpoints")
+        return *find(args.endpoints, args.model), None
+
+
+def _own(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, tuple[Tensor, ...]]:
+    """Return the model of the factory, its specs and examples of its inputs."""
+    from ..serve import specs
+
+    if args.model is not None:
+        raise CommandError("coded-torch serve: --model must come with --endpoints")
+    module, examples = _load(args.factory)
+    with usage("serve"):
+        names = args.output_names and args.output_names.split(",")
+        inputs, outputs = specs(module, examples, names)
+        if args.example is not None and not 0 <= args.example < len(examples[0]):
+            most = len(examples[0]) - 1
+            raise ValueError(f"--example must be from 0 to {most}, got {args.example}")
+    return module, inputs, outputs, examples
 
 
 def _load(factory: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -91,7 +142,7 @@ def _load(factory: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     return model.eval(), examples
 
 
-def _listen(built: Any, host: str, port: int, name: str) -> None:
+def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None:
     import uvicorn
 
     logging.basicConfig(stream=sys.stderr, level="WARNING", format="%(name)s: %(message)s")
@@ -106,6 +157,8 @@ def _listen(built: Any, host: str, port: int, name: str) -> None:
             listening.listen(2048)  # uvicorn's own backlog
         port = listening.getsockname()[1]
         say(f"Serving {name} at http://{host}:{port}/v2/models/{name}/infer")
+        if has_page:
+            say(f"A page shows it: http://{host}:{port}/")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
         uvicorn.Server(config).run(sockets=[listening])

@@ -18,7 +18,16 @@ import aiohttp
 from torch import Tensor, nn
 
 from .._arguments import instance
-from .tensors import EndpointError, Model, answer_bytes, outputs_of, parsed, request, specs_of
+from .tensors import (
+    EndpointError,
+    Model,
+    RefusedError,
+    answer_bytes,
+    outputs_of,
+    parsed,
+    request,
+    specs_of,
+)
 
 __all__ = [
     "BusyError",
@@ -51,10 +60,6 @@ class BusyError(RuntimeError):
 
 class RemoteError(RuntimeError):
     """The model of a server failed on a request; the message is the server's."""
-
-
-class RefusedError(ValueError):
-    """A server refused a request as wrong; the message is the server's."""
 
 
 class Client:

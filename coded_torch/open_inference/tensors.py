@@ -21,8 +21,17 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["DATATYPES", "EndpointError", "Model", "TensorSpec", "answer_bytes", "cast"]
-__all__ += ["from_bytes", "from_json", "outputs_of", "parsed", "request", "specs", "specs_of"]
+__all__ = ["DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec", "answer_bytes"]
+__all__ += [
+    "cast",
+    "from_bytes",
+    "from_json",
+    "outputs_of",
+    "parsed",
+    "request",
+    "specs",
+    "specs_of",
+]
 __all__ += ["to_bytes", "to_json"]
 
 #: The datatypes of the protocol that torch computes with.
@@ -217,6 +226,10 @@ class EndpointError(RuntimeError):
     def __init__(self, message: str, lost: bool = False) -> None:
         super().__init__(message)
         self.lost = lost
+
+
+class RefusedError(ValueError):
+    """A server refused a request as wrong; the message is the server's."""
 
 
 class Model(NamedTuple):

@@ -132,7 +132,8 @@ def app(
     if max_ongoing_batches is not None:
         limits["slots"] = count("app", "max_ongoing_batches", max_ongoing_batches)
     elif (size := coded.workers.num_workers) and coded.code is None:
-        limits |= {"slots": size, "parts": coded.parts or size}
+        at_once = getattr(coded.workers, "concurrency", 1)  # parts of one worker
+        limits |= {"slots": size * at_once, "parts": coded.parts or size}
     seconds = positive("app", "deadline", deadline)
     return Service(coded, name, inputs, outputs, seconds, examples, limits).application()
 
@@ -156,6 +157,8 @@ class Service:
         self.load = functools.partial(load, coded, examples)
         run = functools.partial(compute, coded, outputs)
         self.batcher = Batcher(run, on_batch=self._count, **limits)
+        # Called with the seconds, the rows and the predicted rows of every answer.
+        self.on_answer: Callable[[float, int, int], None] = lambda *_: None
 
     def application(self) -> Starlette:
         """Make the application; its ``state.service`` is this service."""
@@ -230,12 +233,14 @@ class Service:
             radii = answer.report.radii_at(coverage)
             if radii is not None:
                 answers["radius"] = radii[answer.rows].float()
-        parameters = {
+        parameters: dict[str, Any] = {
             "predicted_rows": int(answers["predicted"].sum()),
             "late_workers": ",".join(map(str, answer.report.missing)),
             **({} if coverage is None else {"coverage": coverage}),
         }
         body, length = format_answer(self.name, message, answers, parameters)
+        rows = len(answers["predicted"])
+        self.on_answer(time.monotonic() - arrived, rows, parameters["predicted_rows"])
         if length is None:
             return Response(body, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(length)}

@@ -16,6 +16,7 @@ from torch import Tensor
 from .._logging import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
+from ..open_inference.tensors import RefusedError
 from ..scheduling.latency_history import History
 from .model import Batch
 from .protocol import RequestError
@@ -253,6 +254,8 @@ def _settle(batch: list[_Entry], done: Batch) -> None:
 
 def _error(cause: Exception, in_time: bool) -> RequestError:
     """Return the error of all requests of a batch whose call raised."""
+    if isinstance(cause, RefusedError):
+        return RequestError(400, "invalid", str(cause))
     if not isinstance(cause, NotEnoughResults):
         logger.error("a batch failed", exc_info=cause)
         return RequestError(500, "failed", f"the model failed: {type(cause).__name__}")

@@ -175,6 +175,17 @@ class Dispatcher(abc.ABC, Generic[W]):
         counts = len(places), len(busy), len(places - up), len(excluded)
         return Obstacle(*counts, self.kind, self.grace, self.trouble)
 
+    def states(self) -> dict[int, tuple[str, int]]:
+        """Return the state of each place, as :attr:`DispatchedWorkers.states` does."""
+        with self._changed:
+            found = dict.fromkeys(sorted(self.places), ("down", 0))
+            for worker in self._workers:
+                if worker.ready and not worker.left and found[worker.index][0] != "busy":
+                    state = "idle" if worker.job is None else "busy"
+                    state = "excluded" if worker.excluded else state
+                    found[worker.index] = state, getattr(worker, "pid", 0)
+        return found
+
     # The workers call these methods.
 
     def add(self, worker: W, ready: bool = True) -> None:
@@ -313,6 +324,11 @@ class DispatchedWorkers(Workers):
     @abc.abstractmethod
     def _dispatcher(self) -> Dispatcher[Any]:
         """Return the queue, started if it was not."""
+
+    @property
+    def states(self) -> dict[int, tuple[str, int]]:
+        """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
+        return self._dispatcher().states()
 
     def exclude(self, worker: int) -> None:
         """Give the worker at a place in the pool no more parts until it is restarted."""

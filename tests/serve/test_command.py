@@ -92,7 +92,7 @@ def running(*arguments, cwd=None):
         )
         process.log, process.head = Path(log.name), ""
         try:
-            while not (found := re.search(r"http://127.0.0.1:(\d+)/", process.head)):
+            while not (found := re.search(r"http://[\d.]+:(\d+)/", process.head)):
                 process.head += (line := process.stdout.readline())
                 assert line, process.log.read_text()
             yield process, int(found[1])

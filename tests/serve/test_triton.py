@@ -10,11 +10,15 @@ import tritonclient.http as triton
 
 from coded_torch.demo.lenet5 import lenet5_and_digits
 from coded_torch.serve import specs
+from coded_torch.serve.proxy import find
+from coded_torch.workers import EndpointWorkers
 
 from .servers import built, serving
 
 ROWS, DATATYPES, PACKINGS = (1, 7, 64), ("FP32", "FP16"), (None, "gzip", "deflate")
-CASES = list(itertools.product(ROWS, DATATYPES, (True, False), PACKINGS))
+# 216 cases: the encodings and the compressions of the request and of the answer.
+CASES = list(itertools.product(ROWS, DATATYPES, *[(True, False)] * 2, *[PACKINGS] * 2))
+ALIKE = [case for case in CASES if case[2] == case[3] and case[4] == case[5]]
 TYPES = {"FP32": np.float32, "FP16": np.float16, "FP64": np.float64}
 shipped = functools.cache(lenet5_and_digits)
 
@@ -33,19 +37,23 @@ class TritonTests:
             assert "binary_tensor_data" in client.get_server_metadata()["extensions"]
             assert not client.is_model_ready("other")
 
-    @pytest.mark.parametrize(("rows", "datatype", "binary", "packed"), CASES)
-    def test_answers(self, address, rows, datatype, binary, packed):
+    @pytest.mark.parametrize("case", ALIKE)
+    def test_answers(self, address, case):
+        self.check(address, *case)
+
+    def check(self, address, rows, datatype, sent, got, packed, unpacked):
+        """Check the answer to one request."""
         module, (examples,) = shipped()
         images = examples.repeat(7, 1, 1, 1)[:rows].numpy().astype(TYPES[datatype])
         asked = triton.InferInput("input", list(images.shape), datatype)
-        asked.set_data_from_numpy(images, binary_data=binary)
+        asked.set_data_from_numpy(images, binary_data=sent)
         names = ("output", "predicted", "radius")
         options = {
-            "outputs": [triton.InferRequestedOutput(name, binary_data=binary) for name in names],
+            "outputs": [triton.InferRequestedOutput(name, binary_data=got) for name in names],
             "request_id": "7",
             "timeout": 4_000_000,
             "request_compression_algorithm": packed,
-            "response_compression_algorithm": packed,
+            "response_compression_algorithm": unpacked,
         }
         with triton.InferenceServerClient(address) as client:
             answer = client.infer("m", [asked], **options)
@@ -92,3 +100,27 @@ class TestUvicorn(TritonTests):
     @pytest.fixture
     def address(self, port):
         return f"127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def proxy(port):
+    module, examples = shipped()
+    inputs, outputs = specs(module, examples)
+    with serving(built(module, inputs=inputs, outputs=outputs)) as second:
+        urls = [f"http://127.0.0.1:{each}" for each in (port, second)]
+        found, inputs, outputs = find(urls, "m")
+        pool = EndpointWorkers(urls, model="m")
+        with serving(built(found, workers=pool, inputs=inputs, outputs=outputs)) as front:
+            yield front
+
+
+class TestProxy(TritonTests):
+    """A server in front of two servers."""
+
+    @pytest.fixture
+    def address(self, proxy):
+        return f"127.0.0.1:{proxy}"
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_answers(self, address, case):
+        self.check(address, *case)

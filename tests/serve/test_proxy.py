@@ -1,0 +1,128 @@
+"""A server in front of servers: what it forwards, what it refuses, and killed servers."""
+
+import contextlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from coded_torch.cli.main import main
+from coded_torch.serve.proxy import find
+from coded_torch.stragglers import Trace
+from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers
+
+from ..workers.endpoint_servers import servers
+from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
+from .test_command import running
+
+ROW = {"inputs": [tensor([[1.0, 2.0, 3.0]])]}
+DOUBLED = [2.0, 4.0, 6.0]
+PATH = "/v2/models/front/infer"
+SERVER = """
+from endpoint_servers import DoubleServer
+server = DoubleServer()
+print(server.url, flush=True)
+server.thread.join()
+"""
+
+
+@contextlib.contextmanager
+def fronted(urls, model="double", **options):
+    """Yield a client of a server, named front, before the servers."""
+    module, inputs, outputs = find(urls, model)
+    pool = EndpointWorkers(urls, model=model)
+    application = built(
+        module, workers=pool, name="front", inputs=inputs, outputs=outputs, **options
+    )
+    with serving(application) as port, Client(port) as client:
+        yield client
+
+
+def test_nothing_of_a_client_but_its_tensors_is_forwarded():
+    with servers(1) as (server,), fronted([server.url]) as client:
+        headers = {"Authorization": "Bearer secret", "Cookie": "a=b", "X_Name": "secret"}
+        status, answer = client.infer({"id": "secret", **ROW}, PATH, **headers)
+        assert (status, answer["outputs"][0]["data"]) == (200, DOUBLED)
+        assert "secret" not in str(server.headers)
+        assert "Cookie" not in server.headers
+        assert client.infer(ROW, "/v2/models/other/infer")[0] == 404
+        assert len(server.rows) == 1
+
+
+def test_a_request_that_a_server_refuses_is_400():
+    def refuse(handler, rows):
+        handler.send(400, b'{"error": "at most 0 rows"}')
+        return True
+
+    with servers(2) as both, fronted([each.url for each in both]) as client:
+        for server in both:
+            server.fault = refuse
+        assert client.infer(ROW, PATH) == (400, {"error": "at most 0 rows"})
+        assert sum(len(server.rows) for server in both) == 0
+
+
+def test_rows_that_a_server_predicts_are_computed_by_another():
+    late = FaultyWorkers(LocalWorkers(), delays=Trace([[float("inf"), 0.0, 0.0, 0.0]]))
+    rows = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)).tolist()
+    request = {"inputs": [tensor(rows)], "outputs": [{"name": "output"}, {"name": "predicted"}]}
+    with serving(built()) as good, serving(built(workers=late)) as bad:
+        with Client(bad) as client:
+            assert any(client.infer(request)[1]["outputs"][1]["data"])
+        urls = [f"http://127.0.0.1:{port}" for port in (bad, good)]
+        with Client(good) as client, fronted(urls, "m", deadline=10.0) as front:
+            assert find(urls, "m")[1:] == (INPUTS, OUTPUTS)
+            for _ in range(5):
+                status, answer = front.infer(request, PATH)
+                assert status == 200
+                assert not any(answer["outputs"][1]["data"])
+                wanted = client.infer(request)[1]["outputs"][0]["data"]
+                assert answer["outputs"][0]["data"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_killed_server_loses_nothing():
+    folder = Path(__file__).parents[1] / "workers"
+    with contextlib.ExitStack() as stack:
+        started = []
+        for _ in range(3):
+            process = subprocess.Popen(
+                [sys.executable, "-c", SERVER], cwd=folder, stdout=subprocess.PIPE, text=True
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            started.append(process)
+        urls = [process.stdout.readline().strip() for process in started]
+        options = ["--endpoints", *urls, "--model", "double", "--deadline", "10", "--parts", "3"]
+        _, port = stack.enter_context(running(*options))
+        client = stack.enter_context(Client(port))
+        for n in range(60):
+            if n in (20, 40):
+                started.pop().kill()
+            rows = [[float(n), 0.0, 1.0], [1.0, float(n), 2.0], [3.0, 1.0, float(n)]]
+            request = {"inputs": [tensor(rows)], "outputs": [{"name": "output"}]}
+            status, answer = client.infer(request, "/v2/models/double/infer")
+            assert (status, answer["parameters"]["predicted_rows"]) == (200, 0)
+            assert answer["outputs"][0]["data"] == [2 * x for row in rows for x in row]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--endpoints {url}", "--endpoints must come with --model, the model's name there"),
+        ("--model double", "--model must come with --endpoints"),
+        ("--endpoints {url} --model double --chaos", "--chaos must be left out with --endpoints"),
+        ("--endpoints {url} --model double --example 0", "--example must be left out with"),
+        ("--endpoints {url} --model none", "no endpoint describes the model 'none'; "),
+        ("--endpoints ftp://a --model double", "an endpoint must be a URL such as"),
+        ("--endpoints http://127.0.0.1:1 --model double", "no endpoint describes the model"),
+        ("--endpoints {url} --model double --name predicted/x", "name must be a part of a URL"),
+    ],
+)
+def test_bad_values_get_one_line(arguments, message, capsys):
+    with servers(1) as (server,):
+        assert main(["serve", *arguments.format(url=server.url).split()]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("coded-torch serve: ")
+    assert message in err
