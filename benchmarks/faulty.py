@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from coded_torch.scheduling.protocol import Ask, Ended, Event, Settled, Wait
+from coded_torch.scheduling import Ask, Ended, Event, Settled, Wait
 from coded_torch.verification import Strikes, Trials
 from coded_torch.workers import faults as attacks
 

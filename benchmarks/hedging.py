@@ -8,8 +8,8 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from coded_torch.nn import Waiting
+from coded_torch.scheduling import Ask, Began, Decision, Ended, Event, Settled, Wait
 from coded_torch.scheduling.latency_history import History
-from coded_torch.scheduling.protocol import Ask, Began, Decision, Ended, Event, Settled, Wait
 
 __all__ = ["WAIT_FOR_ALL", "HedgeOnce", "Unsplit"]
 

@@ -8,6 +8,7 @@ measures a latency that no user sees.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coded_torch._heap import frozen_heap
 from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import Bernoulli
@@ -128,7 +128,9 @@ def drive(
         end = time.perf_counter()
         return Reply(end - begin - arrival, end - start, answers, report)
 
-    with frozen_heap(), ThreadPoolExecutor(_CALLERS) as callers:
+    gc.collect()
+    gc.freeze()  # a full collection stops all threads
+    with ThreadPoolExecutor(_CALLERS) as callers:
         begin = time.perf_counter() + 0.05
         futures = []
         for batch, arrival in zip(batches, arrivals, strict=True):

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from coded_torch.nn import Waiting
-from coded_torch.scheduling.simulation import Conditions, Policy, simulate
+from coded_torch.scheduling.simulation import Conditions, simulate
 
 from .hedging import WAIT_FOR_ALL, HedgeOnce, Unsplit
 from .runs import Measurement
@@ -46,14 +46,14 @@ REGIMES: dict[str, Regime] = {
 }
 # The numbers of parts of a request.
 FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
-POLICIES: dict[str, Policy] = {
+POLICIES: dict[str, Any] = {
     "wait for all": WAIT_FOR_ALL,
     "three re-asks, whole": Unsplit(predict=False),
     "three re-asks, split": Waiting(predict=False),
     "predict at 3 medians of a part": Waiting(deadline=3.0),
     "predict at 3 medians of whole calls": Waiting(),
 }
-HEDGES: dict[str, Policy] = {
+HEDGES: dict[str, Any] = {
     "1.2 medians": HedgeOnce(medians=1.2),
     "1.5 medians": HedgeOnce(medians=1.5),
     "2 medians": HedgeOnce(medians=2.0),
@@ -62,7 +62,7 @@ HEDGES: dict[str, Policy] = {
 }
 
 
-def outcome(policy: Policy, regime: Regime, requests: int) -> dict[str, Any]:
+def outcome(policy: Any, regime: Regime, requests: int) -> dict[str, Any]:
     workers, parts, load, conditions = regime
     found = simulate(
         policy,
@@ -82,7 +82,7 @@ def outcome(policy: Policy, regime: Regime, requests: int) -> dict[str, Any]:
     }
 
 
-def compare(regime: Regime, requests: int, policies: Mapping[str, Policy]) -> dict[str, Any]:
+def compare(regime: Regime, requests: int, policies: Mapping[str, Any]) -> dict[str, Any]:
     outcomes = {name: outcome(policy, regime, requests) for name, policy in policies.items()}
     hedges = {name: outcome(policy, regime, requests) for name, policy in HEDGES.items()}
     best = min(hedges, key=lambda name: hedges[name]["p99.9"])

@@ -1,4 +1,4 @@
-"""Checks of arguments.
+"""Messages to the caller: errors of arguments, warnings, and loggers.
 
 Each error names the owner (a function's name, or the object that is given the argument), the
 argument, the requirement and the value. The wrong type is a TypeError, a wrong value a ValueError.
@@ -6,10 +6,15 @@ argument, the requirement and the value. The wrong type is a TypeError, a wrong 
 
 from __future__ import annotations
 
+import logging
 import math
 import numbers
 import operator
+import os
+import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MOST_WORKERS",
+    "Sparing",
     "count",
     "dense",
     "find_devices",
@@ -35,6 +41,7 @@ __all__ = [
     "real_array",
     "shown",
     "smoothing",
+    "sparing_logger",
     "warn",
 ]
 
@@ -194,3 +201,54 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)
+
+
+# Bounds, not tuned: seconds between two warnings of a cause, remembered causes, and the characters
+# by which each is remembered.
+_SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
+
+
+class Sparing(logging.Filter):
+    """Passes one warning per cause and minute, which says how many were held back before it.
+
+    Two warnings of one logger have the same cause if their texts differ in numbers only: the
+    worker, its process, the row, the shape. The clock is monotonic, in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock = clock
+        self.forget()
+        # A fork may happen while another thread holds the lock.
+        os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        """Forget all causes, so that each passes again."""
+        self._lock = threading.Lock()
+        # When a cause passed last, and the number held back since; the least recent first.
+        self._causes: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text, now = record.getMessage(), self._clock()
+        cause = record.name, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
+        with self._lock:
+            since, held = self._causes.pop(cause, (-math.inf, 0))
+            passes = now - since >= _SECONDS
+            self._causes[cause] = (now, 0) if passes else (since, held + 1)
+            if len(self._causes) > _MOST_CAUSES:
+                del self._causes[next(iter(self._causes))]
+        if passes and held:
+            record.msg, record.args = f"{text} ({held} more like it since the last one)", ()
+        return passes
+
+
+SPARING = Sparing()
+
+
+def sparing_logger(name: str) -> logging.Logger:
+    """Return the logger of that name, with the filter."""
+    logger = logging.getLogger(name)
+    logger.addFilter(SPARING)
+    return logger

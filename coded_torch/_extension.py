@@ -1,15 +1,22 @@
-"""The only loader of compiled code."""
+"""The only loader of compiled code, and operators of torch's own for CUDA where there is none.
+
+Most GPU hosts have a driver and torch, but no nvcc. A spline is applied there as a dense matrix,
+which is kept with its plan. Results agree with the compiled operators' to rounding, but a
+column's bits may depend on the number of columns, by which cuBLAS chooses its kernels.
+"""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from . import _cuda_fallback
-
-__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "short_path", "spline_plan"]
+__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "fits_matrix", "short_path"]
+__all__ += ["spline_plan"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "build it with `pip install .` in the source folder (needs a C++17 compiler)"
@@ -18,6 +25,135 @@ try:
     from ._plan import curve_plan, short_path, spline_plan
 except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
+
+
+_MOST = 1 << 26  # numbers of a dense matrix, 256 MB in float32; larger plans run on the host
+# From this sqrt(5) r / l on, a covariance counts as 0, as in csrc/math/matern.h.
+_ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
+
+_library: torch.library.Library | None = None
+# The dense matrices of a plan's coefficients, by direction, number of rows and stream.
+_dense = WeakIdKeyDictionary()
+
+
+def _register() -> None:
+    """Register torch's own operators for CUDA; they last as long as the process."""
+    global _library
+    _library = torch.library.Library("coded_torch", "IMPL")
+    operators = (spline_apply, matern52_out, matern52_among, inner_products, squared_distances)
+    for operator in operators:
+        _library.impl(operator.__name__, operator, "CUDA")
+
+
+def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply ``[..., n, k]`` by ``[..., k, m]`` without rounding their entries first.
+
+    Autocast is off. If the process allows TF32, whose inputs keep 10 bits, float32 matrices are
+    multiplied in float64; the setting itself is only read.
+    """
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+            return torch.matmul(a.double(), b.double()).float()
+        return torch.matmul(a, b)
+
+
+def fits_matrix(num_knots: int, num_points: int, num_plans: int = 1) -> bool:
+    """Return whether plans are applied as dense matrices, and not on the host."""
+    return num_plans * num_knots * num_points <= _MOST
+
+
+def spline_apply(
+    values: Tensor,
+    coefficients: Tensor,
+    schedule: Tensor,
+    transpose: bool,
+    gather: Tensor | None = None,
+    scatter: Tensor | None = None,
+    num_rows: int | None = None,
+) -> Tensor:
+    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    rows = (values if gather is None else gather).shape[0]
+    others = schedule.shape[-1] - 1 - rows
+    if not fits_matrix(rows, others, len(coefficients)):
+        on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
+        result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
+        return result.to(values.device)
+    dtype = values.dtype
+    if gather is not None:  # an index out of bounds stands for a row of zeros
+        known = gather.clamp(0, max(len(values) - 1, 0))
+        values = values[known].masked_fill_((known != gather).unsqueeze(-1), 0)
+    groups, columns = values.shape[1:]
+    matrices = _matrices(coefficients, schedule, transpose, rows)
+    values = values.to(coefficients.dtype)
+    if len(matrices) == 1:
+        flat = exact_matmul(matrices[0], values.reshape(rows, groups * columns))
+        out = flat.view(others, groups, columns)  # [N, G, m]
+    else:
+        out = exact_matmul(matrices, values.transpose(0, 1)).transpose(0, 1)
+    out = out.to(dtype)
+    if scatter is None:
+        return out.contiguous()
+    if num_rows is None:
+        num_rows = scatter.numel()
+    # An extra row takes the dropped rows: it has index num_rows, and index -1.
+    result = out.new_zeros(num_rows + 1, columns)
+    result[scatter.clamp(-1, num_rows)] = out
+    return result[:-1]
+
+
+def _matrices(coefficients: Tensor, schedule: Tensor, transpose: bool, rows: int) -> Tensor:
+    """Return ``[P, rows out, rows in]``, from the plan itself, or computed on the host."""
+    others = schedule.shape[-1] - 1 - rows
+    num_knots, num_points = (others, rows) if transpose else (rows, others)
+    of_sweeps = 12 * num_knots + 4 * num_points
+    if coefficients.shape[1] > of_sweeps and len(coefficients) == 1:  # ops.with_matrix
+        entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
+        matrix = entries.view(num_knots, num_points)
+        return (matrix if transpose else matrix.T).unsqueeze(0)
+    kept = _dense.setdefault(coefficients, {})
+    if torch.cuda.is_current_stream_capturing():  # nothing new may become part of the graph
+        for known, matrices in list(kept.items()):
+            if known[:2] == (transpose, rows):
+                return cast(Tensor, matrices)
+        raise RuntimeError(
+            "spline_apply: a plan must have been applied before it is captured in a CUDA graph"
+        )
+    # The copy to the device is ordered before its uses by the stream alone.
+    stream = torch.accelerator.current_stream(coefficients.device).stream_id
+    key = transpose, rows, stream
+    if key not in kept:
+        on_host, plan = coefficients.cpu(), schedule.cpu()
+        eye = torch.eye(rows, dtype=on_host.dtype, device="cpu")
+        eye = eye.unsqueeze(1).expand(rows, len(on_host), rows)  # [rows in, P, columns]
+        matrices = torch.ops.coded_torch.spline_apply(eye, on_host, plan, transpose)
+        kept[key] = matrices.transpose(0, 1).contiguous().to(coefficients.device)
+    return cast(Tensor, kept[key])
+
+
+def matern52_out(squared: Tensor, scale: float, out: Tensor) -> None:
+    s = squared.sqrt().mul_(scale)
+    decay = s.neg().exp_()
+    polynomial = torch.addcmul(s, s, s, value=1 / 3)  # s + s^2 / 3
+    torch.addcmul(decay, polynomial, decay, out=out)
+    out.masked_fill_(s > _ZERO_FROM[s.dtype], 0)
+
+
+def matern52_among(squared: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    some = squared[rows.unsqueeze(1), columns]
+    matern52_out(some, scale, some)
+    return some
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    products = exact_matmul(rows, rows.T)
+    return products.triu().add_(products.triu(1).T)  # symmetric to the bit
+
+
+def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
+    # From differences, without their matrix; the root is taken back.
+    distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square_()
+    threshold = (squares.unsqueeze(1) + squares).add_(1).mul_(nothing)
+    return distances.masked_fill_(distances <= threshold, 0)
 
 
 def _load(name: str) -> str:
@@ -51,7 +187,7 @@ def _load_cuda() -> str:
                 stacklevel=2,
             )
     if reason:
-        _cuda_fallback.register()
+        _register()
     return reason
 
 

@@ -50,7 +50,7 @@ napoleon_custom_sections = [
 ]
 
 # A reference to a name of this package must lead somewhere; insides have no page.
-_INSIDE = r"scheduling\.(protocol|latency_history)|input_space\.\w+|workers\.(dispatch|live|faults)"
+_INSIDE = r"scheduling\.(policy|latency_history)|input_space\.\w+|workers\.(dispatch|live|faults)"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!coded_torch\.).*"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from coded_torch._logging import SPARING
+from coded_torch._arguments import SPARING
 
 # Worker processes import the modules of the tests from where they are.
 sys.path.append(str(Path(__file__).resolve().parents[1]))

@@ -25,7 +25,7 @@ LAYERS = (
     {"linear"},
     {"ops"},
     {"_extension", "stragglers"},
-    {"_arguments", "_cuda_fallback", "_heap", "_logging", "_torch"},
+    {"_arguments", "_torch"},
 )
 FILES = {path.relative_to(PACKAGE): path for path in PACKAGE.rglob("*.py")}
 # The inherited suites count as tests.

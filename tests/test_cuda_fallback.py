@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from coded_torch import _cuda_fallback as fallback
+from coded_torch import _extension as fallback
 from coded_torch import ops
 
 from .splines import TOLERANCES

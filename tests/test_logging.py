@@ -11,7 +11,7 @@ import types
 
 import pytest
 
-from coded_torch._logging import Sparing
+from coded_torch._arguments import Sparing
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._logging import sparing_logger
+from .._arguments import sparing_logger
 from .._torch import as_called, exactly
 from .geometry import Geometry, added_up, typical_rows
 from .ordering import similarity_order

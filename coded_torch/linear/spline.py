@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import ops
 from .._arguments import real_array
 from .._arguments import smoothing as check_smoothing
-from .._cuda_fallback import fits_matrix
-from .._extension import HAS_CUDA_KERNELS, curve_plan
+from .._extension import HAS_CUDA_KERNELS, curve_plan, fits_matrix
 from .base import LinearMap
 
 if TYPE_CHECKING:

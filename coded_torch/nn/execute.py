@@ -13,10 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .._logging import sparing_logger
+from .._arguments import sparing_logger
 from .._torch import outside
-from ..scheduling.latency_history import History
-from ..scheduling.protocol import (
+from ..scheduling import (
     Ask,
     Began,
     Decision,
@@ -28,6 +27,7 @@ from ..scheduling.protocol import (
     Settled,
     Wait,
 )
+from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..verification import Trials
 from ..workers import base as workers

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import contextlib
+import contextvars
 import functools
+import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,7 +21,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .._arguments import count, warn
 from ..workers.live import INTERRUPTION, Ambient, Interruption
-from .map import map_batches
 
 __all__ = ["ModuleProxy", "training_part"]
 
@@ -94,7 +98,7 @@ class ModuleProxy(nn.Module, abc.ABC):
             Exception: a call fails. Its attribute ``batch`` is the number of the batch.
         """
         run = functools.partial(self.run, waiting=waiting)
-        return map_batches(run, batches, count("map", "in_flight", in_flight))
+        return _map_batches(run, batches, count("map", "in_flight", in_flight))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -147,3 +151,64 @@ def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str 
         if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
             return name or "the module"
     return None
+
+
+def _map_batches(
+    run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
+) -> Iterator[tuple[Any, Any]]:
+    """Yield the answers and the report of each batch, in order.
+
+    At most ``in_flight`` batches, with their results, exist at once, besides the caller's own. If
+    the generator ends early, by an exception or Ctrl-C, the open calls end.
+
+    Args:
+        run: takes the positional arguments of a call and returns the answers and the report.
+        batches: inputs, or tuples of positional arguments.
+        in_flight: the number of calls that are open at once.
+
+    Raises:
+        Exception: a call fails. Its attribute ``batch`` is the number of the batch.
+    """
+    ambient, left = Ambient.capture(), iter(batches)
+
+    def call(interruption: Interruption, batch: Any) -> tuple[Any, Any]:
+        INTERRUPTION.set(interruption)  # holds in the context of this call
+        with ambient.restored(ambient.default_device):
+            return run(*(batch if isinstance(batch, tuple) else (batch,)))
+
+    calls: deque[tuple[Any, Interruption]] = deque()
+    threads = ThreadPoolExecutor(in_flight, "coded_torch map")
+    try:
+        for number in itertools.count():
+            for batch in itertools.islice(left, in_flight - len(calls)):
+                interruption, context = Interruption(), contextvars.copy_context()
+                future = threads.submit(context.run, call, interruption, batch)
+                calls.append((future, interruption))
+            if not calls:
+                return
+            try:
+                found = calls[0][0].result()
+            except BaseException as error:
+                _note(error, number)
+                raise
+            calls.popleft()
+            yield found
+            del found
+    except KeyboardInterrupt:  # nothing may be left that keeps the next call waiting
+        for _, interruption in calls:
+            interruption.abandon()
+        raise
+    finally:
+        for future, interruption in calls:
+            future.cancel()
+            interruption.set()
+        threads.shutdown(wait=False)
+
+
+def _note(error: BaseException, number: int) -> None:
+    """Say in an exception which batch it belongs to, and how many were answered before."""
+    note = f"CodedWrapper.map: at batch {number}; the {number} batches before it were answered"
+    with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
+        error.batch = number  # type: ignore[attr-defined]
+        # Python 3.10 has no add_note.
+        error.__notes__ = [*getattr(error, "__notes__", ()), note]

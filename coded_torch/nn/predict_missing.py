@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .._logging import sparing_logger
+from .._arguments import sparing_logger
 from .._torch import as_called, device_of, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.coverage import ErrorBars

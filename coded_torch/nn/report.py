@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._arguments import real
-from .._logging import sparing_logger
+from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.coverage import ErrorBars
-from ..scheduling.protocol import Ended, Hedge
+from ..scheduling import Ended, Hedge
 from ..workers.base import WorkerError
 from ..workers.task import unflatten
 

@@ -1,4 +1,4 @@
-"""The decisions of one call: hedges, failed parts, and the end; see ``waiting.py``.
+"""The decisions of one call: hedges, failed parts, and the end.
 
 A part that fails is asked for again in smaller parts, until the rows that fail stand alone. A row
 is refused, and not asked for again in this call, if
@@ -11,32 +11,19 @@ A row that fails on one broken worker only is given up, but not refused: it is m
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .latency_history import History
-from .protocol import (
-    Ask,
-    Began,
-    Decision,
-    Drop,
-    Ended,
-    Event,
-    Failure,
-    Hedge,
-    Prepare,
-    Settled,
-    Wait,
-)
+from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Hedge, Prepare, Settled, Wait
 
 if TYPE_CHECKING:
-    from .waiting import Waiting
+    from .latency_history import History
 
-__all__ = ["Call"]
+__all__ = ["Policy"]
 
 # A late part is hedged three times, first split over up to four idle workers, which shortens the
 # tail (benchmarks/waiting.py, "three re-asks"). A failed part is cut in four, so that few more
@@ -55,86 +42,113 @@ _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 _NO_FAILURE = Failure()
 
 
-@dataclasses.dataclass(eq=False, slots=True)
+class Policy:
+    """A policy with the settings of :class:`~coded_torch.Waiting`."""
+
+    def decide(
+        self,
+        history: History,
+        first: Sequence[Sequence[int]],
+        *,
+        needed: int,
+        least: int = 1,
+        unit_rows: int = 1,
+        spare: Sequence[int] | None = None,
+        since: float = 0.0,
+        idle: Callable[[], int] = lambda: 1,
+        reserve: float = 0.0,
+    ) -> Generator[Decision, Event, Ended]:
+        """Yield the decisions of one call; :mod:`coded_torch.scheduling` has the protocol.
+
+        Args:
+            history: the history of the same module on the same pool.
+            first: the units of each part of the first ask.
+            needed: the number of units with a good result that complete the call: B or N - S.
+            least: the least number of units that can be decoded. Defaults to 1.
+            unit_rows: the rows of a unit. Defaults to 1.
+            spare: the columns that are not in ``first``, any of which stands in for any column.
+                Defaults to None: units are rows, for which only the same rows stand in.
+            since: the time at which the call began. Defaults to 0.
+            idle: a callable that returns the number of idle workers. Defaults to one worker.
+            reserve: seconds before the deadline that predicting takes. Defaults to 0.
+        """
+        call = _Call(self, history, first, needed, unit_rows, spare, since, idle)
+        return call.decisions(least, reserve)
+
+
 class _Part:
     """A part, and the part that it stands in for."""
 
-    number: int
-    units: tuple[int, ...]
-    of: _Part | None
-    at: float
-    state: int = _QUEUED
-    due: float = math.inf  # the time at which it is late
-    seconds: float = math.inf  # a good result's latency
+    state = _QUEUED
+    due = math.inf  # the time at which it is late
+    seconds = math.inf  # a good result's latency
     fresh: bool | None = None  # None: it has not begun
-    worker: int = -1
-    failure: Failure = _NO_FAILURE
-    replaced: bool = False
-    won: bool = False
-    tries: int = 0  # failures of exactly these units in a row
-    hedges: int = 0  # the parts that it stands in for are counted, too
+    worker = -1
+    failure = _NO_FAILURE
+    replaced = won = False
 
-    def line(self) -> Iterator[_Part]:
-        """Yield this part and the parts that it stands in for, the last first."""
-        part: _Part | None = self
-        while part is not None:
-            yield part
-            part = part.of
+    def __init__(
+        self, number: int, units: tuple[int, ...], of: _Part | None, at: float, tries: int = 0
+    ) -> None:
+        self.number, self.units, self.of, self.at = number, units, of, at
+        self.tries = tries  # failures of exactly these units in a row
+        self.hedges: int = of.hedges if of else 0  # also of the parts that it stands in for
+        self.line: tuple[_Part, ...] = (self, *of.line) if of else (self,)
 
     @property
     def raised(self) -> bool:
         return self.failure.kind == "raised"
 
     @property
-    def let_down(self) -> bool:
-        """The worker failed, without an exception of the module."""
+    def let_down(self) -> bool:  # the worker failed, without an exception of the module
         return self.state == _FAILED and not self.raised
 
 
-@dataclasses.dataclass(eq=False)
-class Call:
-    """The state of one call; :meth:`Waiting.decide` describes the arguments."""
+class _Call:
+    """The state of one call; :meth:`Policy.decide` describes the arguments."""
 
-    waiting: Waiting
-    history: History
-    first: Sequence[Sequence[int]]
-    needed: int
-    least: int
-    unit_rows: int
-    spare: Sequence[int] | None
-    since: float
-    idle: Callable[[], int]
-    reserve: float
-
-    def __post_init__(self) -> None:
-        waiting, first = self.waiting, self.first
-        if not waiting.at_once:
-            self.least = max(self.least, -(-self.needed // 2) if waiting.predict else self.needed)
-        self.parts = [_Part(i, tuple(units), None, self.since) for i, units in enumerate(first)]
-        self.open, self.num_units = len(first), sum(map(len, first))  # open parts may still settle
-        self.unasked = deque(self.spare or ())
-        self.now = self.heard = self.since  # no event can come any more from before `heard`
+    def __init__(
+        self,
+        waiting: Any,
+        history: History,
+        first: Sequence[Sequence[int]],
+        needed: int,
+        unit_rows: int,
+        spare: Sequence[int] | None,
+        since: float,
+        idle: Callable[[], int],
+    ) -> None:
+        self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
+        self.unit_rows, self.since, self.idle = unit_rows, since, idle
+        self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
+        self.open = self.num_first = len(first)  # open parts may still settle
+        self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
+        self.unasked = deque(spare or ())
+        self.deadline = self.late_at = self.end = math.inf
+        self.now = self.heard = since  # no event can come any more from before `heard`
         self.good: set[int] = set()
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
         self.given_up: dict[int, int] = {}  # the last part that failed, by unit
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
-        self.thresholds: dict[int, float] = {}
+        self.threshold = functools.cache(lambda n: history.hedging_threshold(n * unit_rows))
         self.hedged, self.prepare_at = False, math.inf
-        self.rows = self.unit_rows * max(map(len, first))
+
+    def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
+        waiting = self.waiting
+        if not waiting.at_once:
+            least = max(least, -(-self.needed // 2) if waiting.predict else self.needed)
+        self.least = least
         # Predictions begin at `late_at`, if half of the results are there, and at `end` at the
         # latest. Without a deadline, `end` limits the search for rows on which the module fails.
         if waiting.deadline is not None:
-            self.deadline = waiting.deadline
-            self.end = self.since + self.deadline
-            self.late_at = self.end - self.reserve
+            self.deadline, self.end = waiting.deadline, self.since + waiting.deadline
+            self.late_at = self.end - reserve
         else:
             never = not waiting.predict or waiting.predict_after == math.inf
             median = math.inf if never else self.history.call(self.rows)
             self.deadline = waiting.predict_after * median
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
-
-    def decisions(self) -> Generator[Decision, Event, Ended]:
         yield Ask(tuple([part.units for part in self.parts]))
         wait = Wait(-math.inf)
         while not (reason := self._reason()):
@@ -167,9 +181,9 @@ class Call:
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
         if len(self.good) >= self.needed:
-            is_first = self.waiting.at_once and len(self.good) < len(self.first)
+            is_first = self.waiting.at_once and len(self.good) < self.num_first
             return "first" if is_first else "complete"
-        if self._is_explained():
+        if self.refused and self._is_explained():
             return "error"
         enough = self.heard >= self.late_at and len(self.good) >= self.least
         if self.waiting.deadline is not None:
@@ -181,36 +195,31 @@ class Call:
 
     def _is_explained(self) -> bool:
         """Return whether the module itself fails on all that is missing."""
-        return bool(self.refused) and len(self.good | self.refused.keys()) >= self.needed
+        return len(self.good | self.refused.keys()) >= self.needed
 
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
         return any(
             part.state <= _RUNNING
             and not self.good.issuperset(part.units)
-            and any(other.failure.kind for other in part.line())
-            for part in self.parts[len(self.first) :]
+            and any(other.failure.kind for other in part.line)
+            for part in self.parts[self.num_first :]
         )
 
     def _until(self) -> float:
         """Return when to act if nothing happens."""
+        due = self.prepare_at
         while self.timers:
-            due, number = self.timers[0]
-            if self.parts[number].state == _RUNNING and self.parts[number].due == due:
+            at, number = self.timers[0]
+            if self.parts[number].state == _RUNNING and self.parts[number].due == at:
+                due = min(due, at)
                 break
             heapq.heappop(self.timers)
-        due = min(self.timers[0][0] if self.timers else math.inf, self.prepare_at)
         if self.heard < self.late_at:
             return min(due, self.late_at)
         if self.waiting.deadline is None and len(self.good) < self.least:
             return due  # the rest could not be predicted
         return min(due, self.end)
-
-    def _threshold(self, num_units: int) -> float:
-        if (seconds := self.thresholds.get(num_units)) is None:
-            seconds = self.history.hedging_threshold(num_units * self.unit_rows)
-            self.thresholds[num_units] = seconds
-        return seconds
 
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
@@ -218,7 +227,7 @@ class Call:
         self.open += part.state == _DROPPED  # the drop came too late
         part.state, part.fresh = _RUNNING, event.fresh
         if self.waiting.hedge_budget:
-            self._set_due(part, event.at + self._threshold(len(part.units)))
+            self._set_due(part, event.at + self.threshold(len(part.units)))
 
     def _set_due(self, part: _Part, due: float) -> None:
         part.due = due
@@ -232,35 +241,34 @@ class Call:
         part.state = _GOOD if event.ok else _FAILED
         part.failure, part.worker = event.failure, event.worker
         if event.ok:
-            num_good = len(good)
-            good.update(part.units)
-            part.won, part.seconds = len(good) > num_good, event.latency
+            part.won, part.seconds = not good.issuperset(part.units), event.latency
             part.fresh = bool(part.fresh)
+            good.update(part.units)
             return
         part.tries += 1
         good.clear()
         good.update(*(other.units for other in self.parts if other.state == _GOOD))
         if not good and self._all_raised_alike():
-            for other in self.parts[: len(self.first)]:
+            for other in self.parts[: self.num_first]:
                 self.refused |= dict.fromkeys(other.units, other.number)
 
     def _all_raised_alike(self) -> bool:
         """Return whether the module raised alike on all parts, on more than one worker."""
-        first = self.parts[: len(self.first)]
-        if len(first) <= 2 or not all(part.raised for part in first):
-            return False  # one or two parts may each contain a bad row
-        causes, workers = {p.failure.cause for p in first}, {p.worker for p in first}
-        return len(causes) == 1 and len(workers) > 1
+        first = self.parts[: self.num_first]
+        alike = len({p.failure.cause for p in first}) == 1 < len({p.worker for p in first})
+        # One or two parts may each contain a bad row.
+        return alike and len(first) > 2 and all(part.raised for part in first)
 
     def _unwanted(self) -> tuple[int, ...]:
         """Drop parts that have not begun, and that other parts have answered."""
-        unwanted, answered = [], self.good | self.refused.keys()
-        for part in self.parts[len(self.first) :]:
-            if part.state == _QUEUED and answered.issuperset(part.units):
-                part.state = _DROPPED
-                unwanted.append(part.number)
-        self.open -= len(unwanted)
-        return tuple(unwanted)
+        if len(self.parts) == self.num_first:
+            return ()
+        answered, queued = self.good | self.refused.keys(), self.parts[self.num_first :]
+        queued = [p for p in queued if p.state == _QUEUED and answered.issuperset(p.units)]
+        for part in queued:
+            part.state = _DROPPED
+        self.open -= len(queued)
+        return tuple([part.number for part in queued])
 
     def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
         """Return new parts that stand in for late and failed parts."""
@@ -282,28 +290,27 @@ class Call:
                 continue
             part.replaced = True
             part.hedges += late
-            if late:
-                pieces = 1 if part.of else max(1, min(_SPLIT, idle))
-            else:
-                pieces = 1 if part.state == _DROPPED else self._judge(part)
+            pieces = max(1, min(_SPLIT, idle)) if late and not part.of else 1
+            if part.state == _FAILED:
+                pieces = self._judge(part)
             if pieces := min(pieces, len(missing)):
                 idle -= pieces
                 lacking -= len(missing) if self.spare is not None else 0
                 self._add(missing, pieces, part)
+        self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
         # A copy of a part that ended a worker would end another worker, too.
-        if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line()):
+        if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line):
             return False
         if not self.hedged:
             self.hedged, self.prepare_at = True, (self.since + self.late_at) / 2
-        most = 1 + _BURST / len(self.first)
-        if self.history.spend(len(missing) / self.num_units, most):
+        if self.history.spend(len(missing) / self.num_units, 1 + _BURST / self.num_first):
             return True
         # Where parts take no time, a threshold of 0 would be due for ever.
-        self._set_due(part, self.now + (self._threshold(len(part.units)) or math.inf))
+        self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))
         return False
 
     def _add(self, missing: list[int], pieces: int, of: _Part) -> None:
@@ -313,9 +320,7 @@ class Call:
         for i in range(pieces):
             some = tuple(units[i * len(units) // pieces : (i + 1) * len(units) // pieces])
             tries = of.tries if len(some) == len(of.units) else 0
-            number = len(self.parts)
-            self.parts.append(_Part(number, some, of, self.now, tries=tries, hedges=of.hedges))
-        self.open += pieces
+            self.parts.append(_Part(len(self.parts), some, of, self.now, tries))
 
     def _judge(self, part: _Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
@@ -326,7 +331,7 @@ class Call:
         if part.raised:
             if not alone:
                 return _SPLIT
-            alike = [other for other in part.line() if other.failure == part.failure]
+            alike = [other for other in part.line if other.failure == part.failure]
             refused = any(other.worker != part.worker for other in alike)
             if not self._working() - {part.worker}:
                 most = _TRIES
@@ -346,24 +351,21 @@ class Call:
         return 0
 
     def _working(self) -> set[int]:
-        """Return the workers that have returned good results."""
         return {part.worker for part in self.parts if part.state == _GOOD}
 
     def _chance(self, part: _Part) -> float:
         """Return the probability that other rows would have failed as often."""
-        line = set(part.line())
-        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in line]
+        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in part.line]
         ended = [p.let_down for p in others if not p.raised]
         known_failed, known_ended = self.history.failing()
         # One more of each, as a pool without failures may fail. This call weighs more: all workers
         # may have broken just now.
         lately = (known_failed + sum(ended) + 1) / (known_ended + len(ended) + 1)
         rate = max(lately, sum(ended) / len(ended) if ended else 0.0)
-        return float(rate ** sum(p.let_down for p in line))
+        return float(rate ** sum(p.let_down for p in part.line))
 
     def _end(self, reason: str) -> Ended:
-        # Rows that the module raised on are refused if no other worker is known to work. If the
-        # call ends before any worker has returned a result, nothing is known.
+        # Rows that the module raised on are refused if no other worker is known to work.
         working = self._working()
         for unit, number in self.given_up.items() if working or reason == "failed" else ():
             part = self.parts[number]
@@ -373,22 +375,18 @@ class Call:
             reason = "error"
         if not self.waiting.at_once:
             self._remember()
-        return Ended(
-            reason,
-            tuple(
-                Hedge(part.number, part.of.number, part.units, part.at - self.since, part.won)
-                for part in self.parts
-                if part.of is not None
-            ),
-            self._threshold(self.rows // self.unit_rows),
-            self.deadline,
-            tuple(sorted(set(self.refused.values()))),
-        )
+        hedges = [
+            Hedge(part.number, part.of.number, part.units, part.at - self.since, part.won)
+            for part in self.parts[self.num_first :]
+            if part.of is not None
+        ]
+        threshold = self.threshold(self.rows // self.unit_rows)
+        refused = tuple(sorted(set(self.refused.values())))
+        return Ended(reason, tuple(hedges), threshold, self.deadline, refused)
 
     def _remember(self) -> None:
         ran = [part for part in self.parts if part.fresh is not None]
-        # Calls that were cut short count as infinite. Otherwise the median would not follow when
-        # the workers become slow.
+        # If calls that were cut short did not count as infinite, the median would not follow.
         took = self.now - self.since if len(self.good) >= self.needed else math.inf
         is_typical = not any(part.fresh for part in ran)
         innocent = [part for part in ran if self.given_up.keys().isdisjoint(part.units)]

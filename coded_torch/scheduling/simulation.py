@@ -14,22 +14,20 @@ import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .._arguments import count, instance, positive, probability, real
 from ..stragglers import Stragglers
+from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 from .latency_history import History
-from .protocol import Ask, Began, Decision, Drop, Ended, Event, Failure, Settled, Wait
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from .waiting import Waiting
-
-__all__ = ["OVERHEAD", "Conditions", "Outcome", "Policy", "simulate"]
+__all__ = ["OVERHEAD", "Conditions", "Outcome", "simulate"]
 
 # These numbers define the conditions of benchmarks/waiting.py. Times are in medians of a part.
 #: The share of a part's time that does not depend on its number of rows.
@@ -42,20 +40,12 @@ _PAUSE = 10.0  # the time for which a burst stops workers
 _BURST_SHARE = 0.2  # the share of the workers that one burst stops
 
 
-class Policy(Protocol):
-    """A policy that decides as :class:`~coded_torch.Waiting` does."""
-
-    def decide(
-        self, history: History, first: Sequence[Sequence[int]], *, needed: int, **options: Any
-    ) -> Generator[Decision, Event, Ended]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Conditions:
     """The running times of parts, and the faults of workers.
 
     A part with the share r of the rows of a part of the first ask runs for ``0.1 + 0.9 r``, times a
-    lognormal factor. All times are in medians of a part.
+    lognormal factor.
 
     Args:
         spread: the standard deviation of the factor's logarithm, at least 0. Defaults to 0.15.
@@ -123,7 +113,7 @@ class Outcome:
 
 
 def simulate(
-    policy: Policy | Waiting,
+    policy: Any,
     conditions: Conditions,
     *,
     num_workers: int,
@@ -135,12 +125,12 @@ def simulate(
 ) -> Outcome:
     """Simulate calls on workers that compute one part at a time, from one queue.
 
-    Calls arrive independently of each other (Poisson). An idle worker begins the next part that is
-    still wanted, and computes it to its end. All policies meet the same faults under the same seed:
-    by call and part for the first ask, by worker and time for slow spells and bursts.
+    Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
+    computes it to its end. All policies meet the same faults under the same seed: by call and part
+    for the first ask, by worker and time for slow spells and bursts.
 
     Args:
-        policy: a :class:`~coded_torch.Waiting`, or a policy of the same form. If the policy asks
+        policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks
             all N columns at once, column n holds the share ``n mod K`` of the rows.
         conditions: the running times and faults.
         num_workers: the number of workers, at least 1.
@@ -201,8 +191,7 @@ def simulate(
     for call, how, at in pool.ended:
         latencies[call.number] = at - call.arrival
         if how != "complete":
-            answered = {unit % num_units for units in call.answered for unit in units}
-            predicted[call.number] = 1 - len(answered) / num_units
+            predicted[call.number] = 1 - len({u % num_units for u in call.answered}) / num_units
     return Outcome(
         latencies,
         predicted,
@@ -222,7 +211,7 @@ class _Call:
     factors: Sequence[float]  # factors of the running times in the first ask
     delays: Sequence[float]  # a delay for each worker
     parts: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
-    answered: list[tuple[int, ...]] = dataclasses.field(default_factory=list)
+    answered: list[int] = dataclasses.field(default_factory=list)  # units
     dropped: set[int] = dataclasses.field(default_factory=set)
     until: float = math.inf
 
@@ -261,7 +250,6 @@ class _Pool:
         return () if law is None else law.sample(num_workers, self._numbers_of_delays).tolist()
 
     def at(self, time: float, do: Callable[[Any], None], what: Any) -> None:
-        """Call ``do(what)`` at a time."""
         heapq.heappush(self._events, (time, next(self._order), do, what))
 
     def num_idle(self) -> int:
@@ -319,9 +307,9 @@ class _Pool:
         rows = len(call.parts[part]) * self.unit_rows
         seconds = call.factors[part] if part < len(call.factors) else next(self._later)
         seconds *= OVERHEAD + (1 - OVERHEAD) * rows / _PART_ROWS
-        begin, end, factor = self._spell[worker]
-        while end <= self.now:
-            begin, end, factor = self._spell[worker] = next(self._spells[worker])
+        while self._spell[worker][1] <= self.now:
+            self._spell[worker] = next(self._spells[worker])
+        begin, _, factor = self._spell[worker]
         if begin <= self.now:
             seconds *= factor
         if call.delays:
@@ -344,7 +332,7 @@ class _Pool:
         if running is not None and running[0].policy is not None:
             call, part, began, ok = running
             if ok:
-                call.answered.append(call.parts[part])
+                call.answered += call.parts[part]
             failure = Failure() if ok else Failure("died")
             self.step(call, Settled(part, self.now, self.now - began, ok, failure, worker))
 

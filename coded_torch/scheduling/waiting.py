@@ -1,45 +1,19 @@
-r"""The waiting policy: when a call hedges, and when it stops waiting.
-
-A policy does no waiting itself. :meth:`Waiting.decide` is a generator of decisions that is sent
-events. A wrapper drives it over real workers, and :mod:`coded_torch.scheduling.simulation` over
-thousands of calls on one clock. Any driver follows this protocol::
-
-    policy = waiting.decide(history, first, needed=len(rows), idle=lambda: request.idle)
-    event = None
-    while True:
-        try:
-            decision = policy.send(event)
-        except StopIteration as stop:
-            return stop.value           # Ended
-        event = None
-        match decision:
-            case Ask(parts): ...        # each part is a tuple of units
-            case Drop(parts): ...       # numbers of parts that need not begin any more
-            case Prepare(): ...         # missing rows may have to be predicted
-            case Wait(until): event = ...  # Began, Settled, or None at the time `until`
-
-Parts are numbered 0, 1, 2, ... in the order in which they are asked. All times are seconds on one
-clock. A driver answers ``Wait(math.inf)`` with None if nothing can come any more. It may close the
-generator at any time. Only a call that has :class:`Ended` changes the history of latencies.
-"""
+"""The waiting policy: when a call hedges, and when it stops waiting."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from .._arguments import count, instance, positive, real
-from .latency_history import History
-from .policy import Call
-from .protocol import Decision, Ended, Event
+from .policy import Policy
 
 __all__ = ["Waiting"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Waiting:
+class Waiting(Policy):
     r"""A policy that asks for each part once, hedges late parts, and predicts missing rows.
 
     - A part is late when its running time exceeds the hedging threshold
@@ -132,41 +106,6 @@ class Waiting:
             ValueError: an argument is out of its domain.
         """
         return _First(deadline, num_stragglers=num_stragglers)
-
-    def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int = 1,
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,
-        since: float = 0.0,
-        idle: Callable[[], int] = lambda: 1,
-        reserve: float = 0.0,
-    ) -> Generator[Decision, Event, Ended]:
-        """Return the decisions of one call, by the protocol that the module describes.
-
-        Args:
-            history: the history of the same module on the same pool.
-            first: the units of each part of the first ask.
-            needed: the number of units with a good result that complete the call: B or N - S.
-            least: the least number of units that can be decoded. Defaults to 1.
-            unit_rows: the rows of a unit. Defaults to 1.
-            spare: the columns that are not in ``first``. Any column stands in for any other, and
-                spare columns go first. Defaults to None: units are rows, for which only the same
-                rows stand in.
-            since: the time at which the call began. Defaults to 0.
-            idle: a callable that returns the number of idle workers. Defaults to one worker.
-            reserve: seconds before the deadline that predicting takes. Defaults to 0.
-
-        Returns:
-            A generator of decisions that returns :class:`Ended`.
-        """
-        return Call(
-            self, history, first, needed, least, unit_rows, spare, since, idle, reserve
-        ).decisions()
 
     def __repr__(self) -> str:
         changed = ", ".join(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -23,7 +24,6 @@ from torch import Tensor
 import coded_torch
 
 from .._arguments import count, instance, positive
-from .._heap import frozen_heap
 from ..nn import CodedWrapper, Report
 from ..open_inference.tensors import TensorSpec
 from .batcher import Batcher
@@ -196,7 +196,7 @@ class Service:
         """Start the workers, answer every accepted request, and close the workers."""
         try:
             await asyncio.to_thread(self.load)
-            with frozen_heap():
+            with _frozen_heap():
                 self.ready = True
                 yield
         finally:
@@ -331,3 +331,20 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
 
     bounds = {"max_ongoing_requests": _MOST_REQUESTS, "max_queued_requests": _MOST_REQUESTS}
     return serve.deployment(**bounds | options)(serve.ingress(build)())
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Keep full collections from visiting the objects that exist already, in the whole process.
+
+    A full collection stops all threads while it visits every object: some 100 ms with torch
+    imported. If the host has frozen objects itself, all stay frozen: Python unfreezes all or none.
+    """
+    by_host = gc.get_freeze_count() > 0
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not by_host:
+            gc.unfreeze()

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .._logging import sparing_logger
+from .._arguments import sparing_logger
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import Report
 from ..open_inference.tensors import RefusedError

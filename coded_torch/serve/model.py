@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._logging import sparing_logger
+from .._arguments import sparing_logger
 from .._torch import device_of
 from ..nn import CodedWrapper, Report, Waiting
 from ..open_inference.tensors import TensorSpec

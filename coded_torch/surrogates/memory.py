@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._arguments import count
-from .._logging import sparing_logger
+from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space.coverage import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52, scaled

@@ -5,8 +5,7 @@ call. Then :meth:`Trials.decisions` is a generator of decisions that is sent eve
 waiting policy (:mod:`coded_torch.scheduling.waiting`).
 """
 
-from .results import Results
-from .scores import Scores
+from .scores import Results, Scores
 from .strikes import Drawn, Strikes
 from .trials import Trials
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import Any
 
-from ..scheduling.protocol import Ask, Decision, Ended, Event, Settled
+from ..scheduling import Ask, Decision, Ended, Event, Settled
 from .scores import ODD_PARTS, ODD_ROWS
 from .strikes import Strikes
 from .trials import Trials

@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from ..scheduling.protocol import Ask, Decision, Drop, Ended, Event, Settled, Wait
-from .results import Results
+from ..scheduling import Ask, Decision, Drop, Ended, Event, Settled, Wait
+from .scores import Results
 from .strikes import LEARNABLE, Drawn, Strikes
 
 __all__ = ["Trials"]

@@ -11,8 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from .._arguments import count
-from .._logging import sparing_logger
+from .._arguments import count, sparing_logger
 from .base import Obstacle, Part, Workers
 from .live import LiveRequest
 

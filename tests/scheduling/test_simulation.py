@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Waiting, stragglers
-from coded_torch.scheduling.protocol import Ask, Began, Drop, Settled, Wait
+from coded_torch.scheduling import Ask, Began, Drop, Settled, Wait
 from coded_torch.scheduling.simulation import Conditions, simulate
 
 

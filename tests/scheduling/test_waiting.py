@@ -9,8 +9,7 @@ import time
 import pytest
 
 from coded_torch import Waiting
-from coded_torch.scheduling.latency_history import History, PredictionTimes
-from coded_torch.scheduling.protocol import (
+from coded_torch.scheduling import (
     Ask,
     Began,
     Drop,
@@ -20,6 +19,7 @@ from coded_torch.scheduling.protocol import (
     Settled,
     Wait,
 )
+from coded_torch.scheduling.latency_history import History, PredictionTimes
 
 FOUR = [(0, 1), (2, 3), (4, 5), (6, 7)]
 

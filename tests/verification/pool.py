@@ -4,7 +4,7 @@ import math
 import random
 from collections import deque
 
-from coded_torch.scheduling.protocol import Ask, Ended, Settled, Wait
+from coded_torch.scheduling import Ask, Ended, Settled, Wait
 from coded_torch.verification import Strikes, Trials
 
 COMPLETE = Ended("complete")

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from coded_torch.scheduling.protocol import Ended, Wait
+from coded_torch.scheduling import Ended, Wait
 from coded_torch.verification import Drawn, Strikes, Trials
 
 from .pool import COMPLETE, Numbers, Pool
