@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,11 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._device import DeviceContext
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 __all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
-__all__ += ["outside", "placed", "plain", "read_here", "to_device", "unchanged"]
+__all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
 
 _T = TypeVar("_T")
 Fingerprint = tuple[list[Tensor], tuple[Any, ...]]
@@ -47,8 +50,15 @@ def differentiated(tensor: Tensor) -> bool:
     return (
         (torch.is_grad_enabled() and tensor.requires_grad)
         or bool(torch._C._are_functorch_transforms_active())
-        or forward_ad.unpack_dual(tensor).tangent is not None
+        or tangent_of(tensor) is not None
     )
+
+
+def tangent_of(tensor: Tensor) -> Tensor | None:
+    """Return the tangent of a dual tensor, None of others."""
+    if forward_ad._current_level < 0:  # no level is open: unpacking would take microseconds
+        return None
+    return forward_ad.unpack_dual(tensor).tangent
 
 
 @contextlib.contextmanager
@@ -68,18 +78,27 @@ class _Host(DeviceContext):
     __exit__ = TorchFunctionMode.__exit__
 
 
-@contextlib.contextmanager
-def on_host() -> Iterator[None]:
+class on_host(contextlib.ContextDecorator):  # noqa: N801 - as contextlib's
     """Make new tensors on the host in a block or a function, on any default device of the caller.
 
     The caller's own code, run from within, is put into a block of :func:`as_called`.
     """
-    mode = _get_current_function_mode()
-    if mode is None or isinstance(mode, _Host):
-        yield  # no mode means no default device, and every call of torch is faster
-        return
-    with _Host("cpu"):
-        yield
+
+    _inner: Any = None
+
+    def __enter__(self) -> None:
+        mode = _get_current_function_mode()
+        # No mode means no default device, and every call of torch is faster.
+        if mode is not None and not isinstance(mode, _Host):
+            self._inner = _Host("cpu")
+            self._inner.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._inner is not None:
+            self._inner.__exit__(*exception)
+
+    def _recreate_cm(self) -> Self:
+        return type(self)()
 
 
 @contextlib.contextmanager
@@ -92,19 +111,25 @@ def as_called() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def outside() -> Iterator[None]:
+class outside(on_host):  # noqa: N801 - as contextlib's
     """Compute with plain tensors on the host in a block, though a transform may be under way.
 
     Within a transform every operation returns wrapped tensors, which have no memory that numpy
     could read. A plan that kept such a tensor would outlive its transform.
     """
-    with on_host():
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            yield
-            return
-        with temporarily_clear_interpreter_stack():
-            yield
+
+    _stack: Any = None
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self._stack = temporarily_clear_interpreter_stack()
+            self._stack.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._stack is not None:
+            self._stack.__exit__(*exception)
+        super().__exit__(*exception)
 
 
 def read_here(tensor: Tensor) -> Tensor:

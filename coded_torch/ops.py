@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _extension  # noqa: F401 - loads the operators
+from ._torch import tangent_of
 
 __all__ = ["inner_products", "matern52", "matern52_among", "spline_apply", "squared_distances"]
 __all__ += ["with_matrix"]
@@ -72,8 +73,9 @@ def spline_apply(
     if not compiling and torch._C._are_functorch_transforms_active():
         transformed: Tensor = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
         return transformed
-    primal, tangent = forward_ad.unpack_dual(values)
+    tangent = tangent_of(values)
     if tangent is not None:  # linear, so the tangent is mapped as the value is
+        primal = forward_ad.unpack_dual(values).primal
         rest: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
         dual: Tensor = forward_ad.make_dual(
             spline_apply(primal, coefficients, schedule, transpose=transpose, **rest),

@@ -92,13 +92,16 @@ class Execution:
             history: the latencies of this module on this pool.
         """
         division, check, report = self._division, self._check, self._report
+        self._at_once = waiting.at_once
         with pool.open(module, division.task) as request:
             self._request = request
             # On a simulated clock, only the simulation takes time.
             began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
+            if check is not None:
+                division.first = check.first(division.first, request.idle)
             policy = waiting.decide(
                 history,
-                division.first if check is None else check.first(division.first, request.idle),
+                division.first,
                 needed=division.needed,
                 least=division.least,
                 unit_rows=division.task.unit_rows,
@@ -132,8 +135,8 @@ class Execution:
                 return ended
             event = None
             if isinstance(decision, Wait):
-                if not self._events:
-                    self._listen(decision)
+                while not self._events and self._listen(decision.until):
+                    pass  # what was heard is no event for the policy
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
                 self._ask(decision)
@@ -182,29 +185,30 @@ class Execution:
             return ended._replace(reason="deadline" if late else "failed")
         return ended
 
-    def _listen(self, wait: Wait) -> None:
-        """Wait for an event of the policy, and judge together the replies that arrive together.
+    def _listen(self, until: float) -> bool:
+        """Wait for events, and judge together the replies that arrive together.
 
-        No more replies are taken than can complete the call.
+        No more replies are taken than can complete the call. Returns whether anything was heard.
         """
-        request, replies, until = self._request, [], wait.until
+        request, replies, heard = self._request, [], None
         wanted = self._division.needed - len(self._results.units)
-        while (heard := request.wait(until)) is not None:
-            part = heard.part
-            if isinstance(heard, workers.Began):
-                self._began[part.number] = heard
-                if heard.fresh:
+        while (event := request.wait(until)) is not None:
+            heard, until = event, -math.inf  # from now on, only the events that have happened
+            part = event.part
+            if isinstance(event, workers.Began):
+                self._began[part.number] = event
+                if event.fresh:
                     self._fresh.add(part.number)
-                self._events.append(Began(part.number, heard.at, heard.fresh))
-                until = -math.inf  # hear only the events that have happened
+                if not self._at_once:  # otherwise no part is hedged
+                    self._events.append(Began(part.number, event.at, event.fresh))
             else:
-                replies.append(heard)
-                until = -math.inf
+                replies.append(event)
                 wanted -= len(part.units)
                 if wanted <= 0:
                     break
         if replies:
             self._judge(replies)
+        return heard is not None
 
     def _judge(self, replies: Sequence[workers.Reply]) -> None:
         latencies = self._report.latencies

@@ -123,6 +123,9 @@ class ModuleProxy(nn.Module, abc.ABC):
         return {**state, "_compiled": None}  # made again where it is needed
 
     def _warn_of_batch_statistics(self) -> None:
+        kinds = (*_TRAINING_EFFECTS,)
+        if not any(isinstance(part, kinds) and part.training for part in self.module.modules()):
+            return
         for kind, effect in _TRAINING_EFFECTS.items():
             name = training_part(self.module, kind)
             if name is not None and name not in self._warned:

@@ -95,11 +95,11 @@ class Answers:
             plan = division.plan()
         with outside():  # the report outlives a transform
             source = torch.arange(size) if plan is None else plan.source(stacked.units)
-            predicted, unit_rows = source < 0, division.task.unit_rows
-            known = ~predicted if odd is None else ~predicted & ~odd
-        report.note_source(source, stacked.parts, len(division.first), unit_rows)
-        any_predicted = bool(predicted.any())
-        guesses = self._guesses(stacked) if self._surrogates and any_predicted else []
+            predicted = source < 0
+            known = None if odd is None else ~predicted & ~odd
+        report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
+        num_predicted = 0 if plan is None else int(predicted.sum())
+        guesses = self._guesses(stacked) if self._surrogates and num_predicted else []
         answers, choices = list(stacked.leaves), []
         divided: list[Tensor] = []
         weights: list[tuple[float, ...]] = []
@@ -113,9 +113,9 @@ class Answers:
             else:
                 of_leaf = [guess[i] for guess in guesses]
                 rows, of_surrogates, bars = self._decoded(
-                    leaf, plan, division, stacked.units, of_leaf, bars=not divided
+                    leaf, plan, division, stacked.units, source, num_predicted, of_leaf, not divided
                 )
-                if odd is not None:  # nothing is known of their distances
+                if known is not None:  # nothing is known of their distances
                     own = leaf.flatten(0, 1)
                     mean = own[source[known].to(own.device)].mean(0)
                     rows = _filled(rows, predicted & odd, mean)
@@ -124,14 +124,18 @@ class Answers:
                 weights.append(of_surrogates)
                 choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
             divided.append(rows)
-            answers[i] = rows.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
-        if not any_predicted:
-            report.note_bars(ErrorBars(size), self._coverage, None)
+            rows = rows.movedim(0, dim) if dim else rows
+            answers[i] = rows.contiguous(memory_format=stacked.formats[i])
+        if not num_predicted:
+            first = next((x for x in divided if x.is_floating_point()), None)
+            report.note_bars(ErrorBars(size), self._coverage, None, _are_classes(first))
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
         report.surrogate_weights = tuple(weights) if guesses else ()
-        self._remember([rows for rows in divided if rows.is_floating_point()], known)
+        if self._memories:
+            exact = ~predicted if known is None else known
+            self._remember([rows for rows in divided if rows.is_floating_point()], exact)
         return unflatten(answers, stacked.spec)
 
     def alone(
@@ -189,7 +193,7 @@ class Answers:
                 bars = more if more.enough(self._coverage) else bars
         if odd is not None:
             bars = bars.without(odd)
-        self._report.note_bars(bars, self._coverage, self._link)
+        self._report.note_bars(bars, self._coverage, self._link, _are_classes(answers))
 
     def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
         """Return the outputs of each surrogate, on the scale on which results are decoded.
@@ -265,7 +269,7 @@ class Answers:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
         if self._owners is not None:
             exact = exact & (self._owners >= 0)
-        if not self._memories or not bool(exact.any()):
+        if not bool(exact.any()):
             return
 
         def rows(leaf: Tensor) -> Tensor:
@@ -284,8 +288,9 @@ class Answers:
         plan: BatchPlan | RowPlan,
         division: Division,
         received: Sequence[int],
+        source: Tensor,
+        num_predicted: int,
         guesses: Sequence[Tensor | None],
-        *,
         bars: bool,
     ) -> tuple[Tensor, tuple[float, ...], ErrorBars | None]:
         """Decode one output, ``[F, R, ...]``, with the outputs of surrogates, ``[B, ...]``.
@@ -293,12 +298,10 @@ class Answers:
         Returns:
             Answers ``[B, ...]``; the weight of each surrogate; error bars, only if ``bars``.
         """
-        source, odd = plan.source(received), division.not_finite
-        own = source >= 0
+        odd = division.not_finite
         scaled = results if odd is None else _levelled(results, odd[list(received)])
         weights, offsets = (0.0,) * len(guesses), None
-        all_own = bool(own.all())
-        if not all_own:
+        if num_predicted:
             scaled = _to_scale(scaled, self._link)
             rest = _residuals(scaled, plan, division, received, guesses)
             if rest is not None:
@@ -308,10 +311,11 @@ class Answers:
         if offsets is not None:
             answers = answers + offsets[1]
         if scaled is not results:
-            answers = answers if all_own else _from_scale(answers, self._link)
+            answers = _from_scale(answers, self._link) if num_predicted else answers
             answers = answers.to(results.dtype)
-            if bool(own.any()):
-                at, own = source.clamp(min=0).to(results.device), own.to(results.device)
+            if num_predicted < division.batch_size:
+                source = source.to(results.device)
+                at, own = source.clamp(min=0), source >= 0
                 of_own = results.flatten(0, 1).index_select(0, at)
                 answers = torch.where(own.view(-1, *[1] * (answers.dim() - 1)), of_own, answers)
         return answers, weights, found
@@ -385,6 +389,11 @@ def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
 
 def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
     return decoded if link is None else decoded.softmax(dim=-1)
+
+
+def _are_classes(answers: Tensor | None) -> bool:
+    """Return whether answers ``[B, ...]`` are scores of classes, ``[B, C]``."""
+    return answers is not None and answers.dim() == 2 and answers.shape[1] > 1
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:

@@ -214,9 +214,9 @@ class Report:
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     @outside()
-    def note_bars(self, bars: ErrorBars, coverage: float, link: str | None) -> None:
-        """Note how far off answers may be; under a link, only which labels may be wrong."""
-        self._bars, self.label_risks = bars, bars.label_risks
+    def note_bars(self, bars: ErrorBars, coverage: float, link: str | None, labels: bool) -> None:
+        """Note how far off answers may be; under a link, only which ``labels`` may be wrong."""
+        self._bars, self.label_risks = bars, bars.label_risks if labels else None
         if link is None:
             self.radii, self.coverage = bars.radii(coverage), coverage
 

@@ -2,7 +2,7 @@ r"""Judges replies by their form, and puts the good results side by side."""
 
 from __future__ import annotations
 
-import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,14 +50,12 @@ class Result:
     ) -> None:
         self.part, self.worker, self._value = reply.part, reply.worker, reply.value
         self.leaves, self.spec = flatten(reply.value)
-        self.dims: list[Any]
-        self._form: list[tuple[Any, ...]]
         self._judged = judged
         self._looks = [len(self.part.units), *map(_look, self.leaves)]
         if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self._form = last.dims, last._form
             return
-        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
 
@@ -160,6 +158,7 @@ class Results:
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
         self._num_replies = self._num_misfits = 0
         self._chosen: Mapping[int, int] | None = None
+        self._together: tuple[Sequence[Tensor], Tensor | None] = (), None  # leaves side by side
         self.good: list[Result] = []
         self.units: set[int] = set()
 
@@ -170,31 +169,24 @@ class Results:
             For each reply the parts whose results have become good, or bad, by it.
         """
         self._num_replies += len(replies)
-        formed: list[Result | None] = []
+        formed: dict[int, Result] = {}
         last = self.good[-1] if self.good else None
-        for reply in replies:
-            formed.append(result := self._form(reply, last))
-            last = result or last
-        names = _not_finite([result for result in formed if result is not None])
+        for i, reply in enumerate(replies):
+            if reply.error is not None:
+                self._errors.append(reply.error)
+                continue
+            judged = self._not_finite
+            if judged is not None:
+                judged = ~judged[list(reply.part.units)].flatten()
+            try:
+                last = formed[i] = Result(reply, self._task, self._carries, judged, last)
+            except (TypeError, ValueError) as cause:
+                self._reject(reply, cause)
+        names, self._together = _not_finite(list(formed.values()))
         return [
-            self._count(result, names.get(result)) if result else [(reply.part, False)]
-            for reply, result in zip(replies, formed, strict=True)
+            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply.part, False)]
+            for i, reply in enumerate(replies)
         ]
-
-    def _form(self, reply: Reply, last: Result | None) -> Result | None:
-        """Return the result of a reply, if it can be decoded."""
-        if reply.error is not None:
-            self._errors.append(reply.error)
-            return None
-        judged = self._not_finite
-        if judged is not None:
-            judged = ~judged[list(reply.part.units)].flatten()
-        try:
-            result = Result(reply, self._task, self._carries, judged, last)
-        except (TypeError, ValueError) as cause:
-            self._reject(reply, cause)
-            return None
-        return result
 
     def _reject(self, of: Reply | Result, cause: Exception) -> None:
         why = str(cause).removeprefix("CodedWrapper: ")
@@ -216,11 +208,15 @@ class Results:
                 self._reject(result, cause)
                 return [(result.part, False)]
         before = self.good
+        if before and len(self._groups) == 1 and result.resembles(before[0]):
+            before.append(result)
+            self.units.update(result.part.units)
+            return [(result.part, True)]
         group = next((g for g in self._groups if result.resembles(g[0])), None)
         if group is None:
             self._groups.append(group := [])
         group.append(result)
-        self.good = lead = max(self._groups, key=_weight) if len(self._groups) > 1 else group
+        self.good = lead = max(self._groups, key=_weight)
         if lead is before or not before:
             if group is lead:
                 self.units.update(result.part.units)
@@ -258,32 +254,35 @@ class Results:
         There must be one.
         """
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
-        answers: dict[int, tuple[Result, int]] = {}  # the result of each unit, and its place there
-        for result in self.good:
-            for place, unit in enumerate(result.part.units):
-                if self._chosen is None or self._chosen.get(unit) == result.part.number:
-                    answers.setdefault(unit, (result, place))
-        units = tuple(sorted(answers))
         # Side by side in the order of their units, which leaves little or nothing to put in place.
-        good = list(dict.fromkeys(answers[unit][0] for unit in units))
-        counts = [len(result.part.units) for result in good]
-        starts = dict(zip(good, itertools.accumulate(counts, initial=0), strict=False))
-        places = [starts[result] + place for result, place in map(answers.__getitem__, units)]
-        in_place = places == list(range(sum(counts)))
+        good = sorted(self.good, key=lambda result: result.part.units)
+        flat = [(unit, result) for result in good for unit in result.part.units]
+        everywhere = places = list(range(len(flat)))
+        if len(flat) > len(self.units):  # some units have several results
+            ranks, best = {result: i for i, result in enumerate(self.good)}, dict[int, int]()
+            for place, (unit, result) in enumerate(flat):
+                if self._chosen is None or self._chosen.get(unit) == result.part.number:
+                    other = best.setdefault(unit, place)
+                    if ranks[result] < ranks[flat[other][1]]:
+                        best[unit] = place
+            places = list(best.values())
+        places = sorted(places, key=lambda place: flat[place][0])
         leaves: list[Any] = []
         for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
             if dim is not None and isinstance(own, Tensor):
                 column = [result.leaves[i] for result in good]
                 if dim != 0:
                     column = [leaf.movedim(dim, 0) for leaf in column]
-                own = column[0] if len(column) == 1 else _adjoining(column)
-                own = torch.cat(column) if own is None else own
+                known, together = self._together
+                if len(known) != len(column) or not all(map(operator.is_, known, column)):
+                    together = column[0] if len(column) == 1 else _adjoining(column)
+                own = torch.cat(column) if together is None else together
                 own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
-                if not in_place:
+                if places != everywhere:
                     own = own.index_select(0, torch.tensor(places, device=own.device))
             leaves.append(own)
         formats = [_memory_format(leaf) for leaf in first.leaves]
-        parts = tuple(answers[unit][0].part.number for unit in units)
+        units, parts = zip(*[(flat[i][0], flat[i][1].part.number) for i in places], strict=True)
         return Stacked(units, leaves, first.dims, first.spec, formats, parts)
 
 
@@ -320,8 +319,10 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
-    """Return by result the name of a leaf that is not finite.
+def _not_finite(
+    results: Sequence[Result],
+) -> tuple[dict[Result, str], tuple[Sequence[Tensor], Tensor | None]]:
+    """Return by result the name of a leaf that is not finite; and leaves, and a view of them all.
 
     The host waits for a device once, unless there is something wrong.
     """
@@ -331,16 +332,18 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
+    leaves, together = [leaf for *_, leaf in rows], None
     if len(rows) > 1:
-        leaves = [leaf for *_, leaf in rows]
-        together = _adjoining(sorted(leaves, key=Tensor.storage_offset))
-        if together is None:  # a value that is not finite stays so in sums
+        leaves.sort(key=Tensor.storage_offset)
+        whole = together = _adjoining(leaves)
+        if whole is None:  # a value that is not finite stays so in sums
             device = leaves[0].device
             sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
-            together = torch.stack(sums).sum()
-        if finite(together):
-            return {}
-    return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
+            whole = torch.stack(sums).sum()
+        if finite(whole):
+            return {}, (leaves, together)
+    odd = {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
+    return odd, ((), None)
 
 
 def _improbable(rows: Tensor) -> str:

@@ -150,11 +150,15 @@ class _Call:
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
-        wait = Wait(-math.inf)
-        while not (reason := self._reason()):
-            until = self._until()
-            if until != wait.until:
-                wait = Wait(until)
+        wait, event = Wait(-math.inf), None
+        while True:
+            # Where no part can be late, the begin of one changes nothing.
+            if not isinstance(event, Began) or self.timers or self.now >= self.end:
+                if reason := self._reason():
+                    return self._end(reason)
+                until = self._until()
+                if until != wait.until:
+                    wait = Wait(until)
             event = yield wait
             if isinstance(event, Began):
                 self._begin(event)
@@ -176,7 +180,6 @@ class _Call:
             if self.now >= self.prepare_at:
                 self.prepare_at = math.inf
                 yield Prepare()
-        return self._end(reason)
 
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
