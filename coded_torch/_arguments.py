@@ -28,22 +28,8 @@ from torch.masked import MaskedTensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = [
-    "MOST_WORKERS",
-    "Sparing",
-    "count",
-    "dense",
-    "find_devices",
-    "instance",
-    "positive",
-    "probability",
-    "real",
-    "real_array",
-    "shown",
-    "smoothing",
-    "sparing_logger",
-    "warn",
-]
+__all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "positive"]
+__all__ += ["probability", "real", "real_array", "shown", "smoothing", "sparing_logger", "warn"]
 
 #: The largest N: more than the workers of any cluster, and few enough for the memory of every plan.
 MOST_WORKERS = 65_536
@@ -108,11 +94,7 @@ def probability(owner: object, argument: str, value: Any) -> float:
 
 
 def dense(owner: object, argument: str, value: Any, floating: bool = True) -> None:
-    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
-
-    It must be neither sparse, nested, quantised, masked nor on the meta device and, if
-    ``floating``, have 16, 32 or 64 bits.
-    """
+    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
     if not isinstance(value, Tensor):
         got = type(value).__name__
     elif isinstance(value, MaskedTensor):
@@ -211,8 +193,7 @@ _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 class Sparing(logging.Filter):
     """Passes one warning per cause and minute, which says how many were held back before it.
 
-    Two warnings of one logger have the same cause if their texts differ in numbers only: the
-    worker, its process, the row, the shape. The clock is monotonic, in seconds.
+    Two warnings of one logger have the same cause if their texts differ in numbers only.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -223,7 +204,6 @@ class Sparing(logging.Filter):
         os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
-        """Forget all causes, so that each passes again."""
         self._lock = threading.Lock()
         # When a cause passed last, and the number held back since; the least recent first.
         self._causes: dict[tuple[str, str], tuple[float, int]] = {}
@@ -248,7 +228,7 @@ SPARING = Sparing()
 
 
 def sparing_logger(name: str) -> logging.Logger:
-    """Return the logger of that name, with the filter."""
+    """Return a logger whose warnings stay readable: one per cause and minute."""
     logger = logging.getLogger(name)
     logger.addFilter(SPARING)
     return logger

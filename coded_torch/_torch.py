@@ -31,11 +31,7 @@ _ALIGNMENT = 16  # bytes, as wide as the widest access of a kernel
 
 
 def plain(owner: str, argument: str, tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor, without gradients and without the wrappers of transforms.
-
-    Raises:
-        ValueError: :func:`torch.func.vmap` hides a dimension of the tensor.
-    """
+    """Return the numbers of a tensor, without gradients and without the wrappers of transforms."""
     numbers = torch.func.debug_unwrap(tensor).detach()
     if numbers.dim() != tensor.dim():
         raise ValueError(
@@ -56,9 +52,10 @@ def differentiated(tensor: Tensor) -> bool:
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
     """Return the tangent of a dual tensor, None of others."""
-    if forward_ad._current_level < 0:  # no level is open: unpacking would take microseconds
-        return None
-    return forward_ad.unpack_dual(tensor).tangent
+    found: Tensor | None = None
+    if forward_ad._current_level >= 0:  # otherwise unpacking would take microseconds for nothing
+        found = forward_ad.unpack_dual(tensor).tangent
+    return found
 
 
 @contextlib.contextmanager
@@ -168,17 +165,8 @@ def placed(
     """Return the copy that an object keeps on a device, for every stream; make it if needed.
 
     Each stream has its own: the stream's order alone separates a copy from its uses, and the last
-    use from the next of the memory.
-
-    Args:
-        owner: the object, for the message.
-        copies: its copies, by device, kind and stream.
-        device: the device of the copy.
-        make: makes the copy.
-        kind: the rest of the key of the copy, such as a dtype.
-
-    Raises:
-        RuntimeError: a CUDA graph is captured, of which a new copy would be a part.
+    use from the next of the memory. The key is the device, the ``kind``, such as a dtype, and the
+    stream. While a CUDA graph is captured, of which a new copy would be a part, none is made.
     """
     on_stream, capturing = 0, False
     if device.type == "cuda" and not torch.compiler.is_compiling():

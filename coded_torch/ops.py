@@ -35,9 +35,6 @@ def spline_apply(
 ) -> Tensor:
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
-    ``gather`` and ``scatter`` read and write rows of a flat batch where they lie, as
-    ``values[gather]`` before and ``out[scatter] = result`` after would, without copies.
-
     Args:
         values: ``[n, G, m]``, values at the knots for G groups of m columns, any strides; ``[N, G,
             m]`` with ``transpose``; or ``[R, m]`` with ``gather``. float64, float32, bfloat16 or
@@ -45,7 +42,6 @@ def spline_apply(
         coefficients: ``[P, 12 n + 4 N]``, float64 for float64 values, else float32; one plan for
             all groups (P = 1) or one for each (P = G). :func:`with_matrix` appends the matrix.
         schedule: ``[P, n + 1 + N]``, int32. ``_plan.spline_plan`` makes both.
-        transpose: whether to apply the transpose.
         gather: ``[n, G]`` (``[N, G]`` with ``transpose``), int64: row i of group g is
             ``values[gather[i, g]]``. Rows may repeat; -1 is a row of zeros.
         scatter: ``[N, G]`` (``[n, G]`` with ``transpose``), int64: row j of group g becomes row
@@ -59,14 +55,12 @@ def spline_apply(
     Raises:
         RuntimeError: the arguments do not fit together, the schedule or an index is out of bounds,
             or a row of the result is named twice. Entries are checked on the CPU only. On CUDA an
-            index out of bounds counts as -1, and a schedule that the planner did not make may lead
-            anywhere in memory.
+            index out of bounds counts as -1, and a wrong schedule may lead anywhere in memory.
 
     Note:
         :math:`O(n + N)` per column. Results of several megabytes ask for huge pages. Every
         derivative with respect to the values exists, in reverse and forward mode, and under
-        ``torch.func`` (compiled: forward mode and ``vmap`` only). The plan has no gradient:
-        :func:`coded_torch.functional.smoothing_spline` has, with respect to points and smoothing.
+        ``torch.func`` (compiled: forward mode and ``vmap`` only). The plan has no gradient.
     """
     inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
     compiling = torch.compiler.is_compiling()
@@ -92,18 +86,11 @@ def spline_apply(
 
 
 def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = None) -> Tensor:
-    """Append the dense matrix of a plan to its coefficients.
+    """Append the dense matrix of one plan to its coefficients, ``[1, 12 n + 4 N + n N]``.
 
-    On CUDA, :func:`spline_apply` multiplies by the matrix instead of sweeping if there is one plan
-    for all groups. The CPU ignores it.
-
-    Args:
-        coefficients: ``[1, 12 n + 4 N]``, on the host, as for :func:`spline_apply`.
-        schedule: ``[1, n + 1 + N]``.
-        exact: the coefficients in float64. Defaults to ``coefficients``.
-
-    Returns:
-        ``[1, 12 n + 4 N + n N]``, the last number rounded up to a multiple of 4.
+    The last number is rounded up to a multiple of 4. The entries are made from ``exact``, the
+    coefficients in float64. On CUDA, :func:`spline_apply` multiplies by the matrix instead of
+    sweeping; the CPU ignores it.
     """
     exact = coefficients.double() if exact is None else exact
     num_knots = (coefficients.shape[1] - 4 * (schedule.shape[1] - 1)) // 8
@@ -239,9 +226,6 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     Returns:
         The covariances, to within a few roundings. They are 0 below 2e-16 in float32, 1e-147 in
         float64, since subnormal products cost many times the time. NaN and negatives give NaN.
-
-    Raises:
-        RuntimeError: the arguments do not fit together, or a derivative is asked for.
     """
     _no_gradient("matern52", "squared_distances", squared_distances)
     if out is None:
@@ -256,15 +240,9 @@ torch.library.register_fake("coded_torch::matern52_out", lambda *_: None)
 def matern52_among(
     squared_distances: Tensor, rows: Tensor, columns: Tensor, length: float
 ) -> Tensor:
-    """Return :func:`matern52` of some rows and columns of a matrix, still in one pass.
+    """Return :func:`matern52` of some rows and columns of a contiguous matrix, ``[R, C]``.
 
-    Args:
-        squared_distances: ``[n, m]``, contiguous, otherwise as for :func:`matern52`.
-        rows, columns: ``[R]`` and ``[C]``, int64. The CPU raises a RuntimeError if out of bounds.
-        length: positive.
-
-    Returns:
-        ``[R, C]``.
+    ``rows`` and ``columns`` are int64; on the CPU, one out of bounds raises a RuntimeError.
     """
     _no_gradient("matern52_among", "squared_distances", squared_distances)
     scale = math.sqrt(5) / max(length, _SHORTEST)
@@ -288,12 +266,6 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
         rows: ``[n, L]``, contiguous, finite, float64 or float32.
         squares: ``[n]``, s, of the same dtype: the squared lengths of the rows.
         nothing: at least 0.
-
-    Returns:
-        ``[n, n]``, of the dtype of the rows, symmetric, with zeros on the diagonal.
-
-    Raises:
-        RuntimeError: the arguments do not fit together, or a derivative is asked for.
     """
     _no_gradient("squared_distances", "rows", rows)
     distances: Tensor = _DISTANCES(rows, squares, nothing)
@@ -303,11 +275,7 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
 def inner_products(rows: Tensor) -> Tensor:
     """Return the inner products of all rows, ``[n, n]``: symmetric to the bit, for half the work.
 
-    Args:
-        rows: ``[n, L]``, contiguous, float64 or float32.
-
-    Raises:
-        RuntimeError: ``rows`` is of another kind, or a derivative is asked for.
+    ``rows`` are ``[n, L]``, contiguous, float64 or float32.
     """
     _no_gradient("inner_products", "rows", rows)
     products: Tensor = _PRODUCTS(rows)

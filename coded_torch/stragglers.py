@@ -20,16 +20,8 @@ from torch import Tensor
 from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
 from ._torch import outside
 
-__all__ = [
-    "Bernoulli",
-    "Contiguous",
-    "Markov",
-    "Pareto",
-    "ShiftedExponential",
-    "Stragglers",
-    "Trace",
-    "Uniform",
-]
+__all__ = ["Bernoulli", "Contiguous", "Markov", "Pareto", "ShiftedExponential", "Stragglers"]
+__all__ += ["Trace", "Uniform"]
 
 
 class Stragglers(abc.ABC):

@@ -19,8 +19,7 @@ from .._arguments import instance, shown
 from .._torch import as_called, on_host
 from ..codes import BatchPlan, Code
 from ..nn import CodedWrapper
-from ..nn.division import Inputs
-from ..nn.module_proxy import training_part
+from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
 from ..workers.faults import Attack
 from ..workers.task import broadcast_dims

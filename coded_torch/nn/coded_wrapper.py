@@ -19,7 +19,7 @@ from ..stragglers import Stragglers
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
-from .division import Columns, Division, Inputs, Rows
+from .division import Columns, Division, Inputs, Rows, warn_of_training
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers, checked_surrogates
@@ -153,9 +153,8 @@ class CodedWrapper(ModuleProxy):
         self.in_dims, self.out_dims = in_dims, out_dims
         self.last_run = None
         self._dealer = random.Random(0)
-        self._form: Stacked | None = (
-            None  # the form of the last results, for surrogates that answer alone
-        )
+        self._warned: set[str] = set()  # parts of the module
+        self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
         _check_settings(self)
         self._is_made = True
         self._strikes = Strikes.of(self.workers, self.verify)
@@ -200,7 +199,7 @@ class CodedWrapper(ModuleProxy):
     ) -> Any:
         """Return the answers; the report is written as soon as something is known."""
         if self.training:
-            self._warn_of_batch_statistics()
+            warn_of_training(type(self).__name__, self.module, self._warned)
         with report.timed("encode"), on_host():
             mixing = self.code if self.code is not None and self.code.mixes else None
             inputs = Inputs(args, kwargs, self.in_dims, mixing)

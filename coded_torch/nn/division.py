@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils import _pytree as pytree
 
-from .._arguments import dense
+from .._arguments import dense, warn
 from .._torch import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import CHUNKS, PredictionTimes
@@ -24,11 +26,17 @@ if TYPE_CHECKING:
     from ..codes.plans import BatchPlan
     from ..input_space.regression import Regression, RowPlan
 
-__all__ = ["Columns", "Division", "Inputs", "Rows", "finite"]
+__all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "warn_of_training"]
 
 # Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
 # wakes a thread about as late (benchmarks/promises.py, "deadline").
 _SLACK = 5e-3
+
+
+_TRAINING_EFFECTS: dict[type[nn.Module], str] = {
+    _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
+    _DropoutNd: "drops values at random, so the answers of one input differ",
+}
 
 
 class Inputs:
@@ -37,21 +45,18 @@ class Inputs:
     Args:
         args, kwargs: the arguments.
         in_dims: the batch dimensions of ``args``, see :class:`~coded_torch.CodedWrapper`.
-        mixing: the code if it mixes inputs, which must be floating-point and finite then. Defaults
-            to None.
+        mixing: the code if it mixes inputs, which must be floating-point and finite then.
 
     Attributes:
-        leaves: the leaves of ``(args, kwargs)``.
-        dims: the batch dimension of each leaf; None if every part gets the whole leaf.
-        spec: the structure of ``(args, kwargs)``.
+        leaves, dims, spec: the leaves of ``(args, kwargs)``, their structure, and the batch
+            dimension of each; None if every part gets the whole leaf.
         batch_size: B
         device: the device of the first divided leaf.
         not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. None if there is
             no such row, or inputs are mixed.
 
     Raises:
-        TypeError: a tensor cannot be divided, or ``in_dims`` holds anything but dimensions.
-        ValueError: the inputs do not fit ``in_dims``, each other or the code.
+        TypeError, ValueError: the inputs do not fit ``in_dims``, each other or the code.
     """
 
     def __init__(
@@ -111,7 +116,6 @@ class Inputs:
         return _name(pytree.tree_flatten_with_path((self.args, self.kwargs))[0][i][0])
 
     def _checked_size(self, i: int, dim: int, mixing: Code | None) -> int:
-        """Return the batch size of a leaf that can be divided."""
         leaf: Tensor = self.leaves[i]
         name = f"CodedWrapper: {self._name(i)} must"
         whole = not (leaf.is_floating_point() or leaf.is_complex())
@@ -153,7 +157,6 @@ class Inputs:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Return the Python expression of a place in ``(args, kwargs)``."""
     return ("args" if path[0].idx == 0 else "kwargs") + pytree.keystr(path[1:])
 
 
@@ -185,30 +188,18 @@ def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:
 
 
 class Division:
-    """A batch as units that can be asked for one by one. A part is some of the units.
+    """A batch as units that can be asked for one by one. A part is some of the units."""
 
-    Attributes:
-        inputs: the arguments of the call.
-        task: the call of the module that computes units.
-        first: the units of each part that is asked for first.
-        spare: the columns that are not in ``first`` and can stand in for any other; None by rows.
-        needed: the number of units with a result that complete the call.
-        least: the number of units that can be decoded at all.
-        batch_size: B
-        num_groups: G; 0 by rows.
-        not_finite: bool ``[units, R]``, the rows of every unit whose inputs are not finite; None if
-            there is no such row.
-        reserve: seconds before the deadline that predictions take.
-    """
-
-    task: Task
-    first: Sequence[Sequence[int]]
+    task: Task  #: the call of the module that computes units
+    first: Sequence[Sequence[int]]  #: the units of each part that is asked for first
+    #: The columns that are not in ``first`` and can stand in for any other; None by rows.
     spare: Sequence[int] | None = None
-    needed: int
-    least: int
-    num_groups = 0
+    needed: int  #: the number of units with a result that complete the call
+    least: int  #: the number of units that can be decoded at all
+    num_groups = 0  #: G; 0 by rows
+    #: bool ``[units, R]``, rows of units whose inputs are not finite; None if there is none.
     not_finite: Tensor | None = None
-    reserve = 0.0
+    reserve = 0.0  #: seconds before the deadline that predictions take
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -246,13 +237,8 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    Args:
-        inputs: the arguments of the call.
-        code: the code.
-        num_stragglers: S; the call waits for N - S results.
-        all_at_once: whether the other S columns are asked for at once too.
-        dealer: draws the order of asking. At None, column n is asked for as the n-th.
-        out_dims: the batch dimensions of the module's outputs.
+    The call waits for N - S results; ``all_at_once`` asks for the other S columns at once too. The
+    ``dealer`` draws the order of asking; at None, column n is asked for as the n-th.
     """
 
     def __init__(
@@ -290,16 +276,10 @@ class Columns(Division):
 
 
 class Rows(Division):
-    """The rows of the batch, each of which is asked for once.
+    """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
-    Nothing is fitted before a row is missing.
-
-    Args:
-        inputs: the arguments of the call.
-        predictor: predicts missing rows.
-        chunk: the number of rows that are predicted together; 0: each by the mean of all results.
-        parts: the most parts that the batch is divided into.
-        out_dims: the batch dimensions of the module's outputs.
+    Nothing is fitted before a row is missing. Then the predictor takes ``chunk`` rows together; at
+    0, each is predicted by the mean of all results.
     """
 
     def __init__(
@@ -336,3 +316,23 @@ class Rows(Division):
             return ()
         how = f"{self.chunk} rows at a time" if self.chunk else "by the mean of the results"
         return (f"predicted {how}, to keep the deadline",)
+
+
+def warn_of_training(owner: str, module: nn.Module, warned: set[str]) -> None:
+    """Warn once of each part of a module that computes otherwise in training mode."""
+    kinds = (*_TRAINING_EFFECTS,)
+    if not any(isinstance(part, kinds) and part.training for part in module.modules()):
+        return
+    for kind, effect in _TRAINING_EFFECTS.items():
+        name = training_part(module, kind)
+        if name is not None and name not in warned:
+            warned.add(name)
+            warn(f"{owner}: {name} is in training mode and {effect}; call eval() on it")
+
+
+def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
+    """Return the name of the first part of a kind that is in training mode, or None."""
+    for name, part in module.named_modules():
+        if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
+            return name or "the module"
+    return None

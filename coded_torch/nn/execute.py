@@ -49,13 +49,7 @@ def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> flo
 
 
 class Execution:
-    """The asking and waiting of one call.
-
-    Args:
-        division: the parts of the batch.
-        results: judges the replies.
-        report: the report of the call.
-        check: verifies the results. Defaults to None, no verification.
+    """The asking and waiting of one call, and its verification if there is a ``check``.
 
     Attributes:
         why: the reason why there are no more results, in words.
@@ -83,14 +77,7 @@ class Execution:
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
     ) -> None:
-        """Ask and wait until the policy ends the call, and verify the results.
-
-        Args:
-            pool: computes the parts.
-            module: the module that is computed.
-            waiting: the policy.
-            history: the latencies of this module on this pool.
-        """
+        """Ask and wait until the policy ends the call, and verify the results."""
         division, check, report = self._division, self._check, self._report
         self._at_once = waiting.at_once
         with pool.open(module, division.task) as request:
@@ -136,7 +123,7 @@ class Execution:
             event = None
             if isinstance(decision, Wait):
                 while not self._events and self._listen(decision.until):
-                    pass  # what was heard is no event for the policy
+                    pass  # the policy needs no event that was heard
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
                 self._ask(decision)
@@ -193,7 +180,7 @@ class Execution:
         request, replies, heard = self._request, [], None
         wanted = self._division.needed - len(self._results.units)
         while (event := request.wait(until)) is not None:
-            heard, until = event, -math.inf  # from now on, only the events that have happened
+            heard, until = event, -math.inf  # next, events that have happened
             part = event.part
             if isinstance(event, workers.Began):
                 self._began[part.number] = event

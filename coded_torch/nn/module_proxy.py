@@ -16,33 +16,21 @@ from typing import Any
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
-from .._arguments import count, warn
+from .._arguments import count
 from ..workers.live import INTERRUPTION, Ambient, Interruption
 
-__all__ = ["ModuleProxy", "training_part"]
-
-_TRAINING_EFFECTS: dict[type[nn.Module], str] = {
-    _BatchNorm: "takes its statistics from the coded inputs, not from the batch",
-    _DropoutNd: "drops values at random, so the answers of one input differ",
-}
+__all__ = ["ModuleProxy"]
 
 
 class ModuleProxy(nn.Module, abc.ABC):
-    """A wrapper with the state dict and the mode of the module inside.
-
-    Args:
-        module: the module inside.
-    """
+    """A wrapper with the state dict and the mode of the module inside."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.training = module.training
         self._compiled: Callable[..., Any] | None = None
-        self._warned: set[str] = set()
 
     @abc.abstractmethod
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,17 +110,6 @@ class ModuleProxy(nn.Module, abc.ABC):
         state = super().__getstate__()  # type: ignore[no-untyped-call]
         return {**state, "_compiled": None}  # made again where it is needed
 
-    def _warn_of_batch_statistics(self) -> None:
-        kinds = (*_TRAINING_EFFECTS,)
-        if not any(isinstance(part, kinds) and part.training for part in self.module.modules()):
-            return
-        for kind, effect in _TRAINING_EFFECTS.items():
-            name = training_part(self.module, kind)
-            if name is not None and name not in self._warned:
-                self._warned.add(name)
-                what = f"{name} is in training mode and {effect}; call eval() on it"
-                warn(f"{type(self).__name__}: {what}")
-
     # The state dict is the module's own. Overriding is enough for a wrapper on its own; as a part
     # of a bigger module, loading recurses into `module`, under whose name the keys must then be.
 
@@ -146,14 +123,6 @@ class ModuleProxy(nn.Module, abc.ABC):
         for key in list(state_dict):
             state_dict[f"{prefix}module.{key.removeprefix(prefix)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def training_part(module: nn.Module, kind: type[nn.Module] = _BatchNorm) -> str | None:
-    """Return the name of the first part of a kind that is in training mode, or None."""
-    for name, part in module.named_modules():
-        if part.training and isinstance(part, kind) and getattr(part, "p", 1.0) > 0:
-            return name or "the module"
-    return None
 
 
 def _map_batches(

@@ -57,13 +57,7 @@ def checked_surrogates(given: Any) -> tuple[Any, ...]:
 class Answers:
     """Makes the answers of one call. Surrogates are asked only if something is missing.
 
-    Args:
-        surrogates: of the wrapper.
-        inputs: of the call.
-        link: "softmax" or None.
-        coverage: the probability that an error is at most its radius.
-        report: of the call.
-        module: that memories follow. Results are not remembered if it changes meanwhile.
+    Memories follow the module: results are not remembered if it changes meanwhile.
     """
 
     def __init__(
@@ -96,7 +90,6 @@ class Answers:
         with outside():  # the report outlives a transform
             source = torch.arange(size) if plan is None else plan.source(stacked.units)
             predicted = source < 0
-            known = None if odd is None else ~predicted & ~odd
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
         num_predicted = 0 if plan is None else int(predicted.sum())
         guesses = self._guesses(stacked) if self._surrogates and num_predicted else []
@@ -115,9 +108,9 @@ class Answers:
                 rows, of_surrogates, bars = self._decoded(
                     leaf, plan, division, stacked.units, source, num_predicted, of_leaf, not divided
                 )
-                if known is not None:  # nothing is known of their distances
+                if odd is not None:  # nothing is known of their distances
                     own = leaf.flatten(0, 1)
-                    mean = own[source[known].to(own.device)].mean(0)
+                    mean = own[source[~predicted & ~odd].to(own.device)].mean(0)
                     rows = _filled(rows, predicted & odd, mean)
                 if bars is not None:
                     self._note(bars, rows)
@@ -134,7 +127,7 @@ class Answers:
         report.distances = tuple(choices)
         report.surrogate_weights = tuple(weights) if guesses else ()
         if self._memories:
-            exact = ~predicted if known is None else known
+            exact = ~predicted if odd is None else ~predicted & ~odd
             self._remember([rows for rows in divided if rows.is_floating_point()], exact)
         return unflatten(answers, stacked.spec)
 
@@ -196,11 +189,9 @@ class Answers:
         self._report.note_bars(bars, self._coverage, self._link, _are_classes(answers))
 
     def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
-        """Return the outputs of each surrogate, on the scale on which results are decoded.
+        """Return the outputs ``[B, ...]`` of each surrogate, on the scale that is decoded.
 
-        Returns:
-            For each surrogate and leaf ``[B, ...]``; None if the leaf is not decoded, or the
-            surrogate failed, which is logged. Only a lack of memory is raised.
+        None if the leaf is not decoded, or the surrogate failed. Only a lack of memory is raised.
         """
         found: list[list[Tensor | None]] = []
         for number, surrogate in enumerate(self._surrogates):
@@ -230,11 +221,7 @@ class Answers:
         return outputs
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> list[Tensor | None]:
-        """Run a surrogate.
-
-        Raises:
-            ValueError: its outputs have not the form of the module's.
-        """
+        """Run a surrogate; raise a ValueError if its outputs have not the module's form."""
         inputs, device = self._inputs, device_of(surrogate)  # the device may be another
 
         def number(leaf: Tensor) -> Tensor:
@@ -295,8 +282,7 @@ class Answers:
     ) -> tuple[Tensor, tuple[float, ...], ErrorBars | None]:
         """Decode one output, ``[F, R, ...]``, with the outputs of surrogates, ``[B, ...]``.
 
-        Returns:
-            Answers ``[B, ...]``; the weight of each surrogate; error bars, only if ``bars``.
+        Returns answers ``[B, ...]``, the weight of each surrogate, and error bars if asked.
         """
         odd = division.not_finite
         scaled = results if odd is None else _levelled(results, odd[list(received)])
@@ -331,10 +317,8 @@ def _residuals(
     r"""Return the residuals of surrogates :math:`s_j`, :math:`y - \sum_j w_j s_j`, if they help.
 
     They help if results are predicted better from each other with them, by more than chance.
-
-    Returns:
-        Weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and for
-        the batch, ``[B, ...]``.
+    Returns weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and
+    for the batch, ``[B, ...]``.
     """
     used = {i: guess for i, guess in enumerate(guesses) if guess is not None}
     if not used:
@@ -358,10 +342,9 @@ def _residuals(
 def _least_squares(
     results: Tensor, guesses: Sequence[Tensor], rows: Tensor
 ) -> tuple[list[float], float, float]:
-    """Return the weights of guesses in results, ``[F, R, ...]`` each, by those at flat ``rows``.
+    """Fit results, ``[F, R, ...]``, at flat ``rows`` by the outputs of surrogates there.
 
-    Returns:
-        The weights, and the shares of the squares that guesses and as much noise explain.
+    Returns the weights, and the shares of the squares that surrogates and noise explain.
     """
     with outside():
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *guesses)]

@@ -198,14 +198,7 @@ class Report:
     def note_source(
         self, source: Tensor, parts: Sequence[int], num_first: int, unit_rows: int = 1
     ) -> None:
-        """Note where answers come from.
-
-        Args:
-            source: ``[B]``, the result of each answer, of all units with results; -1 if predicted.
-            parts: the part of each of these units.
-            num_first: how many parts were asked first.
-            unit_rows: R, the results of a unit.
-        """
+        """Note the result of each answer, ``[B]``, -1 if predicted, and the part of each unit."""
         self.predicted, self._origin = source < 0, (source, parts, num_first, unit_rows)
 
     def note_empty(self) -> None:
@@ -221,11 +214,7 @@ class Report:
             self.radii, self.coverage = bars.radii(coverage), coverage
 
     def warn(self, why: str) -> None:
-        """Log how many answers were predicted, unless the policy wanted no more results.
-
-        Args:
-            why: the reason why there were no more results, in words.
-        """
+        """Log how many answers were predicted, and why, unless no more results were wanted."""
         if self.predicted is None or self.ended not in _CUT_SHORT:
             return
         if (count := int(self.predicted.sum())) > 0:
@@ -245,10 +234,7 @@ class Report:
 def error_of(
     waiting: Waiting, division: Division, results: Results, report: Report, execution: Execution
 ) -> Exception | None:
-    """Return the exception if some rows may not, or cannot, be predicted; None if all may.
-
-    The report says which rows are missing, and why.
-    """
+    """Return the exception if some rows may not, or cannot, be predicted, and report these."""
     errors = {error.part: error for error in results.rejected}
     blamed = [errors[number] for number in execution.refused if number in errors]
     if division.by_rows:

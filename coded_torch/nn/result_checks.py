@@ -29,20 +29,9 @@ def decodable(leaf: Any, dim: int | None) -> bool:
 class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
-    Args:
-        reply: the reply.
-        task: the task of the call.
-        carries: whether tensors of any dtype can be answers.
-        judged: bool, the rows that must be finite, as their inputs are; None if all.
-        last: another result, whose form is taken if the leaves look the same; or None.
-
-    Attributes:
-        part, worker: the part that was asked for, and the place of the worker that answered.
-        leaves, spec: the leaves of the value, and its structure.
-        dims: the batch dimension of each leaf; None if it has none.
-
-    Raises:
-        TypeError, ValueError: the value cannot be decoded.
+    Tensors of any dtype can be answers if the division ``carries`` them. The ``judged`` rows, bool,
+    must be finite, as their inputs are; all if None. The form of the ``last`` result is taken if
+    the leaves look the same. A TypeError or a ValueError says why a value cannot be decoded.
     """
 
     def __init__(
@@ -51,11 +40,13 @@ class Result:
         self.part, self.worker, self._value = reply.part, reply.worker, reply.value
         self.leaves, self.spec = flatten(reply.value)
         self._judged = judged
+        self.dims: list[Any]
+        self._form: list[tuple[Any, ...]]
         self._looks = [len(self.part.units), *map(_look, self.leaves)]
         if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self._form = last.dims, last._form
             return
-        self.dims: list[Any] = broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
 
@@ -82,7 +73,6 @@ class Result:
                 )
 
     def name(self, i: int) -> str:
-        """Return the name of a leaf."""
         return leaf_name("output", self._value, i)
 
     def divided(self) -> list[Tensor]:
@@ -108,30 +98,20 @@ class Result:
 
 
 class Stacked(NamedTuple):
-    """The good results side by side.
+    """The good results side by side."""
 
-    Attributes:
-        units: the units that have a result, increasing.
-        leaves: ``[F, R, ...]`` each; of leaves without a batch, the one of the part asked first.
-        dims: the batch dimension of each leaf of the module's output.
-        spec: the structure of the module's output.
-        formats: the memory format of each leaf of the module's output.
-        parts: by unit, the number of the part that its result is from.
-    """
-
-    units: tuple[int, ...]
+    units: tuple[int, ...]  #: the units that have a result, increasing
+    #: ``[F, R, ...]`` each; of leaves without a batch, the one of the part asked first.
     leaves: list[Any]
-    dims: list[int | None]
+    dims: list[int | None]  #: the batch dimension of each leaf of the module's output
     spec: pytree.TreeSpec
     formats: list[torch.memory_format]
-    parts: tuple[int, ...]
+    parts: tuple[int, ...]  #: the number of the part that each unit's result is from
 
     def form(self) -> Stacked:
-        """Return the same without any result."""
+        """Return the same without any result: views would keep the results."""
         leaves = [x[:0].detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
-        return self._replace(
-            units=(), parts=(), leaves=leaves
-        )  # views would keep the results, in copies too
+        return self._replace(units=(), parts=(), leaves=leaves)
 
 
 class Results:
@@ -141,7 +121,7 @@ class Results:
         task: the task. Results that cannot be its answers have no vote.
         link: "softmax" if the results must be probabilities, or None.
         not_finite: bool ``[units, R]``, rows whose results may be anything; None if there are none.
-        carries: whether tensors of any dtype can be answers, if every row has one.
+        carries: whether tensors of any dtype can be answers.
 
     Attributes:
         good: the largest group of results of one form, in the order of arrival; of equal ones, the
@@ -163,11 +143,7 @@ class Results:
         self.units: set[int] = set()
 
     def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, bool]]]:
-        """Judge replies that arrived together.
-
-        Returns:
-            For each reply the parts whose results have become good, or bad, by it.
-        """
+        """Judge replies that arrived together; return the parts that each makes good, or bad."""
         self._num_replies += len(replies)
         formed: dict[int, Result] = {}
         last = self.good[-1] if self.good else None
@@ -249,10 +225,7 @@ class Results:
         return cause if isinstance(cause, Exception) else None
 
     def stack(self) -> Stacked:
-        """Stack the good results, of each unit the first that arrived, or the chosen one.
-
-        There must be one.
-        """
+        """Stack the good results, of each unit the first that arrived, or the chosen one."""
         first = min(self.good, key=lambda result: result.part.number)  # not the first to arrive
         # Side by side in the order of their units, which leaves little or nothing to put in place.
         good = sorted(self.good, key=lambda result: result.part.units)

@@ -93,7 +93,7 @@ class Hedge(NamedTuple):
     of: int  #: the number of the part that it stands in for
     units: tuple[int, ...]  #: the units of this part
     at: float  #: seconds from the call to the ask
-    won: bool  #: whether this part was the first to answer any of its units
+    won: bool  #: true if this part was the first to answer any of its units
 
 
 class Ended(NamedTuple):

@@ -92,7 +92,7 @@ class _Part:
     ) -> None:
         self.number, self.units, self.of, self.at = number, units, of, at
         self.tries = tries  # failures of exactly these units in a row
-        self.hedges: int = of.hedges if of else 0  # also of the parts that it stands in for
+        self.hedges: int = of.hedges if of else 0  # including the parts that it stands in for
         self.line: tuple[_Part, ...] = (self, *of.line) if of else (self,)
 
     @property

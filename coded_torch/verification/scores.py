@@ -73,12 +73,7 @@ class Scores:
 
     @on_host()
     def fit(self, inputs: Sequence[Tensor]) -> Fit | None:
-        """Return the regression of a batch, or None if there are no inputs.
-
-        Args:
-            inputs: floating-point tensors, ``[B, ...]`` each. Of more than 240 rows, some are
-                drawn.
-        """
+        """Return the regression of a batch, of 240 drawn rows at most; None without inputs."""
         self.learn()
         if not inputs:
             return None
@@ -131,22 +126,14 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A regression before there are results.
+    """A regression before there are results."""
 
-    Args:
-        rows: the rows of the batch that are in it.
-        features: ``[n, d]``, of these rows.
-        usable: ``[k]``, the places of the rows that are scored, among them and recent rows. None
-            if there are too few.
-        residuals: ``[k, k]``, maps outputs to leave-one-out residuals in standard deviations.
-        past: the outputs of the recent rows, ``[m, C]``, or None.
-    """
-
-    rows: Sequence[int]
-    features: Tensor
+    rows: Sequence[int]  #: the rows of the batch that are in it
+    features: Tensor  #: ``[n, d]``, of these rows
+    #: ``[k]``, the places of scored rows, among these and recent rows. None if there are too few.
     usable: Tensor | None = None
-    residuals: Tensor | None = None
-    past: Tensor | None = None
+    residuals: Tensor | None = None  #: ``[k, k]``, from outputs to scaled leave-one-out residuals
+    past: Tensor | None = None  #: the outputs of the recent rows, ``[m, C]``
 
     @exactly()
     def scores(self, outputs: Tensor) -> dict[int, float]:
@@ -208,14 +195,11 @@ def _flat_rows(values: Tensor) -> Tensor:
 
 
 class Results:
-    """The results of one call by rows.
+    """The results of one call by rows, which agree up to a ``tolerance``, in spreads of outputs.
 
     Args:
         scores: the scores of earlier calls.
         inputs: floating-point tensors, ``[B, ...]`` each. Defaults to none: nothing is scored.
-
-    Attributes:
-        tolerance: results of a row agree if they differ by no more, in spreads of the outputs.
     """
 
     def __init__(self, scores: Scores, inputs: Sequence[Tensor] = ()) -> None:
@@ -243,10 +227,9 @@ class Results:
             self._spreads = self._spread(own)  # while others compute
 
     def differences(self, pairs: Collection[tuple[int, int]]) -> list[Mapping[int, float]]:
-        """Return, for pairs of parts, by how much the results of each common row differ.
+        """Return, for pairs of parts, the differences of each common row, in spreads of outputs.
 
-        The unit is the spread of the outputs. The largest difference of any output counts: 0 for
-        equal bits, infinite for NaN.
+        The largest difference of any output counts: 0 for equal bits, infinite for NaN.
         """
         new = [pair for pair in pairs if pair not in self._differences]
         starts, at = dict[int, int](), 0
@@ -285,11 +268,7 @@ class Results:
         return spreads
 
     def odd(self, answers: Mapping[int, int]) -> set[int]:
-        """Return the rows that look so odd that they should be computed again.
-
-        Args:
-            answers: by row, the part whose result counts.
-        """
+        """Return the rows that look so odd that they should be computed again."""
         scores, parts = self.scores(answers), defaultdict[int, list[int]](list)
         if not scores:
             return set()

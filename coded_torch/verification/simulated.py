@@ -15,13 +15,9 @@ __all__ = ["Verified"]
 
 
 class Verified:
-    """A waiting policy whose results are verified, for :func:`coded_torch.scheduling.simulation`.
+    """A waiting policy whose results are verified, for :mod:`coded_torch.scheduling.simulation`.
 
-    Args:
-        waiting: the policy.
-        num_workers: M.
-        share: the share of rows that are checked. Defaults to 0.02.
-        seed: the seed of all that is drawn. Defaults to 0.
+    Of M workers, a ``share`` of the rows is checked.
     """
 
     at_once = False

@@ -112,14 +112,10 @@ class Strikes:
         return self.random.sample(rows, min(some, len(rows)))
 
     def draw(self, parts: Sequence[Sequence[int]], idle: int = 0) -> Drawn:
-        """Begin a call: draw rows, and hide each in the part of another worker.
+        """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
-        So no further round is needed. The workers of parts are not known yet, so more rows are
-        drawn only if all workers are on probation.
-
-        Args:
-            parts: rows, each in one part.
-            idle: how many workers would begin a part at once.
+        The workers of parts are not known yet, so more rows are drawn only if all workers are on
+        probation. ``idle`` workers would begin a part at once.
         """
         with self._lock:
             self._calls += 1

@@ -38,7 +38,6 @@ class Trials:
         inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
 
     Attributes:
-        results: the results of the call.
         answers: by row, the number of the part whose result counts. A row is missing if only a
             worker computed it that is now excluded.
         owners: by row, the worker that computed the answer, if it is not doubted.
@@ -90,13 +89,11 @@ class Trials:
         fresh: Collection[int] = (),
         failed: Collection[int] = (),
     ) -> _Doing:
-        """Ask and wait after the waiting policy, until there is a verdict.
+        """Ask and wait after the waiting policy has ended, until there is a verdict.
 
         Args:
             asked: the rows of all parts so far, by number.
             replies: ``(part, worker)`` of the good results, in the order in which they arrived.
-            ended: how the policy ended the call.
-            began, now: seconds, when the call began, and now.
             bounded: whether trials end with the checks, at the deadline.
             reserve: seconds before the deadline that predicting takes.
             fresh, failed: workers that ran the module for the first time; parts that have failed.
@@ -152,11 +149,9 @@ class Trials:
         return {row: parts[0] for row, parts in left.items() if parts}
 
     def _compared(self) -> tuple[set[int], dict[tuple[int, int], list[int]]]:
-        """Compare the answers with results of other workers.
+        """Return the rows that another worker computed alike, and the rows that differ.
 
-        Returns:
-            The rows whose answer another worker computed alike; by two parts, the first of them the
-            answer, the rows that differ.
+        The key of rows that differ is two parts, the first of which is the answer.
         """
         answers, worker, asked = self._answers(), self.worker, self.asked
         pairs = {
@@ -235,10 +230,8 @@ class Trials:
     ) -> Generator[Decision, Event, list[int | None]]:
         """Have parts computed; return the number of each, None if it has no good result.
 
-        Args:
-            requests: the rows of each part, and the workers that must not compute them.
-            until: the time until which they are waited for. Defaults to the patience of trials.
-            aside: whether their results do not count.
+        They are waited for until a time, by default the patience of trials. ``aside``, their
+        results do not count.
         """
         if until is None:
             until = min(self.end, self.now + self.patience)
@@ -293,8 +286,8 @@ class Trials:
     def _trial(self, a: int, b: int, rows: list[int]) -> Generator[Decision, Event, bool]:
         """Have others compute two parts exactly as they were asked; return whether it decided.
 
-        The batches are as before, so results differ only if they are wrong or random. Where
-        both parts are confirmed, results depend on the rows beside them.
+        So results differ only if they are wrong or random. If both parts are confirmed, results
+        depend on the rows beside them.
         """
         record, heard = self.record, {self.worker[a], self.worker[b]}
         need = min(record.jury - 1, len(record.workers - heard))
@@ -344,8 +337,7 @@ class Trials:
     def _sentence(self, part: int, truth: int, rows: list[int]) -> _Doing:
         """Let a result no longer count, and ask the worker that was wrong the same again.
 
-        Each time that it is wrong is a strike, until it is out. The same bits, nearly right, are
-        another kind of hardware.
+        Each time that it is wrong is a strike. The same bits, nearly right, are another hardware.
         """
         record, worker = self.record, self.worker[part]
         request = [(self.asked[part], record.everyone - {worker})]
