@@ -154,7 +154,7 @@ class CodedWrapper(ModuleProxy):
         self.last_run = None
         self._dealer = random.Random(0)
         self._warned: set[str] = set()  # parts of the module
-        self._form: Stacked | None = None  # of the last results, for surrogates that answer alone
+        self._form: Stacked | None = None  # the last results, without values
         _check_settings(self)
         self._is_made = True
         self._strikes = Strikes.of(self.workers, self.verify)
