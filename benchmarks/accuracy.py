@@ -25,8 +25,7 @@ import scipy.stats
 import torch
 
 from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.comparison import Comparison, Record
-from coded_torch.evaluation.scores import half_width, rounded
+from coded_torch.evaluation.scores import Comparison, Record, half_width, rounded
 from coded_torch.stragglers import Contiguous, Uniform
 
 from .runs import Measurement, progress

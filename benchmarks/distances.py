@@ -18,7 +18,7 @@ from typing import Any
 
 from coded_torch.codes import Code
 from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.comparison import Comparison, Record
+from coded_torch.evaluation.scores import Comparison, Record
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 
 from . import tasks

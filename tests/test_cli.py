@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 import coded_torch
 from coded_torch.cli.main import main
 from coded_torch.demo.lenet5 import digits
-from coded_torch.evaluation.comparison import Comparison, Record
-from coded_torch.evaluation.scores import Score
+from coded_torch.evaluation.scores import Comparison, Record, Score
 
 
 def run(line):

@@ -1,4 +1,4 @@
-r"""Scores of answers against the module's own, and the statistics of their comparison.
+r"""Scores of answers against the module's own, and the comparison of schemes by them.
 
 Answers are ``[..., C]``: the last dimension is one answer, all others count rows. An error is a
 norm over all C numbers of an answer.
@@ -6,30 +6,36 @@ norm over all C numbers of an answer.
 
 from __future__ import annotations
 
+import csv
+import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._arguments import dense
+from ..codes import Code
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
 
-__all__ = ["Interval", "Score", "half_width", "paired_p", "ratio", "relative_accuracy"]
-__all__ += ["rmse", "root", "rounded", "score"]
+__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "half_width", "ratio"]
+__all__ += ["relative_accuracy", "rmse", "root", "rounded", "score"]
 
+Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Student's 97.5 % quantiles for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _NORMAL = 1.959964  # the normal distribution's 97.5 % quantile
-_FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 
 
 class Score(NamedTuple):
@@ -136,23 +142,165 @@ def half_width(a: Array) -> float:
     return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
 
 
-def paired_p(differences: Array) -> float:
-    """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
-
-    The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
-    The p-value is NaN if a difference is.
-    """
-    if np.isnan(differences).any():
-        return math.nan
-    n = len(differences)
-    if 2**n <= _FLIPS:
-        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    else:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS, n))
-        signs[0] = 1.0
-    return float((np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-12)).mean())
-
-
 def rounded(*values: float) -> Interval:
     """Round to four digits; NaN becomes None."""
     return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
+
+
+class Record(NamedTuple):
+    """The numbers of one scheme on one batch, means over received sets: a line of the raw data.
+
+    Attributes:
+        workers, inputs, lost: N, K and S.
+        scheme, code: the name of the scheme, and its code with the tuned numbers, as text.
+        seed, batch: the seed of the lost workers, and the number of the batch.
+        rows: the number of rows, over all received sets.
+        work: the rows that workers compute, over the rows of the batch.
+        score: the means of the scores.
+    """
+
+    workers: int
+    inputs: int
+    lost: int
+    scheme: str
+    code: str
+    seed: int
+    batch: int
+    rows: int
+    work: float
+    score: Score
+
+
+class Row(NamedTuple):
+    """The scores of one scheme at one setting, each with half the width of its 95 % interval.
+
+    Attributes:
+        setting, name: N, K and S, and the name of the scheme.
+        rmse: the root of the mean squared distance of answers from exact ones.
+        mse: the mean squared distance, in units of the outputs' variance.
+        relative_accuracy: the accuracy over the accuracy of the bare module; None without labels.
+        changed: the number of rows whose class is not the module's own, and the number of rows.
+        work: the rows that workers compute, over the rows of the batches.
+        mse_ratio: the mean squared error over the reference's; None without a reference.
+        gain: the relative accuracy less the reference's; None without a reference, or labels.
+    """
+
+    setting: Setting
+    name: str
+    rmse: Interval
+    mse: Interval
+    relative_accuracy: Interval | None
+    changed: tuple[int, int]
+    work: float
+    mse_ratio: Interval | None = None
+    gain: Interval | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The result of :func:`compare`; ``print`` shows it as a table in 80 columns.
+
+    Intervals are Student's, at 95 %, over batches; seeds are averaged first.
+
+    Attributes:
+        records: the raw data.
+        codes: the tuned codes, by setting and scheme; empty if the data come from a file.
+    """
+
+    records: Sequence[Record]
+    codes: Mapping[tuple[Setting, str], Code] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        """The scores, setting by setting and scheme by scheme."""
+        return self.against()
+
+    def against(self, reference: str = "") -> list[Row]:
+        """Return the scores, each also relative to the scheme of this name, batch by batch."""
+        grouped = _grouped(self.records, lambda x: (x[:3], x.scheme))
+        schemes = {key: (records, _by_batch(records)) for key, records in grouped.items()}
+        names = dict.fromkeys(name for _, name in schemes)
+        if reference and reference not in names:
+            must = f"reference must be one of {', '.join(names)}"
+            raise ValueError(f"against: {must}, got {reference!r}")
+        rows = []
+        for (setting, name), (records, ours) in schemes.items():
+            mse, _, variance, right, exact, _ = ours
+            labelled = not np.isnan(right).any()
+            changed = sum(x.rows * (1 - x.score.agreement) for x in records)
+            row = Row(
+                setting,
+                name,
+                root(mse),
+                ratio(mse, variance),
+                ratio(right, exact) if labelled else None,
+                (round(changed), sum(x.rows for x in records)),
+                float(np.mean([x.work for x in records])),
+            )
+            if name != reference and (setting, reference) in schemes:
+                theirs = schemes[setting, reference][1]
+                row = row._replace(
+                    mse_ratio=ratio(mse, theirs[0]),
+                    gain=ratio(right - theirs[3], exact) if labelled else None,
+                )
+            rows.append(row)
+        return rows
+
+    def save(self, path: str | Path) -> None:
+        """Write the raw data to a CSV file, one line for each record."""
+        with open(path, "w", newline="") as file:
+            head = [*Record._fields[:-1], *Score._fields]
+            csv.writer(file).writerows([head, *([*x[:-1], *x.score] for x in self.records)])
+
+    def __str__(self) -> str:
+        lines = []
+        for (n, k, s), rows in _grouped(self.rows, lambda row: row.setting).items():
+            accuracies = "RelAcc" if rows[0].relative_accuracy else ""
+            lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
+            lines.append(f"  {'':<27} {'RMSE':<16}{'MSE / variance':<18}{accuracies}".rstrip())
+            for row in rows:
+                scores = f"{_text(row.rmse):<16}{_text(row.mse):<18}{_text(row.relative_accuracy)}"
+                lines.append(f"  {row.name:<27} {scores}".rstrip())
+        return "\n".join(lines[1:])
+
+    def draw(self) -> Figure:
+        """Draw the squared errors, a panel for each setting; it needs matplotlib."""
+        from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
+
+        panels = _grouped(self.rows, lambda row: row.setting)
+        across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
+        figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
+        every = figure.subplots(down, across, squeeze=False).flat
+        for axes, ((n, k, s), rows) in zip(every, panels.items(), strict=False):
+            axes.set_title(f"{k} inputs a group on {n} workers, {s} lost", fontsize=10)
+            for row in rows:
+                axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
+            axes.invert_yaxis()
+            axes.set_xlabel("mean squared error / variance of the outputs")
+        return figure
+
+
+def _by_batch(records: Sequence[Record]) -> Array:
+    """Return the scores of each batch, means over seeds, ``[6, batches]``."""
+    batches = _grouped(records, lambda x: x.batch).values()
+    return np.array([np.mean([x.score for x in some], axis=0) for some in batches]).T
+
+
+def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def _text(interval: Interval | None) -> str:
+    """Format a number and half the width of its interval, with the digits that this leaves."""
+    value, half = interval or (None, None)
+    if value is None:
+        return ""
+    if not half:
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(half)))
+    if digits > 5:
+        return f"{value:.1e} ± {half:.0e}"
+    return f"{value:.{digits}f} ± {half:.{digits}f}"

@@ -6,8 +6,7 @@ import pytest
 from benchmarks import accuracy
 from benchmarks.subjects import subject
 from benchmarks.tables import BASELINES
-from coded_torch.evaluation.comparison import Comparison, Record
-from coded_torch.evaluation.scores import Score
+from coded_torch.evaluation.scores import Comparison, Record, Score
 
 
 def record(scheme, batch, mse, right=1.0, lost=1):
