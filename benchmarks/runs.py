@@ -44,6 +44,8 @@ QUESTIONS = (
     "resilience",
     "serving",
     "peers",
+    "fleet",
+    "job",
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")

@@ -21,6 +21,9 @@ _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
 # medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py).
 _TAIL, _LEAST_TAIL = 4.45, 1.5
+# A smaller part that takes more than this share of the time is no use, as each may straggle: where
+# rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
+_SPLIT_SHARE = 0.5
 
 
 class _Window:
@@ -117,6 +120,14 @@ class History:
             median, quartile = (self._quantile(self._parts, q) for q in (0.5, 0.25))
             tail = (median / quartile) ** _TAIL if 0 < median < math.inf else _LEAST_TAIL
             return median * max(_LEAST_TAIL, tail) * self._scale(rows)
+
+    def pieces(self, rows: int, most: int) -> int:
+        """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
+        with self._lock:
+            piece = -(-rows // max(1, most))
+            is_known = self._fewest <= piece and self._fewest < self.most_rows
+            share = self._scale(piece) / self._scale(rows)
+            return 1 if is_known and share > _SPLIT_SHARE else max(1, most)
 
     def call(self, rows: int) -> float:
         """Return the median of calls whose largest part has so many rows, in seconds.

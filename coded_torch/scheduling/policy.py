@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Policy"]
 
-# A late part is hedged three times, first split over up to four idle workers, which shortens the
-# tail (benchmarks/waiting.py, "three re-asks"). A failed part is cut in four, so that few more
-# workers are lost to a row that ends them (benchmarks/promises.py, "poison").
+# Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
+# failed part is cut in four: few workers are lost to a row that ends them (benchmarks/promises.py).
 _HEDGES, _SPLIT = 3, 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
 # Failures in a row of the same rows, which are then given up. A call that may not predict gives up
@@ -293,7 +292,8 @@ class _Call:
                 continue
             part.replaced = True
             part.hedges += late
-            pieces = max(1, min(_SPLIT, idle)) if late and not part.of else 1
+            rows, most = len(missing) * self.unit_rows, min(_SPLIT, idle)
+            pieces = self.history.pieces(rows, most) if late and not part.of else 1
             if part.state == _FAILED:
                 pieces = self._judge(part)
             if pieces := min(pieces, len(missing)):

@@ -491,3 +491,13 @@ def test_bad_options(options, error, match):
 def test_bad_numbers_of_stragglers(value, error):
     with pytest.raises(error, match="num_stragglers must be"):
         Waiting.first(value)
+
+
+@pytest.mark.parametrize(("of_four", "pieces"), [(0.25, 4), (1.0, 1)])
+def test_a_hedge_is_split_unless_pieces_are_known_to_take_as_long(of_four, pieces):
+    history = known(rows=16)
+    assert history.pieces(16, 4) == 4
+    assert history.pieces(16, 0) == 1
+    history.add([(4, of_four)] * 32, None)
+    assert history.pieces(16, 4) == pieces
+    assert history.pieces(8, 4) == 4  # pieces of two rows were never seen
