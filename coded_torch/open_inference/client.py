@@ -229,7 +229,7 @@ def _translated() -> Any:
     except aiohttp.ClientConnectorError as error:
         raise EndpointError(f"could not be reached: {error.strerror or error}") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise EndpointError(f"broke the connection: {error!r}", lost=True) from None
+        raise EndpointError(f"broke the connection: {error!r:.200}", lost=True) from None
 
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:

@@ -36,6 +36,7 @@ logger = logging.getLogger("coded_torch.workers")
 # Seconds from a failure to the first probe of a server; the pause doubles up to the other. Not
 # tuned: a probe is one small request.
 _PROBE_SECONDS, _MOST_PROBE_SECONDS = 0.25, 30.0
+_SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
 
@@ -46,7 +47,7 @@ class EndpointWorkers(DispatchedWorkers):
     model, so a wrapper on this pool wraps a :class:`RemoteModule` of that model:
     ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
 
-    - A server that fails, or does not keep the protocol, gets no parts until a probe of
+    - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
       ``/v2/health/ready`` succeeds. Probes come at growing intervals.
     - A server that answers 429 or 503 gets no parts for the time that its ``Retry-After`` says. Its
       part goes to another server, and counts as no failure.
@@ -220,6 +221,8 @@ class _Endpoints(Dispatcher[_Slot]):
         self.loop = running_loop()
         self._place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._failures: dict[str, int] = {}  # since the last answer
+        self._num_answers = 0
+        self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -296,8 +299,16 @@ class _Endpoints(Dispatcher[_Slot]):
         slot.running = self._spawn(self._compute, slot, job)
         # Even a task that was cancelled before it began frees its slot.
         slot.running.add_done_callback(
-            lambda task: self.fail(slot, job.number, "was cancelled") if task.cancelled() else None
+            lambda task: self._leave_off(slot, job) if task.cancelled() else None
         )
+
+    def _leave_off(self, slot: _Slot, job: Job) -> None:
+        self.fail(slot, job.number, "was cancelled")
+        silent = self._silent.setdefault(slot.url, [])
+        silent.append(self._num_answers)
+        if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
+            self._silent.pop(slot.url)
+            self._pause(slot.url, None)
 
     def _spawn(self, function: Callable[..., Any], *args: Any) -> asyncio.Task[Any]:
         task = self.loop.create_task(function(*args))
@@ -336,7 +347,9 @@ class _Endpoints(Dispatcher[_Slot]):
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.fail(slot, job.number, f"({slot.url}) raised {error!r}", error, kind)
         else:
+            self._num_answers += 1
             self._failures.pop(slot.url, None)
+            self._silent.pop(slot.url, None)
             self.settle(slot, job.number, value)
 
     async def _ask(self, slot: _Slot, job: Job, module: RemoteModule) -> Any:

@@ -24,7 +24,7 @@ from coded_torch.open_inference.client import (
     run,
 )
 from coded_torch.testing.workers import numbered, task_of
-from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply
+from coded_torch.workers import EndpointWorkers, Part, RemoteModule, Reply, endpoints
 
 from .endpoint_servers import servers
 
@@ -185,6 +185,19 @@ def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
         assert torch.equal(raised.value.answers[:8], 2 * X[:8]) or raised.value.report.missing_rows
     finally:
         hung.set()
+
+
+def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monkeypatch):
+    monkeypatch.setattr(endpoints, "_SILENCE", 3)
+    coded, hung = wrapped(three, Waiting(deadline=0.1)), threading.Event()
+    three[2].fault, three[2].ready = lambda handler, rows: hung.wait(WAIT) or True, False
+    try:
+        until(lambda: coded(X) is not None and coded.workers.num_ready == 2)
+        assert torch.equal(coded(X), 2 * X)
+    finally:
+        hung.set()
+    three[2].fault, three[2].ready = None, True
+    until(lambda: coded.workers.num_ready == 3)
 
 
 def test_servers_come_and_go(three):
