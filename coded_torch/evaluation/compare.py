@@ -22,6 +22,7 @@ from ..codes import (
     SplineCode,
 )
 from ..stragglers import Stragglers, Uniform
+from ..workers.faults import Attack
 from .scores import Comparison, Record, Score, Setting, score
 from .tune import SETS, Trial, calls_of, chosen, within
 
@@ -57,6 +58,8 @@ def compare(
     received_sets: int = 1,
     seeds: int | Sequence[int] = 0,
     tuning: int | None = None,
+    attack: Attack | None = None,
+    faulty: int = 1,
     in_dims: Any = 0,
     out_dims: Any = 0,
 ) -> Comparison:
@@ -89,6 +92,9 @@ def compare(
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
+        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones, as in
+            :class:`~coded_torch.workers.FaultyWorkers`. Defaults to None, honest workers.
+        faulty: the number of workers of each received set that attack. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
     Returns:
@@ -121,9 +127,10 @@ def compare(
     if isinstance(truth, Tensor) or not isinstance(truth, Sequence) or len(truth) != len(calls):
         must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
         raise ValueError(f"compare: {must}, got {shown(labels)}")
-    given = {"more": more, "surrogate": surrogate, "law": law}
+    given = {"more": more, "surrogate": surrogate, "law": law, "attack": attack}
     for name, value in given.items():
         instance("compare", name, value, Callable, optional=name != "law")
+    faulty = count("compare", "faulty", faulty)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
     if not settings:
@@ -160,6 +167,8 @@ def compare(
             drawn = _law(law, s, seed)
             for batch, (args, classes) in enumerate(zip(calls[cut:], truth[cut:], strict=True)):
                 trial, sets = tried(args, drawn, n, received_sets)
+                if attack is not None:
+                    trial.attack_by(attack, faulty, seed)
                 if classes is not None:
                     _check_labels(classes, trial.exact)
                 exact = _flat(trial.exact)
@@ -209,7 +218,8 @@ def _answers(
     for name, code in codes.items() if cheap else ():
         if name in ("no redundancy, regression", "replication"):
             rows = trial.missing(code, received, lost)
-            pairs = zip(trial.exact, cheap, strict=True)
+            computed = trial.exact if trial.attack is None else trial.decode(code, received, lost)
+            pairs = zip(computed, cheap, strict=True)
             answers = [known.index_put((rows,), stands[rows]) for known, stands in pairs]
             yield f"{name.partition(',')[0]}, surrogate", answers, code
         if name in ("no redundancy, regression", "regression"):

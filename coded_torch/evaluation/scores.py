@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "half_width", "ratio"]
-__all__ += ["relative_accuracy", "rmse", "root", "rounded", "score"]
+__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "half_width"]
+__all__ += ["paired_p", "ratio", "relative_accuracy", "rmse", "root", "rounded", "score"]
 
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
@@ -36,6 +37,8 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # Student's 97.5 % quantiles for 1 to 10 degrees of freedom.
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
 _NORMAL = 1.959964  # the normal distribution's 97.5 % quantile
+_FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
+_EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
 class Score(NamedTuple):
@@ -142,6 +145,23 @@ def half_width(a: Array) -> float:
     return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
 
 
+def paired_p(differences: Array) -> float:
+    """Return the two-sided p-value of paired differences, one a batch, under a mean of 0.
+
+    The test flips the signs of the differences, in all ways for up to 14 batches, else at random.
+    The p-value is NaN if a difference is.
+    """
+    if np.isnan(differences).any():
+        return math.nan
+    n = len(differences)
+    if 2**n <= _FLIPS:
+        signs = 1.0 - 2.0 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
+    else:
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (_FLIPS, n))
+        signs[0] = 1.0
+    return float((np.abs(signs @ differences) >= abs(differences.sum()) * (1 - 1e-12)).mean())
+
+
 def rounded(*values: float) -> Interval:
     """Round to four digits; NaN becomes None."""
     return [None if math.isnan(value) else float(f"{value:.4g}") for value in values]
@@ -183,6 +203,8 @@ class Row(NamedTuple):
         work: the rows that workers compute, over the rows of the batches.
         mse_ratio: the mean squared error over the reference's; None without a reference.
         gain: the relative accuracy less the reference's; None without a reference, or labels.
+        p: the p-value of a sign-flip test on the batches' differences of squared errors, times the
+            number of comparisons (Bonferroni), at most 1; None without a reference, or answers.
     """
 
     setting: Setting
@@ -194,6 +216,7 @@ class Row(NamedTuple):
     work: float
     mse_ratio: Interval | None = None
     gain: Interval | None = None
+    p: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +246,7 @@ class Comparison:
         if reference and reference not in names:
             must = f"reference must be one of {', '.join(names)}"
             raise ValueError(f"against: {must}, got {reference!r}")
+        number = sum(name != reference for _, name in schemes)
         rows = []
         for (setting, name), (records, ours) in schemes.items():
             mse, _, variance, right, exact, _ = ours
@@ -239,9 +263,11 @@ class Comparison:
             )
             if name != reference and (setting, reference) in schemes:
                 theirs = schemes[setting, reference][1]
+                p = number * paired_p(mse - theirs[0])
                 row = row._replace(
                     mse_ratio=ratio(mse, theirs[0]),
                     gain=ratio(right - theirs[3], exact) if labelled else None,
+                    p=None if math.isnan(p) else min(1.0, p),
                 )
             rows.append(row)
         return rows
@@ -264,19 +290,34 @@ class Comparison:
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
-        """Draw the squared errors, a panel for each setting; it needs matplotlib."""
+        """Draw the squared errors, against S or N if there are several; it needs matplotlib."""
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
-        panels = _grouped(self.rows, lambda row: row.setting)
+        by_n = _grouped(self.rows, lambda row: row.setting[1:])
+        by_s = _grouped(self.rows, lambda row: row.setting[:2])
+        along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
         every = figure.subplots(down, across, squeeze=False).flat
-        for axes, ((n, k, s), rows) in zip(every, panels.items(), strict=False):
-            axes.set_title(f"{k} inputs a group on {n} workers, {s} lost", fontsize=10)
-            for row in rows:
-                axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
-            axes.invert_yaxis()
-            axes.set_xlabel("mean squared error / variance of the outputs")
+        for axes, (fixed, rows) in zip(every, panels.items(), strict=False):
+            data, other = fixed if along == 0 else fixed[::-1]
+            of_lost = f", {other} workers lost" if along == 0 else f" on {other} workers"
+            axes.set_title(f"{data} inputs a group{of_lost}", fontsize=10)
+            error = "mean squared error / variance of the outputs"
+            if len({row.setting for row in rows}) == 1:
+                for row in rows:
+                    axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
+                axes.invert_yaxis()
+                axes.set_xlabel(error)
+                continue
+            for (name, each), marker in zip(
+                _grouped(rows, lambda x: x.name).items(), itertools.cycle("os^vPDX"), strict=False
+            ):
+                points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
+                at, mse, half = zip(*points, strict=True) if points else ((), (), ())
+                axes.errorbar(at, mse, [x or 0.0 for x in half], label=name, marker=marker)
+            axes.set(yscale="log", ylabel=error, xlabel="workers" if along == 0 else "workers lost")
+            axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
         return figure
 
 

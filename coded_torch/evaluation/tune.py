@@ -3,6 +3,7 @@ r"""Trials of schemes on batches, and the choice of a code's numbers by its erro
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import random
@@ -20,6 +21,7 @@ from ..codes import BatchPlan, Code
 from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
+from ..workers.faults import Attack
 from ..workers.task import broadcast_dims
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]
@@ -179,6 +181,7 @@ class Trial:
         mixable: a bool: all divided inputs are floating-point, so codes can mix them.
         batch_size: B
         exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
+        attack: changes results ``[F, rows, ...]`` of a received set; None if workers are honest.
     """
 
     def __init__(
@@ -198,6 +201,7 @@ class Trial:
         self._place = {worker: i for i, worker in enumerate(self._workers)}
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
+        self.attack: Callable[[Tensor, Sequence[int]], Tensor] | None = None
         self.inputs = self._inputs.floating()
         self.mixable = len(self.inputs) == len(self._inputs.batches())
         self.batch_size = self._inputs.batch_size
@@ -206,6 +210,10 @@ class Trial:
     def run(self, function: Callable[..., Any]) -> list[Tensor]:
         """Return the outputs of a function of the module's inputs that are decoded."""
         return self._run(function, self._inputs.batches())
+
+    def attack_by(self, attack: Attack, faulty: int, seed: int) -> None:
+        """Let some workers of each received set return wrong results from now on."""
+        self.attack = functools.partial(_attacked, attack, faulty, seed)
 
     def decode(
         self,
@@ -229,7 +237,10 @@ class Trial:
         rows = [self._place[worker] for worker in received]
         answers = []
         for i, result in enumerate(results):
-            arrived, known = _scaled(result[rows], code), None
+            arrived, known = result[rows], None
+            if self.attack is not None:
+                arrived = self.attack(arrived, received)
+            arrived = _scaled(arrived, code)
             if surrogate:
                 known = _scaled(surrogate[i], code)
                 arrived = arrived - plan.encode(known)[received]
@@ -295,6 +306,18 @@ class Trial:
             if not bool(output.isfinite().all()):
                 raise RuntimeError("the module must return finite outputs, got not finite ones")
         return found
+
+
+def _attacked(
+    attack: Attack, faulty: int, seed: int, results: Tensor, received: Sequence[int]
+) -> Tensor:
+    """Return results ``[F, rows, ...]`` with wrong ones in the places of faulty workers."""
+    key = np.random.SeedSequence([seed, *received]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(key))
+    wrong = results.clone()
+    for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
+        wrong[place] = attack(results[place], generator)
+    return wrong
 
 
 def _scaled(outputs: Tensor, code: Code) -> Tensor:

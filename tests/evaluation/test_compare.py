@@ -189,13 +189,17 @@ def test_against_a_reference_differences_are_paired():
     records = [record("a", i, 1.0 + i, 0.5) for i in range(8)]
     records += [record("b", i, 2.0 + 2 * i, 0.75) for i in range(8)]
     records += [record("c", i, 1.0 + i + (-1) ** i, 0.5) for i in range(8)]
-    a, b, _ = Comparison(records).against("a")
-    assert a.mse_ratio is a.gain is None
+    a, b, c = Comparison(records).against("a")
+    assert a.mse_ratio is a.p is a.gain is None
     assert (b.mse_ratio, b.gain) == ([2.0, 0.0], [0.25, 0.0])
+    assert b.p == 2 * 2 / 2**8  # of two comparisons
+    assert c.p == 1
     assert b.changed == (8, 80)
     with pytest.raises(ValueError, match="reference must be one of a, b, c, got 'd'"):
         Comparison(records).against("d")
     assert b.mse == pytest.approx([4.5, b.mse[1]])
+    lost = [*records[:15], record("b", 7, math.nan, 0.5)]
+    assert Comparison(lost).against("a")[-1].p is None  # an answer is missing
 
 
 def test_table(found):
@@ -258,10 +262,19 @@ def test_picture_of_one_setting_has_a_bar_for_each_scheme():
     assert [bar.get_width() for bar in axes.patches] == [0.5] * 3
 
 
-def test_a_picture_of_several_settings_has_a_panel_for_each():
+def test_pictures_of_several_settings_leave_out_what_is_exact():
+    by_s = [made((24, 20, s), x, (s or 1e-7) / 9) for s in (0, 4, 8) for x in "ab"]
+    (axes,) = Comparison(by_s).draw().axes
+    lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_label()}
+    assert axes.get_title() == "20 inputs a group on 24 workers"
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())] == [[4, 8]] * 2
+    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
+    assert lines
+    by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
+    (axes,) = Comparison(by_n).draw().axes
+    assert (axes.get_title(), axes.get_xlabel()) == ("4 inputs a group, 2 workers lost", "workers")
     figure = Comparison([made((n, n - 1, 1), "a", 0.5) for n in (3, 4, 5)]).draw()
     assert [len(figure.axes), *figure.get_size_inches()] == [4, 13, 8.4]
-    assert figure.axes[1].get_title() == "3 inputs a group on 4 workers, 1 lost"
 
 
 def test_received_are_those_not_lost():
@@ -335,3 +348,28 @@ def test_labels_may_stay_on_the_host():
     assert str(compare(model, batches, [(6, 4, 2)], labels=[x.cpu() for x in labels])) == str(
         on_device
     )
+
+
+def test_faulty_workers_spoil_every_scheme_alike():
+    x = torch.randn(3, 24, 2, generator=torch.Generator().manual_seed(0))
+    module, options = (
+        torch.nn.Linear(2, 3),
+        {"settings": [(6, 4, 0)], "surrogate": torch.nn.Linear(2, 3)},
+    )
+    seen = []
+
+    def attack(rows, generator):
+        seen.append(rows.shape)
+        return rows + 100 + torch.rand((), generator=generator)
+
+    honest = {row.name: row.mse[0] for row in compare(module, list(x), **options).rows}
+    assert not seen
+    attacked = compare(module, list(x), attack=attack, faulty=2, **options)
+    for row in attacked.rows:
+        if row.name != "surrogate alone":
+            assert row.mse[0] > honest[row.name] + 1, row.name
+    assert seen
+    again = compare(module, list(x), attack=attack, faulty=2, **options)
+    assert str(again) == str(attacked)
+    with pytest.raises(TypeError, match="compare: attack must be"):
+        compare(module, list(x), attack="noise")
