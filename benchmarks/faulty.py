@@ -13,7 +13,6 @@ from torch import Tensor
 
 from coded_torch.scheduling import Ask, Ended, Event, Settled, Wait
 from coded_torch.verification import Strikes, Trials
-from coded_torch.workers import faults as attacks
 
 from .subjects import SEED, run, subject
 
@@ -23,6 +22,10 @@ __all__ += ["Voters"]
 WORKERS, BATCH_SIZE = 24, 240
 #: The difference between honest results, in spreads of the outputs.
 ROUNDING = 2.5e-6
+#: Bits of a float32. The lowest twelve are left out, as honest results differ in them.
+EXPONENT, MANTISSA = (23, 31), (12, 23)
+#: Maps places of rows, ``[n]``, to rows that do not belong there, ``[n, ...]``.
+Others = Callable[[Tensor], Tensor]
 #: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
 Compute = Callable[[int, Sequence[int], bool], Tensor]
 
@@ -183,6 +186,54 @@ class Data:
 Fault = Callable[[Data, Tensor], Tensor]
 
 
+def swap(rows: Tensor) -> Tensor:
+    """Swap the two largest outputs of each row."""
+    if rows.dim() < 2 or rows.shape[-1] < 2:
+        return rows
+    top = rows.topk(2, dim=-1).indices
+    return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
+
+
+def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one row by another one."""
+    rows, at = rows.clone(), _place(len(rows), generator)
+    rows[at] = others(at)
+    return rows
+
+
+def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace a quarter of the outputs of all rows by the outputs of other rows."""
+    flat = rows.reshape(len(rows), -1).clone()
+    width = max(1, flat.shape[1] // 4)
+    at = int(_place(flat.shape[1] - width + 1, generator))
+    other = others(torch.arange(len(rows))).reshape(flat.shape)
+    flat[:, at : at + width] = other[:, at : at + width]
+    return flat.view(rows.shape)
+
+
+def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+    """Replace one number by the number of another row."""
+    flat = rows.reshape(len(rows), -1).clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    flat[at, column] = others(at).reshape(1, -1)[0, column]
+    return flat.view(rows.shape)
+
+
+def one_bit(rows: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
+    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
+    flat = rows.reshape(len(rows), -1).float().clone()
+    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
+    bit = int((1 << (low + _place(high - low, generator))).to(torch.int32))  # the last one: < 0
+    flipped = (flat[at, column].view(torch.int32) ^ bit).view(torch.float32)
+    fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
+    flat[at, column] = torch.where(fits, flipped, 0.0)
+    return flat.view(rows.shape)
+
+
+def _place(below: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(below, (1,), generator=generator)
+
+
 def _noise(size: float) -> Fault:
     return lambda data, rows: data.normal(rows, size)
 
@@ -193,7 +244,7 @@ def _mixing(shape: Callable[..., Tensor]) -> Fault:
 
 
 def _bit(low: int, high: int) -> Fault:
-    return lambda data, rows: attacks.one_bit(rows, low, high, data.generator)
+    return lambda data, rows: one_bit(rows, low, high, data.generator)
 
 
 FAULTS: dict[str, Fault] = {
@@ -202,10 +253,10 @@ FAULTS: dict[str, Fault] = {
     "noise .1": _noise(0.1),
     "noise .05": _noise(0.05),
     "replay": lambda data, rows: data.other(len(rows)),
-    "swap": lambda data, rows: attacks.swap(rows),
-    "block": _mixing(attacks.block),
-    "one row": _mixing(attacks.one_row),
-    "one output": _mixing(attacks.one_output),
-    "exponent": _bit(*attacks.EXPONENT),
-    "mantissa": _bit(*attacks.MANTISSA),
+    "swap": lambda data, rows: swap(rows),
+    "block": _mixing(block),
+    "one row": _mixing(one_row),
+    "one output": _mixing(one_output),
+    "exponent": _bit(*EXPONENT),
+    "mantissa": _bit(*MANTISSA),
 }

@@ -82,6 +82,10 @@ def serve(args: argparse.Namespace) -> None:
     _listen(built, args.host, args.port, name, is_local or args.page)
 
 
+def _wrong(rows: Tensor, generator: torch.Generator) -> Tensor:
+    return -rows
+
+
 def _workers(args: argparse.Namespace) -> Workers:
     """Return the pool that computes."""
     if args.endpoints:
@@ -93,7 +97,7 @@ def _workers(args: argparse.Namespace) -> Workers:
         return pool
     law = Bernoulli(0.03, latency=0.05, seed=args.seed)
     # The page says which workers attack.
-    return FaultyWorkers(pool, delays=law, seed=args.seed, crash_every=5.0, attack="swap")
+    return FaultyWorkers(pool, delays=law, seed=args.seed, crash_every=5.0, attack=_wrong)
 
 
 def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, None]:

@@ -29,17 +29,8 @@ from .tensors import (
     specs_of,
 )
 
-__all__ = [
-    "BusyError",
-    "Client",
-    "EndpointError",
-    "Model",
-    "RefusedError",
-    "RemoteError",
-    "RemoteModule",
-    "run",
-    "running_loop",
-]
+__all__ = ["BusyError", "Client", "EndpointError", "Model", "RefusedError", "RemoteError"]
+__all__ += ["RemoteModule", "run", "running_loop"]
 
 _MESSAGE = 2**20  # bytes of metadata and of an error's text, at most; not tuned
 _BUSY = (429, 503)
@@ -65,16 +56,7 @@ class RemoteError(RuntimeError):
 class Client:
     """Asks servers, over connections that are kept. Redirects and proxies are not followed.
 
-    Args:
-        owner: the object that error messages name.
-        headers: headers of every request.
-        token: a bearer token. It is sent over TLS, or to a loopback address, only.
-        context: verifies TLS. Defaults to None, the certificates of the system.
-        connect_timeout: seconds to connect.
-        timeout: seconds for a whole request.
-
-    Raises:
-        ValueError: a header holds a line break.
+    Errors name ``owner``. EndpointWorkers describe the other arguments.
     """
 
     def __init__(
@@ -114,17 +96,18 @@ class Client:
             must = "an endpoint must be a URL such as 'http://host:8000'"
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
         if self._secret and not server.startswith("https") and not _is_loopback(host):
-            raise ValueError(
-                f"{self._name}: a token needs https, or a loopback address, got {server}"
-            )
+            must = "a token needs https, or a loopback address"
+            raise ValueError(f"{self._name}: {must}, got {server}")
         return server
 
     async def model(self, server: str, name: str, outputs: Sequence[str] | None) -> Model:
         """Return the model of a server, by its metadata, with some of its outputs or all."""
         path = f"/v2/models/{quote(name, safe='')}"
         try:
-            about = parsed(await self._get(server, "/v2"), "the server's metadata")
-            found = parsed(await self._get(server, path), "the model's metadata")
+            body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE)
+            about = parsed(body, "the server's metadata")
+            body, _ = await self._ask("GET", f"{server}{path}", _MESSAGE)
+            found = parsed(body, "the model's metadata")
         except EndpointError as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         extensions = about.get("extensions")
@@ -151,11 +134,8 @@ class Client:
     ) -> list[Tensor]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model.
 
-        Raises:
-            RemoteError: the model failed on the request.
-            RefusedError: the request is wrong.
-            BusyError: the server takes no request now.
-            EndpointError: anything else: no connection, an answer that breaks the protocol.
+        Raises a RemoteError if the model failed, a RefusedError if the request is wrong, a
+        BusyError if the server takes none now, and else an EndpointError.
         """
         body, length = request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
@@ -172,9 +152,6 @@ class Client:
         """Close all connections."""
         if self._session is not None:
             await self._session.close()
-
-    async def _get(self, server: str, path: str) -> bytes:
-        return (await self._ask("GET", server + path, _MESSAGE))[0]
 
     async def _ask(
         self, method: str, url: str, most: int, **options: Any
@@ -301,13 +278,9 @@ class RemoteModule(nn.Module):
         TypeError, ValueError: an argument has the wrong type or value.
         RuntimeError: the server cannot be reached, or does not keep the protocol.
 
-    Calling raises:
-        TypeError: the arguments are not tensors, one for each input, by position or by name.
-        ValueError: the server refuses the inputs.
-        RuntimeError: the model failed, or the server.
-
-    Calling returns:
-        The output ``[B, ...]``; if there are several, a dict by name. On the CPU.
+    Calling takes a tensor for each input, by position or by name. It returns the output
+    ``[B, ...]``, or a dict of several by name, on the CPU. It raises a ValueError if the server
+    refuses the inputs, and a RuntimeError if the model failed, or the server.
     """
 
     def __init__(
@@ -340,8 +313,8 @@ class RemoteModule(nn.Module):
         given = [*args, *map(kwargs.get, names)]
         if len(given) != len(specs) or kwargs.keys() - set(names):
             must = f"inputs must be {', '.join(spec.name for spec in specs)}"
-            got = f"{len(args)} by position and {sorted(kwargs)}"
-            raise TypeError(f"RemoteModule: {must}, got {got}")
+            what = f"{len(args)} by position and {sorted(kwargs)}"
+            raise TypeError(f"RemoteModule: {must}, got {what}")
         for spec, tensor in zip(specs, given, strict=True):
             if not isinstance(tensor, Tensor) or tensor.dtype != spec.dtype:
                 kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__

@@ -35,18 +35,9 @@ __all__ += [
 __all__ += ["to_bytes", "to_json"]
 
 #: The datatypes of the protocol that torch computes with.
-DATATYPES = {
-    "BOOL": torch.bool,
-    "UINT8": torch.uint8,
-    "INT8": torch.int8,
-    "INT16": torch.int16,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "FP16": torch.float16,
-    "BF16": torch.bfloat16,
-    "FP32": torch.float32,
-    "FP64": torch.float64,
-}
+DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
+DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
+DATATYPES |= {f"FP{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
 _HEADER = 2**16  # bytes of JSON beside the numbers of an answer, at most; not tuned
 _NUMBER = 32  # bytes of one number in JSON, at most: float64 takes 25
@@ -54,21 +45,11 @@ _NUMBER = 32  # bytes of one number in JSON, at most: float64 takes 25
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
-    """An input or an output of a served model.
+    """An input or an output of a served model."""
 
-    Args:
-        name: the name in requests and answers.
-        datatype: a key of :data:`DATATYPES`, such as "FP32".
-        shape: the shape of one row, without the batch. -1 allows any size.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: there is no such datatype, or a size is less than -1.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
+    name: str  #: the name in requests and answers
+    datatype: str  #: a key of :data:`DATATYPES`, such as "FP32"
+    shape: tuple[int, ...]  #: the shape of one row, without the batch; -1 allows any size
 
     def __post_init__(self) -> None:
         instance(self, "name", self.name, str)
@@ -114,8 +95,7 @@ def specs(
             tuple, else ``output``, or ``output0``, ``output1`` and so on.
 
     Raises:
-        TypeError: an output is no tensor, or the protocol does not support its dtype.
-        ValueError: the module returns another number of outputs than there are ``names``.
+        TypeError, ValueError: an output is no tensor of a known dtype, or has no name.
     """
     with torch.no_grad():
         made = module(*examples)
@@ -172,10 +152,7 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
 
 
 def _is_numeric(data: list[Any], depth: int) -> bool:
-    """Return whether lists, nested at most ``depth`` deep, hold only numbers.
-
-    An array of strings would take the bytes of the longest one for each.
-    """
+    """Return whether lists, nested at most ``depth`` deep, hold numbers: strings cost much."""
     for _ in range(depth):
         kinds = set(map(type, data))
         if kinds != {list}:
@@ -260,10 +237,8 @@ def parsed(body: bytes, what: str) -> dict[str, Any]:
 def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
     """Return the specs of inputs or outputs, without the dimension of the batch."""
     try:
-        return tuple(
-            TensorSpec(each["name"], each["datatype"], tuple(each["shape"][1:]))
-            for each in metadata[key]
-        )
+        found = [(each["name"], each["datatype"], each["shape"][1:]) for each in metadata[key]]
+        return tuple(TensorSpec(name, kind, tuple(shape)) for name, kind, shape in found)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise EndpointError(f"sent metadata with unusable {key}: {error}") from None
 
@@ -321,10 +296,9 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
         parameters = entry.get("parameters")
         size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
         if size is None:
-            data_here = entry.get("data")
-            if not isinstance(data_here, list):
+            if not isinstance(numbers := entry.get("data"), list):
                 raise EndpointError(f"sent {name!r} without data")
-            found[name] = from_json(name, spec.datatype, shape, data_here)
+            found[name] = from_json(name, spec.datatype, shape, numbers)
             continue
         expected = math.prod(shape) * DATATYPES[spec.datatype].itemsize
         if size != expected or size > len(tail):

@@ -224,18 +224,18 @@ class WorkersTests(abc.ABC):
             assert request.wait(0.0) is None
             (tmp_path / "open").touch()
 
-    def test_workers_at_earlier_tasks_are_the_obstacle(self, pool, tmp_path):
+    def test_workers_at_earlier_tasks_are_named(self, pool, tmp_path):
         with self.begin_all(pool, tmp_path, extra=0) as earlier:
-            assert earlier.obstacle is None
+            assert earlier.status() == ""
             with pool.open(nn.Identity(), task_of(self.values())) as request:
                 request.ask(numbered((0,)))
                 assert request.wait(0.01) is None
-                obstacle = request.obstacle
-                assert (obstacle.num_workers, obstacle.earlier) == (pool.num_workers,) * 2
+                assert f"{pool.num_workers} of {pool.num_workers} " in request.status()
+                assert "are at earlier tasks" in request.status()
                 assert "are at earlier tasks" in request.status()
                 (tmp_path / "open").touch()
                 assert len(replies_of(request)) == 1
-                assert request.obstacle is None
+                assert request.status() == ""
                 assert request.status() == ""
 
     def test_parts_avoid_a_worker(self, pool):

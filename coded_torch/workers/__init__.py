@@ -7,16 +7,16 @@ To add a pool on real time:
    hands a job to a worker. A worker calls :func:`~coded_torch.workers.faults.compute` under
    ``job.request.ambient.restored``, and reports by ``settle``, or by ``fail`` with
    ``kind="raised"`` if the module raised.
-3. Subclass :class:`Workers`: ``num_workers``, ``open``, which returns a
-   :class:`~coded_torch.workers.live.LiveRequest`, ``close``, and pickling. Requests must
-   not hold the pool, so that it ends when nothing else holds it.
+3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``open`` returns a
+   :class:`~coded_torch.workers.live.LiveRequest`. Requests must not hold the pool, so that it ends
+   when nothing else holds it.
 4. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
-   is a pool of 60 lines.
+   is a pool of 50 lines.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Began, Obstacle, Part, Reply, Request, WorkerError, Workers
+from .base import Began, Part, Reply, Request, WorkerError, Workers
 from .devices import DeviceWorkers
 from .faults import Fault, FaultyWorkers
 from .local import LocalWorkers
@@ -28,24 +28,9 @@ if TYPE_CHECKING:
     from ..open_inference.client import RemoteModule
     from .endpoints import EndpointWorkers
 
-__all__ = [
-    "Began",
-    "DeviceWorkers",
-    "EndpointWorkers",
-    "Fault",
-    "FaultyWorkers",
-    "LocalWorkers",
-    "Obstacle",
-    "Part",
-    "ProcessWorkers",
-    "RayWorkers",
-    "RemoteModule",
-    "Reply",
-    "Request",
-    "Task",
-    "WorkerError",
-    "Workers",
-]
+__all__ = ["Began", "DeviceWorkers", "EndpointWorkers", "Fault", "FaultyWorkers", "LocalWorkers"]
+__all__ += ["Part", "ProcessWorkers", "RayWorkers", "RemoteModule", "Reply", "Request", "Task"]
+__all__ += ["WorkerError", "Workers"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..stragglers import Stragglers
     from .faults import Fault
 
-__all__ = ["Began", "Obstacle", "Part", "Reply", "Request", "Task", "WorkerError", "Workers"]
+__all__ = ["Began", "Part", "Reply", "Request", "Task", "WorkerError", "Workers"]
 
 
 class WorkerError(RuntimeError):
@@ -49,8 +49,7 @@ class Part:
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
     units: tuple[int, ...]  #: at least one, increasing
-    #: An injected fault.
-    fault: Fault | None = dataclasses.field(default=None, compare=False)
+    fault: Fault | None = dataclasses.field(default=None, compare=False)  #: an injected fault
     #: The places of workers that must not compute this part.
     avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
 
@@ -76,31 +75,6 @@ class Reply:
     error: WorkerError | None = None
 
 
-class Obstacle(NamedTuple):
-    """The reason why parts of a request have not begun."""
-
-    num_workers: int  #: the number of workers in the pool
-    earlier: int = 0  #: the number of workers that compute parts of other requests
-    starting: int = 0  #: the number of workers that are not up yet
-    excluded: int = 0  #: the number of workers that get no parts until they are restarted
-    kind: str = "workers"  #: the word for the workers, such as "processes"
-    grace: float = math.inf  #: seconds that a part may take before its worker is replaced
-    trouble: str = ""  #: the reason why the last worker did not start
-
-    def __str__(self) -> str:
-        if not self.num_workers:
-            return f"all {self.kind} have left"
-        grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
-        reasons = [
-            (self.earlier, f"are at earlier tasks{grace}"),
-            (self.starting, f"are starting{self.trouble and f'; {self.trouble}'}"),
-            (self.excluded, "are excluded"),
-        ]
-        return "; ".join(
-            f"{n} of {self.num_workers} {self.kind} {what}" for n, what in reasons if n
-        )
-
-
 class Request(abc.ABC):
     """A task that is open at a pool: parts are asked for, and events arrive.
 
@@ -114,11 +88,8 @@ class Request(abc.ABC):
     def ask(self, parts: Sequence[Part]) -> None:
         """Have parts computed, in this order, each by the next idle worker, without waiting.
 
-        Args:
-            parts: numbered on from the last ones. Parts may share units.
-
-        Raises:
-            RuntimeError: the request is closed. If the pool is closed, the parts fail.
+        Parts are numbered on from the last ones, and may share units. A closed request raises a
+        RuntimeError. If the pool is closed, the parts fail.
         """
 
     @abc.abstractmethod
@@ -142,14 +113,9 @@ class Request(abc.ABC):
     def idle(self) -> int:
         """The number of workers that would begin a part at once."""
 
-    @property
-    def obstacle(self) -> Obstacle | None:
-        """The reason why parts have not begun; None if they have, or if the pool cannot tell."""
-        return None
-
     def status(self) -> str:
-        """Return the obstacle in words: "", or "6 of 6 processes are at earlier tasks"."""
-        return str(self.obstacle or "")
+        """Return why parts have not begun, as "6 of 6 processes are at earlier tasks", or ""."""
+        return ""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -194,12 +160,9 @@ class Workers(abc.ABC):
        parts of open requests fail.
     """
 
-    #: The law by which the pool delays its workers, if it does.
-    stragglers: Stragglers | None = None
-    #: True if time is virtual, so that waiting and computing take none.
-    simulated: bool = False
-    #: The number of workers, when all are up; None if there is one for each part.
-    num_workers: int | None = None
+    stragglers: Stragglers | None = None  #: the law by which the pool delays its workers
+    simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
+    num_workers: int | None = None  #: the number of workers; None if there is one for each part
 
     @property
     def places(self) -> Collection[int]:
@@ -263,11 +226,10 @@ class Workers(abc.ABC):
                 while missing:
                     event = request.wait(timeout)
                     if event is None:
-                        raise RuntimeError(
-                            f"{type(self).__name__}: only {len(loaded)} of {self.num_workers} "
-                            f"workers loaded the module within {timeout:g} s; "
-                            f"{request.status() or 'the others are still loading'}"
-                        )
+                        many = f"only {len(loaded)} of {self.num_workers} workers loaded the module"
+                        why = request.status() or "the others are still loading"
+                        what = f"{many} within {timeout:g} s; {why}"
+                        raise RuntimeError(f"{type(self).__name__}: {what}")
                     if isinstance(event, Reply):
                         if event.error is not None:
                             raise event.error
@@ -278,21 +240,16 @@ class Workers(abc.ABC):
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
 
-        Returns at once. New workers take the free places. The workers at the last places are
-        drained otherwise.
-
-        Raises:
-            NotImplementedError: the pool cannot start or end workers.
+        Returns at once. New workers take free places. Workers at the last places are drained. A
+        pool that cannot start or end workers raises a NotImplementedError.
         """
         raise NotImplementedError(f"{type(self).__name__}: the pool cannot be resized")
 
     def drain(self, worker: int) -> None:
         """Let the worker at a place end its part, take no other, and leave, without a successor.
 
-        Returns at once. If no worker is left, parts wait until there is one again.
-
-        Raises:
-            NotImplementedError: the pool cannot end workers.
+        Returns at once. If no worker is left, parts wait until there is one again. A pool that
+        cannot end workers raises a NotImplementedError.
         """
         raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 

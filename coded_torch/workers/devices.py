@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ from .live import LiveRequest
 
 __all__ = ["DeviceWorkers"]
 
-# Seconds that closing a pool waits for its threads. Not tuned.
-_CLOSING_SECONDS = 5.0
+_CLOSING_SECONDS = 5.0  # a pool that closes waits so long for its threads; not tuned
 
 
 class DeviceWorkers(DispatchedWorkers):
@@ -48,8 +47,7 @@ class DeviceWorkers(DispatchedWorkers):
             Defaults to 600.
 
     Raises:
-        TypeError: ``devices`` is a single device, or ``timeout`` not a number.
-        ValueError: a device is missing or unknown, or ``timeout`` not positive and finite.
+        TypeError, ValueError: an argument has the wrong type or value.
 
     Opening raises:
         TypeError: a part of the module is compiled as a whole.
@@ -60,63 +58,32 @@ class DeviceWorkers(DispatchedWorkers):
 
         Random numbers come from the generators of this process, one per device. Accelerators that
         :func:`torch.manual_seed` seeded alike draw the same numbers: seed them apart.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.codes import ReplicationCode
-        >>> from coded_torch.nn import CodedWrapper
-        >>> from coded_torch.workers import DeviceWorkers
-        >>> with DeviceWorkers(["cpu", "cpu"]) as workers:
-        ...     coded = CodedWrapper(torch.nn.ReLU(), ReplicationCode(2, 4), workers=workers)
-        ...     coded(torch.tensor([[-1.0], [1.0], [2.0]]))
-        tensor([[0.],
-                [1.],
-                [2.]])
     """
 
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
         # An empty tensor has the index of "cuda", and fails here if there is no such device.
-        self.devices = find_devices(
-            self, devices, lambda device: torch.empty(0, device=device).device
-        )
+        self.devices = find_devices(self, devices, lambda d: torch.empty(0, device=d).device)
         self.timeout = positive(self, "timeout", timeout)
         self._open()
 
     def _open(self) -> None:
-        # The threads know the queue, not the pool: a pool that nothing holds is closed.
-        self._threads = _Threads(self.devices)
-        self._finalizer = weakref.finalize(self, self._threads.close)
+        self._start(_Threads(self.devices))
 
     def open(self, module: nn.Module, task: Task) -> Request:
         _refuse_compiled(module)
-        self._threads.check()
-        return _DeviceRequest(module, task, self.timeout, self._threads)
+        threads = self._dispatcher()
+        threads.check()
+        return _DeviceRequest(module, task, self.timeout, threads)
 
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of threads, on the devices in turn."""
-        self._threads.resize(count(self, "num_workers", num_workers))
-
-    def _dispatcher(self) -> Dispatcher[_Replica]:
-        return self._threads
-
-    def close(self) -> None:
-        """End the threads, and wait a few seconds for their parts. May be called twice."""
-        self._finalizer()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"devices": self.devices, "timeout": self.timeout}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+        self._dispatcher().resize(count(self, "num_workers", num_workers))
 
     def __repr__(self) -> str:
         return f"DeviceWorkers({[str(device) for device in self.devices]})"
 
 
 class _DeviceRequest(LiveRequest):
-    """A request with the data that the devices need."""
-
     def __init__(self, module: nn.Module, task: Task, timeout: float, threads: _Threads) -> None:
         super().__init__(task, timeout, threads, module)
         # Gradients of a leaf are added up on the stream on which it was first used. Views that are
@@ -156,8 +123,7 @@ class _Replica(Worker):
 
     def forget(self) -> None:
         """Forget all copies."""
-        # tensor -> (its version, its copy's version, the copy)
-        self._copies: MutableMapping[Tensor, tuple[Any, int, Tensor]] = WeakIdKeyDictionary()
+        self._copies: Any = WeakIdKeyDictionary()  # version, the copy's version, copy
 
     def is_new_to(self, module: nn.Module) -> bool:
         return module not in self.seen
@@ -184,9 +150,8 @@ class _Replica(Worker):
         with contextlib.ExitStack() as stack:
             # Own streams, or the caller's decoding would queue behind a late part. The last stream
             # that is entered makes this device the current one.
-            streams = [
-                self._stream(d) for d in dict.fromkeys((home, self.device)) if d.type != "cpu"
-            ]
+            devices = [d for d in dict.fromkeys((home, self.device)) if d.type != "cpu"]
+            streams = list(map(self._stream, devices))
             for stream in streams:
                 stack.enter_context(stream)
                 for event in request.ready:
@@ -237,12 +202,13 @@ class _Replica(Worker):
         if tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor.to(self.device)
         version = (tensor._version, tensor.data_ptr())
-        known = self._copies.get(tensor)
-        if known is None or known[0] != version or known[1] != known[2]._version:
+        before, then, copy = self._copies.get(tensor, (None, 0, tensor))
+        if before != version or then != copy._version:
             with torch.inference_mode(False), torch.no_grad():
                 copy = tensor.to(self.device)
-            known = self._copies[tensor] = (version, copy._version, copy)
-        return known[2]
+            self._copies[tensor] = version, copy._version, copy
+        known: Tensor = copy
+        return known
 
     def _stream(self, device: torch.device) -> torch.Stream:
         if device not in self._streams:
@@ -278,14 +244,11 @@ class _Threads(Dispatcher[_Replica]):
         worker.inbox.put(None)
 
     def check(self) -> None:
-        """Raise a RuntimeError if the pool is closed, or this is one of its threads."""
-        if self.closed:
-            raise RuntimeError("DeviceWorkers: the pool is closed")
+        """Raise a RuntimeError if this is a thread of the pool."""
         if any(worker.thread is threading.current_thread() for worker in self._workers):
-            raise RuntimeError(
-                "DeviceWorkers: requests must not come from a thread of the pool, which would wait "
-                "for itself; give a wrapper inside of a wrapper a pool of its own"
-            )
+            must = "requests must not come from a thread of the pool, which would wait for itself"
+            how = "give a wrapper inside of a wrapper a pool of its own"
+            raise RuntimeError(f"DeviceWorkers: {must}; {how}")
 
     def send(self, worker: _Replica, job: Job) -> None:
         worker.seen.add(job.module)
@@ -298,7 +261,7 @@ class _Threads(Dispatcher[_Replica]):
         super().restart(index)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and wait a few seconds for their parts."""
         self.stop()
         replicas = list(self._workers)
         for replica in replicas:
@@ -314,11 +277,10 @@ def _refuse_compiled(module: nn.Module) -> None:
         # torch.compile(module) returns a proxy of the original: replicating it would take the
         # original apart. Only its context shows it, as its class would import the compiler.
         if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
-            raise TypeError(
-                f"DeviceWorkers: {name or 'the module'} must not be compiled as a whole, as its "
-                f"replicas would run the original, got {type(part).__name__}; decorate the forward "
-                "of its class with torch.compile instead"
-            )
+            must = "must not be compiled as a whole, as its replicas would run the original"
+            how = "decorate the forward of its class with torch.compile instead"
+            got = type(part).__name__
+            raise TypeError(f"DeviceWorkers: {name or 'the module'} {must}, got {got}; {how}")
 
 
 def _to(device: torch.device, tree: Any) -> Any:

@@ -7,12 +7,13 @@ import itertools
 import math
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from .._arguments import count, sparing_logger
-from .base import Obstacle, Part, Workers
+from .base import Part, Workers
 from .live import LiveRequest
 
 __all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
@@ -58,26 +59,16 @@ W = TypeVar("W", bound=Worker)
 class Dispatcher(abc.ABC, Generic[W]):
     """Gives each idle worker the first job that is still wanted and need not avoid this worker.
 
-    Subclasses implement :meth:`send`, :meth:`add` their workers, report results by :meth:`settle`
-    and :meth:`fail`, and :meth:`stop` the queue. Any thread may call any method.
-
-    Args:
-        size: the number of workers at first.
-        clock: returns the time in seconds.
-
-    Attributes:
-        places: the places that have a worker, or will have one.
+    Subclasses implement :meth:`send` and :meth:`close`, :meth:`add` their ``size`` workers, and
+    report results by :meth:`settle` and :meth:`fail`. Any thread may call any method.
     """
 
-    #: The word for the workers in messages.
-    kind = "workers"
-    #: Seconds that a job may take before its worker is ended; infinite if none is.
-    grace = math.inf
-    #: The reason why the last worker did not start.
-    trouble = ""
+    kind = "workers"  #: the word for the workers in messages
+    grace = math.inf  #: seconds that a job may take before its worker is ended
+    trouble = ""  #: the reason why the last worker did not start
 
     def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.places = set(range(size))
+        self.places = set(range(size))  # a place has a worker, or will have one
         self.closed = False
         self._clock = clock
         self._changed = threading.Condition()  # a lock that its thread may take again
@@ -153,9 +144,15 @@ class Dispatcher(abc.ABC, Generic[W]):
             for worker in self._workers:
                 if worker.index == index and worker.excluded:
                     worker.excluded = False
-                    if worker.ready and worker.job is None:
-                        self._idle.append(worker)
+                    self._rest(worker)
         self._assign()
+
+    @property
+    def num_ready(self) -> int:
+        """The number of workers that are up and get jobs."""
+        with self._changed:
+            up = (w.index for w in self._workers if w.ready and not w.excluded and not w.left)
+            return len(set(up))
 
     @property
     def num_idle(self) -> int:
@@ -163,16 +160,23 @@ class Dispatcher(abc.ABC, Generic[W]):
         with self._changed:
             return len(self._idle)
 
-    def obstacle(self, request: LiveRequest) -> Obstacle:
-        """Return the reason why parts of a request may not have begun."""
+    def status(self, request: LiveRequest) -> str:
+        """Return why parts of a request may not have begun, in words."""
         with self._changed:
-            places, workers = self.places, [w for w in self._workers if not w.left]
+            workers = [worker for worker in self._workers if not worker.left]
             up = {w.index for w in workers if w.ready}
             free = {w.index for w in workers if w.job is None or w.job.request is request}
             busy = {w.index for w in workers} - free
             excluded = {w.index for w in workers if w.excluded}
-        counts = len(places), len(busy), len(places - up), len(excluded)
-        return Obstacle(*counts, self.kind, self.grace, self.trouble)
+        grace = f" (grace {self.grace:g} s)" if self.grace < math.inf else ""
+        reasons = (
+            (busy, f"are at earlier tasks{grace}"),
+            (self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"),
+            (excluded, "are excluded"),
+        )
+        many = f"of {self.size} {self.kind}"
+        said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
+        return "; ".join(said) if self.places else f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
         """Return the state of each place, as :attr:`DispatchedWorkers.states` does."""
@@ -198,8 +202,7 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Note that a worker is up, and give it jobs."""
         with self._changed:
             worker.ready = True
-            if not (worker.excluded or worker.left):
-                self._idle.append(worker)
+            self._rest(worker)
             self._changed.notify_all()
         self._assign()
 
@@ -209,17 +212,10 @@ class Dispatcher(abc.ABC, Generic[W]):
             job.request.settle(job.part, value)
         self._assign()
 
-    def fail(
-        self,
-        worker: W,
-        number: int,
-        reason: str,
-        cause: BaseException | None = None,
-        kind: str = "",
-    ) -> None:
-        """End a job by a :class:`~coded_torch.workers.WorkerError`."""
+    def fail(self, worker: W, number: int, *why: Any, **more: Any) -> None:
+        """End a job by an error, of the arguments of :meth:`LiveRequest.fail`."""
         if (job := self._finish(worker, number)) is not None:
-            job.request.fail(job.part, reason, cause, kind)
+            job.request.fail(job.part, *why, **more)
         self._assign()
 
     def hand_back(self, worker: W, number: int) -> None:
@@ -237,6 +233,11 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Return a number; the idle worker with the least one takes the next job."""
         return 0
 
+    def _rest(self, worker: W) -> None:
+        """Note that a worker is idle, if it can get jobs."""
+        if worker.ready and worker.job is None and not (worker.excluded or worker.left):
+            self._idle.append(worker)
+
     def _finish(self, worker: W, number: int) -> Job | None:
         """Make a worker idle, and return its job; None if that is another one."""
         with self._changed:
@@ -247,8 +248,7 @@ class Dispatcher(abc.ABC, Generic[W]):
             worker.job = None
             if worker.left:
                 self.retire(worker)
-            elif worker.ready and not worker.excluded:
-                self._idle.append(worker)
+            self._rest(worker)
             return job
 
     def _assign(self) -> None:
@@ -295,6 +295,10 @@ class Dispatcher(abc.ABC, Generic[W]):
         for job in refused:
             job.request.fail(job.part, "did not start: it avoids all workers that are left")
 
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Call :meth:`stop`, and end the workers. May be called twice."""
+
     def stop(self) -> None:
         """Fail all jobs that wait, and all later ones, as the pool is closed."""
         with self._changed:
@@ -310,24 +314,47 @@ class Dispatcher(abc.ABC, Generic[W]):
 
 
 class DispatchedWorkers(Workers):
-    """A pool whose parts wait in the queue of a dispatcher."""
+    """A pool whose parts wait in the queue of a dispatcher.
 
-    @property
-    def num_workers(self) -> int:  # type: ignore[override]
-        return self._dispatcher().size
+    Subclasses implement :meth:`_open`, which calls :meth:`_start`; copies of the pool call it anew.
+    """
+
+    #: The attributes that copies have anew.
+    _live: tuple[str, ...] = ("_queue", "_finalizer")
+    _queue: Any = None  # None until the pool starts
+
+    @abc.abstractmethod
+    def _open(self) -> None:
+        """Set the attributes that copies have anew."""
+
+    def _start(self, dispatcher: Dispatcher[Any]) -> None:
+        """Use a dispatcher. It must not hold the pool, which closes when nothing holds it."""
+        self._queue = dispatcher
+        self._finalizer = weakref.finalize(self, dispatcher.close)
+
+    def _dispatcher(self) -> Any:
+        """Return the dispatcher, started if it was not; a RuntimeError if the pool is closed."""
+        if self._queue.closed:
+            raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+        return self._queue
 
     @property
     def places(self) -> set[int]:
-        return set(self._dispatcher().places)
+        return set(self._queue.places)
 
-    @abc.abstractmethod
-    def _dispatcher(self) -> Dispatcher[Any]:
-        """Return the queue, started if it was not."""
+    @property
+    def num_workers(self) -> int:  # type: ignore[override]
+        return len(self.places)
+
+    @property
+    def num_ready(self) -> int:
+        return 0 if self._queue is None else self._queue.num_ready
 
     @property
     def states(self) -> dict[int, tuple[str, int]]:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        return self._dispatcher().states()
+        found: dict[int, tuple[str, int]] = self._dispatcher().states()
+        return found
 
     def exclude(self, worker: int) -> None:
         """Give the worker at a place in the pool no more parts until it is restarted."""
@@ -344,5 +371,15 @@ class DispatchedWorkers(Workers):
         self._dispatcher().leave(self._place(worker))
 
     def _place(self, worker: int) -> int:
-        last = max(self._dispatcher().places, default=0)
-        return count(self, "worker", worker, least=0, most=last)
+        return count(self, "worker", worker, least=0, most=max(self.places, default=0))
+
+    def close(self) -> None:
+        if self._queue is not None:
+            self._finalizer()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._live}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()

@@ -6,13 +6,11 @@ import asyncio
 import concurrent.futures
 import logging
 import ssl
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from .._arguments import count, instance, positive
 from ..open_inference.client import (
@@ -49,10 +47,10 @@ class EndpointWorkers(DispatchedWorkers):
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
       ``/v2/health/ready`` succeeds. Probes come at growing intervals.
-    - A server that answers 429 or 503 gets no parts for the time that its ``Retry-After`` says. Its
-      part goes to another server, and counts as no failure.
+    - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
+      goes to another server, and counts as no failure.
     - An answer 400 or 422 is the caller's error: the call raises it, and asks nobody else.
-    - An answer 500 with a message is an error of the model. If two servers raise alike for the same
+    - An answer 500 with a message is an error of the model: if two servers raise alike for the same
       rows, the call raises it.
     - An answer is untrusted: its shapes, dtypes and sizes are checked before memory is allocated.
     - When a call ends, its requests that still run are cancelled.
@@ -73,13 +71,12 @@ class EndpointWorkers(DispatchedWorkers):
         TypeError, ValueError: an argument has the wrong type or value.
 
     Opening raises:
-        TypeError: the module is not a :class:`RemoteModule`.
-        ValueError: the module stands for another model.
+        TypeError, ValueError: the module is not a :class:`RemoteModule`, or of another model.
         RuntimeError: the pool is closed, or was made in the process that this one was forked from.
 
     Note:
-        Redirects, proxies of the environment and cookies are not followed, used or kept. Some
-        .5 ms beside the bare client for each part.
+        Redirects, proxies of the environment and cookies are not followed, used or kept. A part
+        takes some .5 ms more than with the bare client.
     """
 
     def __init__(
@@ -109,72 +106,43 @@ class EndpointWorkers(DispatchedWorkers):
         limits: Any = {"connect_timeout": self.connect_timeout, "timeout": self.timeout}
         client = Client(self, **self._access, **limits)
         urls = self._source() if callable(self._source) else self._source
-        self._endpoints = _Endpoints(client, self.concurrency)
+        self._start(_Endpoints(client, self.concurrency))
         for url in urls:
             self.add(url)
         if not callable(self._source) and not self.urls:
             raise ValueError("EndpointWorkers: endpoints must not be empty")
-        self._finalizer = weakref.finalize(self, self._endpoints.close)
         if callable(self._source):
-            self._endpoints.follow(self._source, self.refresh)
-
-    @property
-    def num_ready(self) -> int:
-        return self._endpoints.num_ready
+            self._queue.follow(self._source, self.refresh)
 
     @property
     def urls(self) -> tuple[str, ...]:
         """The servers that get parts, or did until they failed."""
-        return self._endpoints.urls
+        found: tuple[str, ...] = self._queue.urls
+        return found
 
     def add(self, url: str) -> None:
-        """Let a server take parts. An excluded server that is added again is restarted.
-
-        Raises:
-            ValueError: it is not a URL of a server, or the token must not be sent there.
-        """
-        self._endpoints.join(self._endpoints.client.checked(url))
+        """Let a server take parts. An excluded server that is added again is restarted."""
+        endpoints = self._dispatcher()
+        endpoints.join(endpoints.client.checked(url))
 
     def remove(self, url: str) -> None:
-        """Give a server no more parts; the parts that it computes go on.
-
-        Raises:
-            ValueError: the pool has no such server.
-        """
-        if url.rstrip("/") not in self.urls:
+        """Give a server no more parts; the parts that it computes go on."""
+        server = url.rstrip("/")
+        if server not in self.urls:
             raise ValueError(f"EndpointWorkers: url must be one of {self.urls}, got {url!r}")
-        self._endpoints.leave_url(url.rstrip("/"))
+        self._queue.leave(self._queue.place_of[server])
 
     def open(self, module: nn.Module, task: Task) -> Request:
         if not isinstance(module, RemoteModule):
-            raise TypeError(
-                "EndpointWorkers: module must be a RemoteModule, as the servers run their own "
-                f"model, got {type(module).__name__}"
-            )
+            must = "module must be a RemoteModule, as the servers run their own model"
+            raise TypeError(f"EndpointWorkers: {must}, got {type(module).__name__}")
         if module.model != self.model:
-            raise ValueError(
-                f"EndpointWorkers: module must stand for the model {self.model!r}, got "
-                f"{module.model!r}"
-            )
-        if self._endpoints.closed:
-            raise RuntimeError("EndpointWorkers: the pool is closed")
-        if self._endpoints.loop is not running_loop():
+            must = f"module must stand for the model {self.model!r}"
+            raise ValueError(f"EndpointWorkers: {must}, got {module.model!r}")
+        endpoints = self._dispatcher()
+        if endpoints.loop is not running_loop():
             raise RuntimeError("EndpointWorkers: the pool must be used in the process that made it")
-        return _EndpointRequest(task, self.timeout, self._endpoints, module)
-
-    def _dispatcher(self) -> Dispatcher[Any]:
-        return self._endpoints
-
-    def close(self) -> None:
-        """Cancel all requests, and close the connections. May be called twice."""
-        self._finalizer()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k not in ("_endpoints", "_finalizer")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
+        return _EndpointRequest(task, self.timeout, endpoints, module)
 
     def __repr__(self) -> str:
         return f"EndpointWorkers({list(self.urls)}, model={self.model!r})"
@@ -190,16 +158,13 @@ class _EndpointRequest(LiveRequest):
             raise error.__cause__
         return event
 
-    def receive(self, value: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(self.task.device), value)
-
     def close(self) -> None:
         super().close()
-        self.dispatcher.cancel(self)  # type: ignore[attr-defined]
+        self.dispatcher.cancel(self)
 
 
 class _Slot(Worker):
-    """A part at a time of one server; the slots of a server have its place."""
+    """One of the parts that a server computes at a time. Its slots have one place."""
 
     def __init__(self, index: int, url: str) -> None:
         super().__init__(index)
@@ -219,7 +184,7 @@ class _Endpoints(Dispatcher[_Slot]):
         super().__init__(0)
         self.client, self.concurrency = client, concurrency
         self.loop = running_loop()
-        self._place_of: dict[str, int] = {}  # the place of each URL, also after its removal
+        self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._failures: dict[str, int] = {}  # since the last answer
         self._num_answers = 0
         self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
@@ -230,27 +195,16 @@ class _Endpoints(Dispatcher[_Slot]):
         with self._changed:
             return tuple(dict.fromkeys(slot.url for slot in self._workers if not slot.left))
 
-    @property
-    def num_ready(self) -> int:
-        with self._changed:
-            up = (s.index for s in self._workers if s.ready and not s.excluded and not s.left)
-            return len(set(up))
-
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
         with self._changed:
-            place = self._place_of.setdefault(url, len(self._place_of))
+            place = self.place_of.setdefault(url, len(self.place_of))
             known = place in self.places
             self.places.add(place)
         if known:
             self.restart(place)
-        else:
-            for _ in range(self.concurrency):
-                self.add(_Slot(place, url))
-
-    def leave_url(self, url: str) -> None:
-        """Remove a server. Its running parts go on."""
-        self.leave(self._place_of[url])
+        for _ in range(0 if known else self.concurrency):
+            self.add(_Slot(place, url))
 
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
         """Ask a callable for the servers every few seconds."""
@@ -265,14 +219,14 @@ class _Endpoints(Dispatcher[_Slot]):
                     logger.warning("EndpointWorkers: endpoints() failed", exc_info=True)
                     continue
                 for url in set(self.urls) - set(wanted):
-                    self.leave_url(url)
+                    self.leave(self.place_of[url])
                 for url in set(wanted) - set(self.urls):
                     self.join(url)
 
         self.loop.call_soon_threadsafe(self._spawn, refresh)
 
     def send(self, worker: _Slot, job: Job) -> None:
-        self.loop.call_soon_threadsafe(self._start, worker, job)
+        self.loop.call_soon_threadsafe(self._begin_at, worker, job)
 
     def load(self, worker: _Slot) -> int:
         """Return the number of parts that a server computes."""
@@ -283,16 +237,15 @@ class _Endpoints(Dispatcher[_Slot]):
         self.loop.call_soon_threadsafe(self._cancel, request)
 
     def close(self) -> None:
+        """Cancel all requests, and close the connections."""
         self.stop()
         ended = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
         if asyncio._get_running_loop() is self.loop:  # garbage was collected in its thread
             return
-        try:
-            ended.result(_CLOSING_SECONDS)
-        except concurrent.futures.TimeoutError:  # the built-in one since Python 3.11
+        if concurrent.futures.wait([ended], _CLOSING_SECONDS).not_done:
             logger.warning("EndpointWorkers: connections did not close in time")
 
-    def _start(self, slot: _Slot, job: Job) -> None:
+    def _begin_at(self, slot: _Slot, job: Job) -> None:
         if not job.request.awaits(job.part):  # cancelled before it started
             self.fail(slot, job.number, "was cancelled")
             return
@@ -318,10 +271,13 @@ class _Endpoints(Dispatcher[_Slot]):
 
     def _cancel(self, request: LiveRequest) -> None:
         with self._changed:
-            slots = [s for s in self._workers if s.job is not None and s.job.request is request]
-        for slot in slots:
-            if slot.running is not None:
-                slot.running.cancel()
+            for slot in self._workers:
+                if (
+                    slot.job is not None
+                    and slot.job.request is request
+                    and slot.running is not None
+                ):
+                    slot.running.cancel()
 
     async def _close(self) -> None:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -382,19 +338,12 @@ class _Endpoints(Dispatcher[_Slot]):
         self._spawn(self._resume, url, slots, seconds)
 
     async def _resume(self, url: str, slots: Sequence[_Slot], seconds: float | None) -> None:
-        if seconds is not None:
-            await asyncio.sleep(seconds)
-        else:
-            while True:
-                failures = self._failures[url] = self._failures.get(url, -1) + 1
-                pause = _PROBE_SECONDS * 2.0 ** min(failures, 10)
-                await asyncio.sleep(min(pause, _MOST_PROBE_SECONDS))
-                if all(slot.left for slot in slots) or await self.client.is_ready(url):
-                    break
-        with self._changed:
-            slots = [slot for slot in slots if not slot.left]
-            for slot in slots:
-                slot.ready = True
-            free = [slot for slot in slots if slot.job is None and not slot.excluded]
-            self._idle.extend(free)
-        self._assign()
+        await asyncio.sleep(seconds or 0.0)
+        while seconds is None:
+            failures = self._failures[url] = self._failures.get(url, -1) + 1
+            pause = _PROBE_SECONDS * 2.0 ** min(failures, 10)
+            await asyncio.sleep(min(pause, _MOST_PROBE_SECONDS))
+            if all(slot.left for slot in slots) or await self.client.is_ready(url):
+                break
+        for slot in slots:
+            self.ready(slot)

@@ -21,13 +21,13 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance, positive, probability
 from .._torch import on_host
 from ..stragglers import Stragglers
-from .base import Began, Obstacle, Part, Reply, Request, Workers
+from .base import Began, Part, Reply, Request, Workers
 from .task import Arguments, Task, broadcast_dims, flatten, unflatten
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["ATTACKS", "Attack", "Fault", "FaultyWorkers", "compute"]
+__all__ = ["Attack", "Fault", "FaultyWorkers", "compute"]
 
 #: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
@@ -40,17 +40,12 @@ class InjectedCrash(RuntimeError):  # noqa: N818 - it stands for the end of a pr
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A fault of one module call.
-
-    Attributes:
-        delay: seconds that the call takes longer; if infinite, it hangs.
-        kind: an element of :attr:`KINDS`, or None if the result is right.
-    """
+    """A fault of one module call."""
 
     KINDS: ClassVar = ("crash", "nan", "infinity", "shape", "dtype", "structure")
 
-    delay: float = 0.0
-    kind: str | None = None
+    delay: float = 0.0  #: seconds that the call takes longer; if infinite, it hangs
+    kind: str | None = None  #: an element of :attr:`KINDS`, or None if the result is right
 
     def __bool__(self) -> bool:
         return self.delay > 0 or self.kind is not None
@@ -77,13 +72,9 @@ def compute(
     fault: Fault | None = None,
     die: Callable[[], None] | None = None,
 ) -> Any:
-    """Call a module as a worker must, with the fault of the part.
+    """Call a module for a :meth:`Task.payload` as a worker must, with the fault of the part.
 
-    Args:
-        module: the module.
-        arguments: a :meth:`Task.payload`. If it is None, the module is not called.
-        fault: the fault of the part, or None.
-        die: ends the worker at a crash. Defaults to None: a crash raises an InjectedCrash.
+    Arguments of None stand for no call. A crash calls ``die``, or else raises an InjectedCrash.
     """
     if arguments is None:
         return None
@@ -123,14 +114,9 @@ class FaultyWorkers(Workers):
         seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
-        attack: a change of the results of ``adversaries``: a callable that maps rows of a result,
-            ``[rows, ...]``, and a generator, drawn from (seed, request, worker), to wrong rows; or
-            the name of an element of :data:`ATTACKS`. Defaults to None.
+        attack: maps rows of a result of ``adversaries``, ``[rows, ...]``, and a generator that
+            (seed, request, worker) seed, to wrong rows. Defaults to None.
         adversaries: the places of the workers that attack. Defaults to none.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of its domain, or there are adversaries without an attack.
 
     Example:
         >>> import torch
@@ -153,7 +139,7 @@ class FaultyWorkers(Workers):
         rates: Mapping[str, float] | None = None,
         seed: int = 0,
         crash_every: float | None = None,
-        attack: str | Attack | None = None,
+        attack: Attack | None = None,
         adversaries: Iterable[int] = (),
     ) -> None:
         instance(self, "pool", pool, Workers)
@@ -164,16 +150,11 @@ class FaultyWorkers(Workers):
             for kind, rate in (rates or {}).items()
         }
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
-        known = attack is None or callable(attack) or attack in ATTACKS
         unknown = sorted(self.rates.keys() - set(Fault.KINDS))
         for holds, must, got in (
             (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(unknown)[1:-1]),
             (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
-            (
-                known,
-                f"attack must be one of {', '.join(ATTACKS)}, a callable or None",
-                repr(attack),
-            ),
+            (attack is None or callable(attack), "attack must be callable or None", repr(attack)),
             (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
         ):
             if not holds:
@@ -299,7 +280,7 @@ class _FaultyRequest(Request):
     @on_host()
     def _attacked(self, value: Any, worker: int) -> Any:
         attack = self._pool.attack
-        attack = attack if callable(attack) else ATTACKS[str(attack)]
+        assert attack is not None  # adversaries come with an attack
         leaves, spec = flatten(value)
         dims = broadcast_dims("out_dims", self._task.out_dims, spec)
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
@@ -318,82 +299,11 @@ class _FaultyRequest(Request):
     def idle(self) -> int:
         return self._request.idle
 
-    @property
-    def obstacle(self) -> Obstacle | None:
-        return self._request.obstacle
+    def status(self) -> str:
+        return self._request.status()
 
     def close(self) -> None:
         self._request.close()
 
     def abandon(self) -> None:
         self._request.abandon()
-
-
-#: Bits of a float32. The lowest twelve are left out, as honest results differ in them.
-EXPONENT, MANTISSA = (23, 31), (12, 23)
-Others = Callable[[Tensor], Tensor]  #: maps places ``[n]`` to rows of other places
-
-
-def _noise(rows: Tensor, generator: torch.Generator) -> Tensor:
-    spread = rows.float().std() if rows.numel() > 1 else rows.float().abs().sum()
-    return rows + spread * torch.randn(rows.shape, generator=generator).to(rows.device)
-
-
-def swap(rows: Tensor) -> Tensor:
-    """Swap the two largest outputs of each row."""
-    if rows.dim() < 2 or rows.shape[-1] < 2:
-        return rows
-    top = rows.topk(2, dim=-1).indices
-    return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
-
-
-def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
-    """Replace one row by another one."""
-    rows, at = rows.clone(), _place(len(rows), generator)
-    rows[at] = others(at)
-    return rows
-
-
-def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
-    """Replace a quarter of the outputs of all rows by the outputs of other rows."""
-    flat = rows.reshape(len(rows), -1).clone()
-    width = max(1, flat.shape[1] // 4)
-    at = int(_place(flat.shape[1] - width + 1, generator))
-    other = others(torch.arange(len(rows))).reshape(flat.shape)
-    flat[:, at : at + width] = other[:, at : at + width]
-    return flat.view(rows.shape)
-
-
-def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
-    """Replace one number by the number of another row."""
-    flat = rows.reshape(len(rows), -1).clone()
-    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
-    flat[at, column] = others(at).reshape(1, -1)[0, column]
-    return flat.view(rows.shape)
-
-
-def one_bit(rows: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
-    flat = rows.reshape(len(rows), -1).float().clone()
-    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
-    bit = int((1 << (low + _place(high - low, generator))).to(torch.int32))  # the last one: < 0
-    flipped = (flat[at, column].view(torch.int32) ^ bit).view(torch.float32)
-    fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
-    flat[at, column] = torch.where(fits, flipped, 0.0)
-    return flat.view(rows.shape)
-
-
-def _place(below: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(below, (1,), generator=generator)
-
-
-#: The attacks by name. Their results are well formed and finite.
-ATTACKS: dict[str, Attack] = {
-    "noise": _noise,
-    "swap": lambda x, draws: swap(x),
-    "one_row": lambda x, draws: one_row(x, lambda at: x[at - 1], draws),
-    "one_output": lambda x, draws: one_output(x, lambda at: x[at - 1], draws),
-    "block": lambda x, draws: block(x, lambda at: x[at - 1], draws),
-    "exponent": lambda x, draws: one_bit(x, *EXPONENT, draws),
-    "mantissa": lambda x, draws: one_bit(x, *MANTISSA, draws),
-}

@@ -12,14 +12,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .base import Began, Obstacle, Part, Reply, Request, Task, WorkerError
-
-if TYPE_CHECKING:
-    from .dispatch import Dispatcher
+from .base import Began, Part, Reply, Request, Task, WorkerError
 
 __all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
 
@@ -58,17 +57,11 @@ class LiveRequest(Request):
 
     Its parts wait in the queue of a dispatcher, as jobs with ``module``. A part fails ``timeout``
     seconds after it was asked for.
-
-    Attributes:
-        ambient: the modes of the caller.
-        abandoned: whether the caller was interrupted, so that its workers may be ended.
     """
 
-    def __init__(
-        self, task: Task, timeout: float, dispatcher: Dispatcher[Any], module: Any
-    ) -> None:
+    def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
-        self.ambient = Ambient.capture()
+        self.ambient = Ambient.capture()  # the modes of the caller
         self._timeout = timeout
         self._opened = time.monotonic()
         # By the number of the part: None until it begins, no entry after its reply.
@@ -77,7 +70,7 @@ class LiveRequest(Request):
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = False
-        self.abandoned = False
+        self.abandoned = False  # true if its workers may be ended, as the caller was interrupted
         # Guards _open and _closed. A pool may take it while it holds a lock of its own, never the
         # other way round.
         self._lock = threading.Lock()
@@ -160,8 +153,10 @@ class LiveRequest(Request):
             return event
 
     def receive(self, value: Any) -> Any:
-        """Return the value of a reply, ready for the caller's thread."""
-        return value
+        """Return the value of a reply, on the device of the task, ready for the caller's thread."""
+        if self.task.device.type == "cpu":
+            return value
+        return pytree.tree_map_only(Tensor, lambda x: x.to(self.task.device), value)
 
     def drop(self, parts: Iterable[Part]) -> None:
         with self._lock:
@@ -173,13 +168,12 @@ class LiveRequest(Request):
 
     @property
     def idle(self) -> int:
-        return self.dispatcher.num_idle
+        return int(self.dispatcher.num_idle)
 
-    @property
-    def obstacle(self) -> Obstacle | None:
+    def status(self) -> str:
         with self._lock:
             waiting = None in self._open.values()
-        return self.dispatcher.obstacle(self) if waiting else None
+        return self.dispatcher.status(self) if waiting else ""
 
     def close(self) -> None:
         with self._lock:
@@ -221,14 +215,11 @@ class Ambient:
     def capture(cls) -> Ambient:
         """Return the modes of this thread."""
         accelerator = torch.accelerator.current_accelerator()
+        kinds = ("cpu", *([accelerator.type] if accelerator else []))
         return cls(
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
-            tuple(
-                (kind, torch.get_autocast_dtype(kind))
-                for kind in ("cpu", *([accelerator.type] if accelerator else []))
-                if torch.is_autocast_enabled(kind)
-            ),
+            tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)),
             torch.is_autocast_cache_enabled(),
             torch.get_default_device(),
         )

@@ -33,19 +33,10 @@ class LocalWorkers(Workers):
         max_batch_size: the largest number of rows in one call of the module, to bound memory.
             Defaults to None: all parts that are asked for together take one call.
 
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: ``max_batch_size`` is less than 1.
-
     Note:
         The parts that are asked for together are one batch, in the order of their units. The
         batch is computed when the first of their replies is due. So the bits of the results depend
         on which parts reply, not on when. Parts that never reply are not computed.
-
-    Example:
-        >>> from coded_torch.workers import LocalWorkers
-        >>> LocalWorkers(max_batch_size=256)
-        LocalWorkers(stragglers=None, max_batch_size=256)
     """
 
     simulated = True
@@ -63,9 +54,7 @@ class LocalWorkers(Workers):
         return _LocalRequest(self, module, task)
 
     def __repr__(self) -> str:
-        return (
-            f"LocalWorkers(stragglers={self.stragglers!r}, max_batch_size={self.max_batch_size!r})"
-        )
+        return f"LocalWorkers({self.stragglers!r}, max_batch_size={self.max_batch_size!r})"
 
 
 class _LocalRequest(Request):
@@ -90,8 +79,9 @@ class _LocalRequest(Request):
         for part in parts:
             number, fault = part.number, part.fault
             if number in part.avoid:
-                reason = "did not start: it avoids all workers that are left"
-                failed = WorkerError(number, -1, reason)
+                failed = WorkerError(
+                    number, -1, "did not start: it avoids all workers that are left"
+                )
                 events.append((now, Reply(part, -1, now, math.inf, error=failed), None))
                 continue
             events.append((now, Began(part, number, now), None))
@@ -165,10 +155,8 @@ class _Batch:
             outputs = [self._module(*args, **kwargs) for args, kwargs in payloads]
         except Exception as error:
             if sys.version_info >= (3, 11):
-                error.add_note(
-                    f"LocalWorkers: raised by the module on units {units}, "
-                    f"{self._task.unit_rows} rows each"
-                )
+                rows = f"units {units}, {self._task.unit_rows} rows each"
+                error.add_note(f"LocalWorkers: raised by the module on {rows}")
             raise
         values = self._task.cut(outputs, [len(part.units) for part in parts])
         return {part.number: value for part, value in zip(parts, values, strict=True)}

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .dispatch import Job, logger
-from .processes.modules import LoadedModules, set_up
-from .processes.supervised import SupervisedWorkers
-from .processes.supervisor import Supervisor, WatchedWorker
+from .processes.supervisor import SupervisedWorkers, Supervisor, WatchedWorker
+from .processes.worker_main import LoadedModules, set_up
 
 __all__ = ["RayWorkers"]
 
@@ -27,10 +26,9 @@ __all__ = ["RayWorkers"]
 class RayWorkers(SupervisedWorkers):
     r"""An actor per worker, anywhere in a Ray cluster.
 
-    The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`: an
-    idle actor takes the next part, an actor that dies or takes longer than ``grace`` is replaced,
-    the module is sent once, and gradients do not pass. Modules that are defined in a script or a
-    session need not be importable elsewhere. Ray comes with ``pip install 'coded_torch[ray]'``.
+    The actors are supervised as the processes of :class:`~coded_torch.workers.ProcessWorkers`.
+    Modules that are defined in a script or a session need not be importable elsewhere. Ray comes
+    with ``pip install 'coded_torch[ray]'``.
 
     If this pool is the first to import Ray, a cluster of its own listens on the loopback interface
     only. Otherwise, and in a cluster that is joined, the processes of Ray listen on every
@@ -41,18 +39,15 @@ class RayWorkers(SupervisedWorkers):
         address: the address of the cluster, as for :func:`ray.init`. Defaults to None: the cluster
             that this process is connected to, else a local one of its own, which ends with this
             process. A process is in one cluster at a time.
-        threads: the number of threads that each actor uses for one operation. Defaults to 1.
-        grace: seconds that a part may take, with loading the module. Defaults to 30.
-        timeout: seconds after which a part that was asked for and has not replied has failed.
-            Defaults to 600.
+        threads, grace, timeout: as for :class:`~coded_torch.workers.ProcessWorkers`, but ``grace``
+            includes loading the module.
         actor_options: options of each actor for Ray, such as ``num_gpus=1``, ``resources``,
             ``scheduling_strategy``. By default ``num_cpus=0``, so that any number of actors runs
             anywhere. With ``num_gpus``, an actor computes on the first of them.
 
     Raises:
         ImportError: Ray is not installed.
-        TypeError: an argument has the wrong type.
-        ValueError: a number is not positive.
+        TypeError, ValueError: an argument has the wrong type or value.
 
     Starting raises:
         RuntimeError: this process is in another cluster.
@@ -60,15 +55,6 @@ class RayWorkers(SupervisedWorkers):
     Note:
         A request takes some milliseconds, ten times as long as with local processes. Ray
         does not report an actor that is stopped: it is ended after ``grace``.
-
-    Example:
-        .. code-block:: python
-
-            import torch
-            from coded_torch.workers import RayWorkers
-
-            with RayWorkers(6, address="auto", num_gpus=1).start(torch.nn.Linear(3, 2)) as workers:
-                print(workers.pids)
     """
 
     def __init__(
@@ -82,9 +68,8 @@ class RayWorkers(SupervisedWorkers):
         **actor_options: Any,
     ) -> None:
         if importlib.util.find_spec("ray") is None:
-            raise ImportError(
-                "RayWorkers: Ray must be installed, got none; pip install 'coded_torch[ray]'"
-            )
+            must = "Ray must be installed, got none; pip install 'coded_torch[ray]'"
+            raise ImportError(f"RayWorkers: {must}")
         self.address = address
         self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
@@ -159,9 +144,8 @@ class _Actors(Supervisor[_Actor]):
     def _check(self) -> None:
         """Raise a RuntimeError if the cluster has ended: Ray would begin another one."""
         if self._session != _session():
-            raise RuntimeError(
-                "RayWorkers: this process has left the cluster of the pool; start another pool"
-            )
+            what = "this process has left the cluster of the pool; start another pool"
+            raise RuntimeError(f"RayWorkers: {what}")
 
     def _listen(self, worker: _Actor, number: int | None, reference: Any) -> None:
         reference.future().add_done_callback(
@@ -181,8 +165,7 @@ class _Actors(Supervisor[_Actor]):
                 self.fail_to_read(worker, number, cause)
         else:
             if number is not None:
-                succeeded, value = said
-                self.take(worker, number, succeeded, lambda: value)
+                self.take(worker, number, said[0], lambda: said[1])
             elif not worker.ready:
                 worker.pid = said
                 end = worker.handle.end.options(concurrency_group="end").remote()
@@ -196,11 +179,7 @@ _joined: dict[tuple[str, str], str | None] = {}
 
 
 def _connect(address: str | None) -> tuple[str, str]:
-    """Connect this process to a cluster, unless it is in one, and return its :func:`_session`.
-
-    Raises:
-        RuntimeError: the process is in another cluster.
-    """
+    """Connect this process to a cluster, unless it is in one, and return its :func:`_session`."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
     ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -209,12 +188,9 @@ def _connect(address: str | None) -> tuple[str, str]:
             os.environ[name] = ours[name]
             environment.callback(os.environ.pop, name)
         ray = _ray()
-        begins = not ray.is_initialized()
-        if begins and address is None:
-            local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-            ray.init("local", **local, **quiet)
-        elif begins:
-            ray.init(address, **quiet)
+        local: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        if begins := not ray.is_initialized():
+            ray.init(address or "local", **({} if address else local), **quiet)
         session = _session()
         if session not in _joined:
             _joined[session] = address if begins else None
@@ -222,10 +198,9 @@ def _connect(address: str | None) -> tuple[str, str]:
             if public or not begins or address is not None:
                 logger.warning("the processes of Ray listen on every interface")
         if address not in (None, "auto", session[0], _joined[session]):
-            raise RuntimeError(
-                "RayWorkers: address must be that of the cluster which this process is in, "
-                f"{session[0]}, got {address!r}; call ray.shutdown() to leave that cluster"
-            )
+            must = f"address must be that of the cluster which this process is in, {session[0]}"
+            how = "call ray.shutdown() to leave that cluster"
+            raise RuntimeError(f"RayWorkers: {must}, got {address!r}; {how}")
         return session
 
 
@@ -286,10 +261,9 @@ def _portable(tree: Any) -> Any:
 
     def move(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
-        is_view = (
-            tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes
-        )
-        return tensor.clone() if is_view else tensor
+        if tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor = tensor.clone()  # a view
+        return tensor
 
     return pytree.tree_map_only(Tensor, move, tree)
 

@@ -30,25 +30,17 @@ class Task:
 
     A unit is a row of a batch (then R = 1), or one of N columns of coded inputs, with one row per
     group.
-
-    Attributes:
-        leaves: the leaves of ``(args, kwargs)``. A divided leaf is a tensor ``[U, R, ...]`` of any
-            dtype; any other leaf is the same for every part.
-        dims: for each leaf, the dimension where the module expects the batch; None if not divided.
-        spec: the structure of ``(args, kwargs)``.
-        num_units: U.
-        unit_rows: R.
-        device: the device of the divided leaves and of the results.
-        out_dims: the batch dimensions of the module's outputs, a pytree prefix of them.
     """
 
+    #: The leaves of ``(args, kwargs)``. A divided leaf is a tensor ``[U, R, ...]`` of any dtype.
+    #: Any other leaf is the same for every part.
     leaves: Sequence[Any]
-    dims: Sequence[int | None]
-    spec: pytree.TreeSpec
-    num_units: int
-    unit_rows: int
-    device: torch.device
-    out_dims: Any = 0
+    dims: Sequence[int | None]  #: the batch dimension of each leaf; None if not divided
+    spec: pytree.TreeSpec  #: the structure of ``(args, kwargs)``
+    num_units: int  #: U
+    unit_rows: int  #: R
+    device: torch.device  #: the device of the divided leaves and the results
+    out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
 
     def payload(self, units: Sequence[int]) -> Arguments:
         """Return the ``(args, kwargs)`` of units, a batch of ``len(units) * R`` rows.
@@ -90,16 +82,13 @@ class Task:
     def cut(self, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
         """Cut the outputs for the batches of :meth:`payloads` into parts of ``counts`` units.
 
-        Raises:
-            ValueError: the outputs of the batches differ in structure, kind or a constant, or a
-                tensor does not have one row per row of its batch.
+        Raises a ValueError if they differ in structure, kind or a constant, or lack rows.
         """
         flat, specs = zip(*map(flatten, outputs), strict=True)
         if any(spec != specs[0] for spec in specs):
-            raise ValueError(
-                "Task: the module must return the same structure for every batch, got "
-                f"{' and '.join(sorted(set(map(str, specs))))}"
-            )
+            got = " and ".join(sorted(set(map(str, specs))))
+            must = "the module must return the same structure for every batch"
+            raise ValueError(f"Task: {must}, got {got}")
         sizes = [count * self.unit_rows for count in counts]
         columns: list[Sequence[Any]] = []
         for i, dim in enumerate(broadcast_dims("out_dims", self.out_dims, specs[0])):
@@ -107,10 +96,8 @@ class Task:
             if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
                 name = leaf_name("output", outputs[0], i)
                 got = " and ".join(sorted({show(piece) for piece in pieces}))
-                raise ValueError(
-                    f"CodedWrapper: {name} must be the same for every batch, or a tensor of one "
-                    f"dtype, got {got}"
-                )
+                must = "must be the same for every batch, or a tensor of one dtype"
+                raise ValueError(f"CodedWrapper: {name} {must}, got {got}")
             if dim is None or not isinstance(pieces[0], Tensor):
                 columns.append(pieces[:1] * len(counts))
                 continue
@@ -141,11 +128,7 @@ def positional(count: int) -> tuple[pytree.TreeSpec, pytree.TreeSpec]:
 def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str) -> list[Any]:
     """Return the batch dimension of each leaf of ``spec``, from ``dims``, a pytree prefix of it.
 
-    Args:
-        argument: the name of the argument ``dims``, for errors.
-        dims: a tree of integers, None, or elements of ``names``.
-        spec: the structure of the values.
-        names: words that may stand for a dimension.
+    It is a tree of integers, None, or elements of ``names``. Errors name ``argument``.
     """
     if dims is None or type(dims) is int:  # the same for all leaves
         return [dims] * spec.num_leaves
@@ -162,10 +145,9 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
     try:
         pytree.tree_map_(repeat, dims, tree)
     except ValueError:
-        raise ValueError(
-            f"CodedWrapper: {argument} must be a pytree prefix of the values, "
-            f"got {dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
-        ) from None
+        must = f"{argument} must be a pytree prefix of the values"
+        got = f"{dims!r} for {pytree.tree_map(lambda _: '*', tree)}"
+        raise ValueError(f"CodedWrapper: {must}, got {got}") from None
     return flat
 
 
@@ -193,7 +175,5 @@ def check_batch(output: Any, index: int, leaf: Tensor, dim: int, size: int | Non
     """Raise a ValueError unless leaf ``index`` of ``output`` has ``size`` rows at ``dim``."""
     if not -leaf.dim() <= dim < leaf.dim() or (size is not None and leaf.shape[dim] != size):
         rows = "a batch dimension" if size is None else f"size {size}, the batch size,"
-        raise ValueError(
-            f"CodedWrapper: {leaf_name('output', output, index)} must have {rows} at dim {dim}, "
-            f"got shape {tuple(leaf.shape)}"
-        )
+        must = f"{leaf_name('output', output, index)} must have {rows} at dim {dim}"
+        raise ValueError(f"CodedWrapper: {must}, got shape {tuple(leaf.shape)}")

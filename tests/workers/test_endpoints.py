@@ -251,9 +251,9 @@ def test_a_server_that_was_removed_at_work_can_be_added_again(three):
 def test_a_removed_server_gets_no_parts_after_a_probe(three):
     pool = EndpointWorkers([three[0].url, three[1].url], model="double", concurrency=1)
     request, gate = at_work(three[0], pool, task_of(X[None]))
-    slots = [slot for slot in pool._endpoints._workers if slot.url == three[0].url]
+    slots = [slot for slot in pool._queue._workers if slot.url == three[0].url]
     pool.remove(three[0].url)
-    run(pool._endpoints._resume(three[0].url, slots, 0.0))
+    run(pool._queue._resume(three[0].url, slots, 0.0))
     gate.set()
     assert [request.wait(WAIT).worker for _ in range(2)] == [0, 0]
     assert request.idle == 1
@@ -276,7 +276,7 @@ def test_the_status_counts_servers(three):
         request.close()
     pool.close()
     several = EndpointWorkers([three[2].url], model="double")
-    assert several._endpoints.obstacle(first).starting == 0
+    assert "starting" not in several._queue.status(first)
     several.close()
 
 

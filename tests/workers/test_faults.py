@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
+import pickle
 import random
 
 import pytest
@@ -49,6 +52,10 @@ class Recording(LocalWorkers):
 
         request.ask = noted
         return request
+
+
+def noise(rows, generator):
+    return rows + torch.rand(rows.shape, generator=generator)
 
 
 TASK = task_of(torch.zeros(4, 1, 1))
@@ -158,6 +165,9 @@ def test_every_kind_of_fault_on_a_virtual_clock(kind):
         ({"rates": {"nap": 0.5}}, ValueError, "rates must be of crash, .*, got 'nap'"),
         ({"crash_every": 0}, ValueError, "crash_every must be positive and finite, got 0"),
         ({"rates": {"nan": 0.6, "crash": 0.6}}, ValueError, "rates must be at most 1 in sum"),
+        ({"attack": "lie"}, ValueError, "attack must be callable or None, got 'lie'"),
+        ({"adversaries": (1,)}, ValueError, "adversaries must come with an attack, got"),
+        ({"attack": noise, "adversaries": (-1,)}, ValueError, "adversaries must be at least 0"),
     ],
 )
 def test_bad_arguments(options, error, match):
@@ -176,3 +186,39 @@ def test_what_only_the_pool_has_is_passed_on():
     assert (pool.exclude(1), pool.pids) == ("excluded 1", (1, 2))
     with pytest.raises(AttributeError, match="'Excluding' object has no attribute 'restart'"):
         pool.restart(1)
+
+
+class Pair(nn.Module):
+    """Two outputs, one of them with the batch last."""
+
+    def forward(self, x):
+        return {"a": 2 * x, "b": (x + 1).T, "n": None}
+
+
+def told(pool, seed=0, module=None, **dims):
+    """The values by worker of one request."""
+    rows = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(seed))
+    task = dataclasses.replace(task_of(rows), **dims)
+    return {reply.worker: reply.value for reply in pool.run(module or nn.Identity(), task)}
+
+
+def test_adversaries_attack_by_the_seed_and_the_request_and_nobody_else_does():
+    pool = FaultyWorkers(LocalWorkers(), attack=noise, adversaries=(1, 3), seed=3)
+    other = pickle.loads(pickle.dumps(pool))
+    for seed in range(3):
+        truth, got, again = (told(each, seed) for each in (LocalWorkers(), pool, other))
+        assert {m for m in truth if not torch.equal(truth[m], got[m])} == {1, 3}
+        assert all(torch.equal(got[m], again[m]) for m in got)
+    assert copy.deepcopy(pool).adversaries == (1, 3)
+
+
+def test_attacks_get_rows_of_every_tensor():
+    pool = FaultyWorkers(LocalWorkers(), attack=lambda rows, _: rows.flip(0), adversaries=(1,))
+    truth, got = (
+        told(each, module=Pair(), out_dims={"a": 0, "b": 1, "n": None})
+        for each in (LocalWorkers(), pool)
+    )
+    assert got[1]["n"] is None
+    assert torch.equal(got[1]["a"], truth[1]["a"].flip(0))
+    assert torch.equal(got[1]["b"], truth[1]["b"].flip(1))
+    assert torch.equal(got[2]["a"], truth[2]["a"])

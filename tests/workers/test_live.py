@@ -22,7 +22,7 @@ class Nobody:
     def submit(self, request, module, parts):
         request.parts += parts
 
-    def obstacle(self, request):
+    def status(self, request):
         return "all is quiet"
 
 

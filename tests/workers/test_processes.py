@@ -167,7 +167,7 @@ def test_modules_that_are_gone_are_forgotten(pool):
     ids=["exit", "segfault"],
 )
 def test_a_dead_process_is_named_and_replaced_at_once(module, how):
-    with ProcessWorkers(3, grace=WAIT).start(timeout=WAIT) as pool:
+    with ProcessWorkers(3, grace=WAIT).start(module, timeout=WAIT) as pool:
         victims, start = set(pool.pids), time.monotonic()
         replies = answers(pool, module, torch.tensor([[[0.0]], [[1.0]], [[2.0]]]))
         (error,) = [reply.error for reply in replies if reply.error is not None]
@@ -523,8 +523,6 @@ def test_a_forked_process_is_refused():
         ({"timeout": math.nan}, ValueError, "timeout must be positive and finite, got nan"),
         ({"devices": "cpu"}, TypeError, "devices must be a sequence of devices, got 'cpu'"),
         ({"devices": ["nowhere"]}, ValueError, "devices must be available, got 'nowhere'"),
-        ({"preload": "os"}, TypeError, "preload must be a list of names, got 'os'"),
-        ({"preload": ["no_such"]}, ValueError, "must name installed packages, got 'no_such'"),
     ],
 )
 def test_bad_arguments(options, error, match):
@@ -586,13 +584,16 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     assert last.endswith('put its main part under: if __name__ == "__main__":')
 
 
-def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
-    pool = ProcessWorkers(1, preload=["timeit"])  # a server of its own, which takes seconds
+def test_a_pool_that_closes_while_it_starts_refuses_no_packages(monkeypatch):
+    pool = ProcessWorkers(1)
+    processes = pool._make_supervisor()
+    processes._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
+    monkeypatch.setattr(pool, "_make_supervisor", lambda: processes)
     pool._dispatcher()
     until = time.monotonic() + WAIT
-    while not pool._supervisor._workers and time.monotonic() < until:
+    while not pool._queue._workers and time.monotonic() < until:
         time.sleep(0.002)
-    assert pool._supervisor._workers
+    assert pool._queue._workers
     pool.close()
     assert "timeit" not in worker_main.REFUSED
 
@@ -629,7 +630,7 @@ def test_threads_start_one_server_and_leave_the_environment(monkeypatch):
 
 
 _PACKAGE = """
-import os, sys, threading
+import os, threading
 from pathlib import Path
 import torch
 
@@ -641,7 +642,7 @@ if __name__ == "threaded":
 
 class Net(torch.nn.Module):
     def forward(self, x):
-        return x + 0.5 * ("extra" in sys.modules)
+        return x + 0.5
 """
 
 _PRELOADS = """
@@ -658,7 +659,7 @@ if __name__ == "__main__":
     from threaded import Net as Threaded
     servers = set()
     for net in (Plain(), Threaded()):
-        with ProcessWorkers(2, preload=["extra"]).start(net) as pool, torch.no_grad():
+        with ProcessWorkers(2).start(net) as pool, torch.no_grad():
             coded = CodedWrapper(net, ReplicationCode(2, 2), workers=pool)
             print(*coded(torch.tensor([[1.0], [2.0]])).flatten().tolist())
             victim = pool.pids[0]
@@ -677,7 +678,7 @@ if __name__ == "__main__":
 )
 def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path, shadowed):
     """Also in a folder with a package of the same name, as in a checkout without compiled parts."""
-    for name in ("plain", "threaded", "extra"):
+    for name in ("plain", "threaded"):
         (tmp_path / f"{name}.py").write_text(_PACKAGE)
     (folder := tmp_path / "checkout" / "coded_torch").mkdir(parents=True)
     if shadowed:
@@ -689,7 +690,6 @@ def test_packages_of_a_module_are_imported_once_for_all_processes(tmp_path, shad
     assert done.stdout.splitlines() == ["1.5 2.5", "1.5 2.5", "0", "1.5 2.5", "1.5 2.5"]
     imports = {p.stem: len(p.read_text().split()) for p in tmp_path.glob("*.log")}
     assert imports["plain"] == 2  # by this process, and by the server
-    assert imports["extra"] == 3  # by each server: with "plain", with "threaded", without both
     assert imports["threaded"] == 2 + 3  # by the server that is given up, and by each process
 
 

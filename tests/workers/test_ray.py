@@ -100,6 +100,17 @@ def test_an_idle_actor_that_is_killed_is_replaced(pool):
     until(lambda: pool.num_ready == 3)
 
 
+def test_actors_come_and_go(pool):
+    before = set(pool.pids)
+    pool.drain(0)
+    until(lambda: pool.num_ready == 2)
+    (leaving,) = before - set(pool.pids)
+    until(lambda: not _runs(leaving))
+    assert {reply.worker for reply in answers(pool, nn.Identity(), torch.ones(4, 1, 1))} <= {1, 2}
+    pool.resize(3)
+    until(lambda: pool.num_ready == 3)
+
+
 def test_stopped_actors_end_at_the_deadline_and_are_ended_after_their_grace(cluster):
     with RayWorkers(3, grace=1.5).start(timeout=WAIT) as pool:
         code, waiting = PolynomialCode(2, 3), Waiting.first(1, deadline=1.0)

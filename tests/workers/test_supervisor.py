@@ -16,9 +16,13 @@ from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
 from coded_torch.workers.dispatch import Job
 from coded_torch.workers.live import LiveRequest
-from coded_torch.workers.processes.modules import PackedModule
-from coded_torch.workers.processes.supervised import SupervisedWorkers
-from coded_torch.workers.processes.supervisor import START_SECONDS, Supervisor, WatchedWorker
+from coded_torch.workers.processes.supervisor import (
+    START_SECONDS,
+    SupervisedWorkers,
+    Supervisor,
+    WatchedWorker,
+)
+from coded_torch.workers.processes.worker_main import PackedModule
 
 GRACE = 10.0
 

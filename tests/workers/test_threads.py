@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from torch import nn
 
@@ -24,24 +22,15 @@ class ThreadWorkers(DispatchedWorkers):
     """Threads of this process that share the module."""
 
     def __init__(self, num_workers: int, timeout: float = 600.0) -> None:
-        self.timeout = timeout
-        self._threads = Threads(num_workers)
-        self._close = weakref.finalize(self, self._threads.close)
+        self.size, self.timeout = num_workers, timeout
+        self._open()
+
+    def _open(self) -> None:  # also in copies of the pool
+        self._start(Threads(self.size))
 
     def open(self, module: nn.Module, task: Task) -> LiveRequest:
-        if not self._close.alive:
-            raise RuntimeError("ThreadWorkers: the pool is closed")
         # The request holds the threads, not the pool, which ends when nothing else holds it.
-        return LiveRequest(task, self.timeout, self._threads, module)
-
-    def _dispatcher(self) -> Dispatcher:
-        return self._threads
-
-    def close(self) -> None:
-        self._close()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.num_workers, self.timeout)
+        return LiveRequest(task, self.timeout, self._dispatcher(), module)
 
 
 class Threads(Dispatcher):

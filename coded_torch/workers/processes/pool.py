@@ -3,13 +3,12 @@ r"""Workers in local processes."""
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import selectors
 import signal
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 
@@ -19,8 +18,7 @@ from torch import nn
 from ..._arguments import find_devices
 from ..dispatch import Job
 from .shared_memory import Connection, Package, Pickled
-from .supervised import SupervisedWorkers
-from .supervisor import Supervisor, WatchedWorker
+from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import (
     JOB,
     LOADED,
@@ -45,20 +43,18 @@ _DYING_SECONDS = 0.5
 class ProcessWorkers(SupervisedWorkers):
     r"""A process per worker, each with the module. An idle process takes the next part.
 
-    Inputs and results pass through shared memory. A process that dies is replaced at once. A
-    process that takes longer than ``grace`` for a part is killed and replaced. The part has failed,
-    and the request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
+    Inputs and results pass through shared memory, gradients do not pass. A process that dies, or
+    takes longer than ``grace`` for a part, is replaced at once. Its part has failed, and the
+    request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
 
     The module is sent to each process once, and again when a parameter or buffer was replaced or
     changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
     weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
     tensors made in inference mode. Changes that a call makes to the module stay in its process.
-    Gradients do not pass through processes.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
-    on :func:`torch.initial_seed`, the pool, the place of the process and its restarts. Answers of a
-    module that draws numbers cannot be repeated, as time decides which process takes a part. A
-    generator that the module holds draws the same numbers in every process.
+    on :func:`torch.initial_seed`, the pool, the place of the process and its restarts. A generator
+    that the module holds draws the same numbers in every process.
 
     Args:
         num_workers: the number of processes, at least 1.
@@ -66,25 +62,17 @@ class ProcessWorkers(SupervisedWorkers):
             the CPU.
         threads: the number of threads that each process uses for one operation. Defaults to 1.
         grace: seconds that a part may take, without loading the module. It finds hung processes,
-            not late ones: replacing a process takes time. A good choice is a few times the module's
-            slowest call. Defaults to 30.
+            not late ones: a few times the module's slowest call. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
             Defaults to 600.
-        preload: the names of packages that a new process finds imported, beside the packages of the
-            module's classes. Defaults to none.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a number is not positive, a device is missing or unknown, or a package of
-            ``preload`` is not installed.
+        TypeError, ValueError: an argument has the wrong type or value.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
             the process that started the pool, or it is importing a main script without a guard.
         TypeError: the module cannot be pickled.
-
-    Warns:
-        UserWarning: once, if a parameter requires gradients while gradients are recorded.
 
     Note:
         Scripts must guard their main part by ``if __name__ == "__main__":``, as processes import
@@ -92,21 +80,10 @@ class ProcessWorkers(SupervisedWorkers):
         value, if cloudpickle is installed. The pool needs Unix domain sockets, so it does not run
         on Windows.
 
-        Processes are forked, in some 50 ms, from a server that has imported torch, ``preload`` and
-        the packages of the module's classes, but for packages that start threads or initialise
-        CUDA. The server takes seconds to start, and serves all pools of this process that need the
-        same packages. A new process loads the module that was sent last before it gets parts.
-
-    Example:
-        .. code-block:: python
-
-            import torch
-            from coded_torch.workers import ProcessWorkers
-
-            if __name__ == "__main__":
-                module = torch.nn.Linear(3, 2)
-                with ProcessWorkers(6).start(module) as workers, torch.no_grad():
-                    print(workers.pids)
+        Processes are forked, in some 50 ms, from a server that has imported torch and the packages
+        of the module's classes, but for packages that start threads or initialise CUDA. The server
+        takes seconds to start, and serves all pools of this process that need the same packages. A
+        new process loads the module that was sent last before it gets parts.
     """
 
     def __init__(
@@ -117,15 +94,13 @@ class ProcessWorkers(SupervisedWorkers):
         threads: int = 1,
         grace: float = 30.0,
         timeout: float = 600.0,
-        preload: Iterable[str] = (),
     ) -> None:
-        self.preload = _importable(preload)
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
     def _make_supervisor(self) -> Supervisor[_Process]:
         check_guard()
-        return _Processes(self._size, self.grace, self.devices, self.threads, self.preload)
+        return _Processes(self._size, self.grace, self.devices, self.threads)
 
 
 class _Process(WatchedWorker):
@@ -164,16 +139,11 @@ class _Processes(Supervisor[_Process]):
     kind = "processes"
 
     def __init__(
-        self,
-        size: int,
-        grace: float,
-        devices: Sequence[torch.device],
-        threads: int,
-        preload: frozenset[str],
+        self, size: int, grace: float, devices: Sequence[torch.device], threads: int
     ) -> None:
         super().__init__(size, grace)
         self._devices, self._threads = devices, threads
-        self._preload = self._packages = preload
+        self._packages: frozenset[str] = frozenset()
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -188,9 +158,9 @@ class _Processes(Supervisor[_Process]):
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
+        packages = self._packages - REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            packages = self._packages - REFUSED
             descriptor = fork(theirs, device, self._threads, self.seed(index), packages)
             on_error.pop_all()
         worker = _Process(index, Connection(ours), descriptor, packages)
@@ -271,27 +241,17 @@ class _Processes(Supervisor[_Process]):
         os.close(worker.descriptor)
         ended = self.closed or worker.unwanted  # this pool ended it
         if code == UNSAFE or (code is None and not worker.pid and not ended):
-            refuse(worker.packages, self._preload)
+            refuse(worker.packages)
         if code == UNSAFE:
             return "was forked from a server with threads, or with CUDA; another server starts"
+        if code is None and worker.pid:
+            return "closed its connection, and was killed"
         if code is None:
-            if worker.pid:
-                return "closed its connection, and was killed"
             return "was not forked, as the server that forks processes ended"
         if code < 0:
             return f"was killed by {_signal_name(-code)}"
         up = "" if worker.ready or worker.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
-
-
-def _importable(names: Iterable[str]) -> frozenset[str]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"ProcessWorkers: preload must be a list of names, got {names!r}")
-    found = frozenset(names)
-    for name in found:
-        if not isinstance(name, str) or importlib.util.find_spec(name.partition(".")[0]) is None:
-            raise ValueError(f"ProcessWorkers: preload must name installed packages, got {name!r}")
-    return found
 
 
 def _signal_name(number: int) -> str:

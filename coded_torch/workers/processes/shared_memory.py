@@ -32,8 +32,7 @@ from torch import Tensor
 
 __all__ = ["Connection", "Message", "Package", "Pickled"]
 
-# Kind, number, bytes of the pickle, its block, bits of the blocks that were read, whether the block
-# is new.
+# Kind, number, bytes of the pickle, its block, bits of the blocks that were read, block is new.
 _HEADER = struct.Struct("<qqqqQq")
 _TRUNCATED = int(socket.MSG_CTRUNC)  # an enumeration would take microseconds for "&"
 _ALIGNMENT = 64  # bytes of a cache line
@@ -49,15 +48,7 @@ _NAMED = (type, types.FunctionType)  # kinds of objects that are pickled by name
 
 
 class Pickled:
-    """The pickle of an object without its tensors, which lie behind the pickle in memory.
-
-    Attributes:
-        size: the bytes of the pickle and the tensors.
-        length: the bytes of the pickle.
-
-    Raises:
-        Exception: ``value`` cannot be pickled.
-    """
+    """The pickle of an object without its tensors, which lie behind the pickle in memory."""
 
     def __init__(self, value: Any) -> None:
         buffer = io.BytesIO()
@@ -65,8 +56,8 @@ class Pickled:
         writer.dump(value)
         stream = buffer.getbuffer()
         self._stream, self._tensors = stream, list(writer.tensors.values())
-        self.length = len(stream)
-        self.size = _aligned(self.length) + writer.size
+        self.length = len(stream)  # bytes of the pickle
+        self.size = _aligned(self.length) + writer.size  # bytes of the pickle and the tensors
 
     def write(self, memory: mmap.mmap) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
@@ -91,10 +82,7 @@ class _TensorPickler:
         self.size = 0
 
     def persistent_id(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
-        """Return dtype, shape and place of a plain tensor; None for any other object.
-
-        The data of a parameter comes here as a plain tensor.
-        """
+        """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
         if type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized:
             if not obj.is_meta and (count := obj.numel()):
                 if id(obj) not in self.tensors:
@@ -103,10 +91,9 @@ class _TensorPickler:
                 dtype = str(obj.dtype).removeprefix("torch.")
                 return dtype, tuple(obj.shape), self.tensors[id(obj)][1]
         elif self.refuses_main and isinstance(obj, _NAMED) and obj.__module__ == "__main__":
-            raise pickle.PicklingError(
-                f"{obj.__qualname__} belongs to an interactive session; install cloudpickle, or "
-                "define it in a file that can be imported"
-            )
+            how = "install cloudpickle, or define it in a file that can be imported"
+            what = f"{obj.__qualname__} belongs to an interactive session"
+            raise pickle.PicklingError(f"{what}; {how}")
         return None
 
 
@@ -167,10 +154,7 @@ class Package:
 
 
 class Message(NamedTuple):
-    """A message: its kind, its number, and the memory of its object.
-
-    Tensors of up to ``copy`` bytes are copied from the memory. The others are views, which keep it.
-    """
+    """A message. Tensors of up to ``copy`` bytes are copied from its memory, others are views."""
 
     kind: int
     number: int
@@ -184,11 +168,7 @@ class Message(NamedTuple):
 
 
 class Connection:
-    """One end of a connection. One thread sends at a time, and one receives.
-
-    Args:
-        sock: a stream socket of the Unix domain.
-    """
+    """One end of a connection, a Unix stream socket. One thread sends at a time, one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -206,9 +186,8 @@ class Connection:
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
 
-        Raises:
-            ConnectionError: the other side has ended.
-            OSError: there is no memory or descriptor left.
+        Raises a ConnectionError if the other side has ended, another OSError if memory or
+        descriptors are short.
         """
         if pickled is None:
             self._write(kind, number, 0, -1)
@@ -238,8 +217,7 @@ class Connection:
     def receive(self) -> Message | None:
         """Return the next message, or None if the other side has ended.
 
-        Raises:
-            OSError: this process cannot get the memory of the message.
+        Raises an OSError if this process cannot get the memory of the message.
         """
         try:
             # A header is one write and one read: too short to be cut, even by a sudden death.

@@ -1,43 +1,46 @@
-r"""The supervisor of workers that may hang or die: it starts, watches and replaces them."""
+r"""Pools of workers that may hang and die, and their supervisors: for processes and Ray actors."""
 
 from __future__ import annotations
 
 import abc
 import itertools
 import math
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..dispatch import Dispatcher, Worker, logger
-from .modules import ModuleStore, PackedModule, remote_cause
+from ..._arguments import count, instance, positive, warn
+from ..base import Request, Task
+from ..dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from ..live import Ambient, LiveRequest
+from .worker_main import ModuleStore, PackedModule, remote_cause
 
-__all__ = ["START_SECONDS", "Supervisor", "WatchedWorker"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["START_SECONDS", "SupervisedWorkers", "Supervisor", "WatchedWorker"]
 
 # Seconds that a worker has to start, or to load a module. Importing torch from a cold disk takes
 # tens of seconds. Not tuned: a lower value ends healthy workers, a higher one finds hung ones late.
 START_SECONDS = 120.0
-# Seconds that closing a pool waits for its thread. Not tuned.
-_CLOSING_SECONDS = 10.0
+_CLOSING_SECONDS = 10.0  # a pool that closes waits so long for its thread; not tuned
 # Failed starts in a row after which waiting jobs fail, instead of at their timeout. Not tuned.
 _FAILED_STARTS = 3
-# Seconds between attempts to start: .2, .4, ..., at most this. Not tuned.
-_LONGEST_PAUSE = 5.0
-# Seconds to wait for news: selectors count milliseconds in 31 bits.
-_LONGEST_WAIT = 3600.0
-# Seconds until the thread goes on after an unexpected exception, so that it does not spin.
-_REPAIR_SECONDS = 1.0
+_LONGEST_PAUSE = 5.0  # seconds between attempts to start: .2, .4, ..., at most this; not tuned
+_LONGEST_WAIT = 3600.0  # seconds to wait for news: selectors count milliseconds in 31 bits
+_REPAIR_SECONDS = 1.0  # a pause after an unexpected exception, so that the thread does not spin
 _pools = itertools.count()
 
 
 class WatchedWorker(Worker):
-    """A process or an actor. It is starting, loading a module, at a job, or idle since a time."""
+    """A process or an actor: starting, loading a module, at a job, or idle."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -50,7 +53,7 @@ class WatchedWorker(Worker):
         return module.number not in self.modules
 
     def load(self, module: PackedModule) -> None:
-        """Note which modules the worker holds once it has a job with this one."""
+        """Note that the worker gets a module, and forgets all that are not alive."""
         self.modules = self.modules & module.alive | {module.number}
 
     def end_by(self, grace: float) -> tuple[float, str]:
@@ -72,18 +75,11 @@ V = TypeVar("V", bound=WatchedWorker)
 
 
 class Supervisor(Dispatcher[V]):
-    """The workers of a pool, and the jobs that wait for them.
+    """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
-    A worker that is lost is replaced, and its job fails. A worker that computes a job for longer
-    than ``grace`` seconds is ended. Loading the module does not count where it is reported.
-
-    Subclasses start, ask and end workers, and report to :meth:`ready`, :meth:`take`, :meth:`fail`
+    A worker that computes a job for longer than ``grace`` seconds is late. Loading the module does
+    not count where it is reported. Subclasses report to :meth:`ready`, :meth:`take`, :meth:`fail`
     and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
-
-    Args:
-        size: the number of workers.
-        grace: seconds, positive.
-        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -127,34 +123,29 @@ class Supervisor(Dispatcher[V]):
         self._starts[index] += 1
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-    # The workers call these methods, through the thread that hears them.
-
     def ready(self, worker: V) -> None:
         self._failed_starts = 0
         super().ready(worker)
 
     def loaded(self, worker: V) -> None:
-        """Note that a worker has loaded the module of its job, or, before it is up, the last."""
+        """Note that a worker has loaded a module: of its job or, before it is up, the last one."""
         with self._changed:
             worker.loading, worker.since = False, self._clock()
         if not worker.ready:
             self.ready(worker)
 
     def take(self, worker: V, number: int, succeeded: bool, read: Callable[[], Any]) -> None:
-        """Take the result of a job: a value, or the argument of :func:`remote_cause`.
-
-        If nobody waits for the result, it is not even read.
-        """
+        """Take the result of a job, and read it if it is awaited: a value, or a failure."""
         job, value = worker.job, None
         if job is not None and job.request.awaits(job.part):
             try:
                 value = read()
-            except Exception as cause:  # unpickling may raise anything
-                self.fail_to_read(worker, number, cause)
+            except Exception as error:  # unpickling may raise anything
+                self.fail_to_read(worker, number, error)
                 return
             if not succeeded:
-                reason = f"failed in {worker}: {value[0]}"
-                self.fail(worker, number, reason, remote_cause(value), "raised")
+                cause = remote_cause(value)
+                self.fail(worker, number, f"failed in {worker}: {value[0]}", cause, "raised")
                 return
         self.settle(worker, number, value)
 
@@ -164,21 +155,27 @@ class Supervisor(Dispatcher[V]):
 
     def lost(self, worker: V, reason: str) -> None:
         """Note that a worker has ended; ``reason`` continues its name."""
+        if self._remove(worker):
+            self._replace(worker, reason)
+
+    def _remove(self, worker: V) -> bool:
+        """Take a worker out: it gets no job, and none of its results counts."""
         with self._changed:
             if worker not in self._workers:
-                return
-            self._remove(worker)
-        self._replace(worker, reason)
+                return False
+            self._workers.remove(worker)
+            self.num_lost += not (self.closed or worker.left)
+            if worker in self._idle:
+                self._idle.remove(worker)
+            return True
 
-    def _remove(self, worker: V) -> None:
-        """Take a worker out, under the lock: it gets no job, and none of its results counts."""
-        self._workers.remove(worker)
-        self.num_lost += not (self.closed or worker.left)
-        if worker in self._idle:
-            self._idle.remove(worker)
-
-    def _replace(self, worker: V, reason: str) -> None:
+    def _replace(self, worker: V, reason: str, end: bool = False) -> None:
         """Fail the job of a worker that was taken out, and have a new one started."""
+        try:
+            if end:
+                self.end(worker)
+        except Exception:  # the other workers must be ended, too
+            logger.exception("%s could not be ended", worker)
         what, now, hopeless = f"{worker} {reason}", self._clock(), False
         with self._changed:
             if not (worker.ready or worker.left):
@@ -187,7 +184,7 @@ class Supervisor(Dispatcher[V]):
                     self._failed_starts += 1
                     self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
                 up = any(other.ready for other in self._workers)
-                hopeless = self._failed_starts >= _FAILED_STARTS and not up
+                hopeless = self._hopeless and not up
             self._changed.notify_all()
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
@@ -214,13 +211,12 @@ class Supervisor(Dispatcher[V]):
         """End overdue workers, and start missing ones."""
         now = self._clock()
         with self._changed:
-            overdue = [worker for worker in self._workers if worker.end_by(self.grace)[0] <= now]
             # Taken out here: a worker that got its next job now would end with that one.
+            overdue = [w for w in self._workers if w.end_by(self.grace)[0] <= now]
             for worker in overdue:
                 self._remove(worker)
         for worker in overdue:
-            self._try_to_end(worker)
-            self._replace(worker, worker.end_by(self.grace)[1])
+            self._replace(worker, worker.end_by(self.grace)[1], end=True)
         if now < self._start_again:
             return
         for index in self.vacant():
@@ -250,8 +246,7 @@ class Supervisor(Dispatcher[V]):
                 try:
                     self.tend()
                     self.wait(self.pause())
-                except Exception as cause:
-                    # The pool goes on: workers and requests are as they were.
+                except Exception as cause:  # workers and requests are as they were
                     logger.exception("%s: the thread of the pool goes on", self.thread.name)
                     self.trouble = f"{type(cause).__name__}: {cause}"
                     time.sleep(_REPAIR_SECONDS)
@@ -259,21 +254,12 @@ class Supervisor(Dispatcher[V]):
             with self._changed:
                 self.closed = True
                 self._changed.notify_all()
-                workers = list(self._workers)
+                workers = [worker for worker in self._workers[:] if self._remove(worker)]
             for worker in workers:
-                self._try_to_end(worker)
-                self.lost(worker, "was ended: the pool was closed")
+                self._replace(worker, "was ended: the pool was closed", end=True)
             self.stop()
             self.modules.clear()
             self.let_go()
-
-    def _try_to_end(self, worker: V) -> None:
-        try:
-            self.end(worker)
-        except Exception:  # the other workers must be ended, too
-            logger.exception("%s could not be ended", worker)
-
-    # The pool calls these methods.
 
     def close(self) -> None:
         """End the workers and the thread. May be called twice."""
@@ -290,11 +276,122 @@ class Supervisor(Dispatcher[V]):
 
     def wait_until_ready(self, timeout: float) -> bool:
         """Wait until all workers are up, and return whether they are."""
-
-        def settled() -> bool:
-            up = len(self.workers) >= self.size
-            return up or self.closed or self._failed_starts >= _FAILED_STARTS
-
         with self._changed:
-            self._changed.wait_for(settled, timeout)
+            self._changed.wait_for(lambda: self._up or self.closed or self._hopeless, timeout)
+            return self._up
+
+    @property
+    def _up(self) -> bool:
         return len(self.workers) >= self.size
+
+    @property
+    def _hopeless(self) -> bool:
+        return self._failed_starts >= _FAILED_STARTS
+
+
+class SupervisedWorkers(DispatchedWorkers):
+    """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
+
+    _live = ("_queue", "_finalizer", "_lock", "_closed", "_pid", "_warned")
+
+    def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
+        self._size = count(self, "num_workers", num_workers)
+        self.threads = count(self, "threads", threads)
+        self.grace = positive(self, "grace", grace)
+        self.timeout = positive(self, "timeout", timeout)
+        self._open()
+
+    @abc.abstractmethod
+    def _make_supervisor(self) -> Supervisor[Any]: ...
+
+    def _open(self) -> None:
+        self._lock, self._closed, self._warned = threading.Lock(), False, False
+
+    @property
+    def places(self) -> set[int]:
+        return set(range(self._size) if self._queue is None else self._queue.places)
+
+    def resize(self, num_workers: int) -> None:
+        self._size = count(self, "num_workers", num_workers)
+        if self._queue is not None:
+            self._queue.resize(self._size)
+
+    def open(self, module: nn.Module, task: Task) -> Request:
+        if torch.is_grad_enabled():
+            self._check_gradients(module, task)
+        return _SupervisedRequest(task, self.timeout, self._dispatcher(module), module)
+
+    def start(
+        self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
+    ) -> Self:
+        instance(self, "module", module, nn.Module, optional=True)
+        end = time.monotonic() + positive(self, "timeout", timeout)
+        supervisor = self._dispatcher(module)
+        if not supervisor.wait_until_ready(timeout):
+            started = f"only {self.num_ready} of {self.num_workers} workers started"
+            trouble = f"last error: {supervisor.trouble or 'none, they are still starting'}"
+            what = f"{started} within {timeout:g} s; {trouble}"
+            raise RuntimeError(f"{type(self).__name__}: {what}")
+        return super().start(module, example, timeout=end - time.monotonic())
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers that are up, on their computers."""
+        return [] if self._queue is None else [worker.pid for worker in self._queue.workers]
+
+    def forget(self, module: nn.Module) -> None:
+        """Send ``module`` to the workers again when it is needed next."""
+        if self._queue is not None:
+            self._queue.modules.forget(module)
+
+    @property
+    def num_restarts(self) -> int:
+        return 0 if self._queue is None else self._queue.num_lost
+
+    def close(self) -> None:
+        """End all workers at once, even during a call. May be called twice."""
+        with self._lock:
+            self._closed = True
+        super().close()  # may take seconds
+
+    def _dispatcher(self, module: nn.Module | None = None) -> Any:
+        """Return the supervisor. If it is new, it knows the module before it starts workers."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+            if self._queue is None:
+                supervisor = self._make_supervisor()
+                if module is not None:
+                    supervisor.modules.pack(module, Ambient.capture())
+                self._pid = os.getpid()
+                self._start(supervisor)
+                supervisor.thread.start()
+        if self._pid != os.getpid():
+            must = "the pool must be used in the process that started it"
+            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
+        return self._queue
+
+    def _check_gradients(self, module: nn.Module, task: Task) -> None:
+        owner, remedy = type(self).__name__, "call under torch.no_grad(), or use DeviceWorkers"
+        remedy = f"which do not pass through other processes; {remedy}"
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in task.leaves):
+            raise RuntimeError(f"{owner}: inputs must not require gradients, {remedy}")
+        if not self._warned and any(p.requires_grad for p in module.parameters()):
+            self._warned = True
+            warn(f"{owner}: answers have no gradients, {remedy} to train")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_size": max(self.num_workers, 1)}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_workers})"
+
+
+class _SupervisedRequest(LiveRequest):
+    """A request whose module is packed."""
+
+    def __init__(
+        self, task: Task, timeout: float, supervisor: Supervisor[Any], module: nn.Module
+    ) -> None:
+        super().__init__(task, timeout, supervisor, None)
+        self.module = supervisor.modules.pack(module, self.ambient)

@@ -1,4 +1,4 @@
-r"""Worker processes: how they are forked, and their program.
+r"""Worker processes: how they are forked, their program, and modules on both sides.
 
 They are forks of a server that has imported this package, so that they start in milliseconds. The
 server is a private :class:`multiprocessing.forkserver.ForkServer`, since the packages that the
@@ -10,37 +10,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
+import operator
 import os
+import pickle
+import random
 import select
 import signal
 import socket
 import sys
 import threading
+import traceback
 import types
+from collections.abc import Callable
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
+from ..._torch import fingerprint
+from ..base import Part, Task
+from ..faults import compute, kill_own_process
+from ..live import Ambient
 from . import shared_memory
-from .modules import LoadedModules, set_up
 from .shared_memory import Connection, Pickled
 
-__all__ = [
-    "FAILURE",
-    "JOB",
-    "LOADED",
-    "MODULE",
-    "READY",
-    "RESULT",
-    "check_guard",
-    "fork",
-    "packages_of",
-    "refuse",
-    "replace_servers",
-]
+__all__ = ["FAILURE", "JOB", "LOADED", "MODULE", "READY", "RESULT", "LoadedModules", "ModuleStore"]
+__all__ += ["PackedModule", "check_guard", "fork", "packages_of", "refuse", "remote_cause"]
+__all__ += ["replace_servers", "set_up"]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
@@ -54,7 +56,7 @@ _PATH = ("PYTHONPATH", "PYTHONSAFEPATH")
 _MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
 
 
-# Read in a fork, written before it; stays None if the server did not import this file.
+# Written before a fork, and read in it. None if the server did not import this file.
 _server_is_unsafe: bool | None = None
 
 
@@ -73,10 +75,9 @@ _servers: dict[tuple[int, frozenset[str]], forkserver.ForkServer] = {}
 def check_guard() -> None:
     """Raise a RuntimeError in a process that is importing the main script."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError(
-            "ProcessWorkers: workers import the main script, which must not start workers then; "
-            'put its main part under: if __name__ == "__main__":'
-        )
+        why = "workers import the main script, which must not start workers then"
+        how = 'put its main part under: if __name__ == "__main__":'
+        raise RuntimeError(f"ProcessWorkers: {why}; {how}")
 
 
 def _server(packages: frozenset[str]) -> forkserver.ForkServer:
@@ -125,10 +126,7 @@ def _set_path(values: tuple[str | None, ...]) -> None:
 
 
 def packages_of(module: nn.Module) -> set[str]:
-    """Return the packages that a new process needs for a module, beside torch and the library.
-
-    If a class belongs to the main script, so do the packages that the script has imported.
-    """
+    """Return the packages of a module's classes, and the imports of the main script for its own."""
     found = {type(part).__module__ for part in module.modules()}
     if "__main__" in found:
         for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
@@ -139,28 +137,20 @@ def packages_of(module: nn.Module) -> set[str]:
     return {name for name in found if name.partition(".")[0] not in known}
 
 
-def refuse(packages: frozenset[str], preload: frozenset[str]) -> None:
-    """Let no later server import packages that broke one; packages of ``preload`` only at last."""
+def refuse(packages: frozenset[str]) -> None:
+    """Let no later server import packages that broke one."""
     if not packages & REFUSED:  # no other worker of that server has said so
-        REFUSED.update(packages - preload or packages)
+        REFUSED.update(packages)
         replace_servers()
 
 
 def fork(
-    sock: socket.socket,
-    device: torch.device,
-    threads: int,
-    seed: int,
-    packages: frozenset[str] = frozenset(),
+    sock: socket.socket, device: torch.device, threads: int, seed: int, packages: frozenset[str]
 ) -> int:
     """Have a worker forked that serves a socket, from a server that has imported packages.
 
-    Returns:
-        A descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the process
-        id, and later the exit code. It ends early if the server does.
-
-    Raises:
-        OSError: there is no server, and none can be started.
+    Returns a descriptor, from which :func:`multiprocessing.forkserver.read_signed` reads the
+    process id, and later the exit code. It ends early if the server does.
     """
     data = spawn.get_preparation_data("worker")
     kept = ("sys_path", "sys_argv", "orig_dir", "dir")
@@ -251,3 +241,153 @@ def _import_main(preparation: dict[str, Any]) -> None:
     finally:
         del process._inheriting
     preparation.clear()
+
+
+# Modules: the caller packs them once, the workers load and call them. Ray's actors do, too.
+
+# An exception in words, its traceback, and itself if it can travel.
+_Failure = tuple[str, str, Exception | None]
+
+
+class PackedModule(NamedTuple):
+    """The module of a request: the data that all its jobs share."""
+
+    number: int  # the number of the module in its present state
+    package: Any  # the module, as it is sent
+    alive: frozenset[int]  # the numbers of all modules that may still be needed
+    head: bytes  # the pickle of number, alive and the caller's modes
+
+    def job(self, task: Task, part: Part) -> tuple[Any, ...]:
+        """Return the contents of a job, which :meth:`LoadedModules.call` reads."""
+        return self.head, part.fault, task.payload(part.units)
+
+
+class ModuleStore:
+    """The modules that ``pack`` has packed, each until it changes or nothing else holds it."""
+
+    def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
+        self._make = pack
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        # module -> (its fingerprint, its number, the package, its tensors)
+        self._packed: Any = WeakIdKeyDictionary()
+
+    def pack(self, module: nn.Module, ambient: Ambient) -> PackedModule:
+        """Return the module in its present state, for a caller with these modes."""
+        tensors, how = fingerprint(module)
+        with self._lock:
+            packed = self._packed.get(module)
+            if packed is None or packed[0] != how:
+                try:
+                    package = self._make(module)
+                except (pickle.PicklingError, AttributeError, TypeError) as error:
+                    must = "the module must be picklable to be sent to another process"
+                    got = f"{type(module).__name__}: {error}"
+                    raise TypeError(f"Workers: {must}, got {got}") from error
+                packed = self._packed[module] = how, next(self._numbers), package, tensors
+            alive = frozenset(number for _, number, *_ in self._packed.values())
+        _, number, package, _ = packed
+        return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
+
+    def last(self) -> tuple[int, Any] | None:
+        """Return the number and the package of the newest module; None while one is packed."""
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            entries = [entry[1:3] for entry in self._packed.values()]
+        finally:
+            self._lock.release()
+        return max(entries, default=None, key=operator.itemgetter(0))
+
+    def forget(self, module: nn.Module) -> None:
+        """Pack ``module`` again when it is needed next."""
+        with self._lock:
+            self._packed.pop(module, None)
+
+    def clear(self) -> None:
+        """Release all packages."""
+        with self._lock:
+            self._packed.clear()
+
+
+# The workers use the rest.
+
+
+def set_up(threads: int, seed: int) -> None:
+    """Set the number of threads of this worker, and seed its random numbers."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+class LoadedModules:
+    """The modules that a worker was sent, or the errors of unusable ones.
+
+    They compute on ``device``, and ``pack`` makes their results ready to be sent.
+    """
+
+    def __init__(self, device: torch.device, pack: Callable[[Any], Any]) -> None:
+        self.device = device
+        self._pack = pack
+        self._modules: dict[int, nn.Module | _Failure] = {}
+        self._head = b""
+        self._open: tuple[int, Ambient]
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._modules
+
+    def add(self, number: int, read: Callable[[], nn.Module]) -> None:
+        """Load a module."""
+        try:
+            self._modules[number] = read().to(self.device)
+        except Exception as error:
+            self._modules[number] = _failure(error)
+
+    def call(self, read: Callable[[], Any]) -> tuple[bool, Any]:
+        """Do a :meth:`PackedModule.job`; return whether it succeeded, and its packed result."""
+        try:
+            head, fault, arguments = read()
+            module, ambient = self._look_up(head)
+            if isinstance(module, tuple):
+                return False, self._pack(module)
+            with ambient.restored(self.device):
+                if self.device.type != "cpu":
+                    arguments = pytree.tree_map_only(
+                        Tensor, lambda tensor: tensor.to(self.device), arguments
+                    )
+                value = compute(module, arguments, fault, kill_own_process)
+                return True, self._pack(value)
+        except Exception as cause:
+            return False, self._pack(_failure(cause))
+
+    def _look_up(self, head: bytes) -> tuple[nn.Module | _Failure, Ambient]:
+        if head != self._head:
+            number, alive, ambient = pickle.loads(head)
+            for gone in self._modules.keys() - alive - {number}:
+                del self._modules[gone]
+            self._head, self._open = head, (number, ambient)
+        number, ambient = self._open
+        return self._modules[number], ambient
+
+
+def remote_cause(contents: _Failure) -> Exception:
+    """Return the exception that a module raised elsewhere, caused by its traceback there."""
+    what, trace, raised = contents
+    cause = raised or RuntimeError(what)
+    cause.__cause__ = _RemoteTraceback(f"\n{trace}")
+    return cause
+
+
+class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that it holds
+    pass
+
+
+def _failure(cause: Exception) -> _Failure:
+    what = "".join(traceback.format_exception_only(cause)).strip()
+    trace = "".join(traceback.format_exception(cause))
+    try:
+        pickle.loads(pickle.dumps(cause))
+    except Exception:  # the caller cannot find its class, or make it from its arguments
+        return what, trace, None
+    return what, trace, cause
