@@ -173,6 +173,11 @@ class RowPlan:
         notes = [self._note, *(self._sources.notes if self._sources else ())]
         return "; ".join(note for note in notes if note)
 
+    def leave_out(self, odd: Tensor) -> None:
+        """Let some rows, bool ``[B]``, predict no others, where no distances tell which."""
+        for part in self._parts:
+            part.usable = ~odd[part.rows]
+
     @property
     def order(self) -> Tensor:
         """A path through the batch, part by part, ``[B]``."""

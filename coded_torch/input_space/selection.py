@@ -159,6 +159,7 @@ class Part:
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
+        self.usable: Tensor | None = None  # bool [b], without distances; None: all
         self.order = torch.arange(len(rows)) if distances is None else distances.order
         # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
@@ -249,8 +250,9 @@ class Part:
         """
         own = source[self.rows]
         has = own >= 0
-        if self._distances is not None and bool((has & self._distances.usable).any()):
-            has = has & self._distances.usable
+        usable = self.usable if self._distances is None else self._distances.usable
+        if usable is not None and bool((has & usable).any()):
+            has = has & usable
         points = has.nonzero().flatten()
         if len(points):
             return points, own[points]

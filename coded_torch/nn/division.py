@@ -300,7 +300,10 @@ class Rows(Division):
     def _plan(self) -> RowPlan:
         size, floating = self.batch_size, self.inputs.floating()
         if not self.chunk:
-            return self._predictor.plan([], size)
+            plan = self._predictor.plan([], size)
+            if self.inputs.not_finite is not None:
+                plan.leave_out(self.inputs.not_finite)
+            return plan
         others = [] if floating else self.inputs.batches()
         return self._predictor.plan(floating, size, others=others, chunk=self.chunk)
 

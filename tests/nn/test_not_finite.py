@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, ReplicationCode
+from coded_torch.nn.division import Inputs, Rows
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.testing.workers import FailsAt, divide_by_zero
@@ -122,6 +123,22 @@ def test_in_any_argument_wherever_the_batch_is():
     mask = torch.arange(9) % 2 == 0
     masked = CodedWrapper(nn.Identity(), ReplicationCode(3, 5))
     assert torch.equal(masked(mask), mask.clone())
+
+
+def test_where_the_mean_predicts_such_rows_calibrate_no_error_bars():
+    """If time is short: without distances, nothing else tells which rows are finite."""
+    inputs, predictor = Inputs((spoiled(),), {}, 0), Regression()
+    plan = Rows(inputs, predictor, chunk=0, parts=4, out_dims=0).plan()
+    results, radii = torch.linspace(-1, 1, 24)[:, None, None], []
+    results[BAD] = 0.0  # the mean of the others
+    for received in (
+        [i for i in range(24) if i != 5],
+        [i for i in range(24) if i not in (5, *BAD)],
+    ):
+        answers = plan.decode(results[received], received)
+        radii.append(plan.error_bars(received, results[received], answers).radii(0.5)[5])
+        plan = predictor.plan([], 24)
+    assert radii[0] == pytest.approx(radii[1])
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -327,3 +327,15 @@ def test_a_memory_of_fewer_rows_than_the_batch_calibrates_nothing():
     memory.rebuild()
     _, report = coded.run(rand(16, 4))
     assert report.radii_at(0.8).isfinite().all()
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((3,), True), ((1,), False), ((3, 2), False)])
+@pytest.mark.parametrize("lost", [0, 2, 4])
+def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
+    """If every answer is exact, if some are predicted, and if a surrogate answers alone."""
+    f = Call(lambda x: x[:, : math.prod(shape)].reshape(-1, *shape) if len(x) else x)
+    coded = wrap("rows", f, lost, surrogate=f)
+    _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0))
+    assert run.predicted.sum() == 4 * lost
+    assert (run.label_risks is not None) == classes
+    assert run.radii is not None

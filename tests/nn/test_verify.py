@@ -383,3 +383,12 @@ class TestOutputs:
             assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
             assert report.verified.any()
             assert not report.strikes
+
+
+def test_a_check_part_of_the_first_ask_is_no_later_part():
+    """Of single rows and idle workers, the checks are a part of their own."""
+    pool = AtOnce(8, lambda worker, outputs, asked: outputs[:0] if len(outputs) == 1 else outputs)
+    coded = CodedWrapper(nn.Identity(), workers=pool, parts=4, verify=1.0)
+    answers, report = coded.run(batch(rows=4))
+    assert torch.equal(answers, batch(rows=4))
+    assert report.source.tolist() == [0] * 4
