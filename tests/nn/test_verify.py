@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from coded_torch import CodedWrapper, Waiting
+from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
 from coded_torch.surrogates import Memory
 from coded_torch.verification.scores import Fit, Scores
-from coded_torch.workers import FaultyWorkers, ProcessWorkers
+from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 from coded_torch.workers.base import Began, Reply, Request, WorkerError, Workers
 
 ROWS = 48
@@ -169,24 +169,6 @@ class TestAWrongWorker:
         coded.run(batch(1))
         assert 2 not in {worker for worker, _ in pool.log}
 
-    def test_that_is_right_when_asked_again_is_struck(self):
-        pool = AtOnce(12, lambda worker, outputs, asked: outputs + (worker == 3 and not asked))
-        coded, struck = wrap(pool), 0
-        for seed in range(3):
-            x = batch(seed)
-            answers, report = coded.run(x)
-            assert torch.allclose(answers, coded.module(x).detach(), atol=1e-6)
-            struck += report.strikes.get(3, 0)
-        assert struck == 3
-        assert not pool.out
-
-    def test_of_two_workers_is_only_reported(self):
-        coded = wrap(AtOnce(2, wrong(0)))
-        _, report = coded.run(batch())
-        assert report.disputes
-        assert report.unverified.any()
-        assert not report.strikes
-
     def test_leaves_nothing_in_a_memory(self):
         memory = Memory()
         pool = AtOnce(6, wrong(2, size=0.0))
@@ -317,22 +299,17 @@ def test_a_faulty_process_is_excluded_restarted_and_on_probation():
 
 
 class TestArguments:
-    def test_a_code_refuses(self):
-        from coded_torch import codes
-
-        with pytest.raises(ValueError, match="verify must be None with a code"):
-            CodedWrapper(network(), codes.ReplicationCode(2, 4), workers=AtOnce(4), verify=0.1)
-
-    def test_local_workers_refuse(self):
-        from coded_torch.workers import LocalWorkers
-
-        with pytest.raises(ValueError, match="verify must be None on a pool"):
-            CodedWrapper(network(), workers=LocalWorkers(), parts=4, verify=0.1)
-
-    @pytest.mark.parametrize("share", [-0.1, 1.5, math.nan])
-    def test_shares_are_between_0_and_1(self, share):
-        with pytest.raises(ValueError, match="verify must be between 0 and 1"):
-            wrap(AtOnce(4), share)
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"code": codes.ReplicationCode(2, 4)}, "None with a code"),
+            ({"workers": LocalWorkers(), "parts": 4}, "None on a pool"),
+            *[({"verify": share}, "between 0 and 1") for share in (-0.1, 1.5, math.nan)],
+        ],
+    )
+    def test_are_refused_by_name(self, options, match):
+        with pytest.raises(ValueError, match=f"verify must be {match}"):
+            CodedWrapper(network(), **{"workers": AtOnce(4), "verify": 0.1} | options)
 
     def test_another_pool_begins_anew(self):
         coded = wrap(AtOnce(6, wrong(2)))
