@@ -159,7 +159,7 @@ class Part:
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
-        self.usable: Tensor | None = None  # bool [b], without distances; None: all
+        self.usable: Tensor | None = None  # bool [b], used without distances
         self.order = torch.arange(len(rows)) if distances is None else distances.order
         # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
