@@ -6,8 +6,9 @@ trivial baselines. All schemes answer the same batches from the same received se
 - table: K inputs go to N workers, and S of them are lost, in batches of 240 rows, of 64, and of K
   rows as in the paper;
 - neighbours: the lost workers are side by side;
-- curve: the errors against S, on one network of each kind;
-- fidelity: the paper's own comparison, softmax outputs in order of arrival.
+- adversarial: the workers are lost that a code misses most, by a search for the set of the largest
+  squared error on a tuning batch;
+- curve: the errors against S, on one network of each kind.
 
 Five trainings of LeNet-5 and five splits of a table count as one observation each; of the other
 networks, every batch is one.
@@ -17,16 +18,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import scipy.stats
-import torch
+from torch import Tensor, nn
 
+from coded_torch.codes import Code
 from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.scores import Comparison, Record, half_width, rounded
-from coded_torch.stragglers import Contiguous, Uniform
+from coded_torch.evaluation.scores import Comparison
+from coded_torch.evaluation.tune import Trial
+from coded_torch.stragglers import Contiguous, Stragglers, Trace, Uniform
 
 from .runs import Measurement, progress
 from .subjects import SEED, Subject, student_of, subject
@@ -54,9 +58,9 @@ CURVES: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
     "vit": ((20, 8, (1, 2, 3, 4, 5, 6, 8, 10, 12)),),
     "repvgg": ((60, 20, (2, 5, 10, 15, 20, 25, 30, 35, 40)),),
 }
-FIDELITY = ("the paper's scheme", "Berrut")
 DRAWN = (
-    *FIDELITY, "the paper's, ordered", "replication", "regression", "no redundancy, regression",
+    "the paper's scheme", "Berrut", "the paper's, ordered", "replication", "regression",
+    "no redundancy, regression",
 )  # fmt: skip
 #: The schemes that others are compared with: the code that is recommended, and the paper's.
 REFERENCES = ("regression", "the paper's scheme")
@@ -108,12 +112,13 @@ def table(name: str, case: Case, size: int, law: Any, quick: bool) -> dict[str, 
         count = max(limits["batches"][name], -(-limits["rows"] // size))
         found = tried(
             subject(name, quick, seed), [case], size, count, law=law,
-            surrogate=student_of(name, quick, seed).model, received_sets=limits["received sets"],
+            surrogate=student_of(name, quick, seed), received_sets=limits["received sets"],
         )  # fmt: skip
         # One of several trainings is one observation.
         records += [x._replace(batch=seed) if len(seeds) > 1 else x for x in found.records]
     comparison = Comparison(records)
     return {
+        "records": comparison,
         "observations": len({x.batch for x in records}),
         "rows": max(row.changed[1] for row in comparison.rows),
         "codes": {name: repr(code) for (_, name), code in found.codes.items()},
@@ -121,11 +126,67 @@ def table(name: str, case: Case, size: int, law: Any, quick: bool) -> dict[str, 
     }
 
 
+def adversarial(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]:
+    limits, records, lost = settings(quick), [], {}
+    of, student = subject(name, quick), student_of(name, quick)
+    codes = tried(of, [case], size, 1).codes
+    (batch,) = of.batches("tuning", size, 1)
+    for (_, scheme), code in progress(codes.items(), "schemes"):
+        lost[scheme] = worst(of.model, batch.images, code, case, quick)
+        law = fixed(case[0], lost[scheme])
+        records += tried(
+            of, [case], size, limits["batches"][name], law=law, surrogate=student, schemes=[scheme]
+        ).records
+    once = {(x.scheme, x.batch): x for x in records}  # every comparison has the student alone
+    comparison = Comparison([*once.values()])
+    return {"records": comparison, "lost": lost, "schemes": cells(comparison)}
+
+
+def fixed(count: int, lost: Iterable[int]) -> Callable[..., Stragglers]:
+    """Return the law by which these workers are lost, but in tuning, which has another seed."""
+    latencies = [math.inf if n in set(lost) else 0.0 for n in range(count)]
+    return lambda s, seed: Trace([latencies]) if seed == SEED else Uniform(s, seed=seed)
+
+
+def worst(model: nn.Module, images: Tensor, code: Code, case: Case, quick: bool) -> list[int]:
+    """Return the S of N workers that a code misses most, by a search.
+
+    It begins with the worst of all blocks and of random sets, and exchanges one worker after the
+    other for the one that is missed most, until none is.
+    """
+    n, _, s = case
+    trial = Trial(model, (images,), [range(n)])
+    generator = random.Random(SEED)
+    found: dict[tuple[int, ...], float] = {}
+
+    def error(lost: Iterable[int]) -> float:
+        key = tuple(sorted(lost))
+        if key not in found:
+            received = [worker for worker in range(n) if worker not in key]
+            (answers,) = trial.decode(code, received, s)
+            found[key] = float((answers - trial.exact[0]).double().square().sum())
+        return found[key]
+
+    blocks = [[(i + j) % n for j in range(s)] for i in range(n)]
+    draws = [generator.sample(range(n), s) for _ in range(10 if quick else 200)]
+    best = max([*blocks, *draws], key=error)
+    while True:
+        sets = [
+            [*best[:place], other, *best[place + 1 :]]
+            for place, other in itertools.product(range(s), range(n))
+            if other not in best
+        ]
+        better = max(sets, key=error)
+        if not error(better) > error(best):  # ends: there are finitely many sets
+            return sorted(best)
+        best = better
+
+
 def curve(name: str, n: int, k: int, lost: Sequence[int], quick: bool) -> dict[str, Any]:
     limits = settings(quick)
     cases = [(n, k, s) for s in lost]
     count = limits["batches"][name]
-    surrogate = student_of(name, quick).model
+    surrogate = student_of(name, quick)
     found = tried(
         subject(name, quick), cases, limits["rows"], count, schemes=DRAWN, surrogate=surrogate
     )
@@ -134,45 +195,7 @@ def curve(name: str, n: int, k: int, lost: Sequence[int], quick: bool) -> dict[s
         of_scheme = by_name.setdefault(row.name, {"mse": [], "relative_accuracy": []})
         of_scheme["mse"].append(row.mse)
         of_scheme["relative_accuracy"].append(row.relative_accuracy)
-    return {"stragglers": list(lost), "schemes": by_name}
-
-
-def fidelity(name: str, n: int, k: int, lost: Sequence[int], quick: bool) -> dict[str, Any]:
-    of, limits = subject(name, quick), settings(quick)
-    of = of._replace(model=torch.nn.Sequential(of.model, torch.nn.Softmax(-1)).eval())
-    cases = [(n, k, s) for s in lost]
-    found = tried(of, cases, limits["rows"], limits["batches"][name], schemes=FIDELITY)
-    return gains(found.records)
-
-
-def gains(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the gain of the paper's scheme over Berrut's code, averaged over S.
-
-    The gain is the share by which both kinds of RMSE are lower, and the points by which the
-    relative accuracy is higher. Intervals are by the jackknife over batches.
-    """
-    by_scheme: dict[str, dict[tuple[int, int], Any]] = {name: {} for name in FIDELITY}
-    for x in records:
-        by_scheme[x.scheme][x.lost, x.batch] = x.score
-    lost = sorted({x.lost for x in records})
-    batches = sorted({x.batch for x in records})
-    ours, theirs = (  # each [6, S, batches]
-        np.array([[list(by_scheme[name][s, b]) for b in batches] for s in lost]).transpose(2, 0, 1)
-        for name in FIDELITY
-    )
-
-    def of(kept: np.ndarray) -> np.ndarray:  # [3, S], in percent
-        a, b = ours[:, :, kept].mean(-1), theirs[:, :, kept].mean(-1)
-        rmse, mean = 1 - np.sqrt(a[0] / b[0]), 1 - a[1] / b[1]
-        return 100 * np.stack([rmse, mean, (a[3] - b[3]) / b[4]])
-
-    count = len(batches)
-    without = np.stack([of(np.arange(count) != i) for i in range(count)]).mean(-1)  # [batches, 3]
-    measures = ("rmse lower by %", "rmse_mean lower by %", "relative accuracy higher by points")
-    return {
-        measure: rounded(of(np.arange(count))[i].mean(), (count - 1) * half_width(without[:, i]))
-        for i, measure in enumerate(measures)
-    }
+    return {"records": found, "stragglers": list(lost), "schemes": by_name}
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
@@ -184,11 +207,11 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     if not quick:
         key = "lenet5", "neighbours", "B = 240", str(FEW)
         yield key, functools.partial(table, "lenet5", FEW, 240, Contiguous, quick)
+        key = "lenet5", "adversarial", "B = 240", str(FEW)
+        yield key, functools.partial(adversarial, "lenet5", FEW, 240, quick)
     for name, curves in CURVES.items():
         for n, k, lost in [] if quick else curves:
-            for what, measure in (("curve", curve), ("fidelity", fidelity)):
-                key = name, what, str((n, k))
-                yield key, functools.partial(measure, name, n, k, lost, quick)
+            yield (name, "curve", str((n, k))), functools.partial(curve, name, n, k, lost, quick)
 
 
 def sizes(name: str, quick: bool) -> Iterable[tuple[Case, int]]:

@@ -59,14 +59,14 @@ def drawn(
         for split in range(counts["splits"]):
             task = tasks.table(name, split, raw)
             labels = None if task.labels is None else task.labels[:SIZE]
-            yield split, task, of_task(task).model, [Batch(task.inputs[:SIZE], labels)]
+            yield split, task, of_task(task), [Batch(task.inputs[:SIZE], labels)]
         return
     if name in PICTURES:
         task = tasks.pictures(name)
-        cheap = student(name, task.model).model
+        cheap = student(name, task.model)
     else:
         task = tasks.sequence(name)
-        cheap = of_task(task).model
+        cheap = of_task(task)
     whole = Batch(task.inputs, task.labels)
     size = SIZE if case == FEW else SMALL_SIZE
     batches = Subject(task.model, whole, whole).batches("held_out", size, counts["batches"])

@@ -101,24 +101,6 @@ def accuracy(results: Results) -> Figure:
     return legend(figure, 3)
 
 
-def work(results: Results) -> Figure:
-    """Draw the tail latency against work, for few parts and for many."""
-    points = results["waiting"]["fan-out"]
-    figure, every = panels([f"a request waits for {parts} parts" for parts in ("4", "128")])
-    for axes, parts in zip(every, ("4", "128"), strict=True):
-        for marker, (policy, found) in zip(MARKERS, points[parts]["policies"].items(), strict=True):
-            at = 1 + found["extra work"], found["p99.9"]
-            axes.plot(*at, marker, label=name_of(policy), markersize=8)
-            if found["predicted"] > 1e-3:
-                text = f"{100 * found['predicted']:.1f} % predicted"
-                axes.annotate(text, at, xytext=(8, -3), textcoords="offset points", fontsize=7)
-        axes.set_yscale("log")
-        axes.set_xlabel("work (1: every row is computed once)")
-        axes.margins(x=0.25)
-    every[0].set_ylabel("p99.9, in medians of a part")
-    return legend(figure, 4)
-
-
 def processes(results: Results) -> Figure:
     """Draw the p99.9 of latency on processes against extra work, with the share of exact rows."""
     measured = results["latency"]["load 0.4, 3 % delayed"]["policies"]
@@ -182,7 +164,6 @@ def coverage(results: Results) -> Figure:
 
 PICTURES = {
     "accuracy": accuracy,
-    "work": work,
     "processes": processes,
     "convergence": convergence,
     "coverage": coverage,

@@ -8,10 +8,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
+import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,14 +28,51 @@ from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, ProcessWorkers, Workers
 from coded_torch.workers.faults import kill_own_process
 
-from .clients import SEED, START, Killer, N
 from .traffic import percentiles
 
+SEED = 0  # the seed of inputs and kills
+K, N, S = 4, 6, 2
+START = 120.0  # seconds that a pool may take to come up
 DEADLINE = 0.3  # seconds
 ROWS = 64
 PAUSE = 0.25  # seconds between two calls with a row that ends its process
 BAD = -1.0  # an input on which the module ends its process
 RATES = {"crash": 0.3} | dict.fromkeys(("nan", "infinity", "shape", "dtype", "structure"), 0.02)
+
+
+class Killer(threading.Thread):
+    """Kills some workers of a pool, waits until it is whole again and some time more, repeats."""
+
+    def __init__(self, pool: Any, pause: Callable[[], float], most: int) -> None:
+        super().__init__(daemon=True)
+        self.pool, self.pause, self.most = pool, pause, most
+        self.random = random.Random(SEED)
+        self.done = threading.Event()
+        self.kills = 0
+        self.recoveries: list[float] = []
+
+    def run(self) -> None:
+        while not self.done.wait(self.pause()):
+            if not (pids := self.pool.pids):  # all are being replaced
+                continue
+            victims = self.random.sample(pids, min(len(pids), self.random.randint(1, self.most)))
+            start = time.monotonic()
+            for pid in victims:
+                with contextlib.suppress(ProcessLookupError):  # the process has just ended
+                    os.kill(pid, signal.SIGKILL)
+            self.kills += len(victims)
+            while set(victims) & set(self.pool.pids) or self.pool.num_ready < N:
+                time.sleep(0.002)
+            self.recoveries.append(time.monotonic() - start)
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        self.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            self.join(START)
 
 
 class Model(nn.Module):

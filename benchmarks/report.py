@@ -26,7 +26,7 @@ from typing import Any
 
 from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
-from .tables import NAMES, PAGES, TABLES, Column, Table
+from .tables import NAMES, PAGES, TABLES, Column, Table, shown
 
 __all__ = ["READMES", "claims", "fill", "load_results", "pages", "rows_of"]
 
@@ -62,17 +62,6 @@ def find(value: Any, path: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Any
             if not (starred and key == "seconds"):
                 for stars, found in find(value[key], path[1:]):
                     yield ((key, *stars) if starred else stars), found
-
-
-def shown(value: Any, how: str) -> str:
-    """Return a number, or one with half the width of its interval, in Python's format."""
-    if isinstance(value, list) and len(value) == 2 and value[0] is not None:
-        return shown(value[0], how) + (f" ± {shown(value[1], how)}" if value[1] is not None else "")
-    if isinstance(value, list):  # a median with quartiles, or nothing
-        value = value[0]
-    if value is None or isinstance(value, str):
-        return value or ""
-    return format(value, how).replace("%", " %")
 
 
 def _cell(stars: Sequence[str], value: Any, column: Column) -> str:

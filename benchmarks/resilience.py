@@ -21,14 +21,60 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from coded_torch.codes import SplineCode
+from coded_torch.codes import LagrangeCode, NotEnoughResults, SplineCode
 from coded_torch.nn import CodedWrapper
-from coded_torch.workers import LocalWorkers, ProcessWorkers, RayWorkers, Task
+from coded_torch.workers import LocalWorkers, ProcessWorkers, RayWorkers, Task, Workers
 
 from . import promises
-from .clients import SEED, START, Client, K, Killer, N, S
+from .promises import SEED, START, K, Killer, N, S
 from .runs import Measurement
 from .traffic import percentiles
+
+FEATURES = 64  # columns of an input
+TOLERANCE = 1e-6  # float64 rounding, relative to the largest output
+
+
+def affine() -> nn.Module:
+    """Return a module whose results Lagrange's code gives back exactly, from any K of them."""
+    generator = torch.Generator().manual_seed(SEED)
+    layer = nn.Linear(FEATURES, 10, dtype=torch.float64)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=FEATURES**-0.5, generator=generator)
+    return layer.requires_grad_(False)
+
+
+class Client:
+    """Sends requests through a wrapper, and checks each answer."""
+
+    def __init__(self, pool: Workers) -> None:
+        self.model = affine()
+        code = LagrangeCode(K, N, degree=1, ordering="arrival")
+        self.coded = CodedWrapper(self.model, code, workers=pool)
+        self.generator = torch.Generator().manual_seed(SEED)
+        self.worst = 0.0
+
+    def request(self) -> float:
+        """Send a request; returns its seconds."""
+        x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
+        start = time.perf_counter()
+        answer = self.coded(x)
+        spent = time.perf_counter() - start
+        exact = self.model(x)
+        error = float((answer - exact).abs().max() / exact.abs().max())
+        if not error <= TOLERANCE:
+            raise AssertionError(f"an answer differs by {error} from what the module computes")
+        self.worst = max(self.worst, error)
+        return spent
+
+    def requests(self, count: int) -> tuple[list[float], int]:
+        """Send requests; return the seconds of the answered ones, and how many failed."""
+        times, failed = [], 0
+        for _ in range(count):
+            try:
+                times.append(self.request())
+            except NotEnoughResults:
+                failed += 1
+        return times, failed
 
 
 def _killed(pool: Any, count: int, pause: Callable[[float], float]) -> dict[str, Any]:

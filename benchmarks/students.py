@@ -7,7 +7,6 @@ picture, for LeNet-5's 417 thousand.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from .data import CACHE
 from .networks import pixels, training_images
 from .tasks import Task
 
-__all__ = ["Student", "of_task", "small_network", "student"]
+__all__ = ["of_task", "small_network", "student"]
 
 SEED = 0  # the seed of first weights, and the order of batches
 
@@ -46,20 +45,10 @@ EPOCHS = 40  # on the images of a network
 TASK_EPOCHS = 60  # the epochs of a perceptron on the training rows of a table or a text
 
 
-class Student(NamedTuple):
-    """A taught student.
-
-    Attributes:
-        model: in evaluation mode.
-        error: the variance of its residuals over the variance of the outputs, held out.
-    """
-
-    model: nn.Module
-    error: float
-
-
 @functools.cache
-def student(name: str, teacher: nn.Module, seed: int = 0, images: Tensor | None = None) -> Student:
+def student(
+    name: str, teacher: nn.Module, seed: int = 0, images: Tensor | None = None
+) -> nn.Module:
     """Return the student of a network, from the cache if the cache has it; else it is taught.
 
     Args:
@@ -76,17 +65,16 @@ def student(name: str, teacher: nn.Module, seed: int = 0, images: Tensor | None 
     if images is not None:
         return _taught(model, teacher, images, 2)
     if not path.exists():
-        taught = _taught(model, teacher, learnt_from(name), EPOCHS)
+        _taught(model, teacher, learnt_from(name), EPOCHS)
         state = {key: value.numpy() for key, value in model.state_dict().items()}
-        np.savez_compressed(path, error=taught.error, **state)
+        np.savez_compressed(path, **state)
     with np.load(path) as arrays:
-        found = {key: value for key, value in arrays.items() if key != "seconds"}
-    error = float(found.pop("error"))
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()})
-    return Student(model.eval(), error)
+        found = {key: torch.from_numpy(arrays[key]) for key in model.state_dict()}
+    model.load_state_dict(found)
+    return model.eval()
 
 
-def of_task(task: Task) -> Student:
+def of_task(task: Task) -> nn.Module:
     """Return a small perceptron on means over time, or on the features, of a task's inputs."""
     outputs = task.model(task.inputs[:1]).shape[-1]
     with torch.random.fork_rng(devices=[]):
@@ -106,10 +94,10 @@ class Pooled(nn.Module):
 
 def _taught(
     model: nn.Module, teacher: nn.Module, inputs: Tensor, epochs: int, shift: bool = True
-) -> Student:
+) -> nn.Module:
     augment = shifted if shift else None
-    error = distill(model, teacher, inputs.split(500), epochs=epochs, augment=augment, seed=SEED)
-    return Student(model, error)
+    distill(model, teacher, inputs.split(500), epochs=epochs, augment=augment, seed=SEED)
+    return model
 
 
 def learnt_from(name: str) -> Tensor:

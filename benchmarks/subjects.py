@@ -89,7 +89,7 @@ def subject(name: str, quick: bool = False, seed: int = 0) -> Subject:
 
 
 @functools.cache
-def student_of(name: str, quick: bool = False, seed: int = 0) -> students.Student:
+def student_of(name: str, quick: bool = False, seed: int = 0) -> nn.Module:
     """Return the student of a subject, with the same arguments."""
     if name in tasks.TABLES or name in tasks.SEQUENCES:
         return students.of_task(tasks.task(name, seed))

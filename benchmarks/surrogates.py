@@ -5,8 +5,7 @@ received sets:
 
 - memory: a stream of requests of images none of which comes twice, from a cold start. The memory
   learns whenever 256 results are new, as it does where requests take some time;
-- useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained;
-- drift: a memory filled from one half of the classes is asked about the other half.
+- useless: surrogates of noise, of the wrong scale and sign, of a network that was never trained.
 """
 
 from __future__ import annotations
@@ -91,23 +90,9 @@ def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, A
     return summary(scores["with"], scores["without"])
 
 
-def drift(name: str, quick: bool) -> dict[str, Any]:
-    of, count, known = subject(name, quick), 4 if quick else 40, Memory()
-    halves = []
-    for classes in (range(5), range(5, 10)):
-        assert of.held_out.labels is not None
-        mine = torch.isin(of.held_out.labels, torch.tensor(list(classes)))
-        whole = Batch(of.held_out.images[mine], of.held_out.labels[mine])
-        halves.append(Subject(of.model, whole, whole).batches("held_out", SIZE, count))
-    stream(of, halves[0], known)
-    # All that it knows is of other classes, and it learns nothing of these.
-    known.observe = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return {"never seen classes": stream(of, halves[1], known)}
-
-
 def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
     of, generator = subject(name, quick), torch.Generator().manual_seed(SEED)
-    small = student_of(name, quick).model
+    small = student_of(name, quick)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         untrained = small_network()
@@ -125,7 +110,6 @@ def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
 def measurements(quick: bool) -> Iterable[Measurement]:
     for name in NETWORKS[:1] if quick else NETWORKS:
         yield (name, "memory"), functools.partial(memory, name, quick)
-        yield (name, "drift"), functools.partial(drift, name, quick)
         for size in (8, SIZE):
             yield (name, "useless", str(size)), functools.partial(useless, name, size, quick)
 

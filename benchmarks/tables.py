@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["NAMES", "PAGES", "TABLES", "Column", "Page", "Table"]
+__all__ = ["NAMES", "PAGES", "TABLES", "Column", "Page", "Table", "shown"]
 
 #: A path below a row's with the format of its number, or a function of the stars and the value.
 Column = str | Callable[[Sequence[str], Any], str]
@@ -43,9 +43,11 @@ NAMES = {
     "lenet5-tanh": "LeNet-5 with tanh, MNIST",
     "vit": "ViT, Fashion-MNIST",
     "repvgg": "RepVGG, Fashion-MNIST",
+    "table": "uniformly",
+    "neighbours": "a block",
+    "adversarial": "its worst set",
     "digits": "perceptron, table of digits",
     "speeches": "transformer, speeches",
-    "table": "uniformly",
     "regression": "`RegressionCode`",
     "no redundancy, surrogate": "no redundancy, student on missing rows",
     "replication, surrogate": "replication, student on missing rows",
@@ -64,18 +66,64 @@ NAMES = {
 }
 #: The trivial baselines, of which no table of answers lacks one.
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
-#: The spline's gains over Berrut's code that the paper states, averaged over stragglers: by how
-#: many percent RMSE is lower, by how many points accuracy is higher. There, RepVGG is trained on
-#: CIFAR-10 and the ViT on ImageNet.
-PAPER = {"lenet5": (15, 2), "repvgg": (17, 5), "vit": (9, 4)}
 
 Cell = Callable[[Sequence[str], Any], str]
+
+
+def shown(value: Any, how: str) -> str:
+    """Return a number, or one with half the width of its interval, in Python's format."""
+    if isinstance(value, list) and len(value) == 2 and value[0] is not None:
+        return shown(value[0], how) + (f" ± {shown(value[1], how)}" if value[1] is not None else "")
+    if isinstance(value, list):  # a median with quartiles, or nothing
+        value = value[0]
+    if value is None or isinstance(value, str):
+        return value or ""
+    return format(value, how).replace("%", " %")
 
 
 def tail(stars: Sequence[str], found: Mapping[str, Any]) -> str:
     """Return the p99.9 of latency, and the share of predicted answers."""
     share = f", {100 * found['predicted']:.2g} %" if found["predicted"] else ""
     return f"{found['p99.9']:.1f}{share}"
+
+
+def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield the coverage of every rival, and the median of its radii over ours."""
+    yield ["data", "batch", "", "covered", "lowest tercile", "radius over ours"]
+    for name, settings in results["coverage"].items():
+        for setting in (x for x in settings if x.endswith(", rivals")):
+            for rival, of in settings[setting].items():
+                if rival != "seconds":
+                    covered, half = of["covered"]
+                    numbers = f"{covered:.3f} ± {half:.3f}", f"{min(of['terciles']):.3f}"
+                    head = NAMES.get(name, name), setting.removesuffix(", rivals"), rival
+                    yield [*head, *numbers, f"{of['radius to ours']:.2f}"]
+
+
+def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield a row for each setting and scheme, the least squared error first."""
+    yield ["network, data", "lost", "batch", SETTING, "scheme", *SCORES, "command"]
+    for name, kinds in results["accuracy"].items():
+        for kind in (x for x in KINDS if x in kinds):
+            for batch, cases in kinds[kind].items():
+                for case, found in cases.items():
+                    command = f'`accuracy --only {name} {kind} "{batch}" "{case}"`'
+                    head = [NAMES.get(name, name), NAMES[kind], batch, case]
+                    for scheme, of in sorted(found["schemes"].items(), key=_by_error):
+                        cells = [show(of) for show in SCORES.values()]
+                        yield [*head, NAMES.get(scheme, scheme), *cells, command]
+
+
+def _by_error(item: tuple[str, Any]) -> float:
+    return item[1]["mse"][0] if item[1]["mse"][0] is not None else float("inf")
+
+
+def peers(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield a number of each peer's paper, with its source, beside ours."""
+    yield ["", "number", "in the paper", "source", "here"]
+    for name, what, theirs, source, ours in PEERS:
+        value, half = ours(results["peers"])
+        yield [name, what, theirs, source, f"{value:.3g} ± {half:.2g}"]
 
 
 def found_wrong(results: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -93,11 +141,11 @@ def found_wrong(results: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [method, f"{found['work']:.3f}", *shares]
 
 
-def claimed(which: int) -> Cell:
-    return lambda stars, found: str(PAPER[stars[0]][which]) if stars[0] in PAPER else ""
+def _paired(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    return found.get("against regression") or {"mse": None, "relative_accuracy": None}
 
 
-def changed(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+def changed(found: Mapping[str, Any]) -> str:
     """Return the rate of rows whose class is not the module's own, a rare one with its interval."""
     if not (rate := found.get("changed")):
         return ""
@@ -123,6 +171,45 @@ def missed(stars: Sequence[str], pair: Any) -> str:
 
 
 SETTING = "(N, K, S)"
+KINDS = ("table", "neighbours", "adversarial")  # of tables of accuracy, by the lost workers
+#: A number of each peer's paper, its source, and the same number here.
+PEERS: tuple[tuple[str, str, str, str, Callable[[Any], Any]], ...] = (
+    (
+        "LeTCC",
+        "RMSE below Berrut's code, mean over S, %",
+        "15",
+        "results on LeNet-5 in arXiv 2406.00300; S not named",
+        lambda of: of["NeRCC"]["mean"],
+    ),
+    (
+        "LeTCC",
+        "accuracy above Berrut's code, mean over S, points",
+        "2",
+        "the same",
+        lambda of: of["NeRCC"]["accuracy above, points"],
+    ),
+    (
+        "NeRCC",
+        "error below Berrut's code, at most, %",
+        "23",
+        "abstract of arXiv 2402.04377; metric and S not named",
+        lambda of: of["NeRCC"]["most"],
+    ),
+    (
+        "ParM, (3, 2, 1)",
+        "accuracy of decoded answers below the network's, points",
+        "at most 6.5",
+        "evaluation of accuracy in the SOSP 2019 paper, as a review quotes it",
+        lambda of: of["ParM"]["lower by points"],
+    ),
+    (
+        "ApproxIFER, K = 12, A = 1",
+        "accuracy on MNIST, one worker wrong, %",
+        "97",
+        "`error_123` in `Bar_plots.py` of github.com/Mahdi-Soleymani/Approxifer",
+        lambda of: [100 * x for x in of["ApproxIFER"]["accuracy"]["ApproxIFER"]],
+    ),
+)
 LATENCY = {f"{at}, ms": f"{at}:.1f" for at in ("p50", "p99", "p99.9")}
 LATENCIES = LATENCY | {
     "work": "work:.3f",
@@ -135,44 +222,34 @@ SCHEMES = {
     NAMES.get(name, name): f"schemes > {name} > {ACCURACY}"
     for name in ("the paper's scheme", "replication", "regression", *BASELINES)
 }
-SCORES = {
-    "work": "work:.2f",
-    "accuracy kept": ACCURACY,
-    "squared error / variance": "mse:.4f",
-    "over `RegressionCode`'s": "against regression > mse:.2f",
-    "accuracy less `RegressionCode`'s": "against regression > relative_accuracy:.4f",
+SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "squared error / variance": lambda of: shown(of["mse"], ".4f"),
+    "accuracy kept": lambda of: shown(of["relative_accuracy"], ".3f"),
+    "work": lambda of: f"{of['work']:.2f}",
+    "over `RegressionCode`'s": lambda of: shown(_paired(of)["mse"], ".2f"),
+    "accuracy less `RegressionCode`'s": lambda of: shown(_paired(of)["relative_accuracy"], ".4f"),
     "classes changed": changed,
 }
 BARS = {"measured": "0:g", "bar": "1:g", "": missed}
 TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = {
     "coverage": Table(
-        "coverage > * > B 240",
+        "coverage > *",
         ("data",),
         {
-            "covered": "0.95 > covered:.3f",
-            "lowest tercile": lambda _, of: f"{min(of['0.95']['terciles']):.3f}",
-            "radius over the oracle's": "0.95 > radius to constant:.2f",
-            "split conformal's radius over ours": "split > radius to ours:.2f",
-            "certified": "certified:.3f",
-            "certified and wrong": "certified and wrong:.3f",
+            "covered": "B 240 > 0.95 > covered:.3f",
+            "lowest tercile": lambda _, of: f"{min(of['B 240']['0.95']['terciles']):.3f}",
+            "radius over the oracle's": "B 240 > 0.95 > radius to constant:.2f",
+            "split conformal's radius over ours": "B 240 > split > radius to ours:.2f",
+            "certified": "B 240 > certified:.3f",
+            "certified and wrong": "B 240 > certified and wrong:.3f",
         },
     ),
+    "rivals": rivals,
     "main": Table(
         "accuracy > lenet5 > table > B = 240 > *",
         (SETTING,),
         SCHEMES
         | {"squared error": "schemes > the paper's scheme > against regression > mse > 0:.0f"},
-    ),
-    "fidelity": Table(
-        "accuracy > * > fidelity > *",
-        ("", "(N, K)"),
-        {
-            "RMSE lower by, %": "rmse lower by %:.1f",
-            "in the paper": claimed(0),
-            "mean error lower by, %": "rmse_mean lower by %:.1f",
-            "accuracy higher by, points": "relative accuracy higher by points:.1f",
-            "there": claimed(1),
-        },
     ),
     "subjects": Table(
         "accuracy > * > table > B = 240 > (24, 20, 4) > schemes > *", ("",), {"": "mse:.4f"}, 0
@@ -180,11 +257,19 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "regimes": Table(
         "accuracy > lenet5 > table > * > (24, 20, 4) > schemes > *", ("",), {"": ACCURACY}, 0
     ),
-    "codes": Table(
-        "accuracy > * > table|neighbours > * > * > schemes > *",
-        ("", "", "batch", SETTING, ""),
-        SCORES,
+    "lost": Table(
+        f"accuracy > lenet5 > {'|'.join(KINDS)} > B = 240 > (24, 20, 4) > schemes > *",
+        ("",),
+        {"": "mse:.4f"},
+        0,
     ),
+    "parm": Table(
+        "peers > ParM > schemes > *",
+        ("",),
+        {"squared error / variance": "mse:.4f", "accuracy kept": ACCURACY, "work": "work:.2f"},
+    ),
+    "leaderboard": leaderboard,
+    "peers": peers,
     "distances": Table(
         "distances > * > (24, 20, 4)",
         ("data",),
@@ -206,7 +291,6 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
         2,
     ),
     "memories": Table("surrogates > * > memory > *", ("",), {"": "against without:.3f"}, 1),
-    "drift": Table("surrogates > * > drift > *", ("", ""), {"error": "against without:.3f"}),
     "useless": Table("surrogates > * > useless > * > *", ("", "batch"), {"": "0:.4f"}, 2),
     "waiting": Table("waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, 1),
     "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, 1),
@@ -238,19 +322,34 @@ PAGES = {
         "All schemes answer the same batches from the same received sets. Intervals are Student's, "
         "at 95 %: over five trainings of LeNet-5 and five splits of the table, else over batches, "
         "and paired where schemes are compared. They are not corrected for the number of "
-        "comparisons, one for each row but `RegressionCode`'s. Rates below 1 % have exact "
-        "intervals, as if rows were independent.",
+        "comparisons, one for each row of the leaderboard but `RegressionCode`'s. Rates below 1 % "
+        "have exact intervals, as if rows were independent.",
         {
-            "fidelity": "The gain of the paper's scheme over Berrut's code, as the paper has it",
-            "codes": "All settings",
+            "lost": "LeNet-5 at (24, 20, 4) in batches of 240, squared error by the lost workers",
+            "parm": "ParM beside the schemes of `compare`, LeNet-5 at (3, 2, 1)",
         },
+    ),
+    "leaderboard": Page(
+        "Leaderboard",
+        "One row for each setting and scheme, the least squared error of a setting first. All "
+        "schemes of a setting answer the same batches. Logits are decoded. `python -m benchmarks` "
+        "with the words in the last column measures a setting; with `--rows FOLDER` it writes the "
+        "raw rows, one for each batch and scheme.\n\nTo add a row, return your code from a "
+        "function of K and N, give it to `compare` as `more=`, as `benchmarks/peers.py` does, and "
+        "add its name to `peers` in `coded_torch/evaluation/compare.py`. A scheme that needs "
+        "another module writes rows of its own, as ParM does in `benchmarks/peers.py`. "
+        "`python -m benchmarks.report` then makes this page again.",
+        {"leaderboard": "All settings"},
     ),
     "coverage": Page(
         "Error bars",
         "Wrappers answer held-out batches of 240 rows, with 8 of 24 parts missing: 50 batches, "
         "20 received sets each. The oracle's constant contains as many errors of a data set as are "
         "wanted. A label is certified at a risk of at most .05.",
-        {"coverage": "Radii at a nominal coverage of .95, and labels"},
+        {
+            "coverage": "Radii at a nominal coverage of .95, and labels",
+            "rivals": "Rivals at .95, on one received set a batch",
+        },
         [("coverage", "coverage against its nominal level, and radii, by data set")],
     ),
     "metrics": Page(
@@ -264,7 +363,6 @@ PAGES = {
         "without a surrogate.",
         {
             "memories": "A memory, by thirds of a stream that starts cold",
-            "drift": "A memory that knows five classes, asked about the other five",
             "useless": "Surrogates that do not fit",
         },
     ),

@@ -7,8 +7,6 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 
 - *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong.
 - *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
-- *modules*: charges and notes, if honest results of a module or pool differ.
-- *latency*: simulated, with and without.
 - *work*: of honest requests, by the share of checked rows.
 - *peers*: *left* and *work* if all parts are computed once, twice (and by a third worker where two
   results differ), or three times, and a majority decides.
@@ -19,15 +17,11 @@ from __future__ import annotations
 import functools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from coded_torch.scheduling.simulation import Conditions, simulate
-from coded_torch.scheduling.waiting import Waiting
-from coded_torch.verification.simulated import Verified
 
 from .faulty import (
     BATCH_SIZE,
@@ -116,13 +110,15 @@ def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> 
 def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
     """Requests until a worker that is wrong in a share of its parts is excluded."""
     fleet = warm(data, Fleet(WORKERS, share, seed))
-
-    def wrong(data: Data, right: Tensor, worker: int) -> Tensor:
-        return fault(data, right) if worker == 0 and fleet.random.random() < rate else right
-
     for number in range(1, most + 1):
-        excluded = requests(data, fleet, wrong, 1)["excluded"]
-        assert excluded in ([], [0]), excluded
+        at = data.batch(BATCH_SIZE)
+
+        def compute(worker: int, rows: Sequence[int], again: bool, at: Tensor = at) -> Tensor:
+            right = data.outputs[at[list(rows)]]
+            return fault(data, right) if worker == 0 and fleet.random.random() < rate else right
+
+        excluded = fleet.call(BATCH_SIZE, compute, [data.inputs[at]]).verdict.excluded
+        assert excluded in ((), (0,)), excluded
         if excluded:
             return number
     return most
@@ -133,65 +129,6 @@ def warm(data: Data, fleet: Fleet) -> Fleet:
     fleet.settle()
     honest(data, fleet, [BATCH_SIZE] * 40)
     return fleet
-
-
-def _quantised(data: Data, right: Tensor, worker: int) -> Tensor:
-    """Quantise dynamically: the scale depends on the rows that are computed together."""
-    scale = right.abs().max() / 31
-    return (right / scale).round() * scale
-
-
-def _dropout(data: Data, right: Tensor, worker: int) -> Tensor:
-    return data.normal(right, 0.3)
-
-
-def _random_rows(data: Data, right: Tensor, worker: int) -> Tensor:
-    lucky = torch.rand(len(right), 1, generator=data.generator) < 0.01
-    return torch.where(lucky, data.normal(right, 0.3), right)
-
-
-def _mixed(data: Data, right: Tensor, worker: int) -> Tensor:
-    return right + (worker % 2) * 0.01 * data.spread * (right * 1e3).sin()
-
-
-#: Changes by which honest results differ between workers.
-MODULES = {
-    "int8": _quantised,
-    "dropout": _dropout,
-    "1 in 100 rows random": _random_rows,
-    "mixed hardware": _mixed,
-}
-
-
-def requests(
-    data: Data, fleet: Fleet, returned: Callable[..., Tensor], count: int
-) -> dict[str, Any]:
-    """Send requests, and count what verification finds."""
-    strikes: Counter[int] = Counter()
-    excluded: list[int] = []
-    notes: dict[str, int] = {}
-    wrong = disputes = 0
-    for number in range(count):
-        at = data.batch(BATCH_SIZE)
-        truth = data.outputs[at]
-
-        def compute(worker: int, rows: Sequence[int], again: bool, truth: Tensor = truth) -> Tensor:
-            return returned(data, truth[list(rows)], worker)
-
-        call = fleet.call(BATCH_SIZE, compute, [data.inputs[at]])
-        strikes.update(call.verdict.strikes)
-        excluded += call.verdict.excluded
-        disputes += call.verdict.disputes
-        for note in call.verdict.notes:
-            notes.setdefault(note, number)
-        wrong += int(((call.answers - truth).abs().amax(1) > 1e-3 * data.spread).sum())
-    return {
-        "strikes": dict(sorted(strikes.items())),
-        "excluded": excluded,
-        "disputes": disputes,
-        "wrong rows left": wrong,
-        "notes": notes,
-    }
 
 
 def _left_by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, Any]:
@@ -240,45 +177,12 @@ def measure_peers(quick: bool) -> dict[str, Any]:
     return found
 
 
-def measure_modules(quick: bool) -> dict[str, Any]:
-    data, count = Data(), 10 if quick else 300
-    return {
-        name: [requests(data, Fleet(WORKERS, 0.02, seed), module, count) for seed in range(4)]
-        for name, module in MODULES.items()
-    }
-
-
-def measure_latency(quick: bool) -> dict[str, Any]:
-    """Simulated latencies with and without verification, in medians of a part."""
-    found: dict[str, Any] = {}
-    for name, conditions in (("calm", Conditions()), ("3 %", Conditions(straggling=0.03))):
-        for workers, parts in ((24, 20), (24, 24), (6, 4)):
-            policies = {"without": Waiting(), "with": Verified(Waiting(), workers)}
-            outcomes = {
-                how: simulate(
-                    policy,
-                    conditions,
-                    num_workers=workers,
-                    num_parts=parts,
-                    num_requests=200 if quick else 10_000,
-                )
-                for how, policy in policies.items()
-            }
-            found[f"{name}, {workers} / {parts}"] = {
-                how: {"mean": x.latencies.mean(), "p99": x.percentile(99), "work": x.work}
-                for how, x in outcomes.items()
-            }
-    return found
-
-
 def measurements(quick: bool) -> Iterable[Measurement]:
     for share in SHARES:
         yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
     yield ("until",), functools.partial(measure_until, quick)
     yield ("work",), functools.partial(measure_work, quick)
     yield ("peers",), functools.partial(measure_peers, quick)
-    yield ("modules",), functools.partial(measure_modules, quick)
-    yield ("latency",), functools.partial(measure_latency, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def test_rivals_answer_the_same_rows(generator):
     found = coverage.rivals(lambda: Task(Wave(), inputs, inputs), setting, quick=True)
     assert set(found) == {"ours", "split conformal", "sigma times a constant", "jackknife+"}
     for name, numbers in found.items():
-        assert 0.8 <= numbers["covered"][0] <= 1, name
+        least = 0.6 if name == "sigma times a constant" else 0.8  # it guarantees nothing
+        assert least <= numbers["covered"][0] <= 1, name
         assert 0.3 < numbers["radius to ours"] < 5, name
     assert found["ours"]["radius to ours"] == 1
     assert found["split conformal"]["radius to ours"] > 1  # half of the results predict

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import report
 from benchmarks.pictures import PICTURES
 from benchmarks.runs import RESULTS
-from benchmarks.tables import PAGES, TABLES, Table
+from benchmarks.tables import BASELINES, PAGES, TABLES, Table
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,35 @@ def test_a_sentence_that_compares_has_its_numbers_or_its_claim():
 
 
 #: Tables of answers that compare a scheme with itself, or two codes as a paper does.
-OWN_REFERENCE = {"fidelity", "memories", "drift", "useless", "metrics"}
+OWN_REFERENCE = {"metrics"}
 
 
 def test_no_table_of_answers_lacks_a_baseline(results):
     for name, table in TABLES.items():
         of = getattr(table, "rows", "").partition(" > ")[0]
-        if of in ("accuracy", "distances", "surrogates") and name not in OWN_REFERENCE:
+        if of in ("accuracy", "distances", "peers") and name not in OWN_REFERENCE:
             text = report.markdown(name, results)
             for baseline in ("no redundancy, regression", "on missing rows", "student alone"):
                 assert baseline in text, (name, baseline)
+
+
+def test_no_comparison_lacks_a_baseline(results):
+    kinds = ("table", "neighbours", "adversarial", "curve")
+    of_accuracy = [x[kind] for x in results["accuracy"].values() for kind in kinds if kind in x]
+    compared = [*of_accuracy, results["distances"], results["peers"]["ParM"]]
+    found = [x["schemes"] for x in _with_schemes(compared)]
+    assert len(found) > 20
+    for schemes in found:
+        assert set(BASELINES) <= set(schemes)
+
+
+def _with_schemes(value):
+    values = value.values() if isinstance(value, dict) else value
+    if isinstance(value, dict) and "schemes" in value:
+        yield value
+    elif isinstance(value, dict | list):
+        for one in values:
+            yield from _with_schemes(one)
 
 
 def test_the_index_is_short():
