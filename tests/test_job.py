@@ -8,8 +8,10 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save_file
 
 from coded_torch.cli.main import main
@@ -126,6 +128,31 @@ def test_several_inputs(folder):
     assert torch.cat([x for x, _ in loaded]).flatten().tolist() == list(range(1, 11))
 
 
+def test_columns_of_a_parquet_file_are_inputs_by_their_names(folder):
+    x = np.arange(20, dtype=np.float32).reshape(10, 2) / 2
+    types = pyarrow.list_(pyarrow.float32(), 2), pyarrow.list_(pyarrow.float32())
+    columns = [pyarrow.array(list(x + i), kind) for i, kind in enumerate(types)]
+    table = pyarrow.table({"b": columns[0], "a": columns[1]})
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=3)  # batches are of 8 rows
+    arguments = line("pair")
+    arguments[3] = "rows.parquet"
+    assert main(arguments) == 0
+    (sums, first) = zip(
+        *(torch.load(path, weights_only=True)["outputs"] for path in written(folder)), strict=True
+    )
+    assert torch.equal(torch.cat(sums), torch.from_numpy(2 * x + 1))
+    assert torch.equal(torch.cat(first), torch.from_numpy(x + 1))  # "a" is the first input
+
+
+def test_nulls_of_a_parquet_file_are_refused(folder):
+    table = pyarrow.table({"a": [1.0, None], "b": [1.0, 2.0]})
+    parquet.write_table(table, folder / "rows.parquet")
+    arguments = line("pair")
+    arguments[3] = "rows.parquet"
+    with pytest.raises(ValueError, match="must have no nulls, got some in the column 'a'"):
+        main(arguments)
+
+
 def test_an_exception_ends_the_job_and_names_its_batch(folder, capsys):
     save_file({name: torch.arange(40.0)[:, None] for name in "ab"}, folder / "rows.safetensors")
     arguments = line("pair")
@@ -145,7 +172,10 @@ def test_an_exception_ends_the_job_and_names_its_batch(folder, capsys):
         ("--resume --inputs more.npy", "the same inputs as"),
         ("--resume other", "the same model as"),
         ("--inputs none.npy", "[Errno 2]"),
-        ("--inputs models.py", "--inputs must be a .npy or .safetensors file, got models.py"),
+        (
+            "--inputs models.py",
+            "--inputs must be a .npy, .safetensors or .parquet file, got models.py",
+        ),
         ("--output .", "--output must be an empty folder, got ."),
         ("--output new --in-flight 0", "in_flight must be at least 1, got 0"),
         ("--output new --batch-size 0", "batch_size must be at least 1, got 0"),
@@ -166,6 +196,20 @@ def started(folder):
     code = "from coded_torch.cli.main import main; raise SystemExit(main())"
     arguments = [*line("slow", "--resume"), "--num-workers", "2"]
     return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder)
+
+
+def test_a_folder_holds_one_job_at_a_time(folder, capsys):
+    process = started(folder)
+    until = time.monotonic() + 120
+    while not written(folder) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert main(line("slow", "--resume")) == 2
+    assert capsys.readouterr().err == (
+        "coded-torch job: --output out must not be in use by another job\n"
+    )
+    process.kill()
+    process.wait(60)
+    assert main(line("slow", "--resume", "--num-workers", "2")) == 0
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])

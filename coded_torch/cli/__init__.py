@@ -1,1 +1,116 @@
-"""The command ``coded-torch``."""
+"""The command ``coded-torch``; here the helpers of its parts: errors, options and output."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["CommandError", "find_factory", "need", "options", "picture", "save", "say", "usage"]
+
+# The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
+# help.
+Option = tuple[str, Any, Any, str]
+_MISTAKES = OSError, OverflowError, TypeError, ValueError
+
+
+class CommandError(Exception):
+    """An error that ends the command with one line, and with its exit code."""
+
+    def __init__(self, message: str, code: int = 2) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def say(text: str) -> None:
+    """Print at once, so that an output that cannot be written stops the work early."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # If stdout stayed, the interpreter would fail to flush the rest at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        broken = isinstance(error, BrokenPipeError)  # the reader has seen enough, such as `head`
+        why = "" if broken else f"coded-torch: standard output cannot be written: {error}"
+        raise CommandError(why, code=1) from error
+
+
+@contextlib.contextmanager
+def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[None]:
+    """Turn errors whose messages begin with the prefix into a line that begins with the label."""
+    try:
+        yield
+    except errors as error:
+        if not str(error).startswith(prefix):
+            raise
+        first = next(iter(str(error).removeprefix(prefix).splitlines()), type(error).__name__)
+        raise CommandError(f"coded-torch {label}: {first}") from None
+
+
+def need(command: str, extra: str, *packages: str) -> None:
+    """Raise a CommandError unless the packages of an extra are installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        how = f"pip install 'coded_torch[{extra}]'"
+        raise CommandError(f"coded-torch {command} needs {' and '.join(missing)}: {how}")
+
+
+def find_factory(command: str, text: str) -> Callable[[], Any]:
+    """Import the function that MODULE:FACTORY names.
+
+    An exception of the module's own code is not caught: the user needs its traceback.
+    """
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())  # `python -m` does it, too
+    factory: Callable[[], Any] | None = None
+    why = f"MODULE:FACTORY must name a module and a function of it, got {text!r}"
+    try:
+        if module and name:
+            factory = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module was found, and imports a missing one
+        why = str(error)
+    if not callable(factory):
+        raise CommandError(f"coded-torch {command}: {why}")
+    return factory
+
+
+def options(parser: argparse.ArgumentParser, *table: Option) -> None:
+    """Add the options of a table to a parser."""
+    for flag, kind, default, text in table:
+        how: dict[str, Any] = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        if kind is bool:
+            how = {"action": "store_true"}
+        elif kind is list:
+            how = {"nargs": "+", "metavar": "URL"}
+        if not flag.startswith("-"):
+            how |= {"metavar": "MODULE:FACTORY"} | ({} if default is ... else {"nargs": "?"})
+        elif default is ...:
+            how["required"] = True
+        shown = "" if default in (None, ...) or default is False else " [%(default)s]"
+        parser.add_argument(flag, default=default, help=f"{text}{shown}", **how)
+
+
+def picture(text: str) -> Path:
+    """Return the path of a picture, for argparse."""
+    path = Path(text)
+    if path.suffix.lower() not in (".pdf", ".png", ".svg") or not path.parent.is_dir():
+        must = f"must end in .pdf, .png or .svg, in a folder that exists, got {path}"
+        raise argparse.ArgumentTypeError(must)
+    return path
+
+
+def save(command: str, figure: Figure, output: Path) -> None:
+    """Write a picture, and print where it is."""
+    with usage(f"{command}: --output cannot be written"):
+        figure.savefig(output, dpi=150)
+    say(f"\nThe picture: {output.resolve()}")

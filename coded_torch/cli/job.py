@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
+import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -21,7 +24,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count
 from ..nn import CodedWrapper, Report, Waiting
 from ..workers import ProcessWorkers
-from .console import find_factory, need, say, usage
+from . import find_factory, need, say, usage
 
 __all__ = ["job"]
 
@@ -31,40 +34,45 @@ def job(args: argparse.Namespace) -> None:
     with usage("job"):
         read, rows = _open(args.inputs)
     coded = find_factory("job", args.factory)()
-    with usage("job"):
-        if not isinstance(coded, CodedWrapper):
-            waiting = Waiting(deadline=args.deadline, predict=args.deadline is not None)
-            coded = CodedWrapper(coded, workers=ProcessWorkers(args.num_workers), waiting=waiting)
-        count("job", "batch_size", args.batch_size)
-        _claim(args, coded.module, rows)
-        paths = [args.output / f"batch-{start:012}.pt" for start in range(0, rows, args.batch_size)]
-        missing = [(n * args.batch_size, path) for n, path in enumerate(paths) if not path.exists()]
-        batches = (read(start, min(rows, start + args.batch_size)) for start, _ in missing)
-        found = coded.eval().map(batches, in_flight=args.in_flight)
-    counts: Counter[str] = Counter()
-    begin = time.monotonic()
-    try:
-        with coded.workers, torch.no_grad():
-            for (_, path), (answers, report) in zip(_shown(missing), found, strict=True):
-                _write(path, answers, report)
-                predicted = 0 if report.predicted is None else int(report.predicted.sum())
-                size = 0 if report.predicted is None else len(report.predicted)
+    with contextlib.ExitStack() as held:
+        with usage("job"):
+            if not isinstance(coded, CodedWrapper):
+                waiting = Waiting(deadline=args.deadline, predict=args.deadline is not None)
+                workers = ProcessWorkers(args.num_workers)
+                coded = CodedWrapper(coded, workers=workers, waiting=waiting)
+            size = count("job", "batch_size", args.batch_size)
+            held.enter_context(_lock(args.output))
+            _claim(args, coded.module, rows)
+            starts = range(0, rows, size)
+            paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
+            missing = [start for start, path in paths.items() if not path.exists()]
+            batches = (read(start, min(rows, start + size)) for start in missing)
+            found = coded.eval().map(batches, in_flight=args.in_flight)
+        held.enter_context(coded.workers)
+        held.enter_context(torch.no_grad())
+        counts: Counter[str] = Counter()
+        begin = time.monotonic()
+        try:
+            for start, (answers, report) in zip(_shown(missing), found, strict=True):
+                _write(paths[start], answers, report)
+                flags = torch.zeros(0) if report.predicted is None else report.predicted
+                predicted = int(flags.sum())
                 counts.update(
                     batches=1,
-                    exact=size - predicted,
+                    exact=len(flags) - predicted,
                     predicted=predicted,
                     hedges=len(report.hedges),
                 )
-    finally:
-        seconds = time.monotonic() - begin
-        there = len(paths) - len(missing) + counts["batches"]
-        total = counts["exact"] + counts["predicted"]
-        say(
-            f"{there} of {len(paths)} batches are in {args.output}. This run: "
-            f"{counts['exact']:,} exact rows, {counts['predicted']:,} predicted rows, "
-            f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
-            f"{total / max(seconds, 1e-9):,.0f} rows per second."
-        )
+        finally:
+            total = counts["exact"] + counts["predicted"]
+            speed = total / max(time.monotonic() - begin, 1e-9)
+            there = len(paths) - len(missing) + counts["batches"]
+            say(
+                f"{there} of {len(paths)} batches are in {args.output}. This run: "
+                f"{counts['exact']:,} exact rows, {counts['predicted']:,} predicted rows, "
+                f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
+                f"{speed:,.0f} rows per second."
+            )
 
 
 def _shown(items: Iterable[Any]) -> Iterable[Any]:
@@ -94,15 +102,67 @@ def _open(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
 
         def read(start: int, end: int) -> tuple[Tensor, ...]:
             return tuple(x[start:end] for x in slices)
+    elif path.suffix == ".parquet":
+        return _parquet(path)
     else:
-        raise ValueError(f"--inputs must be a .npy or .safetensors file, got {path}")
+        must = "--inputs must be a .npy, .safetensors or .parquet file"
+        raise ValueError(f"{must}, got {path}")
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"--inputs must hold tensors of as many rows each, got {lengths}")
     return read, lengths[0]
 
 
+def _parquet(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
+    """Return a reader of a file whose columns, of numbers or lists of some, are the inputs."""
+    need("job", "job", "pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    starts = list(itertools.accumulate(sizes, initial=0))
+    if not starts[-1]:
+        raise ValueError("--inputs must hold rows, got none")
+    group = functools.lru_cache(2)(file.read_row_group)  # batches are read in order
+
+    def read(start: int, end: int) -> tuple[Tensor, ...]:
+        some = [
+            group(i).slice(max(0, start - first), end - max(first, start))
+            for i, first in enumerate(starts[:-1])
+            if first < end and starts[i + 1] > start
+        ]
+        table = pyarrow.concat_tables(some)
+        return tuple(_column(name, table[name]) for name in sorted(table.column_names))
+
+    return read, starts[-1]
+
+
+def _column(name: str, column: Any) -> Tensor:
+    if column.null_count:
+        raise ValueError(f"--inputs must have no nulls, got some in the column {name!r}")
+    kind = column.type
+    while hasattr(kind, "value_type"):  # a list
+        kind = kind.value_type
+    return torch.from_numpy(np.array(column.to_pylist(), kind.to_pandas_dtype()))
+
+
+def _lock(folder: Path) -> Any:
+    """Return an open file that no other process can lock before it is closed, or this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "job.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"--output {folder} must not be in use by another job") from None
+    return file
+
+
 def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
-    """Begin a job in its folder, or check that the folder holds the same job."""
+    """Begin a job in its folder, or check that the folder holds the same job.
+
+    The digest is of the module's structure, as ``repr`` shows it, and of every byte of its state.
+    """
     digest = hashlib.sha256(repr(module).encode())
     for name, value in module.state_dict().items():
         digest.update(name.encode())
@@ -116,10 +176,10 @@ def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
         "batch-size": args.batch_size,
         "deadline": args.deadline,
     }
-    args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "job.json"
     if not path.exists():
-        if any(each.name != "job.part" for each in args.output.iterdir()):  # cut short
+        ours = ("job.lock", "job.part")  # a job that was cut short leaves them
+        if any(each.name not in ours for each in args.output.iterdir()):
             raise ValueError(f"--output must be an empty folder, got {args.output}")
         _replace(path, lambda file: file.write(json.dumps(now).encode()))
         return

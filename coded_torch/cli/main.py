@@ -19,7 +19,7 @@ import coded_torch
 
 from .. import _extension
 from .._arguments import dense
-from .console import CommandError, Option, find_factory, need, options, picture, save, say, usage
+from . import CommandError, Option, find_factory, need, options, picture, save, say, usage
 from .job import job
 from .serve import LENET5, serve
 
@@ -166,12 +166,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
     serve: (
         "answer HTTP requests (KServe v2) within a deadline, on processes that fail",
         (
-            (
-                "factory",
-                str,
-                LENET5,
-                "a function that returns the model and examples of its inputs",
-            ),
+            ("factory", str, LENET5, "a function that returns the model and examples of inputs"),
             ("--endpoints", list, None, "servers (KServe v2) that compute, instead of processes"),
             ("--model", str, None, "the model's name at the endpoints"),
             ("--parts", int, 4, "parts of a batch"),
@@ -183,19 +178,14 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--max-queued-requests", int, 256, "requests that may wait"),
             ("--max-ongoing-batches", int, None, "batches at once, unless while a worker is idle"),
             ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
-            (
-                "--output-names",
-                str,
-                None,
-                "the outputs' names, with commas between, unless by keys",
-            ),
+            ("--output-names", str, None, "the outputs' names, with commas between"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
             (
                 "--chaos",
                 bool,
                 False,
-                "delay 3 %% of the calls by 50 ms, kill a worker every 5 s, more by the page",
+                "delay 3 %% of the calls, kill a worker every 5 s",
             ),
             ("--page", bool, False, "show the page at / even if HOST is not a loopback address"),
             ("--seed", int, 0, "the seed of --chaos"),
@@ -206,12 +196,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
         "compute the answers to all rows of a file, and go on after an interruption",
         (
             ("factory", str, ..., "a function that returns the model, or a CodedWrapper of it"),
-            (
-                "--inputs",
-                Path,
-                ...,
-                "a .npy file, or a .safetensors file of inputs in sorted order",
-            ),
+            ("--inputs", Path, ..., "a .npy, .safetensors or .parquet file; inputs sorted by name"),
             ("--output", Path, ..., "a folder, for a file of torch.save a batch"),
             ("--resume", bool, False, "go on with the job in the folder, if there is one"),
             ("--batch-size", int, 256, "rows of a batch"),

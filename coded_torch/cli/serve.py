@@ -15,7 +15,7 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers, Workers
-from .console import CommandError, find_factory, need, say, usage
+from . import CommandError, find_factory, need, say, usage
 
 __all__ = ["LENET5", "serve"]
 

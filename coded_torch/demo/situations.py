@@ -23,23 +23,14 @@ HEADER = f"  {'':<29}{'exact':>7}{'predicted':>11}{'radius':>10}{'error':>8}{'ri
 
 
 class Situation(NamedTuple):
-    """The answers of all batches in one situation.
-
-    Attributes:
-        name: the situation in words.
-        exact: the number of exact answers.
-        predicted: the number of predicted answers.
-        radius: the median radius of predicted answers in the reports, or NaN.
-        error: the root mean squared error of predicted answers, or NaN.
-        right: the share of all answers that name the true class.
-    """
+    """The answers of all batches in one situation."""
 
     name: str
-    exact: int
-    predicted: int
-    radius: float
-    error: float
-    right: float
+    exact: int  #: the number of exact answers
+    predicted: int  #: the number of predicted answers
+    radius: float  #: the median radius of predicted answers in the reports, or NaN
+    error: float  #: the root mean squared error of predicted answers, or NaN
+    right: float  #: the share of all answers that name the true class
 
     def __str__(self) -> str:
         radius, error = ("" if math.isnan(x) else f"{x:.2f}" for x in (self.radius, self.error))

@@ -28,17 +28,8 @@ if TYPE_CHECKING:
 
     Seconds: TypeAlias = NDArray[np.float64]
 
-__all__ = [
-    "LAWS",
-    "PREDICTED",
-    "Goal",
-    "Option",
-    "best",
-    "draw",
-    "format_options",
-    "plan",
-    "read_latencies",
-]
+__all__ = ["LAWS", "PREDICTED", "Goal", "Option", "best", "draw", "format_options", "plan"]
+__all__ += ["read_latencies"]
 
 #: Conditions by name. A part that straggles runs 5 to 50 times as long.
 LAWS = {
@@ -103,31 +94,18 @@ class Goal:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A policy, and its simulated outcome.
+    """A policy, and its simulated outcome."""
 
-    Attributes:
-        kind: "no redundancy", "hedged", "everything twice", "predicted" or "coded".
-        name: a description of the policy.
-        use: Python code.
-        parts: the number of parts of a request, K with a code.
-        asked: the number of parts that are asked for at once, N with a code.
-        latencies: float64 ``[num_requests]``, seconds, sorted.
-        late: the share of requests that miss the deadline.
-        work: the number of computed rows per row.
-        predicted: the share of predicted rows.
-        meets: whether the policy meets the goal.
-    """
-
-    kind: str
-    name: str
-    use: str
-    parts: int
-    asked: int
-    latencies: Seconds = dataclasses.field(repr=False)
-    late: float
-    work: float
-    predicted: float
-    meets: bool
+    kind: str  #: "no redundancy", "hedged", "everything twice", "predicted" or "coded"
+    name: str  #: a description of the policy
+    use: str  #: Python code
+    parts: int  #: the number of parts of a request, K with a code
+    asked: int  #: the number of parts that are asked for at once, N with a code
+    latencies: Seconds = dataclasses.field(repr=False)  #: sorted seconds ``[num_requests]``
+    late: float  #: the share of requests that miss the deadline
+    work: float  #: the number of computed rows per row
+    predicted: float  #: the share of predicted rows
+    meets: bool  #: true if the policy meets the goal
 
 
 class _Tail(Stragglers):

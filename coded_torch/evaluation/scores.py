@@ -42,21 +42,14 @@ _EXACT = 1e-6  # the share of the variance below which an error is rounding, and
 
 
 class Score(NamedTuple):
-    """The numbers of a scheme's answers, means over rows.
+    """The numbers of a scheme's answers, means over rows."""
 
-    Attributes:
-        mse, error: the means of an answer's squared error, and of its norm; NaN if one is missing.
-        variance: the mean squared norm of an exact answer less their mean.
-        right, exact_right: the shares of rows that the answers, and the module's own, name rightly.
-        agreement: the share of rows that have the class of the module's own answer.
-    """
-
-    mse: float
-    error: float
-    variance: float
-    right: float
-    exact_right: float
-    agreement: float
+    mse: float  #: the squared norm of an answer's error; NaN if an answer is missing
+    error: float  #: the norm of an answer's error
+    variance: float  #: the squared norm of an exact answer less their mean
+    right: float  #: the share of rows that the answers name rightly
+    exact_right: float  #: the share of rows that the module names rightly
+    agreement: float  #: the share of rows that have the class of the module's own answer
 
 
 def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score:
@@ -168,54 +161,34 @@ def rounded(*values: float) -> Interval:
 
 
 class Record(NamedTuple):
-    """The numbers of one scheme on one batch, means over received sets: a line of the raw data.
+    """The numbers of one scheme on one batch, means over received sets: a line of the raw data."""
 
-    Attributes:
-        workers, inputs, lost: N, K and S.
-        scheme, code: the name of the scheme, and its code with the tuned numbers, as text.
-        seed, batch: the seed of the lost workers, and the number of the batch.
-        rows: the number of rows, over all received sets.
-        work: the rows that workers compute, over the rows of the batch.
-        score: the means of the scores.
-    """
-
-    workers: int
-    inputs: int
-    lost: int
+    workers: int  #: N
+    inputs: int  #: K
+    lost: int  #: S
     scheme: str
-    code: str
-    seed: int
-    batch: int
-    rows: int
-    work: float
+    code: str  #: the code with the tuned numbers, as text
+    seed: int  #: the seed of the lost workers
+    batch: int  #: the number of the batch
+    rows: int  #: the number of rows, over all received sets
+    work: float  #: the rows that workers compute, over the rows of the batch
     score: Score
 
 
 class Row(NamedTuple):
-    """The scores of one scheme at one setting, each with half the width of its 95 % interval.
+    """The scores of one scheme at one setting, each with half the width of its 95 % interval."""
 
-    Attributes:
-        setting, name: N, K and S, and the name of the scheme.
-        rmse: the root of the mean squared distance of answers from exact ones.
-        mse: the mean squared distance, in units of the outputs' variance.
-        relative_accuracy: the accuracy over the accuracy of the bare module; None without labels.
-        changed: the number of rows whose class is not the module's own, and the number of rows.
-        work: the rows that workers compute, over the rows of the batches.
-        mse_ratio: the mean squared error over the reference's; None without a reference.
-        gain: the relative accuracy less the reference's; None without a reference, or labels.
-        p: the p-value of a sign-flip test on the batches' differences of squared errors, times the
-            number of comparisons (Bonferroni), at most 1; None without a reference, or answers.
-    """
-
-    setting: Setting
-    name: str
-    rmse: Interval
-    mse: Interval
-    relative_accuracy: Interval | None
-    changed: tuple[int, int]
-    work: float
-    mse_ratio: Interval | None = None
-    gain: Interval | None = None
+    setting: Setting  #: N, K and S
+    name: str  #: the name of the scheme
+    rmse: Interval  #: the root of the mean squared distance of answers from exact ones
+    mse: Interval  #: the mean squared distance, in units of the outputs' variance
+    relative_accuracy: Interval | None  #: over the bare module's accuracy; None without labels
+    changed: tuple[int, int]  #: the rows whose class is not the module's own, and all rows
+    work: float  #: the rows that workers compute, over the rows of the batches
+    mse_ratio: Interval | None = None  #: over the reference's; None without a reference
+    gain: Interval | None = None  #: relative accuracy less the reference's; None without
+    #: The p-value of a sign-flip test on the batches' differences of squared errors, times the
+    #: number of comparisons (Bonferroni), at most 1. None without a reference, or answers.
     p: float | None = None
 
 

@@ -26,9 +26,8 @@ import coded_torch
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper, Report
 from ..open_inference.tensors import TensorSpec
-from .batcher import Batcher
+from .batcher import Batch, Batcher, compute, load
 from .metrics import Metrics
-from .model import Batch, compute, load
 from .protocol import (
     ADDED,
     VERSION,
@@ -65,15 +64,14 @@ def app(
     """Make an ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
-    results where workers replied, else with predictions. For clients that ask for them, the outputs
-    ``predicted`` and ``source`` say which rows were predicted. At the level of the request's
-    parameter ``coverage``, ``radius`` and ``label_risk`` say how far off they may be.
-    The output ``verified`` says which rows two workers computed alike. The parameter
-    ``predicted_rows`` of every answer is the number of predicted rows.
+    results where workers replied, else with predictions. The parameter ``predicted_rows`` of an
+    answer is their number. Clients may ask for further outputs, a number a row: ``predicted``,
+    ``source``, ``verified``, and ``radius`` and ``label_risk`` at the level of the request's
+    parameter ``coverage``.
 
     The lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
-    objects that existed before. The application runs under any ASGI server, in one process:
-    ``uvicorn.run(app(...))``. A refused request gets ``{"error": ...}`` and
+    objects that existed before. The application runs under any ASGI server, in one process. A
+    refused request gets ``{"error": ...}`` and
 
     - 4xx if the request is wrong; the message names a row that is not finite or misshapen;
     - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
@@ -297,12 +295,12 @@ def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = N
 def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
     r"""Make a deployment for Ray Serve, each of whose replicas serves its own application.
 
-    ``serve.run(deployment(make).bind())`` deploys it. Ray does autoscaling, rolling updates and the
-    dashboard, and gets the metrics, with ``ray_`` in front of their names. The workers of a replica
-    are processes of its host with :class:`~coded_torch.workers.ProcessWorkers`, or actors of the
-    cluster with :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on
-    other hosts, ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"``
-    reserves places. Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
+    ``serve.run(deployment(make).bind())`` deploys it. Ray gets the metrics, with ``ray_`` in front
+    of their names. The workers of a replica are processes of its host with
+    :class:`~coded_torch.workers.ProcessWorkers`, or actors with
+    :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
+    ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
+    Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
 
     Args:
         factory: makes the application by :func:`~coded_torch.serve.app`. The replica calls it.

@@ -1,4 +1,4 @@
-"""The queue of requests: an idle worker lets the waiting requests run, in order of arrival."""
+"""The queue of requests: an idle worker lets the waiting ones run, in order of arrival."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
+from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
-from ..nn import Report
-from ..open_inference.tensors import RefusedError
+from ..nn import CodedWrapper, Report, Waiting
+from ..open_inference.tensors import RefusedError, TensorSpec
 from ..scheduling.latency_history import History
-from .model import Batch
+from ..workers import WorkerError
 from .protocol import RequestError
 
-__all__ = ["Batcher"]
+__all__ = ["Batch", "Batcher", "compute", "load"]
 
 logger = sparing_logger("coded_torch.serve")
 
@@ -31,6 +34,90 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers. It trades predicted rows against
 # late answers and was not tuned.
 _TO_ANSWER = 0.01
+# The fields of a report that are the added outputs of the protocol, in this order.
+_ADDED = (
+    ("predicted", torch.bool),
+    ("radii", torch.float32),
+    ("label_risks", torch.float32),
+    ("source", torch.uint8),
+    ("verified", torch.bool),
+)
+_LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
+
+
+class Batch(NamedTuple):
+    """The answers of a batch, or of one of its requests."""
+
+    #: The model's own, ``[B, ...]`` each, then the added ones of the protocol; empty without any.
+    outputs: list[Tensor]
+    report: Report
+    unanswered: set[int]  #: the rows without an answer
+    rows: slice = slice(None)  #: the rows of the call's batch
+
+
+def load(coded: CodedWrapper, examples: Sequence[Tensor] | None) -> None:
+    """Start the workers. With examples, let each run the module on one row; it must not fail."""
+    start, pool = time.monotonic(), coded.workers
+    if examples is None:
+        pool.start()
+        return
+    try:
+        pool.start(coded.module, tuple(x[:1] for x in examples), timeout=_LOADING)
+    except RuntimeError as error:
+        if isinstance(error, WorkerError) and error.kind == "raised":
+            raise
+        logger.warning("not every worker has run the model: %s", error)
+    else:
+        size, seconds = pool.num_workers or "all", time.monotonic() - start
+        logger.info("%s workers have run the model, after %.1f s", size, seconds)
+
+
+def compute(
+    coded: CodedWrapper, specs: Sequence[TensorSpec], inputs: list[Tensor], seconds: float
+) -> Batch:
+    """Compute a batch. If rows are missing, they are predicted at the end of the seconds.
+
+    Raises:
+        TypeError: the outputs do not have the specs.
+        Exception: the module fails, and no row has an answer for another reason than time.
+    """
+    own = coded.waiting or (Waiting.first() if coded.code else Waiting())
+    # Other rows are predicted even if the module fails on one, which is refused alone.
+    waiting = dataclasses.replace(own, deadline=seconds, on_error="predict")
+    if coded.workers.simulated:  # other pools move their inputs
+        device = device_of(coded.module)
+        inputs = [x.to(device or x.device) for x in inputs]
+    try:
+        with torch.no_grad():
+            answers, report = coded.run(*inputs, waiting=waiting)
+    except Exception as error:
+        held = getattr(error, "report", None)
+        if not isinstance(held, Report) or not held.missing_rows:
+            raise
+        answers, report = getattr(error, "answers", None), held
+    unanswered = set() if own.on_error == "predict" else set(report.refused)
+    if report.failed or report.ended == "failed":
+        unanswered |= {*report.refused, *report.missing_rows}
+    if answers is None:
+        return Batch([], report, unanswered)
+    rows, leaves = len(inputs[0]), pytree.tree_leaves(answers)
+    got = [(leaf.dtype, list(leaf.shape)) for leaf in leaves if isinstance(leaf, Tensor)]
+    fit = len(got) == len(leaves) == len(specs) and all(
+        dtype is spec.dtype and shape[:1] == [rows] and spec.fits(shape[1:])
+        for spec, (dtype, shape) in zip(specs, got, strict=True)
+    )
+    if not fit:
+        must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
+        raise TypeError(f"the model must return tensors {must}, got {got}")
+    # Without a value, exact rows get 0, and predicted rows NaN.
+    for name, dtype in _ADDED:
+        values = getattr(report, name)
+        if values is None:
+            values = torch.zeros(rows)
+            if dtype.is_floating_point and report.predicted is not None:
+                values.masked_fill_(report.predicted, math.nan)
+        leaves.append(values.to(dtype))
+    return Batch(leaves, report, unanswered)
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,19 +144,16 @@ class Batcher:
     """A bounded queue, and slots in which batches run.
 
     While a slot is free, the waiting requests are taken in order of arrival, up to the size of a
-    batch; there is no timer. If slots are workers, batches overlap where workers are idle. A batch
-    runs until the earliest deadline of its requests. All times are seconds of
-    :func:`time.monotonic`. The thread of one event loop uses it.
+    batch; there is no timer. A batch runs until the earliest deadline of its requests. All times
+    are seconds of :func:`time.monotonic`. The thread of one event loop uses it.
 
     Args:
-        compute: computes a batch, given its inputs and the seconds that are left. It runs in the
-            batcher's own threads.
+        compute: computes a batch in a thread, given its inputs and the seconds that are left.
         max_batch_size: the number of rows of a batch.
         max_queued_requests: the number of requests that may wait, including requests being read.
         slots: the number of slots.
         parts: the number of slots that a batch takes, or its rows if they are fewer.
-        on_batch: called with the report of every batch, the number of its rows, and the seconds
-            that each of its requests waited.
+        on_batch: called with each report, its rows, and the seconds that its requests waited.
     """
 
     def __init__(
@@ -117,11 +201,7 @@ class Batcher:
             self._reading -= 1
 
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
-        """Queue a request, or refuse it (503).
-
-        Returns:
-            The future of its answer. If it is cancelled, the request leaves the queue.
-        """
+        """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
         self._check(len(inputs[0]), deadline)
         future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
         entry = _Entry(inputs, arrived, deadline, future)
