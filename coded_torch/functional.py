@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from ._arguments import dense
 from .linear import SplineMap
-from .linear.base import accumulation_dtype
+from .linear.maps import accumulation_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

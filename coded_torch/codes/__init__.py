@@ -5,8 +5,7 @@ from .berrut import BerrutCode, FloaterHormannCode
 from .lagrange import LagrangeCode
 from .nodes import CurveCode
 from .plans import BatchPlan, DeadlineExceeded, NotEnoughResults
-from .regression import RegressionCode
-from .replication import ReplicationCode
+from .repetition import RegressionCode, ReplicationCode
 from .spline import SplineCode
 
 __all__ = ["BatchPlan", "BerrutCode", "Code", "CurveCode", "DeadlineExceeded", "FixedCode"]

@@ -15,7 +15,7 @@ from ..input_space.metrics import Distances, Sources
 from ..input_space.regression import MOST_ROWS, RowPlan
 
 if TYPE_CHECKING:
-    from ..input_space.coverage import ErrorBars
+    from ..input_space.error_bars import ErrorBars
     from ..input_space.metrics import Choice
     from ..input_space.ordering import Grouping, Ordering
     from ..input_space.regression import Regression

@@ -79,21 +79,18 @@ class GaussianProcess:
             if self._factor.dtype == torch.float64:
                 self._nugget *= 10
             self._factor, failed = self._factored(torch.float64)
+        # The rows of L^-T, for the factor L, of the results that are left out; and 1' C^-1, [1, M].
         count = len(self._factor)
-        # The rows of the factor's inverse, transposed, of the results that are left out. half_one
-        # is 1' L^-T, and mean 1' C^-1, [1, M].
         self._leaves_all = count <= _ALL_LEFT_OUT
         if self._leaves_all:
             self.left_out = torch.arange(count)
-            self._of_left_out = self._half(torch.eye(count, dtype=self._factor.dtype))
-            self._half_one = self._of_left_out.sum(0, keepdim=True)
-            self._mean = self._half_one @ self._of_left_out.T
+            self._of_left_out = self._solved(torch.eye(count, dtype=self._factor.dtype), True)
+            self._mean = self._of_left_out.sum(0, keepdim=True) @ self._of_left_out.T
         else:
             self.left_out = evenly(count, _LEFT_OUT)
             some = self._factor.new_zeros(len(self.left_out), count)
-            self._of_left_out = self._half(some.scatter_(1, self.left_out[:, None], 1))
-            self._half_one = self._half(self._factor.new_ones(1, count))
-            self._mean = _solved(self._half_one, self._factor)
+            self._of_left_out = self._solved(some.scatter_(1, self.left_out[:, None], 1), True)
+            self._mean = self._solved(self._solved(self._factor.new_ones(1, count), True))
         self._precision = float(self._mean.sum())
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
         self._last_residuals: tuple[Tensor, Tensor] | None = None
@@ -112,8 +109,12 @@ class GaussianProcess:
         """Return the covariances of some points with the points that have results."""
         return matern52_among(self._squared.to(dtype), rows, self._points, self._length)
 
-    def _half(self, covariances: Tensor) -> Tensor:
-        return _solved(covariances, self._factor, transposed=True)
+    def _solved(self, rows: Tensor, transposed: bool = False) -> Tensor:
+        return _solved(rows, self._factor, transposed=transposed)
+
+    def _half(self, rows: Tensor) -> Tensor:
+        """Return rows times L^-T, by a product if it is known."""
+        return rows @ self._of_left_out if self._leaves_all else self._solved(rows, True)
 
     def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights ``[L, M]`` of the results at points ``[L]``, and variances ``[L]``.
@@ -121,12 +122,13 @@ class GaussianProcess:
         Both are float64. The weights of a point sum to one, and variances are in the outputs'.
         """
         if self._last is None or not torch.equal(self._last[0], points):
-            half = self._half(self._covariances(points, self._factor.dtype))
-            left = 1 - (half @ self._half_one.T).double()
+            covariances = self._covariances(points, self._factor.dtype)
+            half = self._half(covariances)
+            left = 1 - (covariances @ self._mean.T).double()
             explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
             explained -= left.squeeze(1).square() / self._precision
-            weights = _solved(half, self._factor).double()
-            weights.addmm_(left, self._mean.double(), alpha=1 / self._precision)
+            weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
+            weights = weights.double().addmm_(left, self._mean.double(), alpha=1 / self._precision)
             weights += (1 - weights.sum(1, keepdim=True)) / weights.shape[1]  # after rounding
             self._last = points, weights, (1 + self._nugget - explained).clamp_(min=self._nugget)
         return self._last[1:]
@@ -140,17 +142,13 @@ class GaussianProcess:
     # Leaving out: with the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result
     # that is left out is (P y) / P_ii, of variance 1 / P_ii.
 
-    def _half_of_results(self, rows: Tensor) -> Tensor:
-        """Return rows times the factor's inverse, transposed: by a product, if it is known."""
-        return rows @ self._of_left_out if self._leaves_all else self._half(rows)
-
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
         """The variance of each result that is left out, ``[n]``, float64."""
         mean = self._mean[0, self.left_out]
         squares = self._of_left_out.square().sum(1)
         inverses = squares.addcmul_(mean, mean, value=-1 / self._precision).double()
-        return 1 / inverses.clamp(min=1e-12)  # a single result has 0
+        return 1 / inverses.clamp_(min=1e-12)  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return the results that are left out less their predictions from all others.
@@ -164,47 +162,38 @@ class GaussianProcess:
         if self._last_residuals is not None and torch.equal(self._last_residuals[0], results):
             return self._last_residuals[1]
         y, size = scaled(results)
-        residuals = self._over_variances(y).T.double()
-        self._last_residuals = results, residuals * (self.leave_one_out_variances[:, None] * size)
-        return self._last_residuals[1]
-
-    def _over_variances(self, y: Tensor) -> Tensor:
-        """Return the residuals of ``y [C, M]`` over their variances, ``[C, n]``."""
         y = y.to(self._factor.dtype)
         mean = y @ self._mean.T / self._precision
-        products = self._half_of_results(y) @ self._of_left_out.T
-        return products.addmm_(mean, self._mean[:, self.left_out], alpha=-1)
+        residuals = self._of_left_out @ self._half(y).T
+        residuals.addmm_(self._mean.T[self.left_out], mean.T, alpha=-1)  # over variances
+        residuals = residuals.double() * (self.leave_one_out_variances[:, None] * size)
+        self._last_residuals = results, residuals
+        return residuals
 
-    def leave_one_out_error(self, results: Tensor) -> float:
-        """Return the root mean square of the residuals, relative to the mean of the others'.
+    def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
+        r"""Return how well results are predicted from each other, each from all others.
 
         Returns:
-            NaN if all results are equal.
+            The root mean square of the residuals, relative to the mean of the others', NaN if all
+            results are equal; and how far to follow predictions away from the mean, in [0, 1]: the
+            slope of the regression, through 0, of every result on its prediction, both less the
+            mean of the others; 0 if its gain against the mean may be chance.
         """
-        square = float(self.deviations(results).square().sum())
-        left = float(self.leave_one_out_residuals(results).square().sum())
-        return math.sqrt(left / square) if square > 0 else math.nan
-
-    def trust(self, results: Tensor) -> float:
-        r"""Return how far to follow predictions away from the mean, in [0, 1].
-
-        It is the slope of the regression, through 0, of every result on its prediction from all
-        others, both less the mean of the others; 0 if its gain against the mean may be chance.
-        """
-        deviations = self.deviations(results)
-        predicted = deviations - self.leave_one_out_residuals(results)
-        square = float(predicted.square().sum())
+        deviations, residuals = self.deviations(results), self.leave_one_out_residuals(results)
+        predicted = deviations - residuals
+        total, left, square = (float(x.square().sum()) for x in (deviations, residuals, predicted))
+        error = math.sqrt(left / total) if total > 0 else math.nan
         if not square > 0:
-            return 1.0
-        slope = min(max(float((predicted * deviations).sum()) / square, 0), 1)
+            return error, 1.0
+        slope = min(max((total + square - left) / (2 * square), 0), 1)
         gains = (predicted * (2 * deviations - slope * predicted)).sum(1) * (slope / square)
         by_chance = _ERRORS * float(gains.std(correction=0)) * math.sqrt(len(gains))
-        return slope if float(gains.sum()) > by_chance else 0.0
+        return error, slope if float(gains.sum()) > by_chance else 0.0
 
     def deviations(self, results: Tensor) -> Tensor:
         """Return the results that are left out, each less the mean of all others."""
-        deviations = results[self.left_out] - results.mean(0)
-        return deviations.mul_(len(results) / max(len(results) - 1, 1))
+        some = results if self._leaves_all else results[self.left_out]
+        return (some - results.mean(0)).mul_(len(results) / max(len(results) - 1, 1))
 
 
 class Comparison:
@@ -216,15 +205,20 @@ class Comparison:
     """
 
     def __init__(self, squared: Tensor, lengths: Sequence[float]) -> None:
-        squared = squared / squared.new_tensor(lengths).square()[:, None, None]
-        covariance = matern52(squared, 1.0, out=squared)
+        scales = squared.new_tensor([length**-2 for length in lengths])
+        covariance = squared * scales.view(-1, 1, 1)
+        matern52(covariance, 1.0, out=covariance)
         covariance.diagonal(dim1=1, dim2=2).add_(NUGGET)
-        factor, self._failed = torch.linalg.cholesky_ex(covariance)
-        half = torch.linalg.solve_triangular(factor, torch.eye(factor.shape[1]), upper=False)
-        inverse = half.mT @ half
-        mean = inverse.sum(2, keepdim=True)
-        self._projection = inverse - mean @ mean.mT / mean.sum(1, keepdim=True)
-        self._precisions = self._projection.diagonal(dim1=1, dim2=2).double().clamp(min=1e-12)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        self._failed = failed > 0
+        half = _solved(torch.eye(factor.shape[1]).expand_as(factor), factor, transposed=True)
+        # A product of matrices would take longer: they lie in memory by columns.
+        mean = (half * half.sum(1, keepdim=True)).sum(2)
+        precision = mean.sum(1, keepdim=True)
+        precisions = half.square().sum(2).addcdiv_(mean.square(), precision, value=-1)
+        self._half, self._weights = half, mean / precision
+        self._precisions = precisions.double().clamp_(min=1e-12)
+        self._logarithms = self._precisions.log()
 
     def losses(self, y: Tensor) -> Tensor:
         r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
@@ -242,11 +236,13 @@ class Comparison:
         Args:
             y: ``[C, n]``, results as :func:`scaled` returns them.
         """
-        squares = (y.to(self._projection.dtype) @ self._projection).square().mean(1).double()
-        squares /= self._precisions
-        mean = squares.mean(1, keepdim=True).clamp(min=1e-300)
-        losses: Tensor = (squares / mean - 1 + mean.log() - self._precisions.log()) / 2
-        return losses.masked_fill_(self._failed[:, None] > 0, math.inf)
+        y = y.to(self._half.dtype)
+        centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]
+        residuals = torch.bmm(torch.bmm(centred, self._half), self._half.mT)
+        squares = residuals.square_().mean(1).double().div_(self._precisions)
+        mean = squares.mean(1, keepdim=True).clamp_(min=1e-300)
+        losses: Tensor = squares.div_(mean).add_(mean.log_() - 1).sub_(self._logarithms).div_(2)
+        return losses.masked_fill_(self._failed[:, None], math.inf)
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,26 +71,35 @@ class Geometry:
         self._rows = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
         self._some = evenly(len(self._rows), LANDMARKS)
         self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]
+        self._at: dict[float, tuple[Tensor, Tensor]] = {}
 
     @on_host()
     @exactly()
-    def squared_distances(self, shrinkage: float) -> tuple[Tensor, Tensor]:
+    def squared_distances(
+        self, shrinkage: float, some: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Measure the rows.
 
         Args:
             shrinkage: at least 0; ``math.inf`` is allowed.
+            some: ``[m]``, the rows whose distances are returned. Defaults to all.
 
         Returns:
-            The squared distances, ``[n, n]``, float32: symmetric, and 0 between equal rows; and the
-            rows' squared lengths, ``[n]``, 1 on average.
+            The squared distances, ``[m, m]``, float32: symmetric, and 0 between equal rows; and the
+            squared lengths of all rows, ``[n]``, 1 on average.
         """
-        rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
-        square = float(rows.square().sum()) / max(len(rows), 1)
-        rows = (rows * (1 / math.sqrt(square)) if square > 0 else rows).contiguous()
-        squares = rows.square().sum(1)
+        if shrinkage not in self._at:
+            rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
+            squares = rows.square().sum(1)
+            square = float(squares.sum()) / max(len(rows), 1)
+            if square > 0:
+                rows, squares = rows * (1 / math.sqrt(square)), squares / square
+            self._at[shrinkage] = rows.contiguous(), squares
+        rows, squares = self._at[shrinkage]
+        few = (rows, squares) if some is None else (rows[some], squares[some])
         # From differences of coordinates: rounded inner products would part rows that repeat.
         nothing = (_ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
-        return squared_distances(rows, squares, nothing), squares
+        return squared_distances(*few, nothing), squares
 
     def _coordinates(self, shrinkage: float) -> Tensor:
         r"""Return Z ``[n, L]`` with :math:`Z Z^\top = M` up to a factor.
@@ -103,10 +111,11 @@ class Geometry:
             x, whole = self._rows.contiguous(), len(self._rows) <= LANDMARKS
             self._products = inner_products(x) if whole else x @ x[self._some].T
         products = self._products
-        if shrinkage == math.inf or not products.any():
-            return products
         system = products[self._some]
-        system.diagonal().add_(shrinkage * float(system.trace()))
+        trace = float(system.trace())
+        if shrinkage == math.inf or trace == 0:
+            return products
+        system.diagonal().add_(shrinkage * trace)
         factor = torch.linalg.cholesky(system)
         rows: Tensor = torch.linalg.solve_triangular(factor.mT, products, upper=True, left=False)
         return rows
@@ -155,15 +164,19 @@ def added_up(x: Tensor) -> Tensor:
 
 def typical_rows(features: Sequence[Tensor]) -> Tensor:
     """Return which rows of features ``[B, d]`` are finite, and no longer than others by far."""
-    norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
-    lengths = torch.stack(norms).numpy()  # [inputs, B]
-    finite = np.isfinite(lengths).all(axis=0)
-    if finite.any():
-        most = 9 * (int(finite.sum()) - 1) // 10
-        long = np.partition(lengths[:, finite], most, axis=1)[:, most, None]
-        long[long == 0] = np.inf  # if most rows are 0, the others are not too long
-        finite &= (lengths <= _LONG * long).all(axis=0)
-    return torch.from_numpy(finite)
+    lengths = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in features])  # [inputs, B]
+    if not lengths.numel() or not 1e-15 < float(lengths.max()) < 1e15:
+        # Squares overflow, or vanish.
+        norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
+        lengths = torch.stack(norms)
+    finite = lengths.isfinite().all(0)
+    count = int(finite.sum())
+    if not count:
+        return finite
+    known = lengths if count == len(finite) else lengths[:, finite]
+    long = _LONG * known.kthvalue(9 * (count - 1) // 10 + 1, 1, keepdim=True).values
+    # If most rows are 0, the others are not too long.
+    return finite & ((lengths <= long) | (long == 0)).all(0)
 
 
 def _standardised(x: Tensor) -> Tensor:

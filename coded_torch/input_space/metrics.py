@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -245,7 +246,7 @@ class Distances:
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
         self.sources, self.metrics, self.rows = sources, metrics, rows
-        self._typical = typical_rows([leaf.rows[rows] for leaf in sources.leaves])
+        self._typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
         self.first = DEFAULT
@@ -274,15 +275,26 @@ class Distances:
             self._measured[key] = Measured(squared, path_step(squared, self.order))
         return self._measured[key]
 
-    def _squared(self, metric: str | Features) -> tuple[Tensor, Tensor]:
-        """Return the distances of all rows, and the squared lengths of typical rows."""
+    def among(self, metric: str | Features, some: Tensor) -> Tensor:
+        """Return the squared distances among some of the rows, ``[m, m]``."""
+        key = key_of(metric)
+        if key in self._measured:
+            return self._measured[key].squared.index_select(0, some).index_select(1, some)
+        return self._squared(metric, some)[0]
+
+    def _squared(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the distances of all or some rows, and the squared lengths of typical rows."""
         geometry = self._geometry(metric)
         assert geometry is not None
-        squared, squares = geometry.squared_distances(_how(metric).shrinkage)
-        size = len(self.rows)
+        typical = self._typical
+        if some is not None:
+            place, typical = typical.cumsum(0) - 1, typical[some]
+            some = place[some[typical]]
+        squared, squares = geometry.squared_distances(_how(metric).shrinkage, some)
+        size = len(typical)
         if len(squared) < size:
             among, squared = squared, squared.new_full((size, size), math.inf)
-            squared[self._typical[:, None] & self._typical] = among.flatten()
+            squared[typical[:, None] & typical] = among.flatten()
             squared.fill_diagonal_(0)
         return squared, squares
 
@@ -306,10 +318,13 @@ class Distances:
 
 def path_step(squared_distances: Tensor, order: Tensor) -> float:
     """Return the median distance between neighbours on a path; 1 if that says nothing."""
-    pairs = order[:-1] * len(squared_distances) + order[1:]
-    steps = squared_distances.flatten()[pairs].sqrt()
-    steps = steps[(steps > 0) & steps.isfinite()]
-    return max(float(steps.median()), _SHORTEST) if len(steps) else 1.0
+    path = order.numpy()
+    steps = squared_distances.numpy()[path[:-1], path[1:]]
+    steps = steps[(steps > 0) & (steps < math.inf)]
+    if not steps.size:
+        return 1.0
+    middle = (steps.size - 1) // 2
+    return max(math.sqrt(np.partition(steps, middle)[middle]), _SHORTEST)
 
 
 def key_of(metric: str | Features) -> str | int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._arguments import count, instance, positive, real, shown
 from .._torch import exactly, outside, plain
-from .coverage import ErrorBars
+from .error_bars import ErrorBars
 from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
 from .selection import LENGTHS, MOST_ROWS, Part

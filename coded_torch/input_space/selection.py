@@ -13,10 +13,10 @@ from torch import Tensor
 from .._arguments import dense
 from .._torch import plain, to_device
 from ..linear.maps import SelectMap
-from .coverage import Bars, Shrunk, bars
+from .error_bars import Bars, bars
 from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
-from .metrics import Choice, Distances, Features, key_of, name_of
+from .metrics import Choice, Distances, Features, key_of, name_of, path_step
 
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
 
@@ -36,9 +36,6 @@ _MEASURED = 1024
 _ERRORS = 2
 # With fewer results, chance decides which metric predicts best. (benchmarks distances)
 _LEAST = 8
-# Few results are farther apart than all: by how much a length is longer there, of 144 of 204. It is
-# for metrics only; lengths that are compared with it come out too short. (benchmarks distances)
-_SPARSER = 1.25
 
 
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
@@ -93,50 +90,45 @@ class Fits:
             if len(self._distances.metrics) > 1 or metric != self._distances.metrics[0]:
                 metric = self.metric(few, length)
             if len(self._lengths) > 1:
-                found = self._best(few, [metric] * len(LENGTHS), LENGTHS, LENGTH)
-                near = (found, found / math.sqrt(2), found * math.sqrt(2))
-                length = self._best(few, [metric] * 3, near, found)
+                losses = self._by_length(few, metric, LENGTHS)
+                best = _best(losses, LENGTHS.index(LENGTH))
+                length, found = LENGTHS[best], losses[best : best + 1]
+                near = length / math.sqrt(2), length * math.sqrt(2)
+                losses = torch.cat([found, self._by_length(few, metric, near)])
+                length = (length, *near)[_best(losses, 0)]
         key = key_of(metric), length
         if key not in self._processes:
             squared, step = self._distances.by(metric)
             self._processes[key] = GaussianProcess(squared, length * step, self.points)
         process = self._processes[key]
-        error, trust = process.leave_one_out_error(sample), process.trust(sample)
-        return Fitted(Choice(name_of(metric), length, error, trust), process, sample)
+        choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
+        return Fitted(choice, process, sample)
 
     def metric(self, few: Tensor, length: float) -> str | Features:
         """Return the metric by which few results ``[C, n]`` are predicted best from each other."""
-        distances = self._compared[0]
+        distances, rows = self._compared
         metrics = [metric for metric in distances.metrics if distances.has(metric)]
         if not metrics:
             return distances.first
-        lengths = [length * _SPARSER] * len(metrics)
-        best: str | Features = self._best(few, metrics, lengths, distances.first, metrics)
-        return best
+        if "metrics" not in self._comparisons:
+            squared = [distances.among(metric, rows) for metric in metrics]
+            place = torch.full_like(distances.order, -1)
+            place[rows] = torch.arange(len(rows))
+            path = place[distances.order]
+            path = path[path >= 0]
+            lengths = [length * path_step(x, path) for x in squared]
+            self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
+        default = metrics.index(distances.first) if distances.first in metrics else None
+        return metrics[_best(self._comparisons["metrics"].losses(few), default)]
 
-    def _best(
-        self,
-        few: Tensor,
-        metrics: Sequence[str | Features],
-        lengths: Sequence[float],
-        default: Any,
-        choices: Sequence[Any] = (),
-    ) -> Any:
-        """Return the best choice, by default a length; the default, if it is best by chance."""
-        distances, rows = self._compared
-        key = tuple(map(key_of, metrics)), tuple(lengths)
+    def _by_length(self, few: Tensor, metric: str | Features, lengths: Sequence[float]) -> Tensor:
+        """Return how badly few results are predicted from each other by lengths, ``[K, n]``."""
+        key = key_of(metric), *lengths
         if key not in self._comparisons:
-            measured = [distances.by(metric) for metric in metrics]
-            squared = torch.stack([x.squared[rows[:, None], rows] for x in measured])
-            steps = [length * x.step for length, x in zip(lengths, measured, strict=True)]
-            self._comparisons[key] = Comparison(squared, steps)
-        losses = dict(zip(choices or lengths, self._comparisons[key].losses(few), strict=True))
-        best = min(losses, key=lambda one: float(losses[one].mean()), default=default)
-        if default in losses:
-            gain = losses[default] - losses[best]
-            if not float(gain.mean()) > _ERRORS * float(gain.std()) / math.sqrt(len(gain)):
-                return default
-        return best
+            distances, rows = self._compared
+            among, step = distances.among(metric, rows), distances.by(metric).step
+            self._comparisons[key] = Comparison(among[None], [step * x for x in lengths])
+        return self._comparisons[key].losses(few)
 
     @functools.cached_property
     def _compared(self) -> tuple[Distances, Tensor]:
@@ -146,6 +138,17 @@ class Fits:
             return distances, few
         some = Distances(distances.sources, distances.metrics, distances.rows[few])
         return some, torch.arange(len(few))
+
+
+def _best(losses: Tensor, default: int | None) -> int:
+    """Return the row of the least mean loss ``[K, n]``; the default, if that may be chance."""
+    means = losses.mean(1).tolist()
+    best = min(range(len(means)), key=means.__getitem__)
+    if default is None or best == default:
+        return best
+    gain = losses[default] - losses[best]
+    by_chance = _ERRORS * float(gain.std()) / math.sqrt(len(gain))
+    return best if means[default] - means[best] > by_chance else default
 
 
 class Part:
@@ -215,11 +218,11 @@ class Part:
         regression = None
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
             process, trust = fitted.process, fitted.choice.trust
-            regression = Shrunk(process, trust, *process.at(missing))
+            regression = process, trust, missing
         found = bars(rows, of_used, predicted, regression, offsets, labels=results.dim() == 2)
         if self._distances is not None and len(points):
             # Far rows are unlike the results, none of which is far.
-            return found.without(~self._distances.usable[missing])
+            return found.widened(torch.where(self._distances.usable[missing], 0.0, math.inf))
         return found
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:

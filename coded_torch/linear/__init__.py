@@ -3,8 +3,7 @@ r"""Linear maps along one dimension of a tensor, planned once, on the host, in f
 A code has an encoder and decoders; a :class:`LinearMap` applies them to millions of columns.
 """
 
-from .base import LinearMap
-from .maps import MatrixMap
+from .maps import LinearMap, MatrixMap
 from .spline import SplineMap
 
 __all__ = ["LinearMap", "MatrixMap", "SplineMap"]

@@ -12,7 +12,7 @@ from .. import ops
 from .._arguments import real_array
 from .._arguments import smoothing as check_smoothing
 from .._extension import HAS_CUDA_KERNELS, curve_plan, fits_matrix
-from .base import LinearMap
+from .maps import LinearMap
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray

@@ -16,13 +16,14 @@ from ..input_space.regression import Regression
 from ..scheduling.latency_history import CHUNKS, History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
+from ..surrogates import checked
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
 from ..workers.local import LocalWorkers
 from .division import Columns, Division, Inputs, Rows, warn_of_training
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
-from .predict_missing import Answers, checked_surrogates
+from .predict_missing import Answers
 from .report import Report, error_of, holding
 from .result_checks import Results, Stacked
 
@@ -275,7 +276,7 @@ class CodedWrapper(ModuleProxy):
     def __setattr__(self, name: str, value: Any) -> None:
         before: Any = vars(self).get(name)
         if name == "surrogate":
-            value = checked_surrogates(value)
+            value = checked(value)
         super().__setattr__(name, value)
         if name in _CHECKED and "_is_made" in vars(self):
             try:

@@ -8,6 +8,7 @@ an input's own result stays that result, bit for bit.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import sparing_logger
 from .._torch import as_called, device_of, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
-from ..input_space.coverage import ErrorBars
+from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .division import Division, Inputs
     from .report import Report
 
-__all__ = ["Answers", "checked_surrogates"]
+__all__ = ["Answers"]
 
 logger = sparing_logger("coded_torch.nn")
 
@@ -40,18 +41,6 @@ _RIDGE = 1.001
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
-
-
-def checked_surrogates(given: Any) -> tuple[Any, ...]:
-    """Return surrogates as a tuple: as an attribute, a module would be a submodule."""
-    several = tuple(given) if isinstance(given, list | tuple) else (given,)
-    for surrogate in several:
-        if not (callable(surrogate) or isinstance(surrogate, Memory)):
-            raise TypeError(
-                "CodedWrapper: surrogate must be a callable of the module's inputs, a Memory, or a "
-                f"list of such, got {type(surrogate).__name__}"
-            )
-    return several
 
 
 class Answers:
@@ -145,11 +134,8 @@ class Answers:
             raise error
         leaves = enumerate(zip(stacked.leaves, stacked.dims, strict=True))
         divided = [i for i, (x, dim) in leaves if dim is not None and isinstance(x, Tensor)]
-        able: list[tuple[int, list[Any]]] = [
-            (number, outputs)
-            for number, outputs in enumerate(self._guesses(stacked))
-            if all(outputs[i] is not None for i in divided)
-        ]
+        guesses = enumerate(self._guesses(stacked))
+        able: Any = [x for x in guesses if all(x[1][i] is not None for i in divided)]
         if not able:
             raise error
         number, outputs = able[0]
@@ -185,7 +171,7 @@ class Answers:
                 more = bars.calibrated(found[1], off)
                 bars = more if more.enough(self._coverage) else bars
         if odd is not None:
-            bars = bars.without(odd)
+            bars = bars.widened(torch.where(odd, math.inf, 0.0))
         self._report.note_bars(bars, self._coverage, self._link, _are_classes(answers))
 
     def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
@@ -230,13 +216,11 @@ class Answers:
         def checked(leaf: Any, result: Tensor, dim: Any) -> Tensor:
             shape = (inputs.batch_size, *result.shape[2:])
             fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
-            if (
-                not fits
-                or leaf.dim() != len(shape)
-                or (leaf := leaf.movedim(dim, 0)).shape != shape
-            ):
+            fits = fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape
+            if not fits:
                 raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
-            output = _to_scale(_levelled(leaf, inputs.not_finite), self._link).to(result.device)
+            output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
+            output = _to_scale(output, self._link).to(result.device)
             if not bool(output.isfinite().all()):
                 raise ValueError("it returned values that are not finite")
             return output
@@ -288,6 +272,8 @@ class Answers:
         scaled = results if odd is None else _levelled(results, odd[list(received)])
         weights, offsets = (0.0,) * len(guesses), None
         if num_predicted:
+            if isinstance(plan, RowPlan):  # predictions are rounded once, at the end
+                scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
             scaled = _to_scale(scaled, self._link)
             rest = _residuals(scaled, plan, division, received, guesses)
             if rest is not None:
@@ -298,6 +284,8 @@ class Answers:
             answers = answers + offsets[1]
         if scaled is not results:
             answers = _from_scale(answers, self._link) if num_predicted else answers
+            if found is not None and answers.dtype != results.dtype:
+                found = found.widened(_rounding(answers, results.dtype))
             answers = answers.to(results.dtype)
             if num_predicted < division.batch_size:
                 source = source.to(results.device)
@@ -324,43 +312,53 @@ def _residuals(
     if not used:
         return None
     of_units = [division.of_units(guess, received) for guess in used.values()]  # [F, R, ...]
-    found, explained, by_chance = _least_squares(results, of_units, plan.used(received))
-    if not explained > _CHANCE * by_chance:  # another metric may win by chance, and seem to help
-        return None
-    results = results.to(torch.promote_types(results.dtype, torch.float32))
-    zero = torch.zeros((), device=results.device)
-    known = sum((weight * x for weight, x in zip(found, used.values(), strict=True)), zero)
-    subtracted = sum((weight * x for weight, x in zip(found, of_units, strict=True)), zero)
-    rest = results - subtracted
-    least = 1 - _CHANCE * by_chance
-    if not plan.left_out_square(rest, received) < least * plan.left_out_square(results, received):
-        return None
+    dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
+    with outside():
+        numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
+        y, *of_y = few_columns(places, *numbers)  # [n, C], the only copies to the host
+        found, explained, by_chance = _least_squares(y, of_y)
+        if not explained > _CHANCE * by_chance:  # another metric may win by chance, too
+            return None
+
+        def left_out_square(sample: Tensor) -> float:
+            host = sample.new_zeros(results.shape[0] * results.shape[1], sample.shape[1])
+            host[places] = sample
+            return plan.left_out_square(host.view(*results.shape[:2], -1), received)
+
+        # As below, bit for bit: one regression serves both.
+        of_y = [x.to(values.dtype) for x, values in zip(of_y, of_units, strict=True)]
+        rest = y.to(dtype) - _weighted(found, of_y)
+        if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
+            return None
+    subtracted, known = _weighted(found, of_units), _weighted(found, [*used.values()])
     weights = dict(zip(used, found, strict=True))
-    return tuple(weights.get(i, 0.0) for i in range(len(guesses))), rest, (subtracted, known)
+    of_guesses = tuple(weights.get(i, 0.0) for i in range(len(guesses)))
+    return of_guesses, results.to(dtype) - subtracted, (subtracted, known)
 
 
-def _least_squares(
-    results: Tensor, guesses: Sequence[Tensor], rows: Tensor
-) -> tuple[list[float], float, float]:
-    """Fit results, ``[F, R, ...]``, at flat ``rows`` by the outputs of surrogates there.
+def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    products = [weight * x for weight, x in zip(weights, values, strict=True)]
+    return sum(products[1:], products[0])
+
+
+def _least_squares(y: Tensor, guesses: Sequence[Tensor]) -> tuple[list[float], float, float]:
+    """Return the weights of guesses in results, ``[n, C]`` each, float64.
 
     Returns the weights, and the shares of the squares that surrogates and noise explain.
     """
-    with outside():
-        numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *guesses)]
-        y, *of_guesses = [x - x.mean(0) for x in few_columns(rows, *numbers)]  # [n, C]
-        s = torch.stack([x.flatten() for x in of_guesses])  # [J, n C]
-        products, right = s @ s.T, s @ y.flatten()
-        varies = products.diagonal() > 0
-        products.diagonal().mul_(_RIDGE).masked_fill_(~varies, 1.0)
-        weights = torch.linalg.solve(products, right.masked_fill(~varies, 0.0))
-        # Outputs that vary together are as few as this, and no more.
-        num_columns = float(y.square().sum().square() / (y.T @ y).square().sum().clamp(min=1e-300))
-        by_chance = int(varies.sum()) / (len(rows) * max(num_columns, 1.0))
-        if not bool(weights.isfinite().all()):
-            return [0.0] * len(guesses), 0.0, by_chance
-        explained = float(right @ weights / y.square().sum().clamp(min=1e-300))
-        return weights.tolist(), explained, by_chance
+    y = y - y.mean(0)
+    s = torch.stack([(x - x.mean(0)).flatten() for x in guesses])  # [J, n C]
+    products, right = s @ s.T, s @ y.flatten()
+    varies = products.diagonal() > 0
+    products.diagonal().mul_(_RIDGE).masked_fill_(~varies, 1.0)
+    weights = torch.linalg.solve(products, right.masked_fill(~varies, 0.0))
+    # Outputs that vary together are as few as this, and no more.
+    num_columns = float(y.square().sum().square() / (y.T @ y).square().sum().clamp(min=1e-300))
+    by_chance = int(varies.sum()) / (len(y) * max(num_columns, 1.0))
+    if not bool(weights.isfinite().all()):
+        return [0.0] * len(guesses), 0.0, by_chance
+    explained = float(right @ weights / y.square().sum().clamp(min=1e-300))
+    return weights.tolist(), explained, by_chance
 
 
 def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
@@ -377,6 +375,14 @@ def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
 def _are_classes(answers: Tensor | None) -> bool:
     """Return whether answers ``[B, ...]`` are scores of classes, ``[B, C]``."""
     return answers is not None and answers.dim() == 2 and answers.shape[1] > 1
+
+
+def _rounding(answers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return how far rounding may move answers ``[B, ...]`` at most, ``[B]``, float64."""
+    info = torch.finfo(dtype)
+    numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
+    units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps / 2)
+    return units.square().sum(1).sqrt().cpu()
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._arguments import real, sparing_logger
 from .._torch import outside
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
-from ..input_space.coverage import ErrorBars
+from ..input_space.error_bars import ErrorBars
 from ..scheduling import Ended, Hedge
 from ..workers.base import WorkerError
 from ..workers.task import unflatten

@@ -4,7 +4,21 @@ Codes then decode the residuals. :class:`Memory` learns by itself from exact ans
 :func:`distill` teaches a smaller network.
 """
 
+from typing import Any
+
 from .distillation import distill
 from .memory import Memory
 
 __all__ = ["Memory", "distill"]
+
+
+def checked(given: Any) -> tuple[Any, ...]:
+    """Return surrogates as a tuple: as an attribute, a module would be a submodule."""
+    several = tuple(given) if isinstance(given, list | tuple) else (given,)
+    for surrogate in several:
+        if not (callable(surrogate) or isinstance(surrogate, Memory)):
+            raise TypeError(
+                "CodedWrapper: surrogate must be a callable of the module's inputs, a Memory, or a "
+                f"list of such, got {type(surrogate).__name__}"
+            )
+    return several

@@ -94,7 +94,7 @@ def distill(
     if link not in (None, "softmax"):
         raise ValueError(f"distill: link must be None or 'softmax', got {link!r}")
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    taught, held_out = _divided([_Arguments(batch, device) for batch in batches])
+    taught, held_out = _divided([_checked(batch, device) for batch in batches])
     with torch.no_grad():
         exact = [_outputs(module, piece, link) for piece in held_out]
     variances = [torch.cat(x).var(0).mean().clamp(min=1e-30) for x in zip(*exact, strict=True)]
@@ -102,22 +102,21 @@ def distill(
     optimiser = torch.optim.Adam(
         (p for p in student.parameters() if p.requires_grad), learning_rate
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimiser, epochs * -(-taught.size // rows)
-    )
+    size = _size(taught)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-size // rows))
 
     def learn(some: Tensor) -> None:
-        step = taught.at(some)
+        step = _rows(taught, some)
         if augment is not None:
-            step = _Arguments(augment(*step.args), device)
-        step = step.mixed(generator).noisy(noise, generator)
+            step = _checked(augment(*step), device)
+        step = _noisy(_mixed(step, generator), noise, generator)
         with torch.no_grad():
             wanted = _outputs(module, step, link)
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in map(_wide, wanted)]).all(0)
         if not bool(finite.all()):  # mixtures may lie where the module has no outputs
             if not bool(finite.any()):
                 return
-            step, wanted = step.at(finite), [leaf[finite] for leaf in wanted]
+            step, wanted = _rows(step, finite), [leaf[finite] for leaf in wanted]
         with torch.enable_grad():
             pairs = zip(_outputs(student, step, link), wanted, variances, strict=True)
             loss = torch.stack([(got - y).square().mean() / v for got, y, v in pairs]).mean()
@@ -130,7 +129,7 @@ def distill(
     best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
     for epoch in range(epochs):
         student.train()
-        for some in torch.randperm(taught.size, generator=generator, device=device).split(rows):
+        for some in torch.randperm(size, generator=generator, device=device).split(rows):
             learn(some)
         error = _error(student.eval(), held_out, exact, variances, link)
         waited += 1
@@ -152,94 +151,93 @@ def distill(
     return best
 
 
-class _Arguments:
-    """Positional arguments, whose tensors have their batch along dimension 0."""
+# Batches are tuples of positional arguments, whose tensors have the batch along dimension 0.
 
-    def __init__(self, batch: Any, device: torch.device) -> None:
-        leaves, self._spec = pytree.tree_flatten(batch if isinstance(batch, tuple) else (batch,))
-        self._leaves = [x.detach().to(device) if isinstance(x, Tensor) else x for x in leaves]
-        tensors = [x for x in self._leaves if isinstance(x, Tensor)]
-        sizes = {x.shape[:1] for x in tensors}
-        if len(sizes) != 1 or not all(sizes):
-            raise ValueError(
-                "distill: batches must hold tensors of one batch size along dimension 0, got "
-                f"{[tuple(x.shape) for x in tensors]}"
-            )
-        self.size = len(tensors[0])
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        args: tuple[Any, ...] = pytree.tree_unflatten(self._leaves, self._spec)
+def _checked(batch: Any, device: torch.device) -> Any:
+    """Return the arguments of a batch, on the device."""
+    args = batch if isinstance(batch, tuple) else (batch,)
+    shapes = [tuple(x.shape) for x in _tensors(args)]
+    if len({shape[:1] for shape in shapes}) != 1 or not all(shapes):
+        raise ValueError(
+            f"distill: batches must hold tensors of one batch size along dimension 0, got {shapes}"
+        )
+    return _changed(args, lambda x: x.detach().to(device))
+
+
+def _tensors(args: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
+
+
+def _changed(args: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return pytree.tree_map_only(Tensor, change, args)
+
+
+def _size(args: Any) -> int:
+    return len(_tensors(args)[0])
+
+
+def _rows(args: Any, rows: Tensor | slice) -> Any:
+    return _changed(args, lambda x: x[rows])
+
+
+def _mixed(args: Any, generator: torch.Generator) -> Any:
+    """Return arguments whose second half is mixed with the first, if all tensors can be mixed.
+
+    Each row is between two rows, and moved away from two others: the weights sum to one, and some
+    are negative.
+    """
+    half = _size(args) // 2
+    if not half or not all(x.is_floating_point() for x in _tensors(args)):
+        return args
+    share, beyond = torch.rand(2, half, generator=generator, device=generator.device)
+    beyond = beyond * share * (1 - share)
+
+    def mix(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums may be too large
+        w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(wide.dtype) for one in (share, beyond))
+        first, second = wide[-half:], wide[:half]
+        away = first + second - first.roll(1, 0) - second.roll(1, 0)
+        return torch.cat([x[:-half], (torch.lerp(first, second, w) + v * away).to(x.dtype)])
+
+    return _changed(args, mix)
+
+
+def _noisy(args: Any, noise: float, generator: torch.Generator) -> Any:
+    """Return arguments whose rows have noise of levels of their own, up to ``noise``."""
+    if not noise or _size(args) < 2:
         return args
 
-    def changed(self, change: Callable[..., Tensor], *others: _Arguments) -> _Arguments:
-        """Return arguments with tensors made of these and of the same tensors of others."""
-        made = copy.copy(self)
-        columns = zip(self._leaves, *(other._leaves for other in others), strict=True)
-        made._leaves = [change(*x) if isinstance(x[0], Tensor) else x[0] for x in columns]
-        made.size = len(next(x for x in made._leaves if isinstance(x, Tensor)))
-        return made
+    def change(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        how: Any = {"generator": generator, "device": x.device, "dtype": x.dtype}
+        level = torch.rand(len(x), *[1] * (x.dim() - 1), **how)
+        return x + noise * x.std() * level * torch.randn(x.shape, **how)
 
-    def at(self, rows: Tensor | slice) -> _Arguments:
-        return self.changed(lambda x: x[rows])
-
-    def mixed(self, generator: torch.Generator) -> _Arguments:
-        """Return the second half mixed with the first, row by row, if all tensors can be mixed.
-
-        Each is between two rows, and moved away from two others: the weights sum to one, and some
-        are negative.
-        """
-        half = self.size // 2
-        tensors = [x for x in self._leaves if isinstance(x, Tensor)]
-        if not half or not all(x.is_floating_point() for x in tensors):
-            return self
-        share, beyond = torch.rand(2, half, generator=generator, device=generator.device)
-        beyond = beyond * share * (1 - share)
-
-        def mix(x: Tensor) -> Tensor:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))  # sums may be too large
-            w, v = (one.view(-1, *[1] * (x.dim() - 1)).to(wide.dtype) for one in (share, beyond))
-            first, second = wide[-half:], wide[:half]
-            away = first + second - first.roll(1, 0) - second.roll(1, 0)
-            return torch.cat([x[:-half], (torch.lerp(first, second, w) + v * away).to(x.dtype)])
-
-        return self.changed(mix)
-
-    def noisy(self, noise: float, generator: torch.Generator) -> _Arguments:
-        """Return every row with noise of a level of its own, up to ``noise``."""
-        if not noise or self.size < 2:
-            return self
-
-        def change(x: Tensor) -> Tensor:
-            if not x.is_floating_point():
-                return x
-            how: Any = {"generator": generator, "device": x.device, "dtype": x.dtype}
-            level = torch.rand(len(x), *[1] * (x.dim() - 1), **how)
-            return x + noise * x.std() * level * torch.randn(x.shape, **how)
-
-        return self.changed(change)
+    return _changed(args, change)
 
 
-def _divided(batches: list[_Arguments]) -> tuple[_Arguments, list[_Arguments]]:
+def _divided(batches: list[Any]) -> tuple[Any, list[Any]]:
     """Return the training rows, and held-out batches or parts of one, two rows each."""
-    pieces = batches
-    if len(batches) == 1 and batches[0].size >= 4:
-        number = min(_PIECES, batches[0].size // 2)
-        pieces = [batches[0].at(slice(i, None, number)) for i in range(number)]
-    elif len(batches) < 2 or min(batch.size for batch in batches) < 2:
-        sizes = [batch.size for batch in batches]
+    pieces, sizes = batches, [_size(batch) for batch in batches]
+    if len(batches) == 1 and sizes[0] >= 4:
+        number = min(_PIECES, sizes[0] // 2)
+        pieces = [_rows(batches[0], slice(i, None, number)) for i in range(number)]
+    elif len(batches) < 2 or min(sizes) < 2:
         raise ValueError(
             "distill: batches must hold four rows, or several batches two each, to hold some out, "
             f"got {f'{sum(sizes)} in {len(sizes)}' if sizes else 'no batch'}"
         )
     step = max(2, min(_PIECES, len(pieces)))
-    first, *others = [piece for i, piece in enumerate(pieces) if i % step]
-    return first.changed(lambda *x: torch.cat(x), *others), pieces[::step]
+    columns = zip(*(pytree.tree_leaves(x) for i, x in enumerate(pieces) if i % step), strict=True)
+    taught = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
+    return pytree.tree_unflatten(taught, pytree.tree_structure(pieces[1])), pieces[::step]
 
 
-def _outputs(module: nn.Module, arguments: _Arguments, link: str | None) -> list[Tensor]:
+def _outputs(module: nn.Module, args: Any, link: str | None) -> list[Tensor]:
     """Return the floating-point outputs, on the scale on which they are predicted."""
-    leaves = pytree.tree_leaves(module(*arguments.args))
+    leaves = pytree.tree_leaves(module(*args))
     outputs = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
     if link is None:
         return outputs
@@ -253,7 +251,7 @@ def _wide(leaf: Tensor) -> Tensor:
 @torch.no_grad()
 def _error(
     student: nn.Module,
-    pieces: Sequence[_Arguments],
+    pieces: Sequence[Any],
     exact: Sequence[Sequence[Tensor]],
     variances: Sequence[Tensor],
     link: str | None,

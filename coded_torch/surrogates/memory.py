@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
-from ..input_space.coverage import GROWTH
+from ..input_space.error_bars import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52, scaled
 from ..input_space.geometry import LANDMARKS, distances_among, evenly, typical_rows
 from ..input_space.metrics import (

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coded_torch.codes import NotEnoughResults, base
-from coded_torch.linear.base import accumulation_dtype
+from coded_torch.linear.maps import accumulation_dtype
 
 __all__ = ["CodeTests"]
 

@@ -225,6 +225,26 @@ def test_half_precision_and_autocast(way):
     assert coded(x.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["rows", "regression"])
+def test_radii_hold_rounded_answers(way, dtype):
+    """As wide as a float32 module of the same results has them, and the rounding."""
+    f, x = net(), rand(64, 4)
+
+    def run(wide):
+        module = Call(lambda x: (100 + f(x)).to(dtype).to(wide))
+        return wrap(way, module).run(x)
+
+    exact, known = run(torch.float32)
+    answers, report = run(dtype)
+    assert torch.equal(answers, exact.to(dtype))
+    moved = (answers.double() - exact.double()).norm(dim=1)
+    wider = (report.radii - known.radii)[report.predicted]
+    assert (wider >= moved[report.predicted]).all()
+    assert wider.max() < 200 * torch.finfo(dtype).eps
+    assert not report.radii[~report.predicted].any()
+
+
 def test_surrogates_are_no_part_of_the_module():
     student = linear(4, 3)
     coded = wrap("regression", surrogate=student)

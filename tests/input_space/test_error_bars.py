@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coded_torch import Regression
-from coded_torch.input_space.coverage import Bars, ErrorBars, Shrunk, bars, label_risks
+from coded_torch.input_space.error_bars import Bars, ErrorBars, bars, label_risks
 from coded_torch.input_space.gaussian_process import GaussianProcess
 
 POWER = 0.75 / 2
@@ -61,8 +61,8 @@ def problem(n, d, trust, seed):
     x, noise = normal(n + 1, d, seed=seed), normal(n + 1, 1, seed=seed + 1) / 10
     y = (x.sin().sum(1, keepdim=True) + noise)[:n]
     process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(n))
-    weights, variances = process.at(torch.tensor([n]))
-    return process, y, torch.lerp(y.mean(0), weights @ y, trust), weights, variances
+    weights, _ = process.at(torch.tensor([n]))
+    return process, y, torch.lerp(y.mean(0), weights @ y, trust)
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,8 +74,8 @@ def problem(n, d, trust, seed):
 )
 def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
     """Of one output it is the same, but where a result weighs so much that it is never odd."""
-    process, y, predicted, weights, variances = problem(n, d, trust, seed)
-    regression = Shrunk(process, trust, weights, variances)
+    process, y, predicted = problem(n, d, trust, seed)
+    regression = process, trust, torch.tensor([n])
     limits = bars(torch.tensor([n]), y, predicted, regression)
     found = ErrorBars(n + 1, [limits])
     for coverage in (0.8, 0.95):
@@ -91,9 +91,9 @@ def test_a_radius_is_that_of_full_conformal_prediction(n, d, trust, seed):
 @given(n=st.integers(19, 50), trust=st.floats(0.05, 1), seed=st.integers(0, 10**6))
 def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
     """The same output three times is as long as the square root of 3."""
-    process, y, predicted, weights, variances = problem(n, 2, trust, seed)
-    how = Shrunk(process, trust, weights, variances)
+    process, y, predicted = problem(n, 2, trust, seed)
     rows = torch.tensor([n])
+    how = process, trust, rows
     one = ErrorBars(n + 1, [bars(rows, y, predicted, how)]).radii(0.95)[n]
     three = bars(rows, y.expand(-1, 3), predicted.expand(-1, 3), how)
     ratio = ErrorBars(n + 1, [three]).radii(0.95)[n] / (one * math.sqrt(3))
@@ -104,10 +104,10 @@ def test_a_radius_of_several_outputs_is_at_least_as_large(n, trust, seed):
 def test_no_radius_is_larger_at_a_lower_level(trust):
     x, y = normal(60, 3), normal(60, 4, seed=1)
     process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(40))
-    weights, variances = process.at(torch.arange(40, 60))
+    weights, _ = process.at(torch.arange(40, 60))
     mean = y[:40].mean(0)
     predicted = torch.lerp(mean, weights @ y[:40], trust)
-    regression = Shrunk(process, trust, weights, variances) if trust else None
+    regression = (process, trust, torch.arange(40, 60)) if trust else None
     found = ErrorBars(60, [bars(torch.arange(40, 60), y[:40], predicted, regression)])
     levels = [found.radii(level) for level in (0.5, 0.8, 0.95, 0.98)]
     assert all(bool((low <= high).all()) for low, high in itertools.pairwise(levels))
@@ -148,11 +148,11 @@ def test_rows_of_a_batch_are_covered(rows, outputs, length):
 def test_wide_outputs_are_summed_in_blocks(monkeypatch):
     x, y = normal(40, 2), normal(40, 10, seed=1)
     process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
-    weights, variances = process.at(torch.arange(30, 40))
-    how = Shrunk(process, 0.7, weights, variances)
+    weights, _ = process.at(torch.arange(30, 40))
+    how = process, 0.7, torch.arange(30, 40)
     predicted = 0.7 * weights @ y[:30] + 0.3 * y[:30].mean(0)
     whole = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
-    monkeypatch.setattr("coded_torch.input_space.coverage._BLOCK", 3)
+    monkeypatch.setattr("coded_torch.input_space.error_bars._BLOCK", 3)
     parts = bars(torch.arange(30, 40), y[:30], predicted, how, labels=True)
     torch.testing.assert_close(parts.thresholds, whole.thresholds)
     torch.testing.assert_close(parts.risks, whole.risks)
@@ -168,8 +168,8 @@ def test_surrogates_take_part_in_labels_alone():
     """Radii are those of the residuals."""
     x, rest = normal(40, 2), normal(40, 3, seed=1) / 10
     process = GaussianProcess(torch.cdist(x, x).square(), 1.5, torch.arange(30))
-    weights, variances = process.at(torch.arange(30, 40))
-    how = Shrunk(process, 1.0, weights, variances)
+    weights, _ = process.at(torch.arange(30, 40))
+    how = process, 1.0, torch.arange(30, 40)
     classes = torch.nn.functional.one_hot(torch.arange(40) % 3, 3).double()
     args = torch.arange(30, 40), rest[:30], weights @ rest[:30], how
     without = bars(*args, labels=True)
@@ -183,6 +183,6 @@ def test_nothing_is_known_of_some_rows():
     found = ErrorBars(
         3, [Bars(torch.tensor([0, 2]), normal(1, 2, 30).fill_(1), normal(2).fill_(0))]
     )
-    found = found.without(torch.tensor([True, True, False]))
+    found = found.widened(torch.tensor([math.inf, math.inf, 0.0]))
     assert found.radii(0.9).tolist() == [math.inf, 0.0, 1.0]
     assert found.label_risks.tolist() == [1.0, 0.0, 0.0]

@@ -14,7 +14,7 @@ from .geometry import evenly
 if TYPE_CHECKING:
     from .gaussian_process import GaussianProcess
 
-__all__ = ["GROWTH", "Bars", "ErrorBars", "LeftOut", "Shrunk", "bars", "label_risks", "thresholds"]
+__all__ = ["GROWTH", "Bars", "ErrorBars", "bars", "label_risks"]
 
 #: The power of the variance by which errors are divided. With .75 every tercile of the standard
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
@@ -26,20 +26,89 @@ _MISSING, _CALIBRATING = 256, 200
 _BLOCK = 8192  # outputs whose residuals are in memory together, float64
 
 
-class LeftOut(NamedTuple):
-    """Results that are left out in turn: norms ``[n]``; of one output, the numbers themselves."""
+class Bars(NamedTuple):
+    """The error bars of rows that are predicted from the same results."""
 
-    variances: Tensor  # the predictions' variances, before shrinking to the mean
-    residuals: Tensor  # the results less their predictions, before shrinking
-    shrunk: Tensor  # the same, after shrinking
-    deviations: Tensor  # the results less the mean of all
+    rows: Tensor  # [L], of the batch
+    thresholds: Tensor  # [S, L, n]
+    risks: Tensor | None  # [L]; None if outputs are no [B, C]
+
+    def widened(self, by: Tensor) -> Bars:
+        """Return error bars of answers that are off by so much more, ``[L]``; infinity: unknown."""
+        risks = None if self.risks is None else self.risks.masked_fill(by.isinf(), 1.0)
+        return Bars(self.rows, self.thresholds + by[:, None], risks)
 
 
-def thresholds(
+def bars(
+    rows: Tensor,
+    results: Tensor,
+    predicted: Tensor,
+    regression: tuple[GaussianProcess, float, Tensor] | None,
+    offsets: Sequence[Tensor] = (),
+    *,
+    labels: bool = False,
+) -> Bars:
+    """Return the error bars of missing rows.
+
+    Args:
+        rows: ``[L]``, of the batch.
+        results: ``[M, C]``, that predict them.
+        predicted: ``[L, C]``, predictions of the missing rows.
+        regression: that predicted; how far it went away from the mean of the results, in (0, 1];
+            and its points of the missing rows. None if predictions are the mean.
+        offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``; or none.
+        labels: whether outputs are scores of classes.
+    """
+    count, signed = len(results), results.shape[1] == 1
+    if regression is None:
+        trust, left_out = 0.0, torch.arange(count)
+        weights = torch.zeros(len(rows), count, dtype=torch.float64)
+        variances, of_left_out = weights.new_ones(len(rows)), weights.new_ones(count)
+    else:
+        process, trust, points = regression
+        weights, variances = process.at(points)
+        left_out, of_left_out = process.left_out, process.leave_one_out_variances
+        weights = weights if len(left_out) == count else weights[:, left_out]
+    norms = torch.zeros(3, len(left_out), dtype=torch.float64)
+    moved = torch.zeros(len(rows), dtype=torch.float64)
+    errors = []
+    for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
+        y, answers = y.double(), answers.double()
+        mean = y.mean(0)
+        deviations = y[left_out] - mean
+        residuals = shrunk = deviations * (count / max(count - 1, 1))  # less the others' mean
+        if regression is not None:
+            residuals = process.leave_one_out_residuals(y)
+            shrunk = torch.lerp(shrunk, residuals, trust)
+        each, off = torch.stack([residuals, shrunk, deviations]), answers - mean
+        norms += each[:, :, 0] if signed else each.square_().sum(2)
+        moved += off[:, 0] if signed else off.square_().sum(1)
+        errors.append(shrunk)
+    if not signed:
+        norms, moved = norms.sqrt_(), moved.sqrt_()
+    risks = None
+    if labels and not signed:
+        outputs, answers = results.double(), predicted.double()
+        if offsets:
+            outputs, answers = outputs + offsets[0], answers + offsets[1]
+        of_results = outputs[left_out]
+        known = of_results - (errors[0] if len(errors) == 1 else torch.cat(errors, 1))
+        wrong = known.argmax(1) != of_results.argmax(1)
+        margins = _margins(answers) / variances.sqrt()
+        risks = label_risks(margins, _margins(known) / of_left_out.sqrt(), wrong)
+    found = of_left_out, *norms
+    if len(rows) > _MISSING:
+        some = evenly(len(left_out), _CALIBRATING)
+        weights, found = weights[:, some], tuple(x[some] for x in found)
+    limits = _thresholds(weights, variances, moved, found, trust, count, signed=signed)
+    return Bars(rows, limits, risks)
+
+
+def _thresholds(
     weights: Tensor,
     variances: Tensor,
     moved: Tensor,
-    left_out: LeftOut,
+    left_out: Sequence[Tensor],
     trust: float,
     count: int,
     *,
@@ -64,7 +133,8 @@ def thresholds(
         weights: ``[L, n]``, of the results that are left out, before shrinking.
         variances: ``[L]``, of the predictions, before shrinking.
         moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
-        left_out: of the n results.
+        left_out: ``[n]`` each, of the n results: variances and norms of residuals before shrinking,
+            norms of residuals after it, and norms of results less the mean of all.
         trust: how far predictions go away from the mean, in [0, 1].
         count: the number of all results, at least n.
         signed: whether there is one output, and numbers instead of norms are given.
@@ -72,28 +142,29 @@ def thresholds(
     Returns:
         ``[1, L, n]``, float64; or ``[2, L, n]``, for positive and for negative errors.
     """
+    of_left_out, residuals, shrunk, deviations = left_out
     rest, moved = 1 - trust, moved[:, None]
-    w, ratio = weights if signed else weights.abs(), left_out.variances / variances[:, None]
-    shrink = 1 / (
-        1 + w.square() * ratio
-    )  # the variance of j shrinks once row i is among the results
-    ratio = ratio * shrink
-    score, pull = ratio.pow(GROWTH / 2), trust * w * ratio + rest / count
-    after = trust * shrink * left_out.residuals
+    w, ratio = weights if signed else weights.abs(), of_left_out / variances[:, None]
+    # The variance of j shrinks once row i is among the results.
+    shrink = w.square().mul_(ratio).add_(1).reciprocal_()
+    ratio *= shrink
+    score, pull = ratio.pow(GROWTH / 2), (w * ratio).mul_(trust).add_(rest / count)
+    after = shrink * (trust * residuals)
     if rest:  # the mean of the others has row i in it, too
-        of_mean = rest * left_out.deviations
-        after = after + (1 + 1 / count) * of_mean
+        of_mean = rest * deviations
+        after += (1 + 1 / count) * of_mean
         if signed:
             after += rest * (w * ratio - 1 / count) * moved
         else:  # both are at least as large as the norm
-            other = left_out.shrunk + trust * (1 - shrink) * left_out.residuals
+            other = shrunk + trust * (1 - shrink) * residuals
             after = torch.minimum(after, other + of_mean / (count * max(count - 1, 1)))
             after += rest * (w * ratio + 1 / count) * moved
-    gaps = (score - pull)[None]
+    never = score <= pull.abs()  # no error makes row i odder
+    gaps = score[None] - pull
     if signed:
-        pull = pull * after.sign()
+        pull *= after.sign()
         gaps = torch.stack([score + pull, score - pull])
-    return torch.where((gaps > 0) & (score > pull.abs()), after.abs() / gaps, math.inf)
+    return (after.abs_() / gaps).masked_fill_(never, math.inf)
 
 
 def label_risks(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
@@ -107,96 +178,6 @@ def label_risks(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
     worse = left_out[wrong].sort().values
     larger = len(worse) - torch.searchsorted(worse, margins)
     return (1 + larger).double() / (len(wrong) + 1)
-
-
-class Bars(NamedTuple):
-    """The error bars of rows that are predicted from the same results."""
-
-    rows: Tensor  # [L], of the batch
-    thresholds: Tensor  # [S, L, n]
-    risks: Tensor | None  # [L]; None if outputs are no [B, C]
-
-    def without(self, unknown: Tensor) -> Bars:
-        """Return infinite error bars for some rows, bool ``[L]``, and the same for others."""
-        limits = self.thresholds.masked_fill(unknown[:, None], math.inf)
-        return Bars(self.rows, limits, _filled(self.risks, unknown))
-
-
-class Shrunk(NamedTuple):
-    """A regression that is shrunk to the mean of the results."""
-
-    process: GaussianProcess
-    trust: float  # the share of the way from the mean, in (0, 1]
-    weights: Tensor  # both as process.at returns them for missing rows
-    variances: Tensor
-
-
-def bars(
-    rows: Tensor,
-    results: Tensor,
-    predicted: Tensor,
-    regression: Shrunk | None,
-    offsets: Sequence[Tensor] = (),
-    *,
-    labels: bool = False,
-) -> Bars:
-    """Return the error bars of missing rows.
-
-    Args:
-        rows: ``[L]``, of the batch.
-        results: ``[M, C]``, that predict them.
-        predicted: ``[L, C]``, predictions of the missing rows.
-        regression: that predicted; None if predictions are the mean of the results.
-        offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``; or none.
-        labels: whether outputs are scores of classes.
-    """
-    num_missing, count = len(rows), len(results)
-    if regression is None:
-        trust, left_out = 0.0, torch.arange(count)
-        weights = torch.zeros(num_missing, count, dtype=torch.float64)
-        variances, left_out_variances = weights.new_ones(num_missing), weights.new_ones(count)
-    else:
-        process, trust, weights, variances = regression
-        left_out, left_out_variances = process.left_out, process.leave_one_out_variances
-        weights = weights[:, left_out]
-    signed = results.shape[1] == 1
-    norms = torch.zeros(3, len(left_out), dtype=torch.float64)
-    moved = torch.zeros(num_missing, dtype=torch.float64)
-    errors = []
-    for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
-        y, answers = y.double(), answers.double()
-        mean = y.mean(0)
-        deviations = y[left_out] - mean
-        residuals = shrunk = deviations * (count / max(count - 1, 1))  # less the others' mean
-        if regression is not None:
-            residuals = process.leave_one_out_residuals(y)
-            shrunk = torch.lerp(shrunk, residuals, trust)
-        each, off = torch.stack([residuals, shrunk, deviations]), answers - mean
-        norms += each[:, :, 0] if signed else each.square().sum(2)
-        moved += off[:, 0] if signed else off.square().sum(1)
-        errors.append(shrunk)
-    if not signed:
-        norms, moved = norms.sqrt(), moved.sqrt()
-    found = LeftOut(left_out_variances, *norms)
-    risks = None
-    if labels and results.shape[1] > 1:
-        outputs, answers = results.double(), predicted.double()
-        if offsets:
-            outputs, answers = outputs + offsets[0], answers + offsets[1]
-        of_left_out = outputs[left_out]
-        known = of_left_out - torch.cat(errors, 1)
-        wrong = known.argmax(1) != of_left_out.argmax(1)
-        margins = _margins(answers) / variances.sqrt()
-        risks = label_risks(margins, _margins(known) / left_out_variances.sqrt(), wrong)
-    if num_missing > _MISSING:
-        some = evenly(len(left_out), _CALIBRATING)
-        weights, found = weights[:, some], LeftOut(*(x[some] for x in found))
-    limits = thresholds(weights, variances, moved, found, trust, count, signed=signed)
-    return Bars(rows, limits, risks)
-
-
-def _filled(risks: Tensor | None, unknown: Tensor) -> Tensor | None:
-    return None if risks is None else risks.masked_fill(unknown, 1.0)
 
 
 def _margins(outputs: Tensor) -> Tensor:
@@ -255,9 +236,9 @@ class ErrorBars:
         bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
         return ErrorBars(self.batch_size, bars)
 
-    def without(self, unknown: Tensor) -> ErrorBars:
-        """Return infinite error bars for some rows, bool ``[B]``, and the same for others."""
-        return ErrorBars(self.batch_size, [x.without(unknown[x.rows]) for x in self._bars])
+    def widened(self, by: Tensor) -> ErrorBars:
+        """Return error bars of answers that are off by so much more, ``[B]``; infinity: unknown."""
+        return ErrorBars(self.batch_size, [x.widened(by[x.rows]) for x in self._bars])
 
     @property
     def label_risks(self) -> Tensor | None:
