@@ -207,7 +207,6 @@ def deadline(quick: bool) -> dict[str, Any]:
             late, outcomes = _lateness(coded, count)
         found[name] = {"outcomes": outcomes, "ms after the deadline": _percentiles(late)}
         every += late
-    found["a bare sleep, ms after its time"] = _percentiles([_oversleep() for _ in range(count)])
     found["bars"]["p99, ms after the deadline"] = [round(float(np.percentile(every, 99)), 2), 10.0]
     found["bars"]["latest, ms after the deadline"] = [round(max(every), 2), 30.0]
     return found
@@ -215,13 +214,6 @@ def deadline(quick: bool) -> dict[str, Any]:
 
 def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
     return percentiles([x / 1e3 for x in milliseconds])
-
-
-def _oversleep() -> float:
-    """Return the milliseconds by which this machine wakes a thread too late."""
-    start = time.perf_counter()
-    time.sleep(DEADLINE)
-    return (time.perf_counter() - start - DEADLINE) * 1e3
 
 
 def _lateness(coded: CodedWrapper, count: int) -> tuple[list[float], dict[str, int]]:
