@@ -91,13 +91,14 @@ class Chaos:
     def _stop(self, place: int, pid: int) -> None:
         """Stop a process, but for a tenth of the time if it is delayed."""
         end = time.monotonic() + _FAULT_SECONDS
-        seconds = _FAULT_SECONDS if self.faults[place] == "pause" else 0.9 * _TURN_SECONDS
         with _continued(pid):
             while time.monotonic() < end:
                 self._signal(place, pid, signal.SIGSTOP)
-                time.sleep(seconds)
-                self._signal(place, pid, signal.SIGCONT)
-                time.sleep(0.1 * _TURN_SECONDS)
+                time.sleep(0.9 * _TURN_SECONDS)
+                if self.faults[place] == "delay":
+                    self._signal(place, pid, signal.SIGCONT)
+                    time.sleep(0.1 * _TURN_SECONDS)
+            self._signal(place, pid, signal.SIGCONT)
 
     def _signal(self, place: int, pid: int, number: int) -> None:
         if self.pool.states[place][1] != pid:  # the number may be another process's by now

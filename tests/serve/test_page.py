@@ -149,9 +149,12 @@ def test_a_fault_ends(action, monkeypatch):
     assert (chaos.faults, pool.adversaries) == ({}, ())
     assert set(seen) == {(0,)} if action == "corrupt" else {()}
     stops = [number for _, number in pool.signals]
-    turns = {"pause": 1, "corrupt": 0}.get(action, len(stops) // 2)
-    assert stops == [signal.SIGSTOP, signal.SIGCONT] * turns
-    assert turns > 1 or action != "delay"
+    stop, go = signal.SIGSTOP, signal.SIGCONT
+    if action == "pause":
+        assert stops == [stop] * (len(stops) - 1) + [go]
+    elif action == "delay":
+        assert stops == [stop, go] * (len(stops) // 2) + [go]
+    assert (len(stops) > 2) is (action != "corrupt")
 
 
 def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
