@@ -3,15 +3,12 @@
 To add a pool on real time:
 
 1. Read the rules of :class:`Workers`.
-2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`, which queues the parts: ``send``
-   hands a job to a worker. A worker calls :func:`~coded_torch.workers.faults.compute` under
-   ``job.request.ambient.restored``, and reports by ``settle``, or by ``fail`` with
-   ``kind="raised"`` if the module raised.
+2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a job to a worker. It
+   calls :func:`~coded_torch.workers.faults.compute` under ``job.request.ambient.restored``, and
+   reports by ``settle``, or by ``fail`` with ``kind="raised"`` if the module raised.
 3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``open`` returns a
-   :class:`~coded_torch.workers.live.LiveRequest`. Requests must not hold the pool, so that it ends
-   when nothing else holds it.
-4. Test it: inherit ``coded_torch.testing.workers.WorkersTests``. ``tests/workers/test_threads.py``
-   is a pool of 50 lines.
+   :class:`~coded_torch.workers.live.LiveRequest`, which must not hold the pool.
+4. Inherit ``coded_torch.testing.workers.WorkersTests``, as ``tests/workers/test_threads.py`` does.
 """
 
 from typing import TYPE_CHECKING, Any

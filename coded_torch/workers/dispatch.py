@@ -157,8 +157,7 @@ class Dispatcher(abc.ABC, Generic[W]):
     @property
     def num_idle(self) -> int:
         """The number of workers that would begin a job at once."""
-        with self._changed:
-            return len(self._idle)
+        return len(self._idle)
 
     def status(self, request: LiveRequest) -> str:
         """Return why parts of a request may not have begun, in words."""

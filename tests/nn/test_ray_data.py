@@ -71,7 +71,7 @@ def killed(log):
     pool = ProcessWorkers(2).start(nn.Flatten(), timeout=WAIT)
 
     def kill():
-        while not threading.Event().wait(0.3):
+        while not threading.Event().wait(0.1):
             if pids := pool.pids:
                 os.kill(pids[0], signal.SIGKILL)
                 log.write_text(str(pids[0]))
@@ -82,11 +82,14 @@ def killed(log):
 
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")  # Ray's own
-def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path):
+def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
+    for name in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "0")  # Ray listens on the loopback interface only
     pytest.importorskip("ray.data", reason="needs the extra 'ray-data'")
     import ray
 
-    ray.init("local", include_dashboard=False, _node_ip_address="127.0.0.1", log_to_driver=False)
+    local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "log_to_driver": False}
+    ray.init("local", num_cpus=2, **local)
     try:
         rows = np.arange(3000, dtype=np.float32).reshape(1000, 3)
         make = functools.partial(killed, log := tmp_path / "killed")

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from coded_torch.verification import Strikes
+from coded_torch.workers import DeviceWorkers
 
 
 def of(num_workers=24, share=0.02):
@@ -74,3 +75,14 @@ class TestDrawn:
 
     def test_nothing_is_drawn_for_one_worker(self):
         assert of(1, 0.1).draw([range(10)]).rows == frozenset()
+
+
+def test_the_workers_are_those_that_the_pool_has_now():
+    with DeviceWorkers(["cpu"] * 4) as pool:
+        strikes = Strikes.of(pool, 0.1)
+        assert strikes.workers == {0, 1, 2, 3}
+        pool.drain(1)
+        assert strikes.workers == strikes.everyone == {0, 2, 3}
+        pool.resize(4)
+        assert strikes.everyone == {0, 1, 2, 3}
+    assert Strikes.of(pool, None) is None
