@@ -55,20 +55,12 @@ def serve(args: argparse.Namespace) -> None:
     memory = [Memory()] if args.memory else []
     with usage("serve"):
         workers = _workers(args)
-        built = app(
-            CodedWrapper(
-                module,
-                workers=workers,
-                parts=args.parts,
-                surrogate=memory,
-                verify=args.verify or None,
-            ),
-            name=name,
-            inputs=inputs,
-            outputs=outputs,
-            examples=examples,
-            **{limit: getattr(args, limit) for limit in limits},
+        coded = CodedWrapper(
+            module, workers=workers, parts=args.parts, surrogate=memory, verify=args.verify or None
         )
+        how: dict[str, Any] = {limit: getattr(args, limit) for limit in limits}
+        how |= {"name": name, "inputs": inputs, "outputs": outputs, "examples": examples}
+        built = app(coded, **how)
     if is_local or args.page:
         chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
         add_page(built, chaos=chaos, is_local=is_local)
