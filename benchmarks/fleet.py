@@ -197,7 +197,7 @@ def faults(some: Sequence[str], client: str, count: int, rate: float) -> dict[st
         policy = Waiting(deadline=UNDER_FAULTS) if client == "ours" else client
         found = driven(fleet, policy, 4, rate, count, **options)
     bars = {"lost": 0, "wrong": 0, "p99.9": 1e3 * UNDER_FAULTS + 10}
-    return {"clients": {client: found}, "bars": {key: [found[key], x] for key, x in bars.items()}}
+    return {**found, "bars": {key: [found[key], x] for key, x in bars.items()}}
 
 
 def overhead(runs: int) -> dict[str, Any]:

@@ -63,6 +63,16 @@ NAMES = {
     "hedge, deadline": "`Waiting(deadline=...)`",
     "hedge at the fence": "hedge at the hedging threshold",
     "coded at once": "all N at once, the paper's way",
+    "ours": "`CodedWrapper`",
+    "ours, exact": "`CodedWrapper`, exact",
+    "ours, deadline": "`CodedWrapper`, deadline",
+    "no hedge": "httpx",
+    "tenacity": "httpx, retries of tenacity",
+    "hedge-python": "httpx, hedge-python",
+    "imap": "`multiprocessing.Pool.imap`",
+    "futures": "`ProcessPoolExecutor.map`",
+    "Ray Data": "Ray Data, `map_batches`",
+    "more": "p50 over the bare client's",
 }
 #: The trivial baselines, of which no table of answers lacks one.
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
@@ -165,6 +175,14 @@ def number(stars: Sequence[str], found: Any) -> str:
     return ", bar ".join(f"{x:g}" for x in pair) if isinstance(pair[0], int | float) else ""
 
 
+def finished(stars: Sequence[str], found: Mapping[str, Any]) -> str:
+    """Return the seconds of a job, or how it ended before its end."""
+    if found["ended"] != "complete":
+        return f"{found['ended']}, {found['lost']:,} rows lost"
+    faults = [f", {n:,} rows {what}" for what in ("lost", "repeated") if (n := found[what])]
+    return f"{found['wall']:.1f} s" + "".join(faults)
+
+
 def missed(stars: Sequence[str], pair: Any) -> str:
     """Return "missed" if a number misses its bar; minus signs turn a bar around."""
     return "missed" if pair[0] > pair[1] else ""
@@ -231,6 +249,13 @@ SCORES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "classes changed": changed,
 }
 BARS = {"measured": "0:g", "bar": "1:g", "": missed}
+CLIENTS = LATENCY | {
+    "lost": "lost:d",
+    "wrong": "wrong:d",
+    "predicted": "predicted:.2%",
+    "extra requests": "extra requests:.1%",
+    "extra work": lambda _, found: f"{100 * (found['work'] - 1):.1f} %",
+}
 TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = {
     "coverage": Table(
         "coverage > *",
@@ -302,6 +327,11 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "verification": found_wrong,
     "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
+    "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
+    "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
+    "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),
+    "jobs": Table("job > cases > * > *", ("", ""), {"": finished}, 0),
+    "job_memory": Table("job > memory > *", ("",), {"MB": ":.0f"}),
     "convergence": Table(
         "convergence > * > * > *",
         ("", "lost", ""),
@@ -376,6 +406,25 @@ PAGES = {
         "Resilience",
         "Times are milliseconds. A minus sign turns a bar around.",
         {"resilience": "Bars"},
+    ),
+    "fleets": Page(
+        "Fleets and jobs",
+        "Six servers of the Open Inference Protocol answer in 5 ms ± 2 ms, or later. Requests "
+        "arrive at random. `CodedWrapper` on `EndpointWorkers` may hedge as much as hedge-python "
+        "0.3.0 does with its defaults, exactly, or with a deadline of 15 ms and a memory. Tenacity "
+        "tries again after 25 ms. Latencies, in milliseconds, are of requests that were answered. "
+        "Under faults a request has four parts, our deadline is 100 ms, and `verify=0.02` is set "
+        "where a server returns wrong numbers.\n\n"
+        "Jobs are 50,000 rows in batches of 256 on six worker processes, which sleep 7.2 ms a row. "
+        "Tasks of the others are as large as parts of `CodedWrapper.map`. All workers are up "
+        "before the time begins.",
+        {
+            "jobs": "Seconds of a job, or how it ended",
+            "job_memory": "Megabytes of the process that sends 1,000,000 rows",
+            "fleet": "Fleets, by client",
+            "fleet_faults": "Faults of servers",
+            "fleet_bars": "Bars",
+        },
     ),
     "theory": Page(
         "Theory",
