@@ -51,8 +51,8 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there are no batches, there is nothing to choose a number from, the code has
-            no such number, or none of the codes can decode the received sets.
+        ValueError: there are no batches, or no values of a number; the code has no such number; or
+            none of the codes can decode the received sets.
 
     Note:
         The module runs once on every batch, and N / K times as much for every encoder that mixes.
@@ -167,8 +167,8 @@ def calls_of(owner: str, module: nn.Module, batches: Any) -> list[tuple[Any, ...
 class Trial:
     """One batch: the module's answers, and the answers that schemes give.
 
-    The module runs in this process, without gradients: once on the batch, and once for each
-    distinct encoder, on the coded inputs of the workers that are in a received set.
+    The module runs in this process, without gradients. It runs once on the batch, and once for each
+    distinct encoder, on the coded inputs of the received workers.
 
     Args:
         module, in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.

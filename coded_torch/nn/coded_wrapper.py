@@ -38,8 +38,8 @@ class CodedWrapper(ModuleProxy):
 
     Answers from workers that reply in time are exact. The rest are predicted. There are two uses:
 
-    - Without a code, the batch is divided by *rows*: each is computed once, late parts are hedged,
-      and the rows that are missing in the end are predicted from the others by ``predictor``.
+    - Without a code, the batch is divided by *rows*: each is computed once, and late parts are
+      hedged. In the end, ``predictor`` predicts missing rows from the others.
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
@@ -52,11 +52,11 @@ class CodedWrapper(ModuleProxy):
     The names of its parameters begin with ``module.``. Compiling the wrapper compiles the module,
     for workers in this process only.
 
-    Tensors of the inputs and outputs may be nested in any pytree. A result that is an error, not
-    finite, of another batch size, or unlike most in structure, shape or dtype, counts as missing
-    and is rejected: mask logits with a large negative number, not ``-inf``. By rows, and with codes
-    that repeat inputs, rows with NaN or infinity are computed, too; if the result of such a row is
-    missing, its answer is the mean of the others, with an infinite radius.
+    Tensors of the inputs and outputs may be nested in any pytree. A result is rejected, and counts
+    as missing, if it is not finite, of another batch size, or unlike most in structure, shape or
+    dtype. So mask logits with a large negative number, not ``-inf``. By rows, and with codes that
+    repeat inputs, rows with NaN or infinity are computed, too. If the result of such a row is
+    missing, the mean of the others is its answer, with an infinite radius.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
@@ -70,21 +70,21 @@ class CodedWrapper(ModuleProxy):
         parts: the number of parts that a batch is divided into by rows. Defaults to one for each
             worker; required for ``LocalWorkers``, which has no number of workers.
         predictor: predicts missing rows. Defaults to ``Regression()``.
-        surrogate: cheap approximations of the module, one or a sequence: callables of its inputs
-            whose outputs are like its own, such as a smaller network
-            (:func:`coded_torch.surrogates.distill`), or a
+        surrogate: cheap approximations of the module, one or a sequence. Each is a callable of its
+            inputs with like outputs, such as a smaller network
+            (:func:`coded_torch.surrogates.distill`). Or it is a
             :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
             is missing, their residuals are predicted; a surrogate that does not help gets weight 0.
             They run in this process, without gradients. Defaults to none; refused with codes that
             mix inputs.
-        verify: the share of rows, such as 0.02, that a second worker computes, to find workers that
-            return wrong results: these are corrected, and such workers excluded. By rows, on pools
-            of at least three workers; with two, disputes are only reported. Defaults to None, none.
-        in_dims: as in :func:`torch.func.vmap`, for the positional arguments: the batch dimension
-            of each, an integer; "shared" or None for a value that is meant for the whole batch; or
-            a pytree prefix of such. A tensor that is given as None and has the batch size along
-            its first dimension is refused: say "shared" if it is meant for all. Tensors in keyword
-            arguments are divided along dimension 0. Defaults to 0.
+        verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
+            corrected, and workers that return them are excluded. By rows, on pools of at least
+            three workers; with two, disputes are only reported. Defaults to None, none.
+        in_dims: as in :func:`torch.func.vmap`, for the positional arguments. Each has its batch
+            dimension, an integer, or "shared" or None for a value meant for the whole batch. A
+            pytree prefix of such is one for nested arguments. A tensor under None whose first
+            dimension has the batch size is refused: say "shared" if it is meant for all. Tensors in
+            keyword arguments are divided along dimension 0. Defaults to 0.
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 
@@ -99,7 +99,7 @@ class CodedWrapper(ModuleProxy):
         TypeError, ValueError: an argument is of another kind than said, or does not fit others. In
             calls: inputs cannot be divided or coded; no part's output can be decoded.
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
-            for; its cause is the error of the first part that had one. A
+            for. Its cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
         Exception: in calls, of the module, if it fails on a row on two workers alike. Its ``rows``,
             ``answers`` (NaN in rows that were not computed) and ``report`` hold the results.

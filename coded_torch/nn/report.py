@@ -58,14 +58,14 @@ class Report:
         hedges: the parts that stood in for late or failed ones.
         predicted: bool ``[B]``, on the host: the answers that are not the module's own result of
             their input. None before there are answers.
-        radii: float64 ``[B]``, on the host: the norm of the error of each answer (of the first
-            decoded output) is at most its radius with probability ``coverage`` of the
-            :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is
-            not finite, or too few results arrived. None under a link, or if the code mixes inputs.
+        radii: float64 ``[B]``, on the host: bounds of errors of the first decoded output. The norm
+            of an answer's error is at most its radius with the probability ``coverage`` of the
+            :class:`~coded_torch.Regression`. 0 if the answer is exact, infinite if its input is not
+            finite, or too few results arrived. None under a link, or if the code mixes inputs.
         coverage: the level of the radii; None if there are none.
-        label_risks: float64 ``[B]``, on the host: the estimated probability that the largest number
-            of each answer (of the first decoded output, ``[B, C]``) is not the module's. 0 if
-            the answer is exact. None for other outputs, or if the code mixes inputs.
+        label_risks: float64 ``[B]``, on the host: for a first decoded output ``[B, C]``, the
+            estimated probability that an answer's largest number is not the module's. 0 if the
+            answer is exact. None for other outputs, or if the code mixes inputs.
         surrogate_weights: for every decoded output, of each surrogate; 0 if the surrogate failed or
             did not improve the prediction. Empty if nothing was predicted.
         ended: why the call waited no longer. "complete": every result is there; "first": the first
@@ -76,9 +76,9 @@ class Report:
             not known yet.
         deadline: seconds from the call after which it was to end; None if there was none.
         num_groups: G, the number of groups; 0 if the batch was divided by rows.
-        distances: for each decoded output (and each block of a large batch), the metric and length
-            by which missing answers were predicted, and how well they predict results from each
-            other. Empty if nothing was missing or the code has no choice.
+        distances: for each decoded output, and each block of a large batch, the metric and length
+            that predicted missing answers. Each says how well it predicts results from each other.
+            Empty if nothing was missing or the code has no choice.
         missing_rows: the rows that no worker computed, if the batch was divided by rows.
         errors: by missing row, the error of the last part that held it, if there was one.
         refused: the rows on which the module itself fails: it raised alike on two workers, or ended

@@ -124,8 +124,8 @@ class Results:
         carries: whether tensors of any dtype can be answers.
 
     Attributes:
-        good: the largest group of results of one form, in the order of arrival; of equal ones, the
-            group of the part that was asked first.
+        good: the largest group of results of one form, in the order of arrival. Of equal groups, it
+            is the one of the part that was asked first.
         units: the units with a good result.
     """
 

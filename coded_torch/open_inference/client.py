@@ -134,8 +134,8 @@ class Client:
     ) -> list[Tensor]:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model.
 
-        Raises a RemoteError if the model failed, a RefusedError if the request is wrong, a
-        BusyError if the server takes none now, and else an EndpointError.
+        Raises a RemoteError if the model failed, and a RefusedError if the request is wrong. A
+        server that takes none now is a BusyError, all else an EndpointError.
         """
         body, length = request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}

@@ -51,8 +51,8 @@ class Conditions:
         spread: the standard deviation of the factor's logarithm, at least 0. Defaults to 0.15.
         straggling: the probability that a part runs 5 to 50 times as long (log-uniform). Defaults
             to 0.
-        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform), in
-            exponential spells of 100 mean times between two calls. Defaults to 0.
+        slow: the share of time in which a worker is 3 to 10 times as slow (log-uniform). Spells are
+            exponential, of 100 mean times between two calls. Defaults to 0.
         dead: the probability that a part fails, after ``dead_after``. Defaults to 0.
         dead_after: the time after which a part fails, positive. Defaults to 100.
         bursts: the mean time between two bursts (exponential), in each of which a fifth of the
@@ -126,8 +126,8 @@ def simulate(
     """Simulate calls on workers that compute one part at a time, from one queue.
 
     Calls arrive as a Poisson process. An idle worker begins the next part that is still wanted, and
-    computes it to its end. All policies meet the same faults under the same seed: by call and part
-    for the first ask, by worker and time for slow spells and bursts.
+    computes it to its end. All policies meet the same faults under the same seed. Faults of a first
+    ask depend on call and part, slow spells and bursts on worker and time.
 
     Args:
         policy: a :class:`~coded_torch.Waiting`, or any object that has its ``decide``. If it asks

@@ -1,7 +1,7 @@
 """The page at ``/`` of a server: its workers, latencies and answers, and faults on demand.
 
-A page of another site can post to a loopback address. So the page acts only if the faults are
-allowed, with a random token of the page, from its own origin and under a loopback name.
+A page of another site can post to a loopback address. So the page acts only if faults are allowed.
+It needs a random token of the page, its own origin and a loopback name.
 """
 
 from __future__ import annotations

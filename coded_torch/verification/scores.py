@@ -139,8 +139,8 @@ class Fit:
     def scores(self, outputs: Tensor) -> dict[int, float]:
         r"""Score the rows: the sum of the logarithms of the energy and the peak of their residuals.
 
-        With leave-one-out residuals z in robust standard deviations, and S their robust correlation
-        between outputs, the energy is :math:`z^T S^{-1} z`, and the peak the largest of
+        Let z be leave-one-out residuals in robust standard deviations, and S their robust
+        correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
         :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
 
         Args:

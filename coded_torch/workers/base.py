@@ -149,7 +149,7 @@ class Workers(abc.ABC):
     3. A worker ends its part, wanted or not, before it takes another one.
     4. Each part that has begun ends in one reply, at the latest after the ``timeout`` of the pool.
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error
-       with that cause, and other parts go on.
+       with that cause. Other parts go on.
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
        unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
        applies :attr:`Part.fault`.

@@ -97,13 +97,14 @@ def kill_own_process() -> None:
 class FaultyWorkers(Workers):
     r"""A pool whose calls are late, hang, crash or return wrong results, by one seed.
 
-    Faults happen where the module runs: a delayed call keeps its worker busy, a crash ends its
-    process (a thread raises instead), a hung call stays until the pool ends it. On
+    Faults happen where the module runs: a delayed call keeps its worker busy, and a hung call stays
+    until the pool ends it. A crash ends its process; a thread raises instead. On
     :class:`~coded_torch.workers.LocalWorkers` delays pass on the virtual clock.
 
-    The faults of a part depend on the seed, the number of its request (in the order in which
-    requests first ask) and its own number, not on timing. If a request first asks for n parts, part
-    p has entry p modulo n of draw p // n for n workers. Laws with a state move on once a request.
+    The faults of a part depend on the seed, the number of its request and its own number, not on
+    timing. Requests count in the order in which they first ask. If a request first asks for n
+    parts, part p has entry p modulo n of draw p // n for n workers. Laws with a state move on once
+    a request.
 
     Args:
         pool: the pool that computes, and is closed with this one.

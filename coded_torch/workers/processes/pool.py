@@ -47,9 +47,9 @@ class ProcessWorkers(SupervisedWorkers):
     takes longer than ``grace`` for a part, is replaced at once. Its part has failed, and the
     request goes on. Ctrl-C ends the processes that compute parts of the interrupted call.
 
-    The module is sent to each process once, and again when a parameter or buffer was replaced or
-    changed in place, or ``train`` or ``eval`` was called. All processes share one copy of its
-    weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
+    The module is sent to each process once. It is sent again when a parameter or buffer was
+    replaced or changed in place, or ``train`` or ``eval`` was called. All processes share one copy
+    of its weights. Call :meth:`forget` after other changes: of attributes, through ``.data``, or of
     tensors made in inference mode. Changes that a call makes to the module stay in its process.
 
     Each process draws its own random numbers, from torch, NumPy and :mod:`random`. The seed depends
@@ -81,9 +81,9 @@ class ProcessWorkers(SupervisedWorkers):
         on Windows.
 
         Processes are forked, in some 50 ms, from a server that has imported torch and the packages
-        of the module's classes, but for packages that start threads or initialise CUDA. The server
-        takes seconds to start, and serves all pools of this process that need the same packages. A
-        new process loads the module that was sent last before it gets parts.
+        of the module's classes. Packages that start threads or initialise CUDA are left out. The
+        server takes seconds to start, and serves all pools of this process that need the same
+        packages. A new process loads the module that was sent last before it gets parts.
     """
 
     def __init__(
