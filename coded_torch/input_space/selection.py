@@ -217,8 +217,7 @@ class Part:
         fitted = self._fit(points, _few(of_used).double())
         regression = None
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
-            process, trust = fitted.process, fitted.choice.trust
-            regression = process, trust, missing
+            regression = fitted.process, fitted.choice.trust, missing
         found = bars(rows, of_used, predicted, regression, offsets, labels=results.dim() == 2)
         if self._distances is not None and len(points):
             # Far rows are unlike the results, none of which is far.

@@ -285,7 +285,7 @@ class Answers:
         if scaled is not results:
             answers = _from_scale(answers, self._link) if num_predicted else answers
             if found is not None and answers.dtype != results.dtype:
-                found = found.widened(_rounding(answers, results.dtype))
+                found = _rounded(found, answers, results.dtype)
             answers = answers.to(results.dtype)
             if num_predicted < division.batch_size:
                 source = source.to(results.device)
@@ -377,12 +377,13 @@ def _are_classes(answers: Tensor | None) -> bool:
     return answers is not None and answers.dim() == 2 and answers.shape[1] > 1
 
 
-def _rounding(answers: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return how far rounding may move answers ``[B, ...]`` at most, ``[B]``, float64."""
+@outside()
+def _rounded(bars: ErrorBars, answers: Tensor, dtype: torch.dtype) -> ErrorBars:
+    """Return the error bars of answers ``[B, ...]`` that are rounded to a dtype."""
     info = torch.finfo(dtype)
     numbers = plain("decode", "answers", answers).reshape(len(answers), -1)
     units = numbers.double().abs().clamp_(min=info.smallest_normal) * (info.eps / 2)
-    return units.square().sum(1).sqrt().cpu()
+    return bars.widened(units.square().sum(1).sqrt().cpu())
 
 
 def _levelled(values: Any, odd: Tensor | None) -> Tensor:

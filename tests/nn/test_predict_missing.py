@@ -243,6 +243,15 @@ def test_radii_hold_rounded_answers(way, dtype):
     assert (wider >= moved[report.predicted]).all()
     assert wider.max() < 200 * torch.finfo(dtype).eps
     assert not report.radii[~report.predicted].any()
+    reports = []
+
+    def total(x):
+        answers, report = wrap(way, Call(lambda x: (100 + f(x)).to(dtype))).run(x)
+        reports.append(report)
+        return answers.float().sum()
+
+    torch.func.grad(total)(x)  # reports outlive transforms
+    assert torch.equal(reports[0].radii, report.radii)
 
 
 def test_surrogates_are_no_part_of_the_module():
