@@ -170,8 +170,7 @@ def typical_rows(features: Sequence[Tensor]) -> Tensor:
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
         lengths = torch.stack(norms)
     finite = lengths.isfinite().all(0)
-    count = int(finite.sum())
-    if not count:
+    if not (count := int(finite.sum())):
         return finite
     known = lengths if count == len(finite) else lengths[:, finite]
     long = _LONG * known.kthvalue(9 * (count - 1) // 10 + 1, 1, keepdim=True).values

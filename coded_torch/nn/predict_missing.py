@@ -308,10 +308,10 @@ def _residuals(
     Returns weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and
     for the batch, ``[B, ...]``.
     """
-    used = {i: guess for i, guess in enumerate(guesses) if guess is not None}
+    used = [guess for guess in guesses if guess is not None]
     if not used:
         return None
-    of_units = [division.of_units(guess, received) for guess in used.values()]  # [F, R, ...]
+    of_units = [division.of_units(guess, received) for guess in used]  # [F, R, ...]
     dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
@@ -330,10 +330,10 @@ def _residuals(
         rest = y.to(dtype) - _weighted(found, of_y)
         if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
             return None
-    subtracted, known = _weighted(found, of_units), _weighted(found, [*used.values()])
-    weights = dict(zip(used, found, strict=True))
-    of_guesses = tuple(weights.get(i, 0.0) for i in range(len(guesses)))
-    return of_guesses, results.to(dtype) - subtracted, (subtracted, known)
+    subtracted, known = _weighted(found, of_units), _weighted(found, used)
+    of_used = iter(found)
+    weights = tuple(0.0 if guess is None else next(of_used) for guess in guesses)
+    return weights, results.to(dtype) - subtracted, (subtracted, known)
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
