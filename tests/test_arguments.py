@@ -42,7 +42,7 @@ CALLS = [
     (codes.RegressionCode(2, 3).plan, {"inputs": [X], "num_stragglers": 1}),
     (codes.RegressionCode(2, 3).plan, {"inputs": [], "num_stragglers": 1, "batch_size": 6}),
     (Regression().plan, {"inputs": [X]}),
-    (Regression().plan, {"inputs": [], "batch_size": 6, "chunk": 4}),
+    (Regression().plan, {"inputs": [], "batch_size": 6, "block": 4}),
     (linear.MatrixMap, {"matrix": [[1.0]]}),
     (linear.MatrixMap([[1.0]]), {"values": torch.ones(1), "dim": 0}),
     (linear.SplineMap, {"knots": [0.0, 1.0, 2.0], "points": [0.5], "smoothing": 0.0,

@@ -56,6 +56,21 @@ def test_a_tuned_number_needs_a_comment(tmp_path):
     assert [line for line, rule, _ in words.faults(file) if rule == "constant"] == [1]
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "class Liar: ...",
+        "def reask(part): ...",
+        "def f(num_machines): ...",
+        "class A:\n  curve: int",
+    ],
+)
+def test_a_name_outside_the_glossary_is_found(tmp_path, source):
+    file = tmp_path / "file.py"
+    file.write_text(source)
+    assert [rule for _, rule, _ in words.faults(file)] == ["name"]
+
+
 def test_the_package_keeps_the_rules():
     found = [
         f"{file}:{line}: {rule}: {text}"

@@ -43,8 +43,18 @@ REPLACED = re.compile("|".join(rf"\b(?:{words})\b" for words in NOT_IN_GLOSSARY.
 #: Words that stay, each in the file where it means something else than the glossary's term.
 EXCEPTIONS = {
     ("faults.py", "adversaries"): "the argument, after the papers' attack model",
-    ("regression.py", "chunk"): "a block of rows that are predicted together",
-    ("division.py", "chunk"): "a block of rows that are predicted together",
+}
+#: Public names that hold such a word in another sense.
+NAMES = {
+    "CurveCode": "its answers lie on a curve, a function of a point",
+    "CurveOptions": "the options of such a code",
+    "Job": "a part with its request and module, in the queue of a pool",
+    "job": "such a part; or a command that answers a whole file",
+    "Task": "the description of a request: inputs, outputs and how they are divided",
+    "task": "such a description",
+    "task_of": "a function that makes one",
+    "max_task_retries": "an argument of Ray",
+    "adversaries": "the argument, after the papers' attack model",
 }
 _NUMBER = (ast.Constant, ast.UnaryOp, ast.BinOp, ast.Tuple)
 
@@ -102,6 +112,24 @@ def _prose(text: str) -> str:
     return re.sub(r"``.*?``|:\w+:`.*?`|\"[^\"\n]*\"", "X", text, flags=re.S)
 
 
+def _names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of each public name that holds a word which the glossary replaces."""
+    replaced = re.compile(f"{REPLACED.pattern}|\\b(?:tasks?|jobs?)\\b", re.I)
+    for node in ast.walk(tree):
+        name = getattr(node, "name", getattr(node, "arg", None))
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            name = node.target.id
+        if (
+            not isinstance(name, str)
+            or name.startswith(("_", "test_"))
+            or isinstance(node, ast.alias)
+        ):
+            continue
+        words = re.sub(r"_|(?<=[a-z])(?=[A-Z])", " ", name)
+        if replaced.search(words) and name not in NAMES:
+            yield node.lineno, name
+
+
 def faults(path: Path) -> list[tuple[int, str, str]]:
     """Return line, rule and text of everything in a file that breaks a rule."""
     source = path.read_text()
@@ -126,6 +154,7 @@ def faults(path: Path) -> list[tuple[int, str, str]]:
                 if (path.name, match[0].lower()) in EXCEPTIONS:
                     continue
                 found.append((line, "glossary", _around(prose, match)))
+    found += [(line, "name", name) for line, name in _names(tree)]
     # A block of comments ends on the line above its number.
     commented = {line + i for line, text in comments for i in range(text.count(" ") // 8 + 2)}
     commented |= {

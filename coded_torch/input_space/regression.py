@@ -99,7 +99,7 @@ class Regression:
         batch_size: int | None = None,
         *,
         others: Sequence[Tensor] = (),
-        chunk: int = MOST_ROWS,
+        block: int = MOST_ROWS,
     ) -> RowPlan:
         """Plan one batch, before any of its results is there.
 
@@ -109,14 +109,14 @@ class Regression:
             batch_size: B, which must be given if there is no input.
             others: the inputs of other dtypes, of which a callable metric makes features if there
                 is no floating-point input.
-            chunk: the most rows that are predicted together.
+            block: the most rows that are predicted together.
 
         Raises:
             TypeError, ValueError: the inputs differ in batch size, or there is none and no
                 ``batch_size``; :func:`torch.func.vmap` hides a dimension of an input.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
-        parts = max(1, -(-size // count("Regression", "chunk", chunk)))
+        parts = max(1, -(-size // count("Regression", "block", block)))
         rows = list(torch.arange(size, device="cpu").tensor_split(parts))
         with outside():
             return RowPlan(self, inputs, size, others, rows)

@@ -13,7 +13,7 @@ from .._arguments import count, instance, real, shown
 from .._torch import on_host, unchanged
 from ..codes.base import Code
 from ..input_space.regression import Regression
-from ..scheduling.latency_history import CHUNKS, History
+from ..scheduling.latency_history import BLOCKS, History
 from ..scheduling.waiting import Waiting
 from ..stragglers import Stragglers
 from ..surrogates import checked
@@ -216,14 +216,14 @@ class CodedWrapper(ModuleProxy):
         return answers
 
     def _divide(self, inputs: Inputs, waiting: Waiting, report: Report) -> Division:
-        code, pool, chunk, reserve = self.code, self.workers, CHUNKS[0], 0.0
+        code, pool, block, reserve = self.code, self.workers, BLOCKS[0], 0.0
         if code is None or code.uses_geometry:
             left = seconds_left(pool, waiting, report)
-            chunk, reserve = self._history.predictions.reserve(inputs.batch_size, left)
+            block, reserve = self._history.predictions.reserve(inputs.batch_size, left)
         division: Division
         if code is None:
             parts, predictor = self.parts or pool.num_workers or 1, self.predictor or _PREDICTOR
-            division = Rows(inputs, predictor, chunk=chunk, parts=parts, out_dims=self.out_dims)
+            division = Rows(inputs, predictor, block=block, parts=parts, out_dims=self.out_dims)
         else:
             division = Columns(
                 inputs,
@@ -267,7 +267,7 @@ class CodedWrapper(ModuleProxy):
                 holding(raised, division, results, report)
                 raise
         if rows is not None and not pool.simulated:  # there, predictions take no time
-            predictions.add(report.decode_seconds, rows.batch_size, rows.chunk)
+            predictions.add(report.decode_seconds, rows.batch_size, rows.block)
         report.warn(execution.why)
         return found
 

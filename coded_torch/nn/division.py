@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import dense, warn
 from .._torch import outside, plain
 from ..codes.base import Code
-from ..scheduling.latency_history import CHUNKS, PredictionTimes
+from ..scheduling.latency_history import BLOCKS, PredictionTimes
 from ..workers.base import Task
 from ..workers.task import broadcast_dims, positional
 
@@ -278,16 +278,16 @@ class Columns(Division):
 class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
-    Nothing is fitted before a row is missing. Then the predictor takes ``chunk`` rows together; at
+    Nothing is fitted before a row is missing. Then the predictor takes ``block`` rows together; at
     0, each is predicted by the mean of all results.
     """
 
     def __init__(
-        self, inputs: Inputs, predictor: Regression, *, chunk: int, parts: int, out_dims: Any
+        self, inputs: Inputs, predictor: Regression, *, block: int, parts: int, out_dims: Any
     ) -> None:
         size = inputs.batch_size
         super().__init__(inputs, size, 1, out_dims)
-        self._predictor, self.chunk = predictor, chunk
+        self._predictor, self.block = predictor, block
         self.needed, self.least = size, 1
         parts = min(parts, size)
         # Strided: where neighbours in a batch are alike, a missing part leaves some of each kind.
@@ -299,25 +299,25 @@ class Rows(Division):
     @functools.cached_property
     def _plan(self) -> RowPlan:
         size, floating = self.batch_size, self.inputs.floating()
-        if not self.chunk:
+        if not self.block:
             plan = self._predictor.plan([], size)
             if self.inputs.not_finite is not None:
                 plan.leave_out(self.inputs.not_finite)
             return plan
         others = [] if floating else self.inputs.batches()
-        return self._predictor.plan(floating, size, others=others, chunk=self.chunk)
+        return self._predictor.plan(floating, size, others=others, block=self.block)
 
     def _spread(self, values: Tensor) -> Tensor:
         return values.unsqueeze(1)
 
     def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:
         """Predict from less if time is short, and return the notes that say so."""
-        is_planned = not self.chunk or "_plan" in vars(self)
-        if not is_planned and times.seconds(self.batch_size, self.chunk) > seconds + _SLACK:
-            self.chunk = 0
-        if self.chunk >= min(self.batch_size, CHUNKS[0]):
+        is_planned = not self.block or "_plan" in vars(self)
+        if not is_planned and times.seconds(self.batch_size, self.block) > seconds + _SLACK:
+            self.block = 0
+        if self.block >= min(self.batch_size, BLOCKS[0]):
             return ()
-        how = f"{self.chunk} rows at a time" if self.chunk else "by the mean of the results"
+        how = f"{self.block} rows at a time" if self.block else "by the mean of the results"
         return (f"predicted {how}, to keep the deadline",)
 
 

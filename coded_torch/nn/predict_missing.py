@@ -81,7 +81,7 @@ class Answers:
             predicted = source < 0
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
         num_predicted = 0 if plan is None else int(predicted.sum())
-        guesses = self._guesses(stacked) if self._surrogates and num_predicted else []
+        approximations = self._approximations(stacked) if self._surrogates and num_predicted else []
         answers, choices = list(stacked.leaves), []
         divided: list[Tensor] = []
         weights: list[tuple[float, ...]] = []
@@ -93,7 +93,7 @@ class Answers:
             elif not decodable(leaf, dim):
                 rows = leaf.flatten(0, 1)[source.to(leaf.device)]
             else:
-                of_leaf = [guess[i] for guess in guesses]
+                of_leaf = [approximation[i] for approximation in approximations]
                 rows, of_surrogates, bars = self._decoded(
                     leaf, plan, division, stacked.units, source, num_predicted, of_leaf, not divided
                 )
@@ -114,7 +114,7 @@ class Answers:
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
-        report.surrogate_weights = tuple(weights) if guesses else ()
+        report.surrogate_weights = tuple(weights) if approximations else ()
         if self._memories:
             exact = ~predicted if odd is None else ~predicted & ~odd
             self._remember([rows for rows in divided if rows.is_floating_point()], exact)
@@ -134,8 +134,8 @@ class Answers:
             raise error
         leaves = enumerate(zip(stacked.leaves, stacked.dims, strict=True))
         divided = [i for i, (x, dim) in leaves if dim is not None and isinstance(x, Tensor)]
-        guesses = enumerate(self._guesses(stacked))
-        able: Any = [x for x in guesses if all(x[1][i] is not None for i in divided)]
+        approximations = enumerate(self._approximations(stacked))
+        able: Any = [x for x in approximations if all(x[1][i] is not None for i in divided)]
         if not able:
             raise error
         number, outputs = able[0]
@@ -174,7 +174,7 @@ class Answers:
             bars = bars.widened(torch.where(odd, math.inf, 0.0))
         self._report.note_bars(bars, self._coverage, self._link, _are_classes(answers))
 
-    def _guesses(self, stacked: Stacked) -> list[list[Tensor | None]]:
+    def _approximations(self, stacked: Stacked) -> list[list[Tensor | None]]:
         """Return the outputs ``[B, ...]`` of each surrogate, on the scale that is decoded.
 
         None if the leaf is not decoded, or the surrogate failed. Only a lack of memory is raised.
@@ -261,7 +261,7 @@ class Answers:
         received: Sequence[int],
         source: Tensor,
         num_predicted: int,
-        guesses: Sequence[Tensor | None],
+        approximations: Sequence[Tensor | None],
         bars: bool,
     ) -> tuple[Tensor, tuple[float, ...], ErrorBars | None]:
         """Decode one output, ``[F, R, ...]``, with the outputs of surrogates, ``[B, ...]``.
@@ -270,12 +270,12 @@ class Answers:
         """
         odd = division.not_finite
         scaled = results if odd is None else _levelled(results, odd[list(received)])
-        weights, offsets = (0.0,) * len(guesses), None
+        weights, offsets = (0.0,) * len(approximations), None
         if num_predicted:
             if isinstance(plan, RowPlan):  # predictions are rounded once, at the end
                 scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
             scaled = _to_scale(scaled, self._link)
-            rest = _residuals(scaled, plan, division, received, guesses)
+            rest = _residuals(scaled, plan, division, received, approximations)
             if rest is not None:
                 weights, scaled, offsets = rest
         answers = plan.decode(scaled, received)
@@ -300,7 +300,7 @@ def _residuals(
     plan: BatchPlan | RowPlan,
     division: Division,
     received: Sequence[int],
-    guesses: Sequence[Tensor | None],
+    approximations: Sequence[Tensor | None],
 ) -> tuple[tuple[float, ...], Tensor, tuple[Tensor, Tensor]] | None:
     r"""Return the residuals of surrogates :math:`s_j`, :math:`y - \sum_j w_j s_j`, if they help.
 
@@ -308,10 +308,10 @@ def _residuals(
     Returns weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and
     for the batch, ``[B, ...]``.
     """
-    used = [guess for guess in guesses if guess is not None]
+    used = [approximation for approximation in approximations if approximation is not None]
     if not used:
         return None
-    of_units = [division.of_units(guess, received) for guess in used]  # [F, R, ...]
+    of_units = [division.of_units(approximation, received) for approximation in used]  # [F, R, ...]
     dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
         numbers = [plain("decode", "results", x).flatten(0, 1) for x in (results, *of_units)]
@@ -332,7 +332,9 @@ def _residuals(
             return None
     subtracted, known = _weighted(found, of_units), _weighted(found, used)
     of_used = iter(found)
-    weights = tuple(0.0 if guess is None else next(of_used) for guess in guesses)
+    weights = tuple(
+        0.0 if approximation is None else next(of_used) for approximation in approximations
+    )
     return weights, results.to(dtype) - subtracted, (subtracted, known)
 
 
@@ -341,13 +343,13 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return sum(products[1:], products[0])
 
 
-def _least_squares(y: Tensor, guesses: Sequence[Tensor]) -> tuple[list[float], float, float]:
-    """Return the weights of guesses in results, ``[n, C]`` each, float64.
+def _least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
+    """Return the weights of approximations in results, ``[n, C]`` each, float64.
 
     Returns the weights, and the shares of the squares that surrogates and noise explain.
     """
     y = y - y.mean(0)
-    s = torch.stack([(x - x.mean(0)).flatten() for x in guesses])  # [J, n C]
+    s = torch.stack([(x - x.mean(0)).flatten() for x in approximations])  # [J, n C]
     products, right = s @ s.T, s @ y.flatten()
     varies = products.diagonal() > 0
     products.diagonal().mul_(_RIDGE).masked_fill_(~varies, 1.0)
@@ -356,7 +358,7 @@ def _least_squares(y: Tensor, guesses: Sequence[Tensor]) -> tuple[list[float], f
     num_columns = float(y.square().sum().square() / (y.T @ y).square().sum().clamp(min=1e-300))
     by_chance = int(varies.sum()) / (len(y) * max(num_columns, 1.0))
     if not bool(weights.isfinite().all()):
-        return [0.0] * len(guesses), 0.0, by_chance
+        return [0.0] * len(approximations), 0.0, by_chance
     explained = float(right @ weights / y.square().sum().clamp(min=1e-300))
     return weights.tolist(), explained, by_chance
 

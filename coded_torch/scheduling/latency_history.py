@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["CHUNKS", "History", "PredictionTimes"]
+__all__ = ["BLOCKS", "History", "PredictionTimes"]
 
 # These numbers of parts and calls are not tuned. More of them follow changes more slowly, fewer
 # make thresholds noisier.
@@ -121,12 +121,12 @@ class History:
             tail = (median / quartile) ** _TAIL if 0 < median < math.inf else _LEAST_TAIL
             return median * max(_LEAST_TAIL, tail) * self._scale(rows)
 
-    def pieces(self, rows: int, most: int) -> int:
+    def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""
         with self._lock:
-            piece = -(-rows // max(1, most))
-            is_known = self._fewest <= piece and self._fewest < self.most_rows
-            share = self._scale(piece) / self._scale(rows)
+            size = -(-rows // max(1, most))
+            is_known = self._fewest <= size and self._fewest < self.most_rows
+            share = self._scale(size) / self._scale(rows)
             return 1 if is_known and share > _SPLIT_SHARE else max(1, most)
 
     def call(self, rows: int) -> float:
@@ -193,7 +193,7 @@ def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
 
 #: The numbers of rows that are predicted together, the most exact first; 0: each by the mean of all
 #: results. benchmarks/batches.py has the error by size.
-CHUNKS = 4096, 512, 0
+BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # predictions; not tuned
 _RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
 # A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one quiet core (an x86 of 2023; 64, 512
@@ -211,23 +211,23 @@ class PredictionTimes:
         self._factors: deque[float] = deque(maxlen=_REMEMBERED)
         self._is_warm, self._hurried = False, 0
 
-    def add(self, seconds: float, rows: int, chunk: int) -> None:
+    def add(self, seconds: float, rows: int, block: int) -> None:
         """Remember a prediction's time. The first one does not count, as it loads code."""
-        if not chunk:
+        if not block:
             # A regression that was slow by chance must not rule out all others.
             self._hurried += 1
             if self._hurried % _RETRY == 0 and self._factors:
                 self._factors.remove(max(self._factors))
             return
         if self._is_warm:
-            self._factors.append(seconds / _quiet_seconds(rows, chunk))
+            self._factors.append(seconds / _quiet_seconds(rows, block))
         self._is_warm = True
 
-    def seconds(self, rows: int, chunk: int = CHUNKS[0]) -> float:
-        """Return the seconds that predicting ``chunk`` rows at a time takes in 7 of 8 calls."""
+    def seconds(self, rows: int, block: int = BLOCKS[0]) -> float:
+        """Return the seconds that predicting ``block`` rows at a time takes in 7 of 8 calls."""
         ordered = sorted(self._factors)
         factor = ordered[7 * len(ordered) // 8] if ordered else 1.0
-        return factor * _quiet_seconds(rows, chunk)
+        return factor * _quiet_seconds(rows, block)
 
     def reserve(self, rows: int, deadline: float) -> tuple[int, float]:
         """Return how many rows to predict together, and how many seconds to keep for that.
@@ -235,14 +235,14 @@ class PredictionTimes:
         At most half of the time to the deadline is kept; none if the deadline is infinite.
         """
         if deadline == math.inf:
-            return CHUNKS[0], 0.0
-        for chunk in CHUNKS[:-1]:
-            seconds = _RESERVED * self.seconds(rows, chunk) + min(_LATE, deadline / 20)
+            return BLOCKS[0], 0.0
+        for block in BLOCKS[:-1]:
+            seconds = _RESERVED * self.seconds(rows, block) + min(_LATE, deadline / 20)
             if seconds <= deadline / 2:
-                return chunk, seconds
+                return block, seconds
         return 0, min(self.seconds(1), max(deadline, 0.0) / 2)
 
 
-def _quiet_seconds(rows: int, chunk: int) -> float:
-    chunks = -(-rows // chunk)
-    return chunks * _FIT + _FIT_ROWS * rows**2 / chunks
+def _quiet_seconds(rows: int, block: int) -> float:
+    blocks = -(-rows // block)
+    return blocks * _FIT + _FIT_ROWS * rows**2 / blocks

@@ -293,13 +293,13 @@ class _Call:
             part.replaced = True
             part.hedges += late
             rows, most = len(missing) * self.unit_rows, min(_SPLIT, idle)
-            pieces = self.history.pieces(rows, most) if late and not part.of else 1
+            num = self.history.num_hedges(rows, most) if late and not part.of else 1
             if part.state == _FAILED:
-                pieces = self._judge(part)
-            if pieces := min(pieces, len(missing)):
-                idle -= pieces
+                num = self._judge(part)
+            if num := min(num, len(missing)):
+                idle -= num
                 lacking -= len(missing) if self.spare is not None else 0
-                self._add(missing, pieces, part)
+                self._add(missing, num, part)
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
@@ -316,12 +316,12 @@ class _Call:
         self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))
         return False
 
-    def _add(self, missing: list[int], pieces: int, of: _Part) -> None:
+    def _add(self, missing: list[int], num: int, of: _Part) -> None:
         # New columns go first, as long as there are some.
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
-        for i in range(pieces):
-            some = tuple(units[i * len(units) // pieces : (i + 1) * len(units) // pieces])
+        for i in range(num):
+            some = tuple(units[i * len(units) // num : (i + 1) * len(units) // num])
             tries = of.tries if len(some) == len(of.units) else 0
             self.parts.append(_Part(len(self.parts), some, of, self.now, tries))
 

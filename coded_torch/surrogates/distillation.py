@@ -17,7 +17,7 @@ from .._arguments import count, instance, positive, real
 __all__ = ["distill"]
 
 # One batch of ten, or a tenth of a single batch, is held out. It was not tuned.
-_PIECES = 10
+_SETS = 10
 
 
 def distill(
@@ -96,7 +96,7 @@ def distill(
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     taught, held_out = _divided([_checked(batch, device) for batch in batches])
     with torch.no_grad():
-        exact = [_outputs(module, piece, link) for piece in held_out]
+        exact = [_outputs(module, args, link) for args in held_out]
     variances = [torch.cat(x).var(0).mean().clamp(min=1e-30) for x in zip(*exact, strict=True)]
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.Adam(
@@ -220,19 +220,19 @@ def _noisy(args: Any, noise: float, generator: torch.Generator) -> Any:
 
 def _divided(batches: list[Any]) -> tuple[Any, list[Any]]:
     """Return the training rows, and held-out batches or parts of one, two rows each."""
-    pieces, sizes = batches, [_size(batch) for batch in batches]
+    sets, sizes = batches, [_size(batch) for batch in batches]
     if len(batches) == 1 and sizes[0] >= 4:
-        number = min(_PIECES, sizes[0] // 2)
-        pieces = [_rows(batches[0], slice(i, None, number)) for i in range(number)]
+        number = min(_SETS, sizes[0] // 2)
+        sets = [_rows(batches[0], slice(i, None, number)) for i in range(number)]
     elif len(batches) < 2 or min(sizes) < 2:
         raise ValueError(
             "distill: batches must hold four rows, or several batches two each, to hold some out, "
             f"got {f'{sum(sizes)} in {len(sizes)}' if sizes else 'no batch'}"
         )
-    step = max(2, min(_PIECES, len(pieces)))
-    columns = zip(*(pytree.tree_leaves(x) for i, x in enumerate(pieces) if i % step), strict=True)
+    step = max(2, min(_SETS, len(sets)))
+    columns = zip(*(pytree.tree_leaves(x) for i, x in enumerate(sets) if i % step), strict=True)
     taught = [torch.cat(x) if isinstance(x[0], Tensor) else x[0] for x in columns]
-    return pytree.tree_unflatten(taught, pytree.tree_structure(pieces[1])), pieces[::step]
+    return pytree.tree_unflatten(taught, pytree.tree_structure(sets[1])), sets[::step]
 
 
 def _outputs(module: nn.Module, args: Any, link: str | None) -> list[Tensor]:
@@ -251,15 +251,15 @@ def _wide(leaf: Tensor) -> Tensor:
 @torch.no_grad()
 def _error(
     student: nn.Module,
-    pieces: Sequence[Any],
+    sets: Sequence[Any],
     exact: Sequence[Sequence[Tensor]],
     variances: Sequence[Tensor],
     link: str | None,
 ) -> float:
     """Return the variance of the residuals over the variance of the outputs."""
     missed = [
-        [f - s for f, s in zip(outputs, _outputs(student, piece, link), strict=True)]
-        for piece, outputs in zip(pieces, exact, strict=True)
+        [f - s for f, s in zip(outputs, _outputs(student, args, link), strict=True)]
+        for args, outputs in zip(sets, exact, strict=True)
     ]
     shares = [
         torch.cat(leaves).var(0).mean() / variance

@@ -133,11 +133,11 @@ def test_a_batch_of_which_nothing_is_known_needs_its_size():
 
 
 @settings(max_examples=40, deadline=None)
-@given(batch_size=st.integers(1, 24), chunk=st.sampled_from([4096, 7]), data=st.data())
-def test_rows(batch_size, chunk, data):
+@given(batch_size=st.integers(1, 24), block=st.sampled_from([4096, 7]), data=st.data())
+def test_rows(batch_size, block, data):
     x = inputs(batch_size)
     received = sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1)))
-    plan = Regression().plan([x], chunk=chunk)
+    plan = Regression().plan([x], block=block)
     assert plan.num_groups == 1
     results = x[received, None].sin()
     answers, source = plan.decode(results, received), plan.source(received)
@@ -190,7 +190,7 @@ def test_large_batches_are_cut_evenly(batch_size, num_data, sizes):
 
 def test_a_part_of_the_rows_that_is_lost_altogether_is_answered_by_the_mean():
     x = inputs(8)
-    plan = Regression().plan([x], chunk=4)
+    plan = Regression().plan([x], block=4)
     results = x[:3, None]
     answers = plan.decode(results, [0, 1, 2])
     torch.testing.assert_close(answers[4:], x[:3].mean(0).expand(4, 4))

@@ -122,9 +122,9 @@ def test_time_to_predict_is_what_it_took_lately_in_proportion_to_the_rows():
     late = 0.005
     assert times.reserve(64, 0.3) == (4096, 1.25 * times.seconds(64) + late)
     # A regression of all, several of some, and the mean, as time is short.
-    for deadline, chunk in ((10.0, 4096), (1.0, 512)):
-        seconds = 1.25 * times.seconds(4096, chunk) + late
-        assert times.reserve(4096, deadline) == (chunk, seconds)
+    for deadline, block in ((10.0, 4096), (1.0, 512)):
+        seconds = 1.25 * times.seconds(4096, block) + late
+        assert times.reserve(4096, deadline) == (block, seconds)
     assert times.reserve(4096, 0.1) == (0, times.seconds(1))
 
 
@@ -464,11 +464,11 @@ def test_bad_options(options, error, match):
         (Waiting.first if "num_stragglers" in options else Waiting)(**options)
 
 
-@pytest.mark.parametrize(("of_four", "pieces"), [(0.25, 4), (1.0, 1)])
-def test_a_hedge_is_split_unless_pieces_are_known_to_take_as_long(of_four, pieces):
+@pytest.mark.parametrize(("of_four", "num"), [(0.25, 4), (1.0, 1)])
+def test_a_hedge_is_split_unless_small_parts_are_known_to_take_as_long(of_four, num):
     history = known(rows=16)
-    assert history.pieces(16, 4) == 4
-    assert history.pieces(16, 0) == 1
+    assert history.num_hedges(16, 4) == 4
+    assert history.num_hedges(16, 0) == 1
     history.add([(4, of_four)] * 32, None)
-    assert history.pieces(16, 4) == pieces
-    assert history.pieces(8, 4) == 4  # pieces of two rows were never seen
+    assert history.num_hedges(16, 4) == num
+    assert history.num_hedges(8, 4) == 4  # parts of two rows were never seen
