@@ -67,8 +67,8 @@ class Code(abc.ABC):
     Args:
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
-        ordering: the order in which a batch is cut into groups of K: "similarity", in which
-            neighbours resemble each other; "arrival"; or a permutation of the batch. Defaults to
+        ordering: the order in which a batch is cut into groups of K. In "similarity", neighbours
+            resemble each other; others are "arrival" and a permutation of the batch. Defaults to
             "similarity".
         shuffle: whether every call asks for the columns in a new random order, so that workers
             that are late together hold columns far apart. A ``random.Random`` makes the orders

@@ -30,8 +30,8 @@ class LagrangeCode(CurveCode):
     r"""Lagrange coded computing over the reals: exact for polynomial models.
 
     The encoder is the polynomial of degree K - 1 through the inputs. If the model is a polynomial
-    of ``degree``, the results lie on one of degree :math:`D = (K - 1)\,\mathrm{degree}`, which the
-    decoder recovers: by interpolation from D + 1 results, from more by least squares
+    of ``degree``, the results lie on one of degree :math:`D = (K - 1)\,\mathrm{degree}`. The
+    decoder recovers it by interpolation from D + 1 results, from more by least squares
 
     .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
 
@@ -54,9 +54,9 @@ class LagrangeCode(CurveCode):
     Note:
         :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
         The error of an exact recovery is the rounding error of the results times the norm of the
-        decoder, which grows exponentially with the number of neighbours that are missing: for a
-        cubic, K = 5 and 13 of 20 results it is below 1e5 for 99 % of the received sets, and 4e7 if
-        the 7 outermost workers on one side are missing.
+        decoder. This norm grows exponentially with the number of neighbours that are missing. For a
+        cubic, K = 5 and 13 of 20 results, it is below 1e5 for 99 % of the received sets. It is 4e7
+        if the 7 outermost workers on one side are missing.
 
     Reference:
         Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,

@@ -43,7 +43,7 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
         required, num_workers, reason: the arguments.
         report: the report of a wrapper's call. Defaults to None.
         answers: the answers that a wrapper's call has computed by rows, in the structure of the
-            answer, with NaN (0 in integers) in the other rows. Defaults to None.
+            answer. The other rows are NaN, or 0 in integers. Defaults to None.
     """
 
     def __init__(

@@ -89,9 +89,9 @@ class RegressionCode(Code):
     r"""A code that repeats inputs, unevenly, and predicts missing answers by regression.
 
     Every worker computes inputs as they are. The extra N - K workers of a group repeat the inputs
-    that the others say least about, so a batch is answered exactly up to the inputs whose results
-    were all lost. These are predicted by a :class:`~coded_torch.Regression` on all groups' results.
-    It carries inputs of any dtype.
+    that the others say least about. An answer is exact unless all results of its input are missing.
+    Then a :class:`~coded_torch.Regression` on all groups' results predicts the answer. The code
+    carries inputs of any dtype.
 
     Args:
         num_data: K, as for every :class:`~coded_torch.codes.Code`.
@@ -174,8 +174,8 @@ def _copies(
 ) -> NDArray[np.int64]:
     """Return the number of workers of each input of each group, ``[G, K]``.
 
-    Greedy, one at a time, where it lowers the expected squared error most: the probability that
-    all copies are lost times ``errors [B]``, the expected error then. It is convex in the
+    Greedy: each copy goes where it lowers the expected squared error most. This is the probability
+    that all copies are missing, times ``errors [B]``, the expected error then. It is convex in the
     copies, so greedy is best.
     """
     # lost[c] is the probability that all of c workers are among the S lost ones of N.
@@ -197,8 +197,8 @@ def _copies(
 def _dealt(points: NDArray[Any]) -> NDArray[Any]:
     """``[G, N]``, each group's points dealt to other workers, so that a late one is late elsewhere.
 
-    Points side by side, such as copies of one input, go to workers some steps apart, another number
-    of steps in the next group: so that two workers that are late together lose few inputs.
+    Points side by side, such as copies of one input, go to workers some steps apart. The number of
+    steps differs between groups, so two workers that are late together lose few inputs.
     Neighbouring workers get no neighbouring points.
     """
     groups, n = points.shape

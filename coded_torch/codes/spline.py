@@ -25,9 +25,10 @@ class SplineCode(CurveCode):
     r"""Learning-theoretic coded computing (LeTCC): the code of two smoothing splines.
 
     The encoder is the natural cubic smoothing spline through the inputs :math:`x_k` at the data
-    points :math:`\alpha_k`, read off at the worker points :math:`\beta_n`; the decoder is the one
-    through the received results :math:`f(u(\beta_n))`, read off at the :math:`\alpha_k`. Any model
-    can be coded. The answers are approximate, and one result is enough for some answer.
+    points :math:`\alpha_k`. Its values at the worker points :math:`\beta_n` are the coded inputs.
+    The decoder is the spline through the received results :math:`f(u(\beta_n))`, and its values at
+    the :math:`\alpha_k` are the answers. Any model can be coded. The answers are approximate, and
+    one result is enough for some answer.
 
     With both smoothings tuned together (:func:`~coded_torch.tune`) this is NeRCC, nested-regression
     coded computing.

@@ -34,8 +34,9 @@ _LONG = 8
 class Geometry:
     r"""The inner products and distances of rows, in a metric fitted to these rows.
 
-    Let :math:`X` hold the features as centred rows, several tensors side by side, each divided by
-    the root mean square of its centred rows' lengths so that none dominates. The inner products are
+    Let :math:`X` hold the features as centred rows, several tensors side by side. Each tensor is
+    divided by the root mean square of its centred rows' lengths, so that none dominates. The inner
+    products are
 
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,

@@ -25,20 +25,20 @@ class Regression:
     """Predicts missing rows of a batch by regression on the rows that have results.
 
     The predictions are the posterior means of a Gaussian process in input space,
-    :class:`~coded_torch.input_space.gaussian_process.GaussianProcess`, shrunk towards the mean of
-    the results as far as these are predicted badly from each other. Without floating-point inputs,
+    :class:`~coded_torch.input_space.gaussian_process.GaussianProcess`. If results are predicted
+    badly from each other, predictions are shrunk towards their mean. Without floating-point inputs,
     missing rows get the mean.
 
     Args:
         metric: how far inputs are apart: a name in
             :data:`~coded_torch.input_space.metrics.METRICS`; "auto", all of these; a sequence of
             names, "auto" and callables; or a callable, which is short for ("auto", callable). If
-            there are several, the one that predicts the results best from each other, each left out
-            in turn, predicts the missing ones, for every output of the module. A callable is given
-            the floating-point inputs, ``[B, ...]`` each (if there are none, the others), and
-            returns the tensors that distances are measured on, such as the module's own embedding,
-            pooled. It runs without gradients, once a call, if a row is missing. If it fails, it is
-            left out, and the report says so. Defaults to "auto".
+            there are several, one is chosen for every output of the module. It predicts the results
+            best from each other, each left out in turn. A callable is given the floating-point
+            inputs, ``[B, ...]`` each, or the others if there are none. It returns the tensors that
+            distances are measured on, such as the module's own embedding, pooled. It runs without
+            gradients, once a call, if a row is missing. If it fails, it is left out, and the report
+            says so. Defaults to "auto".
         length: of the regression, positive, in median distances between neighbours on a path
             through the batch. "auto" chooses among 1, 2, 4, 8 and half a step to both sides, by the
             root of 2. Defaults to "auto".
@@ -57,9 +57,8 @@ class Regression:
 
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
-        predicted in parts. A metric other than "shrunk", and a length other than 2, are taken if
-        they predict better by more than two standard errors of the gain. The same inputs and
-        results give the same bits.
+        predicted in parts. Another metric than "shrunk", or another length than 2, must predict
+        better by two standard errors of the gain. The same inputs and results give the same bits.
 
         Gradients of predictions take distances, metric, length and trust as constant.
 

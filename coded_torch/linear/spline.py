@@ -53,9 +53,9 @@ class SplineMap(LinearMap):
 
     Raises:
         TypeError: an argument is not an array of real numbers.
-        ValueError: an argument violates its requirement, or float32 cannot hold the plan: gaps, or
-            distances of points from the knots, are some 1e38 times the mean gap or its inverse, or
-            smoothing is 1e150 times its cube.
+        ValueError: an argument violates its requirement, or float32 cannot hold the plan. The
+            bounds are gaps, and distances of points from the knots, of some 1e38 mean gaps or its
+            inverse, and a smoothing of 1e150 times its cube.
 
     Note:
         Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or

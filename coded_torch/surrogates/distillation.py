@@ -39,13 +39,13 @@ def distill(
 
     It learns from the module's own outputs, on inputs without labels: half of them as they are,
     half mixtures of them, all with some noise. It minimises the squared error over the variance of
-    each output; a share of the batches is held out, and the weights that are best there are kept.
+    each output. A share of the batches is held out, and the weights that are best there are kept.
 
     Args:
         student: a cheap module of the same inputs and outputs: a twentieth
             of the module's work is a good size. Trained in place, and left in evaluation mode.
         module: in the mode in which it answers.
-        batches: inputs like the ones that will be answered, a few thousand rows; each is an
+        batches: inputs like the ones that will be answered, a few thousand rows. Each is an
             argument of the module: an input, or a tuple of positional arguments. All tensors have
             the batch along dimension 0.
         epochs: the most passes over the inputs. Defaults to 100.

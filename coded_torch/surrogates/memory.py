@@ -57,9 +57,10 @@ _MOST_NUMBERS = 2**25  # numbers that are kept, 128 MB
 class Memory:
     r"""Kernel regression on the last results that the wrapper has seen, a surrogate for nothing.
 
-    It predicts other inputs by a Matern 5/2 regression in 96 coordinates: the principal ones of its
-    first 1,024 inputs, in the metric in which these predict each other best. When 256 results are
-    new, a thread makes the regression again, in at most 2 % of the time; answers never wait for it.
+    It predicts other inputs by a Matern 5/2 regression in 96 coordinates. They are the principal
+    ones of its first 1,024 inputs, in the metric in which these predict each other best. When 256
+    results are new, a thread makes the regression again, in at most 2 % of the time; answers never
+    wait for it.
 
     The memory is forgotten as soon as the module's weights change. It is no part of the wrapper's
     state dict, and is empty in pickles and copies.
