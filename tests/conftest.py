@@ -10,6 +10,8 @@ import torch
 
 from coded_torch._arguments import SPARING
 
+CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
+
 # Worker processes import the modules of the tests from where they are.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -55,6 +57,14 @@ def missing_browser():
 def every_warning():
     """Warnings that an earlier test has had are logged again."""
     SPARING.forget()
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request):
+    """The instruction set whose kernels all operators use in this test."""
+    torch.ops.coded_torch._use_cpu_capability(request.param)
+    yield request.param
+    torch.ops.coded_torch._use_cpu_capability(CAPABILITIES[0])
 
 
 @pytest.fixture

@@ -16,12 +16,10 @@ from coded_torch import ops
 
 from .splines import DTYPES, TOLERANCES, make_knots, make_points, make_samples
 
-CAPABILITIES = torch.ops.coded_torch.cpu_capabilities().split()
 SIZES = (1, 2, 3, 4, 5, 17, 128, 129)
-apply_with = torch.ops.coded_torch.spline_apply_with
 both_ways = pytest.mark.parametrize("transpose", [False, True])
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-every_kernel = pytest.mark.parametrize("capability", CAPABILITIES)
+every_kernel = pytest.mark.usefixtures("capability")
 of_the_compiler = pytest.mark.filterwarnings("ignore")  # about its own dependencies
 
 
@@ -67,11 +65,11 @@ def randn(*shape, dtype=torch.float64):
 @every_dtype
 @pytest.mark.parametrize("n", SIZES)
 @every_kernel
-def test_every_layout_dtype_and_kernel(capability, n, dtype, transpose):
+def test_every_layout_dtype_and_kernel(n, dtype, transpose):
     coefficients, schedule, (matrix,) = make_plan(n, dtype)
     matrix = matrix.T if transpose else matrix
     for name, values in make_samples(matrix.shape[1], dtype).items():
-        got = apply_with(values, coefficients, schedule, transpose, capability)
+        got = ops.spline_apply(values, coefficients, schedule, transpose=transpose)
         want = torch.einsum("oi,igm->ogm", matrix, values.double())
         assert (got.shape, got.dtype, got.is_contiguous()) == (want.shape, dtype, True), name
         if want.numel():
@@ -102,10 +100,18 @@ def test_a_matrix_in_the_plan_changes_nothing_on_the_cpu(dtype, transpose):
 def test_the_default_kernel_is_the_best():
     coefficients, schedule, _ = make_plan(17, torch.float32)
     values = torch.randn(17, 2, 100)
-    best = apply_with(values, coefficients, schedule, False, CAPABILITIES[0])
-    assert torch.equal(ops.spline_apply(values, coefficients, schedule), best)
-    with pytest.raises(RuntimeError, match="capability must be one of this machine's, got mmx"):
-        apply_with(values, coefficients, schedule, False, "mmx")
+    operators, default = torch.ops.coded_torch, ops.spline_apply(values, coefficients, schedule)
+    best, *_, least = operators.cpu_capabilities().split()
+    try:
+        operators._use_cpu_capability(least)
+        other = ops.spline_apply(values, coefficients, schedule)
+    finally:
+        operators._use_cpu_capability(best)
+    assert torch.equal(ops.spline_apply(values, coefficients, schedule), default)
+    # Only the wider instruction sets fuse multiplications with additions.
+    assert torch.equal(other, default) == (best == least)
+    with pytest.raises(RuntimeError, match=f"must be one of {best}.*{least}, got mmx"):
+        operators._use_cpu_capability("mmx")
 
 
 @every_dtype
@@ -123,15 +129,16 @@ def test_a_column_depends_on_nothing_but_itself(dtype):
 @every_dtype
 @pytest.mark.parametrize("plans", [1, 3])
 @every_kernel
-def test_indexed_rows_are_read_and_written_where_they_lie(capability, plans, dtype, transpose):
+def test_indexed_rows_are_read_and_written_where_they_lie(plans, dtype, transpose):
     coefficients, schedule, _ = make_plan(9, dtype, plans=plans)
     rows, out_rows, groups = (12, 9, 3) if transpose else (9, 12, 3)
     generator = torch.Generator().manual_seed(0)
     gather, scatter, num_rows = make_indices(rows, out_rows, groups, generator)
     every_row = torch.arange(out_rows * groups).flip(0).view(out_rows, groups)
 
-    def apply(values, *indices):
-        return apply_with(values, coefficients, schedule, transpose, capability, *indices)
+    def apply(values, gather=None, scatter=None, num_rows=None):
+        indices = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
+        return ops.spline_apply(values, coefficients, schedule, transpose=transpose, **indices)
 
     for columns in (1, 70, 192):
         batch = torch.randn(2 * rows, columns + 3, generator=generator).to(dtype)

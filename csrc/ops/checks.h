@@ -9,12 +9,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
-#include <array>
 #include <optional>
 #include <sstream>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "../math/spline_plan.h"
@@ -86,37 +83,6 @@ inline Span span_of(const Tensor& tensor) {
   return {begin, begin + (last + 1) * tensor.element_size()};
 }
 
-// Whether no two elements of a tensor are one in memory.
-inline bool is_apart(const Tensor& tensor) {
-  std::array<std::pair<int64_t, int64_t>, 3> dims{};  // stride, size
-  for (int64_t i = 0; i < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1) dims[i] = {tensor.stride(i), tensor.size(i)};
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 1;
-  for (const auto& [stride, size] : dims) {
-    if (size == 0) continue;
-    if (stride < reach) return false;
-    reach = stride * (size - 1) + reach;
-  }
-  return true;
-}
-
-inline void check_out(const Tensor& out, const std::vector<int64_t>& shape, const Tensor& values) {
-  bool fits = out.dim() == static_cast<int64_t>(shape.size());
-  for (int64_t i = 0; fits && i < out.dim(); ++i) fits = out.size(i) == shape[i];
-  STD_TORCH_CHECK(
-      fits && out.scalar_type() == values.scalar_type() && out.device() == values.device(),
-      "spline_apply: out must have the shape of the result, the dtype and the device ",
-      "of the values, got ", torch::headeronly::toString(out.scalar_type()), " ", shape_str(out));
-  STD_TORCH_CHECK(out.numel() == 0 || (is_apart(out) && (out.size(out.dim() - 1) == 1 ||
-                                                         out.stride(out.dim() - 1) == 1)),
-                  "spline_apply: out must have contiguous columns and no element twice");
-  const Span to = span_of(out), from = span_of(values);
-  STD_TORCH_CHECK(to.end <= from.begin || from.end <= to.begin || out.numel() == 0,
-                  "spline_apply: out must not lie among the values");
-}
-
 // A call ready to launch: the tensors that own the memory, and what the kernels need to know.
 struct SplineCall {
   Tensor values;
@@ -126,10 +92,8 @@ struct SplineCall {
   SplineArgs args;
 };
 
-// `into`: the memory for the result; none: new memory.
 inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, const Tensor& schedule,
-                                 bool transpose, RowIndices indices,
-                                 const std::optional<Tensor>& into) {
+                                 bool transpose, RowIndices indices) {
   indices.gather = check_index("gather", indices.gather, values);
   indices.scatter = check_index("scatter", indices.scatter, values);
   const bool gathers = indices.gather.has_value(), scatters = indices.scatter.has_value();
@@ -177,13 +141,11 @@ inline SplineCall prepare_spline(Tensor values, const Tensor& coefficients, cons
   const std::vector<int64_t> out_shape =
       scatters ? std::vector<int64_t>{indices.num_rows.value_or(out_rows * groups), columns}
                : std::vector<int64_t>{out_rows, groups, columns};
-  if (into) check_out(*into, out_shape, values);
   if (columns > 1 && values.stride(values.dim() - 1) != 1) {
     values = torch::stable::contiguous(values);
   }
   const Tensor out =
-      into ? *into
-           : torch::stable::empty(out_shape, values.scalar_type(), std::nullopt, values.device());
+      torch::stable::empty(out_shape, values.scalar_type(), std::nullopt, values.device());
   SplineArgs args{};
   args.in = values.const_data_ptr();
   args.in_row_stride = values.stride(0);

@@ -11,41 +11,22 @@ STABLE_TORCH_LIBRARY(coded_torch, m) {
   m.def(
       "spline_apply(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
       "Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> Tensor");
-  // The same into memory that is there: `out` has the shape of the result and any strides, but
-  // contiguous columns, and shares no memory with the values.
-  m.def(
-      "spline_apply_out(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
-      "Tensor? gather, Tensor? scatter, SymInt? num_rows, Tensor(a!) out) -> ()");
-  // As spline_apply on the CPU, with the kernels of one of cpu_capabilities().
-  m.def(
-      "spline_apply_with(Tensor values, Tensor coefficients, Tensor schedule, bool transpose, "
-      "str capability, Tensor? gather=None, Tensor? scatter=None, SymInt? num_rows=None) -> "
-      "Tensor");
   // The Matern covariances of smoothness 5/2 of squared distances, any shape, scale = sqrt(5) /
   // length: into `out`, of the same shape, both contiguous; it may be the squared distances'
   // memory.
   m.def("matern52_out(Tensor squared_distances, float scale, Tensor(a!) out) -> ()");
-  // The same on the CPU, with the kernels of one of cpu_capabilities().
-  m.def(
-      "matern52_out_with(Tensor squared_distances, float scale, Tensor(a!) out, str capability) -> "
-      "()");
   // The same of some rows and columns of a matrix, int64, as a new one.
   m.def(
       "matern52_among(Tensor squared_distances, Tensor rows, Tensor columns, float scale) -> "
       "Tensor");
-  m.def(
-      "matern52_among_with(Tensor squared_distances, Tensor rows, Tensor columns, float scale, "
-      "str capability) -> Tensor");
   // Squared distances [n, n] of rows [n, L], symmetric, 0 where they are at most `nothing` times
   // 1 + the two rows' `squares` [n].
   m.def("squared_distances(Tensor rows, Tensor squares, float nothing) -> Tensor");
-  // The same on the CPU, with the kernels of one of cpu_capabilities().
-  m.def(
-      "squared_distances_with(Tensor rows, Tensor squares, float nothing, str capability) -> "
-      "Tensor");
   // Inner products [n, n] of rows [n, L], symmetric.
   m.def("inner_products(Tensor rows) -> Tensor");
-  m.def("inner_products_with(Tensor rows, str capability) -> Tensor");
   // The instruction sets of this machine that have kernels, space-separated, best first.
   m.def("cpu_capabilities() -> str");
+  // Private, for tests and benchmarks: from now on, every operator of this process uses the kernels
+  // of one of them.
+  m.def("_use_cpu_capability(str capability) -> ()");
 }

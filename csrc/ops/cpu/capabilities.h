@@ -3,6 +3,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -37,11 +38,10 @@ inline const std::vector<Capability>& capabilities() {
   return found;
 }
 
-inline const Capability& capability_of(const char* op, const std::string& name) {
-  for (const Capability& found : capabilities()) {
-    if (found.name == name) return found;
-  }
-  STD_TORCH_CHECK(false, op, ": capability must be one of this machine's, got ", name);
+// The best, unless _use_cpu_capability chose another one. An operator reads it once.
+inline std::atomic<const Capability*>& chosen_capability() {
+  static std::atomic<const Capability*> chosen{&capabilities().front()};
+  return chosen;
 }
 
 }  // namespace coded_torch

@@ -14,7 +14,7 @@ namespace coded_torch {
 
 constexpr int64_t kRowAlignment = 64;
 
-static Tensor run_pairs(const DistancesFunction (&kernels)[2], DistancesCall call) {
+static Tensor run_pairs(DistancesFunction (DistancesKernels::*kernels)[2], DistancesCall call) {
   DistancesArgs& args = call.args;
   const int64_t n = args.num_rows, value_bytes = static_cast<int64_t>(call.out.element_size());
   if (n == 0) return call.out;
@@ -35,38 +35,24 @@ static Tensor run_pairs(const DistancesFunction (&kernels)[2], DistancesCall cal
   }
   args.rows = padded.get();
   args.stride = padded_bytes / value_bytes;
-  const DistancesFunction run = kernels[call.out.scalar_type() == ScalarType::Float];
+  const DistancesKernels& chosen = *chosen_capability().load()->distances;
+  const DistancesFunction run = (chosen.*kernels)[call.out.scalar_type() == ScalarType::Float];
   torch::stable::parallel_for(0, (n + kDistancesBlock - 1) / kDistancesBlock, 1,
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return call.out;
 }
 
 Tensor squared_distances_cpu(const Tensor& rows, const Tensor& squares, double nothing) {
-  return run_pairs(capabilities().front().distances->distances,
-                   prepare_distances(rows, squares, nothing));
-}
-
-Tensor squared_distances_with_cpu(const Tensor& rows, const Tensor& squares, double nothing,
-                                  const std::string& capability) {
-  const DistancesKernels& kernels = *capability_of("squared_distances_with", capability).distances;
-  return run_pairs(kernels.distances, prepare_distances(rows, squares, nothing));
+  return run_pairs(&DistancesKernels::distances, prepare_distances(rows, squares, nothing));
 }
 
 Tensor inner_products_cpu(const Tensor& rows) {
-  return run_pairs(capabilities().front().distances->products,
-                   prepare_products("inner_products", rows));
-}
-
-Tensor inner_products_with_cpu(const Tensor& rows, const std::string& capability) {
-  const DistancesKernels& kernels = *capability_of("inner_products_with", capability).distances;
-  return run_pairs(kernels.products, prepare_products("inner_products_with", rows));
+  return run_pairs(&DistancesKernels::products, prepare_products("inner_products", rows));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
   m.impl("squared_distances", TORCH_BOX(&squared_distances_cpu));
-  m.impl("squared_distances_with", TORCH_BOX(&squared_distances_with_cpu));
   m.impl("inner_products", TORCH_BOX(&inner_products_cpu));
-  m.impl("inner_products_with", TORCH_BOX(&inner_products_with_cpu));
 }
 
 }  // namespace coded_torch

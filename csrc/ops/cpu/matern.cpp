@@ -12,21 +12,12 @@ namespace coded_torch {
 // A thread is worth waking for this many numbers.
 constexpr int64_t kNumbersPerThread = int64_t{1} << 15;
 
-static void run_matern(const MaternKernels& kernels, const Tensor& squared, double scale,
-                       const Tensor& out) {
+void matern52_out_cpu(const Tensor& squared, double scale, const Tensor& out) {
   const MaternArgs args = matern_args(squared, scale, out);
+  const MaternKernels& kernels = *chosen_capability().load()->matern;
   const MaternFunction run = kernels.run[squared.scalar_type() == ScalarType::Float];
   torch::stable::parallel_for(0, args.count, kNumbersPerThread,
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
-}
-
-void matern52_out_cpu(const Tensor& squared, double scale, const Tensor& out) {
-  run_matern(*capabilities().front().matern, squared, scale, out);
-}
-
-void matern52_out_with_cpu(const Tensor& squared, double scale, const Tensor& out,
-                           const std::string& capability) {
-  run_matern(*capability_of("matern52_out_with", capability).matern, squared, scale, out);
 }
 
 static void check_indices(const Tensor& index, int64_t size) {
@@ -38,14 +29,15 @@ static void check_indices(const Tensor& index, int64_t size) {
   }
 }
 
-static Tensor run_among(const MaternKernels& kernels, const Tensor& squared, const Tensor& rows,
-                        const Tensor& columns, double scale) {
+Tensor matern52_among_cpu(const Tensor& squared, const Tensor& rows, const Tensor& columns,
+                          double scale) {
   const MaternAmongCall call = prepare_among(squared, rows, columns, scale);
   const MaternAmongArgs& args = call.args;
   check_indices(rows, squared.size(0));
   check_indices(columns, squared.size(1));
   if (args.num_columns == 0) return call.out;
   ask_for_huge_pages(args.out, call.out.numel() * static_cast<int64_t>(call.out.element_size()));
+  const MaternKernels& kernels = *chosen_capability().load()->matern;
   const MaternAmongFunction run = kernels.run_among[squared.scalar_type() == ScalarType::Float];
   torch::stable::parallel_for(0, args.num_rows,
                               std::max<int64_t>(1, kNumbersPerThread / args.num_columns),
@@ -53,22 +45,9 @@ static Tensor run_among(const MaternKernels& kernels, const Tensor& squared, con
   return call.out;
 }
 
-Tensor matern52_among_cpu(const Tensor& squared, const Tensor& rows, const Tensor& columns,
-                          double scale) {
-  return run_among(*capabilities().front().matern, squared, rows, columns, scale);
-}
-
-Tensor matern52_among_with_cpu(const Tensor& squared, const Tensor& rows, const Tensor& columns,
-                               double scale, const std::string& capability) {
-  return run_among(*capability_of("matern52_among_with", capability).matern, squared, rows, columns,
-                   scale);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
   m.impl("matern52_among", TORCH_BOX(&matern52_among_cpu));
-  m.impl("matern52_among_with", TORCH_BOX(&matern52_among_with_cpu));
   m.impl("matern52_out", TORCH_BOX(&matern52_out_cpu));
-  m.impl("matern52_out_with", TORCH_BOX(&matern52_out_with_cpu));
 }
 
 }  // namespace coded_torch

@@ -76,21 +76,21 @@ static void check_scatter(const RowIndex& scatter, int64_t entries, char* out, i
   }
 }
 
-static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
-                         const Tensor& coefficients, const Tensor& schedule, bool transpose,
-                         const RowIndices& indices, const std::optional<Tensor>& into) {
-  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
+Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                        bool transpose, const std::optional<Tensor>& gather,
+                        const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
+  const TileKernels& kernels = *chosen_capability().load()->tiles;
+  const SplineCall call =
+      prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
   const SplineArgs& args = call.args;
   const int64_t value_bytes = static_cast<int64_t>(call.out.element_size());
-  if (!into) {
-    ask_for_huge_pages(args.out, call.out.numel() * value_bytes);
-    touch_huge_pages(args.out, call.out.numel() * value_bytes);
-  }
+  ask_for_huge_pages(args.out, call.out.numel() * value_bytes);
+  touch_huge_pages(args.out, call.out.numel() * value_bytes);
   check_schedule(args.schedule, schedule.size(0), args.num_knots,
                  schedule.size(1) - 1 - args.num_knots);
-  if (indices.gather) check_gather(args.gather, indices.gather->numel());
-  if (indices.scatter) {
-    check_scatter(args.scatter, indices.scatter->numel(), static_cast<char*>(args.out),
+  if (gather) check_gather(args.gather, gather->numel());
+  if (scatter) {
+    check_scatter(args.scatter, scatter->numel(), static_cast<char*>(args.out),
                   args.num_columns * value_bytes, args.out_row_stride * value_bytes);
   }
   if (args.num_groups == 0 || args.num_columns == 0) return call.out;
@@ -124,45 +124,27 @@ static Tensor run_spline(const TileKernels& kernels, const Tensor& values,
   return call.out;
 }
 
-Tensor spline_apply_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                        bool transpose, const std::optional<Tensor>& gather,
-                        const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
-  return run_spline(*capabilities().front().tiles, values, coefficients, schedule, transpose,
-                    {gather, scatter, num_rows}, std::nullopt);
-}
-
-void spline_apply_out_cpu(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                          bool transpose, const std::optional<Tensor>& gather,
-                          const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
-                          const Tensor& out) {
-  run_spline(*capabilities().front().tiles, values, coefficients, schedule, transpose,
-             {gather, scatter, num_rows}, out);
-}
-
-Tensor spline_apply_with_cpu(const Tensor& values, const Tensor& coefficients,
-                             const Tensor& schedule, bool transpose, const std::string& capability,
-                             const std::optional<Tensor>& gather,
-                             const std::optional<Tensor>& scatter,
-                             std::optional<int64_t> num_rows) {
-  const TileKernels& kernels = *capability_of("spline_apply_with", capability).tiles;
-  return run_spline(kernels, values, coefficients, schedule, transpose, {gather, scatter, num_rows},
-                    std::nullopt);
-}
-
 std::string cpu_capabilities() {
   std::string names;
   for (const Capability& found : capabilities()) names += (names.empty() ? "" : " ") + found.name;
   return names;
 }
 
+void use_cpu_capability(const std::string& name) {
+  for (const Capability& found : capabilities()) {
+    if (found.name == name) return chosen_capability().store(&found);
+  }
+  STD_TORCH_CHECK(false, "_use_cpu_capability: capability must be one of ", cpu_capabilities(),
+                  ", got ", name);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CPU, m) {
   m.impl("spline_apply", TORCH_BOX(&spline_apply_cpu));
-  m.impl("spline_apply_out", TORCH_BOX(&spline_apply_out_cpu));
-  m.impl("spline_apply_with", TORCH_BOX(&spline_apply_with_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CompositeExplicitAutograd, m) {
   m.impl("cpu_capabilities", TORCH_BOX(&cpu_capabilities));
+  m.impl("_use_cpu_capability", TORCH_BOX(&use_cpu_capability));
 }
 
 }  // namespace coded_torch

@@ -137,13 +137,14 @@ static void launch_zero_unwritten(const SplineCall& call, int device_index) {
   check_launch();
 }
 
-static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                         bool transpose, const RowIndices& indices,
-                         const std::optional<Tensor>& into) {
+Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
+                         bool transpose, const std::optional<Tensor>& gather,
+                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
   const int device_index = values.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_index);
-  const SplineCall call = prepare_spline(values, coefficients, schedule, transpose, indices, into);
-  if (indices.num_rows) launch_zero_unwritten(call, device_index);
+  const SplineCall call =
+      prepare_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows});
+  if (num_rows) launch_zero_unwritten(call, device_index);
   if (call.args.num_groups == 0 || call.args.num_columns == 0) return call.out;
   const Device device = device_of(device_index);
   switch (call.dtype) {
@@ -163,22 +164,7 @@ static Tensor run_spline(const Tensor& values, const Tensor& coefficients, const
   return call.out;
 }
 
-Tensor spline_apply_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                         bool transpose, const std::optional<Tensor>& gather,
-                         const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows) {
-  return run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows},
-                    std::nullopt);
-}
-
-void spline_apply_out_cuda(const Tensor& values, const Tensor& coefficients, const Tensor& schedule,
-                           bool transpose, const std::optional<Tensor>& gather,
-                           const std::optional<Tensor>& scatter, std::optional<int64_t> num_rows,
-                           const Tensor& out) {
-  run_spline(values, coefficients, schedule, transpose, {gather, scatter, num_rows}, out);
-}
-
 STABLE_TORCH_LIBRARY_IMPL(coded_torch, CUDA, m) {
-  m.impl("spline_apply_out", TORCH_BOX(&spline_apply_out_cuda));
   m.impl("spline_apply", TORCH_BOX(&spline_apply_cuda));
 }
 
