@@ -6,7 +6,7 @@ The oracle's constant is the radius that contains just as many of all errors of 
 the width of a 95 % interval of the mean over batches stands beside every coverage.
 
 Settings: 4, 8 or 12 parts missing of 240 rows, 8 of 64 rows, 12 of 40; a code that repeats inputs
-unevenly; batches sorted by the module's outputs, in strided and in contiguous parts; a student, a
+unevenly; batches sorted by the module's outputs, as dealt and in contiguous parts; a student, a
 linear map fitted to earlier rows; a memory of these rows; a memory of other classes; and requests
 of four rows, where the memory calibrates the only missing one.
 
@@ -30,6 +30,7 @@ from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Choice, Distances, Sources
+from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
@@ -65,7 +66,7 @@ SETTINGS = {
     "B 64": Setting(rows=64),
     "B 40, 12 missing": Setting(rows=40, missing=12),
     "uneven copies": Setting(missing=4, helper="copies"),
-    "sorted, strided": Setting(arrival="sorted"),
+    "sorted": Setting(arrival="sorted"),
     "sorted, contiguous": Setting(arrival="contiguous"),
     "student": Setting(helper="student"),
     "memory": Setting(helper="memory"),
@@ -140,8 +141,8 @@ def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
             rows = rows[
                 values.argmax(1).argsort() if values.shape[1] > 1 else values[:, 0].argsort()
             ]
-        if setting.arrival == "contiguous":  # so that a strided part is a block
-            places = torch.cat([torch.arange(len(rows))[i::PARTS] for i in range(PARTS)])
+        if setting.arrival == "contiguous":  # so that a part is a block
+            places = torch.tensor(sum(dealt(len(rows), PARTS), ()))
             back = torch.empty_like(places)
             back[places] = torch.arange(len(rows))
             rows = rows[back]

@@ -275,6 +275,22 @@ class Columns(Division):
         return self._plan.encode(values)
 
 
+@functools.lru_cache(256)
+def dealt(size: int, parts: int) -> list[tuple[int, ...]]:
+    """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
+
+    So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. Rows of
+    the same sizes are always dealt alike, and part p begins with row p.
+    """
+    dealer, hands = random.Random(0), [[row] for row in range(parts)]
+    for start in range(parts, size, parts):
+        rows = list(range(start, min(start + parts, size)))
+        dealer.shuffle(rows)
+        for hand, row in zip(hands, rows, strict=False):
+            hand.append(row)
+    return [tuple(hand) for hand in hands]
+
+
 class Rows(Division):
     """The rows of the batch, each of which is asked for once, in at most ``parts`` parts.
 
@@ -290,8 +306,7 @@ class Rows(Division):
         self._predictor, self.block = predictor, block
         self.needed, self.least = size, 1
         parts = min(parts, size)
-        # Strided: where neighbours in a batch are alike, a missing part leaves some of each kind.
-        self.first = [range(i, size, parts) for i in range(parts)]
+        self.first = dealt(size, parts)
 
     def plan(self) -> RowPlan:
         return self._plan

@@ -16,6 +16,7 @@ from coded_torch.codes import (
     ReplicationCode,
     SplineCode,
 )
+from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Bernoulli, Trace, Uniform
 from coded_torch.testing.workers import (
     CopyCode,
@@ -61,7 +62,7 @@ def test_predictions_that_do_not_fit_before_the_deadline_are_made_of_less():
     with FaultyWorkers(DeviceWorkers(["cpu"] * 4), delays=late) as pool, torch.no_grad():
         coded = CodedWrapper(nn.Tanh(), workers=pool)
         answers, report = coded.run(x, waiting=Waiting(deadline=0.3, hedge_budget=0))
-    assert report.missing_rows == tuple(range(3, 4000, 4))
+    assert report.missing_rows == dealt(4000, 4)[3]
     assert "to keep the deadline" in report.notes[-1]
     exact = ~report.predicted
     assert torch.equal(answers[exact], x[exact].tanh())
@@ -127,9 +128,10 @@ def test_a_part_that_failed_is_asked_again_at_once():
     run = coded.last_run
     assert run.work == 1.25
     hedges = [(hedge.of, hedge.units, hedge.won) for hedge in run.hedges]
-    assert hedges == [(2, (2,), True), (2, (6,), True)]
-    assert (run.ended, list(run.rejected)) == ("complete", [2])
-    assert run.source.nonzero().flatten().tolist() == [2, 6]
+    number, failed = next((i, part) for i, part in enumerate(dealt(8, 4)) if 2 in part)
+    assert hedges == [(number, (row,), True) for row in failed]
+    assert (run.ended, list(run.rejected)) == ("complete", [number])
+    assert run.source.nonzero().flatten().tolist() == list(failed)
 
 
 def test_what_is_rejected_again_and_again_is_predicted():

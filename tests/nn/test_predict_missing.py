@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
 from coded_torch.codes import ReplicationCode, SplineCode
+from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
@@ -368,3 +369,26 @@ def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
     assert run.predicted.sum() == 4 * lost
     assert (run.label_risks is not None) == classes
     assert run.radii is not None
+
+
+@pytest.mark.parametrize(("size", "parts"), [(240, 24), (7, 3), (5, 5), (3, 1)])
+def test_of_any_rows_in_turn_each_part_gets_one(size, parts):
+    hands = dealt(size, parts)
+    assert sorted(row for hand in hands for row in hand) == list(range(size))
+    for number, hand in enumerate(hands):
+        assert hand[0] == number
+        assert [row // parts for row in hand] == list(range(len(hand)))
+
+
+def test_error_bars_hold_for_periodic_batches():
+    """Rows of 24 sources in turn, on 24 parts: a part of one source would be lost as a whole."""
+    generator = torch.Generator().manual_seed(0)
+    module, held = nn.Tanh(), []
+    for seed in range(30):
+        level = torch.randn(24, 4, generator=generator).repeat(10, 1)
+        x = level + 0.05 * torch.randn(240, 4, generator=generator)
+        pool = LocalWorkers(Uniform(8, seed=seed))
+        answers, report = CodedWrapper(module, workers=pool, parts=24).run(x)
+        errors = (answers - module(x)).norm(dim=1)
+        held.append((errors <= report.radii)[report.predicted].double().mean())
+    assert torch.stack(held).mean() > 0.93  # .95 less two standard errors; .2 with strides

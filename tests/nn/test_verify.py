@@ -13,6 +13,7 @@ from torch import nn
 
 from coded_torch import CodedWrapper, Waiting, codes
 from coded_torch.codes import NotEnoughResults
+from coded_torch.nn.division import dealt
 from coded_torch.surrogates import Memory
 from coded_torch.verification.scores import Fit, Scores
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
@@ -123,9 +124,7 @@ class TestHonestWorkers:
         _, report = wrap(pool, None).run(batch())
         assert report.verified is None
         assert report.work == 1.0
-        assert sorted(units for _, units in pool.log) == [
-            tuple(range(i, ROWS, 6)) for i in range(6)
-        ]
+        assert sorted(units for _, units in pool.log) == dealt(ROWS, 6)
 
 
 class TestAWrongWorker:
