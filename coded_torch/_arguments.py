@@ -193,7 +193,8 @@ _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 class Sparing(logging.Filter):
     """Passes one warning per cause and minute, which says how many were held back before it.
 
-    Two warnings of one logger have the same cause if their texts differ in numbers only.
+    Two warnings of one logger have the same cause if their texts differ in numbers only, and if
+    their ``extra`` names the same ``cause``, or none.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -212,7 +213,8 @@ class Sparing(logging.Filter):
         if record.levelno != logging.WARNING:
             return True
         text, now = record.getMessage(), self._clock()
-        cause = record.name, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
+        named = f"{record.name} {getattr(record, 'cause', '')}"
+        cause = named, re.sub(r"\d[\w.]*", "#", text)[:_CHARACTERS]
         with self._lock:
             since, held = self._causes.pop(cause, (-math.inf, 0))
             passes = now - since >= _SECONDS

@@ -95,7 +95,7 @@ def _workers(args: argparse.Namespace) -> Workers:
 def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, None]:
     """Return the model of the endpoints, and its specs."""
     need("serve", "endpoints", "aiohttp")
-    from ..serve.proxy import find
+    from ..workers import RemoteModule
 
     with usage("serve", errors=(RuntimeError, ValueError)):
         if args.model is None:
@@ -103,7 +103,20 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, None]:
         for flag in ("chaos", "example", "output_names"):
             if getattr(args, flag) is not None and getattr(args, flag) is not False:
                 raise ValueError(f"--{flag.replace('_', '-')} must be left out with --endpoints")
-        return *find(args.endpoints, args.model), None
+        silent: list[str] = []
+        for url in args.endpoints:
+            try:
+                module = RemoteModule(url, args.model)
+            except (RuntimeError, ValueError) as error:
+                why = str(error).removeprefix("RemoteModule: ")
+                if isinstance(error, ValueError):
+                    raise ValueError(f"--endpoints: {why}") from None
+                silent.append(why)
+            else:
+                for why in silent:
+                    say(f"An endpoint does not describe {args.model}: {why}")
+                return module, module.metadata.inputs, module.metadata.outputs, None
+        raise RuntimeError(f"no endpoint describes the model {args.model!r}; {silent[0]}")
 
 
 def _own(args: argparse.Namespace) -> tuple[nn.Module, Any, Any, tuple[Tensor, ...]]:

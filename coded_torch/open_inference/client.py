@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .._arguments import instance
 from .tensors import (
+    ADDED,
     EndpointError,
     Model,
     RefusedError,
@@ -42,10 +43,10 @@ _T = TypeVar("_T")
 
 
 class BusyError(RuntimeError):
-    """A server takes no request for ``seconds``."""
+    """A server takes no request for ``seconds``, or was late and predicted rows."""
 
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"the server is busy for {seconds:g} s")
+    def __init__(self, seconds: float, why: str = "the server is busy") -> None:
+        super().__init__(f"{why}; it may be asked again after {seconds:g} s")
         self.seconds = seconds
 
 
@@ -113,12 +114,15 @@ class Client:
         extensions = about.get("extensions")
         binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
         given = {spec.name: spec for spec in specs_of(found, "outputs")}
-        names = given if outputs is None else outputs
+        ours = set(ADDED) <= set(given.values())  # a server of this package
+        own = [each for each, spec in given.items() if not (ours and spec in ADDED)]
+        names = own if outputs is None else outputs
         if unknown := [each for each in names if each not in given]:
             must = f"outputs must be some of {', '.join(given)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
         chosen = tuple(given[each] for each in names)
-        return Model(name, specs_of(found, "inputs"), chosen, binary)
+        marks = ours and ADDED[0] not in chosen
+        return Model(name, specs_of(found, "inputs"), chosen, binary, marks)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
@@ -135,7 +139,7 @@ class Client:
         """Return the outputs, ``[rows, ...]`` each, in the order of the model.
 
         Raises a RemoteError if the model failed, and a RefusedError if the request is wrong. A
-        server that takes none now is a BusyError, all else an EndpointError.
+        server that takes none now, or predicted rows, is a BusyError, all else an EndpointError.
         """
         body, length = request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
@@ -144,9 +148,13 @@ class Client:
         url, most = f"{server}{model.path}/infer", answer_bytes(model, rows)
         data, size = await self._ask("POST", url, most, data=body, headers=headers)
         try:
-            return outputs_of(model, data, size, rows)
+            found = outputs_of(model, data, size, rows)
         except ValueError as error:
             raise EndpointError(f"answered against the protocol: {error}") from None
+        if model.marks and (predicted := int(found.pop().sum())):
+            why = f"the server predicted {predicted} of {rows} rows"
+            raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'predicted' would return")
+        return found
 
     async def close(self) -> None:
         """Close all connections."""
@@ -270,7 +278,8 @@ class RemoteModule(nn.Module):
     Args:
         url: the server, such as ``"http://a:8000"``.
         model: the name of the model. Its inputs and outputs come from the server's metadata.
-        outputs: the names of the outputs to ask for. Defaults to None, all of them.
+        outputs: the names of the outputs to ask for. Defaults to None, all that the model has. A
+            server of this package has further ones, such as ``"radius"``, which must be named.
         headers, token, context, connect_timeout, timeout: as in
             :class:`~coded_torch.workers.EndpointWorkers`.
 
@@ -280,7 +289,8 @@ class RemoteModule(nn.Module):
 
     Calling takes a tensor for each input, by position or by name. It returns the output
     ``[B, ...]``, or a dict of several by name, on the CPU. It raises a ValueError if the server
-    refuses the inputs, and a RuntimeError if the model failed, or the server.
+    refuses the inputs, and a RuntimeError if the model failed, or the server. Rows that a server of
+    this package predicted are no answer: it counts as busy, unless ``outputs`` name "predicted".
     """
 
     def __init__(

@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance
 
-__all__ = ["DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec", "answer_bytes"]
+__all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
 __all__ += [
+    "answer_bytes",
     "cast",
     "from_bytes",
     "from_json",
@@ -80,6 +81,19 @@ class TensorSpec:
         """Return whether a row may have this shape."""
         pairs = zip(self.shape, shape, strict=False)
         return len(shape) == len(self.shape) and all(ours in (-1, size) for ours, size in pairs)
+
+
+#: The outputs that this package's server gives every model beside its own: whether a row
+#: is predicted; the radius that its error is within; the risk of its label; its source, 0 from the
+#: worker asked first, 1 from a later one, 2 predicted; whether two workers computed it alike. JSON
+#: has null for infinite numbers and for NaN, which stands for unknown.
+ADDED = (
+    TensorSpec("predicted", "BOOL", ()),
+    TensorSpec("radius", "FP32", ()),
+    TensorSpec("label_risk", "FP32", ()),
+    TensorSpec("source", "UINT8", ()),
+    TensorSpec("verified", "BOOL", ()),
+)
 
 
 def specs(
@@ -216,6 +230,12 @@ class Model(NamedTuple):
     inputs: tuple[TensorSpec, ...]  #: one for each argument, in order
     outputs: tuple[TensorSpec, ...]
     binary: bool  #: true if the server takes and sends binary tensors
+    marks: bool = False  #: true if the server is to mark the rows that it predicted
+
+    @property
+    def asked(self) -> tuple[TensorSpec, ...]:
+        """The outputs to ask for: those of the model, and the marks at the end."""
+        return (*self.outputs, ADDED[0]) if self.marks else self.outputs
 
     @property
     def path(self) -> str:
@@ -256,7 +276,7 @@ def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int]:
             entry["data"] = to_json(tensor).tolist()
         entries.append(entry)
     how = {"parameters": {"binary_data": True}} if model.binary else {}
-    outputs = [{"name": spec.name, **how} for spec in model.outputs]
+    outputs = [{"name": spec.name, **how} for spec in model.asked]
     head = json.dumps({"inputs": entries, "outputs": outputs}).encode()
     return b"".join([head, *tail]), len(head) if model.binary else 0
 
@@ -265,7 +285,7 @@ def answer_bytes(model: Model, rows: int) -> int:
     """Return the most bytes that an answer may have; 64 MiB for an output whose size is open."""
     return _HEADER + sum(
         2**26 if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER
-        for spec in model.outputs
+        for spec in model.asked
     )
 
 
@@ -282,7 +302,7 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
     if not isinstance(entries, list):
         raise EndpointError("sent an answer without outputs")
     found: dict[str, Tensor] = {}
-    specs = {spec.name: spec for spec in model.outputs}
+    specs = {spec.name: spec for spec in model.asked}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or name not in specs or name in found:
@@ -306,4 +326,4 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
         found[name], tail = from_bytes(name, spec.datatype, shape, tail[:size]), tail[size:]
     if len(found) < len(specs) or len(tail):
         raise EndpointError("sent an answer of another length than its outputs have")
-    return [found[spec.name] for spec in model.outputs]
+    return [found[spec.name] for spec in model.asked]

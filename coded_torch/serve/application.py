@@ -25,11 +25,10 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper, Report
-from ..open_inference.tensors import TensorSpec
+from ..open_inference.tensors import ADDED, TensorSpec
 from .batcher import Batch, Batcher, compute, load
 from .metrics import Metrics
 from .protocol import (
-    ADDED,
     VERSION,
     InferRequest,
     RequestError,
@@ -203,8 +202,9 @@ class Service:
             await asyncio.to_thread(self.pool.close)
 
     async def is_ready(self, _: Request) -> Response:
-        """Say whether the model is loaded."""
-        return _json({"name": self.name, "ready": self.ready}, 200 if self.ready else 503)
+        """Say whether the model is loaded, and a worker is up if the pool has workers."""
+        ready = self.ready and not (self.pool.num_workers and self.pool.num_ready == 0)
+        return _json({"name": self.name, "ready": ready}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:
         """Return the metrics for Prometheus."""
@@ -248,7 +248,8 @@ class Service:
         """Answer a request that failed or is refused, and count why."""
         if not isinstance(error, HTTPException):
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
-        self.metrics.refused(getattr(error, "reason", "invalid"))
+        if error.status_code != 404:  # another path is no request of this model
+            self.metrics.refused(getattr(error, "reason", "invalid"))
         return _json({"error": error.detail}, error.status_code, error.headers)
 
     async def _read(self, request: Request, deadline: float) -> InferRequest:

@@ -349,7 +349,7 @@ def _refusal(report: Report, row: int) -> RequestError:
     error = report.errors.get(row)
     if row not in report.refused:
         if report.ended == "deadline":
-            why = error or "none"
+            why = error or "no worker replied with these rows"
             return RequestError(504, "late", f"too few results within the deadline: {why}")
         if error is None or error.worker < 0 or error.kind == "died":
             why = error or "none is up"

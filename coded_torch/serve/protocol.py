@@ -18,6 +18,7 @@ from starlette.requests import Request
 from torch import Tensor
 
 from ..open_inference.tensors import (
+    ADDED,
     DATATYPES,
     TensorSpec,
     cast,
@@ -28,7 +29,6 @@ from ..open_inference.tensors import (
 )
 
 __all__ = [
-    "ADDED",
     "VERSION",
     "InferRequest",
     "RequestError",
@@ -45,17 +45,6 @@ _HEADER, _NUMBER = 2**16, 32
 _ANY_SHAPE = 2**26
 #: The only version of every model.
 VERSION = "1"
-#: The outputs that every model has beside its own: whether a row is predicted; the radius that
-#: its error is within; the risk of its label; its source, 0 from the worker asked first, 1 from a
-#: later one, 2 predicted; whether two workers computed it alike. JSON has null for infinite
-#: numbers and for NaN, which stands for unknown.
-ADDED = (
-    TensorSpec("predicted", "BOOL", ()),
-    TensorSpec("radius", "FP32", ()),
-    TensorSpec("label_risk", "FP32", ()),
-    TensorSpec("source", "UINT8", ()),
-    TensorSpec("verified", "BOOL", ()),
-)
 
 
 class RequestError(HTTPException):

@@ -31,9 +31,9 @@ __all__ = ["EndpointWorkers"]
 
 logger = logging.getLogger("coded_torch.workers")
 
-# Seconds from a failure to the first probe of a server; the pause doubles up to the other. Not
-# tuned: a probe is one small request.
-_PROBE_SECONDS, _MOST_PROBE_SECONDS = 0.25, 30.0
+# Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
+# or the third while no server is up. Not tuned: a probe is one small request.
+_PROBE_SECONDS, _MOST_PROBE_SECONDS, _ALONE_PROBE_SECONDS = 0.25, 30.0, 1.0
 _SILENCE = 16  # parts in a row without an answer, while others answered as many; not tuned
 _CLOSING_SECONDS = 5.0  # the time that requests get to end when a pool closes; not tuned
 
@@ -46,7 +46,8 @@ class EndpointWorkers(DispatchedWorkers):
     ``CodedWrapper(RemoteModule(url, "resnet"), workers=EndpointWorkers(urls, model="resnet"))``.
 
     - A server that fails, hangs, or does not keep the protocol gets no parts until a probe of
-      ``/v2/health/ready`` succeeds. Probes come at growing intervals.
+      ``/v2/health/ready`` succeeds. Probes come at growing intervals, of at most a second while no
+      server is up.
     - A server that answers 429 or 503 gets no parts for the time of its ``Retry-After``. Its part
       goes to another server, and counts as no failure.
     - An answer 400 or 422 is the caller's error: the call raises it, and asks nobody else.
@@ -185,7 +186,7 @@ class _Endpoints(Dispatcher[_Slot]):
         self.client, self.concurrency = client, concurrency
         self.loop = running_loop()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
-        self._failures: dict[str, int] = {}  # since the last answer
+        self._pauses: dict[str, float] = {}  # before the last probe, of servers without an answer
         self._num_answers = 0
         self._silent: dict[str, list[int]] = {}  # answers of all at each part that got none
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -261,7 +262,7 @@ class _Endpoints(Dispatcher[_Slot]):
         silent.append(self._num_answers)
         if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
             self._silent.pop(slot.url)
-            self._pause(slot.url, None)
+            self._pause(slot.url, why=f"left {_SILENCE} parts unanswered while others answered")
 
     def _spawn(self, function: Callable[..., Any], *args: Any) -> asyncio.Task[Any]:
         task = self.loop.create_task(function(*args))
@@ -296,7 +297,7 @@ class _Endpoints(Dispatcher[_Slot]):
         except EndpointError as error:
             reason = f"({slot.url}) {error}"
             self.trouble = f"{slot.url} {error}"
-            self._pause(slot.url, None)
+            self._pause(slot.url, why=str(error))
             self.fail(slot, job.number, reason, error, "died" if error.lost else "")
         except Exception as error:  # the model failed, or the arguments are wrong
             raised = isinstance(error, RemoteError | TypeError | ValueError)
@@ -304,7 +305,7 @@ class _Endpoints(Dispatcher[_Slot]):
             self.fail(slot, job.number, f"({slot.url}) raised {error!r}", error, kind)
         else:
             self._num_answers += 1
-            self._failures.pop(slot.url, None)
+            self._pauses.pop(slot.url, None)
             self._silent.pop(slot.url, None)
             self.settle(slot, job.number, value)
 
@@ -324,8 +325,8 @@ class _Endpoints(Dispatcher[_Slot]):
         answer: Any = lambda: module.outputs(outputs)  # noqa: E731
         return await self.loop.run_in_executor(None, compute, answer, ((), {}), fault)
 
-    def _pause(self, url: str, seconds: float | None) -> None:
-        """Give a server no parts for a time, or until a probe of it succeeds."""
+    def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
+        """Give a server no parts for a time, and if it failed until a probe of it succeeds."""
         with self._changed:
             slots = [slot for slot in self._workers if slot.url == url and not slot.left]
             if not slots or not slots[0].ready:
@@ -333,17 +334,27 @@ class _Endpoints(Dispatcher[_Slot]):
             for slot in slots:
                 slot.ready = False
             self._idle = type(self._idle)(slot for slot in self._idle if slot.ready)
-        if seconds is None:
-            logger.warning("EndpointWorkers: %s failed, and is probed until it is ready", url)
-        self._spawn(self._resume, url, slots, seconds)
+        if why:
+            text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
+            logger.warning(text, url, why, extra={"cause": url})
+        self._spawn(self._resume, url, slots, seconds, bool(why))
 
-    async def _resume(self, url: str, slots: Sequence[_Slot], seconds: float | None) -> None:
-        await asyncio.sleep(seconds or 0.0)
-        while seconds is None:
-            failures = self._failures[url] = self._failures.get(url, -1) + 1
-            pause = _PROBE_SECONDS * 2.0 ** min(failures, 10)
-            await asyncio.sleep(min(pause, _MOST_PROBE_SECONDS))
-            if all(slot.left for slot in slots) or await self.client.is_ready(url):
+    async def _resume(
+        self, url: str, slots: Sequence[_Slot], seconds: float, failed: bool = False
+    ) -> None:
+        await asyncio.sleep(seconds)
+        while failed and not all(slot.left for slot in slots):
+            pause = self._bounded(2 * self._pauses.get(url, _PROBE_SECONDS / 2))
+            self._pauses[url], waited = pause, 0.0
+            while waited < self._bounded(pause):  # the other servers may fail meanwhile
+                await asyncio.sleep(step := min(pause, _ALONE_PROBE_SECONDS))
+                waited += step
+            if await self.client.is_ready(url):
+                logger.warning("EndpointWorkers: %s is ready again", url, extra={"cause": url})
                 break
         for slot in slots:
             self.ready(slot)
+
+    def _bounded(self, pause: float) -> float:
+        """Return the seconds to the next probe: a server that others stand in for may wait."""
+        return min(pause, _MOST_PROBE_SECONDS if self.num_ready else _ALONE_PROBE_SECONDS)

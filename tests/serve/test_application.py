@@ -144,9 +144,11 @@ def test_a_bad_request_leaves_the_connection_usable_and_no_label_in_the_metrics(
     assert (status, answer) == (400, {"error": "input 'input' must be finite, but row 1 is not"})
     assert client.infer(ONE)[0] == 200
     client.infer({"inputs": [tensor(ROWS, "secret")]})
+    refusals = [line for line in client.metrics().splitlines() if 'reason="invalid"' in line]
+    assert refusals
     client.send("POST", "/v2/models/secret/infer", b"{}")
     text = client.metrics()
-    assert 'coded_torch_refusals_total{reason="invalid"}' in text
+    assert set(refusals) <= set(text.splitlines())  # another path is no invalid request
     assert "secret" not in text
 
 
@@ -251,7 +253,11 @@ def test_a_deadline_without_results_is_504_and_in_time(held, said, seconds):
         status, answer = client.infer(ONE | {"parameters": said})
         took = time.monotonic() - start
         held.go.set()
-    assert (status, answer["error"][:8]) == (504, "too few ")
+    assert status == 504
+    assert answer["error"] in (
+        "too few results within the deadline: no worker replied with these rows",
+        "too few results came within the deadline",
+    )
     assert seconds - 0.02 <= took < seconds + 1
 
 

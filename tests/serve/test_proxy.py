@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from coded_torch.cli.main import main
-from coded_torch.serve.proxy import find
 from coded_torch.stragglers import Trace
-from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers
+from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers, RemoteModule
 
 from ..workers.endpoint_servers import servers
-from .servers import INPUTS, OUTPUTS, Client, built, serving, tensor
+from .servers import OUTPUTS, Client, built, serving, tensor, wait_until
 from .test_command import running
 
 ROW = {"inputs": [tensor([[1.0, 2.0, 3.0]])]}
@@ -31,11 +30,9 @@ server.thread.join()
 @contextlib.contextmanager
 def fronted(urls, model="double", **options):
     """Yield a client of a server, named front, before the servers."""
-    module, inputs, outputs = find(urls, model)
-    pool = EndpointWorkers(urls, model=model)
-    application = built(
-        module, workers=pool, name="front", inputs=inputs, outputs=outputs, **options
-    )
+    module, pool = RemoteModule(urls[0], model), EndpointWorkers(urls, model=model)
+    options |= {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
+    application = built(module, workers=pool, name="front", **options)
     with serving(application) as port, Client(port) as client:
         yield client
 
@@ -72,13 +69,35 @@ def test_rows_that_a_server_predicts_are_computed_by_another():
             assert any(client.infer(request)[1]["outputs"][1]["data"])
         urls = [f"http://127.0.0.1:{port}" for port in (bad, good)]
         with Client(good) as client, fronted(urls, "m", deadline=10.0) as front:
-            assert find(urls, "m")[1:] == (INPUTS, OUTPUTS)
+            assert RemoteModule(urls[0], "m").metadata.outputs == tuple(OUTPUTS)
+            with pytest.raises(RuntimeError, match=r"the server predicted \d+ of 16 rows"):
+                RemoteModule(urls[0], "m")(torch.tensor(rows))
+            flagged = RemoteModule(urls[0], "m", outputs=["output", "predicted"])
+            assert flagged(torch.tensor(rows))["predicted"].any()
             for _ in range(5):
                 status, answer = front.infer(request, PATH)
                 assert status == 200
                 assert not any(answer["outputs"][1]["data"])
                 wanted = client.infer(request)[1]["outputs"][0]["data"]
                 assert answer["outputs"][0]["data"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_server_whose_endpoints_are_down_is_not_ready():
+    def broken(handler, rows):
+        handler.send(502, b"{}")
+        return True
+
+    with servers(2) as both, fronted([each.url for each in both]) as client:
+        assert client.get("/v2/health/ready")[0] == 200
+        for server in both:
+            server.ready, server.fault = False, broken
+        assert client.infer(ROW, PATH)[0] >= 500
+        for path in ("/v2/health/ready", "/v2/models/front/ready"):
+            assert client.get(path) == (503, {"name": "front", "ready": False})
+        assert client.get("/v2/health/live")[0] == 200
+        both[1].ready, both[1].fault = True, None
+        wait_until(lambda: client.get("/v2/health/ready")[0] == 200)
+        assert client.infer(ROW, PATH)[0] == 200
 
 
 def test_a_killed_server_loses_nothing():
@@ -93,8 +112,11 @@ def test_a_killed_server_loses_nothing():
             stack.callback(process.kill)
             started.append(process)
         urls = [process.stdout.readline().strip() for process in started]
-        options = ["--endpoints", *urls, "--model", "double", "--deadline", "10", "--parts", "3"]
-        _, port = stack.enter_context(running(*options))
+        options = ["--endpoints", "http://127.0.0.1:1", *urls, "--model", "double"]
+        options += ["--deadline", "10", "--parts", "3"]
+        process, port = stack.enter_context(running(*options))
+        text = "An endpoint does not describe double: http://127.0.0.1:1 could not be reached"
+        assert text in process.head
         client = stack.enter_context(Client(port))
         for n in range(60):
             if n in (20, 40):
@@ -113,8 +135,8 @@ def test_a_killed_server_loses_nothing():
         ("--model double", "--model must come with --endpoints"),
         ("--endpoints {url} --model double --chaos", "--chaos must be left out with --endpoints"),
         ("--endpoints {url} --model double --example 0", "--example must be left out with"),
-        ("--endpoints {url} --model none", "no endpoint describes the model 'none'; "),
-        ("--endpoints ftp://a --model double", "an endpoint must be a URL such as"),
+        ("--endpoints {url} --model none", "no endpoint describes the model 'none'; http://"),
+        ("--endpoints ftp://a --model double", "--endpoints: an endpoint must be a URL such as"),
         ("--endpoints http://127.0.0.1:1 --model double", "no endpoint describes the model"),
         ("--endpoints {url} --model double --name predicted/x", "name must be a part of a URL"),
     ],

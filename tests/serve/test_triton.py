@@ -10,8 +10,7 @@ import tritonclient.http as triton
 
 from coded_torch.demo.lenet5 import lenet5_and_digits
 from coded_torch.serve import specs
-from coded_torch.serve.proxy import find
-from coded_torch.workers import EndpointWorkers
+from coded_torch.workers import EndpointWorkers, RemoteModule
 
 from .servers import built, serving
 
@@ -108,7 +107,7 @@ def proxy(port):
     inputs, outputs = specs(module, examples)
     with serving(built(module, inputs=inputs, outputs=outputs)) as second:
         urls = [f"http://127.0.0.1:{each}" for each in (port, second)]
-        found, inputs, outputs = find(urls, "m")
+        found = RemoteModule(urls[0], "m")
         pool = EndpointWorkers(urls, model="m")
         with serving(built(found, workers=pool, inputs=inputs, outputs=outputs)) as front:
             yield front

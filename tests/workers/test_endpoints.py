@@ -1,5 +1,6 @@
 """A pool of servers of the Open Inference Protocol, some of which fail."""
 
+import contextlib
 import copy
 import os
 import pickle
@@ -198,6 +199,34 @@ def test_a_server_that_answers_nothing_while_others_do_gets_no_parts(three, monk
         hung.set()
     three[2].fault, three[2].ready = None, True
     until(lambda: coded.workers.num_ready == 3)
+
+
+def test_each_server_that_fails_or_comes_back_is_logged_with_the_reason(three, caplog):
+    coded, down = wrapped(three), three[1:]
+    for each in down:
+        each.fault, each.ready = lambda handler, rows: handler.send(502, b"{}") or True, False
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 1)
+    for each in down:
+        text = f"{each.url} failed, and is probed until it is ready: it answered 502"
+        assert caplog.text.count(text) == 1
+        each.fault, each.ready = None, True
+    until(lambda: coded.workers.num_ready == 3)
+    for each in down:
+        assert caplog.text.count(f"{each.url} is ready again") == 1
+
+
+def test_servers_are_probed_often_while_none_is_up(three, monkeypatch):
+    monkeypatch.setattr(endpoints, "_PROBE_SECONDS", 600.0)
+    monkeypatch.setattr(endpoints, "_MOST_PROBE_SECONDS", 600.0)
+    coded = wrapped(three, Waiting(deadline=1.0, predict=False))
+    three[0].fault = broken
+    until(lambda: torch.equal(coded(X), 2 * X) and coded.workers.num_ready == 2)
+    three[0].fault = None
+    for each in three[1:]:
+        each.fault, each.ready = broken, False
+    with contextlib.suppress(RuntimeError):
+        coded(X)
+    until(lambda: torch.equal(coded(X), 2 * X))
 
 
 def test_servers_come_and_go(three):
