@@ -234,7 +234,7 @@ class Model(NamedTuple):
 
     @property
     def asked(self) -> tuple[TensorSpec, ...]:
-        """The outputs to ask for: those of the model, and the marks at the end."""
+        """The outputs to ask for: the own ones, and the marks at the end."""
         return (*self.outputs, ADDED[0]) if self.marks else self.outputs
 
     @property
