@@ -32,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument(
         "--only", nargs="+", default=[], metavar="WORD", help="only what has these in its name"
     )
+    one.add_argument(
+        "--again", action="store_true", help="measure what --only names anew, and replace it"
+    )
     one.add_argument("--output", type=Path, metavar="FILE", help="instead of results/NAME.json")
     one.add_argument(
         "--rows", type=Path, metavar="FOLDER", help="write raw rows of comparisons, a CSV file each"
@@ -43,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"NAME must be one of {', '.join(QUESTIONS)}, got {name!r}")
     if len(names) > 1 and (args.only, args.output, args.rows) != ([], None, None):
         parser.error(f"--only, --output and --rows need one NAME, got {len(names)}")
+    if args.again and not args.only:
+        parser.error("--again needs --only, which names what to measure anew")
     try:
         return run(args) if len(names) == 1 else run_all(names, args.quick)
     except ValueError as error:
@@ -61,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     # With raw rows all is measured again, so results stay as they are.
     path = args.output or (None if args.quick or args.rows else RESULTS / f"{name}.json")
-    keep(name, benchmark, quick=args.quick, only=args.only, path=path, rows=args.rows)
+    given = {"quick": args.quick, "only": args.only, "again": args.again, "rows": args.rows}
+    keep(name, benchmark, path=path, **given)
     return 0
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import platform
+import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -125,6 +127,7 @@ def keep(
     *,
     quick: bool,
     only: Iterable[str] = (),
+    again: bool = False,
     path: Path | None,
     rows: Path | None = None,
 ) -> None:
@@ -138,6 +141,7 @@ def keep(
         benchmark: the module.
         quick: whether it is small and rough, with data that ship in the package.
         only: words that the names of a measurement must have among them.
+        again: whether measurements in the file are repeated, and replaced.
         path: the file. Defaults to None, nothing is kept.
         rows: a folder for the raw rows of comparisons, a CSV file for each measurement. Defaults to
             None.
@@ -146,18 +150,25 @@ def keep(
         ValueError: the file was measured with other settings, or in another environment; no
             measurement has all the words among its names.
     """
+    command = f"{name}{' --quick' if quick else ''}"
+    every = list(benchmark.measurements(quick))
+    chosen = [x for x in every if set(only) <= set(x[0])]
+    if not chosen:
+        names = "\n  ".join(shlex.join(key) for key, _ in every)
+        must = f"--only must be names of what {command} measures, got {' '.join(only)}; one of"
+        raise ValueError(f"{must}\n  {names}")
     head = {
-        "command": f"python -m benchmarks {name}{' --quick' if quick else ''}",
+        "command": f"python -m benchmarks {command}",
         "settings": benchmark.settings(quick),
         "environment": environment(),
     }
     results = read_results(path) if path else {}
     if results and (others := [key for key in head if results.get(key) != head[key]]):
         raise ValueError(f"{path} was measured with other {others[0]}; move it away")
-    chosen = [x for x in benchmark.measurements(quick) if set(only) <= set(x[0])]
-    if not chosen:
-        raise ValueError(f"--only must be names of what {name} measures, got {' '.join(only)}")
-    todo = [x for x in chosen if not _found(results.get("measured", {}), x[0])]
+    todo = [x for x in chosen if again or not _found(results.get("measured", {}), x[0])]
+    if not todo:
+        done = textwrap.shorten("; ".join(", ".join(key) for key, _ in chosen), 300)
+        print(f"{name}: already measured: {done}; with --only, --again measures anew")
     for key, measurement in progress(todo, name):
         start = time.perf_counter()
         try:
@@ -173,6 +184,7 @@ def keep(
         # Read again: another run may have added to the file meanwhile.
         results = {**head, "measured": {}, **(read_results(path) if path else results)}
         place = functools.reduce(lambda at, x: at.setdefault(x, {}), key, results["measured"])
+        place.clear()
         place.update(numbers)
         if path:
             write_results(path, results)

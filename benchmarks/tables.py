@@ -364,11 +364,13 @@ PAGES = {
         "One row for each setting and scheme, the least squared error of a setting first. All "
         "schemes of a setting answer the same batches. Logits are decoded. `python -m benchmarks` "
         "with the words in the last column measures a setting; with `--rows FOLDER` it writes the "
-        "raw rows, one for each batch and scheme.\n\nTo add a row, return your code from a "
-        "function of K and N, give it to `compare` as `more=`, as `benchmarks/peers.py` does, and "
-        "add its name to `peers` in `coded_torch/evaluation/compare.py`. A scheme that needs "
-        "another module writes rows of its own, as ParM does in `benchmarks/peers.py`. "
-        "`python -m benchmarks.report` then makes this page again.",
+        "raw rows, one for each batch and scheme.\n\nTo add a row to a setting, add "
+        '`"NAME": YourCode(k, n)` to the codes that `peers` in '
+        "`coded_torch/evaluation/compare.py` returns. Measure the setting anew: append `--again` "
+        "to the command in its last column. Then run `python -m benchmarks.report`, which makes "
+        "this page again. Results of another processor or version are not mixed: there, move "
+        "`benchmarks/results/accuracy.json` away and measure all settings that you want to show. "
+        "Your row joins the page; it is also a scheme of every later `compare`.",
         {"leaderboard": "All settings"},
     ),
     "coverage": Page(

@@ -37,8 +37,9 @@ def test_docstrings(name):
     assert doctest.testmod(importlib.import_module(name), optionflags=OPTIONS).failed == 0
 
 
-def test_the_page_of_science_shows_what_happens():
-    page = str(ROOT / "notebooks" / "science.md")
+@pytest.mark.parametrize("name", ["science", "guides/your_own"])
+def test_the_examples_of_pages_show_what_happens(name):
+    page = str(ROOT / "notebooks" / f"{name}.md")
     result = doctest.testfile(page, module_relative=False, optionflags=OPTIONS)
     assert result.attempted > 5
     assert result.failed == 0

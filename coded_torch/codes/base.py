@@ -241,13 +241,14 @@ class FixedCode(Code):
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
-        given = made
-        if isinstance(made, np.ndarray):
+        if isinstance(made, np.ndarray) and made.shape == sizes[::-1]:
             made = MatrixMap(made)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
+            shape = str([*made.shape]) if hasattr(made, "shape") else ""
+            got = repr(made) if isinstance(made, LinearMap) else f"{type(made).__name__}{shape}"
             raise TypeError(
-                f"{type(self).__name__}: _make_{what} must return a matrix or a LinearMap from "
-                f"{sizes[0]} to {sizes[1]}, got {given!r:.80}"
+                f"{type(self).__name__}: _make_{what} must return a NumPy array "
+                f"{[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}, got {got}"
             )
         return made
 

@@ -86,15 +86,16 @@ def compare(
             ``[B, classes]``. Defaults to None, errors only.
         more: a function of K and N that returns further codes by their names. Defaults to None.
         surrogate: a cheap approximation of the module. Defaults to None.
-        schemes: the names of the schemes to try. Defaults to None, all.
-        law: a function of S and ``seed=`` that returns the law of the lost workers, whose latency
-            is infinite, such as a class of :mod:`coded_torch.stragglers`. Defaults to ``Uniform``.
+        schemes: the codes to try, by name; a surrogate adds its baselines. Defaults to None, all.
+        law: called as ``law(S, seed=...)``, returns the law of the lost workers, whose latency is
+            infinite, such as a class of :mod:`coded_torch.stragglers`. Defaults to ``Uniform``.
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
-        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones, as in
-            :class:`~coded_torch.workers.FaultyWorkers`. Defaults to None, honest workers.
-        faulty: the number of workers of each received set that attack. Defaults to 1.
+        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones of the
+            same shape, as in :class:`~coded_torch.workers.FaultyWorkers`. Codes are tuned on honest
+            results. Defaults to None, honest workers.
+        faulty: with an attack, the number of such workers in each received set. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
     Returns:
@@ -127,9 +128,8 @@ def compare(
     if isinstance(truth, Tensor) or not isinstance(truth, Sequence) or len(truth) != len(calls):
         must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
         raise ValueError(f"compare: {must}, got {shown(labels)}")
-    given = {"more": more, "surrogate": surrogate, "law": law, "attack": attack}
-    for name, value in given.items():
-        instance("compare", name, value, Callable, optional=name != "law")
+    for name, value in {"more": more, "surrogate": surrogate, "attack": attack}.items():
+        instance("compare", name, value, Callable, optional=True)
     faulty = count("compare", "faulty", faulty)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
@@ -147,6 +147,8 @@ def compare(
 
     def tried(args: Any, law: Stragglers, n: int, number: int) -> tuple[Trial, list[list[int]]]:
         sets = [received_by(law, n) for _ in range(number)]
+        if attack is not None:
+            count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
         return Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims), sets
 
     records: list[Record] = []
@@ -156,19 +158,15 @@ def compare(
         trials = [tried(args, drawn, n, SETS) for args in calls[:cut]]
         if truth[0] is not None:
             _check_labels(truth[0], trials[0][0].exact)
-        every = _schemes(k, n, trials[0][0], more)
-        some = [*every] if schemes is None else [x for x in every if x in schemes]
-        if not some:
-            must = f"schemes must hold any of {', '.join(every)}"
-            raise ValueError(f"compare: {must}, got {shown(schemes)}")
-        tuned = {name: chosen(every[name], trials, s) for name in some}
+        some = _schemes(k, n, trials[0][0], more, schemes)
+        tuned = {name: chosen(code, trials, s) for name, code in some.items()}
         codes |= {((n, k, s), name): code for name, code in tuned.items()}
         for seed in seeds:
             drawn = _law(law, s, seed)
             for batch, (args, classes) in enumerate(zip(calls[cut:], truth[cut:], strict=True)):
                 trial, sets = tried(args, drawn, n, received_sets)
                 if attack is not None:
-                    trial.attack_by(attack, faulty, seed)
+                    trial.attack = attack, faulty, seed
                 if classes is not None:
                     _check_labels(classes, trial.exact)
                 exact = _flat(trial.exact)
@@ -184,11 +182,14 @@ def compare(
                     head = n, k, s, name, repr(code) if code else "", seed, batch, size * len(sets)
                     means = Score(*map(float, np.mean(scores, axis=0)))
                     records.append(Record(*head, work, means))
-    return Comparison(records, codes)
+    names = [f"{getattr(x, '__name__', repr(x)):.24}" for x in (law, attack)]
+    by = [f"law {names[0]}"] if law is not Uniform else []
+    by += [f"attack {names[1]} by {faulty} workers"] if attack is not None else []
+    return Comparison(records, codes, ", ".join(by))
 
 
-def _schemes(k: int, n: int, trial: Trial, more: Any) -> dict[str, Code]:
-    """Return the codes by the names of their schemes."""
+def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, Code]:
+    """Return the codes that can be tried by the names of their schemes, all or some."""
     parts = min(n, trial.batch_size)
     codes = peers(k, n) | {"no redundancy, regression": RegressionCode(parts, parts)}
     added = {} if more is None else more(k, n)
@@ -201,7 +202,12 @@ def _schemes(k: int, n: int, trial: Trial, more: Any) -> dict[str, Code]:
                 f"taken, got {code} as {name!r}"
             )
     schemes = {**codes, **added}
-    return {name: code for name, code in schemes.items() if trial.mixable or not code.mixes}
+    fit = {name: code for name, code in schemes.items() if trial.mixable or not code.mixes}
+    some = {name: code for name, code in fit.items() if names is None or name in names}
+    if not some or not schemes.keys() >= {*(names or ())}:
+        must = f"schemes must be names of {str([*fit])[1:-1]}"
+        raise ValueError(f"compare: {must}, got {shown(names)}")
+    return some
 
 
 def _answers(
@@ -239,7 +245,11 @@ def _check_labels(labels: Any, exact: Sequence[Tensor]) -> None:
 
 
 def _law(law: Callable[..., Stragglers], lost: int, seed: int) -> Stragglers:
-    found = law(lost, seed=seed)
+    try:
+        found = law(lost, seed=seed)
+    except TypeError as error:
+        must = f"law must be callable as law(S, seed=...), got {shown(law)}: {error}"
+        raise TypeError(f"compare: {must}") from error
     instance("compare", "the result of law", found, Stragglers)
     return found
 

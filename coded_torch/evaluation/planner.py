@@ -69,8 +69,7 @@ class Goal:
             out, as they cannot be verified. Defaults to 0.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of its domain.
+        TypeError, ValueError: an argument has the wrong type, or is out of its domain.
     """
 
     deadline: float
@@ -287,11 +286,9 @@ def draw(goal: Goal, options: Sequence[Option]) -> Figure:
         label = f"{kind}: {option.name}, {option.parts} parts"
         axes.step(1e3 * option.latencies, slower, label=label, where="post")
     axes.axvline(1e3 * goal.deadline, color="0.4", linestyle=":", label="deadline")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("latency from arrival, ms")
-    axes.set_ylabel("share of requests that take longer")
-    axes.set_title(f"{goal.num_workers} workers, load {goal.load:g}, simulated")
+    labels = {"xlabel": "latency from arrival, ms", "ylabel": "share of requests that take longer"}
+    title = f"{goal.num_workers} workers, load {goal.load:g}, simulated"
+    axes.set(xscale="log", yscale="log", title=title, **labels)
     axes.grid(which="major", alpha=0.3)
     axes.legend(frameon=False, fontsize="small")
     return figure

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,14 +41,20 @@ _EXACT = 1e-6  # the share of the variance below which an error is rounding, and
 
 
 class Score(NamedTuple):
-    """The numbers of a scheme's answers, means over rows."""
+    """The numbers of a scheme's answers, means over rows.
 
-    mse: float  #: the squared norm of an answer's error; NaN if an answer is missing
-    error: float  #: the norm of an answer's error
-    variance: float  #: the squared norm of an exact answer less their mean
-    right: float  #: the share of rows that the answers name rightly
-    exact_right: float  #: the share of rows that the module names rightly
-    agreement: float  #: the share of rows that have the class of the module's own answer
+    - ``mse``, ``error``: an answer's squared error norm, and the norm; NaN if one is missing;
+    - ``variance``: the squared norm of an exact answer less their mean;
+    - ``right``, ``exact_right``: the accuracy of answers, and of the module; NaN without labels;
+    - ``agreement``: the share of rows that have the class of the module's own answer.
+    """
+
+    mse: float
+    error: float
+    variance: float
+    right: float
+    exact_right: float
+    agreement: float
 
 
 def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score:
@@ -161,34 +166,60 @@ def rounded(*values: float) -> Interval:
 
 
 class Record(NamedTuple):
-    """The numbers of one scheme on one batch, means over received sets: a line of the raw data."""
+    """The numbers of one scheme on one batch and seed: a line of the raw data.
 
-    workers: int  #: N
-    inputs: int  #: K
-    lost: int  #: S
+    - ``workers``, ``inputs``, ``lost``: N, K and S;
+    - ``scheme``, ``code``: the name, and the code with the tuned numbers as text, or empty;
+    - ``seed``, ``batch``: the seed of the lost workers, and the number of the answered batch;
+    - ``rows``: the number of answered rows, over all received sets;
+    - ``work``: the rows that workers compute, over the rows of the batch;
+    - ``score``: the scores, means over received sets.
+    """
+
+    workers: int
+    inputs: int
+    lost: int
     scheme: str
-    code: str  #: the code with the tuned numbers, as text
-    seed: int  #: the seed of the lost workers
-    batch: int  #: the number of the batch
-    rows: int  #: the number of rows, over all received sets
-    work: float  #: the rows that workers compute, over the rows of the batch
+    code: str
+    seed: int
+    batch: int
+    rows: int
+    work: float
     score: Score
 
 
 class Row(NamedTuple):
-    """The scores of one scheme at one setting, each with half the width of its 95 % interval."""
+    """The scores of one scheme at one setting, intervals as ``[value, half the 95 % width]``.
 
-    setting: Setting  #: N, K and S
-    name: str  #: the name of the scheme
-    rmse: Interval  #: the root of the mean squared distance of answers from exact ones
-    mse: Interval  #: the mean squared distance, in units of the outputs' variance
-    relative_accuracy: Interval | None  #: over the bare module's accuracy; None without labels
-    changed: tuple[int, int]  #: the rows whose class is not the module's own, and all rows
-    work: float  #: the rows that workers compute, over the rows of the batches
-    mse_ratio: Interval | None = None  #: over the reference's; None without a reference
-    gain: Interval | None = None  #: relative accuracy less the reference's; None without
-    #: The p-value of a sign-flip test on the batches' differences of squared errors, times the
-    #: number of comparisons (Bonferroni), at most 1. None without a reference, or answers.
+    - ``setting``, ``name``: N, K and S; the name of the scheme;
+    - ``rmse``: the root of the mean squared distance of answers from exact ones;
+    - ``mse``: the mean squared distance, in units of the outputs' variance;
+    - ``relative_accuracy``: the answers' accuracy over the module's; None without labels;
+    - ``changed``: the number of rows whose class is not the module's own, and of all rows, over
+      batches, seeds and received sets;
+    - ``work``: the rows that workers compute, over the rows of the batches.
+
+    The other fields are None without a reference, and for the reference itself:
+
+    - ``mse_ratio``: the mean squared distance over the reference's;
+    - ``mse_difference``: ``mse`` less the reference's;
+    - ``gain``: ``relative_accuracy`` less the reference's; None without labels;
+    - ``p``: the p-value of paired sign flips of the batches' differences of squared distances,
+      times the number of comparisons m (Bonferroni), at most 1. All schemes but the reference
+      count in m, at every setting. With b answered batches, p is at least m 2^(1-b) if b is at most
+      14, else m / 20,000. None if an answer is missing.
+    """
+
+    setting: Setting
+    name: str
+    rmse: Interval
+    mse: Interval
+    relative_accuracy: Interval | None
+    changed: tuple[int, int]
+    work: float
+    mse_ratio: Interval | None = None
+    mse_difference: Interval | None = None
+    gain: Interval | None = None
     p: float | None = None
 
 
@@ -200,11 +231,13 @@ class Comparison:
 
     Attributes:
         records: the raw data.
-        codes: the tuned codes, by setting and scheme; empty if the data come from a file.
+        codes: the tuned codes, by setting and scheme.
+        conditions: the law and the attack, as text; empty for the defaults.
     """
 
     records: Sequence[Record]
     codes: Mapping[tuple[Setting, str], Code] = dataclasses.field(default_factory=dict)
+    conditions: str = ""
 
     @property
     def rows(self) -> list[Row]:
@@ -224,21 +257,17 @@ class Comparison:
         for (setting, name), (records, ours) in schemes.items():
             mse, _, variance, right, exact, _ = ours
             labelled = not np.isnan(right).any()
-            changed = sum(x.rows * (1 - x.score.agreement) for x in records)
-            row = Row(
-                setting,
-                name,
-                root(mse),
-                ratio(mse, variance),
-                ratio(right, exact) if labelled else None,
-                (round(changed), sum(x.rows for x in records)),
-                float(np.mean([x.work for x in records])),
-            )
+            kept = ratio(right, exact) if labelled else None
+            changed = round(sum(x.rows * (1 - x.score.agreement) for x in records))
+            counts = changed, sum(x.rows for x in records)
+            work = float(np.mean([x.work for x in records]))
+            row = Row(setting, name, root(mse), ratio(mse, variance), kept, counts, work)
             if name != reference and (setting, reference) in schemes:
                 theirs = schemes[setting, reference][1]
                 p = number * paired_p(mse - theirs[0])
                 row = row._replace(
                     mse_ratio=ratio(mse, theirs[0]),
+                    mse_difference=ratio(mse - theirs[0], variance),
                     gain=ratio(right - theirs[3], exact) if labelled else None,
                     p=None if math.isnan(p) else min(1.0, p),
                 )
@@ -246,13 +275,17 @@ class Comparison:
         return rows
 
     def save(self, path: str | Path) -> None:
-        """Write the raw data to a CSV file, one line for each record."""
+        """Write the raw data to a CSV file, one line for each record.
+
+        The columns are the fields of :class:`Record` to ``work``, then the fields of
+        :class:`Score`, means over received sets. ``batch`` counts answered batches.
+        """
         with open(path, "w", newline="") as file:
             head = [*Record._fields[:-1], *Score._fields]
             csv.writer(file).writerows([head, *([*x[:-1], *x.score] for x in self.records)])
 
     def __str__(self) -> str:
-        lines = []
+        lines = ["", self.conditions] if self.conditions else []
         for (n, k, s), rows in _grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
@@ -263,7 +296,10 @@ class Comparison:
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
-        """Draw the squared errors, against S or N if there are several; it needs matplotlib."""
+        """Draw the squared errors, against S or N if there are several; it needs matplotlib.
+
+        On a logarithmic axis, an interval ends at a tenth of its number, if not above.
+        """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
         by_n = _grouped(self.rows, lambda row: row.setting[1:])
@@ -271,7 +307,7 @@ class Comparison:
         along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
-        every = figure.subplots(down, across, squeeze=False).flat
+        every, lines = figure.subplots(down, across, squeeze=False).flat, {}
         for axes, (fixed, rows) in zip(every, panels.items(), strict=False):
             data, other = fixed if along == 0 else fixed[::-1]
             of_lost = f", {other} workers lost" if along == 0 else f" on {other} workers"
@@ -283,14 +319,18 @@ class Comparison:
                 axes.invert_yaxis()
                 axes.set_xlabel(error)
                 continue
-            for (name, each), marker in zip(
-                _grouped(rows, lambda x: x.name).items(), itertools.cycle("os^vPDX"), strict=False
-            ):
+            for i, (name, each) in enumerate(_grouped(rows, lambda x: x.name).items()):
                 points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
-                at, mse, half = zip(*points, strict=True) if points else ((), (), ())
-                axes.errorbar(at, mse, [x or 0.0 for x in half], label=name, marker=marker)
+                at, mse, half = np.array(points, float).reshape(-1, 3).T
+                bars = np.nan_to_num([np.minimum(half, 0.9 * mse), half])
+                # Hollow markers of falling size: a line that another one covers stays visible.
+                look = {"marker": "os^vPDX"[i % 7], "fillstyle": "none", "ms": max(3, 9 - i / 2)}
+                lines[name] = axes.errorbar(at, mse, bars, **look)
             axes.set(yscale="log", ylabel=error, xlabel="workers" if along == 0 else "workers lost")
-            axes.legend(title="exact answers are not drawn", frameon=False, fontsize=8)
+            axes.locator_params("x", integer=True)
+        if lines:
+            text: dict[str, Any] = {"title": "exact answers are not drawn", "fontsize": 8}
+            figure.legend(lines.values(), lines, loc="outside right upper", frameon=False, **text)
         return figure
 
 

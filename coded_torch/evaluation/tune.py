@@ -3,7 +3,6 @@ r"""Trials of schemes on batches, and the choice of a code's numbers by its erro
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import math
 import random
@@ -106,9 +105,8 @@ def chosen(
                 for a, e in zip(answers, trial.exact, strict=True):
                     errors[i] += float((a.double() - e.double()).square().sum())
     if not np.isfinite(errors).any():
-        raise ValueError(
-            f"tune: {code} must be able to decode what is received, got too few results"
-        )
+        must = f"{code} must be able to decode what is received"
+        raise ValueError(f"tune: {must}, got too few results")
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 
 
@@ -168,20 +166,11 @@ class Trial:
     """One batch: the module's answers, and the answers that schemes give.
 
     The module runs in this process, without gradients. It runs once on the batch, and once for each
-    distinct encoder, on the coded inputs of the received workers.
-
-    Args:
-        module, in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
-        args: the positional arguments of the call.
-        received: the received sets that will be tried.
-        max_batch_size: the most rows that the module is given at once. Defaults to None, all.
+    distinct encoder, on the coded inputs of the workers in ``received``, the sets to be tried.
 
     Attributes:
-        inputs: the floating-point inputs that are divided, ``[B, ...]`` each.
         mixable: a bool: all divided inputs are floating-point, so codes can mix them.
-        batch_size: B
         exact: the module's own answers, ``[B, ...]`` for every output that is decoded.
-        attack: changes results ``[F, rows, ...]`` of a received set; None if workers are honest.
     """
 
     def __init__(
@@ -201,19 +190,23 @@ class Trial:
         self._place = {worker: i for i, worker in enumerate(self._workers)}
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
-        self.attack: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+        self.attack: tuple[Attack, int, int] | None = None  # the number of workers, the seed
         self.inputs = self._inputs.floating()
         self.mixable = len(self.inputs) == len(self._inputs.batches())
         self.batch_size = self._inputs.batch_size
         self.exact = self.run(module)
 
-    def run(self, function: Callable[..., Any]) -> list[Tensor]:
-        """Return the outputs of a function of the module's inputs that are decoded."""
-        return self._run(function, self._inputs.batches())
-
-    def attack_by(self, attack: Attack, faulty: int, seed: int) -> None:
-        """Let some workers of each received set return wrong results from now on."""
-        self.attack = functools.partial(_attacked, attack, faulty, seed)
+    def run(
+        self, function: Callable[..., Any], batches: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
+        batches = self._inputs.batches() if batches is None else batches
+        rows = len(batches[0])
+        size = self._most or rows
+        parts = [
+            self._call(function, [x[i : i + size] for x in batches]) for i in range(0, rows, size)
+        ]
+        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
 
     def decode(
         self,
@@ -224,23 +217,14 @@ class Trial:
     ) -> list[Tensor]:
         """Return every output's answers, ``[B, ...]``.
 
-        Args:
-            code: the code.
-            received: the workers with results, in one of the trial's received sets. Workers from
-                the code's N on have no part in it.
-            num_stragglers: S, the number of late workers to expect.
-            surrogate: outputs ``[B, ...]`` whose residuals are decoded, under a code that repeats
-                inputs. Defaults to none.
+        With outputs of a surrogate, ``[B, ...]``, a code that repeats inputs decodes residuals.
         """
         received = within(received, code)
         plan, results = self._planned(code, num_stragglers)
         rows = [self._place[worker] for worker in received]
         answers = []
         for i, result in enumerate(results):
-            arrived, known = result[rows], None
-            if self.attack is not None:
-                arrived = self.attack(arrived, received)
-            arrived = _scaled(arrived, code)
+            arrived, known = _scaled(self._attacked(result[rows], received), code), None
             if surrogate:
                 known = _scaled(surrogate[i], code)
                 arrived = arrived - plan.encode(known)[received]
@@ -248,6 +232,23 @@ class Trial:
             decoded = decoded if known is None else decoded + known
             answers.append(decoded if code.link is None else decoded.softmax(-1))
         return answers
+
+    def _attacked(self, results: Tensor, received: Sequence[int]) -> Tensor:
+        """Return results ``[F, rows, ...]`` with wrong ones in the places of faulty workers."""
+        if self.attack is None:
+            return results
+        attack, faulty, seed = self.attack
+        key = np.random.SeedSequence([seed, *received]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(key))
+        wrong = results.clone()
+        for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
+            rows = attack(results[place], generator)
+            if not isinstance(rows, Tensor) or rows.shape != wrong[place].shape:
+                must = f"attack must return a tensor of the shape it got, {[*wrong[place].shape]}"
+                got = [*rows.shape] if isinstance(rows, Tensor) else type(rows).__name__
+                raise ValueError(f"compare: {must}, got {got}")
+            wrong[place] = rows
+        return wrong
 
     def missing(self, code: Code, received: Sequence[int], num_stragglers: int = 0) -> Tensor:
         """Return the rows that no worker in a received set has computed: bool, ``[B]``."""
@@ -267,21 +268,13 @@ class Trial:
         if not code.mixes:  # workers compute inputs of the batch, whose results are known
             return [plan.encode(leaf)[workers] for leaf in self.exact]
         coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
-        content = hash(tuple(map(_bytes, coded)))  # the same for all decoders of one encoder
+        plain = (x.detach().contiguous().view(torch.uint8).cpu().numpy() for x in coded)
+        content = hash(tuple(x.tobytes() for x in plain))  # the same for all decoders of an encoder
         if content not in self._results:
-            results = self._run(self._module, [x.flatten(0, 1) for x in coded])
+            results = self.run(self._module, [x.flatten(0, 1) for x in coded])
             shape = coded[0].shape[:2]
             self._results[content] = [x.unflatten(0, shape) for x in results]
         return self._results[content]
-
-    def _run(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
-        """Return a function's outputs that are decoded, ``[R, ...]``, on rows ``[R, ...]``."""
-        rows = len(batches[0])
-        size = self._most or rows
-        parts = [
-            self._call(function, [x[i : i + size] for x in batches]) for i in range(0, rows, size)
-        ]
-        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
 
     def _call(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
         inputs, given = self._inputs, iter(batches)
@@ -300,24 +293,11 @@ class Trial:
         ]
         for output in found:
             if not output.is_floating_point():
-                raise TypeError(
-                    f"an output must be a floating-point tensor to be decoded, got {output.dtype}"
-                )
+                must = "an output must be a floating-point tensor to be decoded"
+                raise TypeError(f"{must}, got {output.dtype}")
             if not bool(output.isfinite().all()):
                 raise RuntimeError("the module must return finite outputs, got not finite ones")
         return found
-
-
-def _attacked(
-    attack: Attack, faulty: int, seed: int, results: Tensor, received: Sequence[int]
-) -> Tensor:
-    """Return results ``[F, rows, ...]`` with wrong ones in the places of faulty workers."""
-    key = np.random.SeedSequence([seed, *received]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(key))
-    wrong = results.clone()
-    for place in torch.randperm(len(results), generator=generator)[:faulty].tolist():
-        wrong[place] = attack(results[place], generator)
-    return wrong
 
 
 def _scaled(outputs: Tensor, code: Code) -> Tensor:
@@ -328,7 +308,3 @@ def _scaled(outputs: Tensor, code: Code) -> Tensor:
 def within(received: Sequence[int], code: Code) -> list[int]:
     """Return the workers of a received set that a code has."""
     return [worker for worker in received if worker < code.num_workers]
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -88,6 +88,11 @@ def test_an_interrupt_stops_all(started, capsys):
     [
         ("speed", "NAME must be one of accuracy, distances,"),
         ("accuracy distances --only x", "--only, --output and --rows need one NAME"),
+        ("accuracy --again", "--again needs --only"),
+        (
+            "accuracy --quick --only vit",
+            "accuracy --quick measures, got vit; one of\n  lenet5 table",
+        ),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

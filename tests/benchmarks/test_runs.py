@@ -15,12 +15,12 @@ def measure(tmp_path):
     """Run these measurements of a benchmark; its file."""
     path = tmp_path / "thing.json"
 
-    def run(measurements, only=(), settings=None):
+    def run(measurements, only=(), settings=None, **options):
         benchmark = types.SimpleNamespace(
             settings=lambda quick: settings or {"seed": 0},
             measurements=lambda quick: measurements,
         )
-        runs.keep("thing", benchmark, quick=False, only=only, path=path)
+        runs.keep("thing", benchmark, quick=False, only=only, path=path, **options)
         return json.loads(path.read_text())
 
     return run
@@ -64,8 +64,17 @@ def test_other_environments_do_not_mix(measure, monkeypatch):
 def test_only_what_is_asked_for_is_measured(measure):
     results = measure([(("a", "x"), forbidden), (("b", "x"), dict)], only=["b"])
     assert list(results["measured"]) == ["b"]
-    with pytest.raises(ValueError, match="--only must be names of what thing measures, got c"):
-        measure([(("a", "x"), forbidden)], only=["c"])
+    with pytest.raises(ValueError, match=r"of what thing measures, got c; one of\n  a 'x y'$"):
+        measure([(("a", "x y"), forbidden)], only=["c"])
+
+
+def test_what_is_there_is_measured_again_only_if_asked_for(measure, capsys):
+    old = [(("a",), lambda: {"value": 1, "gone": 0}), (("b",), lambda: {"value": 2})]
+    measure(old)
+    assert measure([(("a",), forbidden)])["measured"]["a"]["gone"] == 0
+    assert "already measured: a; with --only, --again measures anew" in capsys.readouterr().out
+    found = measure([(("a",), lambda: {"value": 3}), old[1]], only=["a"], again=True)["measured"]
+    assert (found["a"], found["b"]["value"]) == ({"value": 3, "seconds": 0.0}, 2)
 
 
 def test_what_has_no_data_is_left_out(measure, capsys):

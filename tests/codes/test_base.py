@@ -101,8 +101,17 @@ def test_the_least_recently_used_decoder_goes_first():
     assert code.decoder([1]) is not dropped
 
 
-@pytest.mark.parametrize("wrong", [np.eye(3), MatrixMap(np.eye(3)), None])
-def test_what_a_code_of_ones_own_must_return_is_said(wrong):
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (np.eye(3), r"ndarray\[3, 3\]"),
+        ([[1.0]], "list"),
+        (np.ones(4), r"ndarray\[4\]"),
+        (MatrixMap(np.eye(3)), r"MatrixMap\(3 -> 3\)"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_a_code_of_ones_own_must_return_is_said(wrong, got):
     class Wrong(ReplicationCode):
         def _make_encoder(self):
             return wrong
@@ -110,7 +119,8 @@ def test_what_a_code_of_ones_own_must_return_is_said(wrong):
         def _make_decoder(self, received):
             return wrong
 
-    with pytest.raises(TypeError, match=r"^Wrong: _make_encoder must return .* from 2 to 4, got"):
+    must = rf"_make_encoder must return a NumPy array \[4, 2\] or .* from 2 to 4, got {got}$"
+    with pytest.raises(TypeError, match=f"^Wrong: {must}"):
         _ = Wrong(2, 4).encoder
     with pytest.raises(TypeError, match=r"^Wrong: _make_decoder must return .* from 4 to 2, got"):
         Wrong(2, 4).decoder(range(4))

@@ -103,6 +103,9 @@ def test_workers_are_lost_by_any_law(shipped):
     assert compare(model, batches[:2], [(9, 8, 3)], law=Contiguous).rows[0].rmse > uniform
     with pytest.raises(TypeError, match=r"the result of law must be .*Stragglers"):
         compare(model, batches[:2], [(9, 8, 1)], law=lambda lost, seed: 0.5)
+    for wrong in (lambda lost: Uniform(lost), Uniform(1)):
+        with pytest.raises(TypeError, match=r"law must be callable as law\(S, seed=...\)"):
+            compare(model, batches[:2], [(9, 8, 1)], law=wrong)
 
 
 def test_nothing_lost(shipped):
@@ -192,6 +195,8 @@ def test_against_a_reference_differences_are_paired():
     a, b, c = Comparison(records).against("a")
     assert a.mse_ratio is a.p is a.gain is None
     assert (b.mse_ratio, b.gain) == ([2.0, 0.0], [0.25, 0.0])
+    difference = torch.arange(1.0, 9.0).numpy() / 2  # over the variance
+    assert b.mse_difference == [2.25, pytest.approx(scores.half_width(difference), rel=1e-3)]
     assert b.p == 2 * 2 / 2**8  # of two comparisons
     assert c.p == 1
     assert b.changed == (8, 80)
@@ -268,7 +273,8 @@ def test_pictures_of_several_settings_leave_out_what_is_exact():
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines if line.get_label()}
     assert axes.get_title() == "20 inputs a group on 24 workers"
     assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata())] == [[4, 8]] * 2
-    assert axes.get_legend_handles_labels()[1] == ["a", "b"]
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
     assert lines
     by_n = [made((n, 4, 2), x, 1 / n) for n in (8, 16) for x in "ab"]
     (axes,) = Comparison(by_n).draw().axes
@@ -317,7 +323,13 @@ ONES = [torch.ones(4, 1)] * 2
         ((torch.nn.Tanh(), ONES), {"seeds": []}, ValueError, "seeds must hold at least one"),
         ((torch.nn.Tanh(), ONES), {"seeds": [10**30]}, ValueError, "seeds must be at most"),
         ((torch.nn.Tanh(), ONES), {"schemes": "regression"}, TypeError, "schemes must be a seq"),
-        ((torch.nn.Tanh(), ONES), {"schemes": ["x"]}, ValueError, "schemes must hold any of the"),
+        ((torch.nn.Tanh(), ONES), {"schemes": ["x"]}, ValueError, "schemes must be names of .the"),
+        (
+            (torch.nn.Tanh(), ONES[:1] * 2, [(4, 2, 1)]),
+            {"schemes": ["regression", "x"]},
+            ValueError,
+            r"schemes must be .*, 'Berrut', .* got \['regression', 'x'\]",
+        ),
     ],
 )
 def test_bad_arguments(arguments, options, kind, message):
@@ -371,5 +383,14 @@ def test_faulty_workers_spoil_every_scheme_alike():
     assert seen
     again = compare(module, list(x), attack=attack, faulty=2, **options)
     assert str(again) == str(attacked)
+    assert str(again).startswith("attack attack by 2 workers\n\nN = 6 workers")
+    few = {"schemes": ["regression"], "settings": [(6, 4, 2)]}
+    blocks = compare(module, list(x), law=Contiguous, **few)
+    assert str(blocks).startswith("law Contiguous\n\nN = 6")
+    for wrong, got in ((lambda rows, _: None, "NoneType"), (lambda rows, _: rows[:1], r"\[1, 3\]")):
+        with pytest.raises(ValueError, match=rf"attack must .* it got, \[6, 3\], got {got}$"):
+            compare(module, list(x), attack=wrong, **few)
+    with pytest.raises(ValueError, match="faulty, of the workers received, must be at most 4"):
+        compare(module, list(x), attack=attack, faulty=5, **few)
     with pytest.raises(TypeError, match="compare: attack must be"):
         compare(module, list(x), attack="noise")
