@@ -369,7 +369,7 @@ PAGES = {
         "`coded_torch/evaluation/compare.py` returns. Measure the setting anew: append `--again` "
         "to the command in its last column. Then run `python -m benchmarks.report`, which makes "
         "this page again. Results of another processor or version are not mixed: there, move "
-        "`benchmarks/results/accuracy.json` away and measure all settings that you want to show. "
+        "`benchmarks/results/accuracy.json` away and run `python -m benchmarks accuracy`. "
         "Your row joins the page; it is also a scheme of every later `compare`.",
         {"leaderboard": "All settings"},
     ),
