@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from . import codes, functional, linear, nn, stragglers, surrogates, workers
-from .codes import NotEnoughResults
+from .codes import DeadlineExceeded, NotEnoughResults
 from .evaluation.compare import compare
 from .evaluation.tune import tune
 from .input_space.regression import Regression
@@ -12,6 +12,7 @@ from .nn import CodedWrapper, Report, Waiting
 __version__ = version("coded_torch")
 __all__ = [
     "CodedWrapper",
+    "DeadlineExceeded",
     "NotEnoughResults",
     "Regression",
     "Report",

@@ -1,5 +1,6 @@
 """The command ``coded-torch job``: batches that are kept, and a job that goes on."""
 
+import os
 import random
 import re
 import signal
@@ -47,10 +48,16 @@ def other():
     torch.nn.init.constant_(wrapped.module.layer.bias, 2.0)
     return wrapped
 
+def served():
+    return Logged().eval(), torch.zeros(1, 2)
+
 class Sum(torch.nn.Module):
     def forward(self, x, y):
         assert not (x == 13).any(), "thirteen"
         return {"sum": x + y, "x": x}
+
+def sums():
+    return Sum().eval(), (torch.zeros(1, 1), torch.zeros(1, 1))
 
 def pair():
     pool = workers.DeviceWorkers(["cpu"] * 2)
@@ -125,7 +132,7 @@ def test_several_inputs(folder):
     arguments[3] = "rows.safetensors"
     assert main(arguments) == 0
     loaded = [torch.load(path, weights_only=True)["outputs"] for path in written(folder)]
-    assert torch.cat([x for x, _ in loaded]).flatten().tolist() == list(range(1, 11))
+    assert torch.cat([x["sum"] for x in loaded]).flatten().tolist() == list(range(1, 11))
 
 
 def test_columns_of_a_parquet_file_are_inputs_by_their_names(folder):
@@ -137,11 +144,10 @@ def test_columns_of_a_parquet_file_are_inputs_by_their_names(folder):
     arguments = line("pair")
     arguments[3] = "rows.parquet"
     assert main(arguments) == 0
-    (sums, first) = zip(
-        *(torch.load(path, weights_only=True)["outputs"] for path in written(folder)), strict=True
-    )
-    assert torch.equal(torch.cat(sums), torch.from_numpy(2 * x + 1))
-    assert torch.equal(torch.cat(first), torch.from_numpy(x + 1))  # "a" is the first input
+    loaded = [torch.load(path, weights_only=True)["outputs"] for path in written(folder)]
+    assert torch.equal(torch.cat([y["sum"] for y in loaded]), torch.from_numpy(2 * x + 1))
+    # "a" is the first input
+    assert torch.equal(torch.cat([y["x"] for y in loaded]), torch.from_numpy(x + 1))
 
 
 def test_nulls_of_a_parquet_file_are_refused(folder):
@@ -153,24 +159,69 @@ def test_nulls_of_a_parquet_file_are_refused(folder):
         main(arguments)
 
 
-def test_an_exception_ends_the_job_and_names_its_batch(folder, capsys):
+@pytest.fixture
+def thirteen(folder):
+    """Return the rows of a file; the model fails on one of them."""
     save_file({name: torch.arange(40.0)[:, None] for name in "ab"}, folder / "rows.safetensors")
-    arguments = line("pair")
-    arguments[3] = "rows.safetensors"
-    with pytest.raises(AssertionError, match="thirteen") as caught:
-        main(arguments)
-    assert caught.value.batch == 1
-    assert "1 of 5 batches are in out" in capsys.readouterr().out
+    return "--inputs", "rows.safetensors"
+
+
+def test_an_exception_ends_the_job_and_names_rows_of_the_file(thirteen, capsys):
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="thirteen") as caught:
+            main(line("pair", "--resume", *thirteen))
+        assert (caught.value.batch, caught.value.rows) == (1, [13])
+        text = (
+            "from row 8 of rows.safetensors, failed. The first rows of the file that raised: [13]"
+        )
+        assert text in caught.value.__notes__[-1]
+        out = capsys.readouterr().out
+        assert "1 of 5 batches are in out" in out
+        assert text in out
+        assert out.endswith("Go on with --resume.\n")
+
+
+def test_rows_on_which_the_model_fails_are_predicted_on_demand(thirteen, folder):
+    more = "--on-error", "predict", "--num-workers", "2"
+    assert main(line("sums", *thirteen, *more)) == 0
+    loaded = [torch.load(path, weights_only=True) for path in written(folder)]
+    assert torch.cat([x["predicted"] for x in loaded]).nonzero().flatten().tolist() == [13]
+
+
+def test_a_function_for_serve_is_one_for_job(folder):
+    assert main(line("served", "--num-workers", "1")) == 0
+    assert torch.equal(outputs(folder), exact())
+
+
+def test_a_batch_that_was_cut_short_is_computed_again(folder):
+    assert main(line()) == 0
+    computed(folder)
+    os.truncate(written(folder)[3], 700)
+    assert main(line("here", "--resume")) == 0
+    assert sorted(computed(folder)) == list(range(24, 32))
+    assert torch.equal(outputs(folder), exact())
+
+
+def test_inputs_are_known_by_their_content(folder, capsys):
+    assert main(line()) == 0
+    os.utime(folder / "rows.npy", (0, 0))
+    assert main(line("here", "--resume")) == 0
+    np.save(folder / "rows.npy", np.load(folder / "rows.npy") + 1)
+    os.utime(folder / "rows.npy", (0, 0))
+    assert main(line("here", "--resume")) == 2
+    assert "--resume must repeat the job in out: inputs of 200 rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("", "--output out holds a job; --resume goes on with it"),
-        ("--resume --batch-size 9", "--resume must be given the same batch-size as the job in out"),
-        ("--resume --deadline 9", "the same deadline as"),
-        ("--resume --inputs more.npy", "the same inputs as"),
-        ("--resume other", "the same model as"),
+        (
+            "--resume --batch-size 9 --deadline 9",
+            "--resume must repeat the job in out: batch-size 8, got 9; deadline None, got 9.0",
+        ),
+        ("--resume --inputs more.npy", "must repeat the job in out: inputs of 200 rows, digest "),
+        ("--resume other", "must repeat the job in out: model models:here, digest "),
         ("--inputs none.npy", "[Errno 2]"),
         (
             "--inputs models.py",
@@ -213,7 +264,7 @@ def test_a_folder_holds_one_job_at_a_time(folder, capsys):
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, end):
+def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, end, capfd):
     generator, done = random.Random(0), []
     for _ in range(2):
         process = started(folder)
@@ -223,6 +274,7 @@ def test_an_interrupted_job_goes_on_without_computing_a_batch_again(folder, end)
             time.sleep(generator.uniform(0.001, 0.01))
         process.send_signal(end)
         process.wait(60)
+        assert ("Go on with --resume." in capfd.readouterr().out) == (end == signal.SIGINT)
         assert not set(computed(folder)) & set(done)
         done = [int(path.stem[-12:]) + i for path in written(folder) for i in range(8)]
     assert 0 < len(done) < ROWS

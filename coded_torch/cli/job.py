@@ -11,8 +11,9 @@ import itertools
 import json
 import os
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ def job(args: argparse.Namespace) -> None:
     """Compute the answers to all rows, and write each batch as soon as it is answered."""
     with usage("job"):
         read, rows = _open(args.inputs)
-    coded = find_factory("job", args.factory)()
+    made = find_factory("job", args.factory)()
+    coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
     with contextlib.ExitStack() as held:
         with usage("job"):
             if not isinstance(coded, CodedWrapper):
-                waiting = Waiting(deadline=args.deadline, predict=args.deadline is not None)
+                how = {"predict": args.deadline is not None or args.on_error == "predict"}
+                waiting = Waiting(args.deadline, float("inf"), on_error=args.on_error, **how)
                 workers = ProcessWorkers(args.num_workers)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
             size = count("job", "batch_size", args.batch_size)
@@ -45,13 +48,13 @@ def job(args: argparse.Namespace) -> None:
             _claim(args, coded.module, rows)
             starts = range(0, rows, size)
             paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
-            missing = [start for start, path in paths.items() if not path.exists()]
+            missing = [start for start, path in paths.items() if not zipfile.is_zipfile(path)]
             batches = (read(start, min(rows, start + size)) for start in missing)
             found = coded.eval().map(batches, in_flight=args.in_flight)
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
         counts: Counter[str] = Counter()
-        begin = time.monotonic()
+        begin, end = time.monotonic(), ""
         try:
             for start, (answers, report) in zip(_shown(missing), found, strict=True):
                 _write(paths[start], answers, report)
@@ -63,15 +66,25 @@ def job(args: argparse.Namespace) -> None:
                     predicted=predicted,
                     hedges=len(report.hedges),
                 )
+        except Exception as error:
+            if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
+                first = missing[facts["batch"]]
+                rows_of_file = [first + row for row in facts.get("rows", ())]
+                end = f"\nBatch {first // size}, from row {first} of {args.inputs}, failed. "
+                end += f"The first rows of the file that raised: {rows_of_file[:16] or 'none'}."
+                facts |= {"batch": first // size, "rows": rows_of_file}
+                facts["__notes__"][-1] = end.strip()
+            raise
         finally:
             total = counts["exact"] + counts["predicted"]
             speed = total / max(time.monotonic() - begin, 1e-9)
             there = len(paths) - len(missing) + counts["batches"]
+            end += "" if there == len(paths) else "\nGo on with --resume."
             say(
                 f"{there} of {len(paths)} batches are in {args.output}. This run: "
                 f"{counts['exact']:,} exact rows, {counts['predicted']:,} predicted rows, "
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
-                f"{speed:,.0f} rows per second."
+                f"{speed:,.0f} rows per second.{end}"
             )
 
 
@@ -105,8 +118,7 @@ def _open(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
     elif path.suffix == ".parquet":
         return _parquet(path)
     else:
-        must = "--inputs must be a .npy, .safetensors or .parquet file"
-        raise ValueError(f"{must}, got {path}")
+        raise ValueError(f"--inputs must be a .npy, .safetensors or .parquet file, got {path}")
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"--inputs must hold tensors of as many rows each, got {lengths}")
     return read, lengths[0]
@@ -161,9 +173,10 @@ def _lock(folder: Path) -> Any:
 def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
     """Begin a job in its folder, or check that the folder holds the same job.
 
-    The digest is of the module's structure, as ``repr`` shows it, and of every byte of its state.
+    The digests are of the inputs' bytes, and of the module's ``repr`` and every byte of its state.
     """
-    digest = hashlib.sha256(repr(module).encode())
+    content = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16)
+    digest = hashlib.blake2b(repr(module).encode(), digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
@@ -171,8 +184,8 @@ def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
             value = flat.view(torch.uint8).numpy().tobytes()
         digest.update(value if isinstance(value, bytes) else repr(value).encode())
     now = {
-        "inputs": [rows, args.inputs.stat().st_size, args.inputs.stat().st_mtime_ns],
-        "model": [args.factory, digest.hexdigest()],
+        "inputs": f"of {rows} rows, digest {content.hexdigest()}",
+        "model": f"{args.factory}, digest {digest.hexdigest()}",
         "batch-size": args.batch_size,
         "deadline": args.deadline,
     }
@@ -187,14 +200,14 @@ def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
         raise ValueError(f"--output {args.output} holds a job; --resume goes on with it")
     before = json.loads(path.read_text())
     if different := [key for key, value in now.items() if before.get(key) != value]:
-        must = f"the same {' and '.join(different)} as the job in {args.output}"
-        raise ValueError(f"--resume must be given {must}")
+        must = "; ".join(f"{key} {before.get(key)}, got {now[key]}" for key in different)
+        raise ValueError(f"--resume must repeat the job in {args.output}: {must}")
 
 
 def _write(path: Path, answers: Any, report: Report) -> None:
-    """Write a batch for ``torch.load``: outputs, leaf by leaf, and their errors."""
+    """Write a batch, a zip file for ``torch.load``: outputs, a dict or a list, and their errors."""
     content = {
-        "outputs": pytree.tree_leaves(answers),
+        "outputs": dict(answers) if isinstance(answers, Mapping) else pytree.tree_leaves(answers),
         "predicted": report.predicted,
         "radii": report.radii,
     }

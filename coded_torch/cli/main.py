@@ -195,7 +195,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
     job: (
         "compute the answers to all rows of a file, and go on after an interruption",
         (
-            ("factory", str, ..., "a function that returns the model, or a CodedWrapper of it"),
+            ("factory", str, ..., "returns the model or a CodedWrapper, also with examples"),
             ("--inputs", Path, ..., "a .npy, .safetensors or .parquet file; inputs sorted by name"),
             ("--output", Path, ..., "a folder, for a file of torch.save a batch"),
             ("--resume", bool, False, "go on with the job in the folder, if there is one"),
@@ -203,6 +203,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--in-flight", int, 4, "batches that are computed at once"),
             ("--num-workers", int, 6, "worker processes"),
             ("--deadline", float, None, "seconds after which missing rows are predicted; or exact"),
+            ("--on-error", ("raise", "predict"), "raise", "if the model fails on a row"),
         ),
     ),
     plan: (
