@@ -47,16 +47,12 @@ SEEDS = {
     "lenet5": (0, 1, 2, 3, 4),
     "digits": (0, 1, 2, 3, 4),
     "speeches": (0,),
-    "vit": (0,),
-    "repvgg": (0,),
 }
 CURVES: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
     "lenet5": (
         (100, 20, (5, 10, 20, 30, 40, 50, 60, 70, 80)),
         (100, 60, (2, 5, 10, 15, 20, 25, 30, 35, 40)),
     ),
-    "vit": ((20, 8, (1, 2, 3, 4, 5, 6, 8, 10, 12)),),
-    "repvgg": ((60, 20, (2, 5, 10, 15, 20, 25, 30, 35, 40)),),
 }
 DRAWN = (
     "the paper's scheme", "Berrut", "the paper's, ordered", "replication", "regression",
@@ -230,7 +226,7 @@ def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
         "rows": 240,
-        "batches": few if quick else few | {"lenet5": 6, "speeches": 12, "vit": 12, "repvgg": 8},
+        "batches": few if quick else few | {"lenet5": 6, "speeches": 12},
         "received sets": 2 if quick else 5,
         "trainings": 1 if quick else 5,
     }

@@ -46,7 +46,7 @@ LEVELS = (0.9, 0.95, 0.99)
 JACKKNIFE = 10  # the batches of jackknife+, which fits a regression for every result
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
-PICTURES = ("lenet5", "repvgg", "vit")
+PICTURES = ("lenet5",)
 
 
 class Setting(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
 import os
 from pathlib import Path
@@ -13,13 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["CACHE", "DataSet", "MissingDataError", "fashion_mnist", "folder_of", "mnist"]
+__all__ = ["CACHE", "DataSet", "MissingDataError", "folder_of", "mnist"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coded_torch"
 
 _MNIST_TRAIN = 55_000  # rows of the packaged picture; the official 10,000 test digits follow
-_FASHION_FOLDER = "usr/share/datasets/fashion-mnist"  # the place in the Debian package
-_FASHION_ROOTS = (Path("/"), CACHE)  # installed, or unpacked without being root
 
 
 class MissingDataError(RuntimeError):
@@ -58,35 +55,3 @@ def mnist() -> DataSet:
     labels = torch.from_numpy(one_hot.argmax(axis=1))
     n = _MNIST_TRAIN
     return DataSet(images[:n], labels[:n], images[n:], labels[n:])
-
-
-def fashion_mnist() -> DataSet:
-    """Return Fashion-MNIST: 60,000 training pictures and the official 10,000 test pictures.
-
-    Raises:
-        MissingDataError: the Debian package is neither installed nor unpacked in the cache.
-    """
-    folders = [root / _FASHION_FOLDER for root in _FASHION_ROOTS]
-    folder = next(filter(Path.is_dir, folders), None)
-    if folder is None:
-        raise MissingDataError(
-            "Fashion-MNIST is not installed; get it with: "
-            "sudo apt-get install dataset-fashion-mnist\n"
-            "or, without root: apt-get download dataset-fashion-mnist=0.0~git20200523.55506a9-1"
-            f" && mkdir -p '{CACHE}' && dpkg-deb -x dataset-fashion-mnist_*_all.deb '{CACHE}'"
-        )
-    arrays = [
-        _read_idx(folder / f"{part}-{what}-ubyte.gz")
-        for part in ("train", "t10k")
-        for what in ("images-idx3", "labels-idx1")
-    ]
-    return DataSet(arrays[0], arrays[1].long(), arrays[2], arrays[3].long())
-
-
-def _read_idx(path: Path) -> Tensor:
-    """Read bytes in the IDX format: 0, 0, type, number of dimensions; big-endian sizes; values."""
-    with gzip.open(path) as stream:
-        raw = bytearray(stream.read())
-    ndim = raw[3]
-    shape = np.frombuffer(raw, ">u4", count=ndim, offset=4).tolist()
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=4 + 4 * ndim).reshape(shape)

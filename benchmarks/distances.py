@@ -22,25 +22,24 @@ from coded_torch.evaluation.scores import Comparison, Record
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 
 from . import tasks
-from .accuracy import FEW, SMALL, Case, cells
+from .accuracy import FEW, cells
 from .runs import Measurement, progress
 from .students import of_task, student
 from .subjects import SEED, AsGiven, Batch, Subject
 from .tasks import Task
 
-CASES = (FEW, (10, 8, 2), SMALL)  # N, K, S
-PICTURES = ("lenet5", "repvgg", "vit")
-SIZE, SMALL_SIZE = 240, 64  # rows of a batch; the smaller number at the smaller settings
+PICTURES = ("lenet5",)
+SIZE = 240  # rows of a batch
 FIXED: dict[str, Any] = {"metric": "shrunk", "length": 2.0}  # one metric and length for all
 
 
-def codes(task: Task, alone: bool, n: int, k: int) -> dict[str, Code]:
-    """Return the codes that ``compare`` lacks, and every metric alone if asked for."""
+def codes(task: Task, n: int, k: int) -> dict[str, Code]:
+    """Return the codes that ``compare`` lacks, and every metric alone."""
     metrics: dict[str, Any] = {"chosen": "auto", "length chosen": "shrunk"}
     if task.stem is not None:
         metrics |= {"with a stem": task.stem, "a stem alone": [task.stem]}
     leaves = leaves_of([task.inputs[:SIZE]])
-    for name, metric in METRICS.items() if alone else ():
+    for name, metric in METRICS.items():
         if transforms(metric, leaves) is not None:
             metrics[name] = name
     return {
@@ -50,9 +49,7 @@ def codes(task: Task, alone: bool, n: int, k: int) -> dict[str, Code]:
     }
 
 
-def drawn(
-    name: str, raw: bool, case: Case, quick: bool
-) -> Iterator[tuple[int, Task, Any, list[Batch]]]:
+def drawn(name: str, raw: bool, quick: bool) -> Iterator[tuple[int, Task, Any, list[Batch]]]:
     """Yield splits, networks, their students and batches."""
     counts = settings(quick)
     if name in tasks.TABLES:
@@ -68,24 +65,23 @@ def drawn(
         task = tasks.sequence(name)
         cheap = of_task(task)
     whole = Batch(task.inputs, task.labels)
-    size = SIZE if case == FEW else SMALL_SIZE
-    batches = Subject(task.model, whole, whole).batches("held_out", size, counts["batches"])
+    batches = Subject(task.model, whole, whole).batches("held_out", SIZE, counts["batches"])
     yield 0, task, cheap, list(batches)
 
 
-def distances(name: str, raw: bool, case: Case, quick: bool) -> dict[str, Any]:
+def distances(name: str, raw: bool, quick: bool) -> dict[str, Any]:
     sets = settings(quick)["received sets of a split"] if name in tasks.TABLES else 1
     records: list[Record] = []
-    for split, task, cheap, batches in drawn(name, raw, case, quick):
+    for split, task, cheap, batches in drawn(name, raw, quick):
         # Nothing is tuned: the batch that stands first for tuning is answered, too.
         found = compare(
             task.model,
             [x.images for x in progress([batches[0], *batches], "batches")],
-            [case],
+            [FEW],
             labels=None if task.labels is None else [x.labels for x in [batches[0], *batches]],
-            more=lambda k, n, task=task: codes(task, case == FEW, n, k),
+            more=lambda k, n, task=task: codes(task, n, k),
             surrogate=cheap,
-            schemes=[*codes(task, case == FEW, case[0], case[1]), *BASELINES],
+            schemes=[*codes(task, *FEW[:2]), *BASELINES],
             received_sets=sets,
             tuning=1,
         )
@@ -102,15 +98,14 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     tables = tasks.TABLES[:1] if quick else tasks.TABLES
     for name in (*tables, *(() if quick else (*tasks.SEQUENCES, *PICTURES))):
         for raw in (False, True) if name in tasks.RAW else (False,):
-            for case in CASES[:1] if quick else CASES:
-                key = (f"{name}, raw" if raw else name, str(case))
-                yield key, functools.partial(distances, name, raw, case, quick)
+            key = (f"{name}, raw" if raw else name, str(FEW))
+            yield key, functools.partial(distances, name, raw, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:
     return {
         "seed": SEED,
-        "batch size": [SIZE, SMALL_SIZE],
+        "batch size": SIZE,
         "batches": 2 if quick else 20,
         "splits": 1 if quick else tasks.SPLITS,
         "received sets of a split": 3 if quick else 40,

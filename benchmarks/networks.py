@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -10,83 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
 
-from .data import CACHE, DataSet, fashion_mnist, mnist
+from .data import CACHE, DataSet, mnist
 
-__all__ = ["RECIPES", "Images", "Network", "RepVGG", "ViT", "load", "ship"]
+__all__ = ["RECIPES", "Images", "Network", "load", "ship"]
 
 SHIPPED = Path(coded_torch.__file__).parent / "data"
 NUM_TUNING = 5_000  # the last training images: no gradient sees them, benchmarks tune on them
-
-
-class Branches(nn.Module):
-    """A 3x3 and a 1x1 convolution and, where it fits, the identity: each normalised, then added.
-
-    In evaluation mode that is one 3x3 convolution, :meth:`fused` (Ding et al., "RepVGG: Making
-    VGG-style ConvNets Great Again", 2021).
-    """
-
-    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
-        super().__init__()
-        kernels: list[nn.Module] = [
-            nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False),
-            nn.Conv2d(num_in, num_out, 1, stride, bias=False),
-        ]
-        if num_in == num_out and stride == 1:
-            kernels.append(nn.Identity())
-        self.branches = nn.ModuleList(nn.Sequential(k, nn.BatchNorm2d(num_out)) for k in kernels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functools.reduce(torch.add, (branch(x) for branch in self.branches))
-
-    @torch.no_grad()
-    def fused(self) -> nn.Conv2d:
-        """The 3x3 convolution that equals the sum of the branches in evaluation mode."""
-        first = self.branches[0][0]
-        weights, biases = [], []
-        for kernel, norm in self.branches:
-            if isinstance(kernel, nn.Identity):
-                weight = torch.eye(first.in_channels).to(first.weight)[:, :, None, None]
-            else:
-                weight = kernel.weight
-            margin = (3 - weight.shape[-1]) // 2
-            weight, bias = fuse_conv_bn_weights(
-                nn.functional.pad(weight, [margin] * 4),
-                None,
-                norm.running_mean,
-                norm.running_var,
-                norm.eps,
-                norm.weight,
-                norm.bias,
-            )
-            weights.append(weight)
-            biases.append(bias)
-        with torch.device("meta"):  # it draws no first weights from the global random state
-            fused = nn.Conv2d(first.in_channels, first.out_channels, 3, first.stride, padding=1)
-        fused.weight = nn.Parameter(functools.reduce(torch.add, weights))
-        fused.bias = nn.Parameter(functools.reduce(torch.add, biases))
-        return fused
-
-
-class RepVGG(nn.Sequential):
-    """A small RepVGG in its training form: images ``[B, 1, 28, 28]`` to 10 logits."""
-
-    def __init__(self) -> None:
-        shapes = ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 128, 1))
-        layers = [layer for shape in shapes for layer in (Branches(*shape), nn.ReLU())]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """Replace, in place, every :class:`Branches` by its one convolution."""
-    for name, child in model.named_children():
-        if isinstance(child, Branches):
-            setattr(model, name, child.fused())
-    return model
 
 
 class TransformerBlock(nn.Module):
@@ -110,25 +42,6 @@ class TransformerBlock(nn.Module):
         return x + self.perceptron(x)
 
 
-class ViT(nn.Module):
-    """A small vision transformer: images ``[B, 1, 28, 28]`` in 16 patches of 7x7 to 10 logits.
-
-    Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, with the mean over the patches in
-    place of a class token.
-    """
-
-    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
-        super().__init__()
-        self.embed = nn.Conv2d(1, width, kernel_size=7, stride=7)
-        self.positions = nn.Parameter(0.02 * torch.randn(16, width))
-        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = self.embed(x).flatten(2).mT  # [B, 16, width]
-        return self.head(self.blocks(patches + self.positions).mean(1))
-
-
 class Recipe(NamedTuple):
     """The training of a network."""
 
@@ -137,7 +50,6 @@ class Recipe(NamedTuple):
     epochs: int
     learning_rate: float
     weight_decay: float
-    bfloat16: bool = False  # twice as fast where convolutions take most of the time
 
 
 def smooth() -> nn.Module:
@@ -152,10 +64,6 @@ def smooth() -> nn.Module:
 RECIPES = {
     "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
     "lenet5-tanh": Recipe(smooth, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
-    "repvgg": Recipe(
-        RepVGG, fashion_mnist, epochs=3, learning_rate=4e-3, weight_decay=1e-3, bfloat16=True
-    ),
-    "vit": Recipe(ViT, fashion_mnist, epochs=10, learning_rate=2e-3, weight_decay=1e-3),
 }
 
 
@@ -188,7 +96,7 @@ def load(name: str, seed: int = 0) -> Network:
     data = recipe.load()
     model = cached(
         weights_file(name, seed),
-        lambda: fuse(recipe.build()),
+        recipe.build,
         lambda: train(recipe, *training_images(data), seed),
     )
     tuning = tuning_images(data)
@@ -231,7 +139,7 @@ def pixels(images: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
-    """Train with Adam and a one-cycle learning rate; fused, in evaluation mode, half precision."""
+    """Train with Adam and a one-cycle learning rate; in evaluation mode, half precision."""
     with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
         torch.manual_seed(seed)
         model = recipe.build()
@@ -248,18 +156,15 @@ def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Modul
         total = 0.0
         model.train()
         for rows in torch.randperm(len(labels), generator=shuffle).split(batch):
-            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bfloat16):
-                logits = model(images[rows])
-            loss = nn.functional.cross_entropy(logits.float(), labels[rows])
+            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             total += loss.item() * len(rows)
         print(f"epoch {epoch}: loss {total / len(labels):.4f}", flush=True)
-    model = fuse(model.eval())
     round_to_half(model)
-    return model
+    return model.eval()
 
 
 def round_to_half(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from .runs import Measurement, progress
 from .students import small_network
 from .subjects import SEED, Batch, Subject, run, student_of, subject
 
-NETWORKS = ("lenet5", "vit", "repvgg")
+NAME = "lenet5"
 SIZE = 64  # rows of a batch
 LEARNS_AFTER = 256  # results, as a Memory does by itself
 
@@ -64,8 +64,8 @@ def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
     }
 
 
-def memory(name: str, quick: bool) -> dict[str, Any]:
-    of, count = subject(name, quick), 9 if quick else 150
+def memory(quick: bool) -> dict[str, Any]:
+    of, count = subject(NAME, quick), 9 if quick else 150
     known = Memory()
     requests = list(of.batches("held_out", SIZE, count))
     thirds = [requests[i * count // 3 : (i + 1) * count // 3] for i in range(3)]
@@ -90,9 +90,9 @@ def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, A
     return summary(scores["with"], scores["without"])
 
 
-def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
-    of, generator = subject(name, quick), torch.Generator().manual_seed(SEED)
-    small = student_of(name, quick)
+def useless(size: int, quick: bool) -> dict[str, Any]:
+    of, generator = subject(NAME, quick), torch.Generator().manual_seed(SEED)
+    small = student_of(NAME, quick)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         untrained = small_network()
@@ -108,10 +108,9 @@ def useless(name: str, size: int, quick: bool) -> dict[str, Any]:
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    for name in NETWORKS[:1] if quick else NETWORKS:
-        yield (name, "memory"), functools.partial(memory, name, quick)
-        for size in (8, SIZE):
-            yield (name, "useless", str(size)), functools.partial(useless, name, size, quick)
+    yield (NAME, "memory"), functools.partial(memory, quick)
+    for size in (8, SIZE):
+        yield (NAME, "useless", str(size)), functools.partial(useless, size, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

@@ -41,8 +41,6 @@ class Page(NamedTuple):
 NAMES = {
     "lenet5": "LeNet-5, MNIST",
     "lenet5-tanh": "LeNet-5 with tanh, MNIST",
-    "vit": "ViT, Fashion-MNIST",
-    "repvgg": "RepVGG, Fashion-MNIST",
     "table": "uniformly",
     "neighbours": "a block",
     "adversarial": "its worst set",

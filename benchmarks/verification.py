@@ -40,13 +40,10 @@ from .subjects import SEED
 
 #: The shares of rows that are checked.
 SHARES = (0.01, 0.02, 0.03, 0.1)
-POOLED = ("noise 1", "noise .05", "replay", "swap")  # the whole-part faults that bars name
 
 
-def honest(
-    data: Data, fleet: Fleet | Voters, sizes: Iterable[int], *, score: bool = True
-) -> dict[str, float]:
-    """Requests in which nobody is wrong."""
+def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> float:
+    """Return the work of requests in which nobody is wrong."""
     found: Counter[str] = Counter()
     for size in sizes:
         at = data.batch(size)
@@ -55,12 +52,10 @@ def honest(
             lambda worker, rows, again, at=at: data.normal(
                 data.outputs[at[list(rows)]], ROUNDING / 4
             ),
-            [data.inputs[at]] if score else [],
+            [data.inputs[at]],
         )
-        verdict = call.verdict
-        found.update(requests=1, rows=size, computed=call.computed, disputes=verdict.disputes)
-        found.update(charges=sum(verdict.strikes.values()), verified=len(verdict.verified))
-    return {**found, "work": found["computed"] / found["rows"]}
+        found.update(rows=size, computed=call.computed)
+    return found["computed"] / found["rows"]
 
 
 def left(
@@ -82,8 +77,6 @@ def left(
         wrong: list[Tensor] = []
         call = fleet.call(size, _noting(compute, wrong, worker, truth), [data.inputs[at]])
         found.update(_compared(data, call, truth, wrong))
-        found.update(found=worker in call.verdict.strikes)
-        found.update(false_charges=len(call.verdict.strikes.keys() - {worker}))
     return dict(found)
 
 
@@ -101,10 +94,9 @@ def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -
 
 
 def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> dict[str, int]:
-    """Count wrong rows and harmful rows, made and left."""
-    (made, harm), (stays, harms) = data.wrong(wrong[0], truth), data.wrong(call.answers, truth)
-    counted = {"wrong": made, "harmful": harm, "left": stays, "harmful left": harms}
-    return {name: int(rows.sum()) for name, rows in counted.items()}
+    """Count wrong rows, made and left."""
+    counted = {"wrong": wrong[0], "left": call.answers}
+    return {name: int(data.wrong(rows, truth).sum()) for name, rows in counted.items()}
 
 
 def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
@@ -143,9 +135,7 @@ def measure_left(quick: bool, share: float) -> dict[str, Any]:
     data, count = Data(), 24 if quick else 240
     fleet = warm(data, Fleet(WORKERS, share))
     found = _left_by_fault(data, fleet, count)
-    pooled = [found[name] for name in POOLED]
-    harmful, stays = (sum(x[key] for x in pooled) for key in ("harmful", "harmful left"))
-    return {"faults": found, "harmful rows of whole parts left": stays / max(1, harmful)}
+    return {"faults": found}
 
 
 def measure_until(quick: bool) -> dict[str, Any]:
@@ -164,7 +154,7 @@ def measure_work(quick: bool) -> dict[str, Any]:
     """The work of honest requests, by the share of checked rows."""
     data, sizes = Data(), [BATCH_SIZE] * (20 if quick else 300)
     fleets = {f"{share:g}": Fleet(WORKERS, share).settle() for share in SHARES}
-    return {share: honest(data, fleet, sizes)["work"] for share, fleet in fleets.items()}
+    return {share: honest(data, fleet, sizes) for share, fleet in fleets.items()}
 
 
 def measure_peers(quick: bool) -> dict[str, Any]:
@@ -172,7 +162,7 @@ def measure_peers(quick: bool) -> dict[str, Any]:
     for copies, name in enumerate(("nothing", "everything twice", "everything three times"), 1):
         data = Data()
         voters = Voters(WORKERS, copies, 1e-3 * data.spread)
-        work = honest(data, voters, [BATCH_SIZE] * 20)["work"]
+        work = honest(data, voters, [BATCH_SIZE] * 20)
         found[name] = {"work": work, "faults": _left_by_fault(data, voters, count)}
     return found
 
