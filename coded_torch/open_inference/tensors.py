@@ -153,13 +153,14 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
     dtype, numbers = DATATYPES[datatype], math.prod(shape)
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
     valid = array.shape in ((numbers,), tuple(shape)) and array.dtype.kind in kinds
-    must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
-    got = f"{array.dtype} {list(array.shape)}"
+    got = ""
     if valid and kinds == "iu":
         limits = torch.iinfo(dtype)
         valid = bool(limits.min <= array.min() and array.max() <= limits.max)
         got = f"numbers from {array.min()} to {array.max()}"
     if not valid:
+        must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
+        got = got or f"{array.dtype} {list(array.shape)}"
         raise ValueError(f"data of {name} must be {must}, got {got}")
     wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
     return torch.from_numpy(wide).to(dtype).reshape(*shape)

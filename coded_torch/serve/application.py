@@ -74,7 +74,7 @@ def app(
 
     - 4xx if the request is wrong; the message names a row that is not finite or misshapen;
     - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
-      worker is left, or workers hang: then one request at a time is tried;
+      worker is left, or all workers hang: then one request at a time is tried;
     - 504 if the deadline has passed and nothing could be predicted;
     - 500 if the model fails on the request. Requests in the same batch are answered.
 
@@ -153,7 +153,7 @@ class Service:
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
         self.load = functools.partial(load, coded, examples)
         run = functools.partial(compute, coded, outputs)
-        self.batcher = Batcher(run, on_batch=self._count, **limits)
+        self.batcher = Batcher(run, on_batch=self._count, has_idle=self._has_idle, **limits)
         # Called with the seconds, the rows and the predicted rows of every answer.
         self.on_answer: Callable[[float, int, int], None] = lambda *_: None
 
@@ -262,6 +262,10 @@ class Service:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except ValueError as error:
             raise RequestError(400, "invalid", str(error)) from None
+
+    def _has_idle(self) -> bool:
+        states: Mapping[int, tuple[str, int]] = getattr(self.pool, "states", {})
+        return any(state == "idle" for state, _ in states.values())
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
         self.metrics.batch(report, rows, queued)

@@ -154,6 +154,7 @@ class Batcher:
         slots: the number of slots.
         parts: the number of slots that a batch takes, or its rows if they are fewer.
         on_batch: called with each report, its rows, and the seconds that its requests waited.
+        has_idle: returns whether a worker is idle. Defaults to never, as far as is known.
     """
 
     def __init__(
@@ -165,11 +166,13 @@ class Batcher:
         slots: int,
         parts: int,
         on_batch: Callable[[Report, int, Sequence[float]], None],
+        has_idle: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._compute, self._on_batch = compute, on_batch
+        self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
         self._slots, self._parts = slots, parts
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
+        self._rows = 0  # of the queue
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # True if the last batch had its usual time, and too few results
@@ -206,9 +209,15 @@ class Batcher:
         future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
         entry = _Entry(inputs, arrived, deadline, future)
         self._queue[entry] = None
-        future.add_done_callback(lambda _: self._queue.pop(entry, None))
+        self._rows += entry.rows
+        future.add_done_callback(lambda _: self._remove(entry))
         self._fill()
         return future
+
+    def _remove(self, entry: _Entry) -> None:
+        if entry in self._queue:
+            del self._queue[entry]
+            self._rows -= entry.rows
 
     async def close(self, seconds: float) -> None:
         """Answer every accepted request, but do not wait longer than ``seconds``."""
@@ -223,7 +232,7 @@ class Batcher:
             return
         now = time.monotonic()
         late = now + self._expected(rows, now) - deadline
-        if self._hung or late == math.inf:
+        if late == math.inf or (self._hung and not self._has_idle()):
             raise RequestError(503, "overdue", "workers hang: no batch was answered lately")
         if late > 0:
             when = f"{late * 1e3:.0f} ms after the deadline"
@@ -231,7 +240,7 @@ class Batcher:
 
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
-        batches, rest = divmod(sum(entry.rows for entry in self._queue) + rows, self._max_rows)
+        batches, rest = divmod(self._rows + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
         seconds /= max(1, self._slots // min(self._parts, self._max_rows))
         if self._is_free:
@@ -273,12 +282,12 @@ class Batcher:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                del self._queue[entry]  # this deadline would end the batch before any result
+                self._remove(entry)  # this deadline would end the batch before any result
                 continue
             if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
                 break
             rows += entry.rows
-            del self._queue[entry]
+            self._remove(entry)
             batch.append(entry)
         return batch
 
