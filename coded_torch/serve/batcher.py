@@ -171,6 +171,7 @@ class Batcher:
         self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
         self._slots, self._parts = slots, parts
+        self._at_once = max(1, slots // min(parts, max_batch_size))  # batches
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._rows = 0  # of the queue
         self._reading = 0
@@ -242,7 +243,7 @@ class Batcher:
         """Return the seconds until ``rows`` more rows are probably answered."""
         batches, rest = divmod(self._rows + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
-        seconds /= max(1, self._slots // min(self._parts, self._max_rows))
+        seconds /= self._at_once
         if self._is_free:
             return seconds
         # A batch beyond its deadline never ends, as far as anyone knows.
@@ -278,13 +279,16 @@ class Batcher:
         """Take the next batch. Requests without time left are dropped: their handlers know."""
         batch: list[_Entry] = []
         rows = 0
+        # As many batches as can run at once share the rows: one batch of all leaves workers idle.
+        every = self._rows + sum(rows for _, rows, _ in self._ongoing.values())
+        most = min(self._max_rows, -(-every // self._at_once))
         while self._queue:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 self._remove(entry)  # this deadline would end the batch before any result
                 continue
-            if rows + entry.rows > self._max_rows or (batch and not entry.joins(batch[0])):
+            if batch and (rows + entry.rows > most or not entry.joins(batch[0])):
                 break
             rows += entry.rows
             self._remove(entry)

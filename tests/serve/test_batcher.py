@@ -289,3 +289,14 @@ async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, secon
     await batcher.close(seconds)
     assert [future.done() for future in entries] == [answered] * 2
     assert answered or time.monotonic() - start < 0.19
+
+
+@in_loop
+async def test_batches_that_run_at_once_share_the_rows(model):
+    batcher = model.batcher(slots=2, max_batch_size=8)
+    first = [put(batcher, 0.0), put(batcher, 1.0)]
+    await until(lambda: len(model.batches) == 2)
+    others = [put(batcher, float(i)) for i in range(2, 8)]
+    model.go.set()
+    await answers(*first, *others)
+    assert max(map(len, model.batches)) == 4  # half of the 8 rows, not all 6 that wait
