@@ -173,7 +173,7 @@ class Batcher:
         self._slots, self._parts = slots, parts
         self._at_once = max(1, slots // min(parts, max_batch_size))  # batches
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
-        self._rows = 0  # of the queue
+        self._rows = 0  # the rows of the queue
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # True if the last batch had its usual time, and too few results
