@@ -19,8 +19,10 @@ _REFIT = 32  # new parts after which the line through sizes is fitted again; a n
 _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # A part is late beyond three standard deviations of a lognormal body (99.9 %), whose lower half
 # stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
-# medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py).
-_TAIL, _LEAST_TAIL = 4.45, 1.5
+# medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py). At
+# most 8 medians, which .4 % of exponential latencies exceed: where a third of the workers are ten
+# times as fast as the others, the quartile is that fast, and no part would be late.
+_TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
 _SPLIT_SHARE = 0.5
@@ -110,16 +112,17 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile) * self._scale(rows)
 
-    def hedging_threshold(self, rows: int) -> float:
+    def hedging_threshold(self, rows: int, unknown: float = math.inf) -> float:
         r"""Return the seconds after which a part of so many rows is late.
 
-        With the median m and the lower quartile q of parts, :math:`m \max(1.5, (m / q)^{4.45})`.
-        Infinite until 32 parts have replied.
+        With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, which
+        is bounded by 1.5 and 8. ``unknown`` until 32 parts have replied.
         """
         with self._lock:
             median, quartile = (self._quantile(self._parts, q) for q in (0.5, 0.25))
             tail = (median / quartile) ** _TAIL if 0 < median < math.inf else _LEAST_TAIL
-            return median * max(_LEAST_TAIL, tail) * self._scale(rows)
+            threshold = median * min(max(_LEAST_TAIL, tail), _MOST_TAIL) * self._scale(rows)
+            return threshold if threshold < math.inf else unknown
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""

@@ -129,7 +129,8 @@ class _Call:
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
         self.given_up: dict[int, int] = {}  # the last part that failed, by unit
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
-        self.threshold = functools.cache(lambda n: history.hedging_threshold(n * unit_rows))
+        half = math.inf if waiting.at_once else (waiting.deadline or math.inf) / 2
+        self.threshold = functools.cache(lambda n: history.hedging_threshold(n * unit_rows, half))
         self.hedged, self.prepare_at = False, math.inf
 
     def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
@@ -317,7 +318,6 @@ class _Call:
         return False
 
     def _add(self, missing: list[int], num: int, of: _Part) -> None:
-        # New columns go first, as long as there are some.
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
         for i in range(num):

@@ -19,7 +19,7 @@ class Waiting(Policy):
     - A part is late when its running time exceeds the hedging threshold
       (:meth:`~coded_torch.scheduling.latency_history.History.hedging_threshold`). It is hedged at
       most three times, the first time split over up to four idle workers. Until 32 parts have
-      replied, no part is late.
+      replied, a part is late at half of the deadline.
     - A part that failed is asked again at once, in smaller parts, until the rows that fail stand
       alone. If a row raises alike on two workers, the module fails on it. If a row ends its worker
       twice, alone, and other parts fail less often, it is not asked again in this call. Any row is

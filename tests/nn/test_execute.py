@@ -37,7 +37,7 @@ def test_a_call_without_half_of_its_results_raises_at_its_deadline():
             nn.Identity(),
             parts=4,
             workers=LocalWorkers(Trace([latencies])),
-            waiting=Waiting(deadline=0.2),
+            waiting=Waiting(deadline=0.2, hedge_budget=0),
         )
         x = torch.randn(4, 2)
         if enough:
@@ -269,7 +269,10 @@ def test_columns_are_asked_for_evenly_and_spare_ones_stand_in():
 def test_a_surrogate_that_answers_alone_keeps_what_it_returned(own):
     """Its tensor may be the caller's input, or a mean that is expanded to all rows."""
     x = torch.arange(8.0).view(4, 2)
-    pool, waiting = LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])), Waiting(deadline=0.2)
+    pool, waiting = (
+        LocalWorkers(Trace([[0.1, 0.5, 0.6, 0.7]])),
+        Waiting(deadline=0.2, hedge_budget=0),
+    )
     coded = CodedWrapper(nn.Identity(), parts=4, workers=pool, waiting=waiting, surrogate=own)
     answers, report = coded.run(x)
     assert report.predicted.tolist() == [False, True, True, True]

@@ -34,7 +34,7 @@ def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
         net() if module is None else module,
         **divided(way, 5, 6, link, **FIXED if way == "rows" else {}),
         workers=LocalWorkers(Uniform(lost, seed=1)),
-        waiting=Waiting(deadline=1.0) if way == "rows" else None,
+        waiting=Waiting(deadline=1.0, hedge_budget=0) if way == "rows" else None,
         **options,
     )
 
@@ -365,7 +365,7 @@ def test_only_scores_of_classes_have_label_risks(shape, classes, lost):
     """If every answer is exact, if some are predicted, and if a surrogate answers alone."""
     f = Call(lambda x: x[:, : math.prod(shape)].reshape(-1, *shape) if len(x) else x)
     coded = wrap("rows", f, lost, surrogate=f)
-    _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0))
+    _, run = coded.run(rand(20, 6), waiting=Waiting(deadline=1.0, hedge_budget=0))
     assert run.predicted.sum() == 4 * lost
     assert (run.label_risks is not None) == classes
     assert run.radii is not None

@@ -56,7 +56,9 @@ class Watched:
         if isinstance(event, Began):
             assert states[event.part] == "queued", "what is not wanted has begun"
             units = len(parts[event.part])
-            threshold = thresholds.setdefault(units, history.hedging_threshold(units))
+            known = history.hedging_threshold(units)
+            half = (self.waiting.deadline or math.inf) / 2
+            threshold = thresholds.setdefault(units, known if known < math.inf else half)
             states[event.part], due[event.part] = "running", event.at + threshold
         elif isinstance(event, Settled):
             states[event.part] = "good" if event.ok else "failed"

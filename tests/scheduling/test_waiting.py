@@ -57,6 +57,14 @@ def test_while_nothing_is_late_all_is_asked_once():
     assert ended == Ended("complete", (), 1.5, 3.0)
 
 
+def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
+    events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), None, *begin(4, at=2.0), *settle(4, at=2.5)]
+    decisions, waits, ended = drive(Waiting(deadline=4.0), events, history=History())
+    assert decisions[:2] == [Ask(tuple(FOUR)), Ask(((6, 7),))]
+    assert 2.0 in waits
+    assert (ended.reason, ended.hedging_threshold) == ("complete", 2.0)
+
+
 def test_a_late_part_is_split_over_idle_workers():
     events = [*begin(0, 1, 2, 3, at=0.5), *settle(0, 1, 2), None, *settle(3, at=2.1)]
     decisions, waits, ended = drive(Waiting(), events, history=known(), idle=lambda: 5)
@@ -360,6 +368,12 @@ def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body():
     assert history.hedging_threshold(4) == pytest.approx((1 / 0.8) ** 4.45)
     history.add([(4, math.inf)] * 50, None)
     assert history.hedging_threshold(4) == math.inf
+
+
+def test_uneven_workers_have_late_parts_too():
+    history = History()
+    history.add([(4, 0.02)] * 40 + [(4, 0.002)] * 20, None)  # one of three is fast
+    assert history.hedging_threshold(4) == pytest.approx(8 * 0.02)
 
 
 def test_what_is_old_is_forgotten():
