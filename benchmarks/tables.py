@@ -108,6 +108,25 @@ def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
                     yield [*head, *numbers, f"{of['radius to ours']:.2f}"]
 
 
+def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
+    """Yield the worst data set of every setting: least coverage, most certified and wrong."""
+    yield ["setting", "at .90", "at .95", "at .99", "mean of sets at .95", "certified and wrong"]
+    found = [sets for sets in results["coverage"].values() if "B 64" in sets]
+    for setting in (x for x in dict.fromkeys(key for sets in found for key in sets)):
+        each = [sets[setting] for sets in found if setting in sets]
+        if setting.endswith(", rivals"):
+            continue
+        worst = [min(of[level]["covered"] for of in each) for level in ("0.9", "0.95", "0.99")]
+        mean = sum(of["0.95"]["covered"][0] for of in each) / len(each)
+        wrong = max(of["certified and wrong"][0] for of in each if "certified" in of)
+        yield [
+            setting,
+            *(f"{x:.3f} ± {half:.3f}" for x, half in worst),
+            f"{mean:.3f}",
+            f"{wrong:.3f}",
+        ]
+
+
 def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield a row for each setting and scheme, the least squared error first."""
     yield ["network, data", "lost", "batch", SETTING, "scheme", *SCORES, "command"]
@@ -267,6 +286,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
             "certified and wrong": "B 240 > certified and wrong:.3f",
         },
     ),
+    "coverages": coverages,
     "rivals": rivals,
     "main": Table(
         "accuracy > lenet5 > table > B = 240 > *",
@@ -378,6 +398,7 @@ PAGES = {
         "wanted. A label is certified at a risk of at most .05.",
         {
             "coverage": "Radii at a nominal coverage of .95, and labels",
+            "coverages": "The worst data set of each setting",
             "rivals": "Rivals at .95, on one received set a batch",
         },
         [("coverage", "coverage against its nominal level, and radii, by data set")],
