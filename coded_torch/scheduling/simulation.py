@@ -1,7 +1,7 @@
 r"""Simulation of waiting policies: thousands of open calls on one clock.
 
 :func:`simulate` drives the generator of decisions that a wrapper drives over real workers,
-:meth:`coded_torch.Waiting.decide`. Its workers exist only as a queue and a state under
+``Waiting.decide``. Its workers exist only as a queue and a state under
 :class:`Conditions`. The unit of time is the median of a part of the first ask without faults.
 """
 
