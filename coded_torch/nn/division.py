@@ -275,8 +275,8 @@ class Columns(Division):
         return self._plan.encode(values)
 
 
-@functools.lru_cache(256)
-def dealt(size: int, parts: int) -> list[tuple[int, ...]]:
+@functools.lru_cache(8)  # some megabytes each for 200,000 rows
+def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
     So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. Rows of
@@ -288,7 +288,7 @@ def dealt(size: int, parts: int) -> list[tuple[int, ...]]:
         dealer.shuffle(rows)
         for hand, row in zip(hands, rows, strict=False):
             hand.append(row)
-    return [tuple(hand) for hand in hands]
+    return tuple(tuple(hand) for hand in hands)
 
 
 class Rows(Division):
@@ -306,7 +306,7 @@ class Rows(Division):
         self._predictor, self.block = predictor, block
         self.needed, self.least = size, 1
         parts = min(parts, size)
-        self.first = dealt(size, parts)
+        self.first = list(dealt(size, parts))
 
     def plan(self) -> RowPlan:
         return self._plan

@@ -51,7 +51,7 @@ class RayDataPredictor:
     ) -> None:
         self.coded = factory()
         instance(self, "the result of factory", self.coded, CodedWrapper)
-        self.inputs, self.output = tuple(inputs), output
+        self.inputs, self.output = (inputs,) if isinstance(inputs, str) else tuple(inputs), output
 
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
@@ -63,10 +63,14 @@ class RayDataPredictor:
         size = len(batch[self.inputs[0]])
         return {
             **batch,
-            **{name: column.cpu().numpy() for name, column in columns.items()},
+            **{name: _numbers(column) for name, column in columns.items()},
             "predicted": _array(report.predicted, np.zeros(size, bool)),
             "radius": _array(report.radii, np.full(size, np.nan)),
         }
+
+
+def _numbers(column: Tensor) -> np.ndarray[Any, Any]:
+    return (column.float() if column.dtype is torch.bfloat16 else column).cpu().numpy()
 
 
 def _array(values: Tensor | None, default: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -121,8 +121,7 @@ class Client:
             must = f"outputs must be some of {', '.join(given)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
         chosen = tuple(given[each] for each in names)
-        marks = ours and ADDED[0] not in chosen
-        return Model(name, specs_of(found, "inputs"), chosen, binary, marks)
+        return Model(name, specs_of(found, "inputs"), chosen, binary)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
@@ -148,10 +147,10 @@ class Client:
         url, most = f"{server}{model.path}/infer", answer_bytes(model, rows)
         data, size = await self._ask("POST", url, most, data=body, headers=headers)
         try:
-            found = outputs_of(model, data, size, rows)
+            found, predicted = outputs_of(model, data, size, rows)
         except ValueError as error:
             raise EndpointError(f"answered against the protocol: {error}") from None
-        if model.marks and (predicted := int(found.pop().sum())):
+        if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
             why = f"the server predicted {predicted} of {rows} rows"
             raise BusyError(_RETRY_SECONDS, f"{why}, which outputs with 'predicted' would return")
         return found
@@ -214,7 +213,9 @@ def _translated() -> Any:
     except aiohttp.ClientConnectorError as error:
         raise EndpointError(f"could not be reached: {error.strerror or error}") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise EndpointError(f"broke the connection: {error!r:.200}", lost=True) from None
+        raise EndpointError(
+            f"broke the connection: {type(error).__name__}: {error!s:.200}", lost=True
+        ) from None
 
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:

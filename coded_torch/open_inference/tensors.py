@@ -231,12 +231,6 @@ class Model(NamedTuple):
     inputs: tuple[TensorSpec, ...]  #: one for each argument, in order
     outputs: tuple[TensorSpec, ...]
     binary: bool  #: true if the server takes and sends binary tensors
-    marks: bool = False  #: true if the server is to mark the rows that it predicted
-
-    @property
-    def asked(self) -> tuple[TensorSpec, ...]:
-        """The outputs to ask for: the own ones, and the marks at the end."""
-        return (*self.outputs, ADDED[0]) if self.marks else self.outputs
 
     @property
     def path(self) -> str:
@@ -277,7 +271,7 @@ def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int]:
             entry["data"] = to_json(tensor).tolist()
         entries.append(entry)
     how = {"parameters": {"binary_data": True}} if model.binary else {}
-    outputs = [{"name": spec.name, **how} for spec in model.asked]
+    outputs = [{"name": spec.name, **how} for spec in model.outputs]
     head = json.dumps({"inputs": entries, "outputs": outputs}).encode()
     return b"".join([head, *tail]), len(head) if model.binary else 0
 
@@ -286,12 +280,17 @@ def answer_bytes(model: Model, rows: int) -> int:
     """Return the most bytes that an answer may have; 64 MiB for an output whose size is open."""
     return _HEADER + sum(
         2**26 if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER
-        for spec in model.asked
+        for spec in model.outputs
     )
 
 
-def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list[Tensor]:
-    """Return the outputs of an answer, checked before memory is allocated for them."""
+def outputs_of(
+    model: Model, data: bytes, length: str | None, rows: int
+) -> tuple[list[Tensor], int]:
+    """Return the outputs of an answer, and how many rows the server says that it predicted.
+
+    The answer is checked before memory is allocated for its outputs.
+    """
     view = memoryview(data)
     cut = len(data)
     if length is not None:
@@ -303,7 +302,7 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
     if not isinstance(entries, list):
         raise EndpointError("sent an answer without outputs")
     found: dict[str, Tensor] = {}
-    specs = {spec.name: spec for spec in model.asked}
+    specs = {spec.name: spec for spec in model.outputs}
     for entry in entries:
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or name not in specs or name in found:
@@ -327,4 +326,6 @@ def outputs_of(model: Model, data: bytes, length: str | None, rows: int) -> list
         found[name], tail = from_bytes(name, spec.datatype, shape, tail[:size]), tail[size:]
     if len(found) < len(specs) or len(tail):
         raise EndpointError("sent an answer of another length than its outputs have")
-    return [found[spec.name] for spec in model.asked]
+    parameters = message.get("parameters")
+    told = parameters.get("predicted_rows") if isinstance(parameters, dict) else None
+    return [found[spec.name] for spec in model.outputs], told if isinstance(told, int) else 0

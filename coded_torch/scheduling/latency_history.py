@@ -120,7 +120,9 @@ class History:
         """
         with self._lock:
             median, quartile = (self._quantile(self._parts, q) for q in (0.5, 0.25))
-            tail = (median / quartile) ** _TAIL if 0 < median < math.inf else _LEAST_TAIL
+            tail = _MOST_TAIL if median > 0 else _LEAST_TAIL
+            if quartile > 0 and median < math.inf:
+                tail = (median / quartile) ** _TAIL
             threshold = median * min(max(_LEAST_TAIL, tail), _MOST_TAIL) * self._scale(rows)
             return threshold if threshold < math.inf else unknown
 

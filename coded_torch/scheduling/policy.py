@@ -383,7 +383,7 @@ class _Call:
             for part in self.parts[self.num_first :]
             if part.of is not None
         ]
-        threshold = self.threshold(self.rows // self.unit_rows)
+        threshold = self.history.hedging_threshold(self.rows)
         refused = tuple(sorted(set(self.refused.values())))
         return Ended(reason, tuple(hedges), threshold, self.deadline, refused)
 

@@ -203,7 +203,7 @@ class Service:
 
     async def is_ready(self, _: Request) -> Response:
         """Say whether the model is loaded, and a worker is up if the pool has workers."""
-        ready = self.ready and not (self.pool.num_workers and self.pool.num_ready == 0)
+        ready = self.ready and self.pool.num_ready != 0
         return _json({"name": self.name, "ready": ready}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:

@@ -194,8 +194,11 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Add a worker that is up, or one that starts."""
         with self._changed:
             self._workers.append(worker)
-        if ready:
-            self.ready(worker)
+            worker.left = worker.index not in self.places  # the pool has shrunk since it started
+            if worker.left:
+                self.retire(worker)
+            elif ready:
+                self.ready(worker)
 
     def ready(self, worker: W) -> None:
         """Note that a worker is up, and give it jobs."""

@@ -202,10 +202,10 @@ class _Endpoints(Dispatcher[_Slot]):
             place = self.place_of.setdefault(url, len(self.place_of))
             known = place in self.places
             self.places.add(place)
+            for _ in range(0 if known else self.concurrency):
+                self.add(_Slot(place, url))
         if known:
             self.restart(place)
-        for _ in range(0 if known else self.concurrency):
-            self.add(_Slot(place, url))
 
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
         """Ask a callable for the servers every few seconds."""

@@ -380,6 +380,20 @@ def test_of_any_rows_in_turn_each_part_gets_one(size, parts):
         assert [row // parts for row in hand] == list(range(len(hand)))
 
 
+@pytest.mark.parametrize("offset", [0.1, 1e4, 1e6])
+def test_error_bars_hold_the_rounding_of_single_precision(offset):
+    """Of a constant, and of numbers that are large beside their differences."""
+    x = torch.randn(96, 4, generator=torch.Generator().manual_seed(0))
+    module = Call(lambda x: offset + (0.0 if offset < 1 else 1.0) * x)
+    coded = CodedWrapper(module, workers=LocalWorkers(Uniform(4, seed=1)), parts=12)
+    held = []
+    for _ in range(10):
+        answers, report = coded.run(x, waiting=Waiting(hedge_budget=0))
+        errors = (answers.double() - module(x).double()).norm(dim=1)
+        held.append((errors <= report.radii)[report.predicted].double().mean())
+    assert torch.stack(held).mean() > 0.9
+
+
 def test_error_bars_hold_for_periodic_batches():
     """Rows of 24 sources in turn, on 24 parts: a part of one source would be lost as a whole."""
     generator = torch.Generator().manual_seed(0)

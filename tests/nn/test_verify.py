@@ -124,7 +124,7 @@ class TestHonestWorkers:
         _, report = wrap(pool, None).run(batch())
         assert report.verified is None
         assert report.work == 1.0
-        assert sorted(units for _, units in pool.log) == dealt(ROWS, 6)
+        assert sorted(units for _, units in pool.log) == list(dealt(ROWS, 6))
 
 
 class TestAWrongWorker:

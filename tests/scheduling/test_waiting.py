@@ -62,7 +62,7 @@ def test_before_latencies_are_known_a_part_is_late_at_half_of_the_deadline():
     decisions, waits, ended = drive(Waiting(deadline=4.0), events, history=History())
     assert decisions[:2] == [Ask(tuple(FOUR)), Ask(((6, 7),))]
     assert 2.0 in waits
-    assert (ended.reason, ended.hedging_threshold) == ("complete", 2.0)
+    assert (ended.reason, ended.hedging_threshold) == ("complete", math.inf)  # unknown
 
 
 def test_a_late_part_is_split_over_idle_workers():
@@ -368,6 +368,12 @@ def test_the_hedging_threshold_is_the_tail_of_a_lognormal_body():
     assert history.hedging_threshold(4) == pytest.approx((1 / 0.8) ** 4.45)
     history.add([(4, math.inf)] * 50, None)
     assert history.hedging_threshold(4) == math.inf
+
+
+def test_parts_that_take_no_time_leave_a_threshold():
+    history = History()
+    history.add([(4, 0.0)] * 20 + [(4, 0.1)] * 30, None)
+    assert history.hedging_threshold(4) == pytest.approx(0.8)
 
 
 def test_uneven_workers_have_late_parts_too():

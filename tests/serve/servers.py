@@ -23,11 +23,10 @@ def linear():
     return nn.Linear(3, 2)
 
 
-def built(module=None, *, workers=None, surrogate=(), **options):
+def built(module=None, *, workers=None, surrogate=(), waiting=None, **options):
     """Return an application of a small module."""
-    coded = CodedWrapper(
-        module or linear(), workers=workers or LocalWorkers(), parts=4, surrogate=surrogate
-    )
+    how = {"workers": workers or LocalWorkers(), "surrogate": surrogate, "waiting": waiting}
+    coded = CodedWrapper(module or linear(), parts=4, **how)
     defaults = {"name": "m", "inputs": INPUTS, "outputs": OUTPUTS, "deadline": 5.0}
     return app(coded, **defaults | options)
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from coded_torch import Waiting
 from coded_torch.nn import CodedWrapper
 from coded_torch.serve import TensorSpec, app, specs
 from coded_torch.serve.protocol import ADDED
@@ -293,7 +294,8 @@ def test_missing_rows_are_predicted_and_flagged(lost):
     names = ("output", "predicted", "radius", "label_risk", "source")
     outputs = [{"name": name} for name in names]
     workers = LocalWorkers(Trace([[math.inf] * lost + [0.0] * (4 - lost)]))
-    with serving(built(workers=workers)) as port, Client(port) as client:
+    application = built(workers=workers, waiting=Waiting(hedge_budget=0))
+    with serving(application) as port, Client(port) as client:
         request = {"inputs": [tensor(rows)], "outputs": outputs}
         status, answer = client.infer(request)
         text = client.metrics()
