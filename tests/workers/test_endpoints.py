@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import os
 import pickle
 import select
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import DeadlineExceeded
+from coded_torch.codes import DeadlineExceeded, NotEnoughResults
 from coded_torch.open_inference.client import (
     Client,
     EndpointError,
@@ -138,7 +139,13 @@ def elsewhere(handler, rows):
     return True
 
 
-FAULTS = [broken, garbage, other_shape, other_dtype, unhashable_name, deep, huge, packed]
+def no_http(handler, rows):
+    handler.wfile.write(b"SSH-2.0 \x00\r\n\r\n")
+    handler.close_connection = True
+    return True
+
+
+FAULTS = [broken, no_http, garbage, other_shape, other_dtype, unhashable_name, deep, huge, packed]
 FAULTS += [elsewhere]
 
 
@@ -150,6 +157,23 @@ def test_an_answer_against_the_protocol_is_not_used(three, fault):
     three[1].fault = lambda handler, rows: used.append(rows) or fault(handler, rows)
     until(lambda: torch.equal(coded(X), 2 * X) and used)
     assert coded.workers.num_ready == 2
+
+
+def test_rows_that_a_server_says_it_predicted_are_computed_by_another(three):
+    """Whatever the server that described the model is: fleets may be mixed."""
+
+    def predicted(handler, rows):
+        entry = {"name": "output", "datatype": "FP32", "shape": [len(rows), 3]}
+        entry["data"] = [-99.0] * (3 * len(rows))
+        message = {"outputs": [entry], "parameters": {"predicted_rows": len(rows)}}
+        used.append(rows)
+        handler.send(200, json.dumps(message).encode())
+        return True
+
+    coded, used = wrapped(three), []
+    three[1].fault = predicted
+    until(lambda: torch.equal(coded(X), 2 * X) and used)
+    assert not coded.last_run.predicted.any()
 
 
 def test_a_request_that_a_server_refuses_is_the_callers_error(three):
@@ -421,6 +445,18 @@ def test_a_request_that_is_closed_is_cancelled(three):
         request.ask([Part(0, (0,))])
         request.wait(WAIT)
     until(lambda: pool.open(RemoteModule(three[1].url, "double"), task_of(X[None])).idle == 4)
+
+
+def test_no_log_and_no_error_has_a_secret(three, caplog):
+    coded = wrapped(three, token="secret", headers={"X-Api-Key": "hidden"})
+    for each in three:
+        each.fault = no_http
+    with pytest.raises(NotEnoughResults) as info:
+        coded.run(X, waiting=Waiting(deadline=1.0))
+    text = f"{caplog.text} {info.value} {info.value.report}"
+    assert "broke the connection" in text
+    assert "secret" not in text
+    assert "hidden" not in text
 
 
 def test_a_token_goes_over_tls_or_loopback_only(three):

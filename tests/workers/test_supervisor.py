@@ -611,3 +611,19 @@ def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(c
     pool.served.blocked.set()
     closing.join(60.0)
     assert not pool.served.thread.is_alive()
+
+
+def test_a_worker_that_starts_while_its_place_goes_leaves():
+    class Shrinking(InMemory):
+        def launch(self, index: int) -> Numbered:
+            if index == 1:
+                self.resize(1)
+            return super().launch(index)
+
+    supervisor = Shrinking(2)
+    supervisor.tend()
+    supervisor.tend()  # ends the worker that has no place
+    kept, gone = supervisor.launched
+    assert gone.ended
+    assert not kept.ended
+    assert list(supervisor.states()) == [0]
