@@ -17,7 +17,7 @@ from coded_torch.workers import LocalWorkers, ProcessWorkers
 
 def half():
     """Return a wrapper that loses one of two parts."""
-    workers, waiting = LocalWorkers(Uniform(1)), Waiting(deadline=1.0)
+    workers, waiting = LocalWorkers(Uniform(1)), Waiting(deadline=1.0, hedge_budget=0)
     return CodedWrapper(nn.Identity(), workers=workers, parts=2, waiting=waiting)
 
 

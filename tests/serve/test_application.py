@@ -277,7 +277,8 @@ def test_while_all_processes_hang_requests_are_refused_at_once():
 
 
 def test_while_some_workers_hang_idle_ones_answer(held):
-    application = built(held, workers=DeviceWorkers(["cpu"] * 6), deadline=1.0)
+    pool, waiting = DeviceWorkers(["cpu"] * 6), Waiting(hedge_budget=0)
+    application = built(held, workers=pool, waiting=waiting, deadline=1.0)
     with serving(application) as port, Client(port) as client, Client(port) as other:
         assert client.infer(ONE)[0] == 504  # two workers hang, and two more:
         other.connection.request("POST", PATH, json.dumps(ONE))

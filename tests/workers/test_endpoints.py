@@ -201,7 +201,7 @@ def test_the_models_error_is_raised_with_its_rows(three):
 
 
 def test_a_server_that_hangs_delays_nobody_beyond_the_deadline(three):
-    coded = wrapped(three, Waiting(deadline=1.0, predict=False))
+    coded = wrapped(three, Waiting(deadline=1.0, predict=False, hedge_budget=0))
     hung = threading.Event()
     three[2].fault = lambda handler, rows: hung.wait(WAIT) or True
     try:
