@@ -113,7 +113,7 @@ def test_a_job_writes_all_answers_and_a_summary(folder, capsys):
     assert re.match(
         r"25 of 25 batches are in out\. This run: 200 exact rows, 0 predicted rows,", out
     )
-    assert sorted(computed(folder)) == list(range(ROWS))
+    assert set(computed(folder)) == set(range(ROWS))  # hedges may compute a row twice
     assert main(line("here", "--resume")) == 0  # nothing is left
     assert computed(folder) == []
 

@@ -41,9 +41,7 @@ _RIDGE = 1.001
 # A surrogate is used if it explains more than six times the squares that one of noise explains on
 # average: none of noise is used then. (benchmarks surrogates, "useless")
 _CHANCE = 6
-# Units in the last place by which regressions in the precision of results are off. Two cover
-# outputs of 1e6 plus noise of 1 (tests/nn/test_predict_missing.py); four leave room.
-_ROUNDING = 4.0
+_ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_predict_missing.py)
 
 
 class Answers:
