@@ -108,8 +108,8 @@ def test_the_default_kernel_is_the_best():
     finally:
         operators._use_cpu_capability(best)
     assert torch.equal(ops.spline_apply(values, coefficients, schedule), default)
-    # Only the wider instruction sets fuse multiplications with additions.
-    assert torch.equal(other, default) == (best == least)
+    # The wider instruction sets may fuse multiplications with additions, as the compiler chooses.
+    assert torch.allclose(other, default, atol=1e-5)
     with pytest.raises(RuntimeError, match=f"must be one of {best}.*{least}, got mmx"):
         operators._use_cpu_capability("mmx")
 
