@@ -154,7 +154,8 @@ def pages(results: Results) -> dict[str, str]:
         text = [f"# {page.title}\n", f"{page.text}\n"]
         text += [f"![{about}](../../benchmarks/results/{x}.png)\n" for x, about in page.pictures]
         for table, about in page.tables.items():
-            text += [f"## {about}\n", f"{markdown(table, results)}\n"]
+            rows = markdown(table, results)
+            text += [f"## {about}\n", f"{rows}\n"] if rows.count("\n") > 1 else []  # if measured
         made[f"{name}.md"] = "\n".join(text)
     return made
 
