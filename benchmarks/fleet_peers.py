@@ -70,7 +70,7 @@ class Peer:
         url, headers = f"http://fleet{self.model.path}/infer", {LENGTH: str(length)}
         reply = await self.client.request("GET", url, content=body, headers=headers)
         reply.raise_for_status()
-        (found,) = outputs_of(self.model, reply.content, reply.headers.get(LENGTH), len(rows))
+        (found,), _ = outputs_of(self.model, reply.content, reply.headers.get(LENGTH), len(rows))
         if not found.isfinite().all():
             raise ValueError("not finite")
         return found

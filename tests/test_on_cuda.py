@@ -379,7 +379,7 @@ def test_serve(pool):
 WAITS = {
     "spline": (lambda: SplineCode(20, 24), 4 + 3),
     "replication": (lambda: ReplicationCode(20, 24), 4),
-    "kernel": (lambda: RegressionCode(20, 24), 6),
+    "kernel": (lambda: RegressionCode(20, 24), 7),
 }
 
 
