@@ -29,8 +29,11 @@ def test_short(scenario):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_short_on_ray():
-    pytest.importorskip("ray", reason="needs the extra 'ray'")
-    found = run("ray", quick=True)
+    ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
+    try:
+        found = run("ray", quick=True)
+    finally:
+        ray.shutdown()  # other tests start clusters of their own
     assert found["failed"] == 0
     assert found["kills"] > 0
 
