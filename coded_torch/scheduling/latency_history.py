@@ -21,7 +21,8 @@ _GROUP = 8  # the least number of small parts, and of large parts, of a fit
 # stragglers do not touch: 3 / 0.6745 = 4.45 in powers of median / lower quartile. At least 1.5
 # medians, which trades work on calm workers against latency (1.2 to 2 in benchmarks/waiting.py). At
 # most 8 medians, which .4 % of exponential latencies exceed: where a third of the workers are ten
-# times as fast as the others, the quartile is that fast, and no part would be late.
+# times as fast as the others, the quartile is that fast, and no part would be late. Where the body
+# is wide, that tail comes after the hedges that the budget allows (benchmarks/fleet.py).
 _TAIL, _LEAST_TAIL, _MOST_TAIL = 4.45, 1.5, 8.0
 # A smaller part that takes more than this share of the time is no use, as each may straggle: where
 # rows take no time, four straggle four times as often as one (benchmarks/fleet.py).
@@ -47,7 +48,8 @@ class _Window:
         self.ordered = sorted([ratio for _, _, ratio in self.entries])
 
     def quantile(self, q: float) -> float:
-        return self.ordered[int(q * len(self.ordered))] if self.ordered else math.inf
+        index = int(q * len(self.ordered))
+        return self.ordered[index] if index < len(self.ordered) else math.inf
 
 
 class History:
@@ -112,19 +114,21 @@ class History:
         with self._lock:
             return self._quantile(self._parts, quantile) * self._scale(rows)
 
-    def hedging_threshold(self, rows: int, unknown: float = math.inf) -> float:
+    def hedging_threshold(self, rows: int, budget: float = 0.0, unknown: float = math.inf) -> float:
         r"""Return the seconds after which a part of so many rows is late.
 
-        With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, which
-        is bounded by 1.5 and 8. ``unknown`` until 32 parts have replied.
+        With the median m and the lower quartile q of parts, m times :math:`(m / q)^{4.45}`, or the
+        quantile 1 - ``budget`` if it is less, which is bounded by 1.5 m and 8 m. ``unknown`` until
+        32 parts have replied.
         """
         with self._lock:
-            median, quartile = (self._quantile(self._parts, q) for q in (0.5, 0.25))
+            quantiles = (0.5, 0.25, max(0.0, 1.0 - budget))
+            median, quartile, spent = (self._quantile(self._parts, q) for q in quantiles)
             tail = _MOST_TAIL if median > 0 else _LEAST_TAIL
             if quartile > 0 and median < math.inf:
-                tail = (median / quartile) ** _TAIL
-            threshold = median * min(max(_LEAST_TAIL, tail), _MOST_TAIL) * self._scale(rows)
-            return threshold if threshold < math.inf else unknown
+                tail = min(tail, (median / quartile) ** _TAIL)
+            threshold = max(_LEAST_TAIL * median, min(tail * median, spent))
+            return threshold * self._scale(rows) if threshold < math.inf else unknown
 
     def num_hedges(self, rows: int, most: int) -> int:
         """Return how many parts stand in for a late one: ``most``, or 1 if that is no use."""

@@ -130,7 +130,10 @@ class _Call:
         self.given_up: dict[int, int] = {}  # the last part that failed, by unit
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         half = math.inf if waiting.at_once else (waiting.deadline or math.inf) / 2
-        self.threshold = functools.cache(lambda n: history.hedging_threshold(n * unit_rows, half))
+        budget = waiting.hedge_budget
+        self.threshold = functools.cache(
+            lambda n: history.hedging_threshold(n * unit_rows, budget, half)
+        )
         self.hedged, self.prepare_at = False, math.inf
 
     def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
@@ -383,7 +386,7 @@ class _Call:
             for part in self.parts[self.num_first :]
             if part.of is not None
         ]
-        threshold = self.history.hedging_threshold(self.rows)
+        threshold = self.history.hedging_threshold(self.rows, self.waiting.hedge_budget)
         refused = tuple(sorted(set(self.refused.values())))
         return Ended(reason, tuple(hedges), threshold, self.deadline, refused)
 

@@ -40,8 +40,9 @@ class Waiting(Policy):
             predicted, positive. If infinite, they are predicted when nothing more can come.
             Defaults to 3.
         hedge_budget: the work that hedges of late parts may take, as a share of all work, at least
-            0. Unused work is saved, up to 20 parts and one whole call. At 0 only failed parts are
-            asked again. Defaults to 0.25.
+            0. Unused work is saved, up to 20 parts and one whole call. A larger budget hedges
+            earlier where latencies vary widely. At 0 only failed parts are asked again. Defaults to
+            0.25.
         predict: whether answers may be predicted. If not, every row is computed, or the call raises
             :class:`~coded_torch.codes.NotEnoughResults` at its deadline or when a row has failed 20
             times alone. Must be True with codes that mix inputs. Defaults to True.

@@ -56,7 +56,7 @@ class Watched:
         if isinstance(event, Began):
             assert states[event.part] == "queued", "what is not wanted has begun"
             units = len(parts[event.part])
-            known = history.hedging_threshold(units)
+            known = history.hedging_threshold(units, self.waiting.hedge_budget)
             half = (self.waiting.deadline or math.inf) / 2
             threshold = thresholds.setdefault(units, known if known < math.inf else half)
             states[event.part], due[event.part] = "running", event.at + threshold

@@ -382,6 +382,14 @@ def test_uneven_workers_have_late_parts_too():
     assert history.hedging_threshold(4) == pytest.approx(8 * 0.02)
 
 
+def test_parts_of_a_wide_body_are_late_as_soon_as_the_budget_allows():
+    history = History()
+    history.add([(4, 0.01 * (i + 1)) for i in range(100)], None)  # a tail of 8 medians
+    assert history.hedging_threshold(4, 0.2) == pytest.approx(0.81)
+    assert history.hedging_threshold(4, 0.25) == pytest.approx(1.5 * 0.51)
+    assert history.hedging_threshold(4, 0.0) == pytest.approx(8 * 0.51)
+
+
 def test_what_is_old_is_forgotten():
     history = known(1.0, calls=128)
     for _ in range(200):
