@@ -2,7 +2,8 @@ r"""Laws of latency: the seconds that each of N workers takes to answer one requ
 
 Every law draws from a ``torch.Generator``, its own or a given one, never from the global random
 state. A latency is infinite if the worker never answers. An argument of the wrong type raises a
-TypeError, an argument out of its domain a ValueError.
+TypeError, an argument out of its domain a ValueError. Every law but :class:`Trace` takes a ``seed``
+for its own generator, an integer of 64 bits. It defaults to None, a new seed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +30,6 @@ class Stragglers(abc.ABC):
     """A law of the latencies of N workers. A subclass implements ``_draw``.
 
     Laws can be pickled and copied. A copy continues from the same state of its generator.
-
-    Args:
-        seed: the seed of the law's own generator, an integer of 64 bits. Defaults to None, a new
-            seed.
 
     Attributes:
         num_stragglers: S if exactly S workers never answer, otherwise None.
@@ -91,28 +89,15 @@ def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
     return torch.rand(num_workers, dtype=torch.float64, generator=generator)
 
 
-def _either(mask: Tensor, yes: float, no: float) -> Tensor:
-    """Return ``yes`` where a mask holds and ``no`` elsewhere, float64."""
-    return torch.full(mask.shape, no, dtype=torch.float64).masked_fill_(mask, yes)
+def _time(owner: Stragglers, argument: str, seconds: float) -> float:
+    return real(owner, argument, seconds, "at least 0", lambda x: x >= 0)
 
 
-class _FixedNumber(Stragglers):
-    """A law under which exactly S workers never answer. The others have latency 0."""
-
-    def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
-        super().__init__(seed)
-        self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, 0, MOST_WORKERS)
-
-    def _lost(self, num_workers: int, workers: Tensor) -> Tensor:
-        return torch.zeros(num_workers, dtype=torch.float64).index_fill_(0, workers, math.inf)
-
-
-class Uniform(_FixedNumber):
+class Uniform(Stragglers):
     r"""A law under which S workers, drawn uniformly, never answer. The others have latency 0.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-        seed: the seed, as for :class:`Stragglers`.
 
     Example:
         >>> from coded_torch import stragglers
@@ -120,25 +105,28 @@ class Uniform(_FixedNumber):
         tensor(2)
     """
 
+    def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
+        super().__init__(seed)
+        self.num_stragglers: int = count(self, "num_stragglers", num_stragglers, 0, MOST_WORKERS)
+
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        order = torch.randperm(num_workers, generator=generator)
-        return self._lost(num_workers, order[: self.num_stragglers])
+        lost = self._order(num_workers, generator)[: self.num_stragglers]
+        return torch.zeros(num_workers, dtype=torch.float64).index_fill_(0, lost, math.inf)
+
+    def _order(self, num_workers: int, generator: torch.Generator) -> Tensor:
+        return torch.randperm(num_workers, generator=generator)
 
 
-class Contiguous(_FixedNumber):
+class Contiguous(Uniform):
     r"""A law under which S neighbouring workers never answer, such as a rack that fails.
 
-    The block starts at a uniform worker, and continues at worker 0 after the last worker. The other
-    workers have latency 0.
-
-    Args:
-        num_stragglers: S, at least 0, and at most the number of workers.
-        seed: the seed, as for :class:`Stragglers`.
+    It is :class:`Uniform` but for the block, which starts at a uniform worker, and continues at
+    worker 0 after the last worker.
     """
 
-    def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
+    def _order(self, num_workers: int, generator: torch.Generator) -> Tensor:
         start = torch.randint(num_workers, (), generator=generator)
-        return self._lost(num_workers, (start + torch.arange(self.num_stragglers)) % num_workers)
+        return (start + torch.arange(num_workers)) % num_workers
 
 
 class Bernoulli(Stragglers):
@@ -148,16 +136,16 @@ class Bernoulli(Stragglers):
         p: the probability, in [0, 1].
         latency: the latency of a late worker, in seconds, at least 0. Defaults to infinity. The
             other workers have latency 0.
-        seed: the seed, as for :class:`Stragglers`.
     """
 
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
         super().__init__(seed)
         self.p = probability(self, "p", p)
-        self.latency = real(self, "latency", latency, "at least 0", lambda x: x >= 0)
+        self.latency = _time(self, "latency", latency)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return _either(_uniform(num_workers, generator) < self.p, self.latency, 0.0)
+        late = _uniform(num_workers, generator) < self.p
+        return torch.from_numpy(np.where(late, self.latency, 0.0))
 
 
 class ShiftedExponential(Stragglers):
@@ -168,7 +156,6 @@ class ShiftedExponential(Stragglers):
     Args:
         shift: the least latency, in seconds, at least 0 and finite.
         rate: the rate per second, positive and finite. The mean latency is ``shift + 1 / rate``.
-        seed: the seed, as for :class:`Stragglers`.
 
     Reference:
         K. Lee et al., *Speeding up distributed machine learning using codes*, IEEE Trans. Inf.
@@ -193,7 +180,6 @@ class Pareto(Stragglers):
     Args:
         shape: the exponent of the tail, positive and finite. The mean is infinite up to 1.
         scale: the least latency, in seconds, positive and finite.
-        seed: the seed, as for :class:`Stragglers`.
     """
 
     def __init__(self, shape: float, scale: float, *, seed: int | None = None) -> None:
@@ -214,11 +200,9 @@ class Markov(Stragglers):
     changes; the number of workers must stay the same.
 
     Args:
-        fail: a probability, in [0, 1].
-        recover: a probability, in [0, 1], not 0 together with ``fail``.
-        good: the latency of a good worker, in seconds, at least 0. Defaults to 0.
-        bad: the latency of a bad worker, in seconds, at least 0. Defaults to infinity.
-        seed: the seed, as for :class:`Stragglers`.
+        fail, recover: probabilities, in [0, 1], not both 0.
+        good, bad: the latency of a good and of a bad worker, in seconds, at least 0. They default
+            to 0 and to infinity.
 
     Example:
         >>> from coded_torch import stragglers
@@ -241,8 +225,8 @@ class Markov(Stragglers):
         self.recover = probability(self, "recover", recover)
         if self.fail + self.recover == 0:
             raise ValueError("Markov: fail and recover must not both be 0, got 0 and 0")
-        self.good = real(self, "good", good, "at least 0", lambda x: x >= 0)
-        self.bad = real(self, "bad", bad, "at least 0", lambda x: x >= 0)
+        self.good = _time(self, "good", good)
+        self.bad = _time(self, "bad", bad)
         self._is_bad: Tensor | None = None  # bool [N], at the last request
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -256,7 +240,7 @@ class Markov(Stragglers):
                 f"Markov: num_workers must be {len(before)}, as at the last request, "
                 f"got {num_workers}"
             )
-        return _either(self._is_bad, self.bad, self.good)
+        return torch.from_numpy(np.where(self._is_bad, self.bad, self.good))
 
 
 class Trace(Stragglers):
@@ -278,29 +262,26 @@ class Trace(Stragglers):
 
     def __init__(self, source: str | os.PathLike[str] | Iterable[Iterable[float]]) -> None:
         super().__init__()
-        rows: Iterable[tuple[int, Iterable[str | float]]]
+        rows: dict[str, Any] = {}
         if isinstance(source, (str, os.PathLike)):
-            lines = enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1)
-            split = [(number, line.replace(",", " ").split()) for number, line in lines]
-            rows = [(number, fields) for number, fields in split if fields]
-            place = f"line {{}} of {os.fspath(source)}"
+            for number, line in enumerate(Path(source).read_text(encoding="utf-8").splitlines(), 1):
+                if fields := line.replace(",", " ").split():
+                    rows[f"line {number} of {os.fspath(source)}"] = fields
         else:
             instance(self, "source", source, Iterable)
             if isinstance(source, (Tensor, np.ndarray)):
                 source = np.atleast_1d(real_array(self, "source", source))
-            rows, place = enumerate(source, 1), "row {} of source"
+            rows = {f"row {number} of source": row for number, row in enumerate(source, 1)}
         requests: list[list[float]] = []
-        for number, row in rows:
-            must = f"Trace: {place.format(number)} must"
+        for place, row in rows.items():
             try:
                 request = [float(latency) for latency in row]
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{must} be latencies: {error}") from None
-            if not request or not all(latency >= 0 for latency in request):  # NaN fails, too
-                raise ValueError(f"{must} be latencies of at least 0, got {request}")
-            if requests and len(request) != len(requests[0]):
+                raise ValueError(f"Trace: {place} must be latencies: {error}") from None
+            size = len(requests[0] if requests else request) or 1
+            if not (len(request) == size and all(x >= 0 for x in request)):  # NaN fails, too
                 raise ValueError(
-                    f"{must} have {len(requests[0])} latencies as the first has, got {len(request)}"
+                    f"Trace: {place} must be {size} latencies of at least 0, got {request}"
                 )
             requests.append(request)
         if not requests:

@@ -56,7 +56,6 @@ CALLS = [
     (nodes.chebyshev_first, {"num_points": 3}),
     (nodes.chebyshev_second, {"num_points": 3}),
     (nodes.equidistant, {"num_points": 3}),
-    (nodes.systematic, {"data_points": [-0.5, 0.5], "num_points": 3}),
     (laws.Uniform, {"num_stragglers": 1, "seed": 0}),
     (laws.Contiguous, {"num_stragglers": 1, "seed": 0}),
     (laws.Uniform(1, seed=0).sample, {"num_workers": 3, "generator": None}),

@@ -182,9 +182,9 @@ def test_trace(tmp_path, name):
     ("line", "message"),
     [
         ("1 x", "must be latencies: could not convert string to float: 'x'"),
-        ("1 -2", r"must be latencies of at least 0, got \[1.0, -2.0\]"),
-        ("1 nan", r"must be latencies of at least 0, got \[1.0, nan\]"),
-        ("1 2 3", "must have 2 latencies as the first has, got 3"),
+        ("1 -2", r"must be 2 latencies of at least 0, got \[1.0, -2.0\]"),
+        ("1 nan", r"must be 2 latencies of at least 0, got \[1.0, nan\]"),
+        ("1 2 3", r"must be 2 latencies of at least 0, got \[1.0, 2.0, 3.0\]"),
     ],
 )
 def test_bad_lines(tmp_path, line, message):
@@ -201,8 +201,8 @@ def test_bad_traces(tmp_path):
         with pytest.raises(ValueError, match="Trace: source must have at least one request"):
             stragglers.Trace(source)
     for row, message in [
-        ([], "be latencies of at least 0"),
-        ([1.0], "have 2 latencies as the first has, got 1"),
+        ([], r"be 2 latencies of at least 0, got \[\]"),
+        ([1.0], r"be 2 latencies of at least 0, got \[1.0\]"),
         (3.0, "be latencies: 'float' object is not iterable"),
         ([None, 1.0], "be latencies"),
     ]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-import operator
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,30 +15,23 @@ from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, dense, instance
 from .._torch import on_host, outside
+from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap, MatrixMap
 from ..linear.maps import apply_each, unit_rows
-from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, order_of
+from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, cut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Self
 
     #: The result of ``_make_encoder`` and ``_make_decoder``.
     Map = LinearMap | NDArray[np.float64]
 
-__all__ = ["Code", "FixedCode", "Options"]
+__all__ = ["Code", "FixedCode"]
 
 _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
-
-
-class Options(TypedDict, total=False):
-    """The keyword arguments that every code takes."""
-
-    ordering: str | Tensor | Sequence[int]
-    shuffle: bool | random.Random
-    link: str | None
 
 
 class Code(abc.ABC):
@@ -53,8 +45,7 @@ class Code(abc.ABC):
     To add a code:
 
     1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`~coded_torch.codes.nodes.CurveCode` if inputs and workers also have points, or from
-       this class.
+       :class:`CurveCode` if inputs and workers also have points, or from this class.
     2. Write the constructor: it calls ``super().__init__`` first, checks each argument of its own
        (``_arguments``), and keeps it under its name.
     3. Write ``_make_encoder()`` and ``_make_decoder(received)`` (``_curve`` with points, ``_plan``
@@ -160,6 +151,22 @@ class Code(abc.ABC):
     ) -> BatchPlan:
         """Return the plan of ``size`` rows, from valid arguments and plain inputs."""
 
+    def _grouping(self, inputs: list[Tensor], size: int) -> Grouping:
+        """Order ``size`` rows, by "similarity" as they arrive if there are no inputs."""
+        order = self.ordering
+        if not isinstance(order, str):
+            if len(order) != size:
+                raise ValueError(
+                    f"{type(self).__name__}: ordering must order the {size} rows of the batch, "
+                    f"got {len(order)} entries"
+                )
+        elif order == "arrival" or not inputs:
+            return Grouping.arrival(size, self.num_data)
+        else:  # a short path through the rows, in parts of whole groups
+            sources, parts = Sources(inputs), cut(torch.arange(size), self.num_data)
+            order = torch.cat([rows[Distances(sources, ["shrunk"], rows).order] for rows in parts])
+        return Grouping(order, self.num_data)
+
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Return values worth trying, by the name of the argument that :meth:`replace` takes."""
         return {}
@@ -173,14 +180,13 @@ class Code(abc.ABC):
         return type(self)(**(self._arguments() | values))
 
     def _arguments(self, defaults: bool = False) -> dict[str, Any]:
-        """Return the arguments that were given, by name, or all arguments."""
+        """Return the arguments that were given, by name; or also the class's own that were not."""
         args, kwargs = self._given
         # The method's: Python 3.10 returns the signature of ``__new__`` for a class.
-        signature = inspect.signature(self.__init__)  # type: ignore[misc]
-        bound = signature.bind(*args, **kwargs)
-        if defaults:
-            bound.apply_defaults()
-        return dict(zip(signature.parameters, bound.args, strict=False)) | bound.kwargs
+        names = inspect.signature(self.__init__).parameters  # type: ignore[misc]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        others = names.keys() - inspect.signature(Code.__init__).parameters if defaults else ()
+        return {k: v.default for k, v in names.items() if k in given or k in others} | given
 
     def check_values(self, values: Tensor) -> None:
         """Raise a TypeError for values that cannot be mixed, if the code mixes."""
@@ -191,14 +197,9 @@ class Code(abc.ABC):
             )
 
     def __repr__(self) -> str:
-        """Return the name and the arguments that are neither None nor arrays."""
         given = self._arguments(defaults=True)
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
-        shown = (
-            f"{name}={value!r}"
-            for name, value in values.items()
-            if isinstance(value, (int, float, str, Code))
-        )
+        shown = (f"{k}={v!r}" for k, v in values.items() if isinstance(v, (int, float, str)))
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
@@ -208,10 +209,6 @@ class FixedCode(Code):
     Both depend on the arguments alone, which are a :class:`Code`'s. They are made once and kept.
     Subclasses may override ``_decoder_matrices`` to make many decoders at once.
     """
-
-    def __init__(self, num_data: int, num_workers: int, **options: Unpack[Options]) -> None:
-        super().__init__(num_data, num_workers, **options)
-        self.__setstate__({})
 
     @functools.cached_property
     @on_host()
@@ -230,9 +227,13 @@ class FixedCode(Code):
         """
         return self._decoder(self._received(received))
 
+    @functools.cached_property
+    def _decoder(self) -> Callable[[tuple[int, ...]], LinearMap]:
+        return functools.lru_cache(_CACHED_DECODERS)(self._new_decoder)
+
     @on_host()
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
-        if not _is_increasing(workers):
+        if list(workers) != sorted(set(workers)):
             raise ValueError(
                 f"{type(self).__name__}: received must be strictly increasing, got {list(workers)}"
             )
@@ -266,17 +267,12 @@ class FixedCode(Code):
             an exact answer, and for all if fewer than :attr:`min_received` are received.
         """
         workers = self._received(received)
-        if len(workers) < self.min_received or not self.repeats:
+        if len(workers) < self.min_received or not (self._own >= 0).any():
             return torch.full((self.num_data,), -1)
         picked = unit_rows(self._decoder(workers).matrix())
         own = self._own[list(workers)]
         is_own = (picked >= 0) & (own[picked] == torch.arange(self.num_data))
         return torch.where(is_own, picked, -1)
-
-    @functools.cached_property
-    def repeats(self) -> bool:
-        """True if any worker computes an input as it is."""
-        return bool((self._own >= 0).any())
 
     @functools.cached_property
     def _own(self) -> Tensor:
@@ -304,12 +300,12 @@ class FixedCode(Code):
         if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
             return self._decode_sets(results, received, dim)
         workers = self._received(received)
-        if _is_increasing(workers):
-            return self._decoder(workers)(results, dim)
-        order = sorted(range(len(workers)), key=workers.__getitem__)
-        decoder = self._decoder(tuple(map(workers.__getitem__, order)))
-        decoder.check(results, dim)
-        return decoder(results.index_select(dim, torch.tensor(order, device=results.device)), dim)
+        decoder = self._decoder(tuple(sorted(workers)))
+        if workers != tuple(sorted(workers)):
+            decoder.check(results, dim)
+            order = torch.tensor(workers, device=results.device).argsort()
+            results = results.index_select(dim, order)
+        return decoder(results, dim)
 
     @on_host()
     def _decode_sets(self, results: Tensor, received: Tensor | NDArray[Any], dim: int) -> Tensor:
@@ -329,13 +325,8 @@ class FixedCode(Code):
             )
         return apply_each(torch.as_tensor(self._decoder_matrices(sets)), results)
 
-    def _plan(
-        self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
-    ) -> BatchPlan:
-        if isinstance(self.ordering, str) and (self.ordering == "arrival" or not inputs):
-            return GroupwisePlan(self, Grouping.arrival(size, self.num_data))
-        order = order_of(self.ordering, inputs, size, self.num_data)
-        return GroupwisePlan(self, Grouping(order, self.num_data))
+    def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
+        return GroupwisePlan(self, self._grouping(inputs, size))
 
     @abc.abstractmethod
     def _make_encoder(self) -> Map: ...
@@ -353,31 +344,17 @@ class FixedCode(Code):
 
     def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__
-        items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
-        try:
-            kinds = set(map(type, items))
-            workers = tuple(items if kinds == {int} else map(operator.index, items))
-        except TypeError:
-            workers = None
-        if workers is None or bool in kinds:
+        workers = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
+        if workers.ndim != 1 or (workers.size and workers.dtype.kind not in "iu"):
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
             )
-        if workers and not 0 <= min(workers) <= max(workers) < self.num_workers:
-            worker = next(worker for worker in workers if not 0 <= worker < self.num_workers)
+        for worker in workers[(workers < 0) | (workers >= self.num_workers)]:
             raise ValueError(
                 f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
             )
-        return workers
+        return tuple(workers.tolist())
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap
         return {k: v for k, v in self.__dict__.items() if k not in dropped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._decoder = functools.lru_cache(_CACHED_DECODERS)(self._new_decoder)
-
-
-def _is_increasing(workers: tuple[int, ...]) -> bool:
-    return all(map(operator.lt, workers, workers[1:]))

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 
 from .._torch import outside, placed, plain, to_device
-from ..input_space.metrics import Distances, Sources
 from ..input_space.regression import MOST_ROWS, RowPlan
 
 if TYPE_CHECKING:
     from ..input_space.error_bars import ErrorBars
     from ..input_space.metrics import Choice
-    from ..input_space.ordering import Grouping, Ordering
+    from ..input_space.ordering import Grouping
     from ..input_space.regression import Regression
     from .base import Code, FixedCode
 
 __all__ = ["BatchPlan", "DeadlineExceeded", "GroupwisePlan", "NotEnoughResults", "RepetitionPlan"]
-__all__ += ["cut", "order_of"]
+__all__ += ["cut"]
 
 _SHOWN = 16  # missing results that the message lists
 
@@ -40,7 +39,6 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
 
     Attributes:
         received, missing: the results that arrived, and the others, in increasing order.
-        required, num_workers, reason: the arguments.
         report: the report of a wrapper's call. Defaults to None.
         answers: the answers that a wrapper's call has computed by rows, in the structure of the
             answer. The other rows are NaN, or 0 in integers. Defaults to None.
@@ -168,8 +166,6 @@ class GroupwisePlan(BatchPlan):
         return self.code.decoder(received).scattered(results, self._grouping)
 
     def source(self, received: Sequence[int]) -> Tensor:
-        if not self.code.repeats:
-            return super().source(received)
         with outside():
             of_group = self.code.source(received)[:, None]  # [K, 1]
             flat = of_group * self.num_groups + torch.arange(self.num_groups)
@@ -217,26 +213,3 @@ def cut(rows: Tensor, multiple: int) -> list[Tensor]:
     parts = -(-groups // max(1, MOST_ROWS // multiple))
     ends = [multiple * (groups * i // parts) for i in range(1, parts)]
     return [part.sort().values for part in rows.tensor_split(ends)]
-
-
-def order_of(
-    ordering: Ordering, inputs: Sequence[Tensor], batch_size: int, num_data: int
-) -> Tensor | Sequence[int]:
-    """Return the order of one batch, which a ``Grouping`` validates.
-
-    "similarity" is a short path through the rows, in several parts for large batches, each of whole
-    groups of K. Without inputs it is the order of arrival.
-    """
-    arrival = torch.arange(batch_size)
-    if not isinstance(ordering, str):
-        if len(ordering) != batch_size:
-            raise ValueError(
-                f"ordering must order the {batch_size} rows of the batch, got {len(ordering)} "
-                "entries"
-            )
-        return ordering
-    if ordering == "arrival" or not inputs:
-        return arrival
-    sources = Sources(inputs)
-    paths = [rows[Distances(sources, ["shrunk"], rows).order] for rows in cut(arrival, num_data)]
-    return torch.cat(paths)

@@ -1,5 +1,6 @@
 """Plans: any batch, any ordering, any code, and which of the answers are exact."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,15 +8,18 @@ from hypothesis import strategies as st
 
 from coded_torch import Regression
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, plans
-from coded_torch.codes.nodes import equidistant, systematic
+from coded_torch.codes.nodes import equidistant
 from coded_torch.input_space import selection
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
 from coded_torch.testing.codes import DTYPES, normal
 
-SYSTEMATIC = SplineCode(
-    5, 9, data_points=equidistant(5), worker_points=systematic(equidistant(5), 9)
-)
+# Every data point is a worker's, and the others lie between.
+POINTS = {
+    "data_points": equidistant(5),
+    "worker_points": np.union1d(equidistant(5), equidistant(4)),
+}
+SYSTEMATIC = SplineCode(5, 9, **POINTS)
 SELECTING = [ReplicationCode(5, 9), RegressionCode(5, 9)]
 MIXING = [SplineCode(5, 9), SYSTEMATIC, BerrutCode(5, 9)]
 RECEIVED = [0, 2, 3, 6, 7]

@@ -22,7 +22,8 @@ class TestSmoothedSplineCode(CodeTests):
 class TestSystematicSplineCode(CodeTests):
     def make(self) -> Code:
         data = nodes.equidistant(8)
-        return SplineCode(8, 24, data_points=data, worker_points=nodes.systematic(data, 24))
+        workers = np.union1d(data, np.linspace(-0.8, 0.8, 16))
+        return SplineCode(8, 24, data_points=data, worker_points=workers)
 
 
 NUM_DATA, NUM_STRAGGLERS, NUM_WORKERS = 8, 3, (32, 64, 128, 256, 512)

@@ -1,0 +1,377 @@
+r"""Codes of functions of a point: splines, rational interpolants and polynomials."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.polynomial import chebyshev
+
+from .._arguments import MOST_WORKERS, count, real_array, shown, smoothing
+from ..linear import LinearMap, SplineMap
+from ..linear.spline import spline_matrices
+from .base import FixedCode
+from .nodes import chebyshev_first, chebyshev_second
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+    from torch import Tensor
+
+    from .base import Map
+
+    Floats = NDArray[np.float64]
+
+__all__ = ["BerrutCode", "CurveCode", "FloaterHormannCode", "LagrangeCode", "SplineCode"]
+
+_GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
+
+# Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher
+# than the coded inputs, of degree 1.
+_DEGREES = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.1, 1.2, 1.3, 1.5, 2, 3, 5)
+
+
+class CurveCode(FixedCode):
+    r"""A code of functions of a point: one through the inputs, another through the results.
+
+    Input :math:`k` is the value at data point :math:`\alpha_k`. Worker :math:`n` receives
+    its value at worker point :math:`\beta_n`. The decoder's function has the results for values at
+    the received :math:`\beta_n`, or comes near; its values at the :math:`\alpha_k` are the answers.
+    Subclasses implement ``_curve``, and ``_make_encoder`` if the encoder is another function.
+
+    Args:
+        num_data, num_workers, options: as for every :class:`Code`.
+        data_points: ``[K]``, finite, strictly increasing. Defaults to :func:`chebyshev_first`.
+        worker_points: ``[N]``, finite, strictly increasing. Defaults to :func:`chebyshev_second`,
+            or to the class's own ``default_worker_points``.
+    """
+
+    default_worker_points = staticmethod(chebyshev_second)
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        data_points: ArrayLike | None = None,
+        worker_points: ArrayLike | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_data, num_workers, **options)
+        if data_points is None:
+            data_points = chebyshev_first(self.num_data)
+        if worker_points is None:
+            worker_points = self.default_worker_points(self.num_workers)
+        self.data_points = self._points("data_points", data_points, self.num_data)
+        self.worker_points = self._points("worker_points", worker_points, self.num_workers)
+
+    @abc.abstractmethod
+    def _curve(self, nodes: Floats, points: Floats) -> Map:
+        """Return the map from values at ``nodes`` to the function's values at ``points``."""
+
+    def _make_encoder(self) -> Map:
+        return self._curve(self.data_points, self.worker_points)
+
+    def _make_decoder(self, received: tuple[int, ...]) -> Map:
+        return self._curve(self.worker_points[list(received)], self.data_points)
+
+    def _points(self, argument: str, points: ArrayLike, size: int) -> Floats:
+        array = real_array(self, argument, points)
+        must = f"{type(self).__name__}: {argument} must"
+        if array.shape != (size,):
+            raise ValueError(f"{must} have shape ({size},), got {array.shape}")
+        if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):  # negated: NaN fails
+            raise ValueError(f"{must} be finite and strictly increasing, got {array.tolist()}")
+        array.flags.writeable = False
+        return array
+
+
+class SplineCode(CurveCode):
+    r"""Learning-theoretic coded computing (LeTCC): the code of two smoothing splines.
+
+    Both functions of this :class:`CurveCode` are natural cubic smoothing splines. Any model can be
+    coded. The answers are approximate, and one result is enough for some answer. With both
+    smoothings tuned together (:func:`~coded_torch.tune`) this is NeRCC, nested-regression coded
+    computing.
+
+    Args:
+        num_data, num_workers, options: as for :class:`CurveCode`.
+        encoder_smoothing: :math:`\lambda_e`, finite, at least 0, in the mean convention of
+            :class:`~coded_torch.linear.SplineMap`. Defaults to 0.
+        decoder_smoothing: :math:`\lambda_d`, in the same convention. 0, the default, is best for a
+            model without noise.
+
+    Note:
+        Encoding costs :math:`O(K + N)` and decoding :math:`O(|F| + K)` per column. With S of N
+        workers lost the mean squared error falls as :math:`O(S^3 N^{-3})`; with noisy results, at
+        :math:`\lambda_d \sim (N - S)^{-4/5}`, as :math:`O(S^{8/5} N^{-3/5})`.
+
+    References:
+        Moradi, Tahmasebi and Maddah-Ali, *Coded Computing for Resilient Distributed Computing: A
+        Learning-Theoretic Framework*, NeurIPS 2024, arXiv 2406.00300. Moradi and Maddah-Ali,
+        *NeRCC*, arXiv 2402.04377.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import SplineCode
+        >>> code = SplineCode(num_data=4, num_workers=16)
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+        >>> results = code.encode(x).square()  # the results of sixteen workers
+        >>> received = [n for n in range(16) if n not in (3, 7, 8)]
+        >>> code.decode(results[received], received).round(decimals=2)
+        tensor([ 1.0000,  4.0000,  9.0100, 16.0000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        encoder_smoothing: float = 0.0,
+        decoder_smoothing: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_data, num_workers, **options)
+        self.encoder_smoothing = smoothing(self, "encoder_smoothing", encoder_smoothing)
+        self.decoder_smoothing = smoothing(self, "decoder_smoothing", decoder_smoothing)
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        return {
+            "encoder_smoothing": (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3),
+            "decoder_smoothing": (0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
+        }
+
+    def _make_encoder(self) -> LinearMap:
+        return SplineMap(self.data_points, self.worker_points, smoothing=self.encoder_smoothing)
+
+    def _curve(self, nodes: Floats, points: Floats) -> LinearMap:
+        return SplineMap(nodes, points, smoothing=self.decoder_smoothing)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor:
+        nodes = self.worker_points[received]
+        return spline_matrices(nodes, self.data_points, self.decoder_smoothing)
+
+
+class BerrutCode(CurveCode):
+    r"""Berrut approximated coded computing (BACC): rational interpolants without poles, both ways.
+
+    .. math:: u(z) = \sum_j \frac{w_j}{z - t_j} y_j \Big/ \sum_j \frac{w_j}{z - t_j},
+              \qquad w_j = (-1)^j
+
+    where :math:`j` is the position among the nodes *in use*: the decoder's signs alternate over the
+    received workers in order. Signs by the workers' own indices would put poles between them.
+
+    It takes the arguments of :class:`CurveCode`. Any one result can be decoded. Planning a decoder
+    costs :math:`O(|F| K)`. With ``worker_points=chebyshev_first(num_workers)`` this is the code of
+    SBACC, arXiv 2507.01330.
+
+    Reference:
+        T. Jahani-Nezhad, M. A. Maddah-Ali, *Berrut approximated coded computing: straggler
+        resistance beyond polynomial computing*, arXiv 2009.08327.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import BerrutCode
+        >>> code = BerrutCode(num_data=2, num_workers=8)
+        >>> coded = code.encode(torch.tensor([1.0, 2.0]))
+        >>> code.decode(coded[:7], received=range(7)).round(decimals=1)
+        tensor([1.1000, 2.0000])
+    """
+
+    order = 0
+
+    def _curve(self, nodes: Floats, points: Floats) -> Floats:
+        weights = _weights(nodes, min(self.order, nodes.shape[-1] - 1))
+        return _interpolation_matrix(nodes, weights, points)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> Floats:
+        return self._curve(self.worker_points[received], self.data_points)
+
+
+class FloaterHormannCode(BerrutCode):
+    r"""The code of Floater-Hormann interpolants, which reproduce polynomials of degree ``order``.
+
+    They are Berrut's with other weights: blends of the polynomials through ``order + 1``
+    neighbouring nodes.
+
+    Args:
+        num_data, num_workers, options: as for :class:`CurveCode`.
+        order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder of d results or
+            fewer has the order ``|F| - 1``. Defaults to 1.
+
+    Note:
+        Planning a decoder costs :math:`O(|F| (K + d^2))`.
+
+    Reference:
+        M. S. Floater, K. Hormann, *Barycentric rational interpolation with no poles and high rates
+        of approximation*, Numer. Math. 107 (2007).
+    """
+
+    def __init__(self, num_data: int, num_workers: int, *, order: int = 1, **options: Any) -> None:
+        super().__init__(num_data, num_workers, **options)
+        self.order = count(self, "order", order, 0, self.num_data - 1)
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        return {"order": range(min(4, self.num_data))}
+
+
+def _weights(nodes: Floats, order: int) -> Floats:
+    r"""Return the barycentric weights of Floater-Hormann interpolants, up to a common factor.
+
+    .. math:: w_j = (-1)^j \sum_i \prod_{l = i, l \ne j}^{i + d} \frac{1}{|t_j - t_l|}
+
+    over the windows :math:`i, \dots, i + d` that contain :math:`j` (equation 18 of Floater and
+    Hormann), for increasing ``nodes [..., n]`` and d in ``0 .. n - 1``.
+    """
+    n, width = nodes.shape[-1], order + 1
+    signs = np.where(np.arange(n) % 2, -1.0, 1.0)
+    if order == 0:
+        return signs
+    # On an interval of length 4 the products neither overflow nor underflow as the order grows.
+    scaled = nodes * (4 / (nodes[..., -1:] - nodes[..., :1]))
+    windows = np.lib.stride_tricks.sliding_window_view(scaled, width, axis=-1)
+    distances = np.abs(windows[..., :, None] - windows[..., None, :])
+    distances[..., range(width), range(width)] = 1
+    terms = 1 / distances.prod(axis=-1)  # [..., windows, d + 1]
+    weights = np.zeros(nodes.shape)
+    for place in range(width):
+        weights[..., place : place + n - order] += terms[..., place]
+    return signs * weights
+
+
+def _interpolation_matrix(nodes: Floats, weights: Floats, points: Floats) -> Floats:
+    """Return the matrix ``[..., N, n]`` from values at ``nodes [..., n]`` to ``points [N]``.
+
+    Every row sums to one. The row of a point that is a node is one-hot.
+    """
+    offsets = points[:, None] - nodes[..., None, :]
+    nearest = np.abs(offsets).min(axis=-1, keepdims=True)
+    # 1 / offset, relative to the nearest node, so that no offset is too small to divide by. If the
+    # nearest offset is 0, that node alone counts.
+    ratios = np.divide(nearest, offsets, out=(offsets == 0).astype(np.float64), where=nearest > 0)
+    terms = weights[..., None, :] * ratios
+    matrix: Floats = terms / terms.sum(axis=-1, keepdims=True)
+    return matrix
+
+
+class LagrangeCode(CurveCode):
+    r"""Lagrange coded computing over the reals: exact for polynomial models.
+
+    The encoder is the polynomial of degree K - 1 through the inputs. If the model is a polynomial
+    of ``degree``, the results lie on one of degree :math:`D = (K - 1)\,\mathrm{degree}`. The
+    decoder recovers it by interpolation from D + 1 results, from more by least squares
+
+    .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
+
+    For other models give ``decoder_degree``, D itself, which is tuned on validation data (the
+    adapted code).
+
+    Args:
+        num_data: K.
+        num_workers: N, at least D + 1.
+        degree: the degree of the model as a polynomial, at least 1. Defaults to 1, a linear model.
+        decoder_degree: D, at least 0; excludes ``degree``.
+        options: as for :class:`CurveCode`. All points default to
+            :func:`~coded_torch.codes.nodes.chebyshev_first`.
+
+    Note:
+        :attr:`min_received` is D + 1. Planning a decoder costs :math:`O(|F|\, D\, (D + K))`.
+        The error of an exact recovery is the rounding error of the results times the norm of the
+        decoder. This norm grows exponentially with the number of neighbours that are missing. For a
+        cubic, K = 5 and 13 of 20 results, it is below 1e5 for 99 % of the received sets. It is 4e7
+        if the 7 outermost workers on one side are missing.
+
+    Reference:
+        Q. Yu et al., *Lagrange coded computing*, arXiv 1806.00939; in floating point: M. Fahim,
+        V. R. Cadambe, *Numerically stable polynomially coded computing*, arXiv 1903.08326.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.codes import LagrangeCode
+        >>> code = LagrangeCode(num_data=3, num_workers=8, degree=2)
+        >>> results = code.encode(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)) ** 2
+        >>> code.decode(results[2:7], received=range(2, 7)).round(decimals=9)
+        tensor([1., 4., 9.], dtype=torch.float64)
+    """
+
+    default_worker_points = staticmethod(chebyshev_first)
+
+    def __init__(
+        self,
+        num_data: int,
+        num_workers: int,
+        *,
+        degree: int | None = None,
+        decoder_degree: int | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_data, num_workers, **options)
+        if decoder_degree is None:
+            degree = count(self, "degree", 1 if degree is None else degree, most=MOST_WORKERS)
+            self.decoder_degree = (self.num_data - 1) * degree
+        elif degree is None:
+            self.decoder_degree = count(self, "decoder_degree", decoder_degree, 0, MOST_WORKERS)
+        else:
+            raise ValueError(
+                "LagrangeCode: degree and decoder_degree exclude each other, "
+                f"got {shown(degree)} and {shown(decoder_degree)}"
+            )
+        if self.num_workers < self.min_received:
+            raise ValueError(
+                f"LagrangeCode: num_workers must be at least {self.min_received} to recover a "
+                f"polynomial of degree {self.decoder_degree}, got {self.num_workers}"
+            )
+
+    def candidates(self) -> dict[str, Sequence[Any]]:
+        """Return degrees for a model that is no polynomial; for others D is known."""
+        if "degree" in self._arguments():
+            return {}
+        degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
+        return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}
+
+    @property
+    def min_received(self) -> int:
+        """D + 1, the number of results that determine a polynomial of degree D."""
+        return self.decoder_degree + 1
+
+    def _make_encoder(self) -> Floats:
+        return _through(self.data_points, self.worker_points)
+
+    def _curve(self, nodes: Floats, points: Floats) -> Floats:
+        if nodes.shape[-1] == self.min_received:
+            return _through(nodes, points)
+        return _least_squares(nodes, points, self.decoder_degree)
+
+    def _decoder_matrices(self, received: NDArray[np.int64]) -> Floats:
+        return self._curve(self.worker_points[received], self.data_points)
+
+
+def _through(nodes: Floats, points: Floats) -> Floats:
+    """Return the matrix of the polynomial through all nodes ``[..., n]``, ``[..., N, n]``."""
+    # Lagrange's products keep every entry to a few units in the last place, even where the
+    # polynomial is extrapolated; there the sum in the barycentric form cancels, down to an exact 0.
+    # Golden-ratio steps through the nodes keep partial products moderate.
+    matrix = np.ones((*nodes.shape[:-1], points.size, nodes.shape[-1]))
+    for i in np.argsort(np.arange(nodes.shape[-1]) * _GOLDEN % 1):
+        node = nodes[..., i : i + 1]
+        distances = nodes - node
+        distances[..., i] = 1
+        factors = (points - node)[..., None] / distances[..., None, :]
+        factors[..., i] = 1
+        matrix *= factors
+    return matrix
+
+
+def _least_squares(nodes: Floats, points: Floats, degree: int) -> Floats:
+    """Return the matrix of the least-squares polynomial of a degree, ``[..., N, n]``."""
+    # Chebyshev polynomials of the nodes' own interval: on any other they are nearly dependent.
+    first, last = nodes[..., :1], nodes[..., -1:]
+    centre, half = (first + last) / 2, (last - first) / 2
+    at_nodes = chebyshev.chebvander((nodes - centre) / half, degree)  # [..., n, D + 1]
+    at_points = chebyshev.chebvander((points - centre) / half, degree)  # [..., N, D + 1]
+    q, r = np.linalg.qr(at_nodes)
+    # The transpose of q @ inverse(r.T) @ at_points.T, whose columns are backward stable.
+    solved = np.linalg.solve(r.swapaxes(-1, -2), at_points.swapaxes(-1, -2))
+    matrix: Floats = (q @ solved).swapaxes(-1, -2)
+    return matrix
