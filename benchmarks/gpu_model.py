@@ -1,7 +1,7 @@
 """The kernels that apply splines on a GPU: their times by a model of an H100, and on a card.
 
 The model is of csrc/README.md: a kernel takes as long as its memory or its instructions, whichever
-is longer. It decides nothing by itself: ``coded_torch.linear.spline`` chooses, by its instructions.
+is longer. It decides nothing by itself: ``coded_torch.linear`` chooses, by its instructions.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from coded_torch import ops
 from coded_torch.codes.nodes import chebyshev_first, chebyshev_second
-from coded_torch.linear import SplineMap
-from coded_torch.linear.spline import dense_instructions, prefers_matrix, sweep_instructions
+from coded_torch.linear import SplineMap, instructions, prefers_matrix
 
 from .timing import last_level_cache, measure, rotate
 
@@ -48,14 +47,13 @@ def model_seconds(num_knots: int, num_points: int, columns: int) -> dict[str, fl
     copy = (num_knots + num_points) * columns * 4 / BANDWIDTH
     wide = columns // (32 * WIDE) >= MULTIPROCESSORS
     dense_warps = -(-num_points // ROWS) * -(-columns // (32 * WIDE if wide else 32))
-    dense = dense_instructions(num_knots, num_points) * columns / 32
+    dense, sweep = instructions(num_knots, num_points)
     sweep_warps = -(-columns // 32)
-    sweep = sweep_instructions(num_knots, num_points) * sweep_warps
     return {
         "copy": copy,
         "matmul": max(copy, num_knots * num_points * columns / PRODUCT),
-        "dense": max(copy, _seconds(dense, dense_warps, DENSE_RATE)),
-        "sweep": max(copy, _seconds(sweep, sweep_warps, SWEEP_RATE)),
+        "dense": max(copy, _seconds(dense * columns / 32, dense_warps, DENSE_RATE)),
+        "sweep": max(copy, _seconds(sweep * sweep_warps, sweep_warps, SWEEP_RATE)),
     }
 
 

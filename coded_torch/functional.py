@@ -12,7 +12,6 @@ from torch.nn.functional import pad
 
 from ._arguments import dense
 from .linear import SplineMap
-from .linear.maps import accumulation_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -61,7 +60,7 @@ def smoothing_spline(
         return curve(values, dim)
     curve(values.detach(), dim)  # checks the values
     matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing, weights=weights)
-    matrix = matrix.to(device=values.device, dtype=accumulation_dtype(values.dtype))
+    matrix = matrix.to(device=values.device, dtype=torch.promote_types(values.dtype, torch.float32))
     with torch.autocast(values.device.type, enabled=False):
         out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
     return out.movedim(0, dim).to(values.dtype)

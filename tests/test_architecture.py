@@ -108,7 +108,7 @@ def test_no_files_import_each_other():
 
 @every_file
 def test_few_files_call_ops(name):
-    if name.parts[0] not in ("linear", "input_space"):
+    if name.parts[0] not in ("linear.py", "input_space"):
         assert Path("ops.py") not in imported(name)
 
 
@@ -119,8 +119,8 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # What they are: a new file, or many lines, should be a decision. 72 and 14,500 is the aim.
-    assert len(COUNTED) <= 82
-    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 18359
+    assert len(COUNTED) <= 80
+    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 18302
 
 
 def test_the_wrapper_takes_ten_arguments():

@@ -11,8 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from coded_torch._torch import to_device
 from coded_torch.input_space.ordering import Grouping
-from coded_torch.linear import MatrixMap, SplineMap
-from coded_torch.linear.maps import SelectMap
+from coded_torch.linear import MatrixMap, SelectMap, SplineMap
 
 from .splines import DTYPES, SMOOTHINGS, TOLERANCES, make_knots
 

@@ -18,8 +18,7 @@ from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
-from ..linear import LinearMap, MatrixMap
-from ..linear.maps import apply_each, unit_rows
+from ..linear import LinearMap, MatrixMap, apply_each, unit_rows
 from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, cut
 
 if TYPE_CHECKING:
@@ -302,7 +301,7 @@ class FixedCode(Code):
         workers = self._received(received)
         decoder = self._decoder(tuple(sorted(workers)))
         if workers != tuple(sorted(workers)):
-            decoder.check(results, dim)
+            decoder.check(results, dim, len(workers))
             order = torch.tensor(workers, device=results.device).argsort()
             results = results.index_select(dim, order)
         return decoder(results, dim)

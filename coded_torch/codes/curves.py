@@ -10,8 +10,7 @@ import numpy as np
 from numpy.polynomial import chebyshev
 
 from .._arguments import MOST_WORKERS, count, real_array, shown, smoothing
-from ..linear import LinearMap, SplineMap
-from ..linear.spline import spline_matrices
+from ..linear import LinearMap, SplineMap, spline_matrices
 from .base import FixedCode
 from .nodes import chebyshev_first, chebyshev_second
 

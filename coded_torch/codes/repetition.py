@@ -13,8 +13,7 @@ from torch import Tensor
 from ..input_space.metrics import METRICS
 from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression
-from ..linear import LinearMap
-from ..linear.maps import SelectMap
+from ..linear import LinearMap, SelectMap
 from .base import Code, FixedCode
 from .plans import RepetitionPlan, cut
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._arguments import dense
 from .._torch import plain, to_device
-from ..linear.maps import SelectMap
+from ..linear import SelectMap
 from .error_bars import Bars, bars
 from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly

@@ -82,7 +82,7 @@ struct Choice {
   DenseGrid grid;
 };
 
-// Plans have a matrix where coded_torch/linear/spline.py says that it is faster. The number of
+// Plans have a matrix where coded_torch/linear.py says that it is faster. The number of
 // columns decides on nothing but the packs' width, which no result depends on: wide ones where
 // every multiprocessor gets one of their blocks.
 template <class T>

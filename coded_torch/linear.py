@@ -1,0 +1,378 @@
+r"""Linear maps along one dimension of a tensor, planned once, on the host, in float64.
+
+A code has an encoder and decoders; a :class:`LinearMap` applies them to millions of columns. This
+is the only file above ``ops`` that knows kernels of splines.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from ._arguments import count, dense, real_array, shown
+from ._arguments import smoothing as check_smoothing
+from ._extension import HAS_CUDA_KERNELS, curve_plan, fits_matrix
+from ._torch import placed, to_device
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+    from .input_space.ordering import Grouping
+
+__all__ = ["LinearMap", "MatrixMap", "SplineMap"]
+
+_HOST = torch.device("cpu")
+# Instructions of a warp for 32 columns of float32, without moves, counted in the PTX that nvcc 13.0
+# writes for sm_90: of the sweeps per knot and per point, and of the product per entry of the
+# matrix. (The product takes 75 for 16 rows of the matrix and four columns a thread.)
+_PER_KNOT, _PER_POINT, _PER_ENTRY = 90, 35, 1.2
+_ROWS = 16  # matrices have their rows in multiples of this number (kDenseRows in dense_block.h)
+# An instruction of a sweep takes this many times longer, since it depends on the one before. The
+# model of an H100 that `python -m benchmarks.kernels --model` prints says so; it is not measured.
+_WAITING = 1.5
+# Columns from which rows are read by index: the columns of each group then fill tiles of their own,
+# and for fewer columns copying the rows costs less than tiles half empty.
+_FUSED_COLUMNS = 256
+
+
+class LinearMap(abc.ABC):
+    r"""A linear map :math:`\mathbb{R}^n \to \mathbb{R}^N`, applied to every column of a tensor.
+
+    ``map.adjoint`` is the transpose, ``sum(w * map(v)) == sum(map.adjoint(w) * v)``, and both agree
+    with ``map.matrix() @ v`` to rounding. Both are differentiable any number of times, and keep the
+    device and the dtype of their values; half precision is accumulated in float32.
+
+    A CUDA graph may capture a map that was applied before, on the same device to the same dtype.
+    Keep the map, and the grouping if any, for as long as the graph is replayed.
+
+    Subclasses implement ``_apply`` and pass the tensors it needs to ``__init__``, on the host in
+    float64 (and in float32 as ``rounded``, if they exist). ``_operands`` returns them in the dtype
+    and on the device of the values.
+    """
+
+    _takes_any_dtype = False
+
+    def __init__(
+        self,
+        num_inputs: int,
+        num_outputs: int,
+        *operands: Tensor,
+        rounded: tuple[Tensor, ...] | None = None,
+    ) -> None:
+        self.num_inputs, self.num_outputs = num_inputs, num_outputs
+        rounded = rounded or tuple(t.float() if t.is_floating_point() else t for t in operands)
+        # Both dtypes at once: a map that changed on first use would be compiled twice.
+        self._placed: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+        with torch.inference_mode(False):  # a map of inference tensors could not train
+            for dtype, tensors in ((torch.float64, operands), (torch.float32, rounded)):
+                kept = (t.clone() if t.is_inference() else t for t in tensors)
+                self._placed[_HOST, dtype, 0] = tuple(kept)
+
+    def __call__(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Apply the map along ``dim``: ``[..., num_inputs, ...] -> [..., num_outputs, ...]``.
+
+        Raises:
+            TypeError: ``values`` is not a dense, strided tensor of float64, float32, bfloat16 or
+                float16.
+            ValueError: ``values`` has another size than ``num_inputs`` along ``dim``.
+        """
+        return self._along(values, dim, transpose=False)
+
+    def adjoint(self, values: Tensor, dim: int = 0) -> Tensor:
+        """Apply the transpose along ``dim``, from ``num_outputs`` to ``num_inputs``."""
+        return self._along(values, dim, transpose=True)
+
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+        """Return ``map(grouping.gather(batch))``: ``[B, ...] -> [num_outputs, G, ...]``."""
+        return self(grouping.gather(batch))
+
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+        """Return ``grouping.scatter(map(groups))``: ``[num_inputs, G, ...] -> [B, ...]``."""
+        return grouping.scatter(self(groups))
+
+    def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return the dense matrix of the map, ``[num_outputs, num_inputs]``, made in float64."""
+        return self(torch.eye(self.num_inputs, dtype=torch.float64, device="cpu")).to(dtype)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_inputs} -> {self.num_outputs})"
+
+    @abc.abstractmethod
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        """Apply the map or its transpose to ``values [n, G, m]``; return ``[N, G, m]``."""
+
+    def _operands(self, values: Tensor) -> tuple[Tensor, ...]:
+        device = values.device
+        dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+
+        def make() -> tuple[Tensor, ...]:
+            if torch.is_inference_mode_enabled():  # a map made there must still train
+                with torch.inference_mode(False):
+                    return make()
+            operands = self._to_place(dtype, device)
+            if torch.compiler.is_compiling():
+                return tuple(t.to(device) for t in operands)
+            with torch._C._DisableFuncTorch():  # the copies outlive any transform
+                return tuple(to_device(operands, device))
+
+        return placed(self, self._placed, device, make, dtype)
+
+    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the operands on the host in a dtype, of which a device gets copies."""
+        return self._placed[_HOST, dtype, 0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The process that receives the map makes copies on its own devices.
+        on_host = {key: operands for key, operands in self._placed.items() if key[0] == _HOST}
+        return {**self.__dict__, "_placed": on_host}
+
+    def check(self, values: Tensor, dim: int, size: int) -> int:
+        """Return ``dim``, at least 0, along which ``values`` have a size, or raise an error."""
+        name = type(self).__name__
+        dense(self, "values", values, floating=not self._takes_any_dtype)
+        if type(dim) is not int:
+            dim = count(self, "dim", dim, least=None)
+        if not -values.dim() <= dim < values.dim():
+            raise ValueError(
+                f"{name}: dim must be a dimension of values, got dim {shown(dim)} "
+                f"for shape {tuple(values.shape)}"
+            )
+        dim %= values.dim()
+        if values.shape[dim] != size:
+            raise ValueError(
+                f"{name}: values must have size {size} along dim {dim}, "
+                f"got shape {tuple(values.shape)}"
+            )
+        return dim
+
+    def _along(self, values: Tensor, dim: int, transpose: bool) -> Tensor:
+        size = self.num_outputs if transpose else self.num_inputs
+        dim = self.check(values, dim, size)
+        before, after = values.shape[:dim], values.shape[dim + 1 :]
+        if dim == 0:  # the same in fewer calls, since decoders are small
+            result = self._apply(values.reshape(size, 1, after.numel()), transpose)
+            return result.view(result.shape[0], *after)
+        # [..., n, ...] -> [n, G, m]: views where strides allow, the kernels take any row stride.
+        grouped = values.reshape(before.numel(), size, after.numel()).transpose(0, 1)
+        result = self._apply(grouped, transpose)
+        return result.transpose(0, 1).reshape(*before, result.shape[0], *after)
+
+
+class MatrixMap(LinearMap):
+    r"""The map of a dense matrix, applied as one matrix product, :math:`O(n N)` per column.
+
+    Args:
+        matrix: ``[num_outputs, num_inputs]``, finite; kept in float64.
+
+    Raises:
+        ValueError: ``matrix`` is not two-dimensional, or not finite.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.linear import MatrixMap
+        >>> mean = MatrixMap([[0.5, 0.5]])
+        >>> mean(torch.tensor([1.0, 3.0]))
+        tensor([2.])
+    """
+
+    def __init__(self, matrix: ArrayLike | Tensor) -> None:
+        array = real_array(self, "matrix", matrix)
+        if array.ndim != 2:
+            raise ValueError(f"MatrixMap: matrix must have two dimensions, got shape {array.shape}")
+        if not np.isfinite(array).all():
+            raise ValueError("MatrixMap: matrix must be finite, got NaN or infinity")
+        super().__init__(array.shape[1], array.shape[0], torch.from_numpy(array))
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        (matrix,) = self._operands(values)
+        return _product(matrix.T if transpose else matrix, values)
+
+
+def _product(matrix: Tensor, values: Tensor) -> Tensor:
+    """Return ``[..., N, n] x [..., n, *] -> [..., N, *]``, computed in the dtype of the matrix."""
+    last = matrix.dim() - 1
+    # Autocast would round the matrix to half precision, which decoders cannot afford.
+    with torch.autocast(values.device.type, enabled=False):
+        # Contiguous, because BLAS rounds a strided view of the same numbers differently.
+        columns = values.unsqueeze(-1).flatten(last).to(matrix.dtype).contiguous()
+        out = (matrix @ columns).to(values.dtype)
+    return out.reshape(*out.shape[:last], *values.shape[last:])
+
+
+def apply_each(matrices: Tensor, values: Tensor) -> Tensor:
+    """Apply one float64 matrix to each of several tensors: ``[P, n, ...] -> [P, N, ...]``."""
+    matrices = matrices.to(values.device, torch.promote_types(values.dtype, torch.float32))
+    return _product(matrices, values)
+
+
+class SelectMap(LinearMap):
+    """A map most of whose outputs are one of the inputs, bit for bit; the others are combinations.
+
+    It costs one copy of the outputs, and :math:`O(L M)` per column. The last bits of combinations
+    may depend on the number of threads, as in all matrix products.
+
+    Args:
+        num_inputs: n, the number of inputs.
+        source: ``[N]``, int64, the input that each output is, or -1 for a combination.
+        used: ``[M]``, int64, the inputs that combinations are made of. If there are none, the map
+            takes values of any dtype.
+        weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
+            of them.
+    """
+
+    def __init__(self, num_inputs: int, source: Tensor, used: Tensor, weights: Tensor) -> None:
+        matrix = weights.double()
+        combined = (source < 0).nonzero().flatten()
+        self._takes_any_dtype = not (len(combined) or len(used))
+        source = source.clamp(min=0)
+        rounded = source, combined, used, weights.float()
+        super().__init__(num_inputs, len(source), source, combined, used, matrix, rounded=rounded)
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        source, combined, used, matrix = self._operands(values)
+        if transpose:
+            return _product(self.matrix(matrix.dtype).to(values.device).T, values)
+        out = values.index_select(0, source)
+        if len(combined):
+            parts = _product(matrix, values.index_select(0, used))
+            out = out.index_copy(0, combined, parts.expand(len(combined), *parts.shape[1:]))
+        return out
+
+
+def unit_rows(matrix: Tensor) -> Tensor:
+    """Return the column that each row of a matrix passes on bit for bit, or -1, ``[rows]``."""
+    picked = matrix.argmax(1)
+    unit = (matrix != 0).sum(1).eq(1) & matrix.gather(1, picked[:, None]).squeeze(1).eq(1)
+    return torch.where(unit, picked, -1)
+
+
+class SplineMap(LinearMap):
+    r"""The map from values at the knots to a natural cubic smoothing spline's values at the points.
+
+    The spline minimises, in the mean convention of the paper,
+
+    .. math:: \frac{1}{n} \sum_i w_i (y_i - g(t_i))^2 + \lambda \int g''(t)^2 \, dt ,
+
+    and continues as its tangent beyond the first and the last knot. Smoothing 0 interpolates, and
+    straight lines are always reproduced. (``scipy.interpolate.make_smoothing_spline`` has a plain
+    sum: ``lam = n * smoothing``.)
+
+    Args:
+        knots: ``[n]``, finite, strictly increasing, ``n >= 1``.
+        points: ``[N]``, finite, in any order.
+        smoothing: :math:`\lambda`, finite, at least 0.
+        weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
+
+    Raises:
+        TypeError: an argument is not an array of real numbers.
+        ValueError: an argument violates its requirement, or float32 cannot hold the plan. The
+            bounds are gaps, and distances of points from the knots, of some 1e38 mean gaps or its
+            inverse, and a smoothing of 1e150 times its cube.
+
+    Note:
+        Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or
+        :math:`O(n N)` on CUDA where a dense matrix is faster. The result of a column depends on
+        nothing but the column, bit for bit.
+
+    References:
+        Wecker and Ansley, *The signal extraction approach to nonlinear regression and spline
+        smoothing*, J. Am. Stat. Assoc. 78, 1983. Green and Silverman, *Nonparametric Regression and
+        Generalized Linear Models*, 1994.
+
+    Example:
+        >>> import torch
+        >>> from coded_torch.linear import SplineMap
+        >>> curve = SplineMap(knots=[0.0, 1.0, 3.0], points=[0.5, 2.0, 4.0])
+        >>> curve(torch.tensor([0.0, 1.0, 3.0], dtype=torch.float64))
+        tensor([0.5000, 2.0000, 4.0000], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        knots: ArrayLike | Tensor,
+        points: ArrayLike | Tensor,
+        *,
+        smoothing: float | Tensor = 0.0,
+        weights: ArrayLike | Tensor | None = None,
+    ) -> None:
+        smoothing = check_smoothing("smoothing spline", "smoothing", smoothing)
+        owner = "smoothing spline"
+        t, z = real_array(owner, "knots", knots), real_array(owner, "points", points)
+        w = None if weights is None else real_array(owner, "weights", weights)
+        exact, rounded, schedule = map(torch.from_numpy, curve_plan(t, z, smoothing, w))
+        super().__init__(len(t), len(z), exact, schedule, rounded=(rounded, schedule))
+
+    def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        coefficients, schedule = super()._to_place(dtype, device)
+        chooses = prefers_matrix if HAS_CUDA_KERNELS else fits_matrix
+        dense = device.type == "cuda" and chooses(self.num_inputs, self.num_outputs)
+        # Compiled code would make the matrix anew in every call.
+        if dense and not torch.compiler.is_compiling():
+            exact, _ = super()._to_place(torch.float64, device)
+            coefficients = ops.with_matrix(coefficients, schedule, exact)
+        return coefficients, schedule
+
+    def _apply(self, values: Tensor, transpose: bool) -> Tensor:
+        coefficients, schedule = self._operands(values)
+        return ops.spline_apply(values, coefficients, schedule, transpose=transpose)
+
+    def gathered(self, batch: Tensor, grouping: Grouping) -> Tensor:
+        """Return ``map(grouping.gather(batch))``, reading the rows where they lie."""
+        self.check(batch, 0, grouping.batch_size)
+        num_columns = batch.shape[1:].numel()
+        if num_columns < _FUSED_COLUMNS:
+            return super().gathered(batch, grouping)
+        coefficients, schedule = self._operands(batch)
+        rows, gather = batch.reshape(len(batch), num_columns), grouping.to(batch.device).rows
+        result = ops.spline_apply(rows, coefficients, schedule, gather=gather)
+        return result.view(self.num_outputs, grouping.num_groups, *batch.shape[1:])
+
+    def scattered(self, groups: Tensor, grouping: Grouping) -> Tensor:
+        """Return ``grouping.scatter(map(groups))``, writing the rows where they belong."""
+        for dim, size in enumerate((self.num_inputs, grouping.num_groups)):
+            self.check(groups, dim, size)
+        num_columns = groups.shape[2:].numel()
+        if num_columns < _FUSED_COLUMNS:
+            return super().scattered(groups, grouping)
+        coefficients, schedule = self._operands(groups)
+        targets = grouping.to(groups.device).targets
+        # If no group is filled up, every entry names a row.
+        num_rows = None if targets.numel() == grouping.batch_size else grouping.batch_size
+        values = groups.reshape(*groups.shape[:2], num_columns)
+        result = ops.spline_apply(
+            values, coefficients, schedule, scatter=targets, num_rows=num_rows
+        )
+        return result.view(grouping.batch_size, *groups.shape[2:])
+
+
+def spline_matrices(
+    knots: NDArray[np.float64], points: NDArray[np.float64], smoothing: float
+) -> Tensor:
+    """Return the dense matrices of splines with other knots each, ``[P, n] -> [P, N, n]``."""
+    plans = [curve_plan(t, points, smoothing, None) for t in knots]
+    size = knots.shape[1]
+    if not plans:
+        return torch.zeros(0, len(points), size, dtype=torch.float64)
+    exact, _, schedule = (torch.from_numpy(np.concatenate(x)) for x in zip(*plans, strict=True))
+    identity = torch.eye(size, dtype=torch.float64).unsqueeze(1).expand(size, len(knots), size)
+    return ops.spline_apply(identity, exact, schedule).transpose(0, 1)
+
+
+def instructions(num_knots: int, num_points: int) -> tuple[float, float]:
+    """Return the instructions of a warp for 32 columns: of the dense product, and of the sweeps."""
+    dense = _PER_ENTRY * num_knots * -(-num_points // _ROWS) * _ROWS
+    return dense, _PER_KNOT * num_knots + _PER_POINT * num_points
+
+
+def prefers_matrix(num_knots: int, num_points: int) -> bool:
+    """Return whether a GPU multiplies by the dense matrix of a plan rather than sweep.
+
+    The number of columns does not count, since a column's result must not depend on it.
+    """
+    dense, sweep = instructions(num_knots, num_points)
+    return 0 < dense <= _WAITING * sweep
