@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -22,17 +22,8 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += [
-    "answer_bytes",
-    "cast",
-    "from_bytes",
-    "from_json",
-    "outputs_of",
-    "parsed",
-    "request",
-    "specs",
-    "specs_of",
-]
+__all__ += ["answer_bytes", "cast", "entries", "field", "from_bytes", "from_json", "json_length"]
+__all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
 __all__ += ["to_bytes", "to_json"]
 
 #: The datatypes of the protocol that torch computes with.
@@ -130,9 +121,6 @@ def _numbered(word: str, count: int) -> list[str]:
     return [word] if count == 1 else [f"{word}{i}" for i in range(count)]
 
 
-# The functions below raise a ValueError that names the tensor and its fault.
-
-
 def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview) -> Tensor:
     """Return a tensor whose elements are little-endian and in row-major order."""
     dtype, size = DATATYPES[datatype], math.prod(shape) * DATATYPES[datatype].itemsize
@@ -207,6 +195,90 @@ def to_json(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     if tensor.dtype in (torch.float16, torch.bfloat16):
         tensor = tensor.float()
     return tensor.numpy()
+
+
+# The messages of a server and of a client. All faults are a ValueError.
+
+_KINDS = {
+    float: "a number with a decimal point",
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "an integer",
+}
+
+
+def require(valid: bool, what: str, must: object, got: object) -> None:
+    """Raise a ValueError unless a field is valid."""
+    if not valid:
+        raise ValueError(f"{what} must be {must}, got {got!r:.80}")
+
+
+def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any = None) -> Any:
+    """Return a field of an object, or the default if it is missing or null."""
+    value = entry.get(key)
+    if value is None and default is not None:
+        return default
+    require(type(value) is kind, f"{key} of {owner}", _KINDS[kind], value)
+    return value
+
+
+def json_length(body: bytes, length: str | None) -> int:
+    """Return the length of the JSON of a message by its Inference-Header-Content-Length."""
+    if length is None:
+        return len(body)
+    size = int(length) if length.isdecimal() and len(length) < 20 else -1
+    must = f"an integer of at most the length of the body, {len(body)}"
+    require(0 <= size <= len(body), "Inference-Header-Content-Length", must, length)
+    return size
+
+
+def entries(
+    word: str, listed: list[Any], specs: Sequence[TensorSpec]
+) -> Iterator[tuple[str, TensorSpec, dict[str, Any], dict[str, Any]]]:
+    """Yield each input or output in words, its spec, its object and its parameters."""
+    left = {spec.name: spec for spec in specs}
+    for entry in listed:
+        require(type(entry) is dict, f"an entry of {word}s", "an object", entry)
+        name = field(f"an entry of {word}s", entry, "name", str)
+        require(name in left, f"an {word}", f"once one of {[spec.name for spec in specs]}", name)
+        owner = f"{word} {name!r}"
+        yield owner, left.pop(name), entry, field(owner, entry, "parameters", dict, {})
+
+
+def tensors_of(
+    word: str, listed: list[Any], specs: Sequence[TensorSpec], tail: memoryview, rows: range
+) -> dict[str, Tensor]:
+    """Return the tensors of all specs, by their names; ``tail`` holds the binary ones.
+
+    Shapes and sizes are checked before memory is allocated. Tensors that lose digits or are not
+    finite in the spec's dtype are refused if they are inputs.
+    """
+    given: dict[str, Tensor] = {}
+    for owner, spec, entry, parameters in entries(word, listed, specs):
+        datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
+        known = DATATYPES if word == "input" else (spec.datatype,)
+        require(datatype in known, f"datatype of {owner}", f"one of {', '.join(known)}", datatype)
+        whole = bool(shape) and all(type(size) is int and size > 0 for size in shape)
+        fits = whole and spec.fits(shape[1:])
+        require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
+        must = f"from {rows[0]} to {rows[-1]}"
+        require(shape[0] in rows, f"the number of rows of {owner}", must, shape[0])
+        size = parameters.get("binary_data_size")
+        if (size is None) == ("data" not in entry):
+            raise ValueError(f"{owner} must have either data or a binary_data_size")
+        if size is None:
+            tensor = from_json(owner, datatype, shape, field(owner, entry, "data", list))
+        else:
+            size = field(owner, parameters, "binary_data_size", int)
+            must = f"at most the {len(tail)} bytes that are left of the body"
+            require(0 <= size <= len(tail), f"binary_data_size of {owner}", must, size)
+            tensor, tail = from_bytes(owner, datatype, shape, tail[:size]), tail[size:]
+        given[spec.name] = cast(owner, spec, tensor) if word == "input" else tensor
+    require(len(given) == len(specs), f"{word}s", [spec.name for spec in specs], list(given))
+    require(not len(tail), "bytes after the last tensor", 0, len(tail))
+    return given
 
 
 # The messages of a client.
@@ -287,45 +359,10 @@ def answer_bytes(model: Model, rows: int) -> int:
 def outputs_of(
     model: Model, data: bytes, length: str | None, rows: int
 ) -> tuple[list[Tensor], int]:
-    """Return the outputs of an answer, and how many rows the server says that it predicted.
-
-    The answer is checked before memory is allocated for its outputs.
-    """
-    view = memoryview(data)
-    cut = len(data)
-    if length is not None:
-        cut = int(length) if length.isdecimal() and len(length) < 20 else -1
-        if not 0 <= cut <= len(data):
-            raise EndpointError("sent a wrong Inference-Header-Content-Length")
-    message, tail = parsed(bytes(view[:cut]), "an answer"), view[cut:]
-    entries = message.get("outputs")
-    if not isinstance(entries, list):
-        raise EndpointError("sent an answer without outputs")
-    found: dict[str, Tensor] = {}
-    specs = {spec.name: spec for spec in model.outputs}
-    for entry in entries:
-        name = entry.get("name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or name not in specs or name in found:
-            raise EndpointError(f"sent an output that was not asked for, {name!r:.80}")
-        spec, shape = specs[name], entry.get("shape")
-        fits = isinstance(shape, list) and shape[:1] == [rows] and spec.fits(shape[1:])
-        if not fits or not all(type(x) is int and x >= 0 for x in shape):
-            raise EndpointError(f"sent {name!r} of shape {shape!r:.80}, not {[rows, *spec.shape]}")
-        if (got := entry.get("datatype")) != spec.datatype:
-            raise EndpointError(f"sent {name!r} of {got!r:.20}, not {spec.datatype}")
-        parameters = entry.get("parameters")
-        size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-        if size is None:
-            if not isinstance(numbers := entry.get("data"), list):
-                raise EndpointError(f"sent {name!r} without data")
-            found[name] = from_json(name, spec.datatype, shape, numbers)
-            continue
-        expected = math.prod(shape) * DATATYPES[spec.datatype].itemsize
-        if size != expected or size > len(tail):
-            raise EndpointError(f"sent {size!r:.20} bytes for {name!r}, not {expected}")
-        found[name], tail = from_bytes(name, spec.datatype, shape, tail[:size]), tail[size:]
-    if len(found) < len(specs) or len(tail):
-        raise EndpointError("sent an answer of another length than its outputs have")
-    parameters = message.get("parameters")
-    told = parameters.get("predicted_rows") if isinstance(parameters, dict) else None
+    """Return the outputs of an answer, and how many rows the server says that it predicted."""
+    cut = json_length(data, length)
+    message = parsed(data[:cut], "an answer")
+    listed, tail = field("the answer", message, "outputs", list), memoryview(data)[cut:]
+    found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
+    told = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
     return [found[spec.name] for spec in model.outputs], told if isinstance(told, int) else 0
