@@ -7,6 +7,7 @@ import contextlib
 import functools
 import gc
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ from .protocol import (
     read_body,
 )
 
-__all__ = ["Service", "app", "deployment"]
+__all__ = ["app", "deployment", "in_json"]
 
 # Seconds after a deadline in which an answer that ended at the deadline is still written. It trades
 # late answers against refused ones and was not tuned.
@@ -46,21 +47,12 @@ _WRITING = 0.01
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
+# The number of answers that are remembered; a bound, not tuned.
+_MOST_ANSWERS = 20_000
 
 
-def app(
-    coded: CodedWrapper,
-    *,
-    name: str,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    deadline: float,
-    examples: Sequence[Tensor] | None = None,
-    max_batch_size: int = 64,
-    max_queued_requests: int = 256,
-    max_ongoing_batches: int | None = None,
-) -> Starlette:
-    """Make an ASGI application that serves a model by the Open Inference Protocol (KServe v2).
+class app(Starlette):  # noqa: N801 - callers read it as a function
+    """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
     results where workers replied, else with predictions. The parameter ``predicted_rows`` of an
@@ -68,15 +60,14 @@ def app(
     ``source``, ``verified``, and ``radius`` and ``label_risk`` at the level of the request's
     parameter ``coverage``.
 
-    The lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
-    objects that existed before. The application runs under any ASGI server, in one process. A
-    refused request gets ``{"error": ...}`` and
+    Its lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
+    objects that existed before. It runs under any ASGI server, in one process. A refused request
+    gets ``{"error": ...}`` and
 
-    - 4xx if the request is wrong; the message names a row that is not finite or misshapen;
+    - 4xx if the request is wrong; 500 if the model fails on it;
     - 503 with ``Retry-After`` if too many requests wait, the answer would probably be late, no
       worker is left, or all workers hang: then one request at a time is tried;
-    - 504 if the deadline has passed and nothing could be predicted;
-    - 500 if the model fails on the request. Requests in the same batch are answered.
+    - 504 if the deadline has passed and nothing could be predicted.
 
     Args:
         coded: the model on its workers. Its ``waiting`` gets the deadline of each batch.
@@ -95,101 +86,104 @@ def app(
     Raises:
         TypeError, ValueError: an argument has the wrong type or value.
     """
-    instance("app", "coded", coded, CodedWrapper)
-    instance("app", "name", name, str)
-    if not name or set(name) & set("{}/?#%"):
-        raise ValueError(
-            f"app: name must be a part of a URL, without any of {{}}/?#%, got {name!r}"
-        )
-    for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
-        instance("app", argument, given, Sequence)
-        for spec in given:
-            instance("app", f"an entry of {argument}", spec, TensorSpec)
-        names, taken = [spec.name for spec in given], [spec.name for spec in reserved]
-        if not given or len({*names, *taken}) < len(names) + len(taken):
-            but = f", none of {', '.join(taken)}" if taken else ""
-            raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
-    if examples is not None:
-        instance("app", "examples", examples, Sequence)
-        for x in examples:
-            instance("app", "an entry of examples", x, Tensor)
-        shapes = [list(x.shape) for x in examples]
-        if len(shapes) != len(inputs) or not all(
-            shape[:1] > [0] and spec.fits(shape[1:])
-            for spec, shape in zip(inputs, shapes, strict=True)
-        ):
-            must = [spec.metadata()["shape"] for spec in inputs]
-            raise ValueError(f"app: examples must be batches of shapes {must}, got {shapes}")
-    limits = {
-        "max_batch_size": count("app", "max_batch_size", max_batch_size),
-        "max_queued_requests": count("app", "max_queued_requests", max_queued_requests),
-        "slots": 1,
-        "parts": 1,
-    }
-    if max_ongoing_batches is not None:
-        limits["slots"] = count("app", "max_ongoing_batches", max_ongoing_batches)
-    elif (size := coded.workers.num_workers) and coded.code is None:
-        at_once = getattr(coded.workers, "concurrency", 1)  # parts of one worker
-        limits |= {"slots": size * at_once, "parts": coded.parts or size}
-    seconds = positive("app", "deadline", deadline)
-    return Service(coded, name, inputs, outputs, seconds, examples, limits).application()
-
-
-class Service:
-    """The handlers of one application, see :func:`app`."""
 
     def __init__(
         self,
         coded: CodedWrapper,
+        *,
         name: str,
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec],
         deadline: float,
-        examples: Sequence[Tensor] | None,
-        limits: Mapping[str, int],
+        examples: Sequence[Tensor] | None = None,
+        max_batch_size: int = 64,
+        max_queued_requests: int = 256,
+        max_ongoing_batches: int | None = None,
     ) -> None:
+        instance(self, "coded", coded, CodedWrapper)
+        instance(self, "name", name, str)
+        if not name or set(name) & set("{}/?#%"):
+            part = "a part of a URL, without any of {}/?#%"
+            raise ValueError(f"app: name must be {part}, got {name!r}")
+        lists: Any = ("inputs", inputs, TensorSpec), ("outputs", outputs, TensorSpec)
+        for argument, given, kind in (*lists, ("examples", examples or (), Tensor)):
+            instance(self, argument, given, Sequence)
+            for each in given:
+                instance(self, f"an entry of {argument}", each, kind)
+        for argument, given, reserved in (("inputs", inputs, ()), ("outputs", outputs, ADDED)):
+            names, taken = [spec.name for spec in given], [spec.name for spec in reserved]
+            if not given or len({*names, *taken}) < len(names) + len(taken):
+                but = f", none of {', '.join(taken)}" if taken else ""
+                raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
+        if examples is not None:
+            shapes, must = (
+                [list(x.shape) for x in examples],
+                [x.metadata()["shape"] for x in inputs],
+            )
+            pairs = zip(inputs, shapes, strict=False)
+            fit = all(shape[:1] > [0] and spec.fits(shape[1:]) for spec, shape in pairs)
+            if len(shapes) != len(inputs) or not fit:
+                raise ValueError(f"app: examples must be batches of shapes {must}, got {shapes}")
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.deadline, self.max_rows = deadline, limits["max_batch_size"]
+        self.deadline = positive(self, "deadline", deadline)
+        self.max_rows = count(self, "max_batch_size", max_batch_size)
+        most = count(self, "max_queued_requests", max_queued_requests)
+        if max_ongoing_batches is not None:
+            max_ongoing_batches = count(self, "max_ongoing_batches", max_ongoing_batches)
         self.pool, self.metrics, self.ready = coded.workers, Metrics(), False
-        self.load = functools.partial(load, coded, examples)
-        run = functools.partial(compute, coded, outputs)
-        self.batcher = Batcher(run, on_batch=self._count, has_idle=self._has_idle, **limits)
-        # Called with the seconds, the rows and the predicted rows of every answer.
-        self.on_answer: Callable[[float, int, int], None] = lambda *_: None
+        # The time, the seconds, the rows and the predicted rows of the last answers.
+        self.answers: deque[tuple[float, float, int, int]] = deque(maxlen=_MOST_ANSWERS)
 
-    def application(self) -> Starlette:
-        """Make the application; its ``state.service`` is this service."""
+        def slots() -> tuple[int, int]:
+            """Return the number of slots, and how many a batch takes."""
+            size = self.pool.num_workers
+            if max_ongoing_batches is None and size and coded.code is None:
+                return size * getattr(self.pool, "concurrency", 1), coded.parts or size
+            return max_ongoing_batches or 1, 1
+
+        self.load = functools.partial(load, coded, examples)
+        self.batcher = Batcher(
+            functools.partial(compute, coded, outputs),
+            max_batch_size=self.max_rows,
+            max_queued_requests=most,
+            slots=slots,
+            on_batch=self._count,
+            has_idle=lambda: "idle" in {state for state, _ in self.states.values()},
+        )
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model = {
-            "name": self.name,
+            "name": name,
             "versions": [VERSION],
             "platform": "coded_torch",
-            "inputs": [spec.metadata() for spec in self.inputs],
-            "outputs": [spec.metadata() for spec in (*self.outputs, *ADDED)],
+            "inputs": [spec.metadata() for spec in inputs],
+            "outputs": [spec.metadata() for spec in (*outputs, *ADDED)],
         }
         routes = [
             Route("/metrics", self.metrics_text),
-            Route("/v2", lambda _: _json(server | {"extensions": ["binary_tensor_data"]})),
-            Route("/v2/health/live", lambda _: _json({"live": True})),
+            Route("/v2", lambda _: in_json(server | {"extensions": ["binary_tensor_data"]})),
+            Route("/v2/health/live", lambda _: in_json({"live": True})),
             Route("/v2/health/ready", self.is_ready),
         ]
-        for path in (f"/v2/models/{self.name}", f"/v2/models/{self.name}/versions/{VERSION}"):
+        for path in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"):
             routes += [
-                Route(path, lambda _: _json(model)),
+                Route(path, lambda _: in_json(model)),
                 Route(f"{path}/ready", self.is_ready),
                 Route(f"{path}/infer", self.infer, methods=["POST"]),
             ]
-        built = Starlette(
+        super().__init__(
             routes=routes,
             middleware=[Middleware(GZipMiddleware, compresslevel=1)],
-            lifespan=self.lifespan,
-            exception_handlers={HTTPException: self.refuse, Exception: self.refuse},
+            lifespan=self.run_workers,
+            exception_handlers=dict.fromkeys((HTTPException, Exception), self.refuse),
         )
-        built.state.service = self
-        return built
+
+    @property
+    def states(self) -> Mapping[int, tuple[str, int]]:
+        """The states of the pool's places, if it tells them."""
+        return getattr(self.pool, "states", {})
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+    async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
         try:
             await asyncio.to_thread(self.load)
@@ -204,7 +198,7 @@ class Service:
     async def is_ready(self, _: Request) -> Response:
         """Say whether the model is loaded, and a worker is up if the pool has workers."""
         ready = self.ready and self.pool.num_ready != 0
-        return _json({"name": self.name, "ready": ready}, 200 if ready else 503)
+        return in_json({"name": self.name, "ready": ready}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:
         """Return the metrics for Prometheus."""
@@ -223,22 +217,21 @@ class Service:
             answer = await _first(future, request, deadline + _WRITING - time.monotonic())
         except ClientDisconnect:
             raise RequestError(499, "disconnected", "the client has gone") from None
-        pairs = zip((*self.outputs, *ADDED), answer.outputs, strict=True)
-        answers = {spec.name: tensor for spec, tensor in pairs}
-        coverage = answer.report.coverage
+        report, coverage = answer.report, answer.report.coverage
+        names = [spec.name for spec in (*self.outputs, *ADDED)]
+        answers = dict(zip(names, answer.outputs, strict=True))
         if message.coverage and coverage is not None:
             coverage = message.coverage
-            radii = answer.report.radii_at(coverage)
-            if radii is not None:
+            if (radii := report.radii_at(coverage)) is not None:
                 answers["radius"] = radii[answer.rows].float()
-        parameters: dict[str, Any] = {
-            "predicted_rows": int(answers["predicted"].sum()),
-            "late_workers": ",".join(map(str, answer.report.missing)),
-            **({} if coverage is None else {"coverage": coverage}),
-        }
+        rows, predicted = len(answers["predicted"]), int(answers["predicted"].sum())
+        late = ",".join(map(str, report.missing))
+        parameters: dict[str, Any] = {"predicted_rows": predicted, "late_workers": late}
+        if coverage is not None:
+            parameters["coverage"] = coverage
         body, length = format_answer(self.name, message, answers, parameters)
-        rows = len(answers["predicted"])
-        self.on_answer(time.monotonic() - arrived, rows, parameters["predicted_rows"])
+        now = time.monotonic()
+        self.answers.append((now, now - arrived, rows, predicted))
         if length is None:
             return Response(body, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(length)}
@@ -250,7 +243,7 @@ class Service:
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
         if error.status_code != 404:  # another path is no request of this model
             self.metrics.refused(getattr(error, "reason", "invalid"))
-        return _json({"error": error.detail}, error.status_code, error.headers)
+        return in_json({"error": error.detail}, error.status_code, error.headers)
 
     async def _read(self, request: Request, deadline: float) -> InferRequest:
         length = request.headers.get("inference-header-content-length")
@@ -262,10 +255,6 @@ class Service:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except ValueError as error:
             raise RequestError(400, "invalid", str(error)) from None
-
-    def _has_idle(self) -> bool:
-        states: Mapping[int, tuple[str, int]] = getattr(self.pool, "states", {})
-        return any(state == "idle" for state, _ in states.values())
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
         self.metrics.batch(report, rows, queued)
@@ -293,22 +282,22 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def in_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return a response of JSON."""
     return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
-def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
+def deployment(factory: Callable[[], app], **options: Any) -> Any:
     r"""Make a deployment for Ray Serve, each of whose replicas serves its own application.
 
     ``serve.run(deployment(make).bind())`` deploys it. Ray gets the metrics, with ``ray_`` in front
-    of their names. The workers of a replica are processes of its host with
-    :class:`~coded_torch.workers.ProcessWorkers`, or actors with
+    of their names. A replica's workers are processes of its host, or actors of
     :class:`~coded_torch.workers.RayWorkers`. For six such actors of ``num_cpus=1`` on other hosts,
     ``placement_group_bundles=[{"CPU": 1}] * 7, placement_group_strategy="SPREAD"`` reserves places.
     Needs the extra ``serve-ray``: ``pip install 'coded_torch[serve-ray]'``.
 
     Args:
-        factory: makes the application by :func:`~coded_torch.serve.app`. The replica calls it.
+        factory: makes the application by :class:`~coded_torch.serve.app`. The replica calls it.
         options: options of ``ray.serve.deployment``. By default Ray lets 1,024 requests into a
             replica, and as many wait, so that the application refuses and not Ray. Keep
             ``max_ongoing_requests`` above the application's ``max_queued_requests``.
@@ -321,15 +310,15 @@ def deployment(factory: Callable[[], Starlette], **options: Any) -> Any:
         a trusted network only. Nothing of the HTTP side is ever unpickled.
 
     Note:
-        Ray's proxy costs 12 to 17 ms of a processor a request. If that counts, set
-        ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts: the replicas serve HTTP themselves.
+        Ray's proxy costs 12 to 17 ms of a processor a request. With
+        ``RAY_SERVE_THROUGHPUT_OPTIMIZED=1`` before Ray starts, replicas serve HTTP themselves.
     """
     from ray import serve
 
-    def build() -> Starlette:
+    def build() -> app:
         application = factory()
-        instance("deployment", "the result of factory", application, Starlette)
-        application.state.service.metrics = Metrics(ray=True)
+        instance("deployment", "the result of factory", application, app)
+        application.metrics = Metrics(ray=True)
         return application
 
     bounds = {"max_ongoing_requests": _MOST_REQUESTS, "max_queued_requests": _MOST_REQUESTS}

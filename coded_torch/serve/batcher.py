@@ -19,7 +19,7 @@ from .._arguments import sparing_logger
 from .._torch import device_of
 from ..codes import DeadlineExceeded, NotEnoughResults
 from ..nn import CodedWrapper, Report, Waiting
-from ..open_inference.tensors import RefusedError, TensorSpec
+from ..open_inference.tensors import ADDED, RefusedError, TensorSpec
 from ..scheduling.latency_history import History
 from ..workers import WorkerError
 from .protocol import RequestError
@@ -34,15 +34,13 @@ _BATCHES = 64
 # Seconds before the deadline that are kept to write the answers. It trades predicted rows against
 # late answers and was not tuned.
 _TO_ANSWER = 0.01
-# The fields of a report that are the added outputs of the protocol, in this order.
-_ADDED = (
-    ("predicted", torch.bool),
-    ("radii", torch.float32),
-    ("label_risks", torch.float32),
-    ("source", torch.uint8),
-    ("verified", torch.bool),
-)
+# The fields of a report that are the added outputs of the protocol.
+_FIELDS = ("predicted", "radii", "label_risks", "source", "verified")
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
+
+
+# The number of threads, each of which runs a batch; a bound, not tuned.
+_MOST_BATCHES = 1024
 
 
 class Batch(NamedTuple):
@@ -110,34 +108,23 @@ def compute(
         must = [(spec.dtype, [rows, *spec.shape]) for spec in specs]
         raise TypeError(f"the model must return tensors {must}, got {got}")
     # Without a value, exact rows get 0, and predicted rows NaN.
-    for name, dtype in _ADDED:
+    for name, spec in zip(_FIELDS, ADDED, strict=True):
         values = getattr(report, name)
         if values is None:
             values = torch.zeros(rows)
-            if dtype.is_floating_point and report.predicted is not None:
+            if spec.dtype.is_floating_point and report.predicted is not None:
                 values.masked_fill_(report.predicted, math.nan)
-        leaves.append(values.to(dtype))
+        leaves.append(values.to(spec.dtype))
     return Batch(leaves, report, unanswered)
 
 
-@dataclasses.dataclass(eq=False)
 class _Entry:
     """A request in the queue. Times are seconds of :func:`time.monotonic`."""
 
-    inputs: list[Tensor]
-    arrived: float
-    deadline: float
-    future: asyncio.Future[Batch]
-
-    @property
-    def rows(self) -> int:
-        return len(self.inputs[0])
-
-    def joins(self, other: _Entry) -> bool:
-        """Return whether the rows of both have the same shape."""
-        return all(
-            a.shape[1:] == b.shape[1:] for a, b in zip(self.inputs, other.inputs, strict=True)
-        )
+    def __init__(self, inputs: list[Tensor], arrived: float, deadline: float) -> None:
+        self.inputs, self.arrived, self.deadline = inputs, arrived, deadline
+        self.rows, self.shapes = len(inputs[0]), [x.shape[1:] for x in inputs]
+        self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
 
 class Batcher:
@@ -151,8 +138,8 @@ class Batcher:
         compute: computes a batch in a thread, given its inputs and the seconds that are left.
         max_batch_size: the number of rows of a batch.
         max_queued_requests: the number of requests that may wait, including requests being read.
-        slots: the number of slots.
-        parts: the number of slots that a batch takes, or its rows if they are fewer.
+        slots: returns the number of slots, and of slots that a batch takes, or its rows if they are
+            fewer. Pools grow and shrink.
         on_batch: called with each report, its rows, and the seconds that its requests waited.
         has_idle: returns whether a worker is idle. Defaults to never, as far as is known.
     """
@@ -163,15 +150,13 @@ class Batcher:
         *,
         max_batch_size: int,
         max_queued_requests: int,
-        slots: int,
-        parts: int,
+        slots: Callable[[], tuple[int, int]],
         on_batch: Callable[[Report, int, Sequence[float]], None],
         has_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
         self._max_rows, self._max_queued = max_batch_size, max_queued_requests
-        self._slots, self._parts = slots, parts
-        self._at_once = max(1, slots // min(parts, max_batch_size))  # batches
+        self._slots = slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
         self._rows = 0  # the rows of the queue
         self._reading = 0
@@ -179,7 +164,7 @@ class Batcher:
         self._hung = False  # True if the last batch had its usual time, and too few results
         # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
-        self._threads = ThreadPoolExecutor(slots, "coded_torch batch")
+        self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
 
     @property
     def num_queued(self) -> int:
@@ -187,9 +172,15 @@ class Batcher:
         return self._reading + len(self._queue)
 
     @property
+    def _at_once(self) -> int:
+        """The number of whole batches that can run at once."""
+        slots, parts = self._slots()
+        return max(1, slots // min(parts, self._max_rows))
+
+    @property
     def _is_free(self) -> bool:
-        taken = sum(min(rows, self._parts) for _, rows, _ in self._ongoing.values())
-        return taken < self._slots
+        slots, parts = self._slots()
+        return sum(min(rows, parts) for _, rows, _ in self._ongoing.values()) < slots
 
     @contextlib.contextmanager
     def reading(self, deadline: float) -> Iterator[None]:
@@ -207,13 +198,12 @@ class Batcher:
     def put(self, inputs: list[Tensor], arrived: float, deadline: float) -> asyncio.Future[Batch]:
         """Queue a request, or refuse it (503). To cancel the future takes it off the queue."""
         self._check(len(inputs[0]), deadline)
-        future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
-        entry = _Entry(inputs, arrived, deadline, future)
+        entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
         self._rows += entry.rows
-        future.add_done_callback(lambda _: self._remove(entry))
+        entry.future.add_done_callback(lambda _: self._remove(entry))
         self._fill()
-        return future
+        return entry.future
 
     def _remove(self, entry: _Entry) -> None:
         if entry in self._queue:
@@ -288,7 +278,7 @@ class Batcher:
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 self._remove(entry)  # this deadline would end the batch before any result
                 continue
-            if batch and (rows + entry.rows > most or not entry.joins(batch[0])):
+            if batch and (rows + entry.rows > most or entry.shapes != batch[0].shapes):
                 break
             rows += entry.rows
             self._remove(entry)
@@ -320,14 +310,14 @@ class Batcher:
             self._hung = True
         if error is None:
             _settle(batch, done)
-        elif late or len(batch) == 1:
-            for entry in batch:
-                if not entry.future.done():
-                    entry.future.set_exception(error)
-        else:  # one request may be to blame, so each is tried alone
-            for entry in batch:
-                if not entry.future.done() and entry.deadline > time.monotonic():
-                    await self._run([entry])
+            return
+        for entry in batch:
+            if entry.future.done():
+                continue
+            if late or len(batch) == 1:
+                entry.future.set_exception(error)
+            elif entry.deadline > time.monotonic():  # one may be to blame: each is tried alone
+                await self._run([entry])
 
 
 def _settle(batch: list[_Entry], done: Batch) -> None:

@@ -41,12 +41,7 @@ _HISTOGRAMS = {
 
 
 class Metrics:
-    """Counts the outcomes of batches and requests.
-
-    Args:
-        ray: whether Ray collects the numbers from its replicas; it puts ``ray_`` in front of their
-            names. Otherwise :meth:`text` returns them.
-    """
+    """Counts the outcomes of batches and requests, which :meth:`text` returns, or Ray collects."""
 
     def __init__(self, *, ray: bool = False) -> None:
         self._ray, self._registry = ray, prometheus_client.CollectorRegistry()
@@ -84,13 +79,7 @@ class Metrics:
         self._restarts = restarts
 
     def batch(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        """Count an answered batch.
-
-        Args:
-            report: the report of its call.
-            rows: the number of its rows.
-            queued: the seconds that each of its requests waited.
-        """
+        """Count an answered batch of so many rows, whose requests waited so many seconds."""
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         won = sum(hedge.won for hedge in report.hedges)
         counts: list[tuple[str, str | None, float]] = [

@@ -233,7 +233,7 @@ def test_a_body_that_does_not_come_within_the_deadline_is_408():
 
 def test_a_client_that_disconnects_leaves_the_queue(held):
     application = holding(held)
-    batcher = application.state.service.batcher
+    batcher = application.batcher
     with serving(application) as port:
         with Client(port) as first, Client(port) as second:
             for client in first, second:

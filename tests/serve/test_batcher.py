@@ -37,7 +37,7 @@ class Model:
     def batcher(self, **options):
         return Batcher(
             self,
-            **{"max_batch_size": 4, "max_queued_requests": 8, "slots": 1, "parts": 1} | options,
+            **{"max_batch_size": 4, "max_queued_requests": 8, "slots": lambda: (1, 1)} | options,
             on_batch=lambda report, rows, queued: self.counted.append((rows, queued)),
         )
 
@@ -123,7 +123,7 @@ async def test_rows_of_different_shapes_are_not_mixed(quick):
 
 @in_loop
 async def test_as_many_batches_run_at_once_as_their_parts_find_slots(model):
-    batcher = model.batcher(slots=3, parts=2)
+    batcher = model.batcher(slots=lambda: (3, 2))
     entries = [put(batcher, 0.0), put(batcher, 1.0, 1.0, 1.0), put(batcher, 2.0), put(batcher, 3.0)]
     await until(lambda: len(model.batches) == 2)  # one has one part, the other two
     assert batcher.num_queued == 2
@@ -293,7 +293,7 @@ async def test_closing_waits_for_accepted_requests_but_not_for_ever(model, secon
 
 @in_loop
 async def test_batches_that_run_at_once_share_the_rows(model):
-    batcher = model.batcher(slots=2, max_batch_size=8)
+    batcher = model.batcher(slots=lambda: (2, 1), max_batch_size=8)
     first = [put(batcher, 0.0), put(batcher, 1.0)]
     await until(lambda: len(model.batches) == 2)
     others = [put(batcher, float(i)) for i in range(2, 8)]

@@ -23,7 +23,7 @@ from coded_torch.serve import page as page_module
 from coded_torch.serve.page import Chaos, _continued, add_page
 
 from .servers import Client, built, serving, wait_until
-from .test_command import running
+from .test_command import family, running
 
 FILE = importlib.resources.files("coded_torch.serve") / "page.html"
 OPTIONS = ["--chaos", "--deadline", "2", "--seed", "1"]
@@ -163,7 +163,7 @@ def test_no_signal_is_sent_to_a_process_that_was_replaced(monkeypatch):
     monkeypatch.setattr(page_module, "_continued", lambda pid: contextlib.nullcontext())
     monkeypatch.setattr(os, "kill", lambda *_: pytest.fail("the process is another one"))
     chaos.faults[0] = "pause"
-    chaos._run(chaos._stop, 0, 1233)
+    chaos._run(0, 1233, "pause")
     assert chaos.faults == {}
     with pytest.raises(ValueError, match="worker 5 is down"):
         chaos.inject(5, "pause")
@@ -178,6 +178,18 @@ def test_a_stopped_process_goes_on_if_its_server_is_killed(monkeypatch):
             wait_until(lambda: stat.read_text().split()[2] == "T")
             wait_until(lambda: stat.read_text().split()[2] == "S")
         process.kill()
+
+
+def test_nothing_is_left_of_the_guard_of_a_stopped_process():
+    def started():
+        return family(os.getpid()) - before
+
+    before = family(os.getpid())
+    with _continued(os.getpid()):
+        wait_until(lambda: len(started()) == 2)  # a shell, and a sleep
+        stats = [Path(f"/proc/{pid}/stat") for pid in started()]
+    # A process in state Z has ended, and waits for its parent.
+    wait_until(lambda: all(not x.exists() or " Z " in x.read_text() for x in stats))
 
 
 def test_a_page_without_faults():
