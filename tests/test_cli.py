@@ -1,6 +1,7 @@
 """The command ``coded-torch``: its output and its exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -120,9 +121,18 @@ def test_demo_prints_tables_and_saves_a_picture(tmp_path, capsys):
     assert err == ""
     assert "Seed 5." in out
     assert "N = 6 workers, K = 3 inputs a group: 1,920 answers" in out
-    assert "\n  all answer                     1,920          0  " in out
-    for situation in ("3 lost", "3 lost, replication"):
-        assert f"\n  {situation} " in out
+    lines = [re.split(r"\s{2,}", line) for line in out.splitlines()]
+    found = {line[1]: line[2:] for line in lines if line[0] == "" and len(line) > 4}
+    assert found["all answer"][:2] == ["1,920", "0"]
+    lost, replication = (
+        [float(x.replace(",", "").rstrip("%")) for x in found[name]]
+        for name in ("3 lost", "3 lost, replication")  # the second has no radius
+    )
+    exact, predicted, radius, error, _ = lost
+    assert exact + predicted == 1920 > exact
+    assert error / 2 < radius < 4 * error
+    assert error < replication[-2]
+    assert lost[-1] > replication[-1]  # the share of right answers
     assert "N = 6 workers, K = 3 inputs a group, S = 3 workers lost" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     for scheme in ("the paper's scheme", "Berrut", "Lagrange, ordered", "replication"):
@@ -154,7 +164,7 @@ def compared(monkeypatch):
 
     def replace(function):
         monkeypatch.setattr(coded_torch, "compare", function)
-        monkeypatch.setattr("coded_torch.demo.situations.situations", lambda *_: ())
+        monkeypatch.setattr("coded_torch.cli.main._situation", lambda *_: "")
 
     return replace
 

@@ -1,13 +1,11 @@
-"""The shipped digits and network, and the demo's situations."""
+"""The shipped digits and network."""
 
 import importlib.resources
-import math
 
 import pytest
 import torch
 
 from coded_torch.demo.lenet5 import LeNet5, digits, lenet5
-from coded_torch.demo.situations import situations
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +41,3 @@ def test_notice():
     notice = (importlib.resources.files("coded_torch") / "data" / "NOTICE").read_text()
     for needed in ("LeCun", "Cortes", "Burges", "CC BY-SA 3.0", "every fifth", "Changed"):
         assert needed in notice
-
-
-def test_situations(shipped):
-    model, images, labels = shipped
-    batches, classes = images[:480].split(240), labels[:480].split(240)
-    found = {each.name: each for each in situations(model, batches, classes, (24, 20, 4))}
-    all_answer, lost, replication = found.values()
-    assert (all_answer.exact, all_answer.predicted) == (480, 0)
-    assert math.isnan(all_answer.radius)
-    assert math.isnan(all_answer.error)
-    assert all_answer.right == (model(images[:480]).argmax(-1) == labels[:480]).float().mean()
-    for each in found.values():
-        assert each.exact + each.predicted == 480
-    assert lost.predicted > 0
-    assert lost.error / 2 < lost.radius < 4 * lost.error
-    assert lost.error < replication.error
-    assert replication.right < lost.right

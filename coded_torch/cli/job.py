@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ __all__ = ["job"]
 def job(args: argparse.Namespace) -> None:
     """Compute the answers to all rows, and write each batch as soon as it is answered."""
     with usage("job"):
-        read, rows = _open(args.inputs)
+        rows, read = _open(args.inputs)
     made = find_factory("job", args.factory)()
     coded = made[0] if isinstance(made, tuple) and made else made  # `serve` needs examples, too
     with contextlib.ExitStack() as held:
@@ -49,14 +49,13 @@ def job(args: argparse.Namespace) -> None:
             starts = range(0, rows, size)
             paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
             missing = [start for start, path in paths.items() if not zipfile.is_zipfile(path)]
-            batches = (read(start, min(rows, start + size)) for start in missing)
-            found = coded.eval().map(batches, in_flight=args.in_flight)
+            found = coded.eval().map(read(size, missing), in_flight=args.in_flight)
         held.enter_context(coded.workers)
         held.enter_context(torch.no_grad())
         counts: Counter[str] = Counter()
         begin, end = time.monotonic(), ""
         try:
-            for start, (answers, report) in zip(_shown(missing), found, strict=True):
+            for start, (answers, report) in zip(_with_progress(missing), found, strict=True):
                 _write(paths[start], answers, report)
                 flags = torch.zeros(0) if report.predicted is None else report.predicted
                 predicted = int(flags.sum())
@@ -88,7 +87,7 @@ def job(args: argparse.Namespace) -> None:
             )
 
 
-def _shown(items: Iterable[Any]) -> Iterable[Any]:
+def _with_progress(items: Iterable[Any]) -> Iterable[Any]:
     """Return the items with a progress bar, if there is tqdm and a terminal."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
@@ -97,14 +96,17 @@ def _shown(items: Iterable[Any]) -> Iterable[Any]:
     return items
 
 
-def _open(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
-    """Return a function that reads some rows of each input, and the number of rows."""
+def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Tensor, ...]]]]:
+    """Return the number of rows, and a function that yields the batches of a size by their starts.
+
+    A batch has a tensor for each input.
+    """
     if path.suffix == ".npy":
         array = np.load(path, mmap_mode="r")
         lengths = [len(np.atleast_1d(array))]
 
-        def read(start: int, end: int) -> tuple[Tensor, ...]:
-            return (torch.from_numpy(np.array(array[start:end])),)
+        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+            return ((torch.from_numpy(np.array(array[i : i + size])),) for i in starts)
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
         from safetensors import safe_open
@@ -113,43 +115,28 @@ def _open(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
         slices = [opened.get_slice(name) for name in sorted(opened.keys())]
         lengths = [x.get_shape()[0] for x in slices]
 
-        def read(start: int, end: int) -> tuple[Tensor, ...]:
-            return tuple(x[start:end] for x in slices)
+        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+            return (tuple(x[i : min(i + size, lengths[0])] for x in slices) for i in starts)
     elif path.suffix == ".parquet":
-        return _parquet(path)
+        need("job", "job", "pyarrow")
+        from pyarrow import parquet
+
+        file = parquet.ParquetFile(path)
+        lengths = [file.metadata.num_rows]
+
+        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+            for i, batch in zip(itertools.count(0, size), file.iter_batches(size), strict=False):
+                if i in starts:
+                    yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
     else:
         raise ValueError(f"--inputs must be a .npy, .safetensors or .parquet file, got {path}")
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"--inputs must hold tensors of as many rows each, got {lengths}")
-    return read, lengths[0]
-
-
-def _parquet(path: Path) -> tuple[Callable[[int, int], tuple[Tensor, ...]], int]:
-    """Return a reader of a file whose columns, of numbers or lists of some, are the inputs."""
-    need("job", "job", "pyarrow")
-    import pyarrow
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(path)
-    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    starts = list(itertools.accumulate(sizes, initial=0))
-    if not starts[-1]:
-        raise ValueError("--inputs must hold rows, got none")
-    group = functools.lru_cache(2)(file.read_row_group)  # batches are read in order
-
-    def read(start: int, end: int) -> tuple[Tensor, ...]:
-        some = [
-            group(i).slice(max(0, start - first), end - max(first, start))
-            for i, first in enumerate(starts[:-1])
-            if first < end and starts[i + 1] > start
-        ]
-        table = pyarrow.concat_tables(some)
-        return tuple(_column(name, table[name]) for name in sorted(table.column_names))
-
-    return read, starts[-1]
+    return lengths[0], read
 
 
 def _column(name: str, column: Any) -> Tensor:
+    """Return a column of numbers, or of lists of numbers."""
     if column.null_count:
         raise ValueError(f"--inputs must have no nulls, got some in the column {name!r}")
     kind = column.type
@@ -173,16 +160,18 @@ def _lock(folder: Path) -> Any:
 def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
     """Begin a job in its folder, or check that the folder holds the same job.
 
-    The digests are of the inputs' bytes, and of the module's ``repr`` and every byte of its state.
+    The digests are of the inputs' bytes, of the module's ``repr`` without addresses, which differ
+    in every process, and of every byte of its state.
     """
     content = hashlib.blake2b(np.memmap(args.inputs, mode="r").data, digest_size=16)
-    digest = hashlib.blake2b(repr(module).encode(), digest_size=16)
+    digest = hashlib.blake2b(_shown(module), digest_size=16)
     for name, value in module.state_dict().items():
         digest.update(name.encode())
         if isinstance(value, Tensor):
             flat = value.detach().cpu().contiguous().reshape(-1)
-            value = flat.view(torch.uint8).numpy().tobytes()
-        digest.update(value if isinstance(value, bytes) else repr(value).encode())
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:
+            digest.update(_shown(value))
     now = {
         "inputs": f"of {rows} rows, digest {content.hexdigest()}",
         "model": f"{args.factory}, digest {digest.hexdigest()}",
@@ -202,6 +191,10 @@ def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
     if different := [key for key, value in now.items() if before.get(key) != value]:
         must = "; ".join(f"{key} {before.get(key)}, got {now[key]}" for key in different)
         raise ValueError(f"--resume must repeat the job in {args.output}: {must}")
+
+
+def _shown(value: object) -> bytes:
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
 
 
 def _write(path: Path, answers: Any, report: Report) -> None:

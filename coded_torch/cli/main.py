@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
+import random
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,12 @@ import coded_torch
 
 from .. import _extension
 from .._arguments import dense
+from ..codes import Code, RegressionCode, ReplicationCode
+from ..demo.lenet5 import digits, lenet5
+from ..evaluation import planner
+from ..nn import CodedWrapper
+from ..stragglers import Uniform
+from ..workers import LocalWorkers
 from . import CommandError, Option, find_factory, need, options, picture, save, say, usage
 from .job import job
 from .serve import LENET5, serve
@@ -46,27 +54,58 @@ _INTERRUPTED = 130  # the exit code of a shell for SIGINT
 def demo(args: argparse.Namespace) -> None:
     """Print LeNet-5's answers while workers are lost, then compare codes on it."""
     need("demo", "demo", "matplotlib")
-    from ..demo.lenet5 import digits, lenet5
-    from ..demo.situations import HEADER, situations
-
     model, (images, labels) = lenet5().to(args.device), digits()
     generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
     batches, truth = ([part[at].to(args.device) for at in rows] for part in (images, labels))
     count = f"{len(rows) * _BATCH_SIZE:,}"
-    n, k, _ = args.settings[-1]
+    n, k, s = args.settings[-1]
     say(
         f"LeNet-5 reads {count} MNIST test digits it was not trained on, {_BATCH_SIZE} at a time.\n"
-        f"Seed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group: {count} answers\n{HEADER}"
+        f"Seed {args.seed}.\n\nN = {n} workers, K = {k} inputs a group: {count} answers\n"
+        f"  {'':<29}{'exact':>7}{'predicted':>11}{'radius':>10}{'error':>8}{'right':>8}"
     )
     with usage("demo"):
-        for situation in situations(model, batches, truth, args.settings[-1], args.seed):
-            say(str(situation))
+        regression = RegressionCode(k, n)
+        say(_situation("all answer", regression, model, batches, truth, 0, args.seed))
+        for name, code in (("", regression), (", replication", ReplicationCode(k, n))):
+            if s:
+                say(_situation(f"{s} lost{name}", code, model, batches, truth, s, args.seed))
     say(
         f"\n{_SITUATIONS}\n\nEvery code is tuned on a quarter of the batches, without labels, and "
         "answers\nthe others while the same workers are lost.\n"
     )
     _compare(args, model, batches, truth)
+
+
+@torch.no_grad()
+def _situation(
+    name: str,
+    code: Code,
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    lost: int,
+    seed: int,
+) -> str:
+    """Answer all batches while some workers are lost, and return a line of a table."""
+    rows = predicted = right = 0
+    squares, radii = 0.0, []
+    for i, (batch, classes) in enumerate(zip(batches, labels, strict=True), seed):
+        workers = LocalWorkers(Uniform(lost, seed=i))
+        coded = CodedWrapper(model, code.replace(shuffle=random.Random(i)), workers=workers)
+        answers, report = coded.run(batch)
+        flagged = report.predicted
+        assert flagged is not None  # there are answers
+        rows += len(batch)
+        predicted += int(flagged.sum())
+        right += int((answers.argmax(-1) == classes).sum())
+        radii += [] if report.radii is None else report.radii[flagged].tolist()
+        squares += float((answers - model(batch)).cpu()[flagged].square().sum())
+    radius = f"{statistics.median(radii):.2f}" if radii else ""
+    error = f"{math.sqrt(squares / predicted):.2f}" if predicted else ""
+    counts = f"{rows - predicted:>7,}{predicted:>11,}"
+    return f"  {name:<29}{counts}{radius:>10}{error:>8}{right / rows:>8.1%}"
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -102,18 +141,13 @@ def _compare(
 def plan(args: argparse.Namespace) -> None:
     """Find the redundancy that meets an objective at least work."""
     need("plan", "demo", "matplotlib")
-    from ..evaluation import planner
-
+    given = {**vars(args)}
+    law, path = planner.LAWS[given.pop("law")], given.pop("latencies")
+    output, _ = given.pop("output"), given.pop("run")
     with usage("plan"):
-        names = planner.Goal.__dataclass_fields__
-        goal = planner.Goal(**{name: getattr(args, name) for name in names})
-        law: Any = planner.LAWS[args.law]
-        if args.latencies is not None:
-            law = planner.read_latencies(args.latencies)
-        sizes = {"median": args.median, "num_requests": args.num_requests, "seed": args.seed}
-        found = list(planner.plan(goal, law, **sizes))
-    say(planner.format_options(goal, found))
-    save("plan", planner.draw(goal, found), args.output)
+        found = planner.plan(law if path is None else planner.read_latencies(path), **given)
+    say(str(found))
+    save("plan", found.draw(), output)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -140,7 +174,6 @@ def _settings(text: str) -> list[tuple[int, ...]]:
 
 
 _DEVICES = ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
-_LAWS = ("calm", "straggling", "slow", "dead", "bursts", "mix")
 _OUTPUT = ("--output", picture, Path("coded-torch.png"), "the picture")
 _LOST = (
     ("--device", _DEVICES, "cpu", "the device of the model"),
@@ -181,12 +214,7 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--output-names", str, None, "the outputs' names, with commas between"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
-            (
-                "--chaos",
-                bool,
-                False,
-                "delay 3 %% of the calls, kill a worker every 5 s",
-            ),
+            ("--chaos", bool, False, "delay 3 %% of the calls, kill a worker every 5 s"),
             ("--page", bool, False, "show the page at / even if HOST is not a loopback address"),
             ("--seed", int, 0, "the seed of --chaos"),
             ("--example", int, None, "print a request with this row of the examples, and end"),
@@ -210,14 +238,13 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
         "find the redundancy that meets a deadline and an accuracy at least work",
         (
             ("--latencies", Path, None, "a CSV file: seconds of one part, a line each"),
-            ("--law", _LAWS, "mix", "a law of latencies, unless they are measured"),
+            ("--law", tuple(planner.LAWS), "mix", "a law of latencies, unless they are measured"),
             ("--deadline", float, 0.2, "seconds within which 99.9 %% of the requests are answered"),
             ("--accuracy", float, 0.99, "the share of rows answered as rightly as by the model"),
             ("--num-workers", int, 6, "workers"),
             ("--parts", int, 4, "parts of a request, whose latencies are known"),
             ("--median", float, 0.01, "seconds that a part takes, under a law"),
             ("--load", float, 0.3, "the share of the workers' time that requests take"),
-            ("--known", int, 1024, "remembered answers to predict from"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--num-requests", int, 5000, "requests under each policy"),
             ("--seed", int, 0, "the seed of everything"),

@@ -23,7 +23,7 @@ from ..codes import (
 )
 from ..stragglers import Stragglers, Uniform
 from ..workers.faults import Attack
-from .scores import Comparison, Record, Score, Setting, score
+from .scores import Comparison, Record, Score, Setting, check_labels, score
 from .tune import SETS, Trial, calls_of, chosen, within
 
 __all__ = ["compare", "peers", "received_by"]
@@ -67,20 +67,15 @@ def compare(
 
     All schemes answer the same batches from the same workers. On the first batches every code's
     numbers are chosen as :func:`~coded_torch.tune` does, without labels; the others are answered.
-    Beside the codes of :func:`peers` stand the baselines:
-
-    - "no redundancy, regression": the N workers compute each row once (and some twice, if B is no
-      multiple of N), and missing rows are predicted;
-    - "no redundancy, surrogate": the surrogate's outputs are the answers of missing rows;
-    - "replication, surrogate": the same, where all copies are lost;
-    - "surrogate alone": its outputs are all answers, without any worker.
-
-    With a surrogate, "regression" and "no redundancy" also predict its residuals.
+    Beside the codes of :func:`peers` stand the baselines. In "no redundancy, regression" the N
+    workers compute each row once (and some twice, if B is no multiple of N), and missing rows are
+    predicted. In "no redundancy, surrogate" and "replication, surrogate" the surrogate answers
+    missing rows, in "surrogate alone" all rows, without any worker. With a surrogate, "regression"
+    and "no redundancy" also predict its residuals.
 
     Args:
         module: the module, in evaluation mode.
-        batches: at least two, of one size, such as will be answered. Each is an argument of the
-            module, or a tuple of its positional arguments.
+        batches: at least two, of one size, each an argument of the module or a tuple of several.
         settings: N, K and S of each: workers, inputs a group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers; the module's output is then
             ``[B, classes]``. Defaults to None, errors only.
@@ -92,9 +87,8 @@ def compare(
         received_sets: the number of received sets of a batch and seed. Defaults to 1.
         seeds: the seeds of the lost workers; every seed answers all batches. Defaults to 0.
         tuning: the number of first batches that codes are tuned on. Defaults to a quarter.
-        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones of the
-            same shape, as in :class:`~coded_torch.workers.FaultyWorkers`. Codes are tuned on honest
-            results. Defaults to None, honest workers.
+        attack: maps the results of a worker, ``[rows, ...]``, and a generator to wrong ones, as in
+            :class:`~coded_torch.workers.FaultyWorkers`. Codes are tuned on honest results.
         faulty: with an attack, the number of such workers in each received set. Defaults to 1.
         in_dims, out_dims: as for :class:`~coded_torch.CodedWrapper`.
 
@@ -124,7 +118,7 @@ def compare(
     if len(calls) < 2:
         must = "batches must hold at least two, one to tune on and one to answer"
         raise ValueError(f"compare: {must}, got {len(calls)}")
-    truth: Sequence[Any] = [None] * len(calls) if labels is None else labels
+    truth: Any = [None] * len(calls) if labels is None else labels
     if isinstance(truth, Tensor) or not isinstance(truth, Sequence) or len(truth) != len(calls):
         must = f"labels must be a sequence of integer tensors, one for each of {len(calls)} batches"
         raise ValueError(f"compare: {must}, got {shown(labels)}")
@@ -133,54 +127,54 @@ def compare(
     faulty = count("compare", "faulty", faulty)
     instance("compare", "settings", settings, Sequence)
     settings = [_setting(setting) for setting in settings]
-    if not settings:
-        raise ValueError("compare: settings must hold at least one (N, K, S), got none")
     several: Any = seeds if isinstance(seeds, list | tuple | range) else [seeds]
     seeds = [count("compare", "seeds", seed, least=0, most=2**64 - 2) for seed in several]
-    if not seeds:
-        raise ValueError("compare: seeds must hold at least one, got none")
+    for name, values in {"settings": settings, "seeds": seeds}.items():
+        if not values:
+            raise ValueError(f"compare: {name} must hold at least one, got none")
     if schemes is not None and (isinstance(schemes, str) or not isinstance(schemes, Sequence)):
         raise TypeError(f"compare: schemes must be a sequence of names, got {shown(schemes)}")
     received_sets = count("compare", "received_sets", received_sets)
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
 
-    def tried(args: Any, law: Stragglers, n: int, number: int) -> tuple[Trial, list[list[int]]]:
-        sets = [received_by(law, n) for _ in range(number)]
-        if attack is not None:
-            count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
-        return Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims), sets
+    def trials(law: Stragglers, n: int, number: int, part: slice) -> Iterator[Any]:
+        for args, classes in zip(calls[part], truth[part], strict=True):
+            sets = [received_by(law, n) for _ in range(number)]
+            trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
+            if classes is not None:
+                shapes = [list(leaf.shape) for leaf in trial.exact]
+                if len(shapes) != 1 or len(shapes[0]) != 2:
+                    must = "labels must go with a module that returns [B, classes]"
+                    raise ValueError(f"compare: {must}, got {' and '.join(map(str, shapes))}")
+                check_labels("compare", classes, trial.exact[0])
+            if attack is not None:
+                count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
+            yield trial, sets, classes
 
     records: list[Record] = []
     codes: dict[tuple[Setting, str], Code] = {}
     for n, k, s in settings:
         drawn = _law(law, s, max(seeds) + 1)  # not the workers that are lost later
-        trials = [tried(args, drawn, n, SETS) for args in calls[:cut]]
-        if truth[0] is not None:
-            _check_labels(truth[0], trials[0][0].exact)
-        some = _schemes(k, n, trials[0][0], more, schemes)
-        tuned = {name: chosen(code, trials, s) for name, code in some.items()}
+        honest = [(x, sets) for x, sets, _ in trials(drawn, n, SETS, slice(cut))]
+        some = _schemes(k, n, honest[0][0], more, schemes)
+        tuned = {name: chosen(code, honest, s) for name, code in some.items()}
         codes |= {((n, k, s), name): code for name, code in tuned.items()}
         for seed in seeds:
-            drawn = _law(law, s, seed)
-            for batch, (args, classes) in enumerate(zip(calls[cut:], truth[cut:], strict=True)):
-                trial, sets = tried(args, drawn, n, received_sets)
-                if attack is not None:
-                    trial.attack = attack, faulty, seed
-                if classes is not None:
-                    _check_labels(classes, trial.exact)
-                exact = _flat(trial.exact)
-                found: dict[str, tuple[list[Score], Code | None]] = {}
+            answered = trials(_law(law, s, seed), n, received_sets, slice(cut, None))
+            for batch, (trial, sets, classes) in enumerate(answered):
+                trial.attack = None if attack is None else (attack, faulty, seed)
+                exact, size = _flat(trial.exact), trial.batch_size
+                found: dict[tuple[str, Code | None], list[Score]] = {}
                 cheap = trial.run(surrogate) if surrogate is not None else []
                 for received in sets:
                     for name, answers, code in _answers(trial, tuned, received, s, cheap):
-                        scores, _ = found.setdefault(name, ([], code))
-                        scores.append(score(_flat(answers), exact, classes))
-                size = trial.batch_size
-                for name, (scores, code) in found.items():
+                        scores = score(_flat(answers), exact, classes)
+                        found.setdefault((name, code), []).append(scores)
+                for (name, code), each in found.items():
                     work = code.num_workers * -(-size // code.num_data) / size if code else 0.0
                     head = n, k, s, name, repr(code) if code else "", seed, batch, size * len(sets)
-                    means = Score(*map(float, np.mean(scores, axis=0)))
+                    means = Score(*map(float, np.mean(each, axis=0)))
                     records.append(Record(*head, work, means))
     names = [f"{getattr(x, '__name__', repr(x)):.24}" for x in (law, attack)]
     by = [f"law {names[0]}"] if law is not Uniform else []
@@ -231,17 +225,6 @@ def _answers(
         if name in ("no redundancy, regression", "regression"):
             answers = trial.decode(code, received, lost, cheap)
             yield f"{name.removesuffix(', regression')}, residuals", answers, code
-
-
-def _check_labels(labels: Any, exact: Sequence[Tensor]) -> None:
-    shapes = [list(leaf.shape) for leaf in exact]
-    if not isinstance(labels, Tensor) or labels.dtype == torch.bool or labels.is_floating_point():
-        got = getattr(labels, "dtype", type(labels).__name__)
-        raise TypeError(f"compare: labels must be integer tensors, one for each batch, got {got}")
-    if len(shapes) != 1 or len(shapes[0]) != 2 or list(labels.shape) != shapes[0][:1]:
-        got = f"{list(labels.shape)} for {' and '.join(map(str, shapes))}"
-        must = "labels must be [B] for a module that returns [B, classes]"
-        raise ValueError(f"compare: {must}, got {got}")
 
 
 def _law(law: Callable[..., Stragglers], lost: int, seed: int) -> Stragglers:

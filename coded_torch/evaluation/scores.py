@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,71 +26,66 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "half_width"]
-__all__ += ["paired_p", "ratio", "relative_accuracy", "rmse", "root", "rounded", "score"]
+__all__ = ["Comparison", "Interval", "Record", "Row", "Score", "Setting", "check_labels"]
+__all__ += ["grouped", "half_width", "paired_p", "ratio", "relative_accuracy", "rmse", "root"]
+__all__ += ["rounded", "score"]
 
 Setting = tuple[int, int, int]  # N, K and S
 Interval = list[float | None]  # a number, and half the width of its 95 % interval
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-# Student's 97.5 % quantiles for 1 to 10 degrees of freedom.
+# Student's 97.5 % quantiles for 1 to 10 degrees of freedom; beyond, the coefficients of powers of
+# their inverse, the normal distribution's last (Abramowitz and Stegun, 26.7.5, within 1e-4).
 _STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.306, 2.26216, 2.22814)
-_NORMAL = 1.959964  # the normal distribution's 97.5 % quantile
+_BEYOND = (2.5558497911596096, 2.8224987053284156, 2.3722712787051083, 1.959964)
 _FLIPS = 20_000  # random signs of a paired test, enough for two digits of a p-value of .01
 _EXACT = 1e-6  # the share of the variance below which an error is rounding, and is not drawn
 
 
 class Score(NamedTuple):
-    """The numbers of a scheme's answers, means over rows.
+    """The numbers of a scheme's answers, means over rows."""
 
-    - ``mse``, ``error``: an answer's squared error norm, and the norm; NaN if one is missing;
-    - ``variance``: the squared norm of an exact answer less their mean;
-    - ``right``, ``exact_right``: the accuracy of answers, and of the module; NaN without labels;
-    - ``agreement``: the share of rows that have the class of the module's own answer.
-    """
-
-    mse: float
-    error: float
-    variance: float
-    right: float
-    exact_right: float
-    agreement: float
+    mse: float  #: the squared norm of an answer's error; NaN if an answer is missing
+    error: float  #: the norm of an answer's error; NaN if an answer is missing
+    variance: float  #: the squared norm of an exact answer less their mean
+    right: float  #: the accuracy of the answers; NaN without labels
+    exact_right: float  #: the accuracy of the module; NaN without labels
+    agreement: float  #: the share of rows that have the class of the module's own answer
 
 
 def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score:
-    """Return the scores of answers.
+    """Return the scores of answers ``[..., C]``, floating-point, against the model's own answers.
 
-    Args:
-        decoded: the answers, ``[..., C]``, floating-point; a row with NaN is missing and wrong.
-        exact: the model's own answers, the same shape.
-        labels: the true classes, integers, ``[...]``. Defaults to None, unknown.
-
-    Raises:
-        TypeError, ValueError: a tensor has another dtype or shape, or holds no answer.
+    A row with NaN is missing and wrong. ``labels`` are the true classes, integers, ``[...]``.
+    Raises a TypeError or ValueError if a tensor has another dtype or shape, or holds no answer.
     """
     for argument, value in (("decoded", decoded), ("exact", exact)):
         dense("score", argument, value)
     if decoded.shape != exact.shape or not exact.dim() or not exact.numel():
         must = "decoded must have the shape [..., C] of exact and hold at least one answer"
         raise ValueError(f"score: {must}, got {tuple(decoded.shape)} and {tuple(exact.shape)}")
-    if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
-            got = getattr(labels, "dtype", type(labels).__name__)
-            raise TypeError(f"score: labels must be an integer tensor, got {got}")
-        if labels.shape != exact.shape[:-1]:
-            must = f"labels must have shape {tuple(exact.shape[:-1])}"
-            raise ValueError(f"score: {must}, got {tuple(labels.shape)}")
-        labels = labels.to(exact.device)  # loaders have labels on the host
     answered = decoded.isfinite().all(-1)
     found, own = torch.where(answered, decoded.argmax(-1), -1), exact.argmax(-1)
     squares, mean = _squares(decoded, exact), exact.double().reshape(-1, exact.shape[-1]).mean(0)
     right = own_right = math.nan
     if labels is not None:
+        check_labels("score", labels, exact)
+        labels = labels.to(exact.device)  # loaders have labels on the host
         right, own_right = ((x == labels).double().mean().item() for x in (found, own))
     agreement = (found == own).double().mean().item()
     variance = _squares(mean.expand_as(exact), exact).mean().item()
     errors = squares.mean().item(), squares.sqrt().mean().item()
     return Score(*errors, variance, right, own_right, agreement)
+
+
+def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
+    """Raise an error unless labels are integers, one for each answer ``[..., C]``."""
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
+        got = getattr(labels, "dtype", type(labels).__name__)
+        raise TypeError(f"{owner}: labels must be an integer tensor, got {got}")
+    if labels.shape != exact.shape[:-1]:
+        must = f"labels must have shape {tuple(exact.shape[:-1])}"
+        raise ValueError(f"{owner}: {must}, got {tuple(labels.shape)}")
 
 
 def rmse(decoded: Tensor, exact: Tensor) -> float:
@@ -129,17 +124,10 @@ def root(squares: Array) -> Interval:
 
 def half_width(a: Array) -> float:
     """Return half the width of Student's 95 % interval of the mean, NaN of fewer than two."""
-    n, z = len(a) - 1, _NORMAL
+    n = len(a) - 1
     if n < 1:
         return math.nan
-    # Abramowitz and Stegun, 26.7.5: within 1e-4 of the quantile from 11 degrees of freedom on.
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    expansion = z + sum(x / n ** (i + 1) for i, x in enumerate(terms))
-    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else expansion
+    quantile = _STUDENT[n - 1] if n <= len(_STUDENT) else float(np.polyval(_BEYOND, 1 / n))
     return quantile * float(a.std(ddof=1)) / math.sqrt(n + 1)
 
 
@@ -166,61 +154,41 @@ def rounded(*values: float) -> Interval:
 
 
 class Record(NamedTuple):
-    """The numbers of one scheme on one batch and seed: a line of the raw data.
+    """The numbers of one scheme on one batch and seed: a line of the raw data."""
 
-    - ``workers``, ``inputs``, ``lost``: N, K and S;
-    - ``scheme``, ``code``: the name, and the code with the tuned numbers as text, or empty;
-    - ``seed``, ``batch``: the seed of the lost workers, and the number of the answered batch;
-    - ``rows``: the number of answered rows, over all received sets;
-    - ``work``: the rows that workers compute, over the rows of the batch;
-    - ``score``: the scores, means over received sets.
-    """
-
-    workers: int
-    inputs: int
-    lost: int
-    scheme: str
-    code: str
-    seed: int
-    batch: int
-    rows: int
-    work: float
-    score: Score
+    workers: int  #: N
+    inputs: int  #: K
+    lost: int  #: S
+    scheme: str  #: the scheme's name
+    code: str  #: the code with the tuned numbers as text, or empty
+    seed: int  #: the seed of the lost workers
+    batch: int  #: the number of the answered batch
+    rows: int  #: the number of answered rows, over all received sets
+    work: float  #: the rows that workers compute, over the rows of the batch
+    score: Score  #: means over received sets
 
 
 class Row(NamedTuple):
     """The scores of one scheme at one setting, intervals as ``[value, half the 95 % width]``.
 
-    - ``setting``, ``name``: N, K and S; the name of the scheme;
-    - ``rmse``: the root of the mean squared distance of answers from exact ones;
-    - ``mse``: the mean squared distance, in units of the outputs' variance;
-    - ``relative_accuracy``: the answers' accuracy over the module's; None without labels;
-    - ``changed``: the number of rows whose class is not the module's own, and of all rows, over
-      batches, seeds and received sets;
-    - ``work``: the rows that workers compute, over the rows of the batches.
-
-    The other fields are None without a reference, and for the reference itself:
-
-    - ``mse_ratio``: the mean squared distance over the reference's;
-    - ``mse_difference``: ``mse`` less the reference's;
-    - ``gain``: ``relative_accuracy`` less the reference's; None without labels;
-    - ``p``: the p-value of paired sign flips of the batches' differences of squared distances,
-      times the number of comparisons m (Bonferroni), at most 1. All schemes but the reference
-      count in m, at every setting. With b answered batches, p is at least m 2^(1-b) if b is at most
-      14, else m / 20,000. None if an answer is missing.
+    The fields with a default are None without a reference, and for the reference itself. ``p`` is
+    the p-value of paired sign flips of the batches' differences of squared distances, times the
+    number of comparisons m (Bonferroni), at most 1. All schemes but the reference count in m, at
+    every setting. With b answered batches, p is at least m 2^(1-b) if b is at most 14, else
+    m / 20,000.
     """
 
-    setting: Setting
-    name: str
-    rmse: Interval
-    mse: Interval
-    relative_accuracy: Interval | None
-    changed: tuple[int, int]
-    work: float
-    mse_ratio: Interval | None = None
-    mse_difference: Interval | None = None
-    gain: Interval | None = None
-    p: float | None = None
+    setting: Setting  #: N, K and S
+    name: str  #: the name of the scheme
+    rmse: Interval  #: the root of the mean squared distance of answers from exact ones
+    mse: Interval  #: the mean squared distance, in units of the outputs' variance
+    relative_accuracy: Interval | None  #: the accuracy over the module's; None without labels
+    changed: tuple[int, int]  #: rows whose class is not the module's own, and all rows
+    work: float  #: the rows that workers compute, over the rows of the batches
+    mse_ratio: Interval | None = None  #: the mean squared distance over the reference's
+    mse_difference: Interval | None = None  #: ``mse`` less the reference's
+    gain: Interval | None = None  #: ``relative_accuracy`` less the reference's
+    p: float | None = None  #: as above; None if an answer is missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,16 +214,15 @@ class Comparison:
 
     def against(self, reference: str = "") -> list[Row]:
         """Return the scores, each also relative to the scheme of this name, batch by batch."""
-        grouped = _grouped(self.records, lambda x: (x[:3], x.scheme))
-        schemes = {key: (records, _by_batch(records)) for key, records in grouped.items()}
+        schemes = grouped(self.records, lambda x: (x[:3], x.scheme))
         names = dict.fromkeys(name for _, name in schemes)
         if reference and reference not in names:
             must = f"reference must be one of {', '.join(names)}"
             raise ValueError(f"against: {must}, got {reference!r}")
         number = sum(name != reference for _, name in schemes)
         rows = []
-        for (setting, name), (records, ours) in schemes.items():
-            mse, _, variance, right, exact, _ = ours
+        for (setting, name), records in schemes.items():
+            mse, _, variance, right, exact, _ = _by_batch(records)
             labelled = not np.isnan(right).any()
             kept = ratio(right, exact) if labelled else None
             changed = round(sum(x.rows * (1 - x.score.agreement) for x in records))
@@ -263,7 +230,7 @@ class Comparison:
             work = float(np.mean([x.work for x in records]))
             row = Row(setting, name, root(mse), ratio(mse, variance), kept, counts, work)
             if name != reference and (setting, reference) in schemes:
-                theirs = schemes[setting, reference][1]
+                theirs = _by_batch(schemes[setting, reference])
                 p = number * paired_p(mse - theirs[0])
                 row = row._replace(
                     mse_ratio=ratio(mse, theirs[0]),
@@ -286,7 +253,7 @@ class Comparison:
 
     def __str__(self) -> str:
         lines = ["", self.conditions] if self.conditions else []
-        for (n, k, s), rows in _grouped(self.rows, lambda row: row.setting).items():
+        for (n, k, s), rows in grouped(self.rows, lambda row: row.setting).items():
             accuracies = "RelAcc" if rows[0].relative_accuracy else ""
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
             lines.append(f"  {'':<27} {'RMSE':<16}{'MSE / variance':<18}{accuracies}".rstrip())
@@ -302,8 +269,8 @@ class Comparison:
         """
         from matplotlib.figure import Figure  # an extra; and not pyplot: no state, no display
 
-        by_n = _grouped(self.rows, lambda row: row.setting[1:])
-        by_s = _grouped(self.rows, lambda row: row.setting[:2])
+        by_n = grouped(self.rows, lambda row: row.setting[1:])
+        by_s = grouped(self.rows, lambda row: row.setting[:2])
         along, panels = (0, by_n) if len(by_n) < len(by_s) else (2, by_s)
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
@@ -319,7 +286,7 @@ class Comparison:
                 axes.invert_yaxis()
                 axes.set_xlabel(error)
                 continue
-            for i, (name, each) in enumerate(_grouped(rows, lambda x: x.name).items()):
+            for i, (name, each) in enumerate(grouped(rows, lambda x: x.name).items()):
                 points = [(x.setting[along], *x.mse) for x in each if (x.mse[0] or 0) > _EXACT]
                 at, mse, half = np.array(points, float).reshape(-1, 3).T
                 bars = np.nan_to_num([np.minimum(half, 0.9 * mse), half])
@@ -336,11 +303,12 @@ class Comparison:
 
 def _by_batch(records: Sequence[Record]) -> Array:
     """Return the scores of each batch, means over seeds, ``[6, batches]``."""
-    batches = _grouped(records, lambda x: x.batch).values()
+    batches = grouped(records, lambda x: x.batch).values()
     return np.array([np.mean([x.score for x in some], axis=0) for some in batches]).T
 
 
-def _grouped(items: Iterable[Any], key: Any) -> dict[Any, list[Any]]:
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Return the items of each key, in order."""
     groups: dict[Any, list[Any]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)

@@ -21,7 +21,7 @@ from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
 from ..workers.faults import Attack
-from ..workers.task import broadcast_dims
+from ..workers.task import Task, broadcast_dims
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]
 
@@ -41,17 +41,15 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     Args:
         wrapper: a wrapped module with the code. It is not changed: assign the new code to
             ``wrapper.code``.
-        batches: a few batches like the later ones, also in size. Each is an input, or a tuple of
-            positional arguments.
+        batches: a few batches like the later ones, also in size. Each is an input, or a tuple.
         values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
         The code with the best numbers; the first of equals.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: there are no batches, or no values of a number; the code has no such number; or
-            none of the codes can decode the received sets.
+        TypeError, ValueError: an argument has the wrong type or value, or no code can decode the
+            received sets.
 
     Note:
         The module runs once on every batch, and N / K times as much for every encoder that mixes.
@@ -73,15 +71,14 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
     draws = received_sets(wrapper)
-
-    def trials() -> Iterator[tuple[Trial, list[tuple[int, ...]]]]:
-        for args in calls:
-            sets = [*itertools.islice(draws, SETS)]
-            dims = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
-            most = getattr(wrapper.workers, "max_batch_size", None)
-            yield Trial(wrapper.module, args, sets, max_batch_size=most, **dims), sets
-
-    return chosen(code, trials(), wrapper.num_stragglers, values)
+    sets = [[*itertools.islice(draws, SETS)] for _ in calls]
+    how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
+    how["max_batch_size"] = getattr(wrapper.workers, "max_batch_size", None)
+    trials = (
+        (Trial(wrapper.module, args, some, **how), some)
+        for args, some in zip(calls, sets, strict=True)
+    )
+    return chosen(code, trials, wrapper.num_stragglers, values)
 
 
 def chosen(
@@ -200,13 +197,31 @@ class Trial:
         self, function: Callable[..., Any], batches: list[Tensor] | None = None
     ) -> list[Tensor]:
         """Return a function's outputs that are decoded, of the batch or of rows ``[R, ...]``."""
-        batches = self._inputs.batches() if batches is None else batches
-        rows = len(batches[0])
-        size = self._most or rows
-        parts = [
-            self._call(function, [x[i : i + size] for x in batches]) for i in range(0, rows, size)
+        inputs = self._inputs
+        batches = inputs.batches() if batches is None else batches
+        rows, given = len(batches[0]), iter(batches)
+        leaves = [
+            leaf if dim is None else next(given)[:, None]
+            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
         ]
-        return [torch.cat(leaf) for leaf in zip(*parts, strict=True)]
+        task = Task(leaves, inputs.dims, inputs.spec, rows, 1, inputs.device, self._out_dims)
+        with torch.no_grad(), as_called():
+            payloads = task.payloads(range(rows), self._most)
+            (tree,) = task.cut([function(*args, **kwargs) for args, kwargs in payloads], [rows])
+        outputs, spec = pytree.tree_flatten(tree)
+        dims = broadcast_dims("out_dims", self._out_dims, spec)
+        found = [
+            output.movedim(dim, 0)
+            for output, dim in zip(outputs, dims, strict=True)
+            if dim is not None and isinstance(output, Tensor)
+        ]
+        for output in found:
+            if not output.is_floating_point():
+                must = "an output must be a floating-point tensor to be decoded"
+                raise TypeError(f"{must}, got {output.dtype}")
+            if not bool(output.isfinite().all()):
+                raise RuntimeError("the module must return finite outputs, got not finite ones")
+        return found
 
     def decode(
         self,
@@ -256,48 +271,26 @@ class Trial:
 
     def _planned(self, code: Code, num_stragglers: int) -> tuple[BatchPlan, list[Tensor]]:
         """Return the code's plan of the batch, and its results, ``[|workers|, G, ...]`` each."""
-        num_stragglers = min(num_stragglers, code.num_workers - 1)
-        if (code, num_stragglers) not in self._plans:
+        key = code, min(num_stragglers, code.num_workers - 1)
+        if key not in self._plans:
             others = [] if self.inputs else self._inputs.batches()
-            plan = code.plan(self.inputs, num_stragglers, batch_size=self.batch_size, others=others)
-            self._plans[code, num_stragglers] = plan, self._results_of(code, plan)
-        return self._plans[code, num_stragglers]
+            plan = code.plan(self.inputs, key[1], batch_size=self.batch_size, others=others)
+            workers = within(self._workers, code)
+            if code.mixes:
+                coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
+                results = self._computed(coded)
+            else:  # workers compute inputs of the batch, whose results are known
+                results = [plan.encode(leaf)[workers] for leaf in self.exact]
+            self._plans[key] = plan, results
+        return self._plans[key]
 
-    def _results_of(self, code: Code, plan: BatchPlan) -> list[Tensor]:
-        workers = within(self._workers, code)
-        if not code.mixes:  # workers compute inputs of the batch, whose results are known
-            return [plan.encode(leaf)[workers] for leaf in self.exact]
-        coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
+    def _computed(self, coded: list[Tensor]) -> list[Tensor]:
         plain = (x.detach().contiguous().view(torch.uint8).cpu().numpy() for x in coded)
         content = hash(tuple(x.tobytes() for x in plain))  # the same for all decoders of an encoder
         if content not in self._results:
             results = self.run(self._module, [x.flatten(0, 1) for x in coded])
-            shape = coded[0].shape[:2]
-            self._results[content] = [x.unflatten(0, shape) for x in results]
+            self._results[content] = [x.unflatten(0, coded[0].shape[:2]) for x in results]
         return self._results[content]
-
-    def _call(self, function: Callable[..., Any], batches: list[Tensor]) -> list[Tensor]:
-        inputs, given = self._inputs, iter(batches)
-        leaves = [
-            leaf if dim is None else next(given).movedim(0, dim)
-            for leaf, dim in zip(inputs.leaves, inputs.dims, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, inputs.spec)
-        with torch.no_grad(), as_called():
-            outputs, spec = pytree.tree_flatten(function(*args, **kwargs))
-        dims = broadcast_dims("out_dims", self._out_dims, spec)
-        found = [
-            output.movedim(dim, 0)
-            for output, dim in zip(outputs, dims, strict=True)
-            if dim is not None and isinstance(output, Tensor)
-        ]
-        for output in found:
-            if not output.is_floating_point():
-                must = "an output must be a floating-point tensor to be decoded"
-                raise TypeError(f"{must}, got {output.dtype}")
-            if not bool(output.isfinite().all()):
-                raise RuntimeError("the module must return finite outputs, got not finite ones")
-        return found
 
 
 def _scaled(outputs: Tensor, code: Code) -> Tensor:

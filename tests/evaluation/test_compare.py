@@ -337,11 +337,23 @@ def test_bad_arguments(arguments, options, kind, message):
         compare(*arguments, **options)
 
 
-def test_labels_must_fit_the_answers():
-    with pytest.raises(ValueError, match=r"labels must be \[B\] .* got \[3\] for \[4, 1\]"):
-        compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=[torch.zeros(3, dtype=int)] * 2)
-    with pytest.raises(TypeError, match=r"labels must be integer tensors, .* got torch\.float32"):
-        compare(torch.nn.Tanh(), ONES, [(4, 2, 1)], labels=ONES)
+class Pair(torch.nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+@pytest.mark.parametrize(
+    ("module", "labels", "kind", "message"),
+    [
+        (torch.nn.Tanh(), torch.zeros(3, dtype=int), ValueError, r"have shape \(4,\), got \(3,\)"),
+        (torch.nn.Tanh(), ONES[0], TypeError, r"be an integer tensor, got torch\.float32"),
+        (Pair(), torch.zeros(4, dtype=int), ValueError, r"go with .* \[B, classes\], got \[4, 1\]"),
+    ],
+    ids=str,
+)
+def test_labels_must_fit_the_answers(module, labels, kind, message):
+    with pytest.raises(kind, match=f"compare: labels must {message}"):
+        compare(module, ONES, [(4, 2, 1)], labels=[labels] * 2)
 
 
 def test_a_module_that_would_learn_from_the_batches_is_refused():
