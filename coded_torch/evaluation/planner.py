@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
     @property
     def best(self) -> dict[str, Option]:
-        """For each kind, the option that meets the objective at least work, or the nearest one."""
+        """The option of each kind that meets the objective at least work, or the nearest one."""
         kinds = grouped(self.options, lambda option: option.kind)
         return {kind: min(kinds[kind], key=lambda x: x.rank) for kind in _KINDS if kind in kinds}
 

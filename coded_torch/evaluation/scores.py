@@ -188,7 +188,7 @@ class Row(NamedTuple):
     mse_ratio: Interval | None = None  #: the mean squared distance over the reference's
     mse_difference: Interval | None = None  #: ``mse`` less the reference's
     gain: Interval | None = None  #: ``relative_accuracy`` less the reference's
-    p: float | None = None  #: as above; None if an answer is missing
+    p: float | None = None  #: a p-value; None if an answer is missing
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,7 @@ class InferRequest(NamedTuple):
 
     id: str  #: the client's name for the request, or ""
     inputs: list[Tensor]  #: ``[n, ...]`` each, in the order of the model's arguments
-    outputs: list[tuple[TensorSpec, bool]]  #: what the client wants, and whether in binary
+    outputs: list[tuple[TensorSpec, bool]]  #: the wanted ones, and whether in binary
     timeout: float  #: seconds, infinite if the client names none
     coverage: float  #: the level of radii; 0 if the client names none
 
