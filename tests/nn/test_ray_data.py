@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import sys
 import threading
 
 import numpy as np
@@ -88,6 +89,9 @@ def test_ray_data_loses_no_row_while_workers_are_killed(tmp_path, monkeypatch):
     pytest.importorskip("ray.data", reason="needs the extra 'ray-data'")
     import ray
 
+    # Ray's workers import from the driver's folder first, where the package may not be compiled.
+    monkeypatch.chdir(tmp_path)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1", "log_to_driver": False}
     ray.init("local", num_cpus=2, **local)
     try:
