@@ -20,8 +20,9 @@ from ..codes import BatchPlan, Code
 from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
+from ..workers.base import Task, broadcast_dims
 from ..workers.faults import Attack
-from ..workers.task import Task, broadcast_dims
+from ..workers.local import cut
 
 __all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]
 
@@ -207,7 +208,8 @@ class Trial:
         task = Task(leaves, inputs.dims, inputs.spec, rows, 1, inputs.device, self._out_dims)
         with torch.no_grad(), as_called():
             payloads = task.payloads(range(rows), self._most)
-            (tree,) = task.cut([function(*args, **kwargs) for args, kwargs in payloads], [rows])
+            outputs = [function(*args, **kwargs) for args, kwargs in payloads]
+            (tree,) = cut(task, outputs, [rows])
         outputs, spec = pytree.tree_flatten(tree)
         dims = broadcast_dims("out_dims", self._out_dims, spec)
         found = [

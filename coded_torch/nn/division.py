@@ -19,8 +19,7 @@ from .._arguments import dense, warn
 from .._torch import outside, plain
 from ..codes.base import Code
 from ..scheduling.latency_history import BLOCKS, PredictionTimes
-from ..workers.base import Task
-from ..workers.task import broadcast_dims, positional
+from ..workers.base import Task, broadcast_dims, positional
 
 if TYPE_CHECKING:
     from ..codes.plans import BatchPlan

@@ -23,7 +23,7 @@ from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.task import flatten, show, unflatten
+from ..workers.base import flatten, show, unflatten
 from .result_checks import Stacked, decodable
 
 if TYPE_CHECKING:

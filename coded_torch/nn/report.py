@@ -17,8 +17,7 @@ from .._torch import outside
 from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.error_bars import ErrorBars
 from ..scheduling import Ended, Hedge
-from ..workers.base import WorkerError
-from ..workers.task import unflatten
+from ..workers.base import WorkerError, unflatten
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice

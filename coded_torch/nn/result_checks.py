@@ -12,8 +12,19 @@ from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
-from ..workers.base import Part, Reply, Task, WorkerError
-from ..workers.task import CONSTANTS, broadcast_dims, check_batch, flatten, kind, leaf_name, show
+from ..workers.base import (
+    CONSTANTS,
+    Part,
+    Reply,
+    Task,
+    WorkerError,
+    broadcast_dims,
+    check_batch,
+    flatten,
+    kind,
+    leaf_name,
+    show,
+)
 from .division import finite
 
 __all__ = ["Result", "Results", "Stacked", "decodable"]

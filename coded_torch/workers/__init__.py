@@ -6,20 +6,19 @@ To add a pool on real time:
 2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a job to a worker. It
    calls :func:`~coded_torch.workers.faults.compute` under ``job.request.ambient.restored``, and
    reports by ``settle``, or by ``fail`` with ``kind="raised"`` if the module raised.
-3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``open`` returns a
-   :class:`~coded_torch.workers.live.LiveRequest`, which must not hold the pool.
+3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``_make`` returns the
+   dispatcher, and ``open`` a :class:`~coded_torch.workers.live.LiveRequest`.
 4. Inherit ``coded_torch.testing.workers.WorkersTests``, as ``tests/workers/test_threads.py`` does.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from .base import Began, Part, Reply, Request, WorkerError, Workers
+from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 from .devices import DeviceWorkers
 from .faults import Fault, FaultyWorkers
 from .local import LocalWorkers
-from .processes.pool import ProcessWorkers
+from .processes import ProcessWorkers
 from .ray import RayWorkers
-from .task import Task
 
 if TYPE_CHECKING:
     from ..open_inference.client import RemoteModule

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .._arguments import count, find_devices, positive
+from .._arguments import find_devices, positive
 from .._torch import read_here
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
@@ -66,18 +66,14 @@ class DeviceWorkers(DispatchedWorkers):
         self.timeout = positive(self, "timeout", timeout)
         self._open()
 
-    def _open(self) -> None:
-        self._start(_Threads(self.devices))
+    def _make(self) -> _Threads:
+        return _Threads(self.devices)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         _refuse_compiled(module)
         threads = self._dispatcher()
         threads.check()
         return _DeviceRequest(module, task, self.timeout, threads)
-
-    def resize(self, num_workers: int) -> None:
-        """Let the pool have another number of threads, on the devices in turn."""
-        self._dispatcher().resize(count(self, "num_workers", num_workers))
 
     def __repr__(self) -> str:
         return f"DeviceWorkers({[str(device) for device in self.devices]})"
@@ -139,7 +135,7 @@ class _Replica(Worker):
                 # Not str(cause), which may raise.
                 what = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
-                threads.fail(self, number, f"failed on {self.device}: {what}", cause, kind)
+                threads.fail(self, number, f"failed on {self.device}: {what}", kind, cause)
             else:
                 threads.settle(self, number, value)
                 del value
@@ -228,7 +224,7 @@ class _Threads(Dispatcher[_Replica]):
 
     def wake(self) -> None:
         """Start missing threads."""
-        with self._changed:
+        with self._lock:
             for index in () if self.closed else self.vacant():
                 device = self.devices[index % len(self.devices)]
                 name = f"coded_torch-{index}-{device}"
@@ -251,13 +247,12 @@ class _Threads(Dispatcher[_Replica]):
             raise RuntimeError(f"DeviceWorkers: {must}; {how}")
 
     def send(self, worker: _Replica, job: Job) -> None:
-        worker.seen.add(job.module)
+        worker.seen.add(job.request.module)
         worker.inbox.put(job)
 
     def restart(self, index: int) -> None:
-        for worker in self._workers:
-            if worker.index == index:
-                worker.forget()
+        for worker in self.at(index):
+            worker.forget()
         super().restart(index)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-r"""The queue of a pool: parts of all requests, and the idle workers that take them."""
+r"""Pools on real time: parts wait in one queue, and idle workers take them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import math
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeVar
 
 from .._arguments import count, sparing_logger
-from .base import Part, Workers
-from .live import LiveRequest
+from .base import Workers
+from .live import Job, LiveRequest
 
 __all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
 
@@ -32,25 +32,17 @@ class Worker:
         self.excluded = False  # true if it gets no more jobs
         self.left = False  # true if it leaves after its job, and has no successor
 
+    @property
+    def idle(self) -> bool:
+        """True if it would begin a job at once."""
+        return self.ready and self.job is None and not (self.excluded or self.left)
+
     def is_new_to(self, module: Any) -> bool:
         """Return whether the worker would have to load a module first."""
         return False
 
     def __str__(self) -> str:
         return f"worker {self.index}"
-
-
-class Job(NamedTuple):
-    """A part of a request. Its number tells it from all other jobs of the pool."""
-
-    number: int
-    request: LiveRequest
-    module: Any
-    part: Part
-
-    def wanted(self) -> bool:
-        """Return whether the job has still to begin."""
-        return self.request.wants(self.part)
 
 
 W = TypeVar("W", bound=Worker)
@@ -71,15 +63,17 @@ class Dispatcher(abc.ABC, Generic[W]):
         self.places = set(range(size))  # a place has a worker, or will have one
         self.closed = False
         self._clock = clock
-        self._changed = threading.Condition()  # a lock that its thread may take again
+        self._lock = threading.RLock()
         self._workers: list[W] = []
-        self._idle: deque[W] = deque()
         self._jobs: deque[Job] = deque()
-        self._numbers = itertools.count()
 
     @abc.abstractmethod
     def send(self, worker: W, job: Job) -> None:
         """Hand a job to a worker, without waiting for it. An exception fails the job."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Call :meth:`stop`, and end the workers. May be called twice."""
 
     def wake(self) -> None:
         """Hear that workers may have to be started or ended."""
@@ -90,78 +84,68 @@ class Dispatcher(abc.ABC, Generic[W]):
 
     # The pool calls these methods.
 
-    @property
-    def size(self) -> int:
-        """The number of workers, when all are up."""
-        return len(self.places)
-
     def vacant(self) -> list[int]:
         """Return the places where a worker is missing."""
-        with self._changed:
+        with self._lock:
             return sorted(self.places - {w.index for w in self._workers if not w.left})
 
     def resize(self, size: int) -> None:
         """Let the workers at the last places leave, or start workers at free places."""
-        with self._changed:
+        with self._lock:
             for index in sorted(self.places)[size:]:
                 self.leave(index)
             free = (index for index in itertools.count() if index not in self.places)
-            self.places.update(itertools.islice(free, size - self.size))
+            self.places.update(itertools.islice(free, size - len(self.places)))
         self.wake()
 
     def leave(self, index: int) -> None:
         """Let the worker at a place end its job and leave, for good."""
-        with self._changed:
+        with self._lock:
             self.places.discard(index)
-            for worker in [w for w in self._workers if w.index == index]:
+            for worker in self.at(index):
                 worker.left = True
-                if worker in self._idle:
-                    self._idle.remove(worker)
                 if worker.job is None:
                     self.retire(worker)
-        self._refuse()
+        self.refuse()
 
-    def submit(self, request: LiveRequest, module: Any, parts: Sequence[Part]) -> None:
-        """Have parts of a request computed."""
-        with self._changed:
-            self._jobs += [Job(next(self._numbers), request, module, part) for part in parts]
-        if self.closed:
-            self.stop()
-        self._refuse()
-        self._assign()
+    def submit(self, jobs: Iterable[Job]) -> None:
+        """Have jobs done."""
+        with self._lock:
+            self._jobs += jobs
+        self.refuse()
 
     def exclude(self, index: int) -> None:
         """Give the worker at a place no more jobs."""
-        with self._changed:
-            for worker in self._workers:
-                worker.excluded |= worker.index == index
-            self._idle = deque(worker for worker in self._idle if not worker.excluded)
-        self._refuse()
+        with self._lock:
+            for worker in self.at(index):
+                worker.excluded = True
+        self.refuse()
 
     def restart(self, index: int) -> None:
         """Give the worker at a place jobs again, or replace it."""
-        with self._changed:
-            for worker in self._workers:
-                if worker.index == index and worker.excluded:
-                    worker.excluded = False
-                    self._rest(worker)
+        with self._lock:
+            for worker in self.at(index):
+                worker.excluded = False
         self._assign()
+
+    def at(self, index: int) -> list[W]:
+        """Return the workers at a place; those that leave are among them."""
+        return [worker for worker in self._workers if worker.index == index]
 
     @property
     def num_ready(self) -> int:
         """The number of workers that are up and get jobs."""
-        with self._changed:
-            up = (w.index for w in self._workers if w.ready and not w.excluded and not w.left)
-            return len(set(up))
+        return sum(state in ("idle", "busy") for state, _ in self.states().values())
 
     @property
     def num_idle(self) -> int:
         """The number of workers that would begin a job at once."""
-        return len(self._idle)
+        with self._lock:
+            return sum(worker.idle for worker in self._workers)
 
     def status(self, request: LiveRequest) -> str:
         """Return why parts of a request may not have begun, in words."""
-        with self._changed:
+        with self._lock:
             workers = [worker for worker in self._workers if not worker.left]
             up = {w.index for w in workers if w.ready}
             free = {w.index for w in workers if w.job is None or w.job.request is request}
@@ -173,13 +157,13 @@ class Dispatcher(abc.ABC, Generic[W]):
             (self.places - up, f"are starting{self.trouble and f'; {self.trouble}'}"),
             (excluded, "are excluded"),
         )
-        many = f"of {self.size} {self.kind}"
+        many = f"of {len(self.places)} {self.kind}"
         said = [f"{len(some)} {many} {what}" for some, what in reasons if some]
         return "; ".join(said) if self.places else f"all {self.kind} have left"
 
     def states(self) -> dict[int, tuple[str, int]]:
         """Return the state of each place, as :attr:`DispatchedWorkers.states` does."""
-        with self._changed:
+        with self._lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:
                 if worker.ready and not worker.left and found[worker.index][0] != "busy":
@@ -188,61 +172,65 @@ class Dispatcher(abc.ABC, Generic[W]):
                     found[worker.index] = state, getattr(worker, "pid", 0)
         return found
 
+    def stop(self) -> None:
+        """Fail all jobs that wait, and all later ones, as the pool is closed."""
+        self.closed = True
+        self.refuse()
+
     # The workers call these methods.
 
     def add(self, worker: W, ready: bool = True) -> None:
         """Add a worker that is up, or one that starts."""
-        with self._changed:
+        with self._lock:
             self._workers.append(worker)
             worker.left = worker.index not in self.places  # the pool has shrunk since it started
             if worker.left:
                 self.retire(worker)
-            elif ready:
-                self.ready(worker)
+        if ready:
+            self.ready(worker)
 
     def ready(self, worker: W) -> None:
         """Note that a worker is up, and give it jobs."""
-        with self._changed:
-            worker.ready = True
-            self._rest(worker)
-            self._changed.notify_all()
+        worker.ready = True
         self._assign()
 
-    def settle(self, worker: W, number: int, value: Any) -> None:
-        """End a job by a value."""
+    def settle(self, worker: W, number: int, value: Any = None, *why: Any) -> None:
+        """End a job by a value, or by an error of the arguments of :meth:`fail`."""
         if (job := self._finish(worker, number)) is not None:
-            job.request.settle(job.part, value)
+            job.request.settle(job.part, value, *why)
         self._assign()
 
-    def fail(self, worker: W, number: int, *why: Any, **more: Any) -> None:
-        """End a job by an error, of the arguments of :meth:`LiveRequest.fail`."""
-        if (job := self._finish(worker, number)) is not None:
-            job.request.fail(job.part, *why, **more)
-        self._assign()
+    def fail(self, worker: W, number: int, reason: str, kind: str = "", cause: Any = None) -> None:
+        """End a job by a :class:`WorkerError` of these arguments."""
+        self.settle(worker, number, None, reason, kind, cause)
 
     def hand_back(self, worker: W, number: int) -> None:
         """Put a job that a worker did not take first in the queue again."""
         if (job := self._finish(worker, number)) is not None:
-            with self._changed:
+            with self._lock:
                 job.request.put_back(job.part)
                 self._jobs.appendleft(job)
-            if self.closed:
-                self.stop()
-        self._refuse()
+        self.refuse()
+
+    def refuse(self, why: str = "") -> None:
+        """Fail the jobs that must avoid all workers that are left; for a reason, that are up."""
+        why = "the pool was closed" if self.closed else why
+        with self._lock:
+            left = self.places - {w.index for w in self._workers if w.excluded}
+            left = {w.index for w in self._workers if w.ready} if why else left
+            jobs, self._jobs = self._jobs, deque()
+            for job in jobs:
+                avoid = job.part.avoid
+                if self.closed or (left <= avoid and (why or avoid)):
+                    reason = f"did not start: {why or 'it avoids all workers that are left'}"
+                    job.request.settle(job.part, None, reason)
+                else:
+                    self._jobs.append(job)
         self._assign()
-
-    def load(self, worker: W) -> int:
-        """Return a number; the idle worker with the least one takes the next job."""
-        return 0
-
-    def _rest(self, worker: W) -> None:
-        """Note that a worker is idle, if it can get jobs."""
-        if worker.ready and worker.job is None and not (worker.excluded or worker.left):
-            self._idle.append(worker)
 
     def _finish(self, worker: W, number: int) -> Job | None:
         """Make a worker idle, and return its job; None if that is another one."""
-        with self._changed:
+        with self._lock:
             job = worker.job
             if job is None or job.number != number or worker not in self._workers:
                 logger.warning("%s: dropped the reply to job %d, not its own", worker, number)
@@ -250,7 +238,6 @@ class Dispatcher(abc.ABC, Generic[W]):
             worker.job = None
             if worker.left:
                 self.retire(worker)
-            self._rest(worker)
             return job
 
     def _assign(self) -> None:
@@ -261,81 +248,49 @@ class Dispatcher(abc.ABC, Generic[W]):
                 self.send(worker, job)
             except BaseException as cause:
                 if self._finish(worker, job.number) is not None:
-                    job.request.fail(job.part, f"could not be asked: {cause}", cause)
+                    job.request.settle(job.part, None, f"could not be asked: {cause}", "", cause)
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
 
     def _begin(self) -> tuple[W, Job] | None:
-        """Begin the first job that an idle worker may take."""
-        with self._changed:
-            at = 0
-            while at < len(self._jobs):
+        """Begin the first job that an idle worker may take, at the place with the fewest jobs."""
+        with self._lock:
+            at, idle = 0, [worker for worker in self._workers if worker.idle]
+            busy = Counter(w.index for w in self._workers if w.job is not None) if idle else {}
+            while idle and at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                others = (worker for worker in self._idle if worker.index not in job.part.avoid)
-                worker = min(others, key=self.load, default=None)
-                if worker is None and job.wanted():
-                    if not self._idle:
-                        return None
+                workers = [worker for worker in idle if worker.index not in job.part.avoid]
+                if not workers and job.request.wants(job.part):
                     at += 1
                     continue
                 del self._jobs[at]
-                if worker is not None and job.request.begin(
-                    job.part, worker.index, worker.is_new_to(job.module)
-                ):
-                    self._idle.remove(worker)
-                    worker.job, worker.since = job, self._clock()
-                    return worker, job
+                if workers:
+                    worker = min(workers, key=lambda w: (busy.get(w.index, 0), w.since))
+                    fresh = worker.is_new_to(job.request.module)
+                    if job.request.begin(job.part, worker.index, fresh):
+                        worker.job, worker.since = job, self._clock()
+                        return worker, job
             return None
-
-    def _refuse(self) -> None:
-        """Fail the jobs that must avoid all workers that are left."""
-        with self._changed:
-            left = self.places - {w.index for w in self._workers if w.excluded}
-            refused = [job for job in self._jobs if job.part.avoid and left <= job.part.avoid]
-            for job in refused:
-                self._jobs.remove(job)
-        for job in refused:
-            job.request.fail(job.part, "did not start: it avoids all workers that are left")
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Call :meth:`stop`, and end the workers. May be called twice."""
-
-    def stop(self) -> None:
-        """Fail all jobs that wait, and all later ones, as the pool is closed."""
-        with self._changed:
-            self.closed = True
-        self._strand("the pool was closed")
-
-    def _strand(self, reason: str) -> None:
-        """Fail all jobs that wait."""
-        with self._changed:
-            jobs, self._jobs = self._jobs, deque()
-        for job in jobs:
-            job.request.fail(job.part, f"did not start: {reason}")
 
 
 class DispatchedWorkers(Workers):
     """A pool whose parts wait in the queue of a dispatcher.
 
-    Subclasses implement :meth:`_open`, which calls :meth:`_start`; copies of the pool call it anew.
+    Subclasses implement :meth:`_make`. They call :meth:`_open`, as copies of the pool do.
     """
 
-    #: The attributes that copies have anew.
-    _live: tuple[str, ...] = ("_queue", "_finalizer")
-    _queue: Any = None  # None until the pool starts
+    _queue: Any
 
     @abc.abstractmethod
-    def _open(self) -> None:
-        """Set the attributes that copies have anew."""
+    def _make(self) -> Dispatcher[Any]:
+        """Return a dispatcher. It must not hold the pool, which closes when nothing holds it."""
 
-    def _start(self, dispatcher: Dispatcher[Any]) -> None:
-        """Use a dispatcher. It must not hold the pool, which closes when nothing holds it."""
-        self._queue = dispatcher
-        self._finalizer = weakref.finalize(self, dispatcher.close)
+    def _open(self) -> None:
+        self._queue = self._make()
+        self._finalizer = weakref.finalize(self, self._queue.close)
 
     def _dispatcher(self) -> Any:
-        """Return the dispatcher, started if it was not; a RuntimeError if the pool is closed."""
+        """Return the dispatcher; a RuntimeError if the pool is closed."""
         if self._queue.closed:
             raise RuntimeError(f"{type(self).__name__}: the pool is closed")
         return self._queue
@@ -350,13 +305,17 @@ class DispatchedWorkers(Workers):
 
     @property
     def num_ready(self) -> int:
-        return 0 if self._queue is None else self._queue.num_ready
+        return int(self._queue.num_ready)
 
     @property
     def states(self) -> dict[int, tuple[str, int]]:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        found: dict[int, tuple[str, int]] = self._dispatcher().states()
+        found: dict[int, tuple[str, int]] = self._queue.states()
         return found
+
+    def resize(self, num_workers: int) -> None:
+        size = count(self, "num_workers", num_workers)
+        self._dispatcher().resize(size)
 
     def exclude(self, worker: int) -> None:
         """Give the worker at a place in the pool no more parts until it is restarted."""
@@ -376,11 +335,10 @@ class DispatchedWorkers(Workers):
         return count(self, "worker", worker, least=0, most=max(self.places, default=0))
 
     def close(self) -> None:
-        if self._queue is not None:
-            self._finalizer()
+        self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self._live}
+        return {**vars(self), "_queue": None, "_finalizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -22,7 +22,7 @@ from ..open_inference.client import (
     RemoteModule,
     running_loop,
 )
-from .base import Reply, Request, Task
+from .base import Reply, Request, Task, Workers
 from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
@@ -103,11 +103,15 @@ class EndpointWorkers(DispatchedWorkers):
         self._access: dict[str, Any] = {"headers": headers, "token": token, "context": context}
         self._open()
 
-    def _open(self) -> None:
+    resize = Workers.resize  # only :meth:`add` and :meth:`remove` know servers
+
+    def _make(self) -> _Endpoints:
         limits: Any = {"connect_timeout": self.connect_timeout, "timeout": self.timeout}
-        client = Client(self, **self._access, **limits)
+        return _Endpoints(Client(self, **self._access, **limits), self.concurrency)
+
+    def _open(self) -> None:
+        super()._open()
         urls = self._source() if callable(self._source) else self._source
-        self._start(_Endpoints(client, self.concurrency))
         for url in urls:
             self.add(url)
         if not callable(self._source) and not self.urls:
@@ -193,12 +197,12 @@ class _Endpoints(Dispatcher[_Slot]):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        with self._changed:
+        with self._lock:
             return tuple(dict.fromkeys(slot.url for slot in self._workers if not slot.left))
 
     def join(self, url: str) -> None:
         """Add a server, or give one that was excluded parts again."""
-        with self._changed:
+        with self._lock:
             place = self.place_of.setdefault(url, len(self.place_of))
             known = place in self.places
             self.places.add(place)
@@ -228,10 +232,6 @@ class _Endpoints(Dispatcher[_Slot]):
 
     def send(self, worker: _Slot, job: Job) -> None:
         self.loop.call_soon_threadsafe(self._begin_at, worker, job)
-
-    def load(self, worker: _Slot) -> int:
-        """Return the number of parts that a server computes."""
-        return sum(s.index == worker.index and s.job is not None for s in self._workers)
 
     def cancel(self, request: LiveRequest) -> None:
         """Cancel the running parts of a request."""
@@ -271,7 +271,7 @@ class _Endpoints(Dispatcher[_Slot]):
         return task
 
     def _cancel(self, request: LiveRequest) -> None:
-        with self._changed:
+        with self._lock:
             for slot in self._workers:
                 if (
                     slot.job is not None
@@ -290,7 +290,7 @@ class _Endpoints(Dispatcher[_Slot]):
     async def _compute(self, slot: _Slot, job: Job) -> None:
         """Ask a server for a part, and report the result or the error."""
         try:
-            value = await self._ask(slot, job, job.module)
+            value = await self._ask(slot, job, job.request.module)
         except BusyError as busy:
             self._pause(slot.url, busy.seconds)
             self.hand_back(slot, job.number)
@@ -298,11 +298,11 @@ class _Endpoints(Dispatcher[_Slot]):
             reason = f"({slot.url}) {error}"
             self.trouble = f"{slot.url} {error}"
             self._pause(slot.url, why=str(error))
-            self.fail(slot, job.number, reason, error, "died" if error.lost else "")
+            self.fail(slot, job.number, reason, "died" if error.lost else "", error)
         except Exception as error:  # the model failed, or the arguments are wrong
             raised = isinstance(error, RemoteError | TypeError | ValueError)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.fail(slot, job.number, f"({slot.url}) raised {error!r}", error, kind)
+            self.fail(slot, job.number, f"({slot.url}) raised {error!r}", kind, error)
         else:
             self._num_answers += 1
             self._pauses.pop(slot.url, None)
@@ -327,13 +327,12 @@ class _Endpoints(Dispatcher[_Slot]):
 
     def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""
-        with self._changed:
+        with self._lock:
             slots = [slot for slot in self._workers if slot.url == url and not slot.left]
             if not slots or not slots[0].ready:
                 return
             for slot in slots:
                 slot.ready = False
-            self._idle = type(self._idle)(slot for slot in self._idle if slot.ready)
         if why:
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})

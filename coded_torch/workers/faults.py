@@ -21,8 +21,18 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance, positive, probability
 from .._torch import on_host
 from ..stragglers import Stragglers
-from .base import Began, Part, Reply, Request, Workers
-from .task import Arguments, Task, broadcast_dims, flatten, unflatten
+from .base import (
+    Arguments,
+    Began,
+    Part,
+    Reply,
+    Request,
+    Task,
+    Workers,
+    broadcast_dims,
+    flatten,
+    unflatten,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self

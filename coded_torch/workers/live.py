@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextvars import ContextVar
@@ -20,7 +21,9 @@ from torch.utils import _pytree as pytree
 
 from .base import Began, Part, Reply, Request, Task, WorkerError
 
-__all__ = ["INTERRUPTION", "Ambient", "Interruption", "LiveRequest"]
+__all__ = ["INTERRUPTION", "Ambient", "Interruption", "Job", "LiveRequest"]
+
+_numbers = itertools.count()
 
 
 class Interruption:
@@ -28,22 +31,22 @@ class Interruption:
 
     def __init__(self) -> None:
         self._is_set = False
-        self._requests: list[LiveRequest] = []
+        self.requests: list[LiveRequest] = []
 
     def watch(self, request: LiveRequest) -> None:
-        self._requests.append(request)
+        self.requests.append(request)
         if self._is_set:
             request.interrupt()
 
     def set(self) -> None:
         self._is_set = True
-        for request in list(self._requests):
+        for request in list(self.requests):
             request.interrupt()
 
     def abandon(self) -> None:
         """Interrupt the requests, and end even the workers that compute their parts."""
         self.set()
-        for request in list(self._requests):
+        for request in list(self.requests):
             request.abandoned = True
             request.dispatcher.wake()
 
@@ -52,11 +55,20 @@ class Interruption:
 INTERRUPTION: ContextVar[Interruption | None] = ContextVar("INTERRUPTION", default=None)
 
 
-class LiveRequest(Request):
-    """A request whose workers report to :meth:`begin`, :meth:`settle` and :meth:`fail`.
+class Job:
+    """A part that a request has asked a dispatcher for. No other job has its number."""
 
-    Its parts wait in the queue of a dispatcher, as jobs with ``module``. A part fails ``timeout``
-    seconds after it was asked for.
+    __slots__ = ("asked", "began", "number", "part", "request")
+
+    def __init__(self, request: LiveRequest, part: Part, asked: float) -> None:
+        self.number, self.request, self.part, self.asked = next(_numbers), request, part, asked
+        self.began: Began | None = None
+
+
+class LiveRequest(Request):
+    """A request whose workers report to a dispatcher.
+
+    Its parts wait there as jobs. A part fails ``timeout`` seconds after it was asked for.
     """
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
@@ -64,9 +76,7 @@ class LiveRequest(Request):
         self.ambient = Ambient.capture()  # the modes of the caller
         self._timeout = timeout
         self._opened = time.monotonic()
-        # By the number of the part: None until it begins, no entry after its reply.
-        self._open: dict[int, Began | None] = {}
-        self._asked: deque[tuple[float, Part]] = deque()  # times of asking, the oldest first
+        self._open: OrderedDict[int, Job] = OrderedDict()  # by the part, the oldest first
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = False
@@ -77,22 +87,23 @@ class LiveRequest(Request):
         if (interruption := INTERRUPTION.get()) is not None:
             interruption.watch(self)
 
-    # The workers call these methods, from any thread.
-
-    def wants(self, part: Part) -> bool:
-        """Return whether a part has still to begin."""
-        return self._open.get(part.number, part) is None
+    # The dispatcher calls these methods, from any thread.
 
     def awaits(self, part: Part) -> bool:
         """Return whether the reply to a part is still awaited."""
         return part.number in self._open
+
+    def wants(self, part: Part) -> bool:
+        """Return whether a part has still to begin."""
+        job = self._open.get(part.number)
+        return job is not None and job.began is None
 
     def begin(self, part: Part, worker: int, fresh: bool = False) -> bool:
         """Note that a worker has got a part. If this returns False, it must not compute it."""
         with self._lock:
             if not self.wants(part):
                 return False
-            began = self._open[part.number] = Began(part, worker, self.now(), fresh)
+            began = self._open[part.number].began = Began(part, worker, self.now(), fresh)
             self._events.put(began)
             return True
 
@@ -100,24 +111,16 @@ class LiveRequest(Request):
         """Note that a part has still to begin, as its worker did not take it."""
         with self._lock:
             if part.number in self._open:
-                self._open[part.number] = None
+                self._open[part.number].began = None
 
-    def settle(self, part: Part, value: Any = None, error: WorkerError | None = None) -> None:
-        """End a part, begun or not. Does nothing if its reply is not awaited."""
+    def settle(self, part: Part, value: Any = None, *why: Any) -> None:
+        """End a part, unless it has ended, by a value, or by an error with a reason and so on."""
         with self._lock:
-            if part.number in self._open:
-                began, at = self._open.pop(part.number), self.now()
+            if (job := self._open.pop(part.number, None)) is not None:
+                began, at = job.began, self.now()
                 worker, latency = (began.worker, at - began.at) if began else (-1, math.inf)
+                error = WorkerError(part.number, worker, *why) if why else None
                 self._events.put(Reply(part, worker, at, latency, value, error))
-
-    def fail(
-        self, part: Part, reason: str, cause: BaseException | None = None, kind: str = ""
-    ) -> None:
-        """End a part by a :class:`WorkerError` of these arguments."""
-        began = self._open.get(part.number)
-        error = WorkerError(part.number, began.worker if began else -1, reason, kind)
-        error.__cause__ = cause
-        self.settle(part, error=error)
 
     def interrupt(self) -> None:
         """Have :meth:`wait` raise a CancelledError."""
@@ -126,25 +129,29 @@ class LiveRequest(Request):
     # The caller calls these methods, from one thread.
 
     def ask(self, parts: Sequence[Part]) -> None:
+        now = self.now()
+        jobs = [Job(self, part, now) for part in parts]
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{type(self).__name__}: the request is closed")
-            self._open |= {part.number: None for part in parts}
-        now = self.now()
-        self._asked.extend((now, part) for part in parts)
-        self.dispatcher.submit(self, self.module, parts)
+            self._open.update((job.part.number, job) for job in jobs)
+        self.dispatcher.submit(jobs)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         while True:
-            limit = self._limit()
+            with self._lock:
+                oldest = next(iter(self._open.values()), None)
             # If nothing is open, all that can happen has happened.
-            seconds = 0.0 if limit == math.inf else max(min(until, limit) - self.now(), 0.0)
+            limit = math.inf if oldest is None else oldest.asked + self._timeout
+            seconds = 0.0 if oldest is None else max(min(until, limit) - self.now(), 0.0)
             try:
                 event = self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
             except queue.Empty:
-                if until < limit or limit == math.inf:
+                if oldest is None or until < limit:
                     return None
-                self._expire()
+                status = self.status() if oldest.began is None else ""
+                why = f"did not reply within {self._timeout:g} s{status and f'; {status}'}"
+                self.settle(oldest.part, None, why)
                 continue
             if event is None:
                 raise CancelledError(f"{type(self).__name__}: the call was cancelled")
@@ -172,7 +179,7 @@ class LiveRequest(Request):
 
     def status(self) -> str:
         with self._lock:
-            waiting = None in self._open.values()
+            waiting = any(job.began is None for job in self._open.values())
         return self.dispatcher.status(self) if waiting else ""
 
     def close(self) -> None:
@@ -185,20 +192,6 @@ class LiveRequest(Request):
         self.abandoned = True
         self.close()
         self.dispatcher.wake()
-
-    def _limit(self) -> float:
-        """Return when the oldest open part fails."""
-        with self._lock:
-            while self._asked and self._asked[0][1].number not in self._open:
-                self._asked.popleft()
-        return self._asked[0][0] + self._timeout if self._asked else math.inf
-
-    def _expire(self) -> None:
-        """Let the oldest part fail."""
-        status = self.status()
-        _, part = self._asked.popleft()
-        why = f"; {status}" if status and self.wants(part) else ""
-        self.fail(part, f"did not reply within {self._timeout:g} s{why}")
 
 
 @dataclasses.dataclass(frozen=True)

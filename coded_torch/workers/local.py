@@ -8,12 +8,27 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._arguments import count, instance
 from ..stragglers import Stragglers
-from .base import Began, Part, Reply, Request, WorkerError, Workers
-from .task import Task
+from .base import (
+    Began,
+    Part,
+    Reply,
+    Request,
+    Task,
+    WorkerError,
+    Workers,
+    broadcast_dims,
+    check_batch,
+    flatten,
+    kind,
+    leaf_name,
+    show,
+    unflatten,
+)
 
 __all__ = ["LocalWorkers"]
 
@@ -158,5 +173,34 @@ class _Batch:
                 rows = f"units {units}, {self._task.unit_rows} rows each"
                 error.add_note(f"LocalWorkers: raised by the module on {rows}")
             raise
-        values = self._task.cut(outputs, [len(part.units) for part in parts])
+        values = cut(self._task, outputs, [len(part.units) for part in parts])
         return {part.number: value for part, value in zip(parts, values, strict=True)}
+
+
+def cut(task: Task, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
+    """Cut the outputs for the batches of :meth:`Task.payloads` into parts of ``counts`` units.
+
+    Raises a ValueError if they differ in structure, kind or a constant, or lack rows.
+    """
+    flat, specs = zip(*map(flatten, outputs), strict=True)
+    if any(spec != specs[0] for spec in specs):
+        got = " and ".join(sorted(set(map(str, specs))))
+        must = "the module must return the same structure for every batch"
+        raise ValueError(f"Task: {must}, got {got}")
+    sizes = [count * task.unit_rows for count in counts]
+    columns: list[Sequence[Any]] = []
+    for i, dim in enumerate(broadcast_dims("out_dims", task.out_dims, specs[0])):
+        pieces = [leaves[i] for leaves in flat]
+        if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
+            name = leaf_name("output", outputs[0], i)
+            got = " and ".join(sorted({show(piece) for piece in pieces}))
+            must = "must be the same for every batch, or a tensor of one dtype"
+            raise ValueError(f"CodedWrapper: {name} {must}, got {got}")
+        if dim is None or not isinstance(pieces[0], Tensor):
+            columns.append(pieces[:1] * len(counts))
+            continue
+        check_batch(outputs[0], i, pieces[0], dim)
+        leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+        check_batch(outputs[0], i, leaf, dim, sum(sizes))
+        columns.append(leaf.split(sizes, dim))
+    return [unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]

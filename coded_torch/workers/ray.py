@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .dispatch import Job, logger
-from .processes.supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from .processes.worker_main import LoadedModules, set_up
+from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
+from .worker_main import LoadedModules, set_up
 
 __all__ = ["RayWorkers"]
 
@@ -74,7 +74,7 @@ class RayWorkers(SupervisedWorkers):
         self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
-    def _make_supervisor(self) -> Supervisor[_Actor]:
+    def _make(self) -> Supervisor[_Actor]:
         return _Actors(self._size, self.grace, self.address, self.threads, self.actor_options)
 
 
@@ -97,10 +97,12 @@ class _Actors(Supervisor[_Actor]):
     ) -> None:
         super().__init__(size, grace)
         self._news: queue.SimpleQueue[tuple[_Actor, int | None, Any] | None] = queue.SimpleQueue()
-        self._threads = threads
-        self._session = _connect(address)
+        self._address, self._threads, self._options = address, threads, options
+
+    def set_up(self) -> None:
+        self._session = _connect(self._address)
         self._class = _ray().remote(
-            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **options
+            concurrency_groups={"end": 1}, max_restarts=0, max_task_retries=0, **self._options
         )(_actor_class())
         # Runs before Ray's own exit handler, which would leave a pool that cannot end its actors.
         atexit.register(self.close)
@@ -117,9 +119,10 @@ class _Actors(Supervisor[_Actor]):
 
     def send(self, worker: _Actor, job: Job) -> None:
         self._check()
-        contents = _portable(job.module.job(job.request.task, job.part))
-        worker.load(job.module)
-        reply = worker.handle.call.remote(job.module.number, job.module.package, contents)
+        module = job.request.module
+        contents = _portable(module.job(job.request.task, job.part))
+        worker.load(module)
+        reply = worker.handle.call.remote(module.number, module.package, contents)
         self._listen(worker, job.number, reply)
 
     def end(self, worker: _Actor) -> None:

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from coded_torch.testing.workers import task_of
 from coded_torch.workers import Part, Task, WorkerError, Workers
 from coded_torch.workers.faults import Fault
+from coded_torch.workers.local import cut
 
 
 def storage(tensor: torch.Tensor) -> int:
@@ -45,14 +46,14 @@ def test_payloads_have_at_most_the_maximum_size(limit, sizes):
     batches = [args[0] for args, _ in task.payloads(range(3), limit)]
     assert list(map(len, batches)) == sizes
     assert torch.equal(torch.cat(batches), task.leaves[0].flatten(0, 1))
-    for part, output in enumerate(task.cut(batches, [1, 1, 1])):
+    for part, output in enumerate(cut(task, batches, [1, 1, 1])):
         assert torch.equal(output, task.leaves[0][part])
 
 
 def test_outputs_are_cut_into_parts_of_any_size():
     task = task_of(torch.randn(5, 2, 3), dim=1)
     (batch,), _ = task.payload(range(5))
-    first, second, third = task.cut([{"a": batch, "b": None}], [2, 1, 2])
+    first, second, third = cut(task, [{"a": batch, "b": None}], [2, 1, 2])
     assert [part["a"].shape for part in (first, second, third)] == [(3, 4), (3, 2), (3, 4)]
     assert torch.equal(torch.cat([first["a"], second["a"], third["a"]], 1), batch)
     assert first["b"] is None
@@ -61,15 +62,15 @@ def test_outputs_are_cut_into_parts_of_any_size():
 def test_outputs_without_the_batch_are_refused():
     task = task_of(torch.randn(3, 2, 1))
     with pytest.raises(ValueError, match=r"output\['sum'\] must have a batch dimension at dim 0"):
-        task.cut([{"sum": torch.tensor(1.0)}], [3])
+        cut(task, [{"sum": torch.tensor(1.0)}], [3])
     with pytest.raises(ValueError, match=r"output must have size 6, .* got shape \(3, 1\)"):
-        task.cut([torch.ones(3, 1)], [3])
+        cut(task, [torch.ones(3, 1)], [3])
 
 
 def test_the_structure_must_be_the_same_for_every_batch():
     x = torch.ones(2, 1)
     with pytest.raises(ValueError, match="the same structure for every batch"):
-        task_of(torch.ones(3, 2, 1)).cut([x, [x], x], [3])
+        cut(task_of(torch.ones(3, 2, 1)), [x, [x], x], [3])
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_the_structure_must_be_the_same_for_every_batch():
 )
 def test_constants_and_dtypes_must_be_the_same_for_every_batch(first, second, got):
     with pytest.raises(ValueError, match=rf"output\['size'\] must be the same .* got {got}"):
-        task_of(torch.ones(3, 2, 1)).cut([{"size": first}, {"size": second}], [3])
+        cut(task_of(torch.ones(3, 2, 1)), [{"size": first}, {"size": second}], [3])
 
 
 def test_a_fault_makes_no_other_part():

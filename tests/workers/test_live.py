@@ -19,8 +19,9 @@ WAIT = 60.0
 class Nobody:
     """A dispatcher without workers."""
 
-    def submit(self, request, module, parts):
-        request.parts += parts
+    def submit(self, jobs):
+        for job in jobs:
+            job.request.parts.append(job.part)
 
     def status(self, request):
         return "all is quiet"
@@ -71,7 +72,7 @@ def test_a_part_has_one_reply_and_its_latency_is_from_when_it_began():
 def test_what_was_never_begun_fails_without_a_worker():
     request = Quiet()
     request.ask(parts := numbered((0,)))
-    request.fail(parts[0], "did not start: there was none")
+    request.settle(parts[0], None, "did not start: there was none")
     (reply,) = replies_of(request)
     assert (reply.worker, reply.latency) == (-1, math.inf)
     assert str(reply.error) == "part 0 did not start: there was none"

@@ -35,8 +35,14 @@ from coded_torch.testing.workers import (
     task_of,
     until,
 )
-from coded_torch.workers import Began, Fault, FaultyWorkers, ProcessWorkers, WorkerError
-from coded_torch.workers.processes import worker_main
+from coded_torch.workers import (
+    Began,
+    Fault,
+    FaultyWorkers,
+    ProcessWorkers,
+    WorkerError,
+    worker_main,
+)
 
 from .modules import (
     Exits,
@@ -512,7 +518,7 @@ def test_every_fault_is_rejected_and_spoils_nothing():
 
 def test_a_forked_process_is_refused():
     with ProcessWorkers(1).start(timeout=WAIT) as pool:
-        pool._pid += 1  # as it would look from there
+        pool._queue._process += 1  # as it would look from there
         with pytest.raises(RuntimeError, match="in the process that started it"):
             answers(pool, nn.Identity(), torch.ones(1, 1, 1))
 
@@ -587,12 +593,10 @@ def test_a_script_without_a_guard_gets_to_know(tmp_path):
     assert last.endswith('put its main part under: if __name__ == "__main__":')
 
 
-def test_a_pool_that_closes_while_it_starts_refuses_no_packages(monkeypatch):
+def test_a_pool_that_closes_while_it_starts_refuses_no_packages():
     pool = ProcessWorkers(1)
-    processes = pool._make_supervisor()
-    processes._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
-    monkeypatch.setattr(pool, "_make_supervisor", lambda: processes)
-    pool._dispatcher()
+    pool._queue._packages = frozenset(["timeit"])  # a server of its own, which takes seconds
+    pool._queue.begin(nn.Identity())
     until = time.monotonic() + WAIT
     while not pool._queue._workers and time.monotonic() < until:
         time.sleep(0.002)

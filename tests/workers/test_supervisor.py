@@ -16,13 +16,13 @@ from coded_torch.testing.workers import task_of, until
 from coded_torch.workers import Began, Part, Reply
 from coded_torch.workers.dispatch import Job
 from coded_torch.workers.live import LiveRequest
-from coded_torch.workers.processes.supervisor import (
+from coded_torch.workers.supervisor import (
     START_SECONDS,
     SupervisedWorkers,
     Supervisor,
     WatchedWorker,
 )
-from coded_torch.workers.processes.worker_main import PackedModule
+from coded_torch.workers.worker_main import PackedModule
 
 GRACE = 10.0
 
@@ -70,7 +70,7 @@ class InMemory(Supervisor):
         assert isinstance(worker, Numbered)
         assert not worker.ended, "asked a worker that has ended"
         assert job.request.awaits(job.part), "began what is not wanted"
-        worker.load(job.module)
+        worker.load(job.request.module)
         worker.sent.append(job)
 
     def end(self, worker: WatchedWorker) -> None:
@@ -161,7 +161,7 @@ class SupervisorMachine(RuleBasedStateMachine):
     @rule(size=st.integers(1, 5))
     def resize(self, size: int) -> None:
         self.supervisor.resize(size)
-        assert self.supervisor.size == size
+        assert len(self.supervisor.places) == size
 
     @invariant()
     def the_excluded_get_nothing(self) -> None:
@@ -277,12 +277,8 @@ class SupervisorMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_worker_is_idle_while_a_job_waits(self) -> None:
-        wanted = any(job.wanted() for job in self.supervisor._jobs)
-        assert not (wanted and self.supervisor._idle)
-        for worker in self.supervisor._idle:
-            assert worker.ready
-            assert worker.job is None
-            assert not worker.left
+        wanted = any(job.request.wants(job.part) for job in self.supervisor._jobs)
+        assert not (wanted and self.supervisor.num_idle)
 
     @invariant()
     def there_are_never_too_many_workers(self) -> None:
@@ -311,14 +307,14 @@ class SupervisorMachine(RuleBasedStateMachine):
             if (
                 not busy
                 and not self.supervisor._jobs
-                and len(self.supervisor._workers) == self.supervisor.size
+                and len(self.supervisor._workers) == len(self.supervisor.places)
             ):
                 break
         self.every_reply_is_the_answer_to_its_own_job()
         for request in self.requests:
             missing = len(request.asked) - len(self.got[request])
             assert missing == len(self.dropped[request])
-        assert len(self.supervisor._workers) == self.supervisor.size
+        assert len(self.supervisor._workers) == len(self.supervisor.places)
 
 
 TestSupervisor = SupervisorMachine.TestCase
@@ -506,7 +502,8 @@ def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_
     assert late.ended
     assert len(late.sent) == 1
     supervisor.ready(supervisor.launched[-1])
-    supervisor.take(supervisor.launched[-1], 1, True, lambda: "by another")
+    successor = supervisor.launched[-1]
+    supervisor.take(successor, successor.job.number, True, lambda: "by another")
     first, second = replies(one)
     assert "was at one job for more than 10 s" in str(first.error)
     assert second.value == "by another"
@@ -578,11 +575,6 @@ class Served(InMemory):
             raise KeyError("nobody expected this")
         self.blocked.wait(60.0)
 
-    def launch(self, index: int) -> Numbered:
-        worker = super().launch(index)
-        threading.Timer(0.1, self.ready, (worker,)).start()  # when the pool knows it
-        return worker
-
     def wake(self) -> None:
         self.woken = True
 
@@ -591,16 +583,16 @@ class Pool(SupervisedWorkers):
     def __init__(self) -> None:
         super().__init__(1, threads=1, grace=GRACE, timeout=60.0)
 
-    def _make_supervisor(self) -> Supervisor:
+    def _make(self) -> Supervisor:
         self.served = Served(1)
         self.served.blocked = threading.Event()
         return self.served
 
 
 def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(caplog, monkeypatch):
-    monkeypatch.setattr("coded_torch.workers.processes.supervisor._REPAIR_SECONDS", 0.01)
+    monkeypatch.setattr("coded_torch.workers.supervisor._REPAIR_SECONDS", 0.01)
     pool = Pool()
-    pool.start(timeout=60.0)
+    pool.open(nn.Identity(), task_of(torch.zeros(1, 1, 1)))
     until(lambda: "the thread of the pool goes on" in caplog.text)
     closing = threading.Thread(target=pool.close)
     closing.start()

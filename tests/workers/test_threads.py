@@ -25,8 +25,8 @@ class ThreadWorkers(DispatchedWorkers):
         self.size, self.timeout = num_workers, timeout
         self._open()
 
-    def _open(self) -> None:  # also in copies of the pool
-        self._start(Threads(self.size))
+    def _make(self) -> Threads:
+        return Threads(self.size)
 
     def open(self, module: nn.Module, task: Task) -> LiveRequest:
         # The request holds the threads, not the pool, which ends when nothing else holds it.
@@ -49,10 +49,10 @@ class Threads(Dispatcher):
         task = job.request.task
         try:
             with job.request.ambient.restored(task.device):
-                value = compute(job.module, task.payload(job.part.units), job.part.fault)
+                value = compute(job.request.module, task.payload(job.part.units), job.part.fault)
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.fail(worker, job.number, reason, cause, kind="raised")
+            self.fail(worker, job.number, reason, "raised", cause)
         else:
             self.settle(worker, job.number, value)
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..._arguments import count, instance, positive, warn
-from ..base import Request, Task
-from ..dispatch import DispatchedWorkers, Dispatcher, Worker, logger
-from ..live import Ambient, LiveRequest
-from .worker_main import ModuleStore, PackedModule, remote_cause
+from .._arguments import count, instance, positive, warn
+from .base import Request, Task
+from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
+from .live import Ambient, LiveRequest
+from .worker_main import ModuleStore, PackedModule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,6 +93,10 @@ class Supervisor(Dispatcher[V]):
         self._failed_starts = 0
         self._start_again = -math.inf
         self._pool, self._starts = next(_pools), Counter[int]()  # the number of starts by place
+        self._beginning, self._process = threading.Lock(), 0
+
+    def set_up(self) -> None:
+        """Get what the thread needs, before it starts."""
 
     @abc.abstractmethod
     def pack(self, module: nn.Module) -> Any:
@@ -110,12 +114,21 @@ class Supervisor(Dispatcher[V]):
     def wait(self, seconds: float) -> None:
         """Wait for news of the workers, or a call of :meth:`wake`, and report the news."""
 
-    @abc.abstractmethod
-    def wake(self) -> None:
-        """Make :meth:`wait` return."""
-
     def let_go(self) -> None:
         """Release everything but the workers, which have ended."""
+
+    def begin(self, module: nn.Module) -> bool:
+        """Start the thread, and so the workers, unless it runs in another process: then False.
+
+        The supervisor knows the module before it starts workers, which load it first.
+        """
+        with self._beginning:
+            if not self._process:
+                self.set_up()
+                self.modules.pack(module, Ambient.capture())
+                self._process = os.getpid()
+                self.thread.start()
+        return self._process == os.getpid()
 
     def seed(self, index: int) -> int:
         """Return the seed of the next worker at a place, different from all others."""
@@ -129,7 +142,7 @@ class Supervisor(Dispatcher[V]):
 
     def loaded(self, worker: V) -> None:
         """Note that a worker has loaded a module: of its job or, before it is up, the last one."""
-        with self._changed:
+        with self._lock:
             worker.loading, worker.since = False, self._clock()
         if not worker.ready:
             self.ready(worker)
@@ -144,29 +157,27 @@ class Supervisor(Dispatcher[V]):
                 self.fail_to_read(worker, number, error)
                 return
             if not succeeded:
-                cause = remote_cause(value)
-                self.fail(worker, number, f"failed in {worker}: {value[0]}", cause, "raised")
+                what, cause = value
+                self.fail(worker, number, f"failed in {worker}: {what}", "raised", cause)
                 return
         self.settle(worker, number, value)
 
     def fail_to_read(self, worker: V, number: int, cause: Exception) -> None:
         """Fail a job whose result cannot be read."""
-        self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", cause)
+        self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", "", cause)
 
-    def lost(self, worker: V, reason: str) -> None:
-        """Note that a worker has ended; ``reason`` continues its name."""
+    def lost(self, worker: V, reason: str, end: bool = False) -> None:
+        """Note that a worker has ended, or end it; ``reason`` continues its name."""
         if self._remove(worker):
-            self._replace(worker, reason)
+            self._replace(worker, reason, end)
 
     def _remove(self, worker: V) -> bool:
         """Take a worker out: it gets no job, and none of its results counts."""
-        with self._changed:
+        with self._lock:
             if worker not in self._workers:
                 return False
             self._workers.remove(worker)
             self.num_lost += not (self.closed or worker.left)
-            if worker in self._idle:
-                self._idle.remove(worker)
             return True
 
     def _replace(self, worker: V, reason: str, end: bool = False) -> None:
@@ -176,22 +187,20 @@ class Supervisor(Dispatcher[V]):
                 self.end(worker)
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
-        what, now, hopeless = f"{worker} {reason}", self._clock(), False
-        with self._changed:
+        what, now, hopeless = f"{worker} {reason}", self._clock(), ""
+        with self._lock:
             if not (worker.ready or worker.left):
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
                     self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
-                up = any(other.ready for other in self._workers)
-                hopeless = self._hopeless and not up
-            self._changed.notify_all()
+                hopeless = what if self._failed_starts >= _FAILED_STARTS else ""
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if (job := worker.job) is not None:
-            job.request.fail(job.part, f"was lost: {what}", kind="died")
+            job.request.settle(job.part, None, f"was lost: {what}", "died")
         if hopeless:
-            self._strand(what)
+            self.refuse(hopeless)
         self.wake()
 
     def retire(self, worker: V) -> None:
@@ -200,9 +209,9 @@ class Supervisor(Dispatcher[V]):
 
     def restart(self, index: int) -> None:
         """Have the worker at a place ended and replaced."""
-        with self._changed:
-            for worker in self._workers:
-                worker.unwanted |= worker.index == index and not worker.left
+        with self._lock:
+            for worker in self.at(index):
+                worker.unwanted |= not worker.left
         self.wake()
 
     # The thread calls these methods.
@@ -210,13 +219,14 @@ class Supervisor(Dispatcher[V]):
     def tend(self) -> None:
         """End overdue workers, and start missing ones."""
         now = self._clock()
-        with self._changed:
+        with self._lock:
+            ends = [(worker, *worker.end_by(self.grace)) for worker in self._workers]
+            overdue = [(worker, why) for worker, due, why in ends if due <= now]
             # Taken out here: a worker that got its next job now would end with that one.
-            overdue = [w for w in self._workers if w.end_by(self.grace)[0] <= now]
-            for worker in overdue:
+            for worker, _ in overdue:
                 self._remove(worker)
-        for worker in overdue:
-            self._replace(worker, worker.end_by(self.grace)[1], end=True)
+        for worker, why in overdue:
+            self._replace(worker, why, end=True)
         if now < self._start_again:
             return
         for index in self.vacant():
@@ -231,7 +241,7 @@ class Supervisor(Dispatcher[V]):
 
     def pause(self) -> float:
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
-        with self._changed:
+        with self._lock:
             due = [worker.end_by(self.grace)[0] for worker in self._workers]
             if self.vacant():
                 due.append(self._start_again)
@@ -251,125 +261,62 @@ class Supervisor(Dispatcher[V]):
                     self.trouble = f"{type(cause).__name__}: {cause}"
                     time.sleep(_REPAIR_SECONDS)
         finally:
-            with self._changed:
-                self.closed = True
-                self._changed.notify_all()
-                workers = [worker for worker in self._workers[:] if self._remove(worker)]
-            for worker in workers:
-                self._replace(worker, "was ended: the pool was closed", end=True)
             self.stop()
+            for worker in list(self._workers):
+                self.lost(worker, "was ended: the pool was closed", end=True)
             self.modules.clear()
             self.let_go()
 
     def close(self) -> None:
         """End the workers and the thread. May be called twice."""
         self.closed = True
-        self.wake()
-        if self.thread.ident is not None and self.thread is not threading.current_thread():
-            self.thread.join(_CLOSING_SECONDS)
-
-    @property
-    def workers(self) -> list[V]:
-        """The workers that are up, and have not left."""
-        with self._changed:
-            return [worker for worker in self._workers if worker.ready and not worker.left]
-
-    def wait_until_ready(self, timeout: float) -> bool:
-        """Wait until all workers are up, and return whether they are."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._up or self.closed or self._hopeless, timeout)
-            return self._up
-
-    @property
-    def _up(self) -> bool:
-        return len(self.workers) >= self.size
-
-    @property
-    def _hopeless(self) -> bool:
-        return self._failed_starts >= _FAILED_STARTS
+        if self.thread.ident is not None:
+            self.wake()
+            if self.thread is not threading.current_thread():
+                self.thread.join(_CLOSING_SECONDS)
 
 
 class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
-
-    _live = ("_queue", "_finalizer", "_lock", "_closed", "_pid", "_warned")
 
     def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
         self._size = count(self, "num_workers", num_workers)
         self.threads = count(self, "threads", threads)
         self.grace = positive(self, "grace", grace)
         self.timeout = positive(self, "timeout", timeout)
+        self._warned = False
         self._open()
-
-    @abc.abstractmethod
-    def _make_supervisor(self) -> Supervisor[Any]: ...
-
-    def _open(self) -> None:
-        self._lock, self._closed, self._warned = threading.Lock(), False, False
-
-    @property
-    def places(self) -> set[int]:
-        return set(range(self._size) if self._queue is None else self._queue.places)
-
-    def resize(self, num_workers: int) -> None:
-        self._size = count(self, "num_workers", num_workers)
-        if self._queue is not None:
-            self._queue.resize(self._size)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         if torch.is_grad_enabled():
             self._check_gradients(module, task)
-        return _SupervisedRequest(task, self.timeout, self._dispatcher(module), module)
+        supervisor = self._dispatcher()
+        if not supervisor.begin(module):
+            must = "the pool must be used in the process that started it"
+            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
+        request = LiveRequest(task, self.timeout, supervisor, None)
+        request.module = supervisor.modules.pack(module, request.ambient)
+        return request
 
     def start(
         self, module: nn.Module | None = None, example: Any = None, *, timeout: float = 120.0
     ) -> Self:
         instance(self, "module", module, nn.Module, optional=True)
-        end = time.monotonic() + positive(self, "timeout", timeout)
-        supervisor = self._dispatcher(module)
-        if not supervisor.wait_until_ready(timeout):
-            started = f"only {self.num_ready} of {self.num_workers} workers started"
-            trouble = f"last error: {supervisor.trouble or 'none, they are still starting'}"
-            what = f"{started} within {timeout:g} s; {trouble}"
-            raise RuntimeError(f"{type(self).__name__}: {what}")
-        return super().start(module, example, timeout=end - time.monotonic())
+        timeout = positive(self, "timeout", timeout)
+        return super().start(module or nn.Identity(), example, timeout=timeout)
 
     @property
     def pids(self) -> list[int]:
         """The process ids of the workers that are up, on their computers."""
-        return [] if self._queue is None else [worker.pid for worker in self._queue.workers]
+        return [pid for _, pid in self.states.values() if pid]
 
     def forget(self, module: nn.Module) -> None:
         """Send ``module`` to the workers again when it is needed next."""
-        if self._queue is not None:
-            self._queue.modules.forget(module)
+        self._queue.modules.forget(module)
 
     @property
     def num_restarts(self) -> int:
-        return 0 if self._queue is None else self._queue.num_lost
-
-    def close(self) -> None:
-        """End all workers at once, even during a call. May be called twice."""
-        with self._lock:
-            self._closed = True
-        super().close()  # may take seconds
-
-    def _dispatcher(self, module: nn.Module | None = None) -> Any:
-        """Return the supervisor. If it is new, it knows the module before it starts workers."""
-        with self._lock:
-            if self._closed:
-                raise RuntimeError(f"{type(self).__name__}: the pool is closed")
-            if self._queue is None:
-                supervisor = self._make_supervisor()
-                if module is not None:
-                    supervisor.modules.pack(module, Ambient.capture())
-                self._pid = os.getpid()
-                self._start(supervisor)
-                supervisor.thread.start()
-        if self._pid != os.getpid():
-            must = "the pool must be used in the process that started it"
-            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
-        return self._queue
+        return int(self._queue.num_lost)
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
         owner, remedy = type(self).__name__, "call under torch.no_grad(), or use DeviceWorkers"
@@ -385,13 +332,3 @@ class SupervisedWorkers(DispatchedWorkers):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_workers})"
-
-
-class _SupervisedRequest(LiveRequest):
-    """A request whose module is packed."""
-
-    def __init__(
-        self, task: Task, timeout: float, supervisor: Supervisor[Any], module: nn.Module
-    ) -> None:
-        super().__init__(task, timeout, supervisor, None)
-        self.module = supervisor.modules.pack(module, self.ambient)

@@ -15,8 +15,8 @@ from multiprocessing.connection import wait
 import torch
 from torch import nn
 
-from ..._arguments import find_devices
-from ..dispatch import Job
+from .._arguments import find_devices
+from .dispatch import Job
 from .shared_memory import Connection, Package, Pickled
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
 from .worker_main import (
@@ -98,8 +98,7 @@ class ProcessWorkers(SupervisedWorkers):
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
-    def _make_supervisor(self) -> Supervisor[_Process]:
-        check_guard()
+    def _make(self) -> Supervisor[_Process]:
         return _Processes(self._size, self.grace, self.devices, self.threads)
 
 
@@ -144,6 +143,9 @@ class _Processes(Supervisor[_Process]):
         super().__init__(size, grace)
         self._devices, self._threads = devices, threads
         self._packages: frozenset[str] = frozenset()
+
+    def set_up(self) -> None:
+        check_guard()
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -168,12 +170,13 @@ class _Processes(Supervisor[_Process]):
         return worker
 
     def send(self, worker: _Process, job: Job) -> None:
-        contents = Pickled(job.module.job(job.request.task, job.part))
+        module = job.request.module
+        contents = Pickled(module.job(job.request.task, job.part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
-            if worker.is_new_to(job.module):
-                worker.connection.send_package(MODULE, job.module.number, job.module.package)
+            if worker.is_new_to(module):
+                worker.connection.send_package(MODULE, module.number, module.package)
                 worker.loading = True
-            worker.load(job.module)
+            worker.load(module)
             worker.connection.send(JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
@@ -193,7 +196,8 @@ class _Processes(Supervisor[_Process]):
                 self._hear(key.data)
 
     def wake(self) -> None:
-        with contextlib.suppress(BlockingIOError, OSError):  # rung already, or closed
+        # Nothing hears it before the thread starts. It may be rung already, or closed.
+        with contextlib.suppress(AttributeError, OSError):
             self._bell.send(b"!")
 
     def let_go(self) -> None:

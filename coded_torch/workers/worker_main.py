@@ -25,6 +25,7 @@ import traceback
 import types
 from collections.abc import Callable
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,15 +34,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..._torch import fingerprint
-from ..base import Part, Task
-from ..faults import compute, kill_own_process
-from ..live import Ambient
+from .._torch import fingerprint
 from . import shared_memory
+from .base import Part, Task
+from .faults import compute, kill_own_process
+from .live import Ambient
 from .shared_memory import Connection, Pickled
 
 __all__ = ["FAILURE", "JOB", "LOADED", "MODULE", "READY", "RESULT", "LoadedModules", "ModuleStore"]
-__all__ += ["PackedModule", "check_guard", "fork", "packages_of", "refuse", "remote_cause"]
+__all__ += ["PackedModule", "check_guard", "fork", "packages_of", "refuse"]
 __all__ += ["replace_servers", "set_up"]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
@@ -245,8 +246,8 @@ def _import_main(preparation: dict[str, Any]) -> None:
 
 # Modules: the caller packs them once, the workers load and call them. Ray's actors do, too.
 
-# An exception in words, its traceback, and itself if it can travel.
-_Failure = tuple[str, str, Exception | None]
+# An exception in words, and itself with its traceback; as a RuntimeError if it cannot travel.
+_Failure = tuple[str, Exception]
 
 
 class PackedModule(NamedTuple):
@@ -371,23 +372,11 @@ class LoadedModules:
         return self._modules[number], ambient
 
 
-def remote_cause(contents: _Failure) -> Exception:
-    """Return the exception that a module raised elsewhere, caused by its traceback there."""
-    what, trace, raised = contents
-    cause = raised or RuntimeError(what)
-    cause.__cause__ = _RemoteTraceback(f"\n{trace}")
-    return cause
-
-
-class _RemoteTraceback(Exception):  # noqa: N818 - prints as the traceback that it holds
-    pass
-
-
 def _failure(cause: Exception) -> _Failure:
     what = "".join(traceback.format_exception_only(cause)).strip()
-    trace = "".join(traceback.format_exception(cause))
+    sent: Any = ExceptionWithTraceback(cause, cause.__traceback__)
     try:
-        pickle.loads(pickle.dumps(cause))
+        pickle.loads(pickle.dumps(sent))
     except Exception:  # the caller cannot find its class, or make it from its arguments
-        return what, trace, None
-    return what, trace, cause
+        sent.exc = RuntimeError(what)
+    return what, sent

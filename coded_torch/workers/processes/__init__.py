@@ -1,1 +1,0 @@
-"""Processes as workers, and their supervision, which Ray actors share."""
