@@ -164,13 +164,22 @@ class Client:
         self, method: str, url: str, most: int, **options: Any
     ) -> tuple[bytes, str | None]:
         """Return the body of an answer, and the length of its JSON if it names one."""
-        asked = self._open().request(method, url, allow_redirects=False, **options)
-        with _translated():
+        try:
+            asked = self._open().request(method, url, allow_redirects=False, **options)
             async with asked as answer:
                 if answer.status != 200:
                     raise _failure(answer, await _read(answer, _MESSAGE))
                 size = answer.headers.get("Inference-Header-Content-Length")
                 return await _read(answer, most), size
+        except aiohttp.ServerTimeoutError:  # connecting took too long
+            raise EndpointError("could not be reached in time") from None
+        except (asyncio.TimeoutError, TimeoutError):
+            raise EndpointError("did not answer in time", lost=True) from None
+        except aiohttp.ClientConnectorError as error:
+            raise EndpointError(f"could not be reached: {error.strerror or error}") from None
+        except (aiohttp.ClientError, OSError) as error:
+            what = f"{type(error).__name__}: {error!s:.200}"
+            raise EndpointError(f"broke the connection: {what}", lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None or self._process != os.getpid():
@@ -199,23 +208,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-@contextlib.contextmanager
-def _translated() -> Any:
-    """Raise an EndpointError for every error of a connection."""
-    try:
-        yield
-    except aiohttp.ServerTimeoutError:  # connecting took too long
-        raise EndpointError("could not be reached in time") from None
-    except (asyncio.TimeoutError, TimeoutError):
-        raise EndpointError("did not answer in time", lost=True) from None
-    except aiohttp.ClientConnectorError as error:
-        raise EndpointError(f"could not be reached: {error.strerror or error}") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise EndpointError(
-            f"broke the connection: {type(error).__name__}: {error!s:.200}", lost=True
-        ) from None
 
 
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
@@ -250,9 +242,7 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
 
 
 _lock = threading.Lock()
-_loops: dict[
-    int, asyncio.AbstractEventLoop
-] = {}  # one for each process id, as no thread outlives a fork
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id: no thread outlives a fork
 os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
@@ -313,9 +303,8 @@ class RemoteModule(nn.Module):
         """Ask the server."""
         inputs = self.inputs(args, kwargs)
         self._client = self._client or Client(self, **self._options)
-        return self.outputs(
-            run(self._client.infer(self.url, self.metadata, inputs, len(inputs[0])))
-        )
+        asked = self._client.infer(self.url, self.metadata, inputs, len(inputs[0]))
+        return self.outputs(run(asked))
 
     def inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Return the arguments of a call in the order of the model's inputs."""

@@ -218,14 +218,11 @@ class Dispatcher(abc.ABC, Generic[W]):
         with self._lock:
             left = self.places - {w.index for w in self._workers if w.excluded}
             left = {w.index for w in self._workers if w.ready} if why else left
-            jobs, self._jobs = self._jobs, deque()
-            for job in jobs:
-                avoid = job.part.avoid
-                if self.closed or (left <= avoid and (why or avoid)):
-                    reason = f"did not start: {why or 'it avoids all workers that are left'}"
-                    job.request.settle(job.part, None, reason)
-                else:
-                    self._jobs.append(job)
+            for job in [job for job in self._jobs if why or job.part.avoid]:
+                if self.closed or left <= job.part.avoid:
+                    self._jobs.remove(job)
+                    reason = why or "it avoids all workers that are left"
+                    job.request.settle(job.part, None, f"did not start: {reason}")
         self._assign()
 
     def _finish(self, worker: W, number: int) -> Job | None:
@@ -255,17 +252,18 @@ class Dispatcher(abc.ABC, Generic[W]):
     def _begin(self) -> tuple[W, Job] | None:
         """Begin the first job that an idle worker may take, at the place with the fewest jobs."""
         with self._lock:
-            at, idle = 0, [worker for worker in self._workers if worker.idle]
-            busy = Counter(w.index for w in self._workers if w.job is not None) if idle else {}
-            while idle and at < len(self._jobs) and not self.closed:
+            if not self._jobs or not (idle := [w for w in self._workers if w.idle]):
+                return None
+            busy, at = Counter([w.index for w in self._workers if w.job is not None]), 0
+            while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
-                workers = [worker for worker in idle if worker.index not in job.part.avoid]
+                workers = [w for w in idle if w.index not in job.part.avoid]
                 if not workers and job.request.wants(job.part):
                     at += 1
                     continue
                 del self._jobs[at]
                 if workers:
-                    worker = min(workers, key=lambda w: (busy.get(w.index, 0), w.since))
+                    worker = min(workers, key=lambda w: (busy[w.index], w.since))
                     fresh = worker.is_new_to(job.request.module)
                     if job.request.begin(job.part, worker.index, fresh):
                         worker.job, worker.since = job, self._clock()

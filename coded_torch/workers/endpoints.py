@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import ssl
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,28 +97,27 @@ class EndpointWorkers(DispatchedWorkers):
         instance(self, "model", model, str)
         self.model = model
         self.concurrency = count(self, "concurrency", concurrency)
-        self.connect_timeout = positive(self, "connect_timeout", connect_timeout)
         self.timeout = positive(self, "timeout", timeout)
         self.refresh = positive(self, "refresh", refresh)
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
-        self._access: dict[str, Any] = {"headers": headers, "token": token, "context": context}
+        limits = {"connect_timeout": positive(self, "connect_timeout", connect_timeout)}
+        self._options: Any = {"headers": headers, "token": token, "context": context, **limits}
         self._open()
 
-    resize = Workers.resize  # only :meth:`add` and :meth:`remove` know servers
+    resize = Workers.resize  # :meth:`add` and :meth:`remove` need addresses
 
     def _make(self) -> _Endpoints:
-        limits: Any = {"connect_timeout": self.connect_timeout, "timeout": self.timeout}
-        return _Endpoints(Client(self, **self._access, **limits), self.concurrency)
+        client = Client(self, timeout=self.timeout, **self._options)
+        return _Endpoints(client, self.concurrency)
 
     def _open(self) -> None:
         super()._open()
-        urls = self._source() if callable(self._source) else self._source
-        for url in urls:
+        for url in self._source() if callable(self._source) else self._source:
             self.add(url)
-        if not callable(self._source) and not self.urls:
-            raise ValueError("EndpointWorkers: endpoints must not be empty")
         if callable(self._source):
             self._queue.follow(self._source, self.refresh)
+        elif not self.urls:
+            raise ValueError("EndpointWorkers: endpoints must not be empty")
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -165,7 +165,7 @@ class _EndpointRequest(LiveRequest):
 
     def close(self) -> None:
         super().close()
-        self.dispatcher.cancel(self)
+        self.dispatcher.loop.call_soon_threadsafe(self.dispatcher.cancel, self)
 
 
 class _Slot(Worker):
@@ -181,7 +181,7 @@ class _Slot(Worker):
 
 
 class _Endpoints(Dispatcher[_Slot]):
-    """The servers of a pool. Its methods that begin with an underscore run on the loop."""
+    """The servers of a pool. :meth:`cancel` and the private methods run on the loop."""
 
     kind = "servers"
 
@@ -228,14 +228,17 @@ class _Endpoints(Dispatcher[_Slot]):
                 for url in set(wanted) - set(self.urls):
                     self.join(url)
 
-        self.loop.call_soon_threadsafe(self._spawn, refresh)
+        self.loop.call_soon_threadsafe(lambda: self._spawn(refresh()))
 
     def send(self, worker: _Slot, job: Job) -> None:
         self.loop.call_soon_threadsafe(self._begin_at, worker, job)
 
     def cancel(self, request: LiveRequest) -> None:
         """Cancel the running parts of a request."""
-        self.loop.call_soon_threadsafe(self._cancel, request)
+        with self._lock:
+            for slot in self._workers:
+                if slot.job is not None and slot.job.request is request and slot.running:
+                    slot.running.cancel()
 
     def close(self) -> None:
         """Cancel all requests, and close the connections."""
@@ -250,35 +253,14 @@ class _Endpoints(Dispatcher[_Slot]):
         if not job.request.awaits(job.part):  # cancelled before it started
             self.fail(slot, job.number, "was cancelled")
             return
-        slot.running = self._spawn(self._compute, slot, job)
-        # Even a task that was cancelled before it began frees its slot.
-        slot.running.add_done_callback(
-            lambda task: self._leave_off(slot, job) if task.cancelled() else None
-        )
+        slot.running = self._spawn(self._ask(slot, job))
+        slot.running.add_done_callback(functools.partial(self._report, slot, job))
 
-    def _leave_off(self, slot: _Slot, job: Job) -> None:
-        self.fail(slot, job.number, "was cancelled")
-        silent = self._silent.setdefault(slot.url, [])
-        silent.append(self._num_answers)
-        if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
-            self._silent.pop(slot.url)
-            self._pause(slot.url, why=f"left {_SILENCE} parts unanswered while others answered")
-
-    def _spawn(self, function: Callable[..., Any], *args: Any) -> asyncio.Task[Any]:
-        task = self.loop.create_task(function(*args))
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self.loop.create_task(coroutine)
         self._tasks.add(task)  # the loop itself holds tasks weakly
         task.add_done_callback(self._tasks.discard)
         return task
-
-    def _cancel(self, request: LiveRequest) -> None:
-        with self._lock:
-            for slot in self._workers:
-                if (
-                    slot.job is not None
-                    and slot.job.request is request
-                    and slot.running is not None
-                ):
-                    slot.running.cancel()
 
     async def _close(self) -> None:
         tasks = [task for task in self._tasks if task is not asyncio.current_task()]
@@ -287,29 +269,36 @@ class _Endpoints(Dispatcher[_Slot]):
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.close()
 
-    async def _compute(self, slot: _Slot, job: Job) -> None:
-        """Ask a server for a part, and report the result or the error."""
-        try:
-            value = await self._ask(slot, job, job.request.module)
-        except BusyError as busy:
-            self._pause(slot.url, busy.seconds)
+    def _report(self, slot: _Slot, job: Job, task: asyncio.Task[Any]) -> None:
+        """Report the result or the error of a part, which may not even have begun."""
+        url, error = slot.url, None if task.cancelled() else task.exception()
+        if task.cancelled():
+            self.fail(slot, job.number, "was cancelled")
+            silent = self._silent.setdefault(url, [])
+            silent.append(self._num_answers)
+            if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
+                self._silent.pop(url)
+                self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
+        elif error is None:
+            self._num_answers += 1
+            self._pauses.pop(url, None)
+            self._silent.pop(url, None)
+            self.settle(slot, job.number, task.result())
+        elif isinstance(error, BusyError):
+            self._pause(url, error.seconds)
             self.hand_back(slot, job.number)
-        except EndpointError as error:
-            reason = f"({slot.url}) {error}"
-            self.trouble = f"{slot.url} {error}"
-            self._pause(slot.url, why=str(error))
-            self.fail(slot, job.number, reason, "died" if error.lost else "", error)
-        except Exception as error:  # the model failed, or the arguments are wrong
+        elif isinstance(error, EndpointError):
+            self.trouble = f"{url} {error}"
+            self._pause(url, why=str(error))
+            kind = "died" if error.lost else ""
+            self.fail(slot, job.number, f"({url}) {error}", kind, error)
+        else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, RemoteError | TypeError | ValueError)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.fail(slot, job.number, f"({slot.url}) raised {error!r}", kind, error)
-        else:
-            self._num_answers += 1
-            self._pauses.pop(slot.url, None)
-            self._silent.pop(slot.url, None)
-            self.settle(slot, job.number, value)
+            self.fail(slot, job.number, f"({url}) raised {error!r}", kind, error)
 
-    async def _ask(self, slot: _Slot, job: Job, module: RemoteModule) -> Any:
+    async def _ask(self, slot: _Slot, job: Job) -> Any:
+        module: RemoteModule = job.request.module
         task, part, fault = job.request.task, job.part, job.part.fault
         with torch.inference_mode():
             arguments = task.payload(part.units)
@@ -336,7 +325,7 @@ class _Endpoints(Dispatcher[_Slot]):
         if why:
             text = "EndpointWorkers: %s failed, and is probed until it is ready: it %s"
             logger.warning(text, url, why, extra={"cause": url})
-        self._spawn(self._resume, url, slots, seconds, bool(why))
+        self._spawn(self._resume(url, slots, seconds, bool(why)))
 
     async def _resume(
         self, url: str, slots: Sequence[_Slot], seconds: float, failed: bool = False
