@@ -3,6 +3,7 @@ r"""Workers on local devices: a replica of the module and a thread for each."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -70,9 +71,19 @@ class DeviceWorkers(DispatchedWorkers):
         return _Threads(self.devices)
 
     def open(self, module: nn.Module, task: Task) -> Request:
-        _refuse_compiled(module)
+        for name, part in module.named_modules():
+            # torch.compile(module) returns a proxy of the original: replicating it would take the
+            # original apart. Only its context shows it, as its class would import the compiler.
+            if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
+                must = "must not be compiled as a whole, as its replicas would run the original"
+                how = "decorate the forward of its class with torch.compile instead"
+                got = type(part).__name__
+                raise TypeError(f"DeviceWorkers: {name or 'the module'} {must}, got {got}; {how}")
         threads = self._dispatcher()
-        threads.check()
+        if threading.current_thread() in threads.running:
+            must = "requests must not come from a thread of the pool, which would wait for itself"
+            how = "give a wrapper inside of a wrapper a pool of its own"
+            raise RuntimeError(f"DeviceWorkers: {must}; {how}")
         return _DeviceRequest(module, task, self.timeout, threads)
 
     def __repr__(self) -> str:
@@ -114,12 +125,8 @@ class _Replica(Worker):
         self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self.thread: threading.Thread
         self.seen = weakref.WeakSet[nn.Module]()
-        self._streams: dict[torch.device, torch.Stream] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget all copies."""
-        self._copies: Any = WeakIdKeyDictionary()  # version, the copy's version, copy
+        self.copies: Any = WeakIdKeyDictionary()  # version, the copy's version, copy
+        self._stream = functools.cache(torch.Stream)
 
     def is_new_to(self, module: nn.Module) -> bool:
         return module not in self.seen
@@ -159,17 +166,14 @@ class _Replica(Worker):
                     arguments = _to(self.device, arguments)
                     # The backward pass reads the inputs here, when the caller may have freed them.
                     pytree.tree_map_only_(Tensor, read_here, arguments)
-                return _to(home, compute(self._module(request), arguments, job.part.fault))
+                if self not in request.replicas:
+                    request.replicas[self] = self._replicate(request.module, request.views)
+                return _to(home, compute(request.replicas[self], arguments, job.part.fault))
             finally:
                 # A result has arrived when it can be read. If the module raised, the kernels that
                 # it launched still read the inputs.
                 for stream in streams:
                     stream.synchronize()
-
-    def _module(self, request: _DeviceRequest) -> nn.Module:
-        if self not in request.replicas:
-            request.replicas[self] = self._replicate(request.module, request.views)
-        return request.replicas[self]
 
     def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> nn.Module:
         moved: dict[int, Tensor] = {}  # tied parameters stay tied
@@ -198,18 +202,13 @@ class _Replica(Worker):
         if tensor.is_inference() or (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor.to(self.device)
         version = (tensor._version, tensor.data_ptr())
-        before, then, copy = self._copies.get(tensor, (None, 0, tensor))
+        copy: Tensor
+        before, then, copy = self.copies.get(tensor, (None, 0, tensor))
         if before != version or then != copy._version:
             with torch.inference_mode(False), torch.no_grad():
                 copy = tensor.to(self.device)
-            self._copies[tensor] = version, copy._version, copy
-        known: Tensor = copy
-        return known
-
-    def _stream(self, device: torch.device) -> torch.Stream:
-        if device not in self._streams:
-            self._streams[device] = torch.Stream(device)
-        return self._streams[device]
+            self.copies[tensor] = version, copy._version, copy
+        return copy
 
 
 class _Threads(Dispatcher[_Replica]):
@@ -222,16 +221,18 @@ class _Threads(Dispatcher[_Replica]):
         self.devices = devices
         self.wake()
 
+    @property
+    def running(self) -> list[threading.Thread]:
+        return [worker.thread for worker in self._workers]
+
     def wake(self) -> None:
         """Start missing threads."""
         with self._lock:
             for index in () if self.closed else self.vacant():
                 device = self.devices[index % len(self.devices)]
-                name = f"coded_torch-{index}-{device}"
-                replica = _Replica(device, index)
-                replica.thread = threading.Thread(
-                    target=replica.serve, args=(self,), name=name, daemon=True
-                )
+                replica, name = _Replica(device, index), f"coded_torch-{index}-{device}"
+                serve = functools.partial(replica.serve, self)
+                replica.thread = threading.Thread(target=serve, name=name, daemon=True)
                 replica.thread.start()
                 self.add(replica)
 
@@ -239,43 +240,24 @@ class _Threads(Dispatcher[_Replica]):
         super().retire(worker)
         worker.inbox.put(None)
 
-    def check(self) -> None:
-        """Raise a RuntimeError if this is a thread of the pool."""
-        if any(worker.thread is threading.current_thread() for worker in self._workers):
-            must = "requests must not come from a thread of the pool, which would wait for itself"
-            how = "give a wrapper inside of a wrapper a pool of its own"
-            raise RuntimeError(f"DeviceWorkers: {must}; {how}")
-
     def send(self, worker: _Replica, job: Job) -> None:
         worker.seen.add(job.request.module)
         worker.inbox.put(job)
 
     def restart(self, index: int) -> None:
         for worker in self.at(index):
-            worker.forget()
+            worker.copies = WeakIdKeyDictionary()
         super().restart(index)
 
     def close(self) -> None:
         """End the threads, and wait a few seconds for their parts."""
         self.stop()
-        replicas = list(self._workers)
-        for replica in replicas:
+        threads, end = self.running, time.monotonic() + _CLOSING_SECONDS
+        for replica in list(self._workers):
             replica.inbox.put(None)
-        end = time.monotonic() + _CLOSING_SECONDS
-        for replica in replicas:
-            if replica.thread is not threading.current_thread():
-                replica.thread.join(max(end - time.monotonic(), 0.0))
-
-
-def _refuse_compiled(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        # torch.compile(module) returns a proxy of the original: replicating it would take the
-        # original apart. Only its context shows it, as its class would import the compiler.
-        if "dynamo_ctx" in vars(part) or part._compiled_call_impl is not None:
-            must = "must not be compiled as a whole, as its replicas would run the original"
-            how = "decorate the forward of its class with torch.compile instead"
-            got = type(part).__name__
-            raise TypeError(f"DeviceWorkers: {name or 'the module'} {must}, got {got}; {how}")
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(end - time.monotonic(), 0.0))
 
 
 def _to(device: torch.device, tree: Any) -> Any:
