@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -41,6 +42,7 @@ __all__ = ["Attack", "Fault", "FaultyWorkers", "compute"]
 
 #: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
+_lock = threading.Lock()  # of the state of all pools with faults
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 
@@ -174,35 +176,26 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
-        self.crash_every = math.inf
-        if crash_every is not None:
-            self.crash_every = positive(self, "crash_every", crash_every)
+        self.crash_every = (
+            math.inf if crash_every is None else positive(self, "crash_every", crash_every)
+        )
         self._requests = 0
         self._crashed = math.inf  # the time of the last crash, or of the first request
-        self._lock = threading.Lock()
 
     def open(self, module: nn.Module, task: Task) -> Request:
         return _FaultyRequest(self, self.pool.open(module, task), task)
 
-    @property
-    def num_workers(self) -> int | None:  # type: ignore[override]
-        return self.pool.num_workers
-
-    @property
-    def places(self) -> Collection[int]:
-        return self.pool.places
-
-    @property
-    def num_ready(self) -> int | None:
-        return self.pool.num_ready
-
-    @property
-    def num_restarts(self) -> int:
-        return self.pool.num_restarts
+    num_workers: Any = property(attrgetter("pool.num_workers"))
+    places: Any = property(attrgetter("pool.places"))
+    num_ready: Any = property(attrgetter("pool.num_ready"))
+    num_restarts: Any = property(attrgetter("pool.num_restarts"))
+    resize: Any = property(attrgetter("pool.resize"))
+    drain: Any = property(attrgetter("pool.drain"))
+    close: Any = property(attrgetter("pool.close"))
 
     def begin(self, num_parts: int) -> tuple[int, Iterator[Fault]]:
         """Return the number of a new request, and the endless faults of its parts."""
-        with self._lock:
+        with _lock:
             request, self._requests = self._requests, self._requests + 1
             first = self._draw(self.delays, num_parts, request, 0)
             now = time.monotonic()
@@ -229,14 +222,7 @@ class FaultyWorkers(Workers):
         # A kind of the rate r takes an interval of the length r of [0, 1).
         ends = np.cumsum(list(self.rates.values()))
         places = np.searchsorted(ends, uniform.numpy(), side="right")
-        kinds = [*self.rates, None]
-        return [Fault(delay, kinds[i]) for delay, i in zip(seconds, places, strict=True)]
-
-    def resize(self, num_workers: int) -> None:
-        self.pool.resize(num_workers)
-
-    def drain(self, worker: int) -> None:
-        self.pool.drain(worker)
+        return [Fault(s, [*self.rates, None][i]) for s, i in zip(seconds, places, strict=True)]
 
     def start(self, *args: Any, **kwargs: Any) -> Self:
         self.pool.start(*args, **kwargs)
@@ -247,15 +233,6 @@ class FaultyWorkers(Workers):
         if name.startswith("_") or name == "pool":  # an own attribute, not yet assigned
             raise AttributeError(f"FaultyWorkers has no attribute {name!r}")
         return getattr(self.pool, name)
-
-    def close(self) -> None:
-        self.pool.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_lock": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.Lock())
 
     def __repr__(self) -> str:
         return f"FaultyWorkers({self.pool!r}, delays={self.delays!r}, seed={self.seed})"
@@ -275,9 +252,8 @@ class _FaultyRequest(Request):
             self._number, self._further = self._pool.begin(len(parts))
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
-        faults = (self._faults[part.number] or None for part in parts)
-        pairs = zip(parts, faults, strict=True)
-        self._request.ask([dataclasses.replace(p, fault=f) for p, f in pairs])
+        faulty = [dataclasses.replace(p, fault=self._faults[p.number] or None) for p in parts]
+        self._request.ask(faulty)
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = self._request.wait(until)
@@ -300,21 +276,9 @@ class _FaultyRequest(Request):
                 leaves[i] = attack(leaf.movedim(dim, 0), draws).to(leaf.dtype).movedim(0, dim)
         return unflatten(leaves, spec)
 
-    def drop(self, parts: Iterable[Part]) -> None:
-        self._request.drop(parts)
-
-    def now(self) -> float:
-        return self._request.now()
-
-    @property
-    def idle(self) -> int:
-        return self._request.idle
-
-    def status(self) -> str:
-        return self._request.status()
-
-    def close(self) -> None:
-        self._request.close()
-
-    def abandon(self) -> None:
-        self._request.abandon()
+    drop: Any = property(attrgetter("_request.drop"))
+    now: Any = property(attrgetter("_request.now"))
+    idle: Any = property(attrgetter("_request.idle"))
+    status: Any = property(attrgetter("_request.status"))
+    close: Any = property(attrgetter("_request.close"))
+    abandon: Any = property(attrgetter("_request.abandon"))
