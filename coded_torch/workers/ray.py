@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .dispatch import Job, logger
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from .worker_main import LoadedModules, set_up
+from .worker_main import environment
 
 __all__ = ["RayWorkers"]
 
@@ -186,10 +186,8 @@ def _connect(address: str | None) -> tuple[str, str]:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
     ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    with _lock, contextlib.ExitStack() as environment:
-        for name in ours.keys() - os.environ.keys() if address is None else ():
-            os.environ[name] = ours[name]
-            environment.callback(os.environ.pop, name)
+    unset = ours.keys() - os.environ.keys() if address is None else set()
+    with _lock, environment({name: ours[name] for name in unset}):
         ray = _ray()
         local: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         if begins := not ray.is_initialized():
@@ -215,21 +213,6 @@ def _session() -> tuple[str, str]:
     return context.gcs_address, context.get_job_id()
 
 
-class Serving:
-    """The part of an actor that this package implements."""
-
-    def __init__(self, threads: int, seed: int) -> None:
-        set_up(threads, seed)
-        device = torch.device("cuda" if _ray().get_gpu_ids() else "cpu")
-        self._modules = LoadedModules(device, _portable)
-
-    def call(self, number: int, package: list[Any], contents: Any) -> tuple[bool, Any]:
-        """Do a job, as :class:`LoadedModules` does."""
-        if number not in self._modules:
-            self._modules.add(number, lambda: _ray().get(package[0]))
-        return self._modules.call(lambda: contents)
-
-
 def _actor_class() -> type:
     """Return the class of the actors, which is sent to them whole, and finds this package itself.
 
@@ -241,16 +224,21 @@ def _actor_class() -> type:
         def __init__(self, threads: int, seed: int) -> None:
             sys.path.insert(0, home)  # the folder does not exist elsewhere
             try:
-                from coded_torch.workers.ray import Serving
+                from coded_torch.workers import ray as ours
             finally:
                 sys.path.remove(home)
-            self.serving = Serving(threads, seed)
+            ours.set_up(threads, seed)
+            self.get, device = ours._ray().get, "cuda" if ours._ray().get_gpu_ids() else "cpu"
+            self.modules = ours.LoadedModules(ours.torch.device(device), ours._portable)
 
         def hello(self) -> int:
             return os.getpid()
 
-        def call(self, *job: Any) -> Any:
-            return self.serving.call(*job)
+        def call(self, number: int, package: list[Any], contents: Any) -> tuple[bool, Any]:
+            """Do a job, as :class:`LoadedModules` does."""
+            if number not in self.modules:
+                self.modules.add(number, lambda: self.get(package[0]))
+            return self.modules.call(lambda: contents)
 
         def end(self) -> None:
             """Never return: the pool notices the end of the actor by waiting for this."""

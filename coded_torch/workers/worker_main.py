@@ -23,7 +23,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
@@ -51,9 +51,6 @@ _SPARE_DESCRIPTORS = 8
 # The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
 UNSAFE = 77
 REFUSED: set[str] = set()  # packages that no server imports
-# The variables that give the server the path of this process, and no working directory before it,
-# where an uncompiled checkout may lie. Python 3.10 does not know the second.
-_PATH = ("PYTHONPATH", "PYTHONSAFEPATH")
 _MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
 
 
@@ -69,8 +66,10 @@ def _look_at_server() -> None:
 os.register_at_fork(before=_look_at_server)
 _starting = threading.Lock()  # the environment of this process changes while a server starts
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
+# A server, and variables of the environment as they were before it started.
+_Server = tuple[forkserver.ForkServer, dict[str, str | None]]
 # By their process and the packages that they have imported.
-_servers: dict[tuple[int, frozenset[str]], forkserver.ForkServer] = {}
+_servers: dict[tuple[int, frozenset[str]], _Server] = {}
 
 
 def check_guard() -> None:
@@ -81,22 +80,39 @@ def check_guard() -> None:
         raise RuntimeError(f"ProcessWorkers: {why}; {how}")
 
 
-def _server(packages: frozenset[str]) -> forkserver.ForkServer:
+def _server(packages: frozenset[str]) -> _Server:
     """Return the server of this process that has imported some packages, under the lock."""
     key = os.getpid(), packages  # a process that is forked from this one has its own server
     if key in _servers:
         return _servers[key]
     own = forkserver.ForkServer()
     own.set_forkserver_preload([__name__, *sorted(packages)])
-    # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378).
-    before = _path()
-    _set_path((os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str)), "1"))
-    try:
+    # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378). No
+    # working directory comes before it, where an uncompiled checkout may lie, but in Python 3.10.
+    path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
+    with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}) as before:
         own.ensure_running()
+    _servers[key] = own, before
+    return _servers[key]
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str | None]) -> Iterator[dict[str, str | None]]:
+    """Set variables of the environment, or delete them, in a block; yield their values before."""
+    before = {name: os.environ.get(name) for name in variables}
+    _set(variables)
+    try:
+        yield before
     finally:
-        _set_path(before)
-    _servers[key] = own
-    return own
+        _set(before)
+
+
+def _set(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def replace_servers() -> None:
@@ -108,22 +124,9 @@ def replace_servers() -> None:
 
     with _starting:
         while _servers:
-            (owner, _), server = _servers.popitem()
+            (owner, _), (server, _) = _servers.popitem()
             if owner == os.getpid():
                 threading.Thread(target=stop, args=(server,), daemon=True).start()
-
-
-def _path() -> tuple[str | None, ...]:
-    return tuple(map(os.environ.get, _PATH))
-
-
-def _set_path(values: tuple[str | None, ...]) -> None:
-    """Set the variables of the path, or delete them."""
-    for name, value in zip(_PATH, values, strict=True):
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 def packages_of(module: nn.Module) -> set[str]:
@@ -166,13 +169,13 @@ def fork(
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         with _starting:
-            own, path = _server(packages), _path()
+            own, variables = _server(packages)
             descriptor, writer = own.connect_to_new_process([sock.fileno()])
     except ChildProcessError:  # the host has waited for the server, which has ended
         replace_servers()
         raise
     with open(writer, "wb") as stream:
-        program = _Program(main, device, threads, seed, path, bool(packages))
+        program = _Program(main, device, threads, seed, variables, bool(packages))
         for each in ({name: data[name] for name in kept}, program):
             stream.write(reduction.ForkingPickler.dumps(each))
     return descriptor
@@ -185,13 +188,13 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
-    path: tuple[str | None, ...]  # the variables of the path in the pool's process
+    variables: dict[str, str | None]  # of the environment, to be set
     preloaded: bool  # true if the server had to import packages
 
     def _bootstrap(self, _: int) -> int:
         if _server_is_unsafe or (_server_is_unsafe is None and self.preloaded):
             return UNSAFE
-        _set_path(self.path)
+        _set(self.variables)
         descriptors: Any = forkserver.get_inherited_fds()
         connection = Connection(socket.socket(fileno=descriptors[0]))
         is_script = bool(self.main)
