@@ -1,7 +1,4 @@
-r"""The contract of all pools: workers compute parts of a task, each on one worker.
-
-The arguments and outputs of the module are pytrees of leaves.
-"""
+r"""The contract of all pools: parts of a task, and the pytrees of its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -55,10 +52,7 @@ class Task:
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
 
     def payload(self, units: Sequence[int]) -> Arguments:
-        """Return the ``(args, kwargs)`` of units, a batch of ``len(units) * R`` rows.
-
-        The batch of consecutive units is a view, of others a copy.
-        """
+        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive."""
         (payload,) = self.payloads(units)
         return payload
 
@@ -73,22 +67,19 @@ class Task:
                 leaf = leaf.index_select(0, torch.tensor(units, device=leaf.device))
             return leaf.flatten(0, 1)
 
-        rows = [
-            leaf if dim is None else chosen(leaf)
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        ]
+        pairs = list(zip(self.leaves, self.dims, strict=True))
+        pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in pairs]
         size = len(units) * self.unit_rows
         step = max_rows or size
         for start in range(0, size, step):
             batch = [
                 leaf if dim is None else leaf[start : start + step].movedim(0, dim)
-                for leaf, dim in zip(rows, self.dims, strict=True)
+                for leaf, dim in pairs
             ]
             yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
-    def _is_positional(self) -> bool:
-        """True if the arguments are the leaves by position, which takes a tenth of the time."""
+    def _is_positional(self) -> bool:  # so it takes a tenth of the time to make the arguments
         return bool(self.spec == positional(len(self.leaves))[0])
 
 
@@ -201,10 +192,8 @@ class Request(abc.ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         # After Ctrl-C, nothing may be left that keeps the next call waiting.
-        if kind is not None and issubclass(kind, KeyboardInterrupt):
-            self.abandon()
-        else:
-            self.close()
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        self.abandon() if interrupted else self.close()
 
 
 class Workers(abc.ABC):
@@ -287,8 +276,8 @@ class Workers(abc.ABC):
             return self
         args = example if isinstance(example, tuple) else (example,)
         leaves, spec = pytree.tree_flatten((args, {}))
-        kind = _Loading if example is None else Task
-        task = kind(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
+        loading = _Loading if example is None else Task
+        task = loading(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
             places, missing = frozenset(self.places), self.num_workers
             # A part for each place, which all others must avoid.
@@ -303,25 +292,24 @@ class Workers(abc.ABC):
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
                     why = error.reason if error else request.status() or "the others are loading"
-                    many = f"only {len(places) - missing} of {len(places)} workers started"
-                    what = f"{many} within {timeout:g} s; {why}"
-                    raise RuntimeError(f"{type(self).__name__}: {what}")
+                    what = f"only {len(places) - missing} of {len(places)} workers started"
+                    raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
                 missing -= 1
         return self
 
     def resize(self, num_workers: int) -> None:
         """Let the pool have another number of workers, at least 1, while calls are open.
 
-        Returns at once. New workers take free places. Workers at the last places are drained. A
-        pool that cannot start or end workers raises a NotImplementedError.
+        Returns at once. New workers take free places. Workers at the last places are drained.
+        Raises a NotImplementedError if the pool cannot start or end workers.
         """
         raise NotImplementedError(f"{type(self).__name__}: the pool cannot be resized")
 
     def drain(self, worker: int) -> None:
         """Let the worker at a place end its part, take no other, and leave, without a successor.
 
-        Returns at once. If no worker is left, parts wait until there is one again. A pool that
-        cannot end workers raises a NotImplementedError.
+        Returns at once. If no worker is left, parts wait until there is one again. Raises a
+        NotImplementedError if the pool cannot end workers.
         """
         raise NotImplementedError(f"{type(self).__name__}: workers cannot be drained")
 
@@ -335,9 +323,7 @@ class Workers(abc.ABC):
         self.close()
 
 
-class _Loading(Task):
-    """No call at all, since a module cannot be called without known arguments."""
-
+class _Loading(Task):  # no call at all, since a module cannot be called without known arguments
     def payload(self, units: Sequence[int]) -> Arguments | None:  # type: ignore[override]
         return None
 
