@@ -47,9 +47,6 @@ class DeviceWorkers(DispatchedWorkers):
         timeout: seconds after which a part that was asked for and has not replied has failed.
             Defaults to 600.
 
-    Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
-
     Opening raises:
         TypeError: a part of the module is compiled as a whole.
         RuntimeError: the pool is closed, or the module runs on this pool itself.

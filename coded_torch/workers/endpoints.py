@@ -69,9 +69,6 @@ class EndpointWorkers(DispatchedWorkers):
         timeout: seconds that a part may take, from asking for it to its reply.
         refresh: seconds between two calls of ``endpoints``.
 
-    Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
-
     Opening raises:
         TypeError, ValueError: the module is not a :class:`RemoteModule`, or of another model.
         RuntimeError: the pool is closed, or was made in the process that this one was forked from.

@@ -22,18 +22,8 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance, positive, probability
 from .._torch import on_host
 from ..stragglers import Stragglers
-from .base import (
-    Arguments,
-    Began,
-    Part,
-    Reply,
-    Request,
-    Task,
-    Workers,
-    broadcast_dims,
-    flatten,
-    unflatten,
-)
+from . import base
+from .base import Arguments, Began, Part, Reply, Request, Task, Workers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -268,13 +258,13 @@ class _FaultyRequest(Request):
     def _attacked(self, value: Any, worker: int) -> Any:
         attack = self._pool.attack
         assert attack is not None  # adversaries come with an attack
-        leaves, spec = flatten(value)
-        dims = broadcast_dims("out_dims", self._task.out_dims, spec)
+        leaves, spec = base.flatten(value)
+        dims = base.broadcast_dims("out_dims", self._task.out_dims, spec)
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
             if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
                 draws = self._pool.generator(self._number, 1, 1 + worker)
                 leaves[i] = attack(leaf.movedim(dim, 0), draws).to(leaf.dtype).movedim(0, dim)
-        return unflatten(leaves, spec)
+        return base.unflatten(leaves, spec)
 
     drop: Any = property(attrgetter("_request.drop"))
     now: Any = property(attrgetter("_request.now"))

@@ -13,22 +13,8 @@ from torch import Tensor, nn
 
 from .._arguments import count, instance
 from ..stragglers import Stragglers
-from .base import (
-    Began,
-    Part,
-    Reply,
-    Request,
-    Task,
-    WorkerError,
-    Workers,
-    broadcast_dims,
-    check_batch,
-    flatten,
-    kind,
-    leaf_name,
-    show,
-    unflatten,
-)
+from . import base
+from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
 
@@ -182,25 +168,25 @@ def cut(task: Task, outputs: Sequence[Any], counts: Sequence[int]) -> list[Any]:
 
     Raises a ValueError if they differ in structure, kind or a constant, or lack rows.
     """
-    flat, specs = zip(*map(flatten, outputs), strict=True)
+    flat, specs = zip(*map(base.flatten, outputs), strict=True)
     if any(spec != specs[0] for spec in specs):
         got = " and ".join(sorted(set(map(str, specs))))
         must = "the module must return the same structure for every batch"
         raise ValueError(f"Task: {must}, got {got}")
     sizes = [count * task.unit_rows for count in counts]
     columns: list[Sequence[Any]] = []
-    for i, dim in enumerate(broadcast_dims("out_dims", task.out_dims, specs[0])):
+    for i, dim in enumerate(base.broadcast_dims("out_dims", task.out_dims, specs[0])):
         pieces = [leaves[i] for leaves in flat]
-        if dim is not None and any(kind(piece) != kind(pieces[0]) for piece in pieces):
-            name = leaf_name("output", outputs[0], i)
-            got = " and ".join(sorted({show(piece) for piece in pieces}))
+        if dim is not None and any(base.kind(piece) != base.kind(pieces[0]) for piece in pieces):
+            name = base.leaf_name("output", outputs[0], i)
+            got = " and ".join(sorted({base.show(piece) for piece in pieces}))
             must = "must be the same for every batch, or a tensor of one dtype"
             raise ValueError(f"CodedWrapper: {name} {must}, got {got}")
         if dim is None or not isinstance(pieces[0], Tensor):
             columns.append(pieces[:1] * len(counts))
             continue
-        check_batch(outputs[0], i, pieces[0], dim)
+        base.check_batch(outputs[0], i, pieces[0], dim)
         leaf = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
-        check_batch(outputs[0], i, leaf, dim, sum(sizes))
+        base.check_batch(outputs[0], i, leaf, dim, sum(sizes))
         columns.append(leaf.split(sizes, dim))
-    return [unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]
+    return [base.unflatten([column[n] for column in columns], specs[0]) for n in range(len(counts))]

@@ -16,23 +16,10 @@ import torch
 from torch import nn
 
 from .._arguments import find_devices
+from . import worker_main
 from .dispatch import Job
 from .shared_memory import Connection, Package, Pickled
 from .supervisor import SupervisedWorkers, Supervisor, WatchedWorker
-from .worker_main import (
-    JOB,
-    LOADED,
-    MODULE,
-    READY,
-    REFUSED,
-    RESULT,
-    UNSAFE,
-    check_guard,
-    fork,
-    packages_of,
-    refuse,
-    replace_servers,
-)
 
 __all__ = ["ProcessWorkers"]
 
@@ -65,9 +52,6 @@ class ProcessWorkers(SupervisedWorkers):
             not late ones: a few times the module's slowest call. Defaults to 30.
         timeout: seconds after which a part that was asked for and has not replied has failed.
             Defaults to 600.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
 
     Opening raises:
         RuntimeError: the pool is closed, an input requires gradients, this process was forked from
@@ -145,7 +129,7 @@ class _Processes(Supervisor[_Process]):
         self._packages: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
-        check_guard()
+        worker_main.check_guard()
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -154,16 +138,16 @@ class _Processes(Supervisor[_Process]):
 
     def pack(self, module: nn.Module) -> Package:
         package = Package(Pickled(module))
-        self._packages |= packages_of(module)
+        self._packages |= worker_main.packages_of(module)
         return package
 
     def launch(self, index: int) -> _Process:
         ours, theirs = socket.socketpair()
         device = self._devices[index % len(self._devices)]
-        packages = self._packages - REFUSED
+        packages = self._packages - worker_main.REFUSED
         with theirs, contextlib.ExitStack() as on_error:
             on_error.enter_context(ours)
-            descriptor = fork(theirs, device, self._threads, self.seed(index), packages)
+            descriptor = worker_main.fork(theirs, device, self._threads, self.seed(index), packages)
             on_error.pop_all()
         worker = _Process(index, Connection(ours), descriptor, packages)
         self._selector.register(worker.connection, selectors.EVENT_READ, worker)
@@ -174,15 +158,15 @@ class _Processes(Supervisor[_Process]):
         contents = Pickled(module.job(job.request.task, job.part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
-                worker.connection.send_package(MODULE, module.number, module.package)
+                worker.connection.send_package(worker_main.MODULE, module.number, module.package)
                 worker.loading = True
             worker.load(module)
-            worker.connection.send(JOB, job.number, contents)
+            worker.connection.send(worker_main.JOB, job.number, contents)
 
     def end(self, worker: _Process) -> None:
         worker.exit_code(0.0)  # to learn its process id
         if not worker.pid and not self.closed and not worker.unwanted:
-            replace_servers()  # the server is too slow to fork: start another one
+            worker_main.replace_servers()  # the server is too slow to fork: start another one
         worker.kill()
         self._bury(worker, _DYING_SECONDS if worker.pid else 0.0)
 
@@ -208,7 +192,7 @@ class _Processes(Supervisor[_Process]):
     def _hear(self, worker: _Process) -> None:
         try:
             message = worker.connection.receive()
-            if message is not None and message.kind == READY:
+            if message is not None and message.kind == worker_main.READY:
                 worker.pid = message.number
                 self._welcome(worker)
         except Exception as error:  # a broken process may send anything
@@ -218,10 +202,10 @@ class _Processes(Supervisor[_Process]):
             return
         if message is None:
             self.lost(worker, self._bury(worker))
-        elif message.kind == LOADED:
+        elif message.kind == worker_main.LOADED:
             self.loaded(worker)
-        elif message.kind != READY:
-            self.take(worker, message.number, message.kind == RESULT, message.value)
+        elif message.kind != worker_main.READY:
+            self.take(worker, message.number, message.kind == worker_main.RESULT, message.value)
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""
@@ -232,7 +216,7 @@ class _Processes(Supervisor[_Process]):
             number, package = last
             worker.modules, worker.since = frozenset([number]), time.monotonic()
             with contextlib.suppress(ConnectionError):  # the process has died, which is heard next
-                worker.connection.send_package(MODULE, number, package)
+                worker.connection.send_package(worker_main.MODULE, number, package)
 
     def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
         """Release a process that ends, and return how it ended."""
@@ -244,9 +228,9 @@ class _Processes(Supervisor[_Process]):
         worker.connection.close()
         os.close(worker.descriptor)
         ended = self.closed or worker.unwanted  # this pool ended it
-        if code == UNSAFE or (code is None and not worker.pid and not ended):
-            refuse(worker.packages)
-        if code == UNSAFE:
+        if code == worker_main.UNSAFE or (code is None and not worker.pid and not ended):
+            worker_main.refuse(worker.packages)
+        if code == worker_main.UNSAFE:
             return "was forked from a server with threads, or with CUDA; another server starts"
         if code is None and worker.pid:
             return "closed its connection, and was killed"

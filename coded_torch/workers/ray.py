@@ -47,7 +47,6 @@ class RayWorkers(SupervisedWorkers):
 
     Raises:
         ImportError: Ray is not installed.
-        TypeError, ValueError: an argument has the wrong type or value.
 
     Starting raises:
         RuntimeError: this process is in another cluster.
@@ -225,11 +224,13 @@ def _actor_class() -> type:
             sys.path.insert(0, home)  # the folder does not exist elsewhere
             try:
                 from coded_torch.workers import ray as ours
+                from coded_torch.workers import worker_main
             finally:
                 sys.path.remove(home)
-            ours.set_up(threads, seed)
-            self.get, device = ours._ray().get, "cuda" if ours._ray().get_gpu_ids() else "cpu"
-            self.modules = ours.LoadedModules(ours.torch.device(device), ours._portable)
+            worker_main.set_up(threads, seed)
+            ray, device = ours._ray(), "cuda" if ours._ray().get_gpu_ids() else "cpu"
+            self.modules = worker_main.LoadedModules(torch.device(device), ours._portable)
+            self.get = ray.get
 
         def hello(self) -> int:
             return os.getpid()
@@ -238,7 +239,8 @@ def _actor_class() -> type:
             """Do a job, as :class:`LoadedModules` does."""
             if number not in self.modules:
                 self.modules.add(number, lambda: self.get(package[0]))
-            return self.modules.call(lambda: contents)
+            done: tuple[bool, Any] = self.modules.call(lambda: contents)
+            return done
 
         def end(self) -> None:
             """Never return: the pool notices the end of the actor by waiting for this."""
