@@ -156,7 +156,6 @@ class Client:
         return found
 
     async def close(self) -> None:
-        """Close all connections."""
         if self._session is not None:
             await self._session.close()
 
@@ -296,11 +295,9 @@ class RemoteModule(nn.Module):
 
     @property
     def model(self) -> str:
-        """The name of the model."""
         return self.metadata.name
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Ask the server."""
         inputs = self.inputs(args, kwargs)
         self._client = self._client or Client(self, **self._options)
         asked = self._client.infer(self.url, self.metadata, inputs, len(inputs[0]))

@@ -223,7 +223,6 @@ class _Threads(Dispatcher[_Replica]):
         return [worker.thread for worker in self._workers]
 
     def wake(self) -> None:
-        """Start missing threads."""
         with self._lock:
             for index in () if self.closed else self.vacant():
                 device = self.devices[index % len(self.devices)]
@@ -247,7 +246,6 @@ class _Threads(Dispatcher[_Replica]):
         super().restart(index)
 
     def close(self) -> None:
-        """End the threads, and wait a few seconds for their parts."""
         self.stop()
         threads, end = self.running, time.monotonic() + _CLOSING_SECONDS
         for replica in list(self._workers):

@@ -85,7 +85,6 @@ class Dispatcher(abc.ABC, Generic[W]):
     # The pool calls these methods.
 
     def vacant(self) -> list[int]:
-        """Return the places where a worker is missing."""
         with self._lock:
             return sorted(self.places - {w.index for w in self._workers if not w.left})
 
@@ -109,7 +108,6 @@ class Dispatcher(abc.ABC, Generic[W]):
         self.refuse()
 
     def submit(self, jobs: Iterable[Job]) -> None:
-        """Have jobs done."""
         with self._lock:
             self._jobs += jobs
         self.refuse()

@@ -209,8 +209,6 @@ class _Endpoints(Dispatcher[_Slot]):
             self.restart(place)
 
     def follow(self, source: Callable[[], Iterable[str]], seconds: float) -> None:
-        """Ask a callable for the servers every few seconds."""
-
         async def refresh() -> None:
             while not self.closed:
                 await asyncio.sleep(seconds)
@@ -231,14 +229,12 @@ class _Endpoints(Dispatcher[_Slot]):
         self.loop.call_soon_threadsafe(self._begin_at, worker, job)
 
     def cancel(self, request: LiveRequest) -> None:
-        """Cancel the running parts of a request."""
         with self._lock:
             for slot in self._workers:
                 if slot.job is not None and slot.job.request is request and slot.running:
                     slot.running.cancel()
 
     def close(self) -> None:
-        """Cancel all requests, and close the connections."""
         self.stop()
         ended = asyncio.run_coroutine_threadsafe(self._close(), self.loop)
         if asyncio._get_running_loop() is self.loop:  # garbage was collected in its thread

@@ -199,7 +199,6 @@ class FaultyWorkers(Workers):
         return request, itertools.chain(first, itertools.chain.from_iterable(further))
 
     def generator(self, *key: int) -> torch.Generator:
-        """Return the generator of a key."""
         entropy = np.random.SeedSequence((self.seed % 2**64, *key))
         return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 

@@ -90,7 +90,6 @@ class LiveRequest(Request):
     # The dispatcher calls these methods, from any thread.
 
     def awaits(self, part: Part) -> bool:
-        """Return whether the reply to a part is still awaited."""
         return part.number in self._open
 
     def wants(self, part: Part) -> bool:
@@ -206,7 +205,6 @@ class Ambient:
 
     @classmethod
     def capture(cls) -> Ambient:
-        """Return the modes of this thread."""
         accelerator = torch.accelerator.current_accelerator()
         kinds = ("cpu", *([accelerator.type] if accelerator else []))
         return cls(

@@ -2,10 +2,11 @@ r"""Workers in this process, simulated on a virtual clock."""
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from . import base
 from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
+
+_Values = Callable[[], dict[int, Any]]
 
 
 class LocalWorkers(Workers):
@@ -64,8 +67,8 @@ class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0
-        # Times, events, and the batch that has the value of a reply; the next event is the last.
-        self._events: list[tuple[float, Began | Reply, _Batch | None]] = []
+        # Times, events, and the values of their parts; the next event is the last.
+        self._events: list[tuple[float, Began | Reply, _Values | None]] = []
         self._first = 0  # the number of parts of the first ask
         self._latencies: list[float] = []  # latencies by the number of the part
         self._closed = False
@@ -75,36 +78,36 @@ class _LocalRequest(Request):
             raise RuntimeError("LocalWorkers: the request is closed")
         self._draw(parts)
         now, events = self._clock, self._events[::-1]
-        batch = _Batch(self._module, self._task, self._pool.max_batch_size)
-        replies: list[tuple[float, Began | Reply, _Batch | None]] = []
+        computed: list[Part] = []
+        values = functools.cache(lambda: self._compute(computed))  # when the first is needed
+        replies: list[tuple[float, Began | Reply, _Values | None]] = []
         for part in parts:
             number, fault = part.number, part.fault
             if number in part.avoid:
-                failed = WorkerError(
-                    number, -1, "did not start: it avoids all workers that are left"
-                )
-                events.append((now, Reply(part, -1, now, math.inf, error=failed), None))
+                why = "did not start: it avoids all workers that are left"
+                error = WorkerError(number, -1, why)
+                events.append((now, Reply(part, -1, now, math.inf, error=error), None))
                 continue
             events.append((now, Began(part, number, now), None))
             latency = self._latencies[number] + (0.0 if fault is None else fault.delay)
             if latency == math.inf:
                 continue
             reply = Reply(part, number, now + latency, latency)
-            if fault is not None and fault.kind == "crash":
+            if crashes := fault is not None and fault.kind == "crash":
                 reply.error = WorkerError(number, number, "died of an injected crash", "died")
-                replies.append((reply.at, reply, None))
             else:
-                batch.parts.append(part)
-                replies.append((reply.at, reply, batch))
+                computed.append(part)
+            replies.append((reply.at, reply, None if crashes else values))
         # Sorting keeps the order of asking, and takes linear time if all parts take as long.
         self._events = sorted(events + replies, key=operator.itemgetter(0))[::-1]
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         bound = until if until > self._clock else self._clock
         if self._events and self._events[-1][0] <= bound:
-            self._clock, event, batch = self._events.pop()
-            if batch is not None and isinstance(event, Reply):
-                event.value = batch.value(event.part)
+            self._clock, event, values = self._events.pop()
+            if values is not None and isinstance(event, Reply):
+                value, fault = values().pop(event.part.number), event.part.fault
+                event.value = value if fault is None else fault.spoil(value)
             return event
         if bound < math.inf:
             self._clock = bound
@@ -132,27 +135,12 @@ class _LocalRequest(Request):
             drawn = [0.0] * self._first if law is None else law.sample(self._first).tolist()
             self._latencies += drawn
 
-
-class _Batch:
-    """Parts that are computed together, when the first of their values is needed."""
-
-    def __init__(self, module: nn.Module, task: Task, max_rows: int | None) -> None:
-        self._module, self._task, self._max_rows = module, task, max_rows
-        self.parts: list[Part] = []
-        self._values: dict[int, Any] | None = None
-
-    def value(self, part: Part) -> Any:
-        """Return the value of a part, and release it here."""
-        if self._values is None:
-            self._values = self._compute()
-        value = self._values.pop(part.number)
-        return value if part.fault is None else part.fault.spoil(value)
-
-    def _compute(self) -> dict[int, Any]:
-        parts = sorted(self.parts, key=operator.attrgetter("units"))
+    def _compute(self, parts: list[Part]) -> dict[int, Any]:
+        """Return the values of parts that are asked for together, by number."""
+        parts.sort(key=operator.attrgetter("units"))
         units = [unit for part in parts for unit in part.units]
         try:
-            payloads = self._task.payloads(units, self._max_rows)
+            payloads = self._task.payloads(units, self._pool.max_batch_size)
             outputs = [self._module(*args, **kwargs) for args, kwargs in payloads]
         except Exception as error:
             if sys.version_info >= (3, 11):

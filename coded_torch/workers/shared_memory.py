@@ -163,7 +163,6 @@ class Message(NamedTuple):
     copy: int = 0
 
     def value(self) -> Any:
-        """Return the object."""
         return _Unpickler(self.memory, self.length, self.copy).load()
 
 
@@ -180,7 +179,6 @@ class Connection:
         self._done: deque[int] = deque()  # indices of its blocks that were read
 
     def fileno(self) -> int:
-        """Return the descriptor to wait for."""
         return self.socket.fileno()
 
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:

@@ -163,7 +163,6 @@ class Supervisor(Dispatcher[V]):
         self.settle(worker, number, value)
 
     def fail_to_read(self, worker: V, number: int, cause: Exception) -> None:
-        """Fail a job whose result cannot be read."""
         self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", "", cause)
 
     def lost(self, worker: V, reason: str, end: bool = False) -> None:
@@ -208,7 +207,6 @@ class Supervisor(Dispatcher[V]):
         self.wake()  # the thread ends the worker
 
     def restart(self, index: int) -> None:
-        """Have the worker at a place ended and replaced."""
         with self._lock:
             for worker in self.at(index):
                 worker.unwanted |= not worker.left
@@ -250,7 +248,6 @@ class Supervisor(Dispatcher[V]):
         return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:
-        """Tend the workers until the pool is closed."""
         try:
             while not self.closed:
                 try:

@@ -309,7 +309,6 @@ class ModuleStore:
             self._packed.pop(module, None)
 
     def clear(self) -> None:
-        """Release all packages."""
         with self._lock:
             self._packed.clear()
 
@@ -342,7 +341,6 @@ class LoadedModules:
         return number in self._modules
 
     def add(self, number: int, read: Callable[[], nn.Module]) -> None:
-        """Load a module."""
         try:
             self._modules[number] = read().to(self.device)
         except Exception as error:
