@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
 from torch import nn
 
-from coded_torch.testing.workers import WorkersTests
+from coded_torch.testing.helpers import WAIT, Gated, until
+from coded_torch.testing.workers import WorkersTests, numbered, task_of
 from coded_torch.workers import Task
 from coded_torch.workers.dispatch import (
     DispatchedWorkers,
@@ -16,6 +19,8 @@ from coded_torch.workers.dispatch import (
 )
 from coded_torch.workers.faults import compute
 from coded_torch.workers.live import LiveRequest
+
+ONE = torch.ones(1, 1, 1)
 
 
 class ThreadWorkers(DispatchedWorkers):
@@ -64,3 +69,33 @@ class Threads(Dispatcher):
 class TestThreadWorkers(WorkersTests):
     def make(self) -> ThreadWorkers:
         return ThreadWorkers(3)
+
+
+def test_starting_calls_the_module_once_on_each_worker_though_one_is_busy(tmp_path):
+    calls = []
+    module = nn.Identity()
+    module.register_forward_hook(lambda *_: calls.append(threading.current_thread()))
+    with ThreadWorkers(3) as pool, pool.open(Gated(str(tmp_path)), task_of(ONE)) as request:
+        request.ask(numbered((0,)))
+        assert request.wait(WAIT).worker == 0
+        starting = threading.Thread(target=pool.start, args=(module, ONE), daemon=True)
+        starting.start()
+        until(lambda: len(calls) == 2 and request.idle == 2)
+        assert starting.is_alive()
+        (tmp_path / "open").touch()
+        starting.join(WAIT)
+        assert not starting.is_alive()
+    assert len(calls) == 3
+
+
+def test_a_place_that_is_given_up_while_the_pool_starts_is_not_missing(tmp_path):
+    with ThreadWorkers(2) as pool, pool.open(Gated(str(tmp_path)), task_of(ONE)) as request:
+        request.ask(numbered((0,)))
+        assert request.wait(WAIT).worker == 0
+        starting = threading.Thread(target=pool.start, args=(nn.Identity(), ONE), daemon=True)
+        starting.start()
+        until(lambda: pool._queue._jobs)
+        pool.drain(0)
+        starting.join(WAIT)
+        assert not starting.is_alive()
+        (tmp_path / "open").touch()
