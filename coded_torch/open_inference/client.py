@@ -241,7 +241,7 @@ def _failure(answer: aiohttp.ClientResponse, body: bytes) -> Exception:
 
 
 _lock = threading.Lock()
-_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id: no thread outlives a fork
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # a loop each process: no thread outlives a fork
 os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 

@@ -79,7 +79,7 @@ class Task:
             yield (tuple(batch), {}) if self._is_positional else unflatten(batch, self.spec)
 
     @functools.cached_property
-    def _is_positional(self) -> bool:  # so it takes a tenth of the time to make the arguments
+    def _is_positional(self) -> bool:  # true, arguments take a tenth of the time
         return bool(self.spec == positional(len(self.leaves))[0])
 
 

@@ -107,9 +107,9 @@ class Dispatcher(abc.ABC, Generic[W]):
                     self.retire(worker)
         self.refuse()
 
-    def submit(self, jobs: Iterable[Job]) -> None:
+    def submit(self, asked: Iterable[Job]) -> None:
         with self._lock:
-            self._jobs += jobs
+            self._jobs += asked
         self.refuse()
 
     def exclude(self, index: int) -> None:
@@ -127,7 +127,7 @@ class Dispatcher(abc.ABC, Generic[W]):
         self._assign()
 
     def at(self, index: int) -> list[W]:
-        """Return the workers at a place; those that leave are among them."""
+        """Return the workers at a place, leaving ones too."""
         return [worker for worker in self._workers if worker.index == index]
 
     @property

@@ -32,7 +32,7 @@ __all__ = ["Attack", "Fault", "FaultyWorkers", "compute"]
 
 #: Maps rows of a result, ``[rows, ...]``, and a generator of the worker to wrong rows.
 Attack = Callable[[Tensor, torch.Generator], Tensor]
-_lock = threading.Lock()  # of the state of all pools with faults
+_lock = threading.Lock()  # guards the state of all pools with faults
 _DAY = 86_400.0  # seconds that a hung call sleeps, longer than any call waits
 
 

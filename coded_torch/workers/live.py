@@ -76,7 +76,7 @@ class LiveRequest(Request):
         self.ambient = Ambient.capture()  # the modes of the caller
         self._timeout = timeout
         self._opened = time.monotonic()
-        self._open: OrderedDict[int, Job] = OrderedDict()  # by the part, the oldest first
+        self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
         # None stands for an interruption.
         self._events: queue.SimpleQueue[Began | Reply | None] = queue.SimpleQueue()
         self._closed = False

@@ -79,7 +79,7 @@ class _LocalRequest(Request):
         self._draw(parts)
         now, events = self._clock, self._events[::-1]
         computed: list[Part] = []
-        values = functools.cache(lambda: self._compute(computed))  # when the first is needed
+        values = functools.cache(lambda: self._compute(computed))  # called when the first is needed
         replies: list[tuple[float, Began | Reply, _Values | None]] = []
         for part in parts:
             number, fault = part.number, part.fault

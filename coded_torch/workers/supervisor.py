@@ -96,7 +96,7 @@ class Supervisor(Dispatcher[V]):
         self._beginning, self._process = threading.Lock(), 0
 
     def set_up(self) -> None:
-        """Get what the thread needs, before it starts."""
+        """Prepare for the thread, which starts next."""
 
     @abc.abstractmethod
     def pack(self, module: nn.Module) -> Any:

@@ -188,7 +188,7 @@ class _Program(NamedTuple):
     device: torch.device
     threads: int
     seed: int
-    variables: dict[str, str | None]  # of the environment, to be set
+    variables: dict[str, str | None]  # the environment is to have them
     preloaded: bool  # true if the server had to import packages
 
     def _bootstrap(self, _: int) -> int:
