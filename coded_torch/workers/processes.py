@@ -158,8 +158,8 @@ class _Processes(Supervisor[_Process]):
         contents = Pickled(module.job(job.request.task, job.part))
         with contextlib.suppress(ConnectionError):  # the process has died, which the thread hears
             if worker.is_new_to(module):
+                worker.loading = True  # before it can answer that it has loaded the module
                 worker.connection.send_package(worker_main.MODULE, module.number, module.package)
-                worker.loading = True
             worker.load(module)
             worker.connection.send(worker_main.JOB, job.number, contents)
 
