@@ -295,6 +295,18 @@ def test_a_hung_process_is_killed_after_its_grace_and_its_delays_are_those_of_a_
             assert "was at one job for more than 0.3 s, and was ended" in reasons[1]
 
 
+def test_the_grace_counts_though_a_process_has_loaded_the_module_at_once(monkeypatch):
+    with ProcessWorkers(1, grace=0.3).start(timeout=WAIT) as pool:
+        (worker,), heard, loaded = pool._queue._workers, threading.Event(), pool._queue.loaded
+        send = worker.connection.send_package
+        monkeypatch.setattr(pool._queue, "loaded", lambda worker: (loaded(worker), heard.set()))
+        monkeypatch.setattr(
+            worker.connection, "send_package", lambda *args: (send(*args), heard.wait(WAIT))
+        )
+        (reply,) = answers(pool, Sleepy(), torch.full((1, 1, 1), 3600.0))
+        assert "was at one job for more than 0.3 s, and was ended" in reply.error.reason
+
+
 def test_processes_load_modules_beside_their_grace_and_before_they_replace_others():
     with ProcessWorkers(2, grace=0.5).start(timeout=WAIT) as pool:
         module = Heavy()
