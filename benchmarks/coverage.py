@@ -190,7 +190,7 @@ def times_sigma(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:
     off = left_out / process.leave_one_out_variances.sqrt()
     constant = off.quantile(0.95, interpolation="higher")
     errors = (answers - y).norm(dim=1)[missing].double()
-    return errors, constant * process.at(lost)[1].sqrt()
+    return errors, constant * process.variances(lost).sqrt()
 
 
 def jackknife(x: Tensor, y: Tensor, missing: Tensor) -> tuple[Tensor, Tensor]:

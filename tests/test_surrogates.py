@@ -133,7 +133,7 @@ def test_coordinates_have_the_distances_of_a_metric(metric):
     space, how = memory._Space(a, metric), METRICS[metric]
     z = space(a).double()
     features = [each(leaf) for each, leaf in zip(transforms(how, a), a, strict=True)]
-    wanted = Geometry(features).squared_distances(how.shrinkage)[0].double()
+    wanted = Geometry(torch.cat(features, 1).float()).squared_distances(how.shrinkage)[0].double()
     got = torch.cdist(z, z).square()
     got *= wanted.mean() / got.mean()
     torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2 * float(wanted.mean()))

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from .gaussian_process import GaussianProcess
 
 __all__ = ["GROWTH", "Bars", "ErrorBars", "bars", "label_risks"]
+
+Array = npt.NDArray[np.float64]
 
 #: The power of the variance by which errors are divided. With .75 every tercile of the standard
 # deviation is covered alike; with 1 the first is covered less, with 0 the last. (benchmarks
@@ -48,72 +52,71 @@ def bars(
     *,
     labels: bool = False,
 ) -> Bars:
-    """Return the error bars of missing rows.
+    """Return the error bars of missing rows ``[L]``.
 
     Args:
-        rows: ``[L]``, of the batch.
-        results: ``[M, C]``, that predict them.
-        predicted: ``[L, C]``, predictions of the missing rows.
-        regression: that predicted; how far it went away from the mean of the results, in (0, 1];
-            and its points of the missing rows. None if predictions are the mean.
+        results, predicted: ``[M, C]``, and predictions of the missing rows, ``[L, C]``.
+        regression: the process, its trust in (0, 1], and its points of the missing rows. None if
+            predictions are the mean.
         offsets: surrogates at the results ``[M, C]`` and at the missing rows ``[L, C]``; or none.
         labels: whether outputs are scores of classes.
     """
     count, signed = len(results), results.shape[1] == 1
-    if regression is None:
-        trust, left_out = 0.0, torch.arange(count)
-        weights = torch.zeros(len(rows), count, dtype=torch.float64)
-        variances, of_left_out = weights.new_ones(len(rows)), weights.new_ones(count)
-    else:
+    process, trust = None, 0.0
+    left_out = torch.arange(count)
+    weights = np.zeros((len(rows), count))
+    variances, of_left_out = np.ones(len(rows)), np.ones(count)
+    if regression is not None:
         process, trust, points = regression
-        weights, variances = process.at(points)
-        left_out, of_left_out = process.left_out, process.leave_one_out_variances
-        weights = weights if len(left_out) == count else weights[:, left_out]
-    norms = torch.zeros(3, len(left_out), dtype=torch.float64)
-    moved = torch.zeros(len(rows), dtype=torch.float64)
-    errors = []
+        left_out, of_left_out = process.left_out, process.leave_one_out_variances.numpy()
+        weights = process.weights_of_left_out(points).numpy()
+        variances = process.variances(points).numpy()
+    norms = np.zeros((3, len(left_out)))
+    moved, known = np.zeros(len(rows)), []
     for y, answers in zip(results.split(_BLOCK, 1), predicted.split(_BLOCK, 1), strict=True):
-        y, answers = y.double(), answers.double()
+        y = y.double()
         mean = y.mean(0)
-        deviations = y[left_out] - mean
+        of_results = y[left_out]
+        deviations = (of_results - mean).numpy()
         residuals = shrunk = deviations * (count / max(count - 1, 1))  # less the others' mean
-        if regression is not None:
-            residuals = process.leave_one_out_residuals(y)
-            shrunk = torch.lerp(shrunk, residuals, trust)
-        each, off = torch.stack([residuals, shrunk, deviations]), answers - mean
-        norms += each[:, :, 0] if signed else each.square_().sum(2)
-        moved += off[:, 0] if signed else off.square_().sum(1)
-        errors.append(shrunk)
+        if process is not None:
+            residuals = process.leave_one_out_residuals(y).numpy()
+            shrunk = shrunk + trust * (residuals - shrunk)
+        off = (answers.double() - mean).numpy()
+        for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
+            total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
+        if labels and not signed:
+            known.append(of_results.numpy() - shrunk)
     if not signed:
-        norms, moved = norms.sqrt_(), moved.sqrt_()
+        norms, moved = np.sqrt(norms), np.sqrt(moved)
     risks = None
-    if labels and not signed:
-        outputs, answers = results.double(), predicted.double()
+    if known:
+        answered, outputs = predicted.double(), results[left_out].double()
+        found = np.concatenate(known, 1)
         if offsets:
-            outputs, answers = outputs + offsets[0], answers + offsets[1]
-        of_results = outputs[left_out]
-        known = of_results - (errors[0] if len(errors) == 1 else torch.cat(errors, 1))
-        wrong = known.argmax(1) != of_results.argmax(1)
-        margins = _margins(answers) / variances.sqrt()
-        risks = label_risks(margins, _margins(known) / of_left_out.sqrt(), wrong)
-    found = of_left_out, *norms
+            found += offsets[0][left_out].double().numpy()
+            answered, outputs = answered + offsets[1], outputs + offsets[0][left_out]
+        wrong = found.argmax(1) != outputs.numpy().argmax(1)
+        margins = _margins(answered.numpy()) / np.sqrt(variances)
+        risks = label_risks(margins, _margins(found) / np.sqrt(of_left_out), wrong)
+    calibrating = [of_left_out, *norms]
     if len(rows) > _MISSING:
-        some = evenly(len(left_out), _CALIBRATING)
-        weights, found = weights[:, some], tuple(x[some] for x in found)
-    limits = _thresholds(weights, variances, moved, found, trust, count, signed=signed)
-    return Bars(rows, limits, risks)
+        some = evenly(len(left_out), _CALIBRATING).numpy()
+        weights, calibrating = weights[:, some], [x[some] for x in calibrating]
+    limits = _thresholds(weights, variances, moved, calibrating, trust, count, signed=signed)
+    return Bars(rows, torch.from_numpy(limits), None if risks is None else torch.from_numpy(risks))
 
 
 def _thresholds(
-    weights: Tensor,
-    variances: Tensor,
-    moved: Tensor,
-    left_out: Sequence[Tensor],
+    weights: Array,
+    variances: Array,
+    moved: Array,
+    left_out: Sequence[Array],
     trust: float,
     count: int,
     *,
     signed: bool,
-) -> Tensor:
+) -> Array:
     r"""Return the errors of missing rows up to which results look as odd as these rows.
 
     A missing row i and the n results are exchangeable. With row i among the results, each of the
@@ -130,69 +133,62 @@ def _thresholds(
     triangle inequality.
 
     Args:
-        weights: ``[L, n]``, of the results that are left out, before shrinking.
-        variances: ``[L]``, of the predictions, before shrinking.
+        weights, variances: ``[L, n]`` and ``[L]``, before shrinking.
         moved: ``[L]``, the norms of the shrunk predictions less the mean of the results.
-        left_out: ``[n]`` each, of the n results: variances and norms of residuals before shrinking,
-            norms of residuals after it, and norms of results less the mean of all.
-        trust: how far predictions go away from the mean, in [0, 1].
-        count: the number of all results, at least n.
+        left_out: ``[n]`` each: variances and norms of residuals before shrinking, norms of
+            residuals after it, and norms of results less the mean of all ``count``.
         signed: whether there is one output, and numbers instead of norms are given.
 
     Returns:
-        ``[1, L, n]``, float64; or ``[2, L, n]``, for positive and for negative errors.
+        ``[1, L, n]``; or ``[2, L, n]``, for positive and for negative errors.
     """
     of_left_out, residuals, shrunk, deviations = left_out
     rest, moved = 1 - trust, moved[:, None]
-    w, ratio = weights if signed else weights.abs(), of_left_out / variances[:, None]
+    w, ratio = weights if signed else np.abs(weights), of_left_out / variances[:, None]
     # The variance of j shrinks once row i is among the results.
-    shrink = w.square().mul_(ratio).add_(1).reciprocal_()
+    shrink = 1 / (w * w * ratio + 1)
     ratio *= shrink
-    score, pull = ratio.pow(GROWTH / 2), (w * ratio).mul_(trust).add_(rest / count)
+    pull = w * ratio
     after = shrink * (trust * residuals)
     if rest:  # the mean of the others has row i in it, too
         of_mean = rest * deviations
         after += (1 + 1 / count) * of_mean
         if signed:
-            after += rest * (w * ratio - 1 / count) * moved
+            after += rest * (pull - 1 / count) * moved
         else:  # both are at least as large as the norm
             other = shrunk + trust * (1 - shrink) * residuals
-            after = torch.minimum(after, other + of_mean / (count * max(count - 1, 1)))
-            after += rest * (w * ratio + 1 / count) * moved
-    never = score <= pull.abs()  # no error makes row i odder
-    gaps = score[None] - pull
+            after = np.minimum(after, other + of_mean / (count * max(count - 1, 1)))
+            after += rest * (pull + 1 / count) * moved
+    score, pull = ratio ** (GROWTH / 2), trust * pull + rest / count
+    never = score <= np.abs(pull)  # no error makes row i odder
+    gaps = (score - pull)[None]
     if signed:
-        pull *= after.sign()
-        gaps = torch.stack([score + pull, score - pull])
-    return (after.abs_() / gaps).masked_fill_(never, math.inf)
+        pull *= np.sign(after)
+        gaps = np.stack([score + pull, score - pull])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        limits: Array = np.abs(after) / gaps
+    limits[:, never] = math.inf
+    return limits
 
 
-def label_risks(margins: Tensor, left_out: Tensor, wrong: Tensor) -> Tensor:
-    """Return the estimated probabilities that predicted labels are wrong, ``[L]``, float64.
+def label_risks(margins: Array, left_out: Array, wrong: npt.NDArray[np.bool_]) -> Array:
+    """Return the estimated probabilities that labels of such margins are wrong, ``[L]``.
 
-    Args:
-        margins: ``[L]``, of the largest output over the second, in standard deviations.
-        left_out: ``[n]``, margins of the predictions of results that are left out.
-        wrong: ``[n]``, bool: whether such a prediction has another label than the result.
+    ``left_out`` are margins of results that are left out, of which some are ``wrong``, ``[n]``.
     """
-    worse = left_out[wrong].sort().values
-    larger = len(worse) - torch.searchsorted(worse, margins)
-    return (1 + larger).double() / (len(wrong) + 1)
+    worse = np.sort(left_out[wrong])
+    larger = len(worse) - np.searchsorted(worse, margins)
+    return (1.0 + larger) / (len(wrong) + 1)
 
 
-def _margins(outputs: Tensor) -> Tensor:
+def _margins(outputs: Array) -> Array:
     """Return how much the largest output is over the second, ``[n]``."""
-    largest = outputs.topk(2, 1).values
-    return largest[:, 0] - largest[:, 1]
+    largest = np.partition(outputs, -2, 1)
+    return largest[:, -1] - largest[:, -2]
 
 
 class ErrorBars:
-    """The error bars of a batch, at any level.
-
-    Args:
-        batch_size: B.
-        bars: of the predicted rows. All other rows are exact.
-    """
+    """The error bars of a batch, at any level; rows without are exact."""
 
     def __init__(self, batch_size: int, bars: Sequence[Bars] = ()) -> None:
         self.batch_size, self._bars = batch_size, bars
@@ -211,27 +207,24 @@ class ErrorBars:
             coverage: the probability that an error is at most its radius, in (0, 1); or one for
                 each row, ``[B]``.
         """
-        radii = torch.zeros(self.batch_size, dtype=torch.float64)
-        levels = torch.as_tensor(coverage, dtype=torch.float64).expand(self.batch_size)
+        radii = np.zeros(self.batch_size)
+        levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)
         for rows, found, _ in self._bars:
-            n = found.shape[2]
-            outside = ((1 - levels[rows]) * (n + 1) + 1e-9).floor().long().clamp(max=n)
-            largest = found.topk(int(outside.max()), 2).values.amax(0)
-            largest = torch.cat([found.new_full((len(rows), 1), math.inf), largest], 1)
-            radii[rows] = largest.gather(1, outside[:, None]).squeeze(1)
-        return radii
+            at, n = rows.numpy(), found.shape[2]
+            outside = np.floor((1 - levels[at]) * (n + 1) + 1e-9).astype(np.int64)
+            outside = np.minimum(outside, n)
+            # No threshold comes before the largest.
+            limits = np.full((*found.shape[:2], n + 1), math.inf)
+            limits[:, :, :n] = np.sort(found.numpy(), 2)
+            radii[at] = np.take_along_axis(limits, (n - outside)[None, :, None], 2).max(0)[:, 0]
+        return torch.from_numpy(radii)
 
     def enough(self, coverage: float) -> bool:
         """Return whether results are as many as the level needs."""
         return all((1 - coverage) * (x.thresholds.shape[2] + 1) >= 1 - 1e-9 for x in self._bars)
 
     def calibrated(self, thresholds: Tensor, off: Tensor) -> ErrorBars:
-        """Return error bars that other predictions have, by the triangle inequality.
-
-        Args:
-            thresholds: ``[B, m]``, of the errors of the other predictions.
-            off: ``[B]``, the norms of the predictions less the other predictions.
-        """
+        """Return error bars by thresholds ``[B, m]`` of predictions that are ``off``, ``[B]``."""
         limits = (thresholds + off[:, None])[None]
         bars = [Bars(x.rows, limits[:, x.rows], x.risks) for x in self._bars]
         return ErrorBars(self.batch_size, bars)

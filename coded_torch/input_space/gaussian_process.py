@@ -6,6 +6,8 @@ import functools
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -52,19 +54,10 @@ class GaussianProcess:
 
     Note:
         :math:`O(M^3)` once, :math:`O(M^2)` per prediction. Callers leave autocast and default
-        devices: it is made eight times a call, and each context takes 5 us.
+        devices, as each context takes 5 us.
 
     References:
         Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, sections 2.7, 5.4.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space.gaussian_process import GaussianProcess
-        >>> at = torch.tensor([0.0, 1.0, 2.0, 0.5], dtype=torch.float64)
-        >>> squares = (at[:, None] - at).square()
-        >>> process = GaussianProcess(squares, 2.0, points=torch.arange(3))
-        >>> process.at(torch.tensor([3]))[0].round(decimals=2)
-        tensor([[ 0.4500,  0.6800, -0.1300]], dtype=torch.float64)
     """
 
     def __init__(
@@ -79,20 +72,20 @@ class GaussianProcess:
             if self._factor.dtype == torch.float64:
                 self._nugget *= 10
             self._factor, failed = self._factored(torch.float64)
-        # The rows of L^-T, for the factor L, of the results that are left out; and 1' C^-1, [1, M].
+        # The rows of L^-T, for the factor L, of the results that are left out; and C^-1 1, [M].
         count = len(self._factor)
         self._leaves_all = count <= _ALL_LEFT_OUT
         if self._leaves_all:
             self.left_out = torch.arange(count)
             self._of_left_out = self._solved(torch.eye(count, dtype=self._factor.dtype), True)
-            self._mean = self._of_left_out.sum(0, keepdim=True) @ self._of_left_out.T
+            mean = self._of_left_out @ self._of_left_out.sum(0)
         else:
             self.left_out = evenly(count, _LEFT_OUT)
             some = self._factor.new_zeros(len(self.left_out), count)
             self._of_left_out = self._solved(some.scatter_(1, self.left_out[:, None], 1), True)
-            self._mean = self._solved(self._solved(self._factor.new_ones(1, count), True))
-        self._precision = float(self._mean.sum())
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+            mean = self._solved(self._solved(self._factor.new_ones(1, count), True))[0]
+        self._mean, self._precision = mean, float(mean.sum())
+        self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._last_residuals: tuple[Tensor, Tensor] | None = None
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -116,27 +109,53 @@ class GaussianProcess:
         """Return rows times L^-T, by a product if it is known."""
         return rows @ self._of_left_out if self._leaves_all else self._solved(rows, True)
 
-    def at(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights ``[L, M]`` of the results at points ``[L]``, and variances ``[L]``.
-
-        Both are float64. The weights of a point sum to one, and variances are in the outputs'.
-        """
+    def _toward(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return covariances times L^-T, the mean's weights ``[L]``, and variances ``[L]``."""
         if self._last is None or not torch.equal(self._last[0], points):
             covariances = self._covariances(points, self._factor.dtype)
             half = self._half(covariances)
-            left = 1 - (covariances @ self._mean.T).double()
-            explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).square_()
-            explained -= left.squeeze(1).square() / self._precision
-            weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
-            weights = weights.double().addmm_(left, self._mean.double(), alpha=1 / self._precision)
-            weights += (1 - weights.sum(1, keepdim=True)) / weights.shape[1]  # after rounding
-            self._last = points, weights, (1 + self._nugget - explained).clamp_(min=self._nugget)
+            left = 1 - (covariances @ self._mean).double().numpy()
+            explained = torch.linalg.vector_norm(half, dim=1, dtype=torch.float64).numpy()
+            variances = 1 + self._nugget - explained**2 + left**2 / self._precision
+            variances = np.maximum(variances, self._nugget)
+            self._last = points, half, torch.from_numpy(left), torch.from_numpy(variances)
         return self._last[1:]
+
+    def variances(self, points: Tensor) -> Tensor:
+        """Return the variances of predictions at points ``[L]``, float64, in the outputs'."""
+        return self._toward(points)[2]
+
+    def weights(self, points: Tensor) -> Tensor:
+        """Return the weights ``[L, M]`` of the results at points ``[L]``: rows that sum to one."""
+        half, left, _ = self._toward(points)
+        weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
+        found = weights.double().numpy()
+        found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
+        found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
+        return torch.from_numpy(found)
+
+    def weights_of_left_out(self, points: Tensor) -> Tensor:
+        """Return the weights of the results that are left out, ``[L, n]``, at points ``[L]``."""
+        if self._leaves_all:
+            return self.weights(points)
+        half, left, _ = self._toward(points)
+        weights = (half @ self._of_left_out.T).double()
+        return weights.addr_(left, self._mean[self.left_out].double(), alpha=1 / self._precision)
+
+    def predict(self, points: Tensor, results: Tensor, trust: float = 1.0) -> Tensor:
+        """Return predictions ``[L, C]`` at points ``[L]``, shrunk towards the mean of results."""
+        half, left, _ = self._toward(points)
+        y = results.to(torch.promote_types(results.dtype, torch.float32))
+        centre = y.mean(0)
+        y = (y - centre).to(half.dtype)
+        found = half @ self._half(y.T).T
+        found.addr_(left.to(found), self._mean @ y / self._precision)
+        return (found.mul_(trust) + centre).to(results.dtype)
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
         y = results.to(self._factor.dtype)
-        mean = (self._mean @ y / self._precision).squeeze(0)
+        mean = self._mean @ y / self._precision
         return torch.cholesky_solve(y - mean, self._factor), mean
 
     # Leaving out: with the projection P = C^-1 - m m' / 1' m, m = C^-1 1, the residual of a result
@@ -145,28 +164,24 @@ class GaussianProcess:
     @functools.cached_property
     def leave_one_out_variances(self) -> Tensor:
         """The variance of each result that is left out, ``[n]``, float64."""
-        mean = self._mean[0, self.left_out]
-        squares = self._of_left_out.square().sum(1)
-        inverses = squares.addcmul_(mean, mean, value=-1 / self._precision).double()
-        return 1 / inverses.clamp_(min=1e-12)  # a single result has 0
+        squares = self._of_left_out.square().sum(1).numpy()
+        mean = self._mean[self.left_out].numpy()
+        inverses = (squares - mean**2 / self._precision).astype(np.float64)
+        return torch.from_numpy(1 / np.maximum(inverses, 1e-12))  # a single result has 0
 
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
-        """Return the results that are left out less their predictions from all others.
+        """Return the results that are left out less their predictions from all others, ``[n, C]``.
 
-        Args:
-            results: ``[M, C]``, float64. The residuals of the last tensor are kept.
-
-        Returns:
-            ``[n, C]``, float64.
+        The residuals of the last results, ``[M, C]``, float64, are kept.
         """
         if self._last_residuals is not None and torch.equal(self._last_residuals[0], results):
             return self._last_residuals[1]
         y, size = scaled(results)
         y = y.to(self._factor.dtype)
-        mean = y @ self._mean.T / self._precision
-        residuals = self._of_left_out @ self._half(y).T
-        residuals.addmm_(self._mean.T[self.left_out], mean.T, alpha=-1)  # over variances
-        residuals = residuals.double() * (self.leave_one_out_variances[:, None] * size)
+        mean = (y @ self._mean / self._precision).numpy()
+        over = (self._of_left_out @ self._half(y).T).numpy()  # over variances
+        over -= self._mean[self.left_out].numpy()[:, None] * mean
+        residuals = torch.from_numpy(over * (self.leave_one_out_variances.numpy()[:, None] * size))
         self._last_residuals = results, residuals
         return residuals
 
@@ -179,48 +194,41 @@ class GaussianProcess:
             slope of the regression, through 0, of every result on its prediction, both less the
             mean of the others; 0 if its gain against the mean may be chance.
         """
-        deviations, residuals = self.deviations(results), self.leave_one_out_residuals(results)
+        deviations = deviations_of(results, self.left_out).numpy()
+        residuals = self.leave_one_out_residuals(results).numpy()
         predicted = deviations - residuals
-        total, left, square = (float(x.square().sum()) for x in (deviations, residuals, predicted))
+        total, left, square = (float(np.vdot(x, x)) for x in (deviations, residuals, predicted))
         error = math.sqrt(left / total) if total > 0 else math.nan
         if not square > 0:
             return error, 1.0
         slope = min(max((total + square - left) / (2 * square), 0), 1)
         gains = (predicted * (2 * deviations - slope * predicted)).sum(1) * (slope / square)
-        by_chance = _ERRORS * float(gains.std(correction=0)) * math.sqrt(len(gains))
+        by_chance = _ERRORS * float(gains.std()) * math.sqrt(len(gains))
         return error, slope if float(gains.sum()) > by_chance else 0.0
-
-    def deviations(self, results: Tensor) -> Tensor:
-        """Return the results that are left out, each less the mean of all others."""
-        some = results if self._leaves_all else results[self.left_out]
-        return (some - results.mean(0)).mul_(len(results) / max(len(results) - 1, 1))
 
 
 class Comparison:
-    """Several regressions of the same results, by how well results predict each other.
+    """Regressions of the same results in squared distances ``[K, n, n]`` and K lengths."""
 
-    Args:
-        squared: ``[K, n, n]``, float32, the squared distances in each.
-        lengths: of the covariances.
-    """
-
+    @np.errstate(all="ignore")  # a matrix may have no factorisation
     def __init__(self, squared: Tensor, lengths: Sequence[float]) -> None:
         scales = squared.new_tensor([length**-2 for length in lengths])
         covariance = squared * scales.view(-1, 1, 1)
         matern52(covariance, 1.0, out=covariance)
         covariance.diagonal(dim1=1, dim2=2).add_(NUGGET)
         factor, failed = torch.linalg.cholesky_ex(covariance)
-        self._failed = failed > 0
-        half = _solved(torch.eye(factor.shape[1]).expand_as(factor), factor, transposed=True)
-        # A product of matrices would take longer: they lie in memory by columns.
-        mean = (half * half.sum(1, keepdim=True)).sum(2)
-        precision = mean.sum(1, keepdim=True)
-        precisions = half.square().sum(2).addcdiv_(mean.square(), precision, value=-1)
-        self._half, self._weights = half, mean / precision
-        self._precisions = precisions.double().clamp_(min=1e-12)
-        self._logarithms = self._precisions.log()
+        eye = torch.eye(factor.shape[1]).expand_as(factor)
+        self._half = _solved(eye, factor, transposed=True)
+        squares = self._half.square().sum(2).numpy()
+        # C^-1 1: a product of matrices would take longer, as they lie in memory by columns.
+        mean = (self._half * self._half.sum(1, keepdim=True)).sum(2).numpy()
+        weights = mean / mean.sum(1, keepdims=True)
+        self._weights, self._failed = torch.from_numpy(weights), failed.numpy() > 0
+        self._precisions = np.maximum((squares - weights * mean).astype(np.float64), 1e-12)
+        self._logarithms = np.log(self._precisions)
 
-    def losses(self, y: Tensor) -> Tensor:
+    @np.errstate(all="ignore")
+    def losses(self, y: Tensor) -> npt.NDArray[np.float64]:
         r"""Return how badly each result is predicted from all others, ``[K, n]``: less is better.
 
         The loss is the negative logarithm of the density that the others' prediction and its
@@ -231,35 +239,32 @@ class Comparison:
         .. math:: \tfrac12 \log q + \tfrac12 \left(\overline{e^2 / (q v)} - 1\right)
             + \tfrac12 \log v .
 
-        So a few inputs far from all others do not decide.
-
-        Args:
-            y: ``[C, n]``, results as :func:`scaled` returns them.
+        So a few inputs far from all others do not decide. :func:`scaled` returns ``y``, ``[C, n]``.
         """
         y = y.to(self._half.dtype)
         centred = y - (self._weights @ y.T).unsqueeze(2)  # [K, C, n]
-        residuals = torch.bmm(torch.bmm(centred, self._half), self._half.mT)
-        squares = residuals.square_().mean(1).double().div_(self._precisions)
-        mean = squares.mean(1, keepdim=True).clamp_(min=1e-300)
-        losses: Tensor = squares.div_(mean).add_(mean.log_() - 1).sub_(self._logarithms).div_(2)
-        return losses.masked_fill_(self._failed[:, None], math.inf)
+        residuals = torch.bmm(torch.bmm(centred, self._half), self._half.mT).numpy()
+        squares = np.square(residuals, out=residuals).mean(1) / self._precisions
+        mean = np.maximum(squares.mean(1, keepdims=True), 1e-300)
+        losses: npt.NDArray[np.float64] = (squares / mean + np.log(mean) - 1 - self._logarithms) / 2
+        losses[self._failed] = math.inf
+        return losses
+
+
+def deviations_of(results: Tensor, some: Tensor) -> Tensor:
+    """Return some results, each less the mean of all others."""
+    return (results[some] - results.mean(0)).mul_(len(results) / max(len(results) - 1, 1))
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:
-    """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, and the size.
-
-    Residuals stay as they are, but for the size, and precise.
-    """
+    """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, and the size."""
     y = results - results.mean(0)
     size = (float(y.abs().max()) if y.numel() else 0.0) or 1.0
     return y.div_(size).T.contiguous(), size
 
 
 def _solved(rows: Tensor, factor: Tensor, *, transposed: bool = False) -> Tensor:
-    """Return rows times the inverse of a lower triangle, or of its transpose.
-
-    So LAPACK takes all as it lies; solving for columns copies both operands.
-    """
+    """Return rows times the inverse of a triangle; solving for columns copies both operands."""
     triangle = factor.mT if transposed else factor
     solved: Tensor = torch.linalg.solve_triangular(triangle, rows, upper=transposed, left=False)
     return solved

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -12,17 +15,17 @@ from .._arguments import dense
 from .._torch import exactly, on_host
 from ..ops import inner_products, squared_distances
 
-__all__ = ["LANDMARKS", "Geometry", "added_up", "check_inputs", "distances_among", "evenly"]
-__all__ += ["typical_rows"]
+__all__ = ["Centred", "Geometry", "added_up", "check_inputs", "distances_among", "evenly"]
+__all__ += ["landmarks", "typical_rows"]
 
 # More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
 # of the time on batches of 240 pictures (measured once; no benchmark keeps it). It is prime, as
 # columns of a picture would share buckets.
 _MOST_FEATURES = 8192
 _BUCKETS = 2039
-# The rows that determine the covariance: all of 1,000 lower a regression's error by 1 % at most.
-# (theory, section 10; benchmarks distances)
-LANDMARKS = 512
+# The rows that determine the covariance: a quarter of the batch, within these limits. Of 1,000 rows
+# 256 predict as well as 512; of 3,000 they had 1 % more error (tasks of benchmarks/tasks.py).
+_LANDMARKS = 256, 512
 # Distances that so many roundings of float32 may cause are 0: a margin for sums of some thousand
 # terms; it was not tuned.
 _ROUNDINGS = 128
@@ -34,73 +37,58 @@ _LONG = 8
 class Geometry:
     r"""The inner products and distances of rows, in a metric fitted to these rows.
 
-    Let :math:`X` hold the features as centred rows, several tensors side by side. Each tensor is
-    divided by the root mean square of its centred rows' lengths, so that none dominates. The inner
+    Let :math:`X` hold the features as centred rows, of root mean square length 1. The inner
     products are
 
     .. math:: M = X \, C \, (C + \tau I)^{-1} X^\top, \qquad
               C = X^\top X, \quad \tau = \text{shrinkage} \cdot \operatorname{tr} C,
 
-    up to a factor that makes the mean of the diagonal 1. ``shrinkage = 0`` is the Euclidean metric,
-    ``math.inf`` is :math:`M = X C X^\top`, the metric of the covariance alone.
+    up to a factor. ``shrinkage = 0`` is the Euclidean metric, ``math.inf`` is
+    :math:`M = X C X^\top`, the metric of the covariance alone.
 
     Args:
-        features: ``[n, d]`` each, floating-point, finite, on the host.
+        rows: ``[n, d]``, X, float32, on the host.
 
     Note:
-        :math:`O(n^2 d + n^3)`. Of more than 512 rows, 512 evenly spaced ones determine C:
-        :math:`O(512 n d + 512 n^2)`.
-
-    References:
-        Charikar, Chen, Farach-Colton, *Finding frequent items in data streams*, ICALP 2002, for the
-        sums of many features.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.input_space.geometry import Geometry
-        >>> squares, _ = Geometry([torch.tensor([[0.0], [1.0], [3.0]])]).squared_distances(0.0)
-        >>> (squares / squares[0, 1]).round(decimals=3)
-        tensor([[0., 1., 9.],
-                [1., 0., 4.],
-                [9., 4., 0.]])
+        :math:`O(L n d + L n^2)`. Of more than 256 rows, L landmarks determine C: a quarter of the
+        rows, 256 at least and 512 at most.
     """
 
     @on_host()
-    @exactly()
-    def __init__(self, features: Sequence[Tensor]) -> None:
-        rows = [_standardised(x) for x in features]
-        self._rows = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
-        self._some = evenly(len(self._rows), LANDMARKS)
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows
+        self._some = landmarks(len(rows))
         self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]
-        self._at: dict[float, tuple[Tensor, Tensor]] = {}
+        self._at: dict[float, tuple[Tensor, Tensor, float]] = {}
 
     @on_host()
     @exactly()
     def squared_distances(
         self, shrinkage: float, some: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Measure the rows.
+    ) -> tuple[Tensor, float]:
+        """Return squared distances, and the mean of the squared lengths of all rows.
 
-        Args:
-            shrinkage: at least 0; ``math.inf`` is allowed.
-            some: ``[m]``, the rows whose distances are returned. Defaults to all.
-
-        Returns:
-            The squared distances, ``[m, m]``, float32: symmetric, and 0 between equal rows; and the
-            squared lengths of all rows, ``[n]``, 1 on average.
+        Distances of all rows, or ``[m, m]`` of some, are symmetric, and 0 between equal rows.
         """
-        if shrinkage not in self._at:
-            rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
-            squares = rows.square().sum(1)
-            square = float(squares.sum()) / max(len(rows), 1)
-            if square > 0:
-                rows, squares = rows * (1 / math.sqrt(square)), squares / square
-            self._at[shrinkage] = rows.contiguous(), squares
-        rows, squares = self._at[shrinkage]
-        few = (rows, squares) if some is None else (rows[some], squares[some])
+        rows, squares, unit = self._measured(shrinkage)
+        if some is not None:
+            rows, squares = rows[some], squares[some]
         # From differences of coordinates: rounded inner products would part rows that repeat.
         nothing = (_ROUNDINGS * torch.finfo(rows.dtype).eps) ** 2
-        return squared_distances(*few, nothing), squares
+        return squared_distances(rows, squares + (unit - 1) / 2, nothing), unit
+
+    def squared_lengths(self, shrinkage: float) -> Tensor:
+        """Return the squared lengths of all rows, ``[n]``."""
+        return self._measured(shrinkage)[1]
+
+    def _measured(self, shrinkage: float) -> tuple[Tensor, Tensor, float]:
+        if shrinkage not in self._at:
+            rows = self._rows if shrinkage == 0 else self._coordinates(shrinkage)
+            rows = rows.contiguous()
+            squares = torch.linalg.vector_norm(rows, dim=1).square_()
+            unit = float(squares.sum()) / max(len(rows), 1)
+            self._at[shrinkage] = rows, squares, unit
+        return self._at[shrinkage]
 
     def _coordinates(self, shrinkage: float) -> Tensor:
         r"""Return Z ``[n, L]`` with :math:`Z Z^\top = M` up to a factor.
@@ -108,11 +96,12 @@ class Geometry:
         It is :math:`X X_S^\top (X_S X_S^\top + \tau I)^{-1} X_S X^\top` for landmarks :math:`X_S`,
         as no two large terms are subtracted.
         """
+        whole = len(self._some) == len(self._rows)
         if self._products is None:
-            x, whole = self._rows.contiguous(), len(self._rows) <= LANDMARKS
+            x = self._rows
             self._products = inner_products(x) if whole else x @ x[self._some].T
         products = self._products
-        system = products[self._some]
+        system = products.clone() if whole else products[self._some]
         trace = float(system.trace())
         if shrinkage == math.inf or trace == 0:
             return products
@@ -122,10 +111,41 @@ class Geometry:
         return rows
 
 
+class Centred(NamedTuple):
+    """Rows less their mean, divided by a size, so that squares neither overflow nor vanish."""
+
+    rows: Tensor  # [n, d]
+    mean: Tensor  # [d], after division
+    size: float
+    spread: float  # the root mean square of the rows' lengths; 0 if all rows are equal
+
+    @classmethod
+    def of(cls, x: Tensor) -> Centred:
+        """Centre rows ``[n, d]``."""
+        largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
+        if not largest > torch.finfo(x.dtype).tiny:
+            return cls(torch.zeros_like(x), x.new_zeros(x.shape[1]), 1.0, 0.0)
+        size = 1.0
+        if not 1e-8 < largest < 1e8:
+            x, largest, size = x / largest, 1.0, largest
+        mean = x.mean(0)
+        rows = x - mean
+        spread = float(torch.linalg.vector_norm(rows)) / math.sqrt(len(x))
+        rounding = _ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
+        return cls(rows, mean, size, spread if spread > rounding else 0.0)
+
+
 def evenly(size: int, most: int) -> Tensor:
     """Return at most so many of ``0 .. size - 1``, evenly spaced."""
-    most = min(size, most)
+    if size <= most:
+        return torch.arange(size)
     return torch.arange(most) * size // max(most, 1)
+
+
+def landmarks(size: int) -> Tensor:
+    """Return the rows that determine the covariance of so many."""
+    least, most = _LANDMARKS
+    return evenly(size, min(max(size // 4, least), most))
 
 
 def distances_among(rows: Tensor) -> Tensor:
@@ -163,30 +183,18 @@ def added_up(x: Tensor) -> Tensor:
     return sums
 
 
-def typical_rows(features: Sequence[Tensor]) -> Tensor:
+def typical_rows(features: Sequence[Tensor]) -> npt.NDArray[np.bool_]:
     """Return which rows of features ``[B, d]`` are finite, and no longer than others by far."""
-    lengths = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in features])  # [inputs, B]
-    if not lengths.numel() or not 1e-15 < float(lengths.max()) < 1e15:
+    lengths = np.stack([torch.linalg.vector_norm(x, dim=1).numpy() for x in features])
+    if not lengths.size or not 1e-15 < float(lengths.max()) < 1e15:  # [inputs, B]
         # Squares overflow, or vanish.
         norms = [torch.linalg.vector_norm(x, dim=1, dtype=torch.float64) for x in features]
-        lengths = torch.stack(norms)
-    finite = lengths.isfinite().all(0)
+        lengths = np.stack([x.numpy() for x in norms])
+    finite: npt.NDArray[np.bool_] = np.isfinite(lengths).all(0)
     if not (count := int(finite.sum())):
         return finite
-    known = lengths if count == len(finite) else lengths[:, finite]
-    long = _LONG * known.kthvalue(9 * (count - 1) // 10 + 1, 1, keepdim=True).values
+    at = 9 * (count - 1) // 10
+    long = _LONG * np.partition(lengths[:, finite], at, 1)[:, at, None]
     # If most rows are 0, the others are not too long.
-    return finite & ((lengths <= long) | (long == 0)).all(0)
-
-
-def _standardised(x: Tensor) -> Tensor:
-    """Return rows ``[n, d]`` centred, of root mean square length 1; 0 if all are equal."""
-    largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
-    if not largest > torch.finfo(x.dtype).tiny:
-        return torch.zeros_like(x, dtype=torch.float32)
-    if not 1e-8 < largest < 1e8:  # squares could overflow, or vanish
-        x, largest = x / largest, 1.0
-    x = x - x.mean(0)
-    spread = float(torch.linalg.vector_norm(x)) / math.sqrt(len(x))
-    rounding = _ROUNDINGS * torch.finfo(x.dtype).eps * math.sqrt(x.shape[1]) * largest
-    return x.mul_(1 / spread).float() if spread > rounding else torch.zeros_like(x).float()
+    typical: npt.NDArray[np.bool_] = finite & ((lengths <= long) | (long == 0)).all(0)
+    return typical

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import sparing_logger
 from .._torch import as_called, exactly
-from .geometry import Geometry, added_up, typical_rows
+from .geometry import Centred, Geometry, added_up, typical_rows
 from .ordering import similarity_order
 
-__all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric", "Sources"]
-__all__ += ["key_of", "leaves_of", "made_by", "name_of", "path_step", "transforms"]
+__all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric"]
+__all__ += [
+    "Scaling",
+    "Sources",
+    "key_of",
+    "leaves_of",
+    "made_by",
+    "name_of",
+    "path_step",
+    "transforms",
+]
 
 logger = sparing_logger("coded_torch.codes")
 
@@ -32,12 +43,15 @@ _NOTHING = 1e-6
 # Rows farther from the centre than so many times the root mean square predict no others, as their
 # results may be large. It was not tuned.
 _FAR = 8
+# In batches of at most so many rows, all distances are measured in every metric that competes. It
+# was not tuned.
+_WHOLE = 256
 # The least step, in root mean squares of the rows' lengths: noisy copies of a few pictures would
 # have so short a length that rounding decides. It was not tuned.
 _SHORTEST = 0.01
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Choice:
     """The way in which missing answers were predicted.
 
@@ -58,11 +72,12 @@ class Choice:
     output: int = 0
 
 
-class Leaf(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Leaf:
     """The features of one input, on which distances are measured."""
 
     rows: Tensor  # [B, d], float32 or float64
-    pooled: Tensor | None  # [B, 2 D], of [B, T, D] the mean and the spread over T; else None
+    pooled: Tensor | None = None  # [B, 2 D], of [B, T, D] the mean and the spread over T; else None
 
     def at(self, rows: Tensor) -> Leaf:
         """Return some rows, in increasing order."""
@@ -70,61 +85,82 @@ class Leaf(NamedTuple):
             return self
         return Leaf(self.rows[rows], None if self.pooled is None else self.pooled[rows])
 
+    @functools.cached_property
+    def centred(self) -> Centred:
+        return Centred.of(self.rows)
+
+    @functools.cached_property
+    def centred_pooled(self) -> Centred | None:
+        return None if self.pooled is None else Centred.of(self.pooled)
+
+
+class Scaling(NamedTuple):
+    """A map from a leaf to the features of a metric: their distances are measured."""
+
+    pooled: bool
+    size: float
+    mean: Tensor  # [f]
+    scale: Tensor  # [f], or a number
+
+    def __call__(self, leaf: Leaf) -> Tensor:
+        """Return features ``[n, f]``."""
+        rows = leaf.pooled if self.pooled else leaf.rows
+        assert rows is not None
+        return (rows / self.size - self.mean) * self.scale
+
+    def of_fitted(self, leaf: Leaf) -> Tensor:
+        """Return the features of the rows that determined the map."""
+        centred = leaf.centred_pooled if self.pooled else leaf.centred
+        assert centred is not None
+        return (centred.rows * self.scale).float()
+
 
 class Metric(NamedTuple):
     """A distance between inputs: the distance of their features.
 
-    ``fit`` maps rows to a map from a leaf to features ``[n, f]``, or to None if the metric does not
-    apply. ``shrinkage`` is an argument of the :class:`~coded_torch.input_space.geometry.Geometry`.
+    ``features`` are "rows", the input as it is; "spread", each feature divided by its spread, for
+    features in different units, or seldom not 0; or "pooled", the mean and the spread over T of
+    ``[B, T, D]``. The metric applies to at least ``rows_each`` rows for each feature.
     """
 
-    fit: Callable[[Leaf], Callable[[Leaf], Tensor] | None]
+    features: str
     shrinkage: float
+    rows_each: int = 0
+
+    def fit(self, leaf: Leaf) -> Scaling | None:
+        """Return the map to features of root mean square length 1, or None if none applies."""
+        if self.features == "pooled":
+            return None if leaf.centred_pooled is None else _scaling(leaf.centred_pooled, True)
+        if self.features == "rows":
+            return _scaling(leaf.centred)
+        (size, num_features), centred = leaf.rows.shape, leaf.centred
+        if min(size, num_features) < 2 or self.rows_each * num_features > size:
+            return None
+        own = centred.rows.square().mean(0).sqrt_().numpy()  # std takes 20 times as long
+        vary = own > _NOTHING * centred.spread / math.sqrt(num_features)
+        scale = np.divide(1, own, out=np.zeros_like(own), where=vary)
+        scale /= math.sqrt(max(int(vary.sum()), 1))
+        return _scaling(centred)._replace(scale=torch.from_numpy(scale))
 
 
-def _rows(leaf: Leaf) -> Tensor:
-    return leaf.rows
-
-
-def _whole(_: Leaf) -> Callable[[Leaf], Tensor]:
-    return _rows
-
-
-def _by_spread(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
-    """Divide every feature by its spread: for features in different units, or seldom not 0."""
-    rows = leaf.rows
-    if rows.shape[1] < 2 or len(rows) < 2:
-        return None
-    largest = rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)  # squares may overflow
-    centred = (rows - rows.mean(0)).div_(largest)
-    own = centred.square_().mean(0).sqrt_()  # std takes 20 times as long
-    least = _NOTHING * own.square().mean().sqrt()
-    scale = torch.where(own > least, 1 / own, 0.0) / largest
-    return lambda leaf: leaf.rows * scale
-
-
-def _by_spread_of_few(leaf: Leaf) -> Callable[[Leaf], Tensor] | None:
-    """Do the same for tables, whose features seldom are as many as a quarter of the rows."""
-    return None if 4 * leaf.rows.shape[1] > len(leaf.rows) else _by_spread(leaf)
-
-
-def _pooled(leaf: Leaf) -> Callable[[Leaf], Any] | None:
-    return None if leaf.pooled is None else lambda leaf: leaf.pooled
+def _scaling(centred: Centred, pooled: bool = False) -> Scaling:
+    scale = 1 / centred.spread if centred.spread > 0 else centred.spread
+    return Scaling(pooled, centred.size, centred.mean, torch.tensor(scale))
 
 
 DEFAULT = "shrunk"
 #: The metrics that compete, by name; the first is the default, by which copies are planned. With
 #: five, the error is at most 1.011 of thirteen's on every development case
-#: (benchmarks/results/metrics.json). A shrinkage of .01 has 26 % less squared error than 0 for a
-#: LeNet-5 on MNIST, 3 % for a RepVGG and 0 for a transformer on Fashion-MNIST.
-#: (benchmarks accuracy)
+#: (benchmarks/results/metrics.json). Against a shrinkage of 0, .01 had 26 % less squared error for
+#: a LeNet-5 on MNIST, and 0 to 3 % for two other networks (measured once, for version 0.2).
 METRICS: MappingProxyType[str, Metric] = MappingProxyType(
     {
-        DEFAULT: Metric(_whole, 0.01),
-        "covariance": Metric(_whole, math.inf),
-        "spread": Metric(_by_spread, 0.0),
-        "spread_covariance": Metric(_by_spread_of_few, math.inf),
-        "mean_spread": Metric(_pooled, 0.0),
+        DEFAULT: Metric("rows", 0.01),
+        "covariance": Metric("rows", math.inf),
+        "spread": Metric("spread", 0.0),
+        # For tables, whose features seldom are as many as a quarter of the rows.
+        "spread_covariance": Metric("spread", math.inf, rows_each=4),
+        "mean_spread": Metric("pooled", 0.0),
     }
 )
 
@@ -157,10 +193,12 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
     return [Leaf(*both) for both in zip(parts, pools, strict=True)]
 
 
-def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Callable[[Leaf], Tensor]] | None:
+def transforms(metric: Metric, leaves: Sequence[Leaf]) -> list[Scaling] | None:
     """Return a map from each leaf to its features; None if the metric applies to no leaf."""
     found = [metric.fit(leaf) for leaf in leaves]
-    return [one or _rows for one in found] if any(found) else None
+    if not any(found):
+        return None
+    return [one or _scaling(leaf.centred) for one, leaf in zip(found, leaves, strict=True)]
 
 
 def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] | None, str]:
@@ -184,14 +222,10 @@ def made_by(features: Features, inputs: Sequence[Tensor]) -> tuple[list[Tensor] 
 
 
 class Sources:
-    """The features of the rows of a batch, for every metric.
-
-    Args:
-        inputs: ``[B, ...]`` each, of which callables make features.
-        leaves: of the inputs. Defaults to :func:`leaves_of` them.
+    """The features of the rows of a batch, for every metric; callables make them of the inputs.
 
     Attributes:
-        leaves: as given.
+        leaves: as given. Defaults to :func:`leaves_of` the inputs.
         notes: which metrics could not be had, and why.
     """
 
@@ -226,13 +260,10 @@ class Measured(NamedTuple):
 class Distances:
     """The distances between some rows of a batch, by every metric that may predict them.
 
-    Args:
-        sources: of the batch.
-        metrics: names and callables, at least one.
-        rows: ``[b]``, the rows of the batch. Defaults to all.
-
     Attributes:
-        sources, metrics, rows: as given.
+        whole: whether the distances of all rows are measured in every metric that competes.
+        sources, metrics: the features of the batch, and at least one name or callable.
+        rows: ``[b]``, the rows of the batch. Defaults to all.
         first: the metric that copies go by: the only one, or the default.
         usable: ``[b]``, bool: whether others are predicted from the results of the row.
         order: ``[b]``, a short path through the rows, in the first metric.
@@ -246,7 +277,10 @@ class Distances:
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
         self.sources, self.metrics, self.rows = sources, metrics, rows
-        self._typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
+        self.whole = len(rows) <= _WHOLE
+        typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
+        self._typical = None if typical.all() else torch.from_numpy(typical)
+        self._typical_rows = rows if self._typical is None else rows[self._typical]
         self._geometries: dict[Any, Geometry | None] = {}
         self._measured: dict[Any, Measured] = {}
         self.first = DEFAULT
@@ -255,11 +289,18 @@ class Distances:
                 self.first = metrics[0]
             else:
                 sources.note(f"the metric {metrics[0]!r} does not apply to these inputs")
-        squared, squares = self._squared(self.first)
-        self.usable = self._typical.clone()
-        self.usable[self._typical] = squares <= _FAR**2
-        self.order = similarity_order(squared.sqrt())
-        self._measured[self.first] = Measured(squared, path_step(squared, self.order))
+        squared, unit = self._squared(self.first)
+        geometry = self._geometry(self.first)
+        assert geometry is not None
+        near = geometry.squared_lengths(_how(self.first).shrinkage) <= _FAR**2 * unit
+        self.usable = near
+        if self._typical is not None:
+            self.usable = self._typical.clone()
+            self.usable[self._typical] = near
+        # In its own memory, as new memory takes longer than both roots and squares.
+        self.order = similarity_order(squared.sqrt_())
+        squared.square_()
+        self._measured[self.first] = Measured(squared, path_step(squared, self.order.numpy(), unit))
 
     def has(self, metric: str | Features) -> bool:
         """Return whether a metric applies."""
@@ -271,60 +312,70 @@ class Distances:
         if key not in self._measured:
             if not self.has(metric):
                 return self._measured[self.first]
-            squared, _ = self._squared(metric)
-            self._measured[key] = Measured(squared, path_step(squared, self.order))
+            squared, unit = self._squared(metric)
+            self._measured[key] = Measured(squared, path_step(squared, self.order.numpy(), unit))
         return self._measured[key]
 
-    def among(self, metric: str | Features, some: Tensor) -> Tensor:
-        """Return the squared distances among some of the rows, ``[m, m]``."""
-        key = key_of(metric)
-        if key in self._measured:
-            return self._measured[key].squared.index_select(0, some).index_select(1, some)
-        return self._squared(metric, some)[0]
+    def among(self, metric: str | Features, some: Tensor) -> tuple[Tensor, float]:
+        """Return the squared distances among some rows, and the step of these, or of the whole."""
+        unit = 1.0
+        if self.whole or key_of(metric) in self._measured:
+            squared, step = self.by(metric)
+            squared = squared.index_select(0, some).index_select(1, some)
+            if self.whole:
+                return squared, step
+        else:
+            squared, unit = self._squared(metric, some)
+        place = np.full(len(self.order), -1)
+        place[some.numpy()] = np.arange(len(some))
+        path = place[self.order.numpy()]
+        return squared, path_step(squared, path[path >= 0], unit)
 
-    def _squared(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the distances of all or some rows, and the squared lengths of typical rows."""
-        geometry = self._geometry(metric)
+    def _squared(self, metric: str | Features, some: Tensor | None = None) -> tuple[Tensor, float]:
+        """Return the distances of all or some rows, and the mean square of the rows' lengths."""
+        geometry, shrinkage = self._geometry(metric), _how(metric).shrinkage
         assert geometry is not None
         typical = self._typical
+        if typical is None:
+            return geometry.squared_distances(shrinkage, some)
         if some is not None:
             place, typical = typical.cumsum(0) - 1, typical[some]
             some = place[some[typical]]
-        squared, squares = geometry.squared_distances(_how(metric).shrinkage, some)
-        size = len(typical)
-        if len(squared) < size:
-            among, squared = squared, squared.new_full((size, size), math.inf)
-            squared[typical[:, None] & typical] = among.flatten()
-            squared.fill_diagonal_(0)
-        return squared, squares
+        among, unit = geometry.squared_distances(shrinkage, some)
+        squared = among.new_full((len(typical), len(typical)), math.inf)
+        squared[typical[:, None] & typical] = among.flatten()
+        return squared.fill_diagonal_(0), unit
 
     def _geometry(self, metric: str | Features) -> Geometry | None:
         """Return the geometry of a metric's features, which metrics of the same features share."""
         how = _how(metric)
-        key = how.fit if isinstance(metric, str) else id(metric)
+        key = (how.features, how.rows_each) if isinstance(metric, str) else id(metric)
         if key not in self._geometries:
             self._geometries[key] = None
-            leaves = self.sources.of(metric)
-            typical = [leaf.at(self.rows[self._typical]) for leaf in leaves or ()]
-            maps = transforms(how, typical) if typical else None
-            if maps is None and typical and not isinstance(metric, str):
-                maps = [_rows] * len(typical)  # a single feature has one unit
+            leaves = [leaf.at(self._typical_rows) for leaf in self.sources.of(metric) or ()]
+            maps = transforms(how, leaves) if leaves else None
+            if maps is None and not isinstance(metric, str):  # a single feature has one unit
+                maps = transforms(METRICS[DEFAULT], leaves)
             if maps is not None:
-                features = [each(leaf) for each, leaf in zip(maps, typical, strict=True)]
-                if all(math.isfinite(float(x.sum())) for x in features):
-                    self._geometries[key] = Geometry(features)
+                features = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
+                if all(math.isfinite(float(x.scale.sum())) for x in maps):
+                    self._geometries[key] = Geometry(
+                        features[0] if len(features) == 1 else torch.cat(features, 1)
+                    )
         return self._geometries[key]
 
 
-def path_step(squared_distances: Tensor, order: Tensor) -> float:
-    """Return the median distance between neighbours on a path; 1 if that says nothing."""
-    path = order.numpy()
+def path_step(squared_distances: Tensor, path: npt.NDArray[np.int64], unit: float = 1.0) -> float:
+    """Return the median distance between neighbours on a path; 1 if that says nothing.
+
+    ``unit`` is the mean square of the rows' lengths.
+    """
     steps = squared_distances.numpy()[path[:-1], path[1:]]
     steps = steps[(steps > 0) & (steps < math.inf)]
     if not steps.size:
         return 1.0
     middle = (steps.size - 1) // 2
-    return max(math.sqrt(np.partition(steps, middle)[middle]), _SHORTEST)
+    return max(math.sqrt(np.partition(steps, middle)[middle]), _SHORTEST * math.sqrt(unit))
 
 
 def key_of(metric: str | Features) -> str | int:

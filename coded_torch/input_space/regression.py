@@ -51,10 +51,6 @@ class Regression:
     Attributes:
         metrics, lengths: the competing metrics and lengths.
 
-    Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument violates its requirement.
-
     Note:
         :math:`O(B^2 d + B^3)` on the host, in float32; batches of more than 4,096 rows are
         predicted in parts. Another metric than "shrunk", or another length than 2, must predict
@@ -109,10 +105,6 @@ class Regression:
             others: the inputs of other dtypes, of which a callable metric makes features if there
                 is no floating-point input.
             block: the most rows that are predicted together.
-
-        Raises:
-            TypeError, ValueError: the inputs differ in batch size, or there is none and no
-                ``batch_size``; :func:`torch.func.vmap` hides a dimension of an input.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
         parts = max(1, -(-size // count("Regression", "block", block)))
@@ -128,17 +120,10 @@ class Regression:
 
 
 class RowPlan:
-    """A regression fitted to one batch, whose rows are asked for one by one.
+    """A regression fitted to one batch, whose ``parts``, of some rows each, it predicts together.
 
-    Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing.
-
-    Args:
-        regression: the regression that predicts.
-        inputs, batch_size, others: as for :meth:`Regression.plan`.
-        parts: the rows that are predicted together, which make up the batch.
-
-    Attributes:
-        choices: how missing answers of the output decoded last were predicted, for every part.
+    Results are ``[F, 1, ...]``, and ``received`` names their F rows, increasing. ``choices`` say
+    how missing answers of the output decoded last were predicted, for every part.
     """
 
     def __init__(
@@ -204,9 +189,8 @@ class RowPlan:
         rows, source = results.flatten(0, 1), self.source(received)
         answers, choices = [], []
         for part in self._parts:
-            with outside(), exactly():
-                map, choice = part.map(source, rows)
-            answers.append(map(rows))
+            of_part, choice = part.decode(source, rows)
+            answers.append(of_part)
             choices += [choice] if choice is not None else []
         self.choices = tuple(choices)
         if len(answers) == 1:

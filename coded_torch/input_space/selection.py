@@ -7,22 +7,23 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from .._arguments import dense
-from .._torch import plain, to_device
+from .._torch import differentiated, exactly, outside, plain, to_device
 from ..linear import SelectMap
 from .error_bars import Bars, bars
 from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
-from .metrics import Choice, Distances, Features, key_of, name_of, path_step
+from .metrics import Choice, Distances, Features, key_of, name_of
 
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
 
-#: The length where nothing is chosen, in steps of a path, and the lengths that compete. With a half
-#: step to both sides of the best, no others are found to be better. (theory, section 11; benchmarks
-#: distances)
+#: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
+#: step to both sides of the best; no others were better. (theory, section 11; benchmarks distances)
 LENGTH = 2.0
 LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
@@ -36,14 +37,15 @@ _MEASURED = 1024
 _ERRORS = 2
 # With fewer results, chance decides which metric predicts best. (benchmarks distances)
 _LEAST = 8
-
-
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
 #: parts the squared error is 1.6, 2.4, 4.0 times as large. (theory, section 10)
 MOST_ROWS = 4096
 # Columns of the results, to judge predictions by: the outputs' variance and trust are as exact from
 # some 64 outputs as from all. It was not tuned.
 _COLUMNS = 64
+# Weights of more results take longer than predictions, as a system is solved for each missing row.
+# It is the number up to which the inverse is known.
+_WEIGHED = 512
 # Rows whose variances are found together where copies are planned: predicting an input from more
 # than its neighbours on the path changes its variance little. (MKL factorises 500 rows in less than
 # half the time that it takes for 512.)
@@ -59,13 +61,9 @@ class Fitted(NamedTuple):
 
 
 class Fits:
-    """Regressions from the results of some rows. Results and their residuals share the factors.
+    """Regressions from the results of rows ``[M]``. Results and their residuals share the factors.
 
-    Args:
-        distances: of all rows.
-        lengths: that compete, in steps of the path.
-        points: ``[M]``, the rows with results.
-        compared: how many of them metrics and lengths are compared on, or more.
+    Metrics and lengths, in steps of the path, are compared on ``compared`` of them, or an eighth.
     """
 
     def __init__(
@@ -83,56 +81,70 @@ class Fits:
 
     def fit(self, sample: Tensor) -> Fitted:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
-        metric: str | Features = self._distances.first
+        distances = self._distances
+        metric: str | Features = distances.first
         length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
-        if len(self.points) >= _LEAST:
+        if len(self.points) >= _LEAST and sample.shape[1]:
             few, _ = scaled(sample[self._few])
-            if len(self._distances.metrics) > 1 or metric != self._distances.metrics[0]:
-                metric = self.metric(few, length)
+            known: dict[float, npt.NDArray[np.float64]] = {}
+            if len(distances.metrics) > 1 or metric != distances.metrics[0]:
+                metric = self._metric(few.float(), length, known)
             if len(self._lengths) > 1:
-                losses = self._by_length(few, metric, LENGTHS)
-                best = _best(losses, LENGTHS.index(LENGTH))
-                length, found = LENGTHS[best], losses[best : best + 1]
-                near = length / math.sqrt(2), length * math.sqrt(2)
-                losses = torch.cat([found, self._by_length(few, metric, near)])
-                length = (length, *near)[_best(losses, 0)]
+                self._measure(few.float(), metric, LENGTHS, known)
+                length = LENGTHS[_best([known[x] for x in LENGTHS], LENGTHS.index(LENGTH))]
+                near = length, length / math.sqrt(2), length * math.sqrt(2)
+                self._measure(few.float(), metric, near, known)
+                length = near[_best([known[x] for x in near], 0)]
         key = key_of(metric), length
         if key not in self._processes:
-            squared, step = self._distances.by(metric)
+            squared, step = distances.by(metric)
             self._processes[key] = GaussianProcess(squared, length * step, self.points)
         process = self._processes[key]
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
         return Fitted(choice, process, sample)
 
-    def metric(self, few: Tensor, length: float) -> str | Features:
-        """Return the metric by which few results ``[C, n]`` are predicted best from each other."""
+    def metric(self, sample: Tensor, length: float) -> str | Features:
+        """Return the metric by which results ``[M, C]`` are predicted best from each other."""
+        return self._metric(scaled(sample[self._few])[0].float(), length, {})
+
+    def _metric(
+        self, few: Tensor, length: float, known: dict[float, npt.NDArray[np.float64]]
+    ) -> str | Features:
+        """Return the best metric; add its losses, if its length is in steps of all rows."""
         distances, rows = self._compared
         metrics = [metric for metric in distances.metrics if distances.has(metric)]
         if not metrics:
             return distances.first
         if "metrics" not in self._comparisons:
-            squared = [distances.among(metric, rows) for metric in metrics]
-            place = torch.full_like(distances.order, -1)
-            place[rows] = torch.arange(len(rows))
-            path = place[distances.order]
-            path = path[path >= 0]
-            lengths = [length * path_step(x, path) for x in squared]
+            squared, steps = zip(*[distances.among(x, rows) for x in metrics], strict=True)
+            lengths = [length * step for step in steps]
             self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
-        default = metrics.index(distances.first) if distances.first in metrics else None
-        return metrics[_best(self._comparisons["metrics"].losses(few), default)]
+        losses = self._comparisons["metrics"].losses(few)
+        has_first = distances.first in metrics
+        best = _best([*losses], metrics.index(distances.first) if has_first else None)
+        if distances.whole:
+            known[length] = losses[best]
+        return metrics[best]
 
-    def _by_length(self, few: Tensor, metric: str | Features, lengths: Sequence[float]) -> Tensor:
-        """Return how badly few results are predicted from each other by lengths, ``[K, n]``."""
-        key = key_of(metric), *lengths
+    def _measure(
+        self,
+        few: Tensor,
+        metric: str | Features,
+        lengths: Sequence[float],
+        known: dict[float, npt.NDArray[np.float64]],
+    ) -> None:
+        """Add how badly few results ``[C, n]`` are predicted from each other by lengths."""
+        new = [length for length in lengths if length not in known]
+        key = key_of(metric), *new
         if key not in self._comparisons:
             distances, rows = self._compared
-            among, step = distances.among(metric, rows), distances.by(metric).step
-            self._comparisons[key] = Comparison(among[None], [step * x for x in lengths])
-        return self._comparisons[key].losses(few)
+            among, step = distances.among(metric, rows)[0], distances.by(metric).step
+            self._comparisons[key] = Comparison(among[None], [step * x for x in new])
+        known.update(zip(new, self._comparisons[key].losses(few), strict=True))
 
     @functools.cached_property
     def _compared(self) -> tuple[Distances, Tensor]:
-        """The distances that metrics are compared in, and the rows that they are compared on."""
+        """The distances in which metrics are compared, and the rows of the comparison."""
         distances, few = self._distances, self.points[self._few]
         if len(distances.rows) <= _MEASURED:
             return distances, few
@@ -140,25 +152,19 @@ class Fits:
         return some, torch.arange(len(few))
 
 
-def _best(losses: Tensor, default: int | None) -> int:
-    """Return the row of the least mean loss ``[K, n]``; the default, if that may be chance."""
-    means = losses.mean(1).tolist()
+def _best(losses: Sequence[npt.NDArray[np.float64]], default: int | None) -> int:
+    """Return the place of the least mean loss; the default, if that may be chance."""
+    means = [float(x.mean()) for x in losses]
     best = min(range(len(means)), key=means.__getitem__)
-    if default is None or best == default:
+    if default is None or best == default or means[default] == math.inf:
         return best
     gain = losses[default] - losses[best]
-    by_chance = _ERRORS * float(gain.std()) / math.sqrt(len(gain))
+    by_chance = _ERRORS * float(gain.std(ddof=1)) / math.sqrt(len(gain))
     return best if means[default] - means[best] > by_chance else default
 
 
 class Part:
-    """The rows of a batch that are predicted together.
-
-    Args:
-        lengths: of the regression, in steps of the path.
-        rows: ``[b]``, of the batch.
-        distances: of these rows; None if there are none.
-    """
+    """The rows ``[b]`` of a batch that are predicted together; by their mean without distances."""
 
     def __init__(self, lengths: Sequence[float], rows: Tensor, distances: Distances | None) -> None:
         self.rows, self._distances, self._lengths = rows, distances, lengths
@@ -168,27 +174,36 @@ class Part:
         self._fits: Fits | None = None
         self._fitted: list[Fitted] = []
 
-    def map(self, source: Tensor, results: Tensor) -> tuple[SelectMap, Choice | None]:
-        """Return the map from results to the answers of these rows, and how it was made.
+    def decode(self, source: Tensor, results: Tensor) -> tuple[Tensor, Choice | None]:
+        """Return the answers of these rows, ``[b, ...]``, and how missing ones were predicted.
 
-        Args:
-            source: ``[B]``, the place of each row's own result, or -1.
-            results: ``[n, ...]``.
+        ``source``, ``[B]``, is the place of each row's own result among ``[n, ...]``, or -1.
         """
-        own = source[self.rows]
-        missing = (own < 0).nonzero().flatten()
-        if not len(missing):
-            return SelectMap(len(results), own, source[:0], torch.zeros(0, 0)), None
-        dense("Regression", "results", results)
-        points, used = self._used(source)
-        weights = torch.full((1, len(used)), 1 / len(used))
-        fitted = self._fit(points, *few_columns(used, results))
-        choice = None if fitted is None else fitted.choice
-        if fitted is not None and fitted.choice.trust > 0:
-            # Shrunk towards the mean as far as results are not predicted by each other.
-            trust = fitted.choice.trust
-            weights = fitted.process.at(missing)[0] * trust + (1 - trust) / len(used)
-        return SelectMap(len(results), own, used, weights), choice
+        # Wide outputs, other devices and derivatives need weights.
+        simple = results.device.type == "cpu" and not differentiated(results)
+        with outside(), exactly():
+            own = source[self.rows]
+            missing = (own < 0).nonzero().flatten()
+            used, weights, choice, fitted = source[:0], torch.zeros(0, 0), None, None
+            if len(missing):
+                dense("Regression", "results", results)
+                points, used = self._used(source)
+                weights = torch.full((1, len(used)), 1 / len(used))
+                fitted = self._fit(points, *few_columns(used, results))
+            if fitted is not None:
+                # Shrunk towards the mean as far as results are not predicted by each other.
+                choice, trust = fitted.choice, fitted.choice.trust
+                fewer = results.numel() < len(results) * len(missing)
+                if trust > 0 and len(used) > _WEIGHED and fewer and simple:
+                    some = results.reshape(len(results), -1)[used]
+                    predicted = fitted.process.predict(missing, some, trust)
+                    answers = results.index_select(0, own.clamp(min=0))
+                    answers[missing] = predicted.view(-1, *results.shape[1:])
+                    return answers, choice
+                if trust > 0:
+                    weights = fitted.process.weights(missing) * trust + (1 - trust) / len(used)
+            map = SelectMap(len(results), own, used, weights)
+        return map(results), choice
 
     def bars(
         self,
@@ -197,14 +212,7 @@ class Part:
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None,
     ) -> Bars | None:
-        """Return the error bars of the missing rows; None if there are none.
-
-        Args:
-            source: as for :meth:`map`.
-            results: ``[n, ...]``, of which surrogates have been subtracted.
-            answers: ``[B, ...]``, predicted from these results.
-            surrogates: the subtracted tensors, ``[n, ...]``, and for the rows, ``[B, ...]``.
-        """
+        """Return the error bars of missing rows, None without any, as ``RowPlan.error_bars``."""
         missing = (source[self.rows] < 0).nonzero().flatten()
         if not len(missing):
             return None
@@ -219,10 +227,11 @@ class Part:
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
             regression = fitted.process, fitted.choice.trust, missing
         found = bars(rows, of_used, predicted, regression, offsets, labels=results.dim() == 2)
-        if self._distances is not None and len(points):
-            # Far rows are unlike the results, none of which is far.
-            return found.widened(torch.where(self._distances.usable[missing], 0.0, math.inf))
-        return found
+        if self._distances is None or not len(points):
+            return found
+        near = self._distances.usable[missing]
+        # Far rows are unlike the results, none of which is far.
+        return found if near.all() else found.widened(torch.where(near, 0.0, math.inf))
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
@@ -246,10 +255,7 @@ class Part:
         return variances
 
     def _used(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows that predict the others, among these, and the places of their results.
-
-        If no result of these rows is there, some results of the batch are used, by their mean.
-        """
+        """Return the rows that predict the others, and the results, of any rows without these."""
         own = source[self.rows]
         has = own >= 0
         usable = self.usable if self._distances is None else self._distances.usable
@@ -279,10 +285,7 @@ def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:
 
 
 def _on_host(asked: Sequence[tuple[Tensor, Tensor]]) -> Sequence[Tensor]:
-    """Return rows of values ``[n, ...]`` of one device: ``[L, C]`` each, by one copy to the host.
-
-    The host waits for a device once, however many values there are.
-    """
+    """Return rows of values of one device, ``[L, C]`` each, by one copy to the host."""
     indices = to_device([rows for _, rows in asked], asked[0][0].device)
     some = [_columns(v).index_select(0, i) for (v, _), i in zip(asked, indices, strict=True)]
     return torch.split(torch.cat(some).cpu(), [len(x) for x in some])

@@ -42,8 +42,8 @@ def distill(
     each output. A share of the batches is held out, and the weights that are best there are kept.
 
     Args:
-        student: a cheap module of the same inputs and outputs: a twentieth
-            of the module's work is a good size. Trained in place, and left in evaluation mode.
+        student: a cheap module of the same inputs and outputs, such as a twentieth of the work.
+            It is trained in place, and left in evaluation mode.
         module: in the mode in which it answers.
         batches: inputs like the ones that will be answered, a few thousand rows. Each is an
             argument of the module: an input, or a tuple of positional arguments. All tensors have
@@ -51,12 +51,9 @@ def distill(
         epochs: the most passes over the inputs. Defaults to 100.
         learning_rate: of Adam at first; it falls to 0 along a cosine. Defaults to 5e-3.
         rows: of a step. Defaults to 64.
-        noise: its largest standard deviation, in standard deviations of each input. Defaults to
-            0.03.
-        augment: called with the arguments of a step, returns others like them, such as shifted
-            pictures. Defaults to None.
-        patience: epochs without a better held-out error, after which it stops. Defaults
-            to 30.
+        noise: the largest standard deviation, over each input's. Defaults to 0.03.
+        augment: returns such arguments as a step has, such as shifted pictures.
+        patience: epochs without a better held-out error, after which it stops. Defaults to 30.
         link: "softmax" to compare the logarithms of outputs that are probabilities. Defaults to
             None.
         seed: of order, mixtures and noise. The global random state is not touched. Defaults to 0.
@@ -67,8 +64,6 @@ def distill(
         mean over the outputs. The squared error of predicted answers falls by about this factor.
 
     Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument is out of range, or there are too few rows to hold two out.
         RuntimeError: called in ``torch.inference_mode()``, or the student reaches no finite error.
 
     Example:
@@ -102,7 +97,7 @@ def distill(
     optimiser = torch.optim.Adam(
         (p for p in student.parameters() if p.requires_grad), learning_rate
     )
-    size = _size(taught)
+    size = len(_tensors(taught)[0])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-size // rows))
 
     def learn(some: Tensor) -> None:
@@ -162,32 +157,20 @@ def _checked(batch: Any, device: torch.device) -> Any:
         raise ValueError(
             f"distill: batches must hold tensors of one batch size along dimension 0, got {shapes}"
         )
-    return _changed(args, lambda x: x.detach().to(device))
+    return pytree.tree_map_only(Tensor, lambda x: x.detach().to(device), args)
 
 
 def _tensors(args: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
 
 
-def _changed(args: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    return pytree.tree_map_only(Tensor, change, args)
-
-
-def _size(args: Any) -> int:
-    return len(_tensors(args)[0])
-
-
 def _rows(args: Any, rows: Tensor | slice) -> Any:
-    return _changed(args, lambda x: x[rows])
+    return pytree.tree_map_only(Tensor, lambda x: x[rows], args)
 
 
 def _mixed(args: Any, generator: torch.Generator) -> Any:
-    """Return arguments whose second half is mixed with the first, if all tensors can be mixed.
-
-    Each row is between two rows, and moved away from two others: the weights sum to one, and some
-    are negative.
-    """
-    half = _size(args) // 2
+    """Return arguments whose second half is mixed: between two rows, and away from two others."""
+    half = len(_tensors(args)[0]) // 2
     if not half or not all(x.is_floating_point() for x in _tensors(args)):
         return args
     share, beyond = torch.rand(2, half, generator=generator, device=generator.device)
@@ -200,12 +183,12 @@ def _mixed(args: Any, generator: torch.Generator) -> Any:
         away = first + second - first.roll(1, 0) - second.roll(1, 0)
         return torch.cat([x[:-half], (torch.lerp(first, second, w) + v * away).to(x.dtype)])
 
-    return _changed(args, mix)
+    return pytree.tree_map_only(Tensor, mix, args)
 
 
 def _noisy(args: Any, noise: float, generator: torch.Generator) -> Any:
     """Return arguments whose rows have noise of levels of their own, up to ``noise``."""
-    if not noise or _size(args) < 2:
+    if not noise or len(_tensors(args)[0]) < 2:
         return args
 
     def change(x: Tensor) -> Tensor:
@@ -215,12 +198,12 @@ def _noisy(args: Any, noise: float, generator: torch.Generator) -> Any:
         level = torch.rand(len(x), *[1] * (x.dim() - 1), **how)
         return x + noise * x.std() * level * torch.randn(x.shape, **how)
 
-    return _changed(args, change)
+    return pytree.tree_map_only(Tensor, change, args)
 
 
 def _divided(batches: list[Any]) -> tuple[Any, list[Any]]:
     """Return the training rows, and held-out batches or parts of one, two rows each."""
-    sets, sizes = batches, [_size(batch) for batch in batches]
+    sets, sizes = batches, [len(_tensors(batch)[0]) for batch in batches]
     if len(batches) == 1 and sizes[0] >= 4:
         number = min(_SETS, sizes[0] // 2)
         sets = [_rows(batches[0], slice(i, None, number)) for i in range(number)]
@@ -261,9 +244,7 @@ def _error(
         [f - s for f, s in zip(outputs, _outputs(student, args, link), strict=True)]
         for args, outputs in zip(sets, exact, strict=True)
     ]
-    shares = [
-        torch.cat(leaves).var(0).mean() / variance
-        for leaves, variance in zip(zip(*missed, strict=True), variances, strict=True)
-    ]
+    spreads = [torch.cat(leaves).var(0).mean() for leaves in zip(*missed, strict=True)]
+    shares = [spread / variance for spread, variance in zip(spreads, variances, strict=True)]
     error = float(torch.stack(shares).mean())
     return error if math.isfinite(error) else math.inf

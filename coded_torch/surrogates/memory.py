@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space.error_bars import GROWTH
-from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52, scaled
-from ..input_space.geometry import LANDMARKS, distances_among, evenly, typical_rows
+from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
+from ..input_space.geometry import distances_among, evenly, typical_rows
 from ..input_space.metrics import (
     DEFAULT,
     METRICS,
@@ -45,6 +45,8 @@ _NOTHING = 1e-6
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
 # 1 % against 512. (benchmarks learning)
 _FROZEN_AT = 1024
+# Rows that determine the directions.
+_LANDMARKS = 512
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
 # New rows after which the regression is made again, and the share of the time that may go into
 # that; neither was tuned.
@@ -120,10 +122,9 @@ class Memory:
         return self._num_rows
 
     def follow(self, module: nn.Module) -> int:
-        """Forget everything if this is another module than last time, or its weights have changed.
+        """Forget everything if this is another module, or its weights have changed.
 
-        Returns:
-            A number for :meth:`observe`, which does not count results of other weights.
+        The returned number tells :meth:`observe` results of other weights.
         """
         tensors, how = fingerprint(module)
         how = id(module), *how
@@ -140,12 +141,9 @@ class Memory:
         outputs: Sequence[Tensor],
         generation: int | None = None,
     ) -> None:
-        """Remember results.
+        """Remember outputs of inputs, ``[n, ...]`` each, floating-point, finite.
 
-        Args:
-            inputs: ``[n, ...]`` each, floating-point, finite.
-            outputs: ``[n, ...]`` each, of these inputs, floating-point, finite.
-            generation: the number that :meth:`follow` returned before them. Defaults to now.
+        ``generation`` is the number that :meth:`follow` returned before them. Defaults to now.
         """
         if not (inputs and outputs and len(outputs[0])):
             return
@@ -171,14 +169,10 @@ class Memory:
             self._rebuild()
 
     def predict(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return predictions of the module's outputs for these inputs.
+        """Return predictions for inputs, ``[n, ...]`` each, as :meth:`observe` takes them.
 
-        Args:
-            inputs: ``[n, ...]`` each, as :meth:`observe` takes them.
-
-        Returns:
-            ``[n, ...]``, float32, for every output, on the inputs' device. None if nothing has been
-            learnt for inputs of these shapes.
+        Predictions, ``[n, ...]``, float32, of every output, are on the inputs' device. They are
+        None if nothing has been learnt for inputs of these shapes.
         """
         found = self.error_bars(inputs)
         return None if found is None else found[0]
@@ -264,18 +258,14 @@ class _Space:
     """Few coordinates of inputs, whose distances agree with a metric that rows determine."""
 
     def __init__(self, leaves: Sequence[Leaf], metric: str) -> None:
-        some = typical_rows([leaf.rows for leaf in leaves]).nonzero().flatten()
-        some = some[evenly(len(some), LANDMARKS)]
+        some = torch.from_numpy(typical_rows([leaf.rows for leaf in leaves]).nonzero()[0])
+        some = some[evenly(len(some), _LANDMARKS)]
         leaves = [leaf.at(some) for leaf in leaves]
         if (maps := transforms(METRICS[metric], leaves)) is None:
             metric = DEFAULT
             maps = transforms(METRICS[metric], leaves)
         assert maps is not None
-        features = [each(leaf).double() for each, leaf in zip(maps, leaves, strict=True)]
-        self._maps, self._means = maps, [x.mean(0) for x in features]
-        # Several inputs count alike.
-        spreads = [float(x.var(0, correction=0).sum().sqrt()) for x in features]
-        self._factors = [1 / spread if spread > 0 else 0.0 for spread in spreads]
+        self._maps = maps
         rows = self._scaled(leaves)
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         values, vectors = values[-_RANK:].clamp(min=0), vectors[:, -_RANK:]
@@ -300,11 +290,11 @@ class _Space:
             )
             for column in zip(*seen, strict=True)
         ]
-        some = evenly(len(outputs), LANDMARKS)
+        some = evenly(len(outputs), _LANDMARKS)
         distances = Distances(Sources((), [leaf.at(some) for leaf in leaves]), tuple(METRICS))
         usable = distances.usable.nonzero().flatten()
-        fits = Fits(distances, (LENGTH,), usable, compared=LANDMARKS)
-        return cls(leaves, str(fits.metric(scaled(outputs[some][usable].double())[0], LENGTH)))
+        fits = Fits(distances, (LENGTH,), usable, compared=_LANDMARKS)
+        return cls(leaves, str(fits.metric(outputs[some][usable].double(), LENGTH)))
 
     def __call__(self, leaves: Sequence[Leaf]) -> Tensor:
         """Return coordinates ``[n, 96]``, or fewer if there are no more directions."""
@@ -312,26 +302,18 @@ class _Space:
         return z.float()
 
     def _scaled(self, leaves: Sequence[Leaf]) -> Tensor:
-        parts = zip(self._maps, leaves, self._means, self._factors, strict=True)
-        return torch.cat([(each(leaf) - mean) * factor for each, leaf, mean, factor in parts], 1)
+        return torch.cat([each(x).double() for each, x in zip(self._maps, leaves, strict=True)], 1)
 
 
 class _Snapshot:
-    """A regression that is never changed.
-
-    Args:
-        form: the shapes of inputs and outputs.
-        space: of the coordinates.
-        rows: ``[M, r]``, coordinates.
-        outputs: ``[M, C]``.
-    """
+    """A regression of outputs ``[M, C]`` on coordinates ``[M, r]``, which is never changed."""
 
     def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
         squared = distances_among(rows)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
-        self._length = LENGTH * path_step(among, similarity_order(among.sqrt()))
+        self._length = LENGTH * path_step(among, similarity_order(among.sqrt()).numpy())
         process = GaussianProcess(squared, self._length)
         weights, mean = process.coefficients(outputs)
         self._mean = mean.float()

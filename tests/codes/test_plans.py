@@ -266,7 +266,7 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
     for i in range(10):
         kept = torch.tensor([j for j in range(10) if j != i])
         process = GaussianProcess(squared, 2.0 * step, kept)
-        weights = process.at(torch.tensor([i]))[0]
+        weights = process.weights(torch.tensor([i]))
         left += float((y[i] - weights @ y[kept]).square().sum())
     assert plan.left_out_square(y[:, None], range(10)) == pytest.approx(left, rel=1e-4)
 
