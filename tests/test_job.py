@@ -22,12 +22,18 @@ import os, time
 import torch
 from coded_torch import CodedWrapper, Waiting, workers
 
+kept = []
+
 class Logged(torch.nn.Module):
     def __init__(self, pause=0.0):
         super().__init__()
         self.layer, self.pause = torch.nn.Linear(2, 2), pause
         torch.nn.init.constant_(self.layer.weight, 0.5)
         torch.nn.init.constant_(self.layer.bias, 1.0)
+
+    def extra_repr(self):
+        kept.append(object())
+        return repr(kept[-1])  # another address each time
 
     def forward(self, x):
         time.sleep(self.pause)

@@ -211,7 +211,6 @@ _COMMANDS: dict[Callable[[argparse.Namespace], None], tuple[str, tuple[Option, .
             ("--max-queued-requests", int, 256, "requests that may wait"),
             ("--max-ongoing-batches", int, None, "batches at once, unless while a worker is idle"),
             ("--name", str, None, "the model's name in URLs, unless MODEL, lenet5 or FACTORY"),
-            ("--output-names", str, None, "the outputs' names, with commas between"),
             ("--verify", float, 0.0, "the share of rows that a second worker computes"),
             ("--memory", bool, False, "predict from earlier requests and answers, of any client"),
             ("--chaos", bool, False, "delay 3 %% of the calls, kill a worker every 5 s"),

@@ -34,8 +34,6 @@ answers of earlier requests, of any client."""
 def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
-    import orjson
-
     from ..serve import app
     from ..serve.page import LOOPBACK, Chaos, add_page
     from ..serve.protocol import example_request
@@ -52,8 +50,7 @@ def serve(args: argparse.Namespace) -> None:
     if workers is None:
         module, how = _own(args)
     if args.example is not None:
-        request = example_request(how["inputs"], how["examples"], args.example)
-        say(orjson.dumps(request, option=orjson.OPT_SERIALIZE_NUMPY).decode())
+        say(example_request(how["inputs"], how["examples"], args.example).decode())
         return
     usual = args.model or ("lenet5" if args.factory == LENET5 else args.factory.partition(":")[2])
     how["name"] = name = args.name or usual
@@ -93,9 +90,9 @@ def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:
 
     if args.model is None:
         raise ValueError("--endpoints must come with --model, the model's name there")
-    for flag in ("chaos", "example", "output_names"):
+    for flag in ("chaos", "example"):
         if (given := getattr(args, flag)) is not None and given is not False:
-            raise ValueError(f"--{flag.replace('_', '-')} must be left out with --endpoints")
+            raise ValueError(f"--{flag} must be left out with --endpoints")
     silent: list[str] = []
     for url in args.endpoints:
         with usage("serve: --endpoints", ValueError, prefix="RemoteModule: "):
@@ -125,8 +122,7 @@ def _own(args: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
             raise TypeError(f"{args.factory} must return {must}, got {type(made).__name__}")
         if not all(x.dim() and len(x) for x in examples):
             raise ValueError(f"the examples of {args.factory} must have rows, got none")
-        names = args.output_names and args.output_names.split(",")
-        inputs, outputs = specs(model.eval(), examples, names)
+        inputs, outputs = specs(model.eval(), examples)
         most = len(examples[0]) - 1
         if args.example is not None and not 0 <= args.example <= most:
             raise ValueError(f"--example must be from 0 to {most}, got {args.example}")

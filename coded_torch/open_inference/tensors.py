@@ -7,10 +7,11 @@ sizes are checked before memory is allocated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ from .._arguments import count, instance
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
 __all__ += ["answer_bytes", "cast", "entries", "field", "from_bytes", "from_json", "json_length"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
-__all__ += ["to_bytes", "to_json"]
+__all__ += ["to_bytes", "to_json", "written"]
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -88,19 +89,13 @@ ADDED = (
 
 
 def specs(
-    module: nn.Module, examples: Sequence[Tensor], names: Sequence[str] | None = None
+    module: nn.Module, examples: Sequence[Tensor]
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """Return the specs of a module's inputs and outputs. The module runs once.
 
-    Args:
-        module: the module.
-        examples: its positional arguments, ``[B, ...]`` each. One is named ``input``, several
-            ``input0``, ``input1`` and so on.
-        names: the names of the outputs. Defaults to the keys of a dict, the fields of a named
-            tuple, else ``output``, or ``output0``, ``output1`` and so on.
-
-    Raises:
-        TypeError, ValueError: an output is no tensor of a known dtype, or has no name.
+    Of the examples ``[B, ...]``, one is named ``input``, several ``input0``, ``input1`` and so on.
+    Outputs have the keys of a dict, the fields of a named tuple, else such names as well. Raises a
+    TypeError if an output is no tensor of a known dtype.
     """
     with torch.no_grad():
         made = module(*examples)
@@ -108,11 +103,8 @@ def specs(
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
         raise TypeError("the module must return tensors to be served")
     keys = list(made) if isinstance(made, Mapping) else getattr(made, "_fields", ())
-    if names is None:
-        flat = len(keys) == len(leaves)  # False if some outputs are nested
-        names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
-    if len(names) != len(leaves):
-        raise ValueError(f"--output-names must be {len(leaves)}, one an output, got {names}")
+    flat = len(keys) == len(leaves)  # False if some outputs are nested
+    names = [str(key) for key in keys] if flat else _numbered("output", len(leaves))
     inputs = map(TensorSpec.of, _numbered("input", len(examples)), examples)
     return list(inputs), list(map(TensorSpec.of, names, leaves))
 
@@ -330,22 +322,36 @@ def specs_of(metadata: Mapping[str, Any], key: str) -> tuple[TensorSpec, ...]:
         raise EndpointError(f"sent metadata with unusable {key}: {error}") from None
 
 
-def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int]:
-    """Return the body of a request, and the length of its JSON; 0 if all of it is JSON."""
+def written(
+    message: dict[str, Any],
+    key: str,
+    tensors: Iterable[tuple[TensorSpec, Tensor, bool]],
+    dumps: Callable[[Any], bytes],
+) -> tuple[bytes, int | None]:
+    """Return a body, and the length of its JSON if binary tensors follow.
+
+    The message gets a list of tensors by the key, each in binary or not.
+    """
     entries, tail = [], []
-    for spec, tensor in zip(model.inputs, inputs, strict=True):
-        entry: dict[str, Any] = {"name": spec.name, "datatype": spec.datatype}
-        entry["shape"] = list(tensor.shape)
-        if model.binary:
+    for spec, tensor, binary in tensors:
+        entry = spec.metadata() | {"shape": list(tensor.shape)}
+        if binary:
             tail.append(to_bytes(tensor))
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            entry["data"] = to_json(tensor).tolist()
+            entry["data"] = to_json(tensor)
         entries.append(entry)
+    head = dumps({**message, key: entries})
+    return b"".join([head, *tail]), len(head) if tail else None
+
+
+def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
+    """Return the body of a request, and the length of its JSON if binary tensors follow."""
     how = {"parameters": {"binary_data": True}} if model.binary else {}
     outputs = [{"name": spec.name, **how} for spec in model.outputs]
-    head = json.dumps({"inputs": entries, "outputs": outputs}).encode()
-    return b"".join([head, *tail]), len(head) if model.binary else 0
+    triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
+    dumps = functools.partial(json.dumps, default=np.ndarray.tolist)
+    return written({"outputs": outputs}, "inputs", triples, lambda x: dumps(x).encode())
 
 
 def answer_bytes(model: Model, rows: int) -> int:

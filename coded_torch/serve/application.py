@@ -263,23 +263,22 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
 
 async def _first(future: asyncio.Future[Batch], request: Request, seconds: float) -> Batch:
     """Return the answer, unless the client disconnects or time runs out first."""
-    gone = asyncio.ensure_future(_disconnected(request))
-    both: set[asyncio.Future[Any]] = {future, gone}
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        if not future.done():
+            future.set_exception(ClientDisconnect())
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait(both, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if future.done():
-            return future.result()
-        if gone.done():
-            raise ClientDisconnect
-        raise RequestError(504, "late", "too few results came within the deadline")
+        with anyio.fail_after(seconds):
+            return await future
+    except TimeoutError:
+        raise RequestError(504, "late", "too few results came within the deadline") from None
     finally:
-        gone.cancel()
+        watching.cancel()
         future.cancel()  # takes the request off the queue
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def in_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -25,8 +25,7 @@ from ..open_inference.tensors import (
     json_length,
     require,
     tensors_of,
-    to_bytes,
-    to_json,
+    written,
 )
 
 __all__ = [
@@ -141,15 +140,11 @@ def parse(
     return InferRequest(name, tensors, wanted, microseconds / 1e6 or math.inf, coverage)
 
 
-def example_request(
-    inputs: Sequence[TensorSpec], examples: Sequence[Tensor], row: int
-) -> dict[str, Any]:
-    """Return a request with one row of the examples, for orjson."""
+def example_request(inputs: Sequence[TensorSpec], examples: Sequence[Tensor], row: int) -> bytes:
+    """Return the body of a request with one row of the examples."""
     pairs = zip(inputs, examples, strict=True)
-    entries = [
-        spec.metadata() | {"shape": [1, *x.shape[1:]], "data": to_json(x[row])} for spec, x in pairs
-    ]
-    return {"id": f"example {row}", "inputs": entries}
+    tensors = ((spec, x[row : row + 1], False) for spec, x in pairs)
+    return written({"id": f"example {row}"}, "inputs", tensors, dumps)[0]
 
 
 def format_answer(
@@ -159,22 +154,12 @@ def format_answer(
     parameters: Mapping[str, Any],
 ) -> tuple[bytes, int | None]:
     """Return the body of an answer, and the length of its JSON if binary tensors follow."""
-    outputs, tail = [], []
-    for spec, binary in request.outputs:
-        tensor = answers[spec.name]
-        entry = spec.metadata() | {"shape": list(tensor.shape)}
-        if binary:
-            tail.append(to_bytes(tensor))
-            entry["parameters"] = {"binary_data_size": len(tail[-1])}
-        else:
-            entry["data"] = to_json(tensor)
-        outputs.append(entry)
-    message = {
-        "model_name": model,
-        "model_version": VERSION,
-        **({"id": request.id} if request.id else {}),
-        "parameters": parameters,
-        "outputs": outputs,
-    }
-    head = orjson.dumps(message, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b"".join([head, *tail]), len(head) if tail else None
+    message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
+    message |= {"id": request.id} if request.id else {}
+    tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
+    return written(message, "outputs", tensors, dumps)
+
+
+def dumps(content: Any) -> bytes:
+    """Return JSON, of arrays too."""
+    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

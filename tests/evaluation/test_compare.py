@@ -221,9 +221,8 @@ def test_table(found):
 
 
 def made(setting, name, mse, batch=0):
-    return Record(
-        *setting, name, "", 0, batch, 4, 1.0, Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
-    )
+    scores = Score(mse, 1.0, 1.0, math.nan, math.nan, 1.0)
+    return Record(*setting, name, "", 0, batch, 4, 1.0, scores)
 
 
 def test_table_without_labels_and_intervals():
@@ -293,48 +292,35 @@ ONES = [torch.ones(4, 1)] * 2
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "kind", "message"),
+    ("changes", "message"),
     [
-        ((None, ONES), {}, TypeError, "module must be of type Module, got NoneType"),
-        (
-            (torch.nn.Tanh(), None),
-            {},
-            TypeError,
-            "batches must be a sequence of batches, such as .x., got NoneType",
-        ),
-        ((torch.nn.Tanh(), ONES[0]), {}, TypeError, "batches must be a sequence of batches"),
-        ((torch.nn.Tanh(), [ONES[0], ONES[0][:0]]), {}, ValueError, r"batches\[1\] must hold"),
-        ((torch.nn.Tanh(), ONES[:1]), {}, ValueError, "batches must hold at least two, .* got 1"),
-        ((torch.nn.Tanh(), ONES, [(4, 5, 1)]), {}, ValueError, r"settings must .* got \(4, 5, 1\)"),
-        ((torch.nn.Tanh(), ONES, [(5, 4, 5)]), {}, ValueError, r"settings must .* got \(5, 4, 5\)"),
-        ((torch.nn.Tanh(), ONES, [(5, 4)]), {}, ValueError, r"settings must be .* got \(5, 4\)"),
-        ((torch.nn.Tanh(), ONES, (5, 4, 1)), {}, ValueError, "settings must be triples .* got 5"),
-        ((torch.nn.Tanh(), ONES), {"seeds": -1}, ValueError, "seeds must be at least 0, got -1"),
-        ((torch.nn.Tanh(), ONES), {"tuning": 2}, ValueError, "tuning must be .* got 2"),
-        ((torch.nn.Tanh(), ONES), {"received_sets": 0}, ValueError, "received_sets must be"),
-        ((torch.nn.Tanh(), ONES), {"surrogate": 3}, TypeError, "surrogate must be"),
-        (
-            (torch.nn.Tanh(), ONES),
-            {"labels": ONES[:1]},
-            ValueError,
-            "labels must be .* of 2",
-        ),
-        ((torch.nn.Tanh(), ONES), {"seeds": ["x"]}, TypeError, "seeds must be an int"),
-        ((torch.nn.Tanh(), ONES), {"seeds": []}, ValueError, "seeds must hold at least one"),
-        ((torch.nn.Tanh(), ONES), {"seeds": [10**30]}, ValueError, "seeds must be at most"),
-        ((torch.nn.Tanh(), ONES), {"schemes": "regression"}, TypeError, "schemes must be a seq"),
-        ((torch.nn.Tanh(), ONES), {"schemes": ["x"]}, ValueError, "schemes must be names of .the"),
-        (
-            (torch.nn.Tanh(), ONES[:1] * 2, [(4, 2, 1)]),
-            {"schemes": ["regression", "x"]},
-            ValueError,
-            r"schemes must be .*, 'Berrut', .* got \['regression', 'x'\]",
-        ),
+        ({"module": None}, "module must be of type Module, got NoneType"),
+        ({"batches": None}, "batches must be a sequence of batches, such as .x., got NoneType"),
+        ({"batches": ONES[0]}, "batches must be a sequence of batches"),
+        ({"batches": [ONES[0], ONES[0][:0]]}, r"batches\[1\] must hold"),
+        ({"batches": ONES[:1]}, "batches must hold at least two, .* got 1"),
+        ({"settings": [(4, 5, 1)]}, r"settings must .* got \(4, 5, 1\)"),
+        ({"settings": [(5, 4, 5)]}, r"settings must .* got \(5, 4, 5\)"),
+        ({"settings": [(5, 4)]}, r"settings must be .* got \(5, 4\)"),
+        ({"settings": (5, 4, 1)}, "settings must be triples .* got 5"),
+        ({"settings": []}, "settings must hold at least one"),
+        ({"seeds": -1}, "seeds must be at least 0, got -1"),
+        ({"seeds": ["x"]}, "seeds must be an int"),
+        ({"seeds": []}, "seeds must hold at least one"),
+        ({"seeds": [10**30]}, "seeds must be at most"),
+        ({"tuning": 2}, "tuning must be .* got 2"),
+        ({"received_sets": 0}, "received_sets must be"),
+        ({"surrogate": 3}, "surrogate must be"),
+        ({"attack": "noise"}, "attack must be"),
+        ({"labels": ONES[:1]}, "labels must be .* of 2"),
+        ({"schemes": "regression"}, "schemes must be a seq"),
+        ({"schemes": ["x"]}, "schemes must be names of .the"),
+        ({"schemes": ["regression", "x"]}, r"schemes must be .* got \['regression', 'x'\]"),
     ],
 )
-def test_bad_arguments(arguments, options, kind, message):
-    with pytest.raises(kind, match=f"compare: {message}"):
-        compare(*arguments, **options)
+def test_bad_arguments(changes, message):
+    with pytest.raises((TypeError, ValueError), match=f"compare: {message}"):
+        compare(**{"module": torch.nn.Tanh(), "batches": ONES} | changes)
 
 
 class Pair(torch.nn.Module):
@@ -376,33 +362,30 @@ def test_labels_may_stay_on_the_host():
 
 def test_faulty_workers_spoil_every_scheme_alike():
     x = torch.randn(3, 24, 2, generator=torch.Generator().manual_seed(0))
-    module, options = (
-        torch.nn.Linear(2, 3),
-        {"settings": [(6, 4, 0)], "surrogate": torch.nn.Linear(2, 3)},
-    )
-    seen = []
+    module, seen = torch.nn.Linear(2, 3), []
+
+    def compared(**options):
+        return compare(module, list(x), **{"settings": [(6, 4, 0)]} | options)
 
     def attack(rows, generator):
         seen.append(rows.shape)
         return rows + 100 + torch.rand((), generator=generator)
 
-    honest = {row.name: row.mse[0] for row in compare(module, list(x), **options).rows}
+    surrogate = torch.nn.Linear(2, 3)
+    honest = {row.name: row.mse[0] for row in compared(surrogate=surrogate).rows}
     assert not seen
-    attacked = compare(module, list(x), attack=attack, faulty=2, **options)
+    attacked = compared(surrogate=surrogate, attack=attack, faulty=2)
     for row in attacked.rows:
         if row.name != "surrogate alone":
             assert row.mse[0] > honest[row.name] + 1, row.name
     assert seen
-    again = compare(module, list(x), attack=attack, faulty=2, **options)
-    assert str(again) == str(attacked)
-    assert str(again).startswith("attack attack by 2 workers\n\nN = 6 workers")
+    again = str(compared(surrogate=surrogate, attack=attack, faulty=2))
+    assert again == str(attacked)
+    assert again.startswith("attack attack by 2 workers\n\nN = 6 workers")
     few = {"schemes": ["regression"], "settings": [(6, 4, 2)]}
-    blocks = compare(module, list(x), law=Contiguous, **few)
-    assert str(blocks).startswith("law Contiguous\n\nN = 6")
+    assert str(compared(law=Contiguous, **few)).startswith("law Contiguous\n\nN = 6")
     for wrong, got in ((lambda rows, _: None, "NoneType"), (lambda rows, _: rows[:1], r"\[1, 3\]")):
         with pytest.raises(ValueError, match=rf"attack must .* it got, \[6, 3\], got {got}$"):
-            compare(module, list(x), attack=wrong, **few)
+            compared(attack=wrong, **few)
     with pytest.raises(ValueError, match="faulty, of the workers received, must be at most 4"):
-        compare(module, list(x), attack=attack, faulty=5, **few)
-    with pytest.raises(TypeError, match="compare: attack must be"):
-        compare(module, list(x), attack="noise")
+        compared(attack=attack, faulty=5, **few)
