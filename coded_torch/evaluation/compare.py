@@ -2,7 +2,6 @@ r"""Codes and trivial baselines side by side on one's own model."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..codes import (
 from ..stragglers import Stragglers, Uniform
 from ..workers.faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
-from .tune import SETS, Trial, calls_of, chosen, within
+from .tune import SETS, Trial, calls_of, chosen
 
 __all__ = ["compare", "peers", "received_by"]
 
@@ -138,44 +137,44 @@ def compare(
     cut = max(1, len(calls) // 4) if tuning is None else tuning
     cut = count("compare", "tuning", cut, most=len(calls) - 1)
 
-    def trials(law: Stragglers, n: int, number: int, part: slice) -> Iterator[Any]:
+    def trials(law: Stragglers, n: int, number: int, part: slice) -> Iterator[tuple[Trial, Any]]:
         for args, classes in zip(calls[part], truth[part], strict=True):
             sets = [received_by(law, n) for _ in range(number)]
             trial = Trial(module, args, sets, in_dims=in_dims, out_dims=out_dims)
             if classes is not None:
-                shapes = [list(leaf.shape) for leaf in trial.exact]
-                if len(shapes) != 1 or len(shapes[0]) != 2:
+                if [leaf.dim() for leaf in trial.exact] != [2]:
                     must = "labels must go with a module that returns [B, classes]"
-                    raise ValueError(f"compare: {must}, got {' and '.join(map(str, shapes))}")
+                    got = " and ".join(str(list(leaf.shape)) for leaf in trial.exact)
+                    raise ValueError(f"compare: {must}, got {got}")
                 check_labels("compare", classes, trial.exact[0])
             if attack is not None:
                 count("compare", "faulty, of the workers received,", faulty, 1, min(map(len, sets)))
-            yield trial, sets, classes
+            yield trial, classes
 
     records: list[Record] = []
     codes: dict[tuple[Setting, str], Code] = {}
     for n, k, s in settings:
         drawn = _law(law, s, max(seeds) + 1)  # not the workers that are lost later
-        honest = [(x, sets) for x, sets, _ in trials(drawn, n, SETS, slice(cut))]
-        some = _schemes(k, n, honest[0][0], more, schemes)
-        tuned = {name: chosen(code, honest, s) for name, code in some.items()}
+        honest = [trial for trial, _ in trials(drawn, n, SETS, slice(cut))]
+        untuned = _schemes(k, n, honest[0], more, schemes)
+        tuned = {name: chosen(code, honest, s) for name, code in untuned.items()}
         codes |= {((n, k, s), name): code for name, code in tuned.items()}
         for seed in seeds:
             answered = trials(_law(law, s, seed), n, received_sets, slice(cut, None))
-            for batch, (trial, sets, classes) in enumerate(answered):
+            for batch, (trial, classes) in enumerate(answered):
                 trial.attack = None if attack is None else (attack, faulty, seed)
                 exact, size = _flat(trial.exact), trial.batch_size
                 found: dict[tuple[str, Code | None], list[Score]] = {}
                 cheap = trial.run(surrogate) if surrogate is not None else []
-                for received in sets:
+                for received in trial.sets:
                     for name, answers, code in _answers(trial, tuned, received, s, cheap):
                         scores = score(_flat(answers), exact, classes)
                         found.setdefault((name, code), []).append(scores)
                 for (name, code), each in found.items():
                     work = code.num_workers * -(-size // code.num_data) / size if code else 0.0
-                    head = n, k, s, name, repr(code) if code else "", seed, batch, size * len(sets)
+                    text, rows = repr(code) if code else "", size * received_sets
                     means = Score(*map(float, np.mean(each, axis=0)))
-                    records.append(Record(*head, work, means))
+                    records.append(Record(n, k, s, name, text, seed, batch, rows, work, means))
     names = [f"{getattr(x, '__name__', repr(x)):.24}" for x in (law, attack)]
     by = [f"law {names[0]}"] if law is not Uniform else []
     by += [f"attack {names[1]} by {faulty} workers"] if attack is not None else []
@@ -205,14 +204,11 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
 
 
 def _answers(
-    trial: Trial, codes: Mapping[str, Code], received: list[int], lost: int, cheap: list[Tensor]
+    trial: Trial, codes: Mapping[str, Code], received: Sequence[int], lost: int, cheap: list[Tensor]
 ) -> Iterator[tuple[str, Sequence[Tensor], Code | None]]:
     """Yield the name of each scheme, its answers, and its code."""
     for name, code in codes.items():
-        answers = [torch.full_like(x, math.nan) for x in trial.exact]
-        if len(within(received, code)) >= code.min_received:
-            answers = trial.decode(code, received, lost)
-        yield name, answers, code
+        yield name, trial.decode(code, received, lost), code
     if cheap:
         yield "surrogate alone", cheap, None
     for name, code in codes.items() if cheap else ():

@@ -24,7 +24,7 @@ from ..workers.base import Task, broadcast_dims
 from ..workers.faults import Attack
 from ..workers.local import cut
 
-__all__ = ["SETS", "Trial", "calls_of", "chosen", "tune", "within"]
+__all__ = ["SETS", "Trial", "calls_of", "chosen", "tune"]
 
 #: The number of received sets of a batch. Rare sets decide the squared error; more than 5 were not
 #: measured.
@@ -75,33 +75,27 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     sets = [[*itertools.islice(draws, SETS)] for _ in calls]
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     how["max_batch_size"] = getattr(wrapper.workers, "max_batch_size", None)
-    trials = (
-        (Trial(wrapper.module, args, some, **how), some)
-        for args, some in zip(calls, sets, strict=True)
-    )
+    pairs = zip(calls, sets, strict=True)
+    trials = (Trial(wrapper.module, args, some, **how) for args, some in pairs)
     return chosen(code, trials, wrapper.num_stragglers, values)
 
 
 def chosen(
     code: Code,
-    trials: Iterable[tuple[Trial, Sequence[Sequence[int]]]],
+    trials: Iterable[Trial],
     num_stragglers: int,
     values: Mapping[str, Sequence[Any]] | None = None,
 ) -> Code:
-    """Return the code with the numbers of the least squared error on trials with received sets."""
+    """Return the code with the numbers of the least squared error on trials."""
     variants = _variants(code, values or {})
     if len(variants) == 1:
         return variants[0]
     errors = np.zeros(len(variants))
-    for trial, sets in trials:
-        for i, variant in enumerate(variants):
-            for received in sets:
-                if len(within(received, variant)) < variant.min_received:
-                    errors[i] = math.inf
-                    continue
-                answers = trial.decode(variant, received, num_stragglers)
-                for a, e in zip(answers, trial.exact, strict=True):
-                    errors[i] += float((a.double() - e.double()).square().sum())
+    for trial in trials:
+        for (i, variant), received in itertools.product(enumerate(variants), trial.sets):
+            answers = trial.decode(variant, received, num_stragglers)
+            for a, e in zip(answers, trial.exact, strict=True):
+                errors[i] += float((a.double() - e.double()).square().sum())
     if not np.isfinite(errors).any():
         must = f"{code} must be able to decode what is received"
         raise ValueError(f"tune: {must}, got too few results")
@@ -164,7 +158,7 @@ class Trial:
     """One batch: the module's answers, and the answers that schemes give.
 
     The module runs in this process, without gradients. It runs once on the batch, and once for each
-    distinct encoder, on the coded inputs of the workers in ``received``, the sets to be tried.
+    distinct encoder, on the coded inputs of the workers in ``sets``, the received sets to be tried.
 
     Attributes:
         mixable: a bool: all divided inputs are floating-point, so codes can mix them.
@@ -175,7 +169,7 @@ class Trial:
         self,
         module: nn.Module,
         args: tuple[Any, ...],
-        received: Iterable[Sequence[int]] = (),
+        sets: Sequence[Sequence[int]] = (),
         *,
         in_dims: Any = 0,
         out_dims: Any = 0,
@@ -184,7 +178,7 @@ class Trial:
         # A code that mixes checks the inputs itself; the batch goes to the module as it is.
         self._inputs = Inputs(args, {}, in_dims)
         self._module, self._out_dims, self._most = module, out_dims, max_batch_size
-        self._workers = sorted({worker for workers in received for worker in workers})
+        self.sets, self._workers = sets, sorted(set().union(*sets))
         self._place = {worker: i for i, worker in enumerate(self._workers)}
         self._plans: dict[Any, tuple[BatchPlan, list[Tensor]]] = {}
         self._results: dict[int, list[Tensor]] = {}
@@ -232,11 +226,13 @@ class Trial:
         num_stragglers: int = 0,
         surrogate: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        """Return every output's answers, ``[B, ...]``.
+        """Return every output's answers, ``[B, ...]``; NaN if the code cannot decode.
 
         With outputs of a surrogate, ``[B, ...]``, a code that repeats inputs decodes residuals.
         """
-        received = within(received, code)
+        received = _within(received, code)
+        if len(received) < code.min_received:
+            return [torch.full_like(exact, math.nan) for exact in self.exact]
         plan, results = self._planned(code, num_stragglers)
         rows = [self._place[worker] for worker in received]
         answers = []
@@ -269,7 +265,7 @@ class Trial:
 
     def missing(self, code: Code, received: Sequence[int], num_stragglers: int = 0) -> Tensor:
         """Return the rows that no worker in a received set has computed: bool, ``[B]``."""
-        return self._planned(code, num_stragglers)[0].source(within(received, code)) < 0
+        return self._planned(code, num_stragglers)[0].source(_within(received, code)) < 0
 
     def _planned(self, code: Code, num_stragglers: int) -> tuple[BatchPlan, list[Tensor]]:
         """Return the code's plan of the batch, and its results, ``[|workers|, G, ...]`` each."""
@@ -277,7 +273,7 @@ class Trial:
         if key not in self._plans:
             others = [] if self.inputs else self._inputs.batches()
             plan = code.plan(self.inputs, key[1], batch_size=self.batch_size, others=others)
-            workers = within(self._workers, code)
+            workers = _within(self._workers, code)
             if code.mixes:
                 coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
                 results = self._computed(coded)
@@ -300,6 +296,6 @@ def _scaled(outputs: Tensor, code: Code) -> Tensor:
     return outputs if code.link is None else outputs.clamp(torch.finfo(outputs.dtype).tiny).log()
 
 
-def within(received: Sequence[int], code: Code) -> list[int]:
+def _within(received: Sequence[int], code: Code) -> list[int]:
     """Return the workers of a received set that a code has."""
     return [worker for worker in received if worker < code.num_workers]
