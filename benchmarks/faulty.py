@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from coded_torch.scheduling import Ask, Ended, Event, Settled, Wait
+from coded_torch.scheduling import Ask, Decision, Ended, Event, Settled, Wait
 from coded_torch.verification import Strikes, Trials
 
 from .subjects import SEED, run, subject
@@ -38,6 +39,20 @@ class Outcome(NamedTuple):
     computed: int
 
 
+class _All:
+    """A waiting policy that asks once, and waits for all."""
+
+    deadline = None
+
+    def decide(
+        self, history: Any, first: Sequence[tuple[int, ...]], **options: Any
+    ) -> Generator[Decision, Event, Ended]:
+        yield Ask(tuple(first))
+        for _ in first:
+            yield Wait(math.inf)
+        return Ended("complete")
+
+
 class Fleet:
     """Workers that compute as soon as they are asked.
 
@@ -49,14 +64,15 @@ class Fleet:
 
     def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
         self.random = random.Random(seed)
-        self.strikes = Strikes(num_workers, share, generator=random.Random(seed + 1))
+        self.strikes = Strikes(
+            SimpleNamespace(places=range(num_workers)), share, random.Random(seed + 1)
+        )
 
     def settle(self) -> Fleet:
         """Take all workers for proven, with no strikes."""
         strikes = self.strikes
-        strikes.renew(range(strikes.num_workers))
-        for worker in range(strikes.num_workers):
-            strikes.passed([worker] * 30)
+        strikes.renew(strikes.everyone)
+        strikes.passed([*strikes.everyone] * 30)
         return self
 
     def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
@@ -64,27 +80,23 @@ class Fleet:
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials = Trials(self.strikes, inputs)
-        asked = trials.first(parts, idle=len(order))
-        trials.prepare()
-        replies = [(part, order[part % len(order)]) for part in range(len(asked))]
-        values = dict[int, Tensor]()
-
-        def answer(part: int, rows: Sequence[int], worker: int, again: bool) -> None:
-            values[part] = compute(worker, rows, again)
-            trials.results.add(part, rows, [values[part]])
-
-        for part, worker in replies:
-            answer(part, asked[part], worker, False)
-        self.random.shuffle(replies)
-        self._drive(trials, trials.decisions(asked, replies, Ended("complete")), answer)
+        trials, values = Trials(self.strikes, _All(), inputs), dict[int, Tensor]()
+        policy = trials.decide(None, parts, idle=lambda: len(order))
+        self._drive(trials, policy, values, order, compute)
         answers = torch.full((size, *values[0].shape[1:]), math.nan)
         for row, part in trials.answers.items():
             answers[row] = values[part][trials.asked[part].index(row)]
         return Outcome(answers, trials, sum(map(len, trials.asked)))
 
-    def _drive(self, trials: Trials, policy: Any, answer: Callable[..., None]) -> None:
-        events, event = deque[Event](), None
+    def _drive(
+        self,
+        trials: Trials,
+        policy: Any,
+        values: dict[int, Tensor],
+        order: Sequence[int],
+        compute: Compute,
+    ) -> None:
+        events, event, added = deque[Event](), None, 0
         while True:
             try:
                 decision = policy.send(event)
@@ -93,15 +105,20 @@ class Fleet:
             event = None
             if isinstance(decision, Ask):
                 first = len(trials.asked) - len(decision.parts)
-                asked = zip(decision.parts, decision.avoid, strict=True)
-                for part, (rows, avoid) in enumerate(asked, first):
-                    able = sorted(self.strikes.workers - avoid)
-                    worker = self.random.choice(able) if able else -1
-                    if able:
-                        answer(part, rows, worker, True)
-                    events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
-            elif isinstance(decision, Wait) and events:
-                event = events.popleft()
+                for part, rows in enumerate(decision.parts, first):
+                    worker = order[part % len(order)]
+                    if first:
+                        able = sorted(self.strikes.workers - decision.avoid[part - first])
+                        worker = self.random.choice(able) if able else -1
+                    if worker >= 0:
+                        values[part] = compute(worker, rows, first > 0)
+                    events.append(Settled(part, 0.0, 0.0, worker >= 0, worker=worker))
+                if not first:
+                    self.random.shuffle(events)
+            elif isinstance(decision, Wait):
+                for part in [part for part in values if part >= added]:
+                    trials.results.add(part, trials.asked[part], [values[part]])
+                added, event = len(trials.asked), events.popleft() if events else None
 
 
 class Voters:
@@ -134,7 +151,7 @@ class Voters:
                 results.append(compute(workers[2], rows, True))
             computed += len(rows) * len(results)
             answers.append(self._elected(results))
-        return Outcome(torch.cat(answers), Trials(Strikes(self.num_workers, 0.0)), computed)
+        return Outcome(torch.cat(answers), Trials(Strikes(None, 0.0)), computed)
 
     def _elected(self, results: Sequence[Tensor]) -> Tensor:
         """Return the first result, but where the other two are alike and differ from it."""

@@ -158,7 +158,6 @@ class CodedWrapper(ModuleProxy):
         self._form: Stacked | None = None  # the last results, without values
         _check_settings(self)
         self._is_made = True
-        self._strikes = Strikes.of(self.workers, self.verify)
 
     def run(self, *args: Any, waiting: Waiting | None = None, **kwargs: Any) -> tuple[Any, Report]:
         """Return the answers and the report of a call with its own policy; hooks do not run."""
@@ -243,11 +242,12 @@ class CodedWrapper(ModuleProxy):
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
         answers = Answers(self.surrogate, inputs, link, predictor.coverage, report, self.module)
-        check = None if self._strikes is None else Trials(self._strikes, inputs.floating())
+        strikes = self._strikes
+        check = None if strikes is None else Trials(strikes, waiting, inputs.floating())
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
             execution.run(pool, module, waiting, self._history)
-            answers.learn_owners(execution.owners)
+            answers.learn_verdict(check)
         with report.timed("decode"), on_host():
             error = error_of(waiting, division, results, report, execution)
             stacked = results.stack() if results.units else self._form
@@ -286,8 +286,8 @@ class CodedWrapper(ModuleProxy):
                 raise
         if name in ("workers", "module"):
             self._history = History()  # one for each module and pool
-        if name in ("workers", "module", "verify") and "_is_made" in vars(self):
-            self._strikes = Strikes.of(self.workers, self.verify)
+        if name in ("workers", "module", "verify") and "verify" in vars(self):
+            self._strikes = Strikes(self.workers, self.verify) if self.verify else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWrapper:
         """Move surrogates along with the module, though they are not its submodules."""

@@ -8,25 +8,11 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
-from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._arguments import sparing_logger
-from .._torch import outside
-from ..scheduling import (
-    Ask,
-    Began,
-    Decision,
-    Drop,
-    Ended,
-    Event,
-    Failure,
-    Prepare,
-    Settled,
-    Wait,
-)
+from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Failure, Prepare, Settled, Wait
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
 from ..verification import Trials
@@ -38,7 +24,6 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
-_T = TypeVar("_T")
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -55,8 +40,6 @@ class Execution:
         why: the reason why there are no more results, in words.
         parts: all parts that were asked for.
         refused: the numbers of the parts that the module itself fails on.
-        owners: int64 ``[B]``, by row the worker that computed the answer; -1 if it is in doubt.
-            None without verification.
     """
 
     def __init__(
@@ -67,10 +50,10 @@ class Execution:
         self.why = ""
         self.parts: list[workers.Part] = []
         self.refused: tuple[int, ...] = ()
-        self.owners: Tensor | None = None
         self._request: workers.Request
         self._events: deque[Event] = deque()
-        self._began: dict[int, workers.Began] = {}  # a part may begin again
+        self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
+        self._asked: set[int] = set()  # the workers that began a part
         self._fresh: set[int] = set()  # numbers of parts whose worker has to load the module
         self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
@@ -84,9 +67,7 @@ class Execution:
             self._request = request
             # On a simulated clock, only the simulation takes time.
             began = 0.0 if pool.simulated else request.now() + report.since - time.perf_counter()
-            if check is not None:
-                division.first = check.first(division.first, request.idle)
-            policy = waiting.decide(
+            policy = (waiting if check is None else check).decide(
                 history,
                 division.first,
                 needed=division.needed,
@@ -100,10 +81,13 @@ class Execution:
             try:
                 ended = self._follow(policy)
                 if check is not None:
-                    ended = self._verify(check, ended, began, waiting)
+                    self._results.choose(check.answers)
                 self.why = request.status()
             finally:
                 self._note()
+        if check is not None:
+            division.first = check.first
+            report.note_verdict(check, division.batch_size)
         report.note_end(ended)
         report.num_groups, self.refused = division.num_groups, ended.refused
         if ended.reason == "deadline":
@@ -111,14 +95,14 @@ class Execution:
             late = f"{what} arrived within the deadline of {ended.deadline:g} s"
             self.why = f"{late}; {self.why}" if self.why else late
 
-    def _follow(self, policy: Generator[Decision, Event, _T]) -> _T:
+    def _follow(self, policy: Generator[Decision, Event, Ended]) -> Ended:
         """Carry out the decisions of a policy, and send it the events, until it ends."""
         event: Event = None
         while True:
             try:
                 decision = policy.send(event)
             except StopIteration as stop:
-                ended: _T = stop.value
+                ended: Ended = stop.value
                 return ended
             event = None
             if isinstance(decision, Wait):
@@ -126,51 +110,16 @@ class Execution:
                     pass  # the policy needs no event that was heard
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
-                self._ask(decision)
+                first = len(self.parts)
+                avoid = decision.avoid or [frozenset[int]()] * len(decision.parts)
+                asked = enumerate(zip(decision.parts, avoid, strict=True), first)
+                self.parts += [workers.Part(i, (*units,), avoid=some) for i, (units, some) in asked]
+                self._request.ask(self.parts[first:])
             elif isinstance(decision, Drop):
                 self._request.drop([self.parts[number] for number in decision.parts])
             elif isinstance(decision, Prepare):
                 with self._report.timed("decode"):  # now, while the call would wait anyway
                     self._division.plan()
-
-    def _ask(self, ask: Ask) -> None:
-        first, check = len(self.parts), self._check
-        out = check.avoid if check is not None else frozenset()
-        avoid = [out | some for some in ask.avoid] or [out] * len(ask.parts)
-        self.parts += [
-            workers.Part(first + i, tuple(units), avoid=some)
-            for i, (units, some) in enumerate(zip(ask.parts, avoid, strict=True))
-        ]
-        self._request.ask(self.parts[first:])
-        if check is not None and not first:
-            check.prepare()
-
-    def _verify(self, check: Trials, ended: Ended, began: float, waiting: Waiting) -> Ended:
-        """Verify results while there is time; return how the call ended then."""
-        self._events.clear()  # the results are there
-        fresh = {self._replies[n].worker for n in self._fresh if n in self._replies}
-        bounded = waiting.deadline is not None or ended.reason == "error"
-        decisions = check.decisions(
-            [part.units for part in self.parts],
-            [(result.part.number, result.worker) for result in self._results.good],
-            ended,
-            began=began,
-            now=self._request.now(),
-            bounded=bounded,
-            reserve=self._division.reserve,
-            fresh=fresh,
-            failed=self._replies.keys() - {result.part.number for result in self._results.good},
-        )
-        self._follow(decisions)
-        self._results.choose(check.answers)
-        size = self._division.batch_size
-        self._report.note_verdict(check, size)
-        with outside():
-            self.owners = torch.tensor([check.owners.get(row, -1) for row in range(size)])
-        if ended.reason == "complete" and len(check.answers) < size:
-            late = self._request.now() >= check.end
-            return ended._replace(reason="deadline" if late else "failed")
-        return ended
 
     def _listen(self, until: float) -> bool:
         """Wait for events, and judge together the replies that arrive together.
@@ -184,6 +133,7 @@ class Execution:
             part = event.part
             if isinstance(event, workers.Began):
                 self._began[part.number] = event
+                self._asked.add(event.worker)
                 if event.fresh:
                     self._fresh.add(part.number)
                 if not self._at_once:  # otherwise no part is hedged
@@ -207,14 +157,10 @@ class Execution:
                     latencies[reply.worker] = reply.at
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good
-            for part, good in settled:
-                if good and self._check is not None:
-                    # None, if a reply after it made others the most.
-                    own = (r for r in reversed(self._results.good) if r.part is part)
-                    result = next(own, None)
-                    if result is not None:
-                        self._check.results.add(part.number, part.units, result.divided())
-                of = self._replies[part.number]
+            for part, result in settled:
+                good, of = result is not None, self._replies[part.number]
+                if result is not None and self._check is not None:
+                    self._check.results.add(part.number, part.units, result.divided())
                 failure = _NONE if good or of is not reply else _failure(reply)
                 self._events.append(
                     Settled(part.number, reply.at, of.latency, good, failure, of.worker)
@@ -223,7 +169,7 @@ class Execution:
     def _note(self) -> None:
         """Report who was asked, and which results count."""
         report, division = self._report, self._division
-        report.asked = tuple(sorted({began.worker for began in self._began.values()}))
+        report.asked = tuple(sorted(self._asked))
         units = sum(len(began.part.units) for began in self._began.values())
         report.work = units * division.task.unit_rows / division.batch_size
         report.received = tuple(sorted({result.worker for result in self._results.good}))

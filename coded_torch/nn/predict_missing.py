@@ -28,6 +28,7 @@ from .result_checks import Stacked, decodable
 
 if TYPE_CHECKING:
     from ..scheduling.waiting import Waiting
+    from ..verification import Trials
     from .division import Division, Inputs
     from .report import Report
 
@@ -61,12 +62,12 @@ class Answers:
     ) -> None:
         self._surrogates, self._link, self._coverage = surrogates, link, coverage
         self._inputs, self._report = inputs, report
-        self._owners: Tensor | None = None
+        self._verdict: Trials | None = None
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
-    def learn_owners(self, owners: Tensor | None) -> None:
-        """Note the worker of each row, ``[B]``, -1 in doubt. An exclusion clears memories."""
-        self._owners = owners
+    def learn_verdict(self, verdict: Trials | None) -> None:
+        """Note which answers are in doubt. An exclusion clears memories."""
+        self._verdict = verdict
         if self._report.excluded:
             for memory, _ in self._memories:  # memories do not learn from this call either
                 memory.clear()
@@ -239,8 +240,9 @@ class Answers:
 
     def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
-        if self._owners is not None:
-            exact = exact & (self._owners >= 0)
+        if self._verdict is not None:
+            with outside():
+                exact &= torch.tensor([row in self._verdict.owners for row in range(len(exact))])
         if not bool(exact.any()):
             return
 

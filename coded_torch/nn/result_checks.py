@@ -153,8 +153,11 @@ class Results:
         self.good: list[Result] = []
         self.units: set[int] = set()
 
-    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, bool]]]:
-        """Judge replies that arrived together; return the parts that each makes good, or bad."""
+    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, Result | None]]]:
+        """Judge replies that arrived together.
+
+        Return, for each reply, the parts that it makes good, with their results, or bad.
+        """
         self._num_replies += len(replies)
         formed: dict[int, Result] = {}
         last = self.good[-1] if self.good else None
@@ -171,7 +174,7 @@ class Results:
                 self._reject(reply, cause)
         names, self._together = _not_finite(list(formed.values()))
         return [
-            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply.part, False)]
+            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply.part, None)]
             for i, reply in enumerate(replies)
         ]
 
@@ -182,23 +185,23 @@ class Results:
         self._errors.append(error)
         self._num_misfits += 1
 
-    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Part, bool]]:
+    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Part, Result | None]]:
         """Let a result vote, and return whose results are good, or bad, by it."""
         if not_finite is not None:
             why = f"returned values that are not finite in {not_finite}"
             self._errors.append(WorkerError(result.part.number, result.worker, why))
-            return [(result.part, False)]
+            return [(result.part, None)]
         if self._link is not None:
             try:
                 result.check_probabilities()
             except ValueError as cause:
                 self._reject(result, cause)
-                return [(result.part, False)]
+                return [(result.part, None)]
         before = self.good
         if before and len(self._groups) == 1 and result.resembles(before[0]):
             before.append(result)
             self.units.update(result.part.units)
-            return [(result.part, True)]
+            return [(result.part, result)]
         group = next((g for g in self._groups if result.resembles(g[0])), None)
         if group is None:
             self._groups.append(group := [])
@@ -207,10 +210,10 @@ class Results:
         if lead is before or not before:
             if group is lead:
                 self.units.update(result.part.units)
-            return [(result.part, group is lead)]
+            return [(result.part, result if group is lead else None)]
         # Others have the majority now.
         self.units = {unit for other in lead for unit in other.part.units}
-        return [(other.part, False) for other in before] + [(other.part, True) for other in lead]
+        return [(other.part, None) for other in before] + [(other.part, other) for other in lead]
 
     @property
     def rejected(self) -> list[WorkerError]:

@@ -1,12 +1,11 @@
 """Find workers that return wrong results: a few rows are computed twice.
 
-Nothing here waits or knows a clock. :meth:`Strikes.draw` adds secret check rows to the parts of a
-call. Then :meth:`Trials.decisions` is a generator of decisions that is sent events, as a
-waiting policy (:mod:`coded_torch.scheduling.waiting`).
+Nothing here waits or knows a clock: :class:`Trials` is a waiting policy
+(:mod:`coded_torch.scheduling`) around another one.
 """
 
 from .scores import Results, Scores
-from .strikes import Drawn, Strikes
+from .strikes import Strikes
 from .trials import Trials
 
-__all__ = ["Drawn", "Results", "Scores", "Strikes", "Trials"]
+__all__ = ["Results", "Scores", "Strikes", "Trials"]

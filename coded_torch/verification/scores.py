@@ -6,13 +6,11 @@ A result looks odd if a regression on the batch and on recent rows predicts it b
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import math
 import secrets
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from .._arguments import sparing_logger
 from .._torch import exactly, on_host
 from ..input_space.gaussian_process import GaussianProcess
 from ..input_space.geometry import added_up
-from ..input_space.metrics import DEFAULT, Distances, Leaf, Sources
+from ..input_space.metrics import DEFAULT, Distances, Sources
 from ..input_space.selection import LENGTH
 
 if TYPE_CHECKING:
@@ -51,14 +49,11 @@ _ANEW = 16  # times that a bar is found anew until all scores are new ones
 
 
 class Recent(NamedTuple):
-    """Rows of recent calls: features ``[n, d]``, outputs ``[n, C]`` and workers ``[n]``.
+    """Rows of recent calls, which serve scores only, never answers."""
 
-    They serve scores only, never answers.
-    """
-
-    features: Tensor
-    outputs: Tensor
-    workers: Tensor
+    features: Tensor  # [n, d]
+    outputs: Tensor  # [n, C]
+    workers: Tensor  # [n]
 
 
 class Scores:
@@ -67,8 +62,8 @@ class Scores:
     def __init__(self) -> None:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
-        # Functions that calls leave, to learn while workers compute for a later call.
-        self.left: deque[Callable[[], None]] = deque()
+        # Rows and the scores of rows and parts of calls, learnt while workers compute a later one.
+        self.left: deque[tuple[Recent, Sequence[float], Sequence[float]]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -87,10 +82,8 @@ class Scores:
             some, past = torch.cat([features, recent.features[first:]]), recent.outputs[first:]
         if len(some) < _LEAST:
             return Fit(rows, features)
-        widths = [x.shape[1] for x in leaves]
-        distances = Distances(
-            Sources((), [Leaf(x, None) for x in some.split(widths, 1)]), (DEFAULT,)
-        )
+        each = some.split([x.shape[1] for x in leaves], 1)
+        distances = Distances(Sources(each), [DEFAULT])
         squared, step_length = distances.by(DEFAULT)
         usable = distances.usable.nonzero().flatten()
         process = GaussianProcess(squared, LENGTH * step_length, usable)
@@ -103,17 +96,13 @@ class Scores:
         """Learn from the calls so far."""
         with self._lock:
             while self.left:
-                self.left.popleft()()
-
-    def add(self, now: Recent, rows: Sequence[float], parts: Sequence[float]) -> None:
-        """Add the rows of a call, and the scores of its rows and parts."""
-        with self._lock:
-            self.rows.add(rows)
-            self.parts.add(parts)
-            pairs = list(zip(self.recent or now, now, strict=True))
-            if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
-                now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
-            self.recent = now
+                now, rows, parts = self.left.popleft()
+                self.rows.add(rows)
+                self.parts.add(parts)
+                pairs = list(zip(self.recent or now, now, strict=True))
+                if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
+                    now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
+                self.recent = now
 
     def forget(self, worker: int) -> None:
         """Remove the rows of one worker."""
@@ -124,8 +113,7 @@ class Scores:
                 self.recent = Recent(*[x[kept] for x in self.recent])
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """A regression before there are results."""
 
     rows: Sequence[int]  #: the rows of the batch that are in it
@@ -146,12 +134,7 @@ class Fit:
         Args:
             outputs: ``[n, C]``. If some are not finite, nothing is scored.
         """
-        if (
-            self.usable is None
-            or self.residuals is None
-            or not outputs.shape[1]
-            or not bool(outputs.isfinite().all())
-        ):
+        if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
             return {}
         some = outputs if self.past is None else torch.cat([outputs, self.past])
         some = some[self.usable]
@@ -220,7 +203,7 @@ class Results:
         own = self._leaves[part] = [leaf.detach() for leaf in leaves]
         if any(leaf.dtype in (torch.float16, torch.bfloat16) for leaf in own):
             self.tolerance = _LOOSE
-        some = [leaf for leaf in own if leaf.is_floating_point()]
+        some = [leaf for leaf in own if leaf.is_floating_point() and leaf.numel()]
         if some and self._fit is not None:
             self._scored[part] = _columns(some)
         if not self._spreads and sum(map(len, self._places.values())) >= _SAMPLE:
@@ -302,24 +285,23 @@ class Results:
         places = [starts[part] + self._places[part][row] for row, part in answers.items()]
         return torch.cat([self._scored[part] for part in starts])[places]
 
+    @on_host()
     def conclude(self, trials: Trials) -> None:
         """Keep credible results, for later calls to learn."""
         with _scoring():
             for worker in trials.excluded:
                 self._scores.forget(worker)
-        if self._fit is not None and self._scored:
-            self._leaves.clear()  # large, perhaps
-            self._scores.left.append(functools.partial(self._learn, self._fit, trials))
-
-    def _learn(self, fit: Fit, trials: Trials) -> None:
-        kept = {i: row for i, row in enumerate(fit.rows) if row in trials.owners}
-        if kept:
-            outputs = self.outputs({row: trials.answers[row] for row in kept.values()})
-            owners = torch.tensor([trials.owners[row] for row in kept.values()])
-            finite = outputs.isfinite().all(1)
-            recent = Recent(*[x[finite] for x in (fit.features[list(kept)], outputs, owners)])
-            # Wrong results make those beside them look odd.
-            self._scores.add(recent, *(((), ()) if trials.doubted else self._learnt))
+            if self._fit is None or not self._scored:
+                return
+            kept = {i: row for i, row in enumerate(self._fit.rows) if row in trials.owners}
+            if kept:
+                outputs = self.outputs({row: trials.answers[row] for row in kept.values()})
+                owners = torch.tensor([trials.owners[row] for row in kept.values()])
+                finite = outputs.isfinite().all(1)
+                recent = self._fit.features[list(kept)], outputs, owners
+                # Wrong results make those beside them look odd.
+                learnt = ((), ()) if trials.doubted else self._learnt
+                self._scores.left.append((Recent(*[x[finite] for x in recent]), *learnt))
 
 
 @contextlib.contextmanager

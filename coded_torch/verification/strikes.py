@@ -9,11 +9,11 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from .scores import Scores
 
-__all__ = ["LEARNABLE", "Drawn", "Strikes"]
+__all__ = ["LEARNABLE", "Strikes"]
 
 # A worker that is new, restarted or struck is checked so many times as often as others, until so
 # many of its rows were clean. More finds faults sooner and costs work at the start; not tuned.
@@ -25,22 +25,12 @@ LEARNABLE = 0.03
 _UNDECIDED = 10  # trials that showed nothing, after which the module is taken for random
 
 
-class Drawn(NamedTuple):
-    """The parts to ask for first, with their check rows; the rows to check; their share."""
-
-    parts: tuple[tuple[int, ...], ...]
-    rows: frozenset[int] = frozenset()
-    share: float = 0.0
-
-
 class Strikes:
     """The strikes of the workers of one pool, and facts about the module. Thread-safe.
 
     Args:
-        num_workers: M.
+        pool: the pool, whose places are the workers, and which excludes workers if it can.
         share: the share of rows that are checked.
-        pool: the pool, which excludes workers if it can. Its places hold in place of M, since
-            workers come and go. Defaults to None.
         generator: draws the rows. Defaults to the secret one of the operating system.
 
     Attributes:
@@ -51,15 +41,8 @@ class Strikes:
         scores: the scores of results.
     """
 
-    def __init__(
-        self,
-        num_workers: int,
-        share: float,
-        pool: Any = None,
-        generator: random.Random | None = None,
-    ) -> None:
-        self.num_workers, self.share, self.pool = num_workers, share, pool
-        self.random = generator or secrets.SystemRandom()
+    def __init__(self, pool: Any, share: float, generator: random.Random | None = None) -> None:
+        self.pool, self.share, self.random = pool, share, generator or secrets.SystemRandom()
         self.excluded: set[int] = set()
         self.tolerance, self.whole, self.stopped = 0.0, False, ""
         self.scores = Scores()
@@ -68,13 +51,8 @@ class Strikes:
         self._calls = self._undecided = 0
         self._lock = threading.Lock()
 
-    @classmethod
-    def of(cls, pool: Any, share: float | None) -> Strikes | None:
-        """Return an empty record of a pool's workers, or None if nothing is verified."""
-        return cls(pool.num_workers, share, pool) if share else None
-
     def __reduce__(self) -> tuple[Any, ...]:  # a copy begins anew, and holds no rows of users
-        return type(self), (self.num_workers, self.share, self.pool)
+        return type(self), (self.pool, self.share)
 
     @property
     def exclude(self) -> Any:
@@ -84,7 +62,7 @@ class Strikes:
     @property
     def everyone(self) -> set[int]:
         """The workers, excluded or not."""
-        return set(range(self.num_workers) if self.pool is None else self.pool.places)
+        return set(self.pool.places)
 
     @property
     def workers(self) -> set[int]:
@@ -111,11 +89,14 @@ class Strikes:
         some = int(many) + (self.random.random() < many % 1)
         return self.random.sample(rows, min(some, len(rows)))
 
-    def draw(self, parts: Sequence[Sequence[int]], idle: int = 0) -> Drawn:
+    def draw(
+        self, parts: Sequence[Sequence[int]], idle: int = 0
+    ) -> tuple[tuple[tuple[int, ...], ...], frozenset[int], float]:
         """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
         The workers of parts are not known yet, so more rows are drawn only if all workers are on
-        probation. ``idle`` workers would begin a part at once.
+        probation. ``idle`` workers would begin a part at once. Returns the parts with the rows to
+        check, these rows, and their share.
         """
         with self._lock:
             self._calls += 1
@@ -124,16 +105,16 @@ class Strikes:
                 self._undecided //= 2
         plain = tuple(map(tuple, parts))
         if self.stopped or len(self.workers) < 2:
-            return Drawn(plain)
+            return plain, frozenset(), 0.0
         if self.whole:  # parts are asked for twice
             twice = tuple(part for part in plain if self.random.random() < self.share)
-            return Drawn((*plain, *twice), frozenset().union(*twice), self.share)
+            return (*plain, *twice), frozenset().union(*twice), self.share
         share = self.often if all(map(self.fresh, self.workers)) else self.share
         chosen = [self.sample(part, share) for part in plain]
         rows = frozenset().union(*chosen)
         if rows and idle > len(plain) and max(map(len, plain)) == 1:
             # In a part of one row a check would take as long again, and others are idle.
-            return Drawn((*plain, tuple(sorted(rows))), rows, share)
+            return (*plain, tuple(sorted(rows))), rows, share
         hidden = [set(part) for part in plain]
         if len(plain) > 1:
             # In turn, as the part with most rows is waited for.
@@ -141,7 +122,7 @@ class Strikes:
             for i, some in enumerate(chosen):
                 for row in some:
                     hidden[next(j for j in holders if j != i)].add(row)
-        return Drawn(tuple(tuple(sorted(part)) for part in hidden), rows, share)
+        return tuple(tuple(sorted(part)) for part in hidden), rows, share
 
     def passed(self, workers: Iterable[int]) -> None:
         """Note for each row that another worker agreed on whose result it was."""

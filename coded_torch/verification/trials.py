@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ..scheduling import Ask, Decision, Drop, Ended, Event, Settled, Wait
+from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Settled, Wait
 from .scores import Results
-from .strikes import LEARNABLE, Drawn, Strikes
+from .strikes import LEARNABLE, Strikes
 
 __all__ = ["Trials"]
 
@@ -28,16 +28,17 @@ _Doing: TypeAlias = Generator[Decision, Event, None]
 
 
 class Trials:
-    """The verification of one call.
+    """The waiting policy of one call, after which results are verified until there is a verdict.
 
-    A driver asks for :meth:`first`, calls :meth:`prepare`, adds good results to ``results`` as they
-    arrive, and carries out :meth:`decisions`.
+    A driver carries out :meth:`decide`, and adds a good result to ``results`` before its event.
 
     Args:
         record: the record of the pool's workers.
+        waiting: the policy that is followed first.
         inputs: floating-point tensors, ``[B, ...]`` each, by which results are scored.
 
     Attributes:
+        first: the parts that were asked for first, with their check rows.
         answers: by row, the number of the part whose result counts. A row is missing if only a
             worker computed it that is now excluded.
         owners: by row, the worker that computed the answer, if it is not doubted.
@@ -47,74 +48,103 @@ class Trials:
     """
 
     results: Results
+    first: tuple[tuple[int, ...], ...] = ()
 
-    def __init__(self, record: Strikes, inputs: Sequence[Tensor] = ()) -> None:
-        self.record, self._inputs, self._out = record, inputs, frozenset(record.excluded)
-        self.drawn = Drawn(())
+    def __init__(self, record: Strikes, waiting: Any = None, inputs: Sequence[Tensor] = ()) -> None:
+        self.record, self.waiting, self._inputs = record, waiting, inputs
+        self._out = frozenset(record.excluded)
         self.answers, self.owners = dict[int, int](), dict[int, int]()
         self.verified, self.unverified, self.corrected = set[int](), set[int](), set[int]()
         self.disputes, self.strikes, self.excluded = 0, dict[int, int](), tuple[int, ...]()
         self.doubted, self.notes = set[int](), tuple[str, ...]()
+        self.asked: list[tuple[int, ...]] = []  # the rows of all parts, by number
         self.worker: dict[int, int] = {}  # the worker of each good part
         self.parts: dict[int, list[int]] = {}  # the parts with a result of each row, in order
-        self.twice: set[int] = set()  # rows with more than one result
+        self.wanted, self.missed = set[int](), set[int]()  # rows to check, and not checked in time
         self.void: set[int] = set()  # parts whose results do not count
-        self.missed: set[int] = set()  # rows whose check did not come in time
         self.undecided: set[tuple[int, int]] = set()  # two parts that differ
-
-    @property
-    def avoid(self) -> frozenset[int]:
-        """The workers that must get no part, if the pool itself cannot exclude them."""
-        return frozenset(self.record.excluded if self.record.exclude is None else ())
-
-    def first(self, parts: Sequence[Sequence[int]], idle: int) -> tuple[tuple[int, ...], ...]:
-        """Return the parts to ask for first, with secret check rows."""
-        self.drawn = self.record.draw(parts, idle)
-        return self.drawn.parts
+        self._fresh, self._renewed, self._failed = set[int](), set[int](), set[int]()
 
     def prepare(self) -> None:
         """Fit the regression that scores results, while workers compute."""
         self.results = Results(self.record.scores, () if self.record.stopped else self._inputs)
 
-    def decisions(
-        self,
-        asked: Iterable[tuple[int, ...]],
-        replies: Sequence[tuple[int, int]],
-        ended: Ended,
-        *,
-        began: float = 0.0,
-        now: float = 0.0,
-        bounded: bool = False,
-        reserve: float = 0.0,
-        fresh: Collection[int] = (),
-        failed: Collection[int] = (),
-    ) -> _Doing:
-        """Ask and wait after the waiting policy has ended, until there is a verdict.
-
-        Args:
-            asked: the rows of all parts so far, by number.
-            replies: ``(part, worker)`` of the good results, in the order in which they arrived.
-            bounded: whether trials end with the checks, at the deadline.
-            reserve: seconds before the deadline that predicting takes.
-            fresh, failed: workers that ran the module for the first time; parts that have failed.
-        """
-        record, self.now = self.record, now
-        self.asked, self.wanted = list(asked), set(self.drawn.rows)
+    def decide(
+        self, history: Any, first: Sequence[Sequence[int]], **options: Any
+    ) -> Generator[Decision, Event, Ended]:
+        """Decide as the policy does, and then check and try; the arguments are a policy's."""
+        record, since, reserve = self.record, options.get("since", 0.0), options.get("reserve", 0.0)
+        self.first, rows, self._share = record.draw(first, options["idle"]())
+        self.now, self.wanted = since, self.wanted | rows
+        ended = yield from self._followed(self.waiting.decide(history, self.first, **options))
         late = ended.hedging_threshold if ended.hedging_threshold < math.inf else -math.inf
         checks = ended.reason in ("complete", "failed")
-        self.until = began + ended.deadline - reserve if checks else -math.inf
+        self.until = since + ended.deadline - reserve if checks else -math.inf
+        bounded = self.waiting.deadline is not None or ended.reason == "error"
         self.end = self.until if bounded else math.inf
-        self.patience = _PATIENCE * max(late, now - began) or math.inf  # a clock may stand still
-        for part, worker in replies:
-            self._arrived(part, worker)
-        first = self._answers()
+        self.patience = _PATIENCE * max(late, self.now - since) or math.inf  # clocks may stand
+        before = self._answers()
         # A worker that was excluded before the call, and that has a part, has been restarted.
-        record.renew({*fresh, *self._out.intersection(self.worker.values())})
+        record.renew(self._renewed | self._out.intersection(self.worker.values()))
         if not record.stopped:
-            yield from self._find(began + late, failed)
-        self._conclude(first)
+            yield from self._find(since + late)
+        self._conclude(before)
+        if ended.reason == "complete" and self.answers.keys() != before.keys():
+            return ended._replace(reason="deadline" if self.now >= self.end else "failed")
+        return ended
 
-    def _find(self, soon: float, failed: Collection[int]) -> _Doing:
+    def _followed(
+        self, policy: Generator[Decision, Event, Ended]
+    ) -> Generator[Decision, Event, Ended]:
+        """Pass on the decisions and events of a policy, and return how it ended."""
+        event: Event = None
+        while True:
+            try:
+                decision = policy.send(event)
+            except StopIteration as stop:
+                ended: Ended = stop.value
+                return ended
+            if isinstance(decision, Wait):
+                event = yield from self._heard(decision)
+                continue
+            if isinstance(decision, Ask):
+                is_first = not self.asked
+                yield self._asking(decision.parts)
+                if is_first:
+                    self.prepare()
+            else:
+                yield decision
+            event = None
+
+    def _asking(self, parts: tuple[tuple[int, ...], ...]) -> Ask:
+        """Return the decision to ask for parts, not of excluded workers if the pool can't tell."""
+        self.asked += parts
+        out = self.record.excluded if self.record.exclude is None else ()
+        return Ask(parts, (frozenset(out),) * len(parts) if out else ())
+
+    def _heard(self, wait: Wait) -> Generator[Decision, Event, Event]:
+        """Wait for an event, and note it."""
+        event = yield wait
+        if event is None:
+            self.now = max(self.now, wait.until if wait.until < math.inf else self.now)
+            return None
+        self.now, part = max(self.now, event.at), event.part
+        if isinstance(event, Began):
+            self._fresh |= {part} if event.fresh else set()
+            return event
+        self._renewed |= {event.worker} if part in self._fresh else set()
+        if event.ok:
+            self.worker[part] = event.worker
+            for row in self.asked[part]:
+                self.parts.setdefault(row, []).append(part)
+            return event
+        self._failed.add(part)
+        if self.worker.pop(part, None) is not None:  # taken back, as it is unlike most others
+            for row in self.asked[part]:
+                self.parts[row].remove(part)
+        return event
+
+    def _find(self, soon: float) -> _Doing:
         """Check rows, and settle disputes. Checks in parts of the first ask may come until soon."""
         record = self.record
         for worker in record.excluded & set(self.worker.values()):
@@ -124,7 +154,7 @@ class Trials:
             coming = {n for n, rows in enumerate(self.asked) if not lacking.isdisjoint(rows)}
             coming -= self.worker.keys()
             if soon > self.now:
-                lost = coming.intersection(failed)
+                lost = coming & self._failed
                 coming = lost | (yield from self._wait(coming - lost, min(soon, self.until)))
             # A drawn row whose check is late stays unchecked: to ask again would delay the call.
             self.missed = lacking & {row for n in coming for row in self.asked[n]}
@@ -144,7 +174,7 @@ class Trials:
     def _answers(self) -> dict[int, int]:
         """Return the part whose result counts, by row."""
         if not self.void:
-            return {row: parts[0] for row, parts in self.parts.items()}
+            return {row: parts[0] for row, parts in self.parts.items() if parts}
         left = {row: [x for x in parts if x not in self.void] for row, parts in self.parts.items()}
         return {row: parts[0] for row, parts in left.items() if parts}
 
@@ -156,9 +186,9 @@ class Trials:
         answers, worker, asked = self._answers(), self.worker, self.asked
         pairs = {
             (answers[row], other): None
-            for row in self.twice
-            if row in answers
-            for other in self.parts[row]
+            for row, parts in self.parts.items()
+            if len(parts) > 1 and row in answers
+            for other in parts
             if other not in self.void and worker[other] != worker[answers[row]]
             if not self.record.whole or asked[other] == asked[answers[row]]
         }
@@ -186,20 +216,19 @@ class Trials:
     # The checks.
 
     def _by_worker(self, answers: Mapping[int, int]) -> dict[int, list[int]]:
-        rows: dict[int, list[int]] = {}
+        rows = defaultdict[int, list[int]](list)
         for row, part in answers.items():
-            rows.setdefault(self.worker[part], []).append(row)
+            rows[self.worker[part]].append(row)
         return rows
 
     def _of_fresh(self) -> set[int]:
         """Draw more rows of the workers on probation, if not all are."""
-        more, rows = self.record.often - self.drawn.share, set[int]()
-        fresh = {worker for worker in self.record.workers if self.record.fresh(worker)}
-        if more > 0 and fresh and not self.record.whole:
-            for worker, own in self._by_worker(self._answers()).items():
-                if worker in fresh:
-                    rows.update(self.record.sample(sorted(set(own) - self.wanted), more))
-        return rows
+        record, more = self.record, self.record.often - self._share
+        if more <= 0 or record.whole:
+            return set()
+        by_worker = self._by_worker(self._answers()).items()
+        some = [sorted(set(rows) - self.wanted) for w, rows in by_worker if record.fresh(w)]
+        return {row for rows in some for row in record.sample(rows, more)}
 
     def _oddest(self) -> set[int]:
         """Return the oddest row of every worker that is not checked yet."""
@@ -217,12 +246,9 @@ class Trials:
         answers, (alike, disputes) = self._answers(), self._compared()
         done = alike.union(*disputes.values())
         some = {row: answers[row] for row in self.wanted - done - self.missed if row in answers}
+        requests = [((*sorted(rows),), {w}) for w, rows in self._by_worker(some).items()]
         if self.record.whole:
-            parts = set(some.values())
-            requests = [(self.asked[part], {self.worker[part]}) for part in parts]
-        else:
-            by_worker = self._by_worker(some).items()
-            requests = [(tuple(sorted(rows)), {worker}) for worker, rows in by_worker]
+            requests = [(self.asked[part], {self.worker[part]}) for part in {*some.values()}]
         yield from self._ask(requests, self.until)
 
     def _ask(
@@ -238,10 +264,9 @@ class Trials:
         numbers = range(len(self.asked), len(self.asked) + len(requests))
         if not requests or until <= self.now:
             return [None] * len(requests)
-        self.asked += [rows for rows, _ in requests]
         self.void.update(numbers if aside else ())
         avoid = tuple(frozenset(some | self.record.excluded) for _, some in requests)
-        yield Ask(tuple(rows for rows, _ in requests), avoid)
+        yield self._asking(tuple(rows for rows, _ in requests))._replace(avoid=avoid)
         late = yield from self._wait(set(numbers), until)
         if late:
             yield Drop(tuple(sorted(late)))
@@ -249,26 +274,9 @@ class Trials:
 
     def _wait(self, parts: set[int], until: float) -> Generator[Decision, Event, set[int]]:
         """Wait for parts, and return the parts that have not ended."""
-        while parts:
-            event = yield Wait(until)
-            if event is None:
-                self.now = max(self.now, until if until < math.inf else self.now)
-                break
-            if isinstance(event, Settled):
-                self.now = max(self.now, event.at)
-                parts.discard(event.part)
-                if event.ok:
-                    self._arrived(event.part, event.worker)
-                elif event.part in self.worker:  # taken back, as its form is unlike most others
-                    self.void.add(event.part)
-                    del self.worker[event.part]
+        while parts and (event := (yield from self._heard(Wait(until)))) is not None:
+            parts -= {event.part} if isinstance(event, Settled) else set()
         return parts
-
-    def _arrived(self, part: int, worker: int) -> None:
-        self.worker[part] = worker
-        self.twice |= self.parts.keys() & self.asked[part]
-        for row in self.asked[part]:
-            self.parts.setdefault(row, []).append(part)
 
     # The trials.
 

@@ -2,7 +2,8 @@
 
 import math
 import random
-from collections import deque
+from collections import Counter, deque
+from types import SimpleNamespace
 
 from coded_torch.scheduling import Ask, Ended, Settled, Wait
 from coded_torch.verification import Strikes, Trials
@@ -37,6 +38,23 @@ class Numbers:
         pass
 
 
+class Settling:
+    """A waiting policy that asks once, waits for all, and has ended as a test says."""
+
+    def __init__(self, ended=COMPLETE, bounded=False):
+        self.ended, self.deadline = ended, 1.0 if bounded else None
+
+    def decide(self, history, first, **options):
+        yield Ask(tuple(map(tuple, first)))
+        for _ in first:
+            yield Wait(math.inf)
+        return self.ended
+
+
+def record(num_workers, share=0.02, seed=0):
+    return Strikes(SimpleNamespace(places=range(num_workers)), share, random.Random(seed))
+
+
 class Pool:
     """M workers; ``returned(worker, row, asked)`` is what one returns for a row.
 
@@ -46,13 +64,12 @@ class Pool:
 
     def __init__(self, num_workers, share=0.02, seed=0, proven=True):
         self.random = random.Random(seed)
-        self.strikes = Strikes(num_workers, share, generator=random.Random(seed + 1))
+        self.strikes = record(num_workers, share, seed + 1)
         if proven:
             self.prove()
 
     def prove(self):
-        for worker in range(self.strikes.num_workers):
-            self.strikes.passed([worker] * 30)
+        self.strikes.passed([*self.strikes.everyone] * 30)
 
     def call(
         self,
@@ -62,28 +79,16 @@ class Pool:
         scores=None,
         lost=lambda worker, part: False,
         ended=COMPLETE,
-        **options,
+        bounded=False,
     ):
         """The trials of a call, and the answers by row."""
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
-        trials = Trials(self.strikes)
-        asked = trials.first(parts, idle=len(order))
-        numbers = trials.results = Numbers(odd, scores)
-        times = dict.fromkeys(order, 0)
-
-        def compute(part, rows, worker):
-            numbers.by_part[part] = {row: returned(worker, row, times[worker]) for row in rows}
-            times[worker] += 1
-
-        replies = [(part, order[part % len(order)]) for part in range(len(asked))]
-        for part, worker in replies:
-            compute(part, asked[part], worker)
-        self.random.shuffle(replies)
-        policy = trials.decisions(asked, replies, ended, **options)
-        events, event = deque(), None
-        self.first = {row: part for part, _ in reversed(replies) for row in asked[part]}
+        trials, numbers = Trials(self.strikes, Settling(ended, bounded)), Numbers(odd, scores)
+        trials.prepare = lambda: setattr(trials, "results", numbers)
+        policy = trials.decide(None, parts, idle=lambda: len(order))
+        events, event, times = deque(), None, Counter()
         self.waits = []  # how long was waited in vain
         while True:
             try:
@@ -93,14 +98,22 @@ class Pool:
             event = None
             if isinstance(decision, Ask):
                 first = len(trials.asked) - len(decision.parts)
-                for part, (rows, avoid) in enumerate(zip(*decision, strict=True), first):
-                    able = sorted(self.strikes.workers - avoid)
-                    worker = self.random.choice(able) if able else -1
-                    if able and lost(worker, part):
-                        continue
-                    if able:
-                        compute(part, rows, worker)
-                    events.append(Settled(part, 0.0, 0.0, bool(able), worker=worker))
+                for part, rows in enumerate(decision.parts, first):
+                    worker = order[part % len(order)]
+                    if first:
+                        able = sorted(self.strikes.workers - decision.avoid[part - first])
+                        worker = self.random.choice(able) if able else -1
+                        if able and lost(worker, part):
+                            continue
+                    if worker >= 0:
+                        asked = times[worker]
+                        numbers.by_part[part] = {r: returned(worker, r, asked) for r in rows}
+                        times[worker] += 1
+                    events.append(Settled(part, 0.0, 0.0, worker >= 0, worker=worker))
+                if not first:
+                    self.random.shuffle(events)
+                    replies = [event.part for event in reversed(events)]
+                    self.first = {row: part for part in replies for row in trials.asked[part]}
             elif isinstance(decision, Wait) and events:
                 event = events.popleft()
             elif isinstance(decision, Wait):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from coded_torch.verification import Results, Scores, Strikes, Trials
+from coded_torch.verification import Results, Scores, Trials
+
+from .pool import record
 
 
 def smooth(x):
@@ -29,7 +31,7 @@ def results(scores, x, y, parts=4):
 
 
 def conclude(found, answers, doubted=()):
-    trials = Trials(Strikes(4, 0.02))
+    trials = Trials(record(4))
     trials.answers, trials.doubted = answers, set(doubted)
     trials.owners = {row: part for row, part in answers.items() if part not in doubted}
     found.conclude(trials)

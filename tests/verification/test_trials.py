@@ -2,15 +2,14 @@
 
 import itertools
 import math
-import random
 from collections import Counter
 
 import pytest
 
-from coded_torch.scheduling import Ended, Wait
-from coded_torch.verification import Drawn, Strikes, Trials
+from coded_torch.scheduling import Ended, Settled, Wait
+from coded_torch.verification import Trials
 
-from .pool import COMPLETE, Numbers, Pool
+from .pool import COMPLETE, Numbers, Pool, Settling, record
 
 ROWS = 48
 
@@ -197,7 +196,7 @@ class TestHonestResultsThatDiffer:
             assert not verdict.strikes
         assert pool.strikes.stopped
         assert any("not verified any more" in note for note in verdict.notes)
-        assert pool.strikes.draw([range(4), range(4, 8)]).rows == frozenset()
+        assert pool.strikes.draw([range(4), range(4, 8)])[1] == frozenset()
 
     def test_a_module_that_sometimes_does_not_is_not_verified(self):
         for seed in range(20):
@@ -220,12 +219,17 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
             pool.strikes.stopped = "another call found the module random"
             return set()
 
-    trials = Trials(pool.strikes)
-    trials.first([(0,), (1,)], idle=0)
-    trials.drawn = Drawn((), frozenset({0}))
+    trials = Trials(pool.strikes, Settling())
+    trials.prepare, trials.wanted = (lambda: None), {0}
     trials.results = Stopping()
     trials.results.by_part = {0: {0: 5.0}, 1: {0: 0.0}, 2: {0: 0.0}}
-    assert list(trials.decisions([(0,)] * 3, [(0, 0), (1, 1), (2, 2)], COMPLETE)) == []
+    policy = trials.decide(None, [(0,)] * 3, idle=int)
+    next(policy)
+    policy.send(None)
+    policy.send(Settled(0, 0.0, 0.0, True, worker=0))
+    policy.send(Settled(1, 0.0, 0.0, True, worker=1))
+    with pytest.raises(StopIteration):
+        policy.send(Settled(2, 0.0, 0.0, True, worker=2))
     assert (trials.verified, trials.unverified) == (set(), {0})
     assert 0 in trials.doubted
 
@@ -268,25 +272,23 @@ class TestWithoutTime:
         assert max(pool.waits) <= 5.0
 
 
-def test_a_part_that_failed_is_not_waited_for():
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_part_that_failed_is_not_waited_for(failed):
     """Its check rows stay unchecked, as those of a late part."""
-    waits = {}
-    for failed in ((), (1,)):
-        record = Strikes(3, 0.02, generator=random.Random(0))
-        trials = Trials(record)
-        trials.results = Numbers()
-        trials.drawn = Drawn(((0, 1), (2, 3, 0)), frozenset({0}), 0.02)
-        trials.results.by_part = {0: {0: 0.0, 1: 0.0}, 2: {2: 0.0, 3: 0.0}}
-        ended = COMPLETE._replace(hedging_threshold=5.0)
-        asked = [(0, 1), (2, 3, 0), (2, 3)]
-        record.passed([0, 1, 2] * 30)
-        doing = trials.decisions(asked, [(0, 0), (2, 2)], ended, now=1.0, failed=failed)
-        first = next(doing, None)
-        waits[failed] = isinstance(first, Wait) and first.until == 5.0
-        for _ in range(99):
-            try:
-                doing.send(None)
-            except StopIteration:
-                break
-        assert trials.unverified == {0}
-    assert waits == {(): True, (1,): False}
+    trials = Trials(record(3), Settling(COMPLETE._replace(hedging_threshold=5.0)))
+    numbers = Numbers()
+    numbers.by_part = {0: {0: 0.0, 1: 0.0}, 2: {2: 0.0, 3: 0.0}}
+    trials.record.passed([0, 1, 2] * 30)
+    trials.record.share = 0.0
+    trials.prepare, trials.wanted = (lambda: setattr(trials, "results", numbers)), {0}
+    policy = trials.decide(None, [(0, 1), (2, 3, 0), (2, 3)], idle=int)
+    next(policy)
+    policy.send(None)
+    policy.send(Settled(0, 1.0, 1.0, True, worker=0))
+    policy.send(Settled(1, 1.0, 1.0, False) if failed else None)
+    last = Settled(2, 1.0, 1.0, True, worker=2)
+    wait = policy.send(last) if not failed else None
+    with pytest.raises(StopIteration):
+        policy.send(last if failed else None)
+    assert trials.unverified == {0}
+    assert wait == (None if failed else Wait(5.0))
