@@ -7,7 +7,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from .._arguments import count, instance, real, shown
 from .._torch import on_host, unchanged
@@ -24,7 +26,7 @@ from .division import Columns, Division, Inputs, Rows, warn_of_training
 from .execute import Execution, seconds_left
 from .module_proxy import ModuleProxy
 from .predict_missing import Answers
-from .report import Report, error_of, holding
+from .report import Report
 from .result_checks import Results, Stacked
 
 __all__ = ["CodedWrapper"]
@@ -43,20 +45,20 @@ class CodedWrapper(ModuleProxy):
     - With a code, the batch is divided by *columns*. The batch is put in order and cut into groups
       :math:`X` of K inputs; column n holds one coded input of every group. With the code's encoder
       :math:`E` (N x K) and, for the received set :math:`F`, its decoder :math:`D_F` (K x \|F\|), a
-      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. With ``Waiting.first(S)``,
-      all N columns are asked at once, and the call ends with the first N - S results. With
-      ``Waiting()``, N - S columns are asked first, and the other S stand in for late ones.
+      group is answered by :math:`D_F \, [\, f(E_n X) \,]_{n \in F}`. ``Waiting.first(S)`` asks all
+      N columns at once, and ends with the first N - S results. ``Waiting()`` asks N - S columns
+      first, and the other S stand in for late ones.
 
     Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
     The names of its parameters begin with ``module.``. Compiling the wrapper compiles the module,
     for workers in this process only.
 
-    Tensors of the inputs and outputs may be nested in any pytree. A result is rejected, and counts
-    as missing, if it is not finite, of another batch size, or unlike most in structure, shape or
-    dtype. So mask logits with a large negative number, not ``-inf``. By rows, and with codes that
-    repeat inputs, rows with NaN or infinity are computed, too. If the result of such a row is
-    missing, the mean of the others is its answer, with an infinite radius.
+    Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
+    finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
+    a large negative number, not ``-inf``. By rows, and with codes that repeat inputs, rows with NaN
+    or infinity are computed, too. If the result of such a row is missing, the mean of the others is
+    its answer, with an infinite radius.
 
     Args:
         module: the module; its outputs are floating-point tensors with a batch dimension, and
@@ -70,13 +72,12 @@ class CodedWrapper(ModuleProxy):
         parts: the number of parts that a batch is divided into by rows. Defaults to one for each
             worker; required for ``LocalWorkers``, which has no number of workers.
         predictor: predicts missing rows. Defaults to ``Regression()``.
-        surrogate: cheap approximations of the module, one or a sequence. Each is a callable of its
-            inputs with like outputs, such as a smaller network
-            (:func:`coded_torch.surrogates.distill`). Or it is a
+        surrogate: cheap approximations of the module, one or a sequence: callables with like
+            outputs, such as a smaller network (:func:`coded_torch.surrogates.distill`), or a
             :class:`~coded_torch.surrogates.Memory`, which learns from exact answers. If something
-            is missing, their residuals are predicted; a surrogate that does not help gets weight 0.
-            They run in this process, without gradients. Defaults to none; refused with codes that
-            mix inputs.
+            is missing, they run in this process, without gradients, and their residuals are
+            predicted; one that does not help gets weight 0. Defaults to none; refused with codes
+            that mix inputs.
         verify: the share of rows, such as 0.02, that a second worker computes. Wrong results are
             corrected, and workers that return them are excluded. By rows, on pools of at least
             three workers; with two, disputes are only reported. Defaults to None, none.
@@ -183,6 +184,20 @@ class CodedWrapper(ModuleProxy):
 
     # One call.
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._forward_outside_graphs(args, kwargs)
+        return self._forward(self.module, args, kwargs)
+
+    @_disable_dynamo
+    def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a compiled wrapper: none of its own Python is for the compiler."""
+        if not self.workers.simulated:
+            return self._forward(self.module, args, kwargs)
+        if self._compiled is None:
+            self._compiled = torch.compile(self.module)
+        return self._forward(self._compiled, args, kwargs)
+
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         report = Report()
         try:
@@ -224,14 +239,9 @@ class CodedWrapper(ModuleProxy):
             parts, predictor = self.parts or pool.num_workers or 1, self.predictor or _PREDICTOR
             division = Rows(inputs, predictor, block=block, parts=parts, out_dims=self.out_dims)
         else:
-            division = Columns(
-                inputs,
-                code,
-                num_stragglers=_num_stragglers(code, waiting, pool.stragglers),
-                all_at_once=waiting.at_once,
-                dealer=self._dealer if code.shuffle is True else code.shuffle or None,
-                out_dims=self.out_dims,
-            )
+            dealer = self._dealer if code.shuffle is True else code.shuffle or None
+            lost = _num_stragglers(code, waiting, pool.stragglers)
+            division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
         division.reserve = reserve
         return division
 
@@ -241,18 +251,18 @@ class CodedWrapper(ModuleProxy):
         link, inputs = (code or predictor).link, division.inputs
         carries = code is None or not code.mixes
         results = Results(division.task, link, division.not_finite, carries=carries)
-        answers = Answers(self.surrogate, inputs, link, predictor.coverage, report, self.module)
-        strikes = self._strikes
+        strikes, coverage = self._strikes, predictor.coverage
         check = None if strikes is None else Trials(strikes, waiting, inputs.floating())
+        answers = Answers(self.surrogate, division, link, coverage, report, self.module, check)
         execution = Execution(division, results, report, check)
         with report.timed("compute"):
             execution.run(pool, module, waiting, self._history)
-            answers.learn_verdict(check)
+            answers.forget_excluded()
         with report.timed("decode"), on_host():
-            error = error_of(waiting, division, results, report, execution)
+            error = execution.error(waiting)
             stacked = results.stack() if results.units else self._form
             if error is not None:
-                return answers.alone(waiting, division, stacked, error)
+                return answers.alone(waiting, stacked, error)
             assert stacked is not None
             if self.surrogate:
                 self._form = stacked.form()
@@ -262,9 +272,9 @@ class CodedWrapper(ModuleProxy):
                 left = seconds_left(pool, waiting, report)
                 report.notes += rows.keep_deadline(left, predictions)
             try:
-                found = answers.of(division, stacked)
+                found = answers.of(stacked)
             except Exception as raised:  # the caller's code failed: the exception gets the answers
-                holding(raised, division, results, report)
+                execution.holding(raised)
                 raise
         if rows is not None and not pool.simulated:  # there, predictions take no time
             predictions.add(report.decode_seconds, rows.batch_size, rows.block)
@@ -296,9 +306,6 @@ class CodedWrapper(ModuleProxy):
                 surrogate._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _is_local(self) -> bool:
-        return self.workers.simulated
-
 
 def _num_stragglers(code: Code, waiting: Waiting, law: Stragglers | None) -> int:
     """Return S, at most as many as the code can do without."""
@@ -311,6 +318,7 @@ def _num_stragglers(code: Code, waiting: Waiting, law: Stragglers | None) -> int
 def _check_settings(wrapper: CodedWrapper) -> None:
     """Raise a TypeError or a ValueError unless the settings of a wrapper fit each other."""
     code, pool, parts, verify = wrapper.code, wrapper.workers, wrapper.parts, wrapper.verify
+    coded = code is not None
     instance(wrapper, "code", code, Code, optional=True)
     instance(wrapper, "workers", pool, Workers)
     instance(wrapper, "predictor", wrapper.predictor, Regression, optional=True)
@@ -320,24 +328,22 @@ def _check_settings(wrapper: CodedWrapper) -> None:
         real(wrapper, "verify", verify, "between 0 and 1", lambda x: 0 <= x <= 1)
     wrong = {  # the requirement, and whether it is broken
         f"parts must be given with {type(pool).__name__}, which has no number of workers": (
-            code is None and parts is None and pool.num_workers is None
+            not coded and parts is None and pool.num_workers is None
         ),
         "parts must be None with a code, which says how many columns there are": (
-            code is not None and parts is not None
+            coded and parts is not None
         ),
         "predictor must be None with a code, which says how missing answers are predicted": (
-            code is not None and wrapper.predictor is not None
+            coded and wrapper.predictor is not None
         ),
         # With a student, the paper's scheme has more error than the student alone in seven of ten
         # settings measured on two networks (benchmarks/surrogates.py).
         "surrogate must be left out with a code that mixes inputs, as it alone has less error": (
-            code is not None and code.mixes and bool(wrapper.surrogate)
+            code is not None and code.mixes and wrapper.surrogate
         ),
-        "verify must be None with a code, as only rows can be verified": (
-            code is not None and bool(verify)
-        ),
+        "verify must be None with a code, as only rows can be verified": coded and verify,
         "verify must be None on a pool without two workers that can be told apart": (
-            bool(verify) and (pool.num_workers or 0) < 2
+            verify and (pool.num_workers or 0) < 2
         ),
     }
     for must, is_wrong in wrong.items():
@@ -350,15 +356,13 @@ def _check_settings(wrapper: CodedWrapper) -> None:
 def _check_waiting(code: Code | None, waiting: Waiting | None) -> None:
     """Raise a TypeError or a ValueError unless a policy fits the code."""
     instance("CodedWrapper", "waiting", waiting, Waiting, optional=True)
-    if waiting is None:
+    if waiting is None or (code is None and not waiting.at_once):
         return
     if code is None:
-        if waiting.at_once:
-            raise ValueError(
-                "CodedWrapper: waiting must be Waiting(...) without a code, as rows do not stand "
-                f"in for each other, got {waiting}"
-            )
-        return
+        raise ValueError(
+            "CodedWrapper: waiting must be Waiting(...) without a code, as rows do not stand in "
+            f"for each other, got {waiting}"
+        )
     if not waiting.predict and code.mixes:
         raise ValueError(
             "CodedWrapper: waiting.predict must be True with a code that mixes inputs, as all that "

@@ -22,7 +22,6 @@ from ..scheduling.latency_history import BLOCKS, PredictionTimes
 from ..workers.base import Task, broadcast_dims, positional
 
 if TYPE_CHECKING:
-    from ..codes.plans import BatchPlan
     from ..input_space.regression import Regression, RowPlan
 
 __all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "warn_of_training"]
@@ -39,12 +38,7 @@ _TRAINING_EFFECTS: dict[type[nn.Module], str] = {
 
 
 class Inputs:
-    """The arguments of one call: their leaves, the batch dimension of each, and the batch size.
-
-    Args:
-        args, kwargs: the arguments.
-        in_dims: the batch dimensions of ``args``, see :class:`~coded_torch.CodedWrapper`.
-        mixing: the code if it mixes inputs, which must be floating-point and finite then.
+    """The arguments of one call, checked. Inputs that a code is ``mixing`` must be finite.
 
     Attributes:
         leaves, dims, spec: the leaves of ``(args, kwargs)``, their structure, and the batch
@@ -53,9 +47,6 @@ class Inputs:
         device: the device of the first divided leaf.
         not_finite: bool ``[B]``, on the host: the rows that hold NaN or infinity. None if there is
             no such row, or inputs are mixed.
-
-    Raises:
-        TypeError, ValueError: the inputs do not fit ``in_dims``, each other or the code.
     """
 
     def __init__(
@@ -141,11 +132,9 @@ class Inputs:
         """Raise a ValueError if a shared input looks as if each row had its own entry."""
         at = 0  # the first leaf of a node
         for path, node in pytree.tree_flatten_with_path((self.args, self.kwargs), _is_numbers)[0]:
-            own = 0
-            if isinstance(node, Tensor | np.ndarray):
-                own = node.shape[0] if node.ndim else 0
-            elif _is_numbers(node):
-                own = len(node)
+            own = len(node) if _is_numbers(node) else 0
+            if isinstance(node, Tensor | np.ndarray) and node.ndim:
+                own = node.shape[0]
             if own == self.batch_size and dims[at] != "shared" and self.dims[at] is None:
                 raise ValueError(
                     f"CodedWrapper: {_name(path)} must be a tensor with a batch dimension in "
@@ -199,6 +188,7 @@ class Division:
     #: bool ``[units, R]``, rows of units whose inputs are not finite; None if there is none.
     not_finite: Tensor | None = None
     reserve = 0.0  #: seconds before the deadline that predictions take
+    plan: Any  #: the BatchPlan or RowPlan of the batch, by which results become answers
 
     def __init__(self, inputs: Inputs, num_units: int, unit_rows: int, out_dims: Any) -> None:
         self.inputs, self.batch_size = inputs, inputs.batch_size
@@ -216,10 +206,6 @@ class Division:
     def by_rows(self) -> bool:
         return self.spare is None
 
-    def plan(self) -> BatchPlan | RowPlan:
-        """Return how results become answers, fitted to the batch."""
-        raise NotImplementedError
-
     def is_whole(self, received: Sequence[int]) -> bool:
         """Return whether the results of these units are the answers as they are."""
         return self.by_rows and len(received) == self.batch_size
@@ -236,15 +222,13 @@ class Division:
 class Columns(Division):
     """The N coded inputs of every group: each column has a row for each of the G groups.
 
-    The call waits for N - S results; ``all_at_once`` asks for the other S columns at once too. The
-    ``dealer`` draws the order of asking; at None, column n is asked for as the n-th.
+    The call waits for N - S results. The ``dealer``, if there is one, draws the order of asking.
     """
 
     def __init__(
         self,
         inputs: Inputs,
         code: Code,
-        *,
         num_stragglers: int,
         all_at_once: bool,
         dealer: random.Random | None,
@@ -252,10 +236,8 @@ class Columns(Division):
     ) -> None:
         n, floating = code.num_workers, inputs.floating()
         others = [] if floating else inputs.batches()
-        self._plan = code.plan(
-            floating, num_stragglers, batch_size=inputs.batch_size, others=others
-        )
-        self.num_groups = self._plan.num_groups
+        self.plan = code.plan(floating, num_stragglers, batch_size=inputs.batch_size, others=others)
+        self.num_groups = self.plan.num_groups
         super().__init__(inputs, n, self.num_groups, out_dims)
         self.needed, self.least = n - num_stragglers, code.min_received
         # The columns asked for first are spread evenly over the curve.
@@ -267,19 +249,17 @@ class Columns(Division):
             dealer.shuffle(spare)
         self.first, self.spare = [(column,) for column in chosen], spare
 
-    def plan(self) -> BatchPlan:
-        return self._plan
-
     def _spread(self, values: Tensor) -> Tensor:
-        return self._plan.encode(values)
+        encoded: Tensor = self.plan.encode(values)
+        return encoded
 
 
 @functools.lru_cache(8)  # some megabytes each for 200,000 rows
 def dealt(size: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Return the rows of each part. Of any ``parts`` rows in turn, each part gets one, at random.
 
-    So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. Rows of
-    the same sizes are always dealt alike, and part p begins with row p.
+    So a missing part leaves some rows of each kind, in sorted batches and in periodic ones. The
+    same sizes are always dealt alike, and part p begins with row p.
     """
     dealer, hands = random.Random(0), [[row] for row in range(parts)]
     for start in range(parts, size, parts):
@@ -304,14 +284,10 @@ class Rows(Division):
         super().__init__(inputs, size, 1, out_dims)
         self._predictor, self.block = predictor, block
         self.needed, self.least = size, 1
-        parts = min(parts, size)
-        self.first = list(dealt(size, parts))
-
-    def plan(self) -> RowPlan:
-        return self._plan
+        self.first = dealt(size, min(parts, size))
 
     @functools.cached_property
-    def _plan(self) -> RowPlan:
+    def plan(self) -> RowPlan:
         size, floating = self.batch_size, self.inputs.floating()
         if not self.block:
             plan = self._predictor.plan([], size)
@@ -326,7 +302,7 @@ class Rows(Division):
 
     def keep_deadline(self, seconds: float, times: PredictionTimes) -> tuple[str, ...]:
         """Predict from less if time is short, and return the notes that say so."""
-        is_planned = not self.block or "_plan" in vars(self)
+        is_planned = not self.block or "plan" in vars(self)
         if not is_planned and times.seconds(self.batch_size, self.block) > seconds + _SLACK:
             self.block = 0
         if self.block >= min(self.batch_size, BLOCKS[0]):
@@ -337,9 +313,6 @@ class Rows(Division):
 
 def warn_of_training(owner: str, module: nn.Module, warned: set[str]) -> None:
     """Warn once of each part of a module that computes otherwise in training mode."""
-    kinds = (*_TRAINING_EFFECTS,)
-    if not any(isinstance(part, kinds) and part.training for part in module.modules()):
-        return
     for kind, effect in _TRAINING_EFFECTS.items():
         name = training_part(module, kind)
         if name is not None and name not in warned:

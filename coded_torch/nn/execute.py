@@ -1,7 +1,8 @@
-"""Carries out the decisions of the policy on one request to a pool, and judges the replies."""
+"""Carries out a policy's decisions on one request to a pool, and names missing results."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
@@ -9,9 +10,10 @@ import traceback
 from collections import deque
 from collections.abc import Generator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._arguments import sparing_logger
+from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..scheduling import Ask, Began, Decision, Drop, Ended, Event, Failure, Prepare, Settled, Wait
 from ..scheduling.latency_history import History
 from ..scheduling.waiting import Waiting
@@ -24,6 +26,7 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
+_NOTE, _NONE = "raised by the module on", Failure()
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -119,7 +122,7 @@ class Execution:
                 self._request.drop([self.parts[number] for number in decision.parts])
             elif isinstance(decision, Prepare):
                 with self._report.timed("decode"):  # now, while the call would wait anyway
-                    self._division.plan()
+                    _ = self._division.plan
 
     def _listen(self, until: float) -> bool:
         """Wait for events, and judge together the replies that arrive together.
@@ -160,7 +163,7 @@ class Execution:
             for part, result in settled:
                 good, of = result is not None, self._replies[part.number]
                 if result is not None and self._check is not None:
-                    self._check.results.add(part.number, part.units, result.divided())
+                    self._check.results.add(part.number, part.units, result.rows())
                 failure = _NONE if good or of is not reply else _failure(reply)
                 self._events.append(
                     Settled(part.number, reply.at, of.latency, good, failure, of.worker)
@@ -178,8 +181,88 @@ class Execution:
         for error in rejected:
             logger.warning("CodedWrapper: a result was rejected: %s", error)
 
+    # Missing results.
 
-_NONE = Failure()
+    def error(self, waiting: Waiting) -> Exception | None:
+        """Return the exception if some rows may not, or cannot, be predicted, and report these."""
+        division, results, report = self._division, self._results, self._report
+        errors = {error.part: error for error in results.rejected}
+        blamed = [errors[number] for number in self.refused if number in errors]
+        if division.by_rows:
+            good, last, refused = results.units, dict[int, workers.WorkerError](), set[int]()
+            for part in self.parts:
+                if part.number in errors:
+                    last |= dict.fromkeys(part.units, errors[part.number])
+                if part.number in self.refused:
+                    refused |= set(part.units) - good
+            report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
+            report.errors = {row: last[row] for row in report.missing_rows if row in last}
+            report.refused = tuple(sorted(refused))
+        # As many results as others may be predicted from.
+        required = max(division.least, -(-division.needed // 2))
+        if not waiting.predict:
+            required = division.needed
+        elif waiting.at_once or (report.ended == "failed" and not division.by_rows):
+            required = division.least  # no more could come
+        why, error = self.why, results.misfit
+        enough = len(results.units) >= required
+        if blamed and (waiting.on_error == "raise" or not enough):
+            required, why = division.needed, ""
+            first = min(blamed, key=lambda error: self.parts[error.part].units)
+            error = _of_module(first, report.refused)
+        elif enough:
+            required, error = division.needed, None
+            if not (why := self._unpredictable()):
+                return None
+        return self.holding(error or self._too_few(required, why))
+
+    def _unpredictable(self) -> str:
+        """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
+        division, first, why = self._division, self._results.good[0], ""
+        received, odd = sorted(self._results.units), division.not_finite
+        if odd is not None and bool(odd[received].all()):
+            why = "there is no result of finite inputs to predict others from"
+        for i in first.divided:
+            if not (leaf := first.leaves[i]).is_floating_point():
+                remedy = "take Waiting(predict=False), or return logits instead"
+                why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
+        if not why or division.is_whole(received):
+            return ""
+        return why if division.by_rows or bool((division.plan.source(received) < 0).any()) else ""
+
+    def _too_few(self, required: int, why: str) -> NotEnoughResults:
+        division, results, report = self._division, self._results, self._report
+        rejected = results.rejected
+        reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
+        total = len(division.first)
+        received = [r.part.number for r in results.good if r.part.number < total]
+        if division.by_rows:
+            received, total = sorted(results.units), division.batch_size
+            causes: dict[str, list[int]] = {}
+            for row in report.missing_rows:
+                cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
+                causes.setdefault(cause, []).append(row)
+            reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
+        kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
+        error = kind(received, required, total, "; ".join(filter(None, [*reasons, why])))
+        error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
+        return error
+
+    def holding(self, error: Exception) -> Exception:
+        """Return the exception with the report and the rows that were computed, NaN elsewhere."""
+        division, answers = self._division, None
+        with contextlib.suppress(Exception):  # a class may refuse attributes
+            error.report = self._report  # type: ignore[attr-defined]
+            if division.by_rows and self._results.units:
+                stacked, wholes = self._results.stack(), dict[int, Tensor]()
+                for i in stacked.divided:
+                    leaf: Tensor = stacked.leaves[i]
+                    shape = division.batch_size, *leaf.shape[2:]
+                    fill = math.nan if leaf.is_floating_point() else 0
+                    wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
+                answers = stacked.tree(wholes)
+            error.answers = answers  # type: ignore[attr-defined]
+        return error
 
 
 def _failure(reply: workers.Reply) -> Failure:
@@ -191,3 +274,33 @@ def _failure(reply: workers.Reply) -> Failure:
     text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
     # Places and sizes differ between the parts of one batch.
     return Failure(error.kind, (type(cause), re.sub(r"\d+", "#", text)))
+
+
+def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception | None:
+    """Return the exception of the module; None if it raised none."""
+    cause = first.__cause__
+    if first.kind != "raised" or not isinstance(cause, Exception):
+        return None
+    if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
+        cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
+        cause.__cause__ = stopped
+    if refused:
+        note = f"{_NOTE} {_shown(refused)} of the batch; {first}"
+        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
+            # `add_note` is not in Python 3.10. The module may raise one object again and again.
+            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
+            cause.__notes__ = [*others, note]
+            cause.rows = refused  # type: ignore[attr-defined]
+    return cause
+
+
+def _shown(rows: Sequence[int]) -> str:
+    """Show rows, runs of them as their ends."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][-1] + 1:
+            runs[-1][1:] = [row]
+        else:
+            runs.append([row])
+    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
+    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"

@@ -2,7 +2,6 @@ r"""A module that stands in for another: its state dict, its mode and its compil
 
 from __future__ import annotations
 
-import abc
 import asyncio
 import contextlib
 import contextvars
@@ -13,9 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import nn
-from torch._compile import _disable_dynamo
 
 from .._arguments import count
 from ..workers.live import INTERRUPTION, Ambient, Interruption
@@ -23,7 +20,7 @@ from ..workers.live import INTERRUPTION, Ambient, Interruption
 __all__ = ["ModuleProxy"]
 
 
-class ModuleProxy(nn.Module, abc.ABC):
+class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,17 +29,9 @@ class ModuleProxy(nn.Module, abc.ABC):
         self.training = module.training
         self._compiled: Callable[..., Any] | None = None
 
-    @abc.abstractmethod
-    def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return the answers; ``module`` is the one inside, or compiled from it."""
-
-    @abc.abstractmethod
-    def _is_local(self) -> bool:
-        """Return whether the module itself runs, and not copies of it."""
-
-    @abc.abstractmethod
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Return the answers and the report of the call."""
+        raise NotImplementedError
 
     async def arun(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Await :meth:`run`, which runs in a thread of asyncio.
@@ -53,15 +42,9 @@ class ModuleProxy(nn.Module, abc.ABC):
         Args:
             args, kwargs: of :meth:`run`.
         """
-        ambient, interruption = Ambient.capture(), Interruption()
-
-        def run() -> tuple[Any, Any]:
-            INTERRUPTION.set(interruption)  # holds in the context of the thread
-            with ambient.restored(ambient.default_device):
-                return self.run(*args, **kwargs)
-
+        run, interruption = _carried(self.run, Ambient.capture())
         try:
-            return await asyncio.to_thread(run)
+            return await asyncio.to_thread(run, *args, **kwargs)
         except asyncio.CancelledError:
             interruption.set()
             raise
@@ -88,20 +71,6 @@ class ModuleProxy(nn.Module, abc.ABC):
         run = functools.partial(self.run, waiting=waiting)
         return _map_batches(run, batches, count("map", "in_flight", in_flight))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self._forward_outside_graphs(args, kwargs)
-        return self._forward(self.module, args, kwargs)
-
-    @_disable_dynamo
-    def _forward_outside_graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a compiled wrapper: none of its own Python is for the compiler."""
-        if not self._is_local():
-            return self._forward(self.module, args, kwargs)
-        if self._compiled is None:
-            self._compiled = torch.compile(self.module)
-        return self._forward(self._compiled, args, kwargs)
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the module inside, with the arguments of :func:`torch.compile`."""
         self.module.compile(*args, **kwargs)
@@ -125,36 +94,33 @@ class ModuleProxy(nn.Module, abc.ABC):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _carried(
+    run: Callable[..., tuple[Any, Any]], ambient: Ambient
+) -> tuple[Callable[..., tuple[Any, Any]], Interruption]:
+    """Return a function for another thread that runs in the caller's modes, and can be ended."""
+    interruption = Interruption()
+
+    def carried(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        INTERRUPTION.set(interruption)  # holds in the context of this call
+        with ambient.restored(ambient.default_device):
+            return run(*args, **kwargs)
+
+    return carried, interruption
+
+
 def _map_batches(
     run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
 ) -> Iterator[tuple[Any, Any]]:
-    """Yield the answers and the report of each batch, in order.
-
-    At most ``in_flight`` batches, with their results, exist at once, besides the caller's own. If
-    the generator ends early, by an exception or Ctrl-C, the open calls end.
-
-    Args:
-        run: takes the positional arguments of a call and returns the answers and the report.
-        batches: inputs, or tuples of positional arguments.
-        in_flight: the number of calls that are open at once.
-
-    Raises:
-        Exception: a call fails. Its attribute ``batch`` is the number of the batch.
-    """
+    """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
     ambient, left = Ambient.capture(), iter(batches)
-
-    def call(interruption: Interruption, batch: Any) -> tuple[Any, Any]:
-        INTERRUPTION.set(interruption)  # holds in the context of this call
-        with ambient.restored(ambient.default_device):
-            return run(*(batch if isinstance(batch, tuple) else (batch,)))
-
     calls: deque[tuple[Any, Interruption]] = deque()
     threads = ThreadPoolExecutor(in_flight, "coded_torch map")
     try:
         for number in itertools.count():
             for batch in itertools.islice(left, in_flight - len(calls)):
-                interruption, context = Interruption(), contextvars.copy_context()
-                future = threads.submit(context.run, call, interruption, batch)
+                call, interruption = _carried(run, ambient)
+                args = batch if isinstance(batch, tuple) else (batch,)
+                future = threads.submit(contextvars.copy_context().run, call, *args)
                 calls.append((future, interruption))
             if not calls:
                 return

@@ -1,15 +1,16 @@
 r"""Turns results into answers: missing ones are predicted, with the help of surrogates.
 
-Decoders are linear. With an approximation s of the module f they decode residuals,
-:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, whose error follows the variation of f - s. An answer that is
-an input's own result stays that result, bit for bit.
+With an approximation s of the module f, decoders, which are linear, decode residuals,
+:math:`s(x) + D_F\,[\,f(z) - s(z)\,]`, whose error follows the variation of f - s. An input's own
+result stays its answer, bit for bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,13 +24,14 @@ from ..input_space.error_bars import ErrorBars
 from ..input_space.regression import RowPlan
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
-from ..workers.base import flatten, show, unflatten
-from .result_checks import Stacked, decodable
+from ..workers.base import flatten, show
+from .result_checks import Stacked
 
 if TYPE_CHECKING:
+    from ..input_space.metrics import Choice
     from ..scheduling.waiting import Waiting
     from ..verification import Trials
-    from .division import Division, Inputs
+    from .division import Division
     from .report import Report
 
 __all__ = ["Answers"]
@@ -46,58 +48,53 @@ _ROUNDING = 4.0  # units in the last place; two cover outputs of 1e6 (test_predi
 
 
 class Answers:
-    """Makes the answers of one call. Surrogates are asked only if something is missing.
-
-    Memories follow the module: results are not remembered if it changes meanwhile.
-    """
+    """Makes the answers of one call. Memories learn nothing if the module changes meanwhile."""
 
     def __init__(
         self,
         surrogates: Sequence[Any],
-        inputs: Inputs,
+        division: Division,
         link: str | None,
         coverage: float,
         report: Report,
         module: nn.Module,
+        verdict: Trials | None,
     ) -> None:
-        self._surrogates, self._link, self._coverage = surrogates, link, coverage
-        self._inputs, self._report = inputs, report
-        self._verdict: Trials | None = None
+        self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
+        self._link, self._coverage, self._report = link, coverage, report
+        self._verdict = verdict
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
-    def learn_verdict(self, verdict: Trials | None) -> None:
-        """Note which answers are in doubt. An exclusion clears memories."""
-        self._verdict = verdict
-        if self._report.excluded:
-            for memory, _ in self._memories:  # memories do not learn from this call either
-                memory.clear()
+    def forget_excluded(self) -> None:
+        """Clear memories after an exclusion; they do not learn from this call either."""
+        for memory, _ in self._memories if self._report.excluded else ():
+            memory.clear()
 
-    def of(self, division: Division, stacked: Stacked) -> Any:
+    def of(self, stacked: Stacked) -> Any:
         """Return the answers in the structure that the module gives them."""
-        report, size, odd = self._report, division.batch_size, self._inputs.not_finite
+        division, report, odd = self._division, self._report, self._inputs.not_finite
         plan: BatchPlan | RowPlan | None = None
         if not division.is_whole(stacked.units):  # otherwise the results are the answers
-            plan = division.plan()
+            plan = division.plan
         with outside():  # the report outlives a transform
-            source = torch.arange(size) if plan is None else plan.source(stacked.units)
+            source = torch.arange(division.batch_size)
+            source = source if plan is None else plan.source(stacked.units)
             predicted = source < 0
         report.note_source(source, stacked.parts, len(division.first), division.task.unit_rows)
         num_predicted = 0 if plan is None else int(predicted.sum())
         approximations = self._approximations(stacked) if self._surrogates and num_predicted else []
-        answers, choices = list(stacked.leaves), []
-        divided: list[Tensor] = []
-        weights: list[tuple[float, ...]] = []
-        for i, (leaf, dim) in enumerate(zip(stacked.leaves, stacked.dims, strict=True)):
-            if dim is None or not isinstance(leaf, Tensor):
-                continue
+        answers, weights = dict[int, Tensor](), list[tuple[float, ...]]()
+        choices: list[Choice] = []
+        for i in stacked.divided:
+            leaf = stacked.leaves[i]
             if plan is None:
-                rows = leaf.squeeze(1)
-            elif not decodable(leaf, dim):
-                rows = leaf.flatten(0, 1)[source.to(leaf.device)]
+                answers[i] = leaf.squeeze(1)
+            elif not leaf.is_floating_point():
+                answers[i] = leaf.flatten(0, 1)[source.to(leaf.device)]
             else:
-                of_leaf = [approximation[i] for approximation in approximations]
+                of_leaf = {j: x[i] for j, x in enumerate(approximations) if i in x}
                 rows, of_surrogates, bars = self._decoded(
-                    leaf, plan, division, stacked.units, source, num_predicted, of_leaf, not divided
+                    leaf, plan, stacked.units, source, num_predicted, of_leaf, not answers
                 )
                 if odd is not None:  # nothing is known of their distances
                     own = leaf.flatten(0, 1)
@@ -105,60 +102,47 @@ class Answers:
                     rows = _filled(rows, predicted & odd, mean)
                 if bars is not None:
                     self._note(bars, rows)
-                weights.append(of_surrogates)
+                weights.append(tuple(of_surrogates.get(j, 0.0) for j in range(len(approximations))))
                 choices += [dataclasses.replace(x, output=len(weights) - 1) for x in plan.choices]
-            divided.append(rows)
-            rows = rows.movedim(0, dim) if dim else rows
-            answers[i] = rows.contiguous(memory_format=stacked.formats[i])
+                answers[i] = rows
+        floating = [rows for rows in answers.values() if rows.is_floating_point()]
         if not num_predicted:
-            first = next((x for x in divided if x.is_floating_point()), None)
-            report.note_bars(ErrorBars(size), self._coverage, None, _are_classes(first))
+            bars = ErrorBars(division.batch_size)
+            report.note_bars(bars, self._coverage, None, floating[0] if floating else None)
         if plan is not None and plan.note:  # the plan has been used, and knows now
             report.notes = (plan.note, *report.notes)
         report.distances = tuple(choices)
         report.surrogate_weights = tuple(weights) if approximations else ()
         if self._memories:
-            exact = ~predicted if odd is None else ~predicted & ~odd
-            self._remember([rows for rows in divided if rows.is_floating_point()], exact)
-        return unflatten(answers, stacked.spec)
+            self._remember(floating, ~predicted if odd is None else ~predicted & ~odd)
+        return stacked.tree(answers)
 
-    def alone(
-        self, waiting: Waiting, division: Division, stacked: Stacked | None, error: Exception
-    ) -> Any:
+    def alone(self, waiting: Waiting, stacked: Stacked | None, error: Exception) -> Any:
         """Return a surrogate's answers for missing rows, or raise the error if none may answer.
 
         ``stacked`` holds the results that came, or the form of earlier results.
         """
-        report = self._report
+        division, report = self._division, self._report
         blamed = report.refused and waiting.on_error == "raise"
         may = division.by_rows and waiting.predict and not blamed
         if stacked is None or not may or not isinstance(error, NotEnoughResults):
             raise error
-        leaves = enumerate(zip(stacked.leaves, stacked.dims, strict=True))
-        divided = [i for i, (x, dim) in leaves if dim is not None and isinstance(x, Tensor)]
-        approximations = enumerate(self._approximations(stacked))
-        able: Any = [x for x in approximations if all(x[1][i] is not None for i in divided)]
+        each = enumerate(self._approximations(stacked))
+        able = [pair for pair in each if pair[1].keys() >= set(stacked.divided)]
         if not able:
             raise error
         number, outputs = able[0]
-        answers, received, whole = list(stacked.leaves), list(stacked.units), None
-        for i in reversed(divided):  # the first output last, for its error bars
-            leaf, dim = stacked.leaves[i], stacked.dims[i] or 0
-            output = _from_scale(outputs[i], self._link).to(leaf.device, leaf.dtype)
-            # A copy: the surrogate may return a tensor that it keeps, or the inputs themselves.
-            whole = output.clone(memory_format=torch.contiguous_format)
-            if received:
-                whole[received] = leaf.squeeze(1)
-            answers[i] = whole.movedim(0, dim).contiguous(memory_format=stacked.formats[i])
+        # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.
+        answers = {i: stacked.over(i, _from_scale(outputs[i], self._link)) for i in stacked.divided}
         with outside():
             source = torch.full((division.batch_size,), -1)
-            source[received] = torch.arange(len(received))
+            source[list(stacked.units)] = torch.arange(len(stacked.units))
         report.note_source(source, stacked.parts, len(division.first))
-        if whole is not None:
-            self._note(ErrorBars.unknown(source < 0), whole)
+        for rows in list(answers.values())[:1]:
+            self._note(ErrorBars.unknown(source < 0), rows)
         name = type(self._surrogates[number]).__name__
         report.notes += (f"surrogate {number} ({name}) answered alone: {error}",)
-        return unflatten(answers, stacked.spec)
+        return stacked.tree(answers)
 
     @outside()
     def _note(self, bars: ErrorBars, answers: Tensor) -> None:
@@ -174,14 +158,11 @@ class Answers:
                 bars = more if more.enough(self._coverage) else bars
         if odd is not None:
             bars = bars.widened(torch.where(odd, math.inf, 0.0))
-        self._report.note_bars(bars, self._coverage, self._link, _are_classes(answers))
+        self._report.note_bars(bars, self._coverage, self._link, answers)
 
-    def _approximations(self, stacked: Stacked) -> list[list[Tensor | None]]:
-        """Return the outputs ``[B, ...]`` of each surrogate, on the scale that is decoded.
-
-        None if the leaf is not decoded, or the surrogate failed. Only a lack of memory is raised.
-        """
-        found: list[list[Tensor | None]] = []
+    def _approximations(self, stacked: Stacked) -> list[dict[int, Tensor]]:
+        """Return the outputs ``[B, ...]`` of each surrogate, by leaf; none if it failed."""
+        found: list[dict[int, Tensor]] = []
         for number, surrogate in enumerate(self._surrogates):
             try:
                 run = self._remembered if isinstance(surrogate, Memory) else self._computed
@@ -194,49 +175,43 @@ class Answers:
                 note = f"surrogate {number} ({name}) was left out: {type(error).__name__}: {what}"
                 logger.warning("%s", note, exc_info=True)
                 self._report.notes += (note,)
-                found.append([None] * len(stacked.leaves))
+                found.append({})
         return found
 
-    def _remembered(self, memory: Memory, stacked: Stacked) -> list[Tensor | None]:
-        divided = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
+    def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
+        odd, inputs = self._inputs.not_finite, self._inputs.floating()
+        inputs = [plain("Memory", "leaf", leaf) for leaf in inputs]
         with outside():
-            predicted = iter((divided and memory.predict(divided)) or ())
-        outputs: list[Tensor | None] = []
-        for result, dim in zip(stacked.leaves, stacked.dims, strict=True):
-            output = next(predicted, None) if decodable(result, dim) else None
-            fits = output is not None and output.shape[1:] == result.shape[2:]
-            outputs.append(_levelled(output, self._inputs.not_finite) if fits else None)
-        return outputs
+            predicted = (inputs and memory.predict(inputs)) or ()
+        pairs = zip(stacked.decoded, predicted, strict=False)
+        alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
+        return {i: _levelled(x, odd) for i, x in alike}
 
-    def _computed(self, surrogate: Any, stacked: Stacked) -> list[Tensor | None]:
+    def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
         """Run a surrogate; raise a ValueError if its outputs have not the module's form."""
         inputs, device = self._inputs, device_of(surrogate)  # the device may be another
 
         def number(leaf: Tensor) -> Tensor:
             return plain("surrogate", "input", leaf).to(device or leaf.device)
 
-        def checked(leaf: Any, result: Tensor, dim: Any) -> Tensor:
-            shape = (inputs.batch_size, *result.shape[2:])
-            fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
-            fits = fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape
-            if not fits:
-                raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
-            output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
-            output = _to_scale(output, self._link).to(result.device)
-            if not bool(output.isfinite().all()):
-                raise ValueError("it returned values that are not finite")
-            return output
-
         args, kwargs = pytree.tree_map_only(Tensor, number, (inputs.args, inputs.kwargs))
+        outputs = dict[int, Tensor]()
         with torch.no_grad(), outside():
             with as_called():
                 leaves, spec = flatten(surrogate(*args, **kwargs))
             if spec != stacked.spec:
                 raise ValueError(f"it returned {spec}, where the module returned {stacked.spec}")
-            return [
-                checked(leaf, result, dim) if decodable(result, dim) else None
-                for leaf, result, dim in zip(leaves, stacked.leaves, stacked.dims, strict=True)
-            ]
+            for i in stacked.decoded:
+                leaf, result, dim = leaves[i], stacked.leaves[i], stacked.dims[i]
+                shape = (inputs.batch_size, *result.shape[2:])
+                fits = isinstance(leaf, Tensor) and leaf.is_floating_point()
+                if not (fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape):
+                    raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
+                output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
+                outputs[i] = _to_scale(output, self._link).to(result.device)
+                if not bool(outputs[i].isfinite().all()):
+                    raise ValueError("it returned values that are not finite")
+        return outputs
 
     def _remember(self, answers: Sequence[Tensor], exact: Tensor) -> None:
         """Have memories learn the rows of answers, ``[B, ...]`` each, that are exact."""
@@ -260,33 +235,30 @@ class Answers:
         self,
         results: Tensor,
         plan: BatchPlan | RowPlan,
-        division: Division,
         received: Sequence[int],
         source: Tensor,
         num_predicted: int,
-        approximations: Sequence[Tensor | None],
+        approximations: Mapping[int, Tensor],
         bars: bool,
-    ) -> tuple[Tensor, tuple[float, ...], ErrorBars | None]:
-        """Decode one output, ``[F, R, ...]``, with the outputs of surrogates, ``[B, ...]``.
-
-        Returns answers ``[B, ...]``, the weight of each surrogate, and error bars if asked.
-        """
-        odd = division.not_finite
+    ) -> tuple[Tensor, Mapping[int, float], ErrorBars | None]:
+        """Return answers ``[B, ...]`` from results ``[F, R, ...]``, weights, and error bars."""
+        division, odd = self._division, self._division.not_finite
         scaled = results if odd is None else _levelled(results, odd[list(received)])
-        weights, offsets = (0.0,) * len(approximations), None
+        weights, offsets = dict[int, float](), None
         if num_predicted:
             if isinstance(plan, RowPlan):  # predictions are rounded once, at the end
                 scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
             scaled = _to_scale(scaled, self._link)
-            rest = _residuals(scaled, plan, division, received, approximations)
-            if rest is not None:
-                weights, scaled, offsets = rest
+            if approximations:
+                weights, scaled, offsets = _residuals(
+                    scaled, plan, division, received, approximations
+                )
         answers = plan.decode(scaled, received)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
         if offsets is not None:
             answers = answers + offsets[1]
-        if scaled is not results:
-            answers = _from_scale(answers, self._link) if num_predicted else answers
+        if num_predicted:
+            answers = _from_scale(answers, self._link)
         if found is not None:
             found = _rounded(found, answers, results.dtype)
         if scaled is not results:
@@ -304,17 +276,14 @@ def _residuals(
     plan: BatchPlan | RowPlan,
     division: Division,
     received: Sequence[int],
-    approximations: Sequence[Tensor | None],
-) -> tuple[tuple[float, ...], Tensor, tuple[Tensor, Tensor]] | None:
-    r"""Return the residuals of surrogates :math:`s_j`, :math:`y - \sum_j w_j s_j`, if they help.
+    approximations: Mapping[int, Tensor],
+) -> tuple[dict[int, float], Tensor, tuple[Tensor, Tensor] | None]:
+    r"""Return weights, residuals :math:`y - \sum_j w_j s_j` of surrogates, and both their sums.
 
-    They help if results are predicted better from each other with them, by more than chance.
-    Returns weights, residuals ``[F, R, ...]``, and the weighted surrogates at these results, and
-    for the batch, ``[B, ...]``.
+    The sums are at the results, ``[F, R, ...]``, and for the batch, ``[B, ...]``. Surrogates have
+    no weights if results are not predicted better from each other with them, by more than chance.
     """
-    used = [approximation for approximation in approximations if approximation is not None]
-    if not used:
-        return None
+    used = list(approximations.values())
     of_units = [division.of_units(approximation, received) for approximation in used]  # [F, R, ...]
     dtype, places = torch.promote_types(results.dtype, torch.float32), plan.used(received)
     with outside():
@@ -322,7 +291,7 @@ def _residuals(
         y, *of_y = few_columns(places, *numbers)  # [n, C], the only copies to the host
         found, explained, by_chance = _least_squares(y, of_y)
         if not explained > _CHANCE * by_chance:  # another metric may win by chance, too
-            return None
+            return {}, results, None
 
         def left_out_square(sample: Tensor) -> float:
             host = sample.new_zeros(results.shape[0] * results.shape[1], sample.shape[1])
@@ -333,25 +302,19 @@ def _residuals(
         of_y = [x.to(values.dtype) for x, values in zip(of_y, of_units, strict=True)]
         rest = y.to(dtype) - _weighted(found, of_y)
         if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
-            return None
+            return {}, results, None
     subtracted, known = _weighted(found, of_units), _weighted(found, used)
-    of_used = iter(found)
-    weights = tuple(
-        0.0 if approximation is None else next(of_used) for approximation in approximations
-    )
+    weights = dict(zip(approximations, found, strict=True))
     return weights, results.to(dtype) - subtracted, (subtracted, known)
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    products = [weight * x for weight, x in zip(weights, values, strict=True)]
-    return sum(products[1:], products[0])
+    first, *others = map(operator.mul, weights, values)
+    return sum(others, first)
 
 
 def _least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
-    """Return the weights of approximations in results, ``[n, C]`` each, float64.
-
-    Returns the weights, and the shares of the squares that surrogates and noise explain.
-    """
+    """Return weights of approximations, and the shares that they and noise explain of results."""
     y = y - y.mean(0)
     s = torch.stack([(x - x.mean(0)).flatten() for x in approximations])  # [J, n C]
     products, right = s @ s.T, s @ y.flatten()
@@ -376,11 +339,6 @@ def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
 
 def _from_scale(decoded: Tensor, link: str | None) -> Tensor:
     return decoded if link is None else decoded.softmax(dim=-1)
-
-
-def _are_classes(answers: Tensor | None) -> bool:
-    """Return whether answers ``[B, ...]`` are scores of classes, ``[B, C]``."""
-    return answers is not None and answers.dim() == 2 and answers.shape[1] > 1
 
 
 @outside()

@@ -33,6 +33,7 @@ class RayDataPredictor:
 
     Calling raises:
         TypeError: ``factory`` makes no wrapper, or the module returns no tensors.
+        ValueError: the batch or the module's output has a column ``predicted`` or ``radius``.
 
     Example:
         .. code-block:: python
@@ -61,12 +62,16 @@ class RayDataPredictor:
         for name, column in columns.items():
             instance(self, f"the output {name!r}", column, Tensor)
         size = len(batch[self.inputs[0]])
-        return {
-            **batch,
-            **{name: _numbers(column) for name, column in columns.items()},
+        notes = {
             "predicted": _array(report.predicted, np.zeros(size, bool)),
             "radius": _array(report.radii, np.full(size, np.nan)),
         }
+        if twice := sorted(notes.keys() & {*batch, *columns}):
+            raise ValueError(
+                f"RayDataPredictor: columns must have other names than {', '.join(notes)}, which "
+                f"are added, got {', '.join(twice)}"
+            )
+        return {**batch, **{name: _numbers(x) for name, x in columns.items()}, **notes}
 
 
 def _numbers(column: Tensor) -> np.ndarray[Any, Any]:

@@ -1,4 +1,4 @@
-r"""The report of one call of a wrapper, and the exception that it raises instead of answering."""
+r"""The report of one call of a wrapper."""
 
 from __future__ import annotations
 
@@ -14,20 +14,15 @@ from torch import Tensor
 
 from .._arguments import real, sparing_logger
 from .._torch import outside
-from ..codes.plans import DeadlineExceeded, NotEnoughResults
 from ..input_space.error_bars import ErrorBars
 from ..scheduling import Ended, Hedge
-from ..workers.base import WorkerError, unflatten
+from ..workers.base import WorkerError
 
 if TYPE_CHECKING:
     from ..input_space.metrics import Choice
-    from ..scheduling.waiting import Waiting
     from ..verification import Trials
-    from .division import Division
-    from .execute import Execution
-    from .result_checks import Results
 
-__all__ = ["Report", "error_of", "holding"]
+__all__ = ["Report"]
 
 _CUT_SHORT = {
     "deadline": "the deadline was over",
@@ -35,7 +30,6 @@ _CUT_SHORT = {
     "error": "the module fails on them",
     "failed": "no more results could come",
 }
-_NOTE = "raised by the module on"
 
 logger = sparing_logger("coded_torch.nn")
 
@@ -206,8 +200,11 @@ class Report:
         self.radii = self.label_risks = torch.zeros(0, dtype=torch.float64)
 
     @outside()
-    def note_bars(self, bars: ErrorBars, coverage: float, link: str | None, labels: bool) -> None:
-        """Note how far off answers may be; under a link, only which ``labels`` may be wrong."""
+    def note_bars(
+        self, bars: ErrorBars, coverage: float, link: str | None, answers: Tensor | None
+    ) -> None:
+        """Note how far off answers ``[B, ...]`` may be; under a link, only their labels."""
+        labels = answers is not None and answers.dim() == 2 and answers.shape[1] > 1
         self._bars, self.label_risks = bars, bars.label_risks if labels else None
         if link is None:
             self.radii, self.coverage = bars.radii(coverage), coverage
@@ -228,128 +225,3 @@ class Report:
             yield
         finally:
             setattr(self, name, getattr(self, name) + time.perf_counter() - start)
-
-
-def error_of(
-    waiting: Waiting, division: Division, results: Results, report: Report, execution: Execution
-) -> Exception | None:
-    """Return the exception if some rows may not, or cannot, be predicted, and report these."""
-    errors = {error.part: error for error in results.rejected}
-    blamed = [errors[number] for number in execution.refused if number in errors]
-    if division.by_rows:
-        good, last, refused = results.units, dict[int, WorkerError](), set[int]()
-        for part in execution.parts:
-            if part.number in errors:
-                last |= dict.fromkeys(part.units, errors[part.number])
-            if part.number in execution.refused:
-                refused |= set(part.units) - good
-        report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
-        report.errors = {row: last[row] for row in report.missing_rows if row in last}
-        report.refused = tuple(sorted(refused))
-    # As many results as others may be predicted from.
-    required = max(division.least, -(-division.needed // 2))
-    if not waiting.predict:
-        required = division.needed
-    elif waiting.at_once or (report.ended == "failed" and not division.by_rows):
-        required = division.least  # no more could come
-    why, error = execution.why, results.misfit
-    enough = len(results.units) >= required
-    if blamed and (waiting.on_error == "raise" or not enough):
-        required, why = division.needed, ""
-        error = _of_module(min(blamed, key=lambda e: execution.parts[e.part].units), report.refused)
-    elif enough:
-        required, error = division.needed, None
-        if not (why := _unpredictable(division, results)):
-            return None
-    if error is None:
-        error = _too_few(required, division, results, report, why)
-    return holding(error, division, results, report)
-
-
-def _unpredictable(division: Division, results: Results) -> str:
-    """Return why rows without a result cannot be predicted; "" if they can, or all have one."""
-    received, first = sorted(results.units), results.good[0]
-    odd = division.not_finite
-    why = ""
-    if odd is not None and bool(odd[received].all()):
-        why = "there is no result of finite inputs to predict others from"
-    for i, (leaf, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
-        if dim is not None and isinstance(leaf, Tensor) and not leaf.is_floating_point():
-            remedy = "take Waiting(predict=False), or return logits instead"
-            why = why or f"{first.name(i)} is {leaf.dtype} and cannot be predicted; {remedy}"
-    if not why or division.is_whole(received):
-        return ""
-    return why if division.by_rows or bool((division.plan().source(received) < 0).any()) else ""
-
-
-def _of_module(first: WorkerError, refused: Sequence[int]) -> Exception | None:
-    """Return the exception of the module; None if it raised none."""
-    cause = first.__cause__
-    if first.kind != "raised" or not isinstance(cause, Exception):
-        return None
-    if isinstance(cause, StopIteration):  # futures cannot hold it (PEP 479)
-        cause, stopped = RuntimeError(f"the module raised {cause!r}"), cause
-        cause.__cause__ = stopped
-    if refused:
-        note = f"{_NOTE} {_shown(refused)} of the batch; {first}"
-        with contextlib.suppress(Exception):  # a class may have slots, or refuse attributes
-            # `add_note` is not in Python 3.10. The module may raise one object again and again.
-            others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
-            cause.__notes__ = [*others, note]
-            cause.rows = refused  # type: ignore[attr-defined]
-    return cause
-
-
-def _too_few(
-    required: int, division: Division, results: Results, report: Report, why: str
-) -> NotEnoughResults:
-    rejected = results.rejected
-    reasons = [str(rejected[0]).partition("\n")[0]] if rejected else []
-    total = len(division.first)
-    received = [r.part.number for r in results.good if r.part.number < total]
-    if division.by_rows:
-        received, total = sorted(results.units), division.batch_size
-        causes: dict[str, list[int]] = {}
-        for row in report.missing_rows:
-            cause = str(report.errors.get(row, "")).partition("\n")[0] or "no reply"
-            causes.setdefault(cause, []).append(row)
-        reasons = [f"{_shown(rows)}: {cause}" for cause, rows in causes.items()]
-    kind = DeadlineExceeded if report.ended == "deadline" else NotEnoughResults
-    error = kind(received, required, total, "; ".join([*reasons, *([why] if why else [])]))
-    error.__cause__ = next(iter([*report.errors.values(), *rejected]), None)
-    return error
-
-
-def _shown(rows: Sequence[int]) -> str:
-    """Show rows, runs of them as their ends."""
-    runs: list[list[int]] = []
-    for row in rows:
-        if runs and row == runs[-1][-1] + 1:
-            runs[-1][1:] = [row]
-        else:
-            runs.append([row])
-    shown = ", ".join(" to ".join(map(str, run)) for run in runs)
-    return f"row {shown}" if len(rows) == 1 else f"rows {shown}"
-
-
-def holding(error: Exception, division: Division, results: Results, report: Report) -> Exception:
-    """Return the exception with the report and the answers that came."""
-    with contextlib.suppress(Exception):  # a class may refuse attributes
-        error.report = report  # type: ignore[attr-defined]
-        error.answers = _computed(division, results)  # type: ignore[attr-defined]
-    return error
-
-
-def _computed(division: Division, results: Results) -> Any:
-    """Return the rows that were computed, in the structure of the answers, NaN elsewhere."""
-    if not (division.by_rows and results.units):
-        return None
-    stacked, leaves = results.stack(), []
-    for leaf, dim in zip(stacked.leaves, stacked.dims, strict=True):
-        if dim is not None and isinstance(leaf, Tensor):
-            fill = math.nan if leaf.is_floating_point() else 0
-            whole = leaf.new_full((division.batch_size, *leaf.shape[2:]), fill)
-            whole[list(stacked.units)] = leaf.squeeze(1)
-            leaf = whole.movedim(0, dim)
-        leaves.append(leaf)
-    return unflatten(leaves, stacked.spec)

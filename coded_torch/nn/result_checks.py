@@ -12,37 +12,21 @@ from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
-from ..workers.base import (
-    CONSTANTS,
-    Part,
-    Reply,
-    Task,
-    WorkerError,
-    broadcast_dims,
-    check_batch,
-    flatten,
-    kind,
-    leaf_name,
-    show,
-)
+from ..workers import base as tasks
+from ..workers.base import CONSTANTS, Part, Reply, Task, WorkerError, flatten, show
 from .division import finite
 
-__all__ = ["Result", "Results", "Stacked", "decodable"]
+__all__ = ["Result", "Results", "Stacked"]
 
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
-
-
-def decodable(leaf: Any, dim: int | None) -> bool:
-    """Return whether a leaf of the results is divided, and can be predicted."""
-    return dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 class Result:
     """The value of one reply, and its form: all that results of one module have in common.
 
     Tensors of any dtype can be answers if the division ``carries`` them. The ``judged`` rows, bool,
-    must be finite, as their inputs are; all if None. The form of the ``last`` result is taken if
-    the leaves look the same. A TypeError or a ValueError says why a value cannot be decoded.
+    must be finite, as their inputs are; all if None. A TypeError or a ValueError says why a value
+    cannot be decoded.
     """
 
     def __init__(
@@ -52,14 +36,18 @@ class Result:
         self.leaves, self.spec = flatten(reply.value)
         self._judged = judged
         self.dims: list[Any]
+        self.divided: list[int]  # the places of the leaves that have the part's rows
         self._form: list[tuple[Any, ...]]
         self._looks = [len(self.part.units), *map(_look, self.leaves)]
         if last is not None and self._looks == last._looks and self.spec == last.spec:
-            self.dims, self._form = last.dims, last._form
+            self.dims, self.divided, self._form = last.dims, last.divided, last._form
             return
-        self.dims = broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims = tasks.broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
-        self._form = [_form(leaf, dim) for leaf, dim in zip(self.leaves, self.dims, strict=True)]
+        pairs = list(zip(self.leaves, self.dims, strict=True))
+        self._form = [_form(leaf, dim) for leaf, dim in pairs]
+        several = enumerate(pairs)
+        self.divided = [i for i, (x, dim) in several if dim is not None and isinstance(x, Tensor)]
 
     def _check(self, size: int, carries: bool) -> None:
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
@@ -72,24 +60,23 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            check_batch(self._value, i, leaf, dim, size)
+            tasks.check_batch(self._value, i, leaf, dim, size)
 
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
-        for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
-            if decodable(leaf, dim) and (got := _improbable(self.judged(i))):
+        for i in self.divided:
+            if self.leaves[i].is_floating_point() and (got := _improbable(self.judged(i))):
                 raise ValueError(
                     f"CodedWrapper: {self.name(i)} must be probabilities over its last dimension "
                     f"to be decoded with link='softmax', got {got}"
                 )
 
     def name(self, i: int) -> str:
-        return leaf_name("output", self._value, i)
+        return tasks.leaf_name("output", self._value, i)
 
-    def divided(self) -> list[Tensor]:
-        """Return the leaves that have the part's rows, in dimension 0."""
-        leaves = zip(self.leaves, self.dims, strict=True)
-        return [x.movedim(d, 0) for x, d in leaves if d is not None and isinstance(x, Tensor)]
+    def rows(self) -> list[Tensor]:
+        """Return the divided leaves, batch first."""
+        return [self.leaves[i].movedim(self.dims[i], 0) for i in self.divided]
 
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""
@@ -115,9 +102,32 @@ class Stacked(NamedTuple):
     #: ``[F, R, ...]`` each; of leaves without a batch, the one of the part asked first.
     leaves: list[Any]
     dims: list[int | None]  #: the batch dimension of each leaf of the module's output
+    divided: list[int]  #: the places of the leaves that have a row for each of the batch
     spec: pytree.TreeSpec
     formats: list[torch.memory_format]
     parts: tuple[int, ...]  #: the number of the part that each unit's result is from
+
+    @property
+    def decoded(self) -> list[int]:
+        """The places of the divided leaves that can be predicted."""
+        return [i for i in self.divided if self.leaves[i].is_floating_point()]
+
+    def over(self, i: int, rows: Tensor) -> Tensor:
+        """Return a copy of rows ``[B, ...]`` with the results of leaf i in their places."""
+        leaf: Tensor = self.leaves[i]
+        whole = rows.to(leaf.device, leaf.dtype, copy=True, memory_format=torch.contiguous_format)
+        if self.units:
+            whole[list(self.units)] = leaf.squeeze(1)
+        return whole
+
+    def tree(self, answers: Mapping[int, Tensor]) -> Any:
+        """Return answers ``[B, ...]``, by leaf, in the structure of the module's output."""
+        leaves = list(self.leaves)
+        for i, rows in answers.items():
+            dim = self.dims[i]
+            rows = rows.movedim(0, dim) if dim else rows
+            leaves[i] = rows.contiguous(memory_format=self.formats[i])
+        return tasks.unflatten(leaves, self.spec)
 
     def form(self) -> Stacked:
         """Return the same without any result: views would keep the results."""
@@ -128,15 +138,12 @@ class Stacked(NamedTuple):
 class Results:
     """The replies to one task, of which the largest group of one form counts.
 
-    Args:
-        task: the task. Results that cannot be its answers have no vote.
-        link: "softmax" if the results must be probabilities, or None.
-        not_finite: bool ``[units, R]``, rows whose results may be anything; None if there are none.
-        carries: whether tensors of any dtype can be answers.
+    Under a ``link``, results must be probabilities. Rows that are ``not_finite``, bool
+    ``[units, R]``, may have any result. ``carries``: whether tensors of any dtype can be answers.
 
     Attributes:
-        good: the largest group of results of one form, in the order of arrival. Of equal groups, it
-            is the one of the part that was asked first.
+        good: the largest group, in the order of arrival; of equal ones, the group of the part that
+            was asked first.
         units: the units with a good result.
     """
 
@@ -197,19 +204,14 @@ class Results:
             except ValueError as cause:
                 self._reject(result, cause)
                 return [(result.part, None)]
-        before = self.good
-        if before and len(self._groups) == 1 and result.resembles(before[0]):
-            before.append(result)
-            self.units.update(result.part.units)
-            return [(result.part, result)]
         group = next((g for g in self._groups if result.resembles(g[0])), None)
         if group is None:
             self._groups.append(group := [])
         group.append(result)
-        self.good = lead = max(self._groups, key=_weight)
+        lead = group if len(self._groups) == 1 else max(self._groups, key=_weight)
+        before, self.good = self.good, lead
         if lead is before or not before:
-            if group is lead:
-                self.units.update(result.part.units)
+            self.units.update(result.part.units if group is lead else ())
             return [(result.part, result if group is lead else None)]
         # Others have the majority now.
         self.units = {unit for other in lead for unit in other.part.units}
@@ -247,30 +249,33 @@ class Results:
         everywhere = places = list(range(len(flat)))
         if len(flat) > len(self.units):  # some units have several results
             ranks, best = {result: i for i, result in enumerate(self.good)}, dict[int, int]()
-            for place, (unit, result) in enumerate(flat):
+            for place in sorted(places, key=lambda place: ranks[flat[place][1]]):
+                unit, result = flat[place]
                 if self._chosen is None or self._chosen.get(unit) == result.part.number:
-                    other = best.setdefault(unit, place)
-                    if ranks[result] < ranks[flat[other][1]]:
-                        best[unit] = place
+                    best.setdefault(unit, place)
             places = list(best.values())
         places = sorted(places, key=lambda place: flat[place][0])
-        leaves: list[Any] = []
-        for i, (own, dim) in enumerate(zip(first.leaves, first.dims, strict=True)):
-            if dim is not None and isinstance(own, Tensor):
-                column = [result.leaves[i] for result in good]
-                if dim != 0:
-                    column = [leaf.movedim(dim, 0) for leaf in column]
-                known, together = self._together
-                if len(known) != len(column) or not all(map(operator.is_, known, column)):
-                    together = column[0] if len(column) == 1 else _adjoining(column)
-                own = torch.cat(column) if together is None else together
-                own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
-                if places != everywhere:
-                    own = own.index_select(0, torch.tensor(places, device=own.device))
-            leaves.append(own)
-        formats = [_memory_format(leaf) for leaf in first.leaves]
+        leaves = list(first.leaves)
+        for i in first.divided:
+            column = [result.leaves[i] for result in good]
+            if (dim := first.dims[i]) != 0:
+                column = [leaf.movedim(dim, 0) for leaf in column]
+            known, together = self._together
+            if len(known) != len(column) or not all(map(operator.is_, known, column)):
+                together = column[0] if len(column) == 1 else _adjoining(column)
+            own = torch.cat(column) if together is None else together
+            own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
+            if places != everywhere:
+                own = own.index_select(0, torch.tensor(places, device=own.device))
+            leaves[i] = own
+        formats = [
+            suggest_memory_format(x)
+            if isinstance(x, Tensor) and not x.is_contiguous()
+            else torch.contiguous_format
+            for x in first.leaves
+        ]
         units, parts = zip(*[(flat[i][0], flat[i][1].part.number) for i in places], strict=True)
-        return Stacked(units, leaves, first.dims, first.spec, formats, parts)
+        return Stacked(units, leaves, first.dims, first.divided, first.spec, formats, parts)
 
 
 def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:
@@ -347,7 +352,7 @@ def _improbable(rows: Tensor) -> str:
 
 
 def _look(leaf: Any) -> tuple[Any, ...]:
-    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else kind(leaf)
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else tasks.kind(leaf)
 
 
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
@@ -355,9 +360,3 @@ def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
     if dim is None or not isinstance(leaf, Tensor):
         return _look(leaf)
     return leaf.dtype, leaf.movedim(dim, 0).shape[1:]
-
-
-def _memory_format(leaf: Any) -> torch.memory_format:
-    if not isinstance(leaf, Tensor) or leaf.is_contiguous():
-        return torch.contiguous_format
-    return suggest_memory_format(leaf)

@@ -62,8 +62,8 @@ class Scores:
     def __init__(self) -> None:
         self.rows, self.parts = _Bar(ODD_ROWS), _Bar(ODD_PARTS)
         self.recent: Recent | None = None
-        # Rows and the scores of rows and parts of calls, learnt while workers compute a later one.
-        self.left: deque[tuple[Recent, Sequence[float], Sequence[float]]] = deque()
+        # Calls, which are learnt from while workers compute a later one.
+        self.left: deque[tuple[Results, Fit, Trials]] = deque()
         self._lock = threading.RLock()
 
     @on_host()
@@ -96,9 +96,17 @@ class Scores:
         """Learn from the calls so far."""
         with self._lock:
             while self.left:
-                now, rows, parts = self.left.popleft()
-                self.rows.add(rows)
-                self.parts.add(parts)
+                results, fit, trials = self.left.popleft()
+                kept = {i: row for i, row in enumerate(fit.rows) if row in trials.owners}
+                if not kept:
+                    continue
+                if not trials.doubted:  # wrong results make those beside them look odd
+                    self.rows.add(results.learnt[0])
+                    self.parts.add(results.learnt[1])
+                outputs = results.outputs({row: trials.answers[row] for row in kept.values()})
+                owners = torch.tensor([trials.owners[row] for row in kept.values()])
+                some = fit.features[list(kept)], outputs, owners
+                now = Recent(*[x[outputs.isfinite().all(1)] for x in some])
                 pairs = list(zip(self.recent or now, now, strict=True))
                 if self.recent is not None and all(a.shape[1:] == b.shape[1:] for a, b in pairs):
                     now = Recent(*[torch.cat(pair)[-_ROWS:] for pair in pairs])
@@ -192,7 +200,7 @@ class Results:
         self._scored: dict[int, Tensor] = {}  # the outputs that are scored, by part
         self._differences: dict[tuple[int, int], dict[int, float]] = {}
         self._spreads: list[float] = []
-        self._learnt: tuple[Sequence[float], Sequence[float]] = (), ()  # scores of rows, and parts
+        self.learnt: tuple[Sequence[float], Sequence[float]] = (), ()  # scores of rows, and parts
         self._fit: Fit | None = None
         with _scoring():
             self._fit = scores.fit(inputs)
@@ -266,7 +274,7 @@ class Results:
             means.append(mean * math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
-        self._learnt = list(scores.values()), means
+        self.learnt = list(scores.values()), means
         return odd
 
     def scores(self, answers: Mapping[int, int]) -> dict[int, float]:
@@ -285,23 +293,14 @@ class Results:
         places = [starts[part] + self._places[part][row] for row, part in answers.items()]
         return torch.cat([self._scored[part] for part in starts])[places]
 
-    @on_host()
     def conclude(self, trials: Trials) -> None:
         """Keep credible results, for later calls to learn."""
         with _scoring():
             for worker in trials.excluded:
                 self._scores.forget(worker)
-            if self._fit is None or not self._scored:
-                return
-            kept = {i: row for i, row in enumerate(self._fit.rows) if row in trials.owners}
-            if kept:
-                outputs = self.outputs({row: trials.answers[row] for row in kept.values()})
-                owners = torch.tensor([trials.owners[row] for row in kept.values()])
-                finite = outputs.isfinite().all(1)
-                recent = self._fit.features[list(kept)], outputs, owners
-                # Wrong results make those beside them look odd.
-                learnt = ((), ()) if trials.doubted else self._learnt
-                self._scores.left.append((Recent(*[x[finite] for x in recent]), *learnt))
+        if self._fit is not None and self._scored:
+            self._leaves.clear()  # large, perhaps
+            self._scores.left.append((self, self._fit, trials))
 
 
 @contextlib.contextmanager

@@ -324,7 +324,7 @@ def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
     answers, report = coded.run(x, waiting=Waiting.first(2))
     assert (report.asked, report.work, int(report.predicted.sum())) == (tuple(range(6)), 1.5, 2)
     assert torch.equal(answers[~report.predicted], x[~report.predicted])
-    assert coded.last_run is None
+    assert coded.last_run is None  # run() leaves it alone
     _, report = coded.run(x, waiting=Waiting())
     assert (report.work, report.ended) == (1.5, "complete")
     with pytest.raises(ValueError, match=r"waiting.num_stragglers must be at most"):

@@ -26,6 +26,7 @@ from coded_torch.testing.workers import (
     nan_at_two,
 )
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
+from coded_torch.workers.base import Began
 
 from ..workers.test_local import Fixed
 from .pools import Separate
@@ -108,6 +109,23 @@ def test_every_row_is_asked_for_once_and_answered_as_the_module_does():
     assert not run.radii.any()
 
 
+def test_a_worker_that_handed_its_part_back_was_asked_too():
+    class HandsBack(Separate):
+        def open(self, module, task):
+            request = super().open(module, task)
+            ask = request.ask
+
+            def begin(parts):
+                request.events.append(Began(parts[0], 9, 0.0))
+                ask(parts)
+
+            request.ask = begin
+            return request
+
+    _, report = rows(nn.Identity(), workers=HandsBack()).run(X)
+    assert (report.asked, report.missing, report.work) == ((0, 1, 2, 3, 9), (9,), 1.0)
+
+
 class FailsFirst(nn.Module):
     """Raises the first time it sees a row of some value."""
 
@@ -144,19 +162,6 @@ def test_what_is_rejected_again_and_again_is_predicted():
     assert (run.ended, run.missing_rows, run.refused) == ("failed", (1,), ())
     assert "not finite" in run.errors[1].reason
     assert (run.radii > 0).equal(run.predicted)
-
-
-def test_a_call_may_have_a_policy_of_its_own_and_returns_its_report():
-    coded = CodedWrapper(nn.Identity(), ReplicationCode(4, 6), workers=Separate())
-    answers, report = coded.run(X, waiting=Waiting.first(2))
-    assert report.asked == tuple(range(6))
-    assert report.work == 1.5
-    own = ~report.predicted
-    assert own.sum() == 6
-    assert torch.equal(answers[own], X[own])
-    assert coded.last_run is None
-    _, report = coded.run(X, waiting=Waiting())
-    assert (report.work, report.ended) == (1.5, "complete")
 
 
 @pytest.mark.cuda

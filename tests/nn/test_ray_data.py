@@ -67,6 +67,13 @@ def test_what_is_no_wrapper_or_no_tensor_is_named():
         predictor(batch())
 
 
+def test_columns_that_would_be_lost_are_named():
+    with pytest.raises(ValueError, match=r"other names than predicted, radius, .* got radius$"):
+        RayDataPredictor(half)(batch() | {"radius": np.zeros(20)})
+    with pytest.raises(ValueError, match=r"got predicted$"):
+        RayDataPredictor(half, output="predicted")(batch())
+
+
 def killed(log):
     """Return an exact wrapper, one of whose processes is killed now and then, and logged."""
     pool = ProcessWorkers(2).start(nn.Flatten(), timeout=WAIT)

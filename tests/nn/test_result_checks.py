@@ -82,7 +82,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
         == "returned float32 (1, 2), where as many returned float32 (1, 1)"
     )
     # What the changes say of each part in the end is what holds.
-    final = {part.number: good for change in changes for part, good in change}
+    final = {part.number: result is not None for change in changes for part, result in change}
     assert final == {0: True, 1: False, 2: True, 3: False}
 
 
@@ -165,7 +165,7 @@ def test_replies_that_arrive_together_are_judged_together(views, bad, dtype):
     settled = results.add(
         [reply(n, leaf if views else leaf.clone()) for n, leaf in enumerate(whole.split(1))]
     )
-    assert [good for ((_, good),) in settled] == [n != bad for n in range(4)]
+    assert [result is not None for ((_, result),) in settled] == [n != bad for n in range(4)]
     assert results.units == {0, 1, 2, 3} - {bad}
 
 
