@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -309,8 +308,8 @@ def _residuals(
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    first, *others = map(operator.mul, weights, values)
-    return sum(others, first)
+    products = [weight * x for weight, x in zip(weights, values, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def _least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[float], float, float]:
