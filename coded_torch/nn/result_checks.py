@@ -12,7 +12,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
-from ..workers import base as tasks
+from ..workers import base
 from ..workers.base import CONSTANTS, Part, Reply, Task, WorkerError, flatten, show
 from .division import finite
 
@@ -42,7 +42,7 @@ class Result:
         if last is not None and self._looks == last._looks and self.spec == last.spec:
             self.dims, self.divided, self._form = last.dims, last.divided, last._form
             return
-        self.dims = tasks.broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims = base.broadcast_dims("out_dims", task.out_dims, self.spec)
         self._check(len(self.part.units) * task.unit_rows, carries)
         pairs = list(zip(self.leaves, self.dims, strict=True))
         self._form = [_form(leaf, dim) for leaf, dim in pairs]
@@ -60,7 +60,7 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            tasks.check_batch(self._value, i, leaf, dim, size)
+            base.check_batch(self._value, i, leaf, dim, size)
 
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
@@ -72,7 +72,7 @@ class Result:
                 )
 
     def name(self, i: int) -> str:
-        return tasks.leaf_name("output", self._value, i)
+        return base.leaf_name("output", self._value, i)
 
     def rows(self) -> list[Tensor]:
         """Return the divided leaves, batch first."""
@@ -127,7 +127,7 @@ class Stacked(NamedTuple):
             dim = self.dims[i]
             rows = rows.movedim(0, dim) if dim else rows
             leaves[i] = rows.contiguous(memory_format=self.formats[i])
-        return tasks.unflatten(leaves, self.spec)
+        return base.unflatten(leaves, self.spec)
 
     def form(self) -> Stacked:
         """Return the same without any result: views would keep the results."""
@@ -352,7 +352,7 @@ def _improbable(rows: Tensor) -> str:
 
 
 def _look(leaf: Any) -> tuple[Any, ...]:
-    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else tasks.kind(leaf)
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)
 
 
 def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
