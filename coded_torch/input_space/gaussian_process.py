@@ -86,6 +86,7 @@ class GaussianProcess:
             mean = self._solved(self._solved(self._factor.new_ones(1, count), True))[0]
         self._mean, self._precision = mean, float(mean.sum())
         self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._last_weights: tuple[Tensor, Tensor] | None = None
         self._last_residuals: tuple[Tensor, Tensor] | None = None
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -128,11 +129,13 @@ class GaussianProcess:
     def weights(self, points: Tensor) -> Tensor:
         """Return the weights ``[L, M]`` of the results at points ``[L]``: rows that sum to one."""
         half, left, _ = self._toward(points)
-        weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
-        found = weights.double().numpy()
-        found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
-        found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
-        return torch.from_numpy(found)
+        if self._last_weights is None or self._last_weights[0] is not half:
+            weights = half @ self._of_left_out.T if self._leaves_all else self._solved(half)
+            found = weights.double().numpy()
+            found += (left.numpy() / self._precision)[:, None] * self._mean.numpy()
+            found += ((1 - found.sum(1)) / found.shape[1])[:, None]  # after rounding
+            self._last_weights = half, torch.from_numpy(found)
+        return self._last_weights[1]
 
     def weights_of_left_out(self, points: Tensor) -> Tensor:
         """Return the weights of the results that are left out, ``[L, n]``, at points ``[L]``."""

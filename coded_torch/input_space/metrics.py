@@ -43,9 +43,6 @@ _NOTHING = 1e-6
 # Rows farther from the centre than so many times the root mean square predict no others, as their
 # results may be large. It was not tuned.
 _FAR = 8
-# In batches of at most so many rows, all distances are measured in every metric that competes. It
-# was not tuned.
-_WHOLE = 256
 # The least step, in root mean squares of the rows' lengths: noisy copies of a few pictures would
 # have so short a length that rounding decides. It was not tuned.
 _SHORTEST = 0.01
@@ -261,7 +258,6 @@ class Distances:
     """The distances between some rows of a batch, by every metric that may predict them.
 
     Attributes:
-        whole: whether the distances of all rows are measured in every metric that competes.
         sources, metrics: the features of the batch, and at least one name or callable.
         rows: ``[b]``, the rows of the batch. Defaults to all.
         first: the metric that copies go by: the only one, or the default.
@@ -277,7 +273,6 @@ class Distances:
     ) -> None:
         rows = torch.arange(len(sources.leaves[0].rows)) if rows is None else rows
         self.sources, self.metrics, self.rows = sources, metrics, rows
-        self.whole = len(rows) <= _WHOLE
         typical = typical_rows([leaf.at(rows).rows for leaf in sources.leaves])
         self._typical = None if typical.all() else torch.from_numpy(typical)
         self._typical_rows = rows if self._typical is None else rows[self._typical]
@@ -317,13 +312,10 @@ class Distances:
         return self._measured[key]
 
     def among(self, metric: str | Features, some: Tensor) -> tuple[Tensor, float]:
-        """Return the squared distances among some rows, and the step of these, or of the whole."""
-        unit = 1.0
-        if self.whole or key_of(metric) in self._measured:
-            squared, step = self.by(metric)
-            squared = squared.index_select(0, some).index_select(1, some)
-            if self.whole:
-                return squared, step
+        """Return the squared distances among some rows, ``[m, m]``, and their step."""
+        key, unit = key_of(metric), 1.0
+        if key in self._measured:
+            squared = self._measured[key].squared.index_select(0, some).index_select(1, some)
         else:
             squared, unit = self._squared(metric, some)
         place = np.full(len(self.order), -1)

@@ -85,16 +85,11 @@ class Fits:
         metric: str | Features = distances.first
         length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
         if len(self.points) >= _LEAST and sample.shape[1]:
-            few, _ = scaled(sample[self._few])
-            known: dict[float, npt.NDArray[np.float64]] = {}
+            few = scaled(sample[self._few])[0].float()
             if len(distances.metrics) > 1 or metric != distances.metrics[0]:
-                metric = self._metric(few.float(), length, known)
+                metric = self._metric(few, length)
             if len(self._lengths) > 1:
-                self._measure(few.float(), metric, LENGTHS, known)
-                length = LENGTHS[_best([known[x] for x in LENGTHS], LENGTHS.index(LENGTH))]
-                near = length, length / math.sqrt(2), length * math.sqrt(2)
-                self._measure(few.float(), metric, near, known)
-                length = near[_best([known[x] for x in near], 0)]
+                length = self._length(few, metric)
         key = key_of(metric), length
         if key not in self._processes:
             squared, step = distances.by(metric)
@@ -105,12 +100,9 @@ class Fits:
 
     def metric(self, sample: Tensor, length: float) -> str | Features:
         """Return the metric by which results ``[M, C]`` are predicted best from each other."""
-        return self._metric(scaled(sample[self._few])[0].float(), length, {})
+        return self._metric(scaled(sample[self._few])[0].float(), length)
 
-    def _metric(
-        self, few: Tensor, length: float, known: dict[float, npt.NDArray[np.float64]]
-    ) -> str | Features:
-        """Return the best metric; add its losses, if its length is in steps of all rows."""
+    def _metric(self, few: Tensor, length: float) -> str | Features:
         distances, rows = self._compared
         metrics = [metric for metric in distances.metrics if distances.has(metric)]
         if not metrics:
@@ -119,28 +111,30 @@ class Fits:
             squared, steps = zip(*[distances.among(x, rows) for x in metrics], strict=True)
             lengths = [length * step for step in steps]
             self._comparisons["metrics"] = Comparison(torch.stack(squared), lengths)
-        losses = self._comparisons["metrics"].losses(few)
-        has_first = distances.first in metrics
-        best = _best([*losses], metrics.index(distances.first) if has_first else None)
-        if distances.whole:
-            known[length] = losses[best]
-        return metrics[best]
+        default = metrics.index(distances.first) if distances.first in metrics else None
+        return metrics[_best([*self._comparisons["metrics"].losses(few)], default)]
 
-    def _measure(
-        self,
-        few: Tensor,
-        metric: str | Features,
-        lengths: Sequence[float],
-        known: dict[float, npt.NDArray[np.float64]],
-    ) -> None:
-        """Add how badly few results ``[C, n]`` are predicted from each other by lengths."""
-        new = [length for length in lengths if length not in known]
-        key = key_of(metric), *new
-        if key not in self._comparisons:
-            distances, rows = self._compared
-            among, step = distances.among(metric, rows)[0], distances.by(metric).step
-            self._comparisons[key] = Comparison(among[None], [step * x for x in new])
-        known.update(zip(new, self._comparisons[key].losses(few), strict=True))
+    def _length(self, few: Tensor, metric: str | Features) -> float:
+        """Return the best length; no longer one and no half step is tried where losses rise."""
+        found: dict[float, npt.NDArray[np.float64]] = {}
+
+        def best(lengths: Sequence[float], default: float) -> float:
+            new = [length for length in lengths if length not in found]
+            key = key_of(metric), *new
+            if key not in self._comparisons:
+                distances, rows = self._compared
+                among, step = distances.among(metric, rows)[0], distances.by(metric).step
+                self._comparisons[key] = Comparison(among[None], [step * x for x in new])
+            found.update(zip(new, self._comparisons[key].losses(few), strict=True))
+            return lengths[_best([found[x] for x in lengths], lengths.index(default))]
+
+        length = best(LENGTHS[:-1], LENGTH)
+        if length == LENGTHS[-2]:
+            length = best(LENGTHS, LENGTH)
+        near = [length, length / math.sqrt(2), length * math.sqrt(2)]
+        if {length / 2, length * 2} <= found.keys():  # the side whose next length is better
+            near.pop(1 if found[length * 2].mean() < found[length / 2].mean() else 2)
+        return best(near, length)
 
     @functools.cached_property
     def _compared(self) -> tuple[Distances, Tensor]:
@@ -170,6 +164,7 @@ class Part:
         self.rows, self._distances, self._lengths = rows, distances, lengths
         self.usable: Tensor | None = None  # bool [b], used without distances
         self.order = torch.arange(len(rows)) if distances is None else distances.order
+        self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
         self._fitted: list[Fitted] = []
@@ -182,12 +177,11 @@ class Part:
         # Wide outputs, other devices and derivatives need weights.
         simple = results.device.type == "cpu" and not differentiated(results)
         with outside(), exactly():
-            own = source[self.rows]
-            missing = (own < 0).nonzero().flatten()
+            own, missing, *_ = self._known(source)
             used, weights, choice, fitted = source[:0], torch.zeros(0, 0), None, None
             if len(missing):
                 dense("Regression", "results", results)
-                points, used = self._used(source)
+                points, used = self._known(source)[2:]
                 weights = torch.full((1, len(used)), 1 / len(used))
                 fitted = self._fit(points, *few_columns(used, results))
             if fitted is not None:
@@ -213,11 +207,10 @@ class Part:
         surrogates: tuple[Tensor, Tensor] | None,
     ) -> Bars | None:
         """Return the error bars of missing rows, None without any, as ``RowPlan.error_bars``."""
-        missing = (source[self.rows] < 0).nonzero().flatten()
+        _, missing, points, used = self._known(source)
         if not len(missing):
             return None
         rows = self.rows[missing]
-        points, used = self._used(source)
         asked = [(results, used), (answers, rows)]
         if surrogates is not None:
             asked += [(surrogates[0], used), (surrogates[1], rows)]
@@ -235,7 +228,7 @@ class Part:
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others."""
-        points, used = self._used(source)
+        _, _, points, used = self._known(source)
         (sample,) = few_columns(used, results)
         fitted = self._fit(points, sample)
         if fitted is None:
@@ -254,18 +247,26 @@ class Part:
             variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances
         return variances
 
-    def _used(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows that predict the others, and the results, of any rows without these."""
-        own = source[self.rows]
-        has = own >= 0
-        usable = self.usable if self._distances is None else self._distances.usable
-        if usable is not None and bool((has & usable).any()):
-            has = has & usable
-        points = has.nonzero().flatten()
-        if len(points):
-            return points, own[points]
-        known = source[source >= 0]
-        return points, known[evenly(len(known), MOST_ROWS)]
+    def _known(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the results of these rows, the missing ones, the rows that predict them, and how.
+
+        The last are the places of their results, or of other results if none of these is there.
+        """
+        if self._last is None or self._last[0] is not source:
+            own = source[self.rows]
+            has = own >= 0
+            missing, usable = (~has).nonzero().flatten(), self.usable
+            if self._distances is not None:
+                usable = self._distances.usable
+            if usable is not None and bool((has & usable).any()):
+                has = has & usable
+            points = has.nonzero().flatten()
+            used = own[points]
+            if not len(points):
+                known = source[source >= 0]
+                used = known[evenly(len(known), MOST_ROWS)]
+            self._last = source, (own, missing, points, used)
+        return self._last[1]
 
     def _fit(self, points: Tensor, sample: Tensor) -> Fitted | None:
         if self._distances is None or not len(points):
