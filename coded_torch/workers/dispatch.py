@@ -10,6 +10,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 from .._arguments import count, sparing_logger
@@ -291,27 +292,20 @@ class DispatchedWorkers(Workers):
             raise RuntimeError(f"{type(self).__name__}: the pool is closed")
         return self._queue
 
+    num_workers: Any = property(lambda self: len(self._queue.places))
+    num_ready: Any = property(attrgetter("_queue.num_ready"))
+
     @property
     def places(self) -> set[int]:
         return set(self._queue.places)
 
     @property
-    def num_workers(self) -> int:  # type: ignore[override]
-        return len(self.places)
-
-    @property
-    def num_ready(self) -> int:
-        return int(self._queue.num_ready)
-
-    @property
     def states(self) -> dict[int, tuple[str, int]]:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        found: dict[int, tuple[str, int]] = self._queue.states()
-        return found
+        return dict(self._queue.states())
 
     def resize(self, num_workers: int) -> None:
-        size = count(self, "num_workers", num_workers)
-        self._dispatcher().resize(size)
+        self._dispatcher().resize(count(self, "num_workers", num_workers))
 
     def exclude(self, worker: int) -> None:
         """Give the worker at a place in the pool no more parts until it is restarted."""
@@ -337,5 +331,5 @@ class DispatchedWorkers(Workers):
         return {**vars(self), "_queue": None, "_finalizer": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._open()

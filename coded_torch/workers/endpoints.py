@@ -119,8 +119,7 @@ class EndpointWorkers(DispatchedWorkers):
     @property
     def urls(self) -> tuple[str, ...]:
         """The servers that get parts, or did until they failed."""
-        found: tuple[str, ...] = self._queue.urls
-        return found
+        return tuple(self._queue.urls)
 
     def add(self, url: str) -> None:
         """Let a server take parts. An excluded server that is added again is restarted."""

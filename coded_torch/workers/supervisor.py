@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -311,9 +312,7 @@ class SupervisedWorkers(DispatchedWorkers):
         """Send ``module`` to the workers again when it is needed next."""
         self._queue.modules.forget(module)
 
-    @property
-    def num_restarts(self) -> int:
-        return int(self._queue.num_lost)
+    num_restarts: Any = property(attrgetter("_queue.num_lost"))
 
     def _check_gradients(self, module: nn.Module, task: Task) -> None:
         owner, remedy = type(self).__name__, "call under torch.no_grad(), or use DeviceWorkers"
