@@ -8,7 +8,7 @@ import math
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
@@ -253,7 +253,7 @@ class Dispatcher(abc.ABC, Generic[W]):
         with self._lock:
             if not self._jobs or not (idle := [w for w in self._workers if w.idle]):
                 return None
-            busy, at = Counter([w.index for w in self._workers if w.job is not None]), 0
+            busy, at = [w.index for w in self._workers if w.job is not None], 0
             while at < len(self._jobs) and not self.closed:
                 job = self._jobs[at]
                 workers = [w for w in idle if w.index not in job.part.avoid]
@@ -262,7 +262,7 @@ class Dispatcher(abc.ABC, Generic[W]):
                     continue
                 del self._jobs[at]
                 if workers:
-                    worker = min(workers, key=lambda w: (busy[w.index], w.since))
+                    worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
                     fresh = worker.is_new_to(job.request.module)
                     if job.request.begin(job.part, worker.index, fresh):
                         worker.job, worker.since = job, self._clock()

@@ -126,9 +126,11 @@ class Supervisor(Dispatcher[V]):
         with self._beginning:
             if not self._process:
                 self.set_up()
-                self.modules.pack(module, Ambient.capture())
                 self._process = os.getpid()
-                self.thread.start()
+                try:
+                    self.modules.pack(module, Ambient.capture())
+                finally:  # the thread releases what was set up
+                    self.thread.start()
         return self._process == os.getpid()
 
     def seed(self, index: int) -> int:

@@ -41,9 +41,7 @@ from .faults import compute, kill_own_process
 from .live import Ambient
 from .shared_memory import Connection, Pickled
 
-__all__ = ["FAILURE", "JOB", "LOADED", "MODULE", "READY", "RESULT", "LoadedModules", "ModuleStore"]
-__all__ += ["PackedModule", "check_guard", "fork", "packages_of", "refuse"]
-__all__ += ["replace_servers", "set_up"]
+__all__ = ["LoadedModules", "ModuleStore", "PackedModule", "environment", "fork", "set_up"]
 
 READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
