@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 import aiohttp
 from torch import Tensor, nn
 
-from .._arguments import instance
+from .._arguments import instance, positive
 from .tensors import (
     ADDED,
     EndpointError,
@@ -79,6 +79,8 @@ class Client:
                 must = f"headers must be printable, got one named {header!r}"
                 raise ValueError(f"{self._name}: {must}")
         self._context = context if context is not None else True
+        timeout = positive(owner, "timeout", timeout)
+        connect_timeout = positive(owner, "connect_timeout", connect_timeout)
         # Seconds between two reads are bounded by the whole request.
         self._limits = aiohttp.ClientTimeout(total=timeout, sock_connect=connect_timeout)
         least = min(timeout, connect_timeout + _PROBE)

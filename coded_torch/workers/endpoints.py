@@ -97,15 +97,14 @@ class EndpointWorkers(DispatchedWorkers):
         self.timeout = positive(self, "timeout", timeout)
         self.refresh = positive(self, "refresh", refresh)
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
-        limits = {"connect_timeout": positive(self, "connect_timeout", connect_timeout)}
+        limits = {"connect_timeout": connect_timeout, "timeout": timeout}
         self._options: Any = {"headers": headers, "token": token, "context": context, **limits}
         self._open()
 
     resize = Workers.resize  # :meth:`add` and :meth:`remove` need addresses
 
     def _make(self) -> _Endpoints:
-        client = Client(self, timeout=self.timeout, **self._options)
-        return _Endpoints(client, self.concurrency)
+        return _Endpoints(Client(self, **self._options), self.concurrency)
 
     def _open(self) -> None:
         super()._open()
