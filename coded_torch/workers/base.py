@@ -142,9 +142,10 @@ class Request(abc.ABC):
 
     If a worker gets a part, that causes :class:`Began`, and then one :class:`Reply`. If no worker
     gets it, that causes only a reply with an error. A part that is dropped before it begins causes
-    nothing. A part that its worker hands back begins again. A reply arrives at most the pool's
-    ``timeout`` seconds after the part was asked for. One thread uses a request, and closes it.
+    nothing. A part that is handed back begins again. One thread uses a request, and closes it.
     """
+
+    timeout = math.inf  #: seconds after which a part that was asked for and has not replied fails
 
     @abc.abstractmethod
     def ask(self, parts: Sequence[Part]) -> None:
@@ -279,7 +280,7 @@ class Workers(abc.ABC):
         loading = _Loading if example is None else Task
         task = loading(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
         with torch.no_grad(), self.open(module, task) as request:
-            places, missing = frozenset(self.places), self.num_workers
+            places, missing, request.timeout = frozenset(self.places), self.num_workers, math.inf
             # A part for each place, which all others must avoid.
             request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(sorted(places))])
             while missing:

@@ -68,13 +68,13 @@ class Job:
 class LiveRequest(Request):
     """A request whose workers report to a dispatcher.
 
-    Its parts wait there as jobs. A part fails ``timeout`` seconds after it was asked for.
+    Its parts wait there as jobs.
     """
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
         self.ambient = Ambient.capture()  # the modes of the caller
-        self._timeout = timeout
+        self.timeout = timeout
         self._opened = time.monotonic()
         self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
         # None stands for an interruption.
@@ -141,7 +141,7 @@ class LiveRequest(Request):
             with self._lock:
                 oldest = next(iter(self._open.values()), None)
             # If nothing is open, all that can happen has happened.
-            limit = math.inf if oldest is None else oldest.asked + self._timeout
+            limit = math.inf if oldest is None else oldest.asked + self.timeout
             seconds = 0.0 if oldest is None else max(min(until, limit) - self.now(), 0.0)
             try:
                 event = self._events.get(timeout=min(seconds, threading.TIMEOUT_MAX))
@@ -149,7 +149,7 @@ class LiveRequest(Request):
                 if oldest is None or until < limit:
                     return None
                 status = self.status() if oldest.began is None else ""
-                why = f"did not reply within {self._timeout:g} s{status and f'; {status}'}"
+                why = f"did not reply within {self.timeout:g} s{status and f'; {status}'}"
                 self.settle(oldest.part, None, why)
                 continue
             if event is None:

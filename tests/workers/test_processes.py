@@ -215,6 +215,11 @@ def test_a_module_is_new_to_each_process_once_and_again_when_it_has_changed():
         answers(pool, nn.Identity(), torch.ones(2, 1, 1))
 
 
+def test_starting_takes_its_own_time_not_that_of_a_part():
+    with ProcessWorkers(1, timeout=0.001).start(nn.Identity(), timeout=WAIT) as pool:
+        assert pool.num_ready == 1
+
+
 def test_every_process_has_random_numbers_of_its_own_and_so_has_its_successor():
     before, seen = torch.get_rng_state(), []
     with ProcessWorkers(6).start(Random()) as pool:
