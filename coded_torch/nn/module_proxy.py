@@ -42,7 +42,7 @@ class ModuleProxy(nn.Module):
         Args:
             args, kwargs: of :meth:`run`.
         """
-        run, interruption = _carried(self.run, Ambient.capture())
+        run, interruption = _carried(self.run, Ambient())
         try:
             return await asyncio.to_thread(run, *args, **kwargs)
         except asyncio.CancelledError:
@@ -112,7 +112,7 @@ def _map_batches(
     run: Callable[..., tuple[Any, Any]], batches: Iterable[Any], in_flight: int
 ) -> Iterator[tuple[Any, Any]]:
     """Do as :meth:`ModuleProxy.map`; ``in_flight`` batches with their results exist at once."""
-    ambient, left = Ambient.capture(), iter(batches)
+    ambient, left = Ambient(), iter(batches)
     calls: deque[tuple[Any, Interruption]] = deque()
     threads = ThreadPoolExecutor(in_flight, "coded_torch map")
     try:

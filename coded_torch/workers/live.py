@@ -73,7 +73,7 @@ class LiveRequest(Request):
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module
-        self.ambient = Ambient.capture()  # the modes of the caller
+        self.ambient = Ambient()  # the modes of the caller
         self.timeout = timeout
         self._opened = time.monotonic()
         self._open: OrderedDict[int, Job] = OrderedDict()  # a key is a part, the oldest is first
@@ -193,27 +193,21 @@ class LiveRequest(Request):
         self.dispatcher.wake()
 
 
+def _autocast() -> tuple[tuple[str, torch.dtype], ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = ("cpu", *([accelerator.type] if accelerator else []))
+    return tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k))
+
+
 @dataclasses.dataclass(frozen=True)
 class Ambient:
-    """The modes of the caller that a module call depends on, to be restored elsewhere."""
+    """The modes of a thread that a module call depends on, as they are when this is made."""
 
-    grad: bool
-    inference: bool
-    autocast: tuple[tuple[str, torch.dtype], ...]
-    autocast_cache: bool
-    default_device: torch.device
-
-    @classmethod
-    def capture(cls) -> Ambient:
-        accelerator = torch.accelerator.current_accelerator()
-        kinds = ("cpu", *([accelerator.type] if accelerator else []))
-        return cls(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            tuple((k, torch.get_autocast_dtype(k)) for k in kinds if torch.is_autocast_enabled(k)),
-            torch.is_autocast_cache_enabled(),
-            torch.get_default_device(),
-        )
+    grad: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
+    inference: bool = dataclasses.field(default_factory=torch.is_inference_mode_enabled)
+    autocast: tuple[tuple[str, torch.dtype], ...] = dataclasses.field(default_factory=_autocast)
+    autocast_cache: bool = dataclasses.field(default_factory=torch.is_autocast_cache_enabled)
+    default_device: torch.device = dataclasses.field(default_factory=torch.get_default_device)
 
     @contextlib.contextmanager
     def restored(self, device: torch.device) -> Iterator[None]:

@@ -128,8 +128,8 @@ class Supervisor(Dispatcher[V]):
                 self.set_up()
                 self._process = os.getpid()
                 try:
-                    self.modules.pack(module, Ambient.capture())
-                finally:  # the thread releases what was set up
+                    self.modules.pack(module, Ambient())
+                finally:  # the thread releases all that was prepared
                     self.thread.start()
         return self._process == os.getpid()
 
