@@ -182,6 +182,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         """The states of the pool's places, if it tells them."""
         return getattr(self.pool, "states", {})
 
+    @property
+    def names(self) -> Mapping[int, str]:
+        """The names of the pool's places, if it has any."""
+        return getattr(self.pool, "names", {})
+
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
@@ -257,7 +262,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             raise RequestError(400, "invalid", str(error)) from None
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        self.metrics.batch(report, rows, queued)
+        self.metrics.batch(report, rows, queued, self.names)
         self.metrics.workers(self.pool)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import prometheus_client
@@ -78,8 +78,13 @@ class Metrics:
         self._count("worker_restarts_total", restarts - self._restarts)
         self._restarts = restarts
 
-    def batch(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        """Count an answered batch of so many rows, whose requests waited so many seconds."""
+    def batch(
+        self, report: Report, rows: int, queued: Sequence[float], names: Mapping[int, str]
+    ) -> None:
+        """Count an answered batch of so many rows, whose requests waited so many seconds.
+
+        Strikes are counted by the names of places, or by their numbers.
+        """
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         won = sum(hedge.won for hedge in report.hedges)
         counts: list[tuple[str, str | None, float]] = [
@@ -93,7 +98,10 @@ class Metrics:
             ("hedges_total", "won", won),
             ("hedges_total", "lost", len(report.hedges) - won),
             ("excluded_total", None, len(report.excluded)),
-            *(("strikes_total", str(worker), n) for worker, n in report.strikes.items()),
+            *(
+                ("strikes_total", names.get(worker, str(worker)), n)
+                for worker, n in report.strikes.items()
+            ),
         ]
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:

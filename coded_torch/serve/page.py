@@ -164,7 +164,7 @@ class _Page:
         self.check(request)
         built, now = self.built, time.monotonic()
         states = built.states if built.ready else {}
-        faults = dict(self.chaos.faults) if self.chaos else {}
+        faults, names = dict(self.chaos.faults) if self.chaos else {}, built.names
         recent = np.array([x for x in built.answers if x[0] > now - _MINUTE]).reshape(-1, 4)
         ages = ((now - recent[:, 0]) // _STEP).astype(int)
         content = {
@@ -176,7 +176,8 @@ class _Page:
             "chaos": list(Chaos.ACTIONS) if self.chaos else [],
             "restarts": built.pool.num_restarts,
             "workers": [
-                {"place": place, "state": state, "pid": pid, "fault": faults.get(place, "")}
+                {"place": place, "name": names.get(place, f"Worker {place}"), "state": state}
+                | {"pid": pid, "fault": faults.get(place, "")}
                 for place, (state, pid) in states.items()
             ],
             "minute": _summary(recent),

@@ -120,6 +120,11 @@ class EndpointWorkers(DispatchedWorkers):
         """The servers that get parts, or did until they failed."""
         return tuple(self._queue.urls)
 
+    @property
+    def names(self) -> dict[int, str]:
+        """The URL of each place in the pool, also after its removal."""
+        return {place: url for url, place in self._queue.place_of.copy().items()}
+
     def add(self, url: str) -> None:
         """Let a server take parts. An excluded server that is added again is restarted."""
         endpoints = self._dispatcher()

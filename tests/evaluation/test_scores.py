@@ -73,11 +73,7 @@ X, LABELS = torch.eye(3), torch.arange(3)
     ("arguments", "kind", "message"),
     [
         (([1.0], X), TypeError, "decoded must be a dense, .*floating-point tensor.*, got list"),
-        (
-            (X, X.int()),
-            TypeError,
-            "exact must be a dense, .*floating-point tensor.*, got torch.int",
-        ),
+        ((X, X.int()), TypeError, "exact must be a dense, .*floating-point .*, got torch.int"),
         ((X[:2], X), ValueError, r"decoded must have the shape .*, got \(2, 3\) and \(3, 3\)"),
         ((X[:0], X[:0]), ValueError, r"decoded .* at least one answer, got \(0, 3\)"),
         ((X, X, X), TypeError, "labels must be an integer tensor, got torch.float32"),
@@ -115,13 +111,8 @@ def test_half_a_width_is_students_quantile_of_standard_errors(count):
 @pytest.mark.parametrize("count", [2, 8, 40])
 def test_a_paired_p_value_is_that_of_flipped_signs(count):
     differences = np.random.default_rng(1).normal(0.5, size=count)
-    wanted = scipy.stats.permutation_test(
-        (differences,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=20_000 if count > 14 else np.inf,
-        rng=0,
-    )
+    how = {"permutation_type": "samples", "n_resamples": 20_000 if count > 14 else np.inf}
+    wanted = scipy.stats.permutation_test((differences,), np.mean, rng=0, **how)
     assert paired_p(differences) == pytest.approx(wanted.pvalue, abs=1e-9 if count < 15 else 5e-3)
     assert paired_p(np.ones(8)) == 2 / 2**8
     assert paired_p(np.zeros(8)) == 1

@@ -90,17 +90,6 @@ def test_the_choice_is_what_the_wrapper_does_best_with(model, options, generator
     assert chosen == pytest.approx(min(errors.values()), rel=1e-4)
 
 
-@pytest.mark.parametrize("code", [SplineCode(5, 9, shuffle=False), RegressionCode(5, 9)])
-def test_only_what_is_received_is_computed_once_for_each_encoder(code, generator):
-    rows, model = [], torch.nn.Tanh()
-    model.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
-    law = Contiguous(4, seed=0)
-    tune(wrapped(model, code, law), [torch.randn(10, 3, generator=generator)])
-    sets = islice(received_sets(wrapped(model, code, Contiguous(4, seed=0))), 5)
-    encoders = len(code.candidates().get("encoder_smoothing", ()))
-    assert rows == [10] + encoders * [2 * len(set().union(*sets))]
-
-
 def test_a_tuple_is_several_arguments_and_outputs_may_be_nested(generator):
     class Two(torch.nn.Module):
         def forward(self, x, scale):

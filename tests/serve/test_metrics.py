@@ -46,7 +46,7 @@ def test_a_batch():
         compute_seconds=0.03,
         decode_seconds=0.004,
     )
-    metrics.batch(report, 4, [0.1, 0.2])
+    metrics.batch(report, 4, [0.1, 0.2], {2: "http://a"})
     metrics.refused("late")
     found = values(metrics)
     for key, value in {
@@ -63,7 +63,7 @@ def test_a_batch():
         "checks_total verified": 2,
         "checks_total unverified": 1,
         "checks_total corrected": 1,
-        "strikes_total 2": 4,
+        "strikes_total http://a": 4,
         "excluded_total": 1,
         "queued_seconds_sum": 0.3,
         "queued_seconds_count": 2,
@@ -97,7 +97,7 @@ def test_the_dashboard_shows_every_number():
     metrics = Metrics()
     true = torch.tensor([True])
     report = Report(predicted=true, verified=true, unverified=~true, strikes={2: 1})
-    metrics.batch(report, 1, [0.1])
+    metrics.batch(report, 1, [0.1], {})
     metrics.refused("late")
     families = text_string_to_metric_families(metrics.text().decode())
     counted = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coded_torch.cli.main import main
+from coded_torch.serve.page import add_page
 from coded_torch.stragglers import Trace
 from coded_torch.workers import EndpointWorkers, FaultyWorkers, LocalWorkers, RemoteModule
 
@@ -33,6 +34,7 @@ def fronted(urls, model="double", **options):
     module, pool = RemoteModule(urls[0], model), EndpointWorkers(urls, model=model)
     options |= {"inputs": module.metadata.inputs, "outputs": module.metadata.outputs}
     application = built(module, workers=pool, name="front", **options)
+    add_page(application, chaos=None, is_local=True)
     with serving(application) as port, Client(port) as client:
         yield client
 
@@ -89,6 +91,8 @@ def test_a_server_whose_endpoints_are_down_is_not_ready():
 
     with servers(2) as both, fronted([each.url for each in both]) as client:
         assert client.get("/v2/health/ready")[0] == 200
+        workers = client.get("/page/status")[1]["workers"]
+        assert [worker["name"] for worker in workers] == [server.url for server in both]
         for server in both:
             server.ready, server.fault = False, broken
         assert client.infer(ROW, PATH)[0] >= 500
