@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -101,41 +100,42 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
 
     A batch has a tensor for each input.
     """
+    inputs: list[Any] = []
     if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r")
-        lengths = [len(np.atleast_1d(array))]
-
-        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-            return ((torch.from_numpy(np.array(array[i : i + size])),) for i in starts)
+        # Pages of the file are read on demand; "c" allows writing, to memory only.
+        inputs = [torch.atleast_1d(torch.from_numpy(np.load(path, mmap_mode="c")))]
+        lengths = [len(inputs[0])]
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
         from safetensors import safe_open
 
         opened: Any = safe_open(path, "pt")
-        slices = [opened.get_slice(name) for name in sorted(opened.keys())]
-        lengths = [x.get_shape()[0] for x in slices]
-
-        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-            return (tuple(x[i : min(i + size, lengths[0])] for x in slices) for i in starts)
+        inputs = [opened.get_slice(name) for name in sorted(opened.keys())]
+        lengths = [x.get_shape()[0] for x in inputs]
     elif path.suffix == ".parquet":
         need("job", "job", "pyarrow")
         from pyarrow import parquet
 
         file = parquet.ParquetFile(path)
         lengths = [file.metadata.num_rows]
-
-        def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-            wanted = set(starts)
-            for i, batch in zip(itertools.count(0, size), file.iter_batches(size), strict=False):
-                if batch.num_rows != min(size, lengths[0] - i):
-                    raise RuntimeError("this version of pyarrow ends batches at row groups")
-                if i in wanted:
-                    yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
     else:
         raise ValueError(f"--inputs must be a .npy, .safetensors or .parquet file, got {path}")
     if len(set(lengths)) != 1 or not lengths[0]:
         raise ValueError(f"--inputs must hold tensors of as many rows each, got {lengths}")
-    return lengths[0], read
+    rows = lengths[0]
+
+    def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
+        if inputs:
+            yield from (tuple(x[i : min(i + size, rows)] for x in inputs) for i in starts)
+            return
+        wanted = set(starts)
+        for i, batch in enumerate(file.iter_batches(size)):
+            if batch.num_rows != min(size, rows - size * i):
+                raise RuntimeError("this version of pyarrow ends batches at row groups")
+            if size * i in wanted:
+                yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
+
+    return rows, read
 
 
 def _column(name: str, column: Any) -> Tensor:

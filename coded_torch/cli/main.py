@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +68,10 @@ def demo(args: argparse.Namespace) -> None:
     )
     with usage("demo"):
         regression = RegressionCode(k, n)
-        say(_situation("all answer", regression, model, batches, truth, 0, args.seed))
-        for name, code in (("", regression), (", replication", ReplicationCode(k, n))):
-            if s:
-                say(_situation(f"{s} lost{name}", code, model, batches, truth, s, args.seed))
+        cases = [("all answer", regression, 0), (f"{s} lost", regression, s)]
+        cases.append((f"{s} lost, replication", ReplicationCode(k, n), s))
+        for case in cases if s else cases[:1]:
+            say(_situation(*case, model, list(zip(batches, truth, strict=True)), args.seed))
     say(
         f"\n{_SITUATIONS}\n\nEvery code is tuned on a quarter of the batches, without labels, and "
         "answers\nthe others while the same workers are lost.\n"
@@ -80,18 +81,12 @@ def demo(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def _situation(
-    name: str,
-    code: Code,
-    model: nn.Module,
-    batches: Sequence[Tensor],
-    labels: Sequence[Tensor],
-    lost: int,
-    seed: int,
+    name: str, code: Code, lost: int, model: nn.Module, batches: Sequence[Any], seed: int
 ) -> str:
     """Answer all batches while some workers are lost, and return a line of a table."""
     rows = predicted = right = 0
     squares, radii = 0.0, []
-    for i, (batch, classes) in enumerate(zip(batches, labels, strict=True), seed):
+    for i, (batch, classes) in enumerate(batches, seed):
         workers = LocalWorkers(Uniform(lost, seed=i))
         coded = CodedWrapper(model, code.replace(shuffle=random.Random(i)), workers=workers)
         answers, report = coded.run(batch)

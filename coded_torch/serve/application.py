@@ -148,7 +148,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=most,
             slots=slots,
             on_batch=self._count,
-            has_idle=lambda: "idle" in {state for state, _ in self.states.values()},
+            has_idle=lambda: "idle" in {state for state, _ in self.told("states").values()},
         )
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model = {
@@ -177,15 +177,9 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             exception_handlers=dict.fromkeys((HTTPException, Exception), self.refuse),
         )
 
-    @property
-    def states(self) -> Mapping[int, tuple[str, int]]:
-        """The states of the pool's places, if it tells them."""
-        return getattr(self.pool, "states", {})
-
-    @property
-    def names(self) -> Mapping[int, str]:
-        """The names of the pool's places, if it has any."""
-        return getattr(self.pool, "names", {})
+    def told(self, what: str) -> Mapping[int, Any]:
+        """Return what the pool tells of its places, "states" or "names", or nothing."""
+        return getattr(self.pool, what, {})
 
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
@@ -262,7 +256,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             raise RequestError(400, "invalid", str(error)) from None
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        self.metrics.batch(report, rows, queued, self.names)
+        self.metrics.batch(report, rows, queued, self.told("names"))
         self.metrics.workers(self.pool)
 
 

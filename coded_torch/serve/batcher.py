@@ -134,14 +134,10 @@ class Batcher:
     batch; there is no timer. A batch runs until the earliest deadline of its requests. All times
     are seconds of :func:`time.monotonic`. The thread of one event loop uses it.
 
-    Args:
-        compute: computes a batch in a thread, given its inputs and the seconds that are left.
-        max_batch_size: the number of rows of a batch.
-        max_queued_requests: the number of requests that may wait, including requests being read.
-        slots: returns the number of slots, and of slots that a batch takes, or its rows if they are
-            fewer. Pools grow and shrink.
-        on_batch: called with each report, its rows, and the seconds that its requests waited.
-        has_idle: returns whether a worker is idle. Defaults to never, as far as is known.
+    ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
+    ``slots`` returns the number of slots, and of slots that a batch takes, or its rows if they are
+    fewer. ``on_batch`` gets each report, its rows, and the seconds that its requests waited.
+    ``has_idle`` returns whether a worker is known to be idle.
     """
 
     def __init__(

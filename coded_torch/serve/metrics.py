@@ -81,10 +81,7 @@ class Metrics:
     def batch(
         self, report: Report, rows: int, queued: Sequence[float], names: Mapping[int, str]
     ) -> None:
-        """Count an answered batch of so many rows, whose requests waited so many seconds.
-
-        Strikes are counted by the names of places, or by their numbers.
-        """
+        """Count an answered batch, whose requests waited so many seconds; places may have names."""
         predicted = 0 if report.predicted is None else int(report.predicted.sum())
         won = sum(hedge.won for hedge in report.hedges)
         counts: list[tuple[str, str | None, float]] = [

@@ -60,11 +60,7 @@ class Chaos:
         self._lock = threading.Lock()
 
     def inject(self, place: int, action: str) -> None:
-        """Begin a fault of the worker at a place.
-
-        Raises:
-            ValueError: the worker is down, or has a fault.
-        """
+        """Begin a fault of the worker at a place; a ValueError if it is down, or has a fault."""
         pid = self.pool.states.get(place, ("down", 0))[1]
         if not pid:
             raise ValueError(f"worker {place} is down")
@@ -163,8 +159,8 @@ class _Page:
         """Return the state of the workers, and the last minute."""
         self.check(request)
         built, now = self.built, time.monotonic()
-        states = built.states if built.ready else {}
-        faults, names = dict(self.chaos.faults) if self.chaos else {}, built.names
+        states = built.told("states") if built.ready else {}
+        faults, names = dict(self.chaos.faults) if self.chaos else {}, built.told("names")
         recent = np.array([x for x in built.answers if x[0] > now - _MINUTE]).reshape(-1, 4)
         ages = ((now - recent[:, 0]) // _STEP).astype(int)
         content = {
