@@ -67,8 +67,8 @@ def demo(args: argparse.Namespace) -> None:
         f"  {'':<29}{'exact':>7}{'predicted':>11}{'radius':>10}{'error':>8}{'right':>8}"
     )
     with usage("demo"):
-        regression = RegressionCode(k, n)
-        cases = [("all answer", regression, 0), (f"{s} lost", regression, s)]
+        cases: list[tuple[str, Code, int]] = [("all answer", RegressionCode(k, n), 0)]
+        cases.append((f"{s} lost", RegressionCode(k, n), s))
         cases.append((f"{s} lost, replication", ReplicationCode(k, n), s))
         for case in cases if s else cases[:1]:
             say(_situation(*case, model, list(zip(batches, truth, strict=True)), args.seed))

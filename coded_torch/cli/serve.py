@@ -35,7 +35,7 @@ def serve(args: argparse.Namespace) -> None:
     """Serve a model over HTTP, or print a request with one example."""
     need("serve", "serve", "starlette", "uvicorn", "orjson", "prometheus_client")
     from ..serve import app
-    from ..serve.page import LOOPBACK, Chaos, add_page
+    from ..serve.page import LOOPBACK, Chaos, Page
     from ..serve.protocol import example_request
 
     is_local, workers = args.host in LOOPBACK, None
@@ -68,7 +68,7 @@ def serve(args: argparse.Namespace) -> None:
         built = app(CodedWrapper(module, workers=workers, **more), **how)
     if is_local or args.page:
         chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
-        add_page(built, chaos=chaos, is_local=is_local)
+        Page(built, chaos=chaos, is_local=is_local)
     torch.set_num_threads(1)  # the processors are the workers'
     if args.memory:
         say(_PRIVACY)

@@ -178,7 +178,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         )
 
     def told(self, what: str) -> Mapping[int, Any]:
-        """Return what the pool tells of its places, "states" or "names", or nothing."""
+        """Return the "states" or the "names" of the pool's places, if it has some."""
         return getattr(self.pool, what, {})
 
     @contextlib.asynccontextmanager

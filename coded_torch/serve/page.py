@@ -31,7 +31,7 @@ from ..workers import FaultyWorkers
 from .application import app, in_json
 from .protocol import RequestError
 
-__all__ = ["LOOPBACK", "Chaos", "add_page"]
+__all__ = ["LOOPBACK", "Chaos", "Page"]
 
 #: The names of hosts that only this computer reaches.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -118,11 +118,20 @@ def _continued(pid: int) -> Iterator[None]:
             os.killpg(guard.pid, signal.SIGKILL)  # the shell, and the sleep that it has started
 
 
-class _Page:
-    """The handlers of the page of one service."""
+class Page:
+    """The page of an application, which it adds. It only shows without ``chaos``.
 
-    def __init__(self, built: app, chaos: Chaos | None, is_local: bool) -> None:
+    With ``is_local``, the server listens on a loopback address only.
+    """
+
+    def __init__(self, built: app, *, chaos: Chaos | None, is_local: bool) -> None:
         self.built, self.chaos, self.is_local = built, chaos, is_local
+        built.router.routes += [
+            Route("/", self.page),
+            Route("/favicon.ico", lambda _: Response(status_code=204)),
+            Route("/page/status", self.status),
+            Route("/page/fault", self.act, methods=["POST"]),
+        ]
         text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text()
         sources = {
             tag: " ".join(
@@ -205,17 +214,6 @@ class _Page:
         except (ValueError, ProcessLookupError) as error:
             raise RequestError(409, "invalid", str(error)) from None
         return in_json({})
-
-
-def add_page(built: app, *, chaos: Chaos | None, is_local: bool) -> None:
-    """Add the page to an application. It only shows without ``chaos``, the faults to cause."""
-    page = _Page(built, chaos, is_local)
-    built.router.routes += [
-        Route("/", page.page),
-        Route("/favicon.ico", lambda _: Response(status_code=204)),
-        Route("/page/status", page.status),
-        Route("/page/fault", page.act, methods=["POST"]),
-    ]
 
 
 def _summary(answers: np.ndarray) -> dict[str, float]:

@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 
 from coded_torch.cli.main import main
 from coded_torch.serve import page as page_module
-from coded_torch.serve.page import Chaos, _continued, add_page
+from coded_torch.serve.page import Chaos, Page, _continued
 
 from .servers import Client, built, serving, wait_until
 from .test_command import family, running
@@ -196,7 +196,7 @@ def test_a_page_without_faults():
     application = built()
     with serving(application) as port, Client(port) as client:
         assert client.get("/")[0] == 404  # an application of one's own has no page
-        add_page(application, chaos=None, is_local=False)
+        Page(application, chaos=None, is_local=False)
         status, _, body = client.send("GET", "/", Host="some.name")
         assert (status, b'name="token" content=""' in body) == (200, True)
         headers = {"Host": "a", "Origin": "http://a", "X_Page_Token": ""}
