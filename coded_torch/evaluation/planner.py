@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -157,17 +157,17 @@ def read_latencies(path: Path) -> Seconds:
     return seconds
 
 
-def measured(seconds: Seconds) -> tuple[float, Callable[[float], Conditions]]:
-    """Return the median part, and the conditions of parts of another length.
+def measured(seconds: Seconds, part: float) -> Conditions:
+    """Return the conditions of measured latencies, for parts of so many median seconds.
 
     The lower half of the latencies defines a lognormal body. Latencies beyond the hedging threshold
     of this body are the tail, whose seconds do not depend on a part's size.
     """
-    lower, median = np.quantile(seconds, 0.25), float(np.median(seconds))
+    lower, median = np.quantile(seconds, 0.25), np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
     threshold = median * max(1.5, (median / lower) ** 4.45)  # the threshold of History
     tail = np.where(seconds > threshold, seconds - median, 0.0)
-    return median, lambda part: Conditions(spread=spread, delays=_Tail(tail / part))
+    return Conditions(spread=spread, delays=_Tail(tail / part))
 
 
 def plan(
@@ -213,15 +213,11 @@ def plan(
     least["num_workers with verify" if verify else "num_workers"] = num_workers, 2 if verify else 1
     for argument, (value, bound) in least.items():
         count("plan", argument, value, least=bound)
-    scaled: Callable[[float], Conditions]
     if isinstance(law, Conditions):
-        conditions, scale = law, positive("plan", "median", median)
-        scaled = lambda part: conditions  # noqa: E731 - laws are in multiples of a part
-    else:
-        scale, scaled = measured(law)
-        if scale > 100 * deadline:
-            must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
-            raise ValueError(f"{must}, got a median of {scale:g}")
+        scale = positive("plan", "median", median)
+    elif (scale := float(np.median(law))) > 100 * deadline:
+        must = f"latencies must be seconds within reach of the deadline, {deadline:g}"
+        raise ValueError(f"{must}, got a median of {scale:g}")
     options = []
     for kind, name, k, n, waiting in _policies(num_workers, deadline, bool(verify)):
         part = scale * (OVERHEAD + (1 - OVERHEAD) * parts / k)
@@ -232,7 +228,8 @@ def plan(
             policy = Verified(policy, num_workers, verify, seed=seed)
         sizes: dict[str, Any] = {"num_workers": num_workers, "num_parts": k, "num_columns": n}
         how: dict[str, Any] = {"load": load, "num_requests": num_requests, "seed": seed}
-        outcome = simulate(policy, scaled(part), **sizes, **how)
+        conditions = law if isinstance(law, Conditions) else measured(law, part)
+        outcome = simulate(policy, conditions, **sizes, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         late = float((latencies > deadline).mean())

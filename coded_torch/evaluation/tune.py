@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -125,14 +126,13 @@ def received_sets(wrapper: CodedWrapper) -> Iterator[tuple[int, ...]]:
     n = code.num_workers
     # A copy keeps the draws of the wrapper's own calls.
     law = copy.deepcopy(wrapper.workers.stragglers) or Uniform(lost, seed=0)
-    deadline = (wrapper.waiting and wrapper.waiting.deadline) or math.inf
+    latest = (wrapper.waiting and wrapper.waiting.deadline) or sys.float_info.max
     shuffler = random.Random(0)
     while True:
         latencies = law.sample(n).tolist()
         first = sorted(range(n), key=latencies.__getitem__)[: n - lost]
         place = shuffler.sample(range(n), n) if code.shuffle else range(n)
-        in_time = (worker for worker in first if latencies[worker] <= deadline)
-        yield tuple(sorted(place[n] for n in in_time if latencies[n] < math.inf))
+        yield tuple(sorted(place[worker] for worker in first if latencies[worker] <= latest))
 
 
 @as_called()

@@ -300,9 +300,6 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
             replica, and as many wait, so that the application refuses and not Ray. Keep
             ``max_ongoing_requests`` above the application's ``max_queued_requests``.
 
-    Raises:
-        ImportError: Ray Serve is not installed.
-
     Warning:
         Ray binds one port of each replica to every interface and reads pickles from it: use it in
         a trusted network only. Nothing of the HTTP side is ever unpickled.
