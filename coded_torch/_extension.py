@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,18 +31,8 @@ _MOST = 1 << 26  # numbers of a dense matrix, 256 MB in float32; larger plans ru
 # From this sqrt(5) r / l on, a covariance counts as 0, as in csrc/math/matern.h.
 _ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
 
-_library: torch.library.Library | None = None
 # The dense matrices of a plan's coefficients, by direction, number of rows and stream.
 _dense = WeakIdKeyDictionary()
-
-
-def _register() -> None:
-    """Register torch's own operators for CUDA; they last as long as the process."""
-    global _library
-    _library = torch.library.Library("coded_torch", "IMPL")
-    operators = (spline_apply, matern52_out, matern52_among, inner_products, squared_distances)
-    for operator in operators:
-        _library.impl(operator.__name__, operator, "CUDA")
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -63,18 +53,13 @@ def fits_matrix(num_knots: int, num_points: int, num_plans: int = 1) -> bool:
 
 
 def spline_apply(
-    values: Tensor,
-    coefficients: Tensor,
-    schedule: Tensor,
-    transpose: bool,
-    gather: Tensor | None = None,
-    scatter: Tensor | None = None,
-    num_rows: int | None = None,
+    values: Tensor, coefficients: Tensor, schedule: Tensor, transpose: bool, *where: Any
 ) -> Tensor:
-    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    gather, scatter, num_rows = (*where, None, None, None)[:3]  # defaults may be left out
     rows = (values if gather is None else gather).shape[0]
     others = schedule.shape[-1] - 1 - rows
     if not fits_matrix(rows, others, len(coefficients)):
+        inputs = values, coefficients, schedule, transpose, *where
         on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
         return result.to(values.device)
@@ -172,7 +157,7 @@ if why := _load("_ops_cpu"):
 
 
 def _load_cuda() -> str:
-    """Load the CUDA operators, or register torch's own; return why, or an empty string."""
+    """Load the CUDA operators; return why there are none, or an empty string."""
     reason = "this torch is not built for CUDA"
     if torch.version.cuda:  # no other torch can load them
         reason = _load("_ops_cuda")
@@ -186,13 +171,16 @@ def _load_cuda() -> str:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    if reason:
-        _register()
     return reason
 
 
 _CUDA_MISSING = _load_cuda()
 HAS_CUDA_KERNELS = not _CUDA_MISSING
+
+if _CUDA_MISSING:
+    _library = torch.library.Library("coded_torch", "IMPL")  # lasts as long as the process
+    for _own in (spline_apply, matern52_out, matern52_among, inner_products, squared_distances):
+        _library.impl(_own.__name__, _own, "CUDA")
 
 
 def build_info() -> dict[str, str]:

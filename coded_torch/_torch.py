@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._device import DeviceContext
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
 __all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
@@ -52,9 +49,9 @@ def differentiated(tensor: Tensor) -> bool:
 
 def tangent_of(tensor: Tensor) -> Tensor | None:
     """Return the tangent of a dual tensor, None of others."""
-    found: Tensor | None = None
-    if forward_ad._current_level >= 0:  # otherwise unpacking would take microseconds for nothing
-        found = forward_ad.unpack_dual(tensor).tangent
+    if forward_ad._current_level < 0:  # unpacking would take microseconds for nothing
+        return None
+    found: Tensor | None = forward_ad.unpack_dual(tensor).tangent
     return found
 
 
@@ -75,27 +72,18 @@ class _Host(DeviceContext):
     __exit__ = TorchFunctionMode.__exit__
 
 
-class on_host(contextlib.ContextDecorator):  # noqa: N801 - as contextlib's
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
     """Make new tensors on the host in a block or a function, on any default device of the caller.
 
     The caller's own code, run from within, is put into a block of :func:`as_called`.
     """
-
-    _inner: Any = None
-
-    def __enter__(self) -> None:
-        mode = _get_current_function_mode()
-        # No mode means no default device, and every call of torch is faster.
-        if mode is not None and not isinstance(mode, _Host):
-            self._inner = _Host("cpu")
-            self._inner.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._inner is not None:
-            self._inner.__exit__(*exception)
-
-    def _recreate_cm(self) -> Self:
-        return type(self)()
+    mode = _get_current_function_mode()
+    if mode is None or isinstance(mode, _Host):  # without a mode every call of torch is faster
+        yield
+        return
+    with _Host("cpu"):
+        yield
 
 
 @contextlib.contextmanager
@@ -108,25 +96,19 @@ def as_called() -> Iterator[None]:
         yield
 
 
-class outside(on_host):  # noqa: N801 - as contextlib's
+@contextlib.contextmanager
+def outside() -> Iterator[None]:
     """Compute with plain tensors on the host in a block, though a transform may be under way.
 
     Within a transform every operation returns wrapped tensors, which have no memory that numpy
     could read. A plan that kept such a tensor would outlive its transform.
     """
-
-    _stack: Any = None
-
-    def __enter__(self) -> None:
-        super().__enter__()
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            self._stack = temporarily_clear_interpreter_stack()
-            self._stack.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._stack is not None:
-            self._stack.__exit__(*exception)
-        super().__exit__(*exception)
+    with on_host():
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            yield
+            return
+        with temporarily_clear_interpreter_stack():
+            yield
 
 
 def read_here(tensor: Tensor) -> Tensor:

@@ -15,11 +15,8 @@ from ._torch import tangent_of
 __all__ = ["inner_products", "matern52", "matern52_among", "spline_apply", "squared_distances"]
 __all__ += ["with_matrix"]
 
-_OPERATOR = torch.ops.coded_torch.spline_apply.default
-_MATERN = torch.ops.coded_torch.matern52_out.default
-_MATERN_AMONG = torch.ops.coded_torch.matern52_among.default
-_DISTANCES = torch.ops.coded_torch.squared_distances.default
-_PRODUCTS = torch.ops.coded_torch.inner_products.default
+_OPERATORS = torch.ops.coded_torch
+_OPERATOR = _OPERATORS.spline_apply.default
 _SHORTEST = 1e-30  # length of a covariance, the shortest whose inverse float32 holds
 
 
@@ -62,26 +59,21 @@ def spline_apply(
         derivative with respect to the values exists, in reverse and forward mode, and under
         ``torch.func`` (compiled: forward mode and ``vmap`` only). The plan has no gradient.
     """
-    inputs = values, coefficients, schedule, transpose, gather, scatter, num_rows
+    return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
+
+
+def _apply(values: Tensor, *plan: Any) -> Tensor:
     compiling = torch.compiler.is_compiling()
     if not compiling and torch._C._are_functorch_transforms_active():
-        transformed: Tensor = _Transformed.apply(*inputs)  # type: ignore[no-untyped-call]
-        return transformed
-    tangent = tangent_of(values)
-    if tangent is not None:  # linear, so the tangent is mapped as the value is
+        out: Tensor = _Transformed.apply(values, *plan)  # type: ignore[no-untyped-call]
+    elif (tangent := tangent_of(values)) is not None:  # linear: it is mapped as the value is
         primal = forward_ad.unpack_dual(values).primal
-        rest: dict[str, Any] = {"gather": gather, "scatter": scatter, "num_rows": num_rows}
-        dual: Tensor = forward_ad.make_dual(
-            spline_apply(primal, coefficients, schedule, transpose=transpose, **rest),
-            spline_apply(tangent, coefficients, schedule, transpose=transpose, **rest),
-        )
-        return dual
-    recorded = torch.is_grad_enabled() and (values.requires_grad or coefficients.requires_grad)
-    if compiling or recorded:
-        out: Tensor = _OPERATOR(*inputs)
+        out = forward_ad.make_dual(_apply(primal, *plan), _apply(tangent, *plan))
+    elif compiling or (torch.is_grad_enabled() and (values.requires_grad or plan[0].requires_grad)):
+        out = _OPERATOR(values, *plan)
     else:
         with torch._C._AutoDispatchBelowAutograd():  # saves the microseconds of the autograd layer
-            out = _OPERATOR(*inputs)
+            out = _OPERATOR(values, *plan)
     return out
 
 
@@ -105,15 +97,8 @@ def with_matrix(coefficients: Tensor, schedule: Tensor, exact: Tensor | None = N
         return torch.cat([coefficients, entries.to(coefficients)], 1)
 
 
-def _fake(
-    values: Tensor,
-    coefficients: Tensor,
-    schedule: Tensor,
-    transpose: bool,
-    gather: Tensor | None = None,
-    scatter: Tensor | None = None,
-    num_rows: int | None = None,
-) -> Tensor:
+def _fake(values: Tensor, _: Tensor, schedule: Tensor, transpose: bool, *where: Any) -> Tensor:
+    gather, scatter, num_rows = (*where, None, None, None)[:3]  # defaults may be left out
     if scatter is not None:
         rows = scatter.numel() if num_rows is None else num_rows
         return values.new_empty((rows, values.shape[-1]))
@@ -133,26 +118,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_forward(coefficients, schedule, gather, scatter)
 
 
-def add_rows(total: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """Add each of ``values`` to its row of ``total``, in the same order at every call.
-
-    ``index_add`` has no order on CUDA where rows repeat, ``index_put`` has none on the CPU.
-    """
-    if total.is_cuda:
-        return total.index_put((rows,), values, accumulate=True)
-    return total.index_add(0, rows, values)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, schedule, gather, scatter = ctx.saved_tensors
-    grad = spline_apply(
-        grad, coefficients, schedule, transpose=not ctx.transpose, gather=scatter
-    )  # [n, G, m]
+    where = scatter, None, None
+    grad = _apply(grad, coefficients, schedule, not ctx.transpose, *where)  # [n, G, m]
     if gather is not None:  # rows may repeat, so they add up; one more row takes index -1
-        rows = torch.where(gather < 0, ctx.rows_in, gather).flatten()
-        total = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
-        grad = add_rows(total, rows, grad.flatten(0, 1))[:-1]
-    return grad, None, None, None, None, None, None
+        rows, added = torch.where(gather < 0, ctx.rows_in, gather).flatten(), grad.flatten(0, 1)
+        grad = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
+        # In the same order at every call: index_add has none on CUDA, index_put none on the CPU.
+        if grad.is_cuda:
+            grad = grad.index_put((rows,), added, accumulate=True)[:-1]
+        else:
+            grad = grad.index_add(0, rows, added)[:-1]
+    return grad, *[None] * 6
 
 
 torch.library.register_autograd(
@@ -160,26 +138,13 @@ torch.library.register_autograd(
 )
 
 
-def _vmap(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    values: Tensor,
-    coefficients: Tensor,
-    schedule: Tensor,
-    transpose: bool,
-    gather: Tensor | None = None,
-    scatter: Tensor | None = None,
-    num_rows: int | None = None,
-) -> tuple[Tensor, int]:
+def _vmap(_: Any, in_dims: tuple[int | None, ...], values: Tensor, *plan: Any) -> Any:
     if in_dims[0] is None or any(in_dim is not None for in_dim in in_dims[1:]):
         raise NotImplementedError("spline_apply: vmap over plans or indices is not supported")
     # The batch becomes further columns: [..., m] -> [..., B m].
     last = values.dim() - 2
     batch = values.movedim(in_dims[0], last)
-    out = spline_apply(
-        batch.flatten(last), coefficients, schedule,
-        transpose=transpose, gather=gather, scatter=scatter, num_rows=num_rows,
-    )  # fmt: skip
+    out = _apply(batch.flatten(last), *plan)
     return out.unflatten(-1, batch.shape[-2:]), out.dim() - 1
 
 
@@ -201,15 +166,17 @@ class _Transformed(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         coefficients, schedule, gather, scatter = ctx.saved_tensors
-        return spline_apply(
-            tangent, coefficients, schedule,
-            transpose=ctx.transpose, gather=gather, scatter=scatter, num_rows=ctx.num_rows,
-        )  # fmt: skip
+        where = gather, scatter, ctx.num_rows
+        return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
 
 
 def _no_gradient(owner: str, argument: str, tensor: Tensor) -> None:
     if torch.is_grad_enabled() and tensor.requires_grad:
         raise RuntimeError(f"{owner}: {argument} must not require a gradient, it has none")
+
+
+def _scale(length: float) -> float:
+    return math.sqrt(5) / max(length, _SHORTEST)
 
 
 def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = None) -> Tensor:
@@ -230,11 +197,8 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
     _no_gradient("matern52", "squared_distances", squared_distances)
     if out is None:
         out = torch.empty_like(squared_distances, memory_format=torch.contiguous_format)
-    _MATERN(squared_distances.contiguous(), math.sqrt(5) / max(length, _SHORTEST), out)
+    _OPERATORS.matern52_out.default(squared_distances.contiguous(), _scale(length), out)
     return out
-
-
-torch.library.register_fake("coded_torch::matern52_out", lambda *_: None)
 
 
 def matern52_among(
@@ -245,15 +209,9 @@ def matern52_among(
     ``rows`` and ``columns`` are int64; on the CPU, one out of bounds raises a RuntimeError.
     """
     _no_gradient("matern52_among", "squared_distances", squared_distances)
-    scale = math.sqrt(5) / max(length, _SHORTEST)
-    covariances: Tensor = _MATERN_AMONG(squared_distances, rows, columns, scale)
+    operator = _OPERATORS.matern52_among.default
+    covariances: Tensor = operator(squared_distances, rows, columns, _scale(length))
     return covariances
-
-
-torch.library.register_fake(
-    "coded_torch::matern52_among",
-    lambda squared, rows, columns, *_: squared.new_empty(len(rows), len(columns)),
-)
 
 
 def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
@@ -268,7 +226,7 @@ def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
         nothing: at least 0.
     """
     _no_gradient("squared_distances", "rows", rows)
-    distances: Tensor = _DISTANCES(rows, squares, nothing)
+    distances: Tensor = _OPERATORS.squared_distances.default(rows, squares, nothing)
     return distances
 
 
@@ -278,13 +236,15 @@ def inner_products(rows: Tensor) -> Tensor:
     ``rows`` are ``[n, L]``, contiguous, float64 or float32.
     """
     _no_gradient("inner_products", "rows", rows)
-    products: Tensor = _PRODUCTS(rows)
+    products: Tensor = _OPERATORS.inner_products.default(rows)
     return products
 
 
-def _fake_pairs(rows: Tensor, *_: Any) -> Tensor:
-    return rows.new_empty(len(rows), len(rows))
-
-
-torch.library.register_fake("coded_torch::squared_distances", _fake_pairs)
-torch.library.register_fake("coded_torch::inner_products", _fake_pairs)
+_FAKES: dict[str, Any] = {
+    "matern52_out": lambda *_: None,
+    "matern52_among": lambda squared, rows, columns, _: squared.new_empty(len(rows), len(columns)),
+    "squared_distances": lambda rows, *_: rows.new_empty(len(rows), len(rows)),
+    "inner_products": lambda rows: rows.new_empty(len(rows), len(rows)),
+}
+for _name, _made in _FAKES.items():
+    torch.library.register_fake(f"coded_torch::{_name}", _made)
