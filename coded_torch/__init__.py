@@ -10,20 +10,6 @@ from .input_space.regression import Regression
 from .nn import CodedWrapper, Report, Waiting
 
 __version__ = version("coded_torch")
-__all__ = [
-    "CodedWrapper",
-    "DeadlineExceeded",
-    "NotEnoughResults",
-    "Regression",
-    "Report",
-    "Waiting",
-    "codes",
-    "compare",
-    "functional",
-    "linear",
-    "nn",
-    "stragglers",
-    "surrogates",
-    "tune",
-    "workers",
-]
+__all__ = ["CodedWrapper", "DeadlineExceeded", "NotEnoughResults", "Regression", "Report"]
+__all__ += ["Waiting", "codes", "compare", "functional", "linear", "nn", "stragglers"]
+__all__ += ["surrogates", "tune", "workers"]

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,15 +130,10 @@ def real_array(owner: object, argument: str, numbers: Any) -> NDArray[np.float64
 
 def smoothing(owner: object, argument: str, value: Any) -> float:
     """Return a smoothing as a float: finite and at least 0, of anything that holds one number."""
-    if type(value) is float and 0 <= value < math.inf:
-        return value
     array = real_array(owner, argument, value)
     if array.size != 1:
         raise TypeError(f"{_name(owner)}: {argument} must be a real number, got {shown(value)}")
-    number = float(array.item())
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{_name(owner)}: {argument} must be finite and >= 0, got {number}")
-    return number
+    return real(owner, argument, array.item(), "finite and >= 0", lambda x: 0 <= x < math.inf)
 
 
 def find_devices(
@@ -146,14 +141,10 @@ def find_devices(
 ) -> tuple[torch.device, ...]:
     """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
     must = f"{_name(owner)}: devices must"
-    try:
-        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
-    except TypeError:
-        named = None
-    if named is None:
+    if isinstance(devices, str | torch.device | Tensor) or not isinstance(devices, Iterable):
         raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
     found = []
-    for device in named:
+    for device in devices:
         try:
             found.append(find(device))
         except TypeError:

@@ -1,22 +1,21 @@
 """The only loader of compiled code, and operators of torch's own for CUDA where there is none.
 
-Most GPU hosts have a driver and torch, but no nvcc. A spline is applied there as a dense matrix,
-which is kept with its plan. Results agree with the compiled operators' to rounding, but a
-column's bits may depend on the number of columns, by which cuBLAS chooses its kernels.
+Most GPU hosts have a driver and torch, but no nvcc. A spline is applied there as the dense matrix
+of its plan, or on the host if ``ops.with_matrix`` has appended none. Results agree with the
+compiled operators' to rounding, but a column's bits may depend on the number of columns, by which
+cuBLAS chooses its kernels.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "fits_matrix", "short_path"]
-__all__ += ["spline_plan"]
+__all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "short_path", "spline_plan"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _REMEDY = "build it with `pip install .` in the source folder (needs a C++17 compiler)"
@@ -27,12 +26,8 @@ except ImportError as error:
     raise ImportError(f"coded_torch: the compiled planner is missing; {_REMEDY}") from error
 
 
-_MOST = 1 << 26  # numbers of a dense matrix, 256 MB in float32; larger plans run on the host
 # From this sqrt(5) r / l on, a covariance counts as 0, as in csrc/math/matern.h.
 _ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
-
-# The dense matrices of a plan's coefficients, by direction, number of rows and stream.
-_dense = WeakIdKeyDictionary()
 
 
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -47,72 +42,37 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
         return torch.matmul(a, b)
 
 
-def fits_matrix(num_knots: int, num_points: int, num_plans: int = 1) -> bool:
-    """Return whether plans are applied as dense matrices, and not on the host."""
-    return num_plans * num_knots * num_points <= _MOST
-
-
 def spline_apply(
     values: Tensor, coefficients: Tensor, schedule: Tensor, transpose: bool, *where: Any
 ) -> Tensor:
     gather, scatter, num_rows = (*where, None, None, None)[:3]  # defaults may be left out
     rows = (values if gather is None else gather).shape[0]
     others = schedule.shape[-1] - 1 - rows
-    if not fits_matrix(rows, others, len(coefficients)):
+    num_knots, num_points = (others, rows) if transpose else (rows, others)
+    of_sweeps = 12 * num_knots + 4 * num_points
+    if coefficients.shape[1] == of_sweeps:  # ops.with_matrix has appended none
         inputs = values, coefficients, schedule, transpose, *where
         on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
         return result.to(values.device)
+    entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
+    matrix = entries.view(num_knots, num_points)
     dtype = values.dtype
     if gather is not None:  # an index out of bounds stands for a row of zeros
         known = gather.clamp(0, max(len(values) - 1, 0))
         values = values[known].masked_fill_((known != gather).unsqueeze(-1), 0)
     groups, columns = values.shape[1:]
-    matrices = _matrices(coefficients, schedule, transpose, rows)
-    values = values.to(coefficients.dtype)
-    if len(matrices) == 1:
-        flat = exact_matmul(matrices[0], values.reshape(rows, groups * columns))
-        out = flat.view(others, groups, columns)  # [N, G, m]
-    else:
-        out = exact_matmul(matrices, values.transpose(0, 1)).transpose(0, 1)
-    out = out.to(dtype)
+    columns_in = values.to(coefficients.dtype).reshape(rows, groups * columns)
+    out = exact_matmul(matrix if transpose else matrix.T, columns_in)
+    out = out.view(others, groups, columns).to(dtype)
     if scatter is None:
-        return out.contiguous()
+        return out
     if num_rows is None:
         num_rows = scatter.numel()
     # An extra row takes the dropped rows: it has index num_rows, and index -1.
     result = out.new_zeros(num_rows + 1, columns)
     result[scatter.clamp(-1, num_rows)] = out
     return result[:-1]
-
-
-def _matrices(coefficients: Tensor, schedule: Tensor, transpose: bool, rows: int) -> Tensor:
-    """Return ``[P, rows out, rows in]``, from the plan itself, or computed on the host."""
-    others = schedule.shape[-1] - 1 - rows
-    num_knots, num_points = (others, rows) if transpose else (rows, others)
-    of_sweeps = 12 * num_knots + 4 * num_points
-    if coefficients.shape[1] > of_sweeps and len(coefficients) == 1:  # ops.with_matrix
-        entries = coefficients[0, of_sweeps : of_sweeps + num_knots * num_points]
-        matrix = entries.view(num_knots, num_points)
-        return (matrix if transpose else matrix.T).unsqueeze(0)
-    kept = _dense.setdefault(coefficients, {})
-    if torch.cuda.is_current_stream_capturing():  # nothing new may become part of the graph
-        for known, matrices in list(kept.items()):
-            if known[:2] == (transpose, rows):
-                return cast(Tensor, matrices)
-        raise RuntimeError(
-            "spline_apply: a plan must have been applied before it is captured in a CUDA graph"
-        )
-    # The copy to the device is ordered before its uses by the stream alone.
-    stream = torch.accelerator.current_stream(coefficients.device).stream_id
-    key = transpose, rows, stream
-    if key not in kept:
-        on_host, plan = coefficients.cpu(), schedule.cpu()
-        eye = torch.eye(rows, dtype=on_host.dtype, device="cpu")
-        eye = eye.unsqueeze(1).expand(rows, len(on_host), rows)  # [rows in, P, columns]
-        matrices = torch.ops.coded_torch.spline_apply(eye, on_host, plan, transpose)
-        kept[key] = matrices.transpose(0, 1).contiguous().to(coefficients.device)
-    return cast(Tensor, kept[key])
 
 
 def matern52_out(squared: Tensor, scale: float, out: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ._arguments import dense
-from .linear import SplineMap
+from .linear import SplineMap, apply_each
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -31,7 +31,9 @@ def smoothing_spline(
     r"""Fit natural cubic smoothing splines and evaluate them.
 
     :class:`~coded_torch.linear.SplineMap` plans once for many calls. It has the objective, the
-    other arguments, the errors and the cost.
+    other arguments, the errors and the cost. Results are differentiable any number of times with
+    respect to ``values``. If another argument is a tensor that requires a gradient,
+    :func:`smoothing_spline_matrix` is used, at :math:`O(n^3 + n N)` plus :math:`O(n N)` per column.
 
     Args:
         values: ``[..., n, ...]``, the values at the knots, float64, float32, bfloat16 or float16.
@@ -39,11 +41,6 @@ def smoothing_spline(
 
     Returns:
         ``[..., N, ...]``, in the dtype and on the device of ``values``.
-
-    Note:
-        Differentiable any number of times with respect to ``values``. If another argument is a
-        tensor that requires a gradient, :func:`smoothing_spline_matrix` is used, at
-        :math:`O(n^3 + n N)` plus :math:`O(n N)` per column.
 
     Example:
         >>> import torch
@@ -58,12 +55,9 @@ def smoothing_spline(
     learned = any(isinstance(a, Tensor) and a.requires_grad for a in parameters)
     if not (learned and torch.is_grad_enabled()):
         return curve(values, dim)
-    curve(values.detach(), dim)  # checks the values
+    dim = curve.check(values, dim, curve.num_inputs)
     matrix = smoothing_spline_matrix(knots, points, smoothing=smoothing, weights=weights)
-    matrix = matrix.to(device=values.device, dtype=torch.promote_types(values.dtype, torch.float32))
-    with torch.autocast(values.device.type, enabled=False):
-        out: Tensor = torch.tensordot(matrix, values.to(matrix.dtype), dims=([1], [dim]))
-    return out.movedim(0, dim).to(values.dtype)
+    return apply_each(matrix[None], values.movedim(dim, 0)[None])[0].movedim(0, dim)
 
 
 def smoothing_spline_matrix(

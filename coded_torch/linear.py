@@ -7,6 +7,7 @@ is the only file above ``ops`` that knows kernels of splines.
 from __future__ import annotations
 
 import abc
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import ops
 from ._arguments import count, dense, real_array, shown
 from ._arguments import smoothing as check_smoothing
-from ._extension import HAS_CUDA_KERNELS, curve_plan, fits_matrix
+from ._extension import HAS_CUDA_KERNELS, curve_plan
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ _WAITING = 1.5
 # Columns from which rows are read by index: the columns of each group then fill tiles of their own,
 # and for fewer columns copying the rows costs less than tiles half empty.
 _FUSED_COLUMNS = 256
+_MOST = 1 << 26  # numbers of a matrix, 256 MB in float32; without nvcc larger plans run on the host
 
 
 class LinearMap(abc.ABC):
@@ -309,10 +311,10 @@ class SplineMap(LinearMap):
 
     def _to_place(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         coefficients, schedule = super()._to_place(dtype, device)
-        chooses = prefers_matrix if HAS_CUDA_KERNELS else fits_matrix
-        dense = device.type == "cuda" and chooses(self.num_inputs, self.num_outputs)
+        size = self.num_inputs, self.num_outputs
+        dense = prefers_matrix(*size) if HAS_CUDA_KERNELS else math.prod(size) <= _MOST
         # Compiled code would make the matrix anew in every call.
-        if dense and not torch.compiler.is_compiling():
+        if dense and device.type == "cuda" and not torch.compiler.is_compiling():
             exact, _ = super()._to_place(torch.float64, device)
             coefficients = ops.with_matrix(coefficients, schedule, exact)
         return coefficients, schedule

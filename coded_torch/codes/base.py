@@ -41,18 +41,13 @@ class Code(abc.ABC):
     every received set of at least :attr:`min_received` workers, and repeats its bits. The rows of
     every matrix sum to 1. An exact answer is a worker's result of that very input, bit for bit.
 
-    To add a code:
-
-    1. Derive from :class:`FixedCode` if encoder and decoders depend on the arguments alone, from
-       :class:`CurveCode` if inputs and workers also have points, or from this class.
-    2. Write the constructor: it calls ``super().__init__`` first, checks each argument of its own
-       (``_arguments``), and keeps it under its name.
-    3. Write ``_make_encoder()`` and ``_make_decoder(received)`` (``_curve`` with points, ``_plan``
-       here), which return a matrix or a :class:`~coded_torch.linear.LinearMap`, and
-       :attr:`min_received` if one result is not enough.
-    4. Return the values that are worth tuning from :meth:`candidates`.
-    5. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
-       ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``.
+    To add a code, derive from :class:`FixedCode` if encoder and decoders depend on the arguments
+    alone, from :class:`CurveCode` if inputs and workers also have points, or from this class. The
+    constructor calls ``super().__init__`` first, and keeps each argument of its own under its name.
+    Write ``_make_encoder()`` and ``_make_decoder(received)``, ``_curve`` with points, or ``_plan``
+    here; :attr:`min_received` if one result is not enough; and :meth:`candidates` if values are
+    worth tuning. Inherit the tests of :class:`coded_torch.testing.codes.CodeTests`, as
+    ``tests/codes/test_b_spline.py`` does, and compare by ``coded_torch.compare(more=...)``.
 
     Args:
         num_data: K, the number of inputs coded together, at least 1.
@@ -130,9 +125,8 @@ class Code(abc.ABC):
             others: the inputs of other dtypes, from which a callable metric may make features.
 
         Raises:
-            TypeError: an argument has another type.
-            ValueError: the ordering is of another batch size; inputs differ in batch size, or there
-                are none; :func:`torch.func.vmap` hides a dimension of an input.
+            TypeError, ValueError: the ordering or the inputs do not fit the batch, or each other;
+                :func:`torch.func.vmap` hides a dimension of an input.
         """
         name = type(self).__name__
         count(self, "num_stragglers", num_stragglers, 0, self.num_workers)
@@ -241,11 +235,10 @@ class FixedCode(Code):
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
-        if isinstance(made, np.ndarray) and made.shape == sizes[::-1]:
+        if isinstance(made, np.ndarray) and made.ndim == 2:
             made = MatrixMap(made)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
-            shape = str([*made.shape]) if hasattr(made, "shape") else ""
-            got = repr(made) if isinstance(made, LinearMap) else f"{type(made).__name__}{shape}"
+            got = made if isinstance(made, LinearMap) else type(made).__name__
             raise TypeError(
                 f"{type(self).__name__}: _make_{what} must return a NumPy array "
                 f"{[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}, got {got}"

@@ -126,14 +126,7 @@ class BatchPlan(abc.ABC):
         answers: Tensor,
         surrogates: tuple[Tensor, Tensor] | None = None,
     ) -> ErrorBars | None:
-        """Return the error bars of predicted answers; None if the code has none.
-
-        Args:
-            received, results: as for :meth:`decode`.
-            answers: ``[B, ...]``, as :meth:`decode` returned them.
-            surrogates: the tensor subtracted from the results, ``[|F|, G, ...]``, and the tensor
-                added to the answers, ``[B, ...]``. Defaults to none.
-        """
+        """Return the error bars of predicted answers, as a ``RowPlan``; None if there are none."""
         return None
 
 
@@ -157,11 +150,6 @@ class GroupwisePlan(BatchPlan):
         """
         if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
             answers = self.code.decode(results, received)  # [sets, K, G, ...]
-            if answers.shape[2:3] != (self.num_groups,):
-                raise ValueError(
-                    f"{type(self.code).__name__}: results must be [sets, |F|, {self.num_groups}, "
-                    f"...] or [N, {self.num_groups}, ...], got {[*results.shape]}"
-                )
             return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
         return self.code.decoder(received).scattered(results, self._grouping)
 

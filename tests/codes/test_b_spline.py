@@ -1,4 +1,4 @@
-"""A code of one's own, in the five steps of :class:`coded_torch.codes.Code`, from end to end."""
+"""A code of one's own, by the steps of :class:`coded_torch.codes.Code`, from end to end."""
 
 import numpy as np
 import pytest

@@ -104,10 +104,9 @@ def test_the_least_recently_used_decoder_goes_first():
 @pytest.mark.parametrize(
     ("wrong", "got"),
     [
-        (np.eye(3), r"ndarray\[3, 3\]"),
         ([[1.0]], "list"),
-        (np.ones(4), r"ndarray\[4\]"),
-        (MatrixMap(np.eye(3)), r"MatrixMap\(3 -> 3\)"),
+        (np.ones(4), "ndarray"),
+        (np.eye(3), r"MatrixMap\(3 -> 3\)"),
         (None, "NoneType"),
     ],
 )
