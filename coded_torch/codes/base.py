@@ -19,7 +19,7 @@ from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping, check_ordering
 from ..input_space.regression import check_batch, check_link
 from ..linear import LinearMap, MatrixMap, apply_each, unit_rows
-from .plans import BatchPlan, GroupwisePlan, NotEnoughResults, cut
+from .plans import BatchPlan, NotEnoughResults, cut
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -318,7 +318,7 @@ class FixedCode(Code):
         return apply_each(torch.as_tensor(self._decoder_matrices(sets)), results)
 
     def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
-        return GroupwisePlan(self, self._grouping(inputs, size))
+        return BatchPlan(self, self._grouping(inputs, size))
 
     @abc.abstractmethod
     def _make_encoder(self) -> Map: ...

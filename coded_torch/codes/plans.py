@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,9 @@ if TYPE_CHECKING:
     from ..input_space.metrics import Choice
     from ..input_space.ordering import Grouping
     from ..input_space.regression import Regression
-    from .base import Code, FixedCode
+    from .base import Code
 
-__all__ = ["BatchPlan", "DeadlineExceeded", "GroupwisePlan", "NotEnoughResults", "RepetitionPlan"]
-__all__ += ["cut"]
+__all__ = ["BatchPlan", "DeadlineExceeded", "NotEnoughResults", "RepetitionPlan", "cut"]
 
 _SHOWN = 16  # missing results that the message lists
 
@@ -71,8 +69,8 @@ class DeadlineExceeded(NotEnoughResults, TimeoutError):  # noqa: N818 - as above
     """The deadline of a call has passed before enough results arrived to predict the others."""
 
 
-class BatchPlan(abc.ABC):
-    """A code fitted to one batch.
+class BatchPlan:
+    """A code fitted to one batch; this class is the plan of a :class:`FixedCode`.
 
     Attributes:
         code: the code.
@@ -81,32 +79,48 @@ class BatchPlan(abc.ABC):
         choices: the choices by which missing answers of the output decoded last were predicted.
     """
 
-    code: Code
-    batch_size: int
-    num_groups: int
     choices: tuple[Choice, ...] = ()
+
+    def __init__(self, code: Any, grouping: Grouping) -> None:
+        self.code, self._grouping = code, grouping
+        self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
 
     @property
     def note(self) -> str:
         return ""
 
-    @abc.abstractmethod
     def encode(self, values: Tensor) -> Tensor:
         """Return every worker's coded inputs, ``[N, G, ...]``, of the batch, ``[B, ...]``."""
+        self.code.check_values(values)
+        coded: Tensor = self.code.encoder.gathered(values, self._grouping)
+        return coded
 
-    @abc.abstractmethod
-    def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
+    def decode(self, results: Tensor, received: Any) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``.
 
         Args:
             results: ``[|F|, G, ...]``, in the order of ``received``.
             received: the workers of these results, strictly increasing, at least
-                :attr:`~coded_torch.codes.Code.min_received`.
+                :attr:`~coded_torch.codes.Code.min_received`. Many sets, ``[sets, |F|]``, are
+                decoded as by :meth:`FixedCode.decode`, into ``[sets, B, ...]``.
         """
+        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
+            answers = self.code.decode(results, received)  # [sets, K, G, ...]
+            if answers.shape[2:3] != (self.num_groups,):
+                raise ValueError(
+                    f"{type(self.code).__name__}: results must be [sets, |F|, {self.num_groups}, "
+                    f"...] or [N, {self.num_groups}, ...], got {[*results.shape]}"
+                )
+            return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
+        answered: Tensor = self.code.decoder(received).scattered(results, self._grouping)
+        return answered
 
     def source(self, received: Sequence[int]) -> Tensor:
         """Return the result that is each input's own, ``[B]``: a flat index ``[|F|, G]``, or -1."""
-        return torch.full((self.batch_size,), -1)
+        with outside():
+            of_group = self.code.source(received)[:, None]  # [K, 1]
+            flat = of_group * self.num_groups + torch.arange(self.num_groups)
+            return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
     def used(self, received: Sequence[int]) -> Tensor:
         """Return the distinct results that others are predicted from: flat indices ``[|F|, G]``."""
@@ -119,45 +133,9 @@ class BatchPlan(abc.ABC):
             n = len(rows)
             return float(rows.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
 
-    def error_bars(
-        self,
-        received: Sequence[int],
-        results: Tensor,
-        answers: Tensor,
-        surrogates: tuple[Tensor, Tensor] | None = None,
-    ) -> ErrorBars | None:
+    def error_bars(self, *_: Any, **__: Any) -> ErrorBars | None:
         """Return the error bars of predicted answers, as a ``RowPlan``; None if there are none."""
         return None
-
-
-class GroupwisePlan(BatchPlan):
-    """The plan of a fixed code, which treats all groups alike."""
-
-    def __init__(self, code: FixedCode, grouping: Grouping) -> None:
-        self.code: FixedCode = code
-        self.batch_size, self.num_groups = grouping.batch_size, grouping.num_groups
-        self._grouping = grouping
-
-    def encode(self, values: Tensor) -> Tensor:
-        self.code.check_values(values)
-        return self.code.encoder.gathered(values, self._grouping)
-
-    def decode(self, results: Tensor, received: Sequence[int] | Tensor) -> Tensor:
-        """Return answers ``[B, ...]``; of many received sets ``[sets, |F|]``, ``[sets, B, ...]``.
-
-        Results of many sets are ``[sets, |F|, G, ...]``, or ``[N, G, ...]``, as for
-        :meth:`~coded_torch.codes.FixedCode.decode`.
-        """
-        if isinstance(received, (Tensor, np.ndarray)) and received.ndim == 2:
-            answers = self.code.decode(results, received)  # [sets, K, G, ...]
-            return self._grouping.scatter(answers.movedim(0, 2)).movedim(1, 0)
-        return self.code.decoder(received).scattered(results, self._grouping)
-
-    def source(self, received: Sequence[int]) -> Tensor:
-        with outside():
-            of_group = self.code.source(received)[:, None]  # [K, 1]
-            flat = of_group * self.num_groups + torch.arange(self.num_groups)
-            return self._grouping.scatter(torch.where(of_group >= 0, flat, -1))
 
 
 class RepetitionPlan(RowPlan, BatchPlan):
