@@ -79,7 +79,7 @@ def on_host() -> Iterator[None]:
     The caller's own code, run from within, is put into a block of :func:`as_called`.
     """
     mode = _get_current_function_mode()
-    if mode is None or isinstance(mode, _Host):  # without a mode every call of torch is faster
+    if mode is None or isinstance(mode, _Host):  # a mode would slow down every call
         yield
         return
     with _Host("cpu"):

@@ -171,9 +171,6 @@ class MatrixMap(LinearMap):
     Args:
         matrix: ``[num_outputs, num_inputs]``, finite; kept in float64.
 
-    Raises:
-        ValueError: ``matrix`` is not two-dimensional, or not finite.
-
     Example:
         >>> import torch
         >>> from coded_torch.linear import MatrixMap
@@ -271,10 +268,9 @@ class SplineMap(LinearMap):
         weights: ``[n]``, :math:`w`, finite, positive; all 1 by default.
 
     Raises:
-        TypeError: an argument is not an array of real numbers.
-        ValueError: an argument violates its requirement, or float32 cannot hold the plan. The
-            bounds are gaps, and distances of points from the knots, of some 1e38 mean gaps or its
-            inverse, and a smoothing of 1e150 times its cube.
+        TypeError, ValueError: an argument violates its requirement, or float32 cannot hold the
+            plan. The bounds are gaps, and distances of points from the knots, of some 1e38 mean
+            gaps or its inverse, and a smoothing of 1e150 times its cube.
 
     Note:
         Planning costs :math:`O(n + N \log n)` on the host, applying :math:`O(n + N)` per column, or

@@ -53,14 +53,11 @@ class Stragglers(abc.ABC):
             self._generator.manual_seed(count(self, "seed", seed, -(2**63), 2**64 - 1))
 
     def sample(self, num_workers: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw the latencies of one request.
+        """Draw the latencies of one request, ``[N]``, float64, in seconds.
 
         Args:
             num_workers: N, at least 1 and at least S.
             generator: a CPU generator. Defaults to the law's own.
-
-        Returns:
-            ``[N]``, float64, seconds; infinite for workers that never answer.
         """
         instance(self, "generator", generator, torch.Generator, optional=True)
         least = max(1, self.num_stragglers or 0)
@@ -74,6 +71,9 @@ class Stragglers(abc.ABC):
                 f"got {drawn.tolist()}"
             )
         return drawn
+
+    def _time(self, argument: str, seconds: float) -> float:
+        return real(self, argument, seconds, "at least 0", lambda x: x >= 0)
 
     @abc.abstractmethod
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor | Sequence[float]:
@@ -89,20 +89,11 @@ def _uniform(num_workers: int, generator: torch.Generator) -> Tensor:
     return torch.rand(num_workers, dtype=torch.float64, generator=generator)
 
 
-def _time(owner: Stragglers, argument: str, seconds: float) -> float:
-    return real(owner, argument, seconds, "at least 0", lambda x: x >= 0)
-
-
 class Uniform(Stragglers):
     r"""A law under which S workers, drawn uniformly, never answer. The others have latency 0.
 
     Args:
         num_stragglers: S, at least 0, and at most the number of workers.
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> stragglers.Uniform(2, seed=0).sample(5).isinf().sum()
-        tensor(2)
     """
 
     def __init__(self, num_stragglers: int, *, seed: int | None = None) -> None:
@@ -141,7 +132,7 @@ class Bernoulli(Stragglers):
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
         super().__init__(seed)
         self.p = probability(self, "p", p)
-        self.latency = _time(self, "latency", latency)
+        self.latency = self._time("latency", latency)
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         late = _uniform(num_workers, generator) < self.p
@@ -203,12 +194,6 @@ class Markov(Stragglers):
         fail, recover: probabilities, in [0, 1], not both 0.
         good, bad: the latency of a good and of a bad worker, in seconds, at least 0. They default
             to 0 and to infinity.
-
-    Example:
-        >>> from coded_torch import stragglers
-        >>> law = stragglers.Markov(fail=1.0, recover=1.0, good=0.1, bad=2.0, seed=0)
-        >>> sorted((law.sample(1) + law.sample(1)).tolist())
-        [2.1]
     """
 
     def __init__(
@@ -225,8 +210,8 @@ class Markov(Stragglers):
         self.recover = probability(self, "recover", recover)
         if self.fail + self.recover == 0:
             raise ValueError("Markov: fail and recover must not both be 0, got 0 and 0")
-        self.good = _time(self, "good", good)
-        self.bad = _time(self, "bad", bad)
+        self.good = self._time("good", good)
+        self.bad = self._time("bad", bad)
         self._is_bad: Tensor | None = None  # bool [N], at the last request
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:

@@ -165,11 +165,7 @@ class Code(abc.ABC):
         return {}
 
     def replace(self, **values: Any) -> Self:
-        """Return a new code with other values for some of its arguments.
-
-        Raises:
-            TypeError, ValueError: a value is invalid, or the code has no such argument.
-        """
+        """Return a new code with other values for some of its arguments, which are checked."""
         return type(self)(**(self._arguments() | values))
 
     def _arguments(self, defaults: bool = False) -> dict[str, Any]:
@@ -252,11 +248,10 @@ class FixedCode(Code):
 
     @on_host()
     def source(self, received: Sequence[int] | Tensor) -> Tensor:
-        """Return the result that answers each input bit for bit.
+        """Return the result that answers each input bit for bit, ``[K]``, or -1.
 
-        Returns:
-            ``[K]``, places among the received, which are strictly increasing; -1 for inputs without
-            an exact answer, and for all if fewer than :attr:`min_received` are received.
+        Results are places among ``received``, which is strictly increasing. All are -1 if fewer
+        than :attr:`min_received` are received.
         """
         workers = self._received(received)
         if len(workers) < self.min_received or not (self._own >= 0).any():

@@ -19,16 +19,8 @@ def chebyshev_first(num_points: int) -> NDArray[np.float64]:
 
     .. math:: \cos\frac{(2k - 1)\pi}{2n}, \qquad k = n, \dots, 1
 
-    Args:
-        num_points: n, from 1 to 65,536.
-
-    Returns:
-        ``[n]``, float64, strictly inside (-1, 1), symmetric about 0 to the bit.
-
-    Example:
-        >>> from coded_torch.codes import nodes
-        >>> nodes.chebyshev_first(3).round(3).tolist()
-        [-0.866, 0.0, 0.866]
+    The points are ``[n]``, float64, strictly inside (-1, 1), and symmetric about 0 to the bit.
+    ``num_points`` is n, from 1 to 65,536.
     """
     n = count("chebyshev_first", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / n)

@@ -81,25 +81,15 @@ class RegressionCode(Code):
     Then a :class:`~coded_torch.Regression` on all groups' results predicts the answer. The code
     carries inputs of any dtype.
 
+    Copies are planned before there are results: by the metric that is given, if it is one name,
+    else by "shrunk". Without floating-point inputs, copies are equal.
+
     Args:
-        num_data: K, as for every :class:`~coded_torch.codes.Code`.
-        num_workers: N, as for every :class:`~coded_torch.codes.Code`.
-        metric: as for :class:`~coded_torch.Regression`.
-        length: as for :class:`~coded_torch.Regression`.
-        coverage: as for :class:`~coded_torch.Regression`.
-        options: ``ordering``, ``shuffle`` and ``link``, as for every
-            :class:`~coded_torch.codes.Code`.
+        num_data, num_workers, options: as for every :class:`~coded_torch.codes.Code`.
+        metric, length, coverage: as for :class:`~coded_torch.Regression`.
 
     Attributes:
-        regression: that predicts.
-
-    Raises:
-        TypeError: an argument is of another kind than said.
-        ValueError: an argument violates its requirement.
-
-    Note:
-        Copies are planned before there are results: by the metric that is given, if it is one name,
-        else by "shrunk". Without floating-point inputs, copies are equal.
+        regression: the regression that predicts.
 
     Example:
         >>> import torch
@@ -128,7 +118,7 @@ class RegressionCode(Code):
         super().__init__(num_data, num_workers, **options)
         self.regression = Regression(metric, length, self.link, coverage)
         self.metric, self.length = metric, self.regression.length
-        self.metrics, self.coverage = self.regression.metrics, self.regression.coverage
+        self.coverage = self.regression.coverage
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         callables = (x for x in self.regression.metrics if not isinstance(x, str))
@@ -181,7 +171,7 @@ def _copies(
 
 
 def _dealt(points: NDArray[Any]) -> NDArray[Any]:
-    """``[G, N]``, each group's points dealt to other workers, so that a late one is late elsewhere.
+    """Deal each group's points ``[G, N]`` to other workers, so that a late one is late elsewhere.
 
     Points side by side, such as copies of one input, go to workers some steps apart. The number of
     steps differs between groups, so two workers that are late together lose few inputs.
