@@ -80,14 +80,6 @@ def smoothing_spline_matrix(
 
     Returns:
         ``[N, n]``, float64, on the host, at :math:`O(n^3 + n N)`.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.functional import smoothing_spline_matrix
-        >>> smoothing = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
-        >>> fit = smoothing_spline_matrix([0.0, 1.0, 2.0], [1.0], smoothing=smoothing)
-        >>> fit @ torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)
-        tensor([0.5135], dtype=torch.float64, grad_fn=<MvBackward0>)
     """
     SplineMap(knots, points, smoothing=smoothing, weights=weights)  # checks all arguments
     t, z, lam = (_double(a) for a in (knots, points, smoothing))

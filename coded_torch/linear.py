@@ -170,13 +170,6 @@ class MatrixMap(LinearMap):
 
     Args:
         matrix: ``[num_outputs, num_inputs]``, finite; kept in float64.
-
-    Example:
-        >>> import torch
-        >>> from coded_torch.linear import MatrixMap
-        >>> mean = MatrixMap([[0.5, 0.5]])
-        >>> mean(torch.tensor([1.0, 3.0]))
-        tensor([2.])
     """
 
     def __init__(self, matrix: ArrayLike | Tensor) -> None:

@@ -177,14 +177,6 @@ class Code(abc.ABC):
         others = names.keys() - inspect.signature(Code.__init__).parameters if defaults else ()
         return {k: v.default for k, v in names.items() if k in given or k in others} | given
 
-    def check_values(self, values: Tensor) -> None:
-        """Raise a TypeError for values that cannot be mixed, if the code mixes."""
-        if self.mixes and isinstance(values, Tensor) and not values.is_floating_point():
-            raise TypeError(
-                f"{type(self).__name__}: values must be floating-point to be mixed, got "
-                f"{values.dtype}; ReplicationCode and RegressionCode carry any dtype"
-            )
-
     def __repr__(self) -> str:
         given = self._arguments(defaults=True)
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
@@ -243,7 +235,6 @@ class FixedCode(Code):
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:
         """Encode inputs ``[..., K, ...]`` into coded inputs ``[..., N, ...]``, along ``dim``."""
-        self.check_values(values)
         return self.encoder(values, dim)
 
     @on_host()

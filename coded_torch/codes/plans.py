@@ -91,7 +91,6 @@ class BatchPlan:
 
     def encode(self, values: Tensor) -> Tensor:
         """Return every worker's coded inputs, ``[N, G, ...]``, of the batch, ``[B, ...]``."""
-        self.code.check_values(values)
         coded: Tensor = self.code.encoder.gathered(values, self._grouping)
         return coded
 

@@ -96,7 +96,7 @@ def test_codes_that_select_carry_any_dtype(code, dtype):
 @pytest.mark.parametrize("code", MIXING)
 def test_codes_that_mix_refuse_what_cannot_be_mixed(code):
     name = type(code).__name__
-    with pytest.raises(TypeError, match=f"^{name}: values must be floating-point to be mixed, got"):
+    with pytest.raises(TypeError, match=r"values must be a dense, strided .* got"):
         code.plan([inputs(13)], 2).encode(torch.arange(13))
     with pytest.raises(ValueError, match=f"^{name}: inputs must hold a floating-point tensor"):
         code.plan([], 2, batch_size=3)

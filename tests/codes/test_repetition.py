@@ -42,7 +42,7 @@ def network():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    batch_size=st.integers(0, 15),
+    batch_size=st.integers(1, 15),
     code=st.sampled_from(
         [RegressionCode(5, 9), SplineCode(5, 60), BerrutCode(5, 60), ReplicationCode(5, 7)]
     ),
@@ -54,27 +54,14 @@ def test_answers_come_back_in_the_callers_order(batch_size, ordering, code, stra
     """A linear model, which every code reproduces on constants: answer i belongs to input i."""
     x = torch.arange(1.0, batch_size + 1, dtype=torch.float64)[:, None] * torch.ones(3).double()
     ordering = list(range(batch_size))[::-1] if ordering == "reversed" else ordering
-    plan = code.replace(ordering=ordering).plan([x], stragglers) if batch_size else None
-    if plan is None:
-        return
-    received = sorted(
-        torch.randperm(code.num_workers, generator=torch.Generator().manual_seed(seed))[
-            stragglers:
-        ].tolist()
-    )
+    plan = code.replace(ordering=ordering).plan([x], stragglers)
+    order = torch.randperm(code.num_workers, generator=torch.Generator().manual_seed(seed))
+    received = order[stragglers:].sort().values.tolist()
     y = plan.decode(plan.encode(x)[received], received)
     assert y.shape == x.shape
     if isinstance(code, (SplineCode, BerrutCode)) or not stragglers:
         assert bool(((y - x).abs() < 0.5).all())
     assert bool((y >= -batch_size).all())
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 8, 9, 24])
-def test_with_every_worker_the_answers_are_the_models_own(batch_size, generator):
-    x = inputs(batch_size, generator)
-    coded = CodedWrapper(Smooth(), RegressionCode(8, 20))
-    assert torch.equal(coded(x), smooth(x))
-    assert not coded.last_run.radii.any()
 
 
 def test_lost_answers_are_close(generator):
@@ -384,8 +371,3 @@ def test_inputs_with_an_answer_of_their_own():
     assert (code.source(range(9)) >= 0).all()
     with pytest.raises(ValueError, match=r"received must lie in 0\.\.8, got 9"):
         code.source([9])
-
-
-def test_every_input_needs_a_worker():
-    with pytest.raises(ValueError, match="num_workers must be at least num_data, 5, got 4"):
-        ReplicationCode(5, 4)
