@@ -49,7 +49,7 @@ _ANEW = 16  # times that a bar is found anew until all scores are new ones
 
 
 class Recent(NamedTuple):
-    """Rows of recent calls, which serve scores only, never answers."""
+    """Rows of recent calls. They serve scores only, never answers."""
 
     features: Tensor  # [n, d]
     outputs: Tensor  # [n, C]
@@ -133,14 +133,12 @@ class Fit(NamedTuple):
 
     @exactly()
     def scores(self, outputs: Tensor) -> dict[int, float]:
-        r"""Score the rows: the sum of the logarithms of the energy and the peak of their residuals.
+        r"""Score rows ``[n, C]``, if all are finite, by the energy and the peak of their residuals.
 
         Let z be leave-one-out residuals in robust standard deviations, and S their robust
         correlation between outputs. The energy is :math:`z^T S^{-1} z`, and the peak the largest of
         :math:`S^{-1} z`, standardised. Whole rows show in the first, single outputs in the second.
-
-        Args:
-            outputs: ``[n, C]``. If some are not finite, nothing is scored.
+        The score is the sum of their logarithms.
         """
         if self.usable is None or self.residuals is None or not bool(outputs.isfinite().all()):
             return {}
@@ -218,23 +216,21 @@ class Results:
             self._spreads = self._spread(own)  # while others compute
 
     def differences(self, pairs: Collection[tuple[int, int]]) -> list[Mapping[int, float]]:
-        """Return, for pairs of parts, the differences of each common row, in spreads of outputs.
+        """Return, for pairs of parts, by common row the largest difference of any output.
 
-        The largest difference of any output counts: 0 for equal bits, infinite for NaN.
+        It is 0 for equal bits, and infinite for NaN.
         """
         new = [pair for pair in pairs if pair not in self._differences]
-        starts, at = dict[int, int](), 0
-        for part in dict.fromkeys(part for pair in new for part in pair):
-            starts[part], at = at, at + len(self._places[part])
         found = [(pair, row) for pair in new for row in self._places[pair[0]]]
         found = [(pair, row) for pair, row in found if row in self._places[pair[1]]]
-        one, other = ([starts[p[i]] + self._places[p[i]][row] for p, row in found] for i in (0, 1))
+        parts, places = self._placed([(pair[i], row) for i in (0, 1) for pair, row in found])
+        one, other = places[: len(found)], places[len(found) :]
         largest = torch.zeros(len(found))
-        if new:
-            some = self._leaves[new[0][0]]
+        if found:
+            some = self._leaves[parts[0]]
             if len(self._spreads) != len(some):
                 self._spreads = self._spread(some)
-            columns_of = zip(*[self._leaves[part] for part in starts], strict=True)
+            columns_of = zip(*[self._leaves[part] for part in parts], strict=True)
             for leaves, spread in zip(columns_of, self._spreads, strict=True):
                 stacked = torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
                 largest = torch.maximum(largest, _apart(stacked[one], stacked[other], spread))
@@ -264,13 +260,12 @@ class Results:
         if not scores:
             return set()
         top = sorted(scores, key=scores.__getitem__, reverse=True)
-        few = top[: max(1, round(3 * ODD_ROWS * len(top)))]
-        odd, middle = {row for row in few if scores[row] > self._scores.rows.at}, len(top) // 2
+        few, middle = top[: max(1, round(3 * ODD_ROWS * len(top)))], scores[top[len(top) // 2]]
+        odd, means = {row for row in few if scores[row] > self._scores.rows.at}, []
         for row in scores:
             parts[answers[row]].append(row)
-        means = []
         for rows in parts.values():
-            mean = sum(scores[row] for row in rows) / len(rows) - scores[top[middle]]
+            mean = sum(scores[row] for row in rows) / len(rows) - middle
             means.append(mean * math.sqrt(len(rows)))
             if means[-1] > self._scores.parts.at:
                 odd.add(max(rows, key=scores.__getitem__))
@@ -287,11 +282,15 @@ class Results:
 
     def outputs(self, answers: Mapping[int, int]) -> Tensor:
         """Return the outputs that are scored, ``[n, C]``, of n rows."""
+        parts, places = self._placed([(part, row) for row, part in answers.items()])
+        return torch.cat([self._scored[part] for part in parts])[places]
+
+    def _placed(self, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+        """Return the parts in pairs of a part and a row, and each row's place among their rows."""
         starts, at = dict[int, int](), 0
-        for part in dict.fromkeys(answers.values()):
+        for part in dict.fromkeys(part for part, _ in pairs):
             starts[part], at = at, at + len(self._places[part])
-        places = [starts[part] + self._places[part][row] for row, part in answers.items()]
-        return torch.cat([self._scored[part] for part in starts])[places]
+        return list(starts), [starts[part] + self._places[part][row] for part, row in pairs]
 
     def conclude(self, trials: Trials) -> None:
         """Keep credible results, for later calls to learn."""

@@ -95,8 +95,7 @@ class Strikes:
         """Begin a call: draw rows, and hide each in another part, so that no round is added.
 
         The workers of parts are not known yet, so more rows are drawn only if all workers are on
-        probation. ``idle`` workers would begin a part at once. Returns the parts with the rows to
-        check, these rows, and their share.
+        probation. Returns the parts with the rows to check, these rows, and their share.
         """
         with self._lock:
             self._calls += 1
