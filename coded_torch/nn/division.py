@@ -50,11 +50,7 @@ class Inputs:
     """
 
     def __init__(
-        self,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        in_dims: Any,
-        mixing: Code | None = None,
+        self, args: tuple[Any, ...], kwargs: Any, in_dims: Any, mixing: Code | None = None
     ) -> None:
         self.args, self.kwargs = args, kwargs
         # The common case, at a tenth of the cost.
@@ -90,11 +86,8 @@ class Inputs:
 
     def batches(self) -> list[Tensor]:
         """Return the divided inputs, ``[B, ...]`` each."""
-        return [
-            leaf.movedim(dim, 0) if dim else leaf
-            for leaf, dim in zip(self.leaves, self.dims, strict=True)
-            if dim is not None
-        ]
+        pairs = zip(self.leaves, self.dims, strict=True)
+        return [leaf.movedim(dim, 0) if dim else leaf for leaf, dim in pairs if dim is not None]
 
     def floating(self) -> list[Tensor]:
         """Return the floating-point :meth:`batches`: distances are measured on them."""
@@ -159,9 +152,7 @@ def finite(leaf: Tensor) -> bool:
         return True
     leaf = leaf.detach() if leaf.requires_grad else leaf
     # A value that is not finite stays so in every sum; a sum may overflow without one.
-    return math.isfinite(leaf.sum().item()) or all(
-        map(math.isfinite, torch.stack(torch.aminmax(leaf)).tolist())
-    )
+    return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
 
 
 def _not_finite(batches: Sequence[Tensor]) -> Tensor | None:

@@ -57,7 +57,6 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
-        self._fresh: set[int] = set()  # numbers of parts whose worker has to load the module
         self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
     def run(
@@ -137,8 +136,6 @@ class Execution:
             if isinstance(event, workers.Began):
                 self._began[part.number] = event
                 self._asked.add(event.worker)
-                if event.fresh:
-                    self._fresh.add(part.number)
                 if not self._at_once:  # otherwise no part is hedged
                     self._events.append(Began(part.number, event.at, event.fresh))
             else:
@@ -156,7 +153,8 @@ class Execution:
             self._replies[reply.part.number] = reply
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
-                if reply.part.number not in self._fresh:
+                began = self._began.get(reply.part.number)
+                if began is None or not began.fresh:
                     latencies[reply.worker] = reply.at
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good

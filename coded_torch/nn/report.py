@@ -163,10 +163,9 @@ class Report:
             rows = torch.zeros(size, dtype=torch.bool)
             rows[sorted(getattr(verdict, name))] = True
             setattr(self, name, rows)
-        self.corrected = tuple(sorted(verdict.corrected))
+        self.corrected, self.notes = tuple(sorted(verdict.corrected)), self.notes + verdict.notes
         self.disputes, self.strikes = verdict.disputes, verdict.strikes
         self.excluded = verdict.excluded
-        self.notes += verdict.notes
         for worker, count in verdict.strikes.items():
             what = "CodedWrapper: worker %d returned wrong results, as others found: %d in one call"
             logger.warning(what, worker, count)
@@ -211,10 +210,9 @@ class Report:
 
     def warn(self, why: str) -> None:
         """Log how many answers were predicted, and why, unless no more results were wanted."""
-        if self.predicted is None or self.ended not in _CUT_SHORT:
-            return
-        if (count := int(self.predicted.sum())) > 0:
-            because, size = why or _CUT_SHORT[self.ended], len(self.predicted)
+        if self.predicted is not None and self.ended in _CUT_SHORT and self.predicted.any():
+            count, size = int(self.predicted.sum()), len(self.predicted)
+            because = why or _CUT_SHORT[self.ended]
             logger.warning("CodedWrapper: %d of %d answers are predicted: %s", count, size, because)
 
     @contextlib.contextmanager
