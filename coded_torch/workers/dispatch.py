@@ -25,13 +25,14 @@ logger = sparing_logger("coded_torch.workers")
 class Worker:
     """A worker, from its start to its end. Its successor has the same place, ``index``."""
 
+    job: Job | None = None
+    since = 0.0  #: the time when it began its job
+    ready = False  #: true if it is up
+    excluded = False  #: true if it gets no more jobs
+    left = False  #: true if it leaves after its job, and has no successor
+
     def __init__(self, index: int) -> None:
         self.index = index
-        self.job: Job | None = None
-        self.since = 0.0  # the time when it began its job
-        self.ready = False  # true if it is up
-        self.excluded = False  # true if it gets no more jobs
-        self.left = False  # true if it leaves after its job, and has no successor
 
     @property
     def idle(self) -> bool:
@@ -207,7 +208,7 @@ class Dispatcher(abc.ABC, Generic[W]):
         """Put a job that a worker did not take first in the queue again."""
         if (job := self._finish(worker, number)) is not None:
             with self._lock:
-                job.request.put_back(job.part)
+                job.began = None
                 self._jobs.appendleft(job)
         self.refuse()
 

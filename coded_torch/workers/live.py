@@ -106,12 +106,6 @@ class LiveRequest(Request):
             self._events.put(began)
             return True
 
-    def put_back(self, part: Part) -> None:
-        """Note that a part has still to begin, as its worker did not take it."""
-        with self._lock:
-            if part.number in self._open:
-                self._open[part.number].began = None
-
     def settle(self, part: Part, value: Any = None, *why: Any) -> None:
         """End a part, unless it has ended, by a value, or by an error with a reason and so on."""
         with self._lock:

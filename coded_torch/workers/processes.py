@@ -89,13 +89,14 @@ class ProcessWorkers(SupervisedWorkers):
 class _Process(WatchedWorker):
     """A process, the connection to it, and the descriptor on which the server tells its end."""
 
+    _forked = False  # true if the server has told its process id
+
     def __init__(
         self, index: int, connection: Connection, descriptor: int, packages: frozenset[str]
     ) -> None:
         super().__init__(index)
         self.connection, self.descriptor = connection, descriptor
         self.packages = packages  # the packages that its server has imported
-        self._forked = False
 
     def exit_code(self, seconds: float) -> int | None:
         """Return the exit code, if the server tells it within some seconds."""

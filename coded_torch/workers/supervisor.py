@@ -43,12 +43,10 @@ _pools = itertools.count()
 class WatchedWorker(Worker):
     """A process or an actor: starting, loading a module, at a job, or idle."""
 
-    def __init__(self, index: int) -> None:
-        super().__init__(index)
-        self.pid = 0  # 0 until it is known
-        self.loading = False  # true until it has loaded the module of its job
-        self.unwanted = False  # true if it is to be ended
-        self.modules: frozenset[int] = frozenset()  # the numbers of its modules
+    pid = 0  #: 0 until it is known
+    loading = False  #: true until it has loaded the module of its job
+    unwanted = False  #: true if it is to be ended
+    modules: frozenset[int] = frozenset()  #: the numbers of its modules
 
     def is_new_to(self, module: PackedModule) -> bool:
         return module.number not in self.modules
