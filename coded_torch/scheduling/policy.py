@@ -38,7 +38,6 @@ _TRIES, _TRIES_IF_EXACT = 3, 20
 _SUSPECT, _POISON = 0.2, 1e-5
 
 _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
-_NO_FAILURE = Failure()
 
 
 class Policy:
@@ -83,7 +82,7 @@ class _Part:
     seconds = math.inf  # a good result's latency
     fresh: bool | None = None  # None: it has not begun
     worker = -1
-    failure = _NO_FAILURE
+    failure = Failure()
     replaced = won = False
 
     def __init__(
@@ -129,8 +128,7 @@ class _Call:
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
         self.given_up: dict[int, int] = {}  # the last part that failed, by unit
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
-        half = math.inf if waiting.at_once else (waiting.deadline or math.inf) / 2
-        budget = waiting.hedge_budget
+        half, budget = (waiting.deadline or math.inf) / 2, waiting.hedge_budget
         self.threshold = functools.cache(
             lambda n: history.hedging_threshold(n * unit_rows, budget, half)
         )
@@ -382,9 +380,8 @@ class _Call:
         if not self.waiting.at_once:
             self._remember()
         hedges = [
-            Hedge(part.number, part.of.number, part.units, part.at - self.since, part.won)
+            Hedge(part.number, part.line[1].number, part.units, part.at - self.since, part.won)
             for part in self.parts[self.num_first :]
-            if part.of is not None
         ]
         threshold = self.history.hedging_threshold(self.rows, self.waiting.hedge_budget)
         refused = tuple(sorted(set(self.refused.values())))
