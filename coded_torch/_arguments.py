@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,10 +141,14 @@ def find_devices(
 ) -> tuple[torch.device, ...]:
     """Return the devices of a pool, at least one; ``find`` returns the device of a name."""
     must = f"{_name(owner)}: devices must"
-    if isinstance(devices, str | torch.device | Tensor) or not isinstance(devices, Iterable):
+    try:
+        named = None if isinstance(devices, str | torch.device | Tensor) else list(devices)
+    except TypeError:
+        named = None
+    if named is None:
         raise TypeError(f"{must} be a sequence of devices, got {shown(devices)}")
     found = []
-    for device in devices:
+    for device in named:
         try:
             found.append(find(device))
         except TypeError:

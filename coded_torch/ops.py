@@ -15,8 +15,7 @@ from ._torch import tangent_of
 __all__ = ["inner_products", "matern52", "matern52_among", "spline_apply", "squared_distances"]
 __all__ += ["with_matrix"]
 
-_OPERATORS = torch.ops.coded_torch
-_OPERATOR = _OPERATORS.spline_apply.default
+_OPERATOR = torch.ops.coded_torch.spline_apply.default
 _SHORTEST = 1e-30  # length of a covariance, the shortest whose inverse float32 holds
 
 
@@ -170,9 +169,13 @@ class _Transformed(torch.autograd.Function):
         return _apply(tangent, coefficients, schedule, ctx.transpose, *where)
 
 
-def _no_gradient(owner: str, argument: str, tensor: Tensor) -> None:
+def _run(name: str, argument: str, tensor: Tensor, *rest: Any) -> Tensor:
+    """Run an operator that has no gradient on ``tensor``, the caller's ``argument``."""
     if torch.is_grad_enabled() and tensor.requires_grad:
+        owner = name.removesuffix("_out")
         raise RuntimeError(f"{owner}: {argument} must not require a gradient, it has none")
+    out: Tensor = getattr(torch.ops.coded_torch, name).default(tensor, *rest)
+    return out
 
 
 def _scale(length: float) -> float:
@@ -194,10 +197,9 @@ def matern52(squared_distances: Tensor, length: float, *, out: Tensor | None = N
         The covariances, to within a few roundings. They are 0 below 2e-16 in float32, 1e-147 in
         float64, since subnormal products cost many times the time. NaN and negatives give NaN.
     """
-    _no_gradient("matern52", "squared_distances", squared_distances)
-    if out is None:
-        out = torch.empty_like(squared_distances, memory_format=torch.contiguous_format)
-    _OPERATORS.matern52_out.default(squared_distances.contiguous(), _scale(length), out)
+    squared = squared_distances.contiguous()
+    out = torch.empty_like(squared) if out is None else out
+    _run("matern52_out", "squared_distances", squared, _scale(length), out)
     return out
 
 
@@ -208,26 +210,18 @@ def matern52_among(
 
     ``rows`` and ``columns`` are int64; on the CPU, one out of bounds raises a RuntimeError.
     """
-    _no_gradient("matern52_among", "squared_distances", squared_distances)
-    operator = _OPERATORS.matern52_among.default
-    covariances: Tensor = operator(squared_distances, rows, columns, _scale(length))
-    return covariances
+    where = rows, columns, _scale(length)
+    return _run("matern52_among", "squared_distances", squared_distances, *where)
 
 
 def squared_distances(rows: Tensor, squares: Tensor, nothing: float) -> Tensor:
     r"""Return the squared distances of all rows from each other, :math:`O(n^2 L)`.
 
     They are sums of squared differences, so every distance is exact to a few roundings, however
-    small. A distance of at most ``nothing`` times :math:`1 + s_a + s_b` is 0.
-
-    Args:
-        rows: ``[n, L]``, contiguous, finite, float64 or float32.
-        squares: ``[n]``, s, of the same dtype: the squared lengths of the rows.
-        nothing: at least 0.
+    small. A distance of at most ``nothing``, at least 0, times :math:`1 + s_a + s_b` is 0. ``rows``
+    are ``[n, L]``, contiguous, finite, float64 or float32, and their squared lengths s ``squares``.
     """
-    _no_gradient("squared_distances", "rows", rows)
-    distances: Tensor = _OPERATORS.squared_distances.default(rows, squares, nothing)
-    return distances
+    return _run("squared_distances", "rows", rows, squares, nothing)
 
 
 def inner_products(rows: Tensor) -> Tensor:
@@ -235,9 +229,7 @@ def inner_products(rows: Tensor) -> Tensor:
 
     ``rows`` are ``[n, L]``, contiguous, float64 or float32.
     """
-    _no_gradient("inner_products", "rows", rows)
-    products: Tensor = _OPERATORS.inner_products.default(rows)
-    return products
+    return _run("inner_products", "rows", rows)
 
 
 _FAKES: dict[str, Any] = {

@@ -322,7 +322,10 @@ class FixedCode(Code):
 
     def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__
-        workers = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
+        try:
+            workers = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
+        except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor without numbers
+            workers = np.array(None)
         if workers.ndim != 1 or (workers.size and workers.dtype.kind not in "iu"):
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"

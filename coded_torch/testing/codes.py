@@ -155,7 +155,7 @@ class CodeTests:
                 code.decoder([worker])
 
     def test_received_that_are_no_indices(self, code):
-        for received in ([0.5], ["0"], torch.tensor([0.0]), 3, torch.zeros(2, 2, dtype=int)):
+        for received in ([0.5], ["0"], [[0], [0, 1]], torch.ones(1), 3, torch.ones(2, 2).int()):
             with pytest.raises(TypeError, match="received must be a sequence of worker indices"):
                 code.decoder(received)
 
