@@ -117,12 +117,14 @@ class Centred(NamedTuple):
     rows: Tensor  # [n, d]
     mean: Tensor  # [d], after division
     size: float
-    spread: float  # the root mean square of the rows' lengths; 0 if all rows are equal
+    spread: float  # the root mean square of the rows' lengths; 0 if all rows are equal, or NaN
 
     @classmethod
     def of(cls, x: Tensor) -> Centred:
         """Centre rows ``[n, d]``."""
         largest = max(map(abs, map(float, torch.aminmax(x)))) if x.numel() else 0.0
+        if not math.isfinite(largest):
+            return cls(x, x.mean(0), 1.0, math.nan)
         if not largest > torch.finfo(x.dtype).tiny:
             return cls(torch.zeros_like(x), x.new_zeros(x.shape[1]), 1.0, 0.0)
         size = 1.0

@@ -350,7 +350,7 @@ class Distances:
                 maps = transforms(METRICS[DEFAULT], leaves)
             if maps is not None:
                 features = [x.of_fitted(leaf) for x, leaf in zip(maps, leaves, strict=True)]
-                if all(math.isfinite(float(x.scale.sum())) for x in maps):
+                if all(math.isfinite(float(x.sum())) for x in features):
                     self._geometries[key] = Geometry(
                         features[0] if len(features) == 1 else torch.cat(features, 1)
                     )

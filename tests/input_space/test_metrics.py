@@ -231,6 +231,18 @@ def test_a_callable_that_fails_is_left_out(stem, reason, caplog):
     assert report.distances[0].metric == "shrunk"
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_callable_whose_features_are_not_finite_is_left_out(bad):
+    def stem(x):
+        features = x.square()
+        features[7, 1] = bad
+        return features
+
+    x = normal(60, 3)
+    without, _ = answered(torch.sin, RegressionCode(20, 24), x)
+    assert answered(torch.sin, RegressionCode(20, 24, metric=stem), x)[0] == without
+
+
 def test_token_ids_are_near_by_their_embeddings():
     """Without a callable there is nothing to measure: lost answers are the mean."""
     weight = normal(30, 8)
