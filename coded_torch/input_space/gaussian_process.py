@@ -87,7 +87,7 @@ class GaussianProcess:
         self._mean, self._precision = mean, float(mean.sum())
         self._last: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._last_weights: tuple[Tensor, Tensor] | None = None
-        self._last_residuals: tuple[Tensor, Tensor] | None = None
+        self._last_results: tuple[Tensor, tuple[Tensor, Tensor, float]] | None = None
 
     def _factored(self, dtype: torch.dtype) -> tuple[Tensor, bool]:
         """Return the covariance's lower Cholesky factor, and whether there is none."""
@@ -148,12 +148,20 @@ class GaussianProcess:
     def predict(self, points: Tensor, results: Tensor, trust: float = 1.0) -> Tensor:
         """Return predictions ``[L, C]`` at points ``[L]``, shrunk towards the mean of results."""
         half, left, _ = self._toward(points)
-        y = results.to(torch.promote_types(results.dtype, torch.float32))
-        centre = y.mean(0)
-        y = (y - centre).to(half.dtype)
-        found = half @ self._half(y.T).T
-        found.addr_(left.to(found), self._mean @ y / self._precision)
-        return (found.mul_(trust) + centre).to(results.dtype)
+        right, mean, size = self._seen(results)
+        found = (half @ right.T).addr_(left.to(half), mean).double()
+        return found.mul_(trust * size) + results.mean(0)
+
+    def _seen(self, results: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return scaled results times L^-T, ``[C, M]``, their mean ``[C]``, and the scale.
+
+        Results are ``[M, C]``, float64. All is kept for the last results.
+        """
+        if self._last_results is None or not torch.equal(self._last_results[0], results):
+            y, size = scaled(results)
+            y = y.to(self._factor.dtype)
+            self._last_results = results, (self._half(y), y @ self._mean / self._precision, size)
+        return self._last_results[1]
 
     def coefficients(self, results: Tensor) -> tuple[Tensor, Tensor]:
         """Return A, ``[M, C]``, and b, ``[C]``: for covariances k, ``k A + b`` is predicted."""
@@ -175,18 +183,12 @@ class GaussianProcess:
     def leave_one_out_residuals(self, results: Tensor) -> Tensor:
         """Return the results that are left out less their predictions from all others, ``[n, C]``.
 
-        The residuals of the last results, ``[M, C]``, float64, are kept.
+        Results are ``[M, C]``, float64.
         """
-        if self._last_residuals is not None and torch.equal(self._last_residuals[0], results):
-            return self._last_residuals[1]
-        y, size = scaled(results)
-        y = y.to(self._factor.dtype)
-        mean = (y @ self._mean / self._precision).numpy()
-        over = (self._of_left_out @ self._half(y).T).numpy()  # over variances
-        over -= self._mean[self.left_out].numpy()[:, None] * mean
-        residuals = torch.from_numpy(over * (self.leave_one_out_variances.numpy()[:, None] * size))
-        self._last_residuals = results, residuals
-        return residuals
+        right, mean, size = self._seen(results)
+        over = (self._of_left_out @ right.T).numpy()  # over variances
+        over -= self._mean[self.left_out].numpy()[:, None] * mean.numpy()
+        return torch.from_numpy(over * (self.leave_one_out_variances.numpy()[:, None] * size))
 
     def leave_one_out_error(self, results: Tensor) -> tuple[float, float]:
         r"""Return how well results are predicted from each other, each from all others.

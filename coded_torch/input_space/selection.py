@@ -189,8 +189,10 @@ class Part:
                 choice, trust = fitted.choice, fitted.choice.trust
                 fewer = results.numel() < len(results) * len(missing)
                 if trust > 0 and len(used) > _WEIGHED and fewer and simple:
-                    some = results.reshape(len(results), -1)[used]
-                    predicted = fitted.process.predict(missing, some, trust)
+                    some = fitted.sample
+                    if some.numel() < len(used) * results[0].numel():
+                        some = _columns(results)[used].double()
+                    predicted = fitted.process.predict(missing, some, trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
                     answers[missing] = predicted.view(-1, *results.shape[1:])
                     return answers, choice
