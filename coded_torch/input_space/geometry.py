@@ -11,12 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .._arguments import dense
 from .._torch import exactly, on_host
 from ..ops import inner_products, squared_distances
 
-__all__ = ["Centred", "Geometry", "added_up", "check_inputs", "distances_among", "evenly"]
-__all__ += ["landmarks", "typical_rows"]
+__all__ = ["Centred", "Geometry", "added_up", "evenly", "typical_rows"]
 
 # More features are added up in buckets, with random signs: Gram matrices of 150,528 take a seventh
 # of the time on batches of 240 pictures (measured once; no benchmark keeps it). It is prime, as
@@ -57,7 +55,8 @@ class Geometry:
     @on_host()
     def __init__(self, rows: Tensor) -> None:
         self._rows = rows
-        self._some = landmarks(len(rows))
+        least, most = _LANDMARKS
+        self._some = evenly(len(rows), min(max(len(rows) // 4, least), most))
         self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]
         self._at: dict[float, tuple[Tensor, Tensor, float]] = {}
 
@@ -142,32 +141,6 @@ def evenly(size: int, most: int) -> Tensor:
     if size <= most:
         return torch.arange(size)
     return torch.arange(most) * size // max(most, 1)
-
-
-def landmarks(size: int) -> Tensor:
-    """Return the rows that determine the covariance of so many."""
-    least, most = _LANDMARKS
-    return evenly(size, min(max(size // 4, least), most))
-
-
-def distances_among(rows: Tensor) -> Tensor:
-    """Return the squared distances of rows ``[n, L]`` as they are, ``[n, n]``."""
-    return squared_distances(rows.contiguous(), rows.square().sum(1), 0.0)
-
-
-def check_inputs(owner: str, inputs: Sequence[Tensor]) -> None:
-    """Raise an error unless inputs are a sequence of dense tensors of one batch size."""
-    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
-        raise TypeError(
-            f"{owner}: inputs must be a sequence of tensors, got {type(inputs).__name__}"
-        )
-    for i, x in enumerate(inputs):
-        dense(owner, f"inputs[{i}]", x)
-        if not x.dim() or len(x) != len(inputs[0]):
-            raise ValueError(
-                f"{owner}: inputs[{i}] must have the batch size of the first along dim 0, "
-                f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
-            )
 
 
 def added_up(x: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._arguments import count, instance, positive, real, shown
+from .._arguments import count, dense, instance, positive, real, shown
 from .._torch import exactly, outside, plain
 from .error_bars import ErrorBars
-from .geometry import check_inputs
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
 from .selection import LENGTHS, MOST_ROWS, Part
 
@@ -232,7 +231,16 @@ def check_batch(
     owner: str, inputs: Sequence[Tensor], batch_size: int | None
 ) -> tuple[list[Tensor], int]:
     """Return the plain inputs and the size of the batch, or raise as :meth:`Regression.plan`."""
-    check_inputs(owner, inputs)
+    if isinstance(inputs, (Tensor, str, bytes)) or not isinstance(inputs, Sequence):
+        what = type(inputs).__name__
+        raise TypeError(f"{owner}: inputs must be a sequence of tensors, got {what}")
+    for i, x in enumerate(inputs):
+        dense(owner, f"inputs[{i}]", x)
+        if not x.dim() or len(x) != len(inputs[0]):
+            raise ValueError(
+                f"{owner}: inputs[{i}] must have the batch size of the first along dim 0, "
+                f"got shape {tuple(x.shape)} beside {tuple(inputs[0].shape)}"
+            )
     numbers = [plain(owner, f"inputs[{i}]", leaf) for i, leaf in enumerate(inputs)]
     if batch_size is None and not numbers:
         raise ValueError(f"{owner}: batch_size must be given where there are no inputs, got None")

@@ -19,7 +19,7 @@ from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
 from ..input_space.error_bars import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
-from ..input_space.geometry import distances_among, evenly, typical_rows
+from ..input_space.geometry import Geometry, evenly, typical_rows
 from ..input_space.metrics import (
     DEFAULT,
     METRICS,
@@ -310,7 +310,7 @@ class _Snapshot:
 
     def __init__(self, form: Any, space: _Space, rows: Tensor, outputs: Tensor) -> None:
         self.form, self._space = form, space
-        squared = distances_among(rows)
+        squared, _ = Geometry(rows).squared_distances(0.0)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
         self._length = LENGTH * path_step(among, similarity_order(among.sqrt()).numpy())
