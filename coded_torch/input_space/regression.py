@@ -39,8 +39,8 @@ class Regression:
             gradients, once a call, if a row is missing. If it fails, it is left out, and the report
             says so. Defaults to "auto".
         length: of the regression, positive, in median distances between neighbours on a path
-            through the batch. "auto" chooses among 1, 2, 4, 8 and half a step, by the root of 2, to the
-            better side. Defaults to "auto".
+            through the batch. "auto" chooses among 1, 2, 4, 8 and half a step, by the root of 2, to
+            the better side. Defaults to "auto".
         link: "softmax" if all outputs are probabilities over their last dimension: they are
             predicted on the scale of logits. Defaults to None.
         coverage: the probability, between 0 and 1, with which the error of a predicted answer is at

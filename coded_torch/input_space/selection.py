@@ -23,7 +23,7 @@ from .metrics import Choice, Distances, Features, key_of, name_of
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
-#: step to the better side of the best; no others were better. (theory, section 11; benchmarks distances)
+#: step to the better side; no others were better. (theory, section 11; benchmarks distances)
 LENGTH = 2.0
 LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
