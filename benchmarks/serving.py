@@ -5,7 +5,10 @@ six worker processes. Requests of 1 to 8 rows arrive on their own, and latencies
 request was due. Some calls are delayed by 50 ms, and a worker is killed every 5 s.
 
 - faults: every row is compared with the module's own output;
-- predicted: how often LeNet-5's class is predicted rightly from so many earlier answers.
+- predicted: how often LeNet-5's class is predicted rightly from so many earlier answers;
+- saturation: rows a second of a model that sleeps 1 ms a row, one row a request, by the number of
+  connections. "direct" has the same server and batcher, whose threads call the model. Ray Serve and
+  LitServe have as many processes and the same size of a batch.
 """
 
 from __future__ import annotations
@@ -13,29 +16,40 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.client
+import importlib.util
+import itertools
 import json
 import math
+import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
+import uvicorn
 from torch import Tensor
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch.serve import TensorSpec, app
+from coded_torch.serve.batcher import Batch
+from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
+from .data import MissingDataError
 from .runs import Measurement
+from .serving_peers import BATCH, FEATURES, PATH, PEERS, PROCESSES, sleeping
 from .traffic import drive, percentiles
 
 SEED = 0  # the seed of requests, delays and kills
@@ -46,17 +60,24 @@ SLACK = 0.015  # seconds after the deadline
 WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
 HELD_OUT = 960  # digits
-START = 120.0  # seconds that a server may take to come up
+START = 240.0  # seconds that a server may take to come up
+CONNECTIONS = (1, 8, 32, 64)
+ROUNDS = 3
+# wrk prints the last line, and counts what is not answered by 200.
+SCRIPT = """
+wrk.method, wrk.body, wrk.headers["Content-Type"] = "POST", '%s', "application/json"
+function done(all, latency)
+  local e = all.errors
+  print(string.format('{"rows a second": %%f, "p50": %%f, "p99": %%f, "failed": %%d}',
+    (all.requests - e.status) * 1e6 / all.duration, latency:percentile(50) / 1e3,
+    latency:percentile(99) / 1e3, e.status + e.timeout + e.connect + e.read + e.write))
+end
+"""
 OUTPUTS = [{"name": name, "parameters": {"binary_data": True}} for name in ("output", "predicted")]
 
 
-def main(port: str) -> None:
-    """Serve, for the benchmark."""
-    import uvicorn
-
-    from coded_torch.serve import TensorSpec, app
-
-    torch.set_num_threads(1)  # the processors are the workers'
+def lenet5_app() -> Any:
+    """Return the application of the faults."""
     pool = ProcessWorkers(N, grace=10 * DEADLINE)
     law = Bernoulli(0.03, latency=0.05, seed=SEED)
     coded = CodedWrapper(
@@ -65,50 +86,83 @@ def main(port: str) -> None:
         parts=K,
         surrogate=Memory(),
     )
-    served = app(
-        coded,
-        name="lenet5",
-        inputs=[TensorSpec("input", "FP32", (1, 28, 28))],
-        outputs=[TensorSpec("output", "FP32", (10,))],
-        deadline=DEADLINE,
+    inputs, outputs = TensorSpec("input", "FP32", (1, 28, 28)), TensorSpec("output", "FP32", (10,))
+    return app(coded, name="model", inputs=[inputs], outputs=[outputs], deadline=DEADLINE)
+
+
+def saturated_app(direct: bool) -> Any:
+    """Return the application of the sleeping model, whose batcher may call it in its threads."""
+    model = sleeping()
+    coded = CodedWrapper(
+        model,
+        workers=LocalWorkers() if direct else ProcessWorkers(PROCESSES),
+        parts=1,
+        waiting=Waiting(predict=False),
     )
-    # uvloop is no dependency.
-    uvicorn.run(served, host="127.0.0.1", port=int(port), loop="asyncio", log_level="critical")
+    one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
+    limits: Any = {"max_batch_size": BATCH, "max_ongoing_batches": PROCESSES}
+    made = app(coded, name="model", inputs=one[0], outputs=one[1], deadline=10.0, **limits)
+    if direct:
+
+        def compute(inputs: list[Tensor], _: float) -> Batch:
+            added = [torch.zeros(len(inputs[0]), dtype=spec.dtype) for spec in ADDED]
+            return Batch([model(*inputs), *added], Report(), set())
+
+        made.state.service.batcher._compute = compute
+    return made
+
+
+def main(kind: str, port: str) -> None:
+    """Serve, for the benchmark."""
+    torch.set_num_threads(1)  # the processors are the workers'
+    made = lenet5_app() if kind == "faults" else saturated_app(kind == "direct")
+    uvicorn.run(made, host="127.0.0.1", port=int(port), log_level="critical")
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[Callable[[Tensor], tuple[Tensor, Report]]]:
-    """Run a server; yields a function that has it answer images, in any thread."""
+def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
+    """Run a server; yields its port once it answers a request."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.serving", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    script = f"{__package__}.serving{'_peers' if kind in PEERS else ''}"
+    command = [sys.executable, "-m", script, kind, str(port)]
+    # The replicas of Ray Serve answer by themselves, which is faster than its proxy.
+    variables = os.environ | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=variables)
+    asked = Request(f"http://127.0.0.1:{port}{PATH}", body, headers)
     until = time.monotonic() + START
     try:
         while True:
-            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v2/health/ready"):
+            with contextlib.suppress(OSError), urlopen(asked, timeout=10):
                 break
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError("the server did not come up")
+                raise RuntimeError(f"the server {kind} did not come up")
             time.sleep(0.05)
-        send = functools.partial(_send, threading.local(), port)
-        drive(send, batches(WARM_UP, SEED + 1)[0], 50.0, SEED + 1)
-        yield send
+        yield port
     finally:
-        process.kill()
-        process.wait(30)
+        process.terminate()  # its own processes end with it
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def message(images: Tensor) -> tuple[bytes, dict[str, str]]:
+    """Return the body of a binary request and its headers."""
+    data = images.numpy().tobytes()
+    entry = {"name": "input", "datatype": "FP32", "shape": list(images.shape)}
+    entry["parameters"] = {"binary_data_size": len(data)}
+    head = json.dumps({"inputs": [entry], "outputs": OUTPUTS}).encode()
+    return head + data, {"Inference-Header-Content-Length": str(len(head))}
 
 
 def _send(mine: threading.local, port: int, images: Tensor) -> tuple[Tensor, Report]:
     """Send a request over this thread's connection."""
     if not hasattr(mine, "connection"):
         mine.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    size, data = len(images), images.numpy().tobytes()
-    entry = {"name": "input", "datatype": "FP32", "shape": list(images.shape)}
-    entry["parameters"] = {"binary_data_size": len(data)}
-    head = json.dumps({"inputs": [entry], "outputs": OUTPUTS}).encode()
-    length = {"Inference-Header-Content-Length": str(len(head))}
-    mine.connection.request("POST", "/v2/models/lenet5/infer", head + data, length)
+    size = len(images)
+    mine.connection.request("POST", PATH, *message(images))
     answer = mine.connection.getresponse()
     body = answer.read()
     if answer.status != 200:
@@ -132,7 +186,10 @@ def faults(seconds: float) -> dict[str, Any]:
     rate, (images, labels) = 100.0, digits()
     count = int(rate * seconds)
     rows, exact = batches(count, SEED)[1], lenet5()(images)
-    with serving() as send:
+    body, headers = message(images[:1])
+    with serving("faults", body, **headers) as port:
+        send = functools.partial(_send, threading.local(), port)
+        drive(send, batches(WARM_UP, SEED + 1)[0], 50.0, SEED + 1)
         replies = drive(send, batches(count, SEED)[0], rate, SEED)
     answered = [(r, x) for r, x in zip(replies, rows, strict=True) if r.report is not None]
     logits = torch.cat([reply.answers for reply, _ in answered])
@@ -179,9 +236,55 @@ def predicted() -> dict[str, Any]:
     return {"right class": found}
 
 
+def load(port: int, connections: int, seconds: float, script: str) -> dict[str, Any]:
+    """Send requests over kept connections, one after the other on each, by wrk."""
+    url = f"http://127.0.0.1:{port}{PATH}"
+    options = ["-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "20s"]
+    done = subprocess.run(
+        ["wrk", *options, "-s", script, url], capture_output=True, text=True, timeout=60, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def saturation(quick: bool) -> dict[str, Any]:
+    """Return the rows a second of servers, the medians of rounds in which they take turns."""
+    for found, how in (("wrk", "apt-get install wrk"), ("litserve", "pip install litserve")):
+        if not (shutil.which(found) or importlib.util.find_spec(found)):
+            raise MissingDataError(f"{found} is not installed; get it with: {how}")
+    entry = {"name": "input", "datatype": "FP32", "shape": [1, FEATURES], "data": [0.5] * FEATURES}
+    body, kind = json.dumps({"inputs": [entry]}), {"Content-Type": "application/json"}
+    servers, begin = ("ours", "direct", *PEERS), os.getloadavg()[0]
+    every: dict[str, dict[str, list[Any]]] = {}
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script, contextlib.ExitStack() as stack:
+        script.write(SCRIPT % body)
+        script.flush()
+        ports = {x: stack.enter_context(serving(x, body.encode(), **kind)) for x in servers}
+        for number in range(-1, 1 if quick else ROUNDS):
+            for connections, (server, port) in itertools.product(CONNECTIONS, ports.items()):
+                found = load(port, connections, 1, script.name)
+                if number >= 0:  # the first round warms up
+                    of = every.setdefault(server, {})
+                    of.setdefault(str(connections), []).append(found)
+    table = {
+        server: {
+            at: {what: round(float(np.median([x[what] for x in runs])), 1) for what in runs[0]}
+            for at, runs in of.items()
+        }
+        for server, of in every.items()
+    }
+    most = str(CONNECTIONS[-1])
+    rows = {server: of[most]["rows a second"] for server, of in table.items()}
+    return {
+        "load of the machine": [round(begin, 1), round(os.getloadavg()[0], 1)],
+        "servers": table,
+        "ours over": {server: round(rows["ours"] / rows[server], 3) for server in servers[1:]},
+    }
+
+
 def measurements(quick: bool) -> Iterator[Measurement]:
     yield ("predicted",), predicted
     yield ("faults",), functools.partial(faults, 4 if quick else 60)
+    yield ("saturation",), functools.partial(saturation, quick)
 
 
 def settings(quick: bool) -> dict[str, Any]:

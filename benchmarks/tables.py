@@ -345,6 +345,11 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "verification": found_wrong,
     "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),
+    "saturation": Table(
+        "serving > saturation > servers > *",
+        ("connections",),
+        {at: f"{at} > rows a second:.0f" for at in ("1", "8", "32", "64")},
+    ),
     "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
     "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
     "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),

@@ -59,17 +59,17 @@ class Load:
 
 
 class Sleeping(nn.Module):
-    """A model that sleeps for 1 ms and 9 ms for every 16 rows, beside its computation.
+    """A model that sleeps for some seconds a batch and a row, beside its computation.
 
     So processes behave like machines, however few processors they share.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, batch: float = 1e-3, row: float = 9e-3 / 16) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.batch, self.row = model, batch, row
 
     def forward(self, images: Tensor) -> Any:
-        time.sleep(0.001 + 0.009 * len(images) / 16)
+        time.sleep(self.batch + self.row * len(images))
         return self.model(images)
 
 
