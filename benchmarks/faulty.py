@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from types import SimpleNamespace
@@ -17,8 +18,7 @@ from coded_torch.verification import Strikes, Trials
 
 from .subjects import SEED, run, subject
 
-__all__ = ["BATCH_SIZE", "FAULTS", "ROUNDING", "WORKERS", "Compute", "Data", "Fleet", "Outcome"]
-__all__ += ["Voters"]
+__all__ = ["BATCH_SIZE", "FAULTS", "ROUNDING", "WORKERS", "Data", "Fault", "Fleet", "Voters"]
 
 WORKERS, BATCH_SIZE = 24, 240
 #: The difference between honest results, in spreads of the outputs.
@@ -60,10 +60,13 @@ class Fleet:
         num_workers: M, which is the number of parts, too.
         share: the share of rows that are checked.
         seed: the seed of all draws.
+
+    Attributes:
+        seconds: of each call, until the first wait, and after the last result of a first part.
     """
 
     def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
-        self.random = random.Random(seed)
+        self.random, self.seconds = random.Random(seed), list[tuple[float, float]]()
         self.strikes = Strikes(
             SimpleNamespace(places=range(num_workers)), share, random.Random(seed + 1)
         )
@@ -97,10 +100,12 @@ class Fleet:
         compute: Compute,
     ) -> None:
         events, event, added = deque[Event](), None, 0
+        begin, first_wait, first_parts = time.perf_counter(), 0.0, 0
         while True:
             try:
                 decision = policy.send(event)
             except StopIteration:
+                self.seconds.append((first_wait, time.perf_counter() - begin))
                 return
             event = None
             if isinstance(decision, Ask):
@@ -115,10 +120,14 @@ class Fleet:
                     events.append(Settled(part, 0.0, 0.0, worker >= 0, worker=worker))
                 if not first:
                     self.random.shuffle(events)
+                    first_parts = len(events)
             elif isinstance(decision, Wait):
+                first_wait = first_wait or time.perf_counter() - begin
                 for part in [part for part in values if part >= added]:
                     trials.results.add(part, trials.asked[part], [values[part]])
                 added, event = len(trials.asked), events.popleft() if events else None
+                if isinstance(event, Settled) and event.part < first_parts:
+                    begin = time.perf_counter()  # of the last one, in the end
 
 
 class Voters:
@@ -191,10 +200,6 @@ class Data:
 
     def other(self, count: int) -> Tensor:
         return self.outputs[self.batch(count)]
-
-    def wrong(self, answers: Tensor, truth: Tensor) -> Tensor:
-        """Return which answers are wrong, by more than a thousandth of a spread."""
-        return (answers - truth).abs().amax(1) / self.spread > 1e-3
 
 
 #: Maps right rows, ``[n, C]``, to the wrong rows that a worker returns.

@@ -5,9 +5,15 @@ of the outputs' spread, results of other inputs, the two largest outputs swapped
 answers another, a block of outputs in all rows, or one number (of another row, or with a bit of its
 exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 
-- *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong.
+- *honest*: requests of 8 to 240 rows in which nobody is wrong; "charged" counts their strikes.
+- *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong,
+  and of the harmful ones, whose class or whose outputs change by a tenth of the spread.
+- *small*: the same in requests of 8 rows, in one of which a worker answers another.
 - *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
+- *liars*: a worker that is right whenever it is asked again, and two of six that agree.
 - *work*: of honest requests, by the share of checked rows.
+- *latency*: milliseconds of a request of 240 rows beyond the workers', while they compute and
+  after it; and the mean latency that checks add in simulated pools, in medians of a part.
 - *peers*: *left* and *work* if all parts are computed once, twice (and by a third worker where two
   results differ), or three times, and a majority decides.
 """
@@ -17,103 +23,95 @@ from __future__ import annotations
 import functools
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .faulty import (
-    BATCH_SIZE,
-    FAULTS,
-    ROUNDING,
-    WORKERS,
-    Compute,
-    Data,
-    Fault,
-    Fleet,
-    Outcome,
-    Voters,
-)
+from coded_torch.nn import Waiting
+from coded_torch.scheduling.simulation import Conditions, simulate
+from coded_torch.verification.simulated import Verified
+
+from .faulty import BATCH_SIZE, FAULTS, ROUNDING, WORKERS, Data, Fault, Fleet, Voters
 from .runs import Measurement, progress
 from .subjects import SEED
 
 #: The shares of rows that are checked.
 SHARES = (0.01, 0.02, 0.03, 0.1)
+SMALL = 8  # rows of a small request
+PAIR_OF = 6  # workers, of which two agree
+HARMFUL = 0.1  # of the outputs' spread
+#: Simulated pools: workers, parts, load.
+POOLS = {"24 of 48 workers": (48, 24, 0.3), "24 of 24": (24, 24, 0.3), "4 of 6": (6, 4, 0.3)}
 
 
-def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> float:
-    """Return the work of requests in which nobody is wrong."""
-    found: Counter[str] = Counter()
-    for size in sizes:
-        at = data.batch(size)
-        call = fleet.call(
-            size,
-            lambda worker, rows, again, at=at: data.normal(
-                data.outputs[at[list(rows)]], ROUNDING / 4
-            ),
-            [data.inputs[at]],
-        )
-        found.update(rows=size, computed=call.computed)
-    return found["computed"] / found["rows"]
+def request(
+    data: Data,
+    fleet: Fleet | Voters,
+    size: int = BATCH_SIZE,
+    fault: Fault | None = None,
+    faulty: Collection[int] = (),
+    *,
+    rate: float = 1.0,
+    hides: bool = False,
+    agree: bool = False,
+) -> tuple[Counter[str], tuple[int, ...]]:
+    """Send a request; return what is counted, and the workers that it excluded.
+
+    Args:
+        fault: what faulty workers do to a share of their parts, the ``rate``.
+        hides: whether they are right when they are asked again.
+        agree: whether they return the same wrong rows.
+    """
+    at = data.batch(size)
+    truth = data.outputs[at]
+    agreed = fault(data, truth) if fault and agree else truth
+    made = truth.clone()
+
+    def compute(worker: int, rows: Sequence[int], again: bool) -> Tensor:
+        right = data.normal(truth[list(rows)], ROUNDING / 4)
+        if fault is None or worker not in faulty or (again and hides):
+            return right
+        if rate < 1 and fleet.random.random() >= rate:
+            return right
+        wrong = agreed[list(rows)] if agree else fault(data, right)
+        if not again:
+            made[list(rows)] = wrong
+        return wrong
+
+    call = fleet.call(size, compute, [data.inputs[at]])
+    counted = Counter(rows=size, computed=call.computed, disputes=call.verdict.disputes)
+    strikes = call.verdict.strikes
+    counted["charged"] = sum(n for worker, n in strikes.items() if worker not in faulty)
+    for name, rows in (("wrong", made), ("left", call.answers)):
+        off = (rows - truth).abs().amax(1) / data.spread
+        harmful = (off > HARMFUL) | (rows.argmax(1) != truth.argmax(1))
+        counted[name] = int((off > 1e-3).sum())
+        counted[f"harmful {name}"] = int(((off > 1e-3) & harmful).sum())
+    return counted, call.verdict.excluded
+
+
+def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> dict[str, float]:
+    """Return the counts of requests in which nobody is wrong, and their work."""
+    found = sum((request(data, fleet, size)[0] for size in sizes), Counter[str]())
+    return {"work": found["computed"] / found["rows"], **{x: found[x] for x in CHARGES}}
+
+
+CHARGES = ("charged", "disputes", "left")
 
 
 def left(
-    data: Data, fleet: Fleet | Voters, fault: Fault, count: int, size: int
+    data: Data, fleet: Fleet | Voters, fault: Fault, count: int, size: int = BATCH_SIZE
 ) -> dict[str, float]:
-    """Requests in each of which one proven worker is wrong, a new one."""
-    found: Counter[str] = Counter()
+    """Return the counts of requests in each of which another proven worker is wrong."""
+    found = Counter[str]()
     for number in range(count):
         fleet.settle()
-        worker, at = number % WORKERS, data.batch(size)
-        truth = data.outputs[at]
-
-        def compute(
-            by: int, rows: Sequence[int], again: bool, worker: int = worker, truth: Tensor = truth
-        ) -> Tensor:
-            right = data.normal(truth[list(rows)], ROUNDING / 4)
-            return fault(data, right) if by == worker else right
-
-        wrong: list[Tensor] = []
-        call = fleet.call(size, _noting(compute, wrong, worker, truth), [data.inputs[at]])
-        found.update(_compared(data, call, truth, wrong))
-    return dict(found)
-
-
-def _noting(compute: Compute, wrong: list[Tensor], worker: int, truth: Tensor) -> Compute:
-    """Note the first results of the worker as well, NaN for rows that it did not compute."""
-    wrong.append(torch.full_like(truth, float("nan")))
-
-    def noting(by: int, rows: Sequence[int], again: bool) -> Tensor:
-        returned = compute(by, rows, again)
-        if by == worker and not again:
-            wrong[0][list(rows)] = returned
-        return returned
-
-    return noting
-
-
-def _compared(data: Data, call: Outcome, truth: Tensor, wrong: list[Tensor]) -> dict[str, int]:
-    """Count wrong rows, made and left."""
-    counted = {"wrong": wrong[0], "left": call.answers}
-    return {name: int(data.wrong(rows, truth).sum()) for name, rows in counted.items()}
-
-
-def until(data: Data, fault: Fault, share: float, rate: float, seed: int, most: int = 2000) -> int:
-    """Requests until a worker that is wrong in a share of its parts is excluded."""
-    fleet = warm(data, Fleet(WORKERS, share, seed))
-    for number in range(1, most + 1):
-        at = data.batch(BATCH_SIZE)
-
-        def compute(worker: int, rows: Sequence[int], again: bool, at: Tensor = at) -> Tensor:
-            right = data.outputs[at[list(rows)]]
-            return fault(data, right) if worker == 0 and fleet.random.random() < rate else right
-
-        excluded = fleet.call(BATCH_SIZE, compute, [data.inputs[at]]).verdict.excluded
-        assert excluded in ((), (0,)), excluded
-        if excluded:
-            return number
-    return most
+        found += request(data, fleet, size, fault, [number % WORKERS])[0]
+    kinds = {x: found[x] for x in ("wrong", "left", "harmful wrong", "harmful left", "charged")}
+    shares = (("share left", "left", "wrong"), ("harmful share", "harmful left", "harmful wrong"))
+    return {**kinds, **{x: found[some] / max(1, found[all_]) for x, some, all_ in shares}}
 
 
 def warm(data: Data, fleet: Fleet) -> Fleet:
@@ -123,26 +121,44 @@ def warm(data: Data, fleet: Fleet) -> Fleet:
     return fleet
 
 
-def _left_by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, Any]:
+def until(data: Data, fault: Fault, rate: float, seed: int, most: int = 2000) -> int:
+    """Return the requests until a worker that is wrong in some of its parts is excluded."""
+    fleet = warm(data, Fleet(WORKERS, 0.02, seed))
+    for number in range(1, most + 1):
+        excluded = request(data, fleet, fault=fault, faulty=[0], rate=rate)[1]
+        assert excluded in ((), (0,)), excluded
+        if excluded:
+            return number
+    return most
+
+
+def by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, Any]:
     faults = progress(FAULTS.items(), "faults")
-    found = {name: left(data, fleet, fault, count, BATCH_SIZE) for name, fault in faults}
-    for x in found.values():
-        x["share left"] = x["left"] / max(1, x["wrong"])
-    return found
+    return {name: left(data, fleet, fault, count) for name, fault in faults}
 
 
-def measure_left(quick: bool, share: float) -> dict[str, Any]:
-    data, count = Data(), 24 if quick else 240
-    fleet = warm(data, Fleet(WORKERS, share))
-    found = _left_by_fault(data, fleet, count)
-    return {"faults": found}
+def measure_honest(count: int) -> dict[str, Any]:
+    data = Data()
+    sizes = torch.randint(SMALL, BATCH_SIZE + 1, (count,), generator=data.generator).tolist()
+    fleet = Fleet(WORKERS, 0.02).settle()
+    return {"requests": count, **honest(data, fleet, progress(sizes, "requests"))}
 
 
-def measure_until(quick: bool) -> dict[str, Any]:
-    data, seeds = Data(), range(4 if quick else 25)
-    found: dict[str, Any] = {}
+def measure_left(count: int, share: float) -> dict[str, Any]:
+    data = Data()
+    return {"faults": by_fault(data, warm(data, Fleet(WORKERS, share)), count)}
+
+
+def measure_small(count: int) -> dict[str, Any]:
+    data = Data()
+    fleet = warm(data, Fleet(WORKERS, 0.02))
+    return left(data, fleet, FAULTS["one row"], count, SMALL)
+
+
+def measure_until(seeds: int) -> dict[str, Any]:
+    data, found = Data(), dict[str, Any]()
     for name, rate in (("noise 1", 1.0), ("one row", 1.0), ("mantissa", 1.0), ("noise 1", 0.1)):
-        each = sorted(until(data, FAULTS[name], 0.02, rate, seed) for seed in seeds)
+        each = sorted(until(data, FAULTS[name], rate, seed) for seed in range(seeds))
         found[f"{name}, in {rate:g} of its parts"] = {
             "median": statistics.median(each),
             "95 %": each[len(each) * 95 // 100],
@@ -150,29 +166,65 @@ def measure_until(quick: bool) -> dict[str, Any]:
     return found
 
 
-def measure_work(quick: bool) -> dict[str, Any]:
-    """The work of honest requests, by the share of checked rows."""
-    data, sizes = Data(), [BATCH_SIZE] * (20 if quick else 300)
+def measure_liars(count: int) -> dict[str, Any]:
+    data, found = Data(), dict[str, Any]()
+    for name, workers, faulty, how in (
+        ("right when asked again", WORKERS, [0], {"hides": True}),
+        ("two of six that agree", PAIR_OF, [0, 1], {"agree": True}),
+    ):
+        fleet, counts = warm(data, Fleet(workers, 0.02)), Counter[str]()
+        for _ in range(count):
+            counts += request(data, fleet, fault=FAULTS["noise 1"], faulty=faulty, **how)[0]
+        found[name] = {x: counts[x] for x in ("wrong", "left", "charged")}
+    return found
+
+
+def measure_work(count: int) -> dict[str, Any]:
+    """Return the work of honest requests, by the share of checked rows."""
+    data = Data()
     fleets = {f"{share:g}": Fleet(WORKERS, share).settle() for share in SHARES}
-    return {share: honest(data, fleet, sizes) for share, fleet in fleets.items()}
+    return {share: honest(data, x, [BATCH_SIZE] * count)["work"] for share, x in fleets.items()}
 
 
-def measure_peers(quick: bool) -> dict[str, Any]:
-    found, count = {}, 24 if quick else 240
+def measure_latency(count: int, requests: int) -> dict[str, Any]:
+    data = Data()
+    fleet = warm(data, Fleet(WORKERS, 0.02))
+    fleet.seconds.clear()
+    honest(data, fleet, [BATCH_SIZE] * count)
+    while_, after = (1e3 * statistics.median(x) for x in zip(*fleet.seconds, strict=True))
+    found: dict[str, Any] = {"ms while workers compute": while_, "ms after": after}
+    for name, (workers, parts, load) in POOLS.items():
+        sizes = {"num_workers": workers, "num_parts": parts, "load": load}
+        policies = Waiting(), Verified(Waiting(), workers)
+        plain, checked = (
+            simulate(x, Conditions(), num_requests=requests, **sizes).latencies for x in policies
+        )
+        found[name] = float(checked.mean() - plain.mean())
+    return {name: round(x, 3) for name, x in found.items()}
+
+
+def measure_peers(count: int) -> dict[str, Any]:
+    found = {}
     for copies, name in enumerate(("nothing", "everything twice", "everything three times"), 1):
         data = Data()
         voters = Voters(WORKERS, copies, 1e-3 * data.spread)
-        work = honest(data, voters, [BATCH_SIZE] * 20)
-        found[name] = {"work": work, "faults": _left_by_fault(data, voters, count)}
+        work = honest(data, voters, [BATCH_SIZE] * 20)["work"]
+        found[name] = {"work": work, "faults": by_fault(data, voters, count)}
     return found
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    for share in SHARES:
-        yield ("left", f"{share:g}"), functools.partial(measure_left, quick, share)
-    yield ("until",), functools.partial(measure_until, quick)
-    yield ("work",), functools.partial(measure_work, quick)
-    yield ("peers",), functools.partial(measure_peers, quick)
+    count = 24 if quick else 240
+    yield ("honest",), functools.partial(measure_honest, 100 if quick else 20_000)
+    for share in SHARES[1:2] if quick else SHARES:
+        yield ("left", f"{share:g}"), functools.partial(measure_left, count, share)
+    yield ("small",), functools.partial(measure_small, 24 if quick else 2400)
+    yield ("until",), functools.partial(measure_until, 2 if quick else 25)
+    yield ("liars",), functools.partial(measure_liars, count)
+    yield ("work",), functools.partial(measure_work, 20 if quick else 300)
+    sizes = (20, 200) if quick else (300, 40_000)
+    yield ("latency",), functools.partial(measure_latency, *sizes)
+    yield ("peers",), functools.partial(measure_peers, count)
 
 
 def settings(quick: bool) -> dict[str, Any]:
