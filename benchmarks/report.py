@@ -24,9 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .pages import PAGES
 from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
-from .tables import NAMES, PAGES, TABLES, Column, Table, shown
+from .tables import NAMES, TABLES, Column, Table, shown
 
 __all__ = ["READMES", "claims", "fill", "load_results", "pages", "rows_of"]
 

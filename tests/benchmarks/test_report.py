@@ -6,9 +6,10 @@ import re
 import pytest
 
 from benchmarks import report
+from benchmarks.pages import PAGES
 from benchmarks.pictures import PICTURES
 from benchmarks.runs import RESULTS
-from benchmarks.tables import BASELINES, PAGES, TABLES, Table
+from benchmarks.tables import BASELINES, TABLES, Table
 
 
 @pytest.fixture(scope="module")
