@@ -81,6 +81,16 @@ PAGES = {
         "Times are milliseconds. A minus sign turns a bar around.",
         {"resilience": "Bars"},
     ),
+    "serving": Page(
+        "Serving",
+        "Saturation is measured by wrk with kept connections, one row a request. The model sleeps "
+        "1 ms a row on two processes. *Direct* is the same server, whose batcher calls the model "
+        "in threads of its own. LitServe and Ray Serve have as many processes and batches as "
+        "large.\n\n"
+        "Under faults, requests of 1 to 8 digits arrive at random, and latencies count from when a "
+        "request was due, in milliseconds. Every row is compared with what the module computes.",
+        {"saturation": "Rows a second, by connections", "serving": "LeNet-5 under faults"},
+    ),
     "fleets": Page(
         "Fleets and jobs",
         "Six servers of the Open Inference Protocol answer in 5 ms ± 2 ms, or later. Requests "
