@@ -40,9 +40,9 @@ from torch import Tensor
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
+from coded_torch.open_inference.tensors import ADDED
 from coded_torch.serve import TensorSpec, app
 from coded_torch.serve.batcher import Batch
-from coded_torch.serve.protocol import ADDED
 from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
@@ -108,7 +108,7 @@ def saturated_app(direct: bool) -> Any:
             added = [torch.zeros(len(inputs[0]), dtype=spec.dtype) for spec in ADDED]
             return Batch([model(*inputs), *added], Report(), set())
 
-        made.state.service.batcher._compute = compute
+        made.batcher._compute = compute
     return made
 
 

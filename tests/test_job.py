@@ -156,6 +156,21 @@ def test_columns_of_a_parquet_file_are_inputs_by_their_names(folder):
     assert torch.equal(torch.cat([y["x"] for y in loaded]), torch.from_numpy(x + 1))
 
 
+@pytest.mark.parametrize("group", [3, 8])
+def test_a_batch_of_a_parquet_file_is_read_again(folder, group):
+    x = np.arange(10, dtype=np.float32)
+    table = pyarrow.table({"a": x, "b": x})
+    parquet.write_table(table, folder / "rows.parquet", row_group_size=group)
+    arguments = line("pair")
+    arguments[3] = "rows.parquet"
+    assert main(arguments) == 0
+    *_, last = written(folder)
+    before = torch.load(last, weights_only=True)["outputs"]["sum"]
+    last.unlink()
+    assert main([*arguments, "--resume"]) == 0
+    assert torch.equal(torch.load(last, weights_only=True)["outputs"]["sum"], before)
+
+
 def test_nulls_of_a_parquet_file_are_refused(folder):
     table = pyarrow.table({"a": [1.0, None], "b": [1.0, 2.0]})
     parquet.write_table(table, folder / "rows.parquet")

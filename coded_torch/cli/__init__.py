@@ -51,7 +51,8 @@ def usage(label: str, errors: Any = _MISTAKES, prefix: str = "") -> Iterator[Non
     except errors as error:
         if not str(error).startswith(prefix):
             raise
-        first = next(iter(str(error).removeprefix(prefix).splitlines()), type(error).__name__)
+        message = str(error).removeprefix(prefix or f"{label}: ")
+        first = next(iter(message.splitlines()), type(error).__name__)
         raise CommandError(f"coded-torch {label}: {first}") from None
 
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -102,8 +103,7 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
     """
     inputs: list[Any] = []
     if path.suffix == ".npy":
-        # Pages of the file are read on demand; "c" allows writing, to memory only.
-        inputs = [torch.atleast_1d(torch.from_numpy(np.load(path, mmap_mode="c")))]
+        inputs = [np.atleast_1d(np.load(path, mmap_mode="r"))]  # pages are read on demand
         lengths = [len(inputs[0])]
     elif path.suffix == ".safetensors":
         need("job", "job", "safetensors")
@@ -125,14 +125,22 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
     rows = lengths[0]
 
     def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:
-        if inputs:
-            yield from (tuple(x[i : min(i + size, rows)] for x in inputs) for i in starts)
+        if inputs or not starts:
+            for i in starts:
+                slices = (x[i : min(i + size, rows)] for x in inputs)
+                yield tuple(x if isinstance(x, Tensor) else torch.tensor(x) for x in slices)
             return
-        wanted = set(starts)
-        for i, batch in enumerate(file.iter_batches(size)):
-            if batch.num_rows != min(size, rows - size * i):
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        begins = list(itertools.accumulate(sizes, initial=0))
+        # From the last group before the first batch at whose begin a batch begins.
+        first = max(i for i, x in enumerate(begins) if x <= starts[0] and x % size == 0)
+        groups, wanted = range(first, len(sizes)), set(starts)
+        for at, batch in zip(
+            range(begins[first], rows, size), file.iter_batches(size, groups), strict=True
+        ):
+            if batch.num_rows != min(size, rows - at):
                 raise RuntimeError("this version of pyarrow ends batches at row groups")
-            if size * i in wanted:
+            if at in wanted:
                 yield tuple(_column(name, batch[name]) for name in sorted(batch.schema.names))
 
     return rows, read

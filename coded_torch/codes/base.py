@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
+import operator
 import random
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -322,19 +323,21 @@ class FixedCode(Code):
 
     def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__
+        items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
-            workers = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
-        except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor without numbers
-            workers = np.array(None)
-        if workers.ndim != 1 or (workers.size and workers.dtype.kind not in "iu"):
+            kinds = set(map(type, items))
+            workers = tuple(items if kinds == {int} else map(operator.index, items))
+        except TypeError:
+            workers = None
+        if workers is None or bool in kinds:
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
             )
-        for worker in workers[(workers < 0) | (workers >= self.num_workers)]:
+        for worker in (worker for worker in workers if not 0 <= worker < self.num_workers):
             raise ValueError(
                 f"{name}: received must lie in 0..{self.num_workers - 1}, got {worker}"
             )
-        return tuple(workers.tolist())
+        return workers
 
     def __getstate__(self) -> dict[str, Any]:
         dropped = ("_decoder", "encoder", "_own")  # planning the maps again is cheap

@@ -107,6 +107,7 @@ def bars(
     return Bars(rows, torch.from_numpy(limits), None if risks is None else torch.from_numpy(risks))
 
 
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _thresholds(
     weights: Array,
     variances: Array,
@@ -165,8 +166,7 @@ def _thresholds(
     if signed:
         pull *= np.sign(after)
         gaps = np.stack([score + pull, score - pull])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        limits: Array = np.abs(after) / gaps
+    limits: Array = np.abs(after) / gaps
     limits[:, never] = math.inf
     return limits
 

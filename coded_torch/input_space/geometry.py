@@ -54,7 +54,7 @@ class Geometry:
 
     @on_host()
     def __init__(self, rows: Tensor) -> None:
-        self._rows = rows
+        self._rows = rows.contiguous()  # scaled rows keep the strides of a transposed input
         least, most = _LANDMARKS
         self._some = evenly(len(rows), min(max(len(rows) // 4, least), most))
         self._products: Tensor | None = None  # the inner products with the landmarks, [n, L]

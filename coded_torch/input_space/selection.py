@@ -194,7 +194,7 @@ class Part:
                         some = _columns(results)[used].double()
                     predicted = fitted.process.predict(missing, some, trust).to(results.dtype)
                     answers = results.index_select(0, own.clamp(min=0))
-                    answers[missing] = predicted.view(-1, *results.shape[1:])
+                    answers[missing] = predicted.view(len(missing), *results.shape[1:])
                     return answers, choice
                 if trust > 0:
                     weights = fitted.process.weights(missing) * trust + (1 - trust) / len(used)

@@ -119,6 +119,8 @@ def from_bytes(name: str, datatype: str, shape: Sequence[int], data: memoryview)
     if len(data) != size:
         must = f"{size} bytes for shape {list(shape)} of {datatype}"
         raise ValueError(f"{name} must have {must}, got {len(data)}")
+    if not size:
+        return torch.empty(*shape, dtype=dtype)
     stored = torch.uint8 if dtype is torch.bool else dtype
     tensor = torch.frombuffer(bytearray(data), dtype=stored).reshape(*shape)
     return tensor != 0 if dtype is torch.bool else tensor
@@ -252,7 +254,8 @@ def tensors_of(
         datatype, shape = (field(owner, entry, *x) for x in (("datatype", str), ("shape", list)))
         known = DATATYPES if word == "input" else (spec.datatype,)
         require(datatype in known, f"datatype of {owner}", f"one of {', '.join(known)}", datatype)
-        whole = bool(shape) and all(type(size) is int and size > 0 for size in shape)
+        least = 1 if word == "input" else 0
+        whole = bool(shape) and all(type(size) is int and size >= least for size in shape)
         fits = whole and spec.fits(shape[1:])
         require(fits, f"shape of {owner}", spec.metadata()["shape"], shape)
         must = f"from {rows[0]} to {rows[-1]}"

@@ -77,6 +77,7 @@ class Trials:
         self.first, rows, self._share = record.draw(first, options["idle"]())
         self.now, self.wanted = since, self.wanted | rows
         ended = yield from self._followed(self.waiting.decide(history, self.first, **options))
+        yield from self._wait({-1}, -math.inf)  # results that arrived meanwhile count
         late = ended.hedging_threshold if ended.hedging_threshold < math.inf else -math.inf
         checks = ended.reason in ("complete", "failed")
         self.until = since + ended.deadline - reserve if checks else -math.inf
@@ -259,8 +260,7 @@ class Trials:
         They are waited for until a time, by default the patience of trials. ``aside``, their
         results do not count.
         """
-        if until is None:
-            until = min(self.end, self.now + self.patience)
+        until = min(self.end, self.now + self.patience) if until is None else until
         numbers = range(len(self.asked), len(self.asked) + len(requests))
         if not requests or until <= self.now:
             return [None] * len(requests)

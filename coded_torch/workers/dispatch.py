@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
-from .._arguments import count, sparing_logger
+from .._arguments import MOST_WORKERS, count, sparing_logger
 from .base import Workers
 from .live import Job, LiveRequest
 
@@ -306,7 +306,7 @@ class DispatchedWorkers(Workers):
         return dict(self._queue.states())
 
     def resize(self, num_workers: int) -> None:
-        self._dispatcher().resize(count(self, "num_workers", num_workers))
+        self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))
 
     def exclude(self, worker: int) -> None:
         """Give the worker at a place in the pool no more parts until it is restarted."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._arguments import count, instance, positive, warn
+from .._arguments import MOST_WORKERS, count, instance, positive, warn
 from .base import Request, Task
 from .dispatch import DispatchedWorkers, Dispatcher, Worker, logger
 from .live import Ambient, LiveRequest
@@ -278,7 +278,7 @@ class SupervisedWorkers(DispatchedWorkers):
     """A pool whose :class:`Supervisor` starts, watches and replaces the workers."""
 
     def __init__(self, num_workers: int, *, threads: int, grace: float, timeout: float) -> None:
-        self._size = count(self, "num_workers", num_workers)
+        self._size = count(self, "num_workers", num_workers, most=MOST_WORKERS)
         self.threads = count(self, "threads", threads)
         self.grace = positive(self, "grace", grace)
         self.timeout = positive(self, "timeout", timeout)
@@ -301,7 +301,9 @@ class SupervisedWorkers(DispatchedWorkers):
     ) -> Self:
         instance(self, "module", module, nn.Module, optional=True)
         timeout = positive(self, "timeout", timeout)
-        return super().start(module or nn.Identity(), example, timeout=timeout)
+        if module is None:  # to start is all that there is to do
+            module, example = nn.Identity(), None
+        return super().start(module, example, timeout=timeout)
 
     @property
     def pids(self) -> list[int]:

@@ -123,3 +123,14 @@ def test_what_a_code_of_ones_own_must_return_is_said(wrong, got):
         _ = Wrong(2, 4).encoder
     with pytest.raises(TypeError, match=r"^Wrong: _make_decoder must return .* from 4 to 2, got"):
         Wrong(2, 4).decoder(range(4))
+
+
+@pytest.mark.parametrize("received", [{0: 0, 2: 0, 3: 0}.keys(), (0, 2, 3), np.array([0, 2, 3])])
+def test_received_sets_may_be_any_sequence_or_keys(received):
+    code = codes.SplineCode(2, 4)
+    assert (code.decoder(received).matrix() == code.decoder([0, 2, 3]).matrix()).all()
+
+
+def test_flags_are_no_workers():
+    with pytest.raises(TypeError, match="received must be a sequence of worker indices"):
+        codes.SplineCode(2, 4).decoder([0, True])

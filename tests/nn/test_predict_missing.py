@@ -39,6 +39,26 @@ def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
     )
 
 
+def test_inputs_may_have_any_strides():
+    def answers(x, **options):
+        pool = LocalWorkers(Uniform(2, seed=1))
+        return CodedWrapper(nn.Tanh(), workers=pool, parts=6, **options)(x)
+
+    x = torch.randn(5, 60)
+    want = answers(x.T.contiguous())
+    torch.testing.assert_close(answers(x.T), want)
+    torch.testing.assert_close(answers(x, in_dims=1, out_dims=1).T, want)
+
+
+def test_outputs_without_numbers_are_answered():
+    class Module(nn.Module):
+        def forward(self, x):
+            return x[:, :2], x[:, :0]
+
+    coded = CodedWrapper(Module(), workers=LocalWorkers(Uniform(2, seed=1)), parts=6)
+    assert [y.shape for y in coded(torch.randn(900, 5))] == [(900, 2), (900, 0)]
+
+
 def mse(coded: CodedWrapper, x: Tensor) -> float:
     return float((coded(x) - coded.module(x)).square().mean())
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from coded_torch.scheduling import Ended, Settled, Wait
+from coded_torch.scheduling import Ask, Ended, Settled, Wait
 from coded_torch.verification import Trials
 
 from .pool import COMPLETE, Numbers, Pool, Settling, record
@@ -228,10 +228,32 @@ def test_a_row_is_verified_only_if_its_answer_is_what_two_workers_computed():
     policy.send(None)
     policy.send(Settled(0, 0.0, 0.0, True, worker=0))
     policy.send(Settled(1, 0.0, 0.0, True, worker=1))
+    policy.send(Settled(2, 0.0, 0.0, True, worker=2))
     with pytest.raises(StopIteration):
-        policy.send(Settled(2, 0.0, 0.0, True, worker=2))
+        policy.send(None)  # nothing else has arrived
     assert (trials.verified, trials.unverified) == (set(), {0})
     assert 0 in trials.doubted
+
+
+def test_results_that_arrived_with_the_last_event_count():
+    trials = Trials(record(4), Settling(Ended("deadline")))
+    trials.prepare = lambda: setattr(trials, "results", Numbers())
+    trials.waiting.decide = lambda history, first, **_: (yield from _ends_at_the_first(first))
+    policy = trials.decide(None, [(0,), (1,)], idle=int)
+    next(policy)
+    policy.send(None)
+    decision = policy.send(Settled(1, 0.0, 0.0, True, worker=1))
+    assert decision == Wait(-math.inf)
+    policy.send(Settled(0, 0.0, 0.0, True, worker=0))
+    with pytest.raises(StopIteration):
+        policy.send(None)
+    assert trials.answers == {0: 0, 1: 1}
+
+
+def _ends_at_the_first(first):
+    yield Ask(tuple(first))
+    yield Wait(math.inf)
+    return Ended("deadline")
 
 
 class TestWithoutTime:
@@ -286,9 +308,9 @@ def test_a_part_that_failed_is_not_waited_for(failed):
     policy.send(None)
     policy.send(Settled(0, 1.0, 1.0, True, worker=0))
     policy.send(Settled(1, 1.0, 1.0, False) if failed else None)
-    last = Settled(2, 1.0, 1.0, True, worker=2)
-    wait = policy.send(last) if not failed else None
+    policy.send(Settled(2, 1.0, 1.0, True, worker=2))
+    if not failed:
+        assert policy.send(None) == Wait(5.0)
     with pytest.raises(StopIteration):
-        policy.send(last if failed else None)
+        policy.send(None)
     assert trials.unverified == {0}
-    assert wait == (None if failed else Wait(5.0))
