@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -129,7 +130,9 @@ def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
     # The replicas of Ray Serve answer by themselves, which is faster than its proxy.
     variables = os.environ | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=quiet, stderr=quiet, env=variables)
+    process = subprocess.Popen(
+        command, stdout=quiet, stderr=quiet, env=variables, start_new_session=True
+    )
     asked = Request(f"http://127.0.0.1:{port}{PATH}", body, headers)
     until = time.monotonic() + START
     try:
@@ -141,11 +144,11 @@ def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
             time.sleep(0.05)
         yield port
     finally:
-        process.terminate()  # its own processes end with it
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        process.terminate()  # Ray ends its processes; LitServe leaves some
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def message(images: Tensor) -> tuple[bytes, dict[str, str]]:

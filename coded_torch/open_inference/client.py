@@ -179,7 +179,9 @@ class Client:
         except aiohttp.ClientConnectorError as error:
             raise EndpointError(f"could not be reached: {error.strerror or error}") from None
         except (aiohttp.ClientError, OSError) as error:
-            what = f"{type(error).__name__}: {error!s:.200}"
+            what = type(error).__name__
+            if isinstance(error, (aiohttp.ClientConnectionError, OSError)):  # others quote answers
+                what += f": {error!s:.200}"
             raise EndpointError(f"broke the connection: {what}", lost=True) from None
 
     def _open(self) -> aiohttp.ClientSession:
