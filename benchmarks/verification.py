@@ -7,8 +7,8 @@ exponent or mantissa flipped). LeNet-5 answers the 2,000 digits that ship.
 
 - *honest*: requests of 8 to 240 rows in which nobody is wrong; "charged" counts their strikes.
 - *left*: the share of wrong rows that reach the caller in a request in which the worker is wrong,
-  and of the harmful ones, whose class or whose outputs change by a tenth of the spread.
-- *small*: the same in requests of 8 rows, in one of which a worker answers another.
+  and of the harmful ones, which change the class, or outputs by a tenth of their spread (RMS).
+- *small*: the same in requests of 8 rows, of a row that answers another, by odd scores alone.
 - *until*: requests until the worker is excluded, if it is wrong in every one, or in some.
 - *liars*: a worker that is right whenever it is asked again, and two of six that agree.
 - *work*: of honest requests, by the share of checked rows.
@@ -85,28 +85,40 @@ def request(
     strikes = call.verdict.strikes
     counted["charged"] = sum(n for worker, n in strikes.items() if worker not in faulty)
     for name, rows in (("wrong", made), ("left", call.answers)):
-        off = (rows - truth).abs().amax(1) / data.spread
-        harmful = (off > HARMFUL) | (rows.argmax(1) != truth.argmax(1))
-        counted[name] = int((off > 1e-3).sum())
-        counted[f"harmful {name}"] = int(((off > 1e-3) & harmful).sum())
+        off = (rows - truth).abs() / data.spread
+        wrong = off.amax(1) > 1e-3
+        harmful = off.square().mean(1).sqrt() > HARMFUL
+        harmful |= rows.argmax(1) != truth.argmax(1)
+        counted[name] = int(wrong.sum())
+        counted[f"harmful {name}"] = int((wrong & harmful).sum())
     return counted, call.verdict.excluded
 
 
 def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> dict[str, float]:
     """Return the counts of requests in which nobody is wrong, and their work."""
     found = sum((request(data, fleet, size)[0] for size in sizes), Counter[str]())
-    return {"work": found["computed"] / found["rows"], **{x: found[x] for x in CHARGES}}
+    return {"work": found["computed"] / max(1, found["rows"]), **{x: found[x] for x in CHARGES}}
 
 
 CHARGES = ("charged", "disputes", "left")
 
 
 def left(
-    data: Data, fleet: Fleet | Voters, fault: Fault, count: int, size: int = BATCH_SIZE
+    data: Data,
+    fleet: Fleet | Voters,
+    fault: Fault,
+    count: int,
+    size: int = BATCH_SIZE,
+    between: int = 0,
 ) -> dict[str, float]:
-    """Return the counts of requests in each of which another proven worker is wrong."""
+    """Return the counts of requests in each of which another proven worker is wrong.
+
+    Honest requests come between rounds of them: rows that are missed make the bars higher.
+    """
     found = Counter[str]()
     for number in range(count):
+        if number % WORKERS == 0:
+            honest(data, fleet, [size] * between)
         fleet.settle()
         found += request(data, fleet, size, fault, [number % WORKERS])[0]
     kinds = {x: found[x] for x in ("wrong", "left", "harmful wrong", "harmful left", "charged")}
@@ -151,8 +163,10 @@ def measure_left(count: int, share: float) -> dict[str, Any]:
 
 def measure_small(count: int) -> dict[str, Any]:
     data = Data()
-    fleet = warm(data, Fleet(WORKERS, 0.02))
-    return left(data, fleet, FAULTS["one row"], count, SMALL)
+    fleet = Fleet(WORKERS, 0.02).settle()
+    honest(data, fleet, [SMALL] * 1000)
+    fleet.strikes.share = 0.0  # odd scores alone
+    return left(data, fleet, FAULTS["one row"], count, SMALL, between=200)
 
 
 def measure_until(seeds: int) -> dict[str, Any]:
@@ -218,7 +232,7 @@ def measurements(quick: bool) -> Iterable[Measurement]:
     yield ("honest",), functools.partial(measure_honest, 100 if quick else 20_000)
     for share in SHARES[1:2] if quick else SHARES:
         yield ("left", f"{share:g}"), functools.partial(measure_left, count, share)
-    yield ("small",), functools.partial(measure_small, 24 if quick else 2400)
+    yield ("small",), functools.partial(measure_small, 24 if quick else 600)
     yield ("until",), functools.partial(measure_until, 2 if quick else 25)
     yield ("liars",), functools.partial(measure_liars, count)
     yield ("work",), functools.partial(measure_work, 20 if quick else 300)
