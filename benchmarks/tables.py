@@ -344,7 +344,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "fleet": Table("fleet > workloads > * > clients > *", ("", ""), CLIENTS),
     "fleet_faults": Table("fleet > faults > * > *", ("at one server, or at several", ""), CLIENTS),
     "fleet_bars": Table("fleet > workloads|overhead > * > bars > *", ("", "", ""), BARS),
-    "jobs": Table("job > cases > * > *", ("", ""), {"": finished}, 0),
+    "jobs": Table("job > cases > * > *", ("",), {"": finished}, 0),
     "job_memory": Table("job > memory > *", ("",), {"MB": ":.0f"}),
     "convergence": Table(
         "convergence > * > * > *",
