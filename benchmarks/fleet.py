@@ -69,7 +69,7 @@ class Fleet:
 
     def __enter__(self) -> Fleet:
         until = time.monotonic() + START
-        while not all(self.told(place, "/v2/health/ready") for place in self.processes):
+        while not all(self.answers(place, "/v2/health/ready") for place in self.processes):
             if time.monotonic() > until:
                 self.__exit__()
                 raise RuntimeError("the servers did not come up")
@@ -86,7 +86,7 @@ class Fleet:
         command += [str(self.ports[place]), *map(str, self.law)]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-    def told(self, place: int, path: str, body: str = "") -> bool:
+    def answers(self, place: int, path: str, body: str = "") -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports[place], timeout=5)
         with contextlib.closing(connection), contextlib.suppress(OSError):
             connection.request("POST" if body else "GET", path, body)
@@ -103,7 +103,7 @@ class Fleet:
         elif fault == "hung":
             self.processes[place].send_signal(signal.SIGSTOP)
         else:
-            assert self.told(place, "/fault", fault)
+            assert self.answers(place, "/fault", fault)
         try:
             yield
         finally:

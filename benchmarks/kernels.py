@@ -39,7 +39,7 @@ SIZES = (
 )
 # The bars of each size, into memory in use: the most times the copy's time, with each instruction
 # set; the least times faster than torch.matmul, of which half is enough with AVX2, a quarter with
-# the baseline. The baseline has no aim: its bars are what it took on one thread, rounded up.
+# the baseline. The baseline has no aim: its bars are its own times on one thread, rounded up.
 COPY_BARS = {"avx512": (1.2, 0.9, 1.1, 1.3, 1.6), "avx2": (1.3, 1.2, 1.5, 1.8, 2.1)}
 COPY_BARS["baseline"] = (4.0, 3.0, 8.0, 5.0, 9.0)
 MATMUL_BARS = (1.2, 2.0, 7.0, 12.0, 35.0)

@@ -57,7 +57,7 @@ def request(
     hides: bool = False,
     agree: bool = False,
 ) -> tuple[Counter[str], tuple[int, ...]]:
-    """Send a request; return what is counted, and the workers that it excluded.
+    """Send a request; return its counts, and the workers that it excluded.
 
     Args:
         fault: what faulty workers do to a share of their parts, the ``rate``.

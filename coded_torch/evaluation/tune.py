@@ -98,7 +98,7 @@ def chosen(
             for a, e in zip(answers, trial.exact, strict=True):
                 errors[i] += float((a.double() - e.double()).square().sum())
     if not np.isfinite(errors).any():
-        must = f"{code} must be able to decode what is received"
+        must = f"{code} must be able to decode the received results"
         raise ValueError(f"tune: {must}, got too few results")
     return variants[int(np.nan_to_num(errors, nan=np.inf).argmin())]
 

@@ -373,5 +373,6 @@ def outputs_of(
     message = parsed(data[:cut], "an answer")
     listed, tail = field("the answer", message, "outputs", list), memoryview(data)[cut:]
     found = tensors_of("output", listed, model.outputs, tail, range(rows, rows + 1))
-    told = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
-    return [found[spec.name] for spec in model.outputs], told if isinstance(told, int) else 0
+    predicted = field("the answer", message, "parameters", dict, {}).get("predicted_rows")
+    outputs = [found[spec.name] for spec in model.outputs]
+    return outputs, predicted if isinstance(predicted, int) else 0

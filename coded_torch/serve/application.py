@@ -148,7 +148,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             max_queued_requests=most,
             slots=slots,
             on_batch=self._count,
-            has_idle=lambda: "idle" in {state for state, _ in self.told("states").values()},
+            has_idle=lambda: "idle" in {state for state, _ in self.of_places("states").values()},
         )
         server = {"name": "coded_torch", "version": coded_torch.__version__}
         model = {
@@ -177,7 +177,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             exception_handlers=dict.fromkeys((HTTPException, Exception), self.refuse),
         )
 
-    def told(self, what: str) -> Mapping[int, Any]:
+    def of_places(self, what: str) -> Mapping[int, Any]:
         """Return the "states" or the "names" of the pool's places, if it has some."""
         return getattr(self.pool, what, {})
 
@@ -256,7 +256,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             raise RequestError(400, "invalid", str(error)) from None
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:
-        self.metrics.batch(report, rows, queued, self.told("names"))
+        self.metrics.batch(report, rows, queued, self.of_places("names"))
         self.metrics.workers(self.pool)
 
 

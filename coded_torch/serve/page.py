@@ -73,7 +73,7 @@ class Chaos:
         threading.Thread(target=self._run, args=(place, pid, action), daemon=True).start()
 
     def _note(self, place: int, action: str = "") -> None:
-        """Note the fault of a place, or its end. The pool corrupts where it is told to."""
+        """Note the fault of a place, or its end. The pool corrupts the results of noted places."""
         with self._lock:
             self.faults.pop(place, None)
             if action:
@@ -168,8 +168,8 @@ class Page:
         """Return the state of the workers, and the last minute."""
         self.check(request)
         built, now = self.built, time.monotonic()
-        states = built.told("states") if built.ready else {}
-        faults, names = dict(self.chaos.faults) if self.chaos else {}, built.told("names")
+        states = built.of_places("states") if built.ready else {}
+        faults, names = dict(self.chaos.faults) if self.chaos else {}, built.of_places("names")
         recent = np.array([x for x in built.answers if x[0] > now - _MINUTE]).reshape(-1, 4)
         ages = ((now - recent[:, 0]) // _STEP).astype(int)
         content = {
