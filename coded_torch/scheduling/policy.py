@@ -132,7 +132,8 @@ class _Call:
         self.threshold = functools.cache(
             lambda n: history.hedging_threshold(n * unit_rows, budget, half)
         )
-        self.hedged, self.prepare_at = False, math.inf
+        self.hedged = self.holding = False
+        self.prepare_at = math.inf
 
     def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
         waiting = self.waiting
@@ -168,7 +169,7 @@ class _Call:
                 self._settle(event)
                 if len(self.good) < self.needed and (unwanted := self._unwanted()):
                     yield Drop(unwanted)
-                if event.ok:
+                if event.ok and not self.holding:
                     continue
             elif until == math.inf:
                 return self._end("failed")
@@ -176,7 +177,7 @@ class _Call:
                 self.now = self.heard = max(self.now, until)
                 if self._reason():
                     continue
-            if asked := self._stand_ins():
+            if asked := self._stand_ins(event):
                 yield Ask(asked)
             if self.now >= self.prepare_at:
                 self.prepare_at = math.inf
@@ -187,8 +188,8 @@ class _Call:
         if len(self.good) >= self.needed:
             is_first = self.waiting.at_once and len(self.good) < self.num_first
             return "first" if is_first else "complete"
-        if self.refused and self._is_explained():
-            return "error"
+        if self.refused and len(self.good | self.refused.keys()) >= self.needed:
+            return "error"  # the module itself fails on all missing rows
         enough = self.heard >= self.late_at and len(self.good) >= self.least
         if self.waiting.deadline is not None:
             if enough or self.heard >= self.end:
@@ -197,13 +198,9 @@ class _Call:
             return "predict_after"
         return "" if self.open else "failed"
 
-    def _is_explained(self) -> bool:
-        """Return whether the module itself fails on all that is missing."""
-        return len(self.good | self.refused.keys()) >= self.needed
-
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
-        return any(
+        return self.holding or any(
             part.state <= _RUNNING
             and not self.good.issuperset(part.units)
             and any(other.failure.kind for other in part.line)
@@ -252,16 +249,11 @@ class _Call:
         part.tries += 1
         good.clear()
         good.update(*(other.units for other in self.parts if other.state == _GOOD))
-        if not good and self._all_raised_alike():
-            for other in self.parts[: self.num_first]:
-                self.refused |= dict.fromkeys(other.units, other.number)
-
-    def _all_raised_alike(self) -> bool:
-        """Return whether the module raised alike on all parts, on more than one worker."""
         first = self.parts[: self.num_first]
         alike = len({p.failure.cause for p in first}) == 1 < len({p.worker for p in first})
-        # One or two parts may each contain a bad row.
-        return alike and len(first) > 2 and all(part.raised for part in first)
+        # The module raised on all. One or two parts may each contain a bad row.
+        if not good and alike and len(first) > 2 and all(part.raised for part in first):
+            self.refused |= {unit: other.number for other in first for unit in other.units}
 
     def _unwanted(self) -> tuple[int, ...]:
         """Drop parts that have not begun, and that other parts have answered."""
@@ -274,12 +266,13 @@ class _Call:
         self.open -= len(queued)
         return tuple([part.number for part in queued])
 
-    def _stand_ins(self) -> tuple[tuple[int, ...], ...]:
+    def _stand_ins(self, event: Settled | None) -> tuple[tuple[int, ...], ...]:
         """Return new parts that stand in for late and failed parts."""
         if self.waiting.at_once:
             return ()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
+        self.holding = False
         num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
         if self.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
@@ -290,7 +283,8 @@ class _Call:
                 continue
             missing = [u for u in part.units if u not in self.good and u not in self.refused]
             missing = missing[: max(0, lacking)]
-            if not missing or (late and not self._may_hedge(part, missing)):
+            asks = missing and (not late or self._may_hedge(part, missing))
+            if not asks or self._holds(part, event):
                 continue
             part.replaced = True
             part.hedges += late
@@ -304,6 +298,13 @@ class _Call:
                 self._add(missing, num, part)
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
+
+    def _holds(self, part: _Part, event: Settled | None) -> bool:
+        """Return whether a row's last try waits for another worker, which may show who fails."""
+        waits = event is not None and event.worker == part.worker and self.open > 0
+        last = waits and part.raised and part.tries == _TRIES - 1
+        self.holding |= (holds := last and self._working() <= {part.worker})
+        return holds
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
@@ -335,8 +336,7 @@ class _Call:
         if part.raised:
             if not alone:
                 return _SPLIT
-            alike = [other for other in part.line if other.failure == part.failure]
-            refused = any(other.worker != part.worker for other in alike)
+            refused = 1 < len({p.worker for p in part.line if p.failure == part.failure})
             if not self._working() - {part.worker}:
                 most = _TRIES
         elif part.fresh is None:  # no worker had it
@@ -375,8 +375,8 @@ class _Call:
             part = self.parts[number]
             if part.raised and unit not in self.good and working <= {part.worker}:
                 self.refused.setdefault(unit, number)
-        if reason == "failed" and self._is_explained():
-            reason = "error"
+        if reason == "failed":
+            reason = "error" if self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
         hedges = [

@@ -268,10 +268,28 @@ def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_workers(
 def test_what_only_one_worker_raises_on_is_refused_if_no_other_worker_works(
     worker, reason, refused
 ):
-    events = [*raised(3, 4, 5, 6, 7, 8, 9, worker=0)]
+    events = raised(3, 4, 5, 6, 7, worker=0)
     events += [Settled(part, 2.0, 2.0, True, worker=worker) for part in range(3)]
+    events += raised(8, 9, worker=0)
     _, _, ended = drive(Waiting(), events)
     assert (ended.reason, ended.refused) == (reason, refused)
+
+
+def test_a_last_try_waits_until_another_worker_may_be_free():
+    good = [Settled(part, 1.0, 1.0, True, worker=1) for part in (0, 1)]
+    events = [*begin(1), *good[:1], *raised(3, 4, 5, 6, 7, worker=1)]
+    asked = drive(Waiting(deadline=4.0), events)[0]
+    assert asked[1:] == [Ask(((6,), (7,))), Ask(((6,),)), Ask(((7,),))]
+    for more, ends in (
+        (good[1:], False),  # the same worker, and part 2 is open
+        ([*good[1:], Settled(2, 1.0, 1.0, True, worker=1)], True),  # the same: the only one
+        (raised(2, worker=0), True),
+        ([Settled(2, 1.0, 1.0, True, worker=0)], True),
+        ([None], True),  # part 1 is late
+    ):
+        decisions = drive(Waiting(deadline=4.0), [*events, *more])[0]
+        again = [d.parts for d in decisions[4:] if isinstance(d, Ask)]
+        assert {(6,), (7,)} <= {*sum(again, ())} if ends else not again
 
 
 def test_where_nothing_is_predicted_other_workers_get_more_tries():
