@@ -336,7 +336,7 @@ class _Call:
         if part.raised:
             if not alone:
                 return _SPLIT
-            refused = 1 < len({p.worker for p in part.line if p.failure == part.failure})
+            refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
             if not self._working() - {part.worker}:
                 most = _TRIES
         elif part.fresh is None:  # no worker had it
