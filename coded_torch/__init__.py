@@ -1,4 +1,7 @@
-"""Coded computing: every answer of a batch from whichever workers reply first."""
+"""Coded computing: every answer of a batch from whichever workers reply first.
+
+An argument of the wrong type raises a TypeError, an argument out of its domain a ValueError.
+"""
 
 from importlib.metadata import version
 

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode_temporarily
 from torch.utils._device import DeviceContext
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["as_called", "device_of", "differentiated", "exactly", "fingerprint", "on_host"]
 __all__ += ["outside", "placed", "plain", "read_here", "tangent_of", "to_device", "unchanged"]
@@ -55,14 +58,34 @@ def tangent_of(tensor: Tensor) -> Tensor | None:
     return found
 
 
-@contextlib.contextmanager
-def exactly(device: str = "cpu") -> Iterator[None]:
+class _Block(contextlib.ContextDecorator):
+    """A state of torch in a block or a function; it costs little where it holds already."""
+
+    def __init__(self, *args: str) -> None:
+        self._args = args
+
+    def _recreate_cm(self) -> Self:  # each call of a function enters its own
+        return type(self)(*self._args)
+
+    def _change(self) -> Any:
+        """Return the context that brings the state about; None if it holds."""
+        raise NotImplementedError
+
+    def __enter__(self) -> None:
+        self._context = self._change()
+        if self._context is not None:
+            self._context.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        return None if self._context is None else self._context.__exit__(*error)
+
+
+class exactly(_Block):  # noqa: N801 - callers read these classes as functions
     """Run a block, or a function, without autocast, which rounds products to half precision."""
-    if not torch.is_autocast_enabled(device):
-        yield
-        return
-    with torch.autocast(device, enabled=False):
-        yield
+
+    def _change(self) -> Any:
+        (device,) = self._args or ("cpu",)
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
 
 
 class _Host(DeviceContext):
@@ -72,42 +95,40 @@ class _Host(DeviceContext):
     __exit__ = TorchFunctionMode.__exit__
 
 
-@contextlib.contextmanager
-def on_host() -> Iterator[None]:
+class on_host(_Block):  # noqa: N801
     """Make new tensors on the host in a block or a function, on any default device of the caller.
 
-    The caller's own code, run from within, is put into a block of :func:`as_called`.
+    The caller's own code, run from within, is put into a block of :class:`as_called`.
     """
-    mode = _get_current_function_mode()
-    if mode is None or isinstance(mode, _Host):  # a mode would slow down every call
-        yield
-        return
-    with _Host("cpu"):
-        yield
+
+    def _change(self) -> Any:
+        mode = _get_current_function_mode()  # a mode would slow down every call
+        return None if mode is None or isinstance(mode, _Host) else _Host("cpu")
 
 
-@contextlib.contextmanager
-def as_called() -> Iterator[None]:
-    """Let the caller's default device hold again, in a block within :func:`on_host`."""
-    if not isinstance(_get_current_function_mode(), _Host):
-        yield
-        return
-    with _pop_mode_temporarily():
-        yield
+class as_called(_Block):  # noqa: N801
+    """Let the caller's default device hold again, in a block within :class:`on_host`."""
+
+    def _change(self) -> Any:
+        at_host = isinstance(_get_current_function_mode(), _Host)
+        return _pop_mode_temporarily() if at_host else None
 
 
-@contextlib.contextmanager
-def outside() -> Iterator[None]:
+class outside(on_host):  # noqa: N801
     """Compute with plain tensors on the host in a block, though a transform may be under way.
 
     Within a transform every operation returns wrapped tensors, which have no memory that numpy
     could read. A plan that kept such a tensor would outlive its transform.
     """
-    with on_host():
+
+    def _change(self) -> Any:
         if torch._C._functorch.peek_interpreter_stack() is None:
-            yield
-            return
-        with temporarily_clear_interpreter_stack():
+            return super()._change()
+        return self._without_transforms()
+
+    @contextlib.contextmanager
+    def _without_transforms(self) -> Iterator[None]:
+        with on_host(), temporarily_clear_interpreter_stack():
             yield
 
 

@@ -95,9 +95,6 @@ def compare(
         The raw data, a table and a picture. Codes that mix inputs need floating-point ones, and are
         left out otherwise.
 
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, or is out of range.
-
     Note:
         At every setting, the module runs some N / K times on all batches, and for each encoder that
         is tried on the tuning batches.

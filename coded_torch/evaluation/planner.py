@@ -201,9 +201,6 @@ def plan(
             out, as they cannot be verified. Defaults to 0.
         num_requests: the number of requests under each policy, at least 1,000. Defaults to 5,000.
         seed: the seed of all draws. Defaults to 0.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, or is out of its domain.
     """
     positive("plan", "deadline", deadline)
     probability("plan", "accuracy", accuracy)

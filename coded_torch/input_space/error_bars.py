@@ -208,10 +208,10 @@ class ErrorBars:
                 each row, ``[B]``.
         """
         radii = np.zeros(self.batch_size)
-        levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)
         for rows, found, _ in self._bars:
             at, n = rows.numpy(), found.shape[2]
-            outside = np.floor((1 - levels[at]) * (n + 1) + 1e-9).astype(np.int64)
+            levels = np.broadcast_to(np.asarray(coverage, dtype=np.float64), self.batch_size)[at]
+            outside = np.floor((1 - levels) * (n + 1) + 1e-9).astype(np.int64)
             outside = np.minimum(outside, n)
             # No threshold comes before the largest.
             limits = np.full((*found.shape[:2], n + 1), math.inf)

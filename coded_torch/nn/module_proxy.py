@@ -65,7 +65,6 @@ class ModuleProxy(nn.Module):
                 all answers exact. Defaults to the wrapper's own.
 
         Raises:
-            TypeError, ValueError: ``in_flight`` has the wrong type or value.
             Exception: a call fails. Its attribute ``batch`` is the number of the batch.
         """
         run = functools.partial(self.run, waiting=waiting)

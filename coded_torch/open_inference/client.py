@@ -278,7 +278,6 @@ class RemoteModule(nn.Module):
             :class:`~coded_torch.workers.EndpointWorkers`.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
         RuntimeError: the server cannot be reached, or does not keep the protocol.
 
     Calling takes a tensor for each input, by position or by name. It returns the output

@@ -59,10 +59,6 @@ class Conditions:
             workers, side by side, pause for 10. Defaults to infinity, no bursts.
         delays: a law of further time, drawn once a call for each worker. A part with an infinite
             delay fails after ``dead_after``. Defaults to None, no delays.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of its domain.
     """
 
     spread: float = 0.15
@@ -139,10 +135,6 @@ def simulate(
         num_requests: the number of calls, at least 1. Defaults to 10,000.
         num_columns: N, for a policy that asks all at once. Defaults to ``num_workers``.
         seed: the seed of all draws. Defaults to 0.
-
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of its domain.
 
     Note:
         The cost is some ten microseconds a part.

@@ -50,10 +50,6 @@ class Waiting(Policy):
             module's exception with ``rows``, ``answers`` and ``report``, or "predict" to count the
             row as missing. Defaults to "raise".
 
-    Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: an argument is out of its domain.
-
     Example:
         >>> from coded_torch import Waiting
         >>> Waiting(deadline=0.05)
@@ -101,10 +97,6 @@ class Waiting(Policy):
                 or 0.
             deadline: seconds from the call, positive, after which the results that arrived are
                 decoded, if the code can. Defaults to None, no deadline.
-
-        Raises:
-            TypeError: an argument has the wrong type.
-            ValueError: an argument is out of its domain.
         """
         return _First(deadline, num_stragglers=num_stragglers)
 

@@ -82,9 +82,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         max_queued_requests: the number of requests that may wait.
         max_ongoing_batches: the number of batches that may run at once. Defaults to None: a batch
             starts while a worker is idle, or one at a time under a code.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type or value.
     """
 
     def __init__(

@@ -76,9 +76,6 @@ class Memory:
         capacity: the most results that are remembered, at least 1; the oldest go first. If outputs
             have many numbers, fewer are: no more than 128 MB are kept. Defaults to 2048.
 
-    Raises:
-        TypeError, ValueError: ``capacity`` is no integer of at least 1.
-
     Note:
         Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
         other shapes than the first are ignored. Making the regression of 2,048 rows takes some .1 s

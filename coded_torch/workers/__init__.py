@@ -1,7 +1,5 @@
 """Pools of workers that run a module, part by part.
 
-An argument of the wrong type raises a TypeError, an argument out of its domain a ValueError.
-
 To add a pool on real time:
 
 1. Read the rules of :class:`Workers`.

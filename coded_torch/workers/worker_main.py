@@ -271,6 +271,7 @@ class ModuleStore:
         self._make = pack
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        self._head: tuple[Any, bytes] = None, b""
         # module -> (its fingerprint, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
@@ -288,8 +289,10 @@ class ModuleStore:
                     raise TypeError(f"Workers: {must}, got {got}") from error
                 packed = self._packed[module] = how, next(self._numbers), package, tensors
             alive = frozenset(number for _, number, *_ in self._packed.values())
-        _, number, package, _ = packed
-        return PackedModule(number, package, alive, pickle.dumps((number, alive, ambient)))
+            _, number, package, _ = packed
+            if self._head[0] != (head := (number, alive, ambient)):  # pickling takes 10 us
+                self._head = head, pickle.dumps(head)
+            return PackedModule(number, package, alive, self._head[1])
 
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package of the newest module; None while one is packed."""
