@@ -21,16 +21,8 @@ from .geometry import Centred, Geometry, added_up, typical_rows
 from .ordering import similarity_order
 
 __all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric"]
-__all__ += [
-    "Scaling",
-    "Sources",
-    "key_of",
-    "leaves_of",
-    "made_by",
-    "name_of",
-    "path_step",
-    "transforms",
-]
+__all__ += ["Scaling", "Sources", "key_of", "leaves_of", "made_by", "name_of", "path_step"]
+__all__ += ["transforms"]
 
 logger = sparing_logger("coded_torch.codes")
 

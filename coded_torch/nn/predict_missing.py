@@ -61,7 +61,7 @@ class Answers:
     ) -> None:
         self._surrogates, self._division, self._inputs = surrogates, division, division.inputs
         self._link, self._coverage, self._report = link, coverage, report
-        self._verdict = verdict
+        self._verdict, self._known = verdict, dict[int, tuple[list[Tensor], Tensor] | None]()
         self._memories = [(s, s.follow(module)) for s in surrogates if isinstance(s, Memory)]
 
     def forget_excluded(self) -> None:
@@ -148,8 +148,7 @@ class Answers:
         """Note error bars. With too few results, a memory's rows calibrate them."""
         odd = self._inputs.not_finite
         for memory, _ in () if bars.enough(self._coverage) or self._link else self._memories:
-            inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
-            found = memory.error_bars(inputs) if inputs else None
+            found = self._known_to(memory)
             if found is not None and found[0][0].shape == answers.shape:
                 own = plain("Memory", "answers", answers).cpu().double()
                 off = (own - found[0][0].cpu()).flatten(1).norm(dim=1)
@@ -178,13 +177,18 @@ class Answers:
         return found
 
     def _remembered(self, memory: Memory, stacked: Stacked) -> dict[int, Tensor]:
-        odd, inputs = self._inputs.not_finite, self._inputs.floating()
-        inputs = [plain("Memory", "leaf", leaf) for leaf in inputs]
-        with outside():
-            predicted = (inputs and memory.predict(inputs)) or ()
+        odd, (predicted, _) = self._inputs.not_finite, self._known_to(memory) or ((), None)
         pairs = zip(stacked.decoded, predicted, strict=False)
         alike = [(i, x) for i, x in pairs if x.shape[1:] == stacked.leaves[i].shape[2:]]
         return {i: _levelled(x, odd) for i, x in alike}
+
+    def _known_to(self, memory: Memory) -> tuple[list[Tensor], Tensor] | None:
+        """Return a memory's predictions of the batch, and its thresholds of their errors."""
+        if id(memory) not in self._known:
+            inputs = [plain("Memory", "leaf", leaf) for leaf in self._inputs.floating()]
+            with outside():
+                self._known[id(memory)] = memory.error_bars(inputs) if inputs else None
+        return self._known[id(memory)]
 
     def _computed(self, surrogate: Any, stacked: Stacked) -> dict[int, Tensor]:
         """Run a surrogate; raise a ValueError if its outputs have not the module's form."""

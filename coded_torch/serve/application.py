@@ -113,10 +113,8 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
                 but = f", none of {', '.join(taken)}" if taken else ""
                 raise ValueError(f"app: {argument} must be named, each once{but}, got {names}")
         if examples is not None:
-            shapes, must = (
-                [list(x.shape) for x in examples],
-                [x.metadata()["shape"] for x in inputs],
-            )
+            shapes = [list(x.shape) for x in examples]
+            must = [x.metadata()["shape"] for x in inputs]
             pairs = zip(inputs, shapes, strict=False)
             fit = all(shape[:1] > [0] and spec.fits(shape[1:]) for spec, shape in pairs)
             if len(shapes) != len(inputs) or not fit:
