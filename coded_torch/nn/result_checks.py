@@ -18,10 +18,8 @@ from .division import finite
 
 __all__ = ["Result", "Results", "Stacked"]
 
+_SMALL = 1 << 16  # bytes of results of which one copy takes less than a sum each; not tuned
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
-
-
-_Together = tuple[Sequence[Tensor], Tensor]  # leaves of results, and all of them end to end
 
 
 class Result:
@@ -159,7 +157,7 @@ class Results:
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
         self._num_replies = self._num_misfits = 0
         self._chosen: Mapping[int, int] | None = None
-        self._together: _Together = (), torch.empty(0)
+        self._together: tuple[Sequence[Tensor], Tensor | None] = (), None  # leaves side by side
         self.good: list[Result] = []
         self.units: set[int] = set()
 
@@ -263,9 +261,10 @@ class Results:
             column = [result.leaves[i] for result in good]
             if (dim := first.dims[i]) != 0:
                 column = [leaf.movedim(dim, 0) for leaf in column]
-            known, own = self._together
+            known, together = self._together
             if len(known) != len(column) or not all(map(operator.is_, known, column)):
-                own = _end_to_end(column)
+                together = column[0] if len(column) == 1 else _adjoining(column)
+            own = torch.cat(column) if together is None else together
             own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
@@ -280,26 +279,24 @@ class Results:
         return Stacked(units, leaves, first.dims, first.divided, first.spec, formats, parts)
 
 
-def _end_to_end(leaves: Sequence[Tensor]) -> Tensor:
-    """Return tensors ``[n, ...]`` end to end: a view if they lie so in memory.
+def _adjoining(leaves: Sequence[Tensor]) -> Tensor | None:
+    """Return a view of tensors ``[n, ...]`` that lie end to end in memory; None if they do not.
 
     Workers in this process compute all parts at once, and each leaf is a slice of that.
     """
     first = leaves[0]
-    if len(leaves) == 1:
-        return first
-    if type(first) is Tensor and not differentiated(first):
-        at, memory = first.data_ptr(), first.untyped_storage()
-        end = memory.data_ptr() + memory.nbytes()  # the next allocation may adjoin by chance
-        for leaf in leaves:
-            if leaf.data_ptr() != at or not leaf.is_contiguous():
-                break
-            at += leaf.nbytes
-        else:
-            if at <= end:
-                rows = sum(leaf.shape[0] for leaf in leaves)
-                return first.as_strided((rows, *first.shape[1:]), first.stride())
-    return torch.cat(list(leaves))
+    if type(first) is not Tensor or differentiated(first):
+        return None
+    at, size = first.data_ptr(), first.element_size()
+    for leaf in leaves:
+        if leaf.data_ptr() != at or not leaf.is_contiguous():
+            return None
+        at += leaf.numel() * size
+    memory = first.untyped_storage()  # not the next allocation, which may adjoin by chance
+    if at > memory.data_ptr() + memory.nbytes():
+        return None
+    rows = sum(leaf.shape[0] for leaf in leaves)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _weight(group: Sequence[Result]) -> tuple[int, int]:
@@ -315,33 +312,36 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _not_finite(results: Sequence[Result]) -> tuple[dict[Result, str], _Together]:
-    """Return by result the name of a leaf that is not finite; and leaves, and all of them as one.
+def _not_finite(
+    results: Sequence[Result],
+) -> tuple[dict[Result, str], tuple[Sequence[Tensor], Tensor | None]]:
+    """Return by result the name of a leaf that is not finite; and leaves, and a view of them all.
 
     The host waits for a device once, unless there is something wrong.
     """
-    # In the order in which :meth:`Results.stack` needs them.
-    ordered = sorted(results, key=lambda result: result.part.units)
     rows = [
         (result, i, result.judged(i))
-        for result in ordered
+        for result in sorted(results, key=lambda result: result.part.units)  # as in `stack`
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    leaves, together = [leaf for *_, leaf in rows], torch.empty(0)
+    leaves, together = [leaf for *_, leaf in rows], None
     if len(rows) > 1:
-        kinds = {(x.dtype, x.device, x.shape[1:]) for x in leaves if x.dim()}
-        alike = len(kinds) == 1 and all(map(Tensor.dim, leaves))
-        if alike:
-            whole = together = _end_to_end(leaves)
-        else:  # a value that is not finite stays so in sums
+        if len(rows) == len(results) and all(leaf is r.leaves[i] for r, i, leaf in rows):
+            together = _adjoining(leaves)
+            kinds = {(x.dtype, x.device, x.dim(), x.shape[1:]) for x in leaves}
+            alike = len(kinds) == 1 and leaves[0].dim() > 0
+            if together is None and alike and sum(x.nbytes for x in leaves) < _SMALL:
+                together = torch.cat(leaves)
+        whole = together
+        if whole is None:  # a value that is not finite stays so in sums
             device = leaves[0].device
             sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
             whole = torch.stack(sums).sum()
         if finite(whole):
-            return {}, (leaves if alike else (), together)
+            return {}, (leaves, together)
     odd = {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
-    return odd, ((), together)
+    return odd, ((), None)
 
 
 def _improbable(rows: Tensor) -> str:

@@ -121,8 +121,8 @@ class _Call:
         self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
-        self.unasked = deque(spare or ())
-        self.deadline = self.late_at = self.end = math.inf
+        self.unasked, self.hedged = deque(spare or ()), False
+        self.deadline = self.late_at = self.end = self.prepare_at = self.hold_until = math.inf
         self.now = self.heard = since  # no event can come any more from before `heard`
         self.good: set[int] = set()
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
@@ -132,8 +132,6 @@ class _Call:
         self.threshold = functools.cache(
             lambda n: history.hedging_threshold(n * unit_rows, budget, half)
         )
-        self.hedged = self.holding = False
-        self.prepare_at = math.inf
 
     def decisions(self, least: int, reserve: float) -> Generator[Decision, Event, Ended]:
         waiting = self.waiting
@@ -169,7 +167,7 @@ class _Call:
                 self._settle(event)
                 if len(self.good) < self.needed and (unwanted := self._unwanted()):
                     yield Drop(unwanted)
-                if event.ok and not self.holding:
+                if event.ok and self.hold_until == math.inf:
                     continue
             elif until == math.inf:
                 return self._end("failed")
@@ -200,7 +198,7 @@ class _Call:
 
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
-        return self.holding or any(
+        return self.hold_until < math.inf or any(
             part.state <= _RUNNING
             and not self.good.issuperset(part.units)
             and any(other.failure.kind for other in part.line)
@@ -209,7 +207,7 @@ class _Call:
 
     def _until(self) -> float:
         """Return when to act if nothing happens."""
-        due = self.prepare_at
+        due = min(self.prepare_at, self.hold_until)
         while self.timers:
             at, number = self.timers[0]
             if self.parts[number].state == _RUNNING and self.parts[number].due == at:
@@ -272,7 +270,7 @@ class _Call:
             return ()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)
-        self.holding = False
+        self.hold_until = math.inf
         num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
         if self.spare is not None:  # less the columns that may still come in time
             hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
@@ -300,11 +298,14 @@ class _Call:
         return tuple([part.units for part in self.parts[num_parts:]])
 
     def _holds(self, part: _Part, event: Settled | None) -> bool:
-        """Return whether a row's last try waits for another worker, which may show who fails."""
+        """Return whether a row's last try waits until another worker may show who fails."""
+        last = self.spare is None and part.raised and part.tries == _TRIES - 1
         waits = event is not None and event.worker == part.worker and self.open > 0
-        last = waits and part.raised and part.tries == _TRIES - 1
-        self.holding |= (holds := last and self._working() <= {part.worker})
-        return holds
+        if not (last and waits and len(part.units) == 1 and self._working() <= {part.worker}):
+            return False
+        self.hold_until = 2 * self.now - self.since
+        self.given_up |= dict.fromkeys(part.units, part.number)  # if the call ends meanwhile
+        return True
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
@@ -375,8 +376,7 @@ class _Call:
             part = self.parts[number]
             if part.raised and unit not in self.good and working <= {part.worker}:
                 self.refused.setdefault(unit, number)
-        if reason == "failed":
-            reason = "error" if self._reason() == "error" else reason
+        reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
         hedges = [
