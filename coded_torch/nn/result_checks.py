@@ -321,7 +321,7 @@ def _not_finite(
     """
     rows = [
         (result, i, result.judged(i))
-        for result in sorted(results, key=lambda result: result.part.units)  # as in `stack`
+        for result in sorted(results, key=lambda result: result.part.units)  # the order of `stack`
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
