@@ -115,7 +115,14 @@ class Execution:
                 first = len(self.parts)
                 avoid = decision.avoid or [frozenset[int]()] * len(decision.parts)
                 asked = enumerate(zip(decision.parts, avoid, strict=True), first)
-                self.parts += [workers.Part(i, (*units,), avoid=some) for i, (units, some) in asked]
+                failed = [
+                    reply
+                    for reply in self._replies.values()
+                    if reply.error is not None and reply.error.kind == "raised"
+                ]
+                for number, (units, some) in asked:
+                    tried = frozenset(r.worker for r in failed if {*units} <= {*r.part.units})
+                    self.parts.append(workers.Part(number, (*units,), avoid=some, tried=tried))
                 self._request.ask(self.parts[first:])
             elif isinstance(decision, Drop):
                 self._request.drop([self.parts[number] for number in decision.parts])

@@ -6,7 +6,7 @@ import bisect
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 __all__ = ["BLOCKS", "History", "PredictionTimes"]
@@ -146,10 +146,14 @@ class History:
         with self._lock:
             return self._quantile(self._calls, 0.5) * self._scale(rows)
 
-    def failing(self) -> tuple[int, int]:
-        """Return how many of the latest parts failed, and how many ended."""
+    def failure_rate(self, ended: Sequence[bool]) -> float:
+        """Return the share of parts that fail: of the latest, and those that just ``ended``."""
         with self._lock:
-            return sum(self._failures), len(self._failures)
+            failed = sum(self._failures) + sum(ended)
+            # One more of each, as a pool without failures may fail. What just ended weighs more, as
+            # all workers may have broken now.
+            lately = (failed + 1) / (len(self._failures) + len(ended) + 1)
+        return max(lately, sum(ended) / len(ended) if ended else 0.0)
 
     def earn(self, budget: float) -> None:
         """Allow hedges to take ``budget`` of one more call's work."""

@@ -32,6 +32,9 @@ _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmar
 # Failures in a row of the same rows, which are then given up. A call that may not predict gives up
 # one row of a million at a failure rate of 0.5.
 _TRIES, _TRIES_IF_EXACT = 3, 20
+# Rows that must raise alike, alone, with no good result, before all rows are refused. If half of
+# the rows were bad, 16 bad ones would be picked in one call of 65,536.
+_BLAMED = 16
 # Probabilities that other parts would have failed as often as this one. Below the first, which five
 # others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
 # all parts failing, that is one call of two thousand (benchmarks/promises.py, "poison").
@@ -98,6 +101,14 @@ class _Part:
         return self.failure.kind == "raised"
 
     @property
+    def blamed(self) -> bool:  # the module raised on this unit alone
+        return self.raised and len(self.units) == 1
+
+    @property
+    def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
+        return any(part.failure.kind for part in self.line)
+
+    @property
     def let_down(self) -> bool:  # the worker failed, without an exception of the module
         return self.state == _FAILED and not self.raised
 
@@ -124,9 +135,8 @@ class _Call:
         self.unasked, self.hedged = deque(spare or ()), False
         self.deadline = self.late_at = self.end = self.prepare_at = self.hold_until = math.inf
         self.now = self.heard = since  # no event can come any more from before `heard`
-        self.good: set[int] = set()
+        self.good, self.given_up = set[int](), set[int]()
         self.refused: dict[int, int] = {}  # the part that showed it, by unit
-        self.given_up: dict[int, int] = {}  # the last part that failed, by unit
         self.timers: list[tuple[float, int]] = []  # the due times and numbers of parts
         half, budget = (waiting.deadline or math.inf) / 2, waiting.hedge_budget
         self.threshold = functools.cache(
@@ -184,8 +194,9 @@ class _Call:
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
         if len(self.good) >= self.needed:
-            is_first = self.waiting.at_once and len(self.good) < self.num_first
-            return "first" if is_first else "complete"
+            return (
+                "first" if self.waiting.at_once and len(self.good) < self.num_first else "complete"
+            )
         if self.refused and len(self.good | self.refused.keys()) >= self.needed:
             return "error"  # the module itself fails on all missing rows
         enough = self.heard >= self.late_at and len(self.good) >= self.least
@@ -198,12 +209,8 @@ class _Call:
 
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
-        return self.hold_until < math.inf or any(
-            part.state <= _RUNNING
-            and not self.good.issuperset(part.units)
-            and any(other.failure.kind for other in part.line)
-            for part in self.parts[self.num_first :]
-        )
+        asked = (p for p in self.parts[self.num_first :] if p.state <= _RUNNING and p.suspect)
+        return self.hold_until < math.inf or not all(self.good.issuperset(p.units) for p in asked)
 
     def _until(self) -> float:
         """Return when to act if nothing happens."""
@@ -245,12 +252,12 @@ class _Call:
             good.update(part.units)
             return
         part.tries += 1
-        good.clear()
-        good.update(*(other.units for other in self.parts if other.state == _GOOD))
+        good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
         first = self.parts[: self.num_first]
-        alike = len({p.failure.cause for p in first}) == 1 < len({p.worker for p in first})
-        # The module raised on all. One or two parts may each contain a bad row.
-        if not good and alike and len(first) > 2 and all(part.raised for part in first):
+        alone = [part for part in self.parts if part.blamed]
+        alike = len({p.failure.cause for p in alone}) == 1 < len({p.worker for p in alone})
+        enough = len({p.units for p in alone}) >= max(3, min(_BLAMED, self.num_units))
+        if alike and enough and not good and all(part.raised for part in first):
             self.refused |= {unit: other.number for other in first for unit in other.units}
 
     def _unwanted(self) -> tuple[int, ...]:
@@ -293,19 +300,22 @@ class _Call:
             if num := min(num, len(missing)):
                 idle -= num
                 lacking -= len(missing) if self.spare is not None else 0
+                if num > 1 and part.raised and not self.good:  # it may fail on every row
+                    self._add([missing.pop(0)], 1, part)
+                    num -= 1
                 self._add(missing, num, part)
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
     def _holds(self, part: _Part, event: Settled | None) -> bool:
-        """Return whether a row's last try waits until another worker may show who fails."""
-        last = self.spare is None and part.raised and part.tries == _TRIES - 1
-        waits = event is not None and event.worker == part.worker and self.open > 0
-        if not (last and waits and len(part.units) == 1 and self._working() <= {part.worker}):
-            return False
-        self.hold_until = 2 * self.now - self.since
-        self.given_up |= dict.fromkeys(part.units, part.number)  # if the call ends meanwhile
-        return True
+        """Return whether a row's third try waits until another worker may show who fails."""
+        late = self.spare is None and part.blamed and part.tries >= _TRIES - 1
+        if late and event is not None and event.worker == part.worker:
+            others = [p.units for p in self.parts if p.state < _GOOD and not p.suspect]
+            if not all(map(self.good.issuperset, others)):
+                self.hold_until = 2 * self.now - self.since
+                return True
+        return False
 
     def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
@@ -338,8 +348,7 @@ class _Call:
             if not alone:
                 return _SPLIT
             refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
-            if not self._working() - {part.worker}:
-                most = _TRIES
+            most = _TRIES_IF_EXACT if self._working() - {part.worker} else _TRIES
         elif part.fresh is None:  # no worker had it
             most = _TRIES
         else:
@@ -350,9 +359,8 @@ class _Call:
             refused = alone and died and part.tries >= 2 and chance <= _POISON
         if part.tries < most and not refused:
             return 1
-        blamed = dict.fromkeys(part.units, part.number)
-        self.given_up |= blamed
-        self.refused |= blamed if refused else {}
+        self.given_up.update(part.units)
+        self.refused |= dict.fromkeys(part.units if refused else (), part.number)
         return 0
 
     def _working(self) -> set[int]:
@@ -362,20 +370,15 @@ class _Call:
         """Return the probability that other rows would have failed as often."""
         others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in part.line]
         ended = [p.let_down for p in others if not p.raised]
-        known_failed, known_ended = self.history.failing()
-        # One more of each, as a pool without failures may fail. This call weighs more: all workers
-        # may have broken just now.
-        lately = (known_failed + sum(ended) + 1) / (known_ended + len(ended) + 1)
-        rate = max(lately, sum(ended) / len(ended) if ended else 0.0)
-        return float(rate ** sum(p.let_down for p in part.line))
+        return self.history.failure_rate(ended) ** sum(p.let_down for p in part.line)
 
     def _end(self, reason: str) -> Ended:
         # Rows that the module raised on are refused if no other worker is known to work.
         working = self._working()
-        for unit, number in self.given_up.items() if working or reason == "failed" else ():
-            part = self.parts[number]
-            if part.raised and unit not in self.good and working <= {part.worker}:
-                self.refused.setdefault(unit, number)
+        blames = self.spare is None and (working or reason == "failed")
+        for part in reversed(self.parts) if blames else ():
+            if part.blamed and part.units[0] not in self.good and working <= {part.worker}:
+                self.refused.setdefault(part.units[0], part.number)
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
             self._remember()
@@ -392,7 +395,7 @@ class _Call:
         # If calls that were cut short did not count as infinite, the median would not follow.
         took = self.now - self.since if len(self.good) >= self.needed else math.inf
         is_typical = not any(part.fresh for part in ran)
-        innocent = [part for part in ran if self.given_up.keys().isdisjoint(part.units)]
+        innocent = [part for part in ran if self.given_up.isdisjoint(part.units)]
         self.history.add(
             [(self.unit_rows * len(part.units), part.seconds) for part in ran if not part.fresh],
             (self.rows, took) if is_typical else None,

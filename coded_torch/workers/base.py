@@ -107,13 +107,15 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The units of a task that one worker is asked for. Comparisons ignore ``fault``, ``avoid``."""
+    """The units of a task that one worker is asked for. Comparisons ignore all but these."""
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
     units: tuple[int, ...]  #: at least one, increasing
     fault: Fault | None = dataclasses.field(default=None, compare=False)  #: an injected fault
     #: The places of workers that must not compute this part.
     avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
+    #: The places of workers that compute it only if no other worker is idle.
+    tried: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
 
 
 class Began(NamedTuple):

@@ -263,7 +263,9 @@ class Dispatcher(abc.ABC, Generic[W]):
                     continue
                 del self._jobs[at]
                 if workers:
-                    worker = min(workers, key=lambda w: (busy.count(w.index), w.since))
+                    tried = job.part.tried
+                    order = {w: (w.index in tried, busy.count(w.index), w.since) for w in workers}
+                    worker = min(workers, key=order.__getitem__)
                     fresh = worker.is_new_to(job.request.module)
                     if job.request.begin(job.part, worker.index, fresh):
                         worker.job, worker.since = job, self._clock()

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import pickle
+import random
 
 import pytest
 
@@ -240,7 +241,7 @@ def test_the_search_for_what_failed_ends_at_twice_predict_after():
 @pytest.mark.parametrize(
     ("workers", "good", "asked", "reason"),
     [
-        ((0, 1, 2, 3), False, 0, "error"),
+        ((0, 1, 2, 3), False, 2, "error"),
         ((0, 1), False, 2, None),  # two bad rows are as likely
         ((0, 0, 0, 0), False, 2, None),  # the worker is broken
         ((0, 1, 2), True, 2, None),
@@ -253,15 +254,49 @@ def test_all_parts_are_blamed_only_if_more_than_two_raised_on_several_workers(
     events = [event for part, m in enumerate(workers) for event in raised(part, worker=m)]
     if good:  # a piece of the first part comes before the last part raises
         events.insert(2, Settled(3, 0.9, 0.9, True, worker=4))
+    if reason:  # every row alone; rows are refused where their parts raised on another worker
+        events += [event for part in range(4, 12) for event in raised(part, worker=part % 2)]
     decisions, _, ended = drive(Waiting(), events, first, needed=2 * len(first))
     assert decisions[0] == Ask(tuple(first))
     assert (ended and ended.reason) == reason
-    if ended is None:  # each part is asked again in halves
-        halves = [unit for ask in decisions[1:] for unit in ask.parts]
-        assert halves == [(unit,) for part in first for unit in part]
+    halves = [unit for ask in decisions[1:] for unit in ask.parts]  # each part is asked again so
+    assert halves[:8] == [(unit,) for part in first for unit in part]
+    if ended is None:
         assert len(halves) == asked * len(first)
-    else:
-        assert ended.refused == (0, 1, 2, 3)
+
+
+def answered(rows, num_workers=4):
+    """The parts of a call of 256 rows, of which some raise, how many settled, and the end."""
+    first = [tuple(range(i, 256, 4)) for i in range(4)]
+    policy, asked, settled, event = Waiting().decide(History(), first, needed=256), [], 0, None
+    while True:
+        try:
+            decision, event = policy.send(event), None
+        except StopIteration as stop:
+            return asked, settled, stop.value
+        if isinstance(decision, Ask):
+            asked += decision.parts
+        elif isinstance(decision, Wait) and settled < len(asked):
+            bad = not rows.isdisjoint(asked[settled])
+            failure = Failure("raised", "wrong") if bad else Failure()
+            event = Settled(settled, float(settled), 1.0, not bad, failure, settled % num_workers)
+            settled += 1
+
+
+def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
+    asked, settled, ended = answered({*range(256)})
+    assert (ended.reason, ended.refused) == ("error", (0, 1, 2, 3))
+    assert settled < 70
+    assert sum(len(units) == 1 for units in asked[:settled]) >= 16
+
+
+@pytest.mark.parametrize("num_bad", [4, 16, 64, 128])
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_no_innocent_row_is_blamed(num_bad, num_workers):
+    rows = {*random.Random(0).sample(range(256), num_bad)}
+    asked, _, ended = answered(rows, num_workers)
+    assert ended.reason == "error"
+    assert {row for part in ended.refused for row in asked[part]} == rows
 
 
 @pytest.mark.parametrize(("worker", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))])
@@ -270,7 +305,7 @@ def test_what_only_one_worker_raises_on_is_refused_if_no_other_worker_works(
 ):
     events = raised(3, 4, 5, 6, 7, worker=0)
     events += [Settled(part, 2.0, 2.0, True, worker=worker) for part in range(3)]
-    events += raised(8, 9, worker=0)
+    events += raised(*range(8, 8 + 2 * 18 if worker else 10), worker=0)
     _, _, ended = drive(Waiting(), events)
     assert (ended.reason, ended.refused) == (reason, refused)
 
