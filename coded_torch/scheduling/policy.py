@@ -86,7 +86,7 @@ class _Part:
     fresh: bool | None = None  # None: it has not begun
     worker = -1
     failure = Failure()
-    replaced = won = False
+    replaced = won = blamed = False  # blamed: the module raised on this unit alone
 
     def __init__(
         self, number: int, units: tuple[int, ...], of: _Part | None, at: float, tries: int = 0
@@ -99,10 +99,6 @@ class _Part:
     @property
     def raised(self) -> bool:
         return self.failure.kind == "raised"
-
-    @property
-    def blamed(self) -> bool:  # the module raised on this unit alone
-        return self.raised and len(self.units) == 1
 
     @property
     def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
@@ -246,6 +242,7 @@ class _Call:
         self.open -= part.state <= _RUNNING
         part.state = _GOOD if event.ok else _FAILED
         part.failure, part.worker = event.failure, event.worker
+        part.blamed = part.raised and len(part.units) == 1
         if event.ok:
             part.won, part.seconds = not good.issuperset(part.units), event.latency
             part.fresh = bool(part.fresh)

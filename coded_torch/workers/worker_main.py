@@ -356,9 +356,7 @@ class LoadedModules:
                 return False, self._pack(module)
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
-                    arguments = pytree.tree_map_only(
-                        Tensor, lambda tensor: tensor.to(self.device), arguments
-                    )
+                    arguments = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), arguments)
                 value = compute(module, arguments, fault, kill_own_process)
                 return True, self._pack(value)
         except Exception as cause:
@@ -377,8 +375,26 @@ class LoadedModules:
 def _failure(cause: Exception) -> _Failure:
     what = "".join(traceback.format_exception_only(cause)).strip()
     sent: Any = ExceptionWithTraceback(cause, cause.__traceback__)
-    try:
-        pickle.loads(pickle.dumps(sent))
-    except Exception:  # the caller cannot find its class, or make it from its arguments
-        sent.exc = RuntimeError(what)
+    made = [_Remade(cause, state) for state in (vars(cause), {})]
+    for error in (cause, *made, RuntimeError(what)):  # the first that can travel
+        sent.exc = error
+        with contextlib.suppress(Exception):
+            pickle.loads(pickle.dumps(sent))
+            break
     return what, sent
+
+
+class _Remade(NamedTuple):
+    """An exception that is pickled without its constructor, which may take other arguments."""
+
+    error: Exception
+    state: dict[str, Any]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _remake, (type(self.error), self.error.args, self.state)
+
+
+def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error

@@ -85,6 +85,21 @@ class Unpicklable(nn.Module):
         return lambda: x
 
 
+class TwoPartsError(Exception):
+    """Has other arguments than it keeps."""
+
+    def __init__(self, first: str, second: Any) -> None:
+        super().__init__(f"{first} {second}")
+        self.first, self.second = first, second
+
+
+class Raises(nn.Module):
+    """Raises an exception that cannot be made from its arguments; of 1, not with its state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise TwoPartsError("first", (lambda: x) if bool((x == 1).any()) else "second")
+
+
 class Remembers(nn.Module):
     """Returns the input of the call before, which it has kept, and the present one."""
 

@@ -51,12 +51,14 @@ from .modules import (
     Heavy,
     Pid,
     Poison,
+    Raises,
     Random,
     Remembers,
     Scale,
     Sleepy,
     Tied,
     Trap,
+    TwoPartsError,
     Unpicklable,
     Unreadable,
 )
@@ -401,6 +403,17 @@ def test_results_that_cannot_travel_are_named(pool, module, match):
         assert reply.error is not None
         with pytest.raises(Exception, match=match):
             raise reply.error
+
+
+def test_exceptions_travel_without_their_constructors(pool):
+    (reply,) = answers(pool, Raises(), torch.zeros(1, 1, 1))
+    error = reply.error.__cause__
+    assert type(error) is TwoPartsError
+    assert (str(error), error.second) == ("first second", "second")
+    assert "in forward" in str(error.__cause__)  # the traceback
+    (reply,) = answers(pool, Raises(), torch.ones(1, 1, 1))
+    assert type(reply.error.__cause__) is TwoPartsError
+    assert vars(reply.error.__cause__) == {}
 
 
 def test_modules_that_cannot_travel_are_named(pool):
