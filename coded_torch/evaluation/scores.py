@@ -258,7 +258,9 @@ class Comparison:
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
             lines.append(f"  {'':<27} {'RMSE':<16}{'MSE / variance':<18}{accuracies}".rstrip())
             for row in rows:
-                scores = f"{_text(row.rmse):<16}{_text(row.mse):<18}{_text(row.relative_accuracy)}"
+                scores = (
+                    f"{_text(row.rmse):<15} {_text(row.mse):<17} {_text(row.relative_accuracy)}"
+                )
                 lines.append(f"  {row.name:<27} {scores}".rstrip())
         return "\n".join(lines[1:])
 

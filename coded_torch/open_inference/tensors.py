@@ -142,7 +142,11 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
         got = f"numbers from {array.min()} to {array.max()}"
     if not valid:
         must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
-        got = got or f"{array.dtype} {list(array.shape)}"
+        got = got or (
+            f"{array.dtype} {list(array.shape)}"
+            if array.ndim
+            else "other values, or rows of unequal lengths"
+        )
         raise ValueError(f"data of {name} must be {must}, got {got}")
     wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
     return torch.from_numpy(wide).to(dtype).reshape(*shape)

@@ -147,10 +147,10 @@ class History:
             return self._quantile(self._calls, 0.5) * self._scale(rows)
 
     def failure_rate(self, ended: Sequence[bool]) -> float:
-        """Return the share of parts that fail: of the latest, and those that just ``ended``."""
+        """Return the share of parts that fail, given which parts that just ``ended`` failed."""
         with self._lock:
             failed = sum(self._failures) + sum(ended)
-            # One more of each, as a pool without failures may fail. What just ended weighs more, as
+            # One more of each, as a pool without failures may fail. The last parts weigh more, as
             # all workers may have broken now.
             lately = (failed + 1) / (len(self._failures) + len(ended) + 1)
         return max(lately, sum(ended) / len(ended) if ended else 0.0)

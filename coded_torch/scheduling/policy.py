@@ -297,7 +297,7 @@ class _Call:
             if num := min(num, len(missing)):
                 idle -= num
                 lacking -= len(missing) if self.spare is not None else 0
-                if num > 1 and part.raised and not self.good:  # it may fail on every row
+                if num > 1 and part.raised and not self.good:  # does the module fail on all?
                     self._add([missing.pop(0)], 1, part)
                     num -= 1
                 self._add(missing, num, part)

@@ -53,8 +53,7 @@ class Task:
 
     def payload(self, units: Sequence[int]) -> Arguments:
         """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive."""
-        (payload,) = self.payloads(units)
-        return payload
+        return next(self.payloads(units))
 
     def payloads(self, units: Sequence[int], max_rows: int | None = None) -> Iterator[Arguments]:
         """Yield the :meth:`payload` in batches of at most ``max_rows`` rows."""
@@ -107,14 +106,13 @@ class WorkerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The units of a task that one worker is asked for. Comparisons ignore all but these."""
+    """The units of a task that one worker is asked for. Only number and units are compared."""
 
     number: int  #: 0, 1, 2, ... within the request, in the order of asking
     units: tuple[int, ...]  #: at least one, increasing
     fault: Fault | None = dataclasses.field(default=None, compare=False)  #: an injected fault
-    #: The places of workers that must not compute this part.
+    #: The places of workers that must not compute it, and of workers that do if no other is idle.
     avoid: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
-    #: The places of workers that compute it only if no other worker is idle.
     tried: frozenset[int] = dataclasses.field(default=frozenset(), compare=False)
 
 
@@ -360,9 +358,9 @@ def broadcast_dims(argument: str, dims: Any, spec: pytree.TreeSpec, *names: str)
 
     def repeat(dim: Any, subtree: Any) -> None:
         if not (dim is None or dim in names or type(dim) is int):
-            known = ", ".join(("integers", "None", *map(repr, names)))
-            known = " or ".join(known.rsplit(", ", 1))
-            raise TypeError(f"CodedWrapper: {argument} must hold {known}, got {dim!r}")
+            *some, last = "integers", "None", *map(repr, names)
+            must = f"{argument} must hold {', '.join(some)} or {last}"
+            raise TypeError(f"CodedWrapper: {must}, got {dim!r}")
         flat.extend([dim] * pytree.tree_structure(subtree).num_leaves)
 
     try:
