@@ -70,7 +70,7 @@ def test_what_every_part_raises_is_raised_at_once():
 
     with pytest.raises(TypeError, match="of a wrong kind") as info:
         CodedWrapper(Refuses(), parts=6, workers=Separate())(X)
-    assert info.value.report.work == 1.0
+    assert info.value.report.work < 3.5  # 16 rows alone show that the module fails on all
     assert info.value.answers is None
 
 
