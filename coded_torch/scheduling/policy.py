@@ -252,7 +252,7 @@ class _Call:
         good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
         first = self.parts[: self.num_first]
         alone = [part for part in self.parts if part.blamed]
-        alike = len({p.failure.cause for p in alone}) == 1 < len({p.worker for p in alone})
+        alike = len({p.failure.cause for p in alone}) == 1
         enough = len({p.units for p in alone}) >= max(3, min(_BLAMED, self.num_units))
         if alike and enough and not good and all(part.raised for part in first):
             self.refused |= {unit: other.number for other in first for unit in other.units}

@@ -283,8 +283,9 @@ def answered(rows, num_workers=4):
             settled += 1
 
 
-def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
-    asked, settled, ended = answered({*range(256)})
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_a_module_that_fails_on_all_rows_is_found_by_single_rows(num_workers):
+    asked, settled, ended = answered({*range(256)}, num_workers)
     assert (ended.reason, ended.refused) == ("error", (0, 1, 2, 3))
     assert settled < 70
     assert sum(len(units) == 1 for units in asked[:settled]) >= 16
