@@ -26,7 +26,7 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
-_NOTE, _NONE = "raised by the module on", Failure()
+_NOTE, _NONE, _NOBODY = "raised by the module on", Failure(), frozenset[int]()
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -57,6 +57,7 @@ class Execution:
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
+        self._raised: dict[int, frozenset[int]] = {}  # the workers that raised, by unit
         self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
     def run(
@@ -113,15 +114,11 @@ class Execution:
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
                 first = len(self.parts)
-                avoid = decision.avoid or [frozenset[int]()] * len(decision.parts)
+                avoid = decision.avoid or [_NOBODY] * len(decision.parts)
                 asked = enumerate(zip(decision.parts, avoid, strict=True), first)
-                failed = [
-                    reply
-                    for reply in self._replies.values()
-                    if reply.error is not None and reply.error.kind == "raised"
-                ]
                 for number, (units, some) in asked:
-                    tried = frozenset(r.worker for r in failed if {*units} <= {*r.part.units})
+                    raised = [self._raised.get(unit, _NOBODY) for unit in units if self._raised]
+                    tried = frozenset[int].intersection(*raised) if raised else _NOBODY
                     self.parts.append(workers.Part(number, (*units,), avoid=some, tried=tried))
                 self._request.ask(self.parts[first:])
             elif isinstance(decision, Drop):
@@ -158,6 +155,9 @@ class Execution:
         latencies = self._report.latencies
         for reply in replies:
             self._replies[reply.part.number] = reply
+            if reply.error is not None and reply.error.kind == "raised":
+                for unit in reply.part.units:
+                    self._raised[unit] = self._raised.get(unit, _NOBODY) | {reply.worker}
             if reply.worker >= 0:  # a worker had it
                 latencies.pop(reply.worker, None)
                 began = self._began.get(reply.part.number)
@@ -277,8 +277,8 @@ def _failure(reply: workers.Reply) -> Failure:
         return Failure()
     cause = error.__cause__ or error
     text = "".join(traceback.format_exception_only(cause)) if error.kind == "raised" else ""
-    # Places and sizes differ between the parts of one batch.
-    return Failure(error.kind, (type(cause), re.sub(r"\d+", "#", text)))
+    # Places, sizes and addresses differ between the parts of one batch.
+    return Failure(error.kind, (type(cause), re.sub(r"\w*\d\w*", "#", text)))
 
 
 def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception | None:

@@ -4,6 +4,7 @@ A part that fails is asked for again in smaller parts, until the rows that fail 
 is refused, and not asked for again in this call, if
 
 - it raised alike on two workers, or on one while no other returned a good result in the call, or
+  three times in a row on one that did return good results, or
 - it ended its worker twice, alone, and workers end less often without it.
 
 A row that fails on one broken worker only is given up, but not refused: it is missing.
@@ -18,7 +19,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Hedge, Prepare, Settled, Wait
+from . import Ask, Began, Decision, Drop, Ended, Event, Hedge, Prepare, Settled, Wait
+from .asked_part import DROPPED, FAILED, GOOD, QUEUED, RUNNING, AskedPart
 
 if TYPE_CHECKING:
     from .latency_history import History
@@ -39,8 +41,6 @@ _BLAMED = 16
 # others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
 # all parts failing, that is one call of two thousand (benchmarks/promises.py, "poison").
 _SUSPECT, _POISON = 0.2, 1e-5
-
-_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 
 
 class Policy:
@@ -77,38 +77,6 @@ class Policy:
         return call.decisions(least, reserve)
 
 
-class _Part:
-    """A part, and the part that it stands in for."""
-
-    state = _QUEUED
-    due = math.inf  # the time at which it is late
-    seconds = math.inf  # a good result's latency
-    fresh: bool | None = None  # None: it has not begun
-    worker = -1
-    failure = Failure()
-    replaced = won = blamed = False  # blamed: the module raised on this unit alone
-
-    def __init__(
-        self, number: int, units: tuple[int, ...], of: _Part | None, at: float, tries: int = 0
-    ) -> None:
-        self.number, self.units, self.of, self.at = number, units, of, at
-        self.tries = tries  # failures of exactly these units in a row
-        self.hedges: int = of.hedges if of else 0  # including the parts that it stands in for
-        self.line: tuple[_Part, ...] = (self, *of.line) if of else (self,)
-
-    @property
-    def raised(self) -> bool:
-        return self.failure.kind == "raised"
-
-    @property
-    def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
-        return any(part.failure.kind for part in self.line)
-
-    @property
-    def let_down(self) -> bool:  # the worker failed, without an exception of the module
-        return self.state == _FAILED and not self.raised
-
-
 class _Call:
     """The state of one call; :meth:`Policy.decide` describes the arguments."""
 
@@ -125,7 +93,7 @@ class _Call:
     ) -> None:
         self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
         self.unit_rows, self.since, self.idle = unit_rows, since, idle
-        self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
+        self.parts = [AskedPart(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
         self.unasked, self.hedged = deque(spare or ()), False
@@ -205,7 +173,7 @@ class _Call:
 
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
-        asked = (p for p in self.parts[self.num_first :] if p.state <= _RUNNING and p.suspect)
+        asked = (p for p in self.parts[self.num_first :] if p.state <= RUNNING and p.suspect)
         return self.hold_until < math.inf or not all(self.good.issuperset(p.units) for p in asked)
 
     def _until(self) -> float:
@@ -213,7 +181,7 @@ class _Call:
         due = min(self.prepare_at, self.hold_until)
         while self.timers:
             at, number = self.timers[0]
-            if self.parts[number].state == _RUNNING and self.parts[number].due == at:
+            if self.parts[number].state == RUNNING and self.parts[number].due == at:
                 due = min(due, at)
                 break
             heapq.heappop(self.timers)
@@ -226,12 +194,12 @@ class _Call:
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
         self.now = max(self.now, event.at)
-        self.open += part.state == _DROPPED  # the drop came too late
-        part.state, part.fresh = _RUNNING, event.fresh
+        self.open += part.state == DROPPED  # the drop came too late
+        part.state, part.fresh = RUNNING, event.fresh
         if self.waiting.hedge_budget:
             self._set_due(part, event.at + self.threshold(len(part.units)))
 
-    def _set_due(self, part: _Part, due: float) -> None:
+    def _set_due(self, part: AskedPart, due: float) -> None:
         part.due = due
         if due < math.inf:
             heapq.heappush(self.timers, (due, part.number))
@@ -239,8 +207,8 @@ class _Call:
     def _settle(self, event: Settled) -> None:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
-        self.open -= part.state <= _RUNNING
-        part.state = _GOOD if event.ok else _FAILED
+        self.open -= part.state <= RUNNING
+        part.state = GOOD if event.ok else FAILED
         part.failure, part.worker = event.failure, event.worker
         part.blamed = part.raised and len(part.units) == 1
         if event.ok:
@@ -249,11 +217,14 @@ class _Call:
             good.update(part.units)
             return
         part.tries += 1
-        good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
+        good &= set[int]().union(*(p.units for p in self.parts if p.state == GOOD))
         first = self.parts[: self.num_first]
-        alone = [part for part in self.parts if part.blamed]
-        alike = len({p.failure.cause for p in alone}) == 1
-        enough = len({p.units for p in alone}) >= max(3, min(_BLAMED, self.num_units))
+        singles = {part.units: part for part in reversed(self.parts) if len(part.units) == 1}
+        most = max(3, min(_BLAMED, self.num_units))
+        # The first that were asked: rows that raise may be faster than others.
+        alone = sorted(singles.values(), key=lambda part: part.number)[:most]
+        alike = len({p.failure.cause for p in alone}) == 1 < len({p.worker for p in alone})
+        enough = len(alone) == most and all(part.blamed for part in alone)
         if alike and enough and not good and all(part.raised for part in first):
             self.refused |= {unit: other.number for other in first for unit in other.units}
 
@@ -262,9 +233,9 @@ class _Call:
         if len(self.parts) == self.num_first:
             return ()
         answered, queued = self.good | self.refused.keys(), self.parts[self.num_first :]
-        queued = [p for p in queued if p.state == _QUEUED and answered.issuperset(p.units)]
+        queued = [p for p in queued if p.state == QUEUED and answered.issuperset(p.units)]
         for part in queued:
-            part.state = _DROPPED
+            part.state = DROPPED
         self.open -= len(queued)
         return tuple([part.number for part in queued])
 
@@ -277,11 +248,11 @@ class _Call:
         self.hold_until = math.inf
         num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
         if self.spare is not None:  # less the columns that may still come in time
-            hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
+            hopeful = [p for p in self.parts if p.state <= RUNNING and p.due > self.now]
             lacking = self.needed - len(self.good) - sum(not part.replaced for part in hopeful)
         for part in self.parts[:num_parts]:
-            late = part.state == _RUNNING and part.due <= self.now
-            if part.replaced or not (late or part.state >= _FAILED):
+            late = part.state == RUNNING and part.due <= self.now
+            if part.replaced or not (late or part.state >= FAILED):
                 continue
             missing = [u for u in part.units if u not in self.good and u not in self.refused]
             missing = missing[: max(0, lacking)]
@@ -292,7 +263,7 @@ class _Call:
             part.hedges += late
             rows, most = len(missing) * self.unit_rows, min(_SPLIT, idle)
             num = self.history.num_hedges(rows, most) if late and not part.of else 1
-            if part.state == _FAILED:
+            if part.state == FAILED:
                 num = self._judge(part)
             if num := min(num, len(missing)):
                 idle -= num
@@ -304,17 +275,20 @@ class _Call:
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
-    def _holds(self, part: _Part, event: Settled | None) -> bool:
+    def _holds(self, part: AskedPart, event: Settled | None) -> bool:
         """Return whether a row's third try waits until another worker may show who fails."""
         late = self.spare is None and part.blamed and part.tries >= _TRIES - 1
-        if late and event is not None and event.worker == part.worker:
-            others = [p.units for p in self.parts if p.state < _GOOD and not p.suspect]
-            if not all(map(self.good.issuperset, others)):
-                self.hold_until = 2 * self.now - self.since
-                return True
-        return False
+        if not late or part.raised_twice or event is None or event.worker != part.worker:
+            return False
+        # The third try waits for any other part, later ones for parts that the call needs anyway.
+        third, good = part.tries < _TRIES, self.good
+        others = (p for p in self.parts if p.state == RUNNING or p.is_unsuspected)
+        if not any(third or not good.issuperset(p.units) for p in others):
+            return False
+        self.hold_until = 2 * self.now - self.since
+        return True
 
-    def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
+    def _may_hedge(self, part: AskedPart, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
         # A copy of a part that ended a worker would end another worker, too.
         if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line):
@@ -327,15 +301,15 @@ class _Call:
         self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))
         return False
 
-    def _add(self, missing: list[int], num: int, of: _Part) -> None:
+    def _add(self, missing: list[int], num: int, of: AskedPart) -> None:
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
         for i in range(num):
             some = tuple(units[i * len(units) // num : (i + 1) * len(units) // num])
             tries = of.tries if len(some) == len(of.units) else 0
-            self.parts.append(_Part(len(self.parts), some, of, self.now, tries))
+            self.parts.append(AskedPart(len(self.parts), some, of, self.now, tries))
 
-    def _judge(self, part: _Part) -> int:
+    def _judge(self, part: AskedPart) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
         if self.spare is not None:
             return int(part.tries < _TRIES)
@@ -344,8 +318,9 @@ class _Call:
         if part.raised:
             if not alone:
                 return _SPLIT
-            refused = len({p.worker for p in part.line if p.failure == part.failure}) > 1
-            most = _TRIES_IF_EXACT if self._working() - {part.worker} else _TRIES
+            refused = part.raised_twice
+            others = self._working() - {part.worker} or any(p.is_unsuspected for p in self.parts)
+            most = _TRIES_IF_EXACT if others else _TRIES
         elif part.fresh is None:  # no worker had it
             most = _TRIES
         else:
@@ -361,20 +336,24 @@ class _Call:
         return 0
 
     def _working(self) -> set[int]:
-        return {part.worker for part in self.parts if part.state == _GOOD}
+        return {part.worker for part in self.parts if part.state == GOOD}
 
-    def _chance(self, part: _Part) -> float:
+    def _chance(self, part: AskedPart) -> float:
         """Return the probability that other rows would have failed as often."""
-        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in part.line]
+        others = [p for p in self.parts if p.state in (GOOD, FAILED) and p not in part.line]
         ended = [p.let_down for p in others if not p.raised]
         return self.history.failure_rate(ended) ** sum(p.let_down for p in part.line)
 
     def _end(self, reason: str) -> Ended:
-        # Rows that the module raised on are refused if no other worker is known to work.
+        # Rows that the module raised on are refused if no other worker is known to work, or if they
+        # raised three times in a row on a worker that computed other rows.
         working = self._working()
-        blames = self.spare is None and (working or reason == "failed")
+        raised = all(part.raised for part in self.parts if part.state == FAILED)
+        blames = self.spare is None and (working or reason == "failed" or raised)
         for part in reversed(self.parts) if blames else ():
-            if part.blamed and part.units[0] not in self.good and working <= {part.worker}:
+            works = part.worker in working and part.tries >= _TRIES
+            lone = part.blamed and part.units[0] not in self.good
+            if lone and (works or working <= {part.worker}):
                 self.refused.setdefault(part.units[0], part.number)
         reason = "error" if reason == "failed" and self._reason() == "error" else reason
         if not self.waiting.at_once:
@@ -396,5 +375,5 @@ class _Call:
         self.history.add(
             [(self.unit_rows * len(part.units), part.seconds) for part in ran if not part.fresh],
             (self.rows, took) if is_typical else None,
-            [p.let_down for p in innocent if p.state in (_GOOD, _FAILED) and not p.raised],
+            [p.let_down for p in innocent if p.state in (GOOD, FAILED) and not p.raised],
         )

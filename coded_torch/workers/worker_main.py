@@ -314,9 +314,6 @@ class ModuleStore:
             self._packed.clear()
 
 
-# The workers use the rest.
-
-
 def set_up(threads: int, seed: int) -> None:
     """Set the number of threads of this worker, and seed its random numbers."""
     torch.set_num_threads(threads)
@@ -379,8 +376,9 @@ def _failure(cause: Exception) -> _Failure:
     for error in (cause, *made, RuntimeError(what)):  # the first that can travel
         sent.exc = error
         with contextlib.suppress(Exception):
-            pickle.loads(pickle.dumps(sent))
-            break
+            copy = pickle.loads(pickle.dumps(sent))
+            if error is cause or str(copy) == str(cause):
+                break
     return what, sent
 
 
@@ -396,5 +394,6 @@ class _Remade(NamedTuple):
 
 def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
     error = kind.__new__(kind, *args)
+    error.args = args
     vars(error).update(state)
     return error

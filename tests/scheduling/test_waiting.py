@@ -283,21 +283,26 @@ def answered(rows, num_workers=4):
             settled += 1
 
 
-@pytest.mark.parametrize("num_workers", [1, 4])
-def test_a_module_that_fails_on_all_rows_is_found_by_single_rows(num_workers):
-    asked, settled, ended = answered({*range(256)}, num_workers)
+def test_a_module_that_fails_on_all_rows_is_found_by_single_rows():
+    asked, settled, ended = answered({*range(256)})
     assert (ended.reason, ended.refused) == ("error", (0, 1, 2, 3))
     assert settled < 70
     assert sum(len(units) == 1 for units in asked[:settled]) >= 16
 
 
-@pytest.mark.parametrize("num_bad", [4, 16, 64, 128])
+@pytest.mark.parametrize("num_bad", [4, 16, 64, 128, 256])
 @pytest.mark.parametrize("num_workers", [1, 4])
 def test_no_innocent_row_is_blamed(num_bad, num_workers):
     rows = {*random.Random(0).sample(range(256), num_bad)}
     asked, _, ended = answered(rows, num_workers)
     assert ended.reason == "error"
     assert {row for part in ended.refused for row in asked[part]} == rows
+
+
+def test_at_the_deadline_rows_are_blamed_if_nothing_but_exceptions_came():
+    events = [*raised(0, 1, 2, 3, 4, 5, worker=0), None]  # rows 0 and 1 alone
+    ended = drive(Waiting(deadline=2.0, hedge_budget=0), events)[2]
+    assert (ended.reason, ended.refused) == ("deadline", (4, 5))
 
 
 @pytest.mark.parametrize(("worker", "reason", "refused"), [(1, "failed", ()), (0, "error", (8, 9))])
