@@ -276,7 +276,7 @@ class _Call:
         return tuple([part.units for part in self.parts[num_parts:]])
 
     def _holds(self, part: AskedPart, event: Settled | None) -> bool:
-        """Return whether a row's third try waits until another worker may show who fails."""
+        """Return whether a row that raised twice waits for another worker before its next try."""
         late = self.spare is None and part.blamed and part.tries >= _TRIES - 1
         if not late or part.raised_twice or event is None or event.worker != part.worker:
             return False
