@@ -60,7 +60,7 @@ def test_the_row_is_predicted_if_that_is_asked_for(pool):
     assert isinstance(report.errors[BAD].__cause__, ValueError)
 
 
-def test_what_every_part_raises_is_raised_at_once():
+def test_a_module_that_fails_on_all_rows_is_found_by_a_few():
     calls = []
 
     class Refuses(nn.Module):

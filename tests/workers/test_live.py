@@ -92,7 +92,8 @@ def test_every_part_fails_at_its_own_time():
         "part 1 did not reply within 0.5 s; all is quiet",
         "part 2 did not reply within 0.5 s; all is quiet",
     ]
-    assert all(reply.at >= at for reply, at in zip(replies, (0.5, 0.5, 0.6), strict=True))
+    times = zip(replies, (0.5, 0.5, 0.6), strict=True)
+    assert all(at <= reply.at < at + 2 for reply, at in times)  # a busy machine is late
     request.settle(request.parts[0], "late")
     assert request.wait() is None
 
