@@ -21,7 +21,7 @@ from .geometry import Centred, Geometry, added_up, typical_rows
 from .ordering import similarity_order
 
 __all__ = ["DEFAULT", "METRICS", "Choice", "Distances", "Features", "Leaf", "Metric"]
-__all__ += ["Scaling", "Sources", "key_of", "leaves_of", "made_by", "name_of", "path_step"]
+__all__ += ["Scaling", "Sources", "leaves_of", "made_by", "name_of", "path_step"]
 __all__ += ["transforms"]
 
 logger = sparing_logger("coded_torch.codes")
@@ -222,17 +222,17 @@ class Sources:
         self._inputs = inputs
         self.leaves = leaves_of(inputs) if leaves is None else list(leaves)
         self.notes: list[str] = []
-        self._made: dict[int, list[Leaf] | None] = {}
+        self._made: dict[Features, list[Leaf] | None] = {}
 
     def of(self, metric: str | Features) -> list[Leaf] | None:
         """Return a metric's features; None for a callable that fails. It runs once."""
         if isinstance(metric, str):
             return self.leaves
-        if id(metric) not in self._made:
+        if metric not in self._made:
             made, note = made_by(metric, self._inputs)
-            self._made[id(metric)] = None if made is None else leaves_of(made)
+            self._made[metric] = None if made is None else leaves_of(made)
             self.note(note)
-        return self._made[id(metric)]
+        return self._made[metric]
 
     def note(self, note: str) -> None:
         if note and note not in self.notes:
@@ -295,19 +295,18 @@ class Distances:
 
     def by(self, metric: str | Features) -> Measured:
         """Return the distances in a metric; in the first, if it does not apply."""
-        key = key_of(metric)
-        if key not in self._measured:
+        if metric not in self._measured:
             if not self.has(metric):
                 return self._measured[self.first]
             squared, unit = self._squared(metric)
-            self._measured[key] = Measured(squared, path_step(squared, self.order.numpy(), unit))
-        return self._measured[key]
+            self._measured[metric] = Measured(squared, path_step(squared, self.order.numpy(), unit))
+        return self._measured[metric]
 
     def among(self, metric: str | Features, some: Tensor) -> tuple[Tensor, float]:
         """Return the squared distances among some rows, ``[m, m]``, and their step."""
-        key, unit = key_of(metric), 1.0
-        if key in self._measured:
-            squared = self._measured[key].squared.index_select(0, some).index_select(1, some)
+        unit = 1.0
+        if metric in self._measured:
+            squared = self._measured[metric].squared.index_select(0, some).index_select(1, some)
         else:
             squared, unit = self._squared(metric, some)
         place = np.full(len(self.order), -1)
@@ -333,7 +332,7 @@ class Distances:
     def _geometry(self, metric: str | Features) -> Geometry | None:
         """Return the geometry of a metric's features, which metrics of the same features share."""
         how = _how(metric)
-        key = (how.features, how.rows_each) if isinstance(metric, str) else id(metric)
+        key = (how.features, how.rows_each) if isinstance(metric, str) else metric
         if key not in self._geometries:
             self._geometries[key] = None
             leaves = [leaf.at(self._typical_rows) for leaf in self.sources.of(metric) or ()]
@@ -360,11 +359,6 @@ def path_step(squared_distances: Tensor, path: npt.NDArray[np.int64], unit: floa
         return 1.0
     middle = (steps.size - 1) // 2
     return max(math.sqrt(np.partition(steps, middle)[middle]), _SHORTEST * math.sqrt(unit))
-
-
-def key_of(metric: str | Features) -> str | int:
-    """Return the key of a metric in dictionaries."""
-    return metric if isinstance(metric, str) else id(metric)
 
 
 def _how(metric: str | Features) -> Metric:

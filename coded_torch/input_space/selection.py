@@ -18,7 +18,7 @@ from ..linear import SelectMap
 from .error_bars import Bars, bars
 from .gaussian_process import Comparison, GaussianProcess, scaled
 from .geometry import evenly
-from .metrics import Choice, Distances, Features, key_of, name_of
+from .metrics import Choice, Distances, Features, name_of
 
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
 
@@ -90,7 +90,7 @@ class Fits:
                 metric = self._metric(few, length)
             if len(self._lengths) > 1:
                 length = self._length(few, metric)
-        key = key_of(metric), length
+        key = metric, length
         if key not in self._processes:
             squared, step = distances.by(metric)
             self._processes[key] = GaussianProcess(squared, length * step, self.points)
@@ -120,7 +120,7 @@ class Fits:
 
         def best(lengths: Sequence[float], default: float) -> float:
             new = [length for length in lengths if length not in found]
-            key = key_of(metric), *new
+            key = metric, *new
             if key not in self._comparisons:
                 distances, rows = self._compared
                 among, step = distances.among(metric, rows)[0], distances.by(metric).step
