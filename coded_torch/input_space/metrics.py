@@ -293,6 +293,12 @@ class Distances:
         """Return whether a metric applies."""
         return self._geometry(metric) is not None
 
+    def prepare(self) -> None:
+        """Compute the coordinates of every metric, while results are awaited."""
+        for metric in self.metrics:  # callables run only if a row is missing
+            if isinstance(metric, str) and (geometry := self._geometry(metric)) is not None:
+                geometry.squared_lengths(_how(metric).shrinkage)
+
     def by(self, metric: str | Features) -> Measured:
         """Return the distances in a metric; in the first, if it does not apply."""
         if metric not in self._measured:

@@ -164,6 +164,8 @@ class Part:
         self.rows, self._distances, self._lengths = rows, distances, lengths
         self.usable: Tensor | None = None  # bool [b], used without distances
         self.order = torch.arange(len(rows)) if distances is None else distances.order
+        if distances is not None and len(rows) <= _MEASURED:
+            distances.prepare()
         self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
         # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
