@@ -23,7 +23,7 @@ from .tensors import (
     EndpointError,
     Model,
     RefusedError,
-    answer_bytes,
+    most_bytes,
     outputs_of,
     parsed,
     request,
@@ -146,7 +146,7 @@ class Client:
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         if length:
             headers["Inference-Header-Content-Length"] = str(length)
-        url, most = f"{server}{model.path}/infer", answer_bytes(model, rows)
+        url, most = f"{server}{model.path}/infer", most_bytes(model.outputs, rows)
         data, size = await self._ask("POST", url, most, data=body, headers=headers)
         try:
             found, predicted = outputs_of(model, data, size, rows)

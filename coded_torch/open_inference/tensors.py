@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import count, instance
 
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
-__all__ += ["answer_bytes", "cast", "entries", "field", "from_bytes", "from_json", "json_length"]
+__all__ += ["cast", "entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
 __all__ += ["to_bytes", "to_json", "written"]
 
@@ -32,8 +32,9 @@ DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
 DATATYPES |= {f"INT{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)}
 DATATYPES |= {f"FP{bits}": getattr(torch, f"float{bits}") for bits in (16, 32, 64)}
 _NAMES = {dtype: datatype for datatype, dtype in DATATYPES.items()}
-_HEADER = 2**16  # bytes of JSON beside the numbers of an answer, at most; not tuned
+_HEADER = 2**16  # bytes of JSON beside the numbers of a message, at most; not tuned
 _NUMBER = 32  # bytes of one number in JSON, at most: float64 takes 25
+ANY_SHAPE = 2**26  #: bytes of tensors of an open size, at most; not tuned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +223,13 @@ def field(owner: str, entry: dict[str, Any], key: str, kind: type, default: Any 
     return value
 
 
+def most_bytes(specs: Sequence[TensorSpec], rows: int) -> int:
+    """Return the most bytes of a message with so many rows of tensors."""
+    return _HEADER + sum(
+        ANY_SHAPE if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER for spec in specs
+    )
+
+
 def json_length(body: bytes, length: str | None) -> int:
     """Return the length of the JSON of a message by its Inference-Header-Content-Length."""
     if length is None:
@@ -359,14 +367,6 @@ def request(model: Model, inputs: Sequence[Tensor]) -> tuple[bytes, int | None]:
     triples = [(spec, x, model.binary) for spec, x in zip(model.inputs, inputs, strict=True)]
     dumps = functools.partial(json.dumps, default=np.ndarray.tolist)
     return written({"outputs": outputs}, "inputs", triples, lambda x: dumps(x).encode())
-
-
-def answer_bytes(model: Model, rows: int) -> int:
-    """Return the most bytes that an answer may have; 64 MiB for an output whose size is open."""
-    return _HEADER + sum(
-        2**26 if -1 in spec.shape else rows * math.prod(spec.shape) * _NUMBER
-        for spec in model.outputs
-    )
 
 
 def outputs_of(

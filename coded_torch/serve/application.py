@@ -12,13 +12,12 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import anyio
-import orjson
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from torch import Tensor
 
@@ -27,19 +26,12 @@ import coded_torch
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper, Report
 from ..open_inference.tensors import ADDED, TensorSpec
+from . import protocol
 from .batcher import Batch, Batcher, compute, load
 from .metrics import Metrics
-from .protocol import (
-    VERSION,
-    InferRequest,
-    RequestError,
-    format_answer,
-    largest_body,
-    parse,
-    read_body,
-)
+from .protocol import VERSION, RequestError
 
-__all__ = ["app", "deployment", "in_json"]
+__all__ = ["app", "deployment"]
 
 # Seconds after a deadline in which an answer that ended at the deadline is still written. It trades
 # late answers against refused ones and was not tuned.
@@ -155,13 +147,13 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         }
         routes = [
             Route("/metrics", self.metrics_text),
-            Route("/v2", lambda _: in_json(server | {"extensions": ["binary_tensor_data"]})),
-            Route("/v2/health/live", lambda _: in_json({"live": True})),
+            Route("/v2", lambda _: JSONResponse(server | {"extensions": ["binary_tensor_data"]})),
+            Route("/v2/health/live", lambda _: JSONResponse({"live": True})),
             Route("/v2/health/ready", self.is_ready),
         ]
         for path in (f"/v2/models/{name}", f"/v2/models/{name}/versions/{VERSION}"):
             routes += [
-                Route(path, lambda _: in_json(model)),
+                Route(path, lambda _: JSONResponse(model)),
                 Route(f"{path}/ready", self.is_ready),
                 Route(f"{path}/infer", self.infer, methods=["POST"]),
             ]
@@ -192,7 +184,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     async def is_ready(self, _: Request) -> Response:
         """Say whether the model is loaded, and a worker is up if the pool has workers."""
         ready = self.ready and self.pool.num_ready != 0
-        return in_json({"name": self.name, "ready": ready}, 200 if ready else 503)
+        return JSONResponse({"name": self.name, "ready": ready}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:
         """Return the metrics for Prometheus."""
@@ -223,7 +215,7 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         parameters: dict[str, Any] = {"predicted_rows": predicted, "late_workers": late}
         if coverage is not None:
             parameters["coverage"] = coverage
-        body, length = format_answer(self.name, message, answers, parameters)
+        body, length = protocol.format_answer(self.name, message, answers, parameters)
         now = time.monotonic()
         self.answers.append((now, now - arrived, rows, predicted))
         if length is None:
@@ -237,14 +229,15 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
         if error.status_code != 404:  # another path is no request of this model
             self.metrics.refused(getattr(error, "reason", "invalid"))
-        return in_json({"error": error.detail}, error.status_code, error.headers)
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
-    async def _read(self, request: Request, deadline: float) -> InferRequest:
+    async def _read(self, request: Request, deadline: float) -> protocol.InferRequest:
         length = request.headers.get("inference-header-content-length")
         try:
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
-                body = await read_body(request, largest_body(self.inputs, self.max_rows))
-            return parse(body, length, self.inputs, self.outputs, self.max_rows)
+                most = protocol.largest_body(self.inputs, self.max_rows)
+                body = await protocol.read_body(request, most)
+            return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
         except TimeoutError:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
         except ValueError as error:
@@ -273,11 +266,6 @@ async def _first(future: asyncio.Future[Batch], request: Request, seconds: float
     finally:
         watching.cancel()
         future.cancel()  # takes the request off the queue
-
-
-def in_json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a response of JSON."""
-    return Response(orjson.dumps(content), status, headers, media_type="application/json")
 
 
 def deployment(factory: Callable[[], app], **options: Any) -> Any:

@@ -24,11 +24,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import orjson
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..workers import FaultyWorkers
-from .application import app, in_json
+from .application import app
 from .protocol import RequestError
 
 __all__ = ["LOOPBACK", "Chaos", "Page"]
@@ -188,7 +188,7 @@ class Page:
             "minute": _summary(recent),
             "history": [_summary(recent[ages == n]) for n in reversed(range(int(_MINUTE / _STEP)))],
         }
-        return in_json(content, headers={"Cache-Control": "no-store"})
+        return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     async def act(self, request: Request) -> Response:
         """Begin a fault."""
@@ -213,7 +213,7 @@ class Page:
             chaos.inject(place, action)
         except (ValueError, ProcessLookupError) as error:
             raise RequestError(409, "invalid", str(error)) from None
-        return in_json({})
+        return JSONResponse({})
 
 
 def _summary(answers: np.ndarray) -> dict[str, float]:

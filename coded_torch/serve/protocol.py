@@ -17,32 +17,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from torch import Tensor
 
-from ..open_inference.tensors import (
-    ADDED,
-    TensorSpec,
-    entries,
-    field,
-    json_length,
-    require,
-    tensors_of,
-    written,
-)
+from ..open_inference import tensors as wire
+from ..open_inference.tensors import ADDED, TensorSpec, field, require
 
-__all__ = [
-    "VERSION",
-    "InferRequest",
-    "RequestError",
-    "example_request",
-    "format_answer",
-    "largest_body",
-    "parse",
-    "read_body",
-]
+__all__ = ["VERSION", "InferRequest", "RequestError", "example_request", "format_answer"]
+__all__ += ["largest_body", "parse", "read_body"]
 
-# The largest JSON beside the numbers, and one number in JSON, in bytes. They are bounds, not tuned.
-_HEADER, _NUMBER = 2**16, 32
-# The largest body in bytes if the model leaves sizes open. It is a bound, not tuned.
-_ANY_SHAPE = 2**26
 #: The only version of every model.
 VERSION = "1"
 
@@ -93,9 +73,8 @@ async def read_body(request: Request, most: int) -> bytes:
 
 def largest_body(inputs: Sequence[TensorSpec], max_rows: int) -> int:
     """Return the number of bytes that a request with so many rows may need."""
-    if any(-1 in spec.shape for spec in inputs):
-        return _ANY_SHAPE
-    return _HEADER + _NUMBER * max_rows * sum(math.prod(spec.shape) for spec in inputs)
+    is_open = any(-1 in spec.shape for spec in inputs)
+    return wire.ANY_SHAPE if is_open else wire.most_bytes(inputs, max_rows)
 
 
 def parse(
@@ -110,7 +89,7 @@ def parse(
     ``header_length`` is the Inference-Header-Content-Length. A ValueError names the field that is
     wrong, its requirement and value.
     """
-    length = json_length(body, header_length)
+    length = wire.json_length(body, header_length)
     head, tail = memoryview(body)[:length], memoryview(body)[length:]
     try:
         message = orjson.loads(head)
@@ -126,12 +105,12 @@ def parse(
     binary = field("the request", parameters, "binary_data_output", bool, False)
     name = field("the request", message, "id", str, "")
     listed = field("the request", message, "inputs", list)
-    given = tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
+    given = wire.tensors_of("input", listed, inputs, tail, range(1, max_rows + 1))
     rows = [len(given[spec.name]) for spec in inputs]
     require(len(set(rows)) == 1, "the numbers of rows of inputs", "equal", rows)
     wanted = []
     listed = field("the request", message, "outputs", list, [])
-    for owner, spec, _, how in entries("output", listed, (*outputs, *ADDED)):
+    for owner, spec, _, how in wire.entries("output", listed, (*outputs, *ADDED)):
         if how.get("classification"):
             raise ValueError(f"{owner} must be asked for as it is, not as a classification")
         wanted.append((spec, field(owner, how, "binary_data", bool, binary)))
@@ -144,7 +123,7 @@ def example_request(inputs: Sequence[TensorSpec], examples: Sequence[Tensor], ro
     """Return the body of a request with one row of the examples."""
     pairs = zip(inputs, examples, strict=True)
     tensors = ((spec, x[row : row + 1], False) for spec, x in pairs)
-    return written({"id": f"example {row}"}, "inputs", tensors, dumps)[0]
+    return wire.written({"id": f"example {row}"}, "inputs", tensors, dumps)[0]
 
 
 def format_answer(
@@ -157,7 +136,7 @@ def format_answer(
     message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
     message |= {"id": request.id} if request.id else {}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
-    return written(message, "outputs", tensors, dumps)
+    return wire.written(message, "outputs", tensors, dumps)
 
 
 def dumps(content: Any) -> bytes:
