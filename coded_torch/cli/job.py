@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -20,10 +21,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch.utils._pytree import tree_leaves
 
 from .._arguments import count
-from ..nn import CodedWrapper, Report, Waiting
+from ..nn import CodedWrapper, Waiting
 from ..workers import ProcessWorkers
 from . import find_factory, need, say, usage
 
@@ -44,7 +45,14 @@ def job(args: argparse.Namespace) -> None:
                 workers = ProcessWorkers(args.num_workers)
                 coded = CodedWrapper(coded, workers=workers, waiting=waiting)
             size = count("job", "batch_size", args.batch_size)
-            held.enter_context(_lock(args.output))
+            args.output.mkdir(parents=True, exist_ok=True)
+            # No other process can lock the file before it is closed, or this process ends.
+            lock = held.enter_context((args.output / "job.lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                must = "must not be in use by another job"
+                raise ValueError(f"--output {args.output} {must}") from None
             _claim(args, coded.module, rows)
             starts = range(0, rows, size)
             paths = {start: args.output / f"batch-{start:012}.pt" for start in starts}
@@ -54,17 +62,20 @@ def job(args: argparse.Namespace) -> None:
         held.enter_context(torch.no_grad())
         counts: Counter[str] = Counter()
         begin, end = time.monotonic(), ""
+        progress: Iterable[int] = missing
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            progress = tqdm(missing, desc="batches", disable=None)  # if there is a terminal
         try:
-            for start, (answers, report) in zip(_with_progress(missing), found, strict=True):
-                _write(paths[start], answers, report)
-                flags = torch.zeros(0) if report.predicted is None else report.predicted
-                predicted = int(flags.sum())
-                counts.update(
-                    batches=1,
-                    exact=len(flags) - predicted,
-                    predicted=predicted,
-                    hedges=len(report.hedges),
-                )
+            for start, (answers, report) in zip(progress, found, strict=True):
+                # A zip file for ``torch.load``: outputs, a dict or a list, and their errors.
+                outputs = dict(answers) if isinstance(answers, Mapping) else tree_leaves(answers)
+                content = {"outputs": outputs, "predicted": report.predicted, "radii": report.radii}
+                _replace(paths[start], functools.partial(torch.save, content))
+                flags = [] if report.predicted is None else report.predicted.tolist()
+                counts.update("predicted" if flag else "exact" for flag in flags)
+                counts.update(batches=1, hedges=len(report.hedges))
         except Exception as error:
             if "batch" in (facts := vars(error)):  # numbered by `map`, from the first missing one
                 first = missing[facts["batch"]]
@@ -85,15 +96,6 @@ def job(args: argparse.Namespace) -> None:
                 f"{counts['hedges']:,} hedges, {coded.workers.num_restarts} workers lost, "
                 f"{speed:,.0f} rows per second.{end}"
             )
-
-
-def _with_progress(items: Iterable[Any]) -> Iterable[Any]:
-    """Return the items with a progress bar, if there is tqdm and a terminal."""
-    with contextlib.suppress(ImportError):
-        from tqdm import tqdm
-
-        items = tqdm(items, desc="batches", disable=None)
-    return items
 
 
 def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Tensor, ...]]]]:
@@ -156,18 +158,6 @@ def _column(name: str, column: Any) -> Tensor:
     return torch.from_numpy(np.array(column.to_pylist(), kind.to_pandas_dtype()))
 
 
-def _lock(folder: Path) -> Any:
-    """Return an open file that no other process can lock before it is closed, or this one ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / "job.lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"--output {folder} must not be in use by another job") from None
-    return file
-
-
 def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
     """Begin a job in its folder, or check that the folder holds the same job.
 
@@ -206,16 +196,6 @@ def _claim(args: argparse.Namespace, module: nn.Module, rows: int) -> None:
 
 def _shown(value: object) -> bytes:
     return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)).encode()
-
-
-def _write(path: Path, answers: Any, report: Report) -> None:
-    """Write a batch, a zip file for ``torch.load``: outputs, a dict or a list, and their errors."""
-    content = {
-        "outputs": dict(answers) if isinstance(answers, Mapping) else pytree.tree_leaves(answers),
-        "predicted": report.predicted,
-        "radii": report.radii,
-    }
-    _replace(path, lambda file: torch.save(content, file))
 
 
 def _replace(path: Path, write: Callable[[Any], Any]) -> None:

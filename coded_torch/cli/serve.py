@@ -62,7 +62,8 @@ def serve(args: argparse.Namespace) -> None:
         if args.chaos:  # the page says which workers attack
             law = Bernoulli(0.03, latency=0.05, seed=args.seed)
             kills = {"seed": args.seed, "crash_every": 5.0}
-            workers = FaultyWorkers(workers, delays=law, attack=_wrong, **kills)
+            wrong = lambda rows, _: -rows  # noqa: E731
+            workers = FaultyWorkers(workers, delays=law, attack=wrong, **kills)
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
@@ -77,10 +78,6 @@ def serve(args: argparse.Namespace) -> None:
     else:
         say(f"Loading {name} on {args.num_workers} processes; requests wait for that.")
     _listen(built, args.host, args.port, name, is_local or args.page)
-
-
-def _wrong(rows: Tensor, generator: torch.Generator) -> Tensor:
-    return -rows
 
 
 def _fleet(args: argparse.Namespace) -> tuple[nn.Module, Any, dict[str, Any]]:

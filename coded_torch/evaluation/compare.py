@@ -9,17 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import codes as kinds
 from .._arguments import count, instance, shown
 from .._torch import on_host
-from ..codes import (
-    BerrutCode,
-    Code,
-    FloaterHormannCode,
-    LagrangeCode,
-    RegressionCode,
-    ReplicationCode,
-    SplineCode,
-)
+from ..codes import Code, RegressionCode
 from ..stragglers import Stragglers, Uniform
 from ..workers.faults import Attack
 from .scores import Comparison, Record, Score, Setting, check_labels, score
@@ -32,13 +25,13 @@ def peers(num_data: int, num_workers: int) -> dict[str, Code]:
     """Return the codes of the paper and its peers, as published and with ordered rows."""
     k, n = num_data, num_workers
     return {
-        "the paper's scheme": SplineCode(k, n, ordering="arrival"),
-        "Berrut": BerrutCode(k, n, ordering="arrival"),
-        "the paper's, ordered": SplineCode(k, n),
-        "Berrut, ordered": BerrutCode(k, n),
-        "Floater-Hormann, ordered": FloaterHormannCode(k, n),
-        "Lagrange, ordered": LagrangeCode(k, n, decoder_degree=k - 1),
-        "replication": ReplicationCode(k, n, ordering="arrival"),
+        "the paper's scheme": kinds.SplineCode(k, n, ordering="arrival"),
+        "Berrut": kinds.BerrutCode(k, n, ordering="arrival"),
+        "the paper's, ordered": kinds.SplineCode(k, n),
+        "Berrut, ordered": kinds.BerrutCode(k, n),
+        "Floater-Hormann, ordered": kinds.FloaterHormannCode(k, n),
+        "Lagrange, ordered": kinds.LagrangeCode(k, n, decoder_degree=k - 1),
+        "replication": kinds.ReplicationCode(k, n, ordering="arrival"),
         "regression": RegressionCode(k, n),
     }
 
@@ -93,11 +86,8 @@ def compare(
 
     Returns:
         The raw data, a table and a picture. Codes that mix inputs need floating-point ones, and are
-        left out otherwise.
-
-    Note:
-        At every setting, the module runs some N / K times on all batches, and for each encoder that
-        is tried on the tuning batches.
+        left out otherwise. At every setting, the module runs some N / K times on all batches, and
+        for each encoder that is tried on the tuning batches.
 
     Example:
         >>> import torch
@@ -187,10 +177,8 @@ def _schemes(k: int, n: int, trial: Trial, more: Any, names: Any) -> dict[str, C
     for name, code in added.items():
         instance("compare", f"what more returns as {name!r}", code, Code)
         if name in codes or (code.num_data, code.num_workers) != (k, n):
-            raise ValueError(
-                f"compare: more must return codes of K = {k} and N = {n} under names that are not "
-                f"taken, got {code} as {name!r}"
-            )
+            must = f"more must return codes of K = {k} and N = {n} under names that are not taken"
+            raise ValueError(f"compare: {must}, got {code} as {name!r}")
     schemes = {**codes, **added}
     fit = {name: code for name, code in schemes.items() if trial.mixable or not code.mixes}
     some = {name: code for name, code in fit.items() if names is None or name in names}

@@ -71,9 +71,7 @@ class Option(NamedTuple):
     def rank(self) -> tuple[float, ...]:
         """The order of options: the best has the least."""
         # Work to three digits: of options that differ by less, the one with the shorter tail wins.
-        return (
-            (0, round(self.work, 3), self.slowest) if self.meets else (1, self.late, self.slowest)
-        )
+        return not self.meets, round(self.work, 3) if self.meets else self.late, self.slowest
 
 
 class Plan(NamedTuple):
@@ -93,12 +91,9 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         lines = [f"{'':34}{'K':>3}{'N':>3}{'p99.9':>9}{'late':>8}{'work':>7}{'predicted':>11}"]
         for kind, option in self.best.items():
-            lines += [
-                kind,
-                f"  {option.name:32}{option.parts:3}{option.asked:3}{1e3 * option.slowest:7.1f}ms"
-                f"{option.late:8.2%}{option.work:7.3f}{option.predicted:11.3%}"
-                f"{'  yes' if option.meets else '   no'}",
-            ]
+            text = f"  {option.name:32}{option.parts:3}{option.asked:3}"
+            text += f"{1e3 * option.slowest:7.1f}ms{option.late:8.2%}{option.work:7.3f}"
+            lines += [kind, f"{text}{option.predicted:11.3%}{'  yes' if option.meets else '   no'}"]
         what = f"99.9 % within {1e3 * self.deadline:g} ms and {self.accuracy:.2%} of the rows right"
         least = min(self.best.values(), key=lambda option: option.rank[:2])
         if not least.meets:
@@ -223,10 +218,10 @@ def plan(
         policy: Waiting | Verified = dataclasses.replace(waiting, deadline=until)
         if verify:
             policy = Verified(policy, num_workers, verify, seed=seed)
-        sizes: dict[str, Any] = {"num_workers": num_workers, "num_parts": k, "num_columns": n}
-        how: dict[str, Any] = {"load": load, "num_requests": num_requests, "seed": seed}
+        sizes = {"num_workers": num_workers, "num_parts": k, "num_columns": n}
         conditions = law if isinstance(law, Conditions) else measured(law, part)
-        outcome = simulate(policy, conditions, **sizes, **how)
+        how: Any = sizes | {"load": load, "num_requests": num_requests, "seed": seed}
+        outcome = simulate(policy, conditions, **how)
         latencies = np.sort(outcome.latencies * part)
         slowest = float(np.quantile(latencies, _IN_TIME))
         late = float((latencies > deadline).mean())

@@ -64,18 +64,19 @@ def score(decoded: Tensor, exact: Tensor, labels: Tensor | None = None) -> Score
     if decoded.shape != exact.shape or not exact.dim() or not exact.numel():
         must = "decoded must have the shape [..., C] of exact and hold at least one answer"
         raise ValueError(f"score: {must}, got {tuple(decoded.shape)} and {tuple(exact.shape)}")
+    decoded, exact = decoded.detach().double(), exact.detach().double()
     answered = decoded.isfinite().all(-1)
     found, own = torch.where(answered, decoded.argmax(-1), -1), exact.argmax(-1)
-    squares, mean = _squares(decoded, exact), exact.double().reshape(-1, exact.shape[-1]).mean(0)
+    squares = (decoded - exact).square().sum(-1)
+    spread = exact - exact.reshape(-1, exact.shape[-1]).mean(0)
     right = own_right = math.nan
     if labels is not None:
         check_labels("score", labels, exact)
         labels = labels.to(exact.device)  # loaders have labels on the host
         right, own_right = ((x == labels).double().mean().item() for x in (found, own))
-    agreement = (found == own).double().mean().item()
-    variance = _squares(mean.expand_as(exact), exact).mean().item()
+    variance, agreement = spread.square().sum(-1).mean(), (found == own).double().mean()
     errors = squares.mean().item(), squares.sqrt().mean().item()
-    return Score(*errors, variance, right, own_right, agreement)
+    return Score(*errors, variance.item(), right, own_right, agreement.item())
 
 
 def check_labels(owner: str, labels: Any, exact: Tensor) -> None:
@@ -99,11 +100,6 @@ def relative_accuracy(decoded: Tensor, exact: Tensor, labels: Tensor) -> float:
     if not found.exact_right:
         raise ValueError("relative_accuracy: the model must be right at least once, got never")
     return found.right / found.exact_right
-
-
-def _squares(decoded: Tensor, exact: Tensor) -> Tensor:
-    """Return the squared norm of every answer's error: ``[..., C] -> [...]``, float64."""
-    return (decoded.detach().double() - exact.detach().double()).square().sum(-1)
 
 
 def ratio(a: Array, b: Array) -> Interval:
@@ -173,9 +169,8 @@ class Row(NamedTuple):
 
     The fields with a default are None without a reference, and for the reference itself. ``p`` is
     the p-value of paired sign flips of the batches' differences of squared distances, times the
-    number of comparisons m (Bonferroni), at most 1. All schemes but the reference count in m, at
-    every setting. With b answered batches, p is at least m 2^(1-b) if b is at most 14, else
-    m / 20,000.
+    number m of all schemes but the reference, at all settings (Bonferroni), and at most 1. With b
+    answered batches, p is at least m 2^(1-b) if b is at most 14, else m / 20,000.
     """
 
     setting: Setting  #: N, K and S
@@ -258,10 +253,9 @@ class Comparison:
             lines += ["", f"N = {n} workers, K = {k} inputs a group, S = {s} workers lost"]
             lines.append(f"  {'':<27} {'RMSE':<16}{'MSE / variance':<18}{accuracies}".rstrip())
             for row in rows:
-                scores = (
-                    f"{_text(row.rmse):<15} {_text(row.mse):<17} {_text(row.relative_accuracy)}"
-                )
-                lines.append(f"  {row.name:<27} {scores}".rstrip())
+                scores = f"{_text(row.rmse):<15} {_text(row.mse):<17}"
+                text = f"  {row.name:<27} {scores} {_text(row.relative_accuracy)}"
+                lines.append(text.rstrip())
         return "\n".join(lines[1:])
 
     def draw(self) -> Figure:
@@ -277,11 +271,11 @@ class Comparison:
         across, down = min(2, len(panels)), math.ceil(len(panels) / 2)
         figure = Figure(figsize=(6.5 * across, 4.2 * down), layout="constrained")
         every, lines = figure.subplots(down, across, squeeze=False).flat, {}
-        for axes, (fixed, rows) in zip(every, panels.items(), strict=False):
-            data, other = fixed if along == 0 else fixed[::-1]
-            of_lost = f", {other} workers lost" if along == 0 else f" on {other} workers"
-            axes.set_title(f"{data} inputs a group{of_lost}", fontsize=10)
-            error = "mean squared error / variance of the outputs"
+        error = "mean squared error / variance of the outputs"
+        for axes, rows in zip(every, panels.values(), strict=False):
+            n, k, s = rows[0].setting
+            of_lost = f", {s} workers lost" if along == 0 else f" on {n} workers"
+            axes.set_title(f"{k} inputs a group{of_lost}", fontsize=10)
             if len({row.setting for row in rows}) == 1:
                 for row in rows:
                     axes.barh(row.name, row.mse[0] or 0.0, xerr=row.mse[1])
@@ -320,10 +314,8 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[A
 def _text(interval: Interval | None) -> str:
     """Format a number and half the width of its interval, with the digits that this leaves."""
     value, half = interval or (None, None)
-    if value is None:
-        return ""
-    if not half:
-        return f"{value:.3g}"
+    if value is None or not half:
+        return "" if value is None else f"{value:.3g}"
     digits = max(0, 1 - math.floor(math.log10(half)))
     if digits > 5:
         return f"{value:.1e} ± {half:.0e}"

@@ -47,14 +47,12 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
         values: by the name of a number, the values to choose it from. Defaults to the candidates.
 
     Returns:
-        The code with the best numbers; the first of equals.
+        The code with the best numbers; the first of equals. The module runs once on every batch,
+        and N / K times as much for every encoder that mixes.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or value, or no code can decode the
             received sets.
-
-    Note:
-        The module runs once on every batch, and N / K times as much for every encoder that mixes.
 
     Example:
         >>> import torch
@@ -73,11 +71,9 @@ def tune(wrapper: CodedWrapper, batches: Iterable[Any], **values: Sequence[Any])
     if not calls:
         raise ValueError("tune: batches must hold at least one, got none")
     draws = received_sets(wrapper)
-    sets = [[*itertools.islice(draws, SETS)] for _ in calls]
     how = {"in_dims": wrapper.in_dims, "out_dims": wrapper.out_dims}
     how["max_batch_size"] = getattr(wrapper.workers, "max_batch_size", None)
-    pairs = zip(calls, sets, strict=True)
-    trials = (Trial(wrapper.module, args, some, **how) for args, some in pairs)
+    trials = (Trial(wrapper.module, x, [*itertools.islice(draws, SETS)], **how) for x in calls)
     return chosen(code, trials, wrapper.num_stragglers, values)
 
 
@@ -237,12 +233,12 @@ class Trial:
         rows = [self._place[worker] for worker in received]
         answers = []
         for i, result in enumerate(results):
-            arrived, known = _scaled(self._attacked(result[rows], received), code), None
+            arrived = _scaled(self._attacked(result[rows], received), code)
             if surrogate:
                 known = _scaled(surrogate[i], code)
-                arrived = arrived - plan.encode(known)[received]
-            decoded = plan.decode(arrived, received)
-            decoded = decoded if known is None else decoded + known
+                decoded = plan.decode(arrived - plan.encode(known)[received], received) + known
+            else:
+                decoded = plan.decode(arrived, received)
             answers.append(decoded if code.link is None else decoded.softmax(-1))
         return answers
 
@@ -274,12 +270,10 @@ class Trial:
             others = [] if self.inputs else self._inputs.batches()
             plan = code.plan(self.inputs, key[1], batch_size=self.batch_size, others=others)
             workers = _within(self._workers, code)
-            if code.mixes:
-                coded = [plan.encode(leaf)[workers] for leaf in self._inputs.batches()]
-                results = self._computed(coded)
-            else:  # workers compute inputs of the batch, whose results are known
-                results = [plan.encode(leaf)[workers] for leaf in self.exact]
-            self._plans[key] = plan, results
+            # A code that does not mix carries inputs of the batch, whose results are known.
+            values = self._inputs.batches() if code.mixes else self.exact
+            coded = [plan.encode(leaf)[workers] for leaf in values]
+            self._plans[key] = plan, self._computed(coded) if code.mixes else coded
         return self._plans[key]
 
     def _computed(self, coded: list[Tensor]) -> list[Tensor]:

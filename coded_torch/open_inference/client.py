@@ -11,24 +11,15 @@ import ssl as tls
 import threading
 import weakref
 from collections.abc import Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import aiohttp
 from torch import Tensor, nn
 
 from .._arguments import instance, positive
-from .tensors import (
-    ADDED,
-    EndpointError,
-    Model,
-    RefusedError,
-    most_bytes,
-    outputs_of,
-    parsed,
-    request,
-    specs_of,
-)
+from . import tensors as wire
+from .tensors import ADDED, EndpointError, Model, RefusedError
 
 __all__ = ["BusyError", "Client", "EndpointError", "Model", "RefusedError", "RemoteError"]
 __all__ += ["RemoteModule", "run", "running_loop"]
@@ -39,7 +30,6 @@ _RETRY_SECONDS = 0.1  # the pause of a busy server that does not name one; not t
 _MOST_RETRY_SECONDS = 30.0  # the longest pause that a server may ask for; not tuned
 _PROBE = 5.0  # seconds to say that a server is ready; not tuned
 _CALLERS = (400, 405, 406, 413, 415, 422)  # the request is wrong, whichever server is asked
-_T = TypeVar("_T")
 
 
 class BusyError(RuntimeError):
@@ -98,7 +88,10 @@ class Client:
         if not host or "@" in server or url.rstrip("/") != server:
             must = "an endpoint must be a URL such as 'http://host:8000'"
             raise ValueError(f"{self._name}: {must}, got {url!r:.200}")
-        if self._secret and not server.startswith("https") and not _is_loopback(host):
+        is_loopback = host == "localhost"
+        with contextlib.suppress(ValueError):  # another name
+            is_loopback = ipaddress.ip_address(host).is_loopback
+        if self._secret and not server.startswith("https") and not is_loopback:
             must = "a token needs https, or a loopback address"
             raise ValueError(f"{self._name}: {must}, got {server}")
         return server
@@ -108,14 +101,14 @@ class Client:
         path = f"/v2/models/{quote(name, safe='')}"
         try:
             body, _ = await self._ask("GET", f"{server}/v2", _MESSAGE)
-            about = parsed(body, "the server's metadata")
+            about = wire.parsed(body, "the server's metadata")
             body, _ = await self._ask("GET", f"{server}{path}", _MESSAGE)
-            found = parsed(body, "the model's metadata")
+            found = wire.parsed(body, "the model's metadata")
         except EndpointError as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         extensions = about.get("extensions")
         binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
-        given = {spec.name: spec for spec in specs_of(found, "outputs")}
+        given = {spec.name: spec for spec in wire.specs_of(found, "outputs")}
         ours = set(ADDED) <= set(given.values())  # a server of this package
         own = [each for each, spec in given.items() if not (ours and spec in ADDED)]
         names = own if outputs is None else outputs
@@ -123,7 +116,7 @@ class Client:
             must = f"outputs must be some of {', '.join(given)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
         chosen = tuple(given[each] for each in names)
-        return Model(name, specs_of(found, "inputs"), chosen, binary)
+        return Model(name, wire.specs_of(found, "inputs"), chosen, binary)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""
@@ -142,14 +135,14 @@ class Client:
         Raises a RemoteError if the model failed, and a RefusedError if the request is wrong. A
         server that takes none now, or predicted rows, is a BusyError, all else an EndpointError.
         """
-        body, length = request(model, inputs)
+        body, length = wire.request(model, inputs)
         headers = {"Content-Type": "application/octet-stream" if length else "application/json"}
         if length:
             headers["Inference-Header-Content-Length"] = str(length)
-        url, most = f"{server}{model.path}/infer", most_bytes(model.outputs, rows)
+        url, most = f"{server}{model.path}/infer", wire.most_bytes(model.outputs, rows)
         data, size = await self._ask("POST", url, most, data=body, headers=headers)
         try:
-            found, predicted = outputs_of(model, data, size, rows)
+            found, predicted = wire.outputs_of(model, data, size, rows)
         except ValueError as error:
             raise EndpointError(f"answered against the protocol: {error}") from None
         if predicted and all(spec.name != ADDED[0].name for spec in model.outputs):
@@ -206,13 +199,6 @@ def _end(session: aiohttp.ClientSession, process: int) -> None:
         loop.call_soon_threadsafe(lambda: loop.create_task(session.close()))
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _read(answer: aiohttp.ClientResponse, most: int) -> bytes:
     """Return the body of an answer; an EndpointError if it is packed, or larger than ``most``."""
     if answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -259,7 +245,7 @@ def running_loop() -> asyncio.AbstractEventLoop:
         return _loops[os.getpid()]
 
 
-def run(coroutine: Coroutine[Any, Any, _T]) -> _T:
+def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on the loop of all clients, and wait for it."""
     return asyncio.run_coroutine_threadsafe(coroutine, running_loop()).result()
 

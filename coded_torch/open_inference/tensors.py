@@ -136,18 +136,15 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
     dtype, numbers = DATATYPES[datatype], math.prod(shape)
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
     valid = array.shape in ((numbers,), tuple(shape)) and array.dtype.kind in kinds
-    got = ""
+    got = "other values, or rows of unequal lengths"
+    if array.ndim:
+        got = f"{array.dtype} {list(array.shape)}"
     if valid and kinds == "iu":
         limits = torch.iinfo(dtype)
         valid = bool(limits.min <= array.min() and array.max() <= limits.max)
         got = f"numbers from {array.min()} to {array.max()}"
     if not valid:
         must = f"{numbers} numbers of {datatype}, in one list or nested as the shape {list(shape)}"
-        got = got or (
-            f"{array.dtype} {list(array.shape)}"
-            if array.ndim
-            else "other values, or rows of unequal lengths"
-        )
         raise ValueError(f"data of {name} must be {must}, got {got}")
     wide = array.astype({"b": bool, "iu": np.int64, "iuf": np.float64}[kinds])
     return torch.from_numpy(wide).to(dtype).reshape(*shape)
@@ -198,14 +195,8 @@ def to_json(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
 
 # The messages of a server and of a client. All faults are a ValueError.
 
-_KINDS = {
-    float: "a number with a decimal point",
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "an integer",
-}
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+_KINDS |= {int: "an integer", float: "a number with a decimal point"}
 
 
 def require(valid: bool, what: str, must: object, got: object) -> None:

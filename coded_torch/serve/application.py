@@ -8,7 +8,7 @@ import functools
 import gc
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -39,18 +39,16 @@ _WRITING = 0.01
 # The number of requests that Ray lets into a replica; a bound, not tuned. Ray's default of 5 would
 # refuse before the application's own bound of 256 does.
 _MOST_REQUESTS = 1024
-# The number of answers that are remembered; a bound, not tuned.
-_MOST_ANSWERS = 20_000
+_MOST_ANSWERS = 20_000  # answers that are remembered; a bound, not tuned
 
 
 class app(Starlette):  # noqa: N801 - callers read it as a function
     """An ASGI application that serves a model by the Open Inference Protocol (KServe v2).
 
     Waiting requests are computed together. Each is answered by its deadline: with the model's own
-    results where workers replied, else with predictions. The parameter ``predicted_rows`` of an
-    answer is their number. Clients may ask for further outputs, a number a row: ``predicted``,
-    ``source``, ``verified``, and ``radius`` and ``label_risk`` at the level of the request's
-    parameter ``coverage``.
+    results where workers replied, else with predictions, which the answer's ``predicted_rows``
+    counts. Clients may ask for further outputs, a number a row: ``predicted``, ``source``,
+    ``verified``, and ``radius`` and ``label_risk`` at the level of the parameter ``coverage``.
 
     Its lifespan starts the workers and closes them. Meanwhile Python's full collections skip the
     objects that existed before. It runs under any ASGI server, in one process. A refused request
@@ -171,12 +169,19 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
     @contextlib.asynccontextmanager
     async def run_workers(self, _: Starlette) -> AsyncIterator[None]:
         """Start the workers, answer every accepted request, and close the workers."""
+        # A full collection stops all threads while it visits every object that is not frozen: some
+        # 100 ms with torch imported. Python unfreezes all or none, so not if the host froze some.
+        by_host = True
         try:
             await asyncio.to_thread(self.load)
-            with _frozen_heap():
-                self.ready = True
-                yield
+            by_host = gc.get_freeze_count() > 0
+            gc.collect()
+            gc.freeze()
+            self.ready = True
+            yield
         finally:
+            if not by_host:
+                gc.unfreeze()
             self.ready = False
             await self.batcher.close(self.deadline + _WRITING)
             await asyncio.to_thread(self.pool.close)
@@ -187,7 +192,6 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         return JSONResponse({"name": self.name, "ready": ready}, 200 if ready else 503)
 
     async def metrics_text(self, _: Request) -> Response:
-        """Return the metrics for Prometheus."""
         self.metrics.workers(self.pool)
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -301,20 +305,3 @@ def deployment(factory: Callable[[], app], **options: Any) -> Any:
 
     bounds = {"max_ongoing_requests": _MOST_REQUESTS, "max_queued_requests": _MOST_REQUESTS}
     return serve.deployment(**bounds | options)(serve.ingress(build)())
-
-
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Keep full collections from visiting the objects that exist already, in the whole process.
-
-    A full collection stops all threads while it visits every object: some 100 ms with torch
-    imported. If the host has frozen objects itself, all stay frozen: Python unfreezes all or none.
-    """
-    by_host = gc.get_freeze_count() > 0
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not by_host:
-            gc.unfreeze()

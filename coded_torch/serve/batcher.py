@@ -37,10 +37,7 @@ _TO_ANSWER = 0.01
 # The fields of a report that are the added outputs of the protocol.
 _FIELDS = ("predicted", "radii", "label_risks", "source", "verified")
 _LOADING = 120.0  # seconds that workers may take to load the model; a bound, not tuned
-
-
-# The number of threads, each of which runs a batch; a bound, not tuned.
-_MOST_BATCHES = 1024
+_MOST_BATCHES = 1024  # threads, each of which runs a batch; a bound, not tuned
 
 
 class Batch(NamedTuple):
@@ -151,10 +148,8 @@ class Batcher:
         has_idle: Callable[[], bool] = lambda: False,
     ) -> None:
         self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
-        self._max_rows, self._max_queued = max_batch_size, max_queued_requests
-        self._slots = slots
+        self._max_rows, self._max_queued, self._slots = max_batch_size, max_queued_requests, slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
-        self._rows = 0  # the rows of the queue
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # True if the last batch had its usual time, and too few results
@@ -166,6 +161,10 @@ class Batcher:
     def num_queued(self) -> int:
         """The number of waiting requests, including requests being read."""
         return self._reading + len(self._queue)
+
+    @property
+    def _waiting_rows(self) -> int:
+        return sum(entry.rows for entry in self._queue)
 
     @property
     def _at_once(self) -> int:
@@ -196,15 +195,9 @@ class Batcher:
         self._check(len(inputs[0]), deadline)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
-        self._rows += entry.rows
-        entry.future.add_done_callback(lambda _: self._remove(entry))
+        entry.future.add_done_callback(lambda _: self._queue.pop(entry, None))
         self._fill()
         return entry.future
-
-    def _remove(self, entry: _Entry) -> None:
-        if entry in self._queue:
-            del self._queue[entry]
-            self._rows -= entry.rows
 
     async def close(self, seconds: float) -> None:
         """Answer every accepted request, but do not wait longer than ``seconds``."""
@@ -227,7 +220,7 @@ class Batcher:
 
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
-        batches, rest = divmod(self._rows + rows, self._max_rows)
+        batches, rest = divmod(self._waiting_rows + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
         seconds /= self._at_once
         if self._is_free:
@@ -266,18 +259,18 @@ class Batcher:
         batch: list[_Entry] = []
         rows = 0
         # As many batches as can run at once share the rows: one batch of all leaves workers idle.
-        every = self._rows + sum(rows for _, rows, _ in self._ongoing.values())
+        every = self._waiting_rows + sum(rows for _, rows, _ in self._ongoing.values())
         most = min(self._max_rows, -(-every // self._at_once))
         while self._queue:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                self._remove(entry)  # this deadline would end the batch before any result
+                del self._queue[entry]  # this deadline would end the batch before any result
                 continue
             if batch and (rows + entry.rows > most or entry.shapes != batch[0].shapes):
                 break
             rows += entry.rows
-            self._remove(entry)
+            del self._queue[entry]
             batch.append(entry)
         return batch
 
@@ -304,31 +297,22 @@ class Batcher:
             self._hung = False
         elif left >= self._usual(rows):
             self._hung = True
-        if error is None:
-            _settle(batch, done)
-            return
+        start = 0
         for entry in batch:
+            first, start = start, start + entry.rows
             if entry.future.done():
                 continue
-            if late or len(batch) == 1:
+            if error is None:
+                mine = slice(first, start)
+                if unanswered := done.unanswered.intersection(range(first, start)):
+                    entry.future.set_exception(_refusal(done.report, min(unanswered)))
+                else:
+                    outputs = [output[mine] for output in done.outputs]
+                    entry.future.set_result(Batch(outputs, done.report, set(), mine))
+            elif late or len(batch) == 1:
                 entry.future.set_exception(error)
             elif entry.deadline > time.monotonic():  # one may be to blame: each is tried alone
                 await self._run([entry])
-
-
-def _settle(batch: list[_Entry], done: Batch) -> None:
-    """Answer each request, or refuse it for its first row without an answer."""
-    start = 0
-    for entry in batch:
-        rows = slice(start, start + entry.rows)
-        start = rows.stop
-        if entry.future.done():
-            continue
-        if mine := done.unanswered.intersection(range(rows.start, rows.stop)):
-            entry.future.set_exception(_refusal(done.report, min(mine)))
-        else:
-            outputs = [output[rows] for output in done.outputs]
-            entry.future.set_result(Batch(outputs, done.report, set(), rows))
 
 
 def _error(cause: Exception, in_time: bool) -> RequestError:

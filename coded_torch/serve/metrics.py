@@ -95,15 +95,13 @@ class Metrics:
             ("hedges_total", "won", won),
             ("hedges_total", "lost", len(report.hedges) - won),
             ("excluded_total", None, len(report.excluded)),
-            *(
-                ("strikes_total", names.get(worker, str(worker)), n)
-                for worker, n in report.strikes.items()
-            ),
+            ("checks_total", "corrected", len(report.corrected)),
         ]
+        for worker, number in report.strikes.items():
+            counts.append(("strikes_total", names.get(worker, str(worker)), number))
         for outcome in ("verified", "unverified"):
             if (flags := getattr(report, outcome)) is not None:
                 counts.append(("checks_total", outcome, int(flags.sum())))
-        counts.append(("checks_total", "corrected", len(report.corrected)))
         for name, label, amount in counts:
             self._count(name, amount, label)
         for seconds in queued:

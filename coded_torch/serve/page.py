@@ -109,9 +109,9 @@ class Chaos:
 @contextlib.contextmanager
 def _continued(pid: int) -> Iterator[None]:
     """Let a stopped process go on even if this process is killed: it then ends by itself."""
-    script, null = f"sleep {_FAULT_SECONDS:g}; kill -CONT {pid}", subprocess.DEVNULL
-    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), null)
-    with subprocess.Popen(["sh", "-c", script], start_new_session=True, **streams) as guard:
+    line = ["sh", "-c", f"sleep {_FAULT_SECONDS:g}; kill -CONT {pid}"]
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    with subprocess.Popen(line, start_new_session=True, **streams) as guard:
         try:
             yield
         finally:
@@ -152,15 +152,13 @@ class Page:
 
     def check(self, request: Request) -> None:
         """Refuse a request under a name that another site may have given a loopback address."""
-        try:
+        host = None
+        with contextlib.suppress(ValueError):
             host = urlsplit(f"//{request.headers.get('host', '')}").hostname
-        except ValueError:
-            host = None
         if self.is_local and host not in LOOPBACK:
             raise RequestError(403, "invalid", f"the page must be asked under one of {LOOPBACK}")
 
     async def page(self, request: Request) -> Response:
-        """Return the page."""
         self.check(request)
         return Response(self.text, headers=self.headers, media_type="text/html")
 
@@ -191,7 +189,6 @@ class Page:
         return JSONResponse(content, headers={"Cache-Control": "no-store"})
 
     async def act(self, request: Request) -> Response:
-        """Begin a fault."""
         self.check(request)
         chaos, host = self.chaos, request.headers.get("host", "")
         given = request.headers.get("x-page-token", "").encode()
@@ -201,11 +198,10 @@ class Page:
             raise RequestError(403, "invalid", "faults need the token of the page")
         if int(request.headers.get("content-length", _LARGEST + 1)) > _LARGEST:
             raise RequestError(413, "too_large", f"a fault must have at most {_LARGEST} bytes")
-        try:
+        place = action = None
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             wanted = orjson.loads(await request.body())
             place, action = wanted["worker"], wanted["action"]
-        except (ValueError, KeyError, TypeError):
-            place, action = None, None
         if type(place) is not int or action not in Chaos.ACTIONS:
             must = f"a worker, and an action of {', '.join(Chaos.ACTIONS)}"
             raise RequestError(400, "invalid", f"the request must name {must}")

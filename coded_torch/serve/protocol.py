@@ -7,6 +7,7 @@ https://github.com/triton-inference-server/server/blob/main/docs/protocol/extens
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,8 @@ from ..open_inference.tensors import ADDED, TensorSpec, field, require
 __all__ = ["VERSION", "InferRequest", "RequestError", "example_request", "format_answer"]
 __all__ += ["largest_body", "parse", "read_body"]
 
-#: The only version of every model.
-VERSION = "1"
+VERSION = "1"  #: the only version of every model
+_dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 class RequestError(HTTPException):
@@ -121,9 +122,8 @@ def parse(
 
 def example_request(inputs: Sequence[TensorSpec], examples: Sequence[Tensor], row: int) -> bytes:
     """Return the body of a request with one row of the examples."""
-    pairs = zip(inputs, examples, strict=True)
-    tensors = ((spec, x[row : row + 1], False) for spec, x in pairs)
-    return wire.written({"id": f"example {row}"}, "inputs", tensors, dumps)[0]
+    rows = ((spec, x[row : row + 1], False) for spec, x in zip(inputs, examples, strict=True))
+    return wire.written({"id": f"example {row}"}, "inputs", rows, _dumps)[0]
 
 
 def format_answer(
@@ -136,9 +136,4 @@ def format_answer(
     message = {"model_name": model, "model_version": VERSION, "parameters": parameters}
     message |= {"id": request.id} if request.id else {}
     tensors = ((spec, answers[spec.name], binary) for spec, binary in request.outputs)
-    return wire.written(message, "outputs", tensors, dumps)
-
-
-def dumps(content: Any) -> bytes:
-    """Return JSON, of arrays too."""
-    return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    return wire.written(message, "outputs", tensors, _dumps)
