@@ -25,7 +25,7 @@ from .._arguments import count, instance
 __all__ = ["ADDED", "DATATYPES", "EndpointError", "Model", "RefusedError", "TensorSpec"]
 __all__ += ["cast", "entries", "field", "from_bytes", "from_json", "json_length", "most_bytes"]
 __all__ += ["outputs_of", "parsed", "request", "require", "specs", "specs_of", "tensors_of"]
-__all__ += ["to_bytes", "to_json", "written"]
+__all__ += ["to_bytes", "written"]
 
 #: The datatypes of the protocol that torch computes with.
 DATATYPES = {"BOOL": torch.bool, "UINT8": torch.uint8, "BF16": torch.bfloat16}
@@ -185,14 +185,6 @@ def to_bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def to_json(tensor: Tensor) -> np.ndarray[Any, np.dtype[Any]]:
-    """Return the numbers as a flat array for orjson, which writes null for NaN and infinity."""
-    tensor = tensor.detach().cpu().reshape(-1)
-    if tensor.dtype in (torch.float16, torch.bfloat16):
-        tensor = tensor.float()
-    return tensor.numpy()
-
-
 # The messages of a server and of a client. All faults are a ValueError.
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
@@ -345,7 +337,10 @@ def written(
             tail.append(to_bytes(tensor))
             entry["parameters"] = {"binary_data_size": len(tail[-1])}
         else:
-            entry["data"] = to_json(tensor)
+            numbers = tensor.detach().cpu().reshape(-1)
+            if numbers.dtype in (torch.float16, torch.bfloat16):
+                numbers = numbers.float()
+            entry["data"] = numbers.numpy()  # orjson writes null for NaN and infinity
         entries.append(entry)
     head = dumps({**message, key: entries})
     return b"".join([head, *tail]), len(head) if tail else None
