@@ -61,9 +61,8 @@ def serve(args: argparse.Namespace) -> None:
             workers = ProcessWorkers(args.num_workers, grace=max(1.0, _GRACE * args.deadline))
         if args.chaos:  # the page says which workers attack
             law = Bernoulli(0.03, latency=0.05, seed=args.seed)
-            kills = {"seed": args.seed, "crash_every": 5.0}
-            wrong = lambda rows, _: -rows  # noqa: E731
-            workers = FaultyWorkers(workers, delays=law, attack=wrong, **kills)
+            faults: Any = {"seed": args.seed, "crash_every": 5.0, "attack": lambda rows, _: -rows}
+            workers = FaultyWorkers(workers, delays=law, **faults)
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)

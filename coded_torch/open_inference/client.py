@@ -80,9 +80,9 @@ class Client:
 
     def checked(self, url: Any) -> str:
         """Return the origin of a server's URL; a ValueError if the token must not be sent there."""
-        parts = urlsplit(url) if isinstance(url, str) else None
         server, host = "", None
         with contextlib.suppress(ValueError):
+            parts = urlsplit(url) if isinstance(url, str) else None
             if parts and parts.scheme in ("http", "https") and parts.port != 0:
                 server, host = f"{parts.scheme}://{parts.netloc}", parts.hostname
         if not host or "@" in server or url.rstrip("/") != server:
@@ -104,19 +104,19 @@ class Client:
             about = wire.parsed(body, "the server's metadata")
             body, _ = await self._ask("GET", f"{server}{path}", _MESSAGE)
             found = wire.parsed(body, "the model's metadata")
+            inputs, given = (wire.specs_of(found, each) for each in ("inputs", "outputs"))
         except EndpointError as error:
             raise EndpointError(f"{self._name}: {server} {error}") from None
         extensions = about.get("extensions")
         binary = isinstance(extensions, list) and "binary_tensor_data" in extensions
-        given = {spec.name: spec for spec in wire.specs_of(found, "outputs")}
-        ours = set(ADDED) <= set(given.values())  # a server of this package
-        own = [each for each, spec in given.items() if not (ours and spec in ADDED)]
+        known = {spec.name: spec for spec in given}
+        ours = set(ADDED) <= set(given)  # a server of this package
+        own = [each for each, spec in known.items() if not (ours and spec in ADDED)]
         names = own if outputs is None else outputs
-        if unknown := [each for each in names if each not in given]:
-            must = f"outputs must be some of {', '.join(given)}"
+        if unknown := [each for each in names if each not in known]:
+            must = f"outputs must be some of {', '.join(known)}"
             raise ValueError(f"{self._name}: {must}, got {unknown}")
-        chosen = tuple(given[each] for each in names)
-        return Model(name, wire.specs_of(found, "inputs"), chosen, binary)
+        return Model(name, inputs, tuple(known[each] for each in names), binary)
 
     async def is_ready(self, server: str, path: str = "/v2/health/ready") -> bool:
         """Return whether a server, or a model at its path, is ready."""

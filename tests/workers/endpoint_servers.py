@@ -67,6 +67,8 @@ class DoubleServer:
                     self.send(200, json.dumps({"name": "test", "extensions": known}).encode())
                 elif self.path == "/v2/models/double":
                     self.send(200, json.dumps(META).encode())
+                elif self.path == "/v2/models/shapeless":
+                    self.send(200, json.dumps(META | {"inputs": [{"name": "input"}]}).encode())
                 else:
                     self.send(404, b'{"error": "unknown"}')
 

@@ -471,7 +471,9 @@ def test_a_token_goes_over_tls_or_loopback_only(three):
         EndpointWorkers([three[0].url], model="double", headers={"X": "a\r\nb"})
 
 
-@pytest.mark.parametrize("url", ["a:8000", "http://a:8000/v2", "ftp://a", "http://u:p@a", 3])
+@pytest.mark.parametrize(
+    "url", ["a:8000", "http://a:8000/v2", "ftp://a", "http://u:p@a", "http://[", 3]
+)
 def test_an_endpoint_must_be_a_url(url):
     with pytest.raises(ValueError, match="an endpoint must be a URL"):
         EndpointWorkers([url], model="double")
@@ -497,6 +499,8 @@ def test_inputs_are_checked_before_they_are_sent(three):
         module(X, X)
     with pytest.raises(EndpointError, match=r"RemoteModule: http.* answered 404: unknown"):
         RemoteModule(three[0].url, "another")
+    with pytest.raises(EndpointError, match=r"http.* sent metadata with unusable inputs"):
+        RemoteModule(three[0].url, "shapeless")
     with pytest.raises(ValueError, match="outputs must be some of output"):
         RemoteModule(three[0].url, "double", outputs=["logits"])
 
