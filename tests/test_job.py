@@ -192,9 +192,7 @@ def test_an_exception_ends_the_job_and_names_rows_of_the_file(thirteen, capsys):
         with pytest.raises(AssertionError, match="thirteen") as caught:
             main(line("pair", "--resume", *thirteen))
         assert (caught.value.batch, caught.value.rows) == (1, [13])
-        text = (
-            "from row 8 of rows.safetensors, failed. The first rows of the file that raised: [13]"
-        )
+        text = "from row 8 of rows.safetensors, failed. The first failing rows of the file: [13]"
         assert text in caught.value.__notes__[-1]
         out = capsys.readouterr().out
         assert "1 of 5 batches are in out" in out

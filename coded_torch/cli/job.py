@@ -81,7 +81,7 @@ def job(args: argparse.Namespace) -> None:
                 first = missing[facts["batch"]]
                 rows_of_file = [first + row for row in facts.get("rows", ())]
                 end = f"\nBatch {first // size}, from row {first} of {args.inputs}, failed. "
-                end += f"The first rows of the file that raised: {rows_of_file[:16] or 'none'}."
+                end += f"The first failing rows of the file: {rows_of_file[:16] or 'none'}."
                 facts |= {"batch": first // size, "rows": rows_of_file}
                 facts["__notes__"][-1] = end.strip()
             raise
@@ -123,7 +123,8 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
     else:
         raise ValueError(f"--inputs must be a .npy, .safetensors or .parquet file, got {path}")
     if len(set(lengths)) != 1 or not lengths[0]:
-        raise ValueError(f"--inputs must hold tensors of as many rows each, got {lengths}")
+        must = "must hold rows, as many of each tensor"
+        raise ValueError(f"--inputs {must}, got {lengths} of {path}")
     rows = lengths[0]
 
     def read(size: int, starts: list[int]) -> Iterator[tuple[Tensor, ...]]:

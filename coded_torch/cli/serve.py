@@ -15,6 +15,9 @@ from ..nn import CodedWrapper
 from ..stragglers import Bernoulli
 from ..surrogates import Memory
 from ..workers import FaultyWorkers, ProcessWorkers
+from ..workers.live import Ambient
+from ..workers.shared_memory import Pickled
+from ..workers.worker_main import ModuleStore
 from . import find_factory, need, say, usage
 
 __all__ = ["LENET5", "serve"]
@@ -44,6 +47,9 @@ def serve(args: argparse.Namespace) -> None:
             must = f"must listen on a loopback address, one of {', '.join(LOOPBACK)}"
             raise ValueError(f"--chaos {must}, got {args.host}")
         if args.endpoints:
+            if args.factory != LENET5:
+                must = "must be left out with --endpoints"
+                raise ValueError(f"MODULE:FACTORY {must}, got {args.factory}")
             module, workers, how = _fleet(args)
         elif args.model is not None:
             raise ValueError("--model must come with --endpoints")
@@ -66,6 +72,8 @@ def serve(args: argparse.Namespace) -> None:
         more: dict[str, Any] = {"surrogate": [Memory()] if args.memory else []}
         more |= {"verify": args.verify or None, "parts": args.parts}
         built = app(CodedWrapper(module, workers=workers, **more), **how)
+        if not args.endpoints:  # raises now, not when the server has started
+            ModuleStore(Pickled).pack(module, Ambient())
     if is_local or args.page:
         chaos = Chaos(workers) if isinstance(workers, FaultyWorkers) else None
         Page(built, chaos=chaos, is_local=is_local)

@@ -67,7 +67,7 @@ def compare(
 
     Args:
         module: the module, in evaluation mode.
-        batches: at least two, of one size, each an argument of the module or a tuple of several.
+        batches: at least two, each an argument of the module or a tuple of several.
         settings: N, K and S of each: workers, inputs a group, workers lost.
         labels: for every batch the true classes, ``[B]``, integers; the module's output is then
             ``[B, classes]``. Defaults to None, errors only.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -142,7 +143,9 @@ def read_latencies(path: Path) -> Seconds:
     with path.open() as stream:
         heading = int(not re.match(r"\s*[-+.\d]", stream.readline()))
     try:
-        seconds = np.loadtxt(path, delimiter=",", usecols=0, skiprows=heading, ndmin=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "no data", which the error below says
+            seconds = np.loadtxt(path, delimiter=",", usecols=0, skiprows=heading, ndmin=1)
     except ValueError as error:
         raise ValueError(f"latencies must be seconds, a number each line: {error}") from None
     if not np.all((seconds > 0) & (seconds < np.inf)):

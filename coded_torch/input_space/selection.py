@@ -238,7 +238,7 @@ class Part:
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
         """Return the sum of squared errors of predicting results from the others.
 
-        It is that of the default metric and length: a choice takes as long as all else.
+        The metric and the length are the defaults, as a choice takes as long as all else.
         """
         _, _, points, used = self._known(source)
         (sample,) = few_columns(used, results)

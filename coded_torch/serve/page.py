@@ -63,7 +63,7 @@ class Chaos:
         """Begin a fault of the worker at a place; a ValueError if it is down, or has a fault."""
         pid = self.pool.states.get(place, ("down", 0))[1]
         if not pid:
-            raise ValueError(f"worker {place} is down")
+            raise ValueError(f"worker {place} is down, or none of {len(self.pool.states)}")
         if action == "kill":
             os.kill(pid, signal.SIGKILL)
             return

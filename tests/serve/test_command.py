@@ -60,6 +60,11 @@ def wordy():
 
 def broken():
     return {}["weights"]
+
+def local():
+    class Local(torch.nn.Identity):
+        pass
+    return Local(), torch.ones(2, 3)
 """
 
 
@@ -238,6 +243,8 @@ def test_a_server_may_listen_at_an_address_of_ipv6(mine):
         ("mine:bare", "mine:bare must return a module and examples of its inputs, a tensor or a"),
         ("mine:text", "mine:text must return a module and examples of its inputs"),
         ("mine:empty", "the examples of mine:empty must have rows, got none"),
+        ("mine:local", "the module must be picklable to be sent to another process, got Local: "),
+        ("mine:small --endpoints http://127.0.0.1:1", "MODULE:FACTORY must be left out with --e"),
         ("mine:wordy", "the module must return tensors to be served"),
         ("mine:predicted", "none of predicted, radius, label_risk, source, verified, got ['pr"),
     ],
