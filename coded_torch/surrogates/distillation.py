@@ -92,7 +92,7 @@ def distill(
     taught, held_out = _divided([_checked(batch, device) for batch in batches])
     with torch.no_grad():
         exact = [_outputs(module, args, link) for args in held_out]
-    variances = [torch.cat(x).var(0).mean().clamp(min=1e-30) for x in zip(*exact, strict=True)]
+    variances = _variances(exact).clamp(min=1e-30)
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.Adam(
         (p for p in student.parameters() if p.requires_grad), learning_rate
@@ -107,7 +107,7 @@ def distill(
         step = _noisy(_mixed(step, generator), noise, generator)
         with torch.no_grad():
             wanted = _outputs(module, step, link)
-        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in map(_wide, wanted)]).all(0)
+        finite = torch.stack([x.isfinite().unsqueeze(1).flatten(1).all(1) for x in wanted]).all(0)
         if not bool(finite.all()):  # mixtures may lie where the module has no outputs
             if not bool(finite.any()):
                 return
@@ -126,9 +126,14 @@ def distill(
         student.train()
         for some in torch.randperm(size, generator=generator, device=device).split(rows):
             learn(some)
-        error = _error(student.eval(), held_out, exact, variances, link)
+        student.eval()
+        with torch.no_grad():
+            outputs = [_outputs(student, args, link) for args in held_out]
+            pairs = zip(exact, outputs, strict=True)
+            residuals = [[f - s for f, s in zip(*pair, strict=True)] for pair in pairs]
+            error = float((_variances(residuals) / variances).mean())
         waited += 1
-        if error < best:
+        if error < best:  # never, if it is NaN
             best, best_state, waited = error, copy.deepcopy(student.state_dict()), 0
         if shown:
             line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
@@ -227,24 +232,6 @@ def _outputs(module: nn.Module, args: Any, link: str | None) -> list[Tensor]:
     return [x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in outputs]
 
 
-def _wide(leaf: Tensor) -> Tensor:
-    return leaf[:, None] if leaf.dim() == 1 else leaf
-
-
-@torch.no_grad()
-def _error(
-    student: nn.Module,
-    sets: Sequence[Any],
-    exact: Sequence[Sequence[Tensor]],
-    variances: Sequence[Tensor],
-    link: str | None,
-) -> float:
-    """Return the variance of the residuals over the variance of the outputs."""
-    missed = [
-        [f - s for f, s in zip(outputs, _outputs(student, args, link), strict=True)]
-        for args, outputs in zip(sets, exact, strict=True)
-    ]
-    spreads = [torch.cat(leaves).var(0).mean() for leaves in zip(*missed, strict=True)]
-    shares = [spread / variance for spread, variance in zip(spreads, variances, strict=True)]
-    error = float(torch.stack(shares).mean())
-    return error if math.isfinite(error) else math.inf
+def _variances(sets: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Return the mean variance of each output, over the rows of all sets."""
+    return torch.stack([torch.cat(x).var(0).mean() for x in zip(*sets, strict=True)])

@@ -17,19 +17,11 @@ from torch import Tensor, nn
 
 from .._arguments import count, sparing_logger
 from .._torch import exactly, fingerprint
+from ..input_space import metrics
 from ..input_space.error_bars import GROWTH
 from ..input_space.gaussian_process import NUGGET, GaussianProcess, matern52
 from ..input_space.geometry import Geometry, evenly, typical_rows
-from ..input_space.metrics import (
-    DEFAULT,
-    METRICS,
-    Distances,
-    Leaf,
-    Sources,
-    leaves_of,
-    path_step,
-    transforms,
-)
+from ..input_space.metrics import METRICS, Leaf
 from ..input_space.ordering import similarity_order
 from ..input_space.selection import LENGTH, Fits
 
@@ -133,10 +125,7 @@ class Memory:
             return self._generation
 
     def observe(
-        self,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        generation: int | None = None,
+        self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], generation: int | None = None
     ) -> None:
         """Remember outputs of inputs, ``[n, ...]`` each, floating-point, finite.
 
@@ -146,7 +135,10 @@ class Memory:
             return
         form = _form(inputs), _form(outputs)
         with torch.no_grad():
-            seen: Any = [_copied(leaf) for leaf in leaves_of(inputs)]
+            seen: Any = []
+            for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
+                pooled = None if leaf.pooled is None else leaf.pooled.float()
+                seen.append(Leaf(leaf.rows.to(torch.float32, copy=True), pooled))
             flat = torch.cat([x.reshape(len(x), -1).cpu().float() for x in outputs], 1)
             space = self._space
             if space is not None and form == self._form:
@@ -258,9 +250,10 @@ class _Space:
         some = torch.from_numpy(typical_rows([leaf.rows for leaf in leaves]).nonzero()[0])
         some = some[evenly(len(some), _LANDMARKS)]
         leaves = [leaf.at(some) for leaf in leaves]
-        if (maps := transforms(METRICS[metric], leaves)) is None:
-            metric = DEFAULT
-            maps = transforms(METRICS[metric], leaves)
+        maps = metrics.transforms(METRICS[metric], leaves)
+        if maps is None:
+            metric = metrics.DEFAULT
+            maps = metrics.transforms(METRICS[metric], leaves)
         assert maps is not None
         self._maps = maps
         rows = self._scaled(leaves)
@@ -280,15 +273,14 @@ class _Space:
 
         Among the few rows of a batch another metric wins: the more there are, the finer it is.
         """
-        leaves = [
-            Leaf(
-                torch.cat([x.rows for x in column]),
-                None if column[0].pooled is None else torch.cat([x.pooled for x in column]),
-            )
-            for column in zip(*seen, strict=True)
-        ]
+        leaves = []
+        for column in zip(*seen, strict=True):
+            pooled = [leaf.pooled for leaf in column if leaf.pooled is not None]
+            rows = torch.cat([leaf.rows for leaf in column])
+            leaves.append(Leaf(rows, torch.cat(pooled) if pooled else None))
         some = evenly(len(outputs), _LANDMARKS)
-        distances = Distances(Sources((), [leaf.at(some) for leaf in leaves]), tuple(METRICS))
+        sources = metrics.Sources((), [leaf.at(some) for leaf in leaves])
+        distances = metrics.Distances(sources, tuple(METRICS))
         usable = distances.usable.nonzero().flatten()
         fits = Fits(distances, (LENGTH,), usable, compared=_LANDMARKS)
         return cls(leaves, str(fits.metric(outputs[some][usable].double(), LENGTH)))
@@ -310,7 +302,7 @@ class _Snapshot:
         squared, _ = Geometry(rows).squared_distances(0.0)
         some = evenly(len(rows), _PATH)
         among = squared[some][:, some]
-        self._length = LENGTH * path_step(among, similarity_order(among.sqrt()).numpy())
+        self._length = LENGTH * metrics.path_step(among, similarity_order(among.sqrt()).numpy())
         process = GaussianProcess(squared, self._length)
         weights, mean = process.coefficients(outputs)
         self._mean = mean.float()
@@ -319,10 +311,8 @@ class _Snapshot:
         among = squared[left_out]
         among[torch.arange(len(left_out)), left_out] = math.inf  # a row is not its own neighbour
         sizes = _deviation(matern52(among, self._length))
-        residuals = torch.cat(
-            [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)], 1
-        )
-        self._scores = torch.linalg.vector_norm(residuals, dim=1) / sizes
+        residuals = [process.leave_one_out_residuals(y) for y in first.split(_BLOCK, 1)]
+        self._scores = torch.linalg.vector_norm(torch.cat(residuals, 1), dim=1) / sizes
         self._weights = weights.float().T.contiguous().T  # the product takes half the time
         # |a|^2 + |b|^2 - 2 a.b is one product of [-2 a, |a|^2, 1] and [b, 1, |b|^2].
         squares = rows.square().sum(1, keepdim=True)
@@ -331,7 +321,7 @@ class _Snapshot:
     def predict(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Return outputs, and thresholds of their errors as :meth:`Memory.error_bars` does."""
         with exactly():
-            z = self._space(leaves_of(inputs))
+            z = self._space(metrics.leaves_of(inputs))
             squares = z.square().sum(1, keepdim=True)
             squared = torch.cat([z * -2, squares, torch.ones_like(squares)], 1) @ self._to_rows
             covariances = matern52(squared.clamp_(min=0), self._length, out=squared)
@@ -346,12 +336,6 @@ def _deviation(covariances: Tensor) -> Tensor:
     """Return the size of errors to expect, ``[n]``, by the covariance with the nearest result."""
     nearest = covariances.amax(1).double()
     return (1 + NUGGET - nearest.square()).clamp(min=NUGGET) ** (GROWTH / 2)
-
-
-def _copied(leaf: Leaf) -> Leaf:
-    """Return a leaf in memory of its own, float32: the caller may change the inputs."""
-    pooled = None if leaf.pooled is None else leaf.pooled.float()
-    return Leaf(leaf.rows.to(torch.float32, copy=True), pooled)
 
 
 def _form(tensors: Sequence[Tensor]) -> tuple[torch.Size, ...]:
