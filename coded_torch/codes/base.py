@@ -74,11 +74,13 @@ class Code(abc.ABC):
     mixes: bool = True
     uses_geometry: bool = False
 
-    _given: tuple[tuple[Any, ...], dict[str, Any]]
+    _given: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         code = super().__new__(cls)
-        code._given = args, kwargs
+        # Of the method: Python 3.10 returns the signature of ``__new__`` for a class.
+        names = [*inspect.signature(cls.__init__).parameters][1:]
+        code._given = dict(zip(names, args, strict=False)) | kwargs
         return code
 
     def __init__(
@@ -167,19 +169,13 @@ class Code(abc.ABC):
 
     def replace(self, **values: Any) -> Self:
         """Return a new code with other values for some of its arguments, which are checked."""
-        return type(self)(**(self._arguments() | values))
-
-    def _arguments(self, defaults: bool = False) -> dict[str, Any]:
-        """Return the arguments that were given, by name; or also the class's own that were not."""
-        args, kwargs = self._given
-        # The method's: Python 3.10 returns the signature of ``__new__`` for a class.
-        names = inspect.signature(self.__init__).parameters  # type: ignore[misc]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        others = names.keys() - inspect.signature(Code.__init__).parameters if defaults else ()
-        return {k: v.default for k, v in names.items() if k in given or k in others} | given
+        return type(self)(**(self._given | values))
 
     def __repr__(self) -> str:
-        given = self._arguments(defaults=True)
+        names = inspect.signature(type(self).__init__).parameters
+        own = names.keys() - inspect.signature(Code.__init__).parameters
+        given = {k: v.default for k, v in names.items() if k in own or k in self._given}
+        given |= self._given  # and the options
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
         shown = (f"{k}={v!r}" for k, v in values.items() if isinstance(v, (int, float, str)))
         return f"{type(self).__name__}({', '.join(shown)})"

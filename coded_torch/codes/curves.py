@@ -324,7 +324,7 @@ class LagrangeCode(CurveCode):
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         """Return degrees for a model that is no polynomial; for others D is known."""
-        if "degree" in self._arguments():
+        if "degree" in self._given:
             return {}
         degrees = {round(times * (self.num_data - 1)) for times in _DEGREES}
         return {"decoder_degree": sorted(d for d in degrees if d < self.num_workers)}

@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._torch import outside, placed, plain, to_device
-from ..input_space.regression import MOST_ROWS, RowPlan
+from .._torch import outside, plain
+from ..input_space.regression import MOST_ROWS
 
 if TYPE_CHECKING:
     from ..input_space.error_bars import ErrorBars
     from ..input_space.metrics import Choice
     from ..input_space.ordering import Grouping
-    from ..input_space.regression import Regression
-    from .base import Code
 
-__all__ = ["BatchPlan", "DeadlineExceeded", "NotEnoughResults", "RepetitionPlan", "cut"]
+__all__ = ["BatchPlan", "DeadlineExceeded", "NotEnoughResults", "cut"]
 
 _SHOWN = 16  # missing results that the message lists
 
@@ -135,39 +133,6 @@ class BatchPlan:
     def error_bars(self, *_: Any, **__: Any) -> ErrorBars | None:
         """Return the error bars of predicted answers, as a ``RowPlan``; None if there are none."""
         return None
-
-
-class RepetitionPlan(RowPlan, BatchPlan):
-    """Workers compute inputs as they are; missing answers are predicted by a regression.
-
-    The arguments after ``code`` are a :class:`~coded_torch.input_space.regression.RowPlan`'s.
-    """
-
-    def __init__(self, code: Code, regression: Regression, *batch: Any) -> None:
-        super().__init__(regression, *batch)
-        self.code = code
-
-    def assign(self, rows: Tensor) -> None:
-        """Let each worker compute one row of the batch for each group, ``[N, G]``."""
-        self._rows, self._flat, self.num_groups = rows, rows.flatten(), rows.shape[1]
-        self._copies: dict[tuple[Any, ...], Tensor] = {}
-
-    def encode(self, values: Tensor) -> Tensor:
-        if values.shape[:1] != (self.batch_size,):
-            raise ValueError(
-                f"{type(self.code).__name__}: values must have size {self.batch_size} along dim 0, "
-                f"got shape {tuple(values.shape)}"
-            )
-        device = values.device
-        rows = placed(self, self._copies, device, lambda: to_device([self._flat], device)[0])
-        return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
-
-    def _source(self, received: Tensor) -> Tensor:
-        arrived = self._rows[received].flatten()  # [F G]
-        # The first result of each input, whichever worker repeats it.
-        first = torch.full((self.batch_size,), len(arrived))
-        first.scatter_reduce_(0, arrived, torch.arange(len(arrived)), "amin")
-        return torch.where(first < len(arrived), first, -1)
 
 
 def cut(rows: Tensor, multiple: int) -> list[Tensor]:

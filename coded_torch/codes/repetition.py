@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from .._torch import placed, to_device
 from ..input_space.metrics import METRICS
 from ..input_space.ordering import Grouping
-from ..input_space.regression import Regression
+from ..input_space.regression import Regression, RowPlan
 from ..linear import LinearMap, SelectMap
 from .base import Code, FixedCode
-from .plans import RepetitionPlan, cut
+from .plans import BatchPlan, cut
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ..input_space.metrics import Features
 
 __all__ = ["RegressionCode", "ReplicationCode"]
@@ -129,20 +129,52 @@ class RegressionCode(Code):
 
     def _plan(
         self, inputs: list[Tensor], size: int, num_stragglers: int, others: Sequence[Tensor]
-    ) -> RepetitionPlan:
-        grouping = self._grouping([], size)
-        parts = cut(grouping.order, self.num_data)
-        plan = RepetitionPlan(self, self.regression, inputs, size, others, parts)
-        if isinstance(self.ordering, str) and self.ordering == "similarity":
-            grouping = Grouping(plan.order, self.num_data)
+    ) -> _RepetitionPlan:
+        return _RepetitionPlan(self, inputs, size, num_stragglers, others)
+
+
+class _RepetitionPlan(RowPlan, BatchPlan):
+    """Workers compute inputs as they are; missing answers are predicted by a regression."""
+
+    def __init__(
+        self,
+        code: RegressionCode,
+        inputs: list[Tensor],
+        size: int,
+        num_stragglers: int,
+        others: Sequence[Tensor],
+    ) -> None:
+        grouping = code._grouping([], size)
+        super().__init__(code.regression, inputs, size, others, cut(grouping.order, code.num_data))
+        if isinstance(code.ordering, str) and code.ordering == "similarity":
+            grouping = Grouping(self.order, code.num_data)
         errors = np.ones(size)
         if num_stragglers:  # copies are equal if there are no stragglers
-            errors = plan.leave_one_out_variances().numpy() ** _GROWTH
-        copies = _copies(grouping, self.num_workers, num_stragglers, errors)  # [G, K]
+            errors = self.leave_one_out_variances().numpy() ** _GROWTH
+        copies = _copies(grouping, code.num_workers, num_stragglers, errors)  # [G, K]
         points = np.stack([np.repeat(np.arange(len(c)), c) for c in copies])  # [G, N]
         # Dealt anew for each group, or a lost worker would be the same copy's in all of them.
-        plan.assign(grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T))
-        return plan
+        self._rows = grouping.rows.gather(0, torch.from_numpy(_dealt(points)).T)  # [N, G]
+        self.code, self.num_groups = code, grouping.num_groups
+        self._placed: dict[tuple[Any, ...], Tensor] = {}  # copies of the rows, flat
+
+    def encode(self, values: Tensor) -> Tensor:
+        if values.shape[:1] != (self.batch_size,):
+            raise ValueError(
+                f"{type(self.code).__name__}: values must have size {self.batch_size} along dim 0, "
+                f"got shape {tuple(values.shape)}"
+            )
+        device = values.device
+        flat = self._rows.flatten()
+        rows = placed(self, self._placed, device, lambda: to_device([flat], device)[0])
+        return values.index_select(0, rows).view(*self._rows.shape, *values.shape[1:])
+
+    def _source(self, received: Tensor) -> Tensor:
+        arrived = self._rows[received].flatten()  # [F G]
+        # The first result of each input, whichever worker repeats it.
+        first = torch.full((self.batch_size,), len(arrived))
+        first.scatter_reduce_(0, arrived, torch.arange(len(arrived)), "amin")
+        return torch.where(first < len(arrived), first, -1)
 
 
 def _copies(
