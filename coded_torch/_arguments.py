@@ -18,15 +18,13 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.masked import MaskedTensor
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["MOST_WORKERS", "Sparing", "count", "dense", "find_devices", "instance", "positive"]
 __all__ += ["probability", "real", "real_array", "shown", "smoothing", "sparing_logger", "warn"]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ._arguments import dense
 from .linear import SplineMap, apply_each
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 __all__ = ["smoothing_spline", "smoothing_spline_matrix"]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from . import ops
@@ -21,8 +22,6 @@ from ._extension import HAS_CUDA_KERNELS, curve_plan
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
     from .input_space.ordering import Grouping
 
 __all__ = ["LinearMap", "MatrixMap", "SplineMap"]

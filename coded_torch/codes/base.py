@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, dense, instance
@@ -23,14 +24,12 @@ from ..linear import LinearMap, MatrixMap, apply_each, unit_rows
 from .plans import BatchPlan, NotEnoughResults, cut
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
     from typing_extensions import Self
-
-    #: The result of ``_make_encoder`` and ``_make_decoder``.
-    Map = LinearMap | NDArray[np.float64]
 
 __all__ = ["Code", "FixedCode"]
 
+#: The result of ``_make_encoder`` and ``_make_decoder``.
+Map = LinearMap | NDArray[np.float64]
 _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 

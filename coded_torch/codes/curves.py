@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.polynomial import chebyshev
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from .._arguments import MOST_WORKERS, count, real_array, shown, smoothing
 from ..linear import LinearMap, SplineMap, spline_matrices
-from .base import FixedCode
+from .base import FixedCode, Map
 from .nodes import chebyshev_first, chebyshev_second
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-    from torch import Tensor
-
-    from .base import Map
-
-    Floats = NDArray[np.float64]
 
 __all__ = ["BerrutCode", "CurveCode", "FloaterHormannCode", "LagrangeCode", "SplineCode"]
 
+Floats = NDArray[np.float64]
 _GOLDEN = (5**0.5 - 1) / 2  # the golden ratio, less 1
 
 # Decoder degrees to try, in degrees of the encoder. The results of a network are some times rougher

@@ -2,14 +2,10 @@ r"""Families of points in [-1, 1], for the inputs and the workers of a :class:`C
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import NDArray
 
 from .._arguments import MOST_WORKERS, count
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 __all__ = ["chebyshev_first", "chebyshev_second", "equidistant"]
 
