@@ -217,12 +217,10 @@ class SelectMap(LinearMap):
     """
 
     def __init__(self, num_inputs: int, source: Tensor, used: Tensor, weights: Tensor) -> None:
-        matrix = weights.double()
         combined = (source < 0).nonzero().flatten()
         self._takes_any_dtype = not (len(combined) or len(used))
-        source = source.clamp(min=0)
-        rounded = source, combined, used, weights.float()
-        super().__init__(num_inputs, len(source), source, combined, used, matrix, rounded=rounded)
+        operands = source.clamp(min=0), combined, used, weights.double()
+        super().__init__(num_inputs, len(source), *operands)
 
     def _apply(self, values: Tensor, transpose: bool) -> Tensor:
         source, combined, used, matrix = self._operands(values)

@@ -77,7 +77,7 @@ class Code(abc.ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         code = super().__new__(cls)
-        # Of the method: Python 3.10 returns the signature of ``__new__`` for a class.
+        # The signature of a class is the one of ``__new__`` in Python 3.10.
         names = [*inspect.signature(cls.__init__).parameters][1:]
         code._given = dict(zip(names, args, strict=False)) | kwargs
         return code
@@ -174,7 +174,7 @@ class Code(abc.ABC):
         names = inspect.signature(type(self).__init__).parameters
         own = names.keys() - inspect.signature(Code.__init__).parameters
         given = {k: v.default for k, v in names.items() if k in own or k in self._given}
-        given |= self._given  # and the options
+        given |= self._given
         values = {k: getattr(self, k, v) for k, v in given.items() if v is not None}
         shown = (f"{k}={v!r}" for k, v in values.items() if isinstance(v, (int, float, str)))
         return f"{type(self).__name__}({', '.join(shown)})"

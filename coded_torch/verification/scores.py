@@ -180,7 +180,11 @@ def _columns(outputs: Sequence[Tensor]) -> Tensor:
 
 def _flat_rows(values: Tensor) -> Tensor:
     """Return ``[n, C]`` of ``[n, ...]``, where a row may be a single number."""
-    return values.flatten(1) if values.dim() > 1 else values[:, None]
+    return values.unsqueeze(1).flatten(1)
+
+
+def _together(leaves: Sequence[Tensor]) -> Tensor:
+    return torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
 
 
 class Results:
@@ -220,23 +224,21 @@ class Results:
 
         It is 0 for equal bits, and infinite for NaN.
         """
-        new = [pair for pair in pairs if pair not in self._differences]
-        found = [(pair, row) for pair in new for row in self._places[pair[0]]]
-        found = [(pair, row) for pair, row in found if row in self._places[pair[1]]]
-        parts, places = self._placed([(pair[i], row) for i in (0, 1) for pair, row in found])
-        one, other = places[: len(found)], places[len(found) :]
-        largest = torch.zeros(len(found))
-        if found:
-            some = self._leaves[parts[0]]
-            if len(self._spreads) != len(some):
-                self._spreads = self._spread(some)
-            columns_of = zip(*[self._leaves[part] for part in parts], strict=True)
-            for leaves, spread in zip(columns_of, self._spreads, strict=True):
-                stacked = torch.cat([leaf.to(leaves[0].device) for leaf in leaves])
-                largest = torch.maximum(largest, _apart(stacked[one], stacked[other], spread))
+        new, places = [pair for pair in pairs if pair not in self._differences], self._places
         self._differences |= {pair: {} for pair in new}
-        for (pair, row), difference in zip(found, largest.tolist(), strict=True):
-            self._differences[pair][row] = difference
+        found = [(a, b, row) for a, b in new for row in places[a] if row in places[b]]
+        if found:
+            both = [(a, row) for a, _, row in found] + [(b, row) for _, b, row in found]
+            parts, at = self._placed(both)
+            leaves_of = [self._leaves[part] for part in parts]
+            if len(self._spreads) != len(leaves_of[0]):
+                self._spreads = self._spread(leaves_of[0])
+            largest = torch.zeros(len(found))
+            for leaves, spread in zip(zip(*leaves_of, strict=True), self._spreads, strict=True):
+                one, other = _together(leaves)[at].chunk(2)
+                largest = torch.maximum(largest, _apart(one, other, spread))
+            for (a, b, row), difference in zip(found, largest.tolist(), strict=True):
+                self._differences[a, b][row] = difference
         return [self._differences[pair] for pair in pairs]
 
     def _spread(self, like: Sequence[Tensor]) -> list[float]:
@@ -244,13 +246,12 @@ class Results:
         spreads, form = [], [leaf.shape[1:] for leaf in like]
         alike = [own for own in self._leaves.values() if [x.shape[1:] for x in own] == form]
         for leaves in zip(*alike, strict=True):
-            some = _flat_rows(torch.cat([leaf.to(leaves[0].device) for leaf in leaves]))
+            some = _flat_rows(_together(leaves))
             values = _columns([some[:: -(-len(some) // _SAMPLE)]])
             away = (values - values.median(0).values).abs_().nan_to_num_(nan=math.inf).flatten()
-            spread = float(away.kthvalue(1 + len(away) * 3 // 4).values) if len(away) > 1 else 0.0
+            spread = float(away.kthvalue(1 + len(away) * 3 // 4).values) if len(away) else 0.0
             if not 0 < spread < math.inf:
-                finite = away[away.isfinite()]
-                spread = float(finite.max()) if len(finite) else 0.0
+                spread = max(away[away.isfinite()].tolist(), default=0.0)
             spreads.append(spread / _QUARTILE or 1.0)
         return spreads
 

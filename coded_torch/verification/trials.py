@@ -105,17 +105,16 @@ class Trials:
             except StopIteration as stop:
                 ended: Ended = stop.value
                 return ended
+            event = None
             if isinstance(decision, Wait):
                 event = yield from self._heard(decision)
-                continue
-            if isinstance(decision, Ask):
+            elif isinstance(decision, Ask):
                 is_first = not self.asked
                 yield self._asking(decision.parts)
                 if is_first:
                     self.prepare()
             else:
                 yield decision
-            event = None
 
     def _asking(self, parts: tuple[tuple[int, ...], ...]) -> Ask:
         """Return the decision to ask for parts, not of excluded workers if the pool can't tell."""
