@@ -85,25 +85,21 @@ def smoothing_spline_matrix(
     t, z, lam = t * scale, z * scale, lam * scale * scale * scale
     h = t.diff()
     identity = torch.eye(n, dtype=t.dtype, device=t.device)
-    g, gamma = identity, torch.zeros_like(identity)
-    if n > 2:
-        penalties = n * lam / (torch.ones_like(t) if weights is None else _double(weights))
-        # Q' y is the second difference of y: the jump of slope at each inner knot. [n - 2, n]
-        slopes = identity.diff(dim=0) / h[:, None]
-        q = slopes.diff(dim=0)
-        r = torch.diag((h[:-1] + h[1:]) / 3)
-        r = r + torch.diag(h[1:-1] / 6, 1) + torch.diag(h[1:-1] / 6, -1)
-        system = torch.cat(
-            [torch.cat([r, -q], dim=1), torch.cat([penalties[:, None] * q.T, identity], dim=1)]
-        )
-        values = pad(identity, (0, 0, n - 2, 0))
-        solved = torch.linalg.solve(system, values)
-        # Rows and columns differ by many powers of ten, so that pivots are chosen badly or well as
-        # LAPACK's order of operations has it; one step of refinement mends that (Skeel 1980).
-        solved = solved + torch.linalg.solve(system, values - system @ solved)
-        gamma, g = pad(solved[: n - 2], (0, 0, 1, 1)), solved[n - 2 :]
     if n == 1:
         return identity.expand(len(z), 1)
+    penalties = n * lam / (torch.ones_like(t) if weights is None else _double(weights))
+    # Q' y is the second difference of y: the jump of slope at each inner knot. [n - 2, n], which
+    # has no rows for two knots.
+    q = (identity.diff(dim=0) / h[:, None]).diff(dim=0)
+    r = torch.diag((h[:-1] + h[1:]) / 3)
+    r = r + torch.diag(h[1:-1] / 6, 1) + torch.diag(h[1:-1] / 6, -1)
+    of_gamma, of_g = torch.cat([r, penalties[:, None] * q.T]), torch.cat([-q, identity])
+    system, values = torch.cat([of_gamma, of_g], dim=1), pad(identity, (0, 0, n - 2, 0))
+    solved = torch.linalg.solve(system, values)
+    # Rows and columns differ by many powers of ten, so that pivots are chosen badly or well as
+    # LAPACK's order of operations has it; one step of refinement mends that (Skeel 1980).
+    solved = solved + torch.linalg.solve(system, values - system @ solved)
+    gamma, g = pad(solved[: n - 2], (0, 0, 1, 1)), solved[n - 2 :]
     i = (torch.searchsorted(t.detach(), z.detach(), right=True) - 1).clamp(0, n - 2)
     left, right, gap = (v[:, None] for v in (z - t[i], t[i + 1] - z, h[i]))
     chord = (g[i + 1] - g[i]) / gap
