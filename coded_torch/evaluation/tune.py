@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from .._arguments import instance, shown
 from .._torch import as_called, on_host
 from ..codes import BatchPlan, Code
+from ..input_space.regression import to_scale
 from ..nn import CodedWrapper
 from ..nn.division import Inputs, training_part
 from ..stragglers import Uniform
@@ -233,9 +234,9 @@ class Trial:
         rows = [self._place[worker] for worker in received]
         answers = []
         for i, result in enumerate(results):
-            arrived = _scaled(self._attacked(result[rows], received), code)
+            arrived = to_scale(self._attacked(result[rows], received), code.link)
             if surrogate:
-                known = _scaled(surrogate[i], code)
+                known = to_scale(surrogate[i], code.link)
                 decoded = plan.decode(arrived - plan.encode(known)[received], received) + known
             else:
                 decoded = plan.decode(arrived, received)
@@ -283,11 +284,6 @@ class Trial:
             results = self.run(self._module, [x.flatten(0, 1) for x in coded])
             self._results[content] = [x.unflatten(0, coded[0].shape[:2]) for x in results]
         return self._results[content]
-
-
-def _scaled(outputs: Tensor, code: Code) -> Tensor:
-    """Return outputs as they are decoded: with a link, probabilities as their logarithms."""
-    return outputs if code.link is None else outputs.clamp(torch.finfo(outputs.dtype).tiny).log()
 
 
 def _within(received: Sequence[int], code: Code) -> list[int]:

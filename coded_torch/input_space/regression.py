@@ -15,7 +15,7 @@ from .error_bars import ErrorBars
 from .metrics import METRICS, Choice, Distances, Features, Sources, made_by
 from .selection import LENGTHS, MOST_ROWS, Part
 
-__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link"]
+__all__ = ["MOST_ROWS", "Regression", "RowPlan", "check_batch", "check_link", "to_scale"]
 
 _BLIND = "no floating-point input to measure distances on: missing answers are the mean"
 
@@ -259,6 +259,14 @@ def check_link(owner: object, link: Any) -> None:
     if link not in (None, "softmax"):
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise ValueError(f"{name}: link must be None or 'softmax', got {link!r}")
+
+
+def to_scale(outputs: Tensor, link: str | None) -> Tensor:
+    """Return outputs of the module as they are decoded: probabilities as their logarithms."""
+    if link is None:
+        return outputs
+    # A probability that is 0 in floating point has no logarithm.
+    return outputs.clamp(min=torch.finfo(outputs.dtype).tiny).log()
 
 
 def _made_of(

@@ -20,7 +20,7 @@ from .._arguments import sparing_logger
 from .._torch import as_called, device_of, outside, plain
 from ..codes.plans import BatchPlan, NotEnoughResults
 from ..input_space.error_bars import ErrorBars
-from ..input_space.regression import RowPlan
+from ..input_space.regression import RowPlan, to_scale
 from ..input_space.selection import few_columns
 from ..surrogates import Memory
 from ..workers.base import flatten, show
@@ -211,7 +211,7 @@ class Answers:
                 if not (fits and leaf.dim() == len(shape) and leaf.movedim(dim, 0).shape == shape):
                     raise ValueError(f"it returned {show(leaf)}, where {shape} is decoded")
                 output = _levelled(leaf.movedim(dim, 0), inputs.not_finite)
-                outputs[i] = _to_scale(output, self._link).to(result.device)
+                outputs[i] = to_scale(output, self._link).to(result.device)
                 if not bool(outputs[i].isfinite().all()):
                     raise ValueError("it returned values that are not finite")
         return outputs
@@ -230,7 +230,7 @@ class Answers:
 
         with outside():
             inputs = [rows(leaf) for leaf in self._inputs.floating()]
-            outputs = [_to_scale(rows(leaf), self._link) for leaf in answers]
+            outputs = [to_scale(rows(leaf), self._link) for leaf in answers]
             for memory, generation in self._memories:
                 memory.observe(inputs, outputs, generation)
 
@@ -251,7 +251,7 @@ class Answers:
         if num_predicted:
             if isinstance(plan, RowPlan):  # predictions are rounded once, at the end
                 scaled = scaled.to(torch.promote_types(scaled.dtype, torch.float32))
-            scaled = _to_scale(scaled, self._link)
+            scaled = to_scale(scaled, self._link)
             if approximations:
                 weights, scaled, offsets = _residuals(
                     scaled, plan, division, received, approximations
@@ -329,13 +329,6 @@ def _least_squares(y: Tensor, approximations: Sequence[Tensor]) -> tuple[list[fl
         return [0.0] * len(approximations), 0.0, by_chance
     explained = float(right @ weights / y.square().sum().clamp(min=1e-300))
     return weights.tolist(), explained, by_chance
-
-
-def _to_scale(outputs: Tensor, link: str | None) -> Tensor:
-    """Return outputs of the module as they are decoded: probabilities as their logarithms."""
-    # A probability that is 0 in floating point has no logarithm.
-    tiny = torch.finfo(outputs.dtype).tiny
-    return outputs if link is None else outputs.clamp(min=tiny).log()
 
 
 def _from_scale(decoded: Tensor, link: str | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, real
+from ..input_space.regression import to_scale
 
 __all__ = ["distill"]
 
@@ -225,11 +226,7 @@ def _divided(batches: list[Any]) -> tuple[Any, list[Any]]:
 
 def _outputs(module: nn.Module, args: Any, link: str | None) -> list[Tensor]:
     """Return the floating-point outputs, on the scale on which they are predicted."""
-    leaves = pytree.tree_leaves(module(*args))
-    outputs = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
-    if link is None:
-        return outputs
-    return [x.clamp(min=torch.finfo(x.dtype).tiny).log() for x in outputs]
+    return [to_scale(x, link) for x in _tensors(module(*args)) if x.is_floating_point()]
 
 
 def _variances(sets: Sequence[Sequence[Tensor]]) -> Tensor:
