@@ -344,8 +344,6 @@ def spline_matrices(
     """Return the dense matrices of splines with other knots each, ``[P, n] -> [P, N, n]``."""
     plans = [curve_plan(t, points, smoothing, None) for t in knots]
     size = knots.shape[1]
-    if not plans:
-        return torch.zeros(0, len(points), size, dtype=torch.float64)
     exact, _, schedule = (torch.from_numpy(np.concatenate(x)) for x in zip(*plans, strict=True))
     identity = torch.eye(size, dtype=torch.float64).unsqueeze(1).expand(size, len(knots), size)
     return ops.spline_apply(identity, exact, schedule).transpose(0, 1)

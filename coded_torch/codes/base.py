@@ -64,10 +64,6 @@ class Code(abc.ABC):
     Attributes:
         mixes: whether coded inputs are mixtures of inputs. Other codes carry values of any dtype.
         uses_geometry: whether planning measures distances between the inputs, which takes time.
-
-    Raises:
-        TypeError: an argument has another type.
-        ValueError: an argument is out of range.
     """
 
     mixes: bool = True
@@ -297,7 +293,9 @@ class FixedCode(Code):
                 f"{type(self).__name__}: results of many sets must have shape {[*sets.shape]} or "
                 f"[{self.num_workers}] and more, with dim 0, got {[*results.shape]} with dim {dim}"
             )
-        return apply_each(torch.as_tensor(self._decoder_matrices(sets)), results)
+        none = torch.zeros(0, self.num_data, sets.shape[1], dtype=torch.float64)
+        matrices = self._decoder_matrices(sets) if len(sets) else none
+        return apply_each(torch.as_tensor(matrices), results)
 
     def _plan(self, inputs: list[Tensor], size: int, *_: Any) -> BatchPlan:
         return BatchPlan(self, self._grouping(inputs, size))
@@ -312,9 +310,7 @@ class FixedCode(Code):
     def _decoder_matrices(self, received: NDArray[np.int64]) -> Tensor | NDArray[np.float64]:
         """Return the decoders of valid received sets ``[sets, |F|]``, ``[sets, K, |F|]``."""
         decoders = [self._new_decoder(tuple(workers)) for workers in received.tolist()]
-        shape = len(received), self.num_data, received.shape[1]
-        matrices = [decoder.matrix() for decoder in decoders]
-        return torch.cat(matrices).view(shape) if matrices else torch.zeros(shape).double()
+        return torch.stack([decoder.matrix() for decoder in decoders])
 
     def _received(self, received: Any) -> tuple[int, ...]:
         name = type(self).__name__

@@ -165,7 +165,11 @@ class Trials:
         for _ in range(_ALARMS):
             before = sum(self.strikes.values())
             while not record.stopped and (disputes := self._compared()[1]):
-                yield from self._settle(*disputes.popitem())
+                self.disputes += 1
+                pair, rows = disputes.popitem()
+                possible = len(record.workers) > 2 and self.disputes <= _TRIALS
+                if not (possible and (yield from self._trial(*pair, rows))):
+                    self._doubt(pair, rows)
             if record.stopped or before == sum(self.strikes.values()):
                 break
             self.wanted |= self._oddest()
@@ -278,12 +282,6 @@ class Trials:
         return parts
 
     # The trials.
-
-    def _settle(self, pair: tuple[int, int], rows: list[int]) -> _Doing:
-        self.disputes += 1
-        possible = len(self.record.workers) > 2 and self.disputes <= _TRIALS
-        if not (possible and (yield from self._trial(*pair, rows))):
-            self._doubt(pair, rows)
 
     def _doubt(self, pair: tuple[int, int], rows: Iterable[int]) -> None:
         self.undecided.add(pair)
