@@ -178,8 +178,7 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-# Bounds, not tuned: seconds between two warnings of a cause, remembered causes, and the characters
-# by which each is remembered.
+# Bounds, not tuned: seconds between two warnings of a cause, causes, and characters of each.
 _SECONDS, _MOST_CAUSES, _CHARACTERS = 60.0, 256, 200
 
 

@@ -88,8 +88,7 @@ def smoothing_spline_matrix(
     if n == 1:
         return identity.expand(len(z), 1)
     penalties = n * lam / (torch.ones_like(t) if weights is None else _double(weights))
-    # Q' y is the second difference of y: the jump of slope at each inner knot. [n - 2, n], which
-    # has no rows for two knots.
+    # Q' y is the second difference of y: the jump of slope at each inner knot, if any. [n - 2, n]
     q = (identity.diff(dim=0) / h[:, None]).diff(dim=0)
     r = torch.diag((h[:-1] + h[1:]) / 3)
     r = r + torch.diag(h[1:-1] / 6, 1) + torch.diag(h[1:-1] / 6, -1)

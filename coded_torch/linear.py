@@ -210,10 +210,8 @@ class SelectMap(LinearMap):
     Args:
         num_inputs: n, the number of inputs.
         source: ``[N]``, int64, the input that each output is, or -1 for a combination.
-        used: ``[M]``, int64, the inputs that combinations are made of. If there are none, the map
-            takes values of any dtype.
-        weights: ``[L, M]``, of the L outputs with a source of -1, in order; or ``[1, M]``, of all
-            of them.
+        used: ``[M]``, int64, the inputs of combinations. Without any, values may have any dtype.
+        weights: ``[L, M]``, of the L outputs whose source is -1, in order; or ``[1, M]``, of all.
     """
 
     def __init__(self, num_inputs: int, source: Tensor, used: Tensor, weights: Tensor) -> None:

@@ -32,9 +32,8 @@ def spline_apply(
     r"""Apply planned smoothing splines, or their transpose, to every column.
 
     Args:
-        values: ``[n, G, m]``, values at the knots for G groups of m columns, any strides; ``[N, G,
-            m]`` with ``transpose``; or ``[R, m]`` with ``gather``. float64, float32, bfloat16 or
-            float16.
+        values: at the knots, ``[n, G, m]``, for G groups of m columns, any strides; ``[N, G, m]``
+            with ``transpose``; ``[R, m]`` with ``gather``. float64, float32, bfloat16 or float16.
         coefficients: ``[P, 12 n + 4 N]``, float64 for float64 values, else float32; one plan for
             all groups (P = 1) or one for each (P = G). :func:`with_matrix` appends the matrix.
         schedule: ``[P, n + 1 + N]``, int32. ``_plan.spline_plan`` makes both.

@@ -111,8 +111,7 @@ class Uniform(Stragglers):
 class Contiguous(Uniform):
     r"""A law under which S neighbouring workers never answer, such as a rack that fails.
 
-    It is :class:`Uniform` but for the block, which starts at a uniform worker, and continues at
-    worker 0 after the last worker.
+    The block starts at a uniform worker, and continues at worker 0 after the last worker.
     """
 
     def _order(self, num_workers: int, generator: torch.Generator) -> Tensor:
@@ -125,8 +124,7 @@ class Bernoulli(Stragglers):
 
     Args:
         p: the probability, in [0, 1].
-        latency: the latency of a late worker, in seconds, at least 0. Defaults to infinity. The
-            other workers have latency 0.
+        latency: of late workers, in seconds, at least 0; 0 for the others. Defaults to infinity.
     """
 
     def __init__(self, p: float, *, latency: float = math.inf, seed: int | None = None) -> None:
@@ -192,8 +190,7 @@ class Markov(Stragglers):
 
     Args:
         fail, recover: probabilities, in [0, 1], not both 0.
-        good, bad: the latency of a good and of a bad worker, in seconds, at least 0. They default
-            to 0 and to infinity.
+        good, bad: latencies of such workers, in seconds, at least 0. Default to 0 and infinity.
     """
 
     def __init__(

@@ -52,12 +52,10 @@ class Code(abc.ABC):
     Args:
         num_data: K, the number of inputs coded together, at least 1.
         num_workers: N, the number of workers, from K to 65,536.
-        ordering: the order in which a batch is cut into groups of K. In "similarity", neighbours
-            resemble each other; others are "arrival" and a permutation of the batch. Defaults to
-            "similarity".
-        shuffle: whether every call asks for the columns in a new random order, so that workers
-            that are late together hold columns far apart. A ``random.Random`` makes the orders
-            repeatable. Defaults to True.
+        ordering: the order in which a batch is cut into groups of K: "similarity", in which
+            neighbours resemble each other, "arrival", or a permutation. Defaults to "similarity".
+        shuffle: whether every call asks for the columns in a new random order, so that workers late
+            together hold columns far apart. A ``random.Random`` repeats orders. Defaults to True.
         link: "softmax" if all outputs are probabilities over their last dimension. They are decoded
             on the scale of logits. Defaults to None.
 
@@ -316,11 +314,10 @@ class FixedCode(Code):
         name = type(self).__name__
         items = received.tolist() if isinstance(received, (Tensor, np.ndarray)) else received
         try:
-            kinds = set(map(type, items))
-            workers = tuple(items if kinds == {int} else map(operator.index, items))
+            workers = None if bool in map(type, items) else tuple(map(operator.index, items))
         except TypeError:
             workers = None
-        if workers is None or bool in kinds:
+        if workers is None:
             raise TypeError(
                 f"{name}: received must be a sequence of worker indices, got {received!r}"
             )

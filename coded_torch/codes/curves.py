@@ -86,8 +86,7 @@ class SplineCode(CurveCode):
 
     Both functions of this :class:`CurveCode` are natural cubic smoothing splines. Any model can be
     coded. The answers are approximate, and one result is enough for some answer. With both
-    smoothings tuned together (:func:`~coded_torch.tune`) this is NeRCC, nested-regression coded
-    computing.
+    smoothings tuned (:func:`~coded_torch.tune`) this is nested-regression coded computing, NeRCC.
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`.
@@ -186,8 +185,7 @@ class BerrutCode(CurveCode):
 class FloaterHormannCode(BerrutCode):
     r"""The code of Floater-Hormann interpolants, which reproduce polynomials of degree ``order``.
 
-    They are Berrut's with other weights: blends of the polynomials through ``order + 1``
-    neighbouring nodes.
+    They are Berrut's with other weights: blends of polynomials through ``order + 1`` neighbours.
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`.
@@ -258,8 +256,7 @@ class LagrangeCode(CurveCode):
 
     .. math:: \min_{p \in \mathcal{P}_D} \sum_{v \in F} (p(\beta_v) - y_v)^2
 
-    For other models give ``decoder_degree``, D itself, which is tuned on validation data (the
-    adapted code).
+    For other models give ``decoder_degree``, D itself, tuned on validation data (the adapted code).
 
     Args:
         num_data: K.

@@ -36,9 +36,8 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
 def equidistant(num_points: int) -> NDArray[np.float64]:
     r"""Return the midpoints of n equal cells of [-1, 1], :math:`(2k - 1 - n) / n`.
 
-    As :func:`chebyshev_first`. Of two such sets the larger reaches further out on both sides. If
-    there are more workers than data, no answer is extrapolated because one outermost worker is
-    late.
+    As :func:`chebyshev_first`. The larger of two such sets reaches further out on both sides. With
+    more workers than data, an outermost worker that is late causes no extrapolation.
     """
     n = count("equidistant", "num_points", num_points, most=MOST_WORKERS)
     return np.arange(1 - n, n, 2) / n

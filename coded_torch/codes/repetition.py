@@ -76,10 +76,9 @@ class ReplicationCode(FixedCode):
 class RegressionCode(Code):
     r"""A code that repeats inputs, unevenly, and predicts missing answers by regression.
 
-    Every worker computes inputs as they are. The extra N - K workers of a group repeat the inputs
-    that the others say least about. An answer is exact unless all results of its input are missing.
-    Then a :class:`~coded_torch.Regression` on all groups' results predicts the answer. The code
-    carries inputs of any dtype.
+    Every worker computes inputs, of any dtype, as they are. The extra N - K workers of a group
+    repeat the inputs that the others say least about. An answer is exact unless all results of its
+    input are missing. Then a :class:`~coded_torch.Regression` on all groups' results predicts it.
 
     Copies are planned before there are results: by the metric that is given, if it is one name,
     else by "shrunk". Without floating-point inputs, copies are equal.
@@ -183,8 +182,7 @@ def _copies(
     """Return the number of workers of each input of each group, ``[G, K]``.
 
     Greedy: each copy goes where it lowers the expected squared error most. This is the probability
-    that all copies are missing, times ``errors [B]``, the expected error then. It is convex in the
-    copies, so greedy is best.
+    that all copies are missing, times ``errors [B]``, and convex in the copies, so greedy is best.
     """
     # lost[c] is the probability that all of c workers are among the S lost ones of N.
     lost = np.ones(num_workers + 2)

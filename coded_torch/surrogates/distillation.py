@@ -46,17 +46,15 @@ def distill(
         student: a cheap module of the same inputs and outputs, such as a twentieth of the work.
             It is trained in place, and left in evaluation mode.
         module: in the mode in which it answers.
-        batches: inputs like the ones that will be answered, a few thousand rows. Each is an
-            argument of the module: an input, or a tuple of positional arguments. All tensors have
-            the batch along dimension 0.
+        batches: inputs like the ones that will be answered, a few thousand rows. Each is an input,
+            or a tuple of positional arguments, whose tensors have the batch along dimension 0.
         epochs: the most passes over the inputs. Defaults to 100.
         learning_rate: of Adam at first; it falls to 0 along a cosine. Defaults to 5e-3.
         rows: of a step. Defaults to 64.
         noise: the largest standard deviation, over each input's. Defaults to 0.03.
         augment: returns such arguments as a step has, such as shifted pictures.
         patience: epochs without a better held-out error, after which it stops. Defaults to 30.
-        link: "softmax" to compare the logarithms of outputs that are probabilities. Defaults to
-            None.
+        link: "softmax" to compare the logarithms of probabilities. Defaults to None.
         seed: of order, mixtures and noise. The global random state is not touched. Defaults to 0.
         progress: show epochs and error, on terminals only. Defaults to True.
 

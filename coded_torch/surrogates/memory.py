@@ -40,8 +40,7 @@ _FROZEN_AT = 1024
 # Rows that determine the directions.
 _LANDMARKS = 512
 _PATH = 240  # rows of the path whose steps are the unit of length, as many as batches often have
-# New rows after which the regression is made again, and the share of the time that may go into
-# that; neither was tuned.
+# New rows after which the regression is made again, and the share of time for it; not tuned.
 _FRESH = 256
 _SHARE = 0.02
 _BLOCK = 4096  # outputs whose residuals are in memory together
@@ -134,6 +133,7 @@ class Memory:
         if not (inputs and outputs and len(outputs[0])):
             return
         form = _form(inputs), _form(outputs)
+        generation = self._generation if generation is None else generation
         with torch.no_grad():
             seen: Any = []
             for leaf in metrics.leaves_of(inputs):  # copies, as the caller may change the inputs
@@ -144,11 +144,9 @@ class Memory:
             if space is not None and form == self._form:
                 seen = space(seen)
         with self._lock:
-            if generation not in (None, self._generation) or self._form not in (None, form):
+            if generation != self._generation or self._form not in (None, form):
                 return
-            if space is not self._space:  # frozen, or forgotten, meanwhile
-                if self._space is None or space is not None:
-                    return
+            if space is None and self._space is not None:  # frozen meanwhile
                 seen = self._space(seen)
             self._form = form
             self._rows.append((seen, flat))

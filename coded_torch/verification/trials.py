@@ -260,8 +260,7 @@ class Trials:
     ) -> Generator[Decision, Event, list[int | None]]:
         """Have parts computed; return the number of each, None if it has no good result.
 
-        They are waited for until a time, by default the patience of trials. ``aside``, their
-        results do not count.
+        By default they are waited for as trials are. Results ``aside`` do not count.
         """
         until = min(self.end, self.now + self.patience) if until is None else until
         numbers = range(len(self.asked), len(self.asked) + len(requests))
