@@ -115,25 +115,20 @@ if why := _load("_ops_cpu"):
     raise ImportError(f"coded_torch: the compiled operators are missing; {_REMEDY}: {why}")
 
 
-def _load_cuda() -> str:
-    """Load the CUDA operators; return why there are none, or an empty string."""
-    reason = "this torch is not built for CUDA"
-    if torch.version.cuda:  # no other torch can load them
-        reason = _load("_ops_cuda")
-        if reason == "it was not built":
-            note = _PACKAGE / "_cuda_missing.txt"  # setup.py says why
-            reason = (note.read_text() if note.exists() else "") or reason
-        elif reason:
-            warnings.warn(
-                f"coded_torch: CUDA tensors are computed by torch's own operators, as {reason}; "
-                f"{_REMEDY}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return reason
-
-
-_CUDA_MISSING = _load_cuda()
+# The reason why there are no operators for CUDA, or an empty string.
+_CUDA_MISSING = "this torch is not built for CUDA"
+if torch.version.cuda:  # no other torch can load them
+    _CUDA_MISSING = _load("_ops_cuda")
+    if _CUDA_MISSING == "it was not built":
+        note = _PACKAGE / "_cuda_missing.txt"  # setup.py says why
+        _CUDA_MISSING = (note.read_text() if note.exists() else "") or _CUDA_MISSING
+    elif _CUDA_MISSING:
+        warnings.warn(
+            "coded_torch: CUDA tensors are computed by torch's own operators, as "
+            f"{_CUDA_MISSING}; {_REMEDY}",
+            RuntimeWarning,
+            stacklevel=1,
+        )
 HAS_CUDA_KERNELS = not _CUDA_MISSING
 
 if _CUDA_MISSING:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._torch import outside, plain
+from ..input_space.error_bars import ErrorBars
+from ..input_space.metrics import Choice
+from ..input_space.ordering import Grouping
 from ..input_space.regression import MOST_ROWS
-
-if TYPE_CHECKING:
-    from ..input_space.error_bars import ErrorBars
-    from ..input_space.metrics import Choice
-    from ..input_space.ordering import Grouping
 
 __all__ = ["BatchPlan", "DeadlineExceeded", "NotEnoughResults", "cut"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,15 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._torch import placed, to_device
-from ..input_space.metrics import METRICS
+from ..input_space.metrics import METRICS, Features
 from ..input_space.ordering import Grouping
 from ..input_space.regression import Regression, RowPlan
 from ..linear import LinearMap, SelectMap
 from .base import Code, FixedCode
 from .plans import BatchPlan, cut
-
-if TYPE_CHECKING:
-    from ..input_space.metrics import Features
 
 __all__ = ["RegressionCode", "ReplicationCode"]
 
