@@ -151,7 +151,7 @@ class _Processes(Supervisor[_Process]):
             descriptor = worker_main.fork(theirs, device, self._threads, self.seed(index), packages)
             on_error.pop_all()
         worker = _Process(index, Connection(ours), descriptor, packages)
-        self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
     def send(self, worker: _Process, job: Job) -> None:
@@ -206,7 +206,8 @@ class _Processes(Supervisor[_Process]):
         elif message.kind == worker_main.LOADED:
             self.loaded(worker)
         elif message.kind != worker_main.READY:
-            self.take(worker, message.number, message.kind == worker_main.RESULT, message.value)
+            succeeded = message.kind == worker_main.RESULT
+            self.take(worker, message.number, lambda: (succeeded, message.value()))
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""
@@ -222,7 +223,7 @@ class _Processes(Supervisor[_Process]):
     def _bury(self, worker: _Process, seconds: float = _DYING_SECONDS) -> str:
         """Release a process that ends, and return how it ended."""
         with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.connection)
+            self._selector.unregister(worker.connection.socket)
         code = worker.exit_code(seconds)
         if code is None:
             worker.kill()  # the process may live, but it has closed its connection
@@ -238,13 +239,7 @@ class _Processes(Supervisor[_Process]):
         if code is None:
             return "was not forked, as the server that forks processes ended"
         if code < 0:
-            return f"was killed by {_signal_name(-code)}"
+            names = {each.value: each.name for each in signal.Signals}  # not of all real-time ones
+            return f"was killed by {names.get(-code, f'signal {-code}')}"
         up = "" if worker.ready or worker.modules else " before it was up; its output says why"
         return f"ended with exit code {code}{up}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
-        return f"signal {number}"

@@ -155,24 +155,19 @@ class _Actors(Supervisor[_Actor]):
         )
 
     def _hear(self, worker: _Actor, number: int | None, future: Any) -> None:
-        try:
-            said = future.result()
-        except _ray().exceptions.RayActorError as error:
+        error = future.exception()
+        if isinstance(error, _ray().exceptions.RayActorError):
             lines = str(error).strip().splitlines()
             self.lost(worker, f"has ended: {' ... '.join(dict.fromkeys((lines[0], lines[-1])))}")
-        except Exception as cause:
-            if number is None:
-                self.lost(worker, f"did not come up: {cause}")
-            else:
-                self.fail_to_read(worker, number, cause)
-        else:
-            if number is not None:
-                self.take(worker, number, said[0], lambda: said[1])
-            elif not worker.ready:
-                worker.pid = said
-                end = worker.handle.end.options(concurrency_group="end").remote()
-                self._listen(worker, None, end)
-                self.ready(worker)
+        elif number is not None:
+            self.take(worker, number, future.result)
+        elif error is not None:
+            self.lost(worker, f"did not come up: {error}")
+        elif not worker.ready:
+            worker.pid = future.result()
+            end = worker.handle.end.options(concurrency_group="end").remote()
+            self._listen(worker, None, end)
+            self.ready(worker)
 
 
 _lock = threading.Lock()

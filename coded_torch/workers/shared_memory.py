@@ -118,9 +118,9 @@ def import_main() -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a pickle of a :class:`_TensorPickler`."""
+    """Reads a :class:`Pickled`. Tensors of up to ``copy`` bytes are copied, others are views."""
 
-    def __init__(self, memory: memoryview, length: int, copy: int) -> None:
+    def __init__(self, memory: memoryview, length: int, copy: int = 0) -> None:
         super().__init__(io.BytesIO(memory[:length]))
         self._memory, self._start, self._copy = memory, _aligned(length), copy
         self._read: dict[int, Tensor] = {}
@@ -154,16 +154,11 @@ class Package:
 
 
 class Message(NamedTuple):
-    """A message. Tensors of up to ``copy`` bytes are copied from its memory, others are views."""
+    """A message, and the function that reads its object."""
 
     kind: int
     number: int
-    memory: memoryview = memoryview(b"")
-    length: int = 0
-    copy: int = 0
-
-    def value(self) -> Any:
-        return _Unpickler(self.memory, self.length, self.copy).load()
+    value: Callable[[], Any]
 
 
 class Connection:
@@ -177,9 +172,6 @@ class Connection:
         self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
         self._kept: set[int] = set()  # indices of the other side's blocks that are being read
         self._done: deque[int] = deque()  # indices of its blocks that were read
-
-    def fileno(self) -> int:
-        return self.socket.fileno()
 
     def send(self, kind: int, number: int, pickled: Pickled | None = None) -> None:
         """Send a message, with an object or without.
@@ -231,19 +223,19 @@ class Connection:
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-        if not length:
-            return Message(kind, number)
+        memory, copy = memoryview(b""), 0
         if new:
             access = mmap.ACCESS_WRITE if index >= 0 else mmap.ACCESS_COPY
             self._known[index] = mmap.mmap(descriptors[0], 0, access=access)
             os.close(descriptors[0])
-        if index < 0:  # a package
-            return Message(kind, number, memoryview(self._known.pop(index)), length)
-        memory = memoryview(self._known[index])
-        copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
-        self._kept.add(index)
-        weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
-        return Message(kind, number, memory, length, copy)
+        if new and index < 0:  # a package
+            memory = memoryview(self._known.pop(index))
+        elif length:
+            memory = memoryview(self._known[index])
+            copy = _SMALL if len(self._kept) < _MOST_KEPT else sys.maxsize
+            self._kept.add(index)
+            weakref.finalize(memory, _let_go, index, self._kept, self._done).atexit = False
+        return Message(kind, number, _Unpickler(memory, length, copy).load)
 
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""

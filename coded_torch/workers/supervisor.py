@@ -148,23 +148,18 @@ class Supervisor(Dispatcher[V]):
         if not worker.ready:
             self.ready(worker)
 
-    def take(self, worker: V, number: int, succeeded: bool, read: Callable[[], Any]) -> None:
-        """Take the result of a job, and read it if it is awaited: a value, or a failure."""
-        job, value = worker.job, None
+    def take(self, worker: V, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
+        """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
+        job, value, why = worker.job, None, tuple[Any, ...]()
         if job is not None and job.request.awaits(job.part):
             try:
-                value = read()
+                succeeded, value = read()
+                if not succeeded:
+                    what, cause = value
+                    why = f"failed in {worker}: {what}", "raised", cause
             except Exception as error:  # unpickling may raise anything
-                self.fail_to_read(worker, number, error)
-                return
-            if not succeeded:
-                what, cause = value
-                self.fail(worker, number, f"failed in {worker}: {what}", "raised", cause)
-                return
-        self.settle(worker, number, value)
-
-    def fail_to_read(self, worker: V, number: int, cause: Exception) -> None:
-        self.fail(worker, number, f"sent what cannot be read, from {worker}: {cause}", "", cause)
+                why = f"sent what cannot be read, from {worker}: {error}", "", error
+        self.settle(worker, number, None if why else value, *why)
 
     def lost(self, worker: V, reason: str, end: bool = False) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
@@ -262,7 +257,7 @@ class Supervisor(Dispatcher[V]):
             self.stop()
             for worker in list(self._workers):
                 self.lost(worker, "was ended: the pool was closed", end=True)
-            self.modules.clear()
+            self.modules = ModuleStore(self.pack)
             self.let_go()
 
     def close(self) -> None:

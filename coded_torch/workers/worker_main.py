@@ -66,8 +66,8 @@ _starting = threading.Lock()  # the environment of this process changes while a 
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
 # A server, and variables of the environment as they were before it started.
 _Server = tuple[forkserver.ForkServer, dict[str, str | None]]
-# By their process and the packages that they have imported.
-_servers: dict[tuple[int, frozenset[str]], _Server] = {}
+_servers: dict[frozenset[str], _Server] = {}  # by the packages that they have imported
+os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
 def check_guard() -> None:
@@ -80,9 +80,8 @@ def check_guard() -> None:
 
 def _server(packages: frozenset[str]) -> _Server:
     """Return the server of this process that has imported some packages, under the lock."""
-    key = os.getpid(), packages  # a process that is forked from this one has its own server
-    if key in _servers:
-        return _servers[key]
+    if packages in _servers:
+        return _servers[packages]
     own = forkserver.ForkServer()
     own.set_forkserver_preload([__name__, *sorted(packages)])
     # Before Python 3.14, the server does not get sys.path before it imports (cpython 117378). No
@@ -90,8 +89,8 @@ def _server(packages: frozenset[str]) -> _Server:
     path = os.pathsep.join(x or os.getcwd() for x in sys.path if isinstance(x, str))
     with environment({"PYTHONPATH": path, "PYTHONSAFEPATH": "1"}) as before:
         own.ensure_running()
-    _servers[key] = own, before
-    return _servers[key]
+    _servers[packages] = own, before
+    return own, before
 
 
 @contextlib.contextmanager
@@ -122,9 +121,8 @@ def replace_servers() -> None:
 
     with _starting:
         while _servers:
-            (owner, _), (server, _) = _servers.popitem()
-            if owner == os.getpid():
-                threading.Thread(target=stop, args=(server,), daemon=True).start()
+            _, (server, _) = _servers.popitem()
+            threading.Thread(target=stop, args=(server,), daemon=True).start()
 
 
 def packages_of(module: nn.Module) -> set[str]:
@@ -132,8 +130,8 @@ def packages_of(module: nn.Module) -> set[str]:
     found = {type(part).__module__ for part in module.modules()}
     if "__main__" in found:
         for value in list(vars(sys.modules["__main__"]).values()):  # other threads may add some
-            name = value.__name__ if isinstance(value, types.ModuleType) else None
-            name = name or getattr(value, "__module__", None)
+            attribute = "__name__" if isinstance(value, types.ModuleType) else "__module__"
+            name = getattr(value, attribute, None)
             found.add(name if isinstance(name, str) else "")
     known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
     return {name for name in found if name.partition(".")[0] not in known}
@@ -195,9 +193,8 @@ class _Program(NamedTuple):
         _set(self.variables)
         descriptors: Any = forkserver.get_inherited_fds()
         connection = Connection(socket.socket(fileno=descriptors[0]))
-        is_script = bool(self.main)
-        shared_memory.is_interactive = lambda: not is_script
-        shared_memory.import_main = functools.partial(_import_main, self.main)
+        shared_memory.is_interactive = lambda: not self.main
+        shared_memory.import_main = functools.cache(lambda: _import_main(self.main))
         try:
             self.run(connection)
         except SystemExit as end:
@@ -227,22 +224,19 @@ class _Program(NamedTuple):
 def _end_with(connection: Connection) -> None:
     """End this process when the other side of the connection has ended, even during a call."""
     poll = select.poll()
-    poll.register(connection, 0)
+    poll.register(connection.socket, 0)
     poll.poll()
     os._exit(0)
 
 
 def _import_main(preparation: dict[str, Any]) -> None:
-    """Import the main script, unless that has been done. :func:`check_guard` reads the mark."""
-    if not preparation:
-        return
+    """Import the main script, if there is one. :func:`check_guard` reads the mark."""
     process: Any = multiprocessing.current_process()
     process._inheriting = True
     try:
         spawn.prepare(preparation)
     finally:
         del process._inheriting
-    preparation.clear()
 
 
 # Modules: the caller packs them once, the workers load and call them. Ray's actors do, too.
@@ -309,10 +303,6 @@ class ModuleStore:
         with self._lock:
             self._packed.pop(module, None)
 
-    def clear(self) -> None:
-        with self._lock:
-            self._packed.clear()
-
 
 def set_up(threads: int, seed: int) -> None:
     """Set the number of threads of this worker, and seed its random numbers."""
@@ -332,8 +322,8 @@ class LoadedModules:
         self.device = device
         self._pack = pack
         self._modules: dict[int, nn.Module | _Failure] = {}
-        self._head = b""
-        self._open: tuple[int, Ambient]
+        self._head = b""  # of the last job, and its contents
+        self._contents: tuple[int, frozenset[int], Ambient]
 
     def __contains__(self, number: int) -> bool:
         return number in self._modules
@@ -348,7 +338,13 @@ class LoadedModules:
         """Do a :meth:`PackedModule.job`; return whether it succeeded, and its packed result."""
         try:
             head, fault, arguments = read()
-            module, ambient = self._look_up(head)
+            if head != self._head:
+                self._contents, self._head = pickle.loads(head), head
+                number, alive, _ = self._contents
+                for gone in self._modules.keys() - alive - {number}:
+                    del self._modules[gone]
+            number, _, ambient = self._contents
+            module = self._modules[number]
             if isinstance(module, tuple):
                 return False, self._pack(module)
             with ambient.restored(self.device):
@@ -358,15 +354,6 @@ class LoadedModules:
                 return True, self._pack(value)
         except Exception as cause:
             return False, self._pack(_failure(cause))
-
-    def _look_up(self, head: bytes) -> tuple[nn.Module | _Failure, Ambient]:
-        if head != self._head:
-            number, alive, ambient = pickle.loads(head)
-            for gone in self._modules.keys() - alive - {number}:
-                del self._modules[gone]
-            self._head, self._open = head, (number, ambient)
-        number, ambient = self._open
-        return self._modules[number], ambient
 
 
 def _failure(cause: Exception) -> _Failure:
@@ -389,11 +376,5 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _remake, (type(self.error), self.error.args, self.state)
-
-
-def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(state)
-    return error
+        kind, args = type(self.error), self.error.args
+        return kind.__new__, (kind, *args), {**self.state, "args": args}

@@ -188,7 +188,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         """Workers answer in any order, so results are delayed and reordered."""
         worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         job = worker.job
-        self.supervisor.take(worker, job.number, True, lambda: (job.number, worker.number))
+        self.supervisor.take(worker, job.number, lambda: (True, (job.number, worker.number)))
 
     @precondition(lambda self: any(worker.sent for worker in self.supervisor.launched))
     @rule(data=st.data())
@@ -199,7 +199,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         other = self.pick(data, self.supervisor.launched)
         if other.job is None or other.job.number != job.number:
             before = other.job
-            self.supervisor.take(other, job.number, True, lambda: "stale")
+            self.supervisor.take(other, job.number, lambda: (True, "stale"))
             assert other.job is before
 
     @precondition(lambda self: any(m.job and not m.paused for m in self.alive()))
@@ -209,7 +209,7 @@ class SupervisorMachine(RuleBasedStateMachine):
         worker = self.pick(data, [m for m in self.alive() if m.job and not m.paused])
         if worker.job.number != number:
             job = worker.job
-            self.supervisor.take(worker, number, True, lambda: "corrupt")
+            self.supervisor.take(worker, number, lambda: (True, "corrupt"))
             assert worker.job is job
 
     @precondition(lambda self: self.alive())
@@ -301,7 +301,7 @@ class SupervisorMachine(RuleBasedStateMachine):
                     self.supervisor.ready(worker)
                 if (job := worker.job) is not None:
                     self.supervisor.take(
-                        worker, job.number, True, lambda m=worker: (m.job.number, m.number)
+                        worker, job.number, lambda m=worker: (True, (m.job.number, m.number))
                     )
             busy = any(worker.job for worker in self.supervisor._workers)
             if (
@@ -339,7 +339,7 @@ def test_a_worker_that_is_overdue_is_ended_and_replaced():
     supervisor = started(2)
     one = Asking(supervisor, 2)
     late, good = supervisor.launched
-    supervisor.take(good, good.job.number, True, lambda: "good")
+    supervisor.take(good, good.job.number, lambda: (True, "good"))
     supervisor.clock.now = GRACE
     supervisor.tend()
     assert late.ended
@@ -395,7 +395,7 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
     supervisor.ready(supervisor.launched[-1])
     another = Asking(supervisor, 1)
     last = supervisor.launched[-1]
-    supervisor.take(last, last.job.number, True, lambda: "up again")
+    supervisor.take(last, last.job.number, lambda: (True, "up again"))
     assert replies(another)[0].value == "up again"
 
 
@@ -412,7 +412,7 @@ def test_a_place_that_does_not_come_up_costs_no_job_of_the_others():
         bad = supervisor.launched[-1]
     assert replies(one) == []
     for _ in range(2):
-        supervisor.take(good, good.job.number, True, lambda: "good")
+        supervisor.take(good, good.job.number, lambda: (True, "good"))
     assert [reply.value for reply in replies(one)] == ["good", "good"]
 
 
@@ -467,7 +467,7 @@ def test_an_interrupt_while_a_job_is_sent_takes_no_worker():
     one.close()
     another = Asking(supervisor, 2)
     for worker in supervisor.launched:
-        supervisor.take(worker, worker.job.number, True, lambda: "good")
+        supervisor.take(worker, worker.job.number, lambda: (True, "good"))
     assert [reply.value for reply in replies(another)] == ["good", "good"]
 
 
@@ -493,7 +493,7 @@ def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_
     end = supervisor.end
 
     def too_late(worker: Numbered) -> None:
-        supervisor.take(worker, worker.sent[0].number, True, lambda: "just in time")
+        supervisor.take(worker, worker.sent[0].number, lambda: (True, "just in time"))
         end(worker)
 
     supervisor.end = too_late
@@ -503,7 +503,7 @@ def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_
     assert len(late.sent) == 1
     supervisor.ready(supervisor.launched[-1])
     successor = supervisor.launched[-1]
-    supervisor.take(successor, successor.job.number, True, lambda: "by another")
+    supervisor.take(successor, successor.job.number, lambda: (True, "by another"))
     first, second = replies(one)
     assert "was at one job for more than 10 s" in str(first.error)
     assert second.value == "by another"
@@ -515,10 +515,10 @@ def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     first, second, third = supervisor.launched
     interrupted.abandoned = True
     interrupted.abandon()
-    supervisor.take(first, first.job.number, True, lambda: "done meanwhile")
+    supervisor.take(first, first.job.number, lambda: (True, "done meanwhile"))
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
-    supervisor.take(third, third.job.number, True, lambda: "good")
+    supervisor.take(third, third.job.number, lambda: (True, "good"))
     assert [reply.value for reply in replies(other)] == ["good"]
 
 
