@@ -133,7 +133,7 @@ def _map_batches(
             del found
     except KeyboardInterrupt:  # nothing may be left that keeps the next call waiting
         for _, interruption in calls:
-            interruption.abandon()
+            interruption.set(abandon=True)
         raise
     finally:
         for future, interruption in calls:

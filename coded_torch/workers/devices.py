@@ -77,7 +77,7 @@ class DeviceWorkers(DispatchedWorkers):
                 got = type(part).__name__
                 raise TypeError(f"DeviceWorkers: {name or 'the module'} {must}, got {got}; {how}")
         threads = self._dispatcher()
-        if threading.current_thread() in threads.running:
+        if threading.current_thread() in [each.thread for each in threads._workers]:
             must = "requests must not come from a thread of the pool, which would wait for itself"
             how = "give a wrapper inside of a wrapper a pool of its own"
             raise RuntimeError(f"DeviceWorkers: {must}; {how}")
@@ -131,21 +131,19 @@ class _Replica(Worker):
     def serve(self, threads: _Threads) -> None:
         """Do jobs until there comes None."""
         while (job := self.inbox.get()) is not None:
-            number = job.number
             try:
-                assert isinstance(job.request, _DeviceRequest)
                 value = self._call(job.request, job)
             except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
                 # Not str(cause), which may raise.
                 what = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
-                threads.fail(self, number, f"failed on {self.device}: {what}", kind, cause)
+                threads.fail(self, job.number, f"failed on {self.device}: {what}", kind, cause)
             else:
-                threads.settle(self, number, value)
+                threads.settle(self, job.number, value)
                 del value
             del job  # an idle thread must keep no batch alive
 
-    def _call(self, request: _DeviceRequest, job: Job) -> Any:
+    def _call(self, request: Any, job: Job) -> Any:
         home = request.task.device
         with contextlib.ExitStack() as stack:
             # Own streams, or the caller's decoding would queue behind a late part. The last stream
@@ -208,7 +206,7 @@ class _Replica(Worker):
         return copy
 
 
-class _Threads(Dispatcher[_Replica]):
+class _Threads(Dispatcher):
     """The threads of a pool, one per device."""
 
     kind = "devices"
@@ -217,10 +215,6 @@ class _Threads(Dispatcher[_Replica]):
         super().__init__(len(devices))
         self.devices = devices
         self.wake()
-
-    @property
-    def running(self) -> list[threading.Thread]:
-        return [worker.thread for worker in self._workers]
 
     def wake(self) -> None:
         with self._lock:
@@ -247,12 +241,12 @@ class _Threads(Dispatcher[_Replica]):
 
     def close(self) -> None:
         self.stop()
-        threads, end = self.running, time.monotonic() + _CLOSING_SECONDS
-        for replica in list(self._workers):
+        replicas, end = list(self._workers), time.monotonic() + _CLOSING_SECONDS
+        for replica in replicas:
             replica.inbox.put(None)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(end - time.monotonic(), 0.0))
+        for replica in replicas:
+            if replica.thread is not threading.current_thread():
+                replica.thread.join(max(end - time.monotonic(), 0.0))
 
 
 def _to(device: torch.device, tree: Any) -> Any:

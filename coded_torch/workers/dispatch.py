@@ -3,6 +3,7 @@ r"""Pools on real time: parts wait in one queue, and idle workers take them."""
 from __future__ import annotations
 
 import abc
+import dataclasses
 import itertools
 import math
 import threading
@@ -11,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from .._arguments import MOST_WORKERS, count, sparing_logger
 from .base import Workers
@@ -22,17 +23,16 @@ __all__ = ["DispatchedWorkers", "Dispatcher", "Job", "Worker"]
 logger = sparing_logger("coded_torch.workers")
 
 
+@dataclasses.dataclass(eq=False)
 class Worker:
     """A worker, from its start to its end. Its successor has the same place, ``index``."""
 
+    index: int
     job: Job | None = None
     since = 0.0  #: the time when it began its job
     ready = False  #: true if it is up
     excluded = False  #: true if it gets no more jobs
     left = False  #: true if it leaves after its job, and has no successor
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
     @property
     def idle(self) -> bool:
@@ -47,10 +47,7 @@ class Worker:
         return f"worker {self.index}"
 
 
-W = TypeVar("W", bound=Worker)
-
-
-class Dispatcher(abc.ABC, Generic[W]):
+class Dispatcher(abc.ABC):
     """Gives each idle worker the first job that is still wanted and need not avoid this worker.
 
     Subclasses implement :meth:`send` and :meth:`close`, :meth:`add` their ``size`` workers, and
@@ -66,21 +63,21 @@ class Dispatcher(abc.ABC, Generic[W]):
         self.closed = False
         self._clock = clock
         self._lock = threading.RLock()
-        self._workers: list[W] = []
+        self._workers: list[Any] = []
         self._jobs: deque[Job] = deque()
 
     @abc.abstractmethod
-    def send(self, worker: W, job: Job) -> None:
-        """Hand a job to a worker, without waiting for it. An exception fails the job."""
+    def send(self, worker: Any, job: Job) -> None:
+        """Hand a job to a :class:`Worker`, without waiting. An exception fails the job."""
 
     @abc.abstractmethod
     def close(self) -> None:
         """Call :meth:`stop`, and end the workers. May be called twice."""
 
-    def wake(self) -> None:
+    def wake(self) -> None:  # noqa: B027 - not all pools start or end workers
         """Hear that workers may have to be started or ended."""
 
-    def retire(self, worker: W) -> None:
+    def retire(self, worker: Any) -> None:
         """Let go of a worker that has left, and is at no job."""
         self._workers.remove(worker)
 
@@ -114,21 +111,18 @@ class Dispatcher(abc.ABC, Generic[W]):
             self._jobs += asked
         self.refuse()
 
-    def exclude(self, index: int) -> None:
-        """Give the worker at a place no more jobs."""
+    def exclude(self, index: int, excluded: bool = True) -> None:
+        """Give the worker at a place no more jobs, or jobs again."""
         with self._lock:
             for worker in self.at(index):
-                worker.excluded = True
+                worker.excluded = excluded
         self.refuse()
 
     def restart(self, index: int) -> None:
         """Give the worker at a place jobs again, or replace it."""
-        with self._lock:
-            for worker in self.at(index):
-                worker.excluded = False
-        self._assign()
+        self.exclude(index, False)
 
-    def at(self, index: int) -> list[W]:
+    def at(self, index: int) -> list[Any]:
         """Return the workers at a place, leaving ones too."""
         return [worker for worker in self._workers if worker.index == index]
 
@@ -179,7 +173,7 @@ class Dispatcher(abc.ABC, Generic[W]):
 
     # The workers call these methods.
 
-    def add(self, worker: W, ready: bool = True) -> None:
+    def add(self, worker: Worker, ready: bool = True) -> None:
         """Add a worker that is up, or one that starts."""
         with self._lock:
             self._workers.append(worker)
@@ -189,22 +183,22 @@ class Dispatcher(abc.ABC, Generic[W]):
         if ready:
             self.ready(worker)
 
-    def ready(self, worker: W) -> None:
+    def ready(self, worker: Worker) -> None:
         """Note that a worker is up, and give it jobs."""
         worker.ready = True
         self._assign()
 
-    def settle(self, worker: W, number: int, value: Any = None, *why: Any) -> None:
-        """End a job by a value, or by an error of the arguments of :meth:`fail`."""
+    def settle(self, worker: Worker, number: int, value: Any = None, *why: Any) -> None:
+        """End a job by a value, or by an error, as :meth:`fail` does."""
         if (job := self._finish(worker, number)) is not None:
             job.request.settle(job.part, value, *why)
         self._assign()
 
-    def fail(self, worker: W, number: int, reason: str, kind: str = "", cause: Any = None) -> None:
-        """End a job by a :class:`WorkerError` of these arguments."""
-        self.settle(worker, number, None, reason, kind, cause)
+    def fail(self, worker: Worker, number: int, *why: Any) -> None:
+        """End a job by a :class:`WorkerError` of a reason, and perhaps its kind and cause."""
+        self.settle(worker, number, None, *why)
 
-    def hand_back(self, worker: W, number: int) -> None:
+    def hand_back(self, worker: Worker, number: int) -> None:
         """Put a job that a worker did not take first in the queue again."""
         if (job := self._finish(worker, number)) is not None:
             with self._lock:
@@ -225,7 +219,7 @@ class Dispatcher(abc.ABC, Generic[W]):
                     job.request.settle(job.part, None, f"did not start: {reason}")
         self._assign()
 
-    def _finish(self, worker: W, number: int) -> Job | None:
+    def _finish(self, worker: Worker, number: int) -> Job | None:
         """Make a worker idle, and return its job; None if that is another one."""
         with self._lock:
             job = worker.job
@@ -249,7 +243,7 @@ class Dispatcher(abc.ABC, Generic[W]):
                 if not isinstance(cause, Exception):  # an interrupt
                     raise
 
-    def _begin(self) -> tuple[W, Job] | None:
+    def _begin(self) -> tuple[Worker, Job] | None:
         """Begin the first job that an idle worker may take, at the place with the fewest jobs."""
         with self._lock:
             if not self._jobs or not (idle := [w for w in self._workers if w.idle]):
@@ -282,7 +276,7 @@ class DispatchedWorkers(Workers):
     _queue: Any
 
     @abc.abstractmethod
-    def _make(self) -> Dispatcher[Any]:
+    def _make(self) -> Dispatcher:
         """Return a dispatcher. It must not hold the pool, which closes when nothing holds it."""
 
     def _open(self) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import dataclasses
 import functools
-import logging
 import ssl
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,23 +14,14 @@ import torch
 from torch import nn
 
 from .._arguments import count, instance, positive
-from ..open_inference.client import (
-    BusyError,
-    Client,
-    EndpointError,
-    RefusedError,
-    RemoteError,
-    RemoteModule,
-    running_loop,
-)
+from ..open_inference import client
+from ..open_inference.client import EndpointError, RemoteModule, running_loop
 from .base import Reply, Request, Task, Workers
-from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker
+from .dispatch import DispatchedWorkers, Dispatcher, Job, Worker, logger
 from .faults import InjectedCrash, compute
 from .live import LiveRequest
 
 __all__ = ["EndpointWorkers"]
-
-logger = logging.getLogger("coded_torch.workers")
 
 # Seconds from a failure to the first probe of a server; the pause doubles up to the second number,
 # or the third while no server is up. Not tuned: a probe is one small request.
@@ -104,7 +95,7 @@ class EndpointWorkers(DispatchedWorkers):
     resize = Workers.resize  # :meth:`add` and :meth:`remove` need addresses
 
     def _make(self) -> _Endpoints:
-        return _Endpoints(Client(self, **self._options), self.concurrency)
+        return _Endpoints(client.Client(self, **self._options), self.concurrency)
 
     def _open(self) -> None:
         super()._open()
@@ -159,7 +150,7 @@ class _EndpointRequest(LiveRequest):
     def wait(self, until: float = float("inf")) -> Any:
         event = super().wait(until)
         error = event.error if isinstance(event, Reply) else None
-        if error is not None and isinstance(error.__cause__, RefusedError):
+        if error is not None and isinstance(error.__cause__, client.RefusedError):
             raise error.__cause__
         return event
 
@@ -168,26 +159,25 @@ class _EndpointRequest(LiveRequest):
         self.dispatcher.loop.call_soon_threadsafe(self.dispatcher.cancel, self)
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Slot(Worker):
     """One of the parts that a server computes at a time. Its slots have one place."""
 
-    def __init__(self, index: int, url: str) -> None:
-        super().__init__(index)
-        self.url = url
-        self.running: asyncio.Task[None] | None = None
+    url: str
+    running: asyncio.Task[None] | None = None
 
     def __str__(self) -> str:
         return self.url
 
 
-class _Endpoints(Dispatcher[_Slot]):
+class _Endpoints(Dispatcher):
     """The servers of a pool. :meth:`cancel` and the private methods run on the loop."""
 
     kind = "servers"
 
-    def __init__(self, client: Client, concurrency: int) -> None:
+    def __init__(self, asking: client.Client, concurrency: int) -> None:
         super().__init__(0)
-        self.client, self.concurrency = client, concurrency
+        self.client, self.concurrency = asking, concurrency
         self.loop = running_loop()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._pauses: dict[str, float] = {}  # before the last probe, of servers without an answer
@@ -207,7 +197,7 @@ class _Endpoints(Dispatcher[_Slot]):
             known = place in self.places
             self.places.add(place)
             for _ in range(0 if known else self.concurrency):
-                self.add(_Slot(place, url))
+                self.add(_Slot(place, url=url))
         if known:
             self.restart(place)
 
@@ -267,7 +257,7 @@ class _Endpoints(Dispatcher[_Slot]):
 
     def _report(self, slot: _Slot, job: Job, task: asyncio.Task[Any]) -> None:
         """Report the result or the error of a part, which may not even have begun."""
-        url, error = slot.url, None if task.cancelled() else task.exception()
+        url = slot.url
         if task.cancelled():
             self.fail(slot, job.number, "was cancelled")
             silent = self._silent.setdefault(url, [])
@@ -275,12 +265,12 @@ class _Endpoints(Dispatcher[_Slot]):
             if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
                 self._silent.pop(url)
                 self._pause(url, why=f"left {_SILENCE} parts unanswered while others answered")
-        elif error is None:
+        elif (error := task.exception()) is None:
             self._num_answers += 1
             self._pauses.pop(url, None)
             self._silent.pop(url, None)
             self.settle(slot, job.number, task.result())
-        elif isinstance(error, BusyError):
+        elif isinstance(error, client.BusyError):
             self._pause(url, error.seconds)
             self.hand_back(slot, job.number)
         elif isinstance(error, EndpointError):
@@ -289,26 +279,25 @@ class _Endpoints(Dispatcher[_Slot]):
             kind = "died" if error.lost else ""
             self.fail(slot, job.number, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
-            raised = isinstance(error, RemoteError | TypeError | ValueError)
+            raised = isinstance(error, client.RemoteError | TypeError | ValueError)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
             self.fail(slot, job.number, f"({url}) raised {error!r}", kind, error)
 
     async def _ask(self, slot: _Slot, job: Job) -> Any:
         module: RemoteModule = job.request.module
-        task, part, fault = job.request.task, job.part, job.part.fault
+        task, part = job.request.task, job.part
         with torch.inference_mode():
             arguments = task.payload(part.units)
         if arguments is None:  # the pool loads the module
             if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs = module.inputs(*arguments)
-        rows = len(part.units) * task.unit_rows
+        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
         outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
-        if fault is None:
-            return module.outputs(outputs)
-        answer: Any = lambda: module.outputs(outputs)  # noqa: E731
-        return await self.loop.run_in_executor(None, compute, answer, ((), {}), fault)
+        answer: Any = functools.partial(module.outputs, outputs)
+        if part.fault is None:
+            return answer()
+        return await self.loop.run_in_executor(None, compute, answer, ((), {}), part.fault)
 
     def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""

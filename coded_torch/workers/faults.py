@@ -80,15 +80,15 @@ def compute(
     """
     if arguments is None:
         return None
-    fault = fault or Fault()
-    if fault.delay > 0:
-        time.sleep(min(fault.delay, _DAY))
+    args, kwargs = arguments
+    if fault is None:
+        return module(*args, **kwargs)
+    time.sleep(min(fault.delay, _DAY))
     if fault.kind == "crash":
         if die is not None:
             die()
         raise InjectedCrash("an injected crash")
-    args, kwargs = arguments
-    return fault.spoil(module(*args, **kwargs)) if fault.kind else module(*args, **kwargs)
+    return fault.spoil(module(*args, **kwargs))
 
 
 def kill_own_process() -> None:
@@ -205,8 +205,9 @@ class FaultyWorkers(Workers):
     @on_host()
     def _draw(self, delays: Stragglers | None, num_parts: int, *key: int) -> list[Fault]:
         generator = self.generator(*key)
-        law = None if delays is None else delays.sample(num_parts, generator)
-        seconds = [0.0] * num_parts if law is None else law.tolist()
+        seconds = [0.0] * num_parts
+        if delays is not None:
+            seconds = delays.sample(num_parts, generator).tolist()
         uniform = torch.rand(num_parts, dtype=torch.float64, generator=generator)
         # A kind of the rate r takes an interval of the length r of [0, 1).
         ends = np.cumsum(list(self.rates.values()))
@@ -246,17 +247,15 @@ class _FaultyRequest(Request):
 
     def wait(self, until: float = math.inf) -> Began | Reply | None:
         event = self._request.wait(until)
-        if not isinstance(event, Reply) or event.worker not in self._pool.adversaries:
-            return event
-        if event.error is None:
+        lies = event is not None and event.worker in self._pool.adversaries
+        if lies and isinstance(event, Reply) and event.error is None:
             event.value = self._attacked(event.value, event.worker)
         return event
 
     @torch.no_grad()
     @on_host()
     def _attacked(self, value: Any, worker: int) -> Any:
-        attack = self._pool.attack
-        assert attack is not None  # adversaries come with an attack
+        attack: Any = self._pool.attack  # adversaries come with an attack
         leaves, spec = base.flatten(value)
         dims = base.broadcast_dims("out_dims", self._task.out_dims, spec)
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):

@@ -38,17 +38,14 @@ class Interruption:
         if self._is_set:
             request.interrupt()
 
-    def set(self) -> None:
+    def set(self, abandon: bool = False) -> None:
+        """Interrupt the requests; ``abandon`` ends even the workers that compute their parts."""
         self._is_set = True
         for request in list(self.requests):
             request.interrupt()
-
-    def abandon(self) -> None:
-        """Interrupt the requests, and end even the workers that compute their parts."""
-        self.set()
-        for request in list(self.requests):
-            request.abandoned = True
-            request.dispatcher.wake()
+            if abandon:
+                request.abandoned = True
+                request.dispatcher.wake()
 
 
 #: The interruption of the requests that are opened in this context.
@@ -66,10 +63,7 @@ class Job:
 
 
 class LiveRequest(Request):
-    """A request whose workers report to a dispatcher.
-
-    Its parts wait there as jobs.
-    """
+    """A request whose workers report to a dispatcher. Its parts wait there as jobs."""
 
     def __init__(self, task: Task, timeout: float, dispatcher: Any, module: Any) -> None:
         self.task, self.dispatcher, self.module = task, dispatcher, module

@@ -3,6 +3,8 @@ r"""Workers in local processes."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import multiprocessing
 import os
 import selectors
 import signal
@@ -82,21 +84,18 @@ class ProcessWorkers(SupervisedWorkers):
         self.devices = find_devices(self, ("cpu",) if devices is None else devices, torch.device)
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
-    def _make(self) -> Supervisor[_Process]:
+    def _make(self) -> Supervisor:
         return _Processes(self._size, self.grace, self.devices, self.threads)
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Process(WatchedWorker):
     """A process, the connection to it, and the descriptor on which the server tells its end."""
 
+    connection: Connection
+    descriptor: int
+    packages: frozenset[str]  #: the packages that its server has imported
     _forked = False  # true if the server has told its process id
-
-    def __init__(
-        self, index: int, connection: Connection, descriptor: int, packages: frozenset[str]
-    ) -> None:
-        super().__init__(index)
-        self.connection, self.descriptor = connection, descriptor
-        self.packages = packages  # the packages that its server has imported
 
     def exit_code(self, seconds: float) -> int | None:
         """Return the exit code, if the server tells it within some seconds."""
@@ -117,7 +116,7 @@ class _Process(WatchedWorker):
         return f"process {self.pid}" if self.pid else f"process {self.index} of the pool"
 
 
-class _Processes(Supervisor[_Process]):
+class _Processes(Supervisor):
     """The processes of a pool. A selector hears them, and :meth:`wake`."""
 
     kind = "processes"
@@ -130,7 +129,10 @@ class _Processes(Supervisor[_Process]):
         self._packages: frozenset[str] = frozenset()
 
     def set_up(self) -> None:
-        worker_main.check_guard()
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            why = "workers import the main script, which must not start workers then"
+            how = 'put its main part under: if __name__ == "__main__":'
+            raise RuntimeError(f"ProcessWorkers: {why}; {how}")
         self._selector = selectors.DefaultSelector()
         self._alarm, self._bell = socket.socketpair()
         for end in (self._alarm, self._bell):
@@ -150,7 +152,8 @@ class _Processes(Supervisor[_Process]):
             on_error.enter_context(ours)
             descriptor = worker_main.fork(theirs, device, self._threads, self.seed(index), packages)
             on_error.pop_all()
-        worker = _Process(index, Connection(ours), descriptor, packages)
+        link = Connection(ours)
+        worker = _Process(index, connection=link, descriptor=descriptor, packages=packages)
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import queue
@@ -73,20 +74,19 @@ class RayWorkers(SupervisedWorkers):
         self.actor_options = {"num_cpus": 0, **actor_options}
         super().__init__(num_workers, threads=threads, grace=grace, timeout=timeout)
 
-    def _make(self) -> Supervisor[_Actor]:
+    def _make(self) -> Supervisor:
         return _Actors(self._size, self.grace, self.address, self.threads, self.actor_options)
 
 
+@dataclasses.dataclass(eq=False, kw_only=True)
 class _Actor(WatchedWorker):
-    def __init__(self, index: int, handle: Any) -> None:
-        super().__init__(index)
-        self.handle = handle
+    handle: Any
 
     def __str__(self) -> str:
         return f"actor {self.index} (process {self.pid})" if self.pid else f"actor {self.index}"
 
 
-class _Actors(Supervisor[_Actor]):
+class _Actors(Supervisor):
     """The actors of a pool. News of Ray come through a queue."""
 
     kind = "actors"
@@ -112,7 +112,8 @@ class _Actors(Supervisor[_Actor]):
 
     def launch(self, index: int) -> _Actor:
         self._check()
-        worker = _Actor(index, self._class.remote(self._threads, self.seed(index)))
+        handle = self._class.remote(self._threads, self.seed(index))
+        worker = _Actor(index, handle=handle)
         self._listen(worker, None, worker.handle.hello.remote())
         return worker
 
@@ -179,9 +180,9 @@ def _connect(address: str | None) -> tuple[str, str]:
     """Connect this process to a cluster, unless it is in one, and return its :func:`_session`."""
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray reads the first variable when it is imported: at 0, sockets bind to 127.0.0.1.
-    ours = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    unset = ours.keys() - os.environ.keys() if address is None else set()
-    with _lock, environment({name: ours[name] for name in unset}):
+    ours = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED")
+    unset = set(ours) - os.environ.keys() if address is None else ()
+    with _lock, environment(dict.fromkeys(unset, "0")):
         ray = _ray()
         local: Any = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         if begins := not ray.is_initialized():

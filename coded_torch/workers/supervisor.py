@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,10 +70,7 @@ class WatchedWorker(Worker):
         return self.since + seconds, f"was {what} for more than {seconds:g} s, and was ended"
 
 
-V = TypeVar("V", bound=WatchedWorker)
-
-
-class Supervisor(Dispatcher[V]):
+class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
     A worker that computes a job for longer than ``grace`` seconds is late. Loading the module does
@@ -81,9 +78,7 @@ class Supervisor(Dispatcher[V]):
     and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
     """
 
-    def __init__(
-        self, size: int, grace: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, size: int, grace: float, clock: Any = time.monotonic) -> None:
         super().__init__(size, clock)
         self.grace = grace
         self.modules = ModuleStore(self.pack)
@@ -102,11 +97,11 @@ class Supervisor(Dispatcher[V]):
         """Return a module in the form in which workers get it."""
 
     @abc.abstractmethod
-    def launch(self, index: int) -> V:
+    def launch(self, index: int) -> WatchedWorker:
         """Begin to start the worker at a place."""
 
     @abc.abstractmethod
-    def end(self, worker: V) -> None:
+    def end(self, worker: Any) -> None:
         """End a worker at once, in any state."""
 
     @abc.abstractmethod
@@ -137,18 +132,18 @@ class Supervisor(Dispatcher[V]):
         self._starts[index] += 1
         return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-    def ready(self, worker: V) -> None:
+    def ready(self, worker: Any) -> None:
         self._failed_starts = 0
         super().ready(worker)
 
-    def loaded(self, worker: V) -> None:
+    def loaded(self, worker: Any) -> None:
         """Note that a worker has loaded a module: of its job or, before it is up, the last one."""
         with self._lock:
             worker.loading, worker.since = False, self._clock()
         if not worker.ready:
             self.ready(worker)
 
-    def take(self, worker: V, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
+    def take(self, worker: Any, number: int, read: Callable[[], tuple[bool, Any]]) -> None:
         """Take the result of a job. If it is awaited, read whether it succeeded, and its value."""
         job, value, why = worker.job, None, tuple[Any, ...]()
         if job is not None and job.request.awaits(job.part):
@@ -161,44 +156,43 @@ class Supervisor(Dispatcher[V]):
                 why = f"sent what cannot be read, from {worker}: {error}", "", error
         self.settle(worker, number, None if why else value, *why)
 
-    def lost(self, worker: V, reason: str, end: bool = False) -> None:
+    def lost(self, worker: Any, reason: str, end: bool = False) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""
         if self._remove(worker):
             self._replace(worker, reason, end)
 
-    def _remove(self, worker: V) -> bool:
+    def _remove(self, worker: Any) -> bool:
         """Take a worker out: it gets no job, and none of its results counts."""
         with self._lock:
-            if worker not in self._workers:
-                return False
-            self._workers.remove(worker)
-            self.num_lost += not (self.closed or worker.left)
-            return True
+            if found := worker in self._workers:
+                self._workers.remove(worker)
+                self.num_lost += not (self.closed or worker.left)
+            return found
 
-    def _replace(self, worker: V, reason: str, end: bool = False) -> None:
+    def _replace(self, worker: Any, reason: str, end: bool = False) -> None:
         """Fail the job of a worker that was taken out, and have a new one started."""
         try:
             if end:
                 self.end(worker)
         except Exception:  # the other workers must be ended, too
             logger.exception("%s could not be ended", worker)
-        what, now, hopeless = f"{worker} {reason}", self._clock(), ""
+        what, now, hopeless = f"{worker} {reason}", self._clock(), False
         with self._lock:
             if not (worker.ready or worker.left):
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
                     self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
-                hopeless = what if self._failed_starts >= _FAILED_STARTS else ""
+                hopeless = self._failed_starts >= _FAILED_STARTS
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
         if (job := worker.job) is not None:
             job.request.settle(job.part, None, f"was lost: {what}", "died")
         if hopeless:
-            self.refuse(hopeless)
+            self.refuse(what)
         self.wake()
 
-    def retire(self, worker: V) -> None:
+    def retire(self, worker: Any) -> None:
         worker.unwanted = True
         self.wake()  # the thread ends the worker
 
@@ -228,7 +222,7 @@ class Supervisor(Dispatcher[V]):
                 worker = self.launch(index)
             except Exception as cause:  # too many processes or files: later it may succeed
                 reason = f"could not be started: {type(cause).__name__}: {cause}"
-                self._replace(WatchedWorker(index), reason)  # type: ignore[arg-type]
+                self._replace(WatchedWorker(index), reason)
                 return
             worker.since = self._clock()
             self.add(worker, ready=False)
@@ -236,7 +230,7 @@ class Supervisor(Dispatcher[V]):
     def pause(self) -> float:
         """Return the seconds until :meth:`tend` has something to do, at most ``grace``."""
         with self._lock:
-            due = [worker.end_by(self.grace)[0] for worker in self._workers]
+            due: list[float] = [worker.end_by(self.grace)[0] for worker in self._workers]
             if self.vacant():
                 due.append(self._start_again)
         # A job that begins meanwhile is due no earlier than a grace from now.

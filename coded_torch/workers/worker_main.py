@@ -70,14 +70,6 @@ _servers: dict[frozenset[str], _Server] = {}  # by the packages that they have i
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
-def check_guard() -> None:
-    """Raise a RuntimeError in a process that is importing the main script."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
-        why = "workers import the main script, which must not start workers then"
-        how = 'put its main part under: if __name__ == "__main__":'
-        raise RuntimeError(f"ProcessWorkers: {why}; {how}")
-
-
 def _server(packages: frozenset[str]) -> _Server:
     """Return the server of this process that has imported some packages, under the lock."""
     if packages in _servers:
@@ -230,7 +222,7 @@ def _end_with(connection: Connection) -> None:
 
 
 def _import_main(preparation: dict[str, Any]) -> None:
-    """Import the main script, if there is one. :func:`check_guard` reads the mark."""
+    """Import the main script, if there is one. Pools that it would start read the mark."""
     process: Any = multiprocessing.current_process()
     process._inheriting = True
     try:
