@@ -170,7 +170,7 @@ class _Replica(Worker):
                 for stream in streams:
                     stream.synchronize()
 
-    def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> nn.Module:
+    def _replicate(self, module: nn.Module, views: Mapping[int, Tensor]) -> Any:
         moved: dict[int, Tensor] = {}  # tied parameters stay tied
 
         def move(tensor: Tensor | None) -> Any:
@@ -180,15 +180,11 @@ class _Replica(Worker):
                 moved[id(tensor)] = self._copy(views.get(id(tensor), tensor))
             return moved[id(tensor)]
 
-        copies: dict[nn.Module, nn.Module] = {
-            part: part._replicate_for_data_parallel() for part in module.modules()
-        }
+        copies: dict[Any, Any] = {m: m._replicate_for_data_parallel() for m in module.modules()}
         for part, copy in copies.items():
             copy._parameters = {name: move(p) for name, p in part._parameters.items()}
             copy._buffers = {name: move(b) for name, b in part._buffers.items()}
-            copy._modules = {
-                name: None if m is None else copies[m] for name, m in part._modules.items()
-            }
+            copy._modules = {name: copies.get(m) for name, m in part._modules.items()}
         return copies[module]
 
     def _copy(self, tensor: Tensor) -> Tensor:

@@ -289,12 +289,9 @@ class DispatchedWorkers(Workers):
             raise RuntimeError(f"{type(self).__name__}: the pool is closed")
         return self._queue
 
+    places: Any = property(lambda self: set(self._queue.places))
     num_workers: Any = property(lambda self: len(self._queue.places))
     num_ready: Any = property(attrgetter("_queue.num_ready"))
-
-    @property
-    def places(self) -> set[int]:
-        return set(self._queue.places)
 
     @property
     def states(self) -> dict[int, tuple[str, int]]:

@@ -209,8 +209,7 @@ class _Processes(Supervisor):
         elif message.kind == worker_main.LOADED:
             self.loaded(worker)
         elif message.kind != worker_main.READY:
-            succeeded = message.kind == worker_main.RESULT
-            self.take(worker, message.number, lambda: (succeeded, message.value()))
+            self.take(worker, message.number, message.value)
 
     def _welcome(self, worker: _Process) -> None:
         """Have a new process load the last module, which will probably be wanted, first."""

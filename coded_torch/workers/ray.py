@@ -231,12 +231,11 @@ def _actor_class() -> type:
         def hello(self) -> int:
             return os.getpid()
 
-        def call(self, number: int, package: list[Any], contents: Any) -> tuple[bool, Any]:
+        def call(self, number: int, package: list[Any], contents: Any) -> Any:
             """Do a job, as :class:`LoadedModules` does."""
             if number not in self.modules:
                 self.modules.add(number, lambda: self.get(package[0]))
-            done: tuple[bool, Any] = self.modules.call(lambda: contents)
-            return done
+            return self.modules.call(lambda: contents)
 
         def end(self) -> None:
             """Never return: the pool notices the end of the actor by waiting for this."""

@@ -51,46 +51,38 @@ class Pickled:
     """The pickle of an object without its tensors, which lie behind the pickle in memory."""
 
     def __init__(self, value: Any) -> None:
+        self._tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
+        self._behind = 0  # bytes of the tensors
         buffer = io.BytesIO()
-        writer = _pickler()(buffer, pickle.HIGHEST_PROTOCOL)
-        writer.dump(value)
-        stream = buffer.getbuffer()
-        self._stream, self._tensors = stream, list(writer.tensors.values())
-        self.length = len(stream)  # bytes of the pickle
-        self.size = _aligned(self.length) + writer.size  # bytes of the pickle and the tensors
+        kind, self._refuses_main = _pickler()
+        pickler = kind(buffer, pickle.HIGHEST_PROTOCOL)
+        pickler.persistent_id = self._place
+        pickler.dump(value)
+        self._stream = buffer.getbuffer()
+        self.length = len(self._stream)  # bytes of the pickle
+        self.size = _aligned(self.length) + self._behind  # bytes of the pickle and the tensors
 
     def write(self, memory: mmap.mmap) -> None:
         """Write pickle and tensors to the beginning of ``memory``, and release the tensors."""
         memory[: self.length] = self._stream
         start = _aligned(self.length)
-        for tensor, offset in self._tensors:
+        for tensor, offset in self._tensors.values():
             place = torch.frombuffer(
                 memory, dtype=tensor.dtype, count=tensor.numel(), offset=start + offset
             )
             place.view(tensor.shape).copy_(tensor.detach())
-        self._tensors = []
+        self._tensors = {}
 
-
-class _TensorPickler:
-    """A mixin for picklers: the pickle holds only dtype, shape and place of plain tensors."""
-
-    refuses_main = False  # true if no other process finds the classes of the main script
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.tensors: dict[int, tuple[Tensor, int]] = {}  # tensors by id, with their places
-        self.size = 0
-
-    def persistent_id(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
+    def _place(self, obj: Any) -> tuple[str, tuple[int, ...], int] | None:
         """Return dtype, shape and place of a plain tensor, also a parameter's; else None."""
         if type(obj) is Tensor and obj.layout is torch.strided and not obj.is_quantized:
             if not obj.is_meta and (count := obj.numel()):
-                if id(obj) not in self.tensors:
-                    self.tensors[id(obj)] = obj, self.size
-                    self.size += _aligned(count * obj.element_size())
+                if id(obj) not in self._tensors:
+                    self._tensors[id(obj)] = obj, self._behind
+                    self._behind += _aligned(count * obj.element_size())
                 dtype = str(obj.dtype).removeprefix("torch.")
-                return dtype, tuple(obj.shape), self.tensors[id(obj)][1]
-        elif self.refuses_main and isinstance(obj, _NAMED) and obj.__module__ == "__main__":
+                return dtype, tuple(obj.shape), self._tensors[id(obj)][1]
+        elif self._refuses_main and isinstance(obj, _NAMED) and obj.__module__ == "__main__":
             how = "install cloudpickle, or define it in a file that can be imported"
             what = f"{obj.__qualname__} belongs to an interactive session"
             raise pickle.PicklingError(f"{what}; {how}")
@@ -103,14 +95,13 @@ def is_interactive() -> bool:
 
 
 @functools.cache
-def _pickler() -> Callable[..., Any]:
-    """Return the class of picklers. Classes of an interactive session go by value."""
-    by_value, base = is_interactive(), pickle.Pickler
-    if by_value:
-        with contextlib.suppress(ImportError):
-            base = importlib.import_module("cloudpickle").CloudPickler
-    refuses_main = by_value and base is pickle.Pickler
-    return type("_Pickler", (_TensorPickler, base), {"refuses_main": refuses_main})
+def _pickler() -> tuple[Any, bool]:
+    """Return the class of picklers, and whether it cannot pickle classes of a session by value."""
+    if not is_interactive():
+        return pickle.Pickler, False
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("cloudpickle").CloudPickler, False
+    return pickle.Pickler, True
 
 
 def import_main() -> None:

@@ -43,14 +43,12 @@ from .shared_memory import Connection, Pickled
 
 __all__ = ["LoadedModules", "ModuleStore", "PackedModule", "environment", "fork", "set_up"]
 
-READY, MODULE, LOADED, JOB, RESULT, FAILURE = range(6)  # kinds of messages
+READY, MODULE, LOADED, JOB, RESULT = range(5)  # kinds of messages
 # Descriptors that must be free: a request takes 5, and one that is cut short ends the server.
 _SPARE_DESCRIPTORS = 8
 # The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
 UNSAFE = 77
 REFUSED: set[str] = set()  # packages that no server imports
-_MAIN = ("init_main_from_name", "init_main_from_path")  # keys of preparation data
-
 
 # Written before a fork, and read in it. None if the server did not import this file.
 _server_is_unsafe: bool | None = None
@@ -145,9 +143,9 @@ def fork(
     process id, and later the exit code. It ends early if the server does.
     """
     data = spawn.get_preparation_data("worker")
-    kept = ("sys_path", "sys_argv", "orig_dir", "dir")
-    is_script = not shared_memory.is_interactive()
-    main = {name: data[name] for name in _MAIN if is_script and name in data}
+    kept = {name: data[name] for name in ("sys_path", "sys_argv", "orig_dir", "dir")}
+    names = {"init_main_from_name", "init_main_from_path"} & data.keys()
+    main = {} if shared_memory.is_interactive() else {name: data[name] for name in names}
     with contextlib.ExitStack() as spare:
         for _ in range(_SPARE_DESCRIPTORS):
             spare.callback(os.close, os.dup(sock.fileno()))
@@ -164,8 +162,8 @@ def fork(
         raise
     with open(writer, "wb") as stream:
         program = _Program(main, device, threads, seed, variables, bool(packages))
-        for each in ({name: data[name] for name in kept}, program):
-            stream.write(reduction.ForkingPickler.dumps(each))
+        reduction.dump(kept, stream)
+        reduction.dump(program, stream)
     return descriptor
 
 
@@ -208,9 +206,9 @@ class _Program(NamedTuple):
                     modules.add(message.number, message.value)
                     connection.send(LOADED, message.number)
                     continue
-                number, (succeeded, result) = message.number, modules.call(message.value)
+                number, result = message.number, modules.call(message.value)
                 del message  # the answer says that its memory can be used again
-                connection.send(RESULT if succeeded else FAILURE, number, result)
+                connection.send(RESULT, number, result)
 
 
 def _end_with(connection: Connection) -> None:
@@ -235,6 +233,9 @@ def _import_main(preparation: dict[str, Any]) -> None:
 
 # An exception in words, and itself with its traceback; as a RuntimeError if it cannot travel.
 _Failure = tuple[str, Exception]
+# The heads of jobs are mostly the same. Pickling one takes 10 us, and so does reading it.
+_dumps = functools.lru_cache(maxsize=64)(pickle.dumps)
+_loads = functools.lru_cache(maxsize=64)(pickle.loads)
 
 
 class PackedModule(NamedTuple):
@@ -257,7 +258,6 @@ class ModuleStore:
         self._make = pack
         self._lock = threading.Lock()
         self._numbers = itertools.count()
-        self._head: tuple[Any, bytes] = None, b""
         # module -> (its fingerprint, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
@@ -276,9 +276,7 @@ class ModuleStore:
                 packed = self._packed[module] = how, next(self._numbers), package, tensors
             alive = frozenset(number for _, number, *_ in self._packed.values())
             _, number, package, _ = packed
-            if self._head[0] != (head := (number, alive, ambient)):  # pickling takes 10 us
-                self._head = head, pickle.dumps(head)
-            return PackedModule(number, package, alive, self._head[1])
+            return PackedModule(number, package, alive, _dumps((number, alive, ambient)))
 
     def last(self) -> tuple[int, Any] | None:
         """Return the number and the package of the newest module; None while one is packed."""
@@ -314,8 +312,6 @@ class LoadedModules:
         self.device = device
         self._pack = pack
         self._modules: dict[int, nn.Module | _Failure] = {}
-        self._head = b""  # of the last job, and its contents
-        self._contents: tuple[int, frozenset[int], Ambient]
 
     def __contains__(self, number: int) -> bool:
         return number in self._modules
@@ -326,32 +322,28 @@ class LoadedModules:
         except Exception as error:
             self._modules[number] = _failure(error)
 
-    def call(self, read: Callable[[], Any]) -> tuple[bool, Any]:
-        """Do a :meth:`PackedModule.job`; return whether it succeeded, and its packed result."""
+    def call(self, read: Callable[[], Any]) -> Any:
+        """Do a :meth:`PackedModule.job`; return, packed, whether it succeeded, and its result."""
         try:
             head, fault, arguments = read()
-            if head != self._head:
-                self._contents, self._head = pickle.loads(head), head
-                number, alive, _ = self._contents
-                for gone in self._modules.keys() - alive - {number}:
-                    del self._modules[gone]
-            number, _, ambient = self._contents
+            number, alive, ambient = _loads(head)
+            for gone in self._modules.keys() - alive - {number}:
+                del self._modules[gone]
             module = self._modules[number]
             if isinstance(module, tuple):
-                return False, self._pack(module)
+                return self._pack((False, module))
             with ambient.restored(self.device):
                 if self.device.type != "cpu":
                     arguments = pytree.tree_map_only(Tensor, lambda x: x.to(self.device), arguments)
-                value = compute(module, arguments, fault, kill_own_process)
-                return True, self._pack(value)
+                return self._pack((True, compute(module, arguments, fault, kill_own_process)))
         except Exception as cause:
-            return False, self._pack(_failure(cause))
+            return self._pack((False, _failure(cause)))
 
 
 def _failure(cause: Exception) -> _Failure:
     what = "".join(traceback.format_exception_only(cause)).strip()
     sent: Any = ExceptionWithTraceback(cause, cause.__traceback__)
-    made = [_Remade(cause, state) for state in (vars(cause), {})]
+    made = _Remade(cause, vars(cause)), _Remade(cause, {})
     for error in (cause, *made, RuntimeError(what)):  # the first that can travel
         sent.exc = error
         with contextlib.suppress(Exception):
