@@ -133,7 +133,6 @@ class Dispatcher(abc.ABC):
 
     @property
     def num_idle(self) -> int:
-        """The number of workers that would begin a job at once."""
         with self._lock:
             return sum(worker.idle for worker in self._workers)
 

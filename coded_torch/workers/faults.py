@@ -166,9 +166,9 @@ class FaultyWorkers(Workers):
         self.stragglers = pool.stragglers if delays is None else delays
         self.simulated = pool.simulated
         self.seed = count(self, "seed", seed, least=None)
-        self.crash_every = (
-            math.inf if crash_every is None else positive(self, "crash_every", crash_every)
-        )
+        self.crash_every = math.inf
+        if crash_every is not None:
+            self.crash_every = positive(self, "crash_every", crash_every)
         self._requests = 0
         self._crashed = math.inf  # the time of the last crash, or of the first request
 

@@ -19,7 +19,8 @@ from .base import Began, Part, Reply, Request, Task, WorkerError, Workers
 
 __all__ = ["LocalWorkers"]
 
-_Values = Callable[[], dict[int, Any]]
+# A time, an event, and the values of its ask.
+_Event = tuple[float, Began | Reply, Callable[[], dict[int, Any]] | None]
 
 
 class LocalWorkers(Workers):
@@ -67,8 +68,7 @@ class _LocalRequest(Request):
     def __init__(self, pool: LocalWorkers, module: nn.Module, task: Task) -> None:
         self._pool, self._module, self._task = pool, module, task
         self._clock = 0.0
-        # Times, events, and the values of their parts; the next event is the last.
-        self._events: list[tuple[float, Began | Reply, _Values | None]] = []
+        self._events: list[_Event] = []  # the next event is the last
         self._first = 0  # the number of parts of the first ask
         self._latencies: list[float] = []  # latencies by the number of the part
         self._closed = False
@@ -76,11 +76,16 @@ class _LocalRequest(Request):
     def ask(self, parts: Sequence[Part]) -> None:
         if self._closed:
             raise RuntimeError("LocalWorkers: the request is closed")
-        self._draw(parts)
+        # The first ask says for how many workers the law draws.
+        law, self._first = self._pool.stragglers, self._first or len(parts)
+        last = max((part.number for part in parts), default=-1)
+        while len(self._latencies) <= last:
+            drawn = [0.0] * self._first if law is None else law.sample(self._first).tolist()
+            self._latencies += drawn
         now, events = self._clock, self._events[::-1]
         computed: list[Part] = []
         values = functools.cache(lambda: self._compute(computed))  # called when the first is needed
-        replies: list[tuple[float, Began | Reply, _Values | None]] = []
+        replies: list[_Event] = []
         for part in parts:
             number, fault = part.number, part.fault
             if number in part.avoid:
@@ -93,11 +98,11 @@ class _LocalRequest(Request):
             if latency == math.inf:
                 continue
             reply = Reply(part, number, now + latency, latency)
-            if crashes := fault is not None and fault.kind == "crash":
+            if fault is not None and fault.kind == "crash":
                 reply.error = WorkerError(number, number, "died of an injected crash", "died")
             else:
                 computed.append(part)
-            replies.append((reply.at, reply, None if crashes else values))
+            replies.append((reply.at, reply, values))
         # Sorting keeps the order of asking, and takes linear time if all parts take as long.
         self._events = sorted(events + replies, key=operator.itemgetter(0))[::-1]
 
@@ -105,7 +110,7 @@ class _LocalRequest(Request):
         bound = until if until > self._clock else self._clock
         if self._events and self._events[-1][0] <= bound:
             self._clock, event, values = self._events.pop()
-            if values is not None and isinstance(event, Reply):
+            if values is not None and isinstance(event, Reply) and event.error is None:
                 value, fault = values().pop(event.part.number), event.part.fault
                 event.value = value if fault is None else fault.spoil(value)
             return event
@@ -126,14 +131,6 @@ class _LocalRequest(Request):
     def close(self) -> None:
         self._closed = True
         self._events.clear()
-
-    def _draw(self, parts: Sequence[Part]) -> None:
-        """Draw the latencies of parts that have none."""
-        law, self._first = self._pool.stragglers, self._first or len(parts)
-        last = max((part.number for part in parts), default=-1)
-        while len(self._latencies) <= last:
-            drawn = [0.0] * self._first if law is None else law.sample(self._first).tolist()
-            self._latencies += drawn
 
     def _compute(self, parts: list[Part]) -> dict[int, Any]:
         """Return the values of parts that are asked for together, by number."""

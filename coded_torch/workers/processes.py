@@ -232,8 +232,11 @@ class _Processes(Supervisor):
         worker.connection.close()
         os.close(worker.descriptor)
         ended = self.closed or worker.unwanted  # this pool ended it
-        if code == worker_main.UNSAFE or (code is None and not worker.pid and not ended):
-            worker_main.refuse(worker.packages)
+        broken = code == worker_main.UNSAFE or (code is None and not worker.pid and not ended)
+        # Once for all workers of that server.
+        if broken and not worker.packages & worker_main.REFUSED:
+            worker_main.REFUSED.update(worker.packages)
+            worker_main.replace_servers()
         if code == worker_main.UNSAFE:
             return "was forked from a server with threads, or with CUDA; another server starts"
         if code is None and worker.pid:

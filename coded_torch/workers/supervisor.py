@@ -112,16 +112,13 @@ class Supervisor(Dispatcher):
         """Release everything but the workers, which have ended."""
 
     def begin(self, module: nn.Module) -> bool:
-        """Start the thread, and so the workers, unless it runs in another process: then False.
-
-        The supervisor knows the module before it starts workers, which load it first.
-        """
+        """Start the thread, and so the workers, unless it runs in another process: then False."""
         with self._beginning:
             if not self._process:
                 self.set_up()
                 self._process = os.getpid()
                 try:
-                    self.modules.pack(module, Ambient())
+                    self.modules.pack(module, Ambient())  # new workers load it first
                 finally:  # the thread releases all that was prepared
                     self.thread.start()
         return self._process == os.getpid()
@@ -255,7 +252,6 @@ class Supervisor(Dispatcher):
             self.let_go()
 
     def close(self) -> None:
-        """End the workers and the thread. May be called twice."""
         self.closed = True
         if self.thread.ident is not None:
             self.wake()

@@ -48,7 +48,7 @@ READY, MODULE, LOADED, JOB, RESULT = range(5)  # kinds of messages
 _SPARE_DESCRIPTORS = 8
 # The exit code of a worker whose server has threads or has initialised CUDA, which forks lack.
 UNSAFE = 77
-REFUSED: set[str] = set()  # packages that no server imports
+REFUSED: set[str] = set()  # packages that no server imports, as they broke one
 
 # Written before a fork, and read in it. None if the server did not import this file.
 _server_is_unsafe: bool | None = None
@@ -125,13 +125,6 @@ def packages_of(module: nn.Module) -> set[str]:
             found.add(name if isinstance(name, str) else "")
     known = {"", "__main__", "torch", "coded_torch", *sys.stdlib_module_names}
     return {name for name in found if name.partition(".")[0] not in known}
-
-
-def refuse(packages: frozenset[str]) -> None:
-    """Let no later server import packages that broke one."""
-    if not packages & REFUSED:  # no other worker of that server has said so
-        REFUSED.update(packages)
-        replace_servers()
 
 
 def fork(
@@ -255,9 +248,7 @@ class ModuleStore:
     """The modules that ``pack`` has packed, each until it changes or nothing else holds it."""
 
     def __init__(self, pack: Callable[[nn.Module], Any]) -> None:
-        self._make = pack
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
+        self._make, self._lock, self._numbers = pack, threading.Lock(), itertools.count()
         # module -> (its fingerprint, its number, the package, its tensors)
         self._packed: Any = WeakIdKeyDictionary()
 
@@ -309,8 +300,7 @@ class LoadedModules:
     """
 
     def __init__(self, device: torch.device, pack: Callable[[Any], Any]) -> None:
-        self.device = device
-        self._pack = pack
+        self.device, self._pack = device, pack
         self._modules: dict[int, nn.Module | _Failure] = {}
 
     def __contains__(self, number: int) -> bool:
