@@ -200,9 +200,8 @@ class _Processes(Supervisor):
                 worker.pid = message.number
                 self._welcome(worker)
         except Exception as error:  # a broken process may send anything
-            self.end(worker)
             what = f"{type(error).__name__}: {error}"
-            self.lost(worker, f"was killed, as nothing could be exchanged with it: {what}")
+            self.lost(worker, f"was killed, as nothing could be exchanged with it: {what}", True)
             return
         if message is None:
             self.lost(worker, self._bury(worker))

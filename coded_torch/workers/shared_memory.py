@@ -157,9 +157,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
-        # Blocks to write into, by index; None if the block has still to be made.
-        self._free: list[tuple[int, mmap.mmap | None]] = [(i, None) for i in range(63, -1, -1)]
-        self._lent: dict[int, mmap.mmap] = {}  # blocks that the other side reads
+        self._blocks: dict[int, mmap.mmap] = {}  # blocks to write into
+        self._lent: set[int] = set()  # indices of the blocks that the other side reads
         self._known: dict[int, mmap.mmap] = {}  # blocks of the other side
         self._kept: set[int] = set()  # indices of the other side's blocks that are being read
         self._done: deque[int] = deque()  # indices of its blocks that were read
@@ -173,21 +172,18 @@ class Connection:
         if pickled is None:
             self._write(kind, number, 0, -1)
             return
-        index, block = self._free.pop()
-        new: int | None = None
-        written = False
+        index = next(i for i in range(64) if i not in self._lent)
+        block, new = self._blocks.get(index), None
         try:
             if block is None or len(block) < pickled.size:
                 # Rounded up, so that the block has room for a somewhat larger message too.
                 new = _anonymous_file(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
                 block = mmap.mmap(new, 0)
             pickled.write(block)
-            written = True
-            self._lent[index] = block
+            self._blocks[index] = block
+            self._lent.add(index)  # only now: a message that cannot be written takes no block
             self._write(kind, number, pickled.length, index, new)
         finally:
-            if not written:
-                self._free.append((index, None))
             if new is not None:
                 os.close(new)  # the mapping has a descriptor of its own
 
@@ -210,7 +206,7 @@ class Connection:
         kind, number, length, index, read, new = _HEADER.unpack(data)
         for done in range(read.bit_length()):
             if read >> done & 1:
-                self._free.append((done, self._lent.pop(done)))
+                self._lent.remove(done)
         if flags & _TRUNCATED or len(descriptors) < new:
             # The kernel drops a descriptor that is one too many for this process.
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -231,7 +227,7 @@ class Connection:
     def close(self) -> None:
         """Release the connection, and all memory that nobody reads."""
         self.socket.close()
-        self._free, self._lent, self._known = [], {}, {}
+        self._blocks, self._known = {}, {}
 
     def _write(
         self, kind: int, number: int, length: int, index: int, new: int | None = None
