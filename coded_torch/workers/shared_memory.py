@@ -181,7 +181,7 @@ class Connection:
                 block = mmap.mmap(new, 0)
             pickled.write(block)
             self._blocks[index] = block
-            self._lent.add(index)  # only now: a message that cannot be written takes no block
+            self._lent.add(index)  # after writing, as a message that fails takes no block
             self._write(kind, number, pickled.length, index, new)
         finally:
             if new is not None:

@@ -64,7 +64,7 @@ _starting = threading.Lock()  # the environment of this process changes while a 
 os.register_at_fork(after_in_child=_starting._at_fork_reinit)  # type: ignore[attr-defined]
 # A server, and variables of the environment as they were before it started.
 _Server = tuple[forkserver.ForkServer, dict[str, str | None]]
-_servers: dict[frozenset[str], _Server] = {}  # by the packages that they have imported
+_servers: dict[frozenset[str], _Server] = {}  # a key is the packages that a server has imported
 os.register_at_fork(after_in_child=_servers.clear)  # a forked process starts its own servers
 
 
