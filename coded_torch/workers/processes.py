@@ -117,7 +117,7 @@ class _Process(WatchedWorker):
 
 
 class _Processes(Supervisor):
-    """The processes of a pool. A selector hears them, and :meth:`wake`."""
+    """The processes of a pool. A selector hears them, and :meth:`ring`."""
 
     kind = "processes"
 
@@ -183,7 +183,7 @@ class _Processes(Supervisor):
             elif key.data in self._workers:  # the others were ended meanwhile
                 self._hear(key.data)
 
-    def wake(self) -> None:
+    def ring(self) -> None:
         # Nothing hears it before the thread starts. It may be rung already, or closed.
         with contextlib.suppress(AttributeError, OSError):
             self._bell.send(b"!")

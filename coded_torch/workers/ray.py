@@ -138,7 +138,7 @@ class _Actors(Supervisor):
                 self._hear(*news)
                 news = self._news.get_nowait()
 
-    def wake(self) -> None:
+    def ring(self) -> None:
         self._news.put(None)
 
     def let_go(self) -> None:

@@ -84,6 +84,7 @@ class Supervisor(Dispatcher):
         self.modules = ModuleStore(self.pack)
         self.thread = threading.Thread(target=self.serve, name=f"coded_torch-{size}", daemon=True)
         self.num_lost = 0  # workers, while the pool is open
+        self._woken = True  # there may be something for the thread to do
         self._failed_starts = 0
         self._start_again = -math.inf
         self._pool, self._starts = next(_pools), Counter[int]()  # the number of starts by place
@@ -106,7 +107,15 @@ class Supervisor(Dispatcher):
 
     @abc.abstractmethod
     def wait(self, seconds: float) -> None:
-        """Wait for news of the workers, or a call of :meth:`wake`, and report the news."""
+        """Wait for news of the workers, or a call of :meth:`ring`, and report the news."""
+
+    @abc.abstractmethod
+    def ring(self) -> None:
+        """End :meth:`wait`, or the next one. Any thread may call it, at any time."""
+
+    def wake(self) -> None:
+        self._woken = True
+        self.ring()
 
     def let_go(self) -> None:
         """Release everything but the workers, which have ended."""
@@ -235,14 +244,18 @@ class Supervisor(Dispatcher):
         return max(0.0, min([longest, *(time - self._clock() for time in due)]))
 
     def serve(self) -> None:
+        due = -math.inf
         try:
             while not self.closed:
                 try:
-                    self.tend()
-                    self.wait(self.pause())
+                    if self._woken or self._clock() >= due:  # replies alone take no care
+                        self._woken = False
+                        self.tend()
+                        due = self._clock() + self.pause()
+                    self.wait(max(0.0, due - self._clock()))
                 except Exception as cause:  # workers and requests are as they were
                     logger.exception("%s: the thread of the pool goes on", self.thread.name)
-                    self.trouble = f"{type(cause).__name__}: {cause}"
+                    self.trouble, self._woken = f"{type(cause).__name__}: {cause}", True
                     time.sleep(_REPAIR_SECONDS)
         finally:
             self.stop()

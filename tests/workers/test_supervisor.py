@@ -80,7 +80,7 @@ class InMemory(Supervisor):
     def wait(self, seconds: float) -> None:
         raise AssertionError("no thread serves this supervisor")
 
-    def wake(self) -> None:
+    def ring(self) -> None:
         pass
 
 
@@ -575,8 +575,8 @@ class Served(InMemory):
             raise KeyError("nobody expected this")
         self.blocked.wait(60.0)
 
-    def wake(self) -> None:
-        self.woken = True
+    def ring(self) -> None:
+        self.rung = True
 
 
 class Pool(SupervisedWorkers):
@@ -596,7 +596,7 @@ def test_the_thread_of_a_pool_survives_any_exception_and_closing_blocks_nobody(c
     until(lambda: "the thread of the pool goes on" in caplog.text)
     closing = threading.Thread(target=pool.close)
     closing.start()
-    until(lambda: getattr(pool.served, "woken", False))
+    until(lambda: getattr(pool.served, "rung", False))
     with pytest.raises(RuntimeError, match="the pool is closed"):  # while the thread has not ended
         pool.open(nn.Identity(), task_of(torch.zeros(1, 1, 1)))
     assert closing.is_alive()
