@@ -17,15 +17,17 @@ import heapq
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import Ask, Began, Decision, Drop, Ended, Event, Hedge, Prepare, Settled, Wait
-from .asked_part import DROPPED, FAILED, GOOD, QUEUED, RUNNING, AskedPart
+from . import Ask, Began, Decision, Drop, Ended, Event, Failure, Hedge, Prepare, Settled, Wait
 
 if TYPE_CHECKING:
     from .latency_history import History
+    from .waiting import Waiting
 
-__all__ = ["Policy"]
+__all__ = ["Call"]
+
+_QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
 # failed part is cut in four: few workers are lost to a row that ends them (benchmarks/promises.py).
@@ -43,46 +45,55 @@ _BLAMED = 16
 _SUSPECT, _POISON = 0.2, 1e-5
 
 
-class Policy:
-    """A policy with the settings of :class:`~coded_torch.Waiting`."""
+class _Part:
+    """A part, and the part that it stands in for."""
 
-    def decide(
-        self,
-        history: History,
-        first: Sequence[Sequence[int]],
-        *,
-        needed: int,
-        least: int = 1,
-        unit_rows: int = 1,
-        spare: Sequence[int] | None = None,
-        since: float = 0.0,
-        idle: Callable[[], int] = lambda: 1,
-        reserve: float = 0.0,
-    ) -> Generator[Decision, Event, Ended]:
-        """Yield the decisions of one call; :mod:`coded_torch.scheduling` has the protocol.
+    state = _QUEUED
+    due = math.inf  # the time at which it is late
+    seconds = math.inf  # a good result's latency
+    fresh: bool | None = None  # None: it has not begun
+    worker, failure = -1, Failure()
+    replaced = won = False
 
-        Args:
-            history: the history of the same module on the same pool.
-            first: the units of each part of the first ask.
-            needed: the number of units with a good result that complete the call: B or N - S.
-            least: the least number of units that can be decoded. Defaults to 1.
-            unit_rows: the rows of a unit. Defaults to 1.
-            spare: the columns that are not in ``first``, any of which stands in for any column.
-                Defaults to None: units are rows, for which only the same rows stand in.
-            since: the time at which the call began. Defaults to 0.
-            idle: a callable that returns the number of idle workers. Defaults to one worker.
-            reserve: seconds before the deadline that predicting takes. Defaults to 0.
-        """
-        call = _Call(self, history, first, needed, unit_rows, spare, since, idle)
-        return call.decisions(least, reserve)
+    def __init__(
+        self, number: int, units: tuple[int, ...], of: _Part | None, at: float, tries: int = 0
+    ) -> None:
+        self.number, self.units, self.of, self.at = number, units, of, at
+        self.tries = tries  # failures of exactly these units in a row
+        self.hedges: int = of.hedges if of else 0  # including the parts that it stands in for
+        self.line: tuple[_Part, ...] = (self, *of.line) if of else (self,)
+
+    @property
+    def raised(self) -> bool:
+        return self.failure.kind == "raised"
+
+    @property
+    def blamed(self) -> bool:  # the module raised on this unit alone
+        return self.raised and len(self.units) == 1
+
+    @property
+    def raised_twice(self) -> bool:  # alike, on two workers
+        return len({part.worker for part in self.line if part.failure == self.failure}) > 1
+
+    @property
+    def suspect(self) -> bool:  # the module raised, or a worker ended, at these units before
+        return any(part.failure.kind for part in self.line)
+
+    @property
+    def is_unsuspected(self) -> bool:  # open, and nothing failed at its units before
+        return self.state < _GOOD and not self.suspect
+
+    @property
+    def let_down(self) -> bool:  # the worker failed, without an exception of the module
+        return self.state == _FAILED and not self.raised
 
 
-class _Call:
-    """The state of one call; :meth:`Policy.decide` describes the arguments."""
+class Call:
+    """The state of one call; ``Waiting.decide`` describes the arguments."""
 
     def __init__(
         self,
-        waiting: Any,
+        waiting: Waiting,
         history: History,
         first: Sequence[Sequence[int]],
         needed: int,
@@ -93,7 +104,7 @@ class _Call:
     ) -> None:
         self.waiting, self.history, self.needed, self.spare = waiting, history, needed, spare
         self.unit_rows, self.since, self.idle = unit_rows, since, idle
-        self.parts = [AskedPart(i, tuple(units), None, since) for i, units in enumerate(first)]
+        self.parts = [_Part(i, tuple(units), None, since) for i, units in enumerate(first)]
         self.open = self.num_first = len(first)  # open parts may still settle
         self.num_units, self.rows = sum(map(len, first)), unit_rows * max(map(len, first))
         self.unasked, self.hedged = deque(spare or ()), False
@@ -158,9 +169,8 @@ class _Call:
     def _reason(self) -> str:
         """Return why the call ends now, "" if it does not."""
         if len(self.good) >= self.needed:
-            return (
-                "first" if self.waiting.at_once and len(self.good) < self.num_first else "complete"
-            )
+            is_first = self.waiting.at_once and len(self.good) < self.num_first
+            return "first" if is_first else "complete"
         if self.refused and len(self.good | self.refused.keys()) >= self.needed:
             return "error"  # the module itself fails on all missing rows
         enough = self.heard >= self.late_at and len(self.good) >= self.least
@@ -173,7 +183,7 @@ class _Call:
 
     def _searching(self) -> bool:
         """Return whether a row on which the module fails is being looked for."""
-        asked = (p for p in self.parts[self.num_first :] if p.state <= RUNNING and p.suspect)
+        asked = (p for p in self.parts[self.num_first :] if p.state <= _RUNNING and p.suspect)
         return self.hold_until < math.inf or not all(self.good.issuperset(p.units) for p in asked)
 
     def _until(self) -> float:
@@ -181,7 +191,7 @@ class _Call:
         due = min(self.prepare_at, self.hold_until)
         while self.timers:
             at, number = self.timers[0]
-            if self.parts[number].state == RUNNING and self.parts[number].due == at:
+            if self.parts[number].state == _RUNNING and self.parts[number].due == at:
                 due = min(due, at)
                 break
             heapq.heappop(self.timers)
@@ -194,12 +204,12 @@ class _Call:
     def _begin(self, event: Began) -> None:
         part = self.parts[event.part]
         self.now = max(self.now, event.at)
-        self.open += part.state == DROPPED  # the drop came too late
-        part.state, part.fresh = RUNNING, event.fresh
+        self.open += part.state == _DROPPED  # the drop came too late
+        part.state, part.fresh = _RUNNING, event.fresh
         if self.waiting.hedge_budget:
             self._set_due(part, event.at + self.threshold(len(part.units)))
 
-    def _set_due(self, part: AskedPart, due: float) -> None:
+    def _set_due(self, part: _Part, due: float) -> None:
         part.due = due
         if due < math.inf:
             heapq.heappush(self.timers, (due, part.number))
@@ -207,17 +217,16 @@ class _Call:
     def _settle(self, event: Settled) -> None:
         part, good = self.parts[event.part], self.good
         self.now = max(self.now, event.at)
-        self.open -= part.state <= RUNNING
-        part.state = GOOD if event.ok else FAILED
+        self.open -= part.state <= _RUNNING
+        part.state = _GOOD if event.ok else _FAILED
         part.failure, part.worker = event.failure, event.worker
-        part.blamed = part.raised and len(part.units) == 1
         if event.ok:
             part.won, part.seconds = not good.issuperset(part.units), event.latency
             part.fresh = bool(part.fresh)
             good.update(part.units)
             return
         part.tries += 1
-        good &= set[int]().union(*(p.units for p in self.parts if p.state == GOOD))
+        good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
         first = self.parts[: self.num_first]
         singles = {part.units: part for part in reversed(self.parts) if len(part.units) == 1}
         most = max(3, min(_BLAMED, self.num_units))
@@ -233,9 +242,9 @@ class _Call:
         if len(self.parts) == self.num_first:
             return ()
         answered, queued = self.good | self.refused.keys(), self.parts[self.num_first :]
-        queued = [p for p in queued if p.state == QUEUED and answered.issuperset(p.units)]
+        queued = [p for p in queued if p.state == _QUEUED and answered.issuperset(p.units)]
         for part in queued:
-            part.state = DROPPED
+            part.state = _DROPPED
         self.open -= len(queued)
         return tuple([part.number for part in queued])
 
@@ -248,11 +257,11 @@ class _Call:
         self.hold_until = math.inf
         num_parts, idle, lacking = len(self.parts), self.idle(), self.num_units
         if self.spare is not None:  # less the columns that may still come in time
-            hopeful = [p for p in self.parts if p.state <= RUNNING and p.due > self.now]
+            hopeful = [p for p in self.parts if p.state <= _RUNNING and p.due > self.now]
             lacking = self.needed - len(self.good) - sum(not part.replaced for part in hopeful)
         for part in self.parts[:num_parts]:
-            late = part.state == RUNNING and part.due <= self.now
-            if part.replaced or not (late or part.state >= FAILED):
+            late = part.state == _RUNNING and part.due <= self.now
+            if part.replaced or not (late or part.state >= _FAILED):
                 continue
             missing = [u for u in part.units if u not in self.good and u not in self.refused]
             missing = missing[: max(0, lacking)]
@@ -263,7 +272,7 @@ class _Call:
             part.hedges += late
             rows, most = len(missing) * self.unit_rows, min(_SPLIT, idle)
             num = self.history.num_hedges(rows, most) if late and not part.of else 1
-            if part.state == FAILED:
+            if part.state == _FAILED:
                 num = self._judge(part)
             if num := min(num, len(missing)):
                 idle -= num
@@ -275,20 +284,20 @@ class _Call:
         self.open += len(self.parts) - num_parts
         return tuple([part.units for part in self.parts[num_parts:]])
 
-    def _holds(self, part: AskedPart, event: Settled | None) -> bool:
+    def _holds(self, part: _Part, event: Settled | None) -> bool:
         """Return whether a row that raised twice waits for another worker before its next try."""
         late = self.spare is None and part.blamed and part.tries >= _TRIES - 1
         if not late or part.raised_twice or event is None or event.worker != part.worker:
             return False
         # The third try waits for any other part, later ones for parts that the call needs anyway.
         third, good = part.tries < _TRIES, self.good
-        others = (p for p in self.parts if p.state == RUNNING or p.is_unsuspected)
+        others = (p for p in self.parts if p.state == _RUNNING or p.is_unsuspected)
         if not any(third or not good.issuperset(p.units) for p in others):
             return False
         self.hold_until = 2 * self.now - self.since
         return True
 
-    def _may_hedge(self, part: AskedPart, missing: Sequence[int]) -> bool:
+    def _may_hedge(self, part: _Part, missing: Sequence[int]) -> bool:
         """Return whether to hedge a late part now. If only the budget forbids it, try later."""
         # A copy of a part that ended a worker would end another worker, too.
         if part.hedges >= _HEDGES or any(other.failure.kind == "died" for other in part.line):
@@ -301,15 +310,15 @@ class _Call:
         self._set_due(part, self.now + (self.threshold(len(part.units)) or math.inf))
         return False
 
-    def _add(self, missing: list[int], num: int, of: AskedPart) -> None:
+    def _add(self, missing: list[int], num: int, of: _Part) -> None:
         new = [self.unasked.popleft() for _ in range(min(len(self.unasked), len(missing)))]
         units = sorted(new + missing[len(new) :])
         for i in range(num):
             some = tuple(units[i * len(units) // num : (i + 1) * len(units) // num])
             tries = of.tries if len(some) == len(of.units) else 0
-            self.parts.append(AskedPart(len(self.parts), some, of, self.now, tries))
+            self.parts.append(_Part(len(self.parts), some, of, self.now, tries))
 
-    def _judge(self, part: AskedPart) -> int:
+    def _judge(self, part: _Part) -> int:
         """Return into how many parts to cut a failed part; 0 to give up its rows."""
         if self.spare is not None:
             return int(part.tries < _TRIES)
@@ -336,11 +345,11 @@ class _Call:
         return 0
 
     def _working(self) -> set[int]:
-        return {part.worker for part in self.parts if part.state == GOOD}
+        return {part.worker for part in self.parts if part.state == _GOOD}
 
-    def _chance(self, part: AskedPart) -> float:
+    def _chance(self, part: _Part) -> float:
         """Return the probability that other rows would have failed as often."""
-        others = [p for p in self.parts if p.state in (GOOD, FAILED) and p not in part.line]
+        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in part.line]
         ended = [p.let_down for p in others if not p.raised]
         return self.history.failure_rate(ended) ** sum(p.let_down for p in part.line)
 
@@ -348,7 +357,7 @@ class _Call:
         # Rows that the module raised on are refused if no other worker is known to work, or if they
         # raised three times in a row on a worker that computed other rows.
         working = self._working()
-        raised = all(part.raised for part in self.parts if part.state == FAILED)
+        raised = all(part.raised for part in self.parts if part.state == _FAILED)
         blames = self.spare is None and (working or reason == "failed" or raised)
         for part in reversed(self.parts) if blames else ():
             works = part.worker in working and part.tries >= _TRIES
@@ -375,5 +384,5 @@ class _Call:
         self.history.add(
             [(self.unit_rows * len(part.units), part.seconds) for part in ran if not part.fresh],
             (self.rows, took) if is_typical else None,
-            [p.let_down for p in innocent if p.state in (GOOD, FAILED) and not p.raised],
+            [p.let_down for p in innocent if p.state in (_GOOD, _FAILED) and not p.raised],
         )

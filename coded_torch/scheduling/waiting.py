@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .._arguments import count, instance, positive, real
-from .policy import Policy
+from . import Decision, Ended, Event
+from .policy import Call
+
+if TYPE_CHECKING:
+    from .latency_history import History
 
 __all__ = ["Waiting"]
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Waiting(Policy):
+class Waiting:
     r"""A policy that asks for each part once, hedges late parts, and predicts missing rows.
 
     - A part is late when its running time exceeds the hedging threshold
@@ -85,6 +90,36 @@ class Waiting(Policy):
             raise ValueError(
                 f"Waiting: on_error must be 'raise' or 'predict', got {self.on_error!r}"
             )
+
+    def decide(
+        self,
+        history: History,
+        first: Sequence[Sequence[int]],
+        *,
+        needed: int,
+        least: int = 1,
+        unit_rows: int = 1,
+        spare: Sequence[int] | None = None,
+        since: float = 0.0,
+        idle: Callable[[], int] = lambda: 1,
+        reserve: float = 0.0,
+    ) -> Generator[Decision, Event, Ended]:
+        """Yield the decisions of one call; ``coded_torch.scheduling`` has the protocol.
+
+        Args:
+            history: the history of the same module on the same pool.
+            first: the units of each part of the first ask.
+            needed: the number of units with a good result that complete the call: B or N - S.
+            least: the least number of units that can be decoded. Defaults to 1.
+            unit_rows: the rows of a unit. Defaults to 1.
+            spare: the columns that are not in ``first``, any of which stands in for any column.
+                Defaults to None: units are rows, for which only the same rows stand in.
+            since: the time at which the call began. Defaults to 0.
+            idle: a callable that returns the number of idle workers. Defaults to one worker.
+            reserve: seconds before the deadline that predicting takes. Defaults to 0.
+        """
+        call = Call(self, history, first, needed, unit_rows, spare, since, idle)
+        return call.decisions(least, reserve)
 
     def _set(self, argument: str, value: Any) -> None:
         object.__setattr__(self, argument, value)
