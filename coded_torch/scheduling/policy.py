@@ -135,16 +135,11 @@ class Call:
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
-        wait, event = Wait(-math.inf), None
         while True:
-            # Where no part can be late, the begin of one changes nothing.
-            if not isinstance(event, Began) or self.timers or self.now >= self.end:
-                if reason := self._reason():
-                    return self._end(reason)
-                until = self._until()
-                if until != wait.until:
-                    wait = Wait(until)
-            event = yield wait
+            if reason := self._reason():
+                return self._end(reason)
+            until = self._until()
+            event = yield Wait(until)
             if isinstance(event, Began):
                 self._begin(event)
                 continue
@@ -239,14 +234,15 @@ class Call:
 
     def _unwanted(self) -> tuple[int, ...]:
         """Drop parts that have not begun, and that other parts have answered."""
-        if len(self.parts) == self.num_first:
-            return ()
-        answered, queued = self.good | self.refused.keys(), self.parts[self.num_first :]
-        queued = [p for p in queued if p.state == _QUEUED and answered.issuperset(p.units)]
-        for part in queued:
+        later = self.parts[self.num_first :]
+        unwanted = [p for p in later if p.state == _QUEUED and not self._missing(p)]
+        for part in unwanted:
             part.state = _DROPPED
-        self.open -= len(queued)
-        return tuple([part.number for part in queued])
+        self.open -= len(unwanted)
+        return tuple([part.number for part in unwanted])
+
+    def _missing(self, part: _Part) -> list[int]:
+        return [u for u in part.units if u not in self.good and u not in self.refused]
 
     def _stand_ins(self, event: Settled | None) -> tuple[tuple[int, ...], ...]:
         """Return new parts that stand in for late and failed parts."""
@@ -263,8 +259,7 @@ class Call:
             late = part.state == _RUNNING and part.due <= self.now
             if part.replaced or not (late or part.state >= _FAILED):
                 continue
-            missing = [u for u in part.units if u not in self.good and u not in self.refused]
-            missing = missing[: max(0, lacking)]
+            missing = self._missing(part)[: max(0, lacking)]
             asks = missing and (not late or self._may_hedge(part, missing))
             if not asks or self._holds(part, event):
                 continue
