@@ -17,7 +17,6 @@ from ..codes.base import Code
 from ..input_space.regression import Regression
 from ..scheduling.latency_history import BLOCKS, History
 from ..scheduling.waiting import Waiting
-from ..stragglers import Stragglers
 from ..surrogates import checked
 from ..verification import Strikes, Trials
 from ..workers.base import Workers
@@ -174,9 +173,14 @@ class CodedWrapper(ModuleProxy):
     @property
     def num_stragglers(self) -> int:
         """S, the number of columns that calls do not wait for; 0 without a code."""
-        if self.code is None:
-            return 0
-        return _num_stragglers(self.code, self._policy(), self.workers.stragglers)
+        return 0 if self.code is None else self._lost(self.code, self._policy())
+
+    def _lost(self, code: Code, waiting: Waiting) -> int:
+        """Return S, at most as many as the code can do without."""
+        law, lost = self.workers.stragglers, waiting.num_stragglers
+        if lost is None:
+            lost = (law and law.num_stragglers) or 0
+        return max(0, min(lost, code.num_workers - code.min_received))
 
     def extra_repr(self) -> str:
         how = f"parts={self.parts}" if self.code is None else str(self.code)
@@ -240,7 +244,7 @@ class CodedWrapper(ModuleProxy):
             division = Rows(inputs, predictor, block=block, parts=parts, out_dims=self.out_dims)
         else:
             dealer = self._dealer if code.shuffle is True else code.shuffle or None
-            lost = _num_stragglers(code, waiting, pool.stragglers)
+            lost = self._lost(code, waiting)
             division = Columns(inputs, code, lost, waiting.at_once, dealer, self.out_dims)
         division.reserve = reserve
         return division
@@ -305,14 +309,6 @@ class CodedWrapper(ModuleProxy):
             if isinstance(surrogate, nn.Module):
                 surrogate._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def _num_stragglers(code: Code, waiting: Waiting, law: Stragglers | None) -> int:
-    """Return S, at most as many as the code can do without."""
-    lost = waiting.num_stragglers
-    if lost is None:
-        lost = (law and law.num_stragglers) or 0
-    return max(0, min(lost, code.num_workers - code.min_received))
 
 
 def _check_settings(wrapper: CodedWrapper) -> None:

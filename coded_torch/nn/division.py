@@ -81,7 +81,7 @@ class Inputs:
         (first, self.batch_size), *_ = sizes.items()
         self.device: torch.device = self.leaves[first].device
         self.not_finite = _not_finite(self.floating()) if mixing is None else None
-        if self.batch_size > 1 and not (self._plain and None not in self.dims):
+        if self.batch_size > 1 and None in self.dims:
             self._check_shared(dims)
 
     def batches(self) -> list[Tensor]:

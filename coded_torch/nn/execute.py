@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import time
@@ -26,7 +27,7 @@ from .result_checks import Results
 __all__ = ["Execution", "seconds_left"]
 
 logger = sparing_logger("coded_torch.nn")
-_NOTE, _NONE, _NOBODY = "raised by the module on", Failure(), frozenset[int]()
+_NOTE, _NOBODY = "raised by the module on", frozenset[int]()
 
 
 def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> float:
@@ -37,35 +38,27 @@ def seconds_left(pool: workers.Workers, waiting: Waiting, report: Report) -> flo
 
 
 class Execution:
-    """The asking and waiting of one call, and its verification if there is a ``check``.
-
-    Attributes:
-        why: the reason why there are no more results, in words.
-        parts: all parts that were asked for.
-        refused: the numbers of the parts that the module itself fails on.
-    """
+    """The asking and waiting of one call, and its verification if there is a ``check``."""
 
     def __init__(
         self, division: Division, results: Results, report: Report, check: Trials | None = None
     ) -> None:
         self._division, self._results, self._report = division, results, report
         self._check = check
-        self.why = ""
-        self.parts: list[workers.Part] = []
-        self.refused: tuple[int, ...] = ()
+        self.why = ""  #: the reason why there are no more results, in words
+        self._parts: list[workers.Part] = []  # all that were asked for
+        self._refused: tuple[int, ...] = ()  # parts that the module itself fails on
         self._request: workers.Request
         self._events: deque[Event] = deque()
         self._began: dict[int, workers.Began] = {}  # the last time, as a part may begin again
         self._asked: set[int] = set()  # the workers that began a part
         self._raised: dict[int, frozenset[int]] = {}  # the workers that raised, by unit
-        self._replies: dict[int, workers.Reply] = {}  # the key is the number of the part
 
     def run(
         self, pool: workers.Workers, module: nn.Module, waiting: Waiting, history: History
     ) -> None:
         """Ask and wait until the policy ends the call, and verify the results."""
         division, check, report = self._division, self._check, self._report
-        self._at_once = waiting.at_once
         with pool.open(module, division.task) as request:
             self._request = request
             # On a simulated clock, only the simulation takes time.
@@ -92,7 +85,7 @@ class Execution:
             division.first = check.first
             report.note_verdict(check, division.batch_size)
         report.note_end(ended)
-        report.num_groups, self.refused = division.num_groups, ended.refused
+        report.num_groups, self._refused = division.num_groups, ended.refused
         if ended.reason == "deadline":
             what = "no more" if self._results.units else "nothing"
             late = f"{what} arrived within the deadline of {ended.deadline:g} s"
@@ -109,52 +102,42 @@ class Execution:
                 return ended
             event = None
             if isinstance(decision, Wait):
-                while not self._events and self._listen(decision.until):
-                    pass  # the policy needs no event that was heard
+                if not self._events:
+                    self._listen(decision.until)
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
-                first = len(self.parts)
-                avoid = decision.avoid or [_NOBODY] * len(decision.parts)
-                asked = enumerate(zip(decision.parts, avoid, strict=True), first)
-                for number, (units, some) in asked:
+                first = len(self._parts)
+                asked = itertools.zip_longest(decision.parts, decision.avoid, fillvalue=_NOBODY)
+                for number, (units, avoid) in enumerate(asked, first):
                     raised = [self._raised.get(unit, _NOBODY) for unit in units if self._raised]
                     tried = frozenset[int].intersection(*raised) if raised else _NOBODY
-                    self.parts.append(workers.Part(number, (*units,), avoid=some, tried=tried))
-                self._request.ask(self.parts[first:])
+                    self._parts.append(workers.Part(number, (*units,), avoid=avoid, tried=tried))
+                self._request.ask(self._parts[first:])
             elif isinstance(decision, Drop):
-                self._request.drop([self.parts[number] for number in decision.parts])
+                self._request.drop([self._parts[number] for number in decision.parts])
             elif isinstance(decision, Prepare):
                 with self._report.timed("decode"):  # now, while the call would wait anyway
                     _ = self._division.plan
 
-    def _listen(self, until: float) -> bool:
+    def _listen(self, until: float) -> None:
         """Wait for events, and judge together the replies that arrive together.
 
-        No more replies are taken than can complete the call. Returns whether anything was heard.
+        No more replies are taken than can complete the call.
         """
-        request, replies, heard = self._request, [], None
+        replies, latencies = list[workers.Reply](), self._report.latencies
         wanted = self._division.needed - len(self._results.units)
-        while (event := request.wait(until)) is not None:
-            heard, until = event, -math.inf  # next, events that have happened
-            part = event.part
+        while (event := self._request.wait(until)) is not None:
+            until = -math.inf  # next, events that have happened
             if isinstance(event, workers.Began):
-                self._began[part.number] = event
+                self._began[event.part.number] = event
                 self._asked.add(event.worker)
-                if not self._at_once:  # otherwise no part is hedged
-                    self._events.append(Began(part.number, event.at, event.fresh))
+                self._events.append(Began(event.part.number, event.at, event.fresh))
             else:
                 replies.append(event)
-                wanted -= len(part.units)
+                wanted -= len(event.part.units)
                 if wanted <= 0:
                     break
-        if replies:
-            self._judge(replies)
-        return heard is not None
-
-    def _judge(self, replies: Sequence[workers.Reply]) -> None:
-        latencies = self._report.latencies
         for reply in replies:
-            self._replies[reply.part.number] = reply
             if reply.error is not None and reply.error.kind == "raised":
                 for unit in reply.part.units:
                     self._raised[unit] = self._raised.get(unit, _NOBODY) | {reply.worker}
@@ -165,14 +148,14 @@ class Execution:
                     latencies[reply.worker] = reply.at
         for reply, settled in zip(replies, self._results.add(replies), strict=True):
             reply.value = None  # the results hold it, if it is good
-            for part, result in settled:
-                good, of = result is not None, self._replies[part.number]
+            for of, result in settled:
+                part, good = of.part, result is not None
                 if result is not None and self._check is not None:
-                    self._check.results.add(part.number, part.units, result.rows())
-                failure = _NONE if good or of is not reply else _failure(reply)
-                self._events.append(
-                    Settled(part.number, reply.at, of.latency, good, failure, of.worker)
-                )
+                    rows = [result.rows(i) for i in result.divided]
+                    self._check.results.add(part.number, part.units, rows)
+                failure = _failure(reply) if of is reply else Failure()
+                end = Settled(part.number, reply.at, of.latency, good, failure, of.worker)
+                self._events.append(end)
 
     def _note(self) -> None:
         """Report who was asked, and which results count."""
@@ -192,17 +175,15 @@ class Execution:
         """Return the exception if some rows may not, or cannot, be predicted, and report these."""
         division, results, report = self._division, self._results, self._report
         errors = {error.part: error for error in results.rejected}
-        blamed = [errors[number] for number in self.refused if number in errors]
+        blamed = [errors[number] for number in self._refused if number in errors]
         if division.by_rows:
-            good, last, refused = results.units, dict[int, workers.WorkerError](), set[int]()
-            for part in self.parts:
-                if part.number in errors:
-                    last |= dict.fromkeys(part.units, errors[part.number])
-                if part.number in self.refused:
-                    refused |= set(part.units) - good
+            good, last = results.units, dict[int, workers.WorkerError]()
+            for number, failed in errors.items():
+                last |= dict.fromkeys(self._parts[number].units, failed)
+            refused = {unit for number in self._refused for unit in self._parts[number].units}
             report.missing_rows = tuple(sorted(set(range(division.batch_size)) - good))
             report.errors = {row: last[row] for row in report.missing_rows if row in last}
-            report.refused = tuple(sorted(refused))
+            report.refused = tuple(sorted(refused - good))
         # As many results as others may be predicted from.
         required = max(division.least, -(-division.needed // 2))
         if not waiting.predict:
@@ -213,7 +194,7 @@ class Execution:
         enough = len(results.units) >= required
         if blamed and (waiting.on_error == "raise" or not enough):
             required, why = division.needed, ""
-            first = min(blamed, key=lambda error: self.parts[error.part].units)
+            first = min(blamed, key=lambda error: self._parts[error.part].units)
             error = _of_module(first, report.refused)
         elif enough:
             required, error = division.needed, None

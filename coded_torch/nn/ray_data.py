@@ -2,6 +2,7 @@ r"""Wrappers over the batches of Ray Data."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -59,24 +60,18 @@ class RayDataPredictor:
         with torch.no_grad():
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
         columns = answers if isinstance(answers, Mapping) else {self.output: answers}
+        more = {}
         for name, column in columns.items():
             instance(self, f"the output {name!r}", column, Tensor)
-        size = len(batch[self.inputs[0]])
-        notes = {
-            "predicted": _array(report.predicted, np.zeros(size, bool)),
-            "radius": _array(report.radii, np.full(size, np.nan)),
-        }
+            column = column.float() if column.dtype is torch.bfloat16 else column
+            more[name] = column.cpu().numpy()
+        assert report.predicted is not None  # there are answers
+        radii = torch.full_like(report.predicted, math.nan, dtype=torch.float64)
+        radii = radii if report.radii is None else report.radii
+        notes = {"predicted": report.predicted.numpy(), "radius": radii.numpy()}
         if twice := sorted(notes.keys() & {*batch, *columns}):
             raise ValueError(
                 f"RayDataPredictor: columns must have other names than {', '.join(notes)}, which "
                 f"are added, got {', '.join(twice)}"
             )
-        return {**batch, **{name: _numbers(x) for name, x in columns.items()}, **notes}
-
-
-def _numbers(column: Tensor) -> np.ndarray[Any, Any]:
-    return (column.float() if column.dtype is torch.bfloat16 else column).cpu().numpy()
-
-
-def _array(values: Tensor | None, default: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return default if values is None else values.numpy()
+        return {**batch, **more, **notes}

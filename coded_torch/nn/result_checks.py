@@ -2,7 +2,6 @@ r"""Judges replies by their form, and puts the good results side by side."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,12 +12,11 @@ from torch.utils import _pytree as pytree
 
 from .._torch import differentiated
 from ..workers import base
-from ..workers.base import CONSTANTS, Part, Reply, Task, WorkerError, flatten, show
+from ..workers.base import CONSTANTS, Reply, Task, WorkerError, flatten, show
 from .division import finite
 
 __all__ = ["Result", "Results", "Stacked"]
 
-_SMALL = 1 << 16  # bytes of results of which one copy takes less than a sum each; not tuned
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
 
@@ -30,29 +28,19 @@ class Result:
     cannot be decoded.
     """
 
-    def __init__(
-        self, reply: Reply, task: Task, carries: bool, judged: Tensor | None, last: Result | None
-    ) -> None:
-        self.part, self.worker, self._value = reply.part, reply.worker, reply.value
+    def __init__(self, reply: Reply, task: Task, carries: bool, judged: Tensor | None) -> None:
+        self.reply, self.part, self.worker = reply, reply.part, reply.worker
+        self._value = reply.value  # the reply need not keep it
         self.leaves, self.spec = flatten(reply.value)
         self._judged = judged
-        self.dims: list[Any]
-        self.divided: list[int]  # the places of the leaves that have the part's rows
-        self._form: list[tuple[Any, ...]]
-        self._looks = [len(self.part.units), *map(_look, self.leaves)]
-        if last is not None and self._looks == last._looks and self.spec == last.spec:
-            self.dims, self.divided, self._form = last.dims, last.divided, last._form
-            return
         self.dims = base.broadcast_dims("out_dims", task.out_dims, self.spec)
-        self._check(len(self.part.units) * task.unit_rows, carries)
-        pairs = list(zip(self.leaves, self.dims, strict=True))
-        self._form = [_form(leaf, dim) for leaf, dim in pairs]
-        several = enumerate(pairs)
-        self.divided = [i for i, (x, dim) in several if dim is not None and isinstance(x, Tensor)]
-
-    def _check(self, size: int, carries: bool) -> None:
+        self.divided: list[int] = []  # the places of the leaves that have the part's rows
+        #: The leaves but for how many rows they have, which is alike in all good results.
+        self.form: list[Any] = [self.spec]
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
+                whole = isinstance(leaf, Tensor)
+                self.form.append((leaf.dtype, leaf.shape) if whole else base.kind(leaf))
                 continue
             if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -61,7 +49,9 @@ class Result:
                     f"got {got}; return a tensor of logits or scores instead, register containers "
                     "with torch.utils._pytree, or say None in out_dims"
                 )
-            base.check_batch(self._value, i, leaf, dim, size)
+            base.check_batch(self._value, i, leaf, dim, len(self.part.units) * task.unit_rows)
+            self.form.append((leaf.dtype, self.rows(i).shape[1:]))
+            self.divided.append(i)
 
     def check_probabilities(self) -> None:
         """Raise a ValueError if an output is no probability distribution."""
@@ -75,22 +65,19 @@ class Result:
     def name(self, i: int) -> str:
         return base.leaf_name("output", self._value, i)
 
-    def rows(self) -> list[Tensor]:
-        """Return the divided leaves, batch first."""
-        return [self.leaves[i].movedim(self.dims[i], 0) for i in self.divided]
+    def rows(self, i: int) -> Tensor:
+        """Return a leaf, batch first."""
+        leaf: Tensor = self.leaves[i]
+        return leaf.movedim(self.dims[i], 0) if self.dims[i] else leaf
 
     def judged(self, i: int) -> Tensor:
         """Return a leaf, batch first, without the rows of inputs that are not finite."""
-        leaf: Tensor = self.leaves[i]
-        dim = self.dims[i]
+        rows = self.rows(i)
         if self._judged is None:
-            return leaf.movedim(dim, 0) if dim else leaf
-        if dim is None:  # a row with NaN may be in it
-            return leaf.flatten()[:0]
-        return leaf.movedim(dim, 0)[self._judged.to(leaf.device)]
-
-    def resembles(self, other: Result) -> bool:
-        return self._form is other._form or (self._form, self.spec) == (other._form, other.spec)
+            return rows
+        if self.dims[i] is None:  # a row with NaN may be in it
+            return rows.flatten()[:0]
+        return rows[self._judged.to(rows.device)]
 
     def __str__(self) -> str:
         return str(pytree.tree_unflatten(map(_Text, map(show, self.leaves)), self.spec))
@@ -157,18 +144,16 @@ class Results:
         self._groups: list[list[Result]] = []  # one for each form, in order of arrival
         self._num_replies = self._num_misfits = 0
         self._chosen: Mapping[int, int] | None = None
-        self._together: tuple[Sequence[Tensor], Tensor | None] = (), None  # leaves side by side
         self.good: list[Result] = []
         self.units: set[int] = set()
 
-    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Part, Result | None]]]:
+    def add(self, replies: Sequence[Reply]) -> list[list[tuple[Reply, Result | None]]]:
         """Judge replies that arrived together.
 
-        Return, for each reply, the parts that it makes good, with their results, or bad.
+        Return, for each reply, the replies that it makes good, with their results, or bad.
         """
         self._num_replies += len(replies)
         formed: dict[int, Result] = {}
-        last = self.good[-1] if self.good else None
         for i, reply in enumerate(replies):
             if reply.error is not None:
                 self._errors.append(reply.error)
@@ -177,35 +162,33 @@ class Results:
             if judged is not None:
                 judged = ~judged[list(reply.part.units)].flatten()
             try:
-                last = formed[i] = Result(reply, self._task, self._carries, judged, last)
+                formed[i] = Result(reply, self._task, self._carries, judged)
             except (TypeError, ValueError) as cause:
                 self._reject(reply, cause)
-        names, self._together = _not_finite(list(formed.values()))
+        names = _not_finite(list(formed.values()))
         return [
-            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply.part, None)]
+            self._count(formed[i], names.get(formed[i])) if i in formed else [(reply, None)]
             for i, reply in enumerate(replies)
         ]
 
-    def _reject(self, of: Reply | Result, cause: Exception) -> None:
-        why = str(cause).removeprefix("CodedWrapper: ")
-        error = WorkerError(of.part.number, of.worker, f"returned what cannot be decoded: {why}")
-        error.__cause__ = cause
-        self._errors.append(error)
+    def _reject(self, reply: Reply, cause: Exception) -> None:
+        why = f"returned what cannot be decoded: {str(cause).removeprefix('CodedWrapper: ')}"
+        self._errors.append(WorkerError(reply.part.number, reply.worker, why, cause=cause))
         self._num_misfits += 1
 
-    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Part, Result | None]]:
+    def _count(self, result: Result, not_finite: str | None) -> list[tuple[Reply, Result | None]]:
         """Let a result vote, and return whose results are good, or bad, by it."""
         if not_finite is not None:
             why = f"returned values that are not finite in {not_finite}"
             self._errors.append(WorkerError(result.part.number, result.worker, why))
-            return [(result.part, None)]
+            return [(result.reply, None)]
         if self._link is not None:
             try:
                 result.check_probabilities()
             except ValueError as cause:
-                self._reject(result, cause)
-                return [(result.part, None)]
-        group = next((g for g in self._groups if result.resembles(g[0])), None)
+                self._reject(result.reply, cause)
+                return [(result.reply, None)]
+        group = next((g for g in self._groups if result.form == g[0].form), None)
         if group is None:
             self._groups.append(group := [])
         group.append(result)
@@ -213,10 +196,10 @@ class Results:
         before, self.good = self.good, lead
         if lead is before or not before:
             self.units.update(result.part.units if group is lead else ())
-            return [(result.part, result if group is lead else None)]
+            return [(result.reply, result if group is lead else None)]
         # Others have the majority now.
         self.units = {unit for other in lead for unit in other.part.units}
-        return [(other.part, None) for other in before] + [(other.part, other) for other in lead]
+        return [(other.reply, None) for other in before] + [(other.reply, other) for other in lead]
 
     @property
     def rejected(self) -> list[WorkerError]:
@@ -258,13 +241,9 @@ class Results:
         places = sorted(places, key=lambda place: flat[place][0])
         leaves = list(first.leaves)
         for i in first.divided:
-            column = [result.leaves[i] for result in good]
-            if (dim := first.dims[i]) != 0:
-                column = [leaf.movedim(dim, 0) for leaf in column]
-            known, together = self._together
-            if len(known) != len(column) or not all(map(operator.is_, known, column)):
-                together = column[0] if len(column) == 1 else _adjoining(column)
-            own = torch.cat(column) if together is None else together
+            column = [result.rows(i) for result in good]
+            own = _adjoining(column)
+            own = torch.cat(column) if own is None else own
             own = own.unflatten(0, (-1, self._task.unit_rows))  # [places, R, ...]
             if places != everywhere:
                 own = own.index_select(0, torch.tensor(places, device=own.device))
@@ -312,10 +291,8 @@ class _Text(str):
     __repr__ = str.__str__
 
 
-def _not_finite(
-    results: Sequence[Result],
-) -> tuple[dict[Result, str], tuple[Sequence[Tensor], Tensor | None]]:
-    """Return by result the name of a leaf that is not finite; and leaves, and a view of them all.
+def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
+    """Return, by result, the name of a leaf that is not finite.
 
     The host waits for a device once, unless there is something wrong.
     """
@@ -325,23 +302,17 @@ def _not_finite(
         for i, leaf in enumerate(result.leaves)
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
-    leaves, together = [leaf for *_, leaf in rows], None
     if len(rows) > 1:
-        if len(rows) == len(results) and all(leaf is r.leaves[i] for r, i, leaf in rows):
-            together = _adjoining(leaves)
-            kinds = {(x.dtype, x.device, x.dim(), x.shape[1:]) for x in leaves}
-            alike = len(kinds) == 1 and leaves[0].dim() > 0
-            if together is None and alike and sum(x.nbytes for x in leaves) < _SMALL:
-                together = torch.cat(leaves)
-        whole = together
+        leaves = [leaf for *_, leaf in rows]
+        alike = all(result.form == results[0].form for result in results)
+        whole = _adjoining(leaves) if alike and len(rows) == len(results) else None
         if whole is None:  # a value that is not finite stays so in sums
             device = leaves[0].device
             sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
             whole = torch.stack(sums).sum()
         if finite(whole):
-            return {}, (leaves, together)
-    odd = {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
-    return odd, ((), None)
+            return {}
+    return {result: result.name(i) for result, i, leaf in reversed(rows) if not finite(leaf)}
 
 
 def _improbable(rows: Tensor) -> str:
@@ -355,14 +326,3 @@ def _improbable(rows: Tensor) -> str:
     if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
         return ""
     return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"
-
-
-def _look(leaf: Any) -> tuple[Any, ...]:
-    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)
-
-
-def _form(leaf: Any, dim: int | None) -> tuple[Any, ...]:
-    """Return the look of a leaf, but for how many rows a tensor has."""
-    if dim is None or not isinstance(leaf, Tensor):
-        return _look(leaf)
-    return leaf.dtype, (leaf.movedim(dim, 0) if dim else leaf).shape[1:]

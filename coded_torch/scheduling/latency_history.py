@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -47,10 +48,6 @@ class _Window:
         self.entries = deque([(rows, s, s / scale(rows)) for rows, s, _ in self.entries])
         self.ordered = sorted([ratio for _, _, ratio in self.entries])
 
-    def quantile(self, q: float) -> float:
-        index = int(q * len(self.ordered))
-        return self.ordered[index] if index < len(self.ordered) else math.inf
-
 
 class History:
     """The latencies of parts and calls of one module on one pool, and the budget of hedges.
@@ -58,22 +55,16 @@ class History:
     A part without a good result, or a call that was not complete, counts as infinitely long.
     Latencies are compared after division by ``a + b rows``, a line through the medians of the small
     and the large parts. Fewer rows than ever seen are expected to take as long as the fewest seen,
-    more rows proportionally longer. Threads may share a history. A copy, or a history that was
-    pickled, is empty. The cost is some ten microseconds a part.
-
-    Args:
-        num_parts: the number of parts that are remembered. Defaults to 512.
-
-    Attributes:
-        predictions: the times that predictions took.
-        most_rows: the number of rows up to which the line is fitted.
+    more rows proportionally longer. The last ``num_parts`` parts are remembered. Threads may share
+    a history. A copy, or a history that was pickled, is empty. The cost is some ten microseconds a
+    part.
     """
 
     def __init__(self, num_parts: int = _PARTS) -> None:
         self._lock = threading.Lock()
         self._parts, self._calls = _Window(num_parts), _Window(_CALLS)
         self._replied = self._unfitted = 0
-        self._fewest = self.most_rows = 1
+        self._fewest = self.most_rows = 1  # the rows from, and up to, which the line is fitted
         self._slope = 0.0  # the share of the time of `most_rows` rows that grows with the rows
         self._debt = 0.0
         self._failures: deque[bool] = deque(maxlen=_PARTS)
@@ -88,12 +79,10 @@ class History:
         call: tuple[int, float] | None,
         failures: Iterable[bool] = (),
     ) -> None:
-        """Remember a call.
+        """Remember the rows and seconds of each part that began, and whether each part failed.
 
-        Args:
-            parts: the rows and the seconds of each part that began.
-            call: the rows of its largest part, and its seconds; None if it is not typical.
-            failures: whether each part failed, without parts that failed because of their rows.
+        Remember the ``call``, the rows of its largest part and its seconds, unless it is None, not
+        typical. Parts that failed because of their rows are not ``failures``.
         """
         with self._lock:
             for rows, seconds in parts:
@@ -168,7 +157,9 @@ class History:
             return is_allowed
 
     def _quantile(self, window: _Window, q: float) -> float:
-        return window.quantile(q) if self._replied >= _LEAST else math.inf
+        index = int(q * len(window.ordered))
+        is_known = self._replied >= _LEAST and index < len(window.ordered)
+        return window.ordered[index] if is_known else math.inf
 
     def _scale(self, rows: int) -> float:
         """Return the expected time of so many rows, as a share of the time of ``most_rows``."""
@@ -186,8 +177,9 @@ class History:
         # Small parts end near the middle of all sizes, with enough parts on both sides.
         ends = [i for i in range(_GROUP, len(parts) - _GROUP + 1) if sizes[i - 1] < sizes[i]]
         end = min(ends, key=lambda i: abs(sizes[i - 1] + sizes[i] - fewest - most), default=0)
-        (x0, y0), (x1, y1) = _medians(parts[:end]), _medians(parts[end:])
+        x1, y1 = map(statistics.median_high, zip(*parts[end:], strict=True))
         if end and y1 < math.inf:
+            x0, y0 = map(statistics.median_high, zip(*parts[:end], strict=True))
             # The share of the time that grows, first for x1 rows, then for `most` rows.
             share = min(1.0, max(0.0, (1 - y0 / y1) / (1 - x0 / x1))) if y1 else 0.0
             self._slope = share * most / (share * most + (1 - share) * x1)
@@ -196,12 +188,6 @@ class History:
             self._slope, self._fewest, self.most_rows = 0.0, x1, x1
         self._parts.rescale(self._scale)
         self._calls.rescale(self._scale)
-
-
-def _medians(parts: list[tuple[int, float]]) -> tuple[int, float]:
-    """Return the medians of rows and of seconds."""
-    rows, seconds = map(sorted, zip(*(parts or [(0, 0.0)]), strict=True))
-    return rows[len(rows) // 2], seconds[len(rows) // 2]
 
 
 #: The numbers of rows that are predicted together, the most exact first; 0: each by the mean of all

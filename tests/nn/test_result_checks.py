@@ -82,7 +82,7 @@ def test_of_two_camps_of_one_size_that_of_the_part_asked_first_is_taken(order):
         == "returned float32 (1, 2), where as many returned float32 (1, 1)"
     )
     # What the changes say of each part in the end is what holds.
-    final = {part.number: result is not None for change in changes for part, result in change}
+    final = {one.part.number: result is not None for change in changes for one, result in change}
     assert final == {0: True, 1: False, 2: True, 3: False}
 
 
