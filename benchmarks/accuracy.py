@@ -32,8 +32,9 @@ from coded_torch.evaluation.scores import Comparison
 from coded_torch.evaluation.tune import Trial
 from coded_torch.stragglers import Contiguous, Stragglers, Trace, Uniform
 
+from .networks import SEED, Subject
 from .runs import Measurement, progress
-from .subjects import SEED, Subject, student_of, subject
+from .subjects import student_of, subject
 
 Case = tuple[int, int, int]  # N, K, S
 

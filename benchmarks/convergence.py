@@ -33,8 +33,9 @@ from coded_torch.evaluation.compare import received_by
 from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.stragglers import Bernoulli, Stragglers, Uniform
 
+from .networks import SEED
 from .runs import Measurement, progress
-from .subjects import SEED, run, subject
+from .subjects import run, subject
 
 FACTORS = tuple(10.0**x for x in range(-8, 1))  # c
 NOISE = 0.01  # the variance of workers' errors over the variance of the outputs

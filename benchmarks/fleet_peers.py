@@ -27,8 +27,6 @@ from coded_torch.workers import RemoteModule
 
 from .fleet_server import LENGTH, NAME
 
-__all__ = ["Peer"]
-
 PATIENCE = 0.025  # seconds after which tenacity tries again
 ERRORS = (httpx.HTTPError, tenacity.RetryError, EndpointError, ValueError)
 

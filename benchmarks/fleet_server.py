@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FAULTS", "FEATURES", "LENGTH", "NAME", "perceptron"]
-
 NAME, FEATURES, HIDDEN, CLASSES = "perceptron", 16, 32, 10
 DEVIATION = 0.4  # of the time, relative to its mean, as in the benchmark of hedge-python
 FAULTS = ("slow-loris", "half-closed", "corrupted", "wrong")

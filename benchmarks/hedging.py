@@ -11,8 +11,6 @@ from coded_torch.nn import Waiting
 from coded_torch.scheduling import Ask, Began, Decision, Ended, Event, Settled, Wait
 from coded_torch.scheduling.latency_history import History
 
-__all__ = ["WAIT_FOR_ALL", "HedgeOnce", "Unsplit"]
-
 _TRIES = 3  # the most asks for a part that fails
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
 
-from .data import CACHE, DataSet, mnist
+from .data import CACHE, Batch, mnist
+from .runs import progress
 
-__all__ = ["RECIPES", "Images", "Network", "load", "ship"]
-
+SEED = 0  # the seed of batches and of lost workers
 SHIPPED = Path(coded_torch.__file__).parent / "data"
 NUM_TUNING = 5_000  # the last training images: no gradient sees them, benchmarks tune on them
+EPOCHS = 4  # of a network on pictures
 
 
 class TransformerBlock(nn.Module):
@@ -42,16 +43,6 @@ class TransformerBlock(nn.Module):
         return x + self.perceptron(x)
 
 
-class Recipe(NamedTuple):
-    """The training of a network."""
-
-    build: Callable[[], nn.Module]
-    load: Callable[[], DataSet]
-    epochs: int
-    learning_rate: float
-    weight_decay: float
-
-
 def smooth() -> nn.Module:
     """Return LeNet-5 with tanh for ReLU and means for maxima, smooth as theorems ask for."""
     stands = {nn.ReLU: nn.Tanh(), nn.MaxPool2d: nn.AvgPool2d(2)}
@@ -61,47 +52,42 @@ def smooth() -> nn.Module:
     return model
 
 
-RECIPES = {
-    "lenet5": Recipe(LeNet5, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
-    "lenet5-tanh": Recipe(smooth, mnist, epochs=4, learning_rate=4e-3, weight_decay=0.1),
-}
+PICTURES: dict[str, Callable[[], nn.Module]] = {"lenet5": LeNet5, "lenet5-tanh": smooth}
 
 
-class Images(NamedTuple):
-    """Images ``float32 [n, 1, h, w]`` in 0..1 and labels ``int64 [n]``."""
+class Subject(NamedTuple):
+    """A network in evaluation mode, and inputs for it that no gradient has seen.
 
-    images: Tensor
-    labels: Tensor
-
-
-class Network(NamedTuple):
-    """A trained network in evaluation mode, and images that no gradient has seen.
-
-    Choose every parameter on ``tuning``; report on ``held_out``, the official test set.
+    Choose every parameter on ``tuning``; report on ``held_out``.
     """
 
-    name: str
     model: nn.Module
-    tuning: Images
-    held_out: Images
+    tuning: Batch
+    held_out: Batch
+
+    def batches(self, part: str, size: int, count: int) -> Iterator[Batch]:
+        """Yield disjoint random batches, as many as there are, at most ``count``."""
+        whole: Batch = getattr(self, part)
+        order = torch.randperm(len(whole.images), generator=torch.Generator().manual_seed(SEED))
+        size = min(size, len(order))
+        yield from map(whole.take, order.split(size)[: min(count, len(order) // size)])
 
 
-def load(name: str, seed: int = 0) -> Network:
-    """Return the network from the cache; it is trained first, in minutes, if it is not there.
+def load(name: str, seed: int = 0) -> Subject:
+    """Return a network of ``PICTURES`` from the cache, else it is trained first, in minutes.
 
     Raises:
         MissingDataError: the package with its data is not installed.
     """
-    recipe = RECIPES[name]
-    data = recipe.load()
-    model = cached(
-        weights_file(name, seed),
-        recipe.build,
-        lambda: train(recipe, *training_images(data), seed),
-    )
-    tuning = tuning_images(data)
-    held_out = Images(pixels(data.test_images), data.test_labels)
-    return Network(name, model, Images(pixels(tuning[0]), tuning[1]), held_out)
+    train, held_out = mnist()
+    learnt, tuning = train.cut(-NUM_TUNING)
+    path, build = CACHE / f"{name}-seed{seed}.npz", PICTURES[name]
+    return Subject(cached(path, build, lambda: trained(build, learnt, seed)), tuning, held_out)
+
+
+def learnt_images() -> Tensor:
+    """Return the images that networks learn from; codes are tuned and tried on others."""
+    return mnist()[0].cut(-NUM_TUNING)[0].images
 
 
 def cached(path: Path, build: Callable[[], nn.Module], train: Callable[[], nn.Module]) -> nn.Module:
@@ -112,74 +98,79 @@ def cached(path: Path, build: Callable[[], nn.Module], train: Callable[[], nn.Mo
     with torch.device("meta"):  # it draws no first weights from the global random state
         model = build()
     with np.load(path) as arrays:
-        weights = {key: torch.from_numpy(array).float() for key, array in arrays.items()}
+        weights = {key: torch.from_numpy(arrays[key]).float() for key in model.state_dict()}
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
-def weights_file(name: str, seed: int) -> Path:
-    """Return where the weights are cached."""
-    return CACHE / f"{name}-seed{seed}.npz"
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """Return a network with first weights of a seed."""
+    with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
+        torch.manual_seed(seed)
+        return build()
 
 
-def training_images(data: DataSet) -> tuple[Tensor, Tensor]:
-    """Return the images and labels that networks learn from."""
-    return data.train_images[:-NUM_TUNING], data.train_labels[:-NUM_TUNING]
+def trained(build: Callable[[], nn.Module], learnt: Batch, seed: int) -> nn.Module:
+    """Return a network that has learnt the classes of pictures, with a one-cycle learning rate."""
 
+    def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(learnt.images[rows]), learnt.labels[rows])
 
-def tuning_images(data: DataSet) -> tuple[Tensor, Tensor]:
-    """Return the images and labels that are kept back to tune codes on."""
-    return data.train_images[-NUM_TUNING:], data.train_labels[-NUM_TUNING:]
+    def steps(shuffle: torch.Generator) -> Sequence[Tensor]:
+        return torch.randperm(len(learnt.images), generator=shuffle).split(128)
 
+    def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, weight_decay=0.1)
 
-def pixels(images: Tensor) -> Tensor:
-    """``uint8 [n, h, w] -> float32 [n, 1, h, w]`` in 0..1, as every network here expects."""
-    return images.unsqueeze(1).float() / 255
+    return fit(build, loss_of, steps, adam, EPOCHS, seed, one_cycle=4e-3)
 
 
 @torch.enable_grad()
-def train(recipe: Recipe, images: Tensor, labels: Tensor, seed: int) -> nn.Module:
-    """Train with Adam and a one-cycle learning rate; in evaluation mode, half precision."""
-    with torch.random.fork_rng(devices=[]):  # layers initialise from the global generator
-        torch.manual_seed(seed)
-        model = recipe.build()
-    shuffle = torch.Generator().manual_seed(seed)
-    images, batch = pixels(images), 128
-    optimiser = torch.optim.AdamW(model.parameters(), weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser,
-        recipe.learning_rate,
-        epochs=recipe.epochs,
-        steps_per_epoch=-(-len(labels) // batch),
-    )
-    for epoch in range(1, recipe.epochs + 1):
-        total = 0.0
-        model.train()
-        for rows in torch.randperm(len(labels), generator=shuffle).split(batch):
-            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+def fit(
+    build: Callable[[], nn.Module],
+    loss_of: Callable[[nn.Module, Tensor], Tensor],
+    steps: Callable[[torch.Generator], Sequence[Tensor]],
+    optimiser_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+    epochs: int,
+    seed: int,
+    one_cycle: float | None = None,
+) -> nn.Module:
+    """Return a trained network in evaluation mode.
+
+    Its weights are rounded to half precision, so that measured and shipped ones agree.
+
+    Args:
+        build: makes the network, with first weights.
+        loss_of: maps the network and the rows of a step to their loss.
+        steps: draws the rows of each step of an epoch.
+        optimiser_of: makes an optimiser of parameters.
+        epochs: passes over all rows.
+        seed: the seed of first weights and of the order of rows.
+        one_cycle: the largest learning rate. Defaults to None, the optimiser's own throughout.
+    """
+    model, shuffle = seeded(build, seed), torch.Generator().manual_seed(seed)
+    optimiser, schedule = optimiser_of(model.parameters()), None
+    if one_cycle:
+        total = epochs * len(steps(torch.Generator()))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, one_cycle, total)
+    for _ in progress(range(epochs), "epochs"):
+        for rows in steps(shuffle):
+            loss = loss_of(model, rows)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            schedule.step()
-            total += loss.item() * len(rows)
-        print(f"epoch {epoch}: loss {total / len(labels):.4f}", flush=True)
-    round_to_half(model)
-    return model.eval()
-
-
-def round_to_half(model: nn.Module) -> None:
-    """Round every weight to half precision, in place, so that measured and saved weights agree."""
+            if schedule:
+                schedule.step()
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.copy_(tensor.half())
+    return model.eval().requires_grad_(False)
 
 
 def save(model: nn.Module, path: Path) -> None:
-    """Save the weights as half-precision arrays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.half().numpy() for name, tensor in model.state_dict().items()}
-    np.savez_compressed(path, **weights)
+    np.savez_compressed(path, **{name: x.numpy() for name, x in model.state_dict().items()})
 
 
 def ship() -> None:
@@ -187,7 +178,7 @@ def ship() -> None:
 
     No code is tuned on images that ship, so all the others may teach.
     """
-    data = mnist()
-    save(train(RECIPES["lenet5"], data.train_images, data.train_labels, 0), SHIPPED / "lenet5.npz")
-    images, labels = data.test_images[::5], data.test_labels[::5].byte()
+    train, (images, labels) = mnist()
+    save(trained(LeNet5, train, 0).half(), SHIPPED / "lenet5.npz")
+    images, labels = (255 * images[::5, 0]).round().byte(), labels[::5].byte()
     np.savez_compressed(SHIPPED / "digits.npz", images=images.numpy(), labels=labels.numpy())

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-__all__ = ["PAGES"]
-
 
 class Page(NamedTuple):
     """A page of long tables, each with its heading, and pictures, each with its description."""

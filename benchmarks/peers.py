@@ -38,8 +38,9 @@ from . import networks
 from .accuracy import cells, tried
 from .data import CACHE
 from .faulty import BATCH_SIZE, WORKERS, Data, Fault, Fleet
+from .networks import SEED, Subject
 from .runs import Measurement, progress
-from .subjects import SEED, Subject, run, student_of, subject
+from .subjects import run, student_of, subject
 from .verification import warm
 
 PARITY: tuple[int, int, int] = (3, 2, 1)  # N, K, S
@@ -69,35 +70,25 @@ def parity_model(of: Subject, images: Tensor | None) -> nn.Module:
     """
     if images is not None:
         return _taught(of.model, images, 2)
-    learnt = networks.pixels(networks.training_images(networks.RECIPES["lenet5"].load())[0])
     path = CACHE / f"parity-lenet5-k{PARITY[1]}.npz"
-    return networks.cached(path, LeNet5, lambda: _taught(of.model, learnt, PARITY_EPOCHS))
-
-
-@torch.enable_grad()
-def _taught(module: nn.Module, images: Tensor, epochs: int) -> nn.Module:
-    """Train on sums of random inputs, by the squared error of the sum of their outputs."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        model = LeNet5()
-    outputs, group = run(module, images), PARITY[1]
-    steps = len(images) // (STEP * group)
-    optimiser = torch.optim.Adam(model.parameters(), weight_decay=1e-5)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, 3e-3, epochs=epochs, steps_per_epoch=steps
+    return networks.cached(
+        path, LeNet5, lambda: _taught(of.model, networks.learnt_images(), PARITY_EPOCHS)
     )
-    generator = torch.Generator().manual_seed(SEED)
-    for _ in progress(range(epochs), "epochs"):
-        order = torch.randperm(len(images), generator=generator)
-        for rows in order[: steps * STEP * group].view(steps, STEP, group):
-            sums = model(images[rows].sum(1))
-            loss = nn.functional.mse_loss(sums, outputs[rows].sum(1))
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-    networks.round_to_half(model)
-    return model.eval()
+
+
+def _taught(module: nn.Module, images: Tensor, epochs: int) -> nn.Module:
+    """Return a network that has learnt the sum of the outputs of K inputs from their sum."""
+    outputs, group = run(module, images), PARITY[1]
+
+    def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
+        return nn.functional.mse_loss(model(images[rows].sum(1)), outputs[rows].sum(1))
+
+    def steps(shuffle: torch.Generator) -> Tensor:
+        whole = len(images) // (STEP * group) * STEP * group
+        return torch.randperm(len(images), generator=shuffle)[:whole].view(-1, STEP, group)
+
+    adam = functools.partial(torch.optim.Adam, weight_decay=1e-5)
+    return networks.fit(LeNet5, loss_of, steps, adam, epochs, SEED, one_cycle=3e-3)
 
 
 def nercc(quick: bool) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from matplotlib.ticker import PercentFormatter
 
 from .tables import NAMES
 
-__all__ = ["PICTURES", "curve", "shown"]
-
 STYLES = {  # one style for a scheme in every picture
     "spline": {"color": "tab:red", "linestyle": ":"},
     "the paper's scheme": {"color": "tab:red", "linestyle": ":"},

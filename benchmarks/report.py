@@ -29,8 +29,6 @@ from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
 from .tables import NAMES, TABLES, Column, Table, shown
 
-__all__ = ["READMES", "claims", "fill", "load_results", "pages", "rows_of"]
-
 FOLDER = Path(__file__).resolve().parent
 MEASUREMENTS = FOLDER.parent / "notebooks" / "measurements"
 READMES = (

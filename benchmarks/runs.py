@@ -22,18 +22,6 @@ from coded_torch import _extension
 from .data import MissingDataError
 from .timing import last_level_cache
 
-__all__ = [
-    "QUESTIONS",
-    "RESULTS",
-    "Benchmark",
-    "Measurement",
-    "environment",
-    "keep",
-    "progress",
-    "read_results",
-    "write_results",
-]
-
 QUESTIONS = (
     "accuracy",
     "distances",

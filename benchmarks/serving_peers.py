@@ -22,8 +22,6 @@ try:
 except ImportError:  # the benchmark says how to get it
     LitAPI = object
 
-__all__ = ["BATCH", "FEATURES", "PATH", "PEERS", "PROCESSES", "sleeping"]
-
 PROCESSES, BATCH, FEATURES = 2, 64, 16  # BATCH is the rows of the largest batch
 PATH = "/v2/models/model/infer"
 

@@ -26,9 +26,10 @@ from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
 from .accuracy import SMALL
+from .data import Batch
+from .networks import SEED, Subject, seeded
 from .runs import Measurement, progress
-from .students import small_network
-from .subjects import SEED, Batch, Subject, run, student_of, subject
+from .subjects import run, small_network, student_of, subject
 
 NAME = "lenet5"
 SIZE = 64  # rows of a batch
@@ -93,12 +94,9 @@ def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, A
 def useless(size: int, quick: bool) -> dict[str, Any]:
     of, generator = subject(NAME, quick), torch.Generator().manual_seed(SEED)
     small = student_of(NAME, quick)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        untrained = small_network()
     bad: dict[str, Any] = {
         "noise": lambda x: torch.randn(len(x), 10, generator=generator),
-        "untrained": untrained,
+        "untrained": seeded(small_network, SEED),
         "wrong scale and sign": lambda x: -20 * small(x),
     }
     wrappers = {what: wrap(of, SMALL[1], s) for what, s in {**bad, "without": ()}.items()}

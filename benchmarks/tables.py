@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["NAMES", "TABLES", "Column", "Table", "shown"]
-
 #: A path below a row's with the format of its number, or a function of the stars and the value.
 Column = str | Callable[[Sequence[str], Any], str]
 

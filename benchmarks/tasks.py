@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from . import networks
 from .data import CACHE, MissingDataError, folder_of
-
-__all__ = ["SEQUENCES", "SPLITS", "TABLES", "Task", "pictures", "sequence", "table", "task"]
 
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 # The tables whose features have units of their own.
@@ -126,20 +124,36 @@ def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
     return getattr(datasets, f"load_{name.replace(' ', '_')}")(return_X_y=True)
 
 
-def task(name: str, split: int = 0) -> Task:
-    """Return a task of :data:`TABLES`, standardised, or of :data:`SEQUENCES`."""
-    return table(name, split, raw=False) if name in TABLES else sequence(name)
-
-
 @functools.cache
-def table(name: str, split: int, raw: bool) -> Task:
-    """Return a perceptron on a table; of the rows, 40 % (of 600 at most) train it.
+def task(name: str, split: int = 0, raw: bool = False) -> Task:
+    """Return a network with its inputs; it is trained if the cache does not have it.
 
     Args:
-        name: in :data:`TABLES`.
-        split: which rows train it, and its first weights.
-        raw: whether inputs are in their own units; the network is the same.
+        name: in :data:`TABLES`, :data:`SEQUENCES` or ``networks.PICTURES``, whose tuning images
+            stand for training ones.
+        split: the rows of a table that train the network, and its first weights.
+        raw: whether a table's inputs are in their own units, else standardised; the network is the
+            same.
     """
+    if name in TABLES:
+        return _table(name, split, raw)
+    if name == "speeches":
+        return _speeches()
+    if name in networks.PICTURES:
+        model, tuning, held_out = networks.load(name)
+        return Task(model, held_out.images, tuning.images, held_out.labels)
+    x, y, held_out, labels = _series(name)
+    outputs = int(y.max()) + 1
+
+    def build() -> nn.Module:
+        return Recurrent(x.shape[2], outputs) if name == "vowels" else Convolutions(outputs)
+
+    model = _cached(name, build, x, y, {"vowels": 40, "power": 60, "appliances": 40}[name])
+    return Task(model, held_out, x, labels, model.stem)
+
+
+def _table(name: str, split: int, raw: bool) -> Task:
+    """Return a perceptron on a table; of the rows, 40 % (of 600 at most) train it."""
     features, targets = _tables(name)
     x = torch.from_numpy(features).double()
     if name == "friedman1":
@@ -160,27 +174,12 @@ def table(name: str, split: int, raw: bool) -> Task:
         layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
         return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
 
-    model = _trained(build, scaled[train], y[train], epochs=60, seed=split)
+    model = _trained(build, scaled[train], y[train], 60, split)
     labels = y[held_out] if classes else None
     if raw:
         own = Scaled(model, mean.float(), spread.float())
         return Task(own, x[held_out].float(), x[train].float(), labels)
     return Task(model, scaled[held_out], scaled[train], labels)
-
-
-@functools.cache
-def sequence(name: str) -> Task:
-    """Return a network on sequences; it is trained if the cache does not have it."""
-    if name == "speeches":
-        return _speeches()
-    x, y, held_out, labels = _series(name)
-    outputs = int(y.max()) + 1
-
-    def build() -> nn.Module:
-        return Recurrent(x.shape[2], outputs) if name == "vowels" else Convolutions(outputs)
-
-    model = _cached(name, build, x, y, {"vowels": 40, "power": 60, "appliances": 40}[name])
-    return Task(model, held_out, x, labels, model.stem)
 
 
 def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -239,35 +238,23 @@ def _speeches() -> Task:
     return Task(both[1], inputs, training, y[held_out], both[1].stem)
 
 
-def pictures(name: str) -> Task:
-    """Return a network of :mod:`benchmarks.networks`; the tuning images stand for training ones."""
-    network = networks.load(name)
-    return Task(network.model, network.held_out[0], network.tuning[0], network.held_out[1])
-
-
 def _cached(
     name: str, build: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int
 ) -> nn.Module:
     path = CACHE / f"{name}-seed0.npz"
-    model = networks.cached(path, build, lambda: _trained(build, x, y, epochs, 0))
-    return model.requires_grad_(False)
+    return networks.cached(path, build, lambda: _trained(build, x, y, epochs, 0))
 
 
 def _trained(
     build: Callable[[], nn.Module], x: Tensor, y: Tensor, epochs: int, seed: int
 ) -> nn.Module:
-    """Trained with Adam on batches of 32; the weights rounded to half precision."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = build()
-    shuffle = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=1e-2)
-    loss_of = nn.functional.mse_loss if y.is_floating_point() else nn.functional.cross_entropy
-    for _ in range(epochs):
-        for rows in torch.randperm(len(y), generator=shuffle).split(32):
-            loss = loss_of(model(x[rows]), y[rows])
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-    networks.round_to_half(model)
-    return model.eval().requires_grad_(False)
+    """Return a network that has learnt classes, or standardised numbers, in batches of 32."""
+    criterion = nn.functional.mse_loss if y.is_floating_point() else nn.functional.cross_entropy
+
+    def steps(shuffle: torch.Generator) -> Sequence[Tensor]:
+        return torch.randperm(len(y), generator=shuffle).split(32)
+
+    adam = functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-2)
+    return networks.fit(
+        build, lambda model, rows: criterion(model(x[rows]), y[rows]), steps, adam, epochs, seed
+    )

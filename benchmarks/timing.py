@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 
-__all__ = ["Timing", "last_level_cache", "measure", "reuse_memory", "rotate"]
-
 _T = TypeVar("_T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 

@@ -24,8 +24,6 @@ from coded_torch.nn import CodedWrapper, Report, Waiting
 from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, Workers
 
-__all__ = ["Load", "Reply", "Sleeping", "dealt", "delayed", "drive", "median_part", "percentiles"]
-
 _CALLERS = 64  # threads that may wait at once; further requests wait for a free one
 _WARM_UP = 30
 

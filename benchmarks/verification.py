@@ -34,8 +34,8 @@ from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.verification.simulated import Verified
 
 from .faulty import BATCH_SIZE, FAULTS, ROUNDING, WORKERS, Data, Fault, Fleet, Voters
+from .networks import SEED
 from .runs import Measurement, progress
-from .subjects import SEED
 
 #: The shares of rows that are checked.
 SHARES = (0.01, 0.02, 0.03, 0.1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import data, networks
+from coded_torch.demo import lenet5
 
 
 @pytest.fixture
@@ -22,12 +23,12 @@ def pictures(cache, monkeypatch, generator):
     """Few pictures in place of MNIST's."""
 
     def drawn(n):
-        images = torch.randint(256, (n, 28, 28), generator=generator).to(torch.uint8)
-        return images, torch.randint(10, (n,), generator=generator)
+        images = torch.rand(n, 1, 28, 28, generator=generator)
+        return data.Batch(images, torch.randint(10, (n,), generator=generator))
 
-    found = data.DataSet(*drawn(5_200), *drawn(30))
-    recipe = networks.RECIPES["lenet5"]._replace(load=lambda: found, epochs=1)
-    monkeypatch.setitem(networks.RECIPES, "lenet5", recipe)
+    found = drawn(5_200), drawn(30)
+    monkeypatch.setattr(networks, "mnist", lambda: found)
+    monkeypatch.setattr(networks, "EPOCHS", 1)
     return found
 
 
@@ -45,14 +46,14 @@ def test_the_blocks_attention_is_softmax_of_scaled_inner_products(generator):
 
 
 def test_load_trains_once_and_keeps_the_tuning_images_apart(pictures, monkeypatch, capsys):
-    calls, trained, train = [], [], networks.train
+    calls, models, trained = [], [], networks.trained
 
-    def watched_train(*args):
+    def watched(*args):
         calls.append(args)
-        trained.append(train(*args))
-        return trained[-1]
+        models.append(trained(*args))
+        return models[-1]
 
-    monkeypatch.setattr(networks, "train", watched_train)
+    monkeypatch.setattr(networks, "trained", watched)
     random_state = torch.get_rng_state()
     network = networks.load("lenet5")
     assert "training" in capsys.readouterr().out
@@ -60,23 +61,21 @@ def test_load_trains_once_and_keeps_the_tuning_images_apart(pictures, monkeypatc
     assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), random_state)
 
-    [(_, images, labels, seed)] = calls
+    [(_, learnt, seed)] = calls
     assert seed == 0
-    train_images, train_labels, *held_out = pictures
-    assert torch.equal(images, train_images[:200])
-    assert torch.equal(labels, train_labels[:200])
+    (images, labels), held_out = pictures
     for part, (expected_images, expected_labels) in (
-        (network.tuning, (train_images[200:], train_labels[200:])),
+        (learnt, (images[:200], labels[:200])),
+        (network.tuning, (images[200:], labels[200:])),
         (network.held_out, held_out),
     ):
-        assert torch.equal(part.images, expected_images[:, None] / 255)
+        assert torch.equal(part.images, expected_images)
         assert torch.equal(part.labels, expected_labels)
 
-    assert network.name == "lenet5"
     assert not any(module.training for module in network.model.modules())
     with torch.no_grad():
         logits = network.model(network.held_out.images)
-        for model in (again.model, trained[0]):
+        for model in (again.model, models[0]):
             assert torch.equal(logits, model(network.held_out.images))
     assert logits.shape == (30, 10)
     assert logits.isfinite().all()
@@ -86,6 +85,15 @@ def test_another_seed_trains_another_network(pictures):
     models = [networks.load("lenet5", seed=seed).model for seed in (0, 1)]
     first, second = (next(model.parameters()) for model in models)
     assert not torch.equal(first, second)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tfjs_mnist"), reason="needs the package")
+def test_every_fifth_held_out_digit_ships():
+    train, held_out = data.mnist()
+    assert (len(train.labels), len(held_out.labels)) == (55_000, 10_000)
+    images, labels = lenet5.digits()
+    assert torch.equal(held_out.images[::5], images)
+    assert torch.equal(held_out.labels[::5], labels)
 
 
 def test_missing_mnist_says_how_to_get_it(monkeypatch):
