@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from coded_torch import CodedWrapper, Regression, Report, Waiting
+from coded_torch import CodedWrapper, Regression, Waiting
 from coded_torch.codes import NotEnoughResults, RegressionCode
 from coded_torch.evaluation.scores import half_width, rounded
 from coded_torch.input_space.gaussian_process import GaussianProcess
@@ -90,36 +91,35 @@ class Linear(nn.Module):
         return self._rows(x) @ self.weight
 
 
-class Run:
-    """The errors, radii and risks of one data set in one setting, by batch."""
+def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str, Any]:
+    """Return coverages with half their intervals, and radii over the oracle's constant.
 
-    def __init__(self) -> None:
-        self.batches: list[dict[str, Tensor]] = []
+    Each batch has the errors, radii and risks of its missing rows, in all received sets.
+    """
+    errors, found = torch.cat([of["error"] for of in batches]), {}
+    for level in (key for key in batches[0] if key.startswith("0.")):
+        inside = [of["error"] <= of[level] for of in batches]
+        radii, hits = torch.cat([of[level] for of in batches]), torch.cat(inside)
+        thirds = radii.argsort().tensor_split(3)
+        constant = errors.quantile(float(level), interpolation="higher")
+        found[level] = {
+            "covered": mean(inside),
+            "terciles": rounded(*(float(hits[third].double().mean()) for third in thirds)),
+            "radius to constant": rounded(float(radii.median() / constant))[0],
+            "infinite": rounded(float(radii.isinf().double().mean()))[0],
+        }
+    if classes:
+        sure = [(of["risk"][0] <= 0.05, of["risk"][1] > 0) for of in batches]
+        found["certified"] = mean([low for low, _ in sure])
+        found["certified and wrong"] = mean([low & wrong for low, wrong in sure])
+    found["rmse"] = rounded(float(errors.square().mean().sqrt()))[0]
+    return found
 
-    def add(self, batch: dict[str, Tensor]) -> None:
-        """Add the missing rows of a batch, in all received sets."""
-        self.batches.append(batch)
 
-    def summary(self, classes: bool = False) -> dict[str, Any]:
-        """Return coverages with half their intervals, and radii over the oracle's constant."""
-        errors, found = torch.cat([of["error"] for of in self.batches]), {}
-        for level in (key for key in self.batches[0] if key.startswith("0.")):
-            inside = [of["error"] <= of[level] for of in self.batches]
-            radii, hits = torch.cat([of[level] for of in self.batches]), torch.cat(inside)
-            thirds = radii.argsort().tensor_split(3)
-            constant = errors.quantile(float(level), interpolation="higher")
-            found[level] = {
-                "covered": mean(inside),
-                "terciles": rounded(*(float(hits[third].double().mean()) for third in thirds)),
-                "radius to constant": rounded(float(radii.median() / constant))[0],
-                "infinite": rounded(float(radii.isinf().double().mean()))[0],
-            }
-        if classes:
-            sure = [(of["risk"][0] <= 0.05, of["risk"][1] > 0) for of in self.batches]
-            found["certified"] = mean([low for low, _ in sure])
-            found["certified and wrong"] = mean([low & wrong for low, wrong in sure])
-        found["rmse"] = rounded(float(errors.square().mean().sqrt()))[0]
-        return found
+def beside(batches: list[dict[str, Tensor]], ours: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return a rival's numbers at 95 %, and the median of its radii over the median of ours."""
+    theirs, own = (torch.cat([of["0.95"] for of in x]).median() for x in (batches, ours))
+    return summary(batches)["0.95"] | {"radius to ours": rounded(float(theirs / own))[0]}
 
 
 def mean(flags: list[Tensor]) -> list[float | None]:
@@ -226,44 +226,34 @@ def chosen(x: Tensor, y: Tensor, known: Tensor) -> tuple[Tensor, Choice]:
     return plan.decode(y[known, None], known.tolist()), plan.choices[0]
 
 
+@torch.no_grad()
 def rivals(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
     """Return coverages and radii of the rivals at 95 %, on one received set a batch."""
     task, counts = make(), settings(quick)
-    model, found = task.model.eval(), {"ours": Run()}
+    model, found = task.model.eval(), defaultdict[str, list[dict[str, Tensor]]](list)
     every = {"split conformal": split_conformal, "sigma times a constant": times_sigma}
-    with torch.no_grad():
-        y = torch.cat([model(x) for x in task.inputs.split(512)])
-        if y.shape[1] == 1:
-            every["jackknife+"] = jackknife
-        for number, rows in enumerate(batches(setting, y, counts["batches"])):
-            coded = wrapped(model, setting, (), 1000 * number)
-            answers, report = coded.run(task.inputs[rows])
-            missing, exact = report.predicted, y[rows]
-            error = (answers - exact).norm(dim=1)[missing].double()
-            found["ours"].add({"error": error, "0.95": report.radii_at(0.95)[missing]})
-            if number == JACKKNIFE:
-                every.pop("jackknife+", None)
-            for name, rival in every.items():
-                off, radii = rival(task.inputs[rows], exact, missing)
-                found.setdefault(name, Run()).add({"error": off, "0.95": radii})
-    numbers = {name: of.summary()["0.95"] for name, of in found.items()}
-    for name, of in found.items():
-        radii, ours = (  # on the same batches
-            torch.cat([batch["0.95"] for batch in x.batches[: len(of.batches)]])
-            for x in (of, found["ours"])
-        )
-        numbers[name]["radius to ours"] = rounded(float(radii.median() / ours.median()))[0]
-    return numbers
+    y = torch.cat([model(x) for x in task.inputs.split(512)])
+    if y.shape[1] == 1:
+        every["jackknife+"] = jackknife
+    for number, rows in enumerate(batches(setting, y, counts["batches"])):
+        coded = wrapped(model, setting, (), 1000 * number)
+        answers, report = coded.run(task.inputs[rows])
+        missing, exact = report.predicted, y[rows]
+        error = (answers - exact).norm(dim=1)[missing].double()
+        found["ours"].append({"error": error, "0.95": report.radii_at(0.95)[missing]})
+        if number == JACKKNIFE:
+            every.pop("jackknife+", None)
+        for name, rival in every.items():
+            off, radii = rival(task.inputs[rows], exact, missing)
+            found[name].append({"error": off, "0.95": radii})
+    ours = found["ours"]  # compared on the same batches
+    return {name: beside(some, ours[: len(some)]) for name, some in found.items()}
 
 
+@torch.no_grad()
 def coverage(make: Callable[[], Task], setting: Setting, quick: bool) -> dict[str, Any]:
-    task = make()
-    with torch.no_grad():
-        return measured(task, setting, settings(quick))
-
-
-def measured(task: Task, setting: Setting, counts: dict[str, Any]) -> dict[str, Any]:
-    model, run, split = task.model.eval(), Run(), Run()
+    task, counts = make(), settings(quick)
+    model, run, split = task.model.eval(), [], []
     y = torch.cat([model(x) for x in task.inputs.split(512)])
     earlier = torch.arange(len(y)) % 3 == 0
     if setting.helper == "drift" and y.shape[1] > 1:  # of other classes than those asked
@@ -282,31 +272,24 @@ def measured(task: Task, setting: Setting, counts: dict[str, Any]) -> dict[str, 
                 continue
             missing = report.predicted
             if missing.any():
+                risks = report.radii if report.label_risks is None else report.label_risks
                 wrong = (answers.argmax(1) != exact.argmax(1))[missing].double()
                 found.append(
                     {
                         "error": (answers - exact).norm(dim=1)[missing].double(),
-                        "risk": torch.stack([_risks(report)[missing], wrong]),
+                        "risk": torch.stack([risks[missing], wrong]),
                         **{str(level): report.radii_at(level)[missing] for level in LEVELS},
                     }
                 )
                 seconds.append(report.decode_seconds)
         if found:
-            run.add({key: torch.cat([of[key] for of in found], -1) for key in found[0]})
+            run.append({key: torch.cat([of[key] for of in found], -1) for key in found[0]})
             if not setting.helper:
                 off, radii = split_conformal(inputs, exact, missing)
-                split.add({"error": off, "0.95": radii})
-    numbers = run.summary(classes=y.shape[1] > 1)
+                split.append({"error": off, "0.95": radii})
+    numbers = summary(run, classes=y.shape[1] > 1)
     numbers["decode seconds"] = rounded(float(torch.tensor(seconds).median()))[0]
-    if split.batches:
-        numbers["split"] = split.summary()["0.95"]
-        medians = [torch.cat([of["0.95"] for of in x.batches]).median() for x in (split, run)]
-        numbers["split"]["radius to ours"] = rounded(float(medians[0] / medians[1]))[0]
-    return numbers
-
-
-def _risks(report: Report) -> Tensor:
-    return report.radii if report.label_risks is None else report.label_risks
+    return numbers | ({"split": beside(split, run)} if split else {})
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:

@@ -24,8 +24,6 @@ WORKERS, BATCH_SIZE = 24, 240
 ROUNDING = 2.5e-6
 #: Bits of a float32. The lowest twelve are left out, as honest results differ in them.
 EXPONENT, MANTISSA = (23, 31), (12, 23)
-#: Maps places of rows, ``[n]``, to rows that do not belong there, ``[n, ...]``.
-Others = Callable[[Tensor], Tensor]
 #: Returns the outputs of some rows by a worker, and whether it has been asked before in this call.
 Compute = Callable[[int, Sequence[int], bool], Tensor]
 
@@ -84,28 +82,13 @@ class Fleet:
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
         trials, values = Trials(self.strikes, _All(), inputs), dict[int, Tensor]()
         policy = trials.decide(None, parts, idle=lambda: len(order))
-        self._drive(trials, policy, values, order, compute)
-        answers = torch.full((size, *values[0].shape[1:]), math.nan)
-        for row, part in trials.answers.items():
-            answers[row] = values[part][trials.asked[part].index(row)]
-        return Outcome(answers, trials, sum(map(len, trials.asked)))
-
-    def _drive(
-        self,
-        trials: Trials,
-        policy: Any,
-        values: dict[int, Tensor],
-        order: Sequence[int],
-        compute: Compute,
-    ) -> None:
         events, event, added = deque[Event](), None, 0
         begin, first_wait, first_parts = time.perf_counter(), 0.0, 0
         while True:
             try:
                 decision = policy.send(event)
             except StopIteration:
-                self.seconds.append((first_wait, time.perf_counter() - begin))
-                return
+                break
             event = None
             if isinstance(decision, Ask):
                 first = len(trials.asked) - len(decision.parts)
@@ -127,6 +110,11 @@ class Fleet:
                 added, event = len(trials.asked), events.popleft() if events else None
                 if isinstance(event, Settled) and event.part < first_parts:
                     begin = time.perf_counter()  # of the last one, in the end
+        self.seconds.append((first_wait, time.perf_counter() - begin))
+        answers = torch.full((size, *values[0].shape[1:]), math.nan)
+        for row, part in trials.answers.items():
+            answers[row] = values[part][trials.asked[part].index(row)]
+        return Outcome(answers, trials, sum(map(len, trials.asked)))
 
 
 class Voters:
@@ -194,76 +182,65 @@ class Data:
     def batch(self, size: int) -> Tensor:
         return torch.randint(len(self.inputs), (size,), generator=self.generator)
 
+    def place(self, below: int) -> Tensor:
+        return torch.randint(below, (1,), generator=self.generator)
+
     def normal(self, rows: Tensor, size: float) -> Tensor:
         return rows + size * self.spread * torch.randn(rows.shape, generator=self.generator)
 
-    def other(self, count: int) -> Tensor:
-        return self.outputs[self.batch(count)]
+    def other(self, rows: Tensor) -> Tensor:
+        """Return as many answers to other inputs."""
+        return self.outputs[self.batch(len(rows))]
 
 
 #: Maps right rows, ``[n, C]``, to the wrong rows that a worker returns.
 Fault = Callable[[Data, Tensor], Tensor]
 
 
-def swap(rows: Tensor) -> Tensor:
+def swap(data: Data, rows: Tensor) -> Tensor:
     """Swap the two largest outputs of each row."""
-    if rows.dim() < 2 or rows.shape[-1] < 2:
-        return rows
-    top = rows.topk(2, dim=-1).indices
+    top = rows.topk(2).indices
     return rows.scatter(-1, top, rows.gather(-1, top.flip(-1)))
 
 
-def one_row(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+def one_row(data: Data, rows: Tensor) -> Tensor:
     """Replace one row by another one."""
-    rows, at = rows.clone(), _place(len(rows), generator)
-    rows[at] = others(at)
+    rows, at = rows.clone(), data.place(len(rows))
+    rows[at] = data.other(at)
     return rows
 
 
-def block(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+def block(data: Data, rows: Tensor) -> Tensor:
     """Replace a quarter of the outputs of all rows by the outputs of other rows."""
-    flat = rows.reshape(len(rows), -1).clone()
-    width = max(1, flat.shape[1] // 4)
-    at = int(_place(flat.shape[1] - width + 1, generator))
-    other = others(torch.arange(len(rows))).reshape(flat.shape)
-    flat[:, at : at + width] = other[:, at : at + width]
-    return flat.view(rows.shape)
+    rows, width = rows.clone(), rows.shape[1] // 4
+    at = int(data.place(rows.shape[1] - width + 1))
+    rows[:, at : at + width] = data.other(rows)[:, at : at + width]
+    return rows
 
 
-def one_output(rows: Tensor, others: Others, generator: torch.Generator) -> Tensor:
+def one_output(data: Data, rows: Tensor) -> Tensor:
     """Replace one number by the number of another row."""
-    flat = rows.reshape(len(rows), -1).clone()
-    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
-    flat[at, column] = others(at).reshape(1, -1)[0, column]
-    return flat.view(rows.shape)
+    rows, column, at = rows.clone(), data.place(rows.shape[1]), data.place(len(rows))
+    rows[at, column] = data.other(at)[0, column]
+    return rows
 
 
-def one_bit(rows: Tensor, low: int, high: int, generator: torch.Generator) -> Tensor:
-    """Flip a drawn bit of one number, as float32. If it is then not finite, it becomes 0."""
-    flat = rows.reshape(len(rows), -1).float().clone()
-    column, at = _place(flat.shape[1], generator), _place(len(flat), generator)
-    bit = int((1 << (low + _place(high - low, generator))).to(torch.int32))  # the last one: < 0
-    flipped = (flat[at, column].view(torch.int32) ^ bit).view(torch.float32)
+def one_bit(data: Data, rows: Tensor, low: int, high: int) -> Tensor:
+    """Flip a drawn bit of one number. If it is then not finite, it becomes 0."""
+    rows, column, at = rows.clone(), data.place(rows.shape[1]), data.place(len(rows))
+    bit = int((1 << (low + data.place(high - low))).to(torch.int32))  # the last one: < 0
+    flipped = (rows[at, column].view(torch.int32) ^ bit).view(torch.float32)
     fits = flipped.abs() < torch.finfo(rows.dtype).max  # NaN fails, too
-    flat[at, column] = torch.where(fits, flipped, 0.0)
-    return flat.view(rows.shape)
-
-
-def _place(below: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(below, (1,), generator=generator)
+    rows[at, column] = torch.where(fits, flipped, 0.0)
+    return rows
 
 
 def _noise(size: float) -> Fault:
     return lambda data, rows: data.normal(rows, size)
 
 
-def _mixing(shape: Callable[..., Tensor]) -> Fault:
-    """Take the other rows from the answers to other inputs."""
-    return lambda data, rows: shape(rows, lambda at: data.other(len(at)), data.generator)
-
-
 def _bit(low: int, high: int) -> Fault:
-    return lambda data, rows: one_bit(rows, low, high, data.generator)
+    return lambda data, rows: one_bit(data, rows, low, high)
 
 
 FAULTS: dict[str, Fault] = {
@@ -271,11 +248,11 @@ FAULTS: dict[str, Fault] = {
     "noise .3": _noise(0.3),
     "noise .1": _noise(0.1),
     "noise .05": _noise(0.05),
-    "replay": lambda data, rows: data.other(len(rows)),
-    "swap": lambda data, rows: swap(rows),
-    "block": _mixing(block),
-    "one row": _mixing(one_row),
-    "one output": _mixing(one_output),
+    "replay": Data.other,
+    "swap": swap,
+    "block": block,
+    "one row": one_row,
+    "one output": one_output,
     "exponent": _bit(*EXPONENT),
     "mantissa": _bit(*MANTISSA),
 }

@@ -1,14 +1,15 @@
 """Generate tables, pictures and pages from the results: ``python -m benchmarks.report``.
 
-A page holds, each up to ``<!-- end -->``:
+A README or page holds, each up to ``<!-- end -->``:
 
 - ``<!-- table: NAME -->``: a table of ``tables.py``;
 - ``<!-- value: PATH:FORMAT -->``: a number;
 - ``<!-- claim: SIDE is below SIDE -->``: a sentence that compares, which is true of the results; a
   side is a path, a number, or a number "times" a path.
 
-Long tables are pages of the documentation, in ``notebooks/measurements``. A test holds that all of
-it comes from ``results`` by this script, and that every claim is true.
+READMEs are filled in place. Long tables are pages of the documentation: ``benchmarks/pages`` has
+them without numbers, ``notebooks/measurements`` with them, and without these comments. A test holds
+that all of it comes from ``results`` by this script, and that every claim is true.
 
 A path names the question and then the keys of its JSON, with " > " between. A ``*`` stands for
 every key, and ``a|b`` for some. A path to several numbers starts with "least" or "most".
@@ -24,12 +25,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .pages import PAGES
 from .pictures import PICTURES
 from .runs import QUESTIONS, RESULTS
 from .tables import NAMES, TABLES, Column, Table, shown
 
 FOLDER = Path(__file__).resolve().parent
+PAGES = FOLDER / "pages"
 MEASUREMENTS = FOLDER.parent / "notebooks" / "measurements"
 READMES = (
     FOLDER.parent / "README.md",
@@ -147,16 +148,13 @@ def fill(text: str, results: Results) -> str:
 
 
 def pages(results: Results) -> dict[str, str]:
-    """Return the pages of long tables, by file name."""
-    made = {}
-    for name, page in PAGES.items():
-        text = [f"# {page.title}\n", f"{page.text}\n"]
-        text += [f"![{about}](../../benchmarks/results/{x}.png)\n" for x, about in page.pictures]
-        for table, about in page.tables.items():
-            rows = markdown(table, results)
-            text += [f"## {about}\n", f"{rows}\n"] if rows.count("\n") > 1 else []  # if measured
-        made[f"{name}.md"] = "\n".join(text)
-    return made
+    """Return the pages of long tables, by file name, without tables that are not measured."""
+    texts = {path.name: fill(path.read_text(), results) for path in sorted(PAGES.glob("*.md"))}
+    empty = r"\n## [^\n]*\n\n<!-- table: \w+ -->\n[^\n]*\n[^\n]*\n<!-- end -->\n"
+    return {
+        name: re.sub(r"<!-- table: \w+ -->\n|<!-- end -->\n", "", re.sub(empty, "", text))
+        for name, text in texts.items()
+    }
 
 
 def main() -> int:

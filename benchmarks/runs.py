@@ -11,7 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,16 +42,6 @@ _T = TypeVar("_T")
 #: The place of its numbers in the file, and the function that makes them.
 Measurement = tuple[tuple[str, ...], Callable[[], dict[str, Any]]]
 _LINE = 1000  # characters: the record of a code fits
-
-
-class Benchmark(Protocol):
-    """A module of this package that ``python -m benchmarks`` runs."""
-
-    def settings(self, quick: bool) -> dict[str, Any]:
-        """Return the settings on which the numbers depend."""
-
-    def measurements(self, quick: bool) -> Iterable[Measurement]:
-        """Yield the measurements, one after the other."""
 
 
 def _processor() -> str:
@@ -111,7 +101,7 @@ def progress(items: Iterable[_T], what: str, total: int | None = None) -> Iterat
 
 def keep(
     name: str,
-    benchmark: Benchmark,
+    benchmark: Any,
     *,
     quick: bool,
     only: Iterable[str] = (),
@@ -126,7 +116,8 @@ def keep(
 
     Args:
         name: the benchmark's name.
-        benchmark: the module.
+        benchmark: the module, whose ``settings(quick)`` returns all on which the numbers depend,
+            and whose ``measurements(quick)`` yields one measurement after the other.
         quick: whether it is small and rough, with data that ship in the package.
         only: words that the names of a measurement must have among them.
         again: whether measurements in the file are repeated, and replaced.

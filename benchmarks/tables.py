@@ -64,8 +64,6 @@ NAMES = {
 #: The trivial baselines, of which no table of answers lacks one.
 BASELINES = ("no redundancy, regression", "no redundancy, surrogate", "surrogate alone")
 
-Cell = Callable[[Sequence[str], Any], str]
-
 
 def shown(value: Any, how: str) -> str:
     """Return a number, or one with half the width of its interval, in Python's format."""
