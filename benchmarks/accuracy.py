@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from coded_torch.codes import Code
 from coded_torch.evaluation.compare import compare
-from coded_torch.evaluation.scores import Comparison
+from coded_torch.evaluation.scores import Comparison, grouped
 from coded_torch.evaluation.tune import Trial
 from coded_torch.stragglers import Contiguous, Stragglers, Trace, Uniform
 
@@ -44,17 +44,12 @@ CASES: tuple[Case, ...] = (
 SMALL: Case = (6, 4, 2)  # the case of batches of 64
 FEW: Case = (24, 20, 4)
 #: The seeds of each subject's training, or the splits of a table.
-SEEDS = {
-    "lenet5": (0, 1, 2, 3, 4),
-    "digits": (0, 1, 2, 3, 4),
-    "speeches": (0,),
-}
-CURVES: dict[str, tuple[tuple[int, int, tuple[int, ...]], ...]] = {
-    "lenet5": (
-        (100, 20, (5, 10, 20, 30, 40, 50, 60, 70, 80)),
-        (100, 60, (2, 5, 10, 15, 20, 25, 30, 35, 40)),
-    ),
-}
+SEEDS = {"lenet5": range(5), "digits": range(5), "speeches": range(1)}
+#: N, K and the numbers of lost workers of each curve.
+CURVES = (
+    (100, 20, (5, 10, 20, 30, 40, 50, 60, 70, 80)),
+    (100, 60, (2, 5, 10, 15, 20, 25, 30, 35, 40)),
+)
 DRAWN = (
     "the paper's scheme", "Berrut", "the paper's, ordered", "replication", "regression",
     "no redundancy, regression",
@@ -123,17 +118,16 @@ def table(name: str, case: Case, size: int, law: Any, quick: bool) -> dict[str, 
     }
 
 
-def adversarial(name: str, case: Case, size: int, quick: bool) -> dict[str, Any]:
-    limits, records, lost = settings(quick), [], {}
-    of, student = subject(name, quick), student_of(name, quick)
-    codes = tried(of, [case], size, 1).codes
+def adversarial(size: int) -> dict[str, Any]:
+    """Compare the schemes on LeNet-5, each with the workers lost that it misses most."""
+    of, student, records, lost = subject("lenet5"), student_of("lenet5"), [], {}
+    codes = tried(of, [FEW], size, 1).codes
     (batch,) = of.batches("tuning", size, 1)
+    count = settings(False)["batches"]["lenet5"]
     for (_, scheme), code in progress(codes.items(), "schemes"):
-        lost[scheme] = worst(of.model, batch.images, code, case, quick)
-        law = fixed(case[0], lost[scheme])
-        records += tried(
-            of, [case], size, limits["batches"][name], law=law, surrogate=student, schemes=[scheme]
-        ).records
+        lost[scheme] = worst(of.model, batch.images, code, FEW)
+        how = {"law": fixed(FEW[0], lost[scheme]), "surrogate": student, "schemes": [scheme]}
+        records += tried(of, [FEW], size, count, **how).records
     once = {(x.scheme, x.batch): x for x in records}  # every comparison has the student alone
     comparison = Comparison([*once.values()])
     return {"records": comparison, "lost": lost, "schemes": cells(comparison)}
@@ -145,7 +139,7 @@ def fixed(count: int, lost: Iterable[int]) -> Callable[..., Stragglers]:
     return lambda s, seed: Trace([latencies]) if seed == SEED else Uniform(s, seed=seed)
 
 
-def worst(model: nn.Module, images: Tensor, code: Code, case: Case, quick: bool) -> list[int]:
+def worst(model: nn.Module, images: Tensor, code: Code, case: Case) -> list[int]:
     """Return the S of N workers that a code misses most, by a search.
 
     It begins with the worst of all blocks and of random sets, and exchanges one worker after the
@@ -165,7 +159,7 @@ def worst(model: nn.Module, images: Tensor, code: Code, case: Case, quick: bool)
         return found[key]
 
     blocks = [[(i + j) % n for j in range(s)] for i in range(n)]
-    draws = [generator.sample(range(n), s) for _ in range(10 if quick else 200)]
+    draws = [generator.sample(range(n), s) for _ in range(200)]
     best = max([*blocks, *draws], key=error)
     while True:
         sets = [
@@ -179,20 +173,16 @@ def worst(model: nn.Module, images: Tensor, code: Code, case: Case, quick: bool)
         best = better
 
 
-def curve(name: str, n: int, k: int, lost: Sequence[int], quick: bool) -> dict[str, Any]:
-    limits = settings(quick)
-    cases = [(n, k, s) for s in lost]
-    count = limits["batches"][name]
-    surrogate = student_of(name, quick)
-    found = tried(
-        subject(name, quick), cases, limits["rows"], count, schemes=DRAWN, surrogate=surrogate
-    )
-    by_name: dict[str, Any] = {}
-    for row in found.rows:
-        of_scheme = by_name.setdefault(row.name, {"mse": [], "relative_accuracy": []})
-        of_scheme["mse"].append(row.mse)
-        of_scheme["relative_accuracy"].append(row.relative_accuracy)
-    return {"records": found, "stragglers": list(lost), "schemes": by_name}
+def curve(n: int, k: int, lost: Sequence[int]) -> dict[str, Any]:
+    """Compare the schemes that are drawn on LeNet-5, for every number of lost workers."""
+    limits, how = settings(False), {"schemes": DRAWN, "surrogate": student_of("lenet5")}
+    cases, count = [(n, k, s) for s in lost], limits["batches"]["lenet5"]
+    found = tried(subject("lenet5"), cases, limits["rows"], count, **how)
+    schemes = {
+        name: {key: [getattr(row, key) for row in rows] for key in ("mse", "relative_accuracy")}
+        for name, rows in grouped(found.rows, lambda row: row.name).items()
+    }
+    return {"records": found, "stragglers": list(lost), "schemes": schemes}
 
 
 def measurements(quick: bool) -> Iterable[Measurement]:
@@ -205,10 +195,10 @@ def measurements(quick: bool) -> Iterable[Measurement]:
         key = "lenet5", "neighbours", "B = 240", str(FEW)
         yield key, functools.partial(table, "lenet5", FEW, 240, Contiguous, quick)
         key = "lenet5", "adversarial", "B = 240", str(FEW)
-        yield key, functools.partial(adversarial, "lenet5", FEW, 240, quick)
-    for name, curves in CURVES.items():
-        for n, k, lost in [] if quick else curves:
-            yield (name, "curve", str((n, k))), functools.partial(curve, name, n, k, lost, quick)
+        yield key, functools.partial(adversarial, 240)
+        for n, k, lost in CURVES:
+            key = "lenet5", "curve", str((n, k))
+            yield key, functools.partial(curve, n, k, lost)
 
 
 def sizes(name: str, quick: bool) -> Iterable[tuple[Case, int]]:
@@ -219,7 +209,7 @@ def sizes(name: str, quick: bool) -> Iterable[tuple[Case, int]]:
     whole = CASES if name == "lenet5" else (FEW, (9, 8, 1))
     yield from itertools.product(whole, [240])
     yield SMALL, 64
-    yield from ((case, case[1]) for case in whole[: 6 if name == "lenet5" else 1])
+    yield from ((case, case[1]) for case in (whole if name == "lenet5" else (FEW,)))
 
 
 def settings(quick: bool) -> dict[str, Any]:

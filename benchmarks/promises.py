@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from coded_torch.stragglers import Bernoulli
 from coded_torch.workers import FaultyWorkers, ProcessWorkers, Workers
 from coded_torch.workers.faults import kill_own_process
 
-from .traffic import percentiles
+from .traffic import percentiles, timed
 
 SEED = 0  # the seed of inputs and kills
 K, N, S = 4, 6, 2
@@ -79,7 +79,7 @@ class Model(nn.Module):
     """A small network that ends its process at one input, or fails in a way that its input names.
 
     Args:
-        how: "", "hang" when it runs, or "load" for ever, or "die" where it is loaded.
+        how: "hang" when it runs, or "load" for ever, or "die" where it is loaded; else it works.
     """
 
     def __init__(self, how: str = "") -> None:
@@ -114,32 +114,29 @@ def _batch(generator: torch.Generator, rows: int = ROWS) -> Tensor:
 def exact(quick: bool) -> dict[str, Any]:
     count, rows = 15 if quick else 2_000, 24
     generator, model = torch.Generator().manual_seed(SEED), Model()
-    raised = wrong = predicted = 0
-    times = []
+    wrong, predicted, times = 0, 0, []
     with ProcessWorkers(N).start(timeout=START) as pool:
         coded = _coded(FaultyWorkers(pool, rates=RATES, seed=SEED), model, predict=False)
         killer = Killer(pool, lambda: 0.1 if quick else 0.5, 1)
         with killer.at_work():
             for _ in range(count):
                 x = _batch(generator, rows)
-                start = time.perf_counter()
-                try:
-                    answers, report = coded.run(x)
-                except NotEnoughResults:
-                    raised += 1
+                found, spent = timed(coded.run, x)
+                if isinstance(found, NotEnoughResults):
                     continue
-                times.append((time.perf_counter() - start) * 1e3)
+                answers, report = found
+                times.append(spent)
                 wrong += not torch.allclose(answers, model(x), atol=1e-5)
                 predicted += int(report.predicted.sum())
     return {
         "calls": count,
         "rates": RATES,
         "kills": killer.kills,
-        "times": _percentiles(times),
+        "times": percentiles(times),
         "bars": {
             "wrong": [wrong, 0],
             "predicted": [predicted, 0],
-            "share that raise": [round(raised / count, 4), 0.01],
+            "share that raise": [round(1 - len(times) / count, 4), 0.01],
         },
     }
 
@@ -156,10 +153,9 @@ def poison(quick: bool) -> dict[str, Any]:
             for _ in range(count):
                 x, before = _batch(generator), pool.num_restarts
                 x[17, 0] = value
-                try:
-                    mine(x)
-                except NotEnoughResults as error:
-                    computed.append(len(error.received))
+                found, _ = timed(mine, x)
+                if isinstance(found, NotEnoughResults):
+                    computed.append(len(found.received))
                 time.sleep(PAUSE)
                 lost.append(pool.num_restarts - before)
 
@@ -168,8 +164,8 @@ def poison(quick: bool) -> dict[str, Any]:
     p99 = float(np.percentile(disturbed, 99) / np.percentile(calm, 99))
     return {
         "calls": count,
-        "others, calm": _percentiles(calm),
-        "others, disturbed": _percentiles(disturbed),
+        "others, calm": percentiles(calm),
+        "others, disturbed": percentiles(disturbed),
         "bars": {
             "calls that did not compute 63 rows": [count - computed.count(ROWS - 1), 0],
             "processes lost by a call": [max(lost), 5],
@@ -179,56 +175,40 @@ def poison(quick: bool) -> dict[str, Any]:
 
 
 def _times_beside(coded: CodedWrapper, work: Callable[[], object]) -> list[float]:
-    """Return the milliseconds of a wrapper's calls while something else is done."""
+    """Return the seconds of a wrapper's calls while something else is done."""
     generator, times = torch.Generator().manual_seed(SEED), []
     thread = threading.Thread(target=work)
     thread.start()
     while thread.is_alive():
-        start = time.perf_counter()
-        coded(_batch(generator))
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(timed(coded, _batch(generator))[1])
         time.sleep(0.005)
     return times
 
 
 def deadline(quick: bool) -> dict[str, Any]:
     count = 3 if quick else 125
-    slow = Bernoulli(0.4, latency=2 * DEADLINE)
     found: dict[str, Any] = {"calls of each": count, "bars": {}}
     every = []
-    for name, how, law in (
-        ("hang", "hang", None),
-        ("load", "load", None),
-        ("slow", "", slow),
-        ("die", "die", None),
-    ):
+    for how in ("hang", "load", "slow", "die"):
+        delays = Bernoulli(0.4, latency=2 * DEADLINE) if how == "slow" else None
         with ProcessWorkers(N, grace=600).start(timeout=START) as pool:
-            coded = _coded(FaultyWorkers(pool, delays=law), Model(how), deadline=DEADLINE)
+            coded = _coded(FaultyWorkers(pool, delays=delays), Model(how), deadline=DEADLINE)
             late, outcomes = _lateness(coded, count)
-        found[name] = {"outcomes": outcomes, "ms after the deadline": _percentiles(late)}
+        found[how] = {"outcomes": outcomes, "ms after the deadline": percentiles(late)}
         every += late
-    found["bars"]["p99, ms after the deadline"] = [round(float(np.percentile(every, 99)), 2), 10.0]
-    found["bars"]["latest, ms after the deadline"] = [round(max(every), 2), 30.0]
+    found["bars"]["p99, ms after the deadline"] = [round(percentiles(every)["p99"], 2), 10.0]
+    found["bars"]["latest, ms after the deadline"] = [round(1e3 * max(every), 2), 30.0]
     return found
 
 
-def _percentiles(milliseconds: Sequence[float]) -> dict[str, float]:
-    return percentiles([x / 1e3 for x in milliseconds])
-
-
 def _lateness(coded: CodedWrapper, count: int) -> tuple[list[float], dict[str, int]]:
-    """Return the milliseconds after the deadline, and how often calls ended in each way."""
+    """Return the seconds after the deadline, and how often calls ended in each way."""
     generator, late, outcomes = torch.Generator().manual_seed(SEED), [], Counter[str]()
     for _ in range(count):
-        x = _batch(generator)
-        start = time.perf_counter()
-        try:
-            _, report = coded.run(x)
-            outcome = report.ended
-        except NotEnoughResults as error:
-            outcome = type(error).__name__
-        late.append((time.perf_counter() - start - DEADLINE) * 1e3)
-        outcomes[outcome] += 1
+        found, spent = timed(coded.run, _batch(generator))
+        late.append(spent - DEADLINE)
+        raised = isinstance(found, NotEnoughResults)
+        outcomes[type(found).__name__ if raised else found[1].ended] += 1
     return late, dict(outcomes)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import random
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,7 +27,7 @@ from coded_torch.workers import LocalWorkers, ProcessWorkers, RayWorkers, Task, 
 from . import promises
 from .promises import SEED, START, K, Killer, N, S
 from .runs import Measurement
-from .traffic import percentiles
+from .traffic import percentiles, timed
 
 FEATURES = 64  # columns of an input
 TOLERANCE = 1e-6  # float64 rounding, relative to the largest output
@@ -53,28 +52,21 @@ class Client:
         self.generator = torch.Generator().manual_seed(SEED)
         self.worst = 0.0
 
-    def request(self) -> float:
-        """Send a request; returns its seconds."""
-        x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
-        start = time.perf_counter()
-        answer = self.coded(x)
-        spent = time.perf_counter() - start
-        exact = self.model(x)
-        error = float((answer - exact).abs().max() / exact.abs().max())
-        if not error <= TOLERANCE:
-            raise AssertionError(f"an answer differs by {error} from what the module computes")
-        self.worst = max(self.worst, error)
-        return spent
-
     def requests(self, count: int) -> tuple[list[float], int]:
         """Send requests; return the seconds of the answered ones, and how many failed."""
-        times, failed = [], 0
+        times = []
         for _ in range(count):
-            try:
-                times.append(self.request())
-            except NotEnoughResults:
-                failed += 1
-        return times, failed
+            x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
+            answer, spent = timed(self.coded, x)
+            if isinstance(answer, NotEnoughResults):
+                continue
+            exact = self.model(x)
+            error = float((answer - exact).abs().max() / exact.abs().max())
+            if not error <= TOLERANCE:
+                raise AssertionError(f"an answer differs by {error} from what the module computes")
+            self.worst = max(self.worst, error)
+            times.append(spent)
+        return times, count - len(times)
 
 
 def _killed(pool: Any, count: int, pause: Callable[[float], float]) -> dict[str, Any]:
@@ -149,11 +141,7 @@ class _Head(nn.Module):
 
 
 def _times(call: Callable[[], object], runs: int) -> dict[str, float]:
-    times = []
-    for _ in range(10 + runs):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+    times = [timed(call)[1] for _ in range(10 + runs)]
     return percentiles(times[10:])
 
 

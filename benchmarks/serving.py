@@ -41,7 +41,7 @@ from torch import Tensor
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.nn import CodedWrapper, Report, Waiting
-from coded_torch.open_inference.tensors import ADDED
+from coded_torch.open_inference.tensors import ADDED, Model, outputs_of, request
 from coded_torch.serve import TensorSpec, app
 from coded_torch.serve.batcher import Batch
 from coded_torch.stragglers import Bernoulli, Trace
@@ -49,6 +49,7 @@ from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
 from .data import MissingDataError
+from .fleet_server import LENGTH
 from .runs import Measurement
 from .serving_peers import BATCH, FEATURES, PATH, PEERS, PROCESSES, sleeping
 from .traffic import drive, percentiles
@@ -74,7 +75,8 @@ function done(all, latency)
     latency:percentile(99) / 1e3, e.status + e.timeout + e.connect + e.read + e.write))
 end
 """
-OUTPUTS = [{"name": name, "parameters": {"binary_data": True}} for name in ("output", "predicted")]
+INPUT, OUTPUT = TensorSpec("input", "FP32", (1, 28, 28)), TensorSpec("output", "FP32", (10,))
+LENET5 = Model("model", (INPUT,), (OUTPUT, ADDED[0]), binary=True)  # and the flags of its rows
 
 
 def lenet5_app() -> Any:
@@ -87,8 +89,7 @@ def lenet5_app() -> Any:
         parts=K,
         surrogate=Memory(),
     )
-    inputs, outputs = TensorSpec("input", "FP32", (1, 28, 28)), TensorSpec("output", "FP32", (10,))
-    return app(coded, name="model", inputs=[inputs], outputs=[outputs], deadline=DEADLINE)
+    return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 
 
 def saturated_app(direct: bool) -> Any:
@@ -153,27 +154,21 @@ def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
 
 def message(images: Tensor) -> tuple[bytes, dict[str, str]]:
     """Return the body of a binary request and its headers."""
-    data = images.numpy().tobytes()
-    entry = {"name": "input", "datatype": "FP32", "shape": list(images.shape)}
-    entry["parameters"] = {"binary_data_size": len(data)}
-    head = json.dumps({"inputs": [entry], "outputs": OUTPUTS}).encode()
-    return head + data, {"Inference-Header-Content-Length": str(len(head))}
+    body, length = request(LENET5, [images])
+    return body, {LENGTH: str(length)}
 
 
 def _send(mine: threading.local, port: int, images: Tensor) -> tuple[Tensor, Report]:
     """Send a request over this thread's connection."""
     if not hasattr(mine, "connection"):
         mine.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    size = len(images)
     mine.connection.request("POST", PATH, *message(images))
     answer = mine.connection.getresponse()
     body = answer.read()
     if answer.status != 200:
         raise NotEnoughResults((), 1, N)
-    body = body[int(answer.headers["Inference-Header-Content-Length"]) :]
-    logits = np.frombuffer(body, "<f4", 10 * size).reshape(size, 10).copy()
-    predicted = np.frombuffer(body, bool, size, 40 * size).copy()
-    return torch.from_numpy(logits), Report(predicted=torch.from_numpy(predicted))
+    (logits, predicted), _ = outputs_of(LENET5, body, answer.headers[LENGTH], len(images))
+    return logits, Report(predicted=predicted)
 
 
 def batches(count: int, seed: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -81,16 +81,12 @@ class Reply(NamedTuple):
     report: Report | None
 
 
-def dealt(
-    model: nn.Module, load: Load, pool: Workers, waiting: Waiting, surrogate: Any = ()
-) -> CodedWrapper:
+def dealt(model: nn.Module, load: Load, pool: Workers, waiting: Waiting) -> CodedWrapper:
     """Return a wrapper that deals each batch to workers by rows, or all N columns at once."""
     model = Sleeping(model).eval() if load.sleep else model
     code = RegressionCode(load.num_data, load.num_workers) if waiting.at_once else None
     parts = None if waiting.at_once else load.num_data
-    return CodedWrapper(
-        model, code, workers=pool, waiting=waiting, parts=parts, surrogate=surrogate
-    )
+    return CodedWrapper(model, code, workers=pool, waiting=waiting, parts=parts)
 
 
 def delayed(pool: Workers, load: Load, number: int) -> FaultyWorkers:
@@ -110,6 +106,16 @@ def median_part(coded: CodedWrapper, images: Tensor) -> float:
     return float(np.median(seconds))
 
 
+def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """Return what a function returns, or the NotEnoughResults that it raises; and its seconds."""
+    start = time.perf_counter()
+    try:
+        found = function(*arguments)
+    except NotEnoughResults as error:
+        found = error
+    return found, time.perf_counter() - start
+
+
 def drive(
     send: Callable[[Tensor], tuple[Tensor, Report]],
     batches: Sequence[Tensor],
@@ -120,15 +126,10 @@ def drive(
     arrivals = np.random.default_rng(seed).exponential(1 / rate, len(batches)).cumsum()
 
     def call(batch: Tensor, arrival: float) -> Reply:
-        start = time.perf_counter()
-        answers = report = None
-        try:
-            with torch.no_grad():
-                answers, report = send(batch)
-        except NotEnoughResults:
-            pass
-        end = time.perf_counter()
-        return Reply(end - begin - arrival, end - start, answers, report)
+        with torch.no_grad():
+            found, spent = timed(send, batch)
+        answers, report = (None, None) if isinstance(found, NotEnoughResults) else found
+        return Reply(time.perf_counter() - begin - arrival, spent, answers, report)
 
     gc.collect()
     gc.freeze()  # a full collection stops all threads
