@@ -105,12 +105,7 @@ def errors(
 ) -> np.ndarray:
     """Return the mean squared errors, ``[draws, N, codes]``, of codes with one encoder.
 
-    Args:
-        task: the model and its inputs.
-        make: returns the codes, given N and the number of results.
-        law: which workers are lost.
-        noisy: whether workers add noise.
-        part: of the data.
+    ``make`` returns the codes, given N and the number of results.
     """
     seed = SEED + (10_000 if part == "tuning" else 0)
     table = []

@@ -51,15 +51,10 @@ class _All:
 
 
 class Fleet:
-    """Workers that compute as soon as they are asked.
+    """As many workers as parts, which compute as soon as they are asked.
 
-    Args:
-        num_workers: M, which is the number of parts, too.
-        share: the share of rows that are checked.
-        seed: the seed of all draws.
-
-    Attributes:
-        seconds: of each call, until the first wait, and after the last result of a first part.
+    A share of the rows is checked. ``seconds`` has, for each call, the time until the first wait,
+    and after the last result of a first part.
     """
 
     def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
@@ -118,14 +113,9 @@ class Fleet:
 
 
 class Voters:
-    """Workers that compute every part several times; a majority decides, row by row.
+    """As many workers as parts; one, two or three compute each, and a majority decides, by row.
 
-    If two results of a part differ, a third worker computes it.
-
-    Args:
-        num_workers: M, which is the number of parts, too.
-        copies: the number of workers that compute each part: 1, 2 or 3.
-        tolerance: the largest difference of results that are alike.
+    If two results differ by more than the tolerance, a third worker computes the part.
     """
 
     def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
@@ -162,14 +152,7 @@ class Voters:
 
 
 class Data:
-    """The inputs, and the module's outputs.
-
-    Attributes:
-        inputs: ``[n, ...]``.
-        outputs: ``[n, C]``.
-        spread: the standard deviation of the outputs.
-        model: the module.
-    """
+    """The inputs ``[n, ...]``, the module, its outputs ``[n, C]`` and their deviation."""
 
     def __init__(self, seed: int = SEED) -> None:
         digits = subject("lenet5", quick=True)

@@ -18,13 +18,11 @@ _TRIES = 3  # the most asks for a part that fails
 class HedgeOnce(Waiting):
     """Ask for a part that has run for a while once more, whole, and wait for all parts.
 
-    Args:
-        medians: medians of a part after which it is hedged. Defaults to Waiting's threshold.
-        quantile: instead, the quantile of the latencies of parts after which it is hedged.
+    Without numbers, it is hedged at Waiting's threshold.
     """
 
-    medians: float | None = None
-    quantile: float | None = None
+    medians: float | None = None  #: medians of a part after which it is hedged
+    quantile: float | None = None  #: instead, the quantile of the latencies of parts
 
     def decide(
         self,

@@ -64,9 +64,7 @@ def peers(num_data: int, num_workers: int, **options: Any) -> dict[str, Code]:
 def parity_model(of: Subject, images: Tensor | None) -> nn.Module:
     """Return the parity model of LeNet-5 from the cache, trained in minutes if it is not there.
 
-    Args:
-        of: LeNet-5.
-        images: the images to learn from, in two epochs. Defaults to None, the training images.
+    With images, it learns from them in two epochs.
     """
     if images is not None:
         return _taught(of.model, images, 2)
@@ -159,12 +157,7 @@ def parm(quick: bool) -> dict[str, Any]:
 
 
 class Located:
-    """ApproxIFER's answers: the results of A workers are located, and left out.
-
-    Args:
-        num_data: K, inputs of a group.
-        faulty: A.
-    """
+    """ApproxIFER's answers, of K inputs a group: the results of A workers are located, left out."""
 
     def __init__(self, num_data: int, faulty: int) -> None:
         self.num_data, self.faulty = num_data, faulty

@@ -114,16 +114,8 @@ def keep(
     Measurements that are in the file are not repeated, so a run that was stopped goes on. One whose
     data are not installed is left out, and a message says how to get them.
 
-    Args:
-        name: the benchmark's name.
-        benchmark: the module, whose ``settings(quick)`` returns all on which the numbers depend,
-            and whose ``measurements(quick)`` yields one measurement after the other.
-        quick: whether it is small and rough, with data that ship in the package.
-        only: words that the names of a measurement must have among them.
-        again: whether measurements in the file are repeated, and replaced.
-        path: the file. Defaults to None, nothing is kept.
-        rows: a folder for the raw rows of comparisons, a CSV file for each measurement. Defaults to
-            None.
+    A module has ``settings(quick)``, all on which its numbers depend, and ``measurements(quick)``.
+    The options are those of ``python -m benchmarks``. Without a path, nothing is kept.
 
     Raises:
         ValueError: the file was measured with other settings, or in another environment; no

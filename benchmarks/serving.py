@@ -13,6 +13,7 @@ request was due. Some calls are delayed by 50 ms, and a worker is killed every 5
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import http.client
@@ -36,7 +37,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 import torch
 import uvicorn
-from torch import Tensor
+from torch import Tensor, nn
 
 from coded_torch.codes import NotEnoughResults
 from coded_torch.demo.lenet5 import digits, lenet5
@@ -51,8 +52,12 @@ from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 from .data import MissingDataError
 from .fleet_server import LENGTH
 from .runs import Measurement
-from .serving_peers import BATCH, FEATURES, PATH, PEERS, PROCESSES, sleeping
-from .traffic import drive, percentiles
+from .traffic import Sleeping, drive, percentiles
+
+try:
+    from litserve import LitAPI, LitServer
+except ImportError:  # the benchmark says how to get it
+    LitAPI = object
 
 SEED = 0  # the seed of requests, delays and kills
 K, N = 4, 6
@@ -63,6 +68,8 @@ WARM_UP = 100  # requests
 KNOWN = (32, 64, 128, 256, 512, 1024)  # earlier answers
 HELD_OUT = 960  # digits
 START = 240.0  # seconds that a server may take to come up
+PROCESSES, BATCH, FEATURES = 2, 64, 16  # BATCH is the rows of the largest batch
+PATH = "/v2/models/model/infer"
 CONNECTIONS = (1, 8, 32, 64)
 ROUNDS = 3
 # wrk prints the last line, and counts requests without an answer of status 200.
@@ -92,6 +99,62 @@ def lenet5_app() -> Any:
     return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 
 
+def sleeping() -> nn.Module:
+    """Return the model, which takes 1 ms a row."""
+    torch.set_num_threads(1)
+    return Sleeping(nn.Identity(), 0.0, 1e-3)
+
+
+def row_of(request: Any) -> Tensor:
+    return torch.tensor(request["inputs"][0]["data"])
+
+
+def answer(row: Tensor) -> Any:
+    return {"outputs": [{"name": "output", "data": row.tolist()}]}
+
+
+class Api(LitAPI):  # type: ignore[misc]
+    """The model in LitServe, which sends this class to its processes."""
+
+    def setup(self, device: str) -> None:
+        self.predict = sleeping()
+        self.decode_request, self.encode_response = row_of, answer
+
+
+def lit_serve(port: int) -> None:
+    api = Api(max_batch_size=BATCH, api_path=PATH)
+    server = LitServer(api, accelerator="cpu", workers_per_device=PROCESSES)
+    server.run(port=port, host="127.0.0.1", generate_client_file=False, log_level="critical")
+
+
+def ray_serve(port: int) -> None:
+    import ray
+    from ray import serve
+
+    places = {"num_replicas": PROCESSES, "ray_actor_options": {"num_cpus": 0.5}}
+
+    @serve.deployment(max_ongoing_requests=2 * BATCH, **places)
+    class Replica:
+        def __init__(self) -> None:
+            self.model = sleeping()
+
+        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
+        async def answers(self, rows: list[Tensor]) -> list[Any]:
+            return [*map(answer, await asyncio.to_thread(self.model, torch.stack(rows)))]
+
+        async def __call__(self, request: Any) -> Any:
+            return await self.answers(row_of(await request.json()))
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # ends Ray's processes
+    ray.init(address="local", num_cpus=PROCESSES, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(Replica.bind(), route_prefix="/")
+    threading.Event().wait()
+
+
+PEERS = {"LitServe": lit_serve, "Ray Serve": ray_serve}
+
+
 def saturated_app(direct: bool) -> Any:
     """Return the application of the sleeping model, whose batcher may call it in its threads."""
     model = sleeping()
@@ -116,6 +179,9 @@ def saturated_app(direct: bool) -> Any:
 
 def main(kind: str, port: str) -> None:
     """Serve, for the benchmark."""
+    if kind in PEERS:
+        PEERS[kind](int(port))
+        return
     torch.set_num_threads(1)  # the processors are the workers'
     made = lenet5_app() if kind == "faults" else saturated_app(kind == "direct")
     uvicorn.run(made, host="127.0.0.1", port=int(port), log_level="critical")
@@ -126,8 +192,7 @@ def serving(kind: str, body: bytes, **headers: str) -> Iterator[int]:
     """Run a server; yields its port once it answers a request."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = found.getsockname()[1]
-    script = f"{__package__}.serving{'_peers' if kind in PEERS else ''}"
-    command = [sys.executable, "-m", script, kind, str(port)]
+    command = [sys.executable, "-m", f"{__package__}.serving", kind, str(port)]
     # The replicas of Ray Serve answer by themselves, which is faster than its proxy.
     variables = os.environ | {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
     quiet = subprocess.DEVNULL

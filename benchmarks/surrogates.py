@@ -36,9 +36,9 @@ SIZE = 64  # rows of a batch
 LEARNS_AFTER = 256  # results, as a Memory does by itself
 
 
-def wrap(of: Subject, num_data: int, surrogate: Any = (), lost: int = SMALL[2]) -> CodedWrapper:
-    pool = LocalWorkers(Uniform(lost, seed=SEED))
-    code = RegressionCode(num_data, SMALL[0])
+def wrap(of: Subject, surrogate: Any = ()) -> CodedWrapper:
+    n, k, s = SMALL
+    pool, code = LocalWorkers(Uniform(s, seed=SEED)), RegressionCode(k, n)
     return CodedWrapper(of.model, code, workers=pool, surrogate=surrogate)
 
 
@@ -76,7 +76,7 @@ def memory(quick: bool) -> dict[str, Any]:
 
 def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, Any]:
     """Send requests with a memory, which learns as soon as enough is new, and without."""
-    coded, fresh = {"with": wrap(of, SMALL[1], known), "without": wrap(of, SMALL[1])}, 0
+    coded, fresh = {"with": wrap(of, known), "without": wrap(of)}, 0
     scores: dict[str, list[Score]] = {name: [] for name in coded}
     for batch in requests:
         for name, of_batch in answered(of, [batch], dict(coded)).items():
@@ -99,7 +99,7 @@ def useless(size: int, quick: bool) -> dict[str, Any]:
         "untrained": seeded(small_network, SEED),
         "wrong scale and sign": lambda x: -20 * small(x),
     }
-    wrappers = {what: wrap(of, SMALL[1], s) for what, s in {**bad, "without": ()}.items()}
+    wrappers = {what: wrap(of, s) for what, s in {**bad, "without": ()}.items()}
     batches = of.batches("held_out", size, settings(quick)["batches"])
     scores = answered(of, progress(batches, "batches"), dict(wrappers))
     return {what: summary(scores[what], scores["without"])["against without"] for what in bad}

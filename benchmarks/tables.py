@@ -10,19 +10,12 @@ Column = str | Callable[[Sequence[str], Any], str]
 
 
 class Table(NamedTuple):
-    """A table with a row for every match of a path.
+    """A table with a row for every match of a path."""
 
-    Attributes:
-        rows: the path.
-        heads: the headings of its stars' keys.
-        columns: the columns by their headings.
-        across: the number of the star whose matches are columns, of the only column's values.
-            Defaults to None, none of them.
-    """
-
-    rows: str
-    heads: tuple[str, ...]
-    columns: Mapping[str, Column]
+    rows: str  #: the path
+    heads: tuple[str, ...]  #: the headings of its stars' keys
+    columns: Mapping[str, Column]  #: the columns by their headings
+    #: The number of the star whose matches are columns, of the only column's values.
     across: int | None = None
 
 

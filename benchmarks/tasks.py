@@ -31,20 +31,13 @@ _UNITS = 10.0 ** torch.tensor([0, 3, -2, 1, -1, 2, 0, -3, 1, -2])  # units of fr
 
 
 class Task(NamedTuple):
-    """A network, and inputs with labels that no gradient has seen.
-
-    Attributes:
-        model: in evaluation mode.
-        inputs: ``[n, ...]``.
-        training: the inputs that the network has learnt from.
-        labels: ``[n]``; None where the outputs are no classes.
-        stem: a part of the model, pooled, that costs at most 5 % of its multiply-adds.
-    """
+    """A network in evaluation mode, and inputs with labels that no gradient has seen."""
 
     model: nn.Module
-    inputs: Tensor
-    training: Tensor
-    labels: Tensor | None = None
+    inputs: Tensor  #: ``[n, ...]``
+    training: Tensor  #: the inputs that the network has learnt from
+    labels: Tensor | None = None  #: ``[n]``; None where the outputs are no classes
+    #: A part of the model, pooled, that costs at most 5 % of its multiply-adds.
     stem: Callable[[Tensor], Tensor] | None = None
 
 

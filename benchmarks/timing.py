@@ -29,11 +29,7 @@ class Timing(NamedTuple):
 
 
 def measure(
-    functions: dict[str, Callable[[], object]],
-    *,
-    runs: int,
-    device: str = "cpu",
-    calls: int = 1,
+    functions: dict[str, Callable[[], object]], *, runs: int, device: str = "cpu", calls: int = 1
 ) -> dict[str, Timing]:
     """Time functions in turns, so that a slow spell slows all of them alike.
 

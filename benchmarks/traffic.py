@@ -30,31 +30,18 @@ _WARM_UP = 30
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """The requests that arrive, and their faults.
+    """The requests that arrive, and their faults."""
 
-    Attributes:
-        busy: the share of the workers' time that the parts take; requests arrive independently.
-        num_requests: requests under each policy.
-        batch_size: rows of a request.
-        num_data: K, the parts into which a request is divided.
-        num_workers: workers, and N if all are asked at once.
-        num_stragglers: S, the results of N that are not waited for if all are asked at once.
-        share: the share of the parts that are delayed.
-        delay: seconds.
-        sleep: whether the model sleeps too, see :class:`Sleeping`.
-        seed: of arrivals, rows and delays.
-    """
-
-    busy: float = 0.4
-    num_requests: int = 1000
-    batch_size: int = 64
-    num_data: int = 4
-    num_workers: int = 6
-    num_stragglers: int = 2
-    share: float = 0.03
-    delay: float = 0.05
-    sleep: bool = True
-    seed: int = 0
+    busy: float = 0.4  #: the share of the workers' time that the parts take
+    num_requests: int = 1000  #: requests under each policy, which arrive independently
+    batch_size: int = 64  #: rows of a request
+    num_data: int = 4  #: K, the parts into which a request is divided
+    num_workers: int = 6  #: workers, and N if all are asked at once
+    num_stragglers: int = 2  #: S, the results of N that are not waited for if all are asked at once
+    share: float = 0.03  #: the share of the parts that are delayed
+    delay: float = 0.05  #: seconds
+    sleep: bool = True  #: whether the model sleeps too, see :class:`Sleeping`
+    seed: int = 0  #: the seed of arrivals, rows and delays
 
 
 class Sleeping(nn.Module):

@@ -97,19 +97,12 @@ def request(
 def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> dict[str, float]:
     """Return the counts of requests in which nobody is wrong, and their work."""
     found = sum((request(data, fleet, size)[0] for size in sizes), Counter[str]())
-    return {"work": found["computed"] / max(1, found["rows"]), **{x: found[x] for x in CHARGES}}
-
-
-CHARGES = ("charged", "disputes", "left")
+    charges = {x: found[x] for x in ("charged", "disputes", "left")}
+    return {"work": found["computed"] / max(1, found["rows"]), **charges}
 
 
 def left(
-    data: Data,
-    fleet: Fleet | Voters,
-    fault: Fault,
-    count: int,
-    size: int = BATCH_SIZE,
-    between: int = 0,
+    data: Data, fleet: Any, fault: Fault, count: int, size: int = BATCH_SIZE, between: int = 0
 ) -> dict[str, float]:
     """Return the counts of requests in each of which another proven worker is wrong.
 

@@ -23,8 +23,7 @@ from coded_torch.scheduling.simulation import Conditions, simulate
 from .hedging import WAIT_FOR_ALL, HedgeOnce, Unsplit
 from .runs import Measurement
 
-# The seed of arrivals and of times.
-SEED = 0
+SEED = 0  # the seed of arrivals and of times
 CALM = Conditions()
 STRAGGLING = Conditions(straggling=0.03)
 MIX = Conditions(straggling=0.01, slow=0.05, dead=0.001, bursts=300.0)
@@ -64,15 +63,8 @@ HEDGES: dict[str, Any] = {
 
 def outcome(policy: Any, regime: Regime, requests: int) -> dict[str, Any]:
     workers, parts, load, conditions = regime
-    found = simulate(
-        policy,
-        conditions,
-        num_workers=workers,
-        num_parts=parts,
-        load=load,
-        num_requests=requests,
-        seed=SEED,
-    )
+    how: Any = {"num_workers": workers, "num_parts": parts, "load": load, "seed": SEED}
+    found = simulate(policy, conditions, num_requests=requests, **how)
     return {
         **{f"p{at:g}": round(found.percentile(at), 3) for at in (50, 99, 99.9)},
         "predicted": round(float(found.predicted.mean()), 6),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Columns", "Division", "Inputs", "Rows", "finite", "training_part", "warn_of_training"]
 
 # Seconds that a prediction may end after the deadline before a worse one is made. A busy machine
-# wakes a thread about as late (benchmarks/promises.py, "deadline").
+# wakes a thread about as late (benchmarks/resilience.py, "deadline").
 _SLACK = 5e-3
 
 

@@ -199,7 +199,7 @@ _RETRY = 32  # calls without time for a regression, after which the slowest one 
 # and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor of a
 # machine, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
-_LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/promises.py)
+_LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)
 _RESERVED = 1.25  # times the usual time are kept, so that few predictions are late; not tuned
 
 

@@ -30,7 +30,7 @@ __all__ = ["Call"]
 _QUEUED, _RUNNING, _GOOD, _FAILED, _DROPPED = range(5)  # states of a part
 
 # Late parts are hedged three times, first split over four idle workers (benchmarks/waiting.py). A
-# failed part is cut in four: few workers are lost to a row that ends them (benchmarks/promises.py).
+# failed part is cut in four: few workers are lost to a row that ends them (benchmarks resilience).
 _HEDGES, _SPLIT = 3, 4
 _BURST = 20  # parts that may be hedged at once, beside one whole call; benchmarks/waiting.py
 # Failures in a row of the same rows, which are then given up. A call that may not predict gives up
@@ -41,7 +41,7 @@ _TRIES, _TRIES_IF_EXACT = 3, 20
 _BLAMED = 16
 # Probabilities that other parts would have failed as often as this one. Below the first, which five
 # others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
-# all parts failing, that is one call of two thousand (benchmarks/promises.py, "poison").
+# all parts failing, that is one call of two thousand (benchmarks/resilience.py, "poison").
 _SUSPECT, _POISON = 0.2, 1e-5
 
 
