@@ -85,11 +85,6 @@ class Task:
         return float((self.outputs(x) - exact).square().mean())
 
 
-def lost(law: Stragglers, n: int) -> float:
-    """Return how many of N workers a law loses, on average."""
-    return law.p * n if isinstance(law, Bernoulli) else float(law.num_stragglers or 0)
-
-
 def bounds(law: Stragglers, noisy: bool) -> dict[str, Callable[[float, float], float]]:
     """Return the theorems' bounds of each code's error, up to a factor, given N and S."""
     if isinstance(law, Bernoulli):
@@ -138,7 +133,10 @@ def convergence(name: str, law: str, noisy: bool, quick: bool) -> dict[str, Any]
         "replication": lambda n, count: [ReplicationCode(task.k, n)],
     }
     laws = [LAWS[law](task.s, n, SEED) for n in task.workers]
-    stragglers = [lost(each, n) for each, n in zip(laws, task.workers, strict=True)]
+    stragglers = [  # on average
+        each.p * n if isinstance(each, Bernoulli) else float(each.num_stragglers or 0)
+        for each, n in zip(laws, task.workers, strict=True)
+    ]
     table: dict[str, Any] = {"workers": list(task.workers), "stragglers": stragglers}
     table["floor"] = float(f"{task.floor():.3g}")
     best = 0

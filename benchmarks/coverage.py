@@ -37,8 +37,7 @@ from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
 from . import tasks
-from .data import MissingDataError
-from .runs import Measurement, progress
+from .runs import Measurement, MissingDataError, progress
 from .tasks import Task
 
 SEED, PARTS = 0, 24
@@ -74,21 +73,16 @@ SETTINGS = {
 }
 
 
-class Linear(nn.Module):
-    """The linear map of rows ``[B, ...]`` that fits outputs best."""
+def linear(x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the linear map of rows ``[B, ...]`` that fits outputs best."""
 
-    def __init__(self, x: Tensor, y: Tensor) -> None:
-        super().__init__()
-        rows = self._rows(x).double()
-        ridge = 1e-2 * rows.square().sum(0).mean() * torch.eye(rows.shape[1])
-        self.weight = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ y.double()).float()
-
-    @staticmethod
-    def _rows(x: Tensor) -> Tensor:
+    def flat(x: Tensor) -> Tensor:
         return torch.cat([x.flatten(1), torch.ones(len(x), 1)], 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._rows(x) @ self.weight
+    rows = flat(x).double()
+    ridge = 1e-2 * rows.square().sum(0).mean() * torch.eye(rows.shape[1])
+    weight = torch.linalg.solve(rows.T @ rows + ridge, rows.T @ y.double()).float()
+    return lambda x: flat(x) @ weight
 
 
 def summary(batches: list[dict[str, Tensor]], classes: bool = False) -> dict[str, Any]:
@@ -135,9 +129,8 @@ def batches(setting: Setting, outputs: Tensor, count: int) -> Iterator[Tensor]:
         rows = torch.randperm(len(outputs), generator=generator)[: setting.rows]
         if setting.arrival != "uniform":
             values = outputs[rows]
-            rows = rows[
-                values.argmax(1).argsort() if values.shape[1] > 1 else values[:, 0].argsort()
-            ]
+            values = values.argmax(1) if values.shape[1] > 1 else values[:, 0]
+            rows = rows[values.argsort()]
         if setting.arrival == "contiguous":  # so that a part is a block
             places = torch.tensor(sum(dealt(len(rows), PARTS), ()))
             back = torch.empty_like(places)
@@ -156,7 +149,7 @@ def wrapped(model: nn.Module, setting: Setting, surrogate: Any, seed: int) -> Co
 
 def surrogate_of(setting: Setting, model: nn.Module, x: Tensor, y: Tensor) -> Any:
     if setting.helper == "student":
-        return Linear(x, y)
+        return linear(x, y)
     if setting.helper in ("memory", "drift"):
         memory = Memory()
         memory.follow(model)

@@ -23,8 +23,7 @@ from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 
 from . import tasks
 from .accuracy import FEW, cells
-from .data import Batch
-from .networks import SEED, Subject
+from .networks import SEED, Batch, Subject
 from .runs import Measurement, progress
 from .subjects import of_task, student_of
 from .tasks import Task

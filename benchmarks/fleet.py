@@ -206,7 +206,7 @@ def overhead(runs: int) -> dict[str, Any]:
         with coded.workers:
             calls = {"bare": lambda: coded.module(rows), "endpoint": lambda: coded.run(rows)}
             timings = measure(calls, runs=runs)
-    found = {key: round(1e3 * timing.median, 3) for key, timing in timings.items()}
+    found = {key: round(1e3 * timing["median"], 3) for key, timing in timings.items()}
     return {**found, "bars": {"more": [round(found["endpoint"] - found["bare"], 3), 1.0]}}
 
 

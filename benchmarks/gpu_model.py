@@ -128,4 +128,4 @@ def _measured(runs: int, size: tuple[int, int, int]) -> dict[str, Any]:
         torch.testing.assert_close(out.double(), want, rtol=0, atol=3e-5 * want.abs().max().item())
     functions = {"copy": copy, "matmul": multiply, **{k: lambda k=k: apply(k) for k in plan}}
     timings = measure(functions, runs=runs, device="cuda", calls=10)
-    return _row(size, {name: timing.median for name, timing in timings.items()})
+    return _row(size, {name: timing["median"] for name, timing in timings.items()})

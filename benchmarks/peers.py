@@ -36,9 +36,8 @@ from coded_torch.stragglers import Uniform
 
 from . import networks
 from .accuracy import cells, tried
-from .data import CACHE
 from .faulty import BATCH_SIZE, WORKERS, Data, Fault, Fleet
-from .networks import SEED, Subject
+from .networks import CACHE, SEED, Subject
 from .runs import Measurement, progress
 from .subjects import run, student_of, subject
 from .verification import warm
@@ -79,14 +78,12 @@ def _taught(module: nn.Module, images: Tensor, epochs: int) -> nn.Module:
     outputs, group = run(module, images), PARITY[1]
 
     def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
-        return nn.functional.mse_loss(model(images[rows].sum(1)), outputs[rows].sum(1))
-
-    def steps(shuffle: torch.Generator) -> Tensor:
-        whole = len(images) // (STEP * group) * STEP * group
-        return torch.randperm(len(images), generator=shuffle)[:whole].view(-1, STEP, group)
+        groups = rows.view(STEP, group)
+        return nn.functional.mse_loss(model(images[groups].sum(1)), outputs[groups].sum(1))
 
     adam = functools.partial(torch.optim.Adam, weight_decay=1e-5)
-    return networks.fit(LeNet5, loss_of, steps, adam, epochs, SEED, one_cycle=3e-3)
+    sizes, cycle = (len(images), STEP * group), {"one_cycle": 3e-3, "drop_last": True}
+    return networks.fit(LeNet5, loss_of, *sizes, adam, epochs, SEED, **cycle)
 
 
 def nercc(quick: bool) -> dict[str, Any]:
@@ -187,11 +184,8 @@ def wrong_workers(results: Tensor, points: np.ndarray, num_data: int, most: int)
     For every output a rational function P / Q of the points is fitted to the results y by least
     squares of P - y Q; where Q is least, the result is wrong.
 
-    Args:
-        results: results that arrived, ``[F, ...]``.
-        points: the workers' points, ``[F]``.
-        num_data: K; the degree of P and of Q is K + A - 1.
-        most: A, how many workers are named.
+    Of results ``[F, ...]`` at the workers' points ``[F]``, ``most`` are named, A. The degree of P
+    and of Q is K + A - 1.
     """
     degree = num_data + most - 1
     powers = np.polynomial.chebyshev.chebvander(points, degree)  # [F, degree + 1]

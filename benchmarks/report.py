@@ -76,13 +76,11 @@ def rows_of(table: Table, results: Results) -> list[list[str]]:
     """Return the head of a table and its rows."""
     matches = list(find(results, table.rows.split(" > ")))
     if table.across is None:
-        return [
-            [*table.heads, *table.columns],
-            *(
-                [*map(_name, stars), *(_cell(stars, value, c) for c in table.columns.values())]
-                for stars, value in matches
-            ),
-        ]
+        rows = [[*table.heads, *table.columns]]
+        for stars, value in matches:
+            cells = (_cell(stars, value, column) for column in table.columns.values())
+            rows.append([*map(_name, stars), *cells])
+        return rows
     (column,) = table.columns.values()
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for stars, value in matches:

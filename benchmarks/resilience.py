@@ -102,47 +102,40 @@ def affine() -> nn.Module:
     return layer.requires_grad_(False)
 
 
-class Client:
-    """Sends requests through a wrapper, and checks each answer."""
+def _killed(pool: Any, count: int, pause: Callable[[float], float]) -> dict[str, Any]:
+    """Send requests, first undisturbed, and then while workers are killed; check each answer."""
+    model, draw, worst = affine(), random.Random(SEED), [0.0]
+    code = LagrangeCode(K, N, degree=1, ordering="arrival")
+    coded = CodedWrapper(model, code, workers=pool)
+    generator = torch.Generator().manual_seed(SEED)
 
-    def __init__(self, pool: Workers) -> None:
-        self.model = affine()
-        code = LagrangeCode(K, N, degree=1, ordering="arrival")
-        self.coded = CodedWrapper(self.model, code, workers=pool)
-        self.generator = torch.Generator().manual_seed(SEED)
-        self.worst = 0.0
-
-    def requests(self, count: int) -> tuple[list[float], int]:
-        """Send requests; return the seconds of the answered ones, and how many failed."""
+    def seconds(count: int) -> list[float]:  # of the requests that are answered
         times = []
         for _ in range(count):
-            x = torch.randn(K, FEATURES, generator=self.generator, dtype=torch.float64)
-            answer, spent = timed(self.coded, x)
+            x = torch.randn(K, FEATURES, generator=generator, dtype=torch.float64)
+            answer, spent = timed(coded, x)
             if isinstance(answer, NotEnoughResults):
                 continue
-            exact = self.model(x)
+            exact = model(x)
             error = float((answer - exact).abs().max() / exact.abs().max())
             if not error <= TOLERANCE:
                 raise AssertionError(f"an answer differs by {error} from what the module computes")
-            self.worst = max(self.worst, error)
+            worst.append(error)
             times.append(spent)
-        return times, count - len(times)
+        return times
 
-
-def _killed(pool: Any, count: int, pause: Callable[[float], float]) -> dict[str, Any]:
-    client, draw = Client(pool), random.Random(SEED)
-    client.requests(max(20, count // 20))
-    calm, _ = client.requests(count)
+    seconds(max(20, count // 20))
+    undisturbed = percentiles(seconds(count))
     killer = Killer(pool, lambda: pause(draw.random()), S)
     with killer.at_work():
-        times, failed = client.requests(count)
-    undisturbed, disturbed = percentiles(calm), percentiles(times)
+        times = seconds(count)
+    disturbed, failed = percentiles(times), count - len(times)
     bar = round(max(3 * undisturbed["p99"], undisturbed["p99"] + 5), 3)
     return {
         "requests": count,
         "kills": killer.kills,
         "failed": failed,
-        "largest difference": client.worst,
+        "largest difference": max(worst),
         "undisturbed": undisturbed,
         "disturbed": disturbed,
         "bars": {

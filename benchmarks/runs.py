@@ -19,7 +19,6 @@ from tqdm import tqdm
 
 from coded_torch import _extension
 
-from .data import MissingDataError
 from .timing import last_level_cache
 
 QUESTIONS = (
@@ -42,6 +41,10 @@ _T = TypeVar("_T")
 #: The place of its numbers in the file, and the function that makes them.
 Measurement = tuple[tuple[str, ...], Callable[[], dict[str, Any]]]
 _LINE = 1000  # characters: the record of a code fits
+
+
+class MissingDataError(RuntimeError):
+    """A data package is not installed; the message says how to get it."""
 
 
 def _processor() -> str:
@@ -136,7 +139,9 @@ def keep(
     results = read_results(path) if path else {}
     if results and (others := [key for key in head if results.get(key) != head[key]]):
         raise ValueError(f"{path} was measured with other {others[0]}; move it away")
-    todo = [x for x in chosen if again or not _found(results.get("measured", {}), x[0])]
+    measured = results.get("measured", {})
+    kept = [x for x in chosen if functools.reduce(lambda at, y: at.get(y, {}), x[0], measured)]
+    todo = [x for x in chosen if again or x not in kept]
     if not todo:
         done = textwrap.shorten("; ".join(", ".join(key) for key, _ in chosen), 300)
         print(f"{name}: already measured: {done}; with --only, --again measures anew")
@@ -159,10 +164,3 @@ def keep(
         place.update(numbers)
         if path:
             write_results(path, results)
-
-
-def _found(measured: dict[str, Any], key: tuple[str, ...]) -> dict[str, Any]:
-    """Return the results under a key; empty if there are none."""
-    for part in key:
-        measured = measured.get(part, {})
-    return measured

@@ -49,9 +49,8 @@ from coded_torch.stragglers import Bernoulli, Trace
 from coded_torch.surrogates import Memory
 from coded_torch.workers import FaultyWorkers, LocalWorkers, ProcessWorkers
 
-from .data import MissingDataError
 from .fleet_server import LENGTH
-from .runs import Measurement
+from .runs import Measurement, MissingDataError
 from .traffic import Sleeping, drive, percentiles
 
 try:
@@ -90,12 +89,8 @@ def lenet5_app() -> Any:
     """Return the application of the faults."""
     pool = ProcessWorkers(N, grace=10 * DEADLINE)
     law = Bernoulli(0.03, latency=0.05, seed=SEED)
-    coded = CodedWrapper(
-        lenet5(),
-        workers=FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0),
-        parts=K,
-        surrogate=Memory(),
-    )
+    faulty = FaultyWorkers(pool, delays=law, seed=SEED, crash_every=5.0)
+    coded = CodedWrapper(lenet5(), workers=faulty, parts=K, surrogate=Memory())
     return app(coded, name="model", inputs=[INPUT], outputs=[OUTPUT], deadline=DEADLINE)
 
 
@@ -157,13 +152,9 @@ PEERS = {"LitServe": lit_serve, "Ray Serve": ray_serve}
 
 def saturated_app(direct: bool) -> Any:
     """Return the application of the sleeping model, whose batcher may call it in its threads."""
-    model = sleeping()
-    coded = CodedWrapper(
-        model,
-        workers=LocalWorkers() if direct else ProcessWorkers(PROCESSES),
-        parts=1,
-        waiting=Waiting(predict=False),
-    )
+    model, waiting = sleeping(), Waiting(predict=False)
+    pool = LocalWorkers() if direct else ProcessWorkers(PROCESSES)
+    coded = CodedWrapper(model, workers=pool, parts=1, waiting=waiting)
     one = [TensorSpec("input", "FP32", (FEATURES,))], [TensorSpec("output", "FP32", (FEATURES,))]
     limits: Any = {"max_batch_size": BATCH, "max_ongoing_batches": PROCESSES}
     made = app(coded, name="model", inputs=one[0], outputs=one[1], deadline=10.0, **limits)
@@ -284,13 +275,8 @@ def predicted() -> dict[str, Any]:
         memory, seen, right = Memory(), order[:known], []
         memory.observe([images[seen]], [model(images[seen])])
         memory.rebuild()
-        coded = CodedWrapper(
-            model,
-            workers=half_lost,
-            parts=K,
-            waiting=Waiting(deadline=1.0),
-            surrogate=lambda x, memory=memory: memory.predict([x])[0],
-        )
+        how: Any = {"surrogate": lambda x, memory=memory: memory.predict([x])[0], "parts": K}
+        coded = CodedWrapper(model, workers=half_lost, waiting=Waiting(deadline=1.0), **how)
         for rows in order[-HELD_OUT:].split(MOST_ROWS):
             answers, report = coded.run(images[rows])
             assert report.predicted is not None

@@ -16,8 +16,7 @@ from coded_torch.demo.lenet5 import digits, lenet5
 from coded_torch.surrogates import distill
 
 from . import networks, tasks
-from .data import CACHE, Batch
-from .networks import SEED, Subject
+from .networks import CACHE, SEED, Batch, Subject
 
 NUM_TUNING_SHIPPED = 500  # the tuning digits of the 2,000 that ship, as in the demo
 NUM_TUNING_ROWS = 240  # the tuning rows of a table, or of a text
@@ -35,15 +34,10 @@ def run(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 @functools.cache
 def subject(name: str, quick: bool = False, seed: int = 0) -> Subject:
-    """Return a network with its inputs.
+    """Return a network of ``networks.PICTURES``, ``tasks.TABLES`` or ``tasks.SEQUENCES``.
 
-    Args:
-        name: in ``networks.PICTURES``, ``tasks.TABLES`` or ``tasks.SEQUENCES``.
-        quick: whether LeNet-5 and the digits that ship stand for every network.
-        seed: the seed of the network's training; of a table, its split.
-
-    Raises:
-        MissingDataError: a package is not installed.
+    With ``quick``, LeNet-5 and the digits that ship stand for all pictures. The seed is of the
+    training; of a table, it is the split. Raises a MissingDataError if a package is not installed.
     """
     if name not in networks.PICTURES:
         task = tasks.task(name, seed)

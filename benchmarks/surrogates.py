@@ -26,8 +26,7 @@ from coded_torch.surrogates import Memory
 from coded_torch.workers import LocalWorkers
 
 from .accuracy import SMALL
-from .data import Batch
-from .networks import SEED, Subject, seeded
+from .networks import SEED, Batch, Subject, seeded
 from .runs import Measurement, progress
 from .subjects import run, small_network, student_of, subject
 

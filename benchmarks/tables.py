@@ -82,8 +82,7 @@ def rivals(results: Mapping[str, Any]) -> Iterable[list[str]]:
         for setting in (x for x in settings if x.endswith(", rivals")):
             for rival, of in settings[setting].items():
                 if rival != "seconds":
-                    covered, half = of["covered"]
-                    numbers = f"{covered:.3f} ± {half:.3f}", f"{min(of['terciles']):.3f}"
+                    numbers = shown(of["covered"], ".3f"), f"{min(of['terciles']):.3f}"
                     head = NAMES.get(name, name), setting.removesuffix(", rivals"), rival
                     yield [*head, *numbers, f"{of['radius to ours']:.2f}"]
 
@@ -96,15 +95,10 @@ def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
         each = [sets[setting] for sets in found if setting in sets]
         if setting.endswith(", rivals"):
             continue
-        worst = [min(of[level]["covered"] for of in each) for level in ("0.9", "0.95", "0.99")]
+        worst = (min(of[level]["covered"] for of in each) for level in ("0.9", "0.95", "0.99"))
         mean = sum(of["0.95"]["covered"][0] for of in each) / len(each)
         wrong = max(of["certified and wrong"][0] for of in each if "certified" in of)
-        yield [
-            setting,
-            *(f"{x:.3f} ± {half:.3f}" for x, half in worst),
-            f"{mean:.3f}",
-            f"{wrong:.3f}",
-        ]
+        yield [setting, *(shown(x, ".3f") for x in worst), f"{mean:.3f}", f"{wrong:.3f}"]
 
 
 def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
@@ -317,11 +311,7 @@ TABLES: dict[str, Table | Callable[[Mapping[str, Any]], Iterable[list[str]]]] = 
     "useless": Table("surrogates > * > useless > * > *", ("", "batch"), {"": "0:.4f"}, 2),
     "waiting": Table("waiting > regimes > * > policies > *", ("workers / parts",), {"": tail}, 1),
     "fan_out": Table("waiting > fan-out > * > policies > *", ("parts",), {"": tail}, 1),
-    "latency": Table(
-        "latency > * > policies > *",
-        ("", ""),
-        LATENCIES,
-    ),
+    "latency": Table("latency > * > policies > *", ("", ""), LATENCIES),
     "verification": found_wrong,
     "resilience": Table("resilience > * > bars > *", ("", ""), BARS),
     "serving": Table("serving > faults > *", ("LeNet-5, under faults",), {"measured": number}),

