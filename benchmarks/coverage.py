@@ -41,8 +41,7 @@ from .runs import Measurement, MissingDataError, progress
 from .tasks import Task
 
 SEED, PARTS = 0, 24
-# The levels of radii that are compared.
-LEVELS = (0.9, 0.95, 0.99)
+LEVELS = (0.9, 0.95, 0.99)  # the levels of radii that are compared
 JACKKNIFE = 10  # the batches of jackknife+, which fits a regression for every result
 
 

@@ -57,11 +57,11 @@ class Fleet:
     and after the last result of a first part.
     """
 
-    def __init__(self, num_workers: int, share: float, seed: int = SEED) -> None:
-        self.random, self.seconds = random.Random(seed), list[tuple[float, float]]()
-        self.strikes = Strikes(
-            SimpleNamespace(places=range(num_workers)), share, random.Random(seed + 1)
-        )
+    def __init__(self, data: Data, num_workers: int, share: float, seed: int = SEED) -> None:
+        self.data, self.random = data, random.Random(seed)
+        self.seconds: list[tuple[float, float]] = []
+        pool = SimpleNamespace(places=range(num_workers))
+        self.strikes = Strikes(pool, share, random.Random(seed + 1))
 
     def settle(self) -> Fleet:
         """Take all workers for proven, with no strikes."""
@@ -70,8 +70,9 @@ class Fleet:
         strikes.passed([*strikes.everyone] * 30)
         return self
 
-    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
-        """Answer a batch of ``size`` rows; without inputs, nothing is scored."""
+    def call(self, at: Tensor, compute: Compute) -> Outcome:
+        """Answer the inputs at some places of the data."""
+        size, inputs = len(at), [self.data.inputs[at]]
         order = self.random.sample(sorted(self.strikes.workers), len(self.strikes.workers))
         count = min(len(order), size)
         parts = [range(i * size // count, (i + 1) * size // count) for i in range(count)]
@@ -115,23 +116,23 @@ class Fleet:
 class Voters:
     """As many workers as parts; one, two or three compute each, and a majority decides, by row.
 
-    If two results differ by more than the tolerance, a third worker computes the part.
+    If two results differ, a third worker computes the part.
     """
 
-    def __init__(self, num_workers: int, copies: int, tolerance: float) -> None:
-        self.num_workers, self.copies, self.tolerance = num_workers, copies, tolerance
+    def __init__(self, data: Data, copies: int) -> None:
+        self.data, self.copies, self.tolerance = data, copies, 1e-3 * data.spread
         self.random = random.Random(SEED)
 
     def settle(self) -> None:
         """Do nothing: no worker has a record."""
 
-    def call(self, size: int, compute: Compute, inputs: Sequence[Tensor] = ()) -> Outcome:
-        """Answer a batch of ``size`` rows, a multiple of M."""
-        order = self.random.sample(range(self.num_workers), self.num_workers)
-        answers, computed, step = list[Tensor](), 0, size // self.num_workers
-        for part in range(self.num_workers):
+    def call(self, at: Tensor, compute: Compute) -> Outcome:
+        """Answer the inputs at some places of the data, a multiple of M."""
+        order = self.random.sample(range(WORKERS), WORKERS)
+        answers, computed, step = list[Tensor](), 0, len(at) // WORKERS
+        for part in range(WORKERS):
             rows = range(part * step, (part + 1) * step)
-            workers = [order[(part + copy) % self.num_workers] for copy in range(3)]
+            workers = [order[(part + copy) % WORKERS] for copy in range(3)]
             results = [compute(w, rows, n > 0) for n, w in enumerate(workers[: self.copies])]
             if self.copies == 2 and not self._alike(*results).all():
                 results.append(compute(workers[2], rows, True))

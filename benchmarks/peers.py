@@ -1,7 +1,6 @@
 """Do other papers' schemes reach their papers' numbers here? ``python -m benchmarks peers``.
 
-Each runs in its paper's protocol, beside one number of the paper. Neither CIFAR-10 nor ImageNet is
-in a package: MNIST and LeNet-5 stand for the data and networks of all three papers.
+Each runs in its paper's protocol, on MNIST and LeNet-5, beside one number of the paper.
 
 - NeRCC (Moradi and Maddah-Ali, arXiv 2402.04377) nests two regressions, smoothing splines whose two
   regularisations are chosen together: ``SplineCode`` with both smoothings tuned, here on a grid.
@@ -142,13 +141,12 @@ def parm(quick: bool) -> dict[str, Any]:
         right = [(x.argmax(1) == batch.labels).double().mean() for x in (exact, decoded)]
         accuracies.append([float(x) for x in right])
     available, degraded = np.array(accuracies).T
+    lower = 100 * (available - degraded)
     return {
         "records": Comparison(records),
         "accuracy": rounded(available.mean(), half_width(available)),
         "degraded accuracy": rounded(degraded.mean(), half_width(degraded)),
-        "lower by points": rounded(
-            100 * (available - degraded).mean(), 100 * half_width(available - degraded)
-        ),
+        "lower by points": rounded(lower.mean(), half_width(lower)),
         "schemes": cells(Comparison(records)),
     }
 
@@ -202,7 +200,7 @@ def wrong_workers(results: Tensor, points: np.ndarray, num_data: int, most: int)
 def approxifer(quick: bool) -> dict[str, Any]:
     """Return the accuracies of answers while one worker adds noise, as in the authors' scripts."""
     data, labels, located = Data(), digits()[1], Located(INPUTS, FAULTY)
-    fleet = warm(data, Fleet(WORKERS, 0.02))
+    fleet = warm(Fleet(data, WORKERS, 0.02))
     found: dict[str, list[float]] = {}
 
     def noise(data: Data, rows: Tensor) -> Tensor:
@@ -222,7 +220,7 @@ def approxifer(quick: bool) -> dict[str, Any]:
             "the model": data.outputs[at],
             "ApproxIFER": located.answers(data, at, noise, [worker]),
             "no fault": located.answers(data, at, None, []),
-            "verify": fleet.call(BATCH_SIZE, compute, [data.inputs[at]]).answers,
+            "verify": fleet.call(at, compute).answers,
         }
         for name, answers in every.items():
             right = (answers.argmax(1) == labels[at]).double().mean()

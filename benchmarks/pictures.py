@@ -72,8 +72,8 @@ def panels(titles: Sequence[str], rows: int = 1, height: float = 3.2) -> tuple[F
     return figure, every[: len(titles)]
 
 
-def legend(figure: Figure, columns: int) -> Figure:
-    handles = figure.axes[0].get_legend_handles_labels()
+def legend(figure: Figure, columns: int, of: int = 0) -> Figure:
+    handles = figure.axes[of].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
     return figure
 
@@ -137,9 +137,7 @@ def convergence(results: Results) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xlabel("workers; dashed: the theorem's rate")
-    handles = every[-1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
-    return figure
+    return legend(figure, 4, of=-1)
 
 
 def coverage(results: Results) -> Figure:

@@ -22,20 +22,9 @@ from coded_torch import _extension
 from .timing import last_level_cache
 
 QUESTIONS = (
-    "accuracy",
-    "distances",
-    "surrogates",
-    "coverage",
-    "convergence",
-    "waiting",
-    "verification",
-    "latency",
-    "resilience",
-    "serving",
-    "peers",
-    "fleet",
-    "job",
-)
+    "accuracy", "distances", "surrogates", "coverage", "convergence", "waiting", "verification",
+    "latency", "resilience", "serving", "peers", "fleet", "job",
+)  # fmt: skip
 RESULTS = Path(__file__).resolve().parent / "results"
 _T = TypeVar("_T")
 #: The place of its numbers in the file, and the function that makes them.

@@ -65,29 +65,24 @@ def summary(scores: list[Score], reference: list[Score]) -> dict[str, Any]:
 
 
 def memory(quick: bool) -> dict[str, Any]:
-    of, count = subject(NAME, quick), 9 if quick else 150
-    known = Memory()
-    requests = list(of.batches("held_out", SIZE, count))
-    thirds = [requests[i * count // 3 : (i + 1) * count // 3] for i in range(3)]
-    found = {f"third {i + 1}": stream(of, some, known) for i, some in enumerate(thirds)}
-    return {"remembered": len(known), **found}
-
-
-def stream(of: Subject, requests: Iterable[Batch], known: Memory) -> dict[str, Any]:
     """Send requests with a memory, which learns as soon as enough is new, and without."""
-    coded, fresh = {"with": wrap(of, known), "without": wrap(of)}, 0
-    scores: dict[str, list[Score]] = {name: [] for name in coded}
-    for batch in requests:
-        for name, of_batch in answered(of, [batch], dict(coded)).items():
-            scores[name] += of_batch
-        report = coded["with"].last_run
-        assert report is not None
-        assert report.predicted is not None
-        fresh += int((~report.predicted).sum())
-        if fresh >= LEARNS_AFTER:
-            known.rebuild()
-            fresh = 0
-    return summary(scores["with"], scores["without"])
+    of, count, known, found = subject(NAME, quick), 9 if quick else 150, Memory(), {}
+    requests = list(of.batches("held_out", SIZE, count))
+    for i in range(3):
+        coded, fresh = {"with": wrap(of, known), "without": wrap(of)}, 0
+        scores: dict[str, list[Score]] = {name: [] for name in coded}
+        for batch in requests[i * count // 3 : (i + 1) * count // 3]:
+            for name, of_batch in answered(of, [batch], dict(coded)).items():
+                scores[name] += of_batch
+            report = coded["with"].last_run
+            assert report is not None
+            assert report.predicted is not None
+            fresh += int((~report.predicted).sum())
+            if fresh >= LEARNS_AFTER:
+                known.rebuild()
+                fresh = 0
+        found[f"third {i + 1}"] = summary(scores["with"], scores["without"])
+    return {"remembered": len(known), **found}
 
 
 def useless(size: int, quick: bool) -> dict[str, Any]:

@@ -101,6 +101,10 @@ def coverages(results: Mapping[str, Any]) -> Iterable[list[str]]:
         yield [setting, *(shown(x, ".3f") for x in worst), f"{mean:.3f}", f"{wrong:.3f}"]
 
 
+def _error(item: tuple[str, Any]) -> float:
+    return float("inf") if item[1]["mse"][0] is None else item[1]["mse"][0]
+
+
 def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
     """Yield a row for each setting and scheme, the least squared error first."""
     yield ["network, data", "lost", "batch", SETTING, "scheme", *SCORES, "command"]
@@ -110,13 +114,9 @@ def leaderboard(results: Mapping[str, Any]) -> Iterable[list[str]]:
                 for case, found in cases.items():
                     command = f'`accuracy --only {name} {kind} "{batch}" "{case}"`'
                     head = [NAMES.get(name, name), NAMES[kind], batch, case]
-                    for scheme, of in sorted(found["schemes"].items(), key=_by_error):
+                    for scheme, of in sorted(found["schemes"].items(), key=_error):
                         cells = [show(of) for show in SCORES.values()]
                         yield [*head, NAMES.get(scheme, scheme), *cells, command]
-
-
-def _by_error(item: tuple[str, Any]) -> float:
-    return item[1]["mse"][0] if item[1]["mse"][0] is not None else float("inf")
 
 
 def peers(results: Mapping[str, Any]) -> Iterable[list[str]]:

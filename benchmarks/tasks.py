@@ -103,15 +103,6 @@ class Words(nn.Module):
         return self.blocks[0].attention_norm(x + self.positions).mean(1)
 
 
-def _tables(name: str) -> tuple[np.ndarray, np.ndarray]:
-    folder_of("sklearn", "the tables are", "pip install scikit-learn")
-    from sklearn import datasets
-
-    if name == "friedman1":
-        return datasets.make_friedman1(1200, noise=0.5, random_state=0)
-    return getattr(datasets, f"load_{name.replace(' ', '_')}")(return_X_y=True)
-
-
 @functools.cache
 def task(name: str, split: int = 0, raw: bool = False) -> Task:
     """Return a network with its inputs; it is trained if the cache does not have it.
@@ -139,10 +130,16 @@ def task(name: str, split: int = 0, raw: bool = False) -> Task:
 
 def _table(name: str, split: int, raw: bool) -> Task:
     """Return a perceptron on a table; of the rows, 40 % (of 600 at most) train it."""
-    features, targets = _tables(name)
-    x = torch.from_numpy(features).double()
+    folder_of("sklearn", "the tables are", "pip install scikit-learn")
+    from sklearn import datasets
+
     if name == "friedman1":
-        x = x * _UNITS
+        features, targets = datasets.make_friedman1(1200, noise=0.5, random_state=0)
+        features = features * _UNITS.numpy()
+    else:
+        load = getattr(datasets, f"load_{name.replace(' ', '_')}")
+        features, targets = load(return_X_y=True)
+    x = torch.from_numpy(features).double()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(split))
     cut = min(600, 2 * len(x) // 5)
     train, held_out = order[:cut], order[cut:]

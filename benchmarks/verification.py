@@ -37,8 +37,7 @@ from .faulty import BATCH_SIZE, FAULTS, ROUNDING, WORKERS, Data, Fault, Fleet, V
 from .networks import SEED
 from .runs import Measurement, progress
 
-#: The shares of rows that are checked.
-SHARES = (0.01, 0.02, 0.03, 0.1)
+SHARES = (0.01, 0.02, 0.03, 0.1)  # the shares of rows that are checked
 SMALL = 8  # rows of a small request
 PAIR_OF = 6  # workers, of which two agree
 HARMFUL = 0.1  # of the outputs' spread
@@ -47,7 +46,6 @@ POOLS = {"24 of 48 workers": (48, 24, 0.3), "24 of 24": (24, 24, 0.3), "4 of 6":
 
 
 def request(
-    data: Data,
     fleet: Fleet | Voters,
     size: int = BATCH_SIZE,
     fault: Fault | None = None,
@@ -64,6 +62,7 @@ def request(
         hides: whether they are right when they are asked again.
         agree: whether they return the same wrong rows.
     """
+    data = fleet.data
     at = data.batch(size)
     truth = data.outputs[at]
     agreed = fault(data, truth) if fault and agree else truth
@@ -80,7 +79,7 @@ def request(
             made[list(rows)] = wrong
         return wrong
 
-    call = fleet.call(size, compute, [data.inputs[at]])
+    call = fleet.call(at, compute)
     counted = Counter(rows=size, computed=call.computed, disputes=call.verdict.disputes)
     strikes = call.verdict.strikes
     counted["charged"] = sum(n for worker, n in strikes.items() if worker not in faulty)
@@ -94,15 +93,15 @@ def request(
     return counted, call.verdict.excluded
 
 
-def honest(data: Data, fleet: Fleet | Voters, sizes: Iterable[int]) -> dict[str, float]:
+def honest(fleet: Fleet | Voters, sizes: Iterable[int]) -> dict[str, float]:
     """Return the counts of requests in which nobody is wrong, and their work."""
-    found = sum((request(data, fleet, size)[0] for size in sizes), Counter[str]())
+    found = sum((request(fleet, size)[0] for size in sizes), Counter[str]())
     charges = {x: found[x] for x in ("charged", "disputes", "left")}
     return {"work": found["computed"] / max(1, found["rows"]), **charges}
 
 
 def left(
-    data: Data, fleet: Any, fault: Fault, count: int, size: int = BATCH_SIZE, between: int = 0
+    fleet: Fleet | Voters, fault: Fault, count: int, size: int = BATCH_SIZE, between: int = 0
 ) -> dict[str, float]:
     """Return the counts of requests in each of which another proven worker is wrong.
 
@@ -111,55 +110,53 @@ def left(
     found = Counter[str]()
     for number in range(count):
         if number % WORKERS == 0:
-            honest(data, fleet, [size] * between)
+            honest(fleet, [size] * between)
         fleet.settle()
-        found += request(data, fleet, size, fault, [number % WORKERS])[0]
+        found += request(fleet, size, fault, [number % WORKERS])[0]
     kinds = {x: found[x] for x in ("wrong", "left", "harmful wrong", "harmful left", "charged")}
     shares = (("share left", "left", "wrong"), ("harmful share", "harmful left", "harmful wrong"))
     return {**kinds, **{x: found[some] / max(1, found[all_]) for x, some, all_ in shares}}
 
 
-def warm(data: Data, fleet: Fleet) -> Fleet:
+def warm(fleet: Fleet) -> Fleet:
     """Let some honest requests set the bars of scores, as in a pool whose workers are proven."""
     fleet.settle()
-    honest(data, fleet, [BATCH_SIZE] * 40)
+    honest(fleet, [BATCH_SIZE] * 40)
     return fleet
 
 
 def until(data: Data, fault: Fault, rate: float, seed: int, most: int = 2000) -> int:
     """Return the requests until a worker that is wrong in some of its parts is excluded."""
-    fleet = warm(data, Fleet(WORKERS, 0.02, seed))
+    fleet = warm(Fleet(data, WORKERS, 0.02, seed))
     for number in range(1, most + 1):
-        excluded = request(data, fleet, fault=fault, faulty=[0], rate=rate)[1]
+        excluded = request(fleet, fault=fault, faulty=[0], rate=rate)[1]
         assert excluded in ((), (0,)), excluded
         if excluded:
             return number
     return most
 
 
-def by_fault(data: Data, fleet: Fleet | Voters, count: int) -> dict[str, Any]:
+def by_fault(fleet: Fleet | Voters, count: int) -> dict[str, Any]:
     faults = progress(FAULTS.items(), "faults")
-    return {name: left(data, fleet, fault, count) for name, fault in faults}
+    return {name: left(fleet, fault, count) for name, fault in faults}
 
 
 def measure_honest(count: int) -> dict[str, Any]:
-    data = Data()
-    sizes = torch.randint(SMALL, BATCH_SIZE + 1, (count,), generator=data.generator).tolist()
-    fleet = Fleet(WORKERS, 0.02).settle()
-    return {"requests": count, **honest(data, fleet, progress(sizes, "requests"))}
+    fleet = Fleet(Data(), WORKERS, 0.02).settle()
+    generator = fleet.data.generator
+    sizes = torch.randint(SMALL, BATCH_SIZE + 1, (count,), generator=generator).tolist()
+    return {"requests": count, **honest(fleet, progress(sizes, "requests"))}
 
 
 def measure_left(count: int, share: float) -> dict[str, Any]:
-    data = Data()
-    return {"faults": by_fault(data, warm(data, Fleet(WORKERS, share)), count)}
+    return {"faults": by_fault(warm(Fleet(Data(), WORKERS, share)), count)}
 
 
 def measure_small(count: int) -> dict[str, Any]:
-    data = Data()
-    fleet = Fleet(WORKERS, 0.02).settle()
-    honest(data, fleet, [SMALL] * 1000)
+    fleet = Fleet(Data(), WORKERS, 0.02).settle()
+    honest(fleet, [SMALL] * 1000)
     fleet.strikes.share = 0.0  # odd scores alone
-    return left(data, fleet, FAULTS["one row"], count, SMALL, between=200)
+    return left(fleet, FAULTS["one row"], count, SMALL, between=200)
 
 
 def measure_until(seeds: int) -> dict[str, Any]:
@@ -179,9 +176,9 @@ def measure_liars(count: int) -> dict[str, Any]:
         ("right when asked again", WORKERS, [0], {"hides": True}),
         ("two of six that agree", PAIR_OF, [0, 1], {"agree": True}),
     ):
-        fleet, counts = warm(data, Fleet(workers, 0.02)), Counter[str]()
+        fleet, counts = warm(Fleet(data, workers, 0.02)), Counter[str]()
         for _ in range(count):
-            counts += request(data, fleet, fault=FAULTS["noise 1"], faulty=faulty, **how)[0]
+            counts += request(fleet, fault=FAULTS["noise 1"], faulty=faulty, **how)[0]
         found[name] = {x: counts[x] for x in ("wrong", "left", "charged")}
     return found
 
@@ -189,15 +186,14 @@ def measure_liars(count: int) -> dict[str, Any]:
 def measure_work(count: int) -> dict[str, Any]:
     """Return the work of honest requests, by the share of checked rows."""
     data = Data()
-    fleets = {f"{share:g}": Fleet(WORKERS, share).settle() for share in SHARES}
-    return {share: honest(data, x, [BATCH_SIZE] * count)["work"] for share, x in fleets.items()}
+    fleets = {f"{share:g}": Fleet(data, WORKERS, share).settle() for share in SHARES}
+    return {share: honest(x, [BATCH_SIZE] * count)["work"] for share, x in fleets.items()}
 
 
 def measure_latency(count: int, requests: int) -> dict[str, Any]:
-    data = Data()
-    fleet = warm(data, Fleet(WORKERS, 0.02))
+    fleet = warm(Fleet(Data(), WORKERS, 0.02))
     fleet.seconds.clear()
-    honest(data, fleet, [BATCH_SIZE] * count)
+    honest(fleet, [BATCH_SIZE] * count)
     while_, after = (1e3 * statistics.median(x) for x in zip(*fleet.seconds, strict=True))
     found: dict[str, Any] = {"ms while workers compute": while_, "ms after": after}
     for name, (workers, parts, load) in POOLS.items():
@@ -213,10 +209,9 @@ def measure_latency(count: int, requests: int) -> dict[str, Any]:
 def measure_peers(count: int) -> dict[str, Any]:
     found = {}
     for copies, name in enumerate(("nothing", "everything twice", "everything three times"), 1):
-        data = Data()
-        voters = Voters(WORKERS, copies, 1e-3 * data.spread)
-        work = honest(data, voters, [BATCH_SIZE] * 20)["work"]
-        found[name] = {"work": work, "faults": by_fault(data, voters, count)}
+        voters = Voters(Data(), copies)
+        work = honest(voters, [BATCH_SIZE] * 20)["work"]
+        found[name] = {"work": work, "faults": by_fault(voters, count)}
     return found
 
 

@@ -43,8 +43,7 @@ REGIMES: dict[str, Regime] = {
     "24 / 4, load 0.7, mix": (24, 4, 0.7, MIX),
     "144 / 128, mix": (144, 128, 0.3, MIX),
 }
-# The numbers of parts of a request.
-FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)
+FAN_OUTS = (1, 2, 4, 8, 16, 32, 64, 128)  # the numbers of parts of a request
 POLICIES: dict[str, Any] = {
     "wait for all": WAIT_FOR_ALL,
     "three re-asks, whole": Unsplit(predict=False),
