@@ -50,7 +50,7 @@ class NotEnoughResults(RuntimeError):  # noqa: N818 - the name says what happene
         self.answers: Any = None
         more = len(self.missing) - _SHOWN
         super().__init__(
-            f"decoding needs at least {required} of {num_workers} results, "
+            f"at least {required} of {num_workers} results are needed, "
             f"got {len(self.received)}; missing: {list(self.missing[:_SHOWN])}"
             + (f" and {more} more" if more > 0 else "")
             + (f"; {reason}" if reason else "")

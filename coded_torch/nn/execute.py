@@ -196,6 +196,8 @@ class Execution:
             required, why = division.needed, ""
             first = min(blamed, key=lambda error: self._parts[error.part].units)
             error = _of_module(first, report.refused)
+            if first.kind == "died" and enough:
+                why = "on_error='predict' predicts rows that end their workers"
         elif enough:
             required, error = division.needed, None
             if not (why := self._unpredictable()):
@@ -239,6 +241,8 @@ class Execution:
         division, answers = self._division, None
         with contextlib.suppress(Exception):  # a class may refuse attributes
             error.report = self._report  # type: ignore[attr-defined]
+            if self._report.refused:
+                error.rows = self._report.refused  # type: ignore[attr-defined]
             if division.by_rows and self._results.units:
                 stacked, wholes = self._results.stack(), dict[int, Tensor]()
                 for i in stacked.divided:
@@ -276,7 +280,6 @@ def _of_module(first: workers.WorkerError, refused: Sequence[int]) -> Exception 
             # `add_note` is not in Python 3.10. The module may raise one object again and again.
             others = [n for n in getattr(cause, "__notes__", ()) if not n.startswith(_NOTE)]
             cause.__notes__ = [*others, note]
-            cause.rows = refused  # type: ignore[attr-defined]
     return cause
 
 

@@ -51,6 +51,7 @@ class _Part:
     state = _QUEUED
     due = math.inf  # the time at which it is late
     seconds = math.inf  # a good result's latency
+    began = took = math.inf  # the last begin, and the seconds from there to the failure
     fresh: bool | None = None  # None: it has not begun
     worker, failure = -1, Failure()
     replaced = won = False
@@ -200,7 +201,7 @@ class Call:
         part = self.parts[event.part]
         self.now = max(self.now, event.at)
         self.open += part.state == _DROPPED  # the drop came too late
-        part.state, part.fresh = _RUNNING, event.fresh
+        part.state, part.fresh, part.began = _RUNNING, event.fresh, event.at
         if self.waiting.hedge_budget:
             self._set_due(part, event.at + self.threshold(len(part.units)))
 
@@ -220,7 +221,7 @@ class Call:
             part.fresh = bool(part.fresh)
             good.update(part.units)
             return
-        part.tries += 1
+        part.tries, part.took = part.tries + 1, event.latency
         good &= set[int]().union(*(p.units for p in self.parts if p.state == _GOOD))
         first = self.parts[: self.num_first]
         singles = {part.units: part for part in reversed(self.parts) if len(part.units) == 1}
@@ -344,7 +345,14 @@ class Call:
 
     def _chance(self, part: _Part) -> float:
         """Return the probability that other rows would have failed as often."""
-        others = [p for p in self.parts if p.state in (_GOOD, _FAILED) and p not in part.line]
+        # Parts that run for half as long as this one ran have not failed.
+        since = self.now - part.took / 2
+        others = [
+            p
+            for p in self.parts
+            if (p.state in (_GOOD, _FAILED) or (p.state == _RUNNING and p.began <= since))
+            and p not in part.line
+        ]
         ended = [p.let_down for p in others if not p.raised]
         return self.history.failure_rate(ended) ** sum(p.let_down for p in part.line)
 

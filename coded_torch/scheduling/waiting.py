@@ -32,7 +32,7 @@ class Waiting:
       after three failures alone, or 20 if the module raises and another worker has good results.
     - The call answers or raises at its deadline. If half of the results are there, missing rows are
       predicted in time. Otherwise the call raises :class:`~coded_torch.codes.DeadlineExceeded`,
-      unless a surrogate can answer.
+      unless a surrogate can answer, once a result has shown the form of the outputs.
     - Without a deadline, missing rows are predicted after ``predict_after`` medians of whole calls,
       if half of the results are there. While failed parts are computed again, the call waits for up
       to twice as long.

@@ -217,7 +217,7 @@ class Busy(Separate):
             LocalWorkers(Fixed(0.1, 1.0, 1.0, math.inf)),
             r"got 1; missing: \[1, 2, 3\]; no more arrived within the deadline of 0.5 s$",
         ),
-        (LocalWorkers(Uniform(3)), "at least 2 of 4 results, got 1"),
+        (LocalWorkers(Uniform(3)), "at least 2 of 4 results are needed, got 1"),
     ],
 )
 def test_the_message_says_why_too_little_arrived(workers, reason):

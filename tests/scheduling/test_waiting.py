@@ -229,6 +229,16 @@ def raised(*parts, worker, at=1.0):
     return [Settled(part, at, at, False, failure, worker) for part in parts]
 
 
+def test_a_part_that_ends_its_worker_is_cut_while_all_others_run():
+    six = [(2 * i, 2 * i + 1) for i in range(6)]
+    events = [*begin(*range(6)), Settled(0, 0.1, 0.1, False, Failure("died"))]
+    decisions, _, _ = drive(Waiting(predict=False), events, six, 12, History())
+    assert decisions == [Ask(tuple(six)), Ask(((0,), (1,)))]
+    events[4:6] = begin(4, 5, at=0.09)  # they may end their workers as soon
+    decisions, _, _ = drive(Waiting(predict=False), events, six, 12, History())
+    assert decisions == [Ask(tuple(six)), Ask(((0, 1),))]
+
+
 def test_the_search_for_what_failed_ends_at_twice_predict_after():
     events = [*begin(0, 1, 2, 3), *settle(0, 1, 2), Settled(3, 1.0, 1.0, False, Failure("died"))]
     events += [*begin(4, at=1.0), None, None, None]  # it hangs
