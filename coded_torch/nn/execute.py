@@ -59,6 +59,7 @@ class Execution:
     ) -> None:
         """Ask and wait until the policy ends the call, and verify the results."""
         division, check, report = self._division, self._check, self._report
+        self._at_once = waiting.at_once
         with pool.open(module, division.task) as request:
             self._request = request
             # On a simulated clock, only the simulation takes time.
@@ -102,8 +103,8 @@ class Execution:
                 return ended
             event = None
             if isinstance(decision, Wait):
-                if not self._events:
-                    self._listen(decision.until)
+                while not self._events and self._listen(decision.until):
+                    pass  # the policy needs no event that was heard
                 event = self._events.popleft() if self._events else None
             elif isinstance(decision, Ask):
                 first = len(self._parts)
@@ -119,19 +120,20 @@ class Execution:
                 with self._report.timed("decode"):  # now, while the call would wait anyway
                     _ = self._division.plan
 
-    def _listen(self, until: float) -> None:
+    def _listen(self, until: float) -> bool:
         """Wait for events, and judge together the replies that arrive together.
 
-        No more replies are taken than can complete the call.
+        No more replies are taken than can complete the call. Returns whether anything was heard.
         """
-        replies, latencies = list[workers.Reply](), self._report.latencies
+        replies, latencies, heard = list[workers.Reply](), self._report.latencies, False
         wanted = self._division.needed - len(self._results.units)
         while (event := self._request.wait(until)) is not None:
-            until = -math.inf  # next, events that have happened
+            heard, until = True, -math.inf  # next, events that have happened
             if isinstance(event, workers.Began):
                 self._began[event.part.number] = event
                 self._asked.add(event.worker)
-                self._events.append(Began(event.part.number, event.at, event.fresh))
+                if not self._at_once:  # otherwise no part is hedged
+                    self._events.append(Began(event.part.number, event.at, event.fresh))
             else:
                 replies.append(event)
                 wanted -= len(event.part.units)
@@ -156,6 +158,7 @@ class Execution:
                 failure = _failure(reply) if of is reply else Failure()
                 end = Settled(part.number, reply.at, of.latency, good, failure, of.worker)
                 self._events.append(end)
+        return heard
 
     def _note(self) -> None:
         """Report who was asked, and which results count."""

@@ -17,6 +17,7 @@ from .division import finite
 
 __all__ = ["Result", "Results", "Stacked"]
 
+_SMALL = 1 << 16  # bytes of results of which one copy takes less than a sum each; not tuned
 _ROUNDING = 0.01  # the most that a sum of probabilities differs from 1; half precision needs it
 
 
@@ -28,19 +29,25 @@ class Result:
     cannot be decoded.
     """
 
-    def __init__(self, reply: Reply, task: Task, carries: bool, judged: Tensor | None) -> None:
+    def __init__(
+        self, reply: Reply, task: Task, carries: bool, judged: Tensor | None, last: Result | None
+    ) -> None:
         self.reply, self.part, self.worker = reply, reply.part, reply.worker
         self._value = reply.value  # the reply need not keep it
         self.leaves, self.spec = flatten(reply.value)
         self._judged = judged
-        self.dims = base.broadcast_dims("out_dims", task.out_dims, self.spec)
+        self.dims: list[Any]
         self.divided: list[int] = []  # the places of the leaves that have the part's rows
         #: The leaves but for how many rows they have, which is alike in all good results.
         self.form: list[Any] = [self.spec]
+        self._looks = [len(self.part.units), self.spec, *map(_look, self.leaves)]
+        if last is not None and self._looks == last._looks:
+            self.dims, self.divided, self.form = last.dims, last.divided, last.form
+            return
+        self.dims = base.broadcast_dims("out_dims", task.out_dims, self.spec)
         for i, (leaf, dim) in enumerate(zip(self.leaves, self.dims, strict=True)):
             if dim is None or isinstance(leaf, CONSTANTS):
-                whole = isinstance(leaf, Tensor)
-                self.form.append((leaf.dtype, leaf.shape) if whole else base.kind(leaf))
+                self.form.append(_look(leaf))
                 continue
             if not (isinstance(leaf, Tensor) and (carries or leaf.is_floating_point())):
                 got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -154,6 +161,7 @@ class Results:
         """
         self._num_replies += len(replies)
         formed: dict[int, Result] = {}
+        last = self.good[-1] if self.good else None
         for i, reply in enumerate(replies):
             if reply.error is not None:
                 self._errors.append(reply.error)
@@ -162,7 +170,7 @@ class Results:
             if judged is not None:
                 judged = ~judged[list(reply.part.units)].flatten()
             try:
-                formed[i] = Result(reply, self._task, self._carries, judged)
+                last = formed[i] = Result(reply, self._task, self._carries, judged, last)
             except (TypeError, ValueError) as cause:
                 self._reject(reply, cause)
         names = _not_finite(list(formed.values()))
@@ -305,7 +313,11 @@ def _not_finite(results: Sequence[Result]) -> dict[Result, str]:
     if len(rows) > 1:
         leaves = [leaf for *_, leaf in rows]
         alike = all(result.form == results[0].form for result in results)
-        whole = _adjoining(leaves) if alike and len(rows) == len(results) else None
+        whole = None
+        if alike and len(rows) == len(results) and leaves[0].dim():
+            whole = _adjoining(leaves)
+            if whole is None and sum(leaf.nbytes for leaf in leaves) < _SMALL:
+                whole = torch.cat(leaves)
         if whole is None:  # a value that is not finite stays so in sums
             device = leaves[0].device
             sums = [leaf.detach().sum().to(device, torch.float32) for leaf in leaves]
@@ -326,3 +338,7 @@ def _improbable(rows: Tensor) -> str:
     if least >= -_ROUNDING and max(abs(low - 1), abs(high - 1)) <= _ROUNDING:
         return ""
     return f"values of {least:.3g} and more, with sums of {low:.3g} to {high:.3g}"
+
+
+def _look(leaf: Any) -> tuple[Any, ...]:
+    return (leaf.dtype, leaf.shape) if isinstance(leaf, Tensor) else base.kind(leaf)

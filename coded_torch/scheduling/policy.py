@@ -39,7 +39,7 @@ _TRIES, _TRIES_IF_EXACT = 3, 20
 # Rows that must raise alike, alone, with no good result, before all rows are refused. If half of
 # the rows were bad, 16 bad ones would be picked in one call of 65,536.
 _BLAMED = 16
-# Probabilities that other parts would have failed as often as this one. Below the first, which five
+# Probabilities that other parts would have failed as often as this one. Below the first, which four
 # others that did not fail reach, a part is cut. Below the second, a row is poison: with a third of
 # all parts failing, that is one call of two thousand (benchmarks/resilience.py, "poison").
 _SUSPECT, _POISON = 0.2, 1e-5
@@ -136,11 +136,16 @@ class Call:
             self.late_at, self.end = self.since + self.deadline, self.since + 2 * self.deadline
         self.history.earn(waiting.hedge_budget)
         yield Ask(tuple([part.units for part in self.parts]))
+        wait, event = Wait(-math.inf), None
         while True:
-            if reason := self._reason():
-                return self._end(reason)
-            until = self._until()
-            event = yield Wait(until)
+            # Where no part can be late, the begin of one changes nothing.
+            if not isinstance(event, Began) or self.timers or self.now >= self.end:
+                if reason := self._reason():
+                    return self._end(reason)
+                until = self._until()
+                if until != wait.until:
+                    wait = Wait(until)
+            event = yield wait
             if isinstance(event, Began):
                 self._begin(event)
                 continue
