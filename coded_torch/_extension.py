@@ -36,7 +36,11 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     multiplied in float64; the setting itself is only read.
     """
     with torch.autocast(a.device.type, enabled=False):
-        if a.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        if (
+            a.is_cuda
+            and a.dtype == torch.float32
+            and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        ):
             return torch.matmul(a.double(), b.double()).float()
         return torch.matmul(a, b)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from ._arguments import count, dense, real_array, shown
 from ._arguments import smoothing as check_smoothing
-from ._extension import HAS_CUDA_KERNELS, curve_plan
+from ._extension import HAS_CUDA_KERNELS, curve_plan, exact_matmul
 from ._torch import placed, to_device
 
 if TYPE_CHECKING:
@@ -187,11 +187,9 @@ class MatrixMap(LinearMap):
 def _product(matrix: Tensor, values: Tensor) -> Tensor:
     """Return ``[..., N, n] x [..., n, *] -> [..., N, *]``, computed in the dtype of the matrix."""
     last = matrix.dim() - 1
-    # Autocast would round the matrix to half precision, which decoders cannot afford.
-    with torch.autocast(values.device.type, enabled=False):
-        # Contiguous, because BLAS rounds a strided view of the same numbers differently.
-        columns = values.unsqueeze(-1).flatten(last).to(matrix.dtype).contiguous()
-        out = (matrix @ columns).to(values.dtype)
+    # Contiguous, because BLAS rounds a strided view of the same numbers differently.
+    columns = values.unsqueeze(-1).flatten(last).to(matrix.dtype).contiguous()
+    out = exact_matmul(matrix, columns).to(values.dtype)
     return out.reshape(*out.shape[:last], *values.shape[last:])
 
 

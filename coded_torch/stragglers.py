@@ -9,6 +9,7 @@ for its own generator, an integer of 64 bits. It defaults to None, a new seed.
 from __future__ import annotations
 
 import abc
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._arguments import MOST_WORKERS, count, instance, positive, probability, real, real_array
+from ._arguments import (
+    MOST_WORKERS,
+    count,
+    instance,
+    positive,
+    probability,
+    real,
+    real_array,
+    shown,
+)
 from ._torch import outside
 
 __all__ = ["Bernoulli", "Contiguous", "Markov", "Pareto", "ShiftedExponential", "Stragglers"]
@@ -63,12 +73,14 @@ class Stragglers(abc.ABC):
         least = max(1, self.num_stragglers or 0)
         num_workers = count(self, "num_workers", num_workers, least, MOST_WORKERS)
         with outside():
-            drawn = self._draw(num_workers, self._generator if generator is None else generator)
-            drawn = torch.as_tensor(drawn, dtype=torch.float64)
+            given = self._draw(num_workers, self._generator if generator is None else generator)
+            drawn = torch.tensor(math.nan)
+            with contextlib.suppress(TypeError, ValueError):  # no numbers
+                drawn = torch.as_tensor(given, dtype=torch.float64)
         if drawn.shape != (num_workers,) or not bool((drawn >= 0).all()):  # NaN fails, too
             raise ValueError(
                 f"{type(self).__name__}: _draw must return {num_workers} latencies of at least 0, "
-                f"got {drawn.tolist()}"
+                f"got {shown(given)}"
             )
         return drawn
 

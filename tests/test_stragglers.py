@@ -256,3 +256,7 @@ def test_a_law_of_the_users_own():
     for latencies in ([1.0], [1.0, -1.0], [1.0, math.nan]):
         with pytest.raises(ValueError, match=r"Given: _draw must return 2 latencies of at least 0"):
             Given(*latencies).sample(2)
+    with pytest.raises(
+        ValueError, match=r"Given: _draw must return 2 latencies .* got \(None, 1\)"
+    ):
+        Given(None, 1).sample(2)

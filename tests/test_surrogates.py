@@ -530,6 +530,11 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_a_student_must_return_what_the_module_returns():
+    with pytest.raises(ValueError, match=r"student must return shapes \[\(2, 4\)\].* got \[\(2, 1"):
+        distill(nn.Linear(3, 1), nn.Linear(3, 4), [torch.randn(8, 3)])
+
+
 def test_distilling_needs_gradients_to_be_possible():
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
         distill(student(), teacher(), [rand(9, 4).float()])

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._arguments import MOST_WORKERS, count, dense, instance
+from .._arguments import MOST_WORKERS, count, dense, instance, shown
 from .._torch import on_host, outside
 from ..input_space.metrics import Distances, Sources
 from ..input_space.ordering import Grouping, check_ordering
@@ -30,6 +30,7 @@ __all__ = ["Code", "FixedCode"]
 
 #: The result of ``_make_encoder`` and ``_make_decoder``.
 Map = LinearMap | NDArray[np.float64]
+_ROUNDING = 1e-6  # of sums of a matrix' rows, relative to their numbers; a bound, not tuned
 _CACHED_DECODERS = 256  # decoders; one for 20 of 24 workers holds some 10 KB; not tuned
 
 
@@ -213,7 +214,10 @@ class FixedCode(Code):
         return self._checked("decoder", self._make_decoder(workers), len(workers), self.num_data)
 
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
+        off, sums = np.zeros(1), np.ones(1)
         if isinstance(made, np.ndarray) and made.ndim == 2:
+            sums = made.sum(1)
+            off = np.abs(sums - 1) / np.maximum(np.abs(made).sum(1), 1)
             made = MatrixMap(made)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
             got = made if isinstance(made, LinearMap) else type(made).__name__
@@ -221,6 +225,9 @@ class FixedCode(Code):
                 f"{type(self).__name__}: _make_{what} must return a NumPy array "
                 f"{[*sizes[::-1]]} or a LinearMap from {sizes[0]} to {sizes[1]}, got {got}"
             )
+        if (off > _ROUNDING).any():
+            must = f"the rows of _make_{what}'s matrix must sum to 1"
+            raise ValueError(f"{type(self).__name__}: {must}, got sums {shown(sums.tolist())}")
         return made
 
     def encode(self, values: Tensor, dim: int = 0) -> Tensor:

@@ -163,7 +163,8 @@ def similarity_order(distances: Tensor) -> Tensor:
 
 @functools.lru_cache(32)
 def _arrival(batch_size: int, num_data: int) -> Grouping:
-    return Grouping(torch.arange(batch_size), num_data)
+    with torch.inference_mode(False):  # later calls may need derivatives
+        return Grouping(torch.arange(batch_size), num_data)
 
 
 def _permutation(order: Tensor | Sequence[int]) -> Tensor:

@@ -91,6 +91,10 @@ def distill(
     taught, held_out = _divided([_checked(batch, device) for batch in batches])
     with torch.no_grad():
         exact = [_outputs(module, args, link) for args in held_out]
+        found = _outputs(student.eval(), held_out[0], link)
+    shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact[0]))
+    if shapes != must:
+        raise ValueError(f"distill: student must return shapes {must}, as module, got {shapes}")
     variances = _variances(exact).clamp(min=1e-30)
     generator = torch.Generator(device).manual_seed(seed)
     optimiser = torch.optim.Adam(

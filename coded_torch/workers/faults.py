@@ -239,7 +239,7 @@ class _FaultyRequest(Request):
 
     def ask(self, parts: Sequence[Part]) -> None:
         if self._number < 0:
-            self._number, self._further = self._pool.begin(len(parts))
+            self._number, self._further = self._pool.begin(len(parts) or 1)
         missing = 1 + max((part.number for part in parts), default=-1) - len(self._faults)
         self._faults += itertools.islice(self._further, max(missing, 0))
         faulty = [dataclasses.replace(p, fault=self._faults[p.number] or None) for p in parts]

@@ -125,6 +125,19 @@ def test_what_a_code_of_ones_own_must_return_is_said(wrong, got):
         Wrong(2, 4).decoder(range(4))
 
 
+def test_the_rows_of_matrices_of_ones_own_must_sum_to_1():
+    class Twice(ReplicationCode):
+        def _make_encoder(self):
+            return 2 * np.eye(4, 2)
+
+        def _make_decoder(self, received):
+            return np.array([[1e9, 1.0 - 1e9], [1.0, 0.0]])  # rounding grows with the numbers
+
+    with pytest.raises(ValueError, match=r"^Twice: the rows of _make_encoder's .* must sum to 1"):
+        _ = Twice(2, 4).encoder
+    assert Twice(2, 4).decoder([0, 1]).num_inputs == 2
+
+
 @pytest.mark.parametrize("received", [{0: 0, 2: 0, 3: 0}.keys(), (0, 2, 3), np.array([0, 2, 3])])
 def test_received_sets_may_be_any_sequence_or_keys(received):
     code = codes.SplineCode(2, 4)
