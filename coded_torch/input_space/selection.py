@@ -74,8 +74,6 @@ class Fits:
         compared: int = _COMPARED,
     ) -> None:
         self.points = points
-        # The metric and the length where nothing is chosen.
-        self.default = distances.first, lengths[0] if len(lengths) == 1 else LENGTH
         self._distances, self._lengths = distances, lengths
         self._processes: dict[Any, GaussianProcess] = {}
         self._comparisons: dict[Any, Comparison] = {}
@@ -84,25 +82,21 @@ class Fits:
     def fit(self, sample: Tensor) -> Fitted:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
         distances = self._distances
-        metric: str | Features
-        metric, length = self.default
+        metric: str | Features = distances.first
+        length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
         if len(self.points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
             if len(distances.metrics) > 1 or metric != distances.metrics[0]:
                 metric = self._metric(few, length)
             if len(self._lengths) > 1:
                 length = self._length(few, metric)
-        process = self.process(metric, length)
-        choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
-        return Fitted(choice, process, sample)
-
-    def process(self, metric: str | Features, length: float) -> GaussianProcess:
-        """Return the regression in a metric at a length."""
         key = metric, length
         if key not in self._processes:
-            squared, step = self._distances.by(metric)
+            squared, step = distances.by(metric)
             self._processes[key] = GaussianProcess(squared, length * step, self.points)
-        return self._processes[key]
+        process = self._processes[key]
+        choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
+        return Fitted(choice, process, sample)
 
     def metric(self, sample: Tensor, length: float) -> str | Features:
         """Return the metric by which results ``[M, C]`` are predicted best from each other."""
@@ -173,8 +167,9 @@ class Part:
         if distances is not None and len(rows) <= _MEASURED:
             distances.prepare()
         self._last: tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]] | None = None
+        # The fits to results and to their residuals; not a history.
         self._fits: Fits | None = None
-        self._fitted: Fitted | None = None
+        self._fitted: list[Fitted] = []
 
     def decode(self, source: Tensor, results: Tensor) -> tuple[Tensor, Choice | None]:
         """Return the answers of these rows, ``[b, ...]``, and how missing ones were predicted.
@@ -236,17 +231,14 @@ class Part:
         return found if near.all() else found.widened(torch.where(near, 0.0, math.inf))
 
     def left_out_square(self, source: Tensor, results: Tensor) -> float:
-        """Return the sum of squared errors of predicting results from the others.
-
-        The metric and the length are the defaults, as a choice takes as long as all else.
-        """
+        """Return the sum of squared errors of predicting results from the others."""
         _, _, points, used = self._known(source)
         (sample,) = few_columns(used, results)
-        fits = self._fits_of(points)
-        if fits is None:
+        fitted = self._fit(points, sample)
+        if fitted is None:
             n = len(sample)
             return float(sample.var(0).sum()) * n**2 / (n - 1) if n > 1 else 0.0
-        return float(fits.process(*fits.default).leave_one_out_residuals(sample).square().sum())
+        return float(fitted.process.leave_one_out_residuals(fitted.sample).square().sum())
 
     def leave_one_out_variances(self) -> Tensor:
         """Return the variance of each row predicted from the rows near it, ``[b]``, float64."""
@@ -280,20 +272,16 @@ class Part:
             self._last = source, (own, missing, points, used)
         return self._last[1]
 
-    def _fits_of(self, points: Tensor) -> Fits | None:
+    def _fit(self, points: Tensor, sample: Tensor) -> Fitted | None:
         if self._distances is None or not len(points):
             return None
         if self._fits is None or not torch.equal(self._fits.points, points):
-            self._fits, self._fitted = Fits(self._distances, self._lengths, points), None
-        return self._fits
-
-    def _fit(self, points: Tensor, sample: Tensor) -> Fitted | None:
-        fits = self._fits_of(points)
-        if fits is None:
-            return None
-        if self._fitted is None or not torch.equal(self._fitted.sample, sample):
-            self._fitted = fits.fit(sample)
-        return self._fitted
+            self._fits, self._fitted = Fits(self._distances, self._lengths, points), []
+        for fitted in self._fitted:
+            if torch.equal(fitted.sample, sample):
+                return fitted
+        self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
+        return self._fitted[-1]
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

@@ -301,7 +301,9 @@ def _residuals(
             host[places] = sample
             return plan.left_out_square(host.view(*results.shape[:2], -1), received)
 
-        rest = y - _weighted(found, of_y)
+        # As below, bit for bit: one regression serves both.
+        of_y = [x.to(values.dtype) for x, values in zip(of_y, of_units, strict=True)]
+        rest = y.to(dtype) - _weighted(found, of_y)
         if not left_out_square(rest) < (1 - _CHANCE * by_chance) * left_out_square(y):
             return {}, results, None
     subtracted, known = _weighted(found, of_units), _weighted(found, used)
