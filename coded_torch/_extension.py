@@ -29,6 +29,11 @@ except ImportError as error:
 _ZERO_FROM = {torch.float32: 43.0, torch.float64: 350.0}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allows_tf32() -> bool:  # the compiler cannot trace the setting
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply ``[..., n, k]`` by ``[..., k, m]`` without rounding their entries first.
 
@@ -36,11 +41,7 @@ def exact_matmul(a: Tensor, b: Tensor) -> Tensor:
     multiplied in float64; the setting itself is only read.
     """
     with torch.autocast(a.device.type, enabled=False):
-        if (
-            a.is_cuda
-            and a.dtype == torch.float32
-            and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        ):
+        if a.is_cuda and a.dtype == torch.float32 and _allows_tf32():
             return torch.matmul(a.double(), b.double()).float()
         return torch.matmul(a, b)
 

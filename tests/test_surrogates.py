@@ -530,6 +530,18 @@ def test_a_memory_goes_on_learning_in_a_forked_process():
     assert os.waitpid(child, 0)[1] == 0
 
 
+def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)).requires_grad_(False)
+    x, waves = torch.randn(240, 4), torch.randn(4, 4)
+    wrong = 0.05 * module(x).std()
+    poor = lambda x: module(x) + wrong * torch.sin(3 * x @ waves)  # noqa: E731
+    workers = LocalWorkers(Uniform(4, seed=0))
+    _, report = CodedWrapper(module, parts=24, workers=workers, surrogate=poor).run(x)
+    assert report.predicted.any()
+    assert report.surrogate_weights == ((0.0,),)
+
+
 def test_a_student_must_return_what_the_module_returns():
     with pytest.raises(ValueError, match=r"student must return shapes \[\(2, 4\)\].* got \[\(2, 1"):
         distill(nn.Linear(3, 1), nn.Linear(3, 4), [torch.randn(8, 3)])

@@ -217,9 +217,9 @@ class FixedCode(Code):
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
         off, sums = np.zeros(1), np.ones(1)
         if isinstance(made, np.ndarray) and made.ndim == 2:
-            sums = made.sum(1)
-            off = np.abs(sums - 1) / np.maximum(np.abs(made).sum(1), 1)
-            made = MatrixMap(made)
+            given, made = made, MatrixMap(made)  # refuses what is no number
+            sums = given.sum(1)
+            off = np.abs(sums - 1) / np.maximum(np.abs(given).sum(1), 1)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:
             got = made if isinstance(made, LinearMap) else type(made).__name__
             raise TypeError(

@@ -80,7 +80,8 @@ class Grouping:
 
         def make() -> Grouping:
             grouping = object.__new__(type(self))
-            indices = to_device([getattr(self, name) for name in _INDICES], device)
+            with torch.inference_mode(False):  # later calls may need derivatives
+                indices = to_device([getattr(self, name) for name in _INDICES], device)
             grouping.__dict__.update(self.__dict__, **dict(zip(_INDICES, indices, strict=True)))
             return grouping
 
@@ -163,7 +164,7 @@ def similarity_order(distances: Tensor) -> Tensor:
 
 @functools.lru_cache(32)
 def _arrival(batch_size: int, num_data: int) -> Grouping:
-    with torch.inference_mode(False):  # later calls may need derivatives
+    with torch.inference_mode(False):
         return Grouping(torch.arange(batch_size), num_data)
 
 

@@ -63,6 +63,7 @@ def distill(
         mean over the outputs. The squared error of predicted answers falls by about this factor.
 
     Raises:
+        ValueError: the student returns other shapes than the module.
         RuntimeError: called in ``torch.inference_mode()``, or the student reaches no finite error.
 
     Example:

@@ -125,7 +125,7 @@ def test_what_a_code_of_ones_own_must_return_is_said(wrong, got):
         Wrong(2, 4).decoder(range(4))
 
 
-def test_the_rows_of_matrices_of_ones_own_must_sum_to_1():
+def test_the_rows_of_matrices_of_ones_own_must_sum_to_1(monkeypatch):
     class Twice(ReplicationCode):
         def _make_encoder(self):
             return 2 * np.eye(4, 2)
@@ -134,6 +134,9 @@ def test_the_rows_of_matrices_of_ones_own_must_sum_to_1():
             return np.array([[1e9, 1.0 - 1e9], [1.0, 0.0]])  # rounding grows with the numbers
 
     with pytest.raises(ValueError, match=r"^Twice: the rows of _make_encoder's .* must sum to 1"):
+        _ = Twice(2, 4).encoder
+    monkeypatch.setattr(Twice, "_make_encoder", lambda _: np.full((4, 2), "a"))
+    with pytest.raises(TypeError, match="matrix must be real numbers"):
         _ = Twice(2, 4).encoder
     assert Twice(2, 4).decoder([0, 1]).num_inputs == 2
 
