@@ -217,7 +217,7 @@ class FixedCode(Code):
     def _checked(self, what: str, made: Any, *sizes: int) -> LinearMap:
         off, sums = np.zeros(1), np.ones(1)
         if isinstance(made, np.ndarray) and made.ndim == 2:
-            given, made = made, MatrixMap(made)  # refuses what is no number
+            given, made = made, MatrixMap(made)  # refuses other objects than numbers
             sums = given.sum(1)
             off = np.abs(sums - 1) / np.maximum(np.abs(given).sum(1), 1)
         if not isinstance(made, LinearMap) or (made.num_inputs, made.num_outputs) != sizes:

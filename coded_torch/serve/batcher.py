@@ -150,6 +150,7 @@ class Batcher:
         self._compute, self._on_batch, self._has_idle = compute, on_batch, has_idle
         self._max_rows, self._max_queued, self._slots = max_batch_size, max_queued_requests, slots
         self._queue: dict[_Entry, None] = {}  # the first to arrive is first
+        self._rows = 0  # the rows of the queue
         self._reading = 0
         self._history = History(_BATCHES)
         self._hung = False  # True if the last batch had its usual time, and too few results
@@ -161,10 +162,6 @@ class Batcher:
     def num_queued(self) -> int:
         """The number of waiting requests, including requests being read."""
         return self._reading + len(self._queue)
-
-    @property
-    def _waiting_rows(self) -> int:
-        return sum(entry.rows for entry in self._queue)
 
     @property
     def _at_once(self) -> int:
@@ -195,9 +192,15 @@ class Batcher:
         self._check(len(inputs[0]), deadline)
         entry = _Entry(inputs, arrived, deadline)
         self._queue[entry] = None
-        entry.future.add_done_callback(lambda _: self._queue.pop(entry, None))
+        self._rows += entry.rows
+        entry.future.add_done_callback(lambda _: self._remove(entry))
         self._fill()
         return entry.future
+
+    def _remove(self, entry: _Entry) -> None:
+        if entry in self._queue:
+            del self._queue[entry]
+            self._rows -= entry.rows
 
     async def close(self, seconds: float) -> None:
         """Answer every accepted request, but do not wait longer than ``seconds``."""
@@ -220,7 +223,7 @@ class Batcher:
 
     def _expected(self, rows: int, now: float) -> float:
         """Return the seconds until ``rows`` more rows are probably answered."""
-        batches, rest = divmod(self._waiting_rows + rows, self._max_rows)
+        batches, rest = divmod(self._rows + rows, self._max_rows)
         seconds = batches * self._usual(self._max_rows) + (rest and self._usual(rest))
         seconds /= self._at_once
         if self._is_free:
@@ -259,18 +262,18 @@ class Batcher:
         batch: list[_Entry] = []
         rows = 0
         # As many batches as can run at once share the rows: one batch of all leaves workers idle.
-        every = self._waiting_rows + sum(rows for _, rows, _ in self._ongoing.values())
+        every = self._rows + sum(rows for _, rows, _ in self._ongoing.values())
         most = min(self._max_rows, -(-every // self._at_once))
         while self._queue:
             entry = next(iter(self._queue))
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
-                del self._queue[entry]  # this deadline would end the batch before any result
+                self._remove(entry)  # this deadline would end the batch before any result
                 continue
             if batch and (rows + entry.rows > most or entry.shapes != batch[0].shapes):
                 break
             rows += entry.rows
-            del self._queue[entry]
+            self._remove(entry)
             batch.append(entry)
         return batch
 

@@ -89,7 +89,7 @@ class LiveRequest(Request):
     def wants(self, part: Part) -> bool:
         """Return whether a part has still to begin."""
         job = self._open.get(part.number)
-        return job is not None and job.began is None
+        return job is not None and job.began is None and not self.abandoned
 
     def begin(self, part: Part, worker: int, fresh: bool = False) -> bool:
         """Note that a worker has got a part. If this returns False, it must not compute it."""

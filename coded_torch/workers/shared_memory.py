@@ -180,8 +180,8 @@ class Connection:
                 new = _anonymous_file(max(_LEAST, 1 << (pickled.size - 1).bit_length()))
                 block = mmap.mmap(new, 0)
             pickled.write(block)
-            self._blocks[index] = block
             self._lent.add(index)  # after writing, as a message that fails takes no block
+            self._blocks[index] = block
             self._write(kind, number, pickled.length, index, new)
         finally:
             if new is not None:

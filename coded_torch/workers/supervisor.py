@@ -161,6 +161,7 @@ class Supervisor(Dispatcher):
             except Exception as error:  # unpickling may raise anything
                 why = f"sent what cannot be read, from {worker}: {error}", "", error
         self.settle(worker, number, None if why else value, *why)
+        del why  # the traceback of its error holds this frame, and so the memory of the result
 
     def lost(self, worker: Any, reason: str, end: bool = False) -> None:
         """Note that a worker has ended, or end it; ``reason`` continues its name."""

@@ -350,5 +350,11 @@ class _Remade(NamedTuple):
     state: dict[str, Any]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        kind, args = type(self.error), self.error.args
-        return kind.__new__, (kind, *args), {**self.state, "args": args}
+        return _remake, (type(self.error), self.error.args, self.state)
+
+
+def _remake(kind: type[Exception], args: tuple[Any, ...], state: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(state)  # no setter of the class runs
+    return error

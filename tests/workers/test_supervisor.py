@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
+import weakref
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -512,14 +515,38 @@ def test_a_worker_that_answers_at_the_last_moment_begins_nothing_that_ends_with_
 def test_only_workers_that_are_at_an_interrupted_request_are_ended():
     supervisor = started(3)
     interrupted, other = Asking(supervisor, 2), Asking(supervisor, 1)
+    interrupted.more(1)  # waits
     first, second, third = supervisor.launched
-    interrupted.abandoned = True
-    interrupted.abandon()
+    interrupted.abandoned = True  # in another thread: its own has still to close it
     supervisor.take(first, first.job.number, lambda: (True, "done meanwhile"))
+    assert first.idle
+    interrupted.abandon()
     supervisor.tend()
     assert [worker.ended for worker in (first, second, third)] == [False, True, False]
     supervisor.take(third, third.job.number, lambda: (True, "good"))
     assert [reply.value for reply in replies(other)] == ["good"]
+
+
+def test_a_result_that_cannot_be_read_is_not_kept():
+    supervisor = started(1)
+    request = Asking(supervisor, 1)
+
+    class UnreadableError(Exception):
+        pass
+
+    errors = [UnreadableError()]
+    kept = weakref.ref(errors[0])
+
+    def read() -> tuple[bool, Any]:
+        raise errors.pop()
+
+    gc.disable()
+    try:
+        supervisor.take(supervisor.launched[0], supervisor.launched[0].job.number, read)
+        assert "sent what cannot be read" in str(replies(request)[0].error)
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_overdue_workers_are_replaced_though_one_cannot_be_ended():
