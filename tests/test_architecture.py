@@ -119,8 +119,8 @@ def test_files_are_small(name):
 
 def test_files_are_few():
     # What they are: a new file, or many lines, should be a decision. 72 and 14,500 is the aim.
-    assert len(COUNTED) <= 78
-    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 17278
+    assert len(COUNTED) <= 77
+    assert sum(len(path.read_text().splitlines()) for path in COUNTED) <= 16897
 
 
 def test_the_wrapper_takes_ten_arguments():
