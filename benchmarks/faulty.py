@@ -51,7 +51,7 @@ class _All:
 
 
 class Fleet:
-    """As many workers as parts, which compute as soon as they are asked.
+    """A pool with a worker for each part, which computes as soon as it is asked.
 
     A share of the rows is checked. ``seconds`` has, for each call, the time until the first wait,
     and after the last result of a first part.
@@ -114,7 +114,7 @@ class Fleet:
 
 
 class Voters:
-    """As many workers as parts; one, two or three compute each, and a majority decides, by row.
+    """A pool in which one, two or three workers compute each part, and a majority decides by row.
 
     If two results differ, a third worker computes the part.
     """

@@ -535,7 +535,10 @@ def test_a_poor_surrogate_has_no_weight_where_results_predict_each_other_well():
     module = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 4)).requires_grad_(False)
     x, waves = torch.randn(240, 4), torch.randn(4, 4)
     wrong = 0.05 * module(x).std()
-    poor = lambda x: module(x) + wrong * torch.sin(3 * x @ waves)  # noqa: E731
+
+    def poor(x):
+        return module(x) + wrong * torch.sin(3 * x @ waves)
+
     workers = LocalWorkers(Uniform(4, seed=0))
     _, report = CodedWrapper(module, parts=24, workers=workers, surrogate=poor).run(x)
     assert report.predicted.any()
