@@ -73,6 +73,18 @@ def test_the_researchers_example_prints_its_output(tmp_path):
             assert numbers[0] == pytest.approx(numbers[1], rel=0.1)
 
 
+def test_comments_name_benchmarks_that_exist():
+    files = [*(ROOT / "coded_torch").rglob("*.py"), *(ROOT / "csrc").rglob("*.h")]
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} | {"results"}
+    cited = {
+        name: path.name
+        for path in files
+        for name in re.findall(r"\bbenchmarks[ ./]([a-z_]+)(?:[;,)]|\.py|, )", path.read_text())
+    }
+    assert "waiting" in cited
+    assert {name: cited[name] for name in cited.keys() - names} == {}
+
+
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150

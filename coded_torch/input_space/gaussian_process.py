@@ -18,7 +18,7 @@ __all__ = ["NUGGET", "Comparison", "GaussianProcess", "matern52", "scaled"]
 
 #: The variance of a result that its input does not explain, relative to the outputs' variance. It
 #: keeps repeated inputs apart; with 1e-3 the squared error of 3,400 results is .993 to 1.004 times
-#: as large (theory, section 10).
+#: as large (measured once; no benchmark keeps it).
 NUGGET = 1e-4
 # If there are more results, evenly spaced ones are left out: all of 3,400 take .5 s.
 # (benchmarks accuracy)
@@ -27,7 +27,7 @@ _LEFT_OUT = 256
 # Standard errors that a gain must exceed. On outputs of noise, with 6 to 204 results, the mean is
 # predicted in 65 to 78 of 100 batches instead of 17 to 60. Where inputs explain little, and in
 # residuals of students, the squared error stays within .2 %. A whole standard error costs up to 7 %
-# there. (benchmarks learning)
+# there. (measured once; no benchmark keeps it)
 _ERRORS = 0.5
 
 

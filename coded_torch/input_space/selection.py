@@ -23,7 +23,7 @@ from .metrics import Choice, Distances, Features, name_of
 __all__ = ["LENGTH", "LENGTHS", "MOST_ROWS", "Fits", "Fitted", "Part", "few_columns"]
 
 #: The length where nothing is chosen, in steps of a path, and the lengths that compete, with a half
-#: step to the better side; no others were better. (theory, section 11; benchmarks distances)
+#: step to the better side; no others were better. (benchmarks distances)
 LENGTH = 2.0
 LENGTHS = (1.0, 2.0, 4.0, 8.0)
 # Results that metrics and lengths are compared on, or an eighth if that is more: all of 204 cost
@@ -38,7 +38,7 @@ _ERRORS = 2
 # With fewer results, chance decides which metric predicts best. (benchmarks distances)
 _LEAST = 8
 #: Rows that are regressed together; time grows with the cube, memory with the square. In 2, 4, 8
-#: parts the squared error is 1.6, 2.4, 4.0 times as large. (theory, section 10)
+#: parts the squared error is 1.6, 2.4, 4.0 times as large. (measured once; no benchmark keeps it)
 MOST_ROWS = 4096
 # Columns of the results, to judge predictions by: the outputs' variance and trust are as exact from
 # some 64 outputs as from all. It was not tuned.

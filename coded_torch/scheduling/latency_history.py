@@ -191,12 +191,12 @@ class History:
 
 
 #: The numbers of rows that are predicted together, the most exact first; 0: each by the mean of all
-#: results. benchmarks/batches.py has the error by size.
+#: results. MOST_ROWS in input_space/selection.py has the error by size.
 BLOCKS = 4096, 512, 0
 _REMEMBERED = 16  # predictions; not tuned
 _RETRY = 32  # calls without time for a regression, after which the slowest one is forgotten
-# A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one quiet core (an x86 of 2023; 64, 512
-# and 4,096 rows of 784 features, a third of them predicted; benchmarks/batches.py). The factor of a
+# A regression of n rows takes 5e-3 + 6e-8 n^2 seconds on one core (64 to 4,096 rows of 784
+# features, a third of them predicted; measured once, no benchmark keeps it). The factor of a
 # machine, a module and its surrogates is measured call by call.
 _FIT, _FIT_ROWS = 5e-3, 6e-8
 _LATE = 5e-3  # seconds by which a busy machine wakes a thread late (benchmarks/resilience.py)

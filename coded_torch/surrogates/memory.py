@@ -30,12 +30,12 @@ __all__ = ["Memory"]
 logger = sparing_logger("coded_torch.surrogates")
 
 # Directions of the coordinates: with 64 of 1,024 rows' the squared error grows by 7 to 10 %, with
-# 128 by less than 3 %. (theory, section 10; benchmarks learning)
+# 128 by less than 3 %. (measured once; no benchmark keeps it)
 _RANK = 96
 # Directions that hold less of the variance are rounding; it was not tuned.
 _NOTHING = 1e-6
 # Rows from which the coordinates are found for the last time: all of 1,000 rows lower the error by
-# 1 % against 512. (benchmarks learning)
+# 1 % against 512. (measured once; no benchmark keeps it)
 _FROZEN_AT = 1024
 # Rows that determine the directions.
 _LANDMARKS = 512

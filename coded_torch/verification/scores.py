@@ -31,7 +31,7 @@ __all__ = ["ODD_PARTS", "ODD_ROWS", "Fit", "Results", "Scores"]
 logger = sparing_logger("coded_torch.nn")
 
 # Results of one row in batches of other sizes differ by 2.5e-6 of the outputs' spread in float32,
-# and by some .01 in half precision and TF32 (theory, section 13).
+# and by some .01 in half precision and TF32 (measured once; no benchmark keeps it).
 _EXACT, _LOOSE = 1e-3, 0.03
 _SAMPLE = 64  # rows from which the spread of outputs is taken
 _QUARTILE = 1.15  # standard deviations, within which three quarters of normal numbers lie
@@ -42,7 +42,7 @@ _COLUMNS = 64  # outputs of a row that are scored, evenly spaced: they take .2 m
 # Added to the correlations of outputs, so that they can be inverted. Not tuned.
 _RIDGE = 0.05
 # The shares of rows and of parts that are odd. In 24 parts of 12 rows they add .07 medians of a
-# part to the mean latency; rows of .001 add .12, and find no more (theory, section 13).
+# part to the mean latency; rows of .001 add .12, and find no more (measured once).
 ODD_ROWS, ODD_PARTS = 0.0005, 0.003
 _KEPT = 4096  # scores that a bar is found from: a bar for one of 1,000 takes some thousand
 _ANEW = 16  # times that a bar is found anew until all scores are new ones
