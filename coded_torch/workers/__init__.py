@@ -5,7 +5,7 @@ To add a pool on real time:
 1. Read the rules of :class:`Workers`.
 2. Subclass :class:`~coded_torch.workers.dispatch.Dispatcher`: ``send`` hands a job to a worker. It
    calls :func:`~coded_torch.workers.faults.compute` under ``job.request.ambient.restored``, and
-   reports by ``settle``, or by ``fail`` with ``kind="raised"`` if the module raised.
+   reports by ``settle``, with the kind "raised" if the module raised.
 3. Subclass :class:`~coded_torch.workers.dispatch.DispatchedWorkers`: ``_make`` returns the
    dispatcher, and ``open`` a :class:`~coded_torch.workers.live.LiveRequest`.
 4. Inherit ``coded_torch.testing.workers.WorkersTests``, as ``tests/workers/test_threads.py`` does.

@@ -66,11 +66,10 @@ class Task:
                 leaf = leaf.index_select(0, torch.tensor(units, device=leaf.device))
             return leaf.flatten(0, 1)
 
-        pairs = list(zip(self.leaves, self.dims, strict=True))
-        pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in pairs]
-        size = len(units) * self.unit_rows
-        step = max_rows or size
-        for start in range(0, size, step):
+        both = zip(self.leaves, self.dims, strict=True)
+        pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in both]
+        step = max_rows or len(units) * self.unit_rows
+        for start in range(0, len(units) * self.unit_rows, step):
             batch = [
                 leaf if dim is None else leaf[start : start + step].movedim(0, dim)
                 for leaf, dim in pairs
@@ -270,19 +269,20 @@ class Workers(abc.ABC):
             timeout: seconds.
 
         Raises:
-            RuntimeError: not all workers started and loaded the module in time.
+            RuntimeError: not all workers that are not excluded started and loaded it in time.
             WorkerError: a worker could not load or call the module.
         """
         if module is None or self.num_workers is None:
             return self
         args = example if isinstance(example, tuple) else (example,)
         leaves, spec = pytree.tree_flatten((args, {}))
-        loading = _Loading if example is None else Task
-        task = loading(leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu"))
+        how = leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu")
+        task = _Loading(*how) if example is None else Task(*how)
         with torch.no_grad(), self.open(module, task) as request:
-            places, missing, request.timeout = frozenset(self.places), self.num_workers, math.inf
-            # A part for each place, which all others must avoid.
-            request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(sorted(places))])
+            places, states = frozenset(self.places), getattr(self, "states", {})
+            wanted = sorted(p for p in places if states.get(p, ("",))[0] != "excluded")
+            missing, request.timeout = len(wanted), math.inf
+            request.ask([Part(n, (0,), avoid=places - {p}) for n, p in enumerate(wanted)])
             while missing:
                 event = request.wait(timeout)
                 if isinstance(event, Began):
@@ -293,7 +293,7 @@ class Workers(abc.ABC):
                 # A place that was given up meanwhile is not missing.
                 if event is None or (error and not event.part.avoid.issuperset(self.places)):
                     why = error.reason if error else request.status() or "the others are loading"
-                    what = f"only {len(places) - missing} of {len(places)} workers started"
+                    what = f"only {len(wanted) - missing} of {len(wanted)} workers started"
                     raise RuntimeError(f"{type(self).__name__}: {what} within {timeout:g} s; {why}")
                 missing -= 1
         return self

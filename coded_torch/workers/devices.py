@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import queue
 import threading
 import time
@@ -61,11 +62,11 @@ class DeviceWorkers(DispatchedWorkers):
     def __init__(self, devices: Sequence[torch.device | str], *, timeout: float = 600.0) -> None:
         # An empty tensor has the index of "cuda", and fails here if there is no such device.
         self.devices = find_devices(self, devices, lambda d: torch.empty(0, device=d).device)
-        self.timeout = positive(self, "timeout", timeout)
+        self.timeout, self._size = positive(self, "timeout", timeout), len(self.devices)
         self._open()
 
     def _make(self) -> _Threads:
-        return _Threads(self.devices)
+        return _Threads(self.devices, self._size)
 
     def open(self, module: nn.Module, task: Task) -> Request:
         for name, part in module.named_modules():
@@ -135,9 +136,10 @@ class _Replica(Worker):
                 value = self._call(job.request, job)
             except BaseException as cause:  # SystemExit too: it would end the thread, unnoticed
                 # Not str(cause), which may raise.
-                what = "".join(traceback.format_exception_only(cause)).strip()
+                text = "".join(traceback.format_exception_only(cause)).strip()
                 kind = "died" if isinstance(cause, InjectedCrash) else "raised"
-                threads.fail(self, job.number, f"failed on {self.device}: {what}", kind, cause)
+                why = f"failed on {self.device}: {text}"
+                threads.settle(self, job.number, None, why, kind, cause)
             else:
                 threads.settle(self, job.number, value)
                 del value
@@ -207,9 +209,9 @@ class _Threads(Dispatcher):
 
     kind = "devices"
 
-    def __init__(self, devices: Sequence[torch.device]) -> None:
-        super().__init__(len(devices))
-        self.devices = devices
+    def __init__(self, devices: Sequence[torch.device], size: int) -> None:
+        super().__init__(size)
+        self.devices, self.process = devices, os.getpid()
         self.wake()
 
     def wake(self) -> None:

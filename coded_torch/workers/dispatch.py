@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import itertools
 import math
+import os
 import threading
 import time
 import weakref
@@ -33,11 +34,13 @@ class Worker:
     ready = False  #: true if it is up
     excluded = False  #: true if it gets no more jobs
     left = False  #: true if it leaves after its job, and has no successor
+    unwanted = False  #: true if it is to be ended
 
     @property
     def idle(self) -> bool:
         """True if it would begin a job at once."""
-        return self.ready and self.job is None and not (self.excluded or self.left)
+        out = self.excluded or self.left or self.unwanted
+        return self.ready and self.job is None and not out
 
     def is_new_to(self, module: Any) -> bool:
         """Return whether the worker would have to load a module first."""
@@ -51,12 +54,13 @@ class Dispatcher(abc.ABC):
     """Gives each idle worker the first job that is still wanted and need not avoid this worker.
 
     Subclasses implement :meth:`send` and :meth:`close`, :meth:`add` their ``size`` workers, and
-    report results by :meth:`settle` and :meth:`fail`. Any thread may call any method.
+    report results by :meth:`settle`. Any thread may call any method.
     """
 
     kind = "workers"  #: the word for the workers in messages
     grace = math.inf  #: seconds that a job may take before its worker is ended
     trouble = ""  #: the reason why the last worker did not start
+    process = 0  #: the id of the process that has the workers' threads; 0 before there are some
 
     def __init__(self, size: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.places = set(range(size))  # a place has a worker, or will have one
@@ -108,7 +112,8 @@ class Dispatcher(abc.ABC):
 
     def submit(self, asked: Iterable[Job]) -> None:
         with self._lock:
-            self._jobs += asked
+            # No worker may be idle to find that nobody wants a job any more.
+            self._jobs = deque(x for x in (*self._jobs, *asked) if x.request.wants(x.part))
         self.refuse()
 
     def exclude(self, index: int, excluded: bool = True) -> None:
@@ -184,18 +189,14 @@ class Dispatcher(abc.ABC):
 
     def ready(self, worker: Worker) -> None:
         """Note that a worker is up, and give it jobs."""
-        worker.ready = True
+        worker.ready, self.trouble = True, ""
         self._assign()
 
     def settle(self, worker: Worker, number: int, value: Any = None, *why: Any) -> None:
-        """End a job by a value, or by an error, as :meth:`fail` does."""
+        """End a job by a value, or by the arguments of a :class:`WorkerError` after the worker."""
         if (job := self._finish(worker, number)) is not None:
             job.request.settle(job.part, value, *why)
         self._assign()
-
-    def fail(self, worker: Worker, number: int, *why: Any) -> None:
-        """End a job by a :class:`WorkerError` of a reason, and perhaps its kind and cause."""
-        self.settle(worker, number, None, *why)
 
     def hand_back(self, worker: Worker, number: int) -> None:
         """Put a job that a worker did not take first in the queue again."""
@@ -206,7 +207,7 @@ class Dispatcher(abc.ABC):
         self.refuse()
 
     def refuse(self, why: str = "") -> None:
-        """Fail the jobs that must avoid all workers that are left; for a reason, that are up."""
+        """Fail jobs that avoid all workers that are left or, given a reason, all that are up."""
         why = "the pool was closed" if self.closed else why
         with self._lock:
             left = self.places - {w.index for w in self._workers if w.excluded}
@@ -283,9 +284,12 @@ class DispatchedWorkers(Workers):
         self._finalizer = weakref.finalize(self, self._queue.close)
 
     def _dispatcher(self) -> Any:
-        """Return the dispatcher; a RuntimeError if the pool is closed."""
+        """Return the dispatcher; a RuntimeError if the pool is closed, or of another process."""
         if self._queue.closed:
             raise RuntimeError(f"{type(self).__name__}: the pool is closed")
+        if self._queue.process not in (0, os.getpid()):
+            must = "the pool must be used in the process that started it"
+            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
         return self._queue
 
     places: Any = property(lambda self: set(self._queue.places))
@@ -295,7 +299,8 @@ class DispatchedWorkers(Workers):
     @property
     def states(self) -> dict[int, tuple[str, int]]:
         """The state by place: "idle", "busy", "excluded" or "down"; and the process id or 0."""
-        return dict(self._queue.states())
+        found: dict[int, tuple[str, int]] = self._queue.states()
+        return found
 
     def resize(self, num_workers: int) -> None:
         self._dispatcher().resize(count(self, "num_workers", num_workers, most=MOST_WORKERS))
@@ -315,13 +320,17 @@ class DispatchedWorkers(Workers):
         self._dispatcher().leave(self._place(worker))
 
     def _place(self, worker: int) -> int:
-        return count(self, "worker", worker, least=0, most=max(self.places, default=0))
+        if count(self, "worker", worker, least=0) not in (places := self.places):
+            must = f"worker must be one of {sorted(places)}"
+            raise ValueError(f"{type(self).__name__}: {must}, got {worker}")
+        return worker
 
     def close(self) -> None:
         self._finalizer()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_queue": None, "_finalizer": None}
+        # A copy has as many workers.
+        return {**vars(self), "_queue": None, "_finalizer": None, "_size": max(self.num_workers, 1)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

@@ -6,8 +6,10 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import ssl
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -62,7 +64,7 @@ class EndpointWorkers(DispatchedWorkers):
 
     Opening raises:
         TypeError, ValueError: the module is not a :class:`RemoteModule`, or of another model.
-        RuntimeError: the pool is closed, or was made in the process that this one was forked from.
+        RuntimeError: the pool is closed, or was started in a process that this one was forked from.
 
     Note:
         Redirects, proxies of the environment and cookies are not followed, used or kept. A part
@@ -87,6 +89,7 @@ class EndpointWorkers(DispatchedWorkers):
         self.concurrency = count(self, "concurrency", concurrency)
         self.timeout = positive(self, "timeout", timeout)
         self.refresh = positive(self, "refresh", refresh)
+        endpoints = (endpoints,) if isinstance(endpoints, str) else endpoints
         self._source = endpoints if callable(endpoints) else tuple(endpoints)
         limits = {"connect_timeout": connect_timeout, "timeout": timeout}
         self._options: Any = {"headers": headers, "token": token, "context": context, **limits}
@@ -106,10 +109,7 @@ class EndpointWorkers(DispatchedWorkers):
         elif not self.urls:
             raise ValueError("EndpointWorkers: endpoints must not be empty")
 
-    @property
-    def urls(self) -> tuple[str, ...]:
-        """The servers that get parts, or did until they failed."""
-        return tuple(self._queue.urls)
+    urls: Any = property(attrgetter("_queue.urls"), doc="The servers that are in the pool.")
 
     @property
     def names(self) -> dict[int, str]:
@@ -136,9 +136,11 @@ class EndpointWorkers(DispatchedWorkers):
             must = f"module must stand for the model {self.model!r}"
             raise ValueError(f"EndpointWorkers: {must}, got {module.model!r}")
         endpoints = self._dispatcher()
-        if endpoints.loop is not running_loop():
-            raise RuntimeError("EndpointWorkers: the pool must be used in the process that made it")
         return _EndpointRequest(task, self.timeout, endpoints, module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        source = self._source if callable(self._source) else self.urls or self._source
+        return {**super().__getstate__(), "_source": source}
 
     def __repr__(self) -> str:
         return f"EndpointWorkers({list(self.urls)}, model={self.model!r})"
@@ -178,7 +180,7 @@ class _Endpoints(Dispatcher):
     def __init__(self, asking: client.Client, concurrency: int) -> None:
         super().__init__(0)
         self.client, self.concurrency = asking, concurrency
-        self.loop = running_loop()
+        self.loop, self.process = running_loop(), os.getpid()
         self.place_of: dict[str, int] = {}  # the place of each URL, also after its removal
         self._pauses: dict[str, float] = {}  # before the last probe, of servers without an answer
         self._num_answers = 0
@@ -237,7 +239,7 @@ class _Endpoints(Dispatcher):
 
     def _begin_at(self, slot: _Slot, job: Job) -> None:
         if not job.request.awaits(job.part):  # cancelled before it started
-            self.fail(slot, job.number, "was cancelled")
+            self.settle(slot, job.number, None, "was cancelled")
             return
         slot.running = self._spawn(self._ask(slot, job))
         slot.running.add_done_callback(functools.partial(self._report, slot, job))
@@ -259,7 +261,7 @@ class _Endpoints(Dispatcher):
         """Report the result or the error of a part, which may not even have begun."""
         url = slot.url
         if task.cancelled():
-            self.fail(slot, job.number, "was cancelled")
+            self.settle(slot, job.number, None, "was cancelled")
             silent = self._silent.setdefault(url, [])
             silent.append(self._num_answers)
             if len(silent) >= _SILENCE <= self._num_answers - silent[0]:
@@ -277,11 +279,11 @@ class _Endpoints(Dispatcher):
             self.trouble = f"{url} {error}"
             self._pause(url, why=str(error))
             kind = "died" if error.lost else ""
-            self.fail(slot, job.number, f"({url}) {error}", kind, error)
+            self.settle(slot, job.number, None, f"({url}) {error}", kind, error)
         else:  # the model failed, or the arguments are wrong
             raised = isinstance(error, client.RemoteError | TypeError | ValueError)
             kind = "raised" if raised else "died" if isinstance(error, InjectedCrash) else ""
-            self.fail(slot, job.number, f"({url}) raised {error!r}", kind, error)
+            self.settle(slot, job.number, None, f"({url}) raised {error!r}", kind, error)
 
     async def _ask(self, slot: _Slot, job: Job) -> Any:
         module: RemoteModule = job.request.module
@@ -292,12 +294,13 @@ class _Endpoints(Dispatcher):
             if not await self.client.is_ready(slot.url, f"{module.metadata.path}/ready"):
                 raise EndpointError("is not ready")
             return None
-        inputs, rows = module.inputs(*arguments), len(part.units) * task.unit_rows
-        outputs = await self.client.infer(slot.url, module.metadata, inputs, rows)
+        inputs = module.inputs(*arguments)
+        outputs = await self.client.infer(slot.url, module.metadata, inputs, len(inputs[0]))
         answer: Any = functools.partial(module.outputs, outputs)
         if part.fault is None:
             return answer()
-        return await self.loop.run_in_executor(None, compute, answer, ((), {}), part.fault)
+        await asyncio.sleep(part.fault.delay)  # a sleeping thread would outlive the pool
+        return compute(answer, ((), {}), dataclasses.replace(part.fault, delay=0.0))
 
     def _pause(self, url: str, seconds: float = 0.0, why: str = "") -> None:
         """Give a server no parts for a time, and if it failed until a probe of it succeeds."""

@@ -45,7 +45,6 @@ class WatchedWorker(Worker):
 
     pid = 0  #: 0 until it is known
     loading = False  #: true until it has loaded the module of its job
-    unwanted = False  #: true if it is to be ended
     modules: frozenset[int] = frozenset()  #: the numbers of its modules
 
     def is_new_to(self, module: PackedModule) -> bool:
@@ -74,7 +73,7 @@ class Supervisor(Dispatcher):
     """The workers of a pool, of whom lost ones are replaced, and late ones ended.
 
     A worker that computes a job for longer than ``grace`` seconds is late. Loading the module does
-    not count where it is reported. Subclasses report to :meth:`ready`, :meth:`take`, :meth:`fail`
+    not count where it is reported. Subclasses report to :meth:`ready`, :meth:`loaded`, :meth:`take`
     and :meth:`lost`. One thread calls :meth:`tend` and :meth:`wait`; any thread calls the rest.
     """
 
@@ -88,7 +87,7 @@ class Supervisor(Dispatcher):
         self._failed_starts = 0
         self._start_again = -math.inf
         self._pool, self._starts = next(_pools), Counter[int]()  # the number of starts by place
-        self._beginning, self._process = threading.Lock(), 0
+        self._beginning = threading.Lock()
 
     def set_up(self) -> None:
         """Prepare for the thread, which starts next."""
@@ -120,17 +119,16 @@ class Supervisor(Dispatcher):
     def let_go(self) -> None:
         """Release everything but the workers, which have ended."""
 
-    def begin(self, module: nn.Module) -> bool:
-        """Start the thread, and so the workers, unless it runs in another process: then False."""
+    def begin(self, module: nn.Module) -> None:
+        """Start the thread, and so the workers, unless it runs."""
         with self._beginning:
-            if not self._process:
+            if not self.process:
                 self.set_up()
-                self._process = os.getpid()
+                self.process = os.getpid()
                 try:
                     self.modules.pack(module, Ambient())  # new workers load it first
                 finally:  # the thread releases all that was prepared
                     self.thread.start()
-        return self._process == os.getpid()
 
     def seed(self, index: int) -> int:
         """Return the seed of the next worker at a place, different from all others."""
@@ -189,7 +187,8 @@ class Supervisor(Dispatcher):
                 self.trouble = what
                 if now >= self._start_again:  # workers that fail together fail once
                     self._failed_starts += 1
-                    self._start_again = now + min(0.1 * 2**self._failed_starts, _LONGEST_PAUSE)
+                    pause = 0.1 * 2 ** min(self._failed_starts, 9)
+                    self._start_again = now + min(pause, _LONGEST_PAUSE)
                 hopeless = self._failed_starts >= _FAILED_STARTS
         if not (self.closed or worker.left):
             logger.warning("a worker was lost and is replaced: %s", what)
@@ -288,9 +287,7 @@ class SupervisedWorkers(DispatchedWorkers):
         if torch.is_grad_enabled():
             self._check_gradients(module, task)
         supervisor = self._dispatcher()
-        if not supervisor.begin(module):
-            must = "the pool must be used in the process that started it"
-            raise RuntimeError(f"{type(self).__name__}: {must}; give a forked process its own pool")
+        supervisor.begin(module)
         request = LiveRequest(task, self.timeout, supervisor, None)
         request.module = supervisor.modules.pack(module, request.ambient)
         return request
@@ -323,9 +320,6 @@ class SupervisedWorkers(DispatchedWorkers):
         if not self._warned and any(p.requires_grad for p in module.parameters()):
             self._warned = True
             warn(f"{owner}: answers have no gradients, {remedy} to train")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_size": max(self.num_workers, 1)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_workers})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import re
 import threading
@@ -382,9 +383,17 @@ def test_threads_come_and_go():
         replies = list(pool.run(Meet(), task_of(torch.ones(3, 1, 1))))
         assert {reply.worker for reply in replies} == {0, 1, 2}
         assert threading.active_count() == threads + 2
+        assert copy.copy(pool).num_workers == 3
         pool.drain(0)
         pool.resize(1)
         until(lambda: threading.active_count() == threads)
         replies = list(pool.run(nn.Identity(), task_of(torch.ones(4, 1, 1))))
         assert {reply.worker for reply in replies} == {1}
         assert pool.num_workers == 1
+
+
+def test_a_forked_process_is_refused():
+    with DeviceWorkers(["cpu"]) as pool:
+        pool._queue.process += 1  # as it would look from there
+        with pytest.raises(RuntimeError, match="in the process that started it"):
+            pool.open(nn.Identity(), task_of(torch.ones(1, 1, 1)))

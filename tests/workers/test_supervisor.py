@@ -394,9 +394,15 @@ def test_workers_that_do_not_come_up_are_tried_less_and_less_often_and_what_wait
         supervisor.clock.now += pauses[-1]
     assert pauses == pytest.approx([0.2, 0.4, 0.8, 1.6, 3.2, 5.0])
     assert [reply.part.number for reply in replies(one)] == [0, 1]
+    supervisor._failed_starts = 2000  # hours later
+    supervisor.tend()
+    supervisor.lost(supervisor.launched[-1], "ended before it was up")
+    assert supervisor.pause() == 5.0
+    supervisor.clock.now += 5.0
     supervisor.tend()
     supervisor.ready(supervisor.launched[-1])
     another = Asking(supervisor, 1)
+    assert "ended before it was up" not in supervisor.status(another)
     last = supervisor.launched[-1]
     supervisor.take(last, last.job.number, lambda: (True, "up again"))
     assert replies(another)[0].value == "up again"
@@ -646,3 +652,23 @@ def test_a_worker_that_starts_while_its_place_goes_leaves():
     assert gone.ended
     assert not kept.ended
     assert list(supervisor.states()) == [0]
+
+
+def test_jobs_that_nobody_wants_do_not_pile_up_while_no_worker_is_up():
+    supervisor = InMemory(1)
+    for _ in range(3):
+        Asking(supervisor, 4).close()
+    last = Asking(supervisor, 2)
+    assert [job.request for job in supervisor._jobs] == [last, last]
+
+
+def test_a_worker_that_is_to_be_replaced_gets_no_part():
+    supervisor = InMemory(1)
+    supervisor.tend()
+    supervisor.ready(supervisor.launched[0])
+    supervisor.restart(0)
+    request = Asking(supervisor, 1)
+    assert (request.idle, events(request)) == (0, [])
+    supervisor.tend()
+    supervisor.ready(supervisor.launched[1])
+    assert [event.worker for event in events(request)] == [0]

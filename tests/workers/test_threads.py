@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch import nn
 
@@ -57,7 +58,7 @@ class Threads(Dispatcher):
                 value = compute(job.request.module, task.payload(job.part.units), job.part.fault)
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
-            self.fail(worker, job.number, reason, "raised", cause)
+            self.settle(worker, job.number, None, reason, "raised", cause)
         else:
             self.settle(worker, job.number, value)
 
@@ -99,3 +100,16 @@ def test_a_place_that_is_given_up_while_the_pool_starts_is_not_missing(tmp_path)
         starting.join(WAIT)
         assert not starting.is_alive()
         (tmp_path / "open").touch()
+
+
+def test_a_worker_that_has_left_cannot_be_restarted():
+    with ThreadWorkers(3) as pool:
+        pool.drain(1)
+        with pytest.raises(ValueError, match=r"worker must be one of \[0, 2\], got 1"):
+            pool.restart(1)
+
+
+def test_a_pool_starts_without_the_workers_that_are_excluded():
+    with ThreadWorkers(3) as pool:
+        pool.exclude(1)
+        pool.start(nn.Identity(), ONE, timeout=WAIT)
