@@ -51,7 +51,7 @@ class CodedWrapper(ModuleProxy):
     Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
     The names of its parameters begin with ``module.``. Compiling the wrapper compiles the module,
-    for workers in this process only.
+    for simulated workers only.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
@@ -88,8 +88,8 @@ class CodedWrapper(ModuleProxy):
         out_dims: the batch dimension of the outputs, in the same form; at None, the result of the
             part asked first is passed through. Defaults to 0.
 
-    The arguments are attributes. An assigned value is checked; a new pool or module begins with an
-    empty history of latencies.
+    The arguments are attributes. Assigned values are checked, ``in_dims`` and ``out_dims`` by the
+    next call. A new pool or module begins with an empty history of latencies.
 
     Attributes:
         last_run: the :class:`Report` of the call that ended last, even by an error; None before
@@ -101,7 +101,8 @@ class CodedWrapper(ModuleProxy):
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
             for. Its cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
-        Exception: in calls, of the module, if it fails on a row on two workers alike. Its ``rows``,
+        Exception: in calls, of the module, if a row raises alike on two workers, or three times
+            where no other worker computes it. Its ``rows``,
             ``answers`` (NaN in rows that were not computed) and ``report`` hold the results.
 
     Note:
@@ -127,6 +128,7 @@ class CodedWrapper(ModuleProxy):
     code: Code | None
     workers: Workers
     last_run: Report | None
+    _form: Stacked | None = None  # the last results, without values
 
     def __init__(
         self,
@@ -155,7 +157,6 @@ class CodedWrapper(ModuleProxy):
         self.last_run = None
         self._dealer = random.Random(0)
         self._warned: set[str] = set()  # parts of the module
-        self._form: Stacked | None = None  # the last results, without values
         _check_settings(self)
         self._is_made = True
 
@@ -199,7 +200,7 @@ class CodedWrapper(ModuleProxy):
         if not self.workers.simulated:
             return self._forward(self.module, args, kwargs)
         if self._compiled is None:
-            self._compiled = torch.compile(self.module)
+            vars(self)["_compiled"] = torch.compile(self.module)  # no submodule
         return self._forward(self._compiled, args, kwargs)
 
     def _forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -300,6 +301,8 @@ class CodedWrapper(ModuleProxy):
                 raise
         if name in ("workers", "module"):
             self._history = History()  # one for each module and pool
+        if name == "module":
+            self._compiled = self._form = None
         if name in ("workers", "module", "verify") and "verify" in vars(self):
             self._strikes = Strikes(self.workers, self.verify) if self.verify else None
 

@@ -242,7 +242,7 @@ class Execution:
     def holding(self, error: Exception) -> Exception:
         """Return the exception with the report and the rows that were computed, NaN elsewhere."""
         division, answers = self._division, None
-        with contextlib.suppress(Exception):  # a class may refuse attributes
+        try:
             error.report = self._report  # type: ignore[attr-defined]
             if self._report.refused:
                 error.rows = self._report.refused  # type: ignore[attr-defined]
@@ -255,6 +255,8 @@ class Execution:
                     wholes[i] = stacked.over(i, leaf.new_full(shape, fill))
                 answers = stacked.tree(wholes)
             error.answers = answers  # type: ignore[attr-defined]
+        except Exception:  # a class may refuse attributes, and memory may run out
+            logger.warning("CodedWrapper: %r does not hold its answers", error, exc_info=True)
         return error
 
 

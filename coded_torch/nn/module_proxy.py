@@ -23,11 +23,12 @@ __all__ = ["ModuleProxy"]
 class ModuleProxy(nn.Module):
     """A wrapper with the state dict and the mode of the module inside."""
 
+    _compiled: Callable[..., Any] | None = None
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.training = module.training
-        self._compiled: Callable[..., Any] | None = None
 
     def run(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Return the answers and the report of the call."""

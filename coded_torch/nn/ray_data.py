@@ -34,7 +34,7 @@ class RayDataPredictor:
 
     Calling raises:
         TypeError: ``factory`` makes no wrapper, or the module returns no tensors.
-        ValueError: the batch or the module's output has a column ``predicted`` or ``radius``.
+        ValueError: the batch lacks a column of ``inputs``, or has one that is added.
 
     Example:
         .. code-block:: python
@@ -57,6 +57,9 @@ class RayDataPredictor:
 
     def __call__(self, batch: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
         """Return the batch, a dict of arrays ``[B, ...]``, with more columns."""
+        if missing := sorted(set(self.inputs) - batch.keys()):
+            must = f"inputs must be columns of the batch, {sorted(batch)}"
+            raise ValueError(f"RayDataPredictor: {must}, got {missing}")
         with torch.no_grad():
             answers, report = self.coded.run(*(torch.tensor(batch[name]) for name in self.inputs))
         columns = answers if isinstance(answers, Mapping) else {self.output: answers}
@@ -66,12 +69,10 @@ class RayDataPredictor:
             column = column.float() if column.dtype is torch.bfloat16 else column
             more[name] = column.cpu().numpy()
         assert report.predicted is not None  # there are answers
-        radii = torch.full_like(report.predicted, math.nan, dtype=torch.float64)
-        radii = radii if report.radii is None else report.radii
+        unknown = torch.full_like(report.predicted, math.nan, dtype=torch.float64)
+        radii = unknown if report.radii is None else report.radii
         notes = {"predicted": report.predicted.numpy(), "radius": radii.numpy()}
-        if twice := sorted(notes.keys() & {*batch, *columns}):
-            raise ValueError(
-                f"RayDataPredictor: columns must have other names than {', '.join(notes)}, which "
-                f"are added, got {', '.join(twice)}"
-            )
+        if twice := sorted((more.keys() & batch.keys()) | (notes.keys() & {*batch, *more})):
+            must = f"the columns {', '.join([*more, *notes])}, which are added, must be new"
+            raise ValueError(f"RayDataPredictor: {must}, got {', '.join(twice)}")
         return {**batch, **more, **notes}

@@ -74,8 +74,8 @@ class Report:
             Empty if nothing was missing or the code has no choice.
         missing_rows: the rows that no worker computed, if the batch was divided by rows.
         errors: by missing row, the error of the last part that held it, if there was one.
-        refused: the rows on which the module itself fails: it raised alike on two workers, or ended
-            its workers when the row was alone.
+        refused: the rows on which the module itself fails: it raised alike on two workers, or three
+            times where no other worker computes them, or ended its workers, each row alone.
         verified: bool ``[B]``, on the host: the rows that two workers computed alike. None without
             ``verify``.
         unverified: bool ``[B]``, on the host: the rows whose check did not come in time, or could
@@ -183,7 +183,8 @@ class Report:
             return None
         source, parts, num_first, unit_rows = self._origin
         units = torch.where(source < 0, -1, source // unit_rows)
-        codes = torch.tensor([*(part >= num_first for part in parts), 2], dtype=torch.uint8)
+        each = [*(part >= num_first for part in parts), 2]
+        codes: Tensor = source.new_tensor(each, dtype=torch.uint8)
         return codes[units]
 
     @outside()

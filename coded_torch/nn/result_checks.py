@@ -126,7 +126,10 @@ class Stacked(NamedTuple):
 
     def form(self) -> Stacked:
         """Return the same without any result: views would keep the results."""
-        leaves = [x[:0].detach().clone() if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = list(self.leaves)
+        for i, x in enumerate(leaves):
+            if isinstance(x, Tensor):
+                leaves[i] = (x[:0] if i in self.divided else x).detach().clone()
         return self._replace(units=(), parts=(), leaves=leaves)
 
 

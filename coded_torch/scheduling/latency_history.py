@@ -215,8 +215,8 @@ class PredictionTimes:
         if not block:
             # A regression that was slow by chance must not rule out all others.
             self._hurried += 1
-            if self._hurried % _RETRY == 0 and self._factors:
-                self._factors.remove(max(self._factors))
+            if self._hurried % _RETRY == 0:  # not `remove`, as another call may have done so
+                self._factors = deque(sorted(self._factors)[:-1], _REMEMBERED)
             return
         if self._is_warm:
             self._factors.append(seconds / _quiet_seconds(rows, block))

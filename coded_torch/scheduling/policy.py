@@ -380,7 +380,7 @@ class Call:
             for part in self.parts[self.num_first :]
         ]
         threshold = self.history.hedging_threshold(self.rows, self.waiting.hedge_budget)
-        refused = tuple(sorted(set(self.refused.values())))
+        refused = tuple(sorted({n for unit, n in self.refused.items() if unit not in self.good}))
         return Ended(reason, tuple(hedges), threshold, self.deadline, refused)
 
     def _remember(self) -> None:

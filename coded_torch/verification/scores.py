@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Scores:
             return Fit(rows, features)
         each = some.split([x.shape[1] for x in leaves], 1)
         distances = Distances(Sources(each), [DEFAULT])
-        squared, step_length = distances.by(DEFAULT)
+        squared, step_length, _ = distances.by(DEFAULT)
         usable = distances.usable.nonzero().flatten()
         process = GaussianProcess(squared, LENGTH * step_length, usable)
         residuals = process.leave_one_out_residuals(torch.eye(len(usable), dtype=torch.float64))
@@ -326,6 +326,9 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
 
 def _is_loose() -> bool:
     """Return whether matrix products may have less precision than float32, as in TF32."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
+    # `allow_tf32` raises once a process has used `fp32_precision`.
+    cudnn: Any = torch.backends.cudnn
+    kinds = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+    tf32 = any(kind.fp32_precision == "tf32" for kind in kinds)
     on_cuda = torch.cuda.is_available() and (tf32 or torch.is_autocast_enabled("cuda"))
     return bool(on_cuda) or torch.is_autocast_enabled("cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -149,8 +150,10 @@ class Strikes:
             self._clean[worker] = 0
             others = sum(self._strikes.values()) - own
             if own >= 1 + math.ceil(4 / math.log10(max(2, len(self.workers)))) + 2 * others:
-                if self.exclude is not None:  # first, as an excluded one with a part is a new one
-                    self.exclude(worker)
+                # First, as an excluded one with a part is a new one. It may have left.
+                if self.exclude is not None:
+                    with contextlib.suppress(ValueError):
+                        self.exclude(worker)
                 self.excluded.add(worker)
                 del self._strikes[worker]
                 return True

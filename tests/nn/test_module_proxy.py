@@ -72,7 +72,11 @@ def test_compiling_the_wrapper_compiles_the_module(make, mode):
         torch.testing.assert_close(compiled(x), wanted)
         assert coded.last_run.received
         assert coded._compiled is not None
+        assert list(coded.children()) == [module]
         assert pickle.loads(pickle.dumps(coded))._compiled is None
+        coded.module = nn.Sequential(nn.Linear(3, 2))
+        assert not torch.equal(compiled(x), wanted)
+        torch.testing.assert_close(compiled(x), coded(x))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch import CodedWrapper, Waiting
-from coded_torch.codes import ReplicationCode, SplineCode
+from coded_torch.codes import DeadlineExceeded, ReplicationCode, SplineCode
 from coded_torch.nn.division import dealt
 from coded_torch.stragglers import Uniform
 from coded_torch.surrogates import Memory
@@ -53,10 +53,12 @@ def test_inputs_may_have_any_strides():
 def test_outputs_without_numbers_are_answered():
     class Module(nn.Module):
         def forward(self, x):
-            return x[:, :2], x[:, :0]
+            return x[:, :some], x[:, : 2 - some]
 
-    coded = CodedWrapper(Module(), workers=LocalWorkers(Uniform(2, seed=1)), parts=6)
-    assert [y.shape for y in coded(torch.randn(900, 5))] == [(900, 2), (900, 0)]
+    for some in (2, 0):
+        coded = CodedWrapper(Module(), workers=LocalWorkers(Uniform(2, seed=1)), parts=6)
+        sizes = [y.shape for y in coded(torch.randn(900, 5))]
+        assert sizes == [(900, some), (900, 2 - some)]
 
 
 def mse(coded: CodedWrapper, x: Tensor) -> float:
@@ -426,3 +428,22 @@ def test_error_bars_hold_for_periodic_batches():
         errors = (answers - module(x)).norm(dim=1)
         held.append((errors <= report.radii)[report.predicted].double().mean())
     assert torch.stack(held).mean() > 0.93  # .95 less two standard errors; .2 with strides
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_shared_output_has_its_shape_beside_a_surrogate(shape):
+    """Also where the surrogate answers alone."""
+    module = Call(lambda x: (x[:, :2], torch.ones(shape)))
+    coded = wrap("rows", module, 2, surrogate=module, out_dims=(0, None))
+    for lost in (2, 5):
+        coded.workers = LocalWorkers(Uniform(lost, seed=1))
+        answers, shared = coded(rand(20, 4))
+        assert (answers.shape, shared.shape) == ((20, 2), shape)
+
+
+def test_another_module_has_its_own_form_beside_a_surrogate():
+    coded = wrap("rows", surrogate=net())
+    coded(rand(20, 4))
+    coded.module, coded.workers = linear(4, 2), LocalWorkers(Uniform(5))
+    with pytest.raises(DeadlineExceeded):
+        coded(rand(20, 4))

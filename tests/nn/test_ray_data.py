@@ -68,10 +68,13 @@ def test_what_is_no_wrapper_or_no_tensor_is_named():
 
 
 def test_columns_that_would_be_lost_are_named():
-    with pytest.raises(ValueError, match=r"other names than predicted, radius, .* got radius$"):
+    with pytest.raises(ValueError, match=r"columns answer, .* must be new, got radius$"):
         RayDataPredictor(half)(batch() | {"radius": np.zeros(20)})
-    with pytest.raises(ValueError, match=r"got predicted$"):
-        RayDataPredictor(half, output="predicted")(batch())
+    for name in ("predicted", "data"):
+        with pytest.raises(ValueError, match=rf"got {name}$"):
+            RayDataPredictor(half, output=name)(batch())
+    with pytest.raises(ValueError, match=r"inputs must be columns .*\['data'\], got \['x'\]"):
+        RayDataPredictor(half, inputs="x")(batch())
 
 
 def killed(log):

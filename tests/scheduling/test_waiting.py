@@ -309,6 +309,13 @@ def test_no_innocent_row_is_blamed(num_bad, num_workers):
     assert {row for part in ended.refused for row in asked[part]} == rows
 
 
+def test_a_row_that_raised_is_not_refused_if_a_late_result_has_it():
+    events = [*begin(0), *settle(1, 2, 3), None, *raised(4, worker=1, at=1.6)]
+    events += [*raised(5, worker=2, at=1.7), *settle(0, at=1.8)]
+    _, _, ended = drive(Waiting(), events, history=known())
+    assert (ended.reason, ended.refused) == ("complete", ())
+
+
 def test_at_the_deadline_rows_are_blamed_if_nothing_but_exceptions_came():
     events = [*raised(0, 1, 2, 3, 4, 5, worker=0), None]  # rows 0 and 1 alone
     ended = drive(Waiting(deadline=2.0, hedge_budget=0), events)[2]
