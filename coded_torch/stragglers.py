@@ -275,7 +275,7 @@ class Trace(Stragglers):
             size = len(requests[0] if requests else request) or 1
             if not (len(request) == size and all(x >= 0 for x in request)):  # NaN fails, too
                 raise ValueError(
-                    f"Trace: {place} must be {size} latencies of at least 0, got {request}"
+                    f"Trace: {place} must be {size} latencies of at least 0, got {shown(request)}"
                 )
             requests.append(request)
         if not requests:

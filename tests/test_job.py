@@ -171,8 +171,9 @@ def test_a_batch_of_a_parquet_file_is_read_again(folder, group):
     assert torch.equal(torch.load(last, weights_only=True)["outputs"]["sum"], before)
 
 
-def test_nulls_of_a_parquet_file_are_refused(folder):
-    table = pyarrow.table({"a": [1.0, None], "b": [1.0, 2.0]})
+@pytest.mark.parametrize("some", [[1.0, None], [[1.0, 2.0], [3.0, None]]])
+def test_nulls_of_a_parquet_file_are_refused(folder, some):
+    table = pyarrow.table({"a": some, "b": [1.0, 2.0]})
     parquet.write_table(table, folder / "rows.parquet")
     arguments = line("pair")
     arguments[3] = "rows.parquet"

@@ -15,7 +15,7 @@ from coded_torch.input_space.geometry import Geometry
 from coded_torch.input_space.metrics import METRICS, leaves_of, transforms
 from coded_torch.nn import CodedWrapper, Waiting
 from coded_torch.stragglers import Uniform
-from coded_torch.surrogates import Memory, distill, memory
+from coded_torch.surrogates import Memory, distill, distillation, memory
 from coded_torch.workers import DeviceWorkers, FaultyWorkers, LocalWorkers
 
 from .nn.modules import WAYS, divided, rand
@@ -616,3 +616,14 @@ def test_surrogates_go_where_the_wrapper_goes():
             assert answers.device == inputs.device
             assert not report.notes
             assert report.surrogate_weights[0][0] > 0.9
+
+
+def test_a_step_of_one_row_is_left_out():
+    small = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    assert len(distillation._divided([rand(1211, 4)])[0]) % 64 == 1
+    distill(small, teacher(), [rand(1211, 4).float()], epochs=1, progress=False)
+
+
+def test_a_memory_needs_as_many_outputs_as_inputs():
+    with pytest.raises(ValueError, match="inputs and outputs must have as many rows"):
+        Memory().observe([rand(6, 2)], [rand(5, 2)])

@@ -20,7 +20,7 @@ __all__ = ["CommandError", "find_factory", "need", "options", "picture", "save",
 # The flag of an option, or "factory"; its type or choices; its default, or ``...`` if required; its
 # help.
 Option = tuple[str, Any, Any, str]
-_MISTAKES = OSError, OverflowError, TypeError, ValueError
+_MISTAKES = EOFError, OSError, OverflowError, TypeError, ValueError
 
 
 class CommandError(Exception):
@@ -74,7 +74,7 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
     factory: Callable[[], Any] | None = None
     why = f"MODULE:FACTORY must name a module and a function of it, got {text!r}"
     try:
-        if module and name:
+        if name and module[:1] not in ("", "."):
             factory = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         if not f"{module}.".startswith(f"{error.name}."):

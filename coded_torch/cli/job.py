@@ -32,7 +32,7 @@ __all__ = ["job"]
 
 
 def job(args: argparse.Namespace) -> None:
-    """Compute the answers to all rows, and write each batch as soon as it is answered."""
+    """Compute the answers to all rows, and write the batches in order."""
     with usage("job"):
         rows, read = _open(args.inputs)
     made = find_factory("job", args.factory)()
@@ -111,9 +111,10 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
         need("job", "job", "safetensors")
         from safetensors import safe_open
 
-        opened: Any = safe_open(path, "pt")
+        with usage("job: --inputs cannot be read", errors=Exception):
+            opened: Any = safe_open(path, "pt")
         inputs = [opened.get_slice(name) for name in sorted(opened.keys())]
-        lengths = [x.get_shape()[0] for x in inputs]
+        lengths = [[*x.get_shape(), 0][0] for x in inputs]
     elif path.suffix == ".parquet":
         need("job", "job", "pyarrow")
         from pyarrow import parquet
@@ -151,11 +152,12 @@ def _open(path: Path) -> tuple[int, Callable[[int, list[int]], Iterator[tuple[Te
 
 def _column(name: str, column: Any) -> Tensor:
     """Return a column of numbers, or of lists of numbers."""
-    if column.null_count:
+    values = column
+    while hasattr(values.type, "value_field") and not values.null_count:  # a list
+        values = values.flatten()
+    if values.null_count:
         raise ValueError(f"--inputs must have no nulls, got some in the column {name!r}")
-    kind = column.type
-    while hasattr(kind, "value_type"):  # a list
-        kind = kind.value_type
+    kind = getattr(values.type, "value_type", values.type)  # a dictionary has one, too
     return torch.from_numpy(np.array(column.to_pylist(), kind.to_pandas_dtype()))
 
 

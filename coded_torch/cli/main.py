@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import coded_torch
 
 from .. import _extension
-from .._arguments import dense
+from .._arguments import count, dense
 from ..codes import Code, RegressionCode, ReplicationCode
 from ..demo.lenet5 import digits, lenet5
 from ..evaluation import planner
@@ -56,7 +56,8 @@ def demo(args: argparse.Namespace) -> None:
     """Print LeNet-5's answers while workers are lost, then compare codes on it."""
     need("demo", "demo", "matplotlib")
     model, (images, labels) = lenet5().to(args.device), digits()
-    generator = torch.Generator().manual_seed(args.seed)
+    with usage("demo: --seed must fit 64 bits", errors=(RuntimeError, ValueError)):
+        generator = torch.Generator().manual_seed(args.seed)
     rows = torch.randperm(len(labels), generator=generator).split(_BATCH_SIZE)[:-1]
     batches, truth = ([part[at].to(args.device) for at in rows] for part in (images, labels))
     count = f"{len(rows) * _BATCH_SIZE:,}"
@@ -112,7 +113,7 @@ def compare(args: argparse.Namespace) -> None:
             rows = torch.load(path, map_location=args.device, weights_only=True)
         with usage("compare", prefix="compare: "):
             dense("compare", flag, rows, floating=False)
-            parts = torch.atleast_1d(rows).split(args.batch_size)
+            parts = torch.atleast_1d(rows).split(count("compare", "--batch-size", args.batch_size))
         return [x for x in parts if len(x) == args.batch_size]
 
     batches = load("--inputs", args.inputs)

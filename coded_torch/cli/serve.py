@@ -144,7 +144,7 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, proto=socket.IPPROTO_TCP) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with usage("serve: --port must be free"):
+        with usage("serve: --host and --port must be free"):
             listening.bind((host, port))
             listening.listen(2048)  # uvicorn's own backlog
         site = f"[{host}]" if ":" in host else host
@@ -154,4 +154,5 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
             say(f"A page shows it: {site}")
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
+        built.load()  # here Ctrl-C ends it, and an error of the model ends the command
         uvicorn.Server(config).run(sockets=[listening])

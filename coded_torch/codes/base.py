@@ -208,7 +208,7 @@ class FixedCode(Code):
     def _new_decoder(self, workers: tuple[int, ...]) -> LinearMap:
         if list(workers) != sorted(set(workers)):
             raise ValueError(
-                f"{type(self).__name__}: received must be strictly increasing, got {list(workers)}"
+                f"{type(self).__name__}: received must be strictly increasing, got {shown(workers)}"
             )
         if len(workers) < self.min_received:
             raise NotEnoughResults(workers, self.min_received, self.num_workers)
@@ -285,8 +285,8 @@ class FixedCode(Code):
 
     @on_host()
     def _decode_sets(self, results: Tensor, received: Tensor | NDArray[Any], dim: int) -> Tensor:
-        sets = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
-        self._received(sets.ravel())
+        sets: Any = np.asarray(received.cpu() if isinstance(received, Tensor) else received)
+        sets = np.array(self._received(sets.ravel()), np.int64).reshape(sets.shape)
         unordered = (np.diff(sets) <= 0).any(axis=1)
         if len(sets) and (sets.shape[1] < self.min_received or unordered.any()):
             self._new_decoder(tuple(sets[unordered.argmax()].tolist()))  # raises the error
@@ -327,7 +327,7 @@ class FixedCode(Code):
             workers = None
         if workers is None:
             raise TypeError(
-                f"{name}: received must be a sequence of worker indices, got {received!r}"
+                f"{name}: received must be a sequence of worker indices, got {shown(received)}"
             )
         for worker in (worker for worker in workers if not 0 <= worker < self.num_workers):
             raise ValueError(

@@ -76,7 +76,8 @@ class CurveCode(FixedCode):
         if array.shape != (size,):
             raise ValueError(f"{must} have shape ({size},), got {array.shape}")
         if not (np.isfinite(array).all() and (np.diff(array) > 0).all()):  # negated: NaN fails
-            raise ValueError(f"{must} be finite and strictly increasing, got {array.tolist()}")
+            got = shown(array.tolist())
+            raise ValueError(f"{must} be finite and strictly increasing, got {got}")
         array.flags.writeable = False
         return array
 
@@ -334,8 +335,7 @@ class LagrangeCode(CurveCode):
             return _through(nodes, points)
         return _least_squares(nodes, points, self.decoder_degree)
 
-    def _decoder_matrices(self, received: NDArray[np.int64]) -> Floats:
-        return self._curve(self.worker_points[received], self.data_points)
+    _decoder_matrices = BerrutCode._decoder_matrices
 
 
 def _through(nodes: Floats, points: Floats) -> Floats:

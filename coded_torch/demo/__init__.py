@@ -1,1 +1,1 @@
-"""The demo: a small network, real digits, and every code under the same lost workers."""
+"""The demo: a small network and real digits."""

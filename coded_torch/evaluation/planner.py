@@ -163,7 +163,7 @@ def measured(seconds: Seconds, part: float) -> Conditions:
     """
     lower, median = np.quantile(seconds, 0.25), np.median(seconds)
     spread = math.log(median / lower) / 0.6745  # the normal distribution's upper quartile
-    threshold = median * max(1.5, (median / lower) ** 4.45)  # the threshold of History
+    threshold = median * max(1.5, (median / lower) ** 4.45)  # the one of History, without its bound
     tail = np.where(seconds > threshold, seconds - median, 0.0)
     return Conditions(spread=spread, delays=_Tail(tail / part))
 
@@ -183,7 +183,7 @@ def plan(
 ) -> Plan:
     """Simulate policies without redundancy, with hedging, copies, predictions and codes.
 
-    Predicted rows count as right as often as :data:`RIGHT` says. Some fifty policies take seconds.
+    Predicted rows count as right as often as :data:`RIGHT` says. Some forty policies take seconds.
 
     Args:
         law: measured seconds of parts, or conditions.

@@ -85,7 +85,7 @@ def bars(
         off = (answers.double() - mean).numpy()
         for total, x in zip((*norms, moved), (residuals, shrunk, deviations, off), strict=True):
             total += x[:, 0] if signed else np.einsum("ij,ij->i", x, x)
-        if labels and not signed:
+        if labels and results.shape[1] > 1:
             known.append(of_results.numpy() - shrunk)
     if not signed:
         norms, moved = np.sqrt(norms), np.sqrt(moved)

@@ -173,8 +173,8 @@ def leaves_of(inputs: Sequence[Tensor]) -> list[Leaf]:
             if x.dim() == 3 and min(x.shape[1:]) > 1:
                 x = x.to(parts[-1].dtype)
                 pools[-1] = torch.cat([x.mean(1), x.std(1, correction=0)], 1)
-        if inputs[0].device.type != "cpu":
-            several = [x for x in (*parts, *pools) if x is not None]
+        if any(x.device.type != "cpu" for x in inputs):
+            several = [x.to(inputs[0].device) for x in (*parts, *pools) if x is not None]
             widths = [x.shape[1] for x in several]
             host = iter(torch.cat(several, 1).cpu().split(widths, 1))
             parts = [next(host) for _ in parts]
@@ -244,6 +244,7 @@ class Measured(NamedTuple):
 
     squared: Tensor  # [b, b], float32, the squared distances; infinite to rows not typical
     step: float  # the median distance between neighbours on the path
+    unit: float  # the mean square of the rows' lengths
 
 
 class Distances:
@@ -287,7 +288,8 @@ class Distances:
         # In its own memory, as new memory takes longer than both roots and squares.
         self.order = similarity_order(squared.sqrt_())
         squared.square_()
-        self._measured[self.first] = Measured(squared, path_step(squared, self.order.numpy(), unit))
+        step = path_step(squared, self.order.numpy(), unit)
+        self._measured[self.first] = Measured(squared, step, unit)
 
     def has(self, metric: str | Features) -> bool:
         """Return whether a metric applies."""
@@ -305,14 +307,15 @@ class Distances:
             if not self.has(metric):
                 return self._measured[self.first]
             squared, unit = self._squared(metric)
-            self._measured[metric] = Measured(squared, path_step(squared, self.order.numpy(), unit))
+            step = path_step(squared, self.order.numpy(), unit)
+            self._measured[metric] = Measured(squared, step, unit)
         return self._measured[metric]
 
     def among(self, metric: str | Features, some: Tensor) -> tuple[Tensor, float]:
         """Return the squared distances among some rows, ``[m, m]``, and their step."""
-        unit = 1.0
         if metric in self._measured:
-            squared = self._measured[metric].squared.index_select(0, some).index_select(1, some)
+            squared, _, unit = self._measured[metric]
+            squared = squared.index_select(0, some).index_select(1, some)
         else:
             squared, unit = self._squared(metric, some)
         place = np.full(len(self.order), -1)

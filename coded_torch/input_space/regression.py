@@ -183,9 +183,16 @@ class RowPlan:
         source = self.source(received)
         return source[source >= 0]
 
+    def _flat(self, results: Tensor, received: Sequence[int]) -> tuple[Tensor, Tensor]:
+        if results.shape[:2] != (len(received), self.num_groups) or not len(received):
+            must = f"results must have shape {[len(received) or 1, self.num_groups]} and more"
+            name = type(getattr(self, "code", self)).__name__
+            raise ValueError(f"{name}: {must}, got {[*results.shape]}")
+        return results.flatten(0, 1), self.source(received)
+
     def decode(self, results: Tensor, received: Sequence[int]) -> Tensor:
         """Return the answers of the batch, ``[B, ...]``, from results ``[F, G, ...]``."""
-        rows, source = results.flatten(0, 1), self.source(received)
+        rows, source = self._flat(results, received)
         answers, choices = [], []
         for part in self._parts:
             of_part, choice = part.decode(source, rows)
@@ -211,13 +218,13 @@ class RowPlan:
         if surrogates is not None:
             surrogates = surrogates[0].flatten(0, 1), surrogates[1]
         with outside(), exactly():
-            rows, source = results.flatten(0, 1), self.source(received)
+            rows, source = self._flat(results, received)
             each = [part.bars(source, rows, answers, surrogates) for part in self._parts]
             return ErrorBars(self.batch_size, [bars for bars in each if bars is not None])
 
     def left_out_square(self, results: Tensor, received: Sequence[int]) -> float:
         """Return the sum of squared errors of predicting results from the others."""
-        rows, source = results.flatten(0, 1), self.source(received)
+        rows, source = self._flat(results, received)
         with outside(), exactly():
             return sum(part.left_out_square(source, rows) for part in self._parts)
 

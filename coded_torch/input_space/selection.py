@@ -82,7 +82,9 @@ class Fits:
     def fit(self, sample: Tensor) -> Fitted:
         """Return the regression that predicts results ``[M, C]``, float64, best."""
         distances = self._distances
-        metric: str | Features = distances.first
+        metric: str | Features = distances.metrics[0]
+        if len(distances.metrics) > 1 or not distances.has(metric):
+            metric = distances.first
         length = self._lengths[0] if len(self._lengths) == 1 else LENGTH
         if len(self.points) >= _LEAST and sample.shape[1]:
             few = scaled(sample[self._few])[0].float()
@@ -92,7 +94,7 @@ class Fits:
                 length = self._length(few, metric)
         key = metric, length
         if key not in self._processes:
-            squared, step = distances.by(metric)
+            squared, step, _ = distances.by(metric)
             self._processes[key] = GaussianProcess(squared, length * step, self.points)
         process = self._processes[key]
         choice = Choice(name_of(metric), length, *process.leave_one_out_error(sample))
@@ -184,7 +186,7 @@ class Part:
             if len(missing):
                 dense("Regression", "results", results)
                 points, used = self._known(source)[2:]
-                weights = torch.full((1, len(used)), 1 / len(used))
+                weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
                 fitted = self._fit(points, *few_columns(used, results))
             if fitted is not None:
                 # Shrunk towards the mean as far as results are not predicted by each other.
@@ -245,7 +247,7 @@ class Part:
         variances = torch.ones(len(self.rows), dtype=torch.float64)
         if self._distances is None:
             return variances
-        squared, step = self._distances.by(self._distances.first)
+        squared, step, _ = self._distances.by(self._distances.first)
         length = step * (self._lengths[0] if len(self._lengths) == 1 else LENGTH)
         for near in self.order.tensor_split(-(-len(self.order) // _NEIGHBOURS)):
             variances[near] = GaussianProcess(squared, length, near).leave_one_out_variances

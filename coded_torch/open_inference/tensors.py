@@ -135,11 +135,12 @@ def from_json(name: str, datatype: str, shape: Sequence[int], data: list[Any]) -
         array = np.array(None)
     dtype, numbers = DATATYPES[datatype], math.prod(shape)
     kinds = "b" if dtype is torch.bool else "iuf" if dtype.is_floating_point else "iu"
-    valid = array.shape in ((numbers,), tuple(shape)) and array.dtype.kind in kinds
+    valid = array.shape in ((numbers,), tuple(shape))
+    valid = valid and (not numbers or array.dtype.kind in kinds)
     got = "other values, or rows of unequal lengths"
     if array.ndim:
         got = f"{array.dtype} {list(array.shape)}"
-    if valid and kinds == "iu":
+    if valid and numbers and kinds == "iu":
         limits = torch.iinfo(dtype)
         valid = bool(limits.min <= array.min() and array.max() <= limits.max)
         got = f"numbers from {array.min()} to {array.max()}"

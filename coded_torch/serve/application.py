@@ -25,7 +25,7 @@ import coded_torch
 
 from .._arguments import count, instance, positive
 from ..nn import CodedWrapper, Report
-from ..open_inference.tensors import ADDED, TensorSpec
+from ..open_inference.tensors import ADDED, TensorSpec, most_bytes
 from . import protocol
 from .batcher import Batch, Batcher, compute, load
 from .metrics import Metrics
@@ -227,11 +227,11 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         headers = {"Inference-Header-Content-Length": str(length)}
         return Response(body, headers=headers, media_type="application/octet-stream")
 
-    async def refuse(self, _: Request, error: Exception) -> Response:
+    async def refuse(self, request: Request, error: Exception) -> Response:
         """Answer a request that failed or is refused, and count why."""
         if not isinstance(error, HTTPException):
             error = RequestError(500, "failed", f"the server failed: {type(error).__name__}")
-        if error.status_code != 404:  # another path is no request of this model
+        if error.status_code != 404 and request.url.path.endswith("/infer"):
             self.metrics.refused(getattr(error, "reason", "invalid"))
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
 
@@ -239,12 +239,12 @@ class app(Starlette):  # noqa: N801 - callers read it as a function
         length = request.headers.get("inference-header-content-length")
         try:
             with anyio.fail_after(deadline - time.monotonic()):  # unlike asyncio's, makes no task
-                most = protocol.largest_body(self.inputs, self.max_rows)
+                most = most_bytes(self.inputs, self.max_rows)
                 body = await protocol.read_body(request, most)
             return protocol.parse(body, length, self.inputs, self.outputs, self.max_rows)
         except TimeoutError:
             raise RequestError(408, "late", "the body did not come within the deadline") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # JSON may be too deep
             raise RequestError(400, "invalid", str(error)) from None
 
     def _count(self, report: Report, rows: int, queued: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""The queue of requests: an idle worker lets the waiting ones run, in order of arrival."""
+"""The queue of requests: while a slot is free, waiting requests run, in order of arrival."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def compute(
 
     Raises:
         TypeError: the outputs do not have the specs.
-        Exception: the module fails, and no row has an answer for another reason than time.
+        Exception: the call fails without naming missing rows.
     """
     own = coded.waiting or (Waiting.first() if coded.code else Waiting())
     # Other rows are predicted even if the module fails on one, which is refused alone.
@@ -123,6 +123,11 @@ class _Entry:
         self.rows, self.shapes = len(inputs[0]), [x.shape[1:] for x in inputs]
         self.future: asyncio.Future[Batch] = asyncio.get_running_loop().create_future()
 
+    def fits(self, other: _Entry) -> bool:
+        """Return whether one batch may hold both: it ends at the earlier of their deadlines."""
+        own, its = self.deadline - self.arrived, other.deadline - other.arrived
+        return self.shapes == other.shapes and own <= 2 * its and its <= 2 * own
+
 
 class Batcher:
     """A bounded queue, and slots in which batches run.
@@ -132,8 +137,8 @@ class Batcher:
     are seconds of :func:`time.monotonic`. The thread of one event loop uses it.
 
     ``compute`` computes a batch in a thread, given its inputs and the seconds that are left.
-    ``slots`` returns the number of slots, and of slots that a batch takes, or its rows if they are
-    fewer. ``on_batch`` gets each report, its rows, and the seconds that its requests waited.
+    ``slots`` returns the number of slots, and the most that one batch takes; it takes no more than
+    it has rows. ``on_batch`` gets each report, its rows, and the seconds that its requests waited.
     ``has_idle`` returns whether a worker is known to be idle.
     """
 
@@ -153,7 +158,7 @@ class Batcher:
         self._rows = 0  # the rows of the queue
         self._reading = 0
         self._history = History(_BATCHES)
-        self._hung = False  # True if the last batch had its usual time, and too few results
+        self._hung = False  # True if the last batch was late, though it had its usual time
         # Begin, rows and deadline of each running batch.
         self._ongoing: dict[asyncio.Task[None], tuple[float, int, float]] = {}
         self._threads = ThreadPoolExecutor(_MOST_BATCHES, "coded_torch batch")
@@ -258,7 +263,7 @@ class Batcher:
             task.result()  # raises in the loop an error that no request was told
 
     def _take(self) -> list[_Entry]:
-        """Take the next batch. Requests without time left are dropped: their handlers know."""
+        """Take the next batch. Requests with half their usual time left are dropped, for a 504."""
         batch: list[_Entry] = []
         rows = 0
         # As many batches as can run at once share the rows: one batch of all leaves workers idle.
@@ -270,7 +275,7 @@ class Batcher:
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 self._remove(entry)  # this deadline would end the batch before any result
                 continue
-            if batch and (rows + entry.rows > most or entry.shapes != batch[0].shapes):
+            if batch and (rows + entry.rows > most or not batch[0].fits(entry)):
                 break
             rows += entry.rows
             self._remove(entry)
@@ -315,6 +320,8 @@ class Batcher:
             elif late or len(batch) == 1:
                 entry.future.set_exception(error)
             elif entry.deadline > time.monotonic():  # one may be to blame: each is tried alone
+                task = cast("asyncio.Task[None]", asyncio.current_task())
+                self._ongoing[task] = time.monotonic(), entry.rows, entry.deadline
                 await self._run([entry])
 
 

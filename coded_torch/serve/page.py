@@ -132,7 +132,7 @@ class Page:
             Route("/page/status", self.status),
             Route("/page/fault", self.act, methods=["POST"]),
         ]
-        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text()
+        text = (importlib.resources.files("coded_torch.serve") / "page.html").read_text("utf-8")
         sources = {
             tag: " ".join(
                 f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'"

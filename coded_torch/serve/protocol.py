@@ -22,7 +22,7 @@ from ..open_inference import tensors as wire
 from ..open_inference.tensors import ADDED, TensorSpec, field, require
 
 __all__ = ["VERSION", "InferRequest", "RequestError", "example_request", "format_answer"]
-__all__ += ["largest_body", "parse", "read_body"]
+__all__ += ["parse", "read_body"]
 
 VERSION = "1"  #: the only version of every model
 _dumps = functools.partial(orjson.dumps, option=orjson.OPT_SERIALIZE_NUMPY)
@@ -70,12 +70,6 @@ async def read_body(request: Request, most: int) -> bytes:
         got = "more than that" if unpacker.eof else "only the beginning"
         raise ValueError(f"the body must be {encoding}, got {got}")
     return b"".join(parts)
-
-
-def largest_body(inputs: Sequence[TensorSpec], max_rows: int) -> int:
-    """Return the number of bytes that a request with so many rows may need."""
-    is_open = any(-1 in spec.shape for spec in inputs)
-    return wire.ANY_SHAPE if is_open else wire.most_bytes(inputs, max_rows)
 
 
 def parse(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .._arguments import count, instance, positive, real
-from ..input_space.regression import to_scale
+from ..input_space.regression import check_link, to_scale
 
 __all__ = ["distill"]
 
@@ -86,8 +86,7 @@ def distill(
     patience = count("distill", "patience", patience)
     learning_rate = positive("distill", "learning_rate", learning_rate)
     noise = real("distill", "noise", noise, "at least 0 and finite", lambda x: 0 <= x < math.inf)
-    if link not in (None, "softmax"):
-        raise ValueError(f"distill: link must be None or 'softmax', got {link!r}")
+    check_link("distill", link)
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     taught, held_out = _divided([_checked(batch, device) for batch in batches])
     with torch.no_grad():
@@ -128,7 +127,9 @@ def distill(
     best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
     for epoch in range(epochs):
         student.train()
-        for some in torch.randperm(size, generator=generator, device=device).split(rows):
+        order = torch.randperm(size, generator=generator, device=device)
+        # No step of one row, of which a batch normalisation learns nothing, and raises.
+        for some in order[: size - (size % rows == 1 < size)].split(rows):
             learn(some)
         student.eval()
         with torch.no_grad():

@@ -65,7 +65,8 @@ class Memory:
 
     Args:
         capacity: the most results that are remembered, at least 1; the oldest go first. If outputs
-            have many numbers, fewer are: no more than 128 MB are kept. Defaults to 2048.
+            have many numbers, fewer are: outputs and coordinates take at most 128 MB. Defaults to
+            2048.
 
     Note:
         Only floating-point inputs that have a batch dimension are looked at. Inputs and outputs of
@@ -132,6 +133,8 @@ class Memory:
         """
         if not (inputs and outputs and len(outputs[0])):
             return
+        if len({len(x) for x in (*inputs, *outputs)}) > 1:
+            raise ValueError("Memory: inputs and outputs must have as many rows as each other")
         form = _form(inputs), _form(outputs)
         generation = self._generation if generation is None else generation
         with torch.no_grad():

@@ -261,7 +261,7 @@ def test_what_is_left_out_of_the_mean_and_of_a_regression():
     left = float((y - others).square().sum())
     assert mean.left_out_square(y[:, None], range(10)) == pytest.approx(left)
     plan = Regression("shrunk", 2.0).plan([x])
-    squared, step = Distances(Sources([x]), ["shrunk"]).by("shrunk")
+    squared, step, _ = Distances(Sources([x]), ["shrunk"]).by("shrunk")
     left = 0.0
     for i in range(10):
         kept = torch.tensor([j for j in range(10) if j != i])
@@ -288,3 +288,36 @@ def test_results_of_many_sets_must_fit():
     with pytest.raises(ValueError, match=r"SplineCode: results of many sets must .* got \[\]"):
         plan.decode(torch.tensor(1.0), sets)
     assert code.decode(torch.ones(8, 3), sets[:0, :0]).shape == (0, 4, 3)
+
+
+def test_results_of_another_shape_are_refused():
+    code, x = RegressionCode(3, 4), inputs(9)
+    plan = code.plan([x], 1)
+    with pytest.raises(ValueError, match=r"RegressionCode: .* \[3, 3\] and more, got \[4, 3, 4\]"):
+        plan.decode(plan.encode(x), [1, 2, 3])
+    with pytest.raises(ValueError, match=r"results must have shape .* and more, got \[5, 4\]"):
+        Regression().plan([x]).decode(x[:5], range(5))
+    with pytest.raises(ValueError, match=r"results must have shape \[1, 1\] and more"):
+        Regression().plan([x]).decode(x[:0, None], [])
+
+
+def test_sets_of_unsigned_integers_must_increase():
+    sets = np.array([[0, 2, 1]], np.uint8)
+    with pytest.raises(ValueError, match="received must be strictly increasing"):
+        BerrutCode(2, 4).decode(torch.ones(4, 3), sets)
+    assert BerrutCode(2, 4).decode(torch.ones(4, 3), np.sort(sets)).shape == (1, 2, 3)
+
+
+def test_the_mean_of_doubles_is_a_double():
+    results = torch.full((3, 1, 2), 1e6, dtype=torch.float64)
+    answers = Regression().plan([], 4).decode(results, [0, 1, 2])
+    assert float((answers - 1e6).abs().max()) < 1e-8
+
+
+def test_the_only_metric_measures_few_rows_too():
+    """The fourth row resembles the first in this metric, and the third in all others."""
+    x = torch.tensor([[0.0, 0.0], [1.0, 5.0], [2.0, 9.0], [0.1, 9.1]])
+    plan = Regression([lambda x: x[:, :1]], length=1.0).plan([x])
+    answers = plan.decode(x[:3, None, :1], [0, 1, 2])
+    assert plan.choices[0].metric == "<lambda>"
+    assert answers[3] < 1

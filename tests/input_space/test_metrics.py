@@ -73,7 +73,7 @@ def test_rows_far_from_all_others_say_nothing():
     distances = Distances(Sources([x + 100]), tuple(METRICS))
     assert (~distances.usable).nonzero().flatten().tolist() == [5, 9]
     for metric in METRICS:
-        squared, step = distances.by(metric)
+        squared, step, _ = distances.by(metric)
         assert squared[5, 6:].isinf().all()
         assert squared[:, 5].isinf().sum() == 39
         assert step > 0

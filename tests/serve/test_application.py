@@ -123,6 +123,7 @@ def test_packed_bodies(client, encoding, squeeze, accepted):
     ("body", "headers", "status", "why"),
     [
         (b"x", {"Content_Encoding": "br"}, 415, "gzip or deflate, got 'br'"),
+        (b"[" * 1020 + b"]" * 1020, {}, 400, ""),  # its repr is too deep for Python 3.11
         (b"x", {"Content_Encoding": "gzip"}, 400, "must be gzip"),
         (gzip.compress(b"{}")[:-4], {"Content_Encoding": "gzip"}, 400, "only the beginning"),
         (gzip.compress(b"{}") * 2, {"Content_Encoding": "gzip"}, 400, "more than that"),

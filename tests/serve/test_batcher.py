@@ -313,3 +313,10 @@ async def test_batches_that_run_at_once_share_the_rows(model):
     model.go.set()
     await answers(*first, *others)
     assert max(map(len, model.batches)) == 4  # half of the 8 rows, not all 6 that wait
+
+
+@in_loop
+async def test_a_request_with_a_much_shorter_deadline_is_not_mixed_with_others(quick):
+    batcher = quick.batcher()
+    await answers(*[put(batcher, s, seconds=s) for s in (10.0, 10.0, 1.0, 10.0)])
+    assert quick.batches == [[10], [10], [1], [10]]

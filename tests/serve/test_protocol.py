@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coded_torch.open_inference.tensors import to_bytes
+from coded_torch.open_inference.tensors import from_json, most_bytes, to_bytes
 from coded_torch.serve import DATATYPES, TensorSpec
-from coded_torch.serve.protocol import ADDED, format_answer, largest_body, parse
+from coded_torch.serve.protocol import ADDED, format_answer, parse
 
 from .servers import INPUTS, OUTPUTS, tensor
 
@@ -227,8 +227,14 @@ def test_answers_in_json_and_binary():
 
 
 def test_the_largest_body_grows_with_the_model():
-    assert largest_body(INPUTS, 64) == 2**16 + 32 * 64 * 3
-    assert largest_body([TensorSpec("x", "FP32", (-1,))], 64) == 2**26
+    assert most_bytes(INPUTS, 64) == 2**16 + 32 * 64 * 3
+    open_size = TensorSpec("x", "FP32", (-1,))
+    assert most_bytes([open_size, *INPUTS], 64) == 2**26 + most_bytes(INPUTS, 64)
+
+
+@pytest.mark.parametrize("datatype", ["INT64", "BOOL", "FP32"])
+def test_no_numbers_are_numbers_of_any_type(datatype):
+    assert from_json("x", datatype, [1, 0], []).shape == (1, 0)
 
 
 KEYS = ["name", "shape", "datatype", "data", "parameters", "binary_data_size"]
