@@ -155,8 +155,8 @@ class TestDifferences:
             assert self.of(x, x)[0].tolerance == 0.03
 
 
-def test_a_call_is_scored_in_whichever_way_the_process_allows_tf32():
+def test_a_call_is_scored_in_whichever_way_the_process_allows_tf32(tmp_path):
     """Torch refuses to read the older setting once the newer one was written, in a process."""
     setting = "import torch; torch.backends.cuda.matmul.fp32_precision = 'tf32'"
     reading = "from coded_torch.verification import Results, Scores; Results(Scores(), [])"
-    subprocess.run([sys.executable, "-c", f"{setting}; {reading}"], check=True)
+    subprocess.run([sys.executable, "-c", f"{setting}; {reading}"], cwd=tmp_path, check=True)
