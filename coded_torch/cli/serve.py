@@ -155,4 +155,5 @@ def _listen(built: Any, host: str, port: int, name: str, has_page: bool) -> None
         quiet: dict[str, Any] = {"log_level": "warning", "access_log": False}
         config = uvicorn.Config(built, timeout_keep_alive=_KEEP_ALIVE, **quiet)
         built.load()  # here Ctrl-C ends it, and an error of the model ends the command
+        built.load = lambda: None  # not twice
         uvicorn.Server(config).run(sockets=[listening])

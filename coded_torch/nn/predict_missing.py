@@ -128,7 +128,8 @@ class Answers:
             raise error
         each = enumerate(self._approximations(stacked))
         able = [pair for pair in each if pair[1].keys() >= set(stacked.divided)]
-        if not able:
+        whole = [x for i, x in enumerate(stacked.leaves) if i not in stacked.divided]
+        if not able or (not stacked.units and any(isinstance(x, Tensor) for x in whole)):
             raise error
         number, outputs = able[0]
         # Copies: the surrogate may return a tensor that it keeps, or the inputs themselves.

@@ -129,7 +129,7 @@ class Stacked(NamedTuple):
         leaves = list(self.leaves)
         for i, x in enumerate(leaves):
             if isinstance(x, Tensor):
-                leaves[i] = (x[:0] if i in self.divided else x).detach().clone()
+                leaves[i] = torch.atleast_1d(x)[:0].detach().clone()
         return self._replace(units=(), parts=(), leaves=leaves)
 
 

@@ -215,8 +215,9 @@ class PredictionTimes:
         if not block:
             # A regression that was slow by chance must not rule out all others.
             self._hurried += 1
-            if self._hurried % _RETRY == 0:  # not `remove`, as another call may have done so
-                self._factors = deque(sorted(self._factors)[:-1], _REMEMBERED)
+            if self._hurried % _RETRY == 0 and (kept := list(self._factors)):
+                kept.remove(max(kept))  # not in place, as other calls may add
+                self._factors = deque(kept, _REMEMBERED)
             return
         if self._is_warm:
             self._factors.append(seconds / _quiet_seconds(rows, block))

@@ -263,19 +263,20 @@ class Batcher:
             task.result()  # raises in the loop an error that no request was told
 
     def _take(self) -> list[_Entry]:
-        """Take the next batch. Requests with half their usual time left are dropped, for a 504."""
+        """Take the next batch. Requests with at most half their usual time get a 504."""
         batch: list[_Entry] = []
         rows = 0
         # As many batches as can run at once share the rows: one batch of all leaves workers idle.
         every = self._rows + sum(rows for _, rows, _ in self._ongoing.values())
         most = min(self._max_rows, -(-every // self._at_once))
-        while self._queue:
-            entry = next(iter(self._queue))
+        for entry in list(self._queue):
             hopeless = entry.deadline - time.monotonic() <= 0.5 * self._usual(entry.rows)
             if hopeless and (batch or self._ongoing or len(self._queue) > 1):
                 self._remove(entry)  # this deadline would end the batch before any result
                 continue
-            if batch and (rows + entry.rows > most or not batch[0].fits(entry)):
+            if batch and not batch[0].fits(entry):
+                continue  # the next batch takes it
+            if batch and rows + entry.rows > most:
                 break
             rows += entry.rows
             self._remove(entry)

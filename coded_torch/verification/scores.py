@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -326,9 +326,8 @@ def _apart(a: Tensor, b: Tensor, spread: float) -> Tensor:
 
 def _is_loose() -> bool:
     """Return whether matrix products may have less precision than float32, as in TF32."""
-    # `allow_tf32` raises once a process has used `fp32_precision`.
-    cudnn: Any = torch.backends.cudnn
-    kinds = torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
-    tf32 = any(kind.fp32_precision == "tf32" for kind in kinds)
+    # `allow_tf32` raises once a process has used `fp32_precision`, which is not on all modules.
+    read = torch._C._get_fp32_precision_getter
+    tf32 = any(read("cuda", kind) == "tf32" for kind in ("matmul", "conv", "rnn"))
     on_cuda = torch.cuda.is_available() and (tf32 or torch.is_autocast_enabled("cuda"))
     return bool(on_cuda) or torch.is_autocast_enabled("cpu")

@@ -164,7 +164,8 @@ class Dispatcher(abc.ABC):
         with self._lock:
             found = dict.fromkeys(sorted(self.places), ("down", 0))
             for worker in self._workers:
-                if worker.ready and not worker.left and found[worker.index][0] != "busy":
+                is_known = (worker.ready or worker.excluded) and not worker.left
+                if is_known and found[worker.index][0] != "busy":
                     state = "idle" if worker.job is None else "busy"
                     state = "excluded" if worker.excluded else state
                     found[worker.index] = state, getattr(worker, "pid", 0)
@@ -189,7 +190,9 @@ class Dispatcher(abc.ABC):
 
     def ready(self, worker: Worker) -> None:
         """Note that a worker is up, and give it jobs."""
-        worker.ready, self.trouble = True, ""
+        worker.ready = True
+        if not self.vacant() and all(each.ready for each in self._workers):
+            self.trouble = ""
         self._assign()
 
     def settle(self, worker: Worker, number: int, value: Any = None, *why: Any) -> None:
@@ -270,7 +273,8 @@ class Dispatcher(abc.ABC):
 class DispatchedWorkers(Workers):
     """A pool whose parts wait in the queue of a dispatcher.
 
-    Subclasses implement :meth:`_make`. They call :meth:`_open`, as copies of the pool do.
+    Subclasses implement :meth:`_make`, and call :meth:`_open`, as copies do. A copy gets ``_size``,
+    the number of workers.
     """
 
     _queue: Any
@@ -320,7 +324,8 @@ class DispatchedWorkers(Workers):
         self._dispatcher().leave(self._place(worker))
 
     def _place(self, worker: int) -> int:
-        if count(self, "worker", worker, least=0) not in (places := self.places):
+        worker = count(self, "worker", worker, least=0)
+        if worker not in (places := self.places):
             must = f"worker must be one of {sorted(places)}"
             raise ValueError(f"{type(self).__name__}: {must}, got {worker}")
         return worker

@@ -139,7 +139,7 @@ def test_beats_the_paper_and_replication_and_knows_by_how_much(network, setting)
     answers, within = run(RegressionCode(k, n))
     error = scores.rmse(answers, exact)
     paper, _ = run(SplineCode(k, n, ordering="arrival"))
-    # Over many batches a tenth and less: benchmarks/batches.py. Three of them vary.
+    # Over many batches a tenth and less. Three of them vary.
     assert error**2 < 0.2 * scores.rmse(paper, exact) ** 2
     replicated, _ = run(ReplicationCode(k, n))
     assert error < scores.rmse(replicated, exact)

@@ -113,3 +113,6 @@ def test_a_pool_starts_without_the_workers_that_are_excluded():
     with ThreadWorkers(3) as pool:
         pool.exclude(1)
         pool.start(nn.Identity(), ONE, timeout=WAIT)
+        pool._queue.at(1)[0].ready = False  # as while it starts
+        pool.start(nn.Identity(), ONE, timeout=WAIT)
+        assert {place: state for place, (state, _) in pool.states.items()}[1] == "excluded"
