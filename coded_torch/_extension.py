@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["HAS_CUDA_KERNELS", "build_info", "curve_plan", "short_path", "spline_plan"]
 
 _PACKAGE = Path(__file__).resolve().parent
-_REMEDY = "build it with `pip install .` in the source folder (needs a C++17 compiler)"
+_REMEDY = "`pip install .` in the source folder builds it (needs a C++17 compiler); then leave it"
 
 try:
     from ._plan import curve_plan, short_path, spline_plan

@@ -54,6 +54,12 @@ def missing_browser():
 
 
 @pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """Folders that a test imports from are not the next one's."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+@pytest.fixture(autouse=True)
 def every_warning():
     """Warnings that an earlier test has had are logged again."""
     SPARING.forget()

@@ -10,6 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 import coded_torch
+from coded_torch.cli import find_factory
 from coded_torch.cli.main import main
 from coded_torch.demo.lenet5 import digits
 from coded_torch.evaluation.scores import Comparison, Record, Score
@@ -193,3 +194,13 @@ def test_interrupt(compared, capsys):
     compared(interrupt)
     assert run("demo") == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_checkout_does_not_hide_the_installed_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("from torch.nn import Tanh as make")
+    find_factory("job", "mine:make")
+    assert sys.path[0] == str(tmp_path)
+    (tmp_path / "coded_torch").mkdir()
+    find_factory("job", "mine:make")
+    assert sys.path[-1] == str(tmp_path)

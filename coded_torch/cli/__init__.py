@@ -70,7 +70,8 @@ def find_factory(command: str, text: str) -> Callable[[], Any]:
     An exception of the module's own code is not caught: the user needs its traceback.
     """
     module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())  # `python -m` does it, too
+    # `python -m` puts it first, too. A checkout of this package must not hide the installed one.
+    sys.path.insert(len(sys.path) if os.path.isdir("coded_torch") else 0, os.getcwd())
     factory: Callable[[], Any] | None = None
     why = f"MODULE:FACTORY must name a module and a function of it, got {text!r}"
     try:
