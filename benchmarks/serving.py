@@ -305,14 +305,15 @@ def saturation(quick: bool) -> dict[str, Any]:
     body, kind = json.dumps({"inputs": [entry]}), {"Content-Type": "application/json"}
     servers, begin = ("ours", "direct", *PEERS), os.getloadavg()[0]
     every: dict[str, dict[str, list[Any]]] = {}
-    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script, contextlib.ExitStack() as stack:
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(SCRIPT % body)
         script.flush()
-        ports = {x: stack.enter_context(serving(x, body.encode(), **kind)) for x in servers}
-        for number in range(-1, 1 if quick else ROUNDS):
-            for connections, (server, port) in itertools.product(CONNECTIONS, ports.items()):
-                found = load(port, connections, 1, script.name)
-                if number >= 0:  # the first round warms up
+        # One server at a time: processes of the others take processors even while they are idle.
+        for _, server in itertools.product(range(1 if quick else ROUNDS), servers):
+            with serving(server, body.encode(), **kind) as port:
+                load(port, CONNECTIONS[-1], 1, script.name)  # warms up
+                for connections in CONNECTIONS[-1:] if quick else CONNECTIONS:
+                    found = load(port, connections, 1, script.name)
                     of = every.setdefault(server, {})
                     of.setdefault(str(connections), []).append(found)
     table = {
