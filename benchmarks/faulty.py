@@ -1,4 +1,4 @@
-"""Workers that compute at once, some of them wrong, for the benchmark of verification."""
+"""Wrong results by name, ``FAULTS``, and workers that return them, to measure verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts that all benchmarks share: runs that continue after a stop, and results as JSON."""
+"""The list of the benchmarks, their runs, which continue after a stop, and results as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, version 2: reading requests and writing answers.
+"""The Open Inference Protocol, version 2: the bodies of requests and answers.
 
 KServe, Triton and others speak it. Binary tensors are its extension ``binary_tensor_data``:
 https://github.com/kserve/open-inference-protocol and

@@ -1,4 +1,7 @@
-r"""Injected faults and attacks: for tests, and to measure the value of redundancy."""
+r"""Injected faults and attacks: for tests, and to measure the value of redundancy.
+
+An attack is a callable of the caller, ``FaultyWorkers(attack=...)``.
+"""
 
 from __future__ import annotations
 

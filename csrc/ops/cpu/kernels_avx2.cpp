@@ -8,5 +8,5 @@
 #define CODED_TORCH_VECTOR_BYTES 32
 #include "distances.inc"
 #include "matern.inc"
-#include "tiles.inc"
+#include "spline.inc"
 #endif

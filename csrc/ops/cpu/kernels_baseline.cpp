@@ -5,4 +5,4 @@
 #define CODED_TORCH_VECTOR_BYTES 16
 #include "distances.inc"
 #include "matern.inc"
-#include "tiles.inc"
+#include "spline.inc"

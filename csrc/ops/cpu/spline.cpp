@@ -11,7 +11,7 @@
 
 #include "../../math/half.h"
 #include "../../math/spline_sweep.h"
-#include "../checks.h"
+#include "../spline_checks.h"
 #include "capabilities.h"
 #include "huge_pages.h"
 

@@ -2,7 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
+#include "../spline_checks.h"
 #include "dense_block.h"
 #include "runtime.h"
 #include "spline_block.h"

@@ -2,9 +2,9 @@
 
 import pytest
 
+from coded_torch.evaluation.planner import Verified
 from coded_torch.scheduling.simulation import Conditions, simulate
 from coded_torch.scheduling.waiting import Waiting
-from coded_torch.verification.simulated import Verified
 
 
 def run(policy, conditions, num_requests=300, workers=24):
