@@ -98,7 +98,7 @@ def compare(
 
 
 def latency(name: str, quick: bool) -> dict[str, Any]:
-    load = Load(**CASES[name] | ({"num_requests": 40} if quick else {}))
+    load = Load(**CASES[name] | ({"num_requests": 20} if quick else {}))
     torch.set_num_threads(1)  # the cores are the workers'
     with ProcessWorkers(load.num_workers).start() as pool:
         part, outcomes = compare(pool, load, 1 if quick else ROUNDS)

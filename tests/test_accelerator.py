@@ -13,6 +13,8 @@ import torch
 from .accelerator.build import build
 from .grids import NVCC
 
+pytestmark = pytest.mark.slow  # two minutes
+
 ROOT = Path(__file__).parents[1]
 # Its internal headers are used. `.ci/run` reads this line.
 TORCH = "2.13.0"

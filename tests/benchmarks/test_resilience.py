@@ -15,7 +15,7 @@ def run(scenario, quick):
         return resilience.SCENARIOS[scenario](quick)
 
 
-@pytest.mark.parametrize("scenario", SHORT)
+@pytest.mark.parametrize("scenario", [*SHORT, "overhead"])
 def test_short(scenario):
     found = run(scenario, quick=True)
     for name in EXACT:
