@@ -52,9 +52,10 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 # The prefix map keeps the builder's paths out of error messages.
 PRIVATE = ["-fvisibility=hidden", f"-ffile-prefix-map={ROOT}/="]
 CXX = ["-std=c++17", "-O3", "-Wno-psabi", *PRIVATE]
-NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler={flag}" for flag in PRIVATE)]
-# Turing, Ampere (and Ada), Hopper, Blackwell for servers and for desktops, whatever GPU builds.
-GENERATIONS = ("75", "80", "90", "100", "120")
+# Quoted for nvcc, which splits at spaces and commas: a folder may have both.
+NVCC = ["-std=c++17", "-O3", "-DUSE_CUDA", STABLE_ABI, *(f"-Xcompiler='{x}'" for x in PRIVATE)]
+# Volta, Turing, Ampere (and Ada), Hopper, Blackwell (servers, desktops), whatever GPU builds.
+GENERATIONS = ("70", "75", "80", "90", "100", "120")
 
 
 def run_nvcc(toolkit: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,7 +95,11 @@ def obstacle(toolkit: str) -> str | None:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "probe.cu")
         source.write_text("#include <cuda_runtime.h>\n__global__ void probe() {}\n")
-        done = run_nvcc(toolkit, "-std=c++17", "-c", str(source), "-o", f"{source}.o")
+        try:
+            flags = [*NVCC, *architectures(toolkit)]
+        except (ValueError, IndexError) as refused:  # an unknown name, or "native" without a GPU
+            return f"a TORCH_CUDA_ARCH_LIST that torch knows, got: {refused}"
+        done = run_nvcc(toolkit, *flags, "-c", str(source), "-o", f"{source}.o")
         if done.returncode != 0:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             error = next((line for line in lines if "error" in line), (lines or ["no message"])[0])

@@ -54,7 +54,7 @@ def spline_apply(
     others = schedule.shape[-1] - 1 - rows
     num_knots, num_points = (others, rows) if transpose else (rows, others)
     of_sweeps = 12 * num_knots + 4 * num_points
-    if coefficients.shape[1] == of_sweeps:  # ops.with_matrix has appended none
+    if coefficients.shape[1] == of_sweeps or len(coefficients) > 1:  # no matrix, or several plans
         inputs = values, coefficients, schedule, transpose, *where
         on_host = [t.cpu() if isinstance(t, Tensor) else t for t in inputs]
         result: Tensor = torch.ops.coded_torch.spline_apply(*on_host)
@@ -63,7 +63,8 @@ def spline_apply(
     matrix = entries.view(num_knots, num_points)
     dtype = values.dtype
     if gather is not None:  # an index out of bounds stands for a row of zeros
-        known = gather.clamp(0, max(len(values) - 1, 0))
+        values = values if len(values) else values.new_zeros(1, values.shape[1])
+        known = gather.clamp(0, len(values) - 1)
         values = values[known].masked_fill_((known != gather).unsqueeze(-1), 0)
     groups, columns = values.shape[1:]
     columns_in = values.to(coefficients.dtype).reshape(rows, groups * columns)

@@ -55,7 +55,7 @@ def spline_apply(
     Note:
         :math:`O(n + N)` per column. Results of several megabytes ask for huge pages. Every
         derivative with respect to the values exists, in reverse and forward mode, and under
-        ``torch.func`` (compiled: forward mode and ``vmap`` only). The plan has no gradient.
+        ``torch.func`` (compiled: ``vmap``, and after torch 2.10 forward mode). The plan has none.
     """
     return _apply(values, coefficients, schedule, transpose, gather, scatter, num_rows)
 
@@ -121,7 +121,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     where = scatter, None, None
     grad = _apply(grad, coefficients, schedule, not ctx.transpose, *where)  # [n, G, m]
     if gather is not None:  # rows may repeat, so they add up; one more row takes index -1
-        rows, added = torch.where(gather < 0, ctx.rows_in, gather).flatten(), grad.flatten(0, 1)
+        inside = (gather >= 0) & (gather < ctx.rows_in)
+        rows, added = gather.where(inside, ctx.rows_in).flatten(), grad.flatten(0, 1)
         grad = grad.new_zeros((ctx.rows_in + 1, grad.shape[2]))
         # In the same order at every call: index_add has none on CUDA, index_put none on the CPU.
         if grad.is_cuda:
@@ -207,7 +208,8 @@ def matern52_among(
 ) -> Tensor:
     """Return :func:`matern52` of some rows and columns of a contiguous matrix, ``[R, C]``.
 
-    ``rows`` and ``columns`` are int64; on the CPU, one out of bounds raises a RuntimeError.
+    ``rows`` and ``columns`` are int64. One out of bounds raises a RuntimeError on the CPU, and may
+    read anywhere in memory on CUDA.
     """
     where = rows, columns, _scale(length)
     return _run("matern52_among", "squared_distances", squared_distances, *where)

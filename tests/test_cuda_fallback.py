@@ -77,12 +77,33 @@ def test_indexed_rows(transpose):
     assert len(launches.names) <= MOST_LAUNCHES, launches.names
 
 
-@pytest.mark.parametrize("plans", [1, 3])
-def test_a_plan_without_its_matrix_is_applied_on_the_host(plans):
+@pytest.mark.parametrize(("plans", "with_matrix"), [(1, False), (3, False), (3, True)])
+def test_plans_without_a_matrix_and_several_are_applied_on_the_host(plans, with_matrix):
     coefficients, schedule, _ = make_plan(9, torch.float32, plans=plans)
+    if with_matrix:
+        each = zip(coefficients.split(1), schedule.split(1), strict=True)
+        coefficients = torch.cat([ops.with_matrix(*one) for one in each])
     values = torch.randn(9, 3, 7)
     got = fallback.spline_apply(*on_device(values, coefficients, schedule, False))
     assert torch.equal(got.cpu(), ops.spline_apply(values, coefficients, schedule))
+
+
+def test_rows_of_no_values_are_zeros():
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    coefficients, gather = ops.with_matrix(coefficients, schedule), torch.full((9, 2), -1)
+    inputs = on_device(torch.zeros(0, 7), coefficients, schedule, False, gather)
+    assert torch.equal(fallback.spline_apply(*inputs).cpu(), torch.zeros(12, 2, 7))
+
+
+def test_a_gathered_row_out_of_bounds_has_no_gradient():
+    coefficients, schedule, _ = make_plan(9, torch.float32)
+    coefficients, gather = ops.with_matrix(coefficients, schedule), torch.arange(9)[:, None]
+    values, (gather[2], gather[5]) = torch.randn(9, 7), (9, -1)
+    plan = on_device(coefficients, schedule)
+    values = values.cuda().requires_grad_()
+    ops.spline_apply(values, *plan, gather=gather.cuda()).sum().backward()
+    assert not values.grad[[2, 5]].any()
+    assert values.grad[[0, 8]].any(1).all()
 
 
 def test_covariances():

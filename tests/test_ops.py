@@ -279,6 +279,7 @@ def test_derivatives_by_torch_func(indexed):
 
 
 @of_the_compiler
+@pytest.mark.skipif(torch.__version__.startswith("2.10."), reason="torch 2.10 cannot compile it")
 def test_forward_mode_compiles():
     coefficients, schedule, _ = make_plan(5)
     values = randn(5, 1, 2)

@@ -89,6 +89,7 @@ COMPILER = """\
 for output; do [ "$last" = -o ] && break; last=$output; done
 case " $* " in
   *" -c "*) : >"$output" ;;
+  *_ops_cuda*" -shared "*|*" -shared "*_ops_cuda*) : >"$output" ;;
   *" -shared "*) cp "{built}/$(basename "$output")" "$output" 2>/dev/null || : >"$output" ;;
   *) exec {compiler} "$@" ;;
 esac
@@ -235,6 +236,14 @@ def test_torch_cuda_arch_list_and_a_library_that_does_not_load(machine):
     assert info.startswith("torch's own operators (_ops_cuda")
     assert "does not load into torch" in info
     assert "CUDA tensors are computed by torch's own operators, as _ops_cuda" in warned
+
+
+def test_an_unknown_architecture_builds_for_the_cpu(machine):
+    machine.nvcc("13.0")
+    machine.environment["TORCH_CUDA_ARCH_LIST"] = "Pentium"
+    done = machine.install()
+    assert done.returncode == 0, done.stderr
+    assert "CUDA needs a TORCH_CUDA_ARCH_LIST that torch knows, got: Unknown" in done.stderr
 
 
 def test_a_script_named_nvcc_leads_to_its_toolkit(machine, setup):

@@ -9,6 +9,7 @@
 namespace coded_torch {
 
 inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it again
   STD_TORCH_CHECK(error == cudaSuccess, "coded_torch: CUDA error: ", cudaGetErrorString(error));
 }
 
