@@ -32,8 +32,8 @@ from ._arguments import (
 )
 from ._torch import outside
 
-__all__ = ["Bernoulli", "Contiguous", "Markov", "Pareto", "ShiftedExponential", "Stragglers"]
-__all__ += ["Trace", "Uniform"]
+__all__ = ["Bernoulli", "Contiguous", "ShiftedExponential", "Stragglers", "Trace"]
+__all__ += ["Uniform"]
 
 
 class Stragglers(abc.ABC):
@@ -171,70 +171,6 @@ class ShiftedExponential(Stragglers):
 
     def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
         return self.shift - torch.log1p(-_uniform(num_workers, generator)) / self.rate
-
-
-class Pareto(Stragglers):
-    r"""A law of latencies with a heavy tail, independent for each worker.
-
-    .. math:: P(T > t) = (\mathrm{scale} / t)^{\mathrm{shape}}, \qquad t \ge \mathrm{scale}
-
-    Args:
-        shape: the exponent of the tail, positive and finite. The mean is infinite up to 1.
-        scale: the least latency, in seconds, positive and finite.
-    """
-
-    def __init__(self, shape: float, scale: float, *, seed: int | None = None) -> None:
-        super().__init__(seed)
-        self.shape = positive(self, "shape", shape)
-        self.scale = positive(self, "scale", scale)
-
-    def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        return self.scale * (1 - _uniform(num_workers, generator)) ** (-1 / self.shape)
-
-
-class Markov(Stragglers):
-    r"""A law of workers that are good or bad, and mostly stay so from one request to the next.
-
-    Before every request but the first, a good worker turns bad with probability ``fail`` and a bad
-    worker good with probability ``recover``. At the first request each worker is bad with the
-    stationary probability ``fail / (fail + recover)``. The law has a state that every sample
-    changes; the number of workers must stay the same.
-
-    Args:
-        fail, recover: probabilities, in [0, 1], not both 0.
-        good, bad: latencies of such workers, in seconds, at least 0. Default to 0 and infinity.
-    """
-
-    def __init__(
-        self,
-        fail: float,
-        recover: float,
-        *,
-        good: float = 0.0,
-        bad: float = math.inf,
-        seed: int | None = None,
-    ) -> None:
-        super().__init__(seed)
-        self.fail = probability(self, "fail", fail)
-        self.recover = probability(self, "recover", recover)
-        if self.fail + self.recover == 0:
-            raise ValueError("Markov: fail and recover must not both be 0, got 0 and 0")
-        self.good = self._time("good", good)
-        self.bad = self._time("bad", bad)
-        self._is_bad: Tensor | None = None  # bool [N], at the last request
-
-    def _draw(self, num_workers: int, generator: torch.Generator) -> Tensor:
-        numbers, before = _uniform(num_workers, generator), self._is_bad
-        if before is None:
-            self._is_bad = numbers < self.fail / (self.fail + self.recover)
-        elif len(before) == num_workers:
-            self._is_bad = torch.where(before, numbers >= self.recover, numbers < self.fail)
-        else:
-            raise ValueError(
-                f"Markov: num_workers must be {len(before)}, as at the last request, "
-                f"got {num_workers}"
-            )
-        return torch.from_numpy(np.where(self._is_bad, self.bad, self.good))
 
 
 class Trace(Stragglers):

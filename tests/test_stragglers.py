@@ -16,8 +16,6 @@ LAWS = {
     "contiguous": lambda seed: stragglers.Contiguous(3, seed=seed),
     "bernoulli": lambda seed: stragglers.Bernoulli(0.3, seed=seed),
     "exponential": lambda seed: stragglers.ShiftedExponential(1.0, 2.0, seed=seed),
-    "pareto": lambda seed: stragglers.Pareto(1.5, 0.1, seed=seed),
-    "markov": lambda seed: stragglers.Markov(0.2, 0.5, good=0.1, seed=seed),
 }
 
 
@@ -122,35 +120,10 @@ def test_bernoulli():
     ("law", "distribution"),
     [
         (stragglers.ShiftedExponential(0.5, 4.0, seed=0), stats.expon(0.5, 0.25)),
-        (stragglers.Pareto(1.5, 0.2, seed=0), stats.pareto(1.5, scale=0.2)),
     ],
 )
 def test_distributions(law, distribution):
     assert stats.kstest(draws(law, 10, 500).flatten(), distribution.cdf).pvalue > 1e-3
-
-
-def test_markov_is_stationary_and_persistent():
-    law = stragglers.Markov(0.1, 0.3, good=0.2, bad=3.0, seed=0)
-    latencies = draws(law, 500, 40)
-    assert set(latencies.unique().tolist()) == {0.2, 3.0}
-    bad = latencies == 3.0
-    for request in (0, 39):
-        assert stats.binomtest(int(bad[request].sum()), 500, 0.25).pvalue > 1e-3
-    before, after = bad[:-1], bad[1:]
-    fails, recoveries = after[~before], ~after[before]
-    assert stats.binomtest(int(fails.sum()), len(fails), 0.1).pvalue > 1e-3
-    assert stats.binomtest(int(recoveries.sum()), len(recoveries), 0.3).pvalue > 1e-3
-    with pytest.raises(ValueError, match="num_workers must be 500, as at the last request, got 9"):
-        law.sample(9)
-
-
-def test_markov_limits():
-    forever = stragglers.Markov(0.0, 1.0, seed=0)
-    assert bool((draws(forever, 20, 5) == 0).all())
-    flips = draws(stragglers.Markov(1.0, 1.0, seed=0), 20, 4).isinf()
-    assert torch.equal(flips[0], ~flips[1])
-    assert torch.equal(flips[0], flips[2])
-    assert 0 < int(flips[0].sum()) < 20
 
 
 @pytest.mark.parametrize("name", ["path", "string", "rows", "array", "tensor"])
@@ -222,13 +195,6 @@ def test_bad_traces(tmp_path):
         (lambda: stragglers.Bernoulli(0.5, latency=-1.0), ValueError, "latency must be at least 0"),
         (lambda: stragglers.ShiftedExponential(math.inf, 1), ValueError, "shift must be at least"),
         (lambda: stragglers.ShiftedExponential(0, 0), ValueError, "rate must be positive and fin"),
-        (lambda: stragglers.Pareto(0, 1), ValueError, "shape must be positive and finite, got 0"),
-        (lambda: stragglers.Pareto(1, math.nan), ValueError, "scale must be positive and finite"),
-        (lambda: stragglers.Markov(2, 0.1), ValueError, "fail must be a probability"),
-        (lambda: stragglers.Markov(0.1, -1), ValueError, "recover must be a probability"),
-        (lambda: stragglers.Markov(0, 0), ValueError, "fail and recover must not both be 0"),
-        (lambda: stragglers.Markov(1, 1, good=-1), ValueError, "good must be at least 0, got -1"),
-        (lambda: stragglers.Markov(1, 1, bad=math.nan), ValueError, "bad must be at least 0"),
     ],
 )
 def test_bad_arguments(make, error, message):
@@ -238,7 +204,6 @@ def test_bad_arguments(make, error, message):
 
 def test_representations():
     assert repr(stragglers.Uniform(3)) == "Uniform(num_stragglers=3)"
-    assert repr(stragglers.Markov(0.1, 0.2)) == "Markov(fail=0.1, recover=0.2, good=0.0, bad=inf)"
     trace = stragglers.Trace([[1.0, 2.0]])
     assert repr(trace) == "Trace(num_requests=1, num_workers=2, position=0)"
 

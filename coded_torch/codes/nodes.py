@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from .._arguments import MOST_WORKERS, count
 
-__all__ = ["chebyshev_first", "chebyshev_second", "equidistant"]
+__all__ = ["chebyshev_first", "chebyshev_second"]
 
 
 def chebyshev_first(num_points: int) -> NDArray[np.float64]:
@@ -31,16 +31,6 @@ def chebyshev_second(num_points: int) -> NDArray[np.float64]:
     """
     n = count("chebyshev_second", "num_points", num_points, most=MOST_WORKERS)
     return _sines(np.arange(1 - n, n, 2) / max(n - 1, 1))
-
-
-def equidistant(num_points: int) -> NDArray[np.float64]:
-    r"""Return the midpoints of n equal cells of [-1, 1], :math:`(2k - 1 - n) / n`.
-
-    As :func:`chebyshev_first`. The larger of two such sets reaches further out on both sides. With
-    more workers than data, an outermost worker that is late causes no extrapolation.
-    """
-    n = count("equidistant", "num_points", num_points, most=MOST_WORKERS)
-    return np.arange(1 - n, n, 2) / n
 
 
 def _sines(quarter_turns: NDArray[np.float64]) -> NDArray[np.float64]:

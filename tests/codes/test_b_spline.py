@@ -7,7 +7,6 @@ from scipy.interpolate import BSpline
 
 from coded_torch._arguments import count
 from coded_torch.codes import CurveCode
-from coded_torch.codes.nodes import equidistant
 from coded_torch.evaluation import scores
 from coded_torch.evaluation.tune import tune
 from coded_torch.linear import MatrixMap, SplineMap
@@ -24,7 +23,7 @@ class BSplineCode(CurveCode):  # 1. inputs and workers sit at points of a curve
     the interpolating spline, smoothing 0.
     """
 
-    default_worker_points = staticmethod(equidistant)
+    default_worker_points = staticmethod(lambda n: np.arange(1 - n, n, 2) / n)
 
     def __init__(self, num_data, num_workers, *, degree=3, **options):  # 2. checked, and kept
         super().__init__(num_data, num_workers, **options)

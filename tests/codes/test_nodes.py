@@ -3,7 +3,7 @@ import pytest
 
 from coded_torch.codes import nodes
 
-SETS = [nodes.chebyshev_first, nodes.chebyshev_second, nodes.equidistant]
+SETS = [nodes.chebyshev_first, nodes.chebyshev_second]
 SIZES = [1, 2, 3, 4, 5, 8, 17, 100, 129, 1000]
 
 
@@ -23,7 +23,6 @@ def test_values(n):
     k = np.arange(n, 0, -1)
     first = np.cos((2 * k - 1) * np.pi / (2 * n))
     np.testing.assert_allclose(nodes.chebyshev_first(n), first, atol=1e-15)
-    np.testing.assert_allclose(nodes.equidistant(n), -1 + (2 * k[::-1] - 1) / n, atol=1e-15)
     second = np.cos((k - 1) * np.pi / (n - 1)) if n > 1 else [0.0]
     np.testing.assert_allclose(nodes.chebyshev_second(n), second, atol=1e-15)
 

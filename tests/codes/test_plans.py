@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from coded_torch import Regression
 from coded_torch.codes import BerrutCode, RegressionCode, ReplicationCode, SplineCode, plans
-from coded_torch.codes.nodes import equidistant
 from coded_torch.input_space import selection
 from coded_torch.input_space.gaussian_process import GaussianProcess
 from coded_torch.input_space.metrics import Distances, Sources
@@ -16,8 +15,8 @@ from coded_torch.testing.codes import DTYPES, normal
 
 # Every data point is a worker's, and the others lie between.
 POINTS = {
-    "data_points": equidistant(5),
-    "worker_points": np.union1d(equidistant(5), equidistant(4)),
+    "data_points": np.arange(-4, 5, 2) / 5,
+    "worker_points": np.union1d(np.arange(-4, 5, 2) / 5, np.arange(-3, 4, 2) / 4),
 }
 SYSTEMATIC = SplineCode(5, 9, **POINTS)
 SELECTING = [ReplicationCode(5, 9), RegressionCode(5, 9)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from coded_torch.codes import BerrutCode, SplineCode, nodes
+from coded_torch.codes import BerrutCode, SplineCode
 from coded_torch.codes.base import Code
 from coded_torch.testing.codes import CodeTests
 
@@ -21,7 +21,7 @@ class TestSmoothedSplineCode(CodeTests):
 
 class TestSystematicSplineCode(CodeTests):
     def make(self) -> Code:
-        data = nodes.equidistant(8)
+        data = np.arange(-7, 8, 2) / 8
         workers = np.union1d(data, np.linspace(-0.8, 0.8, 16))
         return SplineCode(8, 24, data_points=data, worker_points=workers)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coded_torch.nn import CodedWrapper, Waiting
-from coded_torch.stragglers import Markov, ShiftedExponential, Stragglers, Trace, Uniform
+from coded_torch.stragglers import Bernoulli, ShiftedExponential, Stragglers, Trace, Uniform
 from coded_torch.testing.workers import (
     CopyCode,
     FailsAt,
@@ -99,7 +99,7 @@ def test_parts_asked_later_begin_then_and_are_computed_by_themselves():
 
 
 def test_laws_for_one_number_of_workers_serve_parts_that_are_asked_later():
-    for law in (Uniform(1, seed=0), Markov(0.5, 0.5, bad=2.0, seed=0)):
+    for law in (Uniform(1, seed=0), Bernoulli(0.5, latency=2.0, seed=0)):
         with LocalWorkers(law).open(nn.Identity(), task_of(values(3))) as request:
             request.ask(numbered((0,), (1,), (2,)))
             for n in range(3, 12):
