@@ -91,8 +91,11 @@ def probability(owner: object, argument: str, value: Any) -> float:
     return real(owner, argument, value, "a probability in [0, 1]", lambda p: 0 <= p <= 1)
 
 
-def dense(owner: object, argument: str, value: Any, floating: bool = True) -> None:
-    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read."""
+def dense(owner: object, argument: Any, value: Any, floating: bool = True) -> None:
+    """Raise a TypeError unless ``value`` is a tensor that kernels and planners can read.
+
+    ``argument`` may be a callable that returns the name.
+    """
     if not isinstance(value, Tensor):
         got = type(value).__name__
     elif isinstance(value, MaskedTensor):
@@ -107,6 +110,7 @@ def dense(owner: object, argument: str, value: Any, floating: bool = True) -> No
         got = str(value.dtype)
     else:
         return
+    argument = argument() if callable(argument) else argument
     kind = "floating-point tensor of 16 bits or more" if floating else "tensor"
     raise TypeError(f"{_name(owner)}: {argument} must be a dense, strided {kind}, got {got}")
 

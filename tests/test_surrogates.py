@@ -550,6 +550,25 @@ def test_a_student_must_return_what_the_module_returns():
         distill(nn.Linear(3, 1), nn.Linear(3, 4), [torch.randn(8, 3)])
 
 
+def test_a_student_that_draws_numbers_has_the_seed_of_its_own():
+    def taught():
+        torch.manual_seed(1)
+        small = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        module = teacher()
+        torch.seed()
+        state = torch.get_rng_state()
+        found = distill(small, module, [rand(40, 4).float()], epochs=2, progress=False)
+        assert torch.equal(torch.get_rng_state(), state)
+        return found
+
+    assert taught() == taught()
+
+
+def test_a_student_without_weights_is_refused():
+    with pytest.raises(ValueError, match=r"^distill: student must have weights to train"):
+        distill(nn.Identity(), nn.Identity(), [rand(40, 4).float()])
+
+
 def test_distilling_needs_gradients_to_be_possible():
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^distill: leave torch.infer"):
         distill(student(), teacher(), [rand(9, 4).float()])

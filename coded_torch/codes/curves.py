@@ -190,8 +190,8 @@ class FloaterHormannCode(BerrutCode):
 
     Args:
         num_data, num_workers, options: as for :class:`CurveCode`.
-        order: d, in ``0 .. num_data - 1``; 0 is Berrut's interpolant. A decoder of d results or
-            fewer has the order ``|F| - 1``. Defaults to 1.
+        order: d, at most ``num_data - 1``, or 1; 0 is Berrut's interpolant. Of d points or fewer,
+            n, the order is n - 1. Defaults to 1.
 
     Note:
         Planning a decoder costs :math:`O(|F| (K + d^2))`.
@@ -203,7 +203,7 @@ class FloaterHormannCode(BerrutCode):
 
     def __init__(self, num_data: int, num_workers: int, *, order: int = 1, **options: Any) -> None:
         super().__init__(num_data, num_workers, **options)
-        self.order = count(self, "order", order, 0, self.num_data - 1)
+        self.order = count(self, "order", order, 0, max(1, self.num_data - 1))
 
     def candidates(self) -> dict[str, Sequence[Any]]:
         return {"order": range(min(4, self.num_data))}

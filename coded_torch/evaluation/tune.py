@@ -198,7 +198,7 @@ class Trial:
         ]
         task = Task(leaves, inputs.dims, inputs.spec, rows, 1, inputs.device, self._out_dims)
         with torch.no_grad(), as_called():
-            payloads = task.payloads(range(rows), self._most)
+            payloads = task.payloads(range(rows), self._most, copied=True)
             outputs = [function(*args, **kwargs) for args, kwargs in payloads]
             (tree,) = cut(task, outputs, [rows])
         outputs, spec = pytree.tree_flatten(tree)

@@ -258,12 +258,14 @@ class Comparison:
 
 def deviations_of(results: Tensor, some: Tensor) -> Tensor:
     """Return some results, each less the mean of all others."""
+    results = results - results[:1]  # equal results have no deviation at all
     return (results[some] - results.mean(0)).mul_(len(results) / max(len(results) - 1, 1))
 
 
 def scaled(results: Tensor) -> tuple[Tensor, float]:
     """Return results ``[M, C]`` centred and of size 1 at most, ``[C, M]``, and the size."""
-    y = results - results.mean(0)
+    y = results - results[:1]  # equal results become 0, however large
+    y -= y.mean(0)
     size = (float(y.abs().max()) if y.numel() else 0.0) or 1.0
     return y.div_(size).T.contiguous(), size
 

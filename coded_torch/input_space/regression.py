@@ -103,12 +103,15 @@ class Regression:
             batch_size: B, which must be given if there is no input.
             others: the inputs of other dtypes, of which a callable metric makes features if there
                 is no floating-point input.
-            block: the most rows that are predicted together.
+            block: the most rows that are predicted together. At 0, each missing row is predicted by
+                the mean of all results.
         """
         inputs, size = check_batch("Regression", inputs, batch_size)
-        parts = max(1, -(-size // count("Regression", "block", block)))
+        parts = max(1, -(-size // (count("Regression", "block", block, least=0) or size)))
         rows = list(torch.arange(size, device="cpu").tensor_split(parts))
         with outside():
+            if not block:
+                return RowPlan(self, [], size, None, rows)
             return RowPlan(self, inputs, size, others, rows)
 
     def __repr__(self) -> str:
@@ -130,13 +133,13 @@ class RowPlan:
         regression: Regression,
         inputs: Sequence[Tensor],
         batch_size: int,
-        others: Sequence[Tensor],
+        others: Sequence[Tensor] | None,
         parts: Sequence[Tensor],
     ) -> None:
         self.regression, self.batch_size, self.num_groups = regression, batch_size, 1
         self.choices: tuple[Choice, ...] = ()
         self._note, metrics = "", regression.metrics
-        if not inputs:
+        if not inputs and others is not None:
             inputs, self._note = _made_of(metrics, others)
             metrics = tuple(metric for metric in metrics if isinstance(metric, str)) or (*METRICS,)
         self._sources = Sources(inputs) if inputs else None

@@ -186,8 +186,13 @@ class Part:
             if len(missing):
                 dense("Regression", "results", results)
                 points, used = self._known(source)[2:]
+                (sample,) = few_columns(used, results)
+                if (size := _size(sample)) != 1:
+                    answers, choice = self.decode(source, results / size)
+                    has = (own >= 0).to(results.device).view(-1, *[1] * (results.dim() - 1))
+                    return torch.where(has, results[own], answers * size), choice
                 weights = torch.full((1, len(used)), 1 / len(used), dtype=torch.float64)
-                fitted = self._fit(points, *few_columns(used, results))
+                fitted = self._fit(points, sample)
             if fitted is not None:
                 # Shrunk towards the mean as far as results are not predicted by each other.
                 choice, trust = fitted.choice, fitted.choice.trust
@@ -221,6 +226,10 @@ class Part:
         if surrogates is not None:
             asked += [(surrogates[0], used), (surrogates[1], rows)]
         of_used, predicted, *offsets = _on_host(asked)
+        if (size := _size(of_used)) != 1:
+            given = surrogates and (surrogates[0] / size, surrogates[1] / size)
+            scaled_bars = self.bars(source, results / size, answers / size, given)
+            return scaled_bars and scaled_bars.scaled(size)
         fitted = self._fit(points, _few(of_used).double())
         regression = None
         if fitted is not None and fitted.choice.trust > 0 and len(used) > 1:
@@ -284,6 +293,14 @@ class Part:
                 return fitted
         self._fitted = [*self._fitted[-1:], self._fits.fit(sample)]
         return self._fitted[-1]
+
+
+def _size(results: Tensor) -> float:
+    """Return the power of two to divide results by; 1, unless squares or sums could overflow."""
+    largest = float(results.abs().max()) if results.numel() else 0.0
+    if largest == 0 or 2.0**-500 < largest < 2.0**60:
+        return 1.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 60)
 
 
 def few_columns(rows: Tensor, *values: Tensor) -> list[Tensor]:

@@ -50,12 +50,13 @@ class CodedWrapper(ModuleProxy):
 
     Answers come back in the caller's order. The wrapper stands in for the module: ``state_dict``,
     ``train``, ``to``, hooks, autograd, autocast, pickling and deep copies work as they do for it.
-    The names of its parameters begin with ``module.``. Compiling the wrapper compiles the module,
+    The names of its parameters, which ``torch.func.functional_call`` needs, begin with ``module.``.
+    Compiling the wrapper compiles the module,
     for simulated workers only.
 
     Inputs and outputs may be any pytrees. A result is rejected, and counts as missing, if it is not
     finite, of another batch size, or unlike most in structure, shape or dtype. So mask logits with
-    a large negative number, not ``-inf``. By rows, and with codes that repeat inputs, rows with NaN
+    a number such as -1e4, not ``-inf``. By rows, and with codes that repeat inputs, rows with NaN
     or infinity are computed, too. If the result of such a row is missing, the mean of the others is
     its answer, with an infinite radius.
 
@@ -101,9 +102,9 @@ class CodedWrapper(ModuleProxy):
         NotEnoughResults: in calls, fewer good results than the code needs, or than ``waiting`` asks
             for. Its cause is the error of the first part that had one. A
             :class:`~coded_torch.codes.DeadlineExceeded` at the deadline.
-        Exception: in calls, of the module, if a row raises alike on two workers, or three times
-            where no other worker computes it. Its ``rows``,
-            ``answers`` (NaN in rows that were not computed) and ``report`` hold the results.
+        Exception: in calls by rows, of the module, if a row raises alike on two workers, or three
+            times where no other worker computes it. Its ``rows``, ``answers`` (NaN in rows that
+            were not computed) and ``report`` hold the results.
 
     Note:
         By rows, the module's own work and the hedges; by columns, up to :math:`N / K` times the
@@ -144,7 +145,6 @@ class CodedWrapper(ModuleProxy):
         in_dims: Any = 0,
         out_dims: Any = 0,
     ) -> None:
-        instance(self, "module", module, nn.Module)
         super().__init__(module)
         if workers is None:
             if code is None:
@@ -290,6 +290,8 @@ class CodedWrapper(ModuleProxy):
 
     def __setattr__(self, name: str, value: Any) -> None:
         before: Any = vars(self).get(name)
+        if name == "module":
+            instance(self, "module", value, nn.Module)
         if name == "surrogate":
             value = checked(value)
         super().__setattr__(name, value)

@@ -103,6 +103,8 @@ class Inputs:
         name = f"CodedWrapper: {self._name(i)} must"
         whole = not (leaf.is_floating_point() or leaf.is_complex())
         dense("CodedWrapper", self._name(i), leaf, floating=not whole)
+        if torch._C._are_functorch_transforms_active():
+            plain("CodedWrapper", self._name(i), leaf)  # raises under vmap, which hides the batch
         if whole and mixing is not None:
             raise TypeError(
                 f"{name} be floating-point, as {mixing} mixes inputs, got {leaf.dtype}; leave the "
@@ -280,13 +282,11 @@ class Rows(Division):
     @functools.cached_property
     def plan(self) -> RowPlan:
         size, floating = self.batch_size, self.inputs.floating()
-        if not self.block:
-            plan = self._predictor.plan([], size)
-            if self.inputs.not_finite is not None:
-                plan.leave_out(self.inputs.not_finite)
-            return plan
         others = [] if floating else self.inputs.batches()
-        return self._predictor.plan(floating, size, others=others, block=self.block)
+        plan = self._predictor.plan(floating, size, others=others, block=self.block)
+        if not self.block and self.inputs.not_finite is not None:
+            plan.leave_out(self.inputs.not_finite)
+        return plan
 
     def _spread(self, values: Tensor) -> Tensor:
         return values.unsqueeze(1)

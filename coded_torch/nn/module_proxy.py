@@ -9,7 +9,7 @@ import functools
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from torch import nn
@@ -66,7 +66,8 @@ class ModuleProxy(nn.Module):
                 all answers exact. Defaults to the wrapper's own.
 
         Raises:
-            Exception: a call fails. Its attribute ``batch`` is the number of the batch.
+            Exception: a call fails or, after the answers before it, the iterable. Its attribute
+                ``batch`` is the number of the batch.
         """
         run = functools.partial(self.run, waiting=waiting)
         return _map_batches(run, batches, count("map", "in_flight", in_flight))
@@ -117,7 +118,16 @@ def _map_batches(
     threads = ThreadPoolExecutor(in_flight, "coded_torch map")
     try:
         for number in itertools.count():
-            for batch in itertools.islice(left, in_flight - len(calls)):
+            while len(calls) < in_flight:
+                try:
+                    batch = next(left)
+                except StopIteration:
+                    break
+                except Exception as error:  # the batches before it are answered first
+                    calls.append((future := Future[Any](), Interruption()))
+                    future.set_exception(error)
+                    left = iter(())
+                    break
                 call, interruption = _carried(run, ambient)
                 args = batch if isinstance(batch, tuple) else (batch,)
                 future = threads.submit(contextvars.copy_context().run, call, *args)

@@ -258,6 +258,9 @@ class Answers:
                     scaled, plan, division, received, approximations
                 )
         answers = plan.decode(scaled, received)
+        if num_predicted and isinstance(plan, RowPlan) and self._link is None:
+            info = torch.finfo(results.dtype)  # predictions of masked scores may go beyond
+            answers = answers.clamp(info.min, info.max)
         found = plan.error_bars(received, scaled, answers, offsets) if bars else None
         if offsets is not None:
             answers = answers + offsets[1]

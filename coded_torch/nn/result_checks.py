@@ -2,6 +2,7 @@ r"""Judges replies by their form, and puts the good results side by side."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils import _pytree as pytree
 
+from .._arguments import dense
 from .._torch import differentiated
 from ..workers import base
 from ..workers.base import CONSTANTS, Reply, Task, WorkerError, flatten, show
@@ -35,6 +37,10 @@ class Result:
         self.reply, self.part, self.worker = reply, reply.part, reply.worker
         self._value = reply.value  # the reply need not keep it
         self.leaves, self.spec = flatten(reply.value)
+        for i, leaf in enumerate(self.leaves):
+            if isinstance(leaf, Tensor):
+                name = functools.partial(self.name, i)
+                dense("CodedWrapper", name, leaf, leaf.is_floating_point())
         self._judged = judged
         self.dims: list[Any]
         self.divided: list[int] = []  # the places of the leaves that have the part's rows

@@ -40,7 +40,8 @@ class Waiting:
     Instances are immutable. :meth:`first` is the paper's policy.
 
     Args:
-        deadline: seconds from the call to its answer, positive. A surrogate's time is not bounded.
+        deadline: seconds from the call to its answer, positive. The time of a
+            surrogate or of a callable metric is not bounded.
             Defaults to None, no deadline.
         predict_after: without a deadline, the number of median calls after which missing rows are
             predicted, positive. If infinite, they are predicted when nothing more can come.
@@ -52,9 +53,9 @@ class Waiting:
         predict: whether answers may be predicted. If not, every row is computed, or the call raises
             :class:`~coded_torch.codes.NotEnoughResults` at its deadline or when a row has failed 20
             times alone. Must be True with codes that mix inputs. Defaults to True.
-        on_error: if the module fails on a row, "raise" to compute the other rows and raise the
-            module's exception with ``rows``, ``answers`` and ``report``, or "predict" to count the
-            row as missing. Defaults to "raise".
+        on_error: by rows, if the module fails on a row, "raise" to compute the other rows and raise
+            the module's exception with ``rows``, ``answers`` and ``report``, or "predict" to count
+            the row as missing. Defaults to "raise".
 
     Example:
         >>> from coded_torch import Waiting

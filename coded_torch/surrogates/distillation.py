@@ -95,11 +95,13 @@ def distill(
     shapes, must = ([tuple(x.shape) for x in each] for each in (found, exact[0]))
     if shapes != must:
         raise ValueError(f"distill: student must return shapes {must}, as module, got {shapes}")
+    weights = [p for p in student.parameters() if p.requires_grad]
+    if not (shapes and weights):
+        needs = "student must have weights to train, and module floating-point outputs"
+        raise ValueError(f"distill: {needs}, got {len(weights)} and {len(shapes)}")
     variances = _variances(exact).clamp(min=1e-30)
     generator = torch.Generator(device).manual_seed(seed)
-    optimiser = torch.optim.Adam(
-        (p for p in student.parameters() if p.requires_grad), learning_rate
-    )
+    optimiser = torch.optim.Adam(weights, learning_rate)
     size = len(_tensors(taught)[0])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * -(-size // rows))
 
@@ -125,26 +127,31 @@ def distill(
 
     shown = progress and sys.stderr.isatty()
     best, best_state, waited = math.inf, copy.deepcopy(student.state_dict()), 0
-    for epoch in range(epochs):
-        student.train()
-        order = torch.randperm(size, generator=generator, device=device)
-        # No step of one row, of which a batch normalisation learns nothing, and raises.
-        for some in order[: size - (size % rows == 1 < size)].split(rows):
-            learn(some)
-        student.eval()
-        with torch.no_grad():
-            outputs = [_outputs(student, args, link) for args in held_out]
-            pairs = zip(exact, outputs, strict=True)
-            residuals = [[f - s for f, s in zip(*pair, strict=True)] for pair in pairs]
-            error = float((_variances(residuals) / variances).mean())
-        waited += 1
-        if error < best:  # never, if it is NaN
-            best, best_state, waited = error, copy.deepcopy(student.state_dict()), 0
-        if shown:
-            line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
-            print(line, end="", file=sys.stderr)
-        if waited >= patience:
-            break
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # the student may draw numbers, too
+        torch.default_generator.manual_seed(seed)
+        for each in devices:
+            torch.cuda.default_generators[each.index].manual_seed(seed)
+        for epoch in range(epochs):
+            student.train()
+            order = torch.randperm(size, generator=generator, device=device)
+            # No step of one row, of which a batch normalisation learns nothing, and raises.
+            for some in order[: size - (size % rows == 1 < size)].split(rows):
+                learn(some)
+            student.eval()
+            with torch.no_grad():
+                outputs = [_outputs(student, args, link) for args in held_out]
+                pairs = zip(exact, outputs, strict=True)
+                residuals = [[f - s for f, s in zip(*pair, strict=True)] for pair in pairs]
+                error = float((_variances(residuals) / variances).mean())
+            waited += 1
+            if error < best:  # never, if it is NaN
+                best, best_state, waited = error, copy.deepcopy(student.state_dict()), 0
+            if shown:
+                line = f"\rdistill: epoch {epoch + 1} of {epochs}, error {best:.4f}"
+                print(line, end="", file=sys.stderr)
+            if waited >= patience:
+                break
     if shown:
         print(file=sys.stderr)
     student.load_state_dict(best_state)

@@ -25,6 +25,7 @@ from .helpers import (
     Affine,
     CopyCode,
     CumulativeSum,
+    Doubles,
     FailsAt,
     Gated,
     Modes,
@@ -85,6 +86,16 @@ class WorkersTests(abc.ABC):
         for part in parts:
             assert torch.equal(got[part.number], values[list(part.units)].flatten(0, 1))
 
+    def test_a_module_may_change_its_inputs(self, pool):
+        values = self.values()
+        with pool.open(Doubles(), task_of(values)) as request:
+            request.ask(numbered((1,), (2, 3)))
+            list(replies_of(request))
+            request.ask(numbered((1,), (2, 3), first=2))
+            got = by_part(replies_of(request))
+        assert torch.equal(values, self.values())
+        assert [got[n][:, 0].tolist() for n in (2, 3)] == [[2, 2], [4, 4, 6, 6]]
+
     def test_parts_are_asked_for_again_while_a_request_is_open(self, pool):
         values = self.values()
         with pool.open(nn.Identity(), task_of(values)) as request:
@@ -93,11 +104,8 @@ class WorkersTests(abc.ABC):
             request.ask(numbered((0,), (1, 4), first=2))
             request.ask(numbered((3,), first=4))
             got = by_part(replies_of(request))
-        assert {n: value[:, 0].tolist() for n, value in got.items()} == {
-            2: [0, 0],
-            3: [1, 1, 4, 4],
-            4: [3, 3],
-        }
+        rows = {n: value[:, 0].tolist() for n, value in got.items()}
+        assert rows == {2: [0, 0], 3: [1, 1, 4, 4], 4: [3, 3]}
 
     def test_each_part_begins_once_and_then_ends_once(self, pool):
         with pool.open(nn.Identity(), task_of(self.values())) as request:
@@ -336,18 +344,10 @@ class WorkersTests(abc.ABC):
 
     def test_a_result_that_is_not_finite_is_missing_and_named(self, pool):
         n = self.num_units
-        waiting = Waiting.first(1)
-        coded = CodedWrapper(
-            FailsAt(2.0, nan_at_two),
-            CopyCode(n, n, ordering="arrival", shuffle=False),
-            workers=pool,
-            waiting=waiting,
-        )
-        x = torch.arange(float(n)).reshape(n, 1)
-        out = coded(x)
-        assert torch.isfinite(out).all()
-        for reason in coded.last_run.rejected.values():
-            assert "not finite" in reason
+        code, waiting = CopyCode(n, n, ordering="arrival", shuffle=False), Waiting.first(1)
+        coded = CodedWrapper(FailsAt(2.0, nan_at_two), code, workers=pool, waiting=waiting)
+        assert torch.isfinite(coded(torch.arange(float(n)).reshape(n, 1))).all()
+        assert all("not finite" in reason for reason in coded.last_run.rejected.values())
         assert coded.last_run.predicted.sum() == 1
 
     def test_a_pool_may_be_copied_and_pickled(self, pool):

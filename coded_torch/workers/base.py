@@ -51,20 +51,24 @@ class Task:
     device: torch.device  #: the device of the divided leaves and the results
     out_dims: Any = 0  #: the batch dimensions of the module's outputs, a pytree prefix of them
 
-    def payload(self, units: Sequence[int]) -> Arguments:
-        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive."""
-        return next(self.payloads(units))
+    def payload(self, units: Sequence[int], copied: bool = False) -> Arguments:
+        """Return the ``(args, kwargs)`` of ``len(units) * R`` rows, views if consecutive.
 
-    def payloads(self, units: Sequence[int], max_rows: int | None = None) -> Iterator[Arguments]:
+        A module in the caller's process gets them ``copied``, as it may change its inputs.
+        """
+        return next(self.payloads(units, copied=copied))
+
+    def payloads(
+        self, units: Sequence[int], max_rows: int | None = None, copied: bool = False
+    ) -> Iterator[Arguments]:
         """Yield the :meth:`payload` in batches of at most ``max_rows`` rows."""
         run = range(units[0], units[0] + len(units))
 
         def chosen(leaf: Tensor) -> Tensor:  # [U, R, ...] -> [len(units) R, ...]
             if all(map(operator.eq, units, run)):
                 leaf = leaf[run.start : run.stop]
-            else:
-                leaf = leaf.index_select(0, torch.tensor(units, device=leaf.device))
-            return leaf.flatten(0, 1)
+                return (leaf.clone() if copied else leaf).flatten(0, 1)
+            return leaf.index_select(0, torch.tensor(units, device=leaf.device)).flatten(0, 1)
 
         both = zip(self.leaves, self.dims, strict=True)
         pairs = [(leaf if dim is None else chosen(leaf), dim) for leaf, dim in both]
@@ -92,9 +96,7 @@ class WorkerError(RuntimeError):
             while it computed; "" for anything else.
     """
 
-    def __init__(
-        self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None
-    ) -> None:
+    def __init__(self, part: int, worker: int, reason: str, kind: str = "", cause: Any = None):
         self.part, self.worker, self.reason, self.kind = part, worker, reason, kind
         self.__cause__ = cause
         super().__init__(f"part {part} {reason}" if worker < 0 else f"worker {worker} {reason}")
@@ -211,8 +213,8 @@ class Workers(abc.ABC):
        If the module raises, the worker dies, or the result cannot be sent, the reply has an error
        with that cause. Other parts go on.
     5. The value of a reply is the module's output for :meth:`Task.payload` of the part's units,
-       unchanged, on the device of the task. Call the module by :func:`~.faults.compute`, which
-       applies :attr:`Part.fault`.
+       on the device of the task. The module must not see the task's own tensors, which it might
+       change. Call it by :func:`~.faults.compute`, which applies :attr:`Part.fault`.
     6. The places of workers are 0, 1, 2, ... A worker that replaces another one, or comes after one
        that was drained, has its place.
     7. Pools may be shared between threads and wrappers, copied and pickled, without their workers.
@@ -223,6 +225,7 @@ class Workers(abc.ABC):
     stragglers: Stragglers | None = None  #: the law by which the pool delays its workers
     simulated: bool = False  #: true if time is virtual, so that waiting and computing take none
     num_workers: int | None = None  #: the number of workers; None if there is one for each part
+    num_restarts: int = 0  #: the number of workers that have ended and were replaced
 
     @property
     def places(self) -> Collection[int]:
@@ -233,11 +236,6 @@ class Workers(abc.ABC):
     def num_ready(self) -> int | None:
         """The number of workers that are up now; None if :attr:`num_workers` is."""
         return self.num_workers
-
-    @property
-    def num_restarts(self) -> int:
-        """The number of workers that have ended and were replaced."""
-        return 0
 
     @abc.abstractmethod
     def open(self, module: nn.Module, task: Task) -> Request:
@@ -276,6 +274,7 @@ class Workers(abc.ABC):
             return self
         args = example if isinstance(example, tuple) else (example,)
         leaves, spec = pytree.tree_flatten((args, {}))
+        leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]  # modules may change x
         how = leaves, [None] * len(leaves), spec, 1, 1, torch.device("cpu")
         task = _Loading(*how) if example is None else Task(*how)
         with torch.no_grad(), self.open(module, task) as request:
@@ -325,7 +324,7 @@ class Workers(abc.ABC):
 
 
 class _Loading(Task):  # no call at all, since a module cannot be called without known arguments
-    def payload(self, units: Sequence[int]) -> Arguments | None:  # type: ignore[override]
+    def payload(self, *_: Any) -> Arguments | None:  # type: ignore[override]
         return None
 
 

@@ -120,7 +120,7 @@ class FaultyWorkers(Workers):
         seed: an integer, modulo 2^64. Defaults to 0.
         crash_every: seconds between further crashes: a drawn part of the first request after that
             time ends its worker. Defaults to None, no such crashes.
-        attack: maps rows of a result of ``adversaries``, ``[rows, ...]``, and a generator that
+        attack: maps rows of a floating-point output of ``adversaries`` and a generator that
             (seed, request, worker) seed, to wrong rows. Defaults to None.
         adversaries: the places of the workers that attack. Defaults to none.
 
@@ -157,11 +157,17 @@ class FaultyWorkers(Workers):
         }
         self.adversaries = tuple(count(self, "adversaries", each, least=0) for each in adversaries)
         unknown = sorted(self.rates.keys() - set(Fault.KINDS))
+        places = pool.places or self.adversaries
         for holds, must, got in (
             (not unknown, f"rates must be of {', '.join(Fault.KINDS)}", str(unknown)[1:-1]),
             (sum(self.rates.values()) <= 1, "rates must be at most 1 in sum", self.rates),
             (attack is None or callable(attack), "attack must be callable or None", repr(attack)),
             (attack or not self.adversaries, "adversaries must come with an attack", adversaries),
+            (
+                {*self.adversaries} <= {*places},
+                f"adversaries must be places of {pool}",
+                adversaries,
+            ),
         ):
             if not holds:
                 raise ValueError(f"FaultyWorkers: {must}, got {got}")
@@ -264,7 +270,9 @@ class _FaultyRequest(Request):
         for i, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
             if dim is not None and isinstance(leaf, Tensor) and leaf.is_floating_point():
                 draws = self._pool.generator(self._number, 1, 1 + worker)
-                leaves[i] = attack(leaf.movedim(dim, 0), draws).to(leaf.dtype).movedim(0, dim)
+                made = attack(leaf.movedim(dim, 0), draws)
+                instance(self._pool, "what attack returns", made, Tensor)
+                leaves[i] = made.to(leaf.dtype).movedim(0, dim)
         return base.unflatten(leaves, spec)
 
     drop: Any = property(attrgetter("_request.drop"))

@@ -137,7 +137,7 @@ class _LocalRequest(Request):
         parts.sort(key=operator.attrgetter("units"))
         units = [unit for part in parts for unit in part.units]
         try:
-            payloads = self._task.payloads(units, self._pool.max_batch_size)
+            payloads = self._task.payloads(units, self._pool.max_batch_size, copied=True)
             outputs = [self._module(*args, **kwargs) for args, kwargs in payloads]
         except Exception as error:
             if sys.version_info >= (3, 11):

@@ -14,6 +14,12 @@ class TestBerrutCode(CodeTests):
         return BerrutCode(8, 24)
 
 
+def test_a_single_input_has_the_order_that_it_can_have():
+    x = torch.tensor([[2.0]])
+    code = FloaterHormannCode(1, 3)
+    assert code.decode(code.encode(x), received=range(3)).tolist() == x.tolist()
+
+
 class TestFloaterHormannCode(CodeTests):
     def make(self):
         return FloaterHormannCode(8, 25, order=3)

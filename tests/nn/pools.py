@@ -28,7 +28,7 @@ class _Separate(Request):
         self.events += [Began(part, part.number, 0.0) for part in parts]
         for part in parts:
             value = error = None
-            args, kwargs = self.task.payload(part.units)
+            args, kwargs = self.task.payload(part.units, True)
             try:
                 value = self.module(*args, **kwargs)
             except Exception as cause:

@@ -34,6 +34,13 @@ def test_inputs_may_be_as_great_as_their_sum_is_not(dtype):
     assert torch.equal(coded(x), x)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_that_vmap_hides_is_refused_by_name(way):
+    coded = CodedWrapper(nn.Tanh(), workers=LocalWorkers(), **divided(way, 2, 4))
+    with pytest.raises(ValueError, match=r"args\[0\] must not be under torch\.func\.vmap"):
+        torch.vmap(coded)(rand(3, 4, 2))
+
+
 # ------------------------------------------------------------------ masks, token ids, lengths
 
 

@@ -105,6 +105,17 @@ def test_an_exception_names_its_batch_and_ends_the_other_calls(coded, model):
     assert "at batch 13; the 13 batches before it were answered" in caught.value.__notes__[-1]
 
 
+def test_an_iterable_that_fails_does_so_after_the_answers_before(coded):
+    def failing():
+        yield from batches(6)
+        raise OSError("the disk is gone")
+
+    found = []
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        found.extend(coded.map(failing()))
+    assert caught.value.batch == len(found) == 6
+
+
 def test_an_early_end_of_the_loop_ends_the_open_calls(coded, model):
     model.gates[2] = threading.Event()
     for answers, _ in coded.map(batches(20), in_flight=2):

@@ -39,6 +39,29 @@ def wrap(way, module=None, lost=2, link=None, **options) -> CodedWrapper:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", ["a class", "some rows"])
+def test_masked_scores_are_predicted_within_their_dtype(dtype, masked):
+    least = torch.finfo(dtype).min
+
+    def scores(x):
+        y = x @ torch.eye(4, 3, dtype=x.dtype)
+        return (
+            y.index_fill(1, torch.tensor([2]), least)
+            if masked == "a class"
+            else (y.masked_fill(y > 1.5, least))
+        )
+
+    x = torch.randn(240, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pool = LocalWorkers(Uniform(4, seed=0))
+    answers, report = CodedWrapper(Call(scores), workers=pool, parts=24).run(x)
+    assert report.predicted.sum() == 40
+    assert answers.isfinite().all()
+    assert not report.radii.isnan().any()
+    if masked == "a class":
+        assert (answers.argmax(1) != 2).all()
+
+
 def test_inputs_may_have_any_strides():
     def answers(x, **options):
         pool = LocalWorkers(Uniform(2, seed=1))

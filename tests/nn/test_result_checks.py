@@ -223,6 +223,9 @@ def test_outputs_that_no_part_can_decode(output, error, match):
         (lambda x: torch.cat([x, x]), "must have size 1"),
         (lambda x: x[0, 0], r"must have size 1.*got shape \(\)"),
         (lambda x: x > 0, "must be a floating-point tensor"),
+        (lambda x: x.to_sparse(), "must be a dense, strided .* got layout torch.sparse_coo"),
+        (lambda x: torch.nested.nested_tensor([x]), "must be a dense, .* got a nested tensor"),
+        (lambda x: x.to(torch.float8_e4m3fn), "must be a dense, .* got torch.float8_e4m3fn"),
     ],
 )
 def test_a_result_that_cannot_be_decoded_is_missing_even_if_it_is_the_first(output, reason):

@@ -62,7 +62,7 @@ class _AtOnce(Request):
                 continue
             least = min(self.times[worker] for worker in able)
             worker = pool.random.choice([w for w in able if self.times[w] == least])
-            args, kwargs = self.task.payload(part.units)
+            args, kwargs = self.task.payload(part.units, True)
             with torch.no_grad():
                 value = self.module(*args, **kwargs)
             value = pool.spoil(worker, value, self.times[worker])

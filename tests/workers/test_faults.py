@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from coded_torch.nn import CodedWrapper
-from coded_torch.stragglers import Markov, ShiftedExponential, Trace, Uniform
+from coded_torch.stragglers import Bernoulli, ShiftedExponential, Trace, Uniform
 from coded_torch.testing.workers import PolynomialCode, WorkersTests, numbered, replies_of, task_of
 from coded_torch.workers import Fault, FaultyWorkers, LocalWorkers
 
@@ -28,6 +28,15 @@ class TestFaultyWorkers(WorkersTests):
 class TestFaultyThreads(WorkersTests):
     def make(self) -> FaultyWorkers:
         return FaultyWorkers(ThreadWorkers(2), delays=Uniform(0))
+
+
+def test_an_attack_must_have_a_worker_and_return_a_tensor():
+    inner = ThreadWorkers(2)
+    with inner, pytest.raises(ValueError, match=r"^FaultyWorkers: adversaries must be places of"):
+        FaultyWorkers(inner, attack=lambda y, _: -y, adversaries=[2])
+    pool = FaultyWorkers(LocalWorkers(), attack=lambda y, _: None, adversaries=[0])
+    with pytest.raises(TypeError, match="FaultyWorkers: what attack returns must be of type Tens"):
+        CodedWrapper(nn.Identity(), workers=pool, parts=2)(torch.ones(2, 1))
 
 
 def test_the_law_is_that_of_the_delays_or_of_the_pool():
@@ -61,7 +70,7 @@ def noise(rows, generator):
 TASK = task_of(torch.zeros(4, 1, 1))
 LAWS = [
     lambda: ShiftedExponential(0.0, 1.0, seed=5),
-    lambda: Markov(0.3, 0.3, good=1.0, bad=2.0, seed=5),
+    lambda: Bernoulli(0.5, latency=2.0, seed=5),
     lambda: Trace([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0], [0.0, 1.0, 0.0]]),
 ]
 

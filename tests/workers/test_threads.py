@@ -55,7 +55,9 @@ class Threads(Dispatcher):
         task = job.request.task
         try:
             with job.request.ambient.restored(task.device):
-                value = compute(job.request.module, task.payload(job.part.units), job.part.fault)
+                value = compute(
+                    job.request.module, task.payload(job.part.units, True), job.part.fault
+                )
         except BaseException as cause:
             reason = f"failed: {type(cause).__name__}: {cause}"
             self.settle(worker, job.number, None, reason, "raised", cause)
